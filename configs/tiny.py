@@ -1,0 +1,46 @@
+"""A four-layer LLaMA on the Python standard library's own sources: the whole path in about two minutes on a CPU.
+
+    python -m maxlm.train --config configs/tiny.py
+
+Hardware: two CPU cores, 1 GB of memory, no download.
+"""
+
+from maxlm.config import (
+    AdamW,
+    CheckpointConfig,
+    CosineSchedule,
+    DataConfig,
+    Dataset,
+    Dtype,
+    ObserveConfig,
+    PrepareConfig,
+    Remat,
+    RunConfig,
+    StandardLibrary,
+    TrainConfig,
+    TrainSentencePiece,
+    llama,
+)
+import dataclasses
+
+
+def get_config() -> RunConfig:
+    model = llama(vocab_size=4096, d_model=256, n_layers=4, n_heads=8, d_ff=688, max_seq_len=512)
+    return RunConfig(
+        model=dataclasses.replace(model, compute_dtype=Dtype.FLOAT32, remat=Remat.NONE),
+        data=DataConfig(
+            datasets=(
+                Dataset(
+                    path="data/stdlib",
+                    prepare=PrepareConfig(
+                        documents=StandardLibrary(), tokenizer=TrainSentencePiece(vocab_size=4096)
+                    ),
+                ),
+            )
+        ),
+        train=TrainConfig(steps=200, batch_size=4, seq_len=256, log_every=10, eval_every=100, eval_batches=4),
+        optimizer=AdamW(learning_rate=2e-3, schedule=CosineSchedule(warmup_steps=20)),
+        checkpoint=CheckpointConfig(every=100),
+        observe=ObserveConfig(sample_prompt="def ", sample_tokens=64),
+        run_dir="runs/tiny",
+    )

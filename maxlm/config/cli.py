@@ -1,0 +1,166 @@
+"""Command lines: load a config file, apply typed overrides, and turn mistakes into one line each."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import importlib.util
+import io
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import tyro
+
+from maxlm.config.data import DataConfig, Dataset
+from maxlm.config.errors import UserError
+from maxlm.config.families import llama
+from maxlm.config.run import RunConfig, TrainConfig
+from maxlm.config.serialize import flatten
+
+T = TypeVar("T")
+
+_TYRO = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff, tyro.conf.EnumChoicesFromValues)
+
+
+@dataclass(frozen=True)
+class Command:
+    """What `python -m maxlm.train` was asked."""
+
+    config: RunConfig
+    file_config: RunConfig
+    """The config as the file has it, before overrides."""
+    print_config: bool
+
+
+def parse_run(argv: Sequence[str], *, prog: str, description: str) -> Command:
+    """Read `--config FILE [--print_config] [--debug] [overrides]`.
+
+    Raises:
+        UserError: no file, a file without `get_config()`, an unknown key, or a value of the wrong type.
+    """
+    parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    parser.add_argument("--print_config", action="store_true")
+    parser.add_argument("--debug", action="store_true")
+    options, overrides = parser.parse_known_args(list(argv))
+    asks_help = "--help" in overrides or "-h" in overrides
+    if options.config is not None:
+        file_config = load_config(options.config)
+    elif asks_help:
+        file_config = _EXAMPLE
+    else:
+        raise UserError("--config is missing; name a file, for example --config configs/tiny.py (--help lists all keys)")
+    usage = (
+        f"{description}\n\n--config FILE      Python file with get_config(); the defaults below are those of "
+        f"{options.config or 'a small example'}.\n--print_config     Show the resolved config and what differs from the "
+        "file, then stop.\n--debug            Show tracebacks."
+    )
+    config = parse(RunConfig, overrides, prog=prog, description=usage, default=file_config)
+    return Command(config=config, file_config=file_config, print_config=options.print_config)
+
+
+def parse(cls: type[T], argv: Sequence[str], *, prog: str, description: str, default: T | None = None) -> T:
+    """An object of the dataclass `cls` from dotted options.
+
+    Raises:
+        UserError: an option is unknown, missing or of the wrong type.
+    """
+    kwargs: dict[str, Any] = {} if default is None else {"default": default}
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                cls, args=list(argv), prog=prog, description=description, config=_TYRO, use_underscores=True, **kwargs
+            )
+    except SystemExit as stop:
+        if stop.code == 0:  # --help has been printed
+            raise
+        known = [] if default is None else list(flatten(default))
+        raise UserError(_one_line(complaint.getvalue(), argv, known, prog)) from None
+
+
+def load_config(path: str) -> RunConfig:
+    """The `get_config()` of a Python file.
+
+    The folder that holds the file's own folder is put on the import path, so that `configs/x.py` may say
+    `from configs.y import get_config`, wherever the command is run.
+
+    Raises:
+        UserError: no such file, no `get_config`, or it returns something else.
+    """
+    file = Path(path)
+    if not file.is_file():
+        near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.py")], n=3)
+        hint = f"; did you mean {', '.join(str(file.parent / n) for n in near)}?" if near else ""
+        raise UserError(f"--config {path}: no such file{hint}")
+    root = str(file.resolve().parent.parent)
+    if root not in sys.path:
+        sys.path.append(root)
+    spec = importlib.util.spec_from_file_location(f"_maxlm_config_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config {path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"--config {path}:{error.lineno}: not valid Python ({error.msg})") from error
+    get_config = getattr(module, "get_config", None)
+    if get_config is None:
+        raise UserError(f"--config {path}: has no function get_config()")
+    config = get_config()
+    if not isinstance(config, RunConfig):
+        raise UserError(f"--config {path}: get_config() returns {type(config).__name__}, must return a RunConfig")
+    return config
+
+
+def describe(config: RunConfig, file_config: RunConfig) -> str:
+    """The resolved config, one `key = value` a line, with what the file says where that differs."""
+    before, lines = flatten(file_config), []
+    for key, value in flatten(config).items():
+        note = "" if key in before and before[key] == value else f"    # the file says {before.get(key)!r}"
+        lines.append(f"{key} = {value!r}{note}")
+    return "\n".join(lines)
+
+
+def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
+    """Call `main(argv)` and leave the process: its exit code, or one line for each mistake and a non-zero code."""
+    argv = sys.argv[1:]
+    try:
+        sys.exit(main(argv) or 0)
+    except Exception as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        elif isinstance(error, UserError):
+            for line in str(error).splitlines():
+                print(f"error: {line}", file=sys.stderr)
+        else:
+            message = " ".join(str(error).split())
+            print(f"error: {type(error).__name__}: {message} (--debug shows the traceback)", file=sys.stderr)
+        sys.exit(error.exit_code if isinstance(error, UserError) else 1)
+
+
+def _one_line(complaint: str, argv: Sequence[str], known: list[str], prog: str) -> str:
+    """tyro's framed complaint as one line, with the nearest key for one that is not known."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", complaint)
+    words = " ".join(re.sub(r"[─-╿]", " ", plain).split())
+    if unknown := re.search(r"Unrecognized options: (--\S+?)(?:=\S*)?(?:\s|$)", words):
+        key = unknown.group(1).removeprefix("--")
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f"did you mean --{near[0]}? " if near else ""
+        return f"unknown key --{key}; {hint}({prog} --help lists all keys)"
+    words = re.split(r"For full helptext", words)[0].strip()
+    return f"{words} ({prog} --help lists all keys)"
+
+
+_EXAMPLE = RunConfig(
+    model=llama(vocab_size=4096, d_model=256, n_layers=4, n_heads=8, d_ff=688, max_seq_len=512),
+    data=DataConfig(datasets=(Dataset(path="data/example"),)),
+    train=TrainConfig(steps=100, batch_size=8, seq_len=512),
+)

@@ -1,0 +1,39 @@
+"""Model families as functions from sizes to a ModelConfig."""
+
+from __future__ import annotations
+
+from maxlm.config.model import AttentionConfig, BlockConfig, GluConfig, ModelConfig, RopeConfig
+
+
+def llama(
+    *,
+    vocab_size: int,
+    d_model: int,
+    n_layers: int,
+    n_heads: int,
+    d_ff: int,
+    max_seq_len: int,
+    n_kv_heads: int | None = None,
+    rope: RopeConfig | None = None,
+    norm_eps: float = 1e-5,
+    tie_embeddings: bool = False,
+) -> ModelConfig:
+    """LLaMA 1, 2 and 3 (arXiv:2302.13971, 2307.09288, 2407.21783): RMSNorm, RoPE, SwiGLU, no biases.
+
+    `n_kv_heads` defaults to `n_heads`, `rope` to theta 10,000 without stretching.
+    """
+    attention = AttentionConfig(
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads or n_heads,
+        head_dim=d_model // n_heads,
+        rope=rope or RopeConfig(),
+    )
+    return ModelConfig(
+        vocab_size=vocab_size,
+        d_model=d_model,
+        n_layers=n_layers,
+        blocks=(BlockConfig(attention=attention, ffn=GluConfig(d_ff=d_ff)),),
+        max_seq_len=max_seq_len,
+        norm_eps=norm_eps,
+        tie_embeddings=tie_embeddings,
+    )

@@ -1,0 +1,161 @@
+"""What the decoder is made of. A model family is a value of these classes, never a class of its own.
+
+`ModelConfig.blocks` is the repeating pattern of the layers: one entry for LLaMA, several where layers differ.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from maxlm.config.errors import UserError
+
+
+class Dtype(enum.Enum):
+    """Floating-point formats by their usual names."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class Remat(enum.Enum):
+    """What the backward pass finds saved, and what it computes again (activation checkpointing, arXiv:1604.06174)."""
+
+    NONE = "none"
+    """Save every intermediate: most memory, no recomputation."""
+    DOTS = "dots"
+    """Save the outputs of the weight multiplications, recompute the rest."""
+    NAMES = "names"
+    """Save the attention output and the inputs of the attention kernel; recompute the MLP."""
+    FULL = "full"
+    """Save only each block's input: least memory, about a third more FLOPs."""
+    OFFLOAD = "offload"
+    """As NAMES, but the saved arrays wait in the host's memory."""
+
+
+class Activation(enum.Enum):
+    """The gate's nonlinearity in a gated linear unit (Shazeer 2020, arXiv:2002.05202)."""
+
+    SILU = "silu"
+    GELU = "gelu"
+    GELU_TANH = "gelu_tanh"
+    RELU = "relu"
+    SIGMOID = "sigmoid"
+    IDENTITY = "identity"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama3RopeScaling:
+    """Llama 3.1's stretching of the slow RoPE frequencies (arXiv:2407.21783; numbers from the released configs)."""
+
+    factor: float = 8.0
+    """Wavelengths longer than original_max_len / low_freq_factor grow by this factor."""
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    """Wavelengths shorter than original_max_len / high_freq_factor stay as they are."""
+    original_max_len: int = 8192
+    """Context length, in tokens, of the model before stretching."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) on every head dimension."""
+
+    theta: float = 10_000.0
+    """Base of the geometric series of wavelengths."""
+    scaling: Llama3RopeScaling | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Causal self-attention: MHA (n_kv_heads = n_heads), GQA (fewer) or MQA (1)."""
+
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    rope: RopeConfig | None = field(default_factory=RopeConfig)
+    """None: no position embedding (NoPE)."""
+    window: int | None = None
+    """Keys a query may see, itself included; None: all earlier ones."""
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: bool = False
+    """RMSNorm over each query and key head before RoPE (as in Qwen 3)."""
+
+    def __post_init__(self) -> None:
+        for key in ("n_heads", "n_kv_heads", "head_dim"):
+            require_positive(f"model.blocks[].attention.{key}", getattr(self, key))
+        if self.n_heads % self.n_kv_heads:
+            allowed = [k for k in range(1, self.n_heads + 1) if self.n_heads % k == 0]
+            raise UserError(
+                f"model.blocks[].attention.n_kv_heads = {self.n_kv_heads} does not divide n_heads = {self.n_heads}; "
+                f"use one of {allowed}"
+            )
+        if self.rope is not None and self.head_dim % 2:
+            raise UserError(
+                f"model.blocks[].attention.head_dim = {self.head_dim} is odd, but RoPE rotates pairs; "
+                f"use {self.head_dim + 1}"
+            )
+        if self.window is not None:
+            require_positive("model.blocks[].attention.window", self.window)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GluConfig:
+    """Gated MLP: down(activation(gate(x)) * up(x)). SwiGLU with the default activation."""
+
+    d_ff: int
+    activation: Activation = Activation.SILU
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        require_positive("model.blocks[].ffn.d_ff", self.d_ff)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """One pre-norm decoder layer: x + attention(norm(x)), then x + ffn(norm(x))."""
+
+    attention: AttentionConfig
+    ffn: GluConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only language model."""
+
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    blocks: tuple[BlockConfig, ...]
+    """The pattern that repeats over the layers; n_layers is a multiple of its length."""
+    max_seq_len: int
+    """Longest context, in tokens, that the model is meant for; decoding refuses to pass it."""
+    tie_embeddings: bool = False
+    """Use the embedding table as the output projection too."""
+    norm_eps: float = 1e-5
+    init_std: float = 0.02
+    """Standard deviation of every weight matrix; those that write to the residual stream get init_std / sqrt(2L)."""
+    compute_dtype: Dtype = Dtype.BFLOAT16
+    """Format of activations and matrix multiplications. Parameters are always float32."""
+    remat: Remat = Remat.FULL
+    scan_layers: bool = True
+    """Compile one pattern and loop over it (fast to compile), or unroll every layer."""
+
+    def __post_init__(self) -> None:
+        for key in ("vocab_size", "d_model", "n_layers", "max_seq_len"):
+            require_positive(f"model.{key}", getattr(self, key))
+        if not self.blocks:
+            raise UserError("model.blocks is empty; give at least one BlockConfig")
+        if self.n_layers % len(self.blocks):
+            below = self.n_layers - self.n_layers % len(self.blocks)
+            raise UserError(
+                f"model.n_layers = {self.n_layers} is not a multiple of the {len(self.blocks)} entries of model.blocks; "
+                f"use {below or len(self.blocks)} or {below + len(self.blocks)}"
+            )
+
+
+def require_positive(key: str, value: float) -> None:
+    """Raise UserError unless `value` > 0."""
+    if value <= 0:
+        raise UserError(f"{key} = {value} must be positive")

@@ -1,0 +1,105 @@
+"""Optimizers and learning-rate schedules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from maxlm.config.errors import UserError
+from maxlm.config.model import require_positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineSchedule:
+    """Linear warm-up, then half a cosine down to final_fraction of the peak at the last step (LLaMA: 0.1)."""
+
+    warmup_steps: int = 0
+    final_fraction: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearSchedule:
+    """Linear warm-up, then a straight line down to final_fraction of the peak at the last step."""
+
+    warmup_steps: int = 0
+    final_fraction: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class InverseSqrtSchedule:
+    """Linear warm-up, then peak * sqrt(warmup_steps / step) (Vaswani et al. 2017)."""
+
+    warmup_steps: int = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class WsdSchedule:
+    """Warm-up, stable, decay: constant at the peak, then linear over the last decay_steps (arXiv:2404.06395)."""
+
+    warmup_steps: int = 0
+    decay_steps: int = 0
+    final_fraction: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstantSchedule:
+    """Linear warm-up, then the peak for ever."""
+
+    warmup_steps: int = 0
+
+
+Schedule = CosineSchedule | LinearSchedule | InverseSqrtSchedule | WsdSchedule | ConstantSchedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
+
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    schedule: Schedule = field(default_factory=CosineSchedule)
+    weight_decay: float = 0.1
+    """Applied to weight matrices; never to norms or biases."""
+    clip_norm: float | None = 1.0
+    """Largest global gradient norm; None: no clipping."""
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        _check(self)
+        for key in ("b1", "b2"):
+            if not 0 <= getattr(self, key) < 1:
+                raise UserError(f"optimizer.{key} = {getattr(self, key)} must lie in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adafactor:
+    """Adam with a factored second moment and no first one (Shazeer & Stern 2018, arXiv:1804.04235)."""
+
+    learning_rate: float = 1e-2
+    """Peak learning rate; multiplied by the parameter's RMS when scale_by_parameter is set."""
+    schedule: Schedule = field(default_factory=InverseSqrtSchedule)
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+    """Largest global gradient norm; None: no clipping."""
+    decay_rate: float = 0.8
+    """The second moment's decay at step t is 1 - t^(-decay_rate)."""
+    update_clip: float | None = 1.0
+    """Largest RMS of one parameter's update before the learning rate."""
+    scale_by_parameter: bool = True
+    min_factored_dim: int = 128
+    """Parameters whose second largest dim is smaller keep a full second moment."""
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+OptimizerConfig = AdamW | Adafactor
+
+
+def _check(optimizer: OptimizerConfig) -> None:
+    require_positive("optimizer.learning_rate", optimizer.learning_rate)
+    if optimizer.weight_decay < 0:
+        raise UserError(f"optimizer.weight_decay = {optimizer.weight_decay} must not be negative")
+    if optimizer.clip_norm is not None:
+        require_positive("optimizer.clip_norm", optimizer.clip_norm)

@@ -1,0 +1,186 @@
+"""The whole of a run, and the rules that hold between its parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+
+from maxlm.config.data import DataConfig
+from maxlm.config.errors import UserError
+from maxlm.config.model import ModelConfig, require_positive
+from maxlm.config.optimizer import AdamW, ConstantSchedule, OptimizerConfig
+from maxlm.config.sharding import MESH_AXES, ShardingConfig
+
+
+@dataclass(frozen=True)
+class StepRange:
+    """The steps first, first + 1, ..., last - 1; written `first:last` on the command line."""
+
+    first: int
+    last: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.first < self.last:
+            raise UserError(f"step range {self.first}:{self.last} must satisfy 0 <= first < last")
+
+    @classmethod
+    def parse(cls, words: list[str]) -> StepRange:
+        first, _, last = words[0].partition(":")
+        return cls(int(first), int(last))
+
+    def __str__(self) -> str:
+        return f"{self.first}:{self.last}"
+
+
+_STEP_RANGE = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="FIRST:LAST",
+    instance_from_str=StepRange.parse,
+    is_instance=lambda value: isinstance(value, StepRange),
+    str_from_instance=lambda value: [str(value)],
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length, batch and rhythm of training."""
+
+    steps: int
+    """Optimizer steps in all."""
+    batch_size: int
+    """Sequences a step, over all devices and micro-batches."""
+    seq_len: int
+    """Tokens in a sequence."""
+    micro_batches: int = 1
+    """Parts that a step's batch is cut into, one after the other, to save memory; the result is the same."""
+    seed: int = 0
+    """Initial parameters, and everything else that is random."""
+    z_loss: float = 0.0
+    """Weight of log(Z)^2 in the loss, which keeps the logits from drifting (PaLM, arXiv:2204.02311: 1e-4)."""
+    loss_chunk: int = 1024
+    """Tokens, on one device, whose logits exist at one time."""
+    max_skipped_steps: int = 10
+    """Steps in a row with a loss or gradient that is not finite, and therefore skipped, before the run stops."""
+    log_every: int = 10
+    eval_every: int = 1000
+    """Steps between measurements of the held-out loss; 0: only at the end."""
+    eval_batches: int = 16
+    """Batches of each such measurement; 0: none at all."""
+    profile_steps: Annotated[StepRange, _STEP_RANGE] | None = None
+    """Steps to record with the profiler, as FIRST:LAST."""
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "batch_size", "seq_len", "micro_batches", "loss_chunk", "max_skipped_steps", "log_every"):
+            require_positive(f"train.{key}", getattr(self, key))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the state is written, and what is kept of it. The last step is always written."""
+
+    every: int = 1000
+    """Steps between checkpoints."""
+    keep_last: int = 2
+    """Newest checkpoints to keep."""
+    keep_every: int = 0
+    """Keep every checkpoint whose step is a multiple of this, too; 0: none."""
+    verify: bool = True
+    """Compare checksums before restoring."""
+
+    def __post_init__(self) -> None:
+        require_positive("checkpoint.every", self.every)
+        require_positive("checkpoint.keep_last", self.keep_last)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObserveConfig:
+    """Where figures go, besides the console, metrics.jsonl and TensorBoard."""
+
+    wandb_project: str | None = None
+    """Weights & Biases project to log to (package wandb)."""
+    sample_prompt: str = ""
+    """What the sampled continuation at the end of training starts with."""
+    sample_tokens: int = 64
+    """Length of that sample; 0: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a training run."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig = field(default_factory=AdamW)
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
+    run_dir: str = "runs/default"
+    """Folder of checkpoints, metrics and the report. The same command on the same folder continues the run."""
+
+    def validate(self, n_devices: int) -> None:
+        """Check every rule that holds between parts of the config.
+
+        Raises:
+            UserError: one line for each broken rule: key, value, rule, and a value that would work.
+        """
+        failures: list[str] = []
+        try:
+            sizes = self.sharding.sizes(n_devices)
+        except UserError as error:
+            failures.append(str(error))
+            sizes = {axis: max(1, getattr(self.sharding, axis)) for axis in MESH_AXES}
+
+        def multiple(key: str, value: int, of: int, why: str) -> None:
+            if value % of:
+                below = value - value % of
+                works = f"{below} or {below + of}" if below else f"{of}"
+                failures.append(f"{key} = {value} is not a multiple of {of} ({why}); use {works}")
+
+        def axis_divides(axis: str, key: str, value: int) -> None:
+            if value % sizes[axis]:
+                works = [d for d in range(1, value + 1) if value % d == 0 and n_devices % d == 0]
+                failures.append(
+                    f"sharding.{axis} = {sizes[axis]} does not divide {key} = {value}; sharding.{axis} may be one of {works}"
+                )
+
+        model, train, sharding = self.model, self.train, self.sharding
+        for axis in ("stage", "expert"):
+            if sizes[axis] != 1:
+                failures.append(f"sharding.{axis} = {sizes[axis]} is reserved and not implemented yet; use 1")
+        if sizes["data"] % sharding.slices:
+            failures.append(
+                f"sharding.slices = {sharding.slices} does not divide sharding.data = {sizes['data']}; the data axis "
+                f"spans the slices, so use sharding.data = {sharding.slices}"
+            )
+        multiple(
+            "train.batch_size", train.batch_size, sizes["data"] * sizes["fsdp"] * train.micro_batches,
+            f"sharding.data {sizes['data']} x sharding.fsdp {sizes['fsdp']} x train.micro_batches {train.micro_batches}",
+        )  # fmt: skip
+        axis_divides("seq", "train.seq_len", train.seq_len)
+        if sharding.sequence_parallel:
+            multiple(
+                "train.seq_len", train.seq_len, sizes["seq"] * sizes["tensor"],
+                f"sharding.seq {sizes['seq']} x sharding.tensor {sizes['tensor']}, as sharding.sequence_parallel is on",
+            )  # fmt: skip
+        axis_divides("fsdp", "model.d_model", model.d_model)
+        axis_divides("tensor", "model.vocab_size", model.vocab_size)
+        for i, block in enumerate(model.blocks):
+            axis_divides("tensor", f"model.blocks.{i}.attention.n_heads", block.attention.n_heads)
+            axis_divides("tensor", f"model.blocks.{i}.attention.n_kv_heads", block.attention.n_kv_heads)
+            axis_divides("tensor", f"model.blocks.{i}.ffn.d_ff", block.ffn.d_ff)
+        if train.seq_len > model.max_seq_len:
+            failures.append(
+                f"train.seq_len = {train.seq_len} is longer than model.max_seq_len = {model.max_seq_len}; "
+                f"use at most {model.max_seq_len} or raise model.max_seq_len"
+            )
+        schedule = self.optimizer.schedule
+        if not isinstance(schedule, ConstantSchedule) and schedule.warmup_steps >= train.steps > 1:
+            failures.append(
+                f"optimizer.schedule.warmup_steps = {schedule.warmup_steps} leaves nothing of train.steps = "
+                f"{train.steps}; use at most {train.steps - 1}"
+            )
+        if failures:
+            raise UserError("\n".join(failures))

@@ -1,0 +1,108 @@
+"""Configs as plain JSON values and back.
+
+Where a field is a union, its object carries `"kind"`, the class's name; only the classes of that union are accepted,
+so a file can never name anything else to be built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import cattrs
+from cattrs.strategies import configure_tagged_union
+
+from maxlm.config.errors import UserError
+from maxlm.config.run import StepRange
+
+T = TypeVar("T")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as dicts, lists, strings, numbers and None."""
+    return _converter(type(config)).unstructure(config, unstructure_as=type(config))
+
+
+def from_dict(cls: type[T], values: dict[str, Any]) -> T:
+    """The config of class `cls` that `to_dict` wrote.
+
+    Raises:
+        UserError: a key is unknown or missing, or a value does not fit.
+    """
+    try:
+        return _converter(cls).structure(values, cls)
+    except cattrs.BaseValidationError as error:
+        reasons = "; ".join(cattrs.transform_error(error))
+        raise UserError(f"saved config does not fit this version of maxlm: {reasons}") from error
+
+
+def save(config: Any, path: Path) -> None:
+    """Write the config as indented JSON."""
+    path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def load(cls: type[T], path: Path) -> T:
+    """Read what `save` wrote.
+
+    Raises:
+        UserError: the file is missing, is not JSON, or does not fit `cls`.
+    """
+    try:
+        return from_dict(cls, json.loads(path.read_text()))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); is this a run folder?") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The config's leaves by dotted key, as on the command line. Enums appear as their values."""
+    leaves: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        _flatten_value(getattr(config, field.name), prefix + field.name, leaves)
+    return leaves
+
+
+def _flatten_value(value: Any, key: str, leaves: dict[str, Any]) -> None:
+    match value:
+        case StepRange():
+            leaves[key] = str(value)
+        case enum.Enum():
+            leaves[key] = value.value
+        case tuple() if any(dataclasses.is_dataclass(item) for item in value):
+            for i, item in enumerate(value):
+                _flatten_value(item, f"{key}.{i}", leaves)
+        case _ if dataclasses.is_dataclass(value):
+            leaves[key] = type(value).__name__
+            leaves.update(flatten(value, key + "."))
+        case _:
+            leaves[key] = value
+
+
+def _converter(cls: type) -> cattrs.Converter:
+    """A converter that refuses unknown keys and knows the unions below `cls`."""
+    converter = cattrs.Converter(forbid_extra_keys=True)
+    converter.register_unstructure_hook(StepRange, str)
+    converter.register_structure_hook(StepRange, lambda value, _: StepRange.parse([value]))
+    for union in _unions(cls, set()):
+        configure_tagged_union(union, converter, tag_name="kind")
+    return converter
+
+
+def _unions(annotation: Any, seen: set[Any]) -> list[Any]:
+    """Every union of two or more dataclasses that is reachable from `annotation`, the inner ones first."""
+    if annotation in seen:
+        return []
+    seen.add(annotation)
+    args = typing.get_args(annotation)
+    found = [union for arg in args for union in _unions(arg, seen)]
+    if isinstance(annotation, types.UnionType) and len([a for a in args if dataclasses.is_dataclass(a)]) > 1:
+        found.append(annotation)
+    if dataclasses.is_dataclass(annotation):
+        found += [union for hint in typing.get_type_hints(annotation).values() for union in _unions(hint, seen)]
+    return found
