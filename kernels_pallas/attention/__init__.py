@@ -1,0 +1,1 @@
+"""Softmax attention without the T x S score matrix in memory."""

@@ -1,0 +1,90 @@
+"""The state of training, and where each of its arrays lives."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from maxlm.config import ModelConfig
+from maxlm.models import init_parameters
+from maxlm.sharding import Layout, StatePart
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """Everything that a step changes."""
+
+    step: jax.Array
+    """int32: batches consumed."""
+    parameters: Any
+    """Nested dicts of float32 arrays."""
+    optimizer: Any
+    """optax state."""
+    skipped: jax.Array
+    """int32: steps skipped since the start because something was not finite."""
+    skipped_in_row: jax.Array
+    """int32: of these, the ones without a good step since."""
+
+
+def init_state(
+    model: ModelConfig, layout: Layout, optimizer: optax.GradientTransformation, key: jax.Array
+) -> TrainState:
+    """A new state; run it under jit with `state_shardings` so that no device ever holds all of it."""
+    parameters = init_parameters(model, layout, key)
+    zero = lambda: jnp.zeros((), jnp.int32)
+    return TrainState(
+        step=zero(),
+        parameters=parameters,
+        optimizer=optimizer.init(parameters),
+        skipped=zero(),
+        skipped_in_row=zero(),
+    )
+
+
+def state_shardings(
+    abstract: TrainState, dims: Any, layout: Layout, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """A TrainState of shardings for a TrainState of shapes.
+
+    Without them the compiler would put a whole copy of the optimizer's moments, which start as zeros and so depend on
+    no parameter, on every device.
+
+    Args:
+        abstract: from `jax.eval_shape` of `init_state`.
+        dims: names of every parameter's dims, in the parameters' tree.
+        layout: the mesh and its rules.
+        optimizer: the one that made abstract.optimizer.
+    """
+    everywhere = layout.sharding()
+
+    def of_moment(leaf: Any, parameter: Any, sharding: Any) -> Any:
+        # A leaf of another shape is one of Adafactor's factors: a row or a column, small enough to be everywhere.
+        return sharding if leaf.shape == parameter.shape else everywhere
+
+    moments = optax.tree_utils.tree_map_params(
+        optimizer,
+        of_moment,
+        abstract.optimizer,
+        abstract.parameters,
+        parameter_shardings(dims, layout, StatePart.OPTIMIZER),
+        transform_non_params=lambda _: everywhere,
+    )
+    return TrainState(
+        step=everywhere,
+        parameters=parameter_shardings(dims, layout, StatePart.PARAMETERS),
+        optimizer=moments,
+        skipped=everywhere,
+        skipped_in_row=everywhere,
+    )
+
+
+def parameter_shardings(dims: Any, layout: Layout, part: StatePart) -> Any:
+    """The sharding of every parameter (or gradient, or moment) from the names of its dims."""
+    return jax.tree.map(
+        lambda names: layout.sharding(layout.parameter(names, part)), dims, is_leaf=lambda leaf: isinstance(leaf, tuple)
+    )

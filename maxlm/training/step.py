@@ -1,0 +1,164 @@
+"""One optimizer step, as a pure function of state and batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from maxlm.config import RunConfig
+from maxlm.models import Decoder, abstract_decoder, parameter_dims
+from maxlm.sharding import Layout, StatePart
+from maxlm.training.losses import LossSums, cross_entropy_sums
+from maxlm.training.optimizers import make_optimizer
+from maxlm.training.schedules import learning_rate_schedule
+from maxlm.training.state import TrainState, init_state, parameter_shardings, state_shardings
+
+Batch = dict[str, jax.Array]
+"""inputs, targets, segment_ids, positions: int32 [B, T]; loss_mask: float32 [B, T]."""
+
+
+class StepMetrics(NamedTuple):
+    """Scalars of one step, on the device."""
+
+    loss: jax.Array
+    """Mean cross-entropy of the batch's tokens, nats."""
+    log_z_squared: jax.Array
+    """Mean of log(Z)^2."""
+    grad_norm: jax.Array
+    """Global L2 norm of the gradient before clipping."""
+    learning_rate: jax.Array
+    tokens: jax.Array
+    """Tokens that counted in the loss, float32."""
+    skipped: jax.Array
+    """Steps skipped since the start, this one included."""
+    skipped_in_row: jax.Array
+
+
+class Trainer(NamedTuple):
+    """The compiled programs of a run, and the shapes and shardings of its state."""
+
+    init: Callable[[], TrainState]
+    """A new state, each array born on the devices it belongs to."""
+    step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+    """One optimizer step; the old state's memory is reused, so do not touch it again."""
+    evaluate: Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
+    """Parameters and batch -> sum of the cross-entropy in nats, and number of tokens."""
+    state: TrainState
+    """Shapes and shardings of a state, as ShapeDtypeStruct."""
+    batch: jax.sharding.NamedSharding
+    """Where a batch's arrays belong."""
+
+
+def make_trainer(config: RunConfig, layout: Layout) -> Trainer:
+    """Everything compiled that training needs. Nothing is compiled before its first call."""
+    graph, _ = nnx.split(decoder := abstract_decoder(config.model, layout))
+    dims = parameter_dims(decoder)
+    learning_rate = learning_rate_schedule(
+        config.optimizer.schedule, config.optimizer.learning_rate, config.train.steps
+    )
+    optimizer = make_optimizer(config.optimizer, learning_rate, dims)
+
+    def init() -> TrainState:
+        return init_state(config.model, layout, optimizer, jax.random.key(config.train.seed))
+
+    abstract = jax.eval_shape(init)
+    shardings = state_shardings(abstract, dims, layout, optimizer)
+    gradient_shardings = parameter_shardings(dims, layout, StatePart.GRADIENTS)
+    batch_sharding = layout.sharding(layout.activation("batch", "seq"))
+
+    def loss_sums(parameters: Any, batch: Batch) -> LossSums:
+        model: Decoder = nnx.merge(graph, parameters)
+        hidden, _ = model(batch["inputs"], batch["positions"], batch["segment_ids"])
+        with jax.named_scope("loss"):
+            return cross_entropy_sums(
+                layout,
+                hidden,
+                model.output_table,
+                batch["targets"],
+                batch["loss_mask"],
+                z_loss=config.train.z_loss,
+                chunk=config.train.loss_chunk,
+            )
+
+    def gradient_sums(parameters: Any, batch: Batch) -> tuple[LossSums, Any]:
+        def objective(parameters: Any) -> tuple[jax.Array, LossSums]:
+            sums = loss_sums(parameters, batch)
+            return sums.objective, sums
+
+        gradients, sums = jax.grad(objective, has_aux=True)(parameters)
+        return sums, jax.lax.with_sharding_constraint(gradients, gradient_shardings)
+
+    def accumulate(parameters: Any, batch: Batch) -> tuple[LossSums, Any]:
+        """Sums over all micro-batches, one after the other."""
+        parts = config.train.micro_batches
+        if parts == 1:
+            return gradient_sums(parameters, batch)
+
+        def cut(x: jax.Array) -> jax.Array:
+            # Row r goes to micro-batch r % parts: each device keeps the rows it has.
+            x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+            return layout.constrain(x, None, "batch", "seq")
+
+        def add(total: Any, part: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, gradient_sums(parameters, part)), None
+
+        zero = jnp.zeros((), jnp.float32)
+        zeros = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, parameters), gradient_shardings)
+        return jax.lax.scan(add, (LossSums(zero, zero, zero), zeros), jax.tree.map(cut, batch))[0]
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        sums, gradients = accumulate(state.parameters, batch)
+        # One division by the tokens of the whole batch: every token weighs the same, whatever micro-batch or device
+        # it came on.
+        tokens = jnp.sum(batch["loss_mask"])
+        per_token = 1.0 / jnp.maximum(tokens, 1.0)
+        gradients = jax.tree.map(lambda g: g * per_token, gradients)
+        with jax.named_scope("optimizer"):
+            grad_norm = optax.tree.norm(gradients)
+            updates, new_optimizer = optimizer.update(gradients, state.optimizer, state.parameters)
+            new_parameters = optax.apply_updates(state.parameters, updates)
+        # A bad step leaves no trace but its count.
+        good = jnp.isfinite(sums.objective) & jnp.isfinite(grad_norm)
+        keep = lambda new, old: jnp.where(good, new, old)
+        new_state = TrainState(
+            step=state.step + 1,
+            parameters=jax.tree.map(keep, new_parameters, state.parameters),
+            optimizer=jax.tree.map(keep, new_optimizer, state.optimizer),
+            skipped=state.skipped + ~good,
+            skipped_in_row=jnp.where(good, 0, state.skipped_in_row + 1),
+        )
+        metrics = StepMetrics(
+            loss=sums.cross_entropy * per_token,
+            log_z_squared=sums.log_z_squared * per_token,
+            grad_norm=grad_norm,
+            learning_rate=jnp.asarray(learning_rate(_count(state)), jnp.float32),
+            tokens=tokens,
+            skipped=new_state.skipped,
+            skipped_in_row=new_state.skipped_in_row,
+        )
+        return new_state, metrics
+
+    def evaluate(parameters: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        return loss_sums(parameters, batch).cross_entropy, jnp.sum(batch["loss_mask"])
+
+    everywhere = layout.sharding()
+    return Trainer(
+        # It runs once, and is mostly random numbers: not worth the compiler's best effort.
+        init=jax.jit(init, out_shardings=shardings, compiler_options={"xla_backend_optimization_level": 1}),
+        step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere)),
+        evaluate=jax.jit(evaluate, out_shardings=everywhere),
+        state=jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+        ),
+        batch=batch_sharding,
+    )
+
+
+def _count(state: TrainState) -> jax.Array:
+    """Updates made so far: the count that the learning-rate schedule sees."""
+    return state.step - state.skipped
