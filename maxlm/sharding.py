@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from maxlm.config import MESH_AXES, ShardingConfig, Zero
+from maxlm.config import MESH_AXES, ShardingConfig, UserError, Zero
 
 Axes = tuple[str, ...]
 
@@ -98,7 +98,7 @@ def make_layout(config: ShardingConfig, devices: Sequence[jax.Device] | None = N
     the slow network between TPU slices or GPU hosts.
 
     Raises:
-        UserError: the axes' product is not the number of devices.
+        UserError: the axes' product is not the number of devices, or `slices` not the number of slices or hosts.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = config.sizes(len(devices))
@@ -107,6 +107,10 @@ def make_layout(config: ShardingConfig, devices: Sequence[jax.Device] | None = N
         within = [size // config.slices if axis == "data" else size for axis, size in sizes.items()]
         across = [config.slices if axis == "data" else 1 for axis in MESH_AXES]
         by_process = not hasattr(devices[0], "slice_index")
+        found = len({device.process_index if by_process else device.slice_index for device in devices})
+        if found != config.slices:
+            kind = "host" if by_process else "slice"
+            raise UserError(f"sharding.slices = {config.slices}, but the devices come in {found} {kind}(s); use {found}")
         grid = mesh_utils.create_hybrid_device_mesh(
             within, across, devices, process_is_granule=by_process, allow_split_physical_axes=True
         )

@@ -41,6 +41,7 @@ from maxlm.config.optimizer import (
     WsdSchedule,
 )
 from maxlm.config.run import CheckpointConfig, ObserveConfig, RunConfig, StepRange, TrainConfig
+from maxlm.config.sampling import SamplingConfig
 from maxlm.config.sharding import MESH_AXES, ShardingConfig, Zero, dp, fsdp, fsdp_tp, fsdp_tp_sp
 
 __all__ = [
@@ -73,6 +74,7 @@ __all__ = [
     "Remat",
     "RopeConfig",
     "RunConfig",
+    "SamplingConfig",
     "Schedule",
     "SentencePieceTokenizer",
     "ShardingConfig",

@@ -25,7 +25,7 @@ from maxlm.config.serialize import flatten
 
 T = TypeVar("T")
 
-_TYRO = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff, tyro.conf.EnumChoicesFromValues)
+_TYRO = (tyro.conf.AvoidSubcommands, tyro.conf.EnumChoicesFromValues)
 
 
 @dataclass(frozen=True)
@@ -65,18 +65,23 @@ def parse_run(argv: Sequence[str], *, prog: str, description: str) -> Command:
     return Command(config=config, file_config=file_config, print_config=options.print_config)
 
 
-def parse(cls: type[T], argv: Sequence[str], *, prog: str, description: str, default: T | None = None) -> T:
+def parse(
+    cls: type[T], argv: Sequence[str], *, prog: str, description: str, default: T | None = None, flags: bool = False
+) -> T:
     """An object of the dataclass `cls` from dotted options.
+
+    `flags`: a bool is switched on by its bare name (`--verify`), as small commands want; else it takes a value.
 
     Raises:
         UserError: an option is unknown, missing or of the wrong type.
     """
     kwargs: dict[str, Any] = {} if default is None else {"default": default}
+    config = (*_TYRO, tyro.conf.FlagCreatePairsOff if flags else tyro.conf.FlagConversionOff)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
             return tyro.cli(
-                cls, args=list(argv), prog=prog, description=description, config=_TYRO, use_underscores=True, **kwargs
+                cls, args=list(argv), prog=prog, description=description, config=config, use_underscores=True, **kwargs
             )
     except SystemExit as stop:
         if stop.code == 0:  # --help has been printed

@@ -54,24 +54,11 @@ class Trainer(NamedTuple):
     """Where a batch's arrays belong."""
 
 
-def make_trainer(config: RunConfig, layout: Layout) -> Trainer:
-    """Everything compiled that training needs. Nothing is compiled before its first call."""
-    graph, _ = nnx.split(decoder := abstract_decoder(config.model, layout))
-    dims = parameter_dims(decoder)
-    learning_rate = learning_rate_schedule(
-        config.optimizer.schedule, config.optimizer.learning_rate, config.train.steps
-    )
-    optimizer = make_optimizer(config.optimizer, learning_rate, dims)
+def loss_function(config: RunConfig, layout: Layout) -> Callable[[Any, Batch], LossSums]:
+    """The loss of next-token prediction: parameters and batch -> sums over the batch's tokens."""
+    graph, _ = nnx.split(abstract_decoder(config.model, layout))
 
-    def init() -> TrainState:
-        return init_state(config.model, layout, optimizer, jax.random.key(config.train.seed))
-
-    abstract = jax.eval_shape(init)
-    shardings = state_shardings(abstract, dims, layout, optimizer)
-    gradient_shardings = parameter_shardings(dims, layout, StatePart.GRADIENTS)
-    batch_sharding = layout.sharding(layout.activation("batch", "seq"))
-
-    def loss_sums(parameters: Any, batch: Batch) -> LossSums:
+    def loss(parameters: Any, batch: Batch) -> LossSums:
         model: Decoder = nnx.merge(graph, parameters)
         hidden, _ = model(batch["inputs"], batch["positions"], batch["segment_ids"])
         with jax.named_scope("loss"):
@@ -85,34 +72,59 @@ def make_trainer(config: RunConfig, layout: Layout) -> Trainer:
                 chunk=config.train.loss_chunk,
             )
 
-    def gradient_sums(parameters: Any, batch: Batch) -> tuple[LossSums, Any]:
+    return loss
+
+
+def gradient_function(
+    config: RunConfig, layout: Layout, loss: Callable[[Any, Batch], LossSums]
+) -> Callable[[Any, Batch], tuple[LossSums, Any]]:
+    """Parameters and batch -> the loss's sums and the gradient of their objective, summed over micro-batches."""
+    dims = parameter_dims(abstract_decoder(config.model, layout))
+    shardings = parameter_shardings(dims, layout, StatePart.GRADIENTS)
+
+    def of_part(parameters: Any, batch: Batch) -> tuple[LossSums, Any]:
         def objective(parameters: Any) -> tuple[jax.Array, LossSums]:
-            sums = loss_sums(parameters, batch)
+            sums = loss(parameters, batch)
             return sums.objective, sums
 
         gradients, sums = jax.grad(objective, has_aux=True)(parameters)
-        return sums, jax.lax.with_sharding_constraint(gradients, gradient_shardings)
+        return sums, jax.lax.with_sharding_constraint(gradients, shardings)
+
+    parts = config.train.micro_batches
+    if parts == 1:
+        return of_part
+
+    def cut(x: jax.Array) -> jax.Array:
+        # Row r goes to micro-batch r % parts: each device keeps the rows it has.
+        x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+        return layout.constrain(x, None, "batch", "seq")
 
     def accumulate(parameters: Any, batch: Batch) -> tuple[LossSums, Any]:
-        """Sums over all micro-batches, one after the other."""
-        parts = config.train.micro_batches
-        if parts == 1:
-            return gradient_sums(parameters, batch)
-
-        def cut(x: jax.Array) -> jax.Array:
-            # Row r goes to micro-batch r % parts: each device keeps the rows it has.
-            x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-            return layout.constrain(x, None, "batch", "seq")
-
         def add(total: Any, part: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradient_sums(parameters, part)), None
+            return jax.tree.map(jnp.add, total, of_part(parameters, part)), None
 
         zero = jnp.zeros((), jnp.float32)
-        zeros = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, parameters), gradient_shardings)
+        zeros = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, parameters), shardings)
         return jax.lax.scan(add, (LossSums(zero, zero, zero), zeros), jax.tree.map(cut, batch))[0]
 
+    return accumulate
+
+
+def make_trainer(config: RunConfig, layout: Layout) -> Trainer:
+    """Everything compiled that training needs. Nothing is compiled before its first call."""
+    dims = parameter_dims(abstract_decoder(config.model, layout))
+    learning_rate = learning_rate_schedule(
+        config.optimizer.schedule, config.optimizer.learning_rate, config.train.steps
+    )
+    optimizer = make_optimizer(config.optimizer, learning_rate, dims)
+    loss = loss_function(config, layout)
+    gradient = gradient_function(config, layout, loss)
+
+    def init() -> TrainState:
+        return init_state(config.model, layout, optimizer, jax.random.key(config.train.seed))
+
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        sums, gradients = accumulate(state.parameters, batch)
+        sums, gradients = gradient(state.parameters, batch)
         # One division by the tokens of the whole batch: every token weighs the same, whatever micro-batch or device
         # it came on.
         tokens = jnp.sum(batch["loss_mask"])
@@ -144,8 +156,10 @@ def make_trainer(config: RunConfig, layout: Layout) -> Trainer:
         return new_state, metrics
 
     def evaluate(parameters: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return loss_sums(parameters, batch).cross_entropy, jnp.sum(batch["loss_mask"])
+        return loss(parameters, batch).cross_entropy, jnp.sum(batch["loss_mask"])
 
+    abstract = jax.eval_shape(init)
+    shardings = state_shardings(abstract, dims, layout, optimizer)
     everywhere = layout.sharding()
     return Trainer(
         # It runs once, and is mostly random numbers: not worth the compiler's best effort.
@@ -155,7 +169,7 @@ def make_trainer(config: RunConfig, layout: Layout) -> Trainer:
         state=jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
         ),
-        batch=batch_sharding,
+        batch=layout.sharding(layout.activation("batch", "seq")),
     )
 
 

@@ -1,0 +1,310 @@
+"""Save the state of a run as it trains, and restore the newest state that is intact."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from maxlm.checkpoint import manifest, steps
+from maxlm.checkpoint.store import Json, Record, Store, Tree, describe, first_difference, named_leaves
+from maxlm.config.errors import UserError
+from maxlm.config.run import CheckpointConfig
+
+_LOG = logging.getLogger("maxlm.checkpoint")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restored:
+    """What a step held."""
+
+    step: int
+    params: Tree
+    optimizer: Tree | None
+    """None if only parameters were asked for."""
+    meta: dict[str, Json]
+
+
+class Checkpointer:
+    """The checkpoints of one run, in `folder` (usually `run_dir/checkpoints`), one folder a step.
+
+    With several processes, each must make the same calls in the same order, on a shared file system. Process 0 alone
+    writes manifests, deletes, and decides which step is restored; the others follow it.
+
+    Creating one touches nothing on disk, so inference may read a folder that training writes.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        *,
+        warn: Callable[[str], None] = _LOG.warning,
+    ) -> None:
+        """`warn` gets one line for each refused step, each leftover removed, and a start without a finished step.
+
+        Raises:
+            UserError: `folder` is a URL.
+        """
+        if re.match(r"[a-z0-9]+:/", str(folder)):
+            raise UserError(
+                f"{folder}: checkpoints need a folder, not a URL; mount the bucket and name the mount point"
+            )
+        self._folder = folder.absolute()
+        self._config = config
+        self._warn = warn
+        self._store = Store()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: tuple[int, Future[None]] | None = None
+        self._current: int | None = None  # the newest step that this run wrote or continued from
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def save(self, step: int, *, params: Tree, optimizer: Tree, meta: dict[str, Json]) -> None:
+        """Write a step in the background; returns once the arrays are copied to the host, so they may be donated.
+
+        Leaves must be jax arrays that span all devices (scalars too, with several processes). Waits first for an
+        earlier save. Does nothing if this run just wrote or restored `step`. Finished steps newer than the one this run
+        continued from (refused as damaged, or left behind by going back) are set aside, not deleted.
+
+        Raises:
+            UserError: this save could not begin, or the one before it failed.
+        """
+        self.wait()
+        if step == self._current:
+            return
+        path = self._folder / str(step)
+        try:
+            if jax.process_index() == 0:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                self._clear_the_way(step)
+            self._store.begin(path, {"params": params, "optimizer": optimizer}, meta)
+        except (TypeError, UserError):
+            raise
+        except Exception as error:
+            raise self._failed(step, error) from error
+        self._pending = step, self._thread.submit(self._finish, step)
+
+    def check(self) -> None:
+        """Raise what has gone wrong in the background, if anything; never waits. Call it every few steps.
+
+        Raises:
+            UserError: the last save failed (for example: disk full). Said once; the next save tries anew.
+        """
+        if self._pending is not None and self._pending[1].done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Block until the last save is finished, manifest included.
+
+        Raises:
+            UserError: it failed.
+        """
+        if self._pending is None:
+            return
+        (step, future), self._pending = self._pending, None
+        try:
+            future.result()
+        except Exception as error:
+            raise self._failed(step, error) from error
+        self._current = step
+
+    def close(self) -> None:
+        """`wait`, then release the threads. A run must call it, or use the object in a `with` block."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._store.close()
+
+    def steps(self) -> list[int]:
+        """Finished steps in rising order, as this process sees the folder now."""
+        return steps.finished(self._folder)
+
+    def restore_latest(self, *, params: Tree, optimizer: Tree) -> Restored | None:
+        """Restore the newest step that is intact, in the shardings of the given trees of `jax.ShapeDtypeStruct`.
+
+        The mesh and the number of devices may differ from those that wrote it. Each damaged step is refused with a
+        warning. None: there is no finished step, so the run starts from the beginning.
+
+        Raises:
+            UserError: there are finished steps and none is intact; or the step holds other arrays than asked for.
+        """
+        self.wait()
+        step = self._agree(self._newest_intact)
+        if step is None:
+            return None
+        restored = self._restore(step, {"params": params, "optimizer": optimizer})
+        self._current = step
+        return restored
+
+    def restore_params(self, step: int | None, params: Tree) -> Restored:
+        """Restore only the parameters of `step`, or of the newest intact step if None; `optimizer` is None.
+
+        Raises:
+            UserError: there is no such step, it is damaged, or it holds other parameters than asked for.
+        """
+        self.wait()
+
+        def choose() -> int:
+            chosen = self._newest_intact(skip=("optimizer",)) if step is None else self._intact(step, ("optimizer",))
+            if chosen is None:
+                raise UserError(f"{self._folder}: no finished checkpoint; is this the folder of a run that has saved?")
+            return chosen
+
+        chosen = self._agree(choose)
+        assert chosen is not None
+        return self._restore(chosen, {"params": params})
+
+    def read_meta(self, step: int) -> dict[str, Json]:
+        """What `save` got as `meta`.
+
+        Raises:
+            UserError: there is no such step, or it is damaged.
+        """
+        self.wait()
+        self._agree(lambda: self._intact(step, ("params", "optimizer")))
+        return self._record(step).meta
+
+    def _finish(self, step: int) -> None:
+        """In the background: wait for Orbax, seal the step with its manifest, then delete what the keep rule drops."""
+        self._store.wait()
+        if jax.process_index() != 0:
+            return
+        rule = {"keep_last": self._config.keep_last, "keep_every": self._config.keep_every}
+        manifest.write(self._folder / str(step), step=step, **rule)
+        finished = steps.finished(self._folder)
+        kept = steps.kept(finished, **rule)
+        for old in finished:
+            if old not in kept:
+                steps.remove(self._folder / str(old))
+
+    def _clear_the_way(self, step: int) -> None:
+        """Remove what killed runs left, and set aside finished steps that are not of this run's past.
+
+        Those would be restored in place of the new step, or take the place of a good one in the keep rule.
+        """
+        for path in steps.unfinished(self._folder):
+            self._warn(f"{path}: unfinished checkpoint of a run that was stopped; removed")
+            steps.remove(path)
+        past = step - 1 if self._current is None else min(self._current, step - 1)
+        for other in steps.finished(self._folder):
+            if other > past:
+                place = steps.move_aside(self._folder, other)
+                self._warn(
+                    f"{place}: checkpoint {other}, which this run did not continue from, was moved here before saving "
+                    f"step {step}; delete it once you no longer want it"
+                )
+
+    def _newest_intact(self, skip: tuple[str, ...] = ()) -> int | None:
+        finished = steps.finished(self._folder)
+        for step in reversed(finished):
+            problems = self._problems(step, skip)
+            if not problems:
+                return step
+            more = f" (and {len(problems) - 1} more files)" if len(problems) > 1 else ""
+            self._warn(f"{self._folder / str(step)}: checkpoint refused: {problems[0]}{more}; trying the one before")
+        if finished:
+            raise UserError(
+                f"{self._folder}: checkpoints {finished} are all damaged; mend or restore one from a copy "
+                "(python -m maxlm.inspect RUN_DIR --verify lists the files), or set another run_dir to start anew"
+            )
+        if leftovers := [p.name for p in (*steps.unfinished(self._folder), *steps.set_aside(self._folder))]:
+            self._warn(f"{self._folder}: no finished checkpoint, only {', '.join(leftovers)}; starting from step 0")
+        return None
+
+    def _intact(self, step: int, skip: tuple[str, ...]) -> int:
+        finished = steps.finished(self._folder)
+        if step not in finished:
+            raise UserError(f"{self._folder}: no finished checkpoint of step {step}; there are {finished or 'none'}")
+        if problems := self._problems(step, skip):
+            raise UserError(
+                f"{self._folder / str(step)}: checkpoint is damaged: {problems[0]}; use another of {finished}"
+            )
+        return step
+
+    def _problems(self, step: int, skip: tuple[str, ...]) -> list[manifest.Problem]:
+        return manifest.verify(self._folder / str(step), step, checksums=self._config.verify, skip=skip)
+
+    def _agree(self, choose: Callable[[], int | None]) -> int | None:
+        """What process 0 chooses, on every process; if it fails there, all fail."""
+        if jax.process_count() == 1:
+            return choose()
+        none, failed = -1, -2
+        choice, error = failed, None
+        if jax.process_index() == 0:
+            try:
+                chosen = choose()
+                choice = none if chosen is None else chosen
+            except Exception as caught:  # told to the others first, or they would wait for ever
+                error = caught
+        choice = int(multihost_utils.broadcast_one_to_all(np.int32(choice)))
+        if error is not None:
+            raise error
+        if choice == failed:
+            raise UserError(f"{self._folder}: process 0 found no checkpoint that can be used; its message says why")
+        return None if choice == none else choice
+
+    def _restore(self, step: int, items: dict[str, Tree]) -> Restored:
+        record = self._record(step)
+        for item, tree in items.items():
+            wanted = {name: describe(leaf) for name, leaf in named_leaves(tree).items()}
+            if difference := first_difference(item, record.items[item], wanted):
+                raise UserError(
+                    f"{self._folder / str(step)}: {difference}; use the config that wrote it (model and optimizer), or "
+                    "another run_dir"
+                )
+        trees = self._read(step, lambda path: self._store.arrays(path, items))
+        return Restored(step=step, params=trees["params"], optimizer=trees.get("optimizer"), meta=record.meta)
+
+    def _record(self, step: int) -> Record:
+        return self._read(step, self._store.record)
+
+    def _read(self, step: int, read: Callable[[Path], Any]) -> Any:
+        path = self._folder / str(step)
+        try:
+            return read(path)
+        except UserError:
+            raise
+        except Exception as error:
+            if self._config.verify:  # checksums are right, so this is not damage: show it as it is
+                raise
+            raise UserError(
+                f"{path}: cannot be read ({_reason(error)}); checkpoint.verify = False let a damaged step through, set "
+                "it to True to use the one before"
+            ) from error
+
+    def _failed(self, step: int, error: Exception) -> UserError:
+        try:
+            safe = steps.finished(self._folder)
+        except OSError:
+            safe = []
+        kept = f"step {safe[-1]} is the last finished one and can be restored" if safe else "no step is finished yet"
+        return UserError(
+            f"{self._folder / str(step)}: checkpoint could not be written ({_reason(error)}); {kept}; mend the "
+            "cause (free space, or set another run_dir) and run the same command again"
+        )
+
+
+def _reason(error: Exception) -> str:
+    """One line that names the cause, which libraries put anywhere in long messages."""
+    text = " ".join(str(error).split())
+    for cause in ("No space left on device", "Disk quota exceeded", "File too large", "Read-only file system"):
+        if cause in text:
+            return cause
+    return f"{type(error).__name__}: {text[:200]}"

@@ -1,0 +1,142 @@
+"""Arrays and JSON in the folder of one step. The only file that speaks to Orbax.
+
+A step holds two items of arrays, `params` and `optimizer`, and one of JSON. Trees are stored flat, as
+`{"layers/q_proj": array}`: names do not depend on the classes of the tree (optax's NamedTuples, nnx states), and the
+arrays can be read without them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.tree_util import keystr, tree_flatten_with_path, tree_structure, tree_unflatten
+
+from maxlm.config.errors import UserError
+
+_ABSL = logging.getLogger("absl")
+_ABSL.setLevel(logging.WARNING)  # Orbax reports every stage of every save at INFO
+# A failed save is logged with a traceback by each thread it passes through, hundreds of lines, and then raised by
+# `wait`; those copies are dropped, other warnings and errors are not.
+_ABSL.addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+
+Tree = Any
+"""Any pytree whose leaves are jax arrays, or jax.ShapeDtypeStructs with a sharding."""
+Json = Any
+"""None, bool, int, float, str, and lists and string-keyed dicts of these."""
+Leaf = tuple[str, tuple[int, ...]]
+"""dtype and shape."""
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """The JSON of a step."""
+
+    items: dict[str, dict[str, Leaf]]
+    """dtype and shape of every array, by item and name."""
+    meta: dict[str, Json]
+    """What the caller gave to `begin`."""
+
+
+class Store:
+    """Asynchronous writing and reading of steps; every process of a run must make the same calls."""
+
+    def __init__(self) -> None:
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+
+    def begin(self, path: Path, items: Mapping[str, Tree], meta: dict[str, Json]) -> None:
+        """Start to write the step `path`; returns when the arrays have been copied and may be donated or changed."""
+        named = {item: named_leaves(tree) for item, tree in items.items()}
+        for item, leaves in named.items():
+            for name, leaf in leaves.items():
+                if not isinstance(leaf, jax.Array):
+                    raise TypeError(f"{item} leaf {name} is a {type(leaf).__name__}; only jax arrays can be saved")
+        described = {item: {n: describe(leaf) for n, leaf in leaves.items()} for item, leaves in named.items()}
+        body = {"format": _FORMAT, "items": described, "meta": meta}
+        arrays = {item: ocp.args.PyTreeSave(leaves) for item, leaves in named.items() if leaves}  # Orbax refuses {}
+        self._orbax.save(path, args=ocp.args.Composite(meta=ocp.args.JsonSave(body), **arrays))
+
+    def wait(self) -> None:
+        """Block until the step that was begun has its final name. Raises what went wrong in the background."""
+        self._orbax.wait_until_finished()
+
+    def close(self) -> None:
+        self._orbax.close()
+
+    def record(self, path: Path) -> Record:
+        """The JSON of a step.
+
+        Raises:
+            UserError: another version of maxlm wrote it in a format that this one does not read.
+        """
+        body = self._orbax.restore(path, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        if body.get("format") != _FORMAT:
+            raise UserError(f"{path}: has format {body.get('format')!r}, this version of maxlm reads {_FORMAT}")
+        items = {
+            item: {name: (dtype, tuple(shape)) for name, (dtype, shape) in leaves.items()}
+            for item, leaves in body["items"].items()
+        }
+        return Record(items=items, meta=body["meta"])
+
+    def arrays(self, path: Path, items: Mapping[str, Tree]) -> dict[str, Tree]:
+        """Read whole items in the shardings of the given trees of ShapeDtypeStructs."""
+        args, structures = {}, {}
+        for item, tree in items.items():
+            leaves, structures[item] = named_leaves(tree), tree_structure(tree)
+            for name, leaf in leaves.items():
+                if leaf.sharding is None:  # Orbax would put it where the run that wrote it had it
+                    raise TypeError(f"{item} leaf {name} has no sharding; say where to restore it")
+            if leaves:
+                shardings = ocp.checkpoint_utils.construct_restore_args(leaves)
+                args[item] = ocp.args.PyTreeRestore(leaves, restore_args=shardings)
+        found = self._orbax.restore(path, args=ocp.args.Composite(**args)) if args else {}
+        trees = {}
+        for item, tree in items.items():
+            trees[item] = tree_unflatten(structures[item], [found[item][name] for name in named_leaves(tree)])
+        return trees
+
+    def numpy(self, path: Path, item: str, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """Read some arrays of an item into host memory, without devices or shardings."""
+        wanted = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
+        args = ocp.args.PyTreeRestore(dict.fromkeys(wanted, 0), restore_args=wanted, partial_restore=True)
+        return self._orbax.restore(path, args=ocp.args.Composite(**{item: args}))[item]
+
+
+def named_leaves(tree: Tree) -> dict[str, Any]:
+    """The leaves by path, in tree order: `{"layers/q_proj": leaf}`; a tree that is one leaf has the name `value`."""
+    pairs = tree_flatten_with_path(tree)[0]
+    named = {keystr(path, simple=True, separator="/") or "value": leaf for path, leaf in pairs}
+    if len(named) != len(pairs):
+        raise ValueError("two leaves of the tree have the same path; rename one")
+    return named
+
+
+def describe(leaf: Any) -> Leaf:
+    """dtype and shape of an array or ShapeDtypeStruct."""
+    return str(leaf.dtype), tuple(leaf.shape)
+
+
+def first_difference(item: str, stored: Mapping[str, Leaf], wanted: Mapping[str, Leaf]) -> str | None:
+    """The first leaf, in the order of `wanted`, that the two disagree about, as half a sentence; None if they agree."""
+    for name, leaf in wanted.items():
+        if name not in stored:
+            return f"{item} leaf {name} {_show(leaf)} is missing in the checkpoint"
+        if stored[name] != leaf:
+            return f"{item} leaf {name} is {_show(stored[name])} in the checkpoint and {_show(leaf)} in this run"
+    for name, leaf in stored.items():
+        if name not in wanted:
+            return f"{item} leaf {name} {_show(leaf)} of the checkpoint is unknown to this run"
+    return None
+
+
+def _show(leaf: Leaf) -> str:
+    dtype, shape = leaf
+    return f"{dtype}[{', '.join(map(str, shape))}]"

@@ -1,0 +1,146 @@
+"""Reading documents in blocks and dealing them to the splits, so that a killed run continues where it was."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from maxlm.config import PrepareConfig, UserError
+from maxlm.data.shards import ShardInfo, Split, token_dtype
+from maxlm.data.sources import Unreadable, describe, iterate_documents
+from maxlm.data.tokenizers import Tokenizer
+from maxlm.data.workers import Block, Tokenised, tokenise
+from maxlm.data.writer import SplitWriter, Written
+
+_BLOCK_BYTES = 1 << 20
+_BLOCK_DOCUMENTS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """Where a killed run is taken up: after so many documents, with the shards cut back to what is recorded here."""
+
+    documents: int = 0
+    digest: str = ""
+    """Of all text up to there, to notice an input that has changed since."""
+    reserve: int | None = None
+    """Number of the document that is held back, see `Splitter`."""
+    train: Written = Written()
+    validation: Written = Written()
+
+
+class Reader:
+    """The documents as blocks, from where an earlier run left off.
+
+    What that run has written is read again, though not tokenised again: that costs little, and shows whether the
+    input is still the same.
+    """
+
+    def __init__(
+        self, config: PrepareConfig, unreadable: Unreadable, state: State, take_back: Callable[[int, bytes], None]
+    ) -> None:
+        self._config, self._unreadable, self._state, self._take_back = config, unreadable, state, take_back
+        self.digest = hashlib.sha256()
+        self.empty = 0
+
+    def blocks(self) -> Iterator[Block]:
+        number, texts, size = 0, list[bytes](), 0
+        for document in iterate_documents(self._config.documents, self._unreadable):
+            text = document.text.encode()
+            if not text:
+                self.empty += 1
+                continue
+            self.digest.update(len(text).to_bytes(8, "little"))
+            self.digest.update(text)
+            number += 1
+            if number <= self._state.documents:
+                if number - 1 == self._state.reserve:
+                    self._take_back(number - 1, text)
+                if number == self._state.documents:
+                    self._check_unchanged()
+                continue
+            texts.append(text)
+            size += len(text)
+            if size >= _BLOCK_BYTES or len(texts) >= _BLOCK_DOCUMENTS:
+                yield Block(number - len(texts), texts, self.digest.hexdigest())
+                texts, size = [], 0
+        if number < self._state.documents:
+            self._check_unchanged()
+        if texts:
+            yield Block(number - len(texts), texts, self.digest.hexdigest())
+
+    def _check_unchanged(self) -> None:
+        if self.digest.hexdigest() != self._state.digest:
+            raise UserError(
+                f"{describe(self._config.documents)}: has changed since this folder was begun, within the first "
+                f"{self._state.documents} documents; delete the folder to begin again"
+            )
+
+
+class Splitter:
+    """Deals documents to the two splits.
+
+    While validation is empty, the document with the smallest hash so far is held back, so that at the end there is
+    one to hold out; a smaller one, or a document that belongs there, sends it to train.
+    """
+
+    def __init__(self, config: PrepareConfig, out: Path, tokenizer: Tokenizer, state: State) -> None:
+        dtype = token_dtype(tokenizer.vocab_size)
+        self._tokenizer = tokenizer
+        self._bound = int(config.validation_fraction * 2**64)
+        self._train = SplitWriter(out, Split.TRAIN, config.shard_tokens, dtype, state.train)
+        self._validation = SplitWriter(out, Split.VALIDATION, config.shard_tokens, dtype, state.validation)
+        self._reserve: tuple[int, Tokenised] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens written so far."""
+        return self._train.total_tokens + self._validation.total_tokens
+
+    def add(self, first: int, documents: Tokenised) -> None:
+        """Write documents, of which `first` is the number of the first one."""
+        held_out = documents.hashes < np.uint64(self._bound)
+        trained_on = ~held_out
+        if self._bound and not self._validation.total_tokens:
+            smallest = int(documents.hashes.argmin())
+            if held_out[smallest]:
+                self._release(self._train)
+            elif self._reserve is None or documents.hashes[smallest] < self._reserve[1].hashes[0]:
+                self._release(self._train)
+                trained_on[smallest] = False
+                self._reserve = first + smallest, documents.where(np.arange(len(trained_on)) == smallest)
+        self._train.append(documents.where(trained_on))
+        self._validation.append(documents.where(held_out))
+
+    def take_back_reserve(self, number: int, text: bytes) -> None:
+        """Hold back again the document that an earlier run held back."""
+        self._reserve = number, tokenise(self._tokenizer, [text])
+
+    def state(self, documents: int, digest: str) -> State:
+        """Bring everything to the disk and say where to continue after so many documents."""
+        return State(
+            documents=documents,
+            digest=digest,
+            reserve=None if self._reserve is None else self._reserve[0],
+            train=self._train.sync(),
+            validation=self._validation.sync(),
+        )
+
+    def finish(self) -> tuple[tuple[ShardInfo, ...], tuple[ShardInfo, ...]]:
+        """Close all files; the shards of train and of validation."""
+        self._release(self._validation if self._train.total_tokens else self._train)
+        return self._train.finish(), self._validation.finish()
+
+    def close(self) -> None:
+        """Let go of the files, whatever state they are in."""
+        self._train.close()
+        self._validation.close()
+
+    def _release(self, writer: SplitWriter) -> None:
+        if self._reserve is not None:
+            writer.append(self._reserve[1])
+            self._reserve = None

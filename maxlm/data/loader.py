@@ -1,0 +1,199 @@
+"""Batches by number: batch i is a function of the prepared data, the mixture, the seed, the sizes and i alone."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from maxlm.config import DataConfig, UserError
+from maxlm.data.packing import Batch, Windows, pack
+from maxlm.data.shards import FORMAT_VERSION, Prepared, Split, open_prepared
+
+_PREFETCH = 2
+_PROBED_ELEMENTS = 64
+
+
+class Batches:
+    """Batches of one split, by number. Made by `open_batches`.
+
+    The training order: each data set is shuffled anew for every epoch and has its own epochs; the data sets alternate
+    in proportion to their weights, which Grain rounds down to hundredths of the smallest. The validation order: the
+    same mixture, unshuffled, until the first data set is used up.
+    """
+
+    def __init__(
+        self,
+        opened: Sequence[Prepared],
+        weights: Sequence[float],
+        seed: int,
+        batch_size: int,
+        seq_len: int,
+        split: Split,
+    ) -> None:
+        self.batch_size, self.seq_len, self.split = batch_size, seq_len, split
+        self.tokenizer = opened[0].tokenizer
+        self._windows = [Windows(data.stream(split), seq_len) for data in opened]
+        for data, windows in zip(opened, self._windows, strict=True):
+            if not len(windows):
+                raise _too_small(data, split, len(windows), seq_len, batch_size)
+        self._firsts = np.cumsum([0] + [len(windows) for windows in self._windows])
+        self._order = self._make_order(weights, seed)
+        self.n_batches: int | None = None
+        """None: without end."""
+        if split is Split.VALIDATION:
+            self.n_batches = len(self._order) // batch_size
+            if not self.n_batches:
+                raise _too_small(opened[0], split, len(self._order), seq_len, batch_size)
+        self.tokens = sum(data.info.tokens(split) for data in opened)
+        """Tokens in the split, with bos and eos, over all data sets."""
+        self.bytes_per_token = sum(
+            weight / sum(weights) * data.info.text_bytes(split) / (data.info.tokens(split) - data.info.documents(split))
+            for data, weight in zip(opened, weights, strict=True)
+        )
+        """UTF-8 bytes of text for each predicted token (a document's first token is never predicted), in the mixture.
+        A loss of l nats a token is l / log(2) / bytes_per_token bits a byte."""
+        self.fingerprint = self._fingerprint(opened, weights, seed)
+        """SHA-256 in hex of all that decides the order and contents of the batches; where the folders lie does not."""
+
+    def rows(self, step: int, rows: slice | Sequence[int]) -> Batch:
+        """Some rows of batch number `step`: arrays `[len(rows), seq_len]`, see `maxlm.data.packing.pack`.
+
+        Raises:
+            IndexError: `step` or a row lies outside.
+        """
+        if step < 0 or (self.n_batches is not None and step >= self.n_batches):
+            raise IndexError(f"batch {step} of {self.n_batches}")
+        wanted = range(self.batch_size)[rows] if isinstance(rows, slice) else rows
+        if any(not 0 <= row < self.batch_size for row in wanted):
+            raise IndexError(f"rows {list(wanted)} of a batch of {self.batch_size}")
+        elements = np.array([self._order[step * self.batch_size + row] for row in wanted], np.int64)
+        sources = np.searchsorted(self._firsts, elements, side="right") - 1
+        tokens = np.empty((len(elements), self.seq_len + 1), np.int32)
+        begins = np.zeros(tokens.shape, np.bool_)
+        for row, (source, number) in enumerate(zip(sources, elements - self._firsts[sources], strict=True)):
+            self._windows[source].fill(int(number), tokens[row], begins[row])
+        return pack(tokens, begins)
+
+    def _make_order(self, weights: Sequence[float], seed: int) -> grain.MapDataset[int]:
+        """The numbers of windows, counted through all data sets, in the order in which they are read."""
+        ranges = [
+            grain.MapDataset.range(int(first), int(end))
+            for first, end in zip(self._firsts[:-1], self._firsts[1:], strict=True)
+        ]
+        if self.split is Split.TRAIN:
+            ranges = [one.seed(_seed_of(seed, i)).shuffle().repeat() for i, one in enumerate(ranges)]
+        return grain.MapDataset.mix(ranges, weights) if len(ranges) > 1 else ranges[0]
+
+    def _fingerprint(self, opened: Sequence[Prepared], weights: Sequence[float], seed: int) -> str:
+        decides = {
+            "format": FORMAT_VERSION,
+            "split": self.split.value,
+            "batch_size": self.batch_size,
+            "seq_len": self.seq_len,
+            "seed": seed,
+            "weights": list(weights) if len(weights) > 1 else [],
+            "tokenizer": self.tokenizer.fingerprint,
+            "shards": [
+                [(shard.tokens_sha256, shard.offsets_sha256) for shard in data.info.shards(self.split)]
+                for data in opened
+            ],
+            # Should a version of Grain ever shuffle in another way, this tells.
+            "order": [self._order[i] for i in range(min(_PROBED_ELEMENTS, len(self._order)))],
+        }
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def open_batches(config: DataConfig, *, batch_size: int, seq_len: int, split: Split) -> Batches:
+    """Open the prepared folders of `config` for batches of `batch_size` windows of `seq_len` tokens.
+
+    Validation leaves out the data sets that were prepared with `validation_fraction = 0`.
+
+    Raises:
+        UserError: a folder is not finished or damaged, the data sets' tokenizers differ, a split has fewer tokens than
+            a window, or validation has fewer windows than a batch.
+    """
+    opened = [open_prepared(Path(dataset.path), verify=config.verify) for dataset in config.datasets]
+    first = opened[0]
+    for other in opened[1:]:
+        if other.tokenizer.fingerprint != first.tokenizer.fingerprint:
+            raise UserError(
+                f"{other.folder}: its tokenizer ({other.tokenizer.fingerprint[:12]}...) is not that of {first.folder} "
+                f"({first.tokenizer.fingerprint[:12]}...); prepare both with the same tokenizer"
+            )
+    chosen = list(zip(opened, [dataset.weight for dataset in config.datasets], strict=True))
+    if split is Split.VALIDATION:
+        chosen = [pair for pair in chosen if pair[0].info.prepare.validation_fraction] or chosen[:1]
+    return Batches(
+        [data for data, _ in chosen], [weight for _, weight in chosen], config.seed, batch_size, seq_len, split
+    )
+
+
+def global_batches(
+    batches: Batches, sharding: jax.sharding.NamedSharding, first_step: int
+) -> Iterator[dict[str, jax.Array]]:
+    """Batches from number `first_step` on as global arrays `[batch_size, seq_len]` with the given sharding.
+
+    A thread makes two batches ahead. Each process reads only the rows that its devices hold, so the order of tokens
+    does not depend on how many processes there are. Close the generator to stop the thread; what fails in the thread
+    is raised here.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread, contextlib.ExitStack() as stack:
+        ahead: deque[Future[dict[str, jax.Array]]] = deque()
+        stack.callback(lambda: [future.cancel() for future in ahead])
+        step = first_step
+        while True:
+            while len(ahead) <= _PREFETCH and (batches.n_batches is None or step < batches.n_batches):
+                ahead.append(thread.submit(_global_batch, batches, sharding, step))
+                step += 1
+            if not ahead:
+                return
+            yield ahead.popleft().result()
+
+
+def _global_batch(batches: Batches, sharding: jax.sharding.NamedSharding, step: int) -> dict[str, jax.Array]:
+    shape = (batches.batch_size, batches.seq_len)
+    held = sharding.addressable_devices_indices_map(shape).values()
+    rows = sorted({row for index in held if index for row in range(batches.batch_size)[index[0]]})
+    place = np.zeros(batches.batch_size, np.int64)
+    place[rows] = np.arange(len(rows))
+
+    def make(values: npt.NDArray[Any]) -> jax.Array:
+        def part(index: tuple[slice, ...] | None) -> npt.NDArray[Any]:
+            assert index is not None, "only devices of this process are asked for"
+            return values[place[index[0]]][:, index[1]]
+
+        return jax.make_array_from_callback(shape, sharding, part, dtype=values.dtype)
+
+    return {name: make(values) for name, values in batches.rows(step, rows).items()}
+
+
+def _seed_of(seed: int, source: int) -> int:
+    """A 32-bit seed for one data set.
+
+    Grain adds the epoch's number to the seed, so neighbouring seeds would give data sets each other's orders.
+    """
+    return int.from_bytes(hashlib.sha256(f"{seed} {source}".encode()).digest()[:4], "little")
+
+
+def _too_small(data: Prepared, split: Split, windows: int, seq_len: int, batch_size: int) -> UserError:
+    tokens = data.info.tokens(split)
+    if split is Split.TRAIN:
+        return UserError(
+            f"{data.folder}: {tokens} tokens to train on are less than one window of train.seq_len = {seq_len} and the "
+            f"token after it; prepare more text or use train.seq_len <= {max(1, tokens - 1)}"
+        )
+    return UserError(
+        f"{data.folder}: the {tokens} tokens held out make {windows} windows of train.seq_len = {seq_len}, less than "
+        f"train.batch_size = {batch_size}; raise prepare.validation_fraction, or set train.eval_batches = 0"
+    )

@@ -1,0 +1,222 @@
+"""From documents to a folder of token shards: the same bytes however many workers, however often interrupted."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
+
+from maxlm.config import DataConfig, PrepareConfig, TrainSentencePiece, UserError, serialize
+from maxlm.data.dealing import Reader, Splitter, State
+from maxlm.data.shards import RECORD, TOKENIZER, DatasetInfo, not_finished, read_info, token_dtype
+from maxlm.data.sources import Unreadable, describe, iterate_documents
+from maxlm.data.tokenizers import Tokenizer, load_tokenizer, open_tokenizer
+from maxlm.data.train_tokenizer import train_sentencepiece
+from maxlm.data.workers import tokenise_blocks
+
+_CONFIG, _PROGRESS, _LOCK = "prepare.json", "progress.json", ".lock"
+_SECONDS_BETWEEN_RECORDS = 5.0
+_BEGINNINGS = {_LOCK, _CONFIG + ".partial"}
+
+
+def prepare(config: PrepareConfig, out: Path) -> DatasetInfo:
+    """Tokenise all documents into shards in `out`; a finished `out` of the same config is returned as it is.
+
+    A document belongs to the validation split if a hash of its text, as a fraction of all 64-bit numbers, is below
+    `validation_fraction`. If that takes none, the document with the smallest hash is held out, given two or more.
+
+    Killed at any moment and called again, it continues; the final bytes depend only on the documents and the config
+    without `workers` and `strict`. Memory: a few blocks of a megabyte for each worker and the longest document; while
+    a tokenizer is trained, its sample of lines.
+
+    Raises:
+        UserError: a source cannot be read, there are no documents, `out` holds something else or cannot be written.
+    """
+    if (info := _finished(config, out)) is not None:
+        return info
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _refuse_foreign(out)
+        with _lock(out):
+            if (info := _finished(config, out)) is not None:  # by the process we waited for
+                return info
+            _claim(config, out)
+            tokenizer = _tokenizer(config, out)
+            info = _run(config, out, tokenizer)
+            _write_atomically(out / RECORD, serialize.to_dict(info))
+            for name in (_PROGRESS, _CONFIG, _LOCK):
+                (out / name).unlink(missing_ok=True)
+            return info
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or out}: cannot be written ({error.strerror}); make room or choose another folder, then "
+            "run the same command again to continue"
+        ) from error
+
+
+def ensure_prepared(config: DataConfig) -> None:
+    """Prepare the data sets that are not yet there and say how (`Dataset.prepare`).
+
+    Raises:
+        UserError: a folder is missing and nothing says how to make it, or it was made with another config.
+    """
+    for dataset in config.datasets:
+        folder = Path(dataset.path)
+        finished = (folder / RECORD).exists()
+        if dataset.prepare is not None:
+            if not finished:
+                print(f"preparing {folder} from {describe(dataset.prepare.documents)}", flush=True)
+            prepare(dataset.prepare, folder)
+        elif not finished:
+            raise not_finished(folder)
+
+
+def _finished(config: PrepareConfig, out: Path) -> DatasetInfo | None:
+    info = read_info(out)
+    if info is not None:
+        _check_same(config, info.prepare, out)
+    return info
+
+
+def _deciding(config: PrepareConfig) -> PrepareConfig:
+    """The config without what has no influence on the bytes written, as it is recorded."""
+    return dataclasses.replace(config, workers=PrepareConfig.workers, strict=PrepareConfig.strict)
+
+
+def _check_same(config: PrepareConfig, there: PrepareConfig, out: Path) -> None:
+    """Refuse a folder made with another config."""
+    here, before = serialize.flatten(_deciding(config)), serialize.flatten(there)
+    keys = [key for key in {**before, **here} if before.get(key) != here.get(key)]
+    if keys:
+        changes = ", ".join(f"{key} = {before.get(key)!r} there and {here.get(key)!r} now" for key in keys)
+        raise UserError(
+            f"{out}: was prepared with {changes}; name another folder, or delete this one to prepare it again"
+        )
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Refuse a folder that holds anything but the beginnings of a data set."""
+    if not (out / _CONFIG).exists() and (foreign := sorted({path.name for path in out.iterdir()} - _BEGINNINGS)):
+        raise UserError(
+            f"{out}: is not empty (it holds {foreign[0]}) and is no data set; name an empty or a new folder"
+        )
+
+
+def _claim(config: PrepareConfig, out: Path) -> None:
+    """Put the config down in `out`. Only an earlier one from which documents have been written stands against it."""
+    if (out / _CONFIG).exists():
+        there = serialize.load(PrepareConfig, out / _CONFIG)
+        if (out / _PROGRESS).exists():
+            _check_same(config, there, out)
+        elif there != _deciding(config):
+            shutil.rmtree(out / TOKENIZER, ignore_errors=True)
+    _write_atomically(out / _CONFIG, serialize.to_dict(_deciding(config)))
+
+
+@contextlib.contextmanager
+def _lock(out: Path) -> Iterator[None]:
+    """Let one process at a time write into `out`; the others wait. A killed process leaves no lock."""
+    with (out / _LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that prepares {out}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _tokenizer(config: PrepareConfig, out: Path) -> Tokenizer:
+    """The tokenizer in `out`, put there or trained first if need be."""
+    folder = out / TOKENIZER
+    if isinstance(config.tokenizer, TrainSentencePiece):
+        if folder.exists():
+            return load_tokenizer(folder)
+        texts = (document.text for document in iterate_documents(config.documents, Unreadable(config.strict)))
+        return train_sentencepiece(config.tokenizer, texts, folder)
+    tokenizer = open_tokenizer(config.tokenizer)
+    if not folder.exists():
+        tokenizer.save(folder)
+    elif load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"{folder}: the tokenizer that prepare.tokenizer names has changed since; delete {out} to begin again"
+        )
+    return tokenizer
+
+
+def _run(config: PrepareConfig, out: Path, tokenizer: Tokenizer) -> DatasetInfo:
+    state = serialize.load(State, out / _PROGRESS) if (out / _PROGRESS).exists() else State()
+    unreadable = Unreadable(config.strict)
+    with contextlib.closing(Splitter(config, out, tokenizer, state)) as splitter, _progress() as show:
+        reader = Reader(config, unreadable, state, splitter.take_back_reserve)
+        workers = config.workers or len(os.sched_getaffinity(0))
+        documents, recorded = state.documents, time.monotonic()
+        for block, tokenised in tokenise_blocks(out / TOKENIZER, reader.blocks(), workers):
+            splitter.add(block.first, tokenised)
+            documents = block.first + len(block.texts)
+            show(documents, splitter.tokens, unreadable.count)
+            if time.monotonic() - recorded >= _SECONDS_BETWEEN_RECORDS:
+                _write_atomically(out / _PROGRESS, serialize.to_dict(splitter.state(documents, block.digest)))
+                recorded = time.monotonic()
+        train, validation = splitter.finish()
+    if not documents:
+        reasons = (
+            f"; {unreadable.count} documents cannot be read, first {unreadable.examples[0]}" if unreadable.count else ""
+        )
+        raise UserError(f"{describe(config.documents)}: holds no text{reasons}")
+    if not train:
+        raise UserError(
+            f"prepare.validation_fraction = {config.validation_fraction} leaves none of {documents} documents to "
+            "train on; use a smaller one"
+        )
+    if unreadable.count:
+        Console(stderr=True).print(unreadable.summary(), style="yellow", markup=False, highlight=False, soft_wrap=True)
+    return DatasetInfo(
+        prepare=_deciding(config),
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        dtype=token_dtype(tokenizer.vocab_size).name,
+        text_sha256=reader.digest.hexdigest(),
+        unreadable=unreadable.count,
+        empty=reader.empty,
+        train=train,
+        validation=validation,
+    )
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int, int, int], None]]:
+    """A line on the terminal that a call with documents, tokens and unreadable documents brings up to date."""
+    console = Console(stderr=True)
+    columns = TextColumn("{task.fields[line]}"), TimeElapsedColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("", line="reading")
+        began, tokens_before = time.monotonic(), None
+
+        def show(documents: int, tokens: int, unreadable: int) -> None:
+            nonlocal tokens_before
+            tokens_before = tokens if tokens_before is None else tokens_before
+            rate = (tokens - tokens_before) / max(1e-9, time.monotonic() - began)
+            passed_over = f", {unreadable:,} unreadable" if unreadable else ""
+            progress.update(task, line=f"{documents:,} documents, {tokens:,} tokens, {rate:,.0f} tokens/s{passed_over}")
+
+        yield show
+
+
+def _write_atomically(file: Path, values: dict[str, Any]) -> None:
+    """Write JSON so that the file has either its old or its new contents, whatever happens."""
+    partial = file.with_name(file.name + ".partial")
+    with partial.open("w") as stream:
+        stream.write(json.dumps(values, indent=2) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(file)

@@ -1,0 +1,161 @@
+"""Tokenising in several processes, with results in the order of the questions.
+
+The processes are this interpreter started anew on this module alone. `multiprocessing` would import the caller's main
+module, and with it jax, in every one of them, and would need a guard in every script.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import queue
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import blake2b
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from maxlm.config import UserError
+from maxlm.data.shards import token_dtype
+from maxlm.data.tokenizers import Tokenizer, load_tokenizer
+
+_SERVE = "import sys; from maxlm.data.workers import serve; serve(int(sys.argv[1]), sys.argv[2])"
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some documents that are tokenised together."""
+
+    first: int
+    """Number of the first of them in the whole input."""
+    texts: list[bytes]
+    """UTF-8."""
+    digest: str
+    """Of all text up to the end of this block."""
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """n documents as tokens."""
+
+    tokens: npt.NDArray[np.unsignedinteger[Any]]
+    """`[sum(lengths)]`, with bos and eos."""
+    lengths: npt.NDArray[np.int64]
+    """`[n]`: tokens of each document."""
+    hashes: npt.NDArray[np.uint64]
+    """`[n]`: a hash of each text, even over all 64-bit numbers."""
+    text_bytes: npt.NDArray[np.int64]
+    """`[n]`: UTF-8 bytes of each text."""
+
+    def where(self, mask: npt.NDArray[np.bool_]) -> Tokenised:
+        """The documents where `mask[n]` is set."""
+        return Tokenised(
+            self.tokens[np.repeat(mask, self.lengths)], self.lengths[mask], self.hashes[mask], self.text_bytes[mask]
+        )
+
+
+def tokenise(tokenizer: Tokenizer, texts: list[bytes]) -> Tokenised:
+    """Tokens, lengths and hashes of some documents."""
+    documents = [tokenizer.document_ids(ids) for ids in tokenizer.encode_batch([text.decode() for text in texts])]
+    return Tokenised(
+        tokens=np.concatenate([np.array(ids, token_dtype(tokenizer.vocab_size)) for ids in documents]),
+        lengths=np.array([len(ids) for ids in documents], np.int64),
+        hashes=np.array([text_hash(text) for text in texts], np.uint64),
+        text_bytes=np.array([len(text) for text in texts], np.int64),
+    )
+
+
+def text_hash(text: bytes) -> int:
+    """The 64-bit number that decides which split a document belongs to."""
+    return int.from_bytes(blake2b(text, digest_size=8).digest(), "little")
+
+
+def tokenise_blocks(folder: Path, blocks: Iterable[Block], workers: int) -> Iterator[tuple[Block, Tokenised]]:
+    """Each block with its tokens, in the order of `blocks`, by the tokenizer saved in `folder`.
+
+    One worker means this process. At most three blocks for each worker are in memory at a time.
+
+    Raises:
+        UserError: a process died.
+    """
+    if workers == 1:
+        tokenizer = load_tokenizer(folder)
+        for block in blocks:
+            yield block, tokenise(tokenizer, block.texts)
+        return
+    idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+    waiting: deque[tuple[Block, Future[Tokenised]]] = deque()
+
+    def ask(block: Block) -> Tokenised:
+        worker = idle.get()
+        try:
+            return worker.ask(block.texts)
+        finally:
+            idle.put(worker)
+
+    with contextlib.ExitStack() as stack:
+        for _ in range(workers):
+            idle.put(stack.enter_context(contextlib.closing(_Worker(folder))))
+        threads = stack.enter_context(ThreadPoolExecutor(workers))
+        stack.callback(threads.shutdown, cancel_futures=True)
+        for block in blocks:
+            waiting.append((block, threads.submit(ask, block)))
+            if len(waiting) >= 3 * workers:
+                done, answer = waiting.popleft()
+                yield done, answer.result()
+        for done, answer in waiting:
+            yield done, answer.result()
+
+
+class _Worker:
+    """A process that tokenises, and our end of the pipe to it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._connection, theirs = multiprocessing.Pipe()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _SERVE, str(theirs.fileno()), str(folder)],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "RAYON_NUM_THREADS": "1"},
+            )
+
+    def ask(self, texts: list[bytes]) -> Tokenised:
+        try:
+            self._connection.send(texts)
+            answer: Tokenised | str = self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise UserError(
+                f"a tokenising process died (exit code {self._process.wait()}), perhaps for want of memory; run the "
+                "same command again to continue, with a smaller prepare.workers if it happens again"
+            ) from error
+        if isinstance(answer, str):
+            raise RuntimeError(f"a tokenising process failed: {answer}")
+        return answer
+
+    def close(self) -> None:
+        self._connection.close()  # the process ends when its pipe does
+        self._process.wait()
+
+
+def serve(descriptor: int, folder: str) -> None:
+    """What a worker process does: answer lists of texts with `Tokenised` until the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end closes the pipe
+    tokenizer = load_tokenizer(Path(folder))
+    with Connection(descriptor) as connection, contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            texts = connection.recv()
+            try:
+                connection.send(tokenise(tokenizer, texts))
+            except (RuntimeError, ValueError, MemoryError) as error:
+                connection.send(f"{type(error).__name__}: {error}")

@@ -1,0 +1,120 @@
+"""Writing the shards of one split so that a killed run can take them up again."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from maxlm.config import UserError
+from maxlm.data.shards import ShardInfo, Split, file_sha256, shard_files
+from maxlm.data.workers import Tokenised
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """How far a split is written: its finished shards, and how much of the next one."""
+
+    shards: tuple[ShardInfo, ...] = ()
+    tokens: int = 0
+    documents: int = 0
+    text_bytes: int = 0
+
+
+class SplitWriter:
+    """Appends documents to shard files, starting another when one has `shard_tokens` tokens.
+
+    Where a shard ends depends on the documents alone, so a run taken up from `written` writes the same bytes as one
+    that was never stopped.
+    """
+
+    def __init__(self, folder: Path, split: Split, shard_tokens: int, dtype: np.dtype[Any], written: Written) -> None:
+        self._folder, self._split, self._shard_tokens, self._dtype = folder, split, shard_tokens, dtype
+        self._shards = list(written.shards)
+        self._tokens, self._documents, self._text_bytes = written.tokens, written.documents, written.text_bytes
+        self.total_tokens = written.tokens + sum(shard.tokens for shard in written.shards)
+        self._streams: tuple[IO[bytes], IO[bytes]] | None = None
+        self._remove_what_followed()
+        if written.documents:
+            self._streams = self._reopen(written.tokens * dtype.itemsize, written.documents * 8)
+
+    def append(self, documents: Tokenised) -> None:
+        """Write documents at the end of the split."""
+        lengths = documents.lengths
+        done, first_token = 0, 0
+        while done < len(lengths):
+            ends = np.cumsum(lengths[done:])
+            count = min(len(ends), int(np.searchsorted(ends, self._shard_tokens - self._tokens)) + 1)
+            added = int(ends[count - 1])
+            if self._streams is None:
+                tokens_file, offsets_file = shard_files(self._folder, self._split, len(self._shards))
+                self._streams = tokens_file.open("wb"), offsets_file.open("wb")
+            tokens, offsets = self._streams
+            tokens.write(documents.tokens[first_token : first_token + added].tobytes())
+            offsets.write((self._tokens + ends[:count] - lengths[done : done + count]).astype("<i8").tobytes())
+            self._tokens += added
+            self._documents += count
+            self._text_bytes += int(documents.text_bytes[done : done + count].sum())
+            self.total_tokens += added
+            done, first_token = done + count, first_token + added
+            if self._tokens >= self._shard_tokens:
+                self._finish_shard()
+
+    def sync(self) -> Written:
+        """Bring everything appended so far to the disk, and say how far that is."""
+        for stream in self._streams or ():
+            stream.flush()
+            os.fsync(stream.fileno())
+        return Written(
+            shards=tuple(self._shards), tokens=self._tokens, documents=self._documents, text_bytes=self._text_bytes
+        )
+
+    def finish(self) -> tuple[ShardInfo, ...]:
+        """Close the last shard; all shards of the split."""
+        if self._streams is not None:
+            self._finish_shard()
+        return tuple(self._shards)
+
+    def close(self) -> None:
+        """Let go of the files, whatever state they are in."""
+        for stream in self._streams or ():
+            stream.close()
+        self._streams = None
+
+    def _finish_shard(self) -> None:
+        self.sync()
+        self.close()
+        tokens_file, offsets_file = shard_files(self._folder, self._split, len(self._shards))
+        self._shards.append(
+            ShardInfo(
+                tokens=self._tokens,
+                documents=self._documents,
+                text_bytes=self._text_bytes,
+                tokens_sha256=file_sha256(tokens_file),
+                offsets_sha256=file_sha256(offsets_file),
+            )
+        )
+        self._tokens = self._documents = self._text_bytes = 0
+
+    def _remove_what_followed(self) -> None:
+        """Delete shards begun after the state that we continue from."""
+        number = len(self._shards) + (self._documents > 0)
+        while any([file.exists() for file in shard_files(self._folder, self._split, number)]):
+            for file in shard_files(self._folder, self._split, number):
+                file.unlink(missing_ok=True)
+            number += 1
+
+    def _reopen(self, tokens_size: int, offsets_size: int) -> tuple[IO[bytes], IO[bytes]]:
+        """The unfinished shard's files, cut back to the recorded sizes."""
+        tokens_file, offsets_file = shard_files(self._folder, self._split, len(self._shards))
+        for file, size in ((tokens_file, tokens_size), (offsets_file, offsets_size)):
+            seen = file.stat().st_size if file.exists() else 0
+            if seen < size:
+                raise UserError(
+                    f"{file}: {seen} bytes, at least {size} expected; delete {self._folder} and prepare it again"
+                )
+            os.truncate(file, size)
+        return tokens_file.open("ab"), offsets_file.open("ab")

@@ -1,0 +1,212 @@
+"""`python -m maxlm.inspect RUN_DIR`: list the checkpoints of a run, verify them, and hash their state."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from maxlm.checkpoint import manifest, steps
+from maxlm.config.cli import parse, run_command
+from maxlm.config.errors import UserError
+
+_DESCRIPTION = """List the checkpoints of a run, verify them, and hash their state.
+
+Reads only, and may be used while the run is training. Exit code 0: nothing damaged was found; 1: a checkpoint is
+damaged, or there is none to hash; 2: the question was wrong (no such folder, no such step)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to look at, and how closely."""
+
+    run_dir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_DIR")]
+    """Folder of the run; its checkpoints lie in RUN_DIR/checkpoints."""
+    step: int | None = None
+    """Look at this step only."""
+    verify: bool = False
+    """Read every byte and compare it with the manifest."""
+    hash: bool = False
+    """Print the SHA-256 of the state (parameters, optimizer, step, data position) of the newest intact step."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+    debug: bool = False
+    """Show tracebacks."""
+
+
+class Status(enum.Enum):
+    """What is known of a step."""
+
+    FINISHED = "finished"
+    """It has a manifest that is right in itself; the files it speaks of have not been read."""
+    OK = "ok"
+    """Every file is what the manifest says."""
+    UNFINISHED = "unfinished"
+    DAMAGED = "damaged"
+
+
+@dataclass(kw_only=True)
+class Entry:
+    """One step as it is listed."""
+
+    step: int
+    status: Status
+    manifest: manifest.Manifest | None = None
+    """None if it has none that can be read."""
+    kept: str | None = None
+    problems: list[str] = field(default_factory=list)
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; returns its exit code.
+
+    Raises:
+        UserError: the folder, its checkpoints or the step do not exist.
+    """
+    options = parse(Options, argv, prog="python -m maxlm.inspect", description=_DESCRIPTION, flags=True)
+    folder = Path(options.run_dir) / "checkpoints"
+    everything = _entries(folder)
+    entries = [entry for entry in everything if options.step in (None, entry.step)]
+    if not entries:
+        there = sorted({entry.step for entry in everything})
+        raise UserError(f"--step {options.step}: {folder} has no such step; there are {there}")
+    if options.verify:
+        for entry in entries:
+            _verify(folder, entry)
+    report: dict[str, Any] = {
+        "run_dir": options.run_dir,
+        "steps": [],
+        "set_aside": [path.name for path in steps.set_aside(folder)],
+    }
+    if options.hash:
+        report["hash_step"] = step = _newest_intact(folder, entries)
+        report["hash"] = None if step is None else _hash(folder, step)
+    report["steps"] = [_json(entry) for entry in entries]
+    report["latest"] = max((e.step for e in everything if e.status in (Status.FINISHED, Status.OK)), default=None)
+    if options.json:
+        print(json.dumps(report, indent=1))
+    else:
+        _print_table(entries)
+        for line in _remarks(entries, report):
+            print(line)
+    damaged = any(entry.status is Status.DAMAGED for entry in entries)
+    return 1 if damaged or (options.hash and report["hash"] is None) else 0
+
+
+def _entries(folder: Path) -> list[Entry]:
+    if not folder.parent.is_dir():
+        raise UserError(f"RUN_DIR = {folder.parent}: no such folder; name the run_dir of a run")
+    entries = [Entry(step=steps.number(path), status=Status.UNFINISHED) for path in steps.unfinished(folder)]
+    entries += [_finished(folder, step) for step in steps.finished(folder)]
+    if not entries:
+        raise UserError(f"{folder}: no checkpoints; is {folder.parent} the run_dir of a run that has saved?")
+    entries.sort(key=lambda entry: entry.step)
+    if readable := [entry for entry in entries if entry.manifest]:
+        rule = readable[-1].manifest
+        assert rule is not None
+        reasons = steps.kept([e.step for e in readable], keep_last=rule.keep_last, keep_every=rule.keep_every)
+        for entry in readable:
+            entry.kept = reasons.get(entry.step, "until the next save")
+    return entries
+
+
+def _finished(folder: Path, step: int) -> Entry:
+    try:
+        return Entry(step=step, status=Status.FINISHED, manifest=manifest.load(folder / str(step)))
+    except manifest.ManifestError as error:
+        return Entry(step=step, status=Status.DAMAGED, problems=[f"{manifest.NAME}: {error}"])
+    except FileNotFoundError:  # the run is deleting it right now
+        return Entry(step=step, status=Status.UNFINISHED)
+
+
+def _verify(folder: Path, entry: Entry) -> None:
+    """Read the files of a step that has a readable manifest."""
+    if entry.status is not Status.FINISHED:
+        return
+    path = folder / str(entry.step)
+    with contextlib.suppress(FileNotFoundError):
+        entry.problems = [str(problem) for problem in manifest.verify(path, entry.step)]
+    entry.status = Status.DAMAGED if entry.problems else Status.OK
+    if not (path / manifest.NAME).exists():  # the run deleted it meanwhile
+        entry.status, entry.problems = Status.UNFINISHED, []
+
+
+def _newest_intact(folder: Path, entries: list[Entry]) -> int | None:
+    for entry in reversed(entries):
+        _verify(folder, entry)
+        if entry.status is Status.OK:
+            return entry.step
+    return None
+
+
+def _hash(folder: Path, step: int) -> str:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # leave the accelerators to the run
+    from maxlm.checkpoint.state_hash import state_hash  # imports jax: --help and listing stay instant
+
+    return state_hash(folder, step)
+
+
+def _json(entry: Entry) -> dict[str, Any]:
+    found = entry.manifest
+    return {
+        "step": entry.step,
+        "status": entry.status.value,
+        "written": found and found.written,
+        "bytes": found and found.total_bytes,
+        "files": found and len(found.files),
+        "kept": entry.kept,
+        "problems": entry.problems,
+    }
+
+
+def _print_table(entries: list[Entry]) -> None:
+    from rich import box  # imported where a table is drawn: --help stays instant
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("step", "written (UTC)", "size", "files", "state", "kept because"):
+        table.add_column(name, justify="right" if name in ("step", "size", "files") else "left", no_wrap=True)
+    for entry in entries:
+        found = entry.manifest
+        written, size, files = (
+            (found.written[:19].replace("T", " "), _size(found.total_bytes), str(len(found.files)))
+            if found
+            else ("-", "-", "-")
+        )
+        table.add_row(str(entry.step), written, size, files, entry.status.value, entry.kept or "-")
+    Console().print(table)
+
+
+def _remarks(entries: list[Entry], report: dict[str, Any]) -> Iterator[str]:
+    for entry in entries:
+        for problem in entry.problems:
+            yield f"step {entry.step} is damaged: {problem}"
+        if entry.status is Status.UNFINISHED:
+            yield f"step {entry.step} is unfinished: being written, or left by a run that was stopped; never restored"
+    for name in report["set_aside"]:
+        yield f"{name}: set aside by a run that did not continue from it; delete it once you no longer want it"
+    if any(entry.status is Status.FINISHED for entry in entries):
+        yield "finished: has its manifest; the files were not compared with it (--verify does)"
+    if "hash" in report:
+        known = f"state hash of step {report['hash_step']}: {report['hash']}"
+        yield known if report["hash"] else "no intact checkpoint to hash"
+
+
+def _size(nbytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
+
+
+if __name__ == "__main__":
+    run_command(main)

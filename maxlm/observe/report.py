@@ -1,0 +1,258 @@
+"""`report.html`: all of a run folder on one page that needs nothing else, neither network nor script."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from maxlm.config import UserError
+from maxlm.observe.metrics import Row, read_rows
+from maxlm.observe.plots import points, smooth
+from maxlm.observe.svg import Line, chart
+from maxlm.observe.text import gibibytes, short
+
+_SAMPLES_SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedCheckpoint:
+    """One checkpoint as the report lists it."""
+
+    step: int
+    n_bytes: int
+    saved: datetime
+
+
+def write_report(run_dir: Path, checkpoints: Sequence[SavedCheckpoint] = ()) -> Path:
+    """Write `run_dir/report.html` from what lies in the folder: config.json, run.json, metrics.jsonl, evals.jsonl,
+    samples.jsonl. What is missing is left out.
+
+    Raises:
+        UserError: one of these files is damaged.
+    """
+    metrics = read_rows(run_dir / "metrics.jsonl")
+    evals = read_rows(run_dir / "evals.jsonl")
+    samples = read_rows(run_dir / "samples.jsonl")
+    facts, config = _read_object(run_dir / "run.json"), _read_object(run_dir / "config.json")
+    body = [
+        f"<h1>{escape(run_dir.resolve().name)}</h1>",
+        f"<p class=sub>{escape(_subtitle(facts, metrics))}</p>",
+        _tiles(_summary(facts, metrics, evals)),
+        *_curves(metrics, evals),
+        _section("Held-out text", _eval_table(evals)),
+        _section("Samples", "".join(_sample(row) for row in samples[-_SAMPLES_SHOWN:])),
+        _section("Checkpoints", _checkpoint_table(checkpoints)),
+        _section("Model and machine", _facts_table(facts)),
+        _section("Config", _config_tables(config)),
+    ]
+    page = _PAGE.format(title=escape(f"{run_dir.resolve().name} - maxlm run"), style=_STYLE, body="\n".join(body))
+    path = run_dir / "report.html"
+    part = path.with_suffix(".part")
+    part.write_text(page, encoding="utf-8", errors="replace")
+    os.replace(part, path)
+    return path
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); the report needs it whole or not there") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds a {type(value).__name__}, must hold a JSON object")
+    return value
+
+
+def _subtitle(facts: Mapping[str, Any], metrics: Sequence[Row]) -> str:
+    parts = []
+    if metrics:
+        total = f" of {facts['steps']:,}" if "steps" in facts else ""
+        parts.append(f"step {metrics[-1]['step']:,}{total}")
+    if facts:
+        parts += [
+            f"{facts['n_devices']} x {facts['device_kind']}",
+            f"started {datetime.fromisoformat(facts['started']):%Y-%m-%d %H:%M %Z}",
+        ]
+    return " · ".join(parts)
+
+
+def _summary(facts: Mapping[str, Any], metrics: Sequence[Row], evals: Sequence[Row]) -> list[tuple[str, str]]:
+    """(name, figure) of the tiles; throughput figures are medians over all rows."""
+    tiles = []
+    if facts:
+        tiles.append(("parameters", short(facts["parameters"]["total"])))
+    if metrics:
+        tiles.append(("tokens trained", short(metrics[-1]["tokens"])))
+    if losses := _known(metrics, "loss"):
+        tiles.append(("training loss, last 3 %", f"{statistics.fmean(losses[-math.ceil(0.03 * len(losses)) :]):.4f}"))
+    if evals:
+        last = evals[-1]
+        names = {"eval_loss": "held-out loss", "eval_perplexity": "perplexity", "eval_bits_per_byte": "bits per byte"}
+        tiles += [(name, f"{last[key]:.4g}") for key, name in names.items() if last.get(key) is not None]
+    if speeds := _known(metrics, "tokens_per_s"):
+        tiles.append(("tokens per second", short(statistics.median(speeds))))
+        tiles.append(("seconds per step", f"{statistics.median(_known(metrics, 'step_time_s')):.3g}"))
+    if utilisation := _known(metrics, "mfu"):
+        tiles.append(("MFU", f"{100 * statistics.median(utilisation):.3g} %"))
+    if memory := _known(metrics, "memory_bytes"):
+        tiles.append(("memory, highest row", gibibytes(max(memory))))
+    if metrics and metrics[-1].get("skipped_steps"):
+        tiles.append(("skipped steps", str(metrics[-1]["skipped_steps"])))
+    return tiles
+
+
+def _known(rows: Sequence[Row], key: str) -> list[float]:
+    return [row[key] for row in rows if row.get(key) is not None]
+
+
+def _curves(metrics: Sequence[Row], evals: Sequence[Row]) -> list[str]:
+    raw = points(metrics, "loss")
+    loss = [
+        Line(label="training, as logged", style="raw", points=raw),
+        Line(label="training, smoothed", style="smooth", points=smooth(raw)),
+        Line(label="held-out", style="eval", points=points(evals, "eval_loss"), marks=True),
+    ]
+    single = {
+        "learning_rate": "Learning rate",
+        "grad_norm": "Gradient norm before clipping",
+        "tokens_per_s": "Tokens per second",
+    }
+    charts = [chart("Loss, nats a token", loss, x_label="tokens")]
+    for key, title in single.items():
+        charts.append(chart(title, [Line(label="", style="smooth", points=points(metrics, key))], x_label="tokens"))
+    return ["<div class=charts>", *charts, "</div>"]
+
+
+def _eval_table(evals: Sequence[Row]) -> str:
+    columns = {
+        "step": "step", "tokens": "tokens trained", "eval_loss": "loss, nats/token", "eval_perplexity": "perplexity",
+        "eval_bits_per_byte": "bits/byte", "eval_tokens": "tokens measured",
+    }  # fmt: skip
+    return _table(list(columns.values()), [[_cell(row.get(key)) for key in columns] for row in evals])
+
+
+def _checkpoint_table(checkpoints: Sequence[SavedCheckpoint]) -> str:
+    rows = [[f"{c.step:,}", gibibytes(c.n_bytes), f"{c.saved:%Y-%m-%d %H:%M:%S}"] for c in checkpoints]
+    return _table(["step", "size", "saved"], rows)
+
+
+def _sample(row: Row) -> str:
+    text = f"<b>{escape(str(row.get('prompt', '')))}</b>{escape(str(row.get('text', '')))}"
+    return f"<p class=sub>after step {row['step']:,}</p><pre>{text}</pre>"
+
+
+def _facts_table(facts: Mapping[str, Any]) -> str:
+    return _pairs((key, value) for key, value in _leaves(facts) if key not in ("started", "steps"))
+
+
+def _config_tables(config: Mapping[str, Any]) -> str:
+    """One table for each part of the config, which folds away."""
+    loose = {key: value for key, value in config.items() if not isinstance(value, dict | list)}
+    parts = [_pairs(_leaves(loose))] if loose else []
+    for key, value in config.items():
+        if key not in loose:
+            parts.append(f"<details><summary>{escape(key)}</summary>{_pairs(_leaves(value, key))}</details>")
+    return "".join(parts)
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """(dotted key, value) of nested objects and lists."""
+    items: Iterable[tuple[Any, Any]]
+    match value:
+        case dict() if value:
+            items = value.items()
+        case list() if any(isinstance(item, dict | list) for item in value):
+            items = enumerate(value)
+        case _:
+            yield prefix, value
+            return
+    for key, item in items:
+        yield from _leaves(item, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _cell(value: Any) -> str:
+    match value:
+        case None:
+            return "-"
+        case bool() | str():
+            return str(value)
+        case int():
+            return f"{value:,}"
+        case float():
+            return f"{value:,.5g}"
+        case _:
+            return json.dumps(value)
+
+
+def _pairs(pairs: Iterable[tuple[str, Any]]) -> str:
+    rows = "".join(f"<tr><th>{escape(key)}</th><td>{escape(_cell(value))}</td></tr>" for key, value in pairs)
+    return f"<table class=pairs>{rows}</table>" if rows else ""
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return ""
+    first = "".join(f"<th>{escape(name)}</th>" for name in head)
+    rest = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<div class=scroll><table><tr>{first}</tr>{rest}</table></div>"
+
+
+def _tiles(tiles: Sequence[tuple[str, str]]) -> str:
+    inner = "".join(f"<div><span>{escape(name)}</span><b>{escape(figure)}</b></div>" for name, figure in tiles)
+    return f"<div class=tiles>{inner}</div>" if tiles else ""
+
+
+def _section(title: str, inner: str) -> str:
+    return f"<h2>{escape(title)}</h2>{inner}" if inner else ""
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>{style}</style></head><body><main>
+{body}
+</main></body></html>
+"""
+
+_STYLE = """
+:root { color-scheme: light dark; --page: #fbfbfa; --text: #1d1f21; --soft: #63686e; --line: #dfe1e3; --tile: #fff;
+  --raw: #a9bedb; --smooth: #1f4e9c; --eval: #c8501e; }
+@media (prefers-color-scheme: dark) { :root { --page: #16181a; --text: #e6e6e4; --soft: #9aa0a6; --line: #34383c;
+  --tile: #1f2225; --raw: #41597a; --smooth: #7fb0f5; --eval: #f2915f; } }
+body { background: var(--page); color: var(--text); font: 15px/1.5 system-ui, sans-serif; margin: 0; }
+main { max-width: 1060px; margin: 0 auto; padding: 28px 20px 60px; }
+h1 { font-size: 26px; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 18px; margin: 34px 0 10px; }
+.sub { color: var(--soft); margin: 2px 0 10px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 10px; margin: 18px 0; }
+.tiles div { background: var(--tile); border: 1px solid var(--line); border-radius: 8px; padding: 10px 12px; }
+.tiles span { display: block; color: var(--soft); font-size: 13px; } .tiles b { font-size: 20px; font-weight: 600; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 14px; }
+figure { margin: 0; background: var(--tile); border: 1px solid var(--line); border-radius: 8px; padding: 12px; }
+figcaption { font-weight: 600; margin-bottom: 6px; }
+.key { font-weight: 400; font-size: 13px; margin-left: 10px; color: var(--soft);
+  display: inline-block; } .key:empty { display: none; }
+.key::before { content: ""; display: inline-block; width: 14px; height: 3px; margin-right: 5px; vertical-align: middle; }
+.key.raw::before { background: var(--raw); } .key.smooth::before { background: var(--smooth); }
+.key.eval::before { background: var(--eval); }
+svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 12px; }
+.grid { stroke: var(--line); } polyline { fill: none; stroke-width: 1.8; }
+polyline.raw { stroke: var(--raw); stroke-width: 1; } polyline.smooth { stroke: var(--smooth); }
+polyline.eval { stroke: var(--eval); } circle.eval { fill: var(--eval); } circle.smooth { fill: var(--smooth); }
+circle.raw { fill: var(--raw); }
+pre { background: var(--tile); border: 1px solid var(--line); border-radius: 8px; padding: 12px; white-space: pre-wrap;
+  overflow-wrap: anywhere; font-size: 13px; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: 3px 18px 3px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { color: var(--soft); font-weight: 500; } .pairs td { overflow-wrap: anywhere; }
+.pairs th { font-family: ui-monospace, monospace; font-size: 13px; }
+summary { cursor: pointer; padding: 5px 0; } details table { margin: 0 0 10px 16px; }
+"""

@@ -1,0 +1,266 @@
+"""The one object that a training loop tells what happens; it goes to the console, the run folder and the writers."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from maxlm.config import RunConfig, UserError
+from maxlm.config.serialize import flatten
+from maxlm.observe.console import Console
+from maxlm.observe.devices import Device, memory_in_use, peak_flops
+from maxlm.observe.flops import flops_per_token, mfu, parameter_count
+from maxlm.observe.metrics import Evaluation, RowLog, StepMetrics, Throughput, read_rows
+from maxlm.observe.plots import loss_curve
+from maxlm.observe.report import SavedCheckpoint, write_report
+from maxlm.observe.text import short
+from maxlm.observe.writers import TensorBoardWriter, WandbWriter, Writer
+
+_PACKAGES = ("maxlm", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """What `RunLog.finish` wrote."""
+
+    report: Path
+    loss_png: Path | None
+
+
+class RunLog:
+    """Figures of a run, to everywhere they go.
+
+        with RunLog(config, run_dir, resume_step=start, is_main=jax.process_index() == 0, devices=jax.devices()) as log:
+            ...                                  # compile, or run one step and wait for it
+            log.start_clock(step, tokens)
+            ...
+            log.step(step, loss=..., tokens=..., learning_rate=..., grad_norm=...)    # every log_every steps
+            with log.pause():                    # evaluation, checkpoint: not training time
+                ...
+            log.evaluation(step, tokens=..., loss=..., eval_tokens=..., eval_bytes=...)
+            log.finish(checkpoints=...)
+
+    Every process makes the same calls; only the main one writes or prints.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        *,
+        resume_step: int,
+        is_main: bool,
+        devices: Sequence[Device],
+        console: Console | None = None,
+    ) -> None:
+        """`resume_step`: steps that the restored checkpoint had done, 0 without one; later rows are dropped.
+
+        `devices`: all of the run, as `jax.devices()` lists them.
+
+        Raises:
+            UserError: an earlier row file is damaged, or observe.wandb_project is set and wandb is absent.
+        """
+        self._config, self._run_dir, self._is_main = config, run_dir, is_main
+        self._throughput = Throughput()
+        self._n_devices, kind = len(devices), devices[0].device_kind
+        self._flops = flops_per_token(config.model, config.train.seq_len)
+        self._peak = peak_flops(kind, config.model.compute_dtype)
+        self._console = console or Console(enabled=is_main)
+        self._writers: list[Writer] = []
+        self._files: dict[str, RowLog] = {}
+        self._near_devices = [device for device in devices if device.process_index == 0]
+        if not is_main:
+            return
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for name in ("metrics", "evals", "samples"):
+            self._files[name] = RowLog(run_dir / f"{name}.jsonl", resume_step=resume_step)
+        self._writers.append(TensorBoardWriter(run_dir, resume_step=resume_step))
+        if config.observe.wandb_project is not None:
+            self._writers.append(WandbWriter(config.observe.wandb_project, run_dir, flatten(config)))
+        facts = self._facts(kind, 1 + max(device.process_index for device in devices))
+        (run_dir / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
+        self._console.start(
+            config.train.steps,
+            resume_step,
+            self._header(facts),
+            memory_limit=memory_in_use(self._near_devices).limit,
+        )
+
+    def start_clock(self, step: int, tokens: int) -> None:
+        """Begin to measure throughput, with `step` steps done and the device idle: after compilation."""
+        self._throughput.start(step, tokens)
+
+    def pause(self) -> AbstractContextManager[None]:
+        """Leave out of the throughput what happens inside; wait for the last step before entering."""
+        return self._throughput.pause()
+
+    def step(
+        self,
+        step: int,
+        *,
+        loss: float,
+        tokens: int,
+        learning_rate: float,
+        grad_norm: float,
+        skipped_steps: int = 0,
+        z_loss: float = 0.0,
+    ) -> StepMetrics:
+        """Log the state after `step` steps (fields: see StepMetrics), with throughput since the row before."""
+        speed = self._throughput.read(step, tokens)
+        metrics = StepMetrics(
+            step=step,
+            loss=loss,
+            tokens=tokens,
+            tokens_per_s=speed[0] if speed else None,
+            step_time_s=speed[1] if speed else None,
+            mfu=self._mfu(speed[0]) if speed else None,
+            learning_rate=learning_rate,
+            grad_norm=grad_norm,
+            skipped_steps=skipped_steps,
+            z_loss=z_loss,
+            memory_bytes=memory_in_use(self._near_devices).in_use if self._is_main else None,
+        )
+        if self._is_main:
+            self._files["metrics"].append(metrics.row())
+            self._write(step, "train", metrics.row())
+            self._console.log(metrics)
+        return metrics
+
+    def evaluation(
+        self, step: int, *, tokens: int, loss: float, eval_tokens: int, eval_bytes: int | None = None
+    ) -> None:
+        """Log a held-out loss (nats a token, mean over `eval_tokens` tokens that spell `eval_bytes` bytes)."""
+        if not self._is_main:
+            return
+        evaluation = Evaluation(
+            step=step, tokens=tokens, eval_loss=loss, eval_tokens=eval_tokens, eval_bytes=eval_bytes
+        )
+        self._files["evals"].append(evaluation.row())
+        self._write(step, "eval", {key.removeprefix("eval_"): value for key, value in evaluation.row().items()})
+        self._console.evaluation(evaluation)
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Log a continuation (`text`, without the prompt) that the model wrote."""
+        if self._is_main:
+            self._files["samples"].append({"step": step, "prompt": prompt, "text": text})
+            self._console.say(f"sample after step {step:,}:\n{prompt}{text}")
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self._console.say(text)
+
+    def warning(self, text: str) -> None:
+        """Print a line that stands out."""
+        self._console.warning(text)
+
+    def finish(self, checkpoints: Sequence[SavedCheckpoint] = ()) -> Finished | None:
+        """Write loss.png and report.html and say where they are; None on the other processes."""
+        if not self._is_main:
+            return None
+        self._console.stop()
+        loss_png = None
+        try:
+            loss_png = loss_curve(
+                read_rows(self._run_dir / "metrics.jsonl"),
+                read_rows(self._run_dir / "evals.jsonl"),
+                self._run_dir / "loss.png",
+            )
+        except UserError as error:
+            self.warning(str(error))
+        report = write_report(self._run_dir, checkpoints)
+        for path in (loss_png, report):
+            if path is not None:
+                self.say(f"wrote {path}")
+        return Finished(report=report, loss_png=loss_png)
+
+    def close(self) -> None:
+        """Close files and writers."""
+        self._console.stop()
+        for file in self._files.values():
+            file.close()
+        for writer in self._writers:
+            writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _mfu(self, tokens_per_s: float) -> float | None:
+        if self._peak is None:
+            return None
+        return mfu(
+            flops_per_token=self._flops.total,
+            tokens_per_s=tokens_per_s,
+            n_devices=self._n_devices,
+            peak_flops=self._peak,
+        )
+
+    def _write(self, step: int, group: str, values: Mapping[str, Any]) -> None:
+        """Pass on what a curve can show: known and finite."""
+        named = {
+            f"{group}/{key}": value
+            for key, value in values.items()
+            if key != "step" and value is not None and math.isfinite(value)
+        }
+        for writer in self._writers:
+            writer.write(step, named)
+
+    def _facts(self, kind: str, n_processes: int) -> dict[str, Any]:
+        """What run.json says: things that the config does not."""
+        count, train = parameter_count(self._config.model), self._config.train
+        versions = {"python": platform.python_version()}
+        for package in _PACKAGES:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                versions[package] = importlib.metadata.version(package)
+        return {
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "steps": train.steps,
+            "tokens_per_step": train.batch_size * train.seq_len,
+            "device_kind": kind,
+            "n_devices": self._n_devices,
+            "n_processes": n_processes,
+            "peak_flops_per_device": self._peak,
+            "parameters": {**asdict(count), "total": count.total, "matmul": count.matmul},
+            "flops_per_token": {
+                **asdict(self._flops),
+                "total": self._flops.total,
+                "causal": self._flops.causal,
+            },
+            "mfu_rule": self._mfu_rule(kind, count.matmul),
+            "versions": versions,
+        }
+
+    def _mfu_rule(self, kind: str, n: int) -> str:
+        dtype = self._config.model.compute_dtype.value
+        if self._peak is None:
+            return f"MFU not reported: no {dtype} peak FLOP/s known for device kind {kind!r}"
+        return (
+            f"MFU = (6N + 12·L·N_heads·H·T) x tokens/s / ({self._n_devices} x {self._peak / 1e12:.4g} TFLOP/s), PaLM appendix B "
+            f"(arXiv:2204.02311); N = {short(n)} parameters that multiply (no input table), peak of {kind} in {dtype}, "
+            "dense; attention in full (not halved for causality), recompute not counted"
+        )
+
+    def _header(self, facts: dict[str, Any]) -> list[str]:
+        parameters = facts["parameters"]
+        processes = f" in {facts['n_processes']} processes" if facts["n_processes"] > 1 else ""
+        machine = f"{self._n_devices} x {facts['device_kind']}{processes}"
+        size = f"{short(parameters['total'])} parameters ({parameters['total']:,})"
+        return [
+            f"run folder {self._run_dir}",
+            f"model of {size} on {machine}, {facts['tokens_per_step']:,} tokens a step",
+            facts["mfu_rule"],
+        ]

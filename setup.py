@@ -1,0 +1,64 @@
+"""Packaging: what is installed, what it needs, and why.
+
+Every lower bound is a version that the tests ran with, on Python 3.11 or 3.12.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+VERSION = re.findall(r'__version__ = "(.+)"', Path(__file__).with_name("maxlm").joinpath("__init__.py").read_text())[0]
+
+JAX = ">=0.10.2,<0.13"  # the range that was tested; jax changes public behaviour between minor versions
+
+REQUIRED = [
+    f"jax{JAX}",  # on the CPU; the extras below bring the accelerators' parts
+    "flax>=0.12.8",  # nnx: how modules declare their parameters
+    "optax>=0.2.8",  # optimizers and schedules
+    "orbax-checkpoint>=0.12.8",  # arrays to files and back, on any mesh
+    "grain>=0.2.18",  # deterministic batches with random access
+    "sentencepiece>=0.2.3",  # LLaMA 1 and 2 tokenizers, and training new ones
+    "tokenizers>=0.23.3",  # tokenizer.json (Llama 3 and most others)
+    "tyro>=1.0.17",  # dataclasses as command lines
+    "rich>=15.0.0",  # tables on the console
+    "cattrs>=26.2.1",  # dataclasses as JSON, without pickle
+    "tensorboardX>=2.6.5",  # TensorBoard files without TensorFlow
+    "numpy>=2.4.6",  # batches and shards on the host
+]
+
+HUB = [
+    "pyarrow>=26.0.1",  # .parquet files
+    "zstandard>=0.25.0",  # .jsonl.zst files
+]
+
+VIZ = [
+    "matplotlib>=3.11.2",  # loss.png
+]
+
+EXTRAS = {
+    "tpu": [f"jax[tpu]{JAX}"],
+    "gpu": [f"jax[cuda13]{JAX}"],
+    "hub": [*HUB, "datasets>=5.2.0"],  # data sets of the Hugging Face hub; not covered by the tests
+    "viz": VIZ,
+    "dev": [
+        *HUB,  # the tests of the readers
+        *VIZ,  # the tests of the plots
+        "pytest>=9.2.0",
+        "pytest-xdist>=3.8.0",  # two test processes
+        "hypothesis>=6.170.15",  # properties instead of examples
+        "ruff>=0.17.5,<0.18",  # its formatter's output changes between minor versions
+        "mypy>=2.4.1,<2.5",  # new minor versions find new errors
+    ],
+}
+
+setup(
+    name="maxlm",
+    version=VERSION,
+    description="Train, evaluate and serve language models in JAX, in code that can be read in full",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["maxlm", "maxlm.*", "kernels_pallas", "kernels_pallas.*"]),
+    install_requires=REQUIRED,
+    extras_require=EXTRAS,
+)

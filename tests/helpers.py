@@ -1,0 +1,85 @@
+"""Small runs and batches that the tests share."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from maxlm.config import (
+    AttentionConfig,
+    BlockConfig,
+    DataConfig,
+    Dataset,
+    Dtype,
+    GluConfig,
+    ModelConfig,
+    Remat,
+    RopeConfig,
+    RunConfig,
+    ShardingConfig,
+    TrainConfig,
+)
+from maxlm.sharding import Layout, make_layout
+
+
+def small_model(**changes: Any) -> ModelConfig:
+    """Two layers with grouped heads, in float32."""
+    block = BlockConfig(
+        attention=AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=8, rope=RopeConfig()), ffn=GluConfig(d_ff=48)
+    )
+    model = ModelConfig(
+        vocab_size=64,
+        d_model=32,
+        n_layers=2,
+        blocks=(block,),
+        max_seq_len=64,
+        compute_dtype=Dtype.FLOAT32,
+        remat=Remat.NONE,
+        init_std=0.2,
+    )
+    return dataclasses.replace(model, **changes)
+
+
+def with_attention(model: ModelConfig, **changes: Any) -> ModelConfig:
+    """The model with every block's attention changed."""
+    blocks = tuple(
+        dataclasses.replace(block, attention=dataclasses.replace(block.attention, **changes)) for block in model.blocks
+    )
+    return dataclasses.replace(model, blocks=blocks)
+
+
+def small_run(model: ModelConfig | None = None, sharding: ShardingConfig | None = None, **train: Any) -> RunConfig:
+    """A run of 8 sequences of 32 tokens a step."""
+    values: dict[str, Any] = {"steps": 10, "batch_size": 8, "seq_len": 32, "loss_chunk": 24, **train}
+    return RunConfig(
+        model=model or small_model(),
+        data=DataConfig(datasets=(Dataset(path="unused"),)),
+        train=TrainConfig(**values),
+        sharding=sharding or ShardingConfig(),
+    )
+
+
+def one_device() -> Layout:
+    return make_layout(ShardingConfig(), jax.devices()[:1])
+
+
+def packed_batch(config: RunConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random tokens in documents of random lengths, as the loader packs them."""
+    rng = np.random.default_rng(seed)
+    B, T = config.train.batch_size, config.train.seq_len
+    tokens = rng.integers(0, config.model.vocab_size, (B, T + 1), dtype=np.int32)
+    starts = rng.random((B, T + 1)) < 0.1
+    starts[:, 0] = True
+    segments = np.cumsum(starts, axis=1).astype(np.int32)
+    first = np.maximum.accumulate(np.where(starts, np.arange(T + 1), 0), axis=1)
+    positions = (np.arange(T + 1) - first).astype(np.int32)
+    return {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segment_ids": segments[:, :-1],
+        "positions": positions[:, :-1],
+        "loss_mask": (segments[:, 1:] == segments[:, :-1]).astype(np.float32),
+    }

@@ -1,0 +1,150 @@
+"""The same numbers on every mesh: loss and gradients of each layout against one device."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from helpers import one_device, packed_batch, small_model, small_run, with_attention
+
+from maxlm.config import Adafactor, AdamW, ConstantSchedule, Dtype, Remat, ShardingConfig, UserError, Zero
+from maxlm.models import init_parameters
+from maxlm.sharding import make_layout
+from maxlm.training import make_trainer
+from maxlm.training.step import gradient_function, loss_function
+
+LAYOUTS = {
+    "data8": ShardingConfig(data=8),
+    "fsdp8": ShardingConfig(data=1, fsdp=8),
+    "tensor2_data4": ShardingConfig(data=4, tensor=2),
+    "seq8": ShardingConfig(data=1, seq=8),
+    "fsdp4_tensor2": ShardingConfig(data=1, fsdp=4, tensor=2),
+    "fsdp4_tensor2_sp": ShardingConfig(data=1, fsdp=4, tensor=2, sequence_parallel=True),
+    "data2_fsdp2_seq2": ShardingConfig(data=2, fsdp=2, seq=2),
+    "fsdp2_seq2_tensor2": ShardingConfig(data=1, fsdp=2, seq=2, tensor=2),
+    "fsdp2_seq2_tensor2_sp": ShardingConfig(data=1, fsdp=2, seq=2, tensor=2, sequence_parallel=True),
+    "zero1": ShardingConfig(data=1, fsdp=8, zero=Zero.OPTIMIZER),
+    "zero2": ShardingConfig(data=1, fsdp=8, zero=Zero.GRADIENTS),
+    "zero2_tensor2": ShardingConfig(data=1, fsdp=4, tensor=2, zero=Zero.GRADIENTS),
+}
+
+
+def loss_and_gradients(config, layout):
+    parameters = jax.jit(lambda key: init_parameters(config.model, layout, key))(jax.random.key(1))
+    gradient = jax.jit(gradient_function(config, layout, loss_function(config, layout)))
+    batch = jax.device_put(packed_batch(config), layout.sharding(layout.activation("batch", "seq")))
+    sums, gradients = gradient(parameters, batch)
+    count = float(batch["loss_mask"].sum())
+    return jax.device_get(jax.tree.map(lambda x: x / count, (sums, gradients)))
+
+
+def assert_close(got, want, atol):
+    for (path, g), (_, w) in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree_util.tree_leaves_with_path(want), strict=True
+    ):
+        np.testing.assert_allclose(g, w, atol=atol, rtol=0, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return loss_and_gradients(small_run(z_loss=1e-3), one_device())
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_equals_one_device(name, reference, capfd):
+    config = small_run(sharding=LAYOUTS[name], z_loss=1e-3)
+    got = loss_and_gradients(config, make_layout(config.sharding))
+    assert_close(got, reference, 1e-5)
+    assert max(float(abs(leaf).max()) for leaf in jax.tree.leaves(got[1])) > 1e-2, "gradients too small to compare"
+    # The partitioner prints this when it copies a whole array to every device to change its layout.
+    assert "Involuntary full rematerialization" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("remat", list(Remat))
+def test_remat_changes_nothing(remat, reference):
+    config = small_run(small_model(remat=remat), z_loss=1e-3)
+    assert_close(loss_and_gradients(config, one_device()), reference, 1e-5)
+
+
+def test_unrolled_equals_scan(reference):
+    config = small_run(small_model(scan_layers=False), z_loss=1e-3)
+    assert_close(loss_and_gradients(config, one_device()), reference, 1e-5)
+
+
+@pytest.mark.parametrize("micro_batches", [2, 8])
+def test_accumulation_equals_one_batch(micro_batches, reference):
+    config = small_run(micro_batches=micro_batches, z_loss=1e-3)
+    assert_close(loss_and_gradients(config, one_device()), reference, 1e-5)
+
+
+def test_accumulation_on_a_mesh(reference):
+    config = small_run(sharding=ShardingConfig(data=2, fsdp=2, tensor=2), micro_batches=2, z_loss=1e-3)
+    assert_close(loss_and_gradients(config, make_layout(config.sharding)), reference, 1e-5)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_gradients_cross_devices_in_the_asked_format(wide):
+    """Read from the program before the backend's own passes: the CPU's turn every bfloat16 sum into float32."""
+    sharding = ShardingConfig(data=8, float32_gradients=wide)
+    config = small_run(small_model(compute_dtype=Dtype.BFLOAT16), sharding=sharding)
+    layout = make_layout(sharding)
+    parameters = init_parameters(config.model, layout, jax.random.key(0))
+    jaxpr = str(jax.make_jaxpr(gradient_function(config, layout, loss_function(config, layout)))(parameters, packed_batch(config)))
+    # d(down_proj) = contraction of two bfloat16 arrays over rows and tokens, which is what devices sum.
+    products = [line for line in jaxpr.splitlines() if "dot_general" in line and "[48,32]" in line]
+    assert products and all(("f32[48,32]" in line) == wide for line in products)
+
+
+@pytest.mark.parametrize("optimizer", [AdamW(schedule=ConstantSchedule()), Adafactor(min_factored_dim=8)])
+@pytest.mark.parametrize("zero", list(Zero))
+def test_state_is_sharded_as_zero_says(zero, optimizer):
+    sharding = ShardingConfig(data=1, fsdp=8, zero=zero)
+    config = dataclasses.replace(small_run(sharding=sharding), optimizer=optimizer)
+    trainer = make_trainer(config, make_layout(sharding))
+    share = lambda leaf: leaf.addressable_shards[0].data.size / leaf.size
+    matrix_shares = lambda tree: {share(leaf) for leaf in jax.tree.leaves(tree) if leaf.size >= 64 * 32}
+
+    def check(state):
+        assert matrix_shares(state.parameters) == {1 / 8 if zero is Zero.PARAMETERS else 1}
+        # Adafactor has no moment as large as a matrix, only its rows and columns.
+        assert matrix_shares(state.optimizer) == ({1 / 8} if isinstance(optimizer, AdamW) else set())
+
+    state = trainer.init()
+    check(state)
+    check(trainer.step(state, jax.device_put(packed_batch(config), trainer.batch))[0])
+
+
+def test_initial_parameters_do_not_depend_on_the_mesh():
+    values = []
+    for sharding in (ShardingConfig(data=8), ShardingConfig(data=1, fsdp=4, tensor=2)):
+        config = small_run(sharding=sharding)
+        values.append(jax.device_get(make_trainer(config, make_layout(sharding)).init().parameters))
+    jax.tree.map(np.testing.assert_array_equal, *values)
+
+
+def test_pure_data_parallelism_gathers_nothing():
+    config = small_run(sharding=ShardingConfig(data=8))
+    trainer = make_trainer(config, make_layout(config.sharding))
+    batch = {key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=trainer.batch) for key, x in packed_batch(config).items()}
+    text = trainer.step.lower(trainer.state, batch).compile().as_text()
+    assert "all-reduce" in text
+    assert "all-gather" not in text and "all-to-all" not in text and "collective-permute" not in text
+
+
+def test_window_and_biases_on_a_mesh():
+    model = with_attention(small_model(tie_embeddings=True), window=7, qkv_bias=True, out_bias=True, qk_norm=True)
+    want = loss_and_gradients(small_run(model), one_device())
+    sharding = ShardingConfig(data=1, fsdp=2, seq=2, tensor=2)
+    assert_close(loss_and_gradients(small_run(model, sharding), make_layout(sharding)), want, 1e-5)
+
+
+def test_impossible_meshes_are_all_reported():
+    config = small_run(sharding=ShardingConfig(data=1, fsdp=1, tensor=8), batch_size=3)
+    with pytest.raises(UserError) as caught:
+        config.validate(8)
+    lines = str(caught.value).splitlines()
+    assert any("sharding.tensor = 8 does not divide model.blocks.0.attention.n_heads = 4" in line for line in lines)
+    assert any("sharding.tensor may be one of [1, 2, 4]" in line for line in lines)
+    assert any("n_kv_heads = 2" in line for line in lines)

@@ -1,0 +1,453 @@
+"""What a run writes: rows that survive kills and resumes, figures that add up, and pages that stand alone."""
+
+import html.parser
+import io
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import types
+from datetime import datetime
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+import rich.console
+
+from maxlm.config import (
+    DataConfig,
+    Dataset,
+    ObserveConfig,
+    RunConfig,
+    StepRange,
+    TrainConfig,
+    UserError,
+    llama,
+    serialize,
+)
+from maxlm.observe.console import Console
+from maxlm.observe.metrics import Evaluation, RowLog, StepMetrics, Throughput, read_rows
+from maxlm.observe.plots import loss_curve, smooth
+from maxlm.observe.profiler import ProfileWindow
+from maxlm.observe.report import SavedCheckpoint, write_report
+from maxlm.observe.run_log import RunLog
+from maxlm.observe.svg import Line, chart
+from maxlm.observe.text import duration, gibibytes, short
+from maxlm.observe.writers import TensorBoardWriter, WandbWriter
+
+ROOT = Path(__file__).parent.parent
+KEYS = ["step", "loss", "tokens", "tokens_per_s", "step_time_s", "mfu", "learning_rate", "grad_norm"]
+
+
+class FakeDevice:
+    process_index = 0
+
+    def __init__(self, kind: str) -> None:
+        self.device_kind = kind
+
+    def memory_stats(self):
+        return None if self.device_kind == "cpu" else {"bytes_in_use": 2 << 30, "bytes_limit": 16 << 30}
+
+
+def run_config(**observe) -> RunConfig:
+    return RunConfig(
+        model=llama(vocab_size=64, d_model=32, n_layers=2, n_heads=4, d_ff=48, max_seq_len=16),
+        data=DataConfig(datasets=(Dataset(path="data/x"),)),
+        train=TrainConfig(steps=20, batch_size=4, seq_len=16, log_every=2),
+        observe=ObserveConfig(**observe),
+    )
+
+
+def open_log(run_dir: Path, *, resume_step=0, is_main=True, kind="cpu", config=None, n=4, output=None) -> RunLog:
+    stream = rich.console.Console(file=output or io.StringIO(), width=120)
+    return RunLog(
+        config or run_config(), run_dir, resume_step=resume_step, is_main=is_main,
+        devices=[FakeDevice(kind)] * n, console=Console(enabled=is_main, output=stream),
+    )  # fmt: skip
+
+
+def train(log: RunLog, first: int, last: int, loss=lambda step: 5 - step / 10) -> list[StepMetrics]:
+    log.start_clock(first, first * 64)
+    return [
+        log.step(step, loss=loss(step), tokens=step * 64, learning_rate=1e-3, grad_norm=1.0)
+        for step in range(first + 2, last + 1, 2)
+    ]
+
+
+# Rows
+
+
+def test_rows_have_the_promised_keys_first_and_no_mfu_on_cpu(tmp_path):
+    with open_log(tmp_path) as log:
+        train(log, 0, 6)
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    for row in rows:
+        assert list(row)[:8] == KEYS
+        assert row["mfu"] is None and row["tokens_per_s"] > 0 and row["memory_bytes"] > 0
+
+
+def test_mfu_row_is_the_stated_rule(tmp_path):
+    output = io.StringIO()
+    with open_log(tmp_path, kind="TPU v5 lite", output=output) as log:
+        row = train(log, 0, 2)[0]
+    n = 2 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32) + 32 + 64 * 32  # blocks, final norm, head; no input table
+    flops = 6 * n + 12 * 2 * 32 * 16
+    assert row.mfu == pytest.approx(flops * row.tokens_per_s / (4 * 197e12))
+    assert "12·L·N_heads·H·T" in output.getvalue() and "197 TFLOP/s" in output.getvalue()
+
+
+def test_resume_drops_later_rows_of_all_files(tmp_path):
+    with open_log(tmp_path) as log:
+        train(log, 0, 10)
+        for step in (5, 10):
+            log.evaluation(step, tokens=step * 64, loss=3.0, eval_tokens=10)
+            log.sample(step, "a", "b")
+    with open_log(tmp_path, resume_step=6) as log:
+        train(log, 6, 8, loss=lambda step: 1.0)
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["loss"] == 1.0) for row in rows] == [(2, False), (4, False), (6, False), (8, True)]
+    assert [row["step"] for row in read_rows(tmp_path / "evals.jsonl")] == [5]
+    assert [row["step"] for row in read_rows(tmp_path / "samples.jsonl")] == [5]
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("cut", [1, 5, 20])
+def test_torn_last_line_is_left_out_and_mended(tmp_path, cut):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n' + '{"step": 2, "loss": 3.25}\n'[:-cut])
+    assert read_rows(path) == [{"step": 1}]
+    log = RowLog(path, resume_step=9)
+    log.append({"step": 2})
+    log.close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.mark.parametrize("line", ["", "nonsense", "[1]", '{"loss": 1}', '{"step": "1"}', "NaN"])
+def test_damage_elsewhere_is_refused_with_its_place(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: .*remove that line"):
+        read_rows(path)
+
+
+def test_rows_outlive_kill_9(tmp_path):
+    code = (
+        "import os, signal, sys; from pathlib import Path; from maxlm.observe.metrics import RowLog\n"
+        "log = RowLog(Path(sys.argv[1]), resume_step=0)\n"
+        "for step in range(1, 51): log.append({'step': step})\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    path = tmp_path / "metrics.jsonl"
+    result = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, check=False)
+    assert result.returncode == -signal.SIGKILL
+    assert [row["step"] for row in read_rows(path)] == list(range(1, 51))
+
+
+def test_not_finite_figures_stay_json(tmp_path):
+    with open_log(tmp_path) as log:
+        log.step(1, loss=math.nan, tokens=64, learning_rate=0.0, grad_norm=math.inf)
+        log.evaluation(1, tokens=64, loss=1e6, eval_tokens=5)
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+
+    def refuse(word: str):
+        raise AssertionError(word)
+
+    row = json.loads(line, parse_constant=refuse)
+    assert row["loss"] is None and row["grad_norm"] is None
+    (line,) = (tmp_path / "evals.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=refuse)["eval_perplexity"] is None
+
+
+def test_evaluation_figures_against_a_uniform_model():
+    """A model that gives each of 256 bytes the same chance: perplexity 256, 8 bits a byte; two bytes a token: 4."""
+    row = Evaluation(step=1, tokens=1, eval_loss=math.log(256), eval_tokens=100, eval_bytes=100).row()
+    assert row["eval_perplexity"] == pytest.approx(256) and row["eval_bits_per_byte"] == pytest.approx(8)
+    row = Evaluation(step=1, tokens=1, eval_loss=math.log(256), eval_tokens=100, eval_bytes=200).row()
+    assert row["eval_bits_per_byte"] == pytest.approx(4)
+    assert Evaluation(step=1, tokens=1, eval_loss=1.0, eval_tokens=1).row()["eval_bits_per_byte"] is None
+
+
+def test_other_processes_write_and_print_nothing(tmp_path):
+    output = io.StringIO()
+    with open_log(tmp_path / "run", is_main=False, output=output) as log:
+        rows = train(log, 0, 4)
+        log.evaluation(4, tokens=1, loss=1.0, eval_tokens=1)
+        log.sample(4, "a", "b")
+        log.say("x")
+        log.warning("x")
+        assert log.finish() is None
+    assert rows[-1].tokens_per_s > 0
+    assert not (tmp_path / "run").exists() and output.getvalue() == ""
+
+
+# Throughput
+
+
+def test_throughput_leaves_out_what_came_before_and_pauses():
+    now = [100.0]
+    speed = Throughput(clock=lambda: now[0])
+    assert speed.read(1, 64) is None  # nothing was timed: the first step holds compilation
+    now[0] += 2.0
+    with speed.pause():
+        now[0] += 50.0
+    now[0] += 2.0
+    assert speed.read(5, 320) == (pytest.approx(64.0), pytest.approx(1.0))
+    now[0] += 3.0
+    assert speed.read(6, 384) == (pytest.approx(64 / 3), pytest.approx(3.0))
+    with pytest.raises(KeyError), speed.pause():
+        now[0] += 7.0
+        raise KeyError
+    now[0] += 1.0
+    assert speed.read(7, 448) == (pytest.approx(64.0), pytest.approx(1.0))
+
+
+# Console
+
+
+def test_a_pipe_gets_one_whole_line_a_row_without_control_codes(tmp_path):
+    output = io.StringIO()
+    with open_log(tmp_path / ("long" * 40), output=output) as log:
+        train(log, 0, 4, loss=lambda step: 1.25)
+        log.warning("careful [bold]not markup[/bold]")
+        log.finish()
+    text = output.getvalue()
+    assert "\x1b" not in text and "\r" not in text
+    assert len(re.findall(r"^step +[24]/20  loss 1\.2500 .* left$", text, re.MULTILINE)) == 2
+    assert "MFU not reported: no bfloat16 peak FLOP/s known for device kind 'cpu'\n" in text
+    assert "warning: careful [bold]not markup[/bold]\n" in text
+    assert f"wrote {tmp_path / ('long' * 40) / 'report.html'}\n" in text
+
+
+def test_what_a_model_writes_cannot_drive_the_terminal_or_break_its_encoding():
+    raw = io.BytesIO()
+    output = io.TextIOWrapper(raw, encoding="ascii")
+    console = Console(output=rich.console.Console(file=output, width=100))
+    console.say("red \x1b[31m, bell \x07, tab\t, \ud800, 日本")
+    assert raw.getvalue().decode() == "red \\x1b[31m, bell \\x07, tab\t, \\ud800, \\u65e5\\u672c\n"
+
+
+def test_a_terminal_gets_a_status_line_that_goes_away():
+    output = io.StringIO()
+    terminal = rich.console.Console(file=output, force_terminal=True, width=100, _environ={"TERM": "xterm"})
+    with Console(output=terminal) as console:
+        console.start(20, 4, ["header"], memory_limit=16 << 30)
+        console.log(
+            StepMetrics(
+                step=10,
+                loss=2.5,
+                tokens=640,
+                tokens_per_s=64.0,
+                step_time_s=1.0,
+                mfu=0.412,
+                learning_rate=1e-3,
+                grad_norm=1.0,
+                memory_bytes=3 << 30,
+            )
+        )
+    text = output.getvalue()
+    assert "continuing after step 4 of 20" in text and "step 10/20" in text
+    assert "MFU 41.2 %" in text and "3.00 GiB of 16.00 GiB" in text and "10 s left" in text
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1  # the cursor is shown again
+
+
+# Writers
+
+
+def _scalars(folder: Path) -> list[tuple[str, int, float]]:
+    """(tag, step, value) of all event files; TFRecord framing is length, crc, data, crc."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in sorted(folder.glob("events*")):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            size = int.from_bytes(data[at : at + 8], "little")
+            event = Event.FromString(data[at + 12 : at + 12 + size])
+            found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+            if event.HasField("session_log"):
+                found.append(("restart", event.step, 0.0))
+            at += 16 + size
+    return found
+
+
+def test_tensorboard_gets_finite_figures_and_purges_on_resume(tmp_path):
+    with open_log(tmp_path) as log:
+        log.step(2, loss=1.5, tokens=64, learning_rate=1e-3, grad_norm=math.nan)
+        log.evaluation(2, tokens=64, loss=2.5, eval_tokens=5)
+    scalars = _scalars(tmp_path / "tensorboard")
+    assert ("train/loss", 2, 1.5) in scalars and ("eval/loss", 2, 2.5) in scalars
+    assert not any(tag in ("train/grad_norm", "train/mfu", "train/step") for tag, _, _ in scalars)
+    TensorBoardWriter(tmp_path / "again", resume_step=2).close()
+    assert _scalars(tmp_path / "again" / "tensorboard")[0][:2] == ("restart", 3)
+
+
+def test_wandb_run_continues_under_its_id(tmp_path, monkeypatch):
+    calls, logged = [], []
+    run = types.SimpleNamespace(define_metric=lambda *a, **k: None, log=logged.append, finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **k: calls.append(k) or run))
+    for _ in range(2):
+        writer = WandbWriter("project", tmp_path, {"a": 1})
+        writer.write(3, {"train/loss": 1.0})
+        writer.close()
+    assert calls[0]["id"] == calls[1]["id"] == (tmp_path / "wandb_id").read_text().strip()
+    assert calls[0]["project"] == "project" and calls[0]["resume"] == "allow"
+    assert logged[0] == {"step": 3, "train/loss": 1.0}
+
+
+def test_absent_wandb_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"observe\.wandb_project = 'p' .*pip install wandb"):
+        open_log(tmp_path, config=run_config(wandb_project="p"))
+
+
+# Profiler
+
+
+def test_profile_window_records_its_steps_only(tmp_path, monkeypatch):
+    events = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: events.append(("start", folder)))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: events.append(("stop",)))
+    said = []
+    window = ProfileWindow(StepRange(2, 4), tmp_path, said.append)
+    for i in range(6):
+        with window.step(i, wait_for=jnp.zeros(2)):
+            events.append((i,))
+    window.close()
+    assert events == [(0,), (1,), ("start", str(tmp_path / "profile")), (2,), (3,), ("stop",), (4,), (5,)]
+    assert len(said) == 1 and str(tmp_path / "profile") in said[0]
+
+    events.clear()
+    resumed = ProfileWindow(StepRange(2, 9), tmp_path, said.append)
+    with resumed.step(3, wait_for=None):
+        pass
+    resumed.close()
+    assert [event[0] for event in events] == ["start", "stop"]
+
+    events.clear()
+    with ProfileWindow(None, tmp_path, said.append).step(0, wait_for=None):
+        pass
+    assert events == []
+
+
+# Plots and report
+
+
+def test_smoothing_keeps_a_constant_and_calms_noise():
+    assert smooth([(x, 2.0) for x in range(50)]) == [(x, pytest.approx(2.0)) for x in range(50)]
+    noisy = [(x, float(x % 2)) for x in range(400)]
+    assert all(0.4 < y < 0.6 for _, y in smooth(noisy)[6:-6])
+    line = [(x, 3.0 - x) for x in range(50)]
+    assert smooth(line) == [(x, pytest.approx(y)) for x, y in line]  # no lag
+    assert smooth([]) == []
+
+
+def test_loss_curve_is_a_png_of_what_there_is(tmp_path):
+    assert loss_curve([{"step": 1, "tokens": 1, "loss": None}], [], tmp_path / "loss.png") is None
+    rows = [{"step": s, "tokens": s, "loss": 1 / s, "learning_rate": 0.1} for s in range(1, 30)]
+    path = loss_curve(rows, [{"step": 3, "tokens": 3, "eval_loss": 0.5}], tmp_path / "loss.png")
+    assert path is not None and path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_absent_matplotlib_is_named_and_the_report_still_written(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    output = io.StringIO()
+    with open_log(tmp_path, output=output) as log:
+        train(log, 0, 4)
+        finished = log.finish()
+    assert finished is not None and finished.loss_png is None and finished.report.exists()
+    assert "pip install 'maxlm[viz]'" in output.getvalue()
+
+
+class _Page(html.parser.HTMLParser):
+    """Checks that tags nest, and collects text and outside references."""
+
+    VOID = ("meta", "line", "circle", "polyline")
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.stack: list[str] = []
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+        self.feed(page)
+        self.close()
+        assert self.stack == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("href", "src", "srcset", "xlink:href")]
+        if tag not in self.VOID:
+            self.stack.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.stack.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_report_stands_alone_and_escapes_what_a_model_writes(tmp_path):
+    config = run_config(sample_prompt="<img src=x onerror=alert(1)>")
+    serialize.save(config, tmp_path / "config.json")
+    with open_log(tmp_path, config=config, kind="NVIDIA H200") as log:
+        train(log, 0, 20)
+        log.evaluation(20, tokens=1280, loss=2.0, eval_tokens=100, eval_bytes=400)
+        log.sample(20, "<b>prompt", "</pre><script>alert(1)</script>")
+        finished = log.finish([SavedCheckpoint(step=20, n_bytes=5 << 20, saved=datetime(2026, 1, 2, 3, 4, 5))])
+    page = finished.report.read_text()
+    parsed = _Page(page)
+    assert parsed.links == [] and "url(" not in page and "@import" not in page
+    assert "script" not in parsed.tags and "img" not in parsed.tags
+    assert parsed.tags.count("svg") == 4
+    for text in (
+        "</pre><script>alert(1)</script>", "step 20 of 20", "5.0 MiB", "2026-01-02 03:04:05", "7.389",
+        "model.blocks.0.attention.n_heads", "<img src=x onerror=alert(1)>", "4 x NVIDIA H200", jax.__version__,
+    ):  # fmt: skip
+        assert text in parsed.text, text
+
+
+def test_report_of_an_empty_or_damaged_folder(tmp_path):
+    _Page(write_report(tmp_path).read_text())
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json: not JSON"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize("values", [[1.0], [0.0, 0.0], [1e-9, 1e-9], [5.0, -3.0], [1e12, 2e12]])
+def test_charts_of_awkward_ranges(values):
+    svg = chart("t & t", [Line(label="a", style="raw", points=list(enumerate(values)))], x_label="x")
+    _Page(svg)
+    heights = [float(pair.split(",")[1]) for pair in re.search(r'points="([^"]*)"', svg).group(1).split()]
+    assert all(0 <= height <= 260 for height in heights) and "nan" not in svg
+    assert svg.count('class="grid"') >= 3
+
+
+def test_a_long_chart_is_thinned_but_ends_where_the_run_ends():
+    svg = chart("t", [Line(label="a", style="raw", points=[(x, float(x)) for x in range(10_001)])], x_label="x")
+    drawn = re.search(r'points="([^"]*)"', svg).group(1).split()
+    assert len(drawn) <= 1500 and drawn[-1].startswith("628.0,")
+
+
+def test_numbers_for_people():
+    assert [short(v) for v in (0, 950, 1e3, 12_345, 999_999, 6_738_415_616)] == [
+        "0", "950", "1.00k", "12.3k", "1000k", "6.74B",
+    ]  # fmt: skip
+    assert [duration(s) for s in (0.2, 59.6, 158, 3720, 100_000)] == [
+        "0 s", "1 min 00 s", "2 min 38 s", "1 h 02 min", "1 d 3 h",
+    ]  # fmt: skip
+    assert gibibytes(3 << 30) == "3.00 GiB" and gibibytes(5 << 20) == "5.0 MiB"
+
+
+def test_importing_the_room_does_not_import_jax():
+    code = (
+        "import sys; import maxlm.observe.run_log, maxlm.observe.flops\n"
+        "print([m for m in ('jax', 'matplotlib', 'wandb') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert out.stdout.strip() == "[]", out.stderr
