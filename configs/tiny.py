@@ -1,9 +1,11 @@
-"""A four-layer LLaMA on the Python standard library's own sources: the whole path in about two minutes on a CPU.
+"""A four-layer LLaMA (5,261,568 parameters) on the Python standard library's own sources: the whole path on a CPU.
 
     python -m maxlm.train --config configs/tiny.py
 
-Hardware: two CPU cores, 1 GB of memory, no download.
+Hardware: two CPU cores, 1 GB of memory, no download; about two minutes.
 """
+
+import dataclasses
 
 from maxlm.config import (
     AdamW,
@@ -21,7 +23,6 @@ from maxlm.config import (
     TrainSentencePiece,
     llama,
 )
-import dataclasses
 
 
 def get_config() -> RunConfig:
@@ -32,9 +33,8 @@ def get_config() -> RunConfig:
             datasets=(
                 Dataset(
                     path="data/stdlib",
-                    prepare=PrepareConfig(
-                        documents=StandardLibrary(), tokenizer=TrainSentencePiece(vocab_size=4096)
-                    ),
+                    prepare=PrepareConfig(documents=StandardLibrary(), tokenizer=TrainSentencePiece(vocab_size=4096),
+                        validation_fraction=0.05,),
                 ),
             )
         ),

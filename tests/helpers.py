@@ -23,6 +23,7 @@ from maxlm.config import (
     TrainConfig,
 )
 from maxlm.sharding import Layout, make_layout
+from maxlm.training import Trainer
 
 
 def small_model(**changes: Any) -> ModelConfig:
@@ -83,3 +84,8 @@ def packed_batch(config: RunConfig, seed: int = 0) -> dict[str, np.ndarray]:
         "positions": positions[:, :-1],
         "loss_mask": (segments[:, 1:] == segments[:, :-1]).astype(np.float32),
     }
+
+
+def place(batch: dict[str, np.ndarray], trainer: Trainer) -> dict[str, jax.Array]:
+    """The batch on the devices where the trainer wants it."""
+    return {name: jax.device_put(values, trainer.batch[name].sharding) for name, values in batch.items()}

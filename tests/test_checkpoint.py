@@ -73,7 +73,7 @@ def abstract(tree: Any, sharding: Any) -> Any:
 
 
 def assert_equal(found: Any, wanted: Any) -> None:
-    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    assert str(jax.tree.structure(found)) == str(jax.tree.structure(wanted))
     for f, w in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         assert f.dtype == w.dtype
         np.testing.assert_array_equal(np.asarray(f), np.asarray(w))
@@ -305,11 +305,14 @@ def test_keep_rule(tmp_path: Path) -> None:
 def test_the_old_step_stays_until_the_new_one_is_sealed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(tmp_path, keep_last=1)
     run.save(1)
-    seen = []
+    seen: list[list[int]] = []
     write = manifest.write
-    monkeypatch.setattr(
-        manifest, "write", lambda *args, **kwargs: (seen.append(run.checkpointer.steps()), write(*args, **kwargs))
-    )
+
+    def watched(*args: Any, **kwargs: Any) -> manifest.Manifest:
+        seen.append(run.checkpointer.steps())
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(manifest, "write", watched)
     run.save(2)
     assert seen == [[1]]
     assert run.checkpointer.steps() == [2]
@@ -508,7 +511,7 @@ def test_full_disk(tmp_path: Path, limit: str) -> None:
     assert result["error"].startswith(f"{tmp_path / 'run' / str(step + 1)}: checkpoint could not be written ({cause}")
     assert f"step {step} is the last finished one" in result["error"] and "\n" not in result["error"]
     assert result["steps"] == [*range(2, step + 1), 10]
-    assert "Traceback" not in errors
+    assert "ERROR:absl" not in errors  # said once, by us
 
 
 def result_line(output: str, errors: str) -> str:

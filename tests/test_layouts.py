@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from helpers import one_device, packed_batch, small_model, small_run, with_attention
+from helpers import one_device, packed_batch, place, small_model, small_run, with_attention
 
 from maxlm.config import Adafactor, AdamW, ConstantSchedule, Dtype, Remat, ShardingConfig, UserError, Zero
 from maxlm.models import init_parameters
@@ -113,7 +113,7 @@ def test_state_is_sharded_as_zero_says(zero, optimizer):
 
     state = trainer.init()
     check(state)
-    check(trainer.step(state, jax.device_put(packed_batch(config), trainer.batch))[0])
+    check(trainer.step(state, place(packed_batch(config), trainer))[0])
 
 
 def test_initial_parameters_do_not_depend_on_the_mesh():
@@ -127,8 +127,7 @@ def test_initial_parameters_do_not_depend_on_the_mesh():
 def test_pure_data_parallelism_gathers_nothing():
     config = small_run(sharding=ShardingConfig(data=8))
     trainer = make_trainer(config, make_layout(config.sharding))
-    batch = {key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=trainer.batch) for key, x in packed_batch(config).items()}
-    text = trainer.step.lower(trainer.state, batch).compile().as_text()
+    text = trainer.step.lower(trainer.state, trainer.batch).compile().as_text()
     assert "all-reduce" in text
     assert "all-gather" not in text and "all-to-all" not in text and "collective-permute" not in text
 

@@ -220,7 +220,7 @@ class Recorder(Batches):
 @pytest.mark.parametrize(
     "spec", [("data", None), ("data", "seq"), (None, "seq"), (("data", "seq"), None), (None, None)]
 )
-def test_global_batches_hold_the_same_tokens_for_any_sharding(datasets: tuple[Dataset, Dataset], spec: tuple) -> None:  # type: ignore[type-arg]
+def test_global_batches_hold_the_same_tokens_for_any_sharding(datasets: tuple[Dataset, Dataset], spec: tuple) -> None:
     mesh = jax.make_mesh((4, 2), ("data", "seq"), axis_types=(AxisType.Auto,) * 2)
     sharding = NamedSharding(mesh, PartitionSpec(*spec))
     batches = open_train(*datasets)

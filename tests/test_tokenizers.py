@@ -138,6 +138,27 @@ def test_hugging_face(tmp_path: Path) -> None:
         open_tokenizer(HuggingFaceTokenizer(path=str(hugging_face(tmp_path / "none.json", ["<pad>"]))))
 
 
+def test_an_html_tag_is_not_the_end_of_a_document(tmp_path: Path) -> None:
+    file = hugging_face(tmp_path / "tokenizer.json", ["<eos>", "<bos>"])
+    library = tokenizers.Tokenizer.from_file(str(file))
+    library.add_tokens(["<s>", "</s>"])
+    library.save(str(file))
+    tokenizer = open_tokenizer(HuggingFaceTokenizer(path=str(file)))
+    assert (tokenizer.eos_id, tokenizer.bos_id) == (library.token_to_id("<eos>"), library.token_to_id("<bos>"))
+
+
+def test_models_that_put_a_space_before_a_text_are_left_as_they_are(tmp_path: Path) -> None:
+    file = tmp_path / "llama.model"
+    with file.open("wb") as model:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(CODE[0].splitlines()), model_writer=model, vocab_size=400, byte_fallback=True,
+            minloglevel=2,
+        )  # fmt: skip
+    library = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    for text in AWKWARD:
+        assert SentencePiece(file).encode(text) == library.encode(text, out_type=int)
+
+
 def test_prompts_start_as_documents_do(trained: Tokenizer) -> None:
     for tokenizer in (trained, Bytes()):
         ids = tokenizer.encode("def f")

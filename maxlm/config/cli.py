@@ -44,18 +44,23 @@ def parse_run(argv: Sequence[str], *, prog: str, description: str) -> Command:
     Raises:
         UserError: no file, a file without `get_config()`, an unknown key, or a value of the wrong type.
     """
-    parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config")
     parser.add_argument("--print_config", action="store_true")
     parser.add_argument("--debug", action="store_true")
-    options, overrides = parser.parse_known_args(list(argv))
+    try:
+        options, overrides = parser.parse_known_args(list(argv))
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error.argument_name}: {error.message}, for example --config configs/tiny.py") from None
     asks_help = "--help" in overrides or "-h" in overrides
     if options.config is not None:
         file_config = load_config(options.config)
     elif asks_help:
         file_config = _EXAMPLE
     else:
-        raise UserError("--config is missing; name a file, for example --config configs/tiny.py (--help lists all keys)")
+        raise UserError(
+            "--config is missing; name a file, for example --config configs/tiny.py (--help lists all keys)"
+        )
     usage = (
         f"{description}\n\n--config FILE      Python file with get_config(); the defaults below are those of "
         f"{options.config or 'a small example'}.\n--print_config     Show the resolved config and what differs from the "
@@ -87,7 +92,7 @@ def parse(
         if stop.code == 0:  # --help has been printed
             raise
         known = [] if default is None else list(flatten(default))
-        raise UserError(_one_line(complaint.getvalue(), argv, known, prog)) from None
+        raise UserError(_one_line(complaint.getvalue(), known, prog)) from None
 
 
 def load_config(path: str) -> RunConfig:
@@ -151,17 +156,24 @@ def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
         sys.exit(error.exit_code if isinstance(error, UserError) else 1)
 
 
-def _one_line(complaint: str, argv: Sequence[str], known: list[str], prog: str) -> str:
+def _one_line(complaint: str, known: list[str], prog: str) -> str:
     """tyro's framed complaint as one line, with the nearest key for one that is not known."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", complaint)
     words = " ".join(re.sub(r"[─-╿]", " ", plain).split())
-    if unknown := re.search(r"Unrecognized options: (--\S+?)(?:=\S*)?(?:\s|$)", words):
-        key = unknown.group(1).removeprefix("--")
+    see_help = f"({prog} --help lists all keys)"
+    if unknown := re.search(r"Unrecognized options: ([^\s=,]+)", words):
+        word = unknown.group(1)
+        if not word.startswith("--"):
+            return f"stray word {word}; overrides are written --key=value {see_help}"
+        key = word.removeprefix("--")
+        if inner := [name for name in known if name.startswith(f"{key}.")]:
+            return f"--{key} is a group; set its keys, such as --{inner[0]}, or choose its class in the config file {see_help}"
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"did you mean --{near[0]}? " if near else ""
-        return f"unknown key --{key}; {hint}({prog} --help lists all keys)"
-    words = re.split(r"For full helptext", words)[0].strip()
-    return f"{words} ({prog} --help lists all keys)"
+        return f"unknown key --{key}; {hint}{see_help}"
+    words = re.sub(r"^(Value error|Invalid choice|Missing argument|Required options) ", "", words)
+    words = re.split(r" Argument helptext:| For full helptext", words)[0].strip()
+    return f"{words} {see_help}"
 
 
 _EXAMPLE = RunConfig(

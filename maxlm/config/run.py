@@ -28,6 +28,8 @@ class StepRange:
     @classmethod
     def parse(cls, words: list[str]) -> StepRange:
         first, _, last = words[0].partition(":")
+        if not (first.isdecimal() and last.isdecimal()):
+            raise UserError(f"step range {words[0]!r} must be FIRST:LAST, for example 10:13")
         return cls(int(first), int(last))
 
     def __str__(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +29,8 @@ class State:
     """Of all text up to there, to notice an input that has changed since."""
     reserve: int | None = None
     """Number of the document that is held back, see `Splitter`."""
-    train: Written = Written()
-    validation: Written = Written()
+    train: Written = field(default_factory=Written)
+    validation: Written = field(default_factory=Written)
 
 
 class Reader:

@@ -123,7 +123,7 @@ def open_batches(config: DataConfig, *, batch_size: int, seq_len: int, split: Sp
         UserError: a folder is not finished or damaged, the data sets' tokenizers differ, a split has fewer tokens than
             a window, or validation has fewer windows than a batch.
     """
-    opened = [open_prepared(Path(dataset.path), verify=config.verify) for dataset in config.datasets]
+    opened = [open_prepared(Path(dataset.path), verify=config.verify, splits=[split]) for dataset in config.datasets]
     first = opened[0]
     for other in opened[1:]:
         if other.tokenizer.fingerprint != first.tokenizer.fingerprint:

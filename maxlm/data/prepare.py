@@ -114,12 +114,10 @@ def _refuse_foreign(out: Path) -> None:
 
 def _claim(config: PrepareConfig, out: Path) -> None:
     """Put the config down in `out`. Only an earlier one from which documents have been written stands against it."""
-    if (out / _CONFIG).exists():
-        there = serialize.load(PrepareConfig, out / _CONFIG)
-        if (out / _PROGRESS).exists():
-            _check_same(config, there, out)
-        elif there != _deciding(config):
-            shutil.rmtree(out / TOKENIZER, ignore_errors=True)
+    if (out / _PROGRESS).exists():
+        _check_same(config, serialize.load(PrepareConfig, out / _CONFIG), out)
+    else:  # nothing ties a tokenizer that is there to this config and this input
+        shutil.rmtree(out / TOKENIZER, ignore_errors=True)
     _write_atomically(out / _CONFIG, serialize.to_dict(_deciding(config)))
 
 
@@ -158,7 +156,7 @@ def _run(config: PrepareConfig, out: Path, tokenizer: Tokenizer) -> DatasetInfo:
     unreadable = Unreadable(config.strict)
     with contextlib.closing(Splitter(config, out, tokenizer, state)) as splitter, _progress() as show:
         reader = Reader(config, unreadable, state, splitter.take_back_reserve)
-        workers = config.workers or len(os.sched_getaffinity(0))
+        workers = config.workers or _cores()
         documents, recorded = state.documents, time.monotonic()
         for block, tokenised in tokenise_blocks(out / TOKENIZER, reader.blocks(), workers):
             splitter.add(block.first, tokenised)
@@ -191,6 +189,11 @@ def _run(config: PrepareConfig, out: Path, tokenizer: Tokenizer) -> DatasetInfo:
         train=train,
         validation=validation,
     )
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import enum
 import functools
 import hashlib
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,8 +222,8 @@ class Prepared:
         return TokenStream(tuple(_shards(self.folder, self.info, split)))
 
 
-def open_prepared(folder: Path, *, verify: bool) -> Prepared:
-    """The data set that `prepare` wrote into `folder`.
+def open_prepared(folder: Path, *, verify: bool, splits: Sequence[Split] = tuple(Split)) -> Prepared:
+    """The data set that `prepare` wrote into `folder`, with the shards of `splits` checked.
 
     Raises:
         UserError: the folder is not finished; a file is missing, of another size than recorded, or (where `verify`)
@@ -237,7 +238,7 @@ def open_prepared(folder: Path, *, verify: bool) -> Prepared:
             f"{folder / TOKENIZER}: fingerprint {tokenizer.fingerprint[:12]}..., {folder / RECORD} says "
             f"{info.tokenizer_fingerprint[:12]}...; restore the tokenizer, or delete the folder and prepare it again"
         )
-    shards = [shard for split in Split for shard in _shards(folder, info, split)]
+    shards = [shard for split in splits for shard in _shards(folder, info, split)]
     with ThreadPoolExecutor() as pool:  # hashing and reading both leave Python's lock
         list(pool.map(lambda shard: shard.check(verify), shards))
     return Prepared(folder=folder, info=info, tokenizer=tokenizer)

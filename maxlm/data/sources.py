@@ -134,7 +134,7 @@ def _walk(folder: Path, pattern: str, skip: set[str]) -> Iterator[Path]:
     """Files below `folder` sorted by path, without hidden ones."""
 
     def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
+        raise _not_readable(Path(error.filename), error) from error
 
     for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if name not in skip and not name.startswith("."))
@@ -147,12 +147,19 @@ def _open(file: Path) -> IO[bytes]:
     try:
         return file.open("rb")
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+        raise _not_readable(file, error) from error
+
+
+def _not_readable(file: Path, error: OSError) -> UserError:
+    return UserError(f"{file}: cannot be read ({error.strerror})")
 
 
 def _text_file(file: Path, unreadable: Unreadable) -> Iterator[Document]:
-    with _open(file) as stream:
-        content = stream.read()
+    try:
+        with _open(file) as stream:
+            content = stream.read()
+    except OSError as error:
+        raise _not_readable(file, error) from error
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
@@ -176,6 +183,8 @@ def _json_lines(file: Path, key: str, unreadable: Unreadable) -> Iterator[Docume
                     yield from _json_line(line, str(file), row, key, unreadable)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             unreadable.report(str(file), row + 1, f"the compressed file is damaged or cut short here ({error})")
+        except OSError as error:
+            raise _not_readable(file, error) from error
 
 
 def _json_line(line: bytes, file: str, row: int, key: str, unreadable: Unreadable) -> Iterator[Document]:

@@ -131,7 +131,10 @@ class SentencePiece(Tokenizer):
         # sentencepiece writes a space as U+2581 and so reads that character back as a space. Spelling it in bytes
         # keeps it. (A user's own piece for the character is not touched: there is nothing to lose it to.)
         spelling = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in "\u2581".encode()]
-        self._lower_block = spelling if set(spelling) <= self.byte_ids else None
+        self._lower_block: list[int] | None = spelling
+        probe = "a\u2581a"  # a model without bytes, or that puts a space before every text, is left as it is
+        if not set(spelling) <= self.byte_ids or self.decode(self._encode_with_lower_block(probe, spelling)) != probe:
+            self._lower_block = None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         batch: list[list[int]] = self._model.encode(list(texts), out_type=int, num_threads=1)
@@ -167,11 +170,12 @@ class HuggingFace(Tokenizer):
         self._model.encode_special_tokens = True  # "</s>" in a document is text, not the end of the document
         vocabulary = self._model.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        eos = next((vocabulary[name] for name in _EOS_NAMES if name in vocabulary), None)
+        special = {token.content: i for i, token in self._model.get_added_tokens_decoder().items() if token.special}
+        eos = _first_known(_EOS_NAMES, special, vocabulary)
         if eos is None:
             raise UserError(f"{path}: has no end-of-document token; one of {', '.join(_EOS_NAMES)} must be in it")
         self.eos_id = eos
-        self.bos_id = next((vocabulary[name] for name in _BOS_NAMES if name in vocabulary), None)
+        self.bos_id = _first_known(_BOS_NAMES, special, vocabulary)
         self.byte_ids = frozenset(i for name, i in vocabulary.items() if re.fullmatch("<0x[0-9A-F]{2}>", name))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -236,6 +240,11 @@ def _read_descriptor(folder: Path) -> dict[str, object]:
             f"{file}: not a tokenizer's descriptor; its kind must be one of {[k.value for k in Kind]}"
         ) from error
     return descriptor
+
+
+def _first_known(names: Sequence[str], *vocabularies: dict[str, int]) -> int | None:
+    """The id of the first name in the first vocabulary that has one: a plain token may be the HTML tag `<s>`."""
+    return next((known[name] for known in vocabularies for name in names if name in known), None)
 
 
 def _config_of(kind: Kind, folder: Path) -> TokenizerConfig:

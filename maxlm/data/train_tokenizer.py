@@ -72,9 +72,7 @@ def sample_lines(documents: Iterable[str], count: int, seed: int) -> list[str]:
     """
     sample: list[str] = []
     draw = random.Random(seed).random
-    seen = 0
-    for line in _lines(documents):
-        seen += 1
+    for seen, line in enumerate(_lines(documents), start=1):
         if seen <= count:
             sample.append(line)
         elif (slot := int(draw() * seen)) < count:

@@ -102,7 +102,7 @@ class SplitWriter:
     def _remove_what_followed(self) -> None:
         """Delete shards begun after the state that we continue from."""
         number = len(self._shards) + (self._documents > 0)
-        while any([file.exists() for file in shard_files(self._folder, self._split, number)]):
+        while any(file.exists() for file in shard_files(self._folder, self._split, number)):
             for file in shard_files(self._folder, self._split, number):
                 file.unlink(missing_ok=True)
             number += 1

@@ -44,14 +44,14 @@ class Trainer(NamedTuple):
 
     init: Callable[[], TrainState]
     """A new state, each array born on the devices it belongs to."""
-    step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
-    """One optimizer step; the old state's memory is reused, so do not touch it again."""
+    step: jax.stages.Wrapped
+    """TrainState and Batch -> TrainState and StepMetrics. One optimizer step; the old state's memory is reused, so do not touch it again."""
     evaluate: Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
     """Parameters and batch -> sum of the cross-entropy in nats, and number of tokens."""
     state: TrainState
     """Shapes and shardings of a state, as ShapeDtypeStruct."""
-    batch: jax.sharding.NamedSharding
-    """Where a batch's arrays belong."""
+    batch: Batch
+    """Shapes and shardings of a batch, as ShapeDtypeStruct."""
 
 
 def loss_function(config: RunConfig, layout: Layout) -> Callable[[Any, Batch], LossSums]:
@@ -169,7 +169,14 @@ def make_trainer(config: RunConfig, layout: Layout) -> Trainer:
         state=jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
         ),
-        batch=layout.sharding(layout.activation("batch", "seq")),
+        batch={
+            name: jax.ShapeDtypeStruct(
+                (config.train.batch_size, config.train.seq_len),
+                jnp.float32 if name == "loss_mask" else jnp.int32,
+                sharding=layout.sharding(layout.activation("batch", "seq")),
+            )
+            for name in ("inputs", "targets", "segment_ids", "positions", "loss_mask")
+        },
     )
 
 

@@ -1,0 +1,28 @@
+"""Compiled programs kept between processes, so that the second start of a run compiles nothing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import jax
+
+
+def enable_compilation_cache() -> Path | None:
+    """Keep compiled programs in the user's cache folder and say where: `$XDG_CACHE_HOME/maxlm/jax`, or below ~/.cache.
+
+    A folder already set (JAX_COMPILATION_CACHE_DIR) is respected. None: the folder cannot be written, and nothing is
+    kept.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return Path(jax.config.jax_compilation_cache_dir)
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maxlm" / "jax"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    if not os.access(folder, os.W_OK):
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    return folder

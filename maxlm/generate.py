@@ -1,0 +1,87 @@
+"""`python -m maxlm.generate --run RUN_DIR --prompt TEXT`: continue a text with a trained model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Generator as Stream
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from maxlm.config import SamplingConfig, ShardingConfig
+from maxlm.config.cli import parse, run_command
+
+if TYPE_CHECKING:
+    from maxlm.inference.generate import Generation
+
+_DESCRIPTION = """Continue a text with a trained model.
+
+The continuation, without the prompt, goes to stdout as it comes; speed goes to stderr. It ends with the document or
+after max_new_tokens. Exit code 2: one line says what was wrong."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to continue, with which model, and how."""
+
+    run: Annotated[str, tyro.conf.arg(metavar="RUN_DIR")]
+    """Folder of the training run."""
+    prompt: str = ""
+    """What the text starts with; empty: the beginning of a document."""
+    max_new_tokens: int = 128
+    sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = SamplingConfig()
+    seed: int = 0
+    """The same seed gives the same text."""
+    step: int | None = None
+    """Checkpoint to use; None: the newest intact one."""
+    sharding: ShardingConfig = field(default_factory=lambda: ShardingConfig(data=1))
+    """One device by default; --sharding.tensor=-1 cuts the model over all of them."""
+    json: bool = False
+    """Print one JSON object at the end: text, tokens (the ids), tokens_per_s."""
+    debug: bool = False
+    """Show tracebacks."""
+
+
+def main(argv: list[str]) -> None:
+    """Run the command.
+
+    Raises:
+        UserError: the run folder, the checkpoint or an option does not fit.
+    """
+    options = parse(Options, argv, prog="python -m maxlm.generate", description=_DESCRIPTION, flags=True)
+
+    from maxlm.compile_cache import enable_compilation_cache  # these import jax: --help stays instant
+    from maxlm.inference.generate import Generator
+    from maxlm.inference.load import load_run
+
+    enable_compilation_cache()
+    generator = Generator(load_run(Path(options.run), step=options.step, sharding=options.sharding))
+    stream = generator.stream(
+        options.prompt, max_new_tokens=options.max_new_tokens, sampling=options.sampling, seed=options.seed
+    )
+    generation = _drain(stream, show=not options.json)
+    if options.json:
+        print(json.dumps(dataclasses.asdict(generation)))
+    else:
+        print(flush=True)
+        speed = f", {generation.tokens_per_s:.1f} tokens/s" if generation.tokens_per_s is not None else ""
+        print(f"[{len(generation.tokens)} tokens{speed}]", file=sys.stderr)
+
+
+def _drain(stream: Stream[str, None, Generation], *, show: bool) -> Generation:
+    while True:
+        try:
+            piece = next(stream)
+        except StopIteration as end:
+            generation: Generation = end.value
+            return generation
+        if show:
+            print(piece, end="", flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,276 @@
+"""Text from prompts: one prefill, then a compiled decoding loop that comes up for air every few tokens."""
+
+from __future__ import annotations
+
+import collections.abc
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh
+
+from maxlm.config import MESH_AXES, SamplingConfig, UserError
+from maxlm.inference.load import LoadedRun
+from maxlm.inference.steps import Choice, DecodeState, decode_chunk, prefill_logits, row_keys
+from maxlm.inference.text_stream import TextStream
+from maxlm.models import Decoder, abstract_decoder, parameter_dims
+from maxlm.sharding import Layout
+
+_SMALLEST_BUCKET = 16
+_SEEDS = 2**32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What one prompt was continued with."""
+
+    text: str
+    """The continuation alone, without the prompt."""
+    tokens: list[int]
+    """Its ids; the last one is the end-of-document id if the model ended the text itself."""
+    tokens_per_s: float | None
+    """Tokens of this text for each second of decoding. Reading the prompt, which also gives the first token, and
+    compilation do not count. None: there was nothing to decode after the first token."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chunk:
+    rows: list[list[int]]
+    """New ids of each row."""
+    seconds: float
+    """Time spent decoding; 0 for the prefill's."""
+
+
+class Generator:
+    """Continues prompts. Holds the weights in the compute dtype, on the mesh of the run that it is given.
+
+    A program is compiled when a new combination of batch size, lengths (rounded up to a power of two) and sampling
+    settings first comes, and kept.
+    """
+
+    def __init__(self, run: LoadedRun, *, chunk: int = 16) -> None:
+        """`chunk`: tokens decoded between two looks from outside. It changes how text streams, never the text.
+
+        Raises:
+            UserError: the tokenizer has ids that the model does not know.
+        """
+        self._config, self._tokenizer, self._chunk = run.config.model, run.tokenizer, chunk
+        if self._tokenizer.vocab_size > self._config.vocab_size:
+            raise UserError(
+                f"model.vocab_size = {self._config.vocab_size} is less than the tokenizer's {self._tokenizer.vocab_size}; "
+                "use the tokenizer that the model was trained with"
+            )
+        self._layout = decoding_layout(run.layout)
+        decoder = abstract_decoder(self._config, self._layout)
+        self._graph = nnx.split(decoder)[0]
+        self._parameters = _cast(run.parameters, parameter_dims(decoder), self._layout, self._config.compute_dtype.value)
+        self._programs: dict[Any, jax.stages.Compiled] = {}
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        sampling: SamplingConfig = SamplingConfig(),
+        seed: int = 0,
+    ) -> list[Generation]:
+        """Continue several prompts as one batch, each up to `max_new_tokens` or the end of its document.
+
+        A row's randomness is a function of the seed, the row's place in the batch and the token's position.
+
+        Raises:
+            UserError: a prompt and its new tokens do not fit model.max_seq_len, `max_new_tokens` or the seed is out of
+                range, or the model's output is not finite.
+        """
+        ids = [self._tokenizer.prompt_ids(prompt) for prompt in prompts]
+        streams = [TextStream(self._tokenizer, row) for row in ids]
+        tokens: list[list[int]] = [[] for _ in ids]
+        timers = [_Timer() for _ in ids]
+        for chunk in self._chunks(ids, max_new_tokens, sampling, seed):
+            for row, new in enumerate(chunk.rows):
+                tokens[row] += new
+                timers[row].add(len(new), chunk.seconds)
+        for stream, row_tokens in zip(streams, tokens, strict=True):
+            stream.add(row_tokens)
+        return [
+            Generation(text=stream.text, tokens=row, tokens_per_s=timer.rate)
+            for stream, row, timer in zip(streams, tokens, timers, strict=True)
+        ]
+
+    def stream(
+        self, prompt: str, *, max_new_tokens: int, sampling: SamplingConfig = SamplingConfig(), seed: int = 0
+    ) -> collections.abc.Generator[str, None, Generation]:
+        """Continue one prompt, yielding its text piece by piece; the generator's return value is the whole.
+
+        The pieces together are the text of `generate([prompt])`, and never end within a character.
+
+        Raises:
+            UserError: as `generate`, at the first piece.
+        """
+        ids = self._tokenizer.prompt_ids(prompt)
+        stream, tokens, timer = TextStream(self._tokenizer, ids), list[int](), _Timer()
+        for chunk in self._chunks([ids], max_new_tokens, sampling, seed):
+            tokens += chunk.rows[0]
+            timer.add(len(chunk.rows[0]), chunk.seconds)
+            if piece := stream.add(chunk.rows[0]):
+                yield piece
+        if piece := stream.finish():
+            yield piece
+        return Generation(text=stream.text, tokens=tokens, tokens_per_s=timer.rate)
+
+    def _chunks(
+        self, prompts: list[list[int]], max_new_tokens: int, sampling: SamplingConfig, seed: int
+    ) -> collections.abc.Iterator[_Chunk]:
+        if not prompts:
+            return
+        longest = self._check(prompts, max_new_tokens, seed)
+        limit, sizes = self._config.max_seq_len, self._layout.mesh.shape
+        cut = sizes["data"] * sizes["fsdp"]
+        B, T = -(-len(prompts) // cut) * cut, _bucket(longest, limit)
+        cache_length = _bucket(longest + max_new_tokens, limit)
+        choose = Choice(sampling, self._tokenizer.vocab_size, self._tokenizer.eos_id)
+
+        padded, lengths = np.zeros((B, T), np.int32), np.ones(B, np.int32)
+        for row, prompt in enumerate(prompts):
+            padded[row, : len(prompt)], lengths[row] = prompt, len(prompt)
+        tokens, rows_lengths, idle, np_seed = jax.device_put(
+            (padded, lengths, np.arange(B) >= len(prompts), np.uint32(seed)), self._layout.sharding()
+        )
+        prefill = self._program(
+            functools.partial(self._prefill, cache_length=cache_length, choose=choose),
+            ("prefill", B, T, cache_length, choose),
+            (self._parameters, tokens, rows_lengths, idle, np_seed),
+        )
+        state, finite = prefill(self._parameters, tokens, rows_lengths, idle, np_seed)
+        if not finite:
+            raise UserError("the model's output is not finite: its parameters are damaged; use an earlier --step")
+        rows = [[int(token)] for token in np.asarray(state.token)[: len(prompts)]]
+        yield _Chunk(rows, 0.0)
+
+        ended, left = [row[-1] == choose.eos_id for row in rows], max_new_tokens - 1
+        everywhere = self._layout.sharding()
+        while left and not all(ended):
+            count = jax.device_put(np.int32(left), everywhere)
+            decode = self._program(
+                functools.partial(self._decode, choose=choose),
+                ("decode", B, cache_length, choose),
+                (self._parameters, state, np_seed, count),
+                donate=1,
+                out_shardings=(jax.tree.map(lambda x: x.sharding, state), everywhere, everywhere),
+            )
+            start = time.perf_counter()
+            state, new, n = decode(self._parameters, state, np_seed, count)
+            new = np.asarray(new)[:, : int(n)]
+            seconds = time.perf_counter() - start
+            rows = [[] if end else _until(row, choose.eos_id) for row, end in zip(new.tolist(), ended, strict=False)]
+            yield _Chunk(rows, seconds)
+            ended = [end or row[-1] == choose.eos_id for row, end in zip(rows, ended, strict=True)]
+            left -= int(n)
+
+    def _check(self, prompts: list[list[int]], max_new_tokens: int, seed: int) -> int:
+        """The longest prompt's length, if everything fits."""
+        longest, limit = max(map(len, prompts)), self._config.max_seq_len
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens = {max_new_tokens} must be at least 1")
+        if not 0 <= seed < _SEEDS:
+            raise UserError(f"seed = {seed} must lie in [0, 2^32)")
+        if longest + max_new_tokens > limit:
+            room = limit - longest
+            remedy = f"use max_new_tokens <= {room}" if room > 0 else f"shorten the prompt to at most {limit - 1} tokens"
+            raise UserError(
+                f"the prompt's {longest} tokens and max_new_tokens = {max_new_tokens} make {longest + max_new_tokens}, "
+                f"more than model.max_seq_len = {limit}; {remedy}"
+            )
+        return longest
+
+    def _prefill(
+        self,
+        parameters: Any,
+        tokens: jax.Array,
+        lengths: jax.Array,
+        idle: jax.Array,
+        seed: jax.Array,
+        *,
+        cache_length: int,
+        choose: Choice,
+    ) -> tuple[DecodeState, jax.Array]:
+        logits, cache = prefill_logits(nnx.merge(self._graph, parameters), tokens, lengths, cache_length)
+        token = self._replicated(choose(logits, lengths, row_keys(seed, tokens.shape[0])))
+        done = self._replicated(idle | (token == choose.eos_id))
+        finite = self._replicated(jnp.isfinite(logits).all())
+        return DecodeState(cache, token, self._replicated(lengths), done), finite
+
+    def _decode(
+        self, parameters: Any, state: DecodeState, seed: jax.Array, limit: jax.Array, *, choose: Choice
+    ) -> tuple[DecodeState, jax.Array, jax.Array]:
+        model: Decoder = nnx.merge(self._graph, parameters)
+        keys = row_keys(seed, state.token.shape[0])
+        return decode_chunk(model, state, keys, limit, chunk=self._chunk, choose=choose)
+
+    def _replicated(self, x: jax.Array) -> jax.Array:
+        """Every process reads it, so every device has it."""
+        return jax.lax.with_sharding_constraint(x, self._layout.sharding())
+
+    def _program(
+        self, function: Callable[..., Any], key: Any, arguments: tuple, donate: int | tuple[()] = (), **options: Any
+    ) -> jax.stages.Compiled:
+        """`function` compiled for these arguments, before it runs: the clock must not count compilation."""
+        if key not in self._programs:
+            self._programs[key] = jax.jit(function, donate_argnums=donate, **options).lower(*arguments).compile()
+        return self._programs[key]
+
+
+class _Timer:
+    """Tokens decoded and the time it took."""
+
+    def __init__(self) -> None:
+        self._tokens, self._seconds = 0, 0.0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        if seconds and tokens:
+            self._tokens += tokens
+            self._seconds += seconds
+
+    @property
+    def rate(self) -> float | None:
+        return self._tokens / self._seconds if self._tokens else None
+
+
+def decoding_layout(layout: Layout) -> Layout:
+    """The same devices for decoding: one token at a time cannot be cut along the sequence.
+
+    The devices of the seq axis join the data axis. No parameter moves, as none is cut by either.
+    """
+    mesh, data, seq = layout.mesh, MESH_AXES.index("data"), MESH_AXES.index("seq")
+    sizes = [mesh.shape[axis] for axis in MESH_AXES]
+    sizes[data], sizes[seq] = sizes[data] * sizes[seq], 1
+    devices = np.moveaxis(mesh.devices, seq, data + 1).reshape(sizes)
+    config = dataclasses.replace(layout.config, data=sizes[data], seq=1, sequence_parallel=False)
+    return Layout(Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)), config)
+
+
+def _cast(parameters: Any, dims: Any, layout: Layout, dtype: str) -> Any:
+    """Matrices in the compute dtype, to which each use would cast them anyway; norm scales and biases as they are."""
+
+    def cast(values: Any) -> Any:
+        is_matrix = lambda names: len([name for name in names if name != "layers"]) > 1
+        return jax.tree.map(lambda x, names: x.astype(dtype) if is_matrix(names) else x, values, dims)
+
+    shardings = jax.tree.map(lambda _, names: layout.sharding(layout.parameter(names)), parameters, dims)
+    return jax.jit(cast, out_shardings=shardings)(jax.device_put(parameters, shardings))
+
+
+def _bucket(length: int, limit: int) -> int:
+    """A power of two that holds `length`, so that few lengths need a program of their own; at most `limit`."""
+    return min(limit, max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length()))
+
+
+def _until(row: list[int], eos_id: int) -> list[int]:
+    """`row` up to its first eos, which is included."""
+    return row[: row.index(eos_id) + 1] if eos_id in row else row

@@ -1,0 +1,87 @@
+"""A trained run as something to ask: its config, tokenizer and parameters, on the devices chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from maxlm.checkpoint.checkpointer import Checkpointer
+from maxlm.config import MESH_AXES, ModelConfig, RunConfig, ShardingConfig, UserError, serialize
+from maxlm.data.tokenizers import Tokenizer, load_tokenizer
+from maxlm.models import abstract_decoder, init_parameters, parameter_dims
+from maxlm.sharding import Layout, make_layout
+
+ONE_DEVICE = ShardingConfig(data=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadedRun:
+    """A model with what belongs to it. `load_run` reads one; training makes one of the state that it has."""
+
+    config: RunConfig
+    """As in the run folder, except that `sharding` is the one in use."""
+    layout: Layout
+    parameters: Any
+    """Nested dicts of float32 arrays, like those of `maxlm.models.init_parameters`."""
+    tokenizer: Tokenizer
+    step: int
+    """Optimizer steps that the parameters have seen."""
+
+
+def load_run(run_dir: Path, *, step: int | None = None, sharding: ShardingConfig = ONE_DEVICE) -> LoadedRun:
+    """Read a run folder and put the parameters on this process's devices.
+
+    Args:
+        run_dir: what training wrote: config.json, tokenizer/, checkpoints/.
+        step: the checkpoint; None: the newest that is intact.
+        sharding: how to lay the model out. It uses as many devices as its sizes multiply to, the first ones, or all
+            where a size is -1. The run's own layout does not matter: by default one device is enough for any run.
+
+    Raises:
+        UserError: not a run folder; no finished checkpoint, or not the one asked for; the tokenizer is not the one that
+            the model was trained with; or the layout does not fit the model or the devices.
+    """
+    if not (run_dir / "config.json").is_file():
+        raise UserError(f"{run_dir}: not a run folder (it has no config.json); name the run_dir of a training run")
+    saved = serialize.load(RunConfig, run_dir / "config.json")
+    tokenizer = load_tokenizer(run_dir / "tokenizer")
+    devices = _devices(sharding)
+    sizes = sharding.sizes(len(devices))
+    train = dataclasses.replace(saved.train, batch_size=sizes["data"] * sizes["fsdp"], micro_batches=1)
+    dataclasses.replace(saved, sharding=sharding, train=train).validate(len(devices))
+    config = dataclasses.replace(saved, sharding=sharding)
+    layout = make_layout(sharding, devices)
+    with Checkpointer(run_dir / "checkpoints", config.checkpoint) as checkpointer:
+        restored = checkpointer.restore_params(step, abstract_parameters(config.model, layout))
+    trained_with = restored.meta.get("tokenizer")
+    if trained_with != tokenizer.fingerprint:
+        raise UserError(
+            f"{run_dir / 'tokenizer'}: fingerprint {tokenizer.fingerprint[:12]}..., but checkpoint {restored.step} was "
+            f"trained with {str(trained_with)[:12]}...; restore the tokenizer that the run was started with"
+        )
+    return LoadedRun(
+        config=config, layout=layout, parameters=restored.params, tokenizer=tokenizer, step=restored.step
+    )
+
+
+def abstract_parameters(config: ModelConfig, layout: Layout) -> dict[str, Any]:
+    """Shape, format and sharding of every parameter, as `jax.ShapeDtypeStruct` in nested dicts."""
+
+    def one(leaf: jax.ShapeDtypeStruct, dims: tuple[str, ...]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.sharding(layout.parameter(dims)))
+
+    shapes = jax.eval_shape(lambda: init_parameters(config, layout, jax.random.key(0)))
+    return jax.tree.map(one, shapes, parameter_dims(abstract_decoder(config, layout)))
+
+
+def _devices(sharding: ShardingConfig) -> list[jax.Device]:
+    sizes = [getattr(sharding, axis) for axis in MESH_AXES]
+    devices = jax.devices()
+    wanted = len(devices) if -1 in sizes else math.prod(sizes)
+    if wanted > len(devices):
+        raise UserError(f"sharding: {wanted} devices asked for, there are {len(devices)}; use smaller sizes")
+    return devices[:wanted]

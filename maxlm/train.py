@@ -1,0 +1,42 @@
+"""Train a language model: `python -m maxlm.train --config configs/tiny.py`.
+
+Exit codes: 0 finished; 75 stopped by SIGTERM or SIGINT with everything saved (run the same command to go on);
+2 a mistake in config, data or run folder, said in one line each; 1 anything else.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from maxlm.config import RunConfig
+from maxlm.config.cli import describe, parse_run, run_command
+
+if TYPE_CHECKING:
+    from maxlm.pretrain import Result
+
+EXIT_INTERRUPTED = 75
+"""EX_TEMPFAIL of sysexits.h: try again later."""
+
+
+def main(config: RunConfig) -> Result:
+    """Run `config` to its last step, or until a signal; continues what `config.run_dir` holds.
+
+    Raises:
+        UserError: see `maxlm.pretrain.pretrain`.
+    """
+    from maxlm.pretrain import pretrain  # jax is loaded only once there is something to run
+
+    return pretrain(config)
+
+
+def command(argv: list[str]) -> int:
+    """The command line."""
+    asked = parse_run(argv, prog="python -m maxlm.train", description="Train a language model.")
+    if asked.print_config:
+        print(describe(asked.config, asked.file_config))
+        return 0
+    return EXIT_INTERRUPTED if main(asked.config).interrupted else 0
+
+
+if __name__ == "__main__":
+    run_command(command)

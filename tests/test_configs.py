@@ -1,0 +1,124 @@
+"""Every file in configs/: it fits its hardware, is the size it claims, and changes only on purpose."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from pathlib import Path
+
+import jax
+import pytest
+from helpers import one_device
+
+from maxlm.config import ModelConfig, RunConfig, serialize
+from maxlm.config.cli import load_config
+from maxlm.models import init_parameters
+from maxlm.observe.flops import parameter_count
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Expected:
+    devices: int
+    """Of the hardware in the file's docstring."""
+    parameters: int
+    """As published with the weights."""
+    tokens: float | None = None
+    """Training tokens by the paper; None: not from a paper."""
+    batch_tokens: int | None = None
+
+
+M4, M8 = 1 << 22, 1 << 23
+
+EXPECTED = {
+    # embed and unembed 2 V D; a block 4 D^2 + 3 D F + 2 D; final norm D
+    "tiny": Expected(devices=1, parameters=2 * 4096 * 256 + 4 * (4 * 256**2 + 3 * 256 * 688 + 2 * 256) + 256),
+    "llama7b": Expected(devices=64, parameters=6_738_415_616, tokens=1.0e12, batch_tokens=M4),
+    "llama13b": Expected(devices=128, parameters=13_015_864_320, tokens=1.0e12, batch_tokens=M4),
+    "llama33b": Expected(devices=256, parameters=32_528_943_616, tokens=1.4e12, batch_tokens=M4),
+    "llama65b": Expected(devices=512, parameters=65_285_660_672, tokens=1.4e12, batch_tokens=M4),
+    "llama2_7b": Expected(devices=64, parameters=6_738_415_616, tokens=2.0e12, batch_tokens=M4),
+    "llama2_13b": Expected(devices=128, parameters=13_015_864_320, tokens=2.0e12, batch_tokens=M4),
+    "llama2_70b": Expected(devices=512, parameters=68_976_648_192, tokens=2.0e12, batch_tokens=M4),
+    "llama3_8b": Expected(devices=64, parameters=8_030_261_248, tokens=15e12, batch_tokens=M8),
+    "llama3_70b": Expected(devices=512, parameters=70_553_706_496, tokens=15e12, batch_tokens=M8),
+}
+
+each_config = pytest.mark.parametrize("name", sorted(EXPECTED))
+from_a_paper = pytest.mark.parametrize("name", sorted(name for name, e in EXPECTED.items() if e.tokens))
+
+
+def load(name: str) -> RunConfig:
+    return load_config(str(ROOT / "configs" / f"{name}.py"))
+
+
+def test_every_file_is_expected() -> None:
+    assert {path.stem for path in (ROOT / "configs").glob("*.py")} == set(EXPECTED)
+    assert {path.stem for path in GOLDEN.glob("*.txt")} == set(EXPECTED)
+
+
+@each_config
+def test_it_is_valid_on_its_hardware(name: str) -> None:
+    load(name).validate(EXPECTED[name].devices)
+
+
+@each_config
+def test_it_has_the_published_number_of_parameters(name: str) -> None:
+    model = load(name).model
+    shapes = jax.eval_shape(lambda: init_parameters(model, one_device(), jax.random.key(0)))
+    built = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    assert built == EXPECTED[name].parameters
+    assert parameter_count(model).total == EXPECTED[name].parameters
+
+
+@each_config
+def test_its_docstring_says_how_big_it_is_and_how_to_run_it(name: str) -> None:
+    text = (ROOT / "configs" / f"{name}.py").read_text()
+    assert f"python -m maxlm.train --config configs/{name}.py" in text
+    assert f"{EXPECTED[name].parameters:,} parameters" in text
+    if EXPECTED[name].devices > 1:
+        assert f"({EXPECTED[name].devices} chips)" in text
+
+
+@from_a_paper
+def test_it_sees_the_papers_tokens_in_the_papers_batches(name: str) -> None:
+    train, expected = load(name).train, EXPECTED[name]
+    assert expected.tokens is not None
+    batch = train.batch_size * train.seq_len
+    assert batch == expected.batch_tokens
+    assert (train.steps - 1) * batch < expected.tokens <= train.steps * batch
+
+
+@from_a_paper
+def test_fsdp_cuts_d_model_into_whole_vectors(name: str) -> None:
+    """A TPU's vectors have 128 lanes; narrower shards make the compiler give up gathering them one by one."""
+    config = load(name)
+    assert config.model.d_model // config.sharding.fsdp % 128 == 0
+
+
+@each_config
+def test_it_survives_json(name: str, tmp_path: Path) -> None:
+    config, path = load(name), tmp_path / "config.json"
+    serialize.save(config, path)
+    assert serialize.load(RunConfig, path) == config
+
+
+@each_config
+def test_it_is_what_it_was(name: str) -> None:
+    """MAXLM_WRITE_GOLDEN=1 pytest tests/test_configs.py records the configs as they are; read the difference."""
+    path = GOLDEN / f"{name}.txt"
+    resolved = "".join(f"{key} = {value!r}\n" for key, value in serialize.flatten(load(name)).items())
+    if os.environ.get("MAXLM_WRITE_GOLDEN"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(resolved)
+    assert path.read_text() == resolved
+
+
+def test_the_golden_text_names_every_field() -> None:
+    """Of the model at least: a field that flatten forgot could change unseen."""
+    text = (GOLDEN / "llama7b.txt").read_text()
+    for field in dataclasses.fields(ModelConfig):
+        assert f"model.{field.name}" in text
