@@ -28,6 +28,7 @@ REQUIRED = [
 ]
 
 HUB = [
+    "datasets>=5.2.0",  # data sets of the Hugging Face hub
     "pyarrow>=26.0.1",  # .parquet files
     "zstandard>=0.25.0",  # .jsonl.zst files
 ]
@@ -39,11 +40,12 @@ VIZ = [
 EXTRAS = {
     "tpu": [f"jax[tpu]{JAX}"],
     "gpu": [f"jax[cuda13]{JAX}"],
-    "hub": [*HUB, "datasets>=5.2.0"],  # data sets of the Hugging Face hub; not covered by the tests
+    "hub": HUB,
     "viz": VIZ,
     "dev": [
-        *HUB,  # the tests of the readers
-        *VIZ,  # the tests of the plots
+        "pyarrow>=26.0.1",  # the tests of the readers
+        "zstandard>=0.25.0",
+        "matplotlib>=3.11.2",  # the test of the plot
         "pytest>=9.2.0",
         "pytest-xdist>=3.8.0",  # two test processes
         "hypothesis>=6.170.15",  # properties instead of examples

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -89,3 +90,9 @@ def packed_batch(config: RunConfig, seed: int = 0) -> dict[str, np.ndarray]:
 def place(batch: dict[str, np.ndarray], trainer: Trainer) -> dict[str, jax.Array]:
     """The batch on the devices where the trainer wants it."""
     return {name: jax.device_put(values, trainer.batch[name].sharding) for name, values in batch.items()}
+
+
+def hlo_shapes(text: str) -> set[tuple[str, tuple[int, ...]]]:
+    """Element type and shape of every array that a compiled program (its text) names."""
+    found = re.findall(r"\b(pred|[sufbc]\w*\d+)\[([\d,]+)\]", text)
+    return {(dtype, tuple(int(size) for size in shape.split(","))) for dtype, shape in found}

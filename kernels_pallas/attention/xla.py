@@ -73,10 +73,16 @@ def flash_attention(
         kv_segment_ids = segment_ids
     if (segment_ids is None) != (kv_segment_ids is None):
         raise ValueError("kv_segment_ids is given without segment_ids; give both or neither")
+    if segment_ids is not None and kv_segment_ids is not None:
+        if (segment_ids.shape, kv_segment_ids.shape) != ((B, T), (B, S)):
+            raise ValueError(
+                f"segment_ids {segment_ids.shape} must be {(B, T)}, kv_segment_ids {kv_segment_ids.shape} must be {(B, S)}"
+            )
+    scale = H**-0.5 if scale is None else scale
     blocks = _Blocks(_block_size(T), _block_size(S))
 
     # Heads go outside the sequence, [B, K, G, T, H]: each block of scores is then one plain batched product.
-    grouped = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4) * jnp.asarray(scale or H**-0.5, q.dtype)
+    grouped = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4) * jnp.asarray(scale, q.dtype)
     q_blocks = _pad(grouped, 3, blocks.query)
     k_blocks, v_blocks = (_pad(x.transpose(0, 2, 1, 3), 2, blocks.key) for x in (k, v))
     where = _Where(

@@ -63,8 +63,8 @@ def parse_run(argv: Sequence[str], *, prog: str, description: str) -> Command:
         )
     usage = (
         f"{description}\n\n--config FILE      Python file with get_config(); the defaults below are those of "
-        f"{options.config or 'a small example'}.\n--print_config     Show the resolved config and what differs from the "
-        "file, then stop.\n--debug            Show tracebacks."
+        f"{options.config or 'a small example'}.\n--print_config     Show the resolved config and what differs from "
+        "the file, then stop.\n--debug            Show tracebacks."
     )
     config = parse(RunConfig, overrides, prog=prog, description=usage, default=file_config)
     return Command(config=config, file_config=file_config, print_config=options.print_config)
@@ -167,7 +167,8 @@ def _one_line(complaint: str, known: list[str], prog: str) -> str:
             return f"stray word {word}; overrides are written --key=value {see_help}"
         key = word.removeprefix("--")
         if inner := [name for name in known if name.startswith(f"{key}.")]:
-            return f"--{key} is a group; set its keys, such as --{inner[0]}, or choose its class in the config file {see_help}"
+            remedy = f"set its keys, such as --{inner[0]}, or choose its class in the config file"
+            return f"--{key} is a group; {remedy} {see_help}"
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"did you mean --{near[0]}? " if near else ""
         return f"unknown key --{key}; {hint}{see_help}"

@@ -150,8 +150,8 @@ class ModelConfig:
         if self.n_layers % len(self.blocks):
             below = self.n_layers - self.n_layers % len(self.blocks)
             raise UserError(
-                f"model.n_layers = {self.n_layers} is not a multiple of the {len(self.blocks)} entries of model.blocks; "
-                f"use {below or len(self.blocks)} or {below + len(self.blocks)}"
+                f"model.n_layers = {self.n_layers} is not a multiple of the {len(self.blocks)} entries of model.blocks"
+                f"; use {below or len(self.blocks)} or {below + len(self.blocks)}"
             )
 
 

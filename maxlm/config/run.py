@@ -145,7 +145,8 @@ class RunConfig:
             if value % sizes[axis]:
                 works = [d for d in range(1, value + 1) if value % d == 0 and n_devices % d == 0]
                 failures.append(
-                    f"sharding.{axis} = {sizes[axis]} does not divide {key} = {value}; sharding.{axis} may be one of {works}"
+                    f"sharding.{axis} = {sizes[axis]} does not divide {key} = {value}; "
+                    f"sharding.{axis} may be one of {works}"
                 )
 
         model, train, sharding = self.model, self.train, self.sharding
@@ -159,7 +160,8 @@ class RunConfig:
             )
         multiple(
             "train.batch_size", train.batch_size, sizes["data"] * sizes["fsdp"] * train.micro_batches,
-            f"sharding.data {sizes['data']} x sharding.fsdp {sizes['fsdp']} x train.micro_batches {train.micro_batches}",
+            f"sharding.data {sizes['data']} x sharding.fsdp {sizes['fsdp']} x "
+            f"train.micro_batches {train.micro_batches}",
         )  # fmt: skip
         axis_divides("seq", "train.seq_len", train.seq_len)
         if sharding.sequence_parallel:

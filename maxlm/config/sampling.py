@@ -17,7 +17,7 @@ class SamplingConfig:
     top_k: int = 0
     """Draw from this many likeliest tokens (Fan et al. 2018, arXiv:1805.04833); 0: from all."""
     top_p: float = 1.0
-    """Draw from the fewest likeliest tokens that have this much probability (nucleus, arXiv:1904.09751); 1: from all."""
+    """Draw from the fewest likeliest tokens that have this much probability (nucleus, arXiv:1904.09751); 1: all."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import cattrs
 from cattrs.strategies import configure_tagged_union
+from cattrs.v import format_exception
 
 from maxlm.config.errors import UserError
 from maxlm.config.run import StepRange
@@ -37,7 +38,7 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
     try:
         return _converter(cls).structure(values, cls)
     except cattrs.BaseValidationError as error:
-        reasons = "; ".join(cattrs.transform_error(error))
+        reasons = "; ".join(cattrs.transform_error(error, format_exception=_reason))
         raise UserError(f"saved config does not fit this version of maxlm: {reasons}") from error
 
 
@@ -82,6 +83,17 @@ def _flatten_value(value: Any, key: str, leaves: dict[str, Any]) -> None:
             leaves.update(flatten(value, key + "."))
         case _:
             leaves[key] = value
+
+
+def _reason(error: BaseException, expected: type | None) -> str:
+    """Why one value was refused; cattrs adds where it stands."""
+    match error:
+        case KeyError() if kinds := [kind.__name__ for kind in typing.get_args(expected)]:
+            return f"kind is missing or {error.args[0]!r}; must be one of {', '.join(kinds)}"
+        case UserError() | ValueError():
+            return str(error)
+        case _:
+            return format_exception(error, expected)
 
 
 def _converter(cls: type) -> cattrs.Converter:

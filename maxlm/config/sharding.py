@@ -53,7 +53,9 @@ class ShardingConfig:
     def __post_init__(self) -> None:
         free = [axis for axis in MESH_AXES if getattr(self, axis) == -1 and axis != "data"]
         if len(free) > 1:
-            raise UserError(f"sharding.{free[0]} and sharding.{free[1]} are both -1; at most one axis takes what remains")
+            raise UserError(
+                f"sharding.{free[0]} and sharding.{free[1]} are both -1; at most one axis takes what remains"
+            )
         for axis in MESH_AXES:
             size = getattr(self, axis)
             if size != -1 and size < 1:
@@ -71,11 +73,13 @@ class ShardingConfig:
             free.remove("data")
             sizes["data"] = 1
         fixed = math.prod(size for size in sizes.values() if size != -1)
-        listed = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "data=1"
+        listed = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size not in (1, -1)) or "data=1"
         if n_devices % fixed or (not free and fixed != n_devices):
-            divisors = [d for d in range(1, n_devices + 1) if n_devices % d == 0]
-            remedy = "set one axis to -1 to take what remains" if not free else f"sizes that divide it: {divisors}"
-            raise UserError(f"sharding: {listed} needs {fixed} devices or a divisor of them, there are {n_devices}; {remedy}")
+            needed, remedy = f"{fixed} devices", "set one axis to -1 to take what remains"
+            if free:
+                divisors = [d for d in range(1, n_devices + 1) if n_devices % d == 0]
+                needed, remedy = f"a multiple of {fixed} devices", f"use sizes whose product is one of {divisors}"
+            raise UserError(f"sharding: {listed} needs {needed}, there are {n_devices}; {remedy}")
         for axis in free:
             sizes[axis] = n_devices // fixed
         return sizes

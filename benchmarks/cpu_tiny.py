@@ -1,0 +1,112 @@
+"""Speed, memory and start-up of a training step on a CPU, as one JSON line.
+
+    python -m benchmarks.cpu_tiny [--cores 1] [--steps 10]
+
+Shape: 4 layers, d_model 256, 8 heads, d_ff 688, vocabulary 4096 untied, 8 sequences of 512 tokens, float32, AdamW. The
+step is the one that `maxlm.train` runs; the tokens are random, one document a row.
+
+tokens_per_cpu_s   tokens for each second that any core was busy: hardly changes with the load of the machine
+tokens_per_s       tokens for each second of the clock
+first_step_s       from the start of the process to the end of the first step, imports and compilation included
+compile_s          of that, tracing and compiling the step
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cores", type=int, default=0, help="cores to run on; 0: all (default)")
+    parser.add_argument("--steps", type=int, default=10, help="steps measured, after 3 that are not")
+    parser.add_argument("--cache", action="store_true", help="use the persistent compilation cache, as training does")
+    options = parser.parse_args()
+    if options.cores:  # before jax starts its threads
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
+    measure(options.steps, options.cache)
+
+
+def measure(steps: int, cache: bool) -> None:
+    import dataclasses
+    import json
+    import resource
+
+    import jax
+    import numpy as np
+
+    from maxlm.compile_cache import enable_compilation_cache
+    from maxlm.config import AdamW, DataConfig, Dataset, Dtype, Remat, RunConfig, TrainConfig, llama
+    from maxlm.sharding import make_layout
+    from maxlm.training import make_trainer
+
+    model = llama(vocab_size=4096, d_model=256, n_layers=4, n_heads=8, d_ff=688, max_seq_len=512)
+    config = RunConfig(
+        model=dataclasses.replace(model, compute_dtype=Dtype.FLOAT32, remat=Remat.DOTS),
+        data=DataConfig(datasets=(Dataset(path="none: the tokens are random"),)),
+        train=TrainConfig(steps=1000, batch_size=8, seq_len=512, loss_chunk=512),
+        optimizer=AdamW(),
+    )
+    if cache:
+        enable_compilation_cache()
+    trainer = make_trainer(config, make_layout(config.sharding, jax.devices()[:1]))
+    rng = np.random.default_rng(0)
+    shape = config.train.batch_size, config.train.seq_len
+    tokens = rng.integers(0, model.vocab_size, (shape[0], shape[1] + 1), dtype=np.int32)
+    batch = {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segment_ids": np.ones(shape, np.int32),
+        "positions": np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1)),
+        "loss_mask": np.ones(shape, np.float32),
+    }
+    batch = {name: jax.device_put(values, trainer.batch[name].sharding) for name, values in batch.items()}
+
+    began = time.perf_counter()
+    step = trainer.step.lower(trainer.state, trainer.batch).compile()
+    compile_s = time.perf_counter() - began
+    state, metrics = step(trainer.init(), batch)
+    jax.block_until_ready(state)
+    first_step_s = time.time() - process_start()
+    for _ in range(3):
+        state, metrics = step(state, batch)
+    jax.block_until_ready(state)
+
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(steps):
+        state, metrics = step(state, batch)
+    jax.block_until_ready(state)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    n_tokens = steps * shape[0] * shape[1]
+    result = {
+        "tokens_per_s": round(n_tokens / wall),
+        "tokens_per_cpu_s": round(n_tokens / cpu),
+        "compile_s": round(compile_s, 2),
+        "first_step_s": round(first_step_s, 2),
+        "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "n_params": sum(leaf.size for leaf in jax.tree.leaves(state.parameters)),
+        "loss": round(float(metrics.loss), 4),
+        "cores": len(os.sched_getaffinity(0)),
+        "jax": jax.__version__,
+        "cpu": cpu_name(),
+    }
+    print(json.dumps(result))
+
+
+def process_start() -> float:
+    """When this process began, in seconds since the epoch (Linux)."""
+    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+    uptime = float(Path("/proc/uptime").read_text().split()[0])
+    return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""`python -m maxlm.generate` on a run folder: what it prints, and its one-line complaints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from run_folder import make_run
+
+from maxlm import generate
+from maxlm.config import SamplingConfig, ShardingConfig, UserError
+from maxlm.data.tokenizers import Bytes
+from maxlm.inference.generate import Generator
+from maxlm.inference.load import load_run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def private_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    patch = pytest.MonkeyPatch()
+    patch.setattr("maxlm.compile_cache.enable_compilation_cache", lambda: None)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(make_run(tmp_path_factory.mktemp("run")).run_dir)
+
+
+def test_json_is_one_object_and_plain_text_is_the_same_text(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--run", str(run_dir), "--prompt", "the ", "--max_new_tokens", "12", "--top_k", "20", "--seed", "7"]
+    generate.main([*argv, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == ["text", "tokens", "tokens_per_s"]
+    assert Bytes().decode(found["tokens"]) == found["text"]
+    generate.main(argv)
+    out, err = capsys.readouterr()
+    assert out == found["text"] + "\n"
+    assert f"{len(found['tokens'])} tokens" in err
+    [same] = Generator(load_run(run_dir)).generate(
+        ["the "], max_new_tokens=12, sampling=SamplingConfig(top_k=20), seed=7
+    )
+    assert same.tokens == found["tokens"]
+
+
+def test_steps_and_layouts(run_dir: Path) -> None:
+    ask = {"max_new_tokens": 12, "sampling": SamplingConfig(temperature=0)}
+    assert load_run(run_dir).step == 2
+    newest = Generator(load_run(run_dir)).generate(["the "], **ask)[0].tokens
+    first = load_run(run_dir, step=1)
+    assert first.step == 1 and Generator(first).generate(["the "], **ask)[0].tokens != newest
+    cut = load_run(run_dir, sharding=ShardingConfig(data=1, tensor=2, fsdp=2))
+    assert cut.layout.mesh.size == 4
+    assert Generator(cut).generate(["the "], **ask)[0].tokens == newest
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--step", "9"], r"no finished checkpoint of step 9; there are \[1, 2\]"),
+        (["--max_new_tokens", "100"], "more than model.max_seq_len = 64"),
+        (["--top_p", "0"], "top_p = 0.0 must lie in"),
+        (["--sharding.tensor", "3"], "sharding.tensor = 3 does not divide .* = 4"),
+        (["--sharding.tensor", "16"], "16 devices asked for, there are 8"),
+        (["--temprature", "1"], "unknown key --temprature"),
+    ],
+)
+def test_mistakes_are_one_line(run_dir: Path, option: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        generate.main(["--run", str(run_dir), *option])
+
+
+def test_folders_that_are_no_run(run_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a run folder"):
+        load_run(tmp_path / "nothing")
+    shutil.copytree(run_dir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(UserError, match="no finished checkpoint"):
+        load_run(tmp_path / "run")
+
+
+def test_another_tokenizer_is_refused(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(run_dir, tmp_path / "run")
+
+    class Other(Bytes):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fingerprint = "0" * 64
+
+    monkeypatch.setattr("maxlm.inference.load.load_tokenizer", lambda folder: Other())
+    with pytest.raises(UserError, match="fingerprint 000000000000..., but checkpoint 2 was trained with"):
+        load_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate"])
+def test_help_needs_no_jax(command: str) -> None:
+    code = (
+        f"import sys\nfrom maxlm import {command}\n"
+        f"try: {command}.main(['--help'])\nexcept SystemExit: pass\nassert 'jax' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "RUN_DIR" in done.stdout
+
+
+def test_the_process_says_one_line_and_exits_with_2(tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "maxlm.generate", "--run", str(tmp_path), "--prompt", "x"]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "not a run folder" in done.stderr

@@ -1,0 +1,328 @@
+"""Cached decoding against the full forward pass, sampling against float64 formulas, text against whole decoding."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+from flax import nnx
+from helpers import one_device, small_model, small_run, with_attention
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from run_folder import BYTE_MODEL, parameters_of
+
+from maxlm.config import Dtype, ModelConfig, SamplingConfig, ShardingConfig, TrainSentencePiece, UserError
+from maxlm.data.tokenizers import Bytes, HuggingFace, Tokenizer
+from maxlm.data.train_tokenizer import train_sentencepiece
+from maxlm.inference.generate import Generator
+from maxlm.inference.load import LoadedRun
+from maxlm.inference.sampling import sample
+from maxlm.inference.steps import decode_logits, prefill_logits
+from maxlm.inference.text_stream import TextStream
+from maxlm.models import abstract_decoder
+from maxlm.sharding import make_layout
+
+GREEDY = SamplingConfig(temperature=0)
+
+MODELS = {
+    "mha": with_attention(small_model(), n_kv_heads=4),
+    "gqa": small_model(),
+    "window": with_attention(small_model(), window=5),
+    "biases_norms": with_attention(small_model(tie_embeddings=True), qkv_bias=True, out_bias=True, qk_norm=True),
+    "pattern": small_model(
+        n_layers=4, blocks=with_attention(small_model(), window=3).blocks + small_model().blocks, scan_layers=False
+    ),
+}
+
+
+def model_of(config: ModelConfig, parameters: Any) -> Any:
+    return nnx.merge(nnx.split(abstract_decoder(config, one_device()))[0], parameters)
+
+
+def full_logits(config: ModelConfig, parameters: Any, tokens: Sequence[int]) -> np.ndarray:
+    """[T, V] by the forward pass that training uses, without a cache."""
+
+    @jax.jit
+    def forward(parameters: Any, ids: jax.Array) -> jax.Array:
+        model = model_of(config, parameters)
+        hidden, _ = model(ids, jnp.arange(ids.shape[1])[None])
+        return hidden.astype(jnp.float32) @ model.output_table.T
+
+    return np.asarray(forward(parameters, jnp.asarray([tokens], jnp.int32)))[0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_prefill_and_decode_give_the_full_forward_pass(name: str) -> None:
+    config = MODELS[name]
+    parameters = parameters_of(small_run(config))
+    rng = np.random.default_rng(0)
+    lengths, new = np.array([11, 4, 1]), 7
+    rows = [rng.integers(0, config.vocab_size, length + new) for length in lengths]
+    padded = rng.integers(0, config.vocab_size, (3, 16))  # the padding is no id that could be told apart
+    for row, tokens, length in zip(padded, rows, lengths, strict=True):
+        row[:length] = tokens[:length]
+
+    read = jax.jit(lambda p, tokens, lengths: prefill_logits(model_of(config, p), tokens, lengths, 24))
+    step = jax.jit(lambda p, token, position, cache: decode_logits(model_of(config, p), token, position, cache))
+    logits, cache = read(parameters, padded.astype(np.int32), lengths.astype(np.int32))
+    got = [logits]
+    for i in range(new):
+        token = np.array([tokens[length + i] for tokens, length in zip(rows, lengths, strict=True)], np.int32)
+        logits, cache = step(parameters, token, (lengths + i).astype(np.int32), cache)
+        got.append(logits)
+
+    for row, (tokens, length) in enumerate(zip(rows, lengths, strict=True)):
+        want = full_logits(config, parameters, tokens)[length - 1 :]
+        np.testing.assert_allclose(np.stack([x[row] for x in got]), want, atol=1e-5, rtol=1e-5)
+
+
+def reference_distribution(logits: np.ndarray, config: SamplingConfig) -> np.ndarray:
+    """float64 probabilities, written as the definitions read."""
+    scaled = logits.astype(np.float64) / config.temperature
+    order = sorted(range(len(scaled)), key=lambda i: (-scaled[i], i))
+    if config.top_k:
+        order = order[: config.top_k]
+    p = np.exp(scaled[order] - scaled.max())
+    p /= p.sum()
+    kept, total = [], 0.0
+    for probability in p:
+        kept.append(probability)
+        total += probability
+        if total >= config.top_p:
+            break
+    out = np.zeros(len(scaled))
+    out[order[: len(kept)]] = np.array(kept) / sum(kept)
+    return out
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SamplingConfig(),
+        SamplingConfig(temperature=0.5),
+        SamplingConfig(temperature=2.0, top_k=5),
+        SamplingConfig(top_p=0.7),
+        SamplingConfig(top_k=1),
+        SamplingConfig(top_k=1000),
+        SamplingConfig(top_p=1e-6),
+        SamplingConfig(temperature=1.5, top_k=8, top_p=0.8),
+    ],
+    ids=str,
+)
+def test_sample_has_the_defined_distribution(config: SamplingConfig) -> None:
+    logits = np.random.default_rng(1).normal(0, 1.5, 20).astype(np.float32)
+    draws = 20_000
+    keys = jax.random.split(jax.random.key(0), draws)
+    ids = jax.jit(sample, static_argnums=2)(jnp.broadcast_to(logits, (draws, 20)), keys, config)
+    counts, want = np.bincount(np.asarray(ids), minlength=20), reference_distribution(logits, config)
+    assert set(np.flatnonzero(counts)) <= set(np.flatnonzero(want))
+    likely = want * draws >= 5
+    chi_squared = np.sum((counts[likely] - want[likely] * draws) ** 2 / (want[likely] * draws))
+    freedom = max(1, likely.sum() - 1)
+    assert chi_squared < freedom + 5 * math.sqrt(2 * freedom)  # five standard deviations; the keys are fixed
+
+
+def test_greedy_and_the_cold_limit_take_the_likeliest() -> None:
+    logits = jnp.asarray(np.random.default_rng(2).normal(size=(6, 30)), jnp.float32).at[0, :].set(0.5)
+    keys = jax.random.split(jax.random.key(0), 6)
+    want = np.argmax(logits, -1)
+    np.testing.assert_array_equal(sample(logits, keys, GREEDY), want)
+    np.testing.assert_array_equal(sample(logits[1:], keys[1:], SamplingConfig(temperature=1e-45)), want[1:])
+
+
+@pytest.mark.parametrize(
+    "values", [{"temperature": -1.0}, {"temperature": math.nan}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}]
+)
+def test_sampling_config_refuses(values: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=next(iter(values))):
+        SamplingConfig(**values)
+
+
+def loaded(
+    model: ModelConfig = BYTE_MODEL, sharding: ShardingConfig = ShardingConfig(data=1), devices: int = 1, **changes: Any
+) -> LoadedRun:
+    config = small_run(model=model, sharding=sharding)
+    values = {"parameters": parameters_of(config), "tokenizer": Bytes(), **changes}
+    return LoadedRun(config=config, layout=make_layout(sharding, jax.devices()[:devices]), step=0, **values)
+
+
+PROMPTS = ["hello", "", "a prompt of more than sixteen bytes"]
+
+
+@pytest.fixture(scope="module")
+def generator() -> Generator:
+    return Generator(loaded())
+
+
+@pytest.fixture(scope="module")
+def greedy_tokens(generator: Generator) -> list[list[int]]:
+    return [g.tokens for g in generator.generate(PROMPTS, max_new_tokens=20, sampling=GREEDY)]
+
+
+def test_greedy_is_the_naive_loop(greedy_tokens: list[list[int]]) -> None:
+    """Each token is the likeliest one after all before it, by the forward pass."""
+    run, new = loaded(), greedy_tokens[0]
+    prompt = run.tokenizer.prompt_ids(PROMPTS[0])
+    logits = full_logits(BYTE_MODEL, run.parameters, [*prompt, *new])[len(prompt) - 1 : -1, : Bytes.vocab_size]
+    assert new == np.argmax(logits, -1).tolist()
+    assert len(new) == 20
+
+
+def test_rows_of_a_batch_do_not_meet(generator: Generator, greedy_tokens: list[list[int]]) -> None:
+    for prompt, tokens in zip(PROMPTS, greedy_tokens, strict=True):
+        assert generator.generate([prompt], max_new_tokens=20, sampling=GREEDY)[0].tokens == tokens
+
+
+@pytest.mark.parametrize(
+    ("sharding", "devices"),
+    [
+        (ShardingConfig(data=1, tensor=2), 2),
+        (ShardingConfig(data=1, fsdp=4, tensor=2), 8),
+        (ShardingConfig(data=2, seq=2, tensor=2, sequence_parallel=True), 8),
+    ],
+)
+def test_every_layout_gives_the_same_text(
+    sharding: ShardingConfig, devices: int, greedy_tokens: list[list[int]]
+) -> None:
+    generator = Generator(loaded(sharding=sharding, devices=devices))
+    got = generator.generate(PROMPTS, max_new_tokens=20, sampling=GREEDY)
+    assert [g.tokens for g in got] == greedy_tokens
+
+
+def test_the_seed_decides_and_the_chunk_does_not(generator: Generator) -> None:
+    ask = {"max_new_tokens": 25, "sampling": SamplingConfig(temperature=1.5, top_p=0.95)}
+    first = generator.generate(["x", "x"], seed=5, **ask)
+    assert first[0].tokens != first[1].tokens, "rows have their own randomness"
+    assert [g.tokens for g in generator.generate(["x", "x"], seed=5, **ask)] == [g.tokens for g in first]
+    assert generator.generate(["x", "x"], seed=6, **ask)[0].tokens != first[0].tokens
+    other = Generator(loaded(), chunk=5).generate(["x", "x"], seed=5, **ask)
+    assert [g.tokens for g in other] == [g.tokens for g in first]
+
+
+def test_streamed_text_is_the_whole_text(generator: Generator) -> None:
+    ask = {"max_new_tokens": 40, "sampling": SamplingConfig(temperature=2.0), "seed": 1}
+    stream, pieces = generator.stream("x", **ask), []
+    while True:
+        try:
+            pieces.append(next(stream))
+        except StopIteration as end:
+            streamed = end.value
+            break
+    whole = generator.generate(["x"], **ask)[0]
+    assert "".join(pieces) == streamed.text == whole.text
+    assert streamed.tokens == whole.tokens and len(pieces) > 1
+    assert streamed.tokens_per_s > 0 and whole.tokens_per_s > 0
+
+
+def test_eos_ends_a_row_and_the_others_go_on(greedy_tokens: list[list[int]]) -> None:
+    tokenizer = Bytes()
+    eos = tokenizer.eos_id = greedy_tokens[0][4]
+    want = [row[: row.index(eos) + 1] if eos in row else row for row in greedy_tokens]
+    assert len(want[0]) <= 5 and any(len(row) == 20 for row in want)
+    got = Generator(loaded(tokenizer=tokenizer), chunk=3).generate(
+        [PROMPTS[0], PROMPTS[2]], max_new_tokens=20, sampling=GREEDY
+    )
+    assert [g.tokens for g in got] == [want[0], want[2]]
+
+
+def test_one_token_needs_no_decoding(generator: Generator, greedy_tokens: list[list[int]]) -> None:
+    [one] = generator.generate(PROMPTS[:1], max_new_tokens=1, sampling=GREEDY)
+    assert one.tokens == greedy_tokens[0][:1] and one.tokens_per_s is None
+    assert generator.generate([], max_new_tokens=1) == []
+
+
+def test_padded_ids_are_never_chosen() -> None:
+    parameters = dict(parameters_of(small_run(BYTE_MODEL)))
+    parameters["unembed"] = parameters["unembed"].at[Bytes.vocab_size :].mul(100.0)
+    generator = Generator(loaded(parameters=parameters))
+    for sampling in (GREEDY, SamplingConfig(top_k=3)):
+        [got] = generator.generate(["x"], max_new_tokens=15, sampling=sampling)
+        assert max(got.tokens) < Bytes.vocab_size
+
+
+def test_bfloat16_weights_change_no_logit() -> None:
+    """Casting a matrix once gives what casting it at each use gives."""
+    model = dataclasses.replace(BYTE_MODEL, compute_dtype=Dtype.BFLOAT16)
+    parameters = parameters_of(small_run(model))
+    cast = Generator(loaded(model=model))._parameters
+    assert cast["embed"].dtype == jnp.bfloat16 and cast["final_norm"]["scale"].dtype == jnp.float32
+    tokens, length = np.arange(16, dtype=np.int32)[None], np.array([16], np.int32)
+    read = jax.jit(lambda p: prefill_logits(model_of(model, p), tokens, length, 16)[0])
+    np.testing.assert_array_equal(read(cast), read(parameters))
+
+
+def test_what_does_not_fit_is_refused(generator: Generator) -> None:
+    with pytest.raises(UserError, match=r"4 tokens and max_new_tokens = 61 make 65, more than .* = 64; .* <= 60"):
+        generator.generate(["abc"], max_new_tokens=61)
+    assert generator.generate(["abc"], max_new_tokens=60, sampling=GREEDY)[0].tokens
+    with pytest.raises(UserError, match="shorten the prompt to at most 63"):
+        generator.generate(["a" * 80], max_new_tokens=1)
+    with pytest.raises(UserError, match="max_new_tokens = 0"):
+        generator.generate(["a"], max_new_tokens=0)
+    with pytest.raises(UserError, match="seed = -1"):
+        generator.generate(["a"], max_new_tokens=1, seed=-1)
+    with pytest.raises(UserError, match="vocab_size = 64 is less than the tokenizer's 258"):
+        Generator(loaded(model=small_model()))
+    nan = jax.tree.map(lambda x: x * jnp.nan, parameters_of(small_run(BYTE_MODEL)))
+    with pytest.raises(UserError, match="not finite"):
+        Generator(loaded(parameters=nan)).generate(["a"], max_new_tokens=2)
+
+
+def byte_fallback(path: Path) -> Tokenizer:
+    """As Llama 2's tokenizer.json: a few letters, and bytes for the rest."""
+    pieces = ["</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "a", "b", "▁a"]
+    model = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            vocab={piece: i for i, piece in enumerate(pieces)}, merges=[("▁", "a")], byte_fallback=True
+        )
+    )
+    model.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+    model.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+    )
+    model.add_special_tokens(["</s>"])
+    model.save(str(path))
+    return HuggingFace(path)
+
+
+@pytest.fixture(scope="module")
+def all_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> list[Tokenizer]:
+    folder = tmp_path_factory.mktemp("tokenizers")
+    text = ["def function(self, value):\n    return value\n" * 20, "the cat sat on the mat and the dog did too\n" * 20]
+    piece_model = train_sentencepiece(TrainSentencePiece(vocab_size=300), text, folder / "sp")
+    return [Bytes(), piece_model, byte_fallback(folder / "tokenizer.json")]
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_tokens_stream_to_the_text_they_decode_to(all_tokenizers: list[Tokenizer], data: st.DataObject) -> None:
+    tokenizer = data.draw(st.sampled_from(all_tokenizers), "tokenizer")
+    any_id = st.integers(0, tokenizer.vocab_size - 1)
+    fitting = st.text("ab éĀ🙂日�\n", max_size=4).map(tokenizer.encode)
+    parts = st.lists(st.one_of(fitting, st.lists(any_id, max_size=4)), max_size=8)
+    ids = [i for part in data.draw(parts, "ids") for i in part]
+    stream = TextStream(tokenizer, tokenizer.prompt_ids(data.draw(st.sampled_from(["", "a ", "é", "🙂"]), "prompt")))
+    shown = ""
+    while ids:
+        n = data.draw(st.integers(1, 3))
+        shown += stream.add(ids[:n])
+        assert stream.text.startswith(shown)
+        ids = ids[n:]
+    assert shown + stream.finish() == stream.text
+
+
+def test_a_character_comes_whole_and_spaces_stay(all_tokenizers: list[Tokenizer]) -> None:
+    for tokenizer in all_tokenizers:
+        stream = TextStream(tokenizer, tokenizer.prompt_ids("a"))
+        pieces = [stream.add([i]) for i in tokenizer.encode(" b 🙂é a日 b")]
+        assert "".join(pieces) + stream.finish() == " b 🙂é a日 b"
+        assert not any("\ufffd" in piece for piece in pieces)
+        assert "🙂" in "".join(pieces)
