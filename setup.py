@@ -1,6 +1,7 @@
 """Packaging: what is installed, what it needs, and why.
 
-Every lower bound is a version that the tests ran with, on Python 3.11 or 3.12.
+Every lower bound is a version that the tests ran with, on Python 3.11 or 3.12. Not run: datasets, jax[tpu] and
+jax[cuda13], which need a network or an accelerator.
 """
 
 import re
@@ -45,7 +46,7 @@ EXTRAS = {
     "dev": [
         "pyarrow>=26.0.1",  # the tests of the readers
         "zstandard>=0.25.0",
-        "matplotlib>=3.11.2",  # the test of the plot
+        *VIZ,  # the test of the plot
         "pytest>=9.2.0",
         "pytest-xdist>=3.8.0",  # two test processes
         "hypothesis>=6.170.15",  # properties instead of examples

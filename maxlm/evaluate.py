@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -67,21 +68,20 @@ def main(argv: list[str]) -> None:
     )
     config = dataclasses.replace(run.config, train=train)
     config.validate(run.layout.mesh.size)
-    batches = open_batches(
-        config.data, batch_size=train.batch_size, seq_len=train.seq_len, split=Split.VALIDATION
-    )
+    batches = open_batches(config.data, batch_size=train.batch_size, seq_len=train.seq_len, split=Split.VALIDATION)
     if batches.tokenizer.fingerprint != run.tokenizer.fingerprint:
         raise UserError(
             f"{config.data.datasets[0].path}: prepared with tokenizer {batches.tokenizer.fingerprint[:12]}..., the run "
             f"{options.run} uses {run.tokenizer.fingerprint[:12]}...; prepare the data with the run's tokenizer"
         )
     trainer = make_trainer(config, run.layout)
-    result = held_out(
-        trainer.evaluate,
-        run.parameters,
-        itertools.islice(global_batches(batches, trainer.batch, 0), options.batches),
-        bytes_per_token=batches.bytes_per_token,
-    )
+    with contextlib.closing(global_batches(batches, trainer.batch["inputs"].sharding, 0)) as feed:
+        result = held_out(
+            trainer.evaluate,
+            run.parameters,
+            itertools.islice(feed, options.batches),
+            bytes_per_token=batches.bytes_per_token,
+        )
     if not math.isfinite(result.loss):
         raise UserError(f"{options.run}: the held-out loss of step {run.step} is {result.loss}; use an earlier --step")
     if options.json:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from maxlm.checkpoint import manifest
@@ -30,6 +31,7 @@ from maxlm.evaluation.perplexity import HeldOut, held_out
 from maxlm.inference.generate import Generator
 from maxlm.inference.load import LoadedRun
 from maxlm.observe.console import Console
+from maxlm.observe.metrics import read_rows
 from maxlm.observe.profiler import ProfileWindow
 from maxlm.observe.report import SavedCheckpoint
 from maxlm.observe.run_log import Finished, RunLog
@@ -78,10 +80,10 @@ def pretrain(config: RunConfig) -> Result:
 
     with contextlib.ExitStack() as stack:
         # ---- Run folder and data -------------------------------------------------------------------------------------
-        if is_main:
-            stack.enter_context(lock_run(run_dir))
-            ensure_prepared(config.data)
-        _wait_for_all("data prepared")
+        with _main_first("open the run folder or prepare the data"):
+            if is_main:
+                stack.enter_context(lock_run(run_dir))
+                ensure_prepared(config.data)
         batches = open_batches(config.data, batch_size=train.batch_size, seq_len=train.seq_len, split=Split.TRAIN)
         tokenizer = batches.tokenizer
         if tokenizer.vocab_size > config.model.vocab_size:
@@ -102,22 +104,26 @@ def pretrain(config: RunConfig) -> Result:
         saved = stack.enter_context(Checkpointer(checkpoints, config.checkpoint, warn=console.warning))
         state = _restore(saved, trainer, batches, checkpoints)
         start = int(state.step) if state is not None else 0
+        if start > train.steps:
+            raise UserError(
+                f"train.steps = {train.steps} is less than the {start} steps that {run_dir} has done; use at least "
+                f"{start}, or set another run_dir"
+            )
         if is_main:
             serialize.save(config, run_dir / "config.json")
             tokenizer.save(run_dir / "tokenizer")
         log = stack.enter_context(
-            RunLog(
-                config, run_dir, resume_step=start, is_main=is_main, devices=jax.devices(), console=console
-            )
+            RunLog(config, run_dir, resume_step=start, is_main=is_main, devices=jax.devices(), console=console)
         )
         log.say(f"compiled programs are kept in {cache_folder}" if cache_folder else "compiled programs are not kept")
-        if state is not None:
-            log.say(f"continuing from the checkpoint of step {start:,}")
 
         # ---- Compile -------------------------------------------------------------------------------------------------
-        began = time.perf_counter()
-        step_program = trainer.step.lower(trainer.state, trainer.batch).compile()
-        log.say(f"compiled the train step in {time.perf_counter() - began:.1f} s")
+        if start < train.steps:
+            began = time.perf_counter()
+            step_program = trainer.step.lower(trainer.state, trainer.batch).compile()
+            log.say(f"compiled the train step in {time.perf_counter() - began:.1f} s")
+        else:
+            log.say(f"all {start:,} steps are done; a larger train.steps would go on from here")
         state = state if state is not None else trainer.init()
 
         # ---- Train ---------------------------------------------------------------------------------------------------
@@ -171,7 +177,7 @@ def pretrain(config: RunConfig) -> Result:
             return Result(step=step, interrupted=True, loss=loss, files=None)
 
         # ---- Sample and report ---------------------------------------------------------------------------------------
-        if config.observe.sample_tokens:
+        if config.observe.sample_tokens and not _has_sample(run_dir, step):
             _sample(config, log, layout, state, tokenizer)
         files = log.finish(_saved_checkpoints(checkpoints, saved)) if is_main else None
         return Result(step=step, interrupted=False, loss=loss, files=files)
@@ -240,13 +246,18 @@ def _stop_if_diverged(metrics: StepMetrics, step: int, config: RunConfig, run_di
         return
     report = run_dir / "diverged.json"
     values = {name: str(value) for name, value in jax.device_get(metrics)._asdict().items()}
-    facts = {"step": step, "skipped_in_row": in_row, "metrics_of_last_step": values, "config": serialize.to_dict(config)}
+    facts = {
+        "step": step,
+        "skipped_in_row": in_row,
+        "metrics_of_last_step": values,
+        "config": serialize.to_dict(config),
+    }
     if jax.process_index() == 0:
         report.write_text(json.dumps(facts, indent=2) + "\n")
     raise Diverged(
-        f"step {step}: loss {values['loss']} or gradient norm {values['grad_norm']} was not finite for {in_row} steps in "
-        f"a row (train.max_skipped_steps = {config.train.max_skipped_steps}); parameters are as before them, the report is "
-        f"{report}; lower optimizer.learning_rate or look at the data from batch {step - in_row} on"
+        f"step {step}: loss {values['loss']} or gradient norm {values['grad_norm']} was not finite for {in_row} steps "
+        f"in a row (train.max_skipped_steps = {config.train.max_skipped_steps}); parameters are as before them, the "
+        f"report is {report}; lower optimizer.learning_rate or look at the data from batch {step - in_row} on"
     )
 
 
@@ -254,7 +265,9 @@ def _evaluate(trainer: Trainer, state: TrainState, validation: Batches, n_batche
     """Held-out loss over the first `n_batches` batches of the validation split."""
     feed = global_batches(validation, trainer.batch["inputs"].sharding, 0)
     with contextlib.closing(feed):
-        return held_out(trainer.evaluate, state.parameters, _first(feed, n_batches), bytes_per_token=validation.bytes_per_token)
+        return held_out(
+            trainer.evaluate, state.parameters, _first(feed, n_batches), bytes_per_token=validation.bytes_per_token
+        )
 
 
 def _first(batches: Iterator[dict[str, jax.Array]], n: int) -> Iterator[dict[str, jax.Array]]:
@@ -271,6 +284,10 @@ def _sample(config: RunConfig, log: RunLog, layout: Layout, state: TrainState, t
     log.sample(int(state.step), prompt, sample.text)
 
 
+def _has_sample(run_dir: Path, step: int) -> bool:
+    return any(row["step"] == step for row in read_rows(run_dir / "samples.jsonl"))
+
+
 def _saved_checkpoints(folder: Path, saved: Checkpointer) -> list[SavedCheckpoint]:
     """The finished checkpoints, as the report lists them."""
     records = [manifest.load(folder / str(step)) for step in saved.steps()]
@@ -280,6 +297,17 @@ def _saved_checkpoints(folder: Path, saved: Checkpointer) -> list[SavedCheckpoin
     ]
 
 
-def _wait_for_all(what: str) -> None:
+@contextlib.contextmanager
+def _main_first(task: str) -> Iterator[None]:
+    """All processes wait at the end of the block for process 0; what fails there ends all of them."""
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # told to the others first, or they would wait for ever
+        failure = error
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+        done = bool(multihost_utils.broadcast_one_to_all(np.bool_(failure is None)))
+        if failure is None and not done:
+            raise UserError(f"process 0 could not {task}; its message says why")
+    if failure is not None:
+        raise failure

@@ -31,9 +31,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(make_run(tmp_path_factory.mktemp("run")).run_dir)
 
 
-def test_json_is_one_object_and_plain_text_is_the_same_text(
-    run_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_json_is_one_object_and_plain_text_is_the_same_text(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--run", str(run_dir), "--prompt", "the ", "--max_new_tokens", "12", "--top_k", "20", "--seed", "7"]
     generate.main([*argv, "--json"])
     found = json.loads(capsys.readouterr().out)

@@ -4,7 +4,8 @@ Forward: Dao et al. 2022 (arXiv:2205.14135), algorithm 1, with the loop order of
 Nothing of size T x S ever exists: memory beyond the arguments is one block of scores, [B, N, block, block] float32.
 Blocks that the mask hides altogether are not computed, so that causal attention costs half of full attention.
 
-Letters: B batch, T queries, S keys, N query heads, K key heads, G = N / K, H head_dim.
+Letters: B batch, T queries, S keys, N query heads, K key heads, G = N / K, H head_dim; inside, C queries or keys in a
+block, and R = G * C rows: the queries of one block of all heads that share a key head.
 """
 
 from __future__ import annotations
@@ -22,17 +23,23 @@ from kernels_pallas.attention.masks import Causal
 _MASKED = -1e30  # finite, so that a row without any visible key gives 0 and not NaN
 
 
-class _Blocks(NamedTuple):
-    query: int
-    key: int
+class _Static(NamedTuple):
+    """What is known at compile time."""
+
+    mask: Causal
+    T: int
+    S: int
+    q_block: int
+    k_block: int
+    scale: float
 
 
 class _Where(NamedTuple):
-    """What decides visibility: positions of the first query of each row, and the segments of both sides."""
+    """What decides visibility beside the mask: the position of each row's first query, and the segments."""
 
     q_offset: jax.Array  # [B] int32
-    q_segments: jax.Array | None  # [B, T] int32
-    k_segments: jax.Array | None  # [B, S] int32
+    q_segments: jax.Array | None  # [q blocks, B, C] int32
+    k_segments: jax.Array | None  # [k blocks, B, C] int32
 
 
 def flash_attention(
@@ -73,25 +80,23 @@ def flash_attention(
         kv_segment_ids = segment_ids
     if (segment_ids is None) != (kv_segment_ids is None):
         raise ValueError("kv_segment_ids is given without segment_ids; give both or neither")
-    if segment_ids is not None and kv_segment_ids is not None:
-        if (segment_ids.shape, kv_segment_ids.shape) != ((B, T), (B, S)):
-            raise ValueError(
-                f"segment_ids {segment_ids.shape} must be {(B, T)}, kv_segment_ids {kv_segment_ids.shape} must be {(B, S)}"
-            )
+    for name, ids, shape in (("segment_ids", segment_ids, (B, T)), ("kv_segment_ids", kv_segment_ids, (B, S))):
+        if ids is not None and ids.shape != shape:
+            raise ValueError(f"{name} {ids.shape} must be {shape}")
     scale = H**-0.5 if scale is None else scale
-    blocks = _Blocks(_block_size(T), _block_size(S))
-
-    # Heads go outside the sequence, [B, K, G, T, H]: each block of scores is then one plain batched product.
-    grouped = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4) * jnp.asarray(scale, q.dtype)
-    q_blocks = _pad(grouped, 3, blocks.query)
-    k_blocks, v_blocks = (_pad(x.transpose(0, 2, 1, 3), 2, blocks.key) for x in (k, v))
+    static = _Static(mask, T, S, _block_size(T), _block_size(S), H**-0.5 if scale is None else scale)
+    # Queries of one block and one key head become the rows of one matrix, so that each step is a plain batched product.
+    q_rows = _cut(q.reshape(B, T, K, N // K, H), static.q_block).transpose(0, 1, 3, 4, 2, 5)
+    q_rows = q_rows.reshape(-1, B, K, N // K * static.q_block, H)
+    k_rows, v_rows = (_cut(x, static.k_block).transpose(0, 1, 3, 2, 4) for x in (k, v))
     where = _Where(
         jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (B,)),
-        None if segment_ids is None else _pad(segment_ids, 1, blocks.query),
-        None if kv_segment_ids is None else _pad(kv_segment_ids, 1, blocks.key),
+        None if segment_ids is None else _cut(segment_ids, static.q_block),
+        None if kv_segment_ids is None else _cut(kv_segment_ids, static.k_block),
     )
-    out = _attention(mask, blocks, (T, S), q_blocks, k_blocks, v_blocks, where)
-    return out[:, :, :, :T].transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    out = _attention(static, q_rows, k_rows, v_rows, where)
+    out = out.reshape(-1, B, K, N // K, static.q_block, H).transpose(1, 0, 4, 2, 3, 5)
+    return out.reshape(B, -1, N, H)[:, :T]
 
 
 def _block_size(length: int) -> int:
@@ -99,137 +104,120 @@ def _block_size(length: int) -> int:
     return min(length, 128 if length <= 4096 else 512)
 
 
-def _pad(x: jax.Array, dim: int, multiple: int) -> jax.Array:
-    missing = -x.shape[dim] % multiple
-    return jnp.pad(x, [(0, missing if d == dim else 0) for d in range(x.ndim)]) if missing else x
+def _cut(x: jax.Array, size: int) -> jax.Array:
+    """[B, length, ...] to [blocks, B, size, ...], padded with zeros at the end."""
+    missing = -x.shape[1] % size
+    if missing:
+        x = jnp.pad(x, [(0, missing if dim == 1 else 0) for dim in range(x.ndim)])
+    return x.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
 
 
-def _block(x: jax.Array, index: jax.Array, size: int, dim: int) -> jax.Array:
-    return lax.dynamic_slice_in_dim(x, index * size, size, dim)
-
-
-def _scores(
-    mask: Causal, blocks: _Blocks, S: int, q: jax.Array, k: jax.Array, where: _Where, i: jax.Array, j: jax.Array
-) -> jax.Array:
-    """Float32 scores of query block i against key block j, [B, K, G, query, key], hidden pairs at _MASKED."""
-    scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32)
-    queries = where.q_offset[:, None] + i * blocks.query + jnp.arange(blocks.query)
-    keys = j * blocks.key + jnp.arange(blocks.key)
-    seen = mask.visible(queries[:, :, None], keys) & (keys < S)
+def _visible(static: _Static, where: _Where, i: jax.Array, j: jax.Array, n_rows: int) -> jax.Array:
+    """Which keys of block j the rows of query block i see: boolean [B, 1, R, C]."""
+    queries = where.q_offset[:, None] + i * static.q_block + jnp.arange(static.q_block)
+    keys = j * static.k_block + jnp.arange(static.k_block)
+    seen = static.mask.visible(queries[:, :, None], keys) & (keys < static.S)
     if where.q_segments is not None and where.k_segments is not None:
-        own = _block(where.q_segments, i, blocks.query, 1)
-        seen &= own[:, :, None] == _block(where.k_segments, j, blocks.key, 1)[:, None, :]
-    return jnp.where(seen[:, None, None], scores, _MASKED)
+        seen &= where.q_segments[i][:, :, None] == where.k_segments[j][:, None, :]
+    return jnp.tile(seen, (1, n_rows // static.q_block, 1))[:, None]
 
 
-def _key_blocks(mask: Causal, blocks: _Blocks, S: int, where: _Where, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _key_blocks(static: _Static, where: _Where, i: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Key blocks [start, stop) that query block i needs, over all rows of the batch."""
-    first = i * blocks.query
-    start, stop = mask.key_range(jnp.min(where.q_offset) + first, jnp.max(where.q_offset) + first + blocks.query - 1)
-    return start // blocks.key, -(-jnp.minimum(stop, S) // blocks.key)
+    first = i * static.q_block
+    last = first + static.q_block - 1
+    start, stop = static.mask.key_range(jnp.min(where.q_offset) + first, jnp.max(where.q_offset) + last)
+    return start // static.k_block, -(-jnp.minimum(stop, static.S) // static.k_block)
 
 
-def _query_blocks(
-    mask: Causal, blocks: _Blocks, lengths: tuple[int, int], where: _Where, j: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _query_blocks(static: _Static, where: _Where, j: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Query blocks [start, stop) that need key block j, over all rows of the batch."""
     low, high = jnp.min(where.q_offset), jnp.max(where.q_offset)
-    first, end = j * blocks.key, high + lengths[0]
-    start, stop = mask.query_range(first, first + blocks.key - 1, end)
-    n_blocks = -(-lengths[0] // blocks.query)
+    first = j * static.k_block
+    start, stop = static.mask.query_range(first, first + static.k_block - 1, high + static.T)
+    n_blocks = -(-static.T // static.q_block)
     return (
-        jnp.clip((start - high) // blocks.query, 0, n_blocks),
-        jnp.clip(-(-(stop - low) // blocks.query), 0, n_blocks),
+        jnp.clip((start - high) // static.q_block, 0, n_blocks),
+        jnp.clip(-(-(stop - low) // static.q_block), 0, n_blocks),
     )
 
 
-def _forward(
-    mask: Causal, blocks: _Blocks, S: int, q: jax.Array, k: jax.Array, v: jax.Array, where: _Where
-) -> tuple[jax.Array, jax.Array]:
-    """Output in q's dtype and the logsumexp of the scores, float32 [B, K, G, T]."""
+def _product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
 
-    def query_block(i: jax.Array) -> tuple[jax.Array, jax.Array]:
-        qi = _block(q, i, blocks.query, 3)
+
+def _forward(
+    static: _Static, q: jax.Array, k: jax.Array, v: jax.Array, where: _Where
+) -> tuple[jax.Array, jax.Array]:
+    """Output [q blocks, B, K, R, H] in q's dtype and the logsumexp of the scores, float32 [q blocks, B, K, R]."""
+
+    def query_block(block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        i, qi = block
 
         def add_key_block(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             top, total, acc = carry
-            scores = _scores(mask, blocks, S, qi, _block(k, j, blocks.key, 2), where, i, j)
+            seen = _visible(static, where, i, j, qi.shape[2])
+            # The scale multiplies float32 scores: queries scaled in bfloat16 would lose up to 2^-9 of every score.
+            scores = jnp.where(seen, _product("bkrh,bkch->bkrc", qi, k[j]) * static.scale, _MASKED)
             new_top = jnp.maximum(top, scores.max(-1))
             # A fully hidden row has top = _MASKED, where exp(score - top) would be 1 for hidden keys.
-            p = jnp.where(scores > _MASKED, jnp.exp(scores - new_top[..., None]), 0.0)
+            p = jnp.where(seen, jnp.exp(scores - new_top[..., None]), 0.0)
             shrink = jnp.exp(top - new_top)
-            update = jnp.einsum(
-                "bkgts,bksh->bkgth", p.astype(v.dtype), _block(v, j, blocks.key, 2), preferred_element_type=jnp.float32
-            )
+            update = _product("bkrc,bkch->bkrh", p.astype(v.dtype), v[j])
             return new_top, total * shrink + p.sum(-1), acc * shrink[..., None] + update
 
         zeros = jnp.zeros_like(qi[..., 0], jnp.float32)
         start = zeros + _MASKED, zeros, jnp.zeros_like(qi, jnp.float32)
-        top, total, acc = lax.fori_loop(*_key_blocks(mask, blocks, S, where, i), add_key_block, start)
+        top, total, acc = lax.fori_loop(*_key_blocks(static, where, i), add_key_block, start)
         total = jnp.where(total == 0, 1.0, total)
         return (acc / total[..., None]).astype(q.dtype), top + jnp.log(total)
 
-    out, lse = lax.map(query_block, jnp.arange(q.shape[3] // blocks.query))
-    return _join(out, 3), _join(lse, 3)
+    return lax.map(query_block, (jnp.arange(q.shape[0]), q))
 
 
-def _join(stacked: jax.Array, dim: int) -> jax.Array:
-    """[blocks, ..., size, ...] from a loop to [..., blocks * size, ...]."""
-    moved = jnp.moveaxis(stacked, 0, dim)
-    return moved.reshape(*moved.shape[:dim], -1, *moved.shape[dim + 2 :])
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attention(
-    mask: Causal,
-    blocks: _Blocks,
-    lengths: tuple[int, int],
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    where: _Where,
-) -> jax.Array:
-    return _forward(mask, blocks, lengths[1], q, k, v, where)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(static: _Static, q: jax.Array, k: jax.Array, v: jax.Array, where: _Where) -> jax.Array:
+    return _forward(static, q, k, v, where)[0]
 
 
 def _attention_fwd(
-    mask: Causal, blocks: _Blocks, lengths: tuple[int, int], q: jax.Array, k: jax.Array, v: jax.Array, where: _Where
+    static: _Static, q: jax.Array, k: jax.Array, v: jax.Array, where: _Where
 ) -> tuple[jax.Array, tuple]:
-    out, lse = _forward(mask, blocks, lengths[1], q, k, v, where)
+    out, lse = _forward(static, q, k, v, where)
     # Named, so that a remat policy can save them and never run the loop above twice.
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
     return out, (q, k, v, where, out, lse)
 
 
-def _attention_bwd(mask: Causal, blocks: _Blocks, lengths: tuple[int, int], residuals: tuple, d_out: jax.Array) -> tuple:
-    """FlashAttention's backward: dS = P * (dP - rowsum(dO * O)), one key block at a time."""
+def _attention_bwd(static: _Static, residuals: tuple, d_out: jax.Array) -> tuple:
+    """FlashAttention's backward, dS = P * (dP - rowsum(dO * O)), one key block at a time.
+
+    Scores are formed as [key, query] here: the sums over queries, for dk and dv, then run along the last dim.
+    """
     q, k, v, where, out, lse = residuals
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1)
 
-    def key_block(dq: jax.Array, j: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        kj, vj = _block(k, j, blocks.key, 2), _block(v, j, blocks.key, 2)
+    def key_block(dq: jax.Array, block: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        j, kj, vj = block
 
         def add_query_block(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             dq, dk, dv = carry
-            qi, d_out_i = _block(q, i, blocks.query, 3), _block(d_out, i, blocks.query, 3)
-            scores = _scores(mask, blocks, lengths[1], qi, kj, where, i, j)
-            p = jnp.where(scores > _MASKED, jnp.exp(scores - _block(lse, i, blocks.query, 3)[..., None]), 0.0)
-            dp = jnp.einsum("bkgth,bksh->bkgts", d_out_i, vj, preferred_element_type=jnp.float32)
-            ds = (p * (dp - _block(delta, i, blocks.query, 3)[..., None])).astype(q.dtype)
-            dv += jnp.einsum("bkgts,bkgth->bksh", p.astype(q.dtype), d_out_i, preferred_element_type=jnp.float32)
-            dk += jnp.einsum("bkgts,bkgth->bksh", ds, qi, preferred_element_type=jnp.float32)
-            dqi = jnp.einsum("bkgts,bksh->bkgth", ds, kj, preferred_element_type=jnp.float32)
-            dq = lax.dynamic_update_slice_in_dim(dq, _block(dq, i, blocks.query, 3) + dqi, i * blocks.query, 3)
-            return dq, dk, dv
+            qi, d_out_i = q[i], d_out[i]
+            seen = _visible(static, where, i, j, qi.shape[2]).swapaxes(2, 3)
+            scores = _product("bkch,bkrh->bkcr", kj, qi) * static.scale
+            p = jnp.where(seen, jnp.exp(scores - lse[i][:, :, None]), 0.0)
+            dp = _product("bkch,bkrh->bkcr", vj, d_out_i)
+            ds = (p * (dp - delta[i][:, :, None])).astype(q.dtype)
+            dv += _product("bkcr,bkrh->bkch", p.astype(q.dtype), d_out_i)
+            dk += _product("bkcr,bkrh->bkch", ds, qi)
+            return dq.at[i].add(_product("bkcr,bkch->bkrh", ds, kj)), dk, dv
 
         zeros = jnp.zeros_like(kj, jnp.float32)
-        dq, dk, dv = lax.fori_loop(
-            *_query_blocks(mask, blocks, lengths, where, j), add_query_block, (dq, zeros, zeros)
-        )
-        return dq, (dk.astype(k.dtype), dv.astype(v.dtype))
+        dq, dk, dv = lax.fori_loop(*_query_blocks(static, where, j), add_query_block, (dq, zeros, zeros))
+        return dq, ((dk * static.scale).astype(k.dtype), dv.astype(v.dtype))
 
-    dq, (dk, dv) = lax.scan(key_block, jnp.zeros_like(q, jnp.float32), jnp.arange(k.shape[2] // blocks.key))
-    return dq.astype(q.dtype), _join(dk, 2), _join(dv, 2), None
+    dq, (dk, dv) = lax.scan(key_block, jnp.zeros_like(q, jnp.float32), (jnp.arange(k.shape[0]), k, v))
+    return (dq * static.scale).astype(q.dtype), dk, dv, None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)

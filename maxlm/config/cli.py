@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import difflib
 import importlib.util
 import io
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+import typing
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -24,6 +26,9 @@ from maxlm.config.run import RunConfig, TrainConfig
 from maxlm.config.serialize import flatten
 
 T = TypeVar("T")
+
+EXIT_CTRL_C = 130
+"""128 + SIGINT, as shells say it."""
 
 _TYRO = (tyro.conf.AvoidSubcommands, tyro.conf.EnumChoicesFromValues)
 
@@ -91,7 +96,7 @@ def parse(
     except SystemExit as stop:
         if stop.code == 0:  # --help has been printed
             raise
-        known = [] if default is None else list(flatten(default))
+        known = list(_option_names(cls) if default is None else flatten(default))
         raise UserError(_one_line(complaint.getvalue(), known, prog)) from None
 
 
@@ -144,6 +149,12 @@ def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
     argv = sys.argv[1:]
     try:
         sys.exit(main(argv) or 0)
+    except KeyboardInterrupt:
+        if "--debug" in argv:
+            traceback.print_exc()
+        else:
+            print("error: interrupted", file=sys.stderr)
+        sys.exit(EXIT_CTRL_C)
     except Exception as error:
         if "--debug" in argv:
             traceback.print_exc()
@@ -170,11 +181,21 @@ def _one_line(complaint: str, known: list[str], prog: str) -> str:
             remedy = f"set its keys, such as --{inner[0]}, or choose its class in the config file"
             return f"--{key} is a group; {remedy} {see_help}"
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        hint = f"did you mean --{near[0]}? " if near else ""
-        return f"unknown key --{key}; {hint}{see_help}"
+        hint = f"; did you mean --{near[0]}?" if near else ""
+        return f"unknown key --{key}{hint} {see_help}"
     words = re.sub(r"^(Value error|Invalid choice|Missing argument|Required options) ", "", words)
     words = re.split(r" Argument helptext:| For full helptext", words)[0].strip()
     return f"{words} {see_help}"
+
+
+def _option_names(cls: type, prefix: str = "") -> Iterator[str]:
+    """The dotted options that tyro makes of a dataclass."""
+    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
+        inner, *marks = typing.get_args(hint) if typing.get_origin(hint) is typing.Annotated else (hint,)
+        if dataclasses.is_dataclass(inner) and isinstance(inner, type):
+            yield from _option_names(inner, prefix if tyro.conf.OmitArgPrefixes in marks else f"{prefix}{name}.")
+        elif tyro.conf.Positional not in marks:
+            yield prefix + name
 
 
 _EXAMPLE = RunConfig(

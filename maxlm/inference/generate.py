@@ -69,7 +69,9 @@ class Generator:
         self._layout = decoding_layout(run.layout)
         decoder = abstract_decoder(self._config, self._layout)
         self._graph = nnx.split(decoder)[0]
-        self._parameters = _cast(run.parameters, parameter_dims(decoder), self._layout, self._config.compute_dtype.value)
+        self._parameters = _cast(
+            run.parameters, parameter_dims(decoder), self._layout, self._config.compute_dtype.value
+        )
         self._programs: dict[Any, jax.stages.Compiled] = {}
 
     def generate(
@@ -182,7 +184,9 @@ class Generator:
             raise UserError(f"seed = {seed} must lie in [0, 2^32)")
         if longest + max_new_tokens > limit:
             room = limit - longest
-            remedy = f"use max_new_tokens <= {room}" if room > 0 else f"shorten the prompt to at most {limit - 1} tokens"
+            remedy = (
+                f"use max_new_tokens <= {room}" if room > 0 else f"shorten the prompt to at most {limit - 1} tokens"
+            )
             raise UserError(
                 f"the prompt's {longest} tokens and max_new_tokens = {max_new_tokens} make {longest + max_new_tokens}, "
                 f"more than model.max_seq_len = {limit}; {remedy}"

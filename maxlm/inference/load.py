@@ -63,9 +63,7 @@ def load_run(run_dir: Path, *, step: int | None = None, sharding: ShardingConfig
             f"{run_dir / 'tokenizer'}: fingerprint {tokenizer.fingerprint[:12]}..., but checkpoint {restored.step} was "
             f"trained with {str(trained_with)[:12]}...; restore the tokenizer that the run was started with"
         )
-    return LoadedRun(
-        config=config, layout=layout, parameters=restored.params, tokenizer=tokenizer, step=restored.step
-    )
+    return LoadedRun(config=config, layout=layout, parameters=restored.params, tokenizer=tokenizer, step=restored.step)
 
 
 def abstract_parameters(config: ModelConfig, layout: Layout) -> dict[str, Any]:

@@ -49,9 +49,7 @@ def row_keys(seed: jax.Array, rows: int) -> jax.Array:
     return jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(rows))
 
 
-def prefill_logits(
-    model: Decoder, tokens: jax.Array, lengths: jax.Array, cache_length: int
-) -> tuple[jax.Array, Cache]:
+def prefill_logits(model: Decoder, tokens: jax.Array, lengths: jax.Array, cache_length: int) -> tuple[jax.Array, Cache]:
     """Read the prompts into a new cache.
 
     Args:

@@ -116,7 +116,8 @@ def make_trainer(config: RunConfig, layout: Layout) -> Trainer:
     learning_rate = learning_rate_schedule(
         config.optimizer.schedule, config.optimizer.learning_rate, config.train.steps
     )
-    optimizer = make_optimizer(config.optimizer, learning_rate, dims)
+    layers = config.model.n_layers // len(config.model.blocks)
+    optimizer = make_optimizer(config.optimizer, learning_rate, dims, layers=layers)
     loss = loss_function(config, layout)
     gradient = gradient_function(config, layout, loss)
 

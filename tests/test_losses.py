@@ -1,0 +1,150 @@
+"""The chunked cross-entropy against its formula in float64 numpy."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import hlo_shapes, one_device
+
+from maxlm.training.losses import cross_entropy_sums
+
+B, T, D, V = 2, 15, 8, 37  # 30 tokens: chunks of 7 and 16 leave a rest, chunks of 10 and 30 do not
+
+
+def formula(hidden, table, targets, mask, z_loss=0.0):
+    """Objective, cross-entropy, log(Z)^2 and the objective's gradients for hidden and table, all logits at once."""
+    hidden, table, mask = (np.asarray(x, np.float64) for x in (hidden, table, mask))
+    x, target, weight = hidden.reshape(-1, hidden.shape[-1]), np.asarray(targets).ravel(), mask.ravel()
+    logits = x @ table.T
+    top = logits.max(1)
+    log_z = top + np.log(np.exp(logits - top[:, None]).sum(1))
+    softmax = np.exp(logits - log_z[:, None])
+    cross_entropy = (weight * (log_z - logits[np.arange(len(target)), target])).sum()
+    log_z_squared = (weight * log_z**2).sum()
+    d_logits = softmax * (1 + 2 * z_loss * log_z)[:, None]
+    d_logits[np.arange(len(target)), target] -= 1
+    d_logits *= weight[:, None]
+    sums = cross_entropy + z_loss * log_z_squared, cross_entropy, log_z_squared
+    return sums, (d_logits @ table).reshape(hidden.shape), d_logits.T @ x
+
+
+@functools.partial(jax.jit, static_argnames=("z_loss", "chunk"))
+def sums_and_gradients(hidden, table, targets, mask, *, z_loss=0.0, chunk=1024):
+    def objective(hidden, table):
+        sums = cross_entropy_sums(one_device(), hidden, table, targets, mask, z_loss=z_loss, chunk=chunk)
+        return sums.objective, sums
+
+    (_, sums), gradients = jax.value_and_grad(objective, (0, 1), has_aux=True)(hidden, table)
+    return sums, *gradients
+
+
+def arguments(scale=1.0, seed=0):
+    rng = np.random.default_rng(seed)
+    hidden, table = rng.normal(size=(B, T, D)), scale * rng.normal(size=(V, D))
+    mask = rng.uniform(0.1, 2, (B, T)) * (rng.random((B, T)) < 0.7)  # weights, some of them zero
+    targets = rng.integers(0, V, (B, T))
+    targets[0, :2] = 0, V - 1
+    mask[0, :2] = 1.0
+    return (
+        jnp.asarray(hidden, jnp.float32),
+        jnp.asarray(table, jnp.float32),
+        jnp.asarray(targets, jnp.int32),
+        jnp.asarray(mask, jnp.float32),
+    )
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 10, 16, 30, 1024])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_sums_and_gradients_equal_the_formula(chunk, z_loss):
+    got = sums_and_gradients(*arguments(), z_loss=z_loss, chunk=chunk)
+    want = formula(*arguments(), z_loss=z_loss)
+    np.testing.assert_allclose(got[0], want[0], rtol=2e-6)
+    np.testing.assert_allclose(got[1], want[1], atol=5e-6, rtol=2e-5)
+    np.testing.assert_allclose(got[2], want[2], atol=5e-6, rtol=2e-5)
+
+
+def test_sums_are_the_same_without_a_gradient():
+    """The forward pass alone runs other code than the one that also forms the gradient."""
+    sums = jax.jit(lambda *a: cross_entropy_sums(one_device(), *a, z_loss=0.1, chunk=7))(*arguments())
+    np.testing.assert_array_equal(sums, sums_and_gradients(*arguments(), z_loss=0.1, chunk=7)[0])
+
+
+@pytest.mark.parametrize("scale", [300.0, 1e4])
+def test_large_logits(scale):
+    """exp(logit) alone would overflow float32 above 88."""
+    got, want = sums_and_gradients(*arguments(scale), chunk=16), formula(*arguments(scale))
+    assert want[0][1] > 1000
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+    # A logit of 10^4 is known to 10^-3 in float32, and the softmax to as much.
+    np.testing.assert_allclose(got[1], want[1], atol=2e-6 * scale, rtol=1e-3)
+    assert np.isfinite(got[2]).all()
+
+
+def test_equal_logits_give_log_vocabulary():
+    _, _, targets, mask = arguments()
+    (objective, _, log_z_squared), d_hidden, _ = sums_and_gradients(
+        jnp.ones((B, T, D)), jnp.full((V, D), 100.0), targets, mask
+    )
+    np.testing.assert_allclose(objective, mask.sum() * np.log(V), rtol=1e-4)
+    np.testing.assert_allclose(log_z_squared, mask.sum() * (100 * D + np.log(V)) ** 2, rtol=1e-5)
+    np.testing.assert_allclose(d_hidden, 0, atol=1e-3)  # all rows are equal: no direction helps
+
+
+def test_masked_tokens_count_for_nothing():
+    hidden, table, targets, mask = arguments()
+    hidden_mask = np.asarray(mask == 0)
+    assert 3 < hidden_mask.sum() < B * T
+    want = sums_and_gradients(hidden, table, targets, mask, z_loss=0.1, chunk=7)
+    assert (np.asarray(want[1])[hidden_mask] == 0).all() and (np.asarray(want[1])[~hidden_mask] != 0).any(-1).all()
+    other = jnp.where(hidden_mask[..., None], 3.0, hidden), table, jnp.where(hidden_mask, -100, targets), mask
+    jax.tree.map(np.testing.assert_array_equal, sums_and_gradients(*other, z_loss=0.1, chunk=7), want)
+
+
+def test_gradient_scales_with_the_cotangent_and_reaches_a_tied_table():
+    """One table as embedding and as output: its gradient is the sum of both uses."""
+    hidden, table, targets, mask = arguments()
+    ids = jnp.asarray(np.random.default_rng(3).integers(0, V, (B, T)))
+
+    def tied(table):
+        return 3.0 * cross_entropy_sums(one_device(), hidden * table[ids], table, targets, mask, chunk=7).objective
+
+    got = jax.jit(jax.grad(tied))(table)
+    _, d_input, d_output = formula(hidden * table[ids], table, targets, mask)
+    want = d_output.copy()
+    np.add.at(want, np.asarray(ids).ravel(), (d_input * np.asarray(hidden, np.float64)).reshape(-1, D))
+    assert np.abs(want - d_output).max() > 0.1
+    np.testing.assert_allclose(got, 3 * want, atol=5e-5, rtol=5e-5)
+
+
+def test_bfloat16():
+    hidden, table, targets, mask = arguments()
+    hidden, table = hidden.astype(jnp.bfloat16), table.astype(jnp.bfloat16).astype(jnp.float32)
+    got, want = sums_and_gradients(hidden, table, targets, mask, chunk=16), formula(hidden, table, targets, mask)
+    # Products of bfloat16 numbers are exact in float32, so the loss has float32's precision; gradients are rounded.
+    np.testing.assert_allclose(got[0], want[0], rtol=2e-6)
+    assert got[1].dtype == jnp.bfloat16 and got[2].dtype == jnp.float32
+    for g, w in zip(got[1:], want[1:], strict=True):
+        assert np.linalg.norm(np.asarray(g, np.float64) - w) < 2**-7 * np.linalg.norm(w)
+
+
+def test_no_array_of_all_tokens_by_the_vocabulary():
+    tokens, vocabulary, chunk = 1024, 3000, 64
+    shapes = (
+        jax.ShapeDtypeStruct((2, tokens // 2, D), jnp.bfloat16),
+        jax.ShapeDtypeStruct((vocabulary, D), jnp.float32),
+        jax.ShapeDtypeStruct((2, tokens // 2), jnp.int32),
+        jax.ShapeDtypeStruct((2, tokens // 2), jnp.float32),
+    )
+    logits = lambda text: max(np.prod(shape) for _, shape in hlo_shapes(text) if vocabulary in shape and D not in shape)
+    ours = sums_and_gradients.lower(*shapes, z_loss=0.1, chunk=chunk).compile().as_text()
+    assert logits(ours) == chunk * vocabulary
+
+    def dense(hidden, table, targets, mask):
+        log_p = jax.nn.log_softmax(hidden.astype(jnp.float32) @ table.T)
+        return -(jnp.take_along_axis(log_p, targets[..., None], 2)[..., 0] * mask).sum()
+
+    assert logits(jax.jit(jax.grad(dense, (0, 1))).lower(*shapes).compile().as_text()) == tokens * vocabulary

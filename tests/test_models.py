@@ -1,0 +1,354 @@
+"""The decoder against an independent float64 forward pass, and properties that hold for any weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import one_device, packed_batch, small_model, small_run, with_attention
+
+from maxlm.config import Activation, AttentionConfig, BlockConfig, Dtype, GluConfig, Llama3RopeScaling, RopeConfig
+from maxlm.models import Decoder, abstract_decoder, init_parameters, parameter_dims
+from maxlm.models.positions import rope_frequencies, rotate
+from maxlm.sharding import PARAMETER_DIMS
+from maxlm.training.step import loss_function
+
+# ---- the model, from the papers ----
+
+
+def rms_norm(x, scale, eps):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * scale
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def gelu(x):
+    return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+def llama31_frequency(f, scaling):
+    """Meta's released code for one frequency."""
+    wavelength = 2 * math.pi / f
+    low = scaling.original_max_len / scaling.low_freq_factor
+    high = scaling.original_max_len / scaling.high_freq_factor
+    if wavelength < high:
+        return f
+    if wavelength > low:
+        return f / scaling.factor
+    smooth = (scaling.original_max_len / wavelength - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    return (1 - smooth) * f / scaling.factor + smooth * f
+
+
+def rope(x, positions, config):
+    """Each pair (i, i + H/2) is a complex number that turns by position * frequency. x: [T, heads, H]."""
+    H = x.shape[-1]
+    frequencies = [config.theta ** (-2 * i / H) for i in range(H // 2)]
+    if config.scaling is not None:
+        frequencies = [llama31_frequency(f, config.scaling) for f in frequencies]
+    turned = (x[..., : H // 2] + 1j * x[..., H // 2 :]) * np.exp(1j * np.outer(positions, frequencies))[:, None]
+    return np.concatenate([turned.real, turned.imag], -1)
+
+
+def attend(config, p, x, positions, segments, eps):
+    """One sequence, x: [T, D]."""
+    project = lambda w: np.tensordot(x, w, 1)
+    q, k, v = project(p["q_proj"]), project(p["k_proj"]), project(p["v_proj"])
+    if config.qkv_bias:
+        q, k, v = q + p["q_bias"], k + p["k_bias"], v + p["v_bias"]
+    if config.qk_norm:
+        q, k = rms_norm(q, p["q_norm"]["scale"], eps), rms_norm(k, p["k_norm"]["scale"], eps)
+    if config.rope is not None:
+        q, k = rope(q, positions, config.rope), rope(k, positions, config.rope)
+    out = np.zeros_like(q)
+    for t in range(len(x)):
+        first = 0 if config.window is None else max(0, t - config.window + 1)
+        seen = [s for s in range(first, t + 1) if segments[s] == segments[t]]
+        for n in range(config.n_heads):
+            group = n * config.n_kv_heads // config.n_heads
+            scores = k[seen, group] @ q[t, n] / math.sqrt(config.head_dim)
+            weights = np.exp(scores - scores.max())
+            out[t, n] = weights / weights.sum() @ v[seen, group]
+    y = np.tensordot(out, p["o_proj"], 2)
+    return y + p["o_bias"] if config.out_bias else y
+
+
+def glu_mlp(config, p, x):
+    gate, up = x @ p["gate_proj"], x @ p["up_proj"]
+    if config.bias:
+        gate, up = gate + p["gate_bias"], up + p["up_bias"]
+    h = {Activation.SILU: silu, Activation.GELU: gelu}[config.activation](gate) * up
+    return h @ p["down_proj"] + (p["down_bias"] if config.bias else 0)
+
+
+def forward(model, parameters, inputs, positions, segments):
+    """Logits [B, T, V] in float64."""
+    parameters = jax.tree.map(lambda x: np.asarray(x, np.float64), parameters)
+    logits = []
+    for ids, where, document in zip(inputs, positions, segments, strict=True):
+        x = parameters["embed"][ids]
+        for layer in range(model.n_layers):
+            repeat, entry = divmod(layer, len(model.blocks))
+            block, p = model.blocks[entry], jax.tree.map(operator.itemgetter(repeat), parameters["blocks"][str(entry)])
+            normed = rms_norm(x, p["attention_norm"]["scale"], model.norm_eps)
+            x = x + attend(block.attention, p["attention"], normed, where, document, model.norm_eps)
+            x = x + glu_mlp(block.ffn, p["mlp"], rms_norm(x, p["mlp_norm"]["scale"], model.norm_eps))
+        x = rms_norm(x, parameters["final_norm"]["scale"], model.norm_eps)
+        logits.append(x @ parameters["embed" if model.tie_embeddings else "unembed"].T)
+    return np.stack(logits)
+
+
+# ---- ours ----
+
+
+def random_parameters(model, seed=0):
+    """Initial values, moved so that norm scales and biases are not 1 and 0."""
+    parameters = jax.jit(lambda: init_parameters(model, one_device(), jax.random.key(seed)))()
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda p: p + jnp.asarray(0.1 * rng.normal(size=p.shape), p.dtype), parameters)
+
+
+def decoder(model, parameters):
+    return nnx.merge(nnx.split(abstract_decoder(model, one_device()))[0], parameters)
+
+
+def logits_function(model):
+    @jax.jit
+    def logits(parameters, inputs, positions, segments):
+        ours = decoder(model, parameters)
+        hidden, _ = ours(inputs, positions, segments)
+        return hidden.astype(jnp.float32) @ ours.output_table.T
+
+    return logits
+
+
+def documents(model, B=2, T=24, seed=0):
+    batch = packed_batch(small_run(model, batch_size=B, seq_len=T), seed)
+    assert batch["segment_ids"].max() > 1
+    return batch["inputs"], batch["positions"], batch["segment_ids"]
+
+
+def pattern_of_two():
+    """Local layers of narrow heads with everything on, then global ones without position embedding."""
+    local = BlockConfig(
+        attention=AttentionConfig(
+            n_heads=6, n_kv_heads=3, head_dim=4, window=5, qkv_bias=True, out_bias=True, qk_norm=True
+        ),
+        ffn=GluConfig(d_ff=20, activation=Activation.GELU, bias=True),
+    )
+    everywhere = BlockConfig(
+        attention=AttentionConfig(n_heads=4, n_kv_heads=1, head_dim=8, rope=None), ffn=GluConfig(d_ff=48)
+    )
+    return small_model(n_layers=4, blocks=(local, everywhere))
+
+
+MODELS = {
+    "llama": small_model(),
+    "multi_head_tied": with_attention(small_model(tie_embeddings=True), n_kv_heads=4),
+    "multi_query_unrolled": with_attention(small_model(n_layers=3, scan_layers=False), n_kv_heads=1),
+    "qwen": with_attention(small_model(norm_eps=1e-2), qkv_bias=True, qk_norm=True, rope=RopeConfig(theta=1e6)),
+    "llama31": with_attention(
+        small_model(), rope=RopeConfig(theta=100.0, scaling=Llama3RopeScaling(factor=4.0, original_max_len=60))
+    ),
+    "pattern_of_two": pattern_of_two(),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_the_papers(name):
+    model = MODELS[name]
+    parameters, batch = random_parameters(model), documents(model)
+    got, want = logits_function(model)(parameters, *batch), forward(model, parameters, *batch)
+    assert want.std() > 0.5
+    np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
+
+
+def test_rope_frequencies():
+    plain = rope_frequencies(RopeConfig(theta=10_000.0), 8)
+    np.testing.assert_allclose(plain, [1, 0.1, 0.01, 0.001], rtol=1e-6)
+
+    scaling = Llama3RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_len=8192)
+    got = rope_frequencies(RopeConfig(theta=500_000.0, scaling=scaling), 128)
+    before = [500_000.0 ** (-2 * i / 128) for i in range(64)]
+    want = [llama31_frequency(f, scaling) for f in before]
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    # All three cases occur: kept, in between, divided by 8.
+    ratio = np.array(before) / got
+    assert (ratio < 1.001).sum() > 20 and (ratio > 7.999).sum() > 20 and ((ratio > 1.01) & (ratio < 7.9)).any()
+
+
+def test_rotation_depends_on_distance_alone():
+    rng = np.random.default_rng(0)
+    q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
+    frequencies = rope_frequencies(RopeConfig(), 8)
+    at = lambda x, position: np.asarray(rotate(x, jnp.full((1, 1, 1), position, jnp.float32) * frequencies)).ravel()
+    near, far = at(q, 7) @ at(k, 3), at(q, 107) @ at(k, 103)
+    np.testing.assert_allclose(near, far, rtol=1e-4)
+    assert abs(near - at(q, 7) @ at(k, 4)) > 1e-2
+    np.testing.assert_allclose(np.linalg.norm(at(q, 50)), np.linalg.norm(q), rtol=1e-6)
+    np.testing.assert_array_equal(at(q, 0), np.ravel(q))
+
+
+# ---- what may reach what ----
+
+
+def test_a_document_is_not_moved_by_its_neighbours():
+    model = small_model()
+    parameters, logits = random_parameters(model), logits_function(model)
+    positions = np.concatenate([np.arange(9), np.arange(12), np.arange(11)])[None].astype(np.int32)
+    segments = np.repeat([1, 2, 3], [9, 12, 11])[None].astype(np.int32)
+    inputs = np.random.default_rng(0).integers(0, 64, (1, 32)).astype(np.int32)
+    want = logits(parameters, inputs, positions, segments)
+    for changed, where in ((slice(0, 9), slice(9, 32)), (slice(21, 32), slice(0, 21))):
+        other = inputs.copy()
+        other[:, changed] = (other[:, changed] + 7) % 64
+        got = logits(parameters, other, positions, segments)
+        np.testing.assert_array_equal(got[:, where], want[:, where])
+        assert (got[:, changed] != want[:, changed]).any()
+    # Alone it gives the same as packed: its positions start again.
+    alone = logits(parameters, inputs[:, 9:21], positions[:, 9:21], segments[:, 9:21])
+    np.testing.assert_allclose(alone, want[:, 9:21], atol=2e-5)
+    # And without packing at all, the documents would see each other.
+    merged = logits(parameters, inputs, positions, np.ones_like(segments))
+    assert np.abs(merged - want)[:, 9:].max() > 0.1 and np.array_equal(merged[:, :9], want[:, :9])
+
+
+@pytest.mark.parametrize(("window", "reach"), [(None, 1000), (4, 2 * 3)])
+def test_gradients_flow_from_the_past_of_the_document_only(window, reach):
+    """d(hidden[t]) / d(embedding of token s), not zero exactly for the pairs that two layers connect."""
+    model = with_attention(small_model(), window=window)
+    parameters = random_parameters(model)
+    T, segments = 20, np.repeat([[1, 2]], [12, 8], axis=1).astype(np.int32)
+    positions = np.concatenate([np.arange(12), np.arange(8)])[None].astype(np.int32)
+    inputs = np.arange(T, dtype=np.int32)[None]  # each token once, so that a table row is a position
+    direction = jnp.asarray(np.random.default_rng(0).normal(size=model.d_model), jnp.float32)
+
+    def scalars(table):
+        hidden, _ = decoder(model, {**parameters, "embed": table})(inputs, positions, segments)
+        return hidden[0] @ direction
+
+    jacobian = np.abs(jax.jit(jax.jacrev(scalars))(parameters["embed"])).sum(-1)[:, :T]
+    t, s = np.arange(T)[:, None], np.arange(T)[None]
+    connected = (s <= t) & (t - s <= reach) & (segments[0][:, None] == segments[0][None])
+    np.testing.assert_array_equal(jacobian != 0, connected)
+
+
+def test_shifting_all_positions_changes_nothing():
+    model = small_model()
+    parameters, logits = random_parameters(model), logits_function(model)
+    inputs, positions, segments = documents(model)
+    want = logits(parameters, inputs, positions, segments)
+    np.testing.assert_allclose(logits(parameters, inputs, positions + 50, segments), want, atol=1e-4)
+    assert np.abs(logits(parameters, inputs, 2 * positions, segments) - want).max() > 0.1  # they do matter
+
+
+def test_no_segments_are_one_document():
+    model = small_model()
+    parameters, logits = random_parameters(model), logits_function(model)
+    inputs = documents(model)[0]
+    positions = np.broadcast_to(np.arange(inputs.shape[1], dtype=np.int32), inputs.shape)
+    np.testing.assert_array_equal(
+        logits(parameters, inputs, positions, None), logits(parameters, inputs, positions, np.ones_like(inputs))
+    )
+
+
+# ---- formats and layers ----
+
+
+def test_scanned_and_unrolled_layers_agree():
+    model = MODELS["pattern_of_two"]
+    parameters, batch = random_parameters(model), documents(model)
+    unrolled = logits_function(dataclasses.replace(model, scan_layers=False))(parameters, *batch)
+    np.testing.assert_allclose(unrolled, logits_function(model)(parameters, *batch), atol=2e-5)
+
+
+def test_bfloat16_is_close_to_float32():
+    model = MODELS["qwen"]
+    parameters, batch = random_parameters(model), documents(model)
+    want = np.asarray(logits_function(model)(parameters, *batch))
+    narrow = dataclasses.replace(model, compute_dtype=Dtype.BFLOAT16)
+    got = np.asarray(logits_function(narrow)(parameters, *batch))
+    error = np.linalg.norm(got - want) / np.linalg.norm(want)
+    assert 1e-4 < error < 0.03  # not float32 in disguise either: bfloat16 rounds to 2^-8 a dozen times on the way
+
+
+def test_bfloat16_gradients_are_close_to_float32():
+    run = small_run(small_model())
+    narrow = dataclasses.replace(run, model=dataclasses.replace(run.model, compute_dtype=Dtype.BFLOAT16))
+    parameters, batch = random_parameters(run.model), packed_batch(run)
+    grad = lambda run: jax.jit(jax.grad(lambda p: loss_function(run, one_device())(p, batch).objective))(parameters)
+    for (path, got), want in zip(
+        jax.tree_util.tree_leaves_with_path(grad(narrow)), jax.tree.leaves(grad(run)), strict=True
+    ):
+        assert got.dtype == jnp.float32
+        error = np.linalg.norm(got - want) / np.linalg.norm(want)
+        assert error < 0.06, (jax.tree_util.keystr(path), error)
+
+
+# ---- parameters ----
+
+
+def test_every_parameter_names_its_dims():
+    model = MODELS["pattern_of_two"]
+    shapes = jax.eval_shape(lambda: init_parameters(model, one_device(), jax.random.key(0)))
+    dims = parameter_dims(abstract_decoder(model, one_device()))
+    sizes = {"layers": 2, "vocab": 64, "embed": 32, "vector": 32}  # the others differ between the blocks
+
+    def check(path, array, names):
+        where = jax.tree_util.keystr(path)
+        assert array.dtype == jnp.float32 and len(names) == array.ndim and set(names) <= set(PARAMETER_DIMS), where
+        assert ("layers" in names) == ("blocks" in where) and names.index(
+            "layers" if "blocks" in where else names[0]
+        ) == 0
+        assert all(size == sizes.get(name, size) for name, size in zip(names, array.shape, strict=True)), where
+
+    jax.tree_util.tree_map_with_path(check, shapes, dims)
+    attention = lambda entry: {
+        name: a.shape for name, a in shapes["blocks"][entry]["attention"].items() if "_proj" in name
+    }
+    assert attention("0") == {
+        "q_proj": (2, 32, 6, 4), "k_proj": (2, 32, 3, 4), "v_proj": (2, 32, 3, 4), "o_proj": (2, 6, 4, 32)
+    }  # fmt: skip
+    assert attention("1") == {
+        "q_proj": (2, 32, 4, 8), "k_proj": (2, 32, 1, 8), "v_proj": (2, 32, 1, 8), "o_proj": (2, 4, 8, 32)
+    }  # fmt: skip
+    tied = jax.eval_shape(lambda: init_parameters(small_model(tie_embeddings=True), one_device(), jax.random.key(0)))
+    assert "unembed" in shapes and "unembed" not in tied
+
+
+def test_initial_values():
+    model = dataclasses.replace(MODELS["pattern_of_two"], d_model=96, vocab_size=300, init_std=0.02)
+    parameters = jax.jit(lambda: init_parameters(model, one_device(), jax.random.key(0)))()
+    seen = []
+    for path, value in jax.tree_util.tree_leaves_with_path(parameters):
+        name, value = path[-1].key, np.asarray(value)
+        if name == "scale":
+            assert (value == 1).all()
+        elif name.endswith("bias"):
+            assert (value == 0).all()
+        else:
+            std = 0.02 / math.sqrt(2 * model.n_layers) if name in ("o_proj", "down_proj") else 0.02
+            count = value.size
+            assert abs(value.std() / std - 1) < 5 / math.sqrt(2 * count), (name, value.std())
+            assert abs(value.mean()) < 5 * std / math.sqrt(count), name
+            stacked = path[0].key == "blocks"
+            seen += [array.ravel()[:100] / std for array in (value if stacked else [value])]
+    # No two matrices, layers or block entries start from the same numbers.
+    correlation = np.corrcoef([array[:100] for array in seen]) - np.eye(len(seen))
+    assert np.abs(correlation).max() < 0.6
+
+
+def test_initial_values_follow_the_key():
+    model = small_model()
+    draw = jax.jit(lambda key: Decoder(model, one_device(), key).embed[...])
+    np.testing.assert_array_equal(draw(jax.random.key(3)), draw(jax.random.key(3)))
+    assert (draw(jax.random.key(3)) != draw(jax.random.key(4))).any()

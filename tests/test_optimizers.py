@@ -1,0 +1,235 @@
+"""Optimizers against their papers' formulas in float64 numpy, over several steps."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import one_device, small_model, with_attention
+
+from maxlm.config import Adafactor, AdamW, GluConfig
+from maxlm.models import abstract_decoder, init_parameters, parameter_dims
+from maxlm.training.optimizers import decay_mask, make_optimizer
+
+DIMS = {
+    "matrix": ("embed", "mlp"),
+    "stacked": ("layers", "embed", "mlp"),
+    "heads": ("layers", "embed", "heads", "head_dim"),
+    "norm": ("layers", "vector"),
+    "bias": ("layers", "kv_heads", "head_dim"),
+    "final_norm": ("vector",),
+}
+SHAPES = {
+    "matrix": (7, 5),
+    "stacked": (3, 4, 6),
+    "heads": (3, 9, 2, 8),
+    "norm": (3, 7),
+    "bias": (3, 2, 4),
+    "final_norm": (7,),
+}
+LAYERS, STEPS = 3, 6
+
+
+def rate(count):
+    return 0.1 / (1 + count)
+
+
+def parameters_and_gradients(seed=0):
+    """Each layer of a stack with sizes of its own, so that nothing that mixes layers goes unseen."""
+    rng = np.random.default_rng(seed)
+
+    def draw(name, std):
+        x = std * rng.normal(size=SHAPES[name])
+        return x * np.array([0.01, 1, 30]).reshape(-1, *[1] * (x.ndim - 1)) if DIMS[name][0] == "layers" else x
+
+    parameters = {name: draw(name, 1.0) for name in SHAPES}
+    # Norms from well below to well above the clipping limit.
+    gradients = [{name: draw(name, std) for name in SHAPES} for std in np.geomspace(1e-3, 10, STEPS)]
+    return parameters, gradients
+
+
+def narrow(tree):
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
+
+
+def run(config, parameters, gradients, dims=DIMS, layers=LAYERS):
+    optimizer = make_optimizer(config, rate, dims, layers=layers)
+
+    @jax.jit
+    def step(parameters, state, gradient):
+        updates, state = optimizer.update(gradient, state, parameters)
+        return optax.apply_updates(parameters, updates), state
+
+    parameters = narrow(parameters)
+    state = optimizer.init(parameters)
+    for gradient in gradients:
+        parameters, state = step(parameters, state, narrow(gradient))
+    return parameters
+
+
+def clipped(gradient, limit):
+    norm = np.sqrt(sum((g**2).sum() for g in gradient.values()))
+    return gradient if limit is None or norm < limit else {name: g * limit / norm for name, g in gradient.items()}
+
+
+def decays(name):
+    return name in ("matrix", "stacked", "heads")
+
+
+def adamw(config, parameters, gradients):
+    """Algorithm 2 of arXiv:1711.05101, the decay times the learning rate."""
+    x = dict(parameters)
+    m, v = {n: np.zeros_like(p) for n, p in x.items()}, {n: np.zeros_like(p) for n, p in x.items()}
+    for t, gradient in enumerate(gradients, 1):
+        for name, g in clipped(gradient, config.clip_norm).items():
+            m[name] = config.b1 * m[name] + (1 - config.b1) * g
+            v[name] = config.b2 * v[name] + (1 - config.b2) * g**2
+            m_hat, v_hat = m[name] / (1 - config.b1**t), v[name] / (1 - config.b2**t)
+            step = m_hat / (np.sqrt(v_hat) + config.eps)
+            x[name] = x[name] - rate(t - 1) * (step + config.weight_decay * decays(name) * x[name])
+    return x
+
+
+def adafactor_one(config, x, gradients, factor, decay):
+    """Algorithms 4 and 5 of arXiv:1804.04235 for one matrix or vector; gradients come clipped."""
+    rms = lambda a: np.sqrt((a**2).mean())
+    rows, columns, v = (np.zeros(x.shape[:-1]), np.zeros(x.shape[1:]), 0) if factor else (0, 0, np.zeros_like(x))
+    for t, g in enumerate(gradients, 1):
+        beta = 1 - t**-config.decay_rate
+        if factor:
+            rows = beta * rows + (1 - beta) * (g**2 + 1e-30).sum(1)
+            columns = beta * columns + (1 - beta) * (g**2 + 1e-30).sum(0)
+            v = np.outer(rows, columns) / rows.sum()
+        else:
+            v = beta * v + (1 - beta) * (g**2 + 1e-30)
+        u = g / np.sqrt(v)
+        if config.update_clip is not None:
+            u = u / max(1, rms(u) / config.update_clip)
+        size = max(1e-3, rms(x)) if config.scale_by_parameter else 1
+        x = x - rate(t - 1) * (size * u + config.weight_decay * decay * x)
+    return x
+
+
+def adafactor(config, parameters, gradients):
+    """Each layer's array by itself. Heads are the one case with more than a matrix: see below."""
+    gradients = [clipped(gradient, config.clip_norm) for gradient in gradients]
+    want = {}
+    for name, x in parameters.items():
+        layers = range(LAYERS) if DIMS[name][0] == "layers" else [...]
+        want[name] = np.empty_like(x)
+        for layer in layers:
+            own, history = x[layer], [g[name][layer] for g in gradients]
+            factor = own.ndim == 2 and sorted(own.shape)[-2] >= config.min_factored_dim
+            want[name][layer] = adafactor_one(config, own, history, factor, decays(name))
+    return want
+
+
+def assert_close(got, want, rtol=2e-5):
+    for name in want:
+        np.testing.assert_allclose(got[name], want[name], rtol=rtol, atol=2e-6 * np.abs(want[name]).max(), err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "config", [AdamW(), AdamW(clip_norm=None), AdamW(b1=0.5, b2=0.7, eps=1e-3, weight_decay=0.0, clip_norm=0.2)]
+)
+def test_adamw_equals_the_paper(config):
+    parameters, gradients = parameters_and_gradients()
+    assert_close(run(config, parameters, gradients), adamw(config, parameters, gradients))
+
+
+ADAFACTORS = {
+    "paper": Adafactor(min_factored_dim=4, clip_norm=None),
+    "clipped_and_decayed": Adafactor(min_factored_dim=4, clip_norm=1.0, weight_decay=0.3),
+    "nothing_factored": Adafactor(min_factored_dim=100, clip_norm=None, update_clip=0.3),
+    "bare": Adafactor(min_factored_dim=4, clip_norm=None, update_clip=None, scale_by_parameter=False, decay_rate=0.5),
+}
+
+
+@pytest.mark.parametrize("name", ADAFACTORS)
+def test_adafactor_equals_the_paper(name):
+    """Also says that every layer of a stack goes its own way, as if it were not stacked."""
+    config = ADAFACTORS[name]
+    parameters, gradients = parameters_and_gradients()
+    got, want = run(config, parameters, gradients), adafactor(config, parameters, gradients)
+    if config.min_factored_dim < 9:
+        del want["heads"]
+    assert_close(got, want, 5e-5)
+
+
+def test_adafactor_factors_the_two_largest_dims_of_heads():
+    """[D, H] of each head, here the second and the fourth of four dims."""
+    config = Adafactor(min_factored_dim=4, clip_norm=None, update_clip=None, scale_by_parameter=False)
+    parameters, gradients = parameters_and_gradients()
+    got = run(config, parameters, gradients)["heads"]
+    for layer, head in np.ndindex(LAYERS, 2):
+        history = [g["heads"][layer, :, head] for g in gradients]
+        want = adafactor_one(config, parameters["heads"][layer, :, head], history, True, True)
+        np.testing.assert_allclose(got[layer, :, head], want, rtol=5e-5, atol=2e-5)
+
+
+def test_adafactor_never_factors_over_layers():
+    """As many layers as other dims are long: the moments must keep each layer apart."""
+    rng = np.random.default_rng(0)
+    dims, x = {"norm": ("layers", "vector")}, {"norm": rng.normal(size=(9, 7))}
+    gradients = [{"norm": rng.normal(size=(9, 7)) * np.geomspace(1e-3, 1e3, 9)[:, None]} for _ in range(3)]
+    config = Adafactor(min_factored_dim=4, clip_norm=None)
+    got = run(config, x, gradients, dims, layers=9)["norm"]
+    for layer in range(9):
+        want = adafactor_one(config, x["norm"][layer], [g["norm"][layer] for g in gradients], False, False)
+        np.testing.assert_allclose(got[layer], want, rtol=5e-5, atol=1e-6)
+
+
+def test_adafactor_keeps_small_state():
+    parameters = {"matrix": jnp.zeros((200, 300)), "stacked": jnp.zeros((3, 200, 300)), "thin": jnp.zeros((200, 100))}
+    dims = {"matrix": ("embed", "mlp"), "stacked": ("layers", "embed", "mlp"), "thin": ("embed", "mlp")}
+    state = make_optimizer(Adafactor(), rate, dims, layers=3).init(parameters)
+    sizes = sorted(leaf.size for leaf in jax.tree.leaves(state) if leaf.size > 1)
+    assert sizes == [200, 300, 3 * 200, 3 * 300, 200 * 100]
+
+
+@pytest.fixture(scope="module")
+def full_model():
+    """A decoder with every kind of parameter: two blocks, biases, head norms, an output table of its own."""
+    model = with_attention(small_model(n_layers=4), qkv_bias=True, out_bias=True, qk_norm=True)
+    block = dataclasses.replace(model.blocks[0], ffn=GluConfig(d_ff=48, bias=True))
+    model = dataclasses.replace(model, blocks=(block, block))
+    dims = parameter_dims(abstract_decoder(model, one_device()))
+    return dims, jax.jit(lambda: init_parameters(model, one_device(), jax.random.key(0)))()
+
+
+MATRICES = {"embed", "unembed", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_decay_mask_marks_the_matrices(full_model):
+    marked, unmarked = set(), set()
+    for path, decayed in jax.tree_util.tree_leaves_with_path(decay_mask(full_model[0])):
+        (marked if decayed else unmarked).add(path[-1].key)
+    assert marked == MATRICES
+    assert unmarked == {"scale"} | {f"{name}_bias" for name in ("q", "k", "v", "o", "gate", "up", "down")}
+
+
+@pytest.mark.parametrize("config", [AdamW(weight_decay=0.5), Adafactor(weight_decay=0.5)])
+def test_decay_shrinks_matrices_and_nothing_else(full_model, config):
+    """With gradients of zero, decay is all that is left."""
+    dims, parameters = full_model
+    parameters = jax.tree.map(lambda p: p + 0.25, parameters)  # biases start at 0, where decay would not show
+    after = run(config, parameters, [jax.tree.map(jnp.zeros_like, parameters)], dims, layers=2)
+    kept = 1 - rate(0) * 0.5
+    for (path, new), old in zip(jax.tree_util.tree_leaves_with_path(after), jax.tree.leaves(parameters), strict=True):
+        factor = kept if path[-1].key in MATRICES else 1.0
+        np.testing.assert_allclose(new, factor * old, rtol=1e-6, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("config", [AdamW(clip_norm=0.5), Adafactor(clip_norm=0.5)])
+def test_a_clipped_gradient_keeps_its_direction(config):
+    """Ten times the gradient is the same gradient, once both are clipped; sparse rows stay finite."""
+    parameters, gradients = parameters_and_gradients()
+    gradients[-1]["matrix"][2] = 0
+    assert_close(
+        run(config, parameters, gradients[-1:]),
+        run(config, parameters, [{name: 10 * g for name, g in gradients[-1].items()}]),
+    )
