@@ -28,13 +28,16 @@ from maxlm.config import (
 def get_config() -> RunConfig:
     model = llama(vocab_size=4096, d_model=256, n_layers=4, n_heads=8, d_ff=688, max_seq_len=512)
     return RunConfig(
-        model=dataclasses.replace(model, compute_dtype=Dtype.FLOAT32, remat=Remat.NONE),
+        model=dataclasses.replace(model, compute_dtype=Dtype.FLOAT32, remat=Remat.NAMES),
         data=DataConfig(
             datasets=(
                 Dataset(
                     path="data/stdlib",
-                    prepare=PrepareConfig(documents=StandardLibrary(), tokenizer=TrainSentencePiece(vocab_size=4096),
-                        validation_fraction=0.05,),
+                    prepare=PrepareConfig(
+                        documents=StandardLibrary(),
+                        tokenizer=TrainSentencePiece(vocab_size=4096),
+                        validation_fraction=0.05,
+                    ),
                 ),
             )
         ),

@@ -75,7 +75,8 @@ def main(argv: list[str]) -> None:
             f"{options.run} uses {run.tokenizer.fingerprint[:12]}...; prepare the data with the run's tokenizer"
         )
     trainer = make_trainer(config, run.layout)
-    with contextlib.closing(global_batches(batches, trainer.batch["inputs"].sharding, 0)) as feed:
+    sharding = run.layout.sharding(run.layout.activation("batch", "seq"))
+    with contextlib.closing(global_batches(batches, sharding, 0)) as feed:
         result = held_out(
             trainer.evaluate,
             run.parameters,

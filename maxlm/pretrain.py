@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from maxlm.checkpoint import manifest
 from maxlm.checkpoint.checkpointer import Checkpointer
 from maxlm.checkpoint.lock import lock_run
-from maxlm.compile_cache import enable_compilation_cache
+from maxlm.compile_cache import enable_compilation_cache, release_compiler_memory
 from maxlm.config import RunConfig, UserError, serialize
 from maxlm.data.loader import Batches, global_batches, open_batches
 from maxlm.data.prepare import ensure_prepared
@@ -120,19 +120,18 @@ def pretrain(config: RunConfig) -> Result:
         # ---- Compile -------------------------------------------------------------------------------------------------
         if start < train.steps:
             began = time.perf_counter()
-            step_program = trainer.step.lower(trainer.state, trainer.batch).compile()
+            step_program, state = trainer.start(state)
+            release_compiler_memory()
             log.say(f"compiled the train step in {time.perf_counter() - began:.1f} s")
         else:
             log.say(f"all {start:,} steps are done; a larger train.steps would go on from here")
-        state = state if state is not None else trainer.init()
+        assert state is not None, "without a checkpoint there are steps to do"
 
         # ---- Train ---------------------------------------------------------------------------------------------------
         interruption = stack.enter_context(Interruption())
         profile = ProfileWindow(config.train.profile_steps, run_dir, log.say)
-        batch_sharding = trainer.batch["inputs"].sharding
-        feed = stack.enter_context(contextlib.closing(global_batches(batches, batch_sharding, start)))
+        feed = stack.enter_context(contextlib.closing(global_batches(batches, trainer.batch_sharding, start)))
         tokens_per_step = train.batch_size * train.seq_len
-        jax.block_until_ready(state)
         log.start_clock(start, start * tokens_per_step)
 
         metrics: StepMetrics | None = None
@@ -263,7 +262,7 @@ def _stop_if_diverged(metrics: StepMetrics, step: int, config: RunConfig, run_di
 
 def _evaluate(trainer: Trainer, state: TrainState, validation: Batches, n_batches: int) -> HeldOut:
     """Held-out loss over the first `n_batches` batches of the validation split."""
-    feed = global_batches(validation, trainer.batch["inputs"].sharding, 0)
+    feed = global_batches(validation, trainer.batch_sharding, 0)
     with contextlib.closing(feed):
         return held_out(
             trainer.evaluate, state.parameters, _first(feed, n_batches), bytes_per_token=validation.bytes_per_token

@@ -49,7 +49,11 @@ def initialize_distributed() -> None:
 
 def _on_tpu_vm() -> bool:
     device_files = Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists()
-    return device_files and importlib.util.find_spec("libtpu") is not None and jax.config.jax_platforms in (None, "tpu")
+    return (
+        device_files
+        and importlib.util.find_spec("libtpu") is not None
+        and jax.config.values["jax_platforms"] in (None, "tpu")
+    )
 
 
 class Interruption:

@@ -110,7 +110,9 @@ def make_layout(config: ShardingConfig, devices: Sequence[jax.Device] | None = N
         found = len({device.process_index if by_process else device.slice_index for device in devices})
         if found != config.slices:
             kind = "host" if by_process else "slice"
-            raise UserError(f"sharding.slices = {config.slices}, but the devices come in {found} {kind}(s); use {found}")
+            raise UserError(
+                f"sharding.slices = {config.slices}, but the devices come in {found} {kind}(s); use {found}"
+            )
         grid = mesh_utils.create_hybrid_device_mesh(
             within, across, devices, process_is_granule=by_process, allow_split_physical_axes=True
         )

@@ -5,6 +5,5 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile many small programs once: the least optimisation halves their time.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )

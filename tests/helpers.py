@@ -89,7 +89,7 @@ def packed_batch(config: RunConfig, seed: int = 0) -> dict[str, np.ndarray]:
 
 def place(batch: dict[str, np.ndarray], trainer: Trainer) -> dict[str, jax.Array]:
     """The batch on the devices where the trainer wants it."""
-    return {name: jax.device_put(values, trainer.batch[name].sharding) for name, values in batch.items()}
+    return {name: jax.device_put(values, trainer.batch_sharding) for name, values in batch.items()}
 
 
 def hlo_shapes(text: str) -> set[tuple[str, tuple[int, ...]]]:

@@ -91,7 +91,11 @@ def test_gradients_cross_devices_in_the_asked_format(wide):
     config = small_run(small_model(compute_dtype=Dtype.BFLOAT16), sharding=sharding)
     layout = make_layout(sharding)
     parameters = init_parameters(config.model, layout, jax.random.key(0))
-    jaxpr = str(jax.make_jaxpr(gradient_function(config, layout, loss_function(config, layout)))(parameters, packed_batch(config)))
+    jaxpr = str(
+        jax.make_jaxpr(gradient_function(config, layout, loss_function(config, layout)))(
+            parameters, packed_batch(config)
+        )
+    )
     # d(down_proj) = contraction of two bfloat16 arrays over rows and tokens, which is what devices sum.
     products = [line for line in jaxpr.splitlines() if "dot_general" in line and "[48,32]" in line]
     assert products and all(("f32[48,32]" in line) == wide for line in products)

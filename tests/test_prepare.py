@@ -385,7 +385,7 @@ def test_shards_pickle_without_their_memory_map(corpus: Path, tmp_path: Path) ->
     assert len(shard.tokens) == info.train[0].tokens
     packed = pickle.dumps(shard)
     assert len(packed) < 2_000
-    np.testing.assert_array_equal(pickle.loads(packed).tokens, shard.tokens)  # noqa: S301 - our own bytes
+    np.testing.assert_array_equal(pickle.loads(packed).tokens, shard.tokens)
 
 
 def test_missing_data_is_made_or_asked_for(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

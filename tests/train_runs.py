@@ -31,7 +31,8 @@ _CONFIG = """\
 import dataclasses
 
 from maxlm.config import (
-    AdamW, CheckpointConfig, CosineSchedule, DataConfig, Dataset, Dtype, ObserveConfig, Remat, RunConfig, TrainConfig, llama
+    AdamW, CheckpointConfig, CosineSchedule, DataConfig, Dataset, Dtype, ObserveConfig, Remat, RunConfig, TrainConfig,
+    llama,
 )
 
 
@@ -95,7 +96,7 @@ class Bench:
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
+            bufsize=0,  # so that what `readline` leaves stays in the pipe
             preexec_fn=before,
             env={
                 **os.environ,
@@ -122,9 +123,9 @@ class Bench:
 
 
 class Running:
-    """A process of `Bench.start`. Its output goes through a pipe of one page, so it waits for a test that stops reading."""
+    """A process of `Bench.start`. Its output goes through a pipe of one page: it waits for a test that stops reading."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
         fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
         self.process = process
@@ -139,10 +140,10 @@ class Running:
             self.process.communicate()
 
     def read_until(self, text: str) -> None:
-        """Read output up to a line that holds `text`, and no further than what the operating system hands over."""
+        """Read output up to a line that holds `text`, and no further."""
         stream = self.process.stdout
         assert stream is not None
-        while line := stream.readline():
+        while line := stream.readline().decode():
             self._out += line
             if text in line:
                 return
@@ -168,7 +169,7 @@ class Running:
     def end(self, timeout: float = 240) -> Ended:
         """Read the rest and wait."""
         out, err = self.process.communicate(timeout=timeout)
-        return Ended(self.process.returncode, self._out + out, err)
+        return Ended(self.process.returncode, self._out + out.decode(), err.decode())
 
 
 def inspect(run_dir: Path, *flags: str) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def flash_attention(
         if ids is not None and ids.shape != shape:
             raise ValueError(f"{name} {ids.shape} must be {shape}")
     scale = H**-0.5 if scale is None else scale
-    static = _Static(mask, T, S, _block_size(T), _block_size(S), H**-0.5 if scale is None else scale)
+    static = _Static(mask, T, S, _block_size(T), _block_size(S), scale)
     # Queries of one block and one key head become the rows of one matrix, so that each step is a plain batched product.
     q_rows = _cut(q.reshape(B, T, K, N // K, H), static.q_block).transpose(0, 1, 3, 4, 2, 5)
     q_rows = q_rows.reshape(-1, B, K, N // K * static.q_block, H)
@@ -146,9 +146,7 @@ def _product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
 
 
-def _forward(
-    static: _Static, q: jax.Array, k: jax.Array, v: jax.Array, where: _Where
-) -> tuple[jax.Array, jax.Array]:
+def _forward(static: _Static, q: jax.Array, k: jax.Array, v: jax.Array, where: _Where) -> tuple[jax.Array, jax.Array]:
     """Output [q blocks, B, K, R, H] in q's dtype and the logsumexp of the scores, float32 [q blocks, B, K, R]."""
 
     def query_block(block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -180,9 +178,7 @@ def _attention(static: _Static, q: jax.Array, k: jax.Array, v: jax.Array, where:
     return _forward(static, q, k, v, where)[0]
 
 
-def _attention_fwd(
-    static: _Static, q: jax.Array, k: jax.Array, v: jax.Array, where: _Where
-) -> tuple[jax.Array, tuple]:
+def _attention_fwd(static: _Static, q: jax.Array, k: jax.Array, v: jax.Array, where: _Where) -> tuple[jax.Array, tuple]:
     out, lse = _forward(static, q, k, v, where)
     # Named, so that a remat policy can save them and never run the loop above twice.
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -141,7 +141,7 @@ def open_batches(config: DataConfig, *, batch_size: int, seq_len: int, split: Sp
 
 def global_batches(
     batches: Batches, sharding: jax.sharding.NamedSharding, first_step: int
-) -> Iterator[dict[str, jax.Array]]:
+) -> Generator[dict[str, jax.Array], None, None]:
     """Batches from number `first_step` on as global arrays `[batch_size, seq_len]` with the given sharding.
 
     A thread makes two batches ahead. Each process reads only the rows that its devices hold, so the order of tokens

@@ -63,8 +63,8 @@ class Generator:
         self._config, self._tokenizer, self._chunk = run.config.model, run.tokenizer, chunk
         if self._tokenizer.vocab_size > self._config.vocab_size:
             raise UserError(
-                f"model.vocab_size = {self._config.vocab_size} is less than the tokenizer's {self._tokenizer.vocab_size}; "
-                "use the tokenizer that the model was trained with"
+                f"model.vocab_size = {self._config.vocab_size} is less than the tokenizer's "
+                f"{self._tokenizer.vocab_size}; use the tokenizer that the model was trained with"
             )
         self._layout = decoding_layout(run.layout)
         decoder = abstract_decoder(self._config, self._layout)

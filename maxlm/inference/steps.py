@@ -1,7 +1,7 @@
 """Prefill and decode as pure functions of a decoder and its cache.
 
-A key's slot in the cache is its position. Prompts are padded on the right: a padded slot lies after every real position,
-where the causal mask hides it until a new token overwrites it.
+A key's slot in the cache is its position. Prompts are padded on the right: a padded slot lies after every real
+position, where the causal mask hides it until a new token overwrites it.
 """
 
 from __future__ import annotations

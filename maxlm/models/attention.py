@@ -64,7 +64,9 @@ class Attention(nnx.Module):
         k = ops.project(layout, "btd,dkh->btkh", x, self.k_proj[...])
         v = ops.project(layout, "btd,dkh->btkh", x, self.v_proj[...])
         if config.qkv_bias:
-            q, k, v = (y + bias[...].astype(y.dtype) for y, bias in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias)))
+            q, k, v = (
+                y + bias[...].astype(y.dtype) for y, bias in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias))
+            )
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if config.rope is not None:

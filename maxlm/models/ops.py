@@ -95,6 +95,7 @@ def embed(layout: Layout, table: jax.Array, ids: jax.Array, dtype: jnp.dtype) ->
     that is cut along the vocabulary would have the compiler copy the whole table to every device. The table stays
     float32 here, because its gradient adds one row for each token, and a frequent token's sum would stall in bfloat16.
     """
+
     @functools.partial(
         jax.shard_map,
         mesh=layout.mesh,

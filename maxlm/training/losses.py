@@ -61,9 +61,7 @@ def cross_entropy_sums(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sums(
-    options: _Options, hidden: jax.Array, table: jax.Array, targets: jax.Array, mask: jax.Array
-) -> LossSums:
+def _sums(options: _Options, hidden: jax.Array, table: jax.Array, targets: jax.Array, mask: jax.Array) -> LossSums:
     return _on_mesh(options, hidden, table, targets, mask, with_gradient=False)[0]
 
 
@@ -135,9 +133,7 @@ def _in_chunks(
     missing = -n_tokens % chunk
     first_id = jax.lax.axis_index("tensor") * table.shape[0]
     flat = hidden.reshape(n_tokens, D), targets.reshape(n_tokens) - first_id, mask.reshape(n_tokens)
-    chunks = [
-        jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, chunk, *x.shape[1:]) for x in flat
-    ]
+    chunks = [jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, chunk, *x.shape[1:]) for x in flat]
 
     def one_chunk(carry: tuple, tokens: tuple) -> tuple:
         objective, cross_entropy, log_z_squared, d_table = carry
@@ -164,7 +160,9 @@ def _in_chunks(
 
     zero = jnp.float32(0)
     start = zero, zero, zero, jnp.zeros(table.shape, jnp.float32) if with_gradient else None
-    (*sums, d_table), d_hidden = jax.lax.scan(one_chunk, start, tuple(chunks))
+    end, d_chunks = jax.lax.scan(one_chunk, start, tuple(chunks))
+    *sums, d_table = end
+    d_hidden = None
     if with_gradient:
-        d_hidden = d_hidden.reshape(-1, D)[:n_tokens].reshape(hidden.shape)
+        d_hidden = d_chunks.reshape(-1, D)[:n_tokens].reshape(hidden.shape)
     return LossSums(*sums), d_hidden, d_table

@@ -74,12 +74,10 @@ def state_shardings(
         parameter_shardings(dims, layout, StatePart.OPTIMIZER),
         transform_non_params=lambda _: everywhere,
     )
-    return TrainState(
-        step=everywhere,
+    return dataclasses.replace(
+        jax.tree.map(lambda _: everywhere, abstract),
         parameters=parameter_shardings(dims, layout, StatePart.PARAMETERS),
         optimizer=moments,
-        skipped=everywhere,
-        skipped_in_row=everywhere,
     )
 
 

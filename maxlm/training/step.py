@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -45,13 +46,23 @@ class Trainer(NamedTuple):
     init: Callable[[], TrainState]
     """A new state, each array born on the devices it belongs to."""
     step: jax.stages.Wrapped
-    """TrainState and Batch -> TrainState and StepMetrics. One optimizer step; the old state's memory is reused, so do not touch it again."""
+    """TrainState and Batch -> TrainState and StepMetrics. One optimizer step; the old state's memory is used again, so
+    do not touch it afterwards."""
     evaluate: Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
     """Parameters and batch -> sum of the cross-entropy in nats, and number of tokens."""
     state: TrainState
     """Shapes and shardings of a state, as ShapeDtypeStruct."""
-    batch: Batch
-    """Shapes and shardings of a batch, as ShapeDtypeStruct."""
+    batch: dict[str, jax.ShapeDtypeStruct]
+    """Shapes and shardings of a batch."""
+    batch_sharding: jax.sharding.NamedSharding
+    """The sharding of each array of a batch."""
+
+    def start(self, state: TrainState | None = None) -> tuple[jax.stages.Compiled, TrainState]:
+        """The compiled step, and `state` or a new one, which is made while the step compiles."""
+        with ThreadPoolExecutor(1, thread_name_prefix="compile") as thread:
+            compiling = thread.submit(lambda: self.step.lower(self.state, self.batch).compile())
+            state = self.init() if state is None else state
+            return compiling.result(), jax.block_until_ready(state)
 
 
 def loss_function(config: RunConfig, layout: Layout) -> Callable[[Any, Batch], LossSums]:
@@ -161,7 +172,7 @@ def make_trainer(config: RunConfig, layout: Layout) -> Trainer:
 
     abstract = jax.eval_shape(init)
     shardings = state_shardings(abstract, dims, layout, optimizer)
-    everywhere = layout.sharding()
+    everywhere, batch_sharding = layout.sharding(), layout.sharding(layout.activation("batch", "seq"))
     return Trainer(
         # It runs once, and is mostly random numbers: not worth the compiler's best effort.
         init=jax.jit(init, out_shardings=shardings, compiler_options={"xla_backend_optimization_level": 1}),
@@ -174,10 +185,11 @@ def make_trainer(config: RunConfig, layout: Layout) -> Trainer:
             name: jax.ShapeDtypeStruct(
                 (config.train.batch_size, config.train.seq_len),
                 jnp.float32 if name == "loss_mask" else jnp.int32,
-                sharding=layout.sharding(layout.activation("batch", "seq")),
+                sharding=batch_sharding,
             )
             for name in ("inputs", "targets", "segment_ids", "positions", "loss_mask")
         },
+        batch_sharding=batch_sharding,
     )
 
 
