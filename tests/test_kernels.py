@@ -159,7 +159,7 @@ def test_scale(scale):
 
 @pytest.mark.parametrize("shift", [-500.0, 0.0, 500.0])
 def test_scores_of_any_size(shift):
-    """Scores of some hundreds, growing along the keys, so that every block moves the running maximum; or all of one sign."""
+    """Scores of some hundreds, growing along the keys so that every block moves the running maximum, or of one sign."""
     q, k, v, d_out = random_qkv(1, 300, 300, 1, 1, 8)
     k = 30 * k * jnp.linspace(0.1, 1, 300)[None, :, None, None]
     q, k = q.at[..., 0].set(10.0), k.at[..., 0].set(shift * math.sqrt(8) / 10)

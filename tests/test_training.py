@@ -113,12 +113,20 @@ def poison_gradient_alone(state, batch):
     return dataclasses.replace(state, parameters=parameters), batch
 
 
+def poison_loss_alone(state, batch):
+    """One token with a weight that the gradient still bears, but the loss, some nats times it, does not."""
+    mask = np.zeros_like(batch["loss_mask"])
+    mask[0, 0] = 1.5e38
+    return state, {**batch, "loss_mask": mask}
+
+
 POISONS = {
     "mask_inf": poison_mask(np.inf),
     "mask_nan": poison_mask(np.nan),
     "parameter_nan": poison_parameter(np.nan),
     "parameter_inf": poison_parameter(np.inf),
     "gradient_alone": poison_gradient_alone,
+    "loss_alone": poison_loss_alone,
 }
 
 
@@ -131,6 +139,8 @@ def test_a_step_that_is_not_finite_changes_nothing(setting, name):
     assert not (np.isfinite(metrics.loss) and np.isfinite(metrics.grad_norm))
     if name == "gradient_alone":
         assert np.isfinite(metrics.loss)
+    if name == "loss_alone":
+        assert np.isfinite(metrics.grad_norm)
     assert_skipped(after, before, metrics, skipped=1, in_row=1)
 
 

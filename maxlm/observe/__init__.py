@@ -1,1 +1,1 @@
-"""What a run did: metrics, FLOPs and MFU accounting, writers, profiler, plots and the report. `RunLog` is the way in."""
+"""What a run did: metrics, FLOPs and MFU accounting, writers, profiler, plots, report. `RunLog` is the way in."""

@@ -28,7 +28,8 @@ class Peak:
 # another peak than its namesake, so a device that is not listed is unknown rather than guessed.
 # NVIDIA's datasheets print figures "with sparsity", twice the dense ones given here.
 PEAKS: Mapping[str, Peak] = {
-    # TPU: docs.cloud.google.com/tpu/docs, "peak compute per chip". v2, v3 and 7x show two JAX devices a chip, each with half of the chip's figure.
+    # TPU: docs.cloud.google.com/tpu/docs, "peak compute per chip". v2, v3 and 7x show two JAX devices a chip,
+    # each with half of the chip's figure.
     "TPU v2": Peak(22.5, 22.5),  # 45 a chip
     "TPU v3": Peak(61.5, 61.5),  # 123 a chip
     "TPU v4": Peak(275, 275),

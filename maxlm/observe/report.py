@@ -240,7 +240,8 @@ figure { margin: 0; background: var(--tile); border: 1px solid var(--line); bord
 figcaption { font-weight: 600; margin-bottom: 6px; }
 .key { font-weight: 400; font-size: 13px; margin-left: 10px; color: var(--soft);
   display: inline-block; } .key:empty { display: none; }
-.key::before { content: ""; display: inline-block; width: 14px; height: 3px; margin-right: 5px; vertical-align: middle; }
+.key::before { content: ""; display: inline-block; width: 14px; height: 3px; margin-right: 5px;
+  vertical-align: middle; }
 .key.raw::before { background: var(--raw); } .key.smooth::before { background: var(--smooth); }
 .key.eval::before { background: var(--eval); }
 svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 12px; }

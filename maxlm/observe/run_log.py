@@ -249,8 +249,9 @@ class RunLog:
         if self._peak is None:
             return f"MFU not reported: no {dtype} peak FLOP/s known for device kind {kind!r}"
         return (
-            f"MFU = (6N + 12·L·N_heads·H·T) x tokens/s / ({self._n_devices} x {self._peak / 1e12:.4g} TFLOP/s), PaLM appendix B "
-            f"(arXiv:2204.02311); N = {short(n)} parameters that multiply (no input table), peak of {kind} in {dtype}, "
+            f"MFU = (6N + 12·L·N_heads·H·T) x tokens/s / ({self._n_devices} x {self._peak / 1e12:.4g} TFLOP/s), "
+            f"PaLM appendix B (arXiv:2204.02311); N = {short(n)} parameters that multiply (no input table), "
+            f"peak of {kind} in {dtype}, "
             "dense; attention in full (not halved for causality), recompute not counted"
         )
 

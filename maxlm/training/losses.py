@@ -160,9 +160,8 @@ def _in_chunks(
 
     zero = jnp.float32(0)
     start = zero, zero, zero, jnp.zeros(table.shape, jnp.float32) if with_gradient else None
-    end, d_chunks = jax.lax.scan(one_chunk, start, tuple(chunks))
-    *sums, d_table = end
-    d_hidden = None
+    scanned: tuple = jax.lax.scan(one_chunk, start, tuple(chunks))
+    (*sums, d_table), d_hidden = scanned
     if with_gradient:
-        d_hidden = d_chunks.reshape(-1, D)[:n_tokens].reshape(hidden.shape)
+        d_hidden = d_hidden.reshape(-1, D)[:n_tokens].reshape(hidden.shape)
     return LossSums(*sums), d_hidden, d_table
