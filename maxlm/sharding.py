@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -81,6 +82,11 @@ class Layout:
         """The spec on this mesh; without one, a copy on every device."""
         return NamedSharding(self.mesh, spec)
 
+    def shardings(self, dims: Any, part: StatePart = StatePart.PARAMETERS) -> Any:
+        """The sharding of every parameter (or gradient, or moment) from a tree of the names of their dims."""
+        is_names = lambda leaf: isinstance(leaf, tuple)
+        return jax.tree.map(lambda names: self.sharding(self.parameter(names, part)), dims, is_leaf=is_names)
+
     def constrain(self, x: jax.Array, *dims: str | None) -> jax.Array:
         """Tell the compiler how to lay out an activation, inside jit."""
         return jax.lax.with_sharding_constraint(x, self.sharding(self.activation(*dims)))
@@ -106,7 +112,7 @@ def make_layout(config: ShardingConfig, devices: Sequence[jax.Device] | None = N
     if config.slices > 1:
         within = [size // config.slices if axis == "data" else size for axis, size in sizes.items()]
         across = [config.slices if axis == "data" else 1 for axis in MESH_AXES]
-        by_process = not hasattr(devices[0], "slice_index")
+        by_process = devices[0].platform != "tpu"  # other devices may have a slice_index, too, that is 0 on every host
         found = len({device.process_index if by_process else device.slice_index for device in devices})
         if found != config.slices:
             kind = "host" if by_process else "slice"

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -19,10 +20,12 @@ from maxlm.config.cli import parse_run, run_command
 from maxlm.pretrain import Result
 from maxlm.train import command, main
 
+Here = Callable[..., Ended]
+
 
 @pytest.fixture(scope="session")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return Bench(tmp_path_factory.getbasetemp() / "train-runs")
+    return Bench.of_session(tmp_path_factory)
 
 
 @pytest.fixture
@@ -32,7 +35,7 @@ def finished(bench: Bench, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], bench: Bench):
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], bench: Bench) -> Here:
     """The command in this process, which has 8 devices and has loaded jax: quicker than a process of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(bench.folder / "cache"))
 
@@ -159,14 +162,16 @@ def test_help_does_not_load_jax() -> None:
         (["--train.seq_len=65"], ["train.seq_len = 65", "model.max_seq_len = 64"]),
     ],
 )  # fmt: skip
-def test_a_mistake_in_the_config_is_one_line(overrides: list[str], parts: list[str], here, tmp_path: Path) -> None:
+def test_a_mistake_in_the_config_is_one_line(
+    overrides: list[str], parts: list[str], here: Here, tmp_path: Path
+) -> None:
     line = complaint(here(tmp_path / "run", *overrides))
     for part in parts:
         assert part in line
     assert not (tmp_path / "run").exists()
 
 
-def test_several_mistakes_are_all_reported(here, tmp_path: Path) -> None:
+def test_several_mistakes_are_all_reported(here: Here, tmp_path: Path) -> None:
     ended = here(tmp_path / "run", "--train.micro_batches=3", "--train.seq_len=65", "--sharding.tensor=3")
     assert ended.code == 2
     lines = ended.err.splitlines()
@@ -176,13 +181,13 @@ def test_several_mistakes_are_all_reported(here, tmp_path: Path) -> None:
         "train.batch_size = 8 is not a multiple of 3",
         "train.seq_len = 65 is longer than model.max_seq_len = 64",
         "sharding.tensor = 3 does not divide model.vocab_size = 320; sharding.tensor may be one of [1, 2, 4, 8]",
-        "sharding.tensor = 3 does not divide model.blocks.0.attention.n_heads = 4; sharding.tensor may be one of [1, 2, 4]",
+        "sharding.tensor = 3 does not divide model.blocks.0.ffn.d_ff = 64; sharding.tensor may be one of [1, 2, 4, 8]",
     ):
         assert sum(rule in line for line in lines) == 1, ended.err
     assert len(lines) == 7
 
 
-def test_debug_shows_the_traceback(here, tmp_path: Path) -> None:
+def test_debug_shows_the_traceback(here: Here, tmp_path: Path) -> None:
     ended = here(tmp_path / "run", "--train.seq_len=65", "--debug")
     assert ended.code == 2
     assert "Traceback" in ended.err
@@ -192,21 +197,21 @@ def test_debug_shows_the_traceback(here, tmp_path: Path) -> None:
 # Data that does not fit
 
 
-def test_a_tokenizer_larger_than_the_model(here, tmp_path: Path) -> None:
+def test_a_tokenizer_larger_than_the_model(here: Here, tmp_path: Path) -> None:
     line = complaint(here(tmp_path / "run", "--model.vocab_size=256"))
     for part in ("model.vocab_size = 256", "258"):
         assert part in line
     assert contents(tmp_path / "run") == {}
 
 
-def test_data_that_is_not_there(here, tmp_path: Path) -> None:
+def test_data_that_is_not_there(here: Here, tmp_path: Path) -> None:
     line = complaint(here(tmp_path / "run", f"--data.datasets.0.path={tmp_path / 'none'}"))
     for part in (str(tmp_path / "none"), "python -m maxlm.data prepare"):
         assert part in line
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "changed"])
-def test_a_damaged_shard(damage: str, bench: Bench, here, finished: Path, tmp_path: Path) -> None:
+def test_a_damaged_shard(damage: str, bench: Bench, here: Here, finished: Path, tmp_path: Path) -> None:
     data = shutil.copytree(bench.data, tmp_path / "data")
     shard = data / "train-00000.tokens"
     body = bytearray(shard.read_bytes())
@@ -238,7 +243,7 @@ def test_a_damaged_shard(damage: str, bench: Bench, here, finished: Path, tmp_pa
         (["--model.n_layers=4"], ["params leaf", "[2, ", "[4, ", "another run_dir"]),
     ],
 )
-def test_a_checkpoint_of_another_run(overrides: list[str], parts: list[str], here, finished: Path) -> None:
+def test_a_checkpoint_of_another_run(overrides: list[str], parts: list[str], here: Here, finished: Path) -> None:
     before = contents(finished)
     line = complaint(here(finished, *overrides))
     for part in (str(finished / "checkpoints" / str(STEPS)), *parts):
@@ -246,7 +251,7 @@ def test_a_checkpoint_of_another_run(overrides: list[str], parts: list[str], her
     assert contents(finished) == before
 
 
-def test_all_checkpoints_damaged(here, finished: Path) -> None:
+def test_all_checkpoints_damaged(here: Here, finished: Path) -> None:
     for step in (40, STEPS):
         manifest = finished / "checkpoints" / str(step) / "manifest.json"
         manifest.write_text(manifest.read_text()[:-20])
@@ -257,7 +262,7 @@ def test_all_checkpoints_damaged(here, finished: Path) -> None:
     assert contents(finished) == before
 
 
-def test_a_run_folder_that_cannot_be_made(here, tmp_path: Path) -> None:
+def test_a_run_folder_that_cannot_be_made(here: Here, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     line = complaint(here(tmp_path / "file" / "run"))
     for part in (str(tmp_path / "file" / "run"), "cannot be written"):
@@ -265,7 +270,7 @@ def test_a_run_folder_that_cannot_be_made(here, tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "not a folder"
 
 
-def test_a_run_folder_in_use(here, finished: Path) -> None:
+def test_a_run_folder_in_use(here: Here, finished: Path) -> None:
     before = contents(finished)
     with lock_run(finished):
         line = complaint(here(finished))
@@ -274,7 +279,7 @@ def test_a_run_folder_in_use(here, finished: Path) -> None:
     assert contents(finished) == before
 
 
-def test_a_loss_that_diverges(here, tmp_path: Path) -> None:
+def test_a_loss_that_diverges(here: Here, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     ended = here(
         run_dir, "--optimizer.learning_rate=1e30", "--train.max_skipped_steps=3", "--checkpoint.every=1",

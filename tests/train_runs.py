@@ -15,9 +15,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import pytest
 
 import maxlm.inspect
 from maxlm.config import ByteTokenizer, Files, PrepareConfig
@@ -67,16 +69,32 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self.folder, self.data, self.config = folder, folder / "data", folder / "config.py"
         texts = folder / "texts"
-        if not texts.exists():
-            texts.mkdir(parents=True)
+        folder.mkdir(exist_ok=True)
+        with self._alone():
+            if self.config.exists():
+                return
+            texts.mkdir()
             rng = random.Random(0)
             words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 8))) for _ in range(200)]
             for i in range(100):
                 (texts / f"{i}.txt").write_text(" ".join(rng.choices(words, k=500)))
-        documents = Files(paths=(str(texts),))
-        recipe = PrepareConfig(documents=documents, tokenizer=ByteTokenizer(), validation_fraction=0.1, workers=1)
-        prepare(recipe, self.data)
-        self.config.write_text(_CONFIG % (str(self.data), STEPS))
+            documents = Files(paths=(str(texts),))
+            recipe = PrepareConfig(documents=documents, tokenizer=ByteTokenizer(), validation_fraction=0.1, workers=1)
+            prepare(recipe, self.data)
+            self.config.write_text(_CONFIG % (str(self.data), STEPS))
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep the other test processes out."""
+        with (self.folder / "lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    @classmethod
+    def of_session(cls, factory: pytest.TempPathFactory) -> Bench:
+        """The one that all test processes of this session share."""
+        base = factory.getbasetemp()
+        return cls((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "train-runs")
 
     def arguments(self, run_dir: Path, *overrides: str) -> list[str]:
         return ["--config", str(self.config), f"--run_dir={run_dir}", *overrides]
@@ -87,9 +105,8 @@ class Bench:
         *overrides: str,
         devices: int = 1,
         environment: dict[str, str] | None = None,
-        before: Callable[[], None] | None = None,
     ) -> Running:
-        """The command in a process; `before` runs in it first."""
+        """The command in a process."""
         flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
         process = subprocess.Popen(
             [sys.executable, "-m", "maxlm.train", *self.arguments(run_dir, *overrides)],
@@ -97,7 +114,6 @@ class Bench:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             bufsize=0,  # so that what `readline` leaves stays in the pipe
-            preexec_fn=before,
             env={
                 **os.environ,
                 "XLA_FLAGS": flags,
@@ -108,22 +124,23 @@ class Bench:
         )
         return Running(process)
 
-    def run(self, run_dir: Path, *overrides: str, devices: int = 1, before: Callable[[], None] | None = None) -> Ended:
-        with self.start(run_dir, *overrides, devices=devices, before=before) as running:
+    def run(self, run_dir: Path, *overrides: str, devices: int = 1) -> Ended:
+        with self.start(run_dir, *overrides, devices=devices) as running:
             return running.end()
 
     @functools.cached_property
     def reference(self) -> Path:
         """A run that nothing disturbed; copy it before changing it."""
         run_dir = self.folder / "reference"
-        if not (run_dir / "report.html").exists():
-            ended = self.run(run_dir)
-            assert ended.code == 0, ended.err
+        with self._alone():
+            if not (run_dir / "report.html").exists():
+                ended = self.run(run_dir)
+                assert ended.code == 0, ended.err
         return run_dir
 
 
 class Running:
-    """A process of `Bench.start`. Its output goes through a pipe of one page: it waits for a test that stops reading."""
+    """A process of `Bench.start`. Its output goes through a pipe of one page: it waits while a test does not read."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
@@ -154,7 +171,7 @@ class Running:
         for _ in range(n):
             self.read_until("  loss ")
 
-    def signal(self, number: signal.Signals) -> None:
+    def send(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
     def wait_until_default(self, number: signal.Signals) -> None:

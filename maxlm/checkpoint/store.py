@@ -8,6 +8,8 @@ arrays can be read without them.
 from __future__ import annotations
 
 import logging
+import sys
+import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +22,35 @@ from jax.tree_util import keystr, tree_flatten_with_path, tree_structure, tree_u
 
 from maxlm.config.errors import UserError
 
-_ABSL = logging.getLogger("absl")
-_ABSL.setLevel(logging.WARNING)  # Orbax reports every stage of every save at INFO
-# A failed save is logged with a traceback by each thread it passes through, hundreds of lines, and then raised by
-# `wait`; those copies are dropped, other warnings and errors are not.
-_ABSL.addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every stage of every save at INFO
+
+
+def _quiet_failures() -> None:
+    """Drop the copies of a failed save: `wait` raises it, once.
+
+    Each thread that it passes through would print it with a traceback, and so would asyncio for each array that shared
+    its fate: hundreds of lines. Other warnings and errors are left alone.
+    """
+
+    def is_original(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        frames = traceback.walk_tb(error.__traceback__) if error else ()
+        return not any("orbax" in frame.f_code.co_filename for frame, _ in frames)
+
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(is_original)
+
+    before = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        # The remaining writes of the failed save report to an event loop that is gone.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
+
+
+_quiet_failures()
 
 Tree = Any
 """Any pytree whose leaves are jax arrays, or jax.ShapeDtypeStructs with a sharding."""

@@ -266,7 +266,7 @@ def _cast(parameters: Any, dims: Any, layout: Layout, dtype: str) -> Any:
         is_matrix = lambda names: len([name for name in names if name != "layers"]) > 1
         return jax.tree.map(lambda x, names: x.astype(dtype) if is_matrix(names) else x, values, dims)
 
-    shardings = jax.tree.map(lambda _, names: layout.sharding(layout.parameter(names)), parameters, dims)
+    shardings = layout.shardings(dims)
     return jax.jit(cast, out_shardings=shardings)(jax.device_put(parameters, shardings))
 
 

@@ -68,12 +68,10 @@ def load_run(run_dir: Path, *, step: int | None = None, sharding: ShardingConfig
 
 def abstract_parameters(config: ModelConfig, layout: Layout) -> dict[str, Any]:
     """Shape, format and sharding of every parameter, as `jax.ShapeDtypeStruct` in nested dicts."""
-
-    def one(leaf: jax.ShapeDtypeStruct, dims: tuple[str, ...]) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.sharding(layout.parameter(dims)))
-
     shapes = jax.eval_shape(lambda: init_parameters(config, layout, jax.random.key(0)))
-    return jax.tree.map(one, shapes, parameter_dims(abstract_decoder(config, layout)))
+    shardings = layout.shardings(parameter_dims(abstract_decoder(config, layout)))
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return jax.tree.map(place, shapes, shardings)
 
 
 def _devices(sharding: ShardingConfig) -> list[jax.Device]:

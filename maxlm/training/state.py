@@ -71,18 +71,11 @@ def state_shardings(
         of_moment,
         abstract.optimizer,
         abstract.parameters,
-        parameter_shardings(dims, layout, StatePart.OPTIMIZER),
+        layout.shardings(dims, StatePart.OPTIMIZER),
         transform_non_params=lambda _: everywhere,
     )
     return dataclasses.replace(
         jax.tree.map(lambda _: everywhere, abstract),
-        parameters=parameter_shardings(dims, layout, StatePart.PARAMETERS),
+        parameters=layout.shardings(dims),
         optimizer=moments,
-    )
-
-
-def parameter_shardings(dims: Any, layout: Layout, part: StatePart) -> Any:
-    """The sharding of every parameter (or gradient, or moment) from the names of its dims."""
-    return jax.tree.map(
-        lambda names: layout.sharding(layout.parameter(names, part)), dims, is_leaf=lambda leaf: isinstance(leaf, tuple)
     )

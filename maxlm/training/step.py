@@ -17,7 +17,7 @@ from maxlm.sharding import Layout, StatePart
 from maxlm.training.losses import LossSums, cross_entropy_sums
 from maxlm.training.optimizers import make_optimizer
 from maxlm.training.schedules import learning_rate_schedule
-from maxlm.training.state import TrainState, init_state, parameter_shardings, state_shardings
+from maxlm.training.state import TrainState, init_state, state_shardings
 
 Batch = dict[str, jax.Array]
 """inputs, targets, segment_ids, positions: int32 [B, T]; loss_mask: float32 [B, T]."""
@@ -91,7 +91,7 @@ def gradient_function(
 ) -> Callable[[Any, Batch], tuple[LossSums, Any]]:
     """Parameters and batch -> the loss's sums and the gradient of their objective, summed over micro-batches."""
     dims = parameter_dims(abstract_decoder(config.model, layout))
-    shardings = parameter_shardings(dims, layout, StatePart.GRADIENTS)
+    shardings = layout.shardings(dims, StatePart.GRADIENTS)
 
     def of_part(parameters: Any, batch: Batch) -> tuple[LossSums, Any]:
         def objective(parameters: Any) -> tuple[jax.Array, LossSums]:
