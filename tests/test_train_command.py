@@ -85,7 +85,7 @@ def test_a_run_leaves_rows_evaluations_checkpoints_and_a_report(bench: Bench) ->
     assert config == parse_run(argv, prog="", description="").config
 
 
-def test_the_same_command_on_a_finished_run_does_nothing_again(finished: Path, here) -> None:
+def test_the_same_command_on_a_finished_run_does_nothing_again(finished: Path, here: Here) -> None:
     before = contents(finished)
     ended = here(finished)
     assert (ended.code, ended.err) == (0, "")
@@ -96,7 +96,7 @@ def test_the_same_command_on_a_finished_run_does_nothing_again(finished: Path, h
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
 
 
-def test_a_larger_number_of_steps_goes_on(finished: Path, here) -> None:
+def test_a_larger_number_of_steps_goes_on(finished: Path, here: Here) -> None:
     before = losses(finished)
     quick = "--train.eval_batches=0", "--observe.sample_tokens=0"
     assert here(finished, f"--train.steps={STEPS + 3}", *quick).code == 0
@@ -106,7 +106,7 @@ def test_a_larger_number_of_steps_goes_on(finished: Path, here) -> None:
     assert inspect(finished)["latest"] == STEPS + 3
 
 
-def test_a_smaller_number_of_steps_is_a_mistake(finished: Path, here) -> None:
+def test_a_smaller_number_of_steps_is_a_mistake(finished: Path, here: Here) -> None:
     before = contents(finished)
     line = complaint(here(finished, f"--train.steps={STEPS - 1}"))
     for part in (f"train.steps = {STEPS - 1}", f"at least {STEPS}", str(finished)):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +34,15 @@ def _quiet_failures() -> None:
     """
 
     def is_original(record: logging.LogRecord) -> bool:
-        error = record.exc_info[1] if record.exc_info else None
-        frames = traceback.walk_tb(error.__traceback__) if error else ()
-        return not any("orbax" in frame.f_code.co_filename for frame, _ in frames)
+        if not (record.exc_info and record.exc_info[1]):
+            return True
+        frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(record.exc_info[1].__traceback__)]
+        return not any("orbax" in text for text in (*frames, record.getMessage()))
 
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(is_original)
+
+    warnings.filterwarnings("ignore", "coroutine 'async_serialize_from_host", RuntimeWarning)  # not yet begun
 
     before = sys.unraisablehook
 
