@@ -56,7 +56,7 @@ def assert_skipped(after, before, metrics, *, skipped, in_row):
 
 
 def test_one_batch_is_learned_by_heart(setting):
-    """Random tokens, far below what their frequencies alone allow. A wrong gradient is told by the slope, further down."""
+    """Random tokens, far below what their frequencies alone allow. The slope, further down, tells a wrong gradient."""
     config, trainer, batch = setting
     state, batch = trainer.init(), place(batch, trainer)
     losses = []
