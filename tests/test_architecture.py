@@ -216,3 +216,11 @@ def test_a_file_says_what_it_is_and_reads_in_one_sitting(file: str) -> None:
     text = (ROOT / file).read_text()
     assert ast.get_docstring(tree(file)), f"{file} has no docstring"
     assert text.count("\n") <= 500
+
+
+def test_readme_names_every_file():
+    """The tree in the README has each file of the product; families of configs may be named by a pattern."""
+    tree = (ROOT / "README.md").read_text().split("    maxlm/\n", 1)[1]
+    words = set(tree.replace("/", " ").split())
+    names = {path.name for room in ("maxlm", "kernels_pallas", "benchmarks") for path in (ROOT / room).rglob("*.py")}
+    assert not {name for name in names - {"__init__.py"} if name.removesuffix(",") not in {w.strip(",") for w in words}}

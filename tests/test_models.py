@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import operator
 
@@ -110,6 +111,7 @@ def forward(model, parameters, inputs, positions, segments):
 # ---- ours ----
 
 
+@functools.cache
 def random_parameters(model, seed=0):
     """Initial values, moved so that norm scales and biases are not 1 and 0."""
     parameters = jax.jit(lambda: init_parameters(model, one_device(), jax.random.key(seed)))()
@@ -121,6 +123,7 @@ def decoder(model, parameters):
     return nnx.merge(nnx.split(abstract_decoder(model, one_device()))[0], parameters)
 
 
+@functools.cache
 def logits_function(model):
     @jax.jit
     def logits(parameters, inputs, positions, segments):

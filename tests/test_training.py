@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,17 +22,26 @@ def run_config(optimizer=None, **train):
     return dataclasses.replace(small_run(steps=STEPS, **train), optimizer=optimizer)
 
 
+@functools.cache
+def adamw_trainer():
+    return make_trainer(run_config(), one_device())
+
+
 @pytest.fixture(scope="module", params=["adamw", "adafactor"])
 def setting(request):
     """A run, its trainer and a batch."""
-    adafactor = Adafactor(learning_rate=3e-2, schedule=LinearSchedule(warmup_steps=WARMUP), min_factored_dim=8)
-    config = run_config(adafactor if request.param == "adafactor" else None)
-    return config, make_trainer(config, one_device()), packed_batch(config)
+    if request.param == "adamw":
+        config, trainer = run_config(), adamw_trainer()
+    else:
+        schedule = LinearSchedule(warmup_steps=WARMUP)
+        config = run_config(Adafactor(learning_rate=3e-2, schedule=schedule, min_factored_dim=8))
+        trainer = make_trainer(config, one_device())
+    return config, trainer, packed_batch(config)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def trainer():
-    return make_trainer(run_config(), one_device())
+    return adamw_trainer()
 
 
 def copied(state):
