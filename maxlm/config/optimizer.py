@@ -10,7 +10,7 @@ from maxlm.config.model import require_positive
 
 @dataclass(frozen=True, kw_only=True)
 class CosineSchedule:
-    """Linear warm-up, then half a cosine down to final_fraction of the peak at the last step (LLaMA: 0.1)."""
+    """Linear warm-up, then half a cosine down to final_fraction of the peak at the end (LLaMA: 0.1)."""
 
     warmup_steps: int = 0
     final_fraction: float = 0.1
@@ -18,7 +18,7 @@ class CosineSchedule:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearSchedule:
-    """Linear warm-up, then a straight line down to final_fraction of the peak at the last step."""
+    """Linear warm-up, then a straight line down to final_fraction of the peak at the end."""
 
     warmup_steps: int = 0
     final_fraction: float = 0.0
@@ -99,6 +99,11 @@ OptimizerConfig = AdamW | Adafactor
 
 def _check(optimizer: OptimizerConfig) -> None:
     require_positive("optimizer.learning_rate", optimizer.learning_rate)
+    for key in ("warmup_steps", "decay_steps", "final_fraction"):
+        if getattr(optimizer.schedule, key, 0) < 0:
+            raise UserError(
+                f"optimizer.schedule.{key} = {getattr(optimizer.schedule, key)} must not be negative; use 0"
+            )
     if optimizer.weight_decay < 0:
         raise UserError(f"optimizer.weight_decay = {optimizer.weight_decay} must not be negative")
     if optimizer.clip_norm is not None:

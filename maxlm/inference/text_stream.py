@@ -49,7 +49,10 @@ class TextStream:
         n = len(self._ids)
         match self._tokenizer.kind:
             case Kind.HUGGING_FACE:
-                while n and self._ids[n - 1] in self._tokenizer.byte_ids:
+                # A special token inside the run shows nothing, and does not end it.
+                while n and (
+                    self._ids[n - 1] in self._tokenizer.byte_ids or not self._tokenizer.decode([self._ids[n - 1]])
+                ):
                     n -= 1
             case Kind.BYTES | Kind.SENTENCEPIECE:  # a character is final once its last byte is there
                 pass
