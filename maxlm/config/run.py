@@ -10,7 +10,7 @@ import tyro
 from maxlm.config.data import DataConfig
 from maxlm.config.errors import UserError
 from maxlm.config.model import ModelConfig, require_positive
-from maxlm.config.optimizer import AdamW, ConstantSchedule, OptimizerConfig
+from maxlm.config.optimizer import AdamW, OptimizerConfig
 from maxlm.config.sharding import MESH_AXES, ShardingConfig
 
 
@@ -179,12 +179,6 @@ class RunConfig:
             failures.append(
                 f"train.seq_len = {train.seq_len} is longer than model.max_seq_len = {model.max_seq_len}; "
                 f"use at most {model.max_seq_len} or raise model.max_seq_len"
-            )
-        schedule = self.optimizer.schedule
-        if not isinstance(schedule, ConstantSchedule) and schedule.warmup_steps >= train.steps > 1:
-            failures.append(
-                f"optimizer.schedule.warmup_steps = {schedule.warmup_steps} leaves nothing of train.steps = "
-                f"{train.steps}; use at most {train.steps - 1}"
             )
         if failures:
             raise UserError("\n".join(failures))
