@@ -1,6 +1,10 @@
 """Eight CPU devices, forced before jax is imported, so that every test may build a real mesh."""
 
 import os
+import signal
+
+# A shell without job control starts what it puts in the background deaf to Ctrl-C, and its children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile many small programs once: the least optimisation halves their time.

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
@@ -125,12 +125,19 @@ def _claim(config: PrepareConfig, out: Path) -> None:
 def _lock(out: Path) -> Iterator[None]:
     """Let one process at a time write into `out`; the others wait. A killed process leaves no lock."""
     with (out / _LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _taken(file):
             print(f"waiting for another process that prepares {out}", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            while not _taken(file):  # a blocking flock would sleep through a Ctrl-C that came just before it
+                time.sleep(0.1)
         yield
+
+
+def _taken(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _tokenizer(config: PrepareConfig, out: Path) -> Tokenizer:
