@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 CODE   := setup.py maxlm kernels_pallas configs benchmarks
 
-.PHONY: help train test test-slow lint types
+.PHONY: help train test test-slow compilers lint types
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -21,6 +21,8 @@ test: $(STAMP) ## the tests, without the slow ones
 test-slow: $(STAMP) ## the slow tests alone
 	$(BIN)/python -m pytest -q -n 2 -m slow $(ARGS)
 
+compilers: $(VENV)/compilers/.installed ## compilers for TPU and GPU (1.4 GB), so that the tests compile for them; no chip is needed
+
 lint: $(STAMP) ## style: ruff's rules and its formatter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,3 +36,10 @@ $(STAMP): setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
 	@touch $(STAMP)
+
+# In a folder of their own, where only tests/aot.py looks: jax would try every compiler of its environment in every run.
+$(VENV)/compilers/.installed: $(STAMP)
+	rm -rf $(@D)
+	$(BIN)/python tests/aot.py > $(VENV)/compilers.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(@D) -r $(VENV)/compilers.txt
+	@touch $@

@@ -1,12 +1,28 @@
 """Attention and gated linear units as functions of arrays: usable by themselves, importing nothing but jax.
 
-Every operation has one meaning and several bodies. So far there is one body each, plain XLA in blocks, which runs on
-every device and is the specification that others must equal.
+Every operation has one meaning and several bodies: kernels for TPU (Pallas Mosaic) and NVIDIA Hopper (Pallas Mosaic
+GPU), plain XLA in blocks for every device, and cuDNN. `explain` says which one a call takes and why; docs/kernels.md
+tells the rest.
 """
 
-from kernels_pallas.attention.masks import Causal
-from kernels_pallas.attention.xla import flash_attention
-from kernels_pallas.glu.xla import fused_glu
+from kernels_pallas import masks
+from kernels_pallas.attention.api import RelativeBias, flash_attention
+from kernels_pallas.attention.merge import merge_partials
+from kernels_pallas.attention.problem import AttentionBlocks
+from kernels_pallas.dispatch import explain
+from kernels_pallas.glu.api import fused_glu, fused_glu_mlp
+from kernels_pallas.glu.problem import GluBlocks
 from kernels_pallas.mixed import mixed_einsum
 
-__all__ = ["Causal", "flash_attention", "fused_glu", "mixed_einsum"]
+__all__ = [
+    "AttentionBlocks",
+    "GluBlocks",
+    "RelativeBias",
+    "explain",
+    "flash_attention",
+    "fused_glu",
+    "fused_glu_mlp",
+    "masks",
+    "merge_partials",
+    "mixed_einsum",
+]

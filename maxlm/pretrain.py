@@ -31,6 +31,7 @@ from maxlm.evaluation.perplexity import HeldOut, held_out
 from maxlm.inference.generate import Generator
 from maxlm.inference.load import LoadedRun
 from maxlm.observe.console import Console
+from maxlm.observe.kernel_choices import KernelChoices
 from maxlm.observe.metrics import read_rows
 from maxlm.observe.profiler import ProfileWindow
 from maxlm.observe.report import SavedCheckpoint
@@ -120,7 +121,8 @@ def pretrain(config: RunConfig) -> Result:
         # ---- Compile -------------------------------------------------------------------------------------------------
         if start < train.steps:
             began = time.perf_counter()
-            step_program, state = trainer.start(state)
+            with KernelChoices(log.say):
+                step_program, state = trainer.start(state)
             release_compiler_memory()
             log.say(f"compiled the train step in {time.perf_counter() - began:.1f} s")
         else:

@@ -1,219 +1,278 @@
-"""Flash attention written in XLA operations: online softmax over key blocks, recomputed in the backward pass.
+"""Flash attention written in XLA operations: the body for every device, and the fast one on a CPU.
 
 Forward: Dao et al. 2022 (arXiv:2205.14135), algorithm 1, with the loop order of FlashAttention-2 (arXiv:2307.08691).
 Nothing of size T x S ever exists: memory beyond the arguments is one block of scores, [B, N, block, block] float32.
 Blocks that the mask hides altogether are not computed, so that causal attention costs half of full attention.
 
-Letters: B batch, T queries, S keys, N query heads, K key heads, G = N / K, H head_dim; inside, C queries or keys in a
-block, and R = G * C rows: the queries of one block of all heads that share a key head.
+Letters: B batch, T queries, S keys, N query heads, K key heads, G = N / K, H and Hv widths; inside, C queries or keys
+in a block, and R = G * C rows: the queries of one block of all heads that share a key head.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
-from kernels_pallas.attention.masks import Causal
-
-_MASKED = -1e30  # finite, so that a row without any visible key gives 0 and not NaN
-
-
-class _Static(NamedTuple):
-    """What is known at compile time."""
-
-    mask: Causal
-    T: int
-    S: int
-    q_block: int
-    k_block: int
-    scale: float
+from kernels_pallas.attention.problem import MASKED, AttentionBlocks, AttentionProblem, Operands
+from kernels_pallas.masks import Position
+from kernels_pallas.targets import Target
 
 
-class _Where(NamedTuple):
-    """What decides visibility beside the mask: the position of each row's first query, and the segments."""
-
-    q_offset: jax.Array  # [B] int32
-    q_segments: jax.Array | None  # [q blocks, B, C] int32
-    k_segments: jax.Array | None  # [k blocks, B, C] int32
+def unsupported(problem: AttentionProblem, target: Target) -> str | None:
+    """None: this body does everything everywhere."""
+    return None
 
 
-def flash_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
-    mask: Causal = Causal(),
-    segment_ids: jax.Array | None = None,
-    kv_segment_ids: jax.Array | None = None,
-    q_offset: int | jax.Array = 0,
-    scale: float | None = None,
-) -> jax.Array:
-    """softmax(scale * q k^T + mask) v, differentiable in q, k and v.
-
-    Args:
-        q: [B, T, N, H].
-        k, v: [B, S, K, H], where K divides N; query heads n * N/K .. (n + 1) * N/K - 1 share key head n.
-        mask: which positions see which; key s has position s, query t position q_offset + t.
-        segment_ids: [B, T] int; a query sees only keys of its own segment. None: no segments.
-        kv_segment_ids: [B, S] int; defaults to segment_ids.
-        q_offset: position of the first query, one for all rows or [B].
-        scale: defaults to H ** -0.5.
-
-    Returns:
-        [B, T, N, H] in q's dtype. Scores and softmax are float32; a query that sees no key gives 0.
-
-    Raises:
-        ValueError: shapes do not fit.
-    """
-    B, T, N, H = q.shape
-    S, K = k.shape[1], k.shape[2]
-    if k.shape != v.shape or k.shape[0] != B or k.shape[3] != H or N % K:
-        raise ValueError(
-            f"q {q.shape}, k {k.shape}, v {v.shape}: k and v must be [{B}, S, K, {H}] where K divides {N} query heads"
-        )
-    if kv_segment_ids is None:
-        kv_segment_ids = segment_ids
-    if (segment_ids is None) != (kv_segment_ids is None):
-        raise ValueError("kv_segment_ids is given without segment_ids; give both or neither")
-    for name, ids, shape in (("segment_ids", segment_ids, (B, T)), ("kv_segment_ids", kv_segment_ids, (B, S))):
-        if ids is not None and ids.shape != shape:
-            raise ValueError(f"{name} {ids.shape} must be {shape}")
-    scale = H**-0.5 if scale is None else scale
-    static = _Static(mask, T, S, _block_size(T), _block_size(S), scale)
-    # Queries of one block and one key head become the rows of one matrix, so that each step is a plain batched product.
-    q_rows = _cut(q.reshape(B, T, K, N // K, H), static.q_block).transpose(0, 1, 3, 4, 2, 5)
-    q_rows = q_rows.reshape(-1, B, K, N // K * static.q_block, H)
-    k_rows, v_rows = (_cut(x, static.k_block).transpose(0, 1, 3, 2, 4) for x in (k, v))
-    where = _Where(
-        jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (B,)),
-        None if segment_ids is None else _cut(segment_ids, static.q_block),
-        None if kv_segment_ids is None else _cut(kv_segment_ids, static.k_block),
-    )
-    out = _attention(static, q_rows, k_rows, v_rows, where)
-    out = out.reshape(-1, B, K, N // K, static.q_block, H).transpose(1, 0, 4, 2, 3, 5)
-    return out.reshape(B, -1, N, H)[:, :T]
-
-
-def _block_size(length: int) -> int:
+def default_blocks(problem: AttentionProblem, target: Target) -> AttentionBlocks:
     """128 keeps a block of scores in a CPU's cache; long sequences take 512 to have fewer, larger products."""
-    return min(length, 128 if length <= 4096 else 512)
+    q, k = (min(length, 128 if length <= 4096 else 512) for length in (problem.T, problem.S))
+    return AttentionBlocks(q=q, k=k, q_backward=q, k_backward=k)
 
 
-def _cut(x: jax.Array, size: int) -> jax.Array:
-    """[B, length, ...] to [blocks, B, size, ...], padded with zeros at the end."""
-    missing = -x.shape[1] % size
-    if missing:
-        x = jnp.pad(x, [(0, missing if dim == 1 else 0) for dim in range(x.ndim)])
-    return x.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
+def on_chip_bytes(problem: AttentionProblem, blocks: AttentionBlocks) -> int:
+    """0: XLA places its own buffers."""
+    return 0
 
 
-def _visible(static: _Static, where: _Where, i: jax.Array, j: jax.Array, n_rows: int) -> jax.Array:
-    """Which keys of block j the rows of query block i see: boolean [B, 1, R, C]."""
-    queries = where.q_offset[:, None] + i * static.q_block + jnp.arange(static.q_block)
-    keys = j * static.k_block + jnp.arange(static.k_block)
-    seen = static.mask.visible(queries[:, :, None], keys) & (keys < static.S)
-    if where.q_segments is not None and where.k_segments is not None:
-        seen &= where.q_segments[i][:, :, None] == where.k_segments[j][:, None, :]
-    return jnp.tile(seen, (1, n_rows // static.q_block, 1))[:, None]
+def forward(
+    problem: AttentionProblem, blocks: AttentionBlocks, operands: Operands, *, interpret: Any = None
+) -> tuple[jax.Array, jax.Array]:
+    """The output [B, T, N, Hv] in q's dtype, and the logsumexp of each query's scores, float32 [B, N, T].
 
-
-def _key_blocks(static: _Static, where: _Where, i: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Key blocks [start, stop) that query block i needs, over all rows of the batch."""
-    first = i * static.q_block
-    last = first + static.q_block - 1
-    start, stop = static.mask.key_range(jnp.min(where.q_offset) + first, jnp.max(where.q_offset) + last)
-    return start // static.k_block, -(-jnp.minimum(stop, static.S) // static.k_block)
-
-
-def _query_blocks(static: _Static, where: _Where, j: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Query blocks [start, stop) that need key block j, over all rows of the batch."""
-    low, high = jnp.min(where.q_offset), jnp.max(where.q_offset)
-    first = j * static.k_block
-    start, stop = static.mask.query_range(first, first + static.k_block - 1, high + static.T)
-    n_blocks = -(-static.T // static.q_block)
-    return (
-        jnp.clip((start - high) // static.q_block, 0, n_blocks),
-        jnp.clip(-(-(stop - low) // static.q_block), 0, n_blocks),
-    )
-
-
-def _product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
-
-
-def _forward(static: _Static, q: jax.Array, k: jax.Array, v: jax.Array, where: _Where) -> tuple[jax.Array, jax.Array]:
-    """Output [q blocks, B, K, R, H] in q's dtype and the logsumexp of the scores, float32 [q blocks, B, K, R]."""
+    A query that sees no key has output 0 and logsumexp MASKED. There is nothing to interpret here.
+    """
+    tiles = _tiles(problem, blocks.q, blocks.k, operands)
+    q = _rows(problem, operands.q, blocks.q)
+    k, v = _columns(operands.k, blocks.k), _columns(operands.v, blocks.k)
+    zero = _zero(operands)
 
     def query_block(block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         i, qi = block
 
         def add_key_block(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             top, total, acc = carry
-            seen = _visible(static, where, i, j, qi.shape[2])
-            # The scale multiplies float32 scores: queries scaled in bfloat16 would lose up to 2^-9 of every score.
-            scores = jnp.where(seen, _product("bkrh,bkch->bkrc", qi, k[j]) * static.scale, _MASKED)
+            seen = tiles.seen(i, j)
+            scores = tiles.capped(_product("bkrh,bkch->bkrc", qi, k[j]))
+            if (bias := tiles.bias(i, j)) is not None:
+                scores += bias
+            scores = jnp.where(seen, scores, MASKED)
             new_top = jnp.maximum(top, scores.max(-1))
-            # A fully hidden row has top = _MASKED, where exp(score - top) would be 1 for hidden keys.
+            # A fully hidden row has top = MASKED, where exp(score - top) would be 1 for hidden keys.
             p = jnp.where(seen, jnp.exp(scores - new_top[..., None]), 0.0)
             shrink = jnp.exp(top - new_top)
             update = _product("bkrc,bkch->bkrh", p.astype(v.dtype), v[j])
             return new_top, total * shrink + p.sum(-1), acc * shrink[..., None] + update
 
-        zeros = jnp.zeros_like(qi[..., 0], jnp.float32)
-        start = zeros + _MASKED, zeros, jnp.zeros_like(qi, jnp.float32)
-        top, total, acc = lax.fori_loop(*_key_blocks(static, where, i), add_key_block, start)
+        zeros = jnp.broadcast_to(zero, qi.shape[:-1])
+        start = zeros + MASKED, zeros, jnp.broadcast_to(zero, (*zeros.shape, problem.Hv))
+        top, total, acc = lax.fori_loop(*tiles.key_blocks(i), add_key_block, start)
         total = jnp.where(total == 0, 1.0, total)
         return (acc / total[..., None]).astype(q.dtype), top + jnp.log(total)
 
-    return lax.map(query_block, (jnp.arange(q.shape[0]), q))
+    out, lse = lax.map(query_block, (jnp.arange(q.shape[0]), q))
+    return _from_rows(problem, out), _from_rows(problem, lse[..., None])[..., 0].swapaxes(1, 2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static: _Static, q: jax.Array, k: jax.Array, v: jax.Array, where: _Where) -> jax.Array:
-    return _forward(static, q, k, v, where)[0]
-
-
-def _attention_fwd(static: _Static, q: jax.Array, k: jax.Array, v: jax.Array, where: _Where) -> tuple[jax.Array, tuple]:
-    out, lse = _forward(static, q, k, v, where)
-    # Named, so that a remat policy can save them and never run the loop above twice.
-    out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
-    return out, (q, k, v, where, out, lse)
-
-
-def _attention_bwd(static: _Static, residuals: tuple, d_out: jax.Array) -> tuple:
-    """FlashAttention's backward, dS = P * (dP - rowsum(dO * O)), one key block at a time.
+def backward(
+    problem: AttentionProblem,
+    blocks: AttentionBlocks,
+    operands: Operands,
+    lse: jax.Array,
+    delta: jax.Array,
+    d_out: jax.Array,
+    *,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """Gradients of q, k, v and the bias table: FlashAttention's dS = P * (dP - delta), one key block at a time.
 
     Scores are formed as [key, query] here: the sums over queries, for dk and dv, then run along the last dim.
-    """
-    q, k, v, where, out, lse = residuals
-    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1)
 
-    def key_block(dq: jax.Array, block: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    Args:
+        lse: [B, N, T] float32 from `forward`.
+        delta: [B, N, T] float32, rowsum(d_out * out) less the cotangent of lse.
+        d_out: [B, T, N, Hv].
+    """
+    tiles = _tiles(problem, blocks.q_backward, blocks.k_backward, operands)
+    zero = _zero((operands, lse, delta, d_out))
+    q, d_out = (_rows(problem, x, blocks.q_backward) for x in (operands.q, d_out))
+    k, v = _columns(operands.k, blocks.k_backward), _columns(operands.v, blocks.k_backward)
+    # Queries that only fill the last block have scores too: this logsumexp makes their weights 0.
+    lse = _rows(problem, lse.swapaxes(1, 2)[..., None], blocks.q_backward, fill=-MASKED)[..., 0]
+    delta = _rows(problem, delta.swapaxes(1, 2)[..., None], blocks.q_backward)[..., 0]
+
+    def key_block(carry: tuple, block: tuple[jax.Array, ...]) -> tuple[tuple, tuple[jax.Array, jax.Array]]:
         j, kj, vj = block
 
-        def add_query_block(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            dq, dk, dv = carry
+        def add_query_block(i: jax.Array, carry: tuple) -> tuple:
+            dq, d_table, dk, dv = carry
             qi, d_out_i = q[i], d_out[i]
-            seen = _visible(static, where, i, j, qi.shape[2]).swapaxes(2, 3)
-            scores = _product("bkch,bkrh->bkcr", kj, qi) * static.scale
-            p = jnp.where(seen, jnp.exp(scores - lse[i][:, :, None]), 0.0)
+            capped = tiles.capped(_product("bkch,bkrh->bkcr", kj, qi))
+            bias = tiles.bias(i, j)
+            scores = capped if bias is None else capped + bias.swapaxes(2, 3)
+            p = jnp.where(tiles.seen(i, j).swapaxes(2, 3), jnp.exp(scores - lse[i][:, :, None]), 0.0)
             dp = _product("bkch,bkrh->bkcr", vj, d_out_i)
-            ds = (p * (dp - delta[i][:, :, None])).astype(q.dtype)
+            ds = p * (dp - delta[i][:, :, None])
+            if problem.buckets is not None:
+                d_table += tiles.table_gradient(ds.swapaxes(2, 3), i, j)
+            if problem.soft_cap is not None:
+                ds *= 1 - (capped / problem.soft_cap) ** 2
+            ds = ds.astype(q.dtype)
             dv += _product("bkcr,bkrh->bkch", p.astype(q.dtype), d_out_i)
             dk += _product("bkcr,bkrh->bkch", ds, qi)
-            return dq.at[i].add(_product("bkcr,bkch->bkrh", ds, kj)), dk, dv
+            return dq.at[i].add(_product("bkcr,bkch->bkrh", ds, kj)), d_table, dk, dv
 
-        zeros = jnp.zeros_like(kj, jnp.float32)
-        dq, dk, dv = lax.fori_loop(*_query_blocks(static, where, j), add_query_block, (dq, zeros, zeros))
-        return dq, ((dk * static.scale).astype(k.dtype), dv.astype(v.dtype))
+        zeros = jnp.broadcast_to(zero, kj.shape), jnp.broadcast_to(zero, vj.shape)
+        *carry, dk, dv = lax.fori_loop(*tiles.query_blocks(j), add_query_block, (*carry, *zeros))
+        return tuple(carry), ((dk * problem.scale).astype(k.dtype), dv.astype(v.dtype))
 
-    dq, (dk, dv) = lax.scan(key_block, jnp.zeros_like(q, jnp.float32), (jnp.arange(k.shape[0]), k, v))
-    return (dq * static.scale).astype(q.dtype), dk, dv, None
+    table = operands.bias_table
+    start = jnp.broadcast_to(zero, q.shape), None if table is None else jnp.broadcast_to(zero, table.shape)
+    (dq, d_table), (dk, dv) = lax.scan(key_block, start, (jnp.arange(k.shape[0]), k, v))
+    dq = _from_rows(problem, (dq * problem.scale).astype(q.dtype))
+    return dq, _from_columns(dk, problem.S), _from_columns(dv, problem.S), d_table
 
 
-_attention.defvjp(_attention_fwd, _attention_bwd)
+class _Tiles(NamedTuple):
+    """The score matrix cut into blocks, i of queries and j of keys: what to add to a block, and what to see of it."""
+
+    problem: AttentionProblem
+    q_size: int
+    k_size: int
+    q_offset: jax.Array  # [B]
+    q_segments: jax.Array | None  # [q blocks, B, C]
+    k_segments: jax.Array | None  # [k blocks, B, C]
+    alibi_slopes: jax.Array | None  # [N]
+    bias_table: jax.Array | None  # [N, n]
+
+    def positions(self, i: jax.Array, j: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Of the queries of block i, [B, C, 1], and the keys of block j, [C]."""
+        queries = self.q_offset[:, None, None] + i * self.q_size + jnp.arange(self.q_size)[:, None]
+        return queries, j * self.k_size + jnp.arange(self.k_size)
+
+    def key_blocks(self, i: jax.Array) -> tuple[Position, Position]:
+        """Key blocks [start, stop) that query block i needs, over all rows of the batch."""
+        first = i * self.q_size
+        last = first + self.q_size - 1
+        start, stop = self.problem.mask.key_range(jnp.min(self.q_offset) + first, jnp.max(self.q_offset) + last)
+        return start // self.k_size, -(-jnp.minimum(stop, self.problem.S) // self.k_size)
+
+    def query_blocks(self, j: jax.Array) -> tuple[Position, Position]:
+        """Query blocks [start, stop) that need key block j, over all rows of the batch."""
+        first = j * self.k_size
+        last = jnp.minimum(first + self.k_size, self.problem.S) - 1
+        start, stop = self.problem.mask.query_range(first, last)
+        n_blocks = -(-self.problem.T // self.q_size)
+        return (
+            jnp.clip((start - jnp.max(self.q_offset)) // self.q_size, 0, n_blocks),
+            jnp.clip(-(-(stop - jnp.min(self.q_offset)) // self.q_size), 0, n_blocks),
+        )
+
+    def seen(self, i: jax.Array, j: jax.Array) -> jax.Array:
+        """Which keys the rows of the block see: boolean [B, 1, R, C]."""
+        queries, keys = self.positions(i, j)
+        seen = self.problem.mask.visible(queries, keys) & (keys < self.problem.S)
+        if self.q_segments is not None and self.k_segments is not None:
+            seen &= self.q_segments[i][:, :, None] == self.k_segments[j][:, None, :]
+        return jnp.tile(seen, (1, self.problem.group, 1))[:, None]
+
+    def capped(self, products: jax.Array) -> jax.Array:
+        """Scores out of float32 products: queries scaled in bfloat16 would lose up to 2^-9 of every score."""
+        scores, cap = products * self.problem.scale, self.problem.soft_cap
+        return scores if cap is None else cap * jnp.tanh(scores / cap)
+
+    def bias(self, i: jax.Array, j: jax.Array) -> jax.Array | None:
+        """What the distance alone adds to the scores: float32 [B, K, R, C], or None."""
+        if self.alibi_slopes is None and self.bias_table is None:
+            return None
+        queries, keys = self.positions(i, j)
+        distance = (keys - queries)[:, None]  # [B, 1, C, C]
+        bias = jnp.zeros((), jnp.float32)
+        if self.alibi_slopes is not None:
+            bias -= self.alibi_slopes.astype(jnp.float32)[:, None, None] * jnp.abs(distance)
+        if self.bias_table is not None:
+            bias += self.bias_table[:, self._bucket(distance[:, 0])].swapaxes(0, 1)
+        return bias.reshape(distance.shape[0], self.problem.K, -1, self.k_size)
+
+    def table_gradient(self, ds: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
+        """[N, n]: the block's ds [B, K, R, C] summed by bucket.
+
+        First along its diagonals, each of one distance. Rows of width w + 1, laid end to end and cut again at width w,
+        stand shifted by one against each other: with the last query first, the diagonals have become columns.
+        """
+        B, C, width = ds.shape[0], self.q_size, self.q_size + self.k_size - 1
+        rows = jnp.pad(ds.reshape(B, -1, C, self.k_size)[:, :, ::-1], [(0, 0), (0, 0), (0, 0), (0, C)])
+        diagonals = rows.reshape(B, -1, C * (width + 1))[..., : C * width].reshape(B, -1, C, width).sum(2)
+        queries, keys = self.positions(i, j)
+        distance = keys[0] - queries[:, -1] + jnp.arange(width)  # [B, width]
+        assert self.problem.buckets is not None
+        one_hot = jax.nn.one_hot(self._bucket(distance), self.problem.buckets.n, dtype=jnp.float32)
+        return _product("bnd,bdz->nz", diagonals, one_hot)
+
+    def _bucket(self, distance: jax.Array) -> jax.Array:
+        assert self.problem.buckets is not None
+        (_, lowest), *steps = self.problem.buckets.steps()
+        bucket = jnp.full_like(distance, lowest)
+        for start, number in steps:
+            bucket = jnp.where(distance >= start, number, bucket)
+        return bucket
+
+
+def _tiles(problem: AttentionProblem, q_size: int, k_size: int, operands: Operands) -> _Tiles:
+    q_segments, k_segments = operands.q_segments, operands.k_segments
+    return _Tiles(
+        problem,
+        q_size,
+        k_size,
+        operands.q_offset,
+        None if q_segments is None else _cut(q_segments, q_size),
+        None if k_segments is None else _cut(k_segments, k_size),
+        operands.alibi_slopes,
+        operands.bias_table,
+    )
+
+
+def _zero(arrays: Any) -> jax.Array:
+    """Where loops start: inside `shard_map` a carry must vary over every mesh axis that what is added to it does."""
+    return sum((jnp.zeros_like(x[(0,) * x.ndim], jnp.float32) for x in jax.tree.leaves(arrays)), jnp.float32(0))
+
+
+def _product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    # Left to itself a TPU rounds float32 to bfloat16 for products, and a GPU to 10 bits.
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32, precision=precision)
+
+
+def _cut(x: jax.Array, size: int, fill: float = 0) -> jax.Array:
+    """[B, length, ...] to [blocks, B, size, ...], padded at the end."""
+    missing = -x.shape[1] % size
+    if missing:
+        x = jnp.pad(x, [(0, missing if dim == 1 else 0) for dim in range(x.ndim)], constant_values=fill)
+    return x.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
+
+
+def _rows(problem: AttentionProblem, x: jax.Array, size: int, fill: float = 0) -> jax.Array:
+    """[B, T, N, H] to [q blocks, B, K, R, H]: one matrix for all heads of a key head, so that a step is one product."""
+    B, T, _, H = x.shape
+    blocks = _cut(x.reshape(B, T, problem.K, problem.group, H), size, fill)
+    return blocks.transpose(0, 1, 3, 4, 2, 5).reshape(-1, B, problem.K, problem.group * size, H)
+
+
+def _from_rows(problem: AttentionProblem, x: jax.Array) -> jax.Array:
+    """[q blocks, B, K, R, H] to [B, T, N, H]."""
+    n_blocks, B, K, R, H = x.shape
+    x = x.reshape(n_blocks, B, K, problem.group, R // problem.group, H).transpose(1, 0, 4, 2, 3, 5)
+    return x.reshape(B, -1, problem.N, H)[:, : problem.T]
+
+
+def _columns(x: jax.Array, size: int) -> jax.Array:
+    """[B, S, K, H] to [k blocks, B, K, C, H]."""
+    return _cut(x, size).swapaxes(2, 3)
+
+
+def _from_columns(x: jax.Array, length: int) -> jax.Array:
+    """[k blocks, B, K, C, H] to [B, S, K, H]."""
+    n_blocks, B, K, C, H = x.shape
+    return x.transpose(1, 0, 3, 2, 4).reshape(B, n_blocks * C, K, H)[:, :length]

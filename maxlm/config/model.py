@@ -44,6 +44,46 @@ class Activation(enum.Enum):
     IDENTITY = "identity"
 
 
+class Backend(enum.Enum):
+    """What an operation runs as; docs/kernels.md tells what each can do."""
+
+    AUTO = "auto"
+    """The first that can, in the order recorded for the chip."""
+    XLA = "xla"
+    """XLA operations in blocks; every device."""
+    TPU = "tpu"
+    """Our Pallas kernel for TPUs."""
+    GPU = "gpu"
+    """Our Pallas kernel for NVIDIA Hopper."""
+    CUDNN = "cudnn"
+    """cuDNN's attention, on NVIDIA GPUs; not for packed documents."""
+
+
+class GluSave(enum.Enum):
+    """What a gated MLP keeps for its backward pass, as far as `remat` does not decide that already."""
+
+    AG = "ag"
+    """Both pre-activations, 2 x d_ff numbers a token."""
+    NONE = "none"
+    """Its input alone; the backward pass computes them again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelConfig:
+    """How the heavy operations of whole sequences run; a named backend that cannot do what the model needs is an error.
+
+    Decoding with a cache, and a finished run that is opened elsewhere, take AUTO.
+    """
+
+    attention: Backend = Backend.AUTO
+    glu: Backend = Backend.AUTO
+    glu_save: GluSave = GluSave.AG
+
+    def __post_init__(self) -> None:
+        if self.glu is Backend.CUDNN:
+            raise UserError("model.kernels.glu = CUDNN does not exist; use AUTO, XLA, TPU or GPU")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Llama3RopeScaling:
     """Llama 3.1's stretching of the slow RoPE frequencies (arXiv:2407.21783; numbers from the released configs)."""
@@ -139,6 +179,7 @@ class ModelConfig:
     compute_dtype: Dtype = Dtype.BFLOAT16
     """Format of activations and matrix multiplications. Parameters are always float32."""
     remat: Remat = Remat.FULL
+    kernels: KernelConfig = field(default_factory=KernelConfig)
     scan_layers: bool = True
     """Compile one pattern and loop over it (fast to compile), or unroll every layer."""
 

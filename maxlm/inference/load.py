@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from maxlm.checkpoint.checkpointer import Checkpointer
-from maxlm.config import MESH_AXES, ModelConfig, RunConfig, ShardingConfig, UserError, serialize
+from maxlm.config import MESH_AXES, KernelConfig, ModelConfig, RunConfig, ShardingConfig, UserError, serialize
 from maxlm.data.tokenizers import Tokenizer, load_tokenizer
 from maxlm.models import abstract_decoder, init_parameters, parameter_dims
 from maxlm.sharding import Layout, make_layout
@@ -23,7 +23,7 @@ class LoadedRun:
     """A model with what belongs to it. `load_run` reads one; training makes one of the state that it has."""
 
     config: RunConfig
-    """As in the run folder, except that `sharding` is the one in use."""
+    """As in the run folder, except that `sharding` is the one in use and `model.kernels` the default."""
     layout: Layout
     parameters: Any
     """Nested dicts of float32 arrays, like those of `maxlm.models.init_parameters`."""
@@ -53,7 +53,9 @@ def load_run(run_dir: Path, *, step: int | None = None, sharding: ShardingConfig
     sizes = sharding.sizes(len(devices))
     train = dataclasses.replace(saved.train, batch_size=sizes["data"] * sizes["fsdp"], micro_batches=1)
     dataclasses.replace(saved, sharding=sharding, train=train).validate(len(devices))
-    config = dataclasses.replace(saved, sharding=sharding)
+    # The kernels that the run was trained with need not exist on this device.
+    model = dataclasses.replace(saved.model, kernels=KernelConfig())
+    config = dataclasses.replace(saved, sharding=sharding, model=model)
     layout = make_layout(sharding, devices)
     with Checkpointer(run_dir / "checkpoints", config.checkpoint) as checkpointer:
         restored = checkpointer.restore_params(step, abstract_parameters(config.model, layout))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from maxlm.config import AttentionConfig, ModelConfig
+from maxlm.config import AttentionConfig, Backend, ModelConfig
 from maxlm.models import ops
 from maxlm.models.norms import RMSNorm
 from maxlm.models.parameters import Initializer
@@ -28,7 +28,7 @@ class Attention(nnx.Module):
     """Queries, keys and values from x, softmax attention, and the way back to D."""
 
     def __init__(self, config: AttentionConfig, model: ModelConfig, layout: Layout, init: Initializer):
-        self.config, self.layout = config, layout
+        self.config, self.kernels, self.layout = config, model.kernels, layout
         D, N, K, H = model.d_model, config.n_heads, config.n_kv_heads, config.head_dim
         self.q_proj = init.weight((D, N, H), ("embed", "heads", "head_dim"))
         self.k_proj = init.weight((D, K, H), ("embed", "kv_heads", "head_dim"))
@@ -74,12 +74,19 @@ class Attention(nnx.Module):
             q, k = rotate(q, angles), rotate(k, angles)
         q, k, v = (checkpoint_name(y, name) for y, name in ((q, "query"), (k, "key"), (v, "value")))
 
-        first_position = None
+        first_position, backend = None, self.kernels.attention
         if cache is not None:
-            first_position = positions[:, 0]
+            first_position, backend = positions[:, 0], Backend.AUTO
             cache = k, v = LayerCache(_write(cache.k, k, first_position), _write(cache.v, v, first_position))
         out = ops.attention(
-            layout, q, k, v, window=config.window, segment_ids=segment_ids, first_position=first_position
+            layout,
+            q,
+            k,
+            v,
+            window=config.window,
+            segment_ids=segment_ids,
+            first_position=first_position,
+            backend=backend,
         )
         y = ops.project(layout, "btnh,nhd->btd", out, self.o_proj[...])
         if config.out_bias:

@@ -15,7 +15,7 @@ class GluMlp(nnx.Module):
     """down(activation(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202); SwiGLU with silu."""
 
     def __init__(self, config: GluConfig, model: ModelConfig, layout: Layout, init: Initializer):
-        self.config, self.layout = config, layout
+        self.config, self.kernels, self.layout = config, model.kernels, layout
         D, F = model.d_model, config.d_ff
         self.gate_proj = init.weight((D, F), ("embed", "mlp"))
         self.up_proj = init.weight((D, F), ("embed", "mlp"))
@@ -29,7 +29,8 @@ class GluMlp(nnx.Module):
         """[B, T, D] -> [B, T, D]."""
         config, layout = self.config, self.layout
         biases = (self.gate_bias[...], self.up_bias[...]) if config.bias else (None, None)
-        h = ops.glu(layout, x, self.gate_proj[...], self.up_proj[...], config.activation, *biases)
+        weights = self.gate_proj[...], self.up_proj[...]
+        h = ops.glu(layout, self.kernels, x, *weights, *biases, activation=config.activation)
         h = layout.constrain(h, "batch", "seq", "mlp")
         y = ops.project(layout, "btf,fd->btd", h, self.down_proj[...])
         return y + self.down_bias[...].astype(y.dtype) if config.bias else y

@@ -11,8 +11,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import Causal, flash_attention, fused_glu, mixed_einsum
-from maxlm.config import Activation
+from kernels_pallas import explain, flash_attention, fused_glu, masks, mixed_einsum
+from maxlm.config import Activation, Backend, KernelConfig
 from maxlm.sharding import Layout
 
 
@@ -26,16 +26,36 @@ def project(layout: Layout, subscripts: str, x: jax.Array, w: jax.Array) -> jax.
 
 def glu(
     layout: Layout,
+    kernels: KernelConfig,
     x: jax.Array,
     w_gate: jax.Array,
     w_up: jax.Array,
+    b_gate: jax.Array | None,
+    b_up: jax.Array | None,
+    *,
     activation: Activation,
-    b_gate: jax.Array | None = None,
-    b_up: jax.Array | None = None,
 ) -> jax.Array:
     """activation(x w_gate + b_gate) * (x w_up + b_up): x [B, T, D], weights [D, F], biases [F] -> [B, T, F]."""
     w_gate, w_up = _weight(layout, w_gate, x.dtype), _weight(layout, w_up, x.dtype)
-    return fused_glu(x, w_gate, w_up, b_gate, b_up, act=activation.value)
+
+    def run(
+        x: jax.Array, w_gate: jax.Array, w_up: jax.Array, b_gate: jax.Array | None, b_up: jax.Array | None
+    ) -> jax.Array:
+        save, backend = kernels.glu_save.value, kernels.glu.value
+        return fused_glu(x, w_gate, w_up, b_gate=b_gate, b_up=b_up, act=activation.value, save=save, backend=backend)
+
+    weight, bias = layout.activation(None, "mlp"), layout.activation("mlp")
+    on_mesh = jax.shard_map(
+        run,
+        mesh=layout.mesh,
+        in_specs=(layout.activation("batch", "seq", None), weight, weight, bias, bias),
+        out_specs=layout.activation("batch", "seq", "mlp"),
+        check_vma=False,  # kernels have no replication rule
+    )
+    # The compiler splits plain products over devices better than we do by hand; a kernel it cannot split.
+    if explain(on_mesh, x, w_gate, w_up, b_gate, b_up).backend == "xla":
+        return run(x, w_gate, w_up, b_gate, b_up)
+    return on_mesh(x, w_gate, w_up, b_gate, b_up)
 
 
 def attention(
@@ -47,6 +67,7 @@ def attention(
     window: int | None,
     segment_ids: jax.Array | None = None,
     first_position: jax.Array | None = None,
+    backend: Backend = Backend.AUTO,
 ) -> jax.Array:
     """Causal attention on the mesh.
 
@@ -56,11 +77,12 @@ def attention(
         window: keys a query sees, itself included; None: all earlier ones.
         segment_ids: [B, T] int32, when S = T; queries see only their own segment.
         first_position: [B] int32 position of the first query; key s has position s. None: 0.
+        backend: what it runs as.
 
     Returns:
         [B, T, N, H].
     """
-    mask = Causal(window=window)
+    mask = masks.causal if window is None else masks.local(window - 1, 0)
     one_device_seq = layout.mesh.shape["seq"] == 1
 
     @functools.partial(
@@ -74,16 +96,18 @@ def attention(
             None if first_position is None else layout.activation("batch"),
         ),
         out_specs=layout.activation("batch", "seq", "heads", None),
-        check_vma=False,  # loops with data-dependent bounds have no replication rule
+        check_vma=False,  # neither kernels nor loops with data-dependent bounds have a replication rule
     )
     def local(
         q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, first: jax.Array | None
     ) -> jax.Array:
         T = q.shape[1]
-        start = jnp.int32(0) if one_device_seq else jax.lax.axis_index("seq") * T
+        start = 0 if one_device_seq else jax.lax.axis_index("seq") * T
         own = None if segments is None else jax.lax.dynamic_slice_in_dim(segments, start, T, 1)
         offset = start if first is None else start + first
-        return flash_attention(q, k, v, mask=mask, segment_ids=own, kv_segment_ids=segments, q_offset=offset)
+        return flash_attention(
+            q, k, v, mask=mask, segment_ids=own, kv_segment_ids=segments, q_offset=offset, backend=backend.value
+        )
 
     return local(q, k, v, segment_ids, first_position)
 

@@ -1,0 +1,271 @@
+"""The public operation: checks, the choice of a body, and the gradient's frame that all bodies share."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, overload
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from kernels_pallas import dispatch, masks
+from kernels_pallas.attention import cudnn
+from kernels_pallas.attention.merge import add_sinks
+from kernels_pallas.attention.problem import AttentionBlocks, AttentionProblem, Buckets, Operands
+from kernels_pallas.masks import Mask
+from kernels_pallas.targets import current_target
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["table"], meta_fields=["max_distance", "bidirectional"]
+)
+@dataclass(frozen=True)
+class RelativeBias:
+    """T5's learned bias by distance (Raffel et al. 2020, arXiv:1910.10683, section 2.1).
+
+    Each head adds table[head, bucket(key position - query position)] to its scores. Distances below half the buckets
+    have one each, those up to max_distance share the rest by their logarithm, and longer ones take the last.
+    """
+
+    table: jax.Array
+    """[N, number of buckets] float32, differentiable."""
+    max_distance: int = 128
+    bidirectional: bool = False
+    """Half of the buckets for keys after the query; otherwise these all count as distance 0."""
+
+
+@overload
+def flash_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, return_lse: Literal[False] = False, **options: Any
+) -> jax.Array: ...
+@overload
+def flash_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, return_lse: Literal[True], **options: Any
+) -> tuple[jax.Array, jax.Array]: ...
+def flash_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    mask: Mask = masks.causal,
+    segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    q_offset: int | jax.Array = 0,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    alibi_slopes: jax.Array | None = None,
+    relative_bias: RelativeBias | None = None,
+    sinks: jax.Array | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+    blocks: AttentionBlocks | None = None,
+    interpret: Any = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """softmax(scores) v without the T x S scores in memory (Dao et al. 2022, arXiv:2205.14135; arXiv:2307.08691).
+
+    scores = cap(scale * q k^T) + biases where the mask and the segments allow, minus infinity elsewhere. Differentiable
+    in q, k, v, the bias table and the sinks, and through the logsumexp. The results are named "attention_out" and
+    "attention_lse" (`jax.ad_checkpoint.checkpoint_name`): a remat policy that saves these names and q, k and v does not
+    run the forward kernel again; with cuDNN, whose own residuals have no names, it does.
+
+    Args:
+        q: [B, T, N, H] float32, bfloat16 or float16; scores and softmax are float32.
+        k: [B, S, K, H], where K divides N: query heads n * N/K .. (n + 1) * N/K - 1 share key head n.
+        v: [B, S, K, Hv].
+        mask: which positions see which; query t has position q_offset + t, key s position s.
+        segment_ids: [B, T] int; a query sees only keys of its own segment. None: no segments.
+        kv_segment_ids: [B, S] int; defaults to segment_ids.
+        q_offset: position of the first query, one for all rows or [B]; may be negative.
+        scale: defaults to H ** -0.5.
+        soft_cap: scores become soft_cap * tanh(scores / soft_cap) (Gemma 2, arXiv:2408.00118).
+        alibi_slopes: [N]; -slope * |query position - key position| is added (Press et al. 2022, arXiv:2108.12409).
+            Constants: their gradient is zero.
+        relative_bias: T5's bias, computed in the kernel from its table.
+        sinks: [N]; an additional score of a key whose value is 0 (arXiv:2309.17453).
+        return_lse: also return log sum exp(scores), for `merge_partials`.
+        backend: "xla", "tpu", "gpu" (Hopper) or "cudnn"; "auto" follows the table recorded for the chip.
+        blocks: tile sizes; None: from the tuning table.
+        interpret: run the "tpu" or "gpu" kernel in Pallas' interpreter: True, or its parameters object.
+
+    Returns:
+        [B, T, N, Hv] in q's dtype; 0 for a query that sees no key. With return_lse also float32 [B, N, T], about -1e30
+        for such a query.
+
+    Raises:
+        ValueError: arguments do not fit each other, or the named backend cannot do this.
+    """
+    problem = _problem(
+        q,
+        k,
+        v,
+        mask,
+        segment_ids,
+        kv_segment_ids,
+        q_offset,
+        scale,
+        soft_cap,
+        alibi_slopes,
+        relative_bias,
+        sinks,
+        return_lse,
+    )
+    plan = dispatch.choose(
+        "flash_attention", problem, current_target(), backend=backend, blocks=blocks, interpret=interpret
+    )
+    if segment_ids is not None and kv_segment_ids is None:
+        kv_segment_ids = segment_ids
+    operands = Operands(
+        q,
+        k,
+        v,
+        segment_ids,
+        kv_segment_ids,
+        jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (problem.B,)),
+        None if alibi_slopes is None else jnp.asarray(alibi_slopes, jnp.float32),
+        None if relative_bias is None else relative_bias.table.astype(jnp.float32),
+    )
+    if plan.backend == "cudnn":
+        return checkpoint_name(cudnn.attend(problem, operands), "attention_out")
+    assert isinstance(plan.blocks, AttentionBlocks)
+    out, lse = _attention(_Call(problem, plan.backend, plan.blocks, interpret), operands)
+    if sinks is not None:
+        out, lse = add_sinks(out, lse, sinks)
+    return (out, lse) if return_lse else out
+
+
+class _Call(NamedTuple):
+    """What is known at compile time."""
+
+    problem: AttentionProblem
+    backend: str
+    blocks: AttentionBlocks
+    interpret: Any
+
+    @property
+    def body(self) -> ModuleType:
+        return dispatch.ATTENTION[self.backend]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(call: _Call, operands: Operands) -> tuple[jax.Array, jax.Array]:
+    return call.body.forward(call.problem, call.blocks, operands, interpret=call.interpret)
+
+
+def _fwd(call: _Call, operands: Operands) -> tuple[tuple[jax.Array, jax.Array], tuple[Operands, jax.Array, jax.Array]]:
+    out, lse = call.body.forward(call.problem, call.blocks, operands, interpret=call.interpret)
+    # Named, so that a remat policy can save them and never run the kernel above twice.
+    out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
+    return (out, lse), (operands, out, lse)
+
+
+def _bwd(
+    call: _Call, residuals: tuple[Operands, jax.Array, jax.Array], gradients: tuple[jax.Array, jax.Array]
+) -> tuple[Operands]:
+    """FlashAttention's backward, dS = P * (dP - delta), where delta = rowsum(dO * O).
+
+    The logsumexp's own gradient enters as dS = P * d_lse, which is the same as taking it off delta.
+    """
+    operands, out, lse = residuals
+    d_out, d_lse = gradients
+    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1).swapaxes(1, 2) - d_lse
+    dq, dk, dv, d_table = call.body.backward(
+        call.problem, call.blocks, operands, lse, delta, d_out, interpret=call.interpret
+    )
+    slopes = operands.alibi_slopes
+    none = None  # integers have no gradient
+    return (Operands(dq, dk, dv, none, none, none, None if slopes is None else jnp.zeros_like(slopes), d_table),)
+
+
+_attention.defvjp(_fwd, _bwd)
+
+
+def _problem(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    segment_ids: jax.Array | None,
+    kv_segment_ids: jax.Array | None,
+    q_offset: int | jax.Array,
+    scale: float | None,
+    soft_cap: float | None,
+    alibi_slopes: jax.Array | None,
+    relative_bias: RelativeBias | None,
+    sinks: jax.Array | None,
+    return_lse: bool,
+) -> AttentionProblem:
+    """The static description, with every check of the arguments."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} {x.shape} has {x.ndim} dims; it must be [rows, positions, heads, head_dim]")
+    B, T, N, H = q.shape
+    S, K = k.shape[1], k.shape[2]
+    if k.shape[0] != B or v.shape[:3] != k.shape[:3] or k.shape[3] != H:
+        raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}: k must be [{B}, S, K, {H}] and v [{B}, S, K, Hv]")
+    if N % K:
+        fitting = [n for n in range(1, N + 1) if N % n == 0]
+        raise ValueError(
+            f"q has {N} heads and k has {K}, which does not divide {N}; use one of {fitting} key heads. "
+            "Where a mesh axis cuts heads, it must cut q and k into whole groups"
+        )
+    if min(T, S) < 1:
+        raise ValueError(f"q {q.shape}, k {k.shape}: at least one query and one key are needed")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype != q.dtype or x.dtype.name not in DTYPES:
+            raise ValueError(f"{name} is {x.dtype}; q, k and v must all be one of {', '.join(DTYPES)}")
+    if not isinstance(mask, Mask):
+        raise ValueError(
+            f"mask = {mask!r} is no mask; use kernels_pallas.masks, as masks.causal or masks.local(1023, 0)"
+        )
+    if segment_ids is None and kv_segment_ids is not None:
+        raise ValueError("kv_segment_ids is given without segment_ids; give both or neither")
+    keys = segment_ids if kv_segment_ids is None else kv_segment_ids
+    for name, ids, length in (("segment_ids", segment_ids, T), ("kv_segment_ids", keys, S)):
+        if ids is not None and (ids.shape != (B, length) or not jnp.issubdtype(ids.dtype, jnp.integer)):
+            raise ValueError(f"{name} is {ids.dtype}{list(ids.shape)}; it must be integers [{B}, {length}]")
+    if not isinstance(q_offset, int) and jnp.shape(q_offset) not in ((), (B,)):
+        raise ValueError(f"q_offset {jnp.shape(q_offset)} must be one integer or [{B}]")
+    for name, per_head in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
+        if per_head is not None and jnp.shape(per_head) != (N,):
+            raise ValueError(f"{name} {jnp.shape(per_head)} must be [{N}], one for each query head")
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"soft_cap = {soft_cap} must be positive, or None for no cap")
+    return AttentionProblem(
+        B=B,
+        T=T,
+        S=S,
+        N=N,
+        K=K,
+        H=H,
+        Hv=v.shape[3],
+        dtype=q.dtype,
+        mask=mask,
+        scale=H**-0.5 if scale is None else float(scale),
+        soft_cap=soft_cap,
+        segments=segment_ids is not None,
+        alibi=alibi_slopes is not None,
+        buckets=None if relative_bias is None else _buckets(relative_bias, N),
+        q_offset=q_offset if isinstance(q_offset, int) else None,
+        sinks=sinks is not None,
+        return_lse=return_lse,
+    )
+
+
+def _buckets(bias: RelativeBias, N: int) -> Buckets:
+    shape = bias.table.shape
+    if len(shape) != 2 or shape[0] != N:
+        raise ValueError(f"relative_bias.table {shape} must be [{N}, buckets]")
+    fewest = 4 if bias.bidirectional else 2
+    if shape[1] < fewest or shape[1] % fewest:
+        raise ValueError(f"relative_bias.table {shape} has {shape[1]} buckets; use a multiple of {fewest}")
+    if bias.max_distance <= shape[1] // fewest:
+        raise ValueError(
+            f"relative_bias.max_distance = {bias.max_distance} must be more than {shape[1] // fewest}, "
+            f"the distances that have a bucket each of {shape[1]}"
+        )
+    return Buckets(n=shape[1], max_distance=bias.max_distance, bidirectional=bias.bidirectional)

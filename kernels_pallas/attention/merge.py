@@ -1,0 +1,48 @@
+"""Attention over a set of keys from attention over its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+
+def merge_partials(parts: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
+    """Combine attention over disjoint sets of keys into attention over all of them.
+
+    With lse_i = log sum exp(scores_i): out = sum_i exp(lse_i - lse) out_i, where lse = log sum_i exp(lse_i)
+    (Milakov & Gimelshein 2018, arXiv:1805.02867). Differentiable, as both results of `flash_attention` are.
+
+    Args:
+        parts: pairs of out [B, T, N, Hv] and lse float32 [B, N, T], as `flash_attention(..., return_lse=True)` gives.
+
+    Returns:
+        out in the parts' dtype, and lse. Queries that saw no key in any part keep 0.
+
+    Raises:
+        ValueError: no parts, or their shapes differ.
+    """
+    if not parts:
+        raise ValueError("merge_partials: parts is empty; give at least one pair (out, lse)")
+    for out, lse in parts:
+        B, T, N, _ = out.shape
+        if out.shape != parts[0][0].shape or lse.shape != (B, N, T):
+            raise ValueError(
+                f"merge_partials: out {out.shape} and lse {lse.shape} do not fit; every out must be "
+                f"{parts[0][0].shape} and its lse [B, N, T]"
+            )
+    lse = jax.nn.logsumexp(jnp.stack([lse for _, lse in parts]), axis=0)
+    total = sum(out * _per_head(jnp.exp(part - lse)) for out, part in parts)
+    return jnp.asarray(total, parts[0][0].dtype), lse
+
+
+def add_sinks(out: jax.Array, lse: jax.Array, sinks: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Let every query also see a key of score sinks[n] whose value is 0 (arXiv:2309.17453)."""
+    total = jnp.logaddexp(lse, sinks.astype(jnp.float32)[:, None])
+    return (out * _per_head(jnp.exp(lse - total))).astype(out.dtype), total
+
+
+def _per_head(weight: jax.Array) -> jax.Array:
+    """[B, N, T] to [B, T, N, 1]."""
+    return weight.swapaxes(1, 2)[..., None]

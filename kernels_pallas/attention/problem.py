@@ -1,0 +1,104 @@
+"""One call of attention, as every body receives it: what is known at compile time, and the arrays."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.masks import END, Mask
+
+MASKED = -1e30
+"""Score of a hidden key: finite, so that a row without any visible key gives 0 and not NaN."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionBlocks:
+    """Rows of a tile of scores and its columns, forward and backward; what a body does not use it ignores."""
+
+    q: int
+    k: int
+    q_backward: int
+    k_backward: int
+    stages: int = 2
+    """Key blocks in flight (GPU)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Buckets:
+    """T5's map from the distance key - query to one of n learned biases (Raffel et al. 2020, arXiv:1910.10683).
+
+    Exact for short distances, logarithmic up to `max_distance`, the last bucket beyond it. With `bidirectional` half of
+    the buckets are for keys after the query; without, these all fall into bucket 0.
+    """
+
+    n: int
+    max_distance: int = 128
+    bidirectional: bool = False
+
+    def bucket(self, distance: int) -> int:
+        """The bucket of one distance."""
+        n = self.n // 2 if self.bidirectional else self.n
+        after = n if self.bidirectional and distance > 0 else 0
+        apart = abs(distance) if self.bidirectional else max(-distance, 0)
+        exact = n // 2
+        if apart < exact:
+            return after + apart
+        logarithmic = math.log(apart / exact) / math.log(self.max_distance / exact) * (n - exact)
+        return after + min(exact + int(logarithmic), n - 1)
+
+    def steps(self) -> tuple[tuple[int, int], ...]:
+        """The same as steps, for a kernel to compare with: (distance, the bucket from there on), ascending."""
+        steps = [(-END, self.bucket(-END))]
+        for distance in range(-self.max_distance, self.max_distance + 1):
+            if self.bucket(distance) != steps[-1][1]:
+                steps.append((distance, self.bucket(distance)))
+        return tuple(steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionProblem:
+    """Static description of a call. Letters as everywhere: B rows, T queries, S keys, N query and K key heads."""
+
+    B: int
+    T: int
+    S: int
+    N: int
+    K: int
+    H: int
+    """Width of queries and keys."""
+    Hv: int
+    """Width of values and of the output."""
+    dtype: jnp.dtype
+    mask: Mask
+    scale: float
+    soft_cap: float | None = None
+    """cap * tanh(score / cap), before the mask (Gemma 2, arXiv:2408.00118)."""
+    segments: bool = False
+    alibi: bool = False
+    buckets: Buckets | None = None
+    q_offset: int | None = 0
+    """The first query's position where it is known at compile time; None: an array."""
+    sinks: bool = False
+    return_lse: bool = False
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key head."""
+        return self.N // self.K
+
+
+class Operands(NamedTuple):
+    """The arrays of a call."""
+
+    q: jax.Array  # [B, T, N, H]
+    k: jax.Array  # [B, S, K, H]
+    v: jax.Array  # [B, S, K, Hv]
+    q_segments: jax.Array | None  # [B, T] int32
+    k_segments: jax.Array | None  # [B, S] int32
+    q_offset: jax.Array  # [B] int32: query t has position q_offset + t, key s position s
+    alibi_slopes: jax.Array | None  # [N] float32: score -= slope * |query position - key position|
+    bias_table: jax.Array | None  # [N, buckets.n] float32: score += table[head, bucket(key position - query position)]

@@ -1,0 +1,168 @@
+"""Which body a call runs as: a pure function of the target, the problem and the caller's wishes.
+
+A backend that is named wins, and raises when it cannot do the call. "auto" takes the first body in the chip's recorded
+order (`tuning/<chip>.json`) that can; a body of ours that was measured faster than its rivals for this class of shapes
+comes before them. Nothing falls back silently: `explain` gives the whole decision, and the
+logger "kernels_pallas" one line of each.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import ModuleType
+from typing import Any, Literal
+
+import jax
+
+from kernels_pallas.attention import cudnn, gpu, tpu, xla
+from kernels_pallas.attention.problem import AttentionProblem
+from kernels_pallas.glu import gpu as glu_gpu
+from kernels_pallas.glu import tpu as glu_tpu
+from kernels_pallas.glu import xla as glu_xla
+from kernels_pallas.plan import Blocks, Plan, Problem, is_faster, load_table, lookup, meets
+from kernels_pallas.targets import Family, Target, assume, named
+
+Backend = Literal["auto", "xla", "tpu", "gpu", "cudnn"]
+
+ATTENTION: Mapping[str, ModuleType] = {"tpu": tpu, "gpu": gpu, "cudnn": cudnn, "xla": xla}
+GLU: Mapping[str, ModuleType] = {"tpu": glu_tpu, "gpu": glu_gpu, "xla": glu_xla}
+
+# Where the interpreter stands in for a chip that is not there, the chip whose limits it follows.
+_STAND_INS = {"tpu": Target("tpu_v5p", Family.TPU), "gpu": Target("h200", Family.GPU, hopper=True)}
+
+_explaining: contextvars.ContextVar[bool] = contextvars.ContextVar("explaining", default=False)
+
+_log = logging.getLogger("kernels_pallas")
+
+
+class _Decision(Exception):
+    """Carries a plan out of the call that `explain` asks about, before anything is traced."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+
+def explain(function: Callable[..., Any], *args: Any, target: str | Target | None = None, **kwargs: Any) -> Plan:
+    """What a call of `flash_attention`, `fused_glu` or `fused_glu_mlp` runs as, and why; print it.
+
+    Takes the arguments of the call, whose arrays may be jax.ShapeDtypeStruct. Nothing is computed. Of a function that
+    makes several calls this is the first.
+
+    Args:
+        target: a chip's short name ("tpu_v5p", "h200", "cpu"); by default the one that jax would run on.
+
+    Raises:
+        ValueError: the call itself is wrong, or the function makes none.
+    """
+    is_array = lambda x: all(hasattr(leaf, "shape") for leaf in jax.tree.leaves(x)) and jax.tree.leaves(x)
+    arrays = {name: value for name, value in kwargs.items() if is_array(value)}
+    static = {name: value for name, value in kwargs.items() if name not in arrays}
+    token = _explaining.set(True)
+    try:
+        with assume(named(target) if isinstance(target, str) else target):
+            jax.eval_shape(lambda args, arrays: function(*args, **arrays, **static), args, arrays)
+    except _Decision as decision:
+        return decision.plan
+    finally:
+        _explaining.reset(token)
+    raise ValueError(f"explain: {function} calls neither flash_attention nor fused_glu; give it one of them")
+
+
+def choose(
+    op: str,
+    problem: Problem,
+    target: Target,
+    *,
+    backend: str = "auto",
+    blocks: Blocks | None = None,
+    interpret: Any = None,
+) -> Plan:
+    """Decide how a call runs.
+
+    Raises:
+        ValueError: the named backend is unknown or cannot do this.
+    """
+    bodies = ATTENTION if isinstance(problem, AttentionProblem) else GLU
+    if backend != "auto" and backend not in bodies:
+        raise ValueError(f"backend = {backend!r} is unknown to {op}; use auto, {', '.join(bodies)}")
+    if interpret and backend in _STAND_INS:
+        target = _STAND_INS[backend] if target.family.value != backend else target
+    refused = {name: why for name, body in bodies.items() if (why := body.unsupported(problem, target))}
+    if backend != "auto":
+        if backend in refused:
+            able = ", ".join(name for name in bodies if name not in refused)
+            foreign = backend in _STAND_INS and target.family.value != backend
+            hint = "; interpret=True runs it here, slowly" if foreign else ""
+            raise ValueError(f"backend = {backend!r} cannot run this {op}: {refused[backend]}; use {able}{hint}")
+        chosen, because = backend, "named by the caller"
+        refused |= {name: "another was named" for name in bodies if name not in refused and name != chosen}
+    else:
+        chosen, because, passed = _automatic(op, problem, target, [name for name in bodies if name not in refused])
+        refused |= passed
+    return _plan(op, problem, target, chosen, because, refused, blocks, bodies[chosen])
+
+
+def _automatic(op: str, problem: Problem, target: Target, able: list[str]) -> tuple[str, str, dict[str, str]]:
+    """The body that "auto" takes, why, and why not the others that could."""
+    for name in able:
+        row = lookup(op, problem, target, name)
+        if row is not None and is_faster(row):
+            because = f"measured {row['rival_microseconds'] / row['microseconds']:.2f} times as fast as its best rival"
+            return name, because, {other: "measured slower" for other in able if other != name}
+    passed = {}
+    order = load_table(target.name)["auto"].get(
+        op, [{"backend": "xla", "because": "no order is recorded for this chip"}]
+    )
+    for entry in order:
+        name = entry["backend"]
+        if name not in able:
+            continue
+        if not meets(problem, entry.get("match", {})):
+            passed[name] = f"recorded for {entry['match']} only"
+            continue
+        return (
+            name,
+            entry["because"],
+            {other: "later in the recorded order" for other in able if other != name} | passed,
+        )
+    raise AssertionError(
+        f"the order recorded for {op} on {target.name} does not end with a body that can do everything"
+    )
+
+
+def _plan(
+    op: str,
+    problem: Problem,
+    target: Target,
+    chosen: str,
+    because: str,
+    refused: dict[str, str],
+    blocks: Blocks | None,
+    body: ModuleType,
+) -> Plan:
+    provenance = "given"
+    if blocks is None:
+        row = lookup(op, problem, target, chosen)
+        provenance = "default" if row is None else row["provenance"]
+        blocks = body.default_blocks(problem, target)
+        if row is not None and blocks is not None:
+            blocks = replace(blocks, **row["blocks"])
+    on_chip = 0 if blocks is None else body.on_chip_bytes(problem, blocks)
+    plan = Plan(
+        op=op,
+        problem=problem,
+        target=target,
+        backend=chosen,
+        blocks=blocks,
+        on_chip_bytes=on_chip,
+        provenance=provenance,
+        because=because,
+        refused={name: why for name, why in refused.items() if name != chosen},
+    )
+    if _explaining.get():
+        raise _Decision(plan)
+    _log.info("%s runs as %s on %s: %s", op, chosen, target.name, because)
+    return plan

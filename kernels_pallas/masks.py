@@ -1,0 +1,191 @@
+"""Which keys a query may see, as data.
+
+A mask is a union of intervals: the query at position q sees the keys start(q) .. stop(q) - 1 of each, and both ends
+grow with q. One description thus gives the test of an element, the keys that a block of queries needs, the queries that
+a block of keys needs, and whether a block needs testing at all; all exact, in integers.
+
+    causal & local(1023, 0)      a sliding window of 1024 keys, the query's own included
+    causal | prefix(100)         a prefix LM: all see the first 100 positions
+    causal & chunked(8192)       causal within chunks of 8192 positions
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+Position = int | jax.Array
+
+END = 2**30
+"""Beyond every position, and far enough from the int32 limit to add to."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """An end of an interval: offset + (q rounded down to a multiple of step); with step 0 the constant offset."""
+
+    offset: int
+    step: int = 1
+
+    def at(self, q: Position) -> Position:
+        if self.step == 0:
+            return self.offset
+        return (q if self.step == 1 else q // self.step * self.step) + self.offset
+
+    def first_query_above(self, k: Position) -> Position:
+        """The lowest q with at(q) > k: below it all are <= k, from it on all are above."""
+        if self.step == 0:
+            if isinstance(k, int):
+                return -END if self.offset > k else END
+            return jnp.where(self.offset > k, -END, END)
+        return -((self.offset - 1 - k) // self.step) * self.step
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Keys from the largest of `starts` up to the smallest of `stops`; open at a side that names none."""
+
+    starts: tuple[Bound, ...] = ()
+    stops: tuple[Bound, ...] = ()
+
+    def start(self, q: Position) -> Position:
+        return functools.reduce(_max, (bound.at(q) for bound in self.starts), 0)
+
+    def stop(self, q: Position) -> Position:
+        return functools.reduce(_min, (bound.at(q) for bound in self.stops), END)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A union of intervals. Combine masks with & and |."""
+
+    intervals: tuple[Interval, ...]
+    name: str
+
+    def __and__(self, other: Mask) -> Mask:
+        both = (Interval(a.starts + b.starts, a.stops + b.stops) for a in self.intervals for b in other.intervals)
+        return Mask(tuple(both), f"({self.name} & {other.name})")
+
+    def __or__(self, other: Mask) -> Mask:
+        return Mask(self.intervals + other.intervals, f"({self.name} | {other.name})")
+
+    def visible(self, q: jax.Array, k: jax.Array) -> jax.Array:
+        """Elementwise over positions that broadcast: boolean. Divides only q: give it the smaller shape, [T, 1]."""
+        everything = (q == q) & (k == k)
+        tests = (
+            functools.reduce(
+                jnp.logical_and, [k >= b.at(q) for b in i.starts] + [k < b.at(q) for b in i.stops], everything
+            )
+            for i in self.intervals
+        )
+        return functools.reduce(jnp.logical_or, tests)
+
+    def touches(self, first_q: Position, last_q: Position, first_k: Position, last_k: Position) -> jax.Array | bool:
+        """Whether a query in first_q .. last_q may see a key in first_k .. last_k; False is certain."""
+        return functools.reduce(
+            lambda x, y: x | y, ((i.start(first_q) <= last_k) & (i.stop(last_q) > first_k) for i in self.intervals)
+        )
+
+    def covers(self, first_q: Position, last_q: Position, first_k: Position, last_k: Position) -> jax.Array | bool:
+        """Whether every query in first_q .. last_q sees every key in first_k .. last_k; True is certain."""
+        return functools.reduce(
+            lambda x, y: x | y, ((i.start(last_q) <= first_k) & (i.stop(first_q) > last_k) for i in self.intervals)
+        )
+
+    def key_range(self, first_q: Position, last_q: Position) -> tuple[Position, Position]:
+        """Positions [start, stop) that hold every key visible to a query in first_q .. last_q."""
+        return (
+            functools.reduce(_min, (i.start(first_q) for i in self.intervals)),
+            functools.reduce(_max, (i.stop(last_q) for i in self.intervals)),
+        )
+
+    def query_range(self, first_k: Position, last_k: Position) -> tuple[Position, Position]:
+        """Positions [start, stop) that hold every query that sees a key in first_k .. last_k."""
+        starts = (functools.reduce(_max, (b.first_query_above(first_k) for b in i.stops), -END) for i in self.intervals)
+        stops = (functools.reduce(_min, (b.first_query_above(last_k) for b in i.starts), END) for i in self.intervals)
+        return functools.reduce(_min, starts), functools.reduce(_max, stops)
+
+    def as_window(self) -> tuple[int | None, int | None] | None:
+        """(left, right) when this mask is `local(left, right)`, however it was written; None when it is another."""
+        (interval, *others) = self.intervals
+        if others or any(bound.step != 1 for bound in interval.starts + interval.stops):
+            return None
+        return (
+            min((-bound.offset for bound in interval.starts), default=None),
+            min((bound.offset - 1 for bound in interval.stops), default=None),
+        )
+
+    def __str__(self) -> str:
+        return self.name.removeprefix("(").removesuffix(")") if self.name.startswith("(") else self.name
+
+
+full = Mask((Interval(),), "full")
+"""Every key."""
+
+causal = Mask((Interval(stops=(Bound(1),)),), "causal")
+"""Keys at the query's position and before."""
+
+
+def local(left: int | None, right: int | None) -> Mask:
+    """The `left` keys before the query's position, the one at it, and the `right` keys after; None: all on that side.
+
+    Raises:
+        ValueError: a negative width.
+    """
+    for name, width in (("left", left), ("right", right)):
+        if width is not None and width < 0:
+            raise ValueError(f"local: {name} = {width} must be 0 or more, or None for no limit")
+    return Mask(
+        (
+            Interval(
+                () if left is None else (Bound(-left),),
+                () if right is None else (Bound(right + 1),),
+            ),
+        ),
+        f"local({left}, {right})",
+    )
+
+
+def prefix(n: int) -> Mask:
+    """The keys before position n, for every query; `causal | prefix(n)` is a prefix LM.
+
+    Raises:
+        ValueError: n is not positive.
+    """
+    if n < 1:
+        raise ValueError(f"prefix: n = {n} must be positive")
+    return Mask((Interval(stops=(Bound(n, 0),)),), f"prefix({n})")
+
+
+def chunked(size: int) -> Mask:
+    """Keys in the query's own chunk, where positions are cut at the multiples of `size`.
+
+    Raises:
+        ValueError: size is not positive.
+    """
+    if size < 1:
+        raise ValueError(f"chunked: size = {size} must be positive")
+    return Mask((Interval((Bound(0, size),), (Bound(size, size),)),), f"chunked({size})")
+
+
+@functools.cache
+def count_visible(mask: Mask, n_queries: int, n_keys: int, q_offset: int = 0) -> int:
+    """How many of n_queries x n_keys scores are visible; the first query has position q_offset."""
+    total = 0
+    for q in range(q_offset, q_offset + n_queries):
+        reached = 0
+        for start, stop in sorted((int(i.start(q)), int(min(i.stop(q), n_keys))) for i in mask.intervals):
+            total += max(stop - max(start, reached), 0)
+            reached = max(reached, stop)
+    return total
+
+
+def _max(x: Position, y: Position) -> Position:
+    return max(x, y) if isinstance(x, int) and isinstance(y, int) else jnp.maximum(x, y)
+
+
+def _min(x: Position, y: Position) -> Position:
+    return min(x, y) if isinstance(x, int) and isinstance(y, int) else jnp.minimum(x, y)

@@ -1,0 +1,49 @@
+"""The model over the kernels: every config trains through them, on any mesh."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import pytest
+from helpers import small_model, small_run, with_attention
+from test_layouts import assert_close, loss_and_gradients
+
+from kernels_pallas import flash_attention, fused_glu
+from maxlm.config import Backend, GluSave, KernelConfig, ModelConfig, ShardingConfig, UserError
+from maxlm.models import ops
+from maxlm.sharding import make_layout
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A named kernel runs in Pallas' interpreter."""
+    monkeypatch.setattr(ops, "flash_attention", functools.partial(flash_attention, interpret=True))
+    monkeypatch.setattr(ops, "fused_glu", functools.partial(fused_glu, interpret=True))
+
+
+def model(**kernels: Any) -> ModelConfig:
+    return with_attention(small_model(kernels=KernelConfig(**kernels)), window=20)
+
+
+@pytest.mark.parametrize(
+    "sharding",
+    [ShardingConfig(), ShardingConfig(data=2, fsdp=2, tensor=2), ShardingConfig(data=1, seq=4, tensor=2)],
+    ids=["data", "data_fsdp_tensor", "seq_tensor"],
+)
+@pytest.mark.parametrize("glu_save", GluSave)
+def test_kernels_train_like_xla(sharding: ShardingConfig, glu_save: GluSave, interpreted: None) -> None:
+    config = small_run(model())
+    want = loss_and_gradients(config, make_layout(ShardingConfig(), jax.devices()[:1]))
+    kernels = model(attention=Backend.TPU, glu=Backend.TPU, glu_save=glu_save)
+    got = loss_and_gradients(small_run(kernels, sharding), make_layout(sharding))
+    assert_close(got, want, 2e-5)
+
+
+def test_a_backend_that_is_not_here_is_an_error() -> None:
+    config = small_run(model(attention=Backend.TPU))
+    with pytest.raises(ValueError, match="backend = 'tpu' cannot run this flash_attention"):
+        loss_and_gradients(config, make_layout(ShardingConfig()))
+    with pytest.raises(UserError, match=r"model.kernels.glu = CUDNN does not exist; use AUTO"):
+        KernelConfig(glu=Backend.CUDNN)
