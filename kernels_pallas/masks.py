@@ -12,6 +12,7 @@ a block of keys needs, and whether a block needs testing at all; all exact, in i
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import jax
@@ -52,10 +53,10 @@ class Interval:
     stops: tuple[Bound, ...] = ()
 
     def start(self, q: Position) -> Position:
-        return functools.reduce(_max, (bound.at(q) for bound in self.starts), 0)
+        return _max([0, *(bound.at(q) for bound in self.starts)])
 
     def stop(self, q: Position) -> Position:
-        return functools.reduce(_min, (bound.at(q) for bound in self.stops), END)
+        return _min([END, *(bound.at(q) for bound in self.stops)])
 
 
 @dataclass(frozen=True)
@@ -98,15 +99,15 @@ class Mask:
     def key_range(self, first_q: Position, last_q: Position) -> tuple[Position, Position]:
         """Positions [start, stop) that hold every key visible to a query in first_q .. last_q."""
         return (
-            functools.reduce(_min, (i.start(first_q) for i in self.intervals)),
-            functools.reduce(_max, (i.stop(last_q) for i in self.intervals)),
+            _min(i.start(first_q) for i in self.intervals),
+            _max(i.stop(last_q) for i in self.intervals),
         )
 
     def query_range(self, first_k: Position, last_k: Position) -> tuple[Position, Position]:
         """Positions [start, stop) that hold every query that sees a key in first_k .. last_k."""
-        starts = (functools.reduce(_max, (b.first_query_above(first_k) for b in i.stops), -END) for i in self.intervals)
-        stops = (functools.reduce(_min, (b.first_query_above(last_k) for b in i.starts), END) for i in self.intervals)
-        return functools.reduce(_min, starts), functools.reduce(_max, stops)
+        starts = (_max([-END, *(bound.first_query_above(first_k) for bound in i.stops)]) for i in self.intervals)
+        stops = (_min([END, *(bound.first_query_above(last_k) for bound in i.starts)]) for i in self.intervals)
+        return _min(starts), _max(stops)
 
     def as_window(self) -> tuple[int | None, int | None] | None:
         """(left, right) when this mask is `local(left, right)`, however it was written; None when it is another."""
@@ -183,9 +184,15 @@ def count_visible(mask: Mask, n_queries: int, n_keys: int, q_offset: int = 0) ->
     return total
 
 
-def _max(x: Position, y: Position) -> Position:
-    return max(x, y) if isinstance(x, int) and isinstance(y, int) else jnp.maximum(x, y)
+def _max(positions: Iterable[Position]) -> Position:
+    """The largest, of Python integers or of arrays."""
+    return functools.reduce(lambda x, y: max(x, y) if _both_known(x, y) else jnp.maximum(x, y), positions)
 
 
-def _min(x: Position, y: Position) -> Position:
-    return min(x, y) if isinstance(x, int) and isinstance(y, int) else jnp.minimum(x, y)
+def _min(positions: Iterable[Position]) -> Position:
+    """The smallest, of Python integers or of arrays."""
+    return functools.reduce(lambda x, y: min(x, y) if _both_known(x, y) else jnp.minimum(x, y), positions)
+
+
+def _both_known(x: Position, y: Position) -> bool:
+    return isinstance(x, int) and isinstance(y, int)

@@ -92,7 +92,7 @@ def current_target() -> Target:
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if device is not None:
         return target_of(device.device_kind, device.platform)
-    default = jax.config.jax_default_device or jax.devices()[0]
+    default = getattr(jax.config, "jax_default_device", None) or jax.devices()[0]
     if isinstance(default, str):  # jax.default_device("cpu")
         default = jax.devices(default)[0]
     return target_of(default.device_kind, default.platform)

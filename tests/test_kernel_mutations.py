@@ -44,7 +44,7 @@ XLA = {
     "segments": Mutation("xla", "seen &= self.q_segments[i]", "seen |= self.q_segments[i]"),
     "position": Mutation("xla", "self.q_offset[:, None, None] + i", "0 * self.q_offset[:, None, None] + i"),
     "first_maximum": Mutation("xla", "start = zeros + MASKED, zeros,", "start = zeros, zeros,"),
-    "first_accumulator": Mutation("xla", "zeros, jnp.zeros((*zeros.shape,", "zeros, jnp.ones((*zeros.shape,"),
+    "first_accumulator": Mutation("xla", "zeros, jnp.broadcast_to(zero, (*", "zeros, jnp.broadcast_to(zero + 1, (*"),
     "rescale_of_accumulator": Mutation("xla", "acc * shrink[..., None] + update", "acc + update"),
     "rescale_of_sum": Mutation("xla", "total * shrink + p.sum(-1)", "total + p.sum(-1)"),
     "second_where": Mutation(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,14 +39,6 @@ class RelativeBias:
     """Half of the buckets for keys after the query; otherwise these all count as distance 0."""
 
 
-@overload
-def flash_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, return_lse: Literal[False] = False, **options: Any
-) -> jax.Array: ...
-@overload
-def flash_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, return_lse: Literal[True], **options: Any
-) -> tuple[jax.Array, jax.Array]: ...
 def flash_attention(
     q: jax.Array,
     k: jax.Array,
@@ -65,7 +57,7 @@ def flash_attention(
     backend: str = "auto",
     blocks: AttentionBlocks | None = None,
     interpret: Any = None,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+) -> Any:  # jax.Array, or a pair with return_lse
     """softmax(scores) v without the T x S scores in memory (Dao et al. 2022, arXiv:2205.14135; arXiv:2307.08691).
 
     scores = cap(scale * q k^T) + biases where the mask and the segments allow, minus infinity elsewhere. Differentiable
@@ -177,7 +169,7 @@ def _bwd(
         call.problem, call.blocks, operands, lse, delta, d_out, interpret=call.interpret
     )
     slopes = operands.alibi_slopes
-    none = None  # integers have no gradient
+    none: Any = None  # integers have no gradient
     return (Operands(dq, dk, dv, none, none, none, None if slopes is None else jnp.zeros_like(slopes), d_table),)
 
 

@@ -114,7 +114,7 @@ class _Work(NamedTuple):
 
     batch: jax.Array
     head: jax.Array
-    offset: jax.Array
+    offset: jax.Array  # position of the row's first query
     first_query: jax.Array
     first_block: jax.Array
     n_blocks: jax.Array
@@ -138,7 +138,7 @@ def forward(
         ValueError: blocks of other sizes.
     """
     if blocks.q != _QUERIES:
-        raise ValueError(f"blocks.q = {blocks.q} must be {_QUERIES}: {WARPGROUPS} warpgroups of {ROWS} queries")
+        raise ValueError(f"blocks.q = {blocks.q} must be {_QUERIES}")
     if blocks.k % 64 or not 64 <= blocks.k <= 256:
         raise ValueError(f"blocks.k = {blocks.k} must be 64, 128, 192 or 256")
     if blocks.stages < 1:
@@ -395,7 +395,6 @@ def _hide(
     return lax.cond(whole & (last_key < problem.S), lambda: scores, hide)
 
 
-def _counts(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+def _counts(shape: tuple[int, ...]) -> tuple[jax.Array, ...]:
     """Row and column of each element of a tile."""
-    row, column = (plgpu.broadcasted_iota(jnp.int32, shape, dim, layout=plgpu.Layout.WGMMA) for dim in (0, 1))
-    return row, column
+    return tuple(plgpu.broadcasted_iota(jnp.int32, shape, dim, layout=plgpu.Layout.WGMMA) for dim in (0, 1))

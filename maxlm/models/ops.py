@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import explain, flash_attention, fused_glu, masks, mixed_einsum
-from maxlm.config import Activation, Backend, KernelConfig
+from maxlm.config import Activation, Backend, GluSave, KernelConfig
 from maxlm.sharding import Layout
 
 
@@ -41,8 +41,16 @@ def glu(
     def run(
         x: jax.Array, w_gate: jax.Array, w_up: jax.Array, b_gate: jax.Array | None, b_up: jax.Array | None
     ) -> jax.Array:
-        save, backend = kernels.glu_save.value, kernels.glu.value
-        return fused_glu(x, w_gate, w_up, b_gate=b_gate, b_up=b_up, act=activation.value, save=save, backend=backend)
+        return fused_glu(
+            x,
+            w_gate,
+            w_up,
+            b_gate=b_gate,
+            b_up=b_up,
+            act=activation.value,
+            save="ag" if kernels.glu_save is GluSave.AG else "none",
+            backend=kernels.glu.value,
+        )
 
     weight, bias = layout.activation(None, "mlp"), layout.activation("mlp")
     on_mesh = jax.shard_map(
