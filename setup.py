@@ -62,6 +62,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["maxlm", "maxlm.*", "kernels_pallas", "kernels_pallas.*"]),
+    package_data={"kernels_pallas": ["tuning/*.json"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
 )

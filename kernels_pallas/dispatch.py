@@ -18,10 +18,11 @@ from typing import Any, Literal
 import jax
 
 from kernels_pallas.attention import cudnn, gpu, tpu, xla
-from kernels_pallas.attention.problem import AttentionProblem
+from kernels_pallas.attention.problem import AttentionBlocks, AttentionProblem
 from kernels_pallas.glu import gpu as glu_gpu
 from kernels_pallas.glu import tpu as glu_tpu
 from kernels_pallas.glu import xla as glu_xla
+from kernels_pallas.glu.problem import GluBlocks
 from kernels_pallas.plan import Blocks, Plan, Problem, is_faster, load_table, lookup, meets
 from kernels_pallas.targets import Family, Target, assume, named
 
@@ -68,7 +69,10 @@ def explain(function: Callable[..., Any], *args: Any, target: str | Target | Non
         return decision.plan
     finally:
         _explaining.reset(token)
-    raise ValueError(f"explain: {function} calls neither flash_attention nor fused_glu; give it one of them")
+    raise ValueError(
+        f"explain: {function} calls neither flash_attention nor fused_glu, or is a jax.jit that has run before; "
+        "give the function itself"
+    )
 
 
 def choose(
@@ -88,7 +92,14 @@ def choose(
     bodies = ATTENTION if isinstance(problem, AttentionProblem) else GLU
     if backend != "auto" and backend not in bodies:
         raise ValueError(f"backend = {backend!r} is unknown to {op}; use auto, {', '.join(bodies)}")
-    if interpret and backend in _STAND_INS:
+    if interpret and backend not in _STAND_INS:
+        raise ValueError(f"interpret = {interpret!r} is for kernels; name backend 'tpu' or 'gpu', or leave it out")
+    kind = AttentionBlocks if isinstance(problem, AttentionProblem) else GluBlocks
+    if blocks is not None and not isinstance(blocks, kind):
+        raise ValueError(f"blocks = {blocks!r} must be of kernels_pallas.{kind.__name__}, or None")
+    if blocks is not None and (wrong := {name: size for name, size in vars(blocks).items() if not size > 0}):
+        raise ValueError(f"blocks = {wrong}: every size must be a positive integer")
+    if interpret:
         target = _STAND_INS[backend] if target.family.value != backend else target
     refused = {name: why for name, body in bodies.items() if (why := body.unsupported(problem, target))}
     if backend != "auto":
@@ -143,13 +154,13 @@ def _plan(
     blocks: Blocks | None,
     body: ModuleType,
 ) -> Plan:
-    provenance = "given"
+    provenance, default = "given", body.default_blocks(problem, target)
     if blocks is None:
         row = lookup(op, problem, target, chosen)
         provenance = "default" if row is None else row["provenance"]
-        blocks = body.default_blocks(problem, target)
-        if row is not None and blocks is not None:
-            blocks = replace(blocks, **row["blocks"])
+        blocks = default if row is None else replace(default, **row["blocks"])
+    elif default is None:
+        raise ValueError(f"blocks are given, but {op} runs as {chosen}, which has none; name a backend that has")
     on_chip = 0 if blocks is None else body.on_chip_bytes(problem, blocks)
     plan = Plan(
         op=op,

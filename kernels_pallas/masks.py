@@ -134,11 +134,11 @@ def local(left: int | None, right: int | None) -> Mask:
     """The `left` keys before the query's position, the one at it, and the `right` keys after; None: all on that side.
 
     Raises:
-        ValueError: a negative width.
+        ValueError: a width that is negative or no integer.
     """
     for name, width in (("left", left), ("right", right)):
-        if width is not None and width < 0:
-            raise ValueError(f"local: {name} = {width} must be 0 or more, or None for no limit")
+        if width is not None and not (isinstance(width, int) and width >= 0):
+            raise ValueError(f"local: {name} = {width!r} must be an integer from 0 on, or None for no limit")
     return Mask(
         (
             Interval(
@@ -154,10 +154,10 @@ def prefix(n: int) -> Mask:
     """The keys before position n, for every query; `causal | prefix(n)` is a prefix LM.
 
     Raises:
-        ValueError: n is not positive.
+        ValueError: n is no positive integer.
     """
-    if n < 1:
-        raise ValueError(f"prefix: n = {n} must be positive")
+    if not (isinstance(n, int) and n > 0):
+        raise ValueError(f"prefix: n = {n!r} must be a positive integer")
     return Mask((Interval(stops=(Bound(n, 0),)),), f"prefix({n})")
 
 
@@ -165,10 +165,10 @@ def chunked(size: int) -> Mask:
     """Keys in the query's own chunk, where positions are cut at the multiples of `size`.
 
     Raises:
-        ValueError: size is not positive.
+        ValueError: size is no positive integer.
     """
-    if size < 1:
-        raise ValueError(f"chunked: size = {size} must be positive")
+    if not (isinstance(size, int) and size > 0):
+        raise ValueError(f"chunked: size = {size!r} must be a positive integer")
     return Mask((Interval((Bound(0, size),), (Bound(size, size),)),), f"chunked({size})")
 
 

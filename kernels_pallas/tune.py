@@ -92,7 +92,8 @@ def shape_classes(op: str) -> list[ShapeClass]:
         for H, Hv, N, K in ((128, 128, 32, 8), (64, 64, 64, 16), (256, 256, 16, 4), (192, 128, 16, 16)):
             for T, B in ((4096, 4), (1024, 16)):
                 case = replace(base, B=B, T=T, N=N, K=K, H=H, Hv=Hv, goal=None)
-                match = {"dtype": "bfloat16", "H": H, "Hv": Hv, "min_T": T}
+                match = {"dtype": "bfloat16", "H": H, "Hv": Hv, "min_T": T, "min_S": T, "mask": "causal", "q_offset": 0}
+                match |= {"segments": False, "soft_cap": None, "alibi": False, "buckets": None}
                 classes.append(_attention_class(match, case))
                 if H == 128:
                     packed = replace(case, documents=(T * 5 // 16 + 20, T * 11 // 16 - 20))
@@ -222,13 +223,14 @@ def _record(shape: ShapeClass, target: Target, blocks: Blocks, rows: list[Row]) 
 
 
 def updated(table: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
-    """The table with the row in its predecessor's place; more conditions, then higher bounds, come first."""
+    """The table with the row in its predecessor's place; measured rows come first, then narrow ones."""
     key = lambda r: (r["op"], r["backend"], r["match"])
     rows = [*(other for other in table["rows"] if key(other) != key(row)), row]
 
     def order(r: dict[str, Any]) -> tuple[Any, ...]:
         bounds = [value for name, value in sorted(r["match"].items()) if name.startswith("min_")]
-        return r["op"], r["backend"], -len(r["match"]), [-bound for bound in bounds]
+        not_measured = r["provenance"] != "measured"
+        return r["op"], r["backend"], not_measured, -len(r["match"]), [-bound for bound in bounds]
 
     return {**table, "rows": sorted(rows, key=order)}
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kernels_pallas import RelativeBias, explain, flash_attention, fused_glu, fused_glu_mlp, masks
+from kernels_pallas import AttentionBlocks, RelativeBias, explain, flash_attention, fused_glu, fused_glu_mlp, masks
 from kernels_pallas.plan import TUNING, load_table
 from kernels_pallas.targets import Family, Target, current_target, named, target_of
 
@@ -26,6 +26,7 @@ def shapes(
 
 
 SEGMENTS = jax.ShapeDtypeStruct((2, 1024), jnp.int32)
+BLOCKS = AttentionBlocks(q=128, k=128, q_backward=128, k_backward=128)
 PER_HEAD = jax.ShapeDtypeStruct((4,), jnp.float32)
 
 
@@ -131,6 +132,13 @@ def test_a_measured_row_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) 
         ({"target": "tpu_v9"}, r"target = 'tpu_v9' is unknown; use cpu, a100"),
         ({"mask": "causal"}, r"mask = 'causal' is no mask; use kernels_pallas.masks"),
         ({"soft_cap": 0.0}, r"soft_cap = 0.0 must be positive"),
+        ({"scale": float("nan")}, r"scale = nan must be a finite Python number"),
+        ({"soft_cap": jax.ShapeDtypeStruct((), jnp.float32)}, r"soft_cap = .* must be a finite Python number"),
+        ({"interpret": True}, r"interpret = True is for kernels; name backend 'tpu' or 'gpu'"),
+        ({"blocks": (128, 128)}, r"blocks = \(128, 128\) must be of kernels_pallas.AttentionBlocks"),
+        ({"blocks": AttentionBlocks(q=0, k=128, q_backward=8, k_backward=8)}, r"blocks = {'q': 0}.*positive"),
+        ({"blocks": BLOCKS, "target": "h200"}, r"runs as cudnn, which has none; name a backend"),
+        ({"relative_bias": PER_HEAD}, r"relative_bias is of type .*; give RelativeBias\(table\)"),
         ({"sinks": jax.ShapeDtypeStruct((3,), jnp.float32)}, r"sinks \(3,\) must be \[4\]"),
         ({"alibi_slopes": jax.ShapeDtypeStruct((4, 1), jnp.float32)}, r"alibi_slopes \(4, 1\) must be \[4\]"),
         ({"relative_bias": RelativeBias(jax.ShapeDtypeStruct((3, 32), jnp.float32))}, r"must be \[4, buckets\]"),
@@ -142,7 +150,11 @@ def test_a_measured_row_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) 
         ({"kv_segment_ids": SEGMENTS}, r"without segment_ids"),
         ({"segment_ids": jax.ShapeDtypeStruct((2, 3), jnp.int32)}, r"segment_ids is int32\[2, 3\].*\[2, 1024\]"),
         ({"segment_ids": jax.ShapeDtypeStruct((2, 1024), jnp.float32)}, r"must be integers"),
-        ({"q_offset": jax.ShapeDtypeStruct((3,), jnp.int32)}, r"q_offset \(3,\) must be one integer or \[2\]"),
+        ({"q_offset": jax.ShapeDtypeStruct((), jnp.float32)}, r"q_offset is float32\[\]; it must be one integer"),
+        (
+            {"q_offset": jax.ShapeDtypeStruct((3,), jnp.int32)},
+            r"q_offset is int32\[3\]; it must be one integer or \[2\]",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_said(options: dict[str, Any], message: str) -> None:
@@ -157,7 +169,7 @@ def test_shapes_that_do_not_fit() -> None:
         explain(flash_attention, q, *(jax.ShapeDtypeStruct((2, 1024, 3, 128), jnp.bfloat16),) * 2)
     with pytest.raises(ValueError, match=r"k must be \[2, S, K, 128\]"):
         explain(flash_attention, q, jax.ShapeDtypeStruct((2, 1024, 2, 64), jnp.bfloat16), v)
-    with pytest.raises(ValueError, match="k is float32; q, k and v must all be one of"):
+    with pytest.raises(ValueError, match="k is float32 and q is bfloat16; cast them"):
         explain(flash_attention, q, jax.ShapeDtypeStruct(k.shape, jnp.float32), v)
     with pytest.raises(ValueError, match="q is int8"):
         explain(flash_attention, *shapes(dtype=jnp.int8))

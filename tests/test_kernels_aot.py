@@ -171,12 +171,13 @@ def attention(
     copies = sum(shape.size // shape.shape[-1] * lanes(shape.shape[-1]) for shape in large) * p.dtype.itemsize
     rows = 4 * p.B * p.N * p.T  # float32 numbers per query: the logsumexp and, backward, delta
     shards, specs = zip(*operands.values(), strict=True)
+    plan = dispatch.choose("flash_attention", p, named(chip), backend=backend, blocks=blocks)
     return Case(
         sharded(run, *shards, specs=specs, out_specs=heads),
         kernels=("attention_forward", "attention_backward") if backward else ("attention_forward",),
         temporary_bytes=(1 + backward) * (rows + copies * (chip in TPUS)) + MIB,
         square=min(p.T, p.S),
-        on_chip_bytes=dispatch.choose("flash_attention", p, named(chip), backend=backend, blocks=blocks).on_chip_bytes,
+        on_chip_bytes=plan.on_chip_bytes if backward else None,  # the model is of the larger of both passes
     )
 
 
@@ -207,7 +208,8 @@ def glu(p: GluProblem, chip: str, backend: str, blocks: GluBlocks | None = None)
     shards, specs = zip(*arguments, strict=True)
     # Arrays of M x F that may exist together: the gradients of both products, the hidden values where they are not the
     # result, and both products where they are kept; and the gradient of x once more.
-    hidden = 2 + (p.down is not None) + 2 * (p.save == "ag")
+    # On TPU7x, moreover, the compiler keeps copies of the gradients in another layout.
+    hidden = 2 + (p.down is not None) + 2 * (p.save == "ag") + 2 * (chip == "tpu_7x")
     return Case(
         sharded(run, d_out, *shards, specs=(out_spec, *specs), out_specs=(out_spec, *specs)),
         kernels={
@@ -222,7 +224,7 @@ def glu(p: GluProblem, chip: str, backend: str, blocks: GluBlocks | None = None)
 def of_row(row: dict[str, Any], chip: str) -> Case:
     """A row of a tuning table, for a problem that meets its conditions."""
     of_attention = row["op"] == "flash_attention"
-    problem: Any = CAUSAL if of_attention else replace(LLAMA, down=4096 if row["op"] == "fused_glu_mlp" else None)
+    problem: Any = CAUSAL if of_attention else LLAMA
     known_masks = {str(mask): mask for mask in (masks.full, *(known.mask for known in ATTENTION.values()))}
     for key, wanted in row["match"].items():
         bound, field = (key[:4], key[4:]) if key[:4] in ("min_", "max_") else ("", key)
@@ -230,6 +232,8 @@ def of_row(row: dict[str, Any], chip: str) -> Case:
         value = max(here, wanted) if bound == "min_" else min(here, wanted) if bound == "max_" else wanted
         value = known_masks[value] if field == "mask" else jnp.dtype(value) if field == "dtype" else value
         problem = replace(problem, **{field: value})
+    if row["op"] == "fused_glu_mlp":
+        problem = replace(problem, down=problem.D)
     assert meets(problem, row["match"])
     body = (dispatch.ATTENTION if of_attention else dispatch.GLU)[row["backend"]]
     blocks = replace(body.default_blocks(problem, named(chip)), **row["blocks"])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas import dispatch, masks
@@ -61,7 +63,7 @@ def flash_attention(
     """softmax(scores) v without the T x S scores in memory (Dao et al. 2022, arXiv:2205.14135; arXiv:2307.08691).
 
     scores = cap(scale * q k^T) + biases where the mask and the segments allow, minus infinity elsewhere. Differentiable
-    in q, k, v, the bias table and the sinks, and through the logsumexp. The results are named "attention_out" and
+    once in q, k, v, the bias table and the sinks, and through the logsumexp. The results are named "attention_out" and
     "attention_lse" (`jax.ad_checkpoint.checkpoint_name`): a remat policy that saves these names and q, k and v does not
     run the forward kernel again; with cuDNN, whose own residuals have no names, it does.
 
@@ -82,7 +84,7 @@ def flash_attention(
         return_lse: also return log sum exp(scores), for `merge_partials`.
         backend: "xla", "tpu", "gpu" (Hopper) or "cudnn"; "auto" follows the table recorded for the chip.
         blocks: tile sizes; None: from the tuning table.
-        interpret: run the "tpu" or "gpu" kernel in Pallas' interpreter: True, or its parameters object.
+        interpret: run the named "tpu" or "gpu" kernel in Pallas' interpreter: True, or its parameters object.
 
     Returns:
         [B, T, N, Hv] in q's dtype; 0 for a query that sees no key. With return_lse also float32 [B, N, T], about -1e30
@@ -91,6 +93,12 @@ def flash_attention(
     Raises:
         ValueError: arguments do not fit each other, or the named backend cannot do this.
     """
+    q, k, v = (jnp.asarray(x) for x in (q, k, v))
+    segment_ids, kv_segment_ids, alibi_slopes, sinks = (
+        None if x is None else jnp.asarray(x) for x in (segment_ids, kv_segment_ids, alibi_slopes, sinks)
+    )
+    if isinstance(q_offset, np.integer):
+        q_offset = int(q_offset)
     problem = _problem(
         q,
         k,
@@ -118,8 +126,8 @@ def flash_attention(
         segment_ids,
         kv_segment_ids,
         jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (problem.B,)),
-        None if alibi_slopes is None else jnp.asarray(alibi_slopes, jnp.float32),
-        None if relative_bias is None else relative_bias.table.astype(jnp.float32),
+        None if alibi_slopes is None else alibi_slopes.astype(jnp.float32),
+        None if relative_bias is None else jnp.asarray(relative_bias.table, jnp.float32),
     )
     if plan.backend == "cudnn":
         return checkpoint_name(cudnn.attend(problem, operands), "attention_out")
@@ -199,17 +207,19 @@ def _problem(
     S, K = k.shape[1], k.shape[2]
     if k.shape[0] != B or v.shape[:3] != k.shape[:3] or k.shape[3] != H:
         raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}: k must be [{B}, S, K, {H}] and v [{B}, S, K, Hv]")
+    if min(*q.shape, *k.shape, *v.shape) < 1:
+        raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}: no dim may be empty")
     if N % K:
         fitting = [n for n in range(1, N + 1) if N % n == 0]
         raise ValueError(
             f"q has {N} heads and k has {K}, which does not divide {N}; use one of {fitting} key heads. "
             "Where a mesh axis cuts heads, it must cut q and k into whole groups"
         )
-    if min(T, S) < 1:
-        raise ValueError(f"q {q.shape}, k {k.shape}: at least one query and one key are needed")
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dtype != q.dtype or x.dtype.name not in DTYPES:
-            raise ValueError(f"{name} is {x.dtype}; q, k and v must all be one of {', '.join(DTYPES)}")
+        if x.dtype.name not in DTYPES:
+            raise ValueError(f"{name} is {x.dtype}; use {', '.join(DTYPES)}")
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name} is {x.dtype} and q is {q.dtype}; cast them to one dtype")
     if not isinstance(mask, Mask):
         raise ValueError(
             f"mask = {mask!r} is no mask; use kernels_pallas.masks, as masks.causal or masks.local(1023, 0)"
@@ -220,12 +230,17 @@ def _problem(
     for name, ids, length in (("segment_ids", segment_ids, T), ("kv_segment_ids", keys, S)):
         if ids is not None and (ids.shape != (B, length) or not jnp.issubdtype(ids.dtype, jnp.integer)):
             raise ValueError(f"{name} is {ids.dtype}{list(ids.shape)}; it must be integers [{B}, {length}]")
-    if not isinstance(q_offset, int) and jnp.shape(q_offset) not in ((), (B,)):
-        raise ValueError(f"q_offset {jnp.shape(q_offset)} must be one integer or [{B}]")
+    if not isinstance(q_offset, int):
+        offsets = jnp.asarray(q_offset)
+        if offsets.shape not in ((), (B,)) or not jnp.issubdtype(offsets.dtype, jnp.integer):
+            raise ValueError(f"q_offset is {offsets.dtype}{list(offsets.shape)}; it must be one integer or [{B}]")
     for name, per_head in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
         if per_head is not None and jnp.shape(per_head) != (N,):
             raise ValueError(f"{name} {jnp.shape(per_head)} must be [{N}], one for each query head")
-    if soft_cap is not None and not soft_cap > 0:
+    for name, number in (("scale", scale), ("soft_cap", soft_cap)):
+        if number is not None and not (isinstance(number, int | float | np.number) and math.isfinite(number)):
+            raise ValueError(f"{name} = {number} must be a finite Python number, known when the call is compiled")
+    if soft_cap is not None and soft_cap <= 0:
         raise ValueError(f"soft_cap = {soft_cap} must be positive, or None for no cap")
     return AttentionProblem(
         B=B,
@@ -238,7 +253,7 @@ def _problem(
         dtype=q.dtype,
         mask=mask,
         scale=H**-0.5 if scale is None else float(scale),
-        soft_cap=soft_cap,
+        soft_cap=None if soft_cap is None else float(soft_cap),
         segments=segment_ids is not None,
         alibi=alibi_slopes is not None,
         buckets=None if relative_bias is None else _buckets(relative_bias, N),
@@ -249,7 +264,9 @@ def _problem(
 
 
 def _buckets(bias: RelativeBias, N: int) -> Buckets:
-    shape = bias.table.shape
+    if not isinstance(bias, RelativeBias):
+        raise ValueError(f"relative_bias is of type {type(bias).__name__}; give RelativeBias(table)")
+    shape = jnp.shape(bias.table)
     if len(shape) != 2 or shape[0] != N:
         raise ValueError(f"relative_bias.table {shape} must be [{N}, buckets]")
     fewest = 4 if bias.bidirectional else 2

@@ -29,7 +29,10 @@ def unsupported(problem: AttentionProblem, target: Target) -> str | None:
     ):
         if present:
             return f"{name} (only as a T x S array in memory, or not at all)"
-    if _window(problem) is None:
+    window = _window(problem)
+    if window is not None and window[0] is not None and problem.T > problem.S:
+        return f"T {problem.T} > S {problem.S} with a window: queries that see no key"
+    if window is None:
         return f"mask {problem.mask}: it takes full, causal, and causal with a window"
     return None
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.attention.problem import MASKED
 
-def merge_partials(parts: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
+
+def merge_partials(parts: Iterable[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
     """Combine attention over disjoint sets of keys into attention over all of them.
 
     With lse_i = log sum exp(scores_i): out = sum_i exp(lse_i - lse) out_i, where lse = log sum_i exp(lse_i)
@@ -23,17 +25,20 @@ def merge_partials(parts: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Ar
     Raises:
         ValueError: no parts, or their shapes differ.
     """
+    parts = list(parts)
     if not parts:
         raise ValueError("merge_partials: parts is empty; give at least one pair (out, lse)")
     for out, lse in parts:
-        B, T, N, _ = out.shape
+        B, T, N = out.shape[:3] if out.ndim == 4 else (None, None, None)
         if out.shape != parts[0][0].shape or lse.shape != (B, N, T):
             raise ValueError(
-                f"merge_partials: out {out.shape} and lse {lse.shape} do not fit; every out must be "
-                f"{parts[0][0].shape} and its lse [B, N, T]"
+                f"merge_partials: out {out.shape} and lse {lse.shape} do not fit; every out must be [B, T, N, Hv], "
+                f"as the first {parts[0][0].shape}, and its lse [B, N, T]"
             )
-    lse = jax.nn.logsumexp(jnp.stack([lse for _, lse in parts]), axis=0)
-    total = sum(out * _per_head(jnp.exp(part - lse)) for out, part in parts)
+    # Other kernels say -inf where nothing was seen, and -inf - -inf is not a number.
+    each = [jnp.maximum(lse, MASKED) for _, lse in parts]
+    lse = jax.nn.logsumexp(jnp.stack(each), axis=0)
+    total = sum(out * _per_head(jnp.exp(part - lse)) for (out, _), part in zip(parts, each, strict=True))
     return jnp.asarray(total, parts[0][0].dtype), lse
 
 

@@ -75,7 +75,7 @@ def _forward_bytes(problem: AttentionProblem, q: int, k: int) -> int:
     H, Hv = _lanes(p.H), _lanes(p.Hv)
     blocks = (q * (H + Hv) + k * (H + Hv)) * p.dtype.itemsize
     accumulators = 4 * q * (Hv + 2 * _LANES)
-    return 2 * blocks + accumulators + _tile_bytes(p, q, k, 2.5)
+    return 2 * blocks + accumulators + _tile_bytes(p, q, k, 3)
 
 
 def _backward_bytes(problem: AttentionProblem, q: int, k: int) -> int:
@@ -83,16 +83,17 @@ def _backward_bytes(problem: AttentionProblem, q: int, k: int) -> int:
     H, Hv = _lanes(p.H), _lanes(p.Hv)
     dk_dv = 2 * (q + 2 * k) * (H + Hv) * p.dtype.itemsize + 4 * k * (H + Hv)
     dq = 2 * (q * (2 * H + Hv) + k * (H + Hv)) * p.dtype.itemsize + 4 * q * (H + 2 * _LANES)
-    return max(dk_dv, dq) + _tile_bytes(p, q, k, 3)
+    return max(dk_dv, dq) + _tile_bytes(p, q, k, 4)
 
 
-def _tile_bytes(problem: AttentionProblem, q: int, k: int, copies: float) -> int:
-    """Of a float32 tile of scores and what is live beside it: fitted to what the compiler asks for, not derived."""
+def _tile_bytes(problem: AttentionProblem, q: int, k: int, copies: int) -> int:
+    """Of a float32 tile of scores and what is live beside it: no less than the compilers ask for, not derived."""
     p = problem
-    tiles = 4 * q * _lanes(k) * (copies + (p.buckets is not None))
+    extras = (p.soft_cap is not None) + p.alibi + (p.buckets is not None) + len(p.mask.intervals) - 1
+    tiles = 4 * q * _lanes(k) * (copies + extras)
     # Products of float32 operands are made of products of their bfloat16 parts.
     parts = 6 * (q + k) * (_lanes(p.H) + _lanes(p.Hv)) if p.dtype == jnp.float32 else 0
-    return int(tiles) + parts
+    return tiles + parts
 
 
 def _lanes(width: int) -> int:

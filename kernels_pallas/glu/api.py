@@ -137,6 +137,9 @@ def _plan(
         raise ValueError(f"save = {save!r} is unknown; use 'ag' to keep both products or 'none' to compute them again")
     if x.ndim == 0 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x {x.dtype}{list(x.shape)} must be floating point [..., D]; cast or reshape it")
+    for name, w in (("w_gate", w_gate), ("w_up", w_up), ("w_down", w_down), ("b_gate", b_gate), ("b_up", b_up)):
+        if w is not None and not jnp.issubdtype(w.dtype, jnp.floating):
+            raise ValueError(f"{name} is {w.dtype}; it must be floating point")
     D = x.shape[-1]
     if w_gate.ndim != 2 or w_gate.shape[0] != D:
         raise ValueError(f"w_gate {list(w_gate.shape)} must be [{D}, F], as x is {list(x.shape)}; is it transposed?")

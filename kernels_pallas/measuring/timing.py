@@ -95,7 +95,11 @@ class _Sampler:
 
     def sample(self) -> float:
         """Seconds of one call."""
-        return (self._seconds(self._with) - self._seconds(self._without)) / self.calls
+        for _ in range(20):
+            seconds = self._seconds(self._with) - self._seconds(self._without)
+            if seconds > 0:  # else something stopped the shorter loop meanwhile
+                return seconds / self.calls
+        raise RuntimeError("the machine is too busy to time anything: a loop without the calls took as long as with")
 
     def _seconds(self, loop: Callable[..., jax.Array]) -> float:
         start = time.perf_counter()
