@@ -389,11 +389,11 @@ MISFITS = {
     "v of another length": ({"v": (2, 5, 2, 8)}, r"k must be \[2, S, K, 8\]"),
     "heads that do not divide": ({"k": (2, 10, 3, 8), "v": (2, 10, 3, 8)}, r"k has 3.* use one of \[1, 2, 4\]"),
     "three dims": ({"q": (8, 4, 8)}, "q .* has 3 dims"),
-    "no keys": ({"k": (2, 0, 2, 8), "v": (2, 0, 2, 8)}, "at least one"),
+    "no keys": ({"k": (2, 0, 2, 8), "v": (2, 0, 2, 8)}, "no dim may be empty"),
     "key segments alone": ({"kv_segment_ids": (2, 10)}, "kv_segment_ids is given without segment_ids"),
     "segments for other keys": ({"segment_ids": (2, 8)}, r"kv_segment_ids is int32\[2, 8\].*\[2, 10\]"),
     "segments of other rows": ({"segment_ids": (1, 8), "kv_segment_ids": (2, 10)}, r"^segment_ids is int32\[1, 8\]"),
-    "offsets of other rows": ({"q_offset": (3,)}, r"q_offset \(3,\) must be"),
+    "offsets of other rows": ({"q_offset": (3,)}, r"q_offset is int32\[3\]; it must be"),
     "slopes of other heads": ({"alibi_slopes": (2,)}, r"alibi_slopes \(2,\) must be \[4\]"),
     "sinks of other heads": ({"sinks": (5,)}, r"sinks \(5,\) must be \[4\]"),
     "a table of other heads": ({"bias_table": (2, 8)}, r"table \(2, 8\) must be \[4, buckets\]"),
@@ -418,7 +418,7 @@ def test_wrong_options_are_refused():
         flash_attention(q, k, v, soft_cap=-1.0)
     with pytest.raises(ValueError, match="mask = 'causal' is no mask"):
         flash_attention(q, k, v, mask="causal")
-    with pytest.raises(ValueError, match="k is bfloat16; q, k and v must all be one of"):
+    with pytest.raises(ValueError, match="k is bfloat16 and q is float32; cast them"):
         flash_attention(q, k.astype(jnp.bfloat16), v)
     with pytest.raises(ValueError, match="backend = 'triton' is unknown"):
         flash_attention(q, k, v, backend="triton")

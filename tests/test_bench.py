@@ -170,7 +170,7 @@ def test_every_timed_call_is_made() -> None:
 
     [timing] = compare({"one": Call(function, (jnp.ones((2, 2)),))}, warmups=1, samples=3, flush_bytes=4096).values()
     assert not isinstance(timing, Exception)
-    assert len(made) == 2 + 4 * timing.calls  # twice one call, to find how many make a sample
+    assert len(made) >= 2 + 4 * timing.calls  # twice one call, to find how many make a sample; more where one was void
 
 
 def test_more_work_takes_longer() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,8 +19,14 @@ from maxlm.sharding import make_layout
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """A named kernel runs in Pallas' interpreter."""
-    monkeypatch.setattr(ops, "flash_attention", functools.partial(flash_attention, interpret=True))
-    monkeypatch.setattr(ops, "fused_glu", functools.partial(fused_glu, interpret=True))
+
+    def in_interpreter(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, backend, **options: function(
+            *args, backend=backend, interpret=backend in ("tpu", "gpu"), **options
+        )
+
+    monkeypatch.setattr(ops, "flash_attention", in_interpreter(flash_attention))
+    monkeypatch.setattr(ops, "fused_glu", in_interpreter(fused_glu))
 
 
 def model(**kernels: Any) -> ModelConfig:

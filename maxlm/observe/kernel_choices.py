@@ -24,7 +24,8 @@ class KernelChoices(logging.Handler):
             self._say(line)
 
     def __enter__(self) -> Self:
-        self._level = self._logger.level
+        self._before = self._logger.level, self._logger.propagate
+        self._logger.propagate = False  # some libraries print whatever reaches the root
         self._logger.setLevel(logging.INFO)
         self._logger.addHandler(self)
         return self
@@ -33,4 +34,5 @@ class KernelChoices(logging.Handler):
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         self._logger.removeHandler(self)
-        self._logger.setLevel(self._level)
+        level, self._logger.propagate = self._before
+        self._logger.setLevel(level)
