@@ -19,6 +19,10 @@ class Family(enum.Enum):
     GPU = "gpu"
 
 
+HOPPER_SHARED_BYTES = 232_448
+"""Shared memory that one block of threads may have."""
+
+
 @dataclass(frozen=True)
 class Target:
     """A chip, by the short name that tuning tables use."""
@@ -27,6 +31,13 @@ class Target:
     family: Family
     hopper: bool = False
     """NVIDIA sm_90: has the instructions (wgmma, TMA) that our GPU bodies are made of."""
+
+    @property
+    def kernel_bytes(self) -> int:
+        """Memory next to the cores that one kernel has: shared memory, or the VMEM that it gets without asking."""
+        if self.family is Family.TPU:
+            return 2**20 * (32 if self.name in ("tpu_v6e", "tpu_7x") else 16)
+        return HOPPER_SHARED_BYTES if self.hopper else 0
 
 
 # What jax calls the chip -> what we call it. TPU v5e and v5p are "lite" and plain in jax's names, v6e is "lite" too.

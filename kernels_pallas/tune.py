@@ -39,16 +39,6 @@ Blocks = AttentionBlocks | GluBlocks
 
 _BODIES = {Family.GPU: "gpu", Family.TPU: "tpu", Family.CPU: "xla"}
 
-# Shared memory of a thread block, and the VMEM that a TPU kernel gets by default.
-_ON_CHIP = {
-    "h100": 232_448,
-    "h200": 232_448,
-    "tpu_v4": 16 * 2**20,
-    "tpu_v5e": 16 * 2**20,
-    "tpu_v5p": 16 * 2**20,
-    "tpu_v6e": 32 * 2**20,
-    "tpu_7x": 32 * 2**20,
-}
 
 # Field -> sizes to try, for the forward pass; the backward pass has the same choice.
 _CHOICES: dict[str, dict[Family, dict[str, tuple[int, ...]]]] = {
@@ -137,8 +127,8 @@ def _judged(shape: ShapeClass, target: Target, blocks: Blocks, backward: bool) -
     # The model gives the larger of both passes: the other one is made small, so that this one's is seen.
     least = {name: min(sizes) for name, sizes in _fields(shape, target, not backward).items()}
     used = body.on_chip_bytes(_plan(shape, target).problem, replace(blocks, **least))  # type: ignore[arg-type]
-    limit = _ON_CHIP.get(target.name)
-    if limit is not None and used > limit:
+    limit = target.kernel_bytes
+    if used > limit > 0:
         return Candidate(blocks, used, f"needs {used} bytes, and the chip has {limit}")
     call = _trial(shape, target, blocks)
     try:
@@ -243,7 +233,11 @@ def dry_run(op: str, target: Target) -> None:
     """Prints every candidate of every class with the bytes of its pass."""
     for shape in shape_classes(op):
         print(f"{shape.op} {shape.match}")
-        start = _plan(shape, target).blocks
+        try:
+            start = _plan(shape, target).blocks
+        except ValueError as refusal:
+            print(f"    {refusal}")
+            continue
         if start is None:
             print(f"    the {_BODIES[target.family]} body has no blocks to choose")
             continue
@@ -309,7 +303,10 @@ def _tune_all(
         if on_cpu:
             shape = replace(shape, cases=(tiny(shape.cases[0]), tiny(shape.cases[1])))
         print(f"{shape.op} {shape.match}", flush=True)
-        row, told = tune(shape, target, worker, effort)
+        try:
+            row, told = tune(shape, target, worker, effort)
+        except ValueError as refusal:
+            row, told = None, str(refusal)
         print(f"    -> {told}", flush=True)
         if row is not None:
             table = updated(table, row)

@@ -15,6 +15,7 @@ from kernels_pallas import masks, oracle
 from kernels_pallas.attention import gpu_backward
 from kernels_pallas.attention.problem import MASKED, AttentionBlocks, AttentionProblem, Operands
 from kernels_pallas.masks import Mask
+from kernels_pallas.targets import HOPPER_SHARED_BYTES
 
 GRADIENT = {"bfloat16": 2e-2, "float16": 4e-3}  # largest error, over the largest value of the reference
 
@@ -59,12 +60,12 @@ def arrays_of(problem: AttentionProblem, offsets: Any = 0) -> tuple[Operands, ja
 
 
 def right_answer(problem: AttentionProblem, words: Any, operands: Operands, d_out: jax.Array) -> oracle.Attention:
-    q, k, v, d_out = (np.asarray(x.astype(jnp.float32)) for x in (*operands[:3], d_out))
+    q, k, v, cotangent = (np.asarray(x.astype(jnp.float32)) for x in (*operands[:3], d_out))
     return oracle.attention(
         q,
         k,
         v,
-        d_out,
+        cotangent,
         mask=words,
         segment_ids=operands.q_segments,
         kv_segment_ids=operands.k_segments,
@@ -172,4 +173,4 @@ def test_refuses_other_blocks(changes: dict[str, int]) -> None:
 @pytest.mark.parametrize("width", range(16, 257, 16))
 def test_default_blocks_fit(width: int) -> None:
     blocks = AttentionBlocks(q=128, k=64, q_backward=64, k_backward=64, stages=4)
-    assert gpu_backward.backward_bytes(problem_of(H=width, Hv=width, segments=True), blocks) <= gpu_backward.SMEM_BYTES
+    assert gpu_backward.backward_bytes(problem_of(H=width, Hv=width, segments=True), blocks) <= HOPPER_SHARED_BYTES

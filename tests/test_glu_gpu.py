@@ -150,7 +150,7 @@ def test_default_blocks_fit(D: int, F: int, mlp: bool) -> None:
         ({"f": 100}, "f = 100 must be a multiple of 32; 128 works"),
         ({"d": 0}, "d = 0 must be a multiple of 32; 32 works"),
         ({"f": 512}, "f = 512 must be at most 256"),
-        ({"stages": 6}, "of the 232448 of shared memory; stages = 4 works"),
+        ({"stages": 6}, "of the 232448 there are; stages = 4 works"),
     ],
 )
 def test_errors_of_blocks_name_what_works(changes: dict[str, int], message: str) -> None:

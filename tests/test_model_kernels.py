@@ -51,5 +51,5 @@ def test_a_backend_that_is_not_here_is_an_error() -> None:
     config = small_run(model(attention=Backend.TPU))
     with pytest.raises(ValueError, match="backend = 'tpu' cannot run this flash_attention"):
         loss_and_gradients(config, make_layout(ShardingConfig()))
-    with pytest.raises(UserError, match=r"model.kernels.glu = CUDNN does not exist; use AUTO"):
+    with pytest.raises(UserError, match=r"model.kernels.glu = cudnn does not exist; use auto"):
         KernelConfig(glu=Backend.CUDNN)

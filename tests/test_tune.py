@@ -106,13 +106,15 @@ def test_a_row_is_found_for_the_problems_that_it_was_measured_on(
     """Through `plan`, whatever the order in which classes are measured: each class finds its own row."""
     target = named("h200")
     table: dict[str, Any] = {"chip": "h200", "auto": {}, "rows": []}
-    for i, shape in enumerate(reversed(tune.shape_classes(op))):
+    # The GPU kernels take head_dim 256 with newer versions of jax only.
+    classes = [shape for shape in tune.shape_classes(op) if shape.match.get("H") != 256]
+    for i, shape in enumerate(reversed(classes)):
         table = tune.updated(table, row(shape, i))
     (tmp_path / "h200.json").write_text(json.dumps(table))
     monkeypatch.setattr(plan, "TUNING", tmp_path)
     plan.load_table.cache_clear()
     try:
-        for shape in tune.shape_classes(op):
+        for shape in classes:
             found = plan.lookup(op, tune._plan(shape, target).problem, target, "gpu")
             assert found is not None and found["match"] == shape.match
     finally:

@@ -19,11 +19,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.attention.gpu_backward import SMEM_BYTES, WARPGROUPS, backward, backward_bytes
-from kernels_pallas.attention.gpu_tile import LOG2_E, ROWS, along
+from kernels_pallas.attention.gpu_backward import backward, backward_bytes
+from kernels_pallas.attention.gpu_tile import LOG2_E, ROWS, WARPGROUPS, along, blocks_sharing_ids
 from kernels_pallas.attention.problem import MASKED, AttentionBlocks, AttentionProblem, Operands
 from kernels_pallas.compat import add_product, gpu_interpreter, transposed
-from kernels_pallas.targets import Target
+from kernels_pallas.targets import HOPPER_SHARED_BYTES, Target
 
 __all__ = ["backward", "default_blocks", "forward", "on_chip_bytes", "unsupported"]
 
@@ -40,9 +40,12 @@ def unsupported(problem: AttentionProblem, target: Target) -> str | None:
         return f"{problem.dtype.name}: the tensor cores take bfloat16 and float16"
     if problem.buckets is not None:
         return "relative_bias: only the xla and tpu bodies look biases up"
+    # The compiler that comes with jax 0.10 has the wider backward kernels spill hundreds of bytes a thread.
+    widest = 256 if jax.__version_info__ >= (0, 11) else 192
     for name, width in (("H", problem.H), ("Hv", problem.Hv)):
-        if width % 16 or not 16 <= width <= 256:
-            return f"{name} {width}: it takes multiples of 16 up to 256, such as {min(256, -(-width // 16) * 16)}"
+        if width % 16 or not 16 <= width <= widest:
+            nearest = min(widest, -(-width // 16) * 16)
+            return f"{name} {width}: with jax {jax.__version__} it takes multiples of 16 up to {widest}, as {nearest}"
     return None
 
 
@@ -58,7 +61,7 @@ def default_blocks(problem: AttentionProblem, target: Target) -> AttentionBlocks
         for k in (widest, 64)
         for stages in (4, 3, 2)
     )
-    return next(blocks for blocks in candidates if _forward_bytes(problem, blocks) <= SMEM_BYTES)
+    return next(blocks for blocks in candidates if _forward_bytes(problem, blocks) <= HOPPER_SHARED_BYTES)
 
 
 def on_chip_bytes(problem: AttentionProblem, blocks: AttentionBlocks) -> int:
@@ -129,7 +132,9 @@ def forward(
         problem: what is known at compile time.
         blocks: `q` is 128, `k` a multiple of 64 up to 256, `stages` the number of key blocks in shared memory.
         operands: the arrays.
-        interpret: True, or an object of the GPU interpreter's parameters, to run without a GPU.
+        interpret: True, or an object of the GPU interpreter's parameters, to run without a GPU. A warpgroup that waits
+            there holds a thread of XLA's CPU pool, which has one a core or a CPU device: with fewer than four it may
+            wait for ever (XLA_FLAGS=--xla_force_host_platform_device_count=8 makes room).
 
     Returns:
         Output [B, T, N, Hv] in q's dtype, and the logsumexp of the scores, float32 [B, N, T].
@@ -205,21 +210,14 @@ def _in_eights(x: jax.Array) -> jax.Array:
 
 
 def _segments(blocks: AttentionBlocks, operands: Operands) -> tuple[jax.Array | None, ...]:
-    """Segment ids as whole blocks, and for each query block the key blocks [first, stop) that may share ids with it.
-
-    A packed row is thus cut along its documents: their ids lie in order, and the key blocks of others are not fetched.
-    """
+    """Segment ids as whole blocks, and for each query block the key blocks [first, stop) that may share ids with it."""
     if operands.q_segments is None or operands.k_segments is None:
         return None, None, None
     q_ids, k_ids = (
         jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % block)), "edge")
         for ids, block in ((operands.q_segments, blocks.q), (operands.k_segments, blocks.k))
     )
-    q, k = q_ids.reshape(q_ids.shape[0], -1, 1, blocks.q), k_ids.reshape(k_ids.shape[0], 1, -1, blocks.k)
-    overlap = (k.min(3) <= q.max(3)) & (k.max(3) >= q.min(3))
-    first = jnp.argmax(overlap, 2)
-    stop = jnp.where(overlap.any(2), overlap.shape[2] - jnp.argmax(overlap[:, :, ::-1], 2), 0)
-    return q_ids, k_ids, jnp.stack([first, stop], 2).astype(jnp.int32)
+    return q_ids, k_ids, blocks_sharing_ids(q_ids, blocks.q, k_ids, blocks.k)
 
 
 def _work(problem: AttentionProblem, blocks: AttentionBlocks, x: _Inputs, n_blocks: int) -> _Work:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,22 +27,24 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas.attention.gpu_tile import (
     LOG2_E,
     ROWS,
+    WARPGROUPS,
+    Arrays,
     Tile,
     accumulator,
     along,
+    key_blocks,
     load,
+    marks_of,
     matrix,
+    pad,
     probabilities,
     product,
+    query_blocks,
+    whole_width,
 )
 from kernels_pallas.attention.problem import MASKED, AttentionBlocks, AttentionProblem, Operands
 from kernels_pallas.compat import gpu_interpreter, start_product, transposed
-
-WARPGROUPS = 2
-"""Warpgroups that compute, beside the one that copies."""
-
-SMEM_BYTES = 232_448
-"""Shared memory that a thread block can have on sm_90."""
+from kernels_pallas.targets import HOPPER_SHARED_BYTES
 
 # exp2(score - this) is 0, without a test: for queries beyond the end, and for those that see no key.
 _NEVER = 1e30
@@ -51,7 +53,7 @@ _PARAMS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.Loweri
 
 def backward_bytes(problem: AttentionProblem, blocks: AttentionBlocks) -> int:
     """Shared memory of the larger of the two kernels."""
-    k_tiles = _key_tiles(_width(problem.H), _width(problem.Hv))
+    k_tiles = _key_tiles(whole_width(problem.H), whole_width(problem.Hv))
     return max(
         _bytes(problem, k_tiles, blocks.q_backward, _stages(problem, blocks, k_tiles, blocks.q_backward)),
         _bytes(problem, WARPGROUPS, blocks.k_backward, _stages(problem, blocks, WARPGROUPS, blocks.k_backward)),
@@ -60,41 +62,19 @@ def backward_bytes(problem: AttentionProblem, blocks: AttentionBlocks) -> int:
 
 def _bytes(problem: AttentionProblem, tiles: int, rows: int, stages: int) -> int:
     """Shared memory of a kernel that keeps `tiles` of ROWS rows and streams `stages` blocks of `rows`."""
-    row = problem.dtype.itemsize * (_width(problem.H) + _width(problem.Hv)) + 4 * (2 + 1 + problem.segments)
+    row = problem.dtype.itemsize * (whole_width(problem.H) + whole_width(problem.Hv)) + 4 * (2 + 1 + problem.segments)
     # Each of about eight arrays starts at a multiple of 1024 bytes, and jax keeps 2048 for itself.
     return (tiles * ROWS + stages * rows) * row + 8 * 1024 + 2048
 
 
 def _stages(problem: AttentionProblem, blocks: AttentionBlocks, tiles: int, rows: int) -> int:
     """Blocks in flight: a power of two, since the remainder by another costs registers that the sums need."""
-    return next(
-        (n for n in (4, 2) if n <= blocks.stages and _bytes(problem, tiles, rows, n) <= SMEM_BYTES),
-        1,
-    )
-
-
-def _width(width: int) -> int:
-    return -(-width // 64) * 64
+    return next((n for n in (4, 2) if n <= blocks.stages and _bytes(problem, tiles, rows, n) <= HOPPER_SHARED_BYTES), 1)
 
 
 def _key_tiles(H: int, Hv: int) -> int:
     """Tiles of keys of a grid block: one a warpgroup, or one for both where dk and dv exceed the registers of one."""
     return WARPGROUPS if H + Hv <= 256 else 1
-
-
-class _Arrays(NamedTuple):
-    """Inputs of both kernels, padded to whole blocks."""
-
-    q: Any  # [B, T, N, H]
-    k: Any  # [B, S, K, H]
-    v: Any  # [B, S, K, Hv]
-    d_out: Any  # [B, T, N, Hv]
-    statistics: Any  # [B, N, 2, T] float32: lse to base 2, delta
-    q_marks: Any  # [B, 1 or 2, T] int32: position and, where there are segments, segment
-    k_marks: Any  # [B, 1 or 2, S] int32
-    q_offset: Any  # [B] int32
-    slopes: Any  # [N] float32, or None
-    ranges: Any  # [B, blocks, 2] int32: the blocks of the streamed side [start, stop) that a grid block needs
 
 
 def backward(
@@ -129,21 +109,21 @@ def backward(
             raise ValueError(f"blocks.{name} = {size} must be a multiple of 64 up to 256, such as 64")
     H, Hv = problem.H, problem.Hv
     # To whole swizzle rows of shared memory: zeros add nothing to a product.
-    problem = replace(problem, H=_width(H), Hv=_width(Hv))
+    problem = replace(problem, H=whole_width(H), Hv=whole_width(Hv))
     kept = ROWS * WARPGROUPS
     q_pad = -problem.T % math.lcm(kept, blocks.q_backward)
     k_pad = -problem.S % math.lcm(kept, blocks.k_backward)
-    q, d_out = (_pad(_pad(x, 1, q_pad), 3, _width(x.shape[3]) - x.shape[3]) for x in (operands.q, d_out))
-    k, v = (_pad(_pad(x, 1, k_pad), 3, _width(x.shape[3]) - x.shape[3]) for x in (operands.k, operands.v))
+    q, d_out = (pad(pad(x, 1, q_pad), 3, whole_width(x.shape[3]) - x.shape[3]) for x in (operands.q, d_out))
+    k, v = (pad(pad(x, 1, k_pad), 3, whole_width(x.shape[3]) - x.shape[3]) for x in (operands.k, operands.v))
     lse = jnp.where(lse <= MASKED / 2, _NEVER, lse * LOG2_E)
-    arrays = _Arrays(
+    arrays = Arrays(
         q,
         k,
         v,
         d_out,
-        jnp.stack([_pad(lse, 2, q_pad, _NEVER), _pad(delta, 2, q_pad)], 2),
-        _marks(operands.q_offset[:, None] + jnp.arange(q.shape[1]), operands.q_segments),
-        _marks(jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2]), operands.k_segments),
+        jnp.stack([pad(lse, 2, q_pad, _NEVER), pad(delta, 2, q_pad)], 2),
+        marks_of(operands.q_offset[:, None] + jnp.arange(q.shape[1]), operands.q_segments),
+        marks_of(jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2]), operands.k_segments),
         operands.q_offset,
         operands.alibi_slopes,
         None,
@@ -153,25 +133,16 @@ def backward(
     return dq[:, : problem.T, :, :H], dk[:, : problem.S, :, :H], dv[:, : problem.S, :, :Hv], None
 
 
-def _key_gradients(problem: AttentionProblem, blocks: AttentionBlocks, arrays: _Arrays, interpret: Any) -> Any:
+def _key_gradients(problem: AttentionProblem, blocks: AttentionBlocks, arrays: Arrays, interpret: Any) -> Any:
     """dk [B, S, K, H] and dv [B, S, K, Hv]."""
     H, Hv, rows = problem.H, problem.Hv, blocks.q_backward
     tiles = _key_tiles(H, Hv)
     stages = _stages(problem, blocks, tiles, rows)
     n_blocks = arrays.k.shape[1] // (ROWS * tiles)
-    arrays = arrays._replace(ranges=_query_blocks(problem, arrays, ROWS * tiles, rows))
+    arrays = arrays._replace(ranges=query_blocks(problem, arrays, ROWS * tiles, rows))
 
-    def body(
-        x: _Arrays,
-        dk_ref: Any,
-        dv_ref: Any,
-        kept: Any,
-        streamed: Any,
-        arrived: Any,
-        consumed: Any,
-        all_done: Any,
-        copies: Any,
-    ) -> None:
+    def body(x: Arrays, dk_ref: Any, dv_ref: Any, *scratch: Any) -> None:
+        kept, streamed, arrived, consumed, all_done, copies = scratch
         b, head, j = (lax.axis_index(name) for name in ("batch", "heads", "keys"))
         warpgroup = lax.axis_index("warpgroup")
         start, stop = x.ranges[b, j, 0], x.ranges[b, j, 1]
@@ -305,14 +276,14 @@ def _key_gradients(problem: AttentionProblem, blocks: AttentionBlocks, arrays: _
     )(arrays)
 
 
-def _query_gradients(problem: AttentionProblem, blocks: AttentionBlocks, arrays: _Arrays, interpret: Any) -> Any:
+def _query_gradients(problem: AttentionProblem, blocks: AttentionBlocks, arrays: Arrays, interpret: Any) -> Any:
     """dq [B, T, N, H]."""
     H, Hv, rows = problem.H, problem.Hv, blocks.k_backward
     stages = _stages(problem, blocks, WARPGROUPS, rows)
     n_blocks = arrays.q.shape[1] // (ROWS * WARPGROUPS)
-    arrays = arrays._replace(ranges=_key_blocks(problem, arrays, ROWS * WARPGROUPS, rows))
+    arrays = arrays._replace(ranges=key_blocks(problem, arrays, ROWS * WARPGROUPS, rows))
 
-    def body(x: _Arrays, dq_ref: Any, kept: Any, streamed: Any, arrived: Any, consumed: Any, copies: Any) -> None:
+    def body(x: Arrays, dq_ref: Any, kept: Any, streamed: Any, arrived: Any, consumed: Any, copies: Any) -> None:
         b, head = lax.axis_index("batch"), lax.axis_index("heads")
         # The last queries see most keys of a causal mask: started first, they do not run alone at the end.
         i = n_blocks - 1 - lax.axis_index("queries")
@@ -420,59 +391,9 @@ def _query_gradients(problem: AttentionProblem, blocks: AttentionBlocks, arrays:
     )(arrays)
 
 
-def _query_blocks(problem: AttentionProblem, arrays: _Arrays, kept: int, rows: int) -> jax.Array:
-    """The blocks of queries [start, stop) that see some key of each block of `kept` keys: int32 [B, blocks, 2]."""
-    first = jnp.arange(0, arrays.k.shape[1], kept)
-    start, stop = problem.mask.query_range(first, first + kept - 1)
-    offset = arrays.q_offset[:, None]
-    ranges = _blocks((problem.B, len(first)), start - offset, stop - offset, problem.T, rows)
-    return _same_segments(ranges, arrays.k_marks, kept, arrays.q_marks, rows)
-
-
-def _key_blocks(problem: AttentionProblem, arrays: _Arrays, kept: int, rows: int) -> jax.Array:
-    """The blocks of keys [start, stop) that some query of each block of `kept` queries sees: int32 [B, blocks, 2]."""
-    first = arrays.q_offset[:, None] + jnp.arange(0, arrays.q.shape[1], kept)
-    start, stop = problem.mask.key_range(first, first + kept - 1)
-    ranges = _blocks(first.shape, start, stop, problem.S, rows)
-    return _same_segments(ranges, arrays.q_marks, kept, arrays.k_marks, rows)
-
-
-def _blocks(shape: tuple[int, ...], start: Any, stop: Any, length: int, rows: int) -> jax.Array:
-    start, stop = (jnp.broadcast_to(jnp.clip(x, 0, length), shape) for x in (start, stop))
-    return jnp.stack([start // rows, jnp.maximum(start // rows, -(-stop // rows))], -1)
-
-
-def _same_segments(ranges: Any, kept_marks: Any, kept: int, streamed_marks: Any, rows: int) -> jax.Array:
-    """Ranges without the blocks at their ends that can hold no segment of the kept block.
-
-    Packed rows have segments in ascending order, and are thus read only where they are in the same segment.
-    """
-    if kept_marks.shape[1] == 1:
-        return ranges
-    ids, streamed_ids = (x[:, 1].reshape(x.shape[0], -1, n) for x, n in ((kept_marks, kept), (streamed_marks, rows)))
-    overlap = (ids.min(-1)[:, :, None] <= streamed_ids.max(-1)[:, None]) & (
-        ids.max(-1)[:, :, None] >= streamed_ids.min(-1)[:, None]
-    )
-    start = jnp.maximum(ranges[..., 0], jnp.argmax(overlap, -1))
-    stop = jnp.minimum(ranges[..., 1], overlap.shape[-1] - jnp.argmax(overlap[..., ::-1], -1))
-    stop = jnp.where(overlap.any(-1), jnp.maximum(start, stop), start)
-    return jnp.stack([start, stop], -1)
-
-
 def _i32(value: int) -> jax.Array:
     return jnp.array(value, jnp.int32)
 
 
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
-def _pad(x: jax.Array, dim: int, amount: int, value: float = 0) -> jax.Array:
-    return jnp.pad(x, [(0, amount if d == dim else 0) for d in range(x.ndim)], constant_values=value) if amount else x
-
-
-def _marks(positions: jax.Array, segments: jax.Array | None) -> jax.Array:
-    """Positions [B, length] and segments, the last one repeated up to the length: int32 [B, 1 or 2, length]."""
-    if segments is None:
-        return positions[:, None]
-    return jnp.stack([positions, jnp.pad(segments, ((0, 0), (0, positions.shape[1] - segments.shape[1])), "edge")], 1)

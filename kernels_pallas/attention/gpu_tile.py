@@ -1,6 +1,7 @@
-"""One tile of scores of the backward kernels for Hopper: what a warpgroup computes of it between two products.
+"""What the kernels for Hopper share: the sizes, which blocks of the other side a block needs, and tiles of scores.
 
-A tile is [64, rows]: 64 rows of the side that the warpgroup keeps, in the layout of a wgmma result.
+A tile is [64, rows]: 64 rows of the side that the warpgroup keeps, in the layout of a wgmma result. What is computed of
+one between two products is here for the backward kernels.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -19,7 +21,96 @@ from kernels_pallas.compat import load_row
 ROWS = 64
 """Rows that a warpgroup keeps: what one wgmma instruction multiplies."""
 
+WARPGROUPS = 2
+"""Warpgroups that compute, beside the one that copies."""
+
 LOG2_E = math.log2(math.e)
+
+
+def blocks_sharing_ids(ids: jax.Array, size: int, other_ids: jax.Array, other_size: int) -> jax.Array:
+    """From which to which block of the other side each block may have segment ids in common with it.
+
+    A packed row is thus cut along its documents: their ids lie in order, and the blocks of others are not fetched.
+
+    Args:
+        ids: [B, blocks * size] int32.
+        size: ids in a block.
+        other_ids: [B, other blocks * other_size] int32.
+        other_size: ids in a block of the other side.
+
+    Returns:
+        int32 [B, blocks, 2]: the blocks [start, stop), and (0, 0) where there are none.
+    """
+    own = ids.reshape(ids.shape[0], -1, 1, size)
+    other = other_ids.reshape(other_ids.shape[0], 1, -1, other_size)
+    overlap = (other.min(3) <= own.max(3)) & (other.max(3) >= own.min(3))
+    start = jnp.argmax(overlap, 2)
+    stop = jnp.where(overlap.any(2), overlap.shape[2] - jnp.argmax(overlap[:, :, ::-1], 2), 0)
+    return jnp.stack([start, stop], 2).astype(jnp.int32)
+
+
+class Arrays(NamedTuple):
+    """Inputs of both backward kernels, padded to whole blocks."""
+
+    q: Any  # [B, T, N, H]
+    k: Any  # [B, S, K, H]
+    v: Any  # [B, S, K, Hv]
+    d_out: Any  # [B, T, N, Hv]
+    statistics: Any  # [B, N, 2, T] float32: lse to base 2, delta
+    q_marks: Any  # [B, 1 or 2, T] int32: position and, where there are segments, segment
+    k_marks: Any  # [B, 1 or 2, S] int32
+    q_offset: Any  # [B] int32
+    slopes: Any  # [N] float32, or None
+    ranges: Any  # [B, blocks, 2] int32: the blocks of the streamed side [start, stop) that a grid block needs
+
+
+def pad(x: jax.Array, dim: int, amount: int, value: float = 0) -> jax.Array:
+    return jnp.pad(x, [(0, amount if d == dim else 0) for d in range(x.ndim)], constant_values=value) if amount else x
+
+
+def whole_width(width: int) -> int:
+    """To whole swizzle rows of shared memory."""
+    return -(-width // 64) * 64
+
+
+def marks_of(positions: jax.Array, segments: jax.Array | None) -> jax.Array:
+    """Positions [B, length] and segments, the last one repeated up to the length: int32 [B, 1 or 2, length]."""
+    if segments is None:
+        return positions[:, None]
+    return jnp.stack([positions, jnp.pad(segments, ((0, 0), (0, positions.shape[1] - segments.shape[1])), "edge")], 1)
+
+
+def query_blocks(problem: AttentionProblem, arrays: Arrays, kept: int, rows: int) -> jax.Array:
+    """The blocks of queries [start, stop) that see some key of each block of `kept` keys: int32 [B, blocks, 2]."""
+    first = jnp.arange(0, arrays.k.shape[1], kept)
+    start, stop = problem.mask.query_range(first, first + kept - 1)
+    offset = arrays.q_offset[:, None]
+    ranges = _blocks((problem.B, len(first)), start - offset, stop - offset, problem.T, rows)
+    return _same_segments(ranges, arrays.k_marks, kept, arrays.q_marks, rows)
+
+
+def key_blocks(problem: AttentionProblem, arrays: Arrays, kept: int, rows: int) -> jax.Array:
+    """The blocks of keys [start, stop) that some query of each block of `kept` queries sees: int32 [B, blocks, 2]."""
+    first = arrays.q_offset[:, None] + jnp.arange(0, arrays.q.shape[1], kept)
+    start, stop = problem.mask.key_range(first, first + kept - 1)
+    ranges = _blocks(first.shape, start, stop, problem.S, rows)
+    return _same_segments(ranges, arrays.q_marks, kept, arrays.k_marks, rows)
+
+
+def _blocks(shape: tuple[int, ...], start: Any, stop: Any, length: int, rows: int) -> jax.Array:
+    start, stop = (jnp.broadcast_to(jnp.clip(x, 0, length), shape) for x in (start, stop))
+    return jnp.stack([start // rows, jnp.maximum(start // rows, -(-stop // rows))], -1)
+
+
+def _same_segments(
+    ranges: jax.Array, kept_marks: jax.Array, kept: int, streamed_marks: jax.Array, rows: int
+) -> jax.Array:
+    """Ranges without the blocks at their ends that can hold no segment of the kept block."""
+    if kept_marks.shape[1] == 1:
+        return ranges
+    sharing = blocks_sharing_ids(kept_marks[:, 1], kept, streamed_marks[:, 1], rows)
+    start = jnp.maximum(ranges[..., 0], sharing[..., 0])
+    return jnp.stack([start, jnp.maximum(start, jnp.minimum(ranges[..., 1], sharing[..., 1]))], -1)
 
 
 class Tile(NamedTuple):

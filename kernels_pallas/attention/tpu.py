@@ -23,12 +23,8 @@ from kernels_pallas.targets import Family, Target
 
 __all__ = ["backward", "default_blocks", "forward", "on_chip_bytes", "unsupported"]
 
-_MIB = 2**20
 _LANES = 128
 _SIZES = (1024, 512, 256, _LANES)
-
-# What a kernel gets of VMEM by default, in MiB.
-_VMEM = {"tpu_v4": 16, "tpu_v5e": 16, "tpu_v5p": 16, "tpu_v6e": 32, "tpu_7x": 32}
 
 
 def unsupported(problem: AttentionProblem, target: Target) -> str | None:
@@ -46,7 +42,7 @@ def unsupported(problem: AttentionProblem, target: Target) -> str | None:
 
 def default_blocks(problem: AttentionProblem, target: Target) -> AttentionBlocks:
     """The largest square tiles of scores whose kernels fit the VMEM that a kernel gets by default."""
-    limit = _VMEM.get(target.name, 16) * _MIB
+    limit = target.kernel_bytes
     largest = lambda needed: next(size for size in _SIZES if size == _LANES or needed(problem, size, size) <= limit)
     forward, back = largest(_forward_bytes), largest(_backward_bytes)
     return AttentionBlocks(

@@ -22,7 +22,7 @@ from jax import lax
 from kernels_pallas.compat import gpu_interpreter
 from kernels_pallas.glu.activations import activate, activate_with_slope
 from kernels_pallas.glu.problem import GluBlocks, GluProblem
-from kernels_pallas.targets import Family, Target
+from kernels_pallas.targets import HOPPER_SHARED_BYTES, Family, Target
 
 _DTYPES = ("bfloat16", "float16")
 _WARPGROUPS = 2  # that compute
@@ -33,7 +33,6 @@ _SMS = 132  # of an H100 SXM or H200; with fewer SMs the blocks beyond them run 
 _SNAKE = 16  # rows of tiles that the SMs work on together, so that weights are found in the L2 cache
 _FETCHER_REGISTERS = 40
 _PART = 32  # columns that the elementwise end takes at a time
-_SHARED_MEMORY = 232448  # bytes that a block may have
 
 
 def unsupported(problem: GluProblem, target: Target) -> str | None:
@@ -91,14 +90,14 @@ class _Tile(NamedTuple):
         if self.f > 256:
             raise ValueError(f"blocks: f = {self.f} must be at most 256, the widest product of the hardware; 128 works")
         needed = self.bytes(lefts, rights, itemsize)
-        if self.stages < 1 or needed > _SHARED_MEMORY:
+        if self.stages < 1 or needed > HOPPER_SHARED_BYTES:
             fit = [
                 n
                 for n in range(1, self.stages)
-                if self._replace(stages=n).bytes(lefts, rights, itemsize) <= _SHARED_MEMORY
+                if self._replace(stages=n).bytes(lefts, rights, itemsize) <= HOPPER_SHARED_BYTES
             ]
             hint = f"stages = {fit[-1]} works" if fit else "m = 128, f = 64, d = 64, stages = 3 works"
-            raise ValueError(f"blocks: {self} needs {needed} bytes of the {_SHARED_MEMORY} of shared memory; {hint}")
+            raise ValueError(f"blocks: {self} needs {needed} bytes of the {HOPPER_SHARED_BYTES} there are; {hint}")
 
 
 def _forward_tile(blocks: GluBlocks) -> _Tile:

@@ -25,10 +25,8 @@ from kernels_pallas.targets import Family, Target
 
 _DTYPES = ("float32", "bfloat16")
 
-# The compiler's default limit on a kernel's VMEM, less what it takes for itself.
+# Of the default limit on a kernel's VMEM, what the compiler takes for itself.
 _SPARE_BYTES = 2**20
-_VMEM_BYTES = {"tpu_v6e": 32 * 2**20, "tpu_7x": 32 * 2**20}
-_VMEM_BYTES_OTHERS = 16 * 2**20
 
 _LANES = 128
 _STRIP_ROWS = 128
@@ -137,7 +135,7 @@ def mlp_pre_gradients(
 
 def default_blocks(problem: GluProblem, target: Target) -> GluBlocks:
     """Those that move the fewest bytes among the tiles that fit the default VMEM limit of the chip."""
-    budget = _VMEM_BYTES.get(target.name, _VMEM_BYTES_OTHERS) - _SPARE_BYTES
+    budget = target.kernel_bytes - _SPARE_BYTES
     ahead = _cheapest(problem, 2, lambda tile: _forward_bytes(problem, tile) <= budget)
     back = _cheapest(problem, _backward_sums(problem), lambda tile: _backward_bytes(problem, tile) <= budget)
     return GluBlocks(m=ahead.m, f=ahead.f, d=ahead.d, m_backward=back.m, f_backward=back.f, d_backward=back.d)

@@ -81,7 +81,7 @@ class KernelConfig:
 
     def __post_init__(self) -> None:
         if self.glu is Backend.CUDNN:
-            raise UserError("model.kernels.glu = CUDNN does not exist; use AUTO, XLA, TPU or GPU")
+            raise UserError("model.kernels.glu = cudnn does not exist; use auto, xla, tpu or gpu")
 
 
 @dataclass(frozen=True, kw_only=True)
