@@ -48,7 +48,7 @@ _CHOICES: dict[str, dict[Family, dict[str, tuple[int, ...]]]] = {
         Family.CPU: {"q": (64,), "k": (32, 64)},
     },
     "fused_glu": {
-        Family.GPU: {"m": (128,), "f": (64, 128, 192, 256), "d": (64, 128), "stages": (2, 3, 4, 6)},
+        Family.GPU: {"m": (128,), "f": (64, 96, 128), "d": (32, 64), "stages": (2, 3, 4, 5)},
         Family.TPU: {"m": (256, 512, 1024), "f": (256, 512, 1024), "d": (512, 1024, 2048)},
         Family.CPU: {},
     },
@@ -268,6 +268,8 @@ def main(argv: list[str] | None = None) -> None:
             named(target.name)
         except ValueError as error:
             parser.error(str(error))
+        if target.family is Family.GPU and not target.hopper:
+            parser.error(f"the kernels for GPUs are made for H100 and H200; there is nothing to tune on {target.name}")
         ops = [options.op] if options.op else list(_CHOICES)
         if options.dry_run:
             for op in ops:

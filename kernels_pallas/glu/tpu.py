@@ -142,8 +142,8 @@ def default_blocks(problem: GluProblem, target: Target) -> GluBlocks:
 
 
 def on_chip_bytes(problem: GluProblem, blocks: GluBlocks) -> int:
-    """VMEM of the larger of the call's kernels: two copies of each tile that moves, and the accumulators."""
-    return max(
+    """VMEM of the larger of the call's kernels: two copies of each tile that moves, the accumulators, and a reserve."""
+    return _SPARE_BYTES + max(
         _forward_bytes(problem, _clip(problem, _Tile(blocks.m, blocks.f, blocks.d))),
         _backward_bytes(problem, _clip(problem, _backward_tile(blocks))),
     )
