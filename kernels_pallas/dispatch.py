@@ -106,7 +106,7 @@ def choose(
         if backend in refused:
             able = ", ".join(name for name in bodies if name not in refused)
             foreign = backend in _STAND_INS and target.family.value != backend
-            hint = "; interpret=True runs it here, slowly" if foreign else ""
+            hint = " (or interpret=True, slowly)" if foreign else ""
             raise ValueError(f"backend = {backend!r} cannot run this {op}: {refused[backend]}; use {able}{hint}")
         chosen, because = backend, "named by the caller"
         refused |= {name: "another was named" for name in bodies if name not in refused and name != chosen}

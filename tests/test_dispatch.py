@@ -125,7 +125,7 @@ def test_a_measured_row_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) 
     ("options", "message"),
     [
         ({"backend": "triton"}, r"backend = 'triton' is unknown to flash_attention; use auto, tpu, gpu, cudnn, xla"),
-        ({"backend": "tpu"}, r"backend = 'tpu' cannot run this.*use xla; interpret=True"),
+        ({"backend": "tpu"}, r"backend = 'tpu' cannot run this.*use xla \(or interpret=True"),
         ({"backend": "cudnn"}, r"backend = 'cudnn' cannot run this.*NVIDIA.*use xla"),
         ({"backend": "cudnn", "target": "h200", "soft_cap": 20.0}, r"soft_cap.*use gpu, xla"),
         ({"backend": "gpu", "target": "a100"}, r"backend = 'gpu' cannot run this.*sm_90.*use cudnn, xla"),

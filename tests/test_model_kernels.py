@@ -49,7 +49,9 @@ def test_kernels_train_like_xla(sharding: ShardingConfig, glu_save: GluSave, int
 
 def test_a_backend_that_is_not_here_is_an_error() -> None:
     config = small_run(model(attention=Backend.TPU))
-    with pytest.raises(ValueError, match="backend = 'tpu' cannot run this flash_attention"):
+    with pytest.raises(
+        UserError, match=r"model.kernels.attention = tpu, but backend = 'tpu' cannot run this.* use xla"
+    ):
         loss_and_gradients(config, make_layout(ShardingConfig()))
     with pytest.raises(UserError, match=r"model.kernels.glu = cudnn does not exist; use auto"):
         KernelConfig(glu=Backend.CUDNN)

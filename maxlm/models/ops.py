@@ -6,13 +6,15 @@ rows, heads and queries, and all keys of its rows.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas import explain, flash_attention, fused_glu, masks, mixed_einsum
-from maxlm.config import Activation, Backend, GluSave, KernelConfig
+from maxlm.config import Activation, Backend, GluSave, KernelConfig, UserError
 from maxlm.sharding import Layout
 
 
@@ -41,16 +43,17 @@ def glu(
     def run(
         x: jax.Array, w_gate: jax.Array, w_up: jax.Array, b_gate: jax.Array | None, b_up: jax.Array | None
     ) -> jax.Array:
-        return fused_glu(
-            x,
-            w_gate,
-            w_up,
-            b_gate=b_gate,
-            b_up=b_up,
-            act=activation.value,
-            save="ag" if kernels.glu_save is GluSave.AG else "none",
-            backend=kernels.glu.value,
-        )
+        with _blaming("glu", kernels.glu):
+            return fused_glu(
+                x,
+                w_gate,
+                w_up,
+                b_gate=b_gate,
+                b_up=b_up,
+                act=activation.value,
+                save="ag" if kernels.glu_save is GluSave.AG else "none",
+                backend=kernels.glu.value,
+            )
 
     weight, bias = layout.activation(None, "mlp"), layout.activation("mlp")
     on_mesh = jax.shard_map(
@@ -113,9 +116,10 @@ def attention(
         start = 0 if one_device_seq else jax.lax.axis_index("seq") * T
         own = None if segments is None else jax.lax.dynamic_slice_in_dim(segments, start, T, 1)
         offset = start if first is None else start + first
-        return flash_attention(
-            q, k, v, mask=mask, segment_ids=own, kv_segment_ids=segments, q_offset=offset, backend=backend.value
-        )
+        with _blaming("attention", backend):
+            return flash_attention(
+                q, k, v, mask=mask, segment_ids=own, kv_segment_ids=segments, q_offset=offset, backend=backend.value
+            )
 
     return local(q, k, v, segment_ids, first_position)
 
@@ -141,6 +145,17 @@ def embed(layout: Layout, table: jax.Array, ids: jax.Array, dtype: jnp.dtype) ->
         return jax.lax.psum(rows.astype(dtype), "tensor")
 
     return local(table, ids)
+
+
+@contextlib.contextmanager
+def _blaming(key: str, backend: Backend) -> Iterator[None]:
+    """Say which key of the config named a backend that cannot do this."""
+    try:
+        yield
+    except ValueError as error:
+        if backend is Backend.AUTO:
+            raise
+        raise UserError(f"model.kernels.{key} = {backend.value}, but {error}") from error
 
 
 def _weight(layout: Layout, w: jax.Array, dtype: jnp.dtype) -> jax.Array:
