@@ -1,4 +1,4 @@
-"""Attention and gated linear units as functions of arrays: usable by themselves, importing nothing but jax.
+"""Attention, gated linear units and grouped products as functions of arrays: usable without the rest, on jax alone.
 
 Every operation has one meaning and several bodies: kernels for TPU (Pallas Mosaic) and NVIDIA Hopper (Pallas Mosaic
 GPU), plain XLA in blocks for every device, and cuDNN. `explain` says which one a call takes and why; docs/kernels.md
@@ -6,22 +6,27 @@ tells the rest.
 """
 
 from kernels_pallas import masks
-from kernels_pallas.attention.api import RelativeBias, flash_attention
+from kernels_pallas.attention.api import RelativeBias, flash_attention, flash_attention_gradients
 from kernels_pallas.attention.merge import merge_partials
 from kernels_pallas.attention.problem import AttentionBlocks
 from kernels_pallas.dispatch import explain
 from kernels_pallas.glu.api import fused_glu, fused_glu_mlp
 from kernels_pallas.glu.problem import GluBlocks
+from kernels_pallas.grouped.api import grouped_matmul
+from kernels_pallas.grouped.problem import GroupedBlocks
 from kernels_pallas.mixed import mixed_einsum
 
 __all__ = [
     "AttentionBlocks",
     "GluBlocks",
+    "GroupedBlocks",
     "RelativeBias",
     "explain",
     "flash_attention",
+    "flash_attention_gradients",
     "fused_glu",
     "fused_glu_mlp",
+    "grouped_matmul",
     "masks",
     "merge_partials",
     "mixed_einsum",

@@ -1,6 +1,6 @@
 """The kernels beside their rivals, on the device at hand: right first, then fast.
 
-    python -m kernels_pallas.bench [--only attention|glu] [--quick] [--json FILE]
+    python -m kernels_pallas.bench [--only attention|glu|grouped] [--quick] [--json FILE]
 
 Every case is computed by the kernel and by each rival, compared with a float32 reference, and only then timed, all in
 one process and in turns. Under ten minutes on an H200. On a CPU `--quick --backend xla` tries the command at tiny
@@ -15,17 +15,24 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from kernels_pallas import dispatch
 from kernels_pallas.measuring.cases import CEILINGS, RIVALS_MAY, Case
 from kernels_pallas.measuring.contest import Effort, Entry, Row, device_answers, measure
 from kernels_pallas.measuring.isolate import Worker, WorkerError
-from kernels_pallas.measuring.shapes import attention_cases, glu_cases, quick_cases, tiny
+from kernels_pallas.measuring.shapes import attention_cases, glu_cases, grouped_cases, quick_cases, tiny
 from kernels_pallas.measuring.timing import machine
+
+_CASES: dict[str, Callable[[], Sequence[Case]]] = {
+    "attention": attention_cases,
+    "glu": glu_cases,
+    "grouped": grouped_cases,
+}
 
 
 def run(
@@ -116,11 +123,11 @@ def report(facts: dict[str, Any], effort: Effort, rows: list[Row], *, complete: 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m kernels_pallas.bench", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--only", choices=("attention", "glu"), help="one of the operations")
+    parser.add_argument("--only", choices=tuple(_CASES), help="one of the operations")
     parser.add_argument("--match", default="", metavar="TEXT", help="only cases whose name contains this")
     parser.add_argument("--quick", action="store_true", help="a few cases; on a CPU, at tiny sizes")
     parser.add_argument(
-        "--backend", choices=("gpu", "tpu", "xla"), help="the body to time; default: the device's kernel"
+        "--backend", choices=("gpu", "tpu", "loop", "xla"), help="the body to time; default: the device's kernel"
     )
     parser.add_argument("--budget", type=float, default=540, metavar="S", help="start no case after this (540)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here, anew after each case")
@@ -132,11 +139,11 @@ def main(argv: list[str] | None = None) -> None:
             parser.error("no accelerator here; --quick --backend xla tries the command on a CPU")
         backend = options.backend or facts["platform"]
         effort = Effort(warmups=2, samples=5, flush_bytes=4096) if on_cpu else Effort()
-        ops = [options.only] if options.only else ["attention", "glu"]
+        known = {"attention": dispatch.ATTENTION, "glu": dispatch.GLU, "grouped": dispatch.GROUPED}
+        ops = [options.only] if options.only else [op for op, bodies in known.items() if backend in bodies]
         cases: list[Case] = []
         for op in ops:
-            everything = attention_cases() if op == "attention" else glu_cases()
-            cases += quick_cases(op) if options.quick else everything
+            cases += quick_cases(op) if options.quick else _CASES[op]()
         cases = [tiny(case) if on_cpu else case for case in cases if options.match in case.name]
         if not cases:
             parser.error(f"--match {options.match!r} leaves no case")

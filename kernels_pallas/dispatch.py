@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
 import jax
 
@@ -22,14 +22,19 @@ from kernels_pallas.attention.problem import AttentionBlocks, AttentionProblem
 from kernels_pallas.glu import gpu as glu_gpu
 from kernels_pallas.glu import tpu as glu_tpu
 from kernels_pallas.glu import xla as glu_xla
-from kernels_pallas.glu.problem import GluBlocks
+from kernels_pallas.glu.problem import GluBlocks, GluProblem
+from kernels_pallas.grouped import loop as grouped_loop
+from kernels_pallas.grouped import tpu as grouped_tpu
+from kernels_pallas.grouped import xla as grouped_xla
+from kernels_pallas.grouped.problem import GroupedBlocks, GroupedProblem
 from kernels_pallas.plan import Blocks, Plan, Problem, is_faster, load_table, lookup, meets
 from kernels_pallas.targets import Family, Target, assume, named
 
-Backend = Literal["auto", "xla", "tpu", "gpu", "cudnn"]
+Backend = Literal["auto", "xla", "loop", "tpu", "gpu", "cudnn"]
 
 ATTENTION: Mapping[str, ModuleType] = {"tpu": tpu, "gpu": gpu, "cudnn": cudnn, "xla": xla}
 GLU: Mapping[str, ModuleType] = {"tpu": glu_tpu, "gpu": glu_gpu, "xla": glu_xla}
+GROUPED: Mapping[str, ModuleType] = {"tpu": grouped_tpu, "loop": grouped_loop, "xla": grouped_xla}
 
 # Where the interpreter stands in for a chip that is not there, the chip whose limits it follows.
 _STAND_INS = {"tpu": Target("tpu_v5p", Family.TPU), "gpu": Target("h200", Family.GPU, hopper=True)}
@@ -47,7 +52,7 @@ class _Decision(Exception):
 
 
 def explain(function: Callable[..., Any], *args: Any, target: str | Target | None = None, **kwargs: Any) -> Plan:
-    """What a call of `flash_attention`, `fused_glu` or `fused_glu_mlp` runs as, and why; print it.
+    """What a call of `flash_attention`, `fused_glu`, `fused_glu_mlp` or `grouped_matmul` runs as, and why; print it.
 
     Takes the arguments of the call, whose arrays may be jax.ShapeDtypeStruct. Nothing is computed. Of a function that
     makes several calls this is the first.
@@ -70,9 +75,22 @@ def explain(function: Callable[..., Any], *args: Any, target: str | Target | Non
     finally:
         _explaining.reset(token)
     raise ValueError(
-        f"explain: {function} calls neither flash_attention nor fused_glu, or is a jax.jit that has run before; "
-        "give the function itself"
+        f"explain: {function} calls none of flash_attention, fused_glu, fused_glu_mlp and grouped_matmul, or is a "
+        "jax.jit that has run before; give the function itself"
     )
+
+
+def operation(problem: Problem) -> tuple[Mapping[str, ModuleType], type[Blocks]]:
+    """The bodies of the operation that this is a problem of, in the order in which they are named, and their blocks."""
+    match problem:
+        case AttentionProblem():
+            return ATTENTION, AttentionBlocks
+        case GluProblem():
+            return GLU, GluBlocks
+        case GroupedProblem():
+            return GROUPED, GroupedBlocks
+        case _:
+            assert_never(problem)
 
 
 def choose(
@@ -89,12 +107,11 @@ def choose(
     Raises:
         ValueError: the named backend is unknown or cannot do this.
     """
-    bodies = ATTENTION if isinstance(problem, AttentionProblem) else GLU
+    bodies, kind = operation(problem)
     if backend != "auto" and backend not in bodies:
         raise ValueError(f"backend = {backend!r} is unknown to {op}; use auto, {', '.join(bodies)}")
     if interpret and backend not in _STAND_INS:
         raise ValueError(f"interpret = {interpret!r} is for kernels; name backend 'tpu' or 'gpu', or leave it out")
-    kind = AttentionBlocks if isinstance(problem, AttentionProblem) else GluBlocks
     if blocks is not None and not isinstance(blocks, kind):
         raise ValueError(f"blocks = {blocks!r} must be of kernels_pallas.{kind.__name__}, or None")
     if blocks is not None and (wrong := {name: size for name, size in vars(blocks).items() if not size > 0}):

@@ -1,4 +1,4 @@
-"""What attention and gated linear units mean: naive float64 numpy, written from the formulas, to test kernels against.
+"""What the operations mean: naive float64 numpy, written from the formulas, to test kernels against.
 
 Nothing is shared with any kernel, not even the masks: a mask here is a boolean matrix made from words. Every gradient
 is the analytic formula. Sizes are those of tests: each function holds the full [B, N, T, S] matrix of scores.
@@ -254,3 +254,29 @@ def glu(x: Any, w_gate: Any, w_up: Any, dh: Any, b_gate: Any = 0.0, b_up: Any = 
         db_gate=rows(da).sum(0),
         db_up=rows(dg).sum(0),
     )
+
+
+class Grouped(NamedTuple):
+    """Products of rows with their group's matrix, and the gradients for the cotangent dy."""
+
+    out: Array  # [M, F]
+    dx: Array  # [M, D]
+    dw: Array  # [E, D, F]
+
+
+def grouped_matmul(x: Any, w: Any, group_sizes: Any, dy: Any) -> Grouped:
+    """One row after the other; those after the last group are 0.
+
+    Args:
+        x: [M, D].
+        w: [E, D, F].
+        group_sizes: [E].
+        dy: [M, F].
+    """
+    x, w, dy = (np.asarray(y, np.float64) for y in (x, w, dy))
+    result = Grouped(np.zeros_like(dy), np.zeros_like(x), np.zeros_like(w))
+    for row, e in enumerate(np.repeat(np.arange(len(w)), np.asarray(group_sizes))):
+        result.out[row] = x[row] @ w[e]
+        result.dx[row] = w[e] @ dy[row]
+        result.dw[e] += np.outer(x[row], dy[row])
+    return result

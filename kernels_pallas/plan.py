@@ -12,17 +12,18 @@ import functools
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 from kernels_pallas.attention.problem import AttentionBlocks, AttentionProblem
 from kernels_pallas.glu.problem import GluBlocks, GluProblem
+from kernels_pallas.grouped.problem import GroupedBlocks, GroupedProblem
 from kernels_pallas.masks import count_visible
 from kernels_pallas.targets import Target
 
 TUNING = Path(__file__).parent / "tuning"
 
-Problem = AttentionProblem | GluProblem
-Blocks = AttentionBlocks | GluBlocks
+Problem = AttentionProblem | GluProblem | GroupedProblem
+Blocks = AttentionBlocks | GluBlocks | GroupedBlocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,22 +46,37 @@ class Plan:
 
     @property
     def flops(self) -> int:
-        """Of the forward pass; attention counts visible scores. The backward is 2.5 (attention) or 2 times it."""
+        """Of the forward pass; attention counts visible scores, a grouped product takes all rows to be of a group.
+
+        The backward is 2.5 (attention) or 2 times it.
+        """
         p = self.problem
-        if isinstance(p, AttentionProblem):
-            return 2 * p.B * p.N * count_visible(p.mask, p.T, p.S, p.q_offset or 0) * (p.H + p.Hv)
-        return 2 * p.M * p.D * p.F * 2 + (2 * p.M * p.F * p.down if p.down else 0)
+        match p:
+            case AttentionProblem():
+                return 2 * p.B * p.N * count_visible(p.mask, p.T, p.S, p.q_offset or 0) * (p.H + p.Hv)
+            case GluProblem():
+                return 2 * p.M * p.D * p.F * 2 + (2 * p.M * p.F * p.down if p.down else 0)
+            case GroupedProblem():
+                return 2 * p.M * p.D * p.F
+            case _:
+                assert_never(p)
 
     @property
     def hbm_bytes(self) -> int:
         """The least the forward pass can move: every argument read once and every result written once."""
         p = self.problem
-        if isinstance(p, AttentionProblem):
-            elements = p.B * (p.T * p.N * (p.H + p.Hv) + p.S * p.K * (p.H + p.Hv))
-            return elements * p.dtype.itemsize + 4 * p.B * p.N * p.T
-        saved = 2 * p.M * p.F if p.save == "ag" else 0
-        down = p.F * p.down + p.M * p.down if p.down else 0
-        return (p.M * p.D + 2 * p.D * p.F + p.M * p.F + saved + down) * p.dtype.itemsize
+        match p:
+            case AttentionProblem():
+                elements = p.B * (p.T * p.N * (p.H + p.Hv) + p.S * p.K * (p.H + p.Hv))
+                return elements * p.dtype.itemsize + 4 * p.B * p.N * p.T
+            case GluProblem():
+                saved = 2 * p.M * p.F if p.save == "ag" else 0
+                down = p.F * p.down + p.M * p.down if p.down else 0
+                return (p.M * p.D + 2 * p.D * p.F + p.M * p.F + saved + down) * p.dtype.itemsize
+            case GroupedProblem():
+                return (p.M * p.D + p.E * p.D * p.F + p.M * p.F) * p.dtype.itemsize
+            case _:
+                assert_never(p)
 
     def __str__(self) -> str:
         blocks = "none" if self.blocks is None else ", ".join(f"{k} {v}" for k, v in vars(self.blocks).items())

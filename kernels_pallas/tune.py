@@ -28,7 +28,8 @@ import jax
 from kernels_pallas import dispatch, plan
 from kernels_pallas.attention.problem import AttentionBlocks
 from kernels_pallas.glu.problem import GluBlocks
-from kernels_pallas.measuring.cases import AttentionCase, Case, GluCase
+from kernels_pallas.grouped.problem import GroupedBlocks
+from kernels_pallas.measuring.cases import AttentionCase, Case, GluCase, GroupedCase
 from kernels_pallas.measuring.contest import Effort, Row, measure
 from kernels_pallas.measuring.isolate import Worker, WorkerError, one_line
 from kernels_pallas.measuring.shapes import attention_cases, tiny
@@ -145,14 +146,21 @@ def _plan(shape: ShapeClass, target: Target) -> plan.Plan:
     return dispatch.explain(call.function, *call.operands, target=target)
 
 
+def _todays_blocks(shape: ShapeClass, target: Target) -> Blocks | None:
+    blocks = _plan(shape, target).blocks
+    assert not isinstance(blocks, GroupedBlocks)  # grouped products are not tuned
+    return blocks
+
+
 def _trial(shape: ShapeClass, target: Target, blocks: Blocks | None) -> Call:
     case = shape.cases[1]
+    assert not isinstance(case, GroupedCase)
     return case.trial(jax.eval_shape(case.arrays), _BODIES[target.family], blocks)  # type: ignore[arg-type]
 
 
 def tune(shape: ShapeClass, target: Target, worker: Worker, effort: Effort) -> tuple[dict[str, Any] | None, str]:
     """The row of a class, or None, and what is to be said about it."""
-    start = _plan(shape, target).blocks
+    start = _todays_blocks(shape, target)
     if start is None:
         return None, f"the {_BODIES[target.family]} body has no blocks to choose"
     best = start
@@ -234,7 +242,7 @@ def dry_run(op: str, target: Target) -> None:
     for shape in shape_classes(op):
         print(f"{shape.op} {shape.match}")
         try:
-            start = _plan(shape, target).blocks
+            start = _todays_blocks(shape, target)
         except ValueError as refusal:
             print(f"    {refusal}")
             continue

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ import pytest
 
 from kernels_pallas import bench, oracle
 from kernels_pallas.measuring import cases
-from kernels_pallas.measuring.cases import AttentionCase, Case, GluCase, Goal
+from kernels_pallas.measuring.cases import AttentionCase, Case, GluCase, Goal, GroupedCase
 from kernels_pallas.measuring.contest import Effort, Entry, Row, measure
 from kernels_pallas.measuring.isolate import Worker, WorkerError
 from kernels_pallas.measuring.shapes import attention_cases, glu_cases, quick_cases, tiny
@@ -30,7 +30,8 @@ ROOT = Path(__file__).parent.parent
 QUICK = Effort(warmups=1, samples=2, flush_bytes=4096)
 ATTENTION, BACKWARD, PACKED, PACKED_BACKWARD = (tiny(case) for case in quick_cases("attention"))
 GLU, MLP = (tiny(case) for case in quick_cases("glu"))
-DIRECTIONS = (ATTENTION, PACKED_BACKWARD, GLU, MLP)
+GROUPED, GROUPED_BOTH = (tiny(case) for case in quick_cases("grouped"))
+DIRECTIONS = (ATTENTION, PACKED_BACKWARD, GLU, MLP, GROUPED, GROUPED_BOTH)
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -99,6 +100,7 @@ def test_a_wrong_kernel_is_not_timed(case: Case, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(cases, "flash_attention", spoiled(cases.flash_attention))
     monkeypatch.setattr(cases, "fused_glu", spoiled(cases.fused_glu))
     monkeypatch.setattr(cases, "fused_glu_mlp", spoiled(cases.fused_glu_mlp))
+    monkeypatch.setattr(cases, "grouped_matmul", spoiled(cases.grouped_matmul))
     row = measure(case, "xla", QUICK)
     assert row.kernel.status == "wrong" and "is off by" in row.kernel.reason
     assert row.kernel.microseconds is None and row.ratio is None
@@ -130,16 +132,31 @@ def test_a_rival_that_is_wrong_is_reported_and_not_compared_with(monkeypatch: py
     assert row.fastest_rival == "xla" and row.kernel.status == "ok"
 
 
-@pytest.mark.parametrize("case", (ATTENTION, BACKWARD, PACKED, PACKED_BACKWARD, GLU, MLP), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", (BACKWARD, PACKED, *DIRECTIONS), ids=lambda case: case.name)
 def test_the_reference_is_the_oracle(case: Case) -> None:
     """The float32 reference on the device against float64 formulas, so that both cannot be wrong alike."""
     arrays = case.arrays()
     found = case.reference(arrays)
     inputs = [np.asarray(array, np.float64) for array in arrays]
-    wanted = oracle_attention(case, inputs) if isinstance(case, AttentionCase) else oracle_glu(case, inputs)
+    match case:
+        case AttentionCase():
+            wanted = oracle_attention(case, inputs)
+        case GluCase():
+            wanted = oracle_glu(case, inputs)
+        case GroupedCase():
+            wanted = oracle_grouped(case, arrays)
+        case _:
+            assert_never(case)
     assert list(found) == list(wanted)
     for name, value in wanted.items():
         np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-5 * np.abs(value).max())
+
+
+def oracle_grouped(case: GroupedCase, arrays: tuple[jax.Array, ...]) -> dict[str, np.ndarray]:
+    x, w, sizes, dy = arrays
+    assert int(sizes.sum()) == case.M
+    found = oracle.grouped_matmul(x, w, sizes, dy)
+    return dict(zip(("y", "dx", "dw"), found, strict=True)) if case.direction != "forward" else {"y": found.out}
 
 
 def oracle_attention(case: AttentionCase, arrays: list[np.ndarray]) -> dict[str, np.ndarray]:
@@ -285,3 +302,4 @@ def test_the_examples_of_the_docs_run() -> None:
     names: dict[str, Any] = {}
     exec("\n".join(examples), names)
     assert names["out"].shape == (2, 256, 8, 64) and names["y"].shape == (2, 256, 128)
+    assert names["routed"].shape == (512, 384)

@@ -93,49 +93,95 @@ def flash_attention(
     Raises:
         ValueError: arguments do not fit each other, or the named backend cannot do this.
     """
-    q, k, v = (jnp.asarray(x) for x in (q, k, v))
-    segment_ids, kv_segment_ids, alibi_slopes, sinks = (
-        None if x is None else jnp.asarray(x) for x in (segment_ids, kv_segment_ids, alibi_slopes, sinks)
-    )
-    if isinstance(q_offset, np.integer):
-        q_offset = int(q_offset)
-    problem = _problem(
+    call, operands = _prepare(
         q,
         k,
         v,
-        mask,
-        segment_ids,
-        kv_segment_ids,
-        q_offset,
-        scale,
-        soft_cap,
-        alibi_slopes,
-        relative_bias,
-        sinks,
-        return_lse,
+        mask=mask,
+        segment_ids=segment_ids,
+        kv_segment_ids=kv_segment_ids,
+        q_offset=q_offset,
+        scale=scale,
+        soft_cap=soft_cap,
+        alibi_slopes=alibi_slopes,
+        relative_bias=relative_bias,
+        sinks=sinks,
+        return_lse=return_lse,
+        backend=backend,
+        blocks=blocks,
+        interpret=interpret,
     )
-    plan = dispatch.choose(
-        "flash_attention", problem, current_target(), backend=backend, blocks=blocks, interpret=interpret
-    )
-    if segment_ids is not None and kv_segment_ids is None:
-        kv_segment_ids = segment_ids
-    operands = Operands(
-        q,
-        k,
-        v,
-        segment_ids,
-        kv_segment_ids,
-        jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (problem.B,)),
-        None if alibi_slopes is None else alibi_slopes.astype(jnp.float32),
-        None if relative_bias is None else jnp.asarray(relative_bias.table, jnp.float32),
-    )
-    if plan.backend == "cudnn":
-        return checkpoint_name(cudnn.attend(problem, operands), "attention_out")
-    assert isinstance(plan.blocks, AttentionBlocks)
-    out, lse = _attention(_Call(problem, plan.backend, plan.blocks, interpret), operands)
+    if call.backend == "cudnn":
+        return checkpoint_name(cudnn.attend(call.problem, operands), "attention_out")
+    out, lse = _attention(call, operands)
     if sinks is not None:
-        out, lse = add_sinks(out, lse, sinks)
+        out, lse = add_sinks(out, lse, jnp.asarray(sinks))
     return (out, lse) if return_lse else out
+
+
+def flash_attention_gradients(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+    d_out: jax.Array,
+    *,
+    mask: Mask = masks.causal,
+    segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    q_offset: int | jax.Array = 0,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    backend: str = "auto",
+    blocks: AttentionBlocks | None = None,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What some of the keys contribute to the gradients of attention over all of them.
+
+    Over parts whose union is all keys dq adds up; dk and dv are complete for the queries given. That makes the backward
+    pass of attention whose keys come piece by piece (Liu et al. 2023, arXiv:2310.01889): with the logsumexp over all
+    keys, P = exp(scores - lse) are the final weights of a part, and dS = P * (dP - delta) (arXiv:2307.08691, sec. 3.1).
+
+    Args:
+        q, k, v, mask, segment_ids, kv_segment_ids, q_offset, scale, soft_cap, blocks, interpret: as for
+            `flash_attention` over these keys.
+        lse: float32 [B, N, T], logsumexp of each query's scores over all keys; about -1e30 where a query sees none.
+        delta: float32 [B, N, T], rowsum(d_out * out) of the output over all keys, less the gradient of lse if any.
+        d_out: [B, T, N, Hv] in q's dtype, gradient of the output over all keys.
+        backend: as for `flash_attention`, but for "cudnn", which has no such function.
+
+    Returns:
+        dq, dk and dv in the shapes and dtype of q, k and v.
+
+    Raises:
+        ValueError: arguments do not fit each other, or the named backend cannot do this.
+    """
+    call, operands = _prepare(
+        q,
+        k,
+        v,
+        mask=mask,
+        segment_ids=segment_ids,
+        kv_segment_ids=kv_segment_ids,
+        q_offset=q_offset,
+        scale=scale,
+        soft_cap=soft_cap,
+        return_lse=True,
+        backend=backend,
+        blocks=blocks,
+        interpret=interpret,
+    )
+    p = call.problem
+    rows, out = (p.B, p.N, p.T), (p.B, p.T, p.N, p.Hv)
+    for name, x, shape, dtype in (
+        ("lse", lse, rows, jnp.float32),
+        ("delta", delta, rows, jnp.float32),
+        ("d_out", d_out, out, p.dtype),
+    ):
+        if x.shape != shape or x.dtype != dtype:
+            raise ValueError(f"{name} is {x.dtype}{list(x.shape)}; it must be {jnp.dtype(dtype)}{list(shape)}")
+    return call.body.backward(p, call.blocks, operands, lse, delta, d_out, interpret=interpret)[:3]
 
 
 class _Call(NamedTuple):
@@ -143,7 +189,7 @@ class _Call(NamedTuple):
 
     problem: AttentionProblem
     backend: str
-    blocks: AttentionBlocks
+    blocks: AttentionBlocks | None  # None: cuDNN
     interpret: Any
 
     @property
@@ -182,6 +228,64 @@ def _bwd(
 
 
 _attention.defvjp(_fwd, _bwd)
+
+
+def _prepare(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    mask: Mask,
+    segment_ids: jax.Array | None,
+    kv_segment_ids: jax.Array | None,
+    q_offset: int | jax.Array,
+    scale: float | None,
+    soft_cap: float | None,
+    alibi_slopes: jax.Array | None = None,
+    relative_bias: RelativeBias | None = None,
+    sinks: jax.Array | None = None,
+    return_lse: bool,
+    backend: str,
+    blocks: AttentionBlocks | None,
+    interpret: Any,
+) -> tuple[_Call, Operands]:
+    """The arguments checked, a body chosen, and the arrays as it takes them."""
+    q, k, v = (jnp.asarray(x) for x in (q, k, v))
+    segment_ids, kv_segment_ids, alibi_slopes = (
+        None if x is None else jnp.asarray(x) for x in (segment_ids, kv_segment_ids, alibi_slopes)
+    )
+    if isinstance(q_offset, np.integer):
+        q_offset = int(q_offset)
+    problem = _problem(
+        q,
+        k,
+        v,
+        mask,
+        segment_ids,
+        kv_segment_ids,
+        q_offset,
+        scale,
+        soft_cap,
+        alibi_slopes,
+        relative_bias,
+        sinks,
+        return_lse,
+    )
+    plan = dispatch.choose(
+        "flash_attention", problem, current_target(), backend=backend, blocks=blocks, interpret=interpret
+    )
+    assert plan.blocks is None or isinstance(plan.blocks, AttentionBlocks)
+    operands = Operands(
+        q,
+        k,
+        v,
+        segment_ids,
+        segment_ids if kv_segment_ids is None else kv_segment_ids,
+        jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (problem.B,)),
+        None if alibi_slopes is None else alibi_slopes.astype(jnp.float32),
+        None if relative_bias is None else jnp.asarray(relative_bias.table, jnp.float32),
+    )
+    return _Call(problem, plan.backend, plan.blocks, interpret), operands
 
 
 def _problem(

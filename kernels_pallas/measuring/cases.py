@@ -16,6 +16,8 @@ from kernels_pallas.attention.api import flash_attention
 from kernels_pallas.attention.problem import AttentionBlocks
 from kernels_pallas.glu.api import fused_glu, fused_glu_mlp
 from kernels_pallas.glu.problem import GluBlocks
+from kernels_pallas.grouped.api import grouped_matmul
+from kernels_pallas.grouped.problem import GroupedBlocks
 from kernels_pallas.masks import Mask, count_visible
 from kernels_pallas.measuring.timing import Call
 
@@ -28,7 +30,7 @@ CEILINGS = {
     "dq": 2e-2,
     "dk": 2e-2,
     "dv": 2e-2,
-    **dict.fromkeys(("h", "y", "dx", "dw_gate", "dw_up", "dw_down"), 1e-2),
+    **dict.fromkeys(("h", "y", "dx", "dw", "dw_gate", "dw_up", "dw_down"), 1e-2),
 }
 """Largest error of a bfloat16 result, as a part of the reference's largest magnitude: those of the tests."""
 
@@ -284,7 +286,75 @@ class GluCase:
         return dict(zip(names, (results,) if self.direction == "forward" else results, strict=False))
 
 
-Case = AttentionCase | GluCase
+@dataclass(frozen=True, kw_only=True)
+class GroupedCase:
+    """Rows times the matrix of their group in bfloat16; the groups are as uneven as a new router's."""
+
+    direction: Literal["forward", "forward and backward"]
+    M: int
+    D: int
+    F: int
+    E: int
+    goal: Goal | None = None
+
+    op = "grouped_matmul"
+
+    @property
+    def name(self) -> str:
+        """Unique in the list of cases."""
+        return f"grouped {self.direction} {self.M}x{self.D}x{self.F} {self.E} groups"
+
+    @property
+    def flops(self) -> int:
+        """Of the rows there are: one product, and two backward."""
+        return (1 if self.direction == "forward" else 3) * 2 * self.M * self.D * self.F
+
+    def arrays(self) -> Arrays:
+        """x [M, D], w [E, D, F], the sizes of the groups, which sum to M, and the result's gradient."""
+        popularity = jax.random.normal(jax.random.key(2), (self.E,)) / 2
+        sizes = jnp.bincount(jax.random.categorical(jax.random.key(3), popularity, shape=(self.M,)), length=self.E)
+        w = _normal(1, (self.E, self.D, self.F), self.D**-0.5)
+        return _normal(0, (self.M, self.D)), w, sizes, _normal(4, (self.M, self.F))
+
+    def kernel(self, arrays: Arrays, backend: str, blocks: GroupedBlocks | None = None) -> Call:
+        """The call under test."""
+        return self._call(functools.partial(grouped_matmul, backend=backend, blocks=blocks), arrays)
+
+    def rivals(self, arrays: Arrays) -> dict[str, Rival]:
+        """XLA's own."""
+        return {"ragged_dot": lambda: self._call(lax.ragged_dot, arrays)}
+
+    def _call(self, function: Callable[..., jax.Array], arrays: Arrays) -> Call:
+        if self.direction == "forward":
+            return Call(function, arrays[:-1])
+
+        def both(x: jax.Array, w: jax.Array, sizes: jax.Array, dy: jax.Array) -> Arrays:
+            y, pull_back = jax.vjp(lambda x, w: function(x, w, sizes), x, w)
+            return y, *pull_back(dy)
+
+        return Call(both, arrays)
+
+    def reference(self, arrays: Arrays) -> dict[str, jax.Array]:
+        """In float32, one group after the other: all rows, of which those of the group count."""
+
+        def product(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+            group = jnp.repeat(jnp.arange(self.E), sizes, total_repeat_length=self.M)
+
+            @jax.checkpoint
+            def add(y: jax.Array, of_group: Arrays) -> tuple[jax.Array, None]:
+                e, w = of_group
+                return y + jnp.where((group == e)[:, None], x, 0) @ w, None
+
+            return lax.scan(add, jnp.zeros((self.M, self.F)), (jnp.arange(self.E), w))[0]
+
+        x, w, sizes, dy = arrays
+        call = self._call(product, (*(a.astype(jnp.float32) for a in (x, w)), sizes, dy.astype(jnp.float32)))
+        with jax.default_matmul_precision("highest"):
+            results = jax.jit(call.function)(*call.operands)
+        return dict(zip(("y", "dx", "dw"), (results,) if self.direction == "forward" else results, strict=False))
+
+
+Case = AttentionCase | GluCase | GroupedCase
 
 
 def _normal(seed: int, shape: tuple[int, ...], scale: float = 1.0) -> jax.Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kernels_pallas import masks
-from kernels_pallas.measuring.cases import AttentionCase, Case, GluCase, Goal
+from kernels_pallas.measuring.cases import AttentionCase, Case, GluCase, Goal, GroupedCase
 
 # Set before any kernel was timed, from what the best published kernels of this kind reach on an H100 (docs/kernels.md).
 _CUDNN = ("cudnn",)
@@ -59,14 +59,27 @@ def glu_cases() -> list[GluCase]:
     return list(dict.fromkeys(cases))
 
 
+def grouped_cases() -> list[GroupedCase]:
+    """Experts of Mixtral 8x7B, Qwen3 30B-A3B and DeepSeekMoE 16B. Without goals, as there is no GPU kernel yet."""
+    cases = []
+    for M, D, F, E in ((16384, 4096, 14336, 8), (65536, 2048, 768, 128), (49152, 2048, 1408, 64)):
+        forward = GroupedCase(direction="forward", M=M, D=D, F=F, E=E)
+        cases += [forward, replace(forward, direction="forward and backward")]
+    return cases
+
+
 def quick_cases(op: str) -> list[Case]:
     """The first of the list, which stand for the rest."""
-    return list(attention_cases()[:4]) if op == "attention" else list(glu_cases()[:2])
+    if op == "attention":
+        return list(attention_cases()[:4])
+    return list(glu_cases()[:2] if op == "glu" else grouped_cases()[:2])
 
 
 def tiny(case: Case) -> Case:
     """The same case at a size that any CPU computes at once, without a goal: to try the command, not the kernel."""
     if isinstance(case, GluCase):
         return replace(case, M=32, D=16, F=48, goal=None)
+    if isinstance(case, GroupedCase):
+        return replace(case, M=32, D=16, F=48, E=4, goal=None)
     documents = (41, 22, 45, 20) if case.documents else None
     return replace(case, B=1, T=128, N=4, K=2, H=16, Hv=16, documents=documents, goal=None)

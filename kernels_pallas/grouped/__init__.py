@@ -1,0 +1,1 @@
+"""One matrix for each group of rows."""
