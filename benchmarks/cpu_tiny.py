@@ -36,8 +36,8 @@ def measure(steps: int, cache: bool) -> None:
     import resource
 
     import jax
-    import numpy as np
 
+    from benchmarks.steps import Running, cpu_name, random_batch
     from maxlm.compile_cache import enable_compilation_cache, release_compiler_memory
     from maxlm.config import AdamW, DataConfig, Dataset, Dtype, Remat, RunConfig, TrainConfig, llama
     from maxlm.sharding import make_layout
@@ -53,17 +53,7 @@ def measure(steps: int, cache: bool) -> None:
     if cache:
         enable_compilation_cache()
     trainer = make_trainer(config, make_layout(config.sharding, jax.devices()[:1]))
-    rng = np.random.default_rng(0)
-    shape = config.train.batch_size, config.train.seq_len
-    tokens = rng.integers(0, model.vocab_size, (shape[0], shape[1] + 1), dtype=np.int32)
-    batch = {
-        "inputs": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "segment_ids": np.ones(shape, np.int32),
-        "positions": np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1)),
-        "loss_mask": np.ones(shape, np.float32),
-    }
-    batch = {name: jax.device_put(values, trainer.batch[name].sharding) for name, values in batch.items()}
+    batch = random_batch(trainer, model.vocab_size)
 
     began = time.perf_counter()
     step, state = trainer.start()
@@ -72,23 +62,17 @@ def measure(steps: int, cache: bool) -> None:
     state, metrics = step(state, batch)
     jax.block_until_ready(state)
     first_step_s = time.time() - process_start()
-    for _ in range(3):
-        state, metrics = step(state, batch)
-    jax.block_until_ready(state)
-
-    wall, cpu = time.perf_counter(), time.process_time()
-    for _ in range(steps):
-        state, metrics = step(state, batch)
-    jax.block_until_ready(state)
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    n_tokens = steps * shape[0] * shape[1]
+    run = Running(step, state, batch)
+    run.go(3)
+    wall, cpu = run.go(steps)
+    n_tokens = steps * config.train.batch_size * config.train.seq_len
     result = {
         "tokens_per_s": round(n_tokens / wall),
         "tokens_per_cpu_s": round(n_tokens / cpu),
         "compile_s": round(compile_s, 2),
         "first_step_s": round(first_step_s, 2),
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-        "n_params": sum(leaf.size for leaf in jax.tree.leaves(state.parameters)),
+        "n_params": sum(leaf.size for leaf in jax.tree.leaves(run.state.parameters)),
         "loss": round(float(metrics.loss), 4),
         "cores": len(os.sched_getaffinity(0)),
         "jax": jax.__version__,
@@ -102,11 +86,6 @@ def process_start() -> float:
     ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
     uptime = float(Path("/proc/uptime").read_text().split()[0])
     return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 if __name__ == "__main__":
