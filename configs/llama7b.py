@@ -30,7 +30,7 @@ def get_config() -> RunConfig:
         data=DataConfig(datasets=(Dataset(path="data/llama"),)),
         train=TrainConfig(steps=ceil(1.0e12 / (2048 * 2048)), batch_size=2048, seq_len=2048),
         optimizer=AdamW(learning_rate=3e-4, eps=1e-5, schedule=CosineSchedule(warmup_steps=2000)),
-        sharding=ShardingConfig(fsdp=32),  # 4096 / 32: shards of 128 lanes, as the TPU's vectors
+        sharding=ShardingConfig(fsdp=32),  # not all 64 chips: docs/plan.md, fsdp over a whole TPU torus
         checkpoint=CheckpointConfig(every=1000, keep_every=20_000),
         run_dir="runs/llama7b",
     )
