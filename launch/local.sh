@@ -3,8 +3,10 @@
 #
 #   launch/local.sh [CONFIG] [overrides]
 #   launch/local.sh configs/tiny.py --train.steps=50
+#
+# ROOT is this repository's folder (default: the one above this script).
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "${ROOT:-$(dirname "$0")/..}"
 
 config=${1:-configs/tiny.py}
 shift || true

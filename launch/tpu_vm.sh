@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Train on one TPU VM (a slice with a single host). Run it there, in a clone of this repository.
+# Train on this host of a TPU slice: alone, or with the slice's other hosts when each of them runs the same command.
 #
 #   launch/tpu_vm.sh CONFIG [overrides]
-#   launch/tpu_vm.sh configs/tiny.py --run_dir=gs://BUCKET/runs/tiny
+#   launch/tpu_vm.sh configs/tiny.py --run_dir=/mnt/bucket/runs/tiny
 #
-# PYTHON names the interpreter that makes the environment, once (default: python3).
+# ROOT is this repository's folder (default: the one above this script). PYTHON names the interpreter, 3.11 or newer,
+# that makes the environment, once (default: python3). Processes find each other by the TPU's own metadata.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "${ROOT:-$(dirname "$0")/..}"
 
 config=${1:?usage: launch/tpu_vm.sh CONFIG [overrides]}
 shift
