@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.metadata
 import json
 import os
 import re
@@ -23,42 +22,30 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from maxlm.plan import targets
+from maxlm.plan.compiled import target_devices
+from maxlm.plan.targets import GpuTarget, TpuTarget
+
 ROOT = Path(__file__).parent.parent
-COMPILERS = Path(sys.prefix, "compilers")
 
 # The VMEM that the compiler gives a kernel which does not ask for more.
 _DEFAULT_VMEM = {"tpu_v5e": 16 << 20, "tpu_v5p": 16 << 20, "tpu_v6e": 32 << 20, "tpu_7x": 32 << 20}
 
-# The smallest machine that the compiler knows with the chip.
-_TPU_TOPOLOGIES = {"tpu_v5e": "v5e:2x2", "tpu_v5p": "v5p:2x2x1", "tpu_v6e": "v6e:2x2", "tpu_7x": "tpu7x:2x2x1"}
-
-_GPU_SPECIFICS = {
-    "h100": "memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: 84978434048",
-    "h200": "memory_bandwidth: 4800000000000 l2_cache_size: 62914560 device_memory_size: 150754820096",
+# Our kernels' name of a chip -> the smallest machine with it, or a host of GPUs.
+_TARGETS: dict[str, TpuTarget | GpuTarget] = {
+    **{f"tpu_{chip}": TpuTarget(chip, tpu.smallest) for chip, tpu in targets.TPUS.items()},
+    **{chip: GpuTarget(chip, 1, 8) for chip in targets.GPUS},
 }
-# XLA's GpuTargetConfig as a text proto: what it would ask a Hopper's driver for.
-_GPU_TARGET = """
-gpu_device_info {{
-  {specifics} cuda_compute_capability {{ major: 9 }} core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-}}
-platform_name: "CUDA" device_description_str: "NVIDIA {name}"
-dnn_version_info {{ major: 9 minor: 10 }} runtime_version {{ major: 13 minor: 0 }}
-"""
-
-TPUS, GPUS = tuple(_TPU_TOPOLOGIES), tuple(_GPU_SPECIFICS)
+TPUS = tuple(name for name, target in _TARGETS.items() if isinstance(target, TpuTarget))
+GPUS = targets.GPUS
 CHIPS = (*TPUS, *GPUS)
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
@@ -126,37 +113,13 @@ def sharded(
 
 def devices(chip: str, count: int = 8) -> Sequence[Any]:
     """The smallest TPU machine, or one of `count` GPUs; for programs that are compiled and never run."""
-    if chip in TPUS:
-        return topologies.get_topology_desc(platform="tpu", topology_name=_TPU_TOPOLOGIES[chip]).devices
-    target = _GPU_TARGET.format(specifics=_GPU_SPECIFICS[chip], name=chip.upper())
-    return topologies.get_topology_desc(
-        platform="cuda", topology_name="", target_config=target, topology=f"1x1x{count}"
-    ).devices
-
-
-def requirements(platform: Literal["tpu", "gpu"]) -> list[str]:
-    """What pip must install, without dependencies, for the jax that is installed."""
-    wanted = {"tpu": ("libtpu", 'extra == "tpu"'), "gpu": ("jax-cuda13-plugin", 'extra == "cuda13-local"')}[platform]
-    (pinned,) = (
-        line.split(";")[0]
-        for line in importlib.metadata.requires("jax") or []
-        if line.startswith(wanted[0]) and line.endswith(wanted[1])
-    )
-    if platform == "tpu":
-        return [pinned]
-    # nvcc brings ptxas and nvvm the device library; absl is what Mosaic's Python part imports.
-    return [pinned, pinned.replace("plugin", "pjrt"), "nvidia-cuda-nvcc>=13,<14", "nvidia-nvvm>=13,<14", "absl-py"]
+    target = _TARGETS[chip]
+    return target_devices(target if isinstance(target, TpuTarget) else GpuTarget(chip, 1, count))
 
 
 def require_compiler(chip: str) -> None:
     """Skip the test where the chip's compiler is not installed; fail if MAXLM_REQUIRE_COMPILERS=1."""
-    found = importlib.metadata.distributions(path=[*sys.path, str(COMPILERS)])
-    installed = {distribution.name.lower().replace("_", "-") for distribution in found}
-    wanted = requirements("tpu" if chip in TPUS else "gpu")
-    missing = [line for line in wanted if re.split("[<>=]", line)[0] not in installed]
-    if missing:
-        quoted = " ".join(f"'{line}'" for line in missing)
-        reason = f"no compiler for {chip}: make compilers, or pip install --no-deps {quoted}"
+    if (reason := targets.missing_compiler(_TARGETS[chip])) is not None:
         if os.environ.get("MAXLM_REQUIRE_COMPILERS") == "1":
             pytest.fail(reason)
         pytest.skip(reason)
@@ -168,15 +131,11 @@ def compile_all(chip: str, module: str, names: Iterable[str]) -> dict[str, Repor
     Raises:
         AssertionError: the process died; with the last lines it wrote.
     """
-    paths = [str(Path(__file__).parent), str(ROOT), os.environ.get("PYTHONPATH", ""), str(COMPILERS)]
+    paths = [str(Path(__file__).parent), str(ROOT), os.environ.get("PYTHONPATH", ""), str(targets.COMPILERS)]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_gpu_autotune_level=0",  # there is no GPU to time candidates on
         "MOSAIC_GPU_DUMP_PTXAS": "1",
-        "TPU_SKIP_MDS_QUERY": "1",  # do not ask a cloud what machine this is
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # tests run in parallel
+        **targets.environment(_TARGETS[chip]),
     }
     command = [sys.executable, "-c", "import aot; aot.child()", chip, module, *names]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900)
@@ -286,4 +245,4 @@ def _spills(log: str) -> dict[str, int]:
 
 
 if __name__ == "__main__":  # make compilers
-    print("\n".join(requirements("tpu") + requirements("gpu")))
+    print("\n".join(targets.requirements("tpu") + targets.requirements("gpu")))

@@ -1,0 +1,1 @@
+"""Preflight: what a run needs, asked of the chip's own compiler on a machine that may have no such chip."""

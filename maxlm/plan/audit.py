@@ -1,0 +1,69 @@
+"""What a layout must not make the compiler do; each broken rule is a line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+
+from maxlm.config import Context, RunConfig, Zero
+from maxlm.models import abstract_decoder, init_parameters, parameter_dims
+from maxlm.plan.collectives import Collective, Kind, summed
+from maxlm.sharding import Layout
+
+
+def forbidden(layout: Layout, found: Sequence[Collective], *, matrix_bytes: int, log: str = "") -> list[str]:
+    """What a step does against the rules of its layout.
+
+    Args:
+        layout: of the step.
+        found: all its collectives.
+        matrix_bytes: from `smallest_matrix`; an array over fsdp that is as large or larger is a parameter or gradient.
+        log: what the compiler wrote while it compiled.
+    """
+    sizes, config = layout.mesh.shape, layout.config
+    used = {axis for axis, size in sizes.items() if size > 1}
+    # The processor's compiler leaves in what moves nothing, and writes reduce-scatter as all-reduce and slice.
+    accelerator = layout.mesh.devices.flat[0].platform != "cpu"
+    lines = []
+    for one, number in summed(found):
+        what = f"{number} {one.kind.value} over {' x '.join(one.axes) or 'nothing'} of {one.bytes_each:,} bytes"
+        if one.operation:
+            what += f" (in {one.operation.split(' | ')[0]})"
+        if used <= {"data"} and one.axes and one.kind is not Kind.ALL_REDUCE:
+            lines.append(f"{what}: data parallelism sums gradients, and moves nothing else")
+        if one.kind in (Kind.ALL_TO_ALL, Kind.RAGGED_ALL_TO_ALL) and one.axes and not _exchanges(layout):
+            lines.append(f"{what}: only experts, Ulysses and virtual stages exchange all with all")
+        if accelerator and not one.axes:
+            lines.append(f"{what}: an axis of one device has nobody to talk to")
+        zero3 = config.zero is Zero.PARAMETERS and "fsdp" in one.axes
+        if accelerator and zero3 and one.kind is Kind.ALL_REDUCE and one.bytes_each >= matrix_bytes:
+            lines.append(
+                f"{what}: ZeRO-3 gathers parameters and scatters gradients, which takes half of the bytes; if fsdp is "
+                "a whole TPU torus, use sharding.data=2 and half of sharding.fsdp (docs/plan.md)"
+            )
+    if "Involuntary full rematerialization" in log:
+        lines.append("the partitioner copies a whole array to every device to change its layout: see its warning")
+    return lines
+
+
+def smallest_matrix(config: RunConfig, layout: Layout) -> int:
+    """Bytes, in bfloat16, of the smallest parameter of one layer that fsdp cuts, as it is when put together again."""
+    decoder = abstract_decoder(config.model, layout)
+    shapes = jax.tree.leaves(jax.eval_shape(lambda: init_parameters(config.model, layout, jax.random.key(0))))
+    names = jax.tree.leaves(parameter_dims(decoder), is_leaf=lambda leaf: isinstance(leaf, tuple))
+    sizes = []
+    for shape, dims in zip(shapes, names, strict=True):
+        spec = layout.parameter(dims)
+        if "fsdp" in spec:
+            shard = layout.sharding(spec).shard_shape(shape.shape)
+            layer = [size for size, dim in zip(shard, dims, strict=True) if dim != "layers"]
+            sizes.append(2 * math.prod(layer) * layout.mesh.shape["fsdp"])
+    return min(sizes, default=0)
+
+
+def _exchanges(layout: Layout) -> bool:
+    sizes, config = layout.mesh.shape, layout.config
+    ulysses = config.context is Context.ULYSSES and sizes["seq"] > 1
+    return sizes["expert"] > 1 or ulysses or (config.virtual_stages > 1 and sizes["stage"] > 1)

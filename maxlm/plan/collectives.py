@@ -1,0 +1,199 @@
+"""Which collectives a compiled program runs: of what kind, over which mesh axes, how often, and how many bytes.
+
+XLA's text names the devices of a collective's groups by their place in the mesh, in one of four notations; where a
+place differs within a group, data move along that axis.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from maxlm.plan.hlo import Instruction, Program, Runs
+
+MeshShape = Mapping[str, int]
+"""Axis -> size, slowest first, as `mesh.shape`."""
+
+
+class Kind(enum.Enum):
+    """The collectives of XLA, by its names."""
+
+    ALL_GATHER = "all-gather"
+    REDUCE_SCATTER = "reduce-scatter"
+    ALL_REDUCE = "all-reduce"
+    ALL_TO_ALL = "all-to-all"
+    RAGGED_ALL_TO_ALL = "ragged-all-to-all"
+    PERMUTE = "collective-permute"
+    BROADCAST = "collective-broadcast"
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One instruction of the program."""
+
+    kind: Kind
+    axes: tuple[str, ...]
+    """Mesh axes along which it moves data; none if every group is one device, or a permute keeps what it has."""
+    group: int
+    """Devices that take part together; of a permute, 2."""
+    runs: Runs
+    bytes_each: int
+    """Size of the whole array (or arrays): before a reduce-scatter, after an all-gather."""
+    operation: str
+    """Where in the traced program it comes from."""
+    asynchronous: bool
+    """The program goes on computing meanwhile: XLA has cut it into a start and a done."""
+
+    @property
+    def sent_each(self) -> int:
+        """Bytes that a device sends, at the least, each time: those of the bandwidth-optimal ring algorithms (Patarasuk
+        and Yuan 2009, doi:10.1016/j.jpdc.2008.09.002). Of a ragged all-to-all the most that fits its buffer."""
+        others = self.bytes_each * (self.group - 1) // self.group
+        match self.kind:
+            case Kind.ALL_REDUCE:
+                return 2 * others
+            case Kind.PERMUTE | Kind.BROADCAST:
+                return self.bytes_each if self.axes else 0
+            case _:
+                return others
+
+    @property
+    def sent(self) -> int:
+        """Bytes that a device sends in a run of the program."""
+        return self.sent_each * self.runs.count
+
+
+_OPCODE = re.compile(rf"({'|'.join(kind.value for kind in Kind)})(-start)?$")
+_DTYPE_BITS = {"pred": 8, "token": 0, "bf16": 16}
+
+
+def collectives(text: str, mesh: MeshShape) -> list[Collective]:
+    """Every collective of a compiled program (`compiled.as_text()`) over a mesh, in the text's order.
+
+    Raises:
+        ValueError: the text has groups in a notation that is not known.
+    """
+    program, found = Program(text), []
+    for computation in program.computations.values():
+        for instruction in computation.instructions.values():
+            opcode = _OPCODE.match(instruction.opcode)
+            runs = program.runs(computation.name)
+            if opcode is None or runs.count == 0:
+                continue
+            kind, starts = Kind(opcode.group(1)), opcode.group(2) is not None
+            groups = _groups(instruction, math.prod(mesh.values()))
+            payload = _bytes(_result(instruction.shape, kind) if starts else instruction.shape)
+            if kind is Kind.REDUCE_SCATTER:
+                payload *= groups.shape[1]
+            # The TPU compiler writes a reduce-scatter as a fusion of an all-reduce and a slice.
+            if kind is Kind.ALL_REDUCE and computation.name.startswith("all-reduce-scatter"):
+                kind = Kind.REDUCE_SCATTER
+            # A GPU's compiler cuts all of them, and notes which it waits for at once.
+            overlaps = starts and '"is_sync":true' not in instruction.attributes
+            overlaps |= computation.name.startswith("async_computation")
+            found.append(
+                Collective(
+                    kind=kind,
+                    axes=_axes(groups, mesh),
+                    group=groups.shape[1],
+                    runs=runs,
+                    bytes_each=payload,
+                    operation=instruction.operation,
+                    asynchronous=overlaps,
+                )
+            )
+    return found
+
+
+def summed(found: Sequence[Collective]) -> list[tuple[Collective, int]]:
+    """Those alike in all but runs and place as one, with their number in the text; the most bytes first."""
+    alike: dict[tuple[object, ...], list[Collective]] = {}
+    for one in found:
+        alike.setdefault((one.kind, one.axes, one.group, one.bytes_each, one.asynchronous), []).append(one)
+    merged = []
+    for several in alike.values():
+        runs = Runs(sum(one.runs.count for one in several), all(one.runs.exact for one in several))
+        operations = sorted({one.operation for one in several if one.operation})
+        merged.append((replace(several[0], runs=runs, operation=" | ".join(operations)), len(several)))
+    return sorted(merged, key=lambda pair: -pair[0].sent)
+
+
+def _groups(instruction: Instruction, n_devices: int) -> np.ndarray:
+    """Devices that take part together: int [groups, devices of each]; of a permute, sources and targets [pairs, 2]."""
+    text = instruction.attributes
+    if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", text):
+        return _listed(pairs.group(1) + "}")
+    if listed := re.search(r"replica_groups=\{(\{.*?\})\}", text):
+        return _listed(listed.group(1))
+    if re.search(r"replica_groups=\{\}", text):
+        return np.arange(n_devices)[None]
+    if iota := re.search(r"replica_groups=(\[\S+\]<=\S+?\](?:T\([\d,]+\))?)", text):
+        shape, order = iota.group(1).split("<=")
+        return _order(order).reshape(_numbers(shape))
+    # mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}: a mesh of its own, and the axes that a group spans.
+    if named := re.search(r"replica_groups=mesh\[([^]]*)\](?:, device_ids=\(?([^ ]*?)\)?)? \{([^}]*)\}", text):
+        sizes = {axis: int(size) for axis, size in re.findall(r"'([^']*)'=(\d+)", named.group(1))}
+        spanned = re.findall(r"'([^']*)'", named.group(3))
+        if ":(" not in named.group(3):  # a part of an axis: not seen yet
+            order = _order(named.group(2)) if named.group(2) else np.arange(math.prod(sizes.values()))
+            return _spanning(order, sizes, spanned)
+    raise ValueError(f"unknown notation of groups in {instruction.name}: {text[:200]}")
+
+
+def _listed(text: str) -> np.ndarray:
+    return np.array([_numbers(group) for group in re.findall(r"\{([^}]*)\}", text)])
+
+
+def _order(text: str) -> np.ndarray:
+    """`[4,2]T(1,0)`: the numbers from 0 on as an array of that shape, transposed, in a row."""
+    shape, _, permutation = text.partition("T")
+    ids = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
+    return ids.transpose(_numbers(permutation) if permutation else None if ids.ndim < 2 else range(ids.ndim)).ravel()
+
+
+def _spanning(order: np.ndarray, sizes: Mapping[str, int], spanned: Sequence[str]) -> np.ndarray:
+    grid = order.reshape(list(sizes.values()))
+    last = [list(sizes).index(axis) for axis in spanned]
+    rest = [i for i in range(grid.ndim) if i not in last]
+    return grid.transpose([*rest, *last]).reshape(-1, math.prod(sizes[axis] for axis in spanned))
+
+
+def _axes(groups: np.ndarray, mesh: MeshShape) -> tuple[str, ...]:
+    places = np.unravel_index(groups, list(mesh.values()))
+    return tuple(axis for axis, place in zip(mesh, places, strict=True) if (place != place[:, :1]).any())
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)]
+
+
+def _result(shape: str, kind: Kind) -> str:
+    """Of a start, what it will give: its shape holds operands, results and sometimes more, but an all-reduce's only
+    the result."""
+    if kind is Kind.ALL_REDUCE or not shape.startswith("("):
+        return shape
+    return list(_elements(shape))[1]
+
+
+def _elements(shape: str) -> Iterator[str]:
+    """The elements of a tuple's shape, as text."""
+    depth, begin = 0, 1
+    for i, letter in enumerate(shape):
+        depth += (letter in "([{") - (letter in ")]}")
+        if (letter == "," and depth == 1) or depth == 0:
+            yield shape[begin:i].strip()
+            begin = i + 1
+
+
+def _bytes(shape: str) -> int:
+    """Of an array or of all arrays of a tuple, without the padding of its layout."""
+    total = 0
+    for dtype, sizes in re.findall(r"\b([a-z]+\d*\w*)\[([\d,]*)\]", shape):
+        bits = _DTYPE_BITS.get(dtype) or int(re.findall(r"\d+", dtype)[0])
+        total += math.prod(_numbers(sizes)) * bits // 8
+    return total

@@ -1,0 +1,205 @@
+"""A compiled program's text as computations and instructions, and how many times a run executes each of them.
+
+XLA prints every loop's body once. What a body does happens as many times as the loop turns, times the turns of the
+loops around it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
+_NAMED = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.*)$")
+_KNOWN_TRIPS = re.compile(r'known_trip_count"?[:=]\{"?n"?[:=]"?(\d+)')
+_CALLERS = ("fusion", "call", "async-start", "custom-call", "conditional")  # of computations that run once a call
+_COPIES = ("copy", "bitcast", "convert", "reshape", "opt-barrier")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of a computation: `%name = shape opcode(operands), attributes`."""
+
+    name: str
+    shape: str
+    opcode: str
+    arguments: str
+    """The text between the parentheses."""
+    attributes: str
+    root: bool
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of the instructions it takes."""
+        return re.findall(r"%([\w.-]+)", self.arguments)
+
+    @property
+    def operation(self) -> str:
+        """Where it comes from in the traced program, as jit(step)/jvp(blocks)/while/body/...; empty if nobody knows."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found.group(1) if found else ""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """How often something happens in one run of the program."""
+
+    count: int
+    exact: bool = True
+    """False: some loop around it turns a number of times that the text does not tell, and counts once."""
+
+
+@dataclass(frozen=True)
+class Computation:
+    """A list of instructions that others call."""
+
+    name: str
+    entry: bool
+    instructions: Mapping[str, Instruction]
+
+    @property
+    def root(self) -> Instruction:
+        return next(instruction for instruction in self.instructions.values() if instruction.root)
+
+
+class Program:
+    """The text of a compiled program (`compiled.as_text()`), taken apart."""
+
+    def __init__(self, text: str):
+        self.computations = {computation.name: computation for computation in _computations(text)}
+        self._callers: dict[str, list[tuple[str, Runs]]] = {name: [] for name in self.computations}
+        self._runs: dict[str, Runs] = {}
+        for computation in self.computations.values():
+            for instruction in computation.instructions.values():
+                for called, runs in self._calls(computation, instruction):
+                    self._callers[called].append((computation.name, runs))
+
+    def runs(self, computation: str) -> Runs:
+        """How often a run of the program runs this computation."""
+        if computation not in self._runs:
+            total, exact = int(self.computations[computation].entry), True
+            for caller, each in self._callers[computation]:
+                outer = self.runs(caller)
+                total += outer.count * each.count
+                exact &= outer.exact and each.exact
+            self._runs[computation] = Runs(total, exact)
+        return self._runs[computation]
+
+    def _calls(self, computation: Computation, instruction: Instruction) -> Iterator[tuple[str, Runs]]:
+        """Computations that an instruction runs, and how often."""
+        if instruction.opcode == "while":
+            body, condition = (_attribute(instruction, key) for key in ("body", "condition"))
+            turns = self._turns(computation, instruction, body, condition)
+            yield body, turns
+            yield condition, turns
+        elif instruction.opcode in _CALLERS:
+            # Of a conditional's branches one runs; each counts as if it did.
+            pattern = (
+                r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.-]+)|branch_computations=\{([^}]*)\}"
+            )
+            for one, several in re.findall(pattern, instruction.attributes):
+                for called in [one] if one else re.findall(r"%?([\w.-]+)", several):
+                    if called in self.computations:
+                        yield called, Runs(1)
+
+    def _turns(self, around: Computation, loop: Instruction, body: str, condition: str) -> Runs:
+        """Of a while loop: what XLA notes beside it, else from a counter that is compared with a constant."""
+        if known := _KNOWN_TRIPS.search(loop.attributes):
+            return Runs(int(known.group(1)))
+        unknown = Runs(1, exact=False)
+        test, steps = self.computations[condition], self.computations[body]
+        compare = self._unwrapped(test.root)
+        direction = re.search(r"\bdirection=(LT|GT)", compare.attributes)
+        if compare.opcode != "compare" or direction is None:
+            return unknown
+        counter, bound = compare.operands if direction.group(1) == "LT" else compare.operands[::-1]
+        index, end = _element(test, counter), _constant(test, bound)
+        if index is None or end is None:
+            return unknown
+        start = _constant(around, _tuple_operand(around, loop.operands[0], index))
+        advance = steps.instructions.get(_tuple_operand(steps, steps.root.name, index) or "")
+        if start is None or advance is None or self._unwrapped(advance).opcode != "add":
+            return unknown
+        by = [value for operand in advance.operands if (value := _constant(steps, operand)) is not None]
+        if len(by) != 1 or by[0] <= 0:
+            return unknown
+        return Runs(max(0, -(-(end - start) // by[0])))
+
+    def _unwrapped(self, instruction: Instruction) -> Instruction:
+        """What a fusion of one operation does, with the fusion's operands; anything else as it is."""
+        if instruction.opcode != "fusion":
+            return instruction
+        inner = self.computations[_attribute(instruction, "calls")]
+        numbers = {i.name: int(i.arguments) for i in inner.instructions.values() if i.opcode == "parameter"}
+        if any(name not in numbers for name in inner.root.operands):
+            return instruction
+        operands = [f"%{instruction.operands[numbers[name]]}" for name in inner.root.operands]
+        return replace(inner.root, arguments=", ".join(operands))
+
+
+def _computations(text: str) -> Iterator[Computation]:
+    name, entry = "", False
+    instructions: dict[str, Instruction] = {}
+    for line in text.splitlines():
+        if line.startswith("}"):
+            if name:
+                yield Computation(name, entry, instructions)
+            name, instructions = "", {}
+        elif line and not line[0].isspace():
+            header = _COMPUTATION.match(line)
+            if header:
+                name, entry, instructions = header.group(2), header.group(1) is not None, {}
+        elif name and (found := _NAMED.match(line)):
+            instructions[found.group(2)] = _instruction(found.group(2), found.group(3), found.group(1) is not None)
+
+
+def _instruction(name: str, rest: str, root: bool) -> Instruction:
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    shape, rest = rest[:end], rest[end:].lstrip()
+    opening = rest.index("(")
+    end = _closing(rest, opening)
+    return Instruction(name, shape, rest[:opening], rest[opening + 1 : end], rest[end + 1 :], root)
+
+
+def _closing(text: str, opening: int) -> int:
+    """Where the parenthesis that opens at `opening` closes."""
+    depth = 0
+    for found in re.compile(r"[()]").finditer(text, opening):
+        depth += 1 if found.group() == "(" else -1
+        if depth == 0:
+            return found.start()
+    raise ValueError(f"a parenthesis is not closed in {text[:80]!r}")
+
+
+def _attribute(instruction: Instruction, key: str) -> str:
+    found = re.search(rf"\b{key}=%?([\w.-]+)", instruction.attributes)
+    if found is None:
+        raise ValueError(f"{instruction.opcode} {instruction.name} has no {key}")
+    return found.group(1)
+
+
+def _source(computation: Computation, name: str | None) -> Instruction | None:
+    """The instruction of that name, seen through copies."""
+    found = computation.instructions.get(name or "")
+    while found is not None and found.opcode in _COPIES and len(found.operands) == 1:
+        found = computation.instructions.get(found.operands[0])
+    return found
+
+
+def _constant(computation: Computation, name: str | None) -> int | None:
+    found = _source(computation, name)
+    return int(found.arguments) if found and found.opcode == "constant" and found.arguments.isdecimal() else None
+
+
+def _element(computation: Computation, name: str) -> int | None:
+    """Which element of the loop's tuple an instruction of its condition is."""
+    found = _source(computation, name)
+    index = re.search(r"\bindex=(\d+)", found.attributes) if found and found.opcode == "get-tuple-element" else None
+    return int(index.group(1)) if index else None
+
+
+def _tuple_operand(computation: Computation, name: str, index: int) -> str | None:
+    """What a tuple holds at an index."""
+    found = _source(computation, name)
+    return found.operands[index] if found and found.opcode == "tuple" else None
