@@ -50,6 +50,7 @@ EXTRAS = {
         "pytest>=9.2.0",
         "pytest-xdist>=3.8.0",  # two test processes
         "hypothesis>=6.170.15",  # properties instead of examples
+        "pyyaml>=6.0.3",  # the tests of the manifests
         "ruff>=0.17.5,<0.18",  # its formatter's output changes between minor versions
         "mypy>=2.4.1,<2.5",  # new minor versions find new errors
     ],

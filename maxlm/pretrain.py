@@ -32,7 +32,7 @@ from maxlm.inference.generate import Generator
 from maxlm.inference.load import LoadedRun
 from maxlm.observe.console import Console
 from maxlm.observe.kernel_choices import KernelChoices
-from maxlm.observe.metrics import read_rows
+from maxlm.observe.metrics import ExpertMetrics, read_rows
 from maxlm.observe.profiler import ProfileWindow
 from maxlm.observe.report import SavedCheckpoint
 from maxlm.observe.run_log import Finished, RunLog
@@ -40,6 +40,7 @@ from maxlm.processes import Interruption, initialize_distributed
 from maxlm.sharding import Layout, make_layout
 from maxlm.training import StepMetrics, Trainer, make_trainer
 from maxlm.training.state import TrainState
+from maxlm.training.warm_start import warm_start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +105,10 @@ def pretrain(config: RunConfig) -> Result:
         checkpoints = run_dir / "checkpoints"
         saved = stack.enter_context(Checkpointer(checkpoints, config.checkpoint, warn=console.warning))
         state = _restore(saved, trainer, batches, checkpoints)
+        origin = "not read, as the run has a checkpoint of its own"
+        if config.checkpoint.init_from is not None and state is None:
+            begin = warm_start(config.checkpoint.init_from, config.model, layout, trainer, tokenizer.fingerprint)
+            state, origin = begin.state, f"starting from the parameters of step {begin.step:,}, with a new optimizer"
         start = int(state.step) if state is not None else 0
         if start > train.steps:
             raise UserError(
@@ -117,6 +122,9 @@ def pretrain(config: RunConfig) -> Result:
             RunLog(config, run_dir, resume_step=start, is_main=is_main, devices=jax.devices(), console=console)
         )
         log.say(f"compiled programs are kept in {cache_folder}" if cache_folder else "compiled programs are not kept")
+
+        if config.checkpoint.init_from is not None:
+            log.say(f"checkpoint.init_from = {config.checkpoint.init_from}: {origin}")
 
         # ---- Compile -------------------------------------------------------------------------------------------------
         if start < train.steps:
@@ -237,6 +245,18 @@ def _log_step(log: RunLog, step: int, tokens: int, metrics: StepMetrics, z_loss:
         grad_norm=float(values.grad_norm),
         skipped_steps=int(values.skipped),
         z_loss=z_loss * float(values.log_z_squared),
+        experts=_expert_metrics(values),
+    )
+
+
+def _expert_metrics(values: StepMetrics) -> ExpertMetrics | None:
+    if values.router is None:
+        return None
+    return ExpertMetrics(
+        auxiliary_loss=float(values.auxiliary_loss),
+        moe_load_entropy=tuple(values.router.load_entropy.tolist()),
+        moe_dropped_share=tuple(values.router.dropped_share.tolist()),
+        moe_max_over_mean_load=tuple(values.router.max_over_mean_load.tolist()),
     )
 
 

@@ -8,33 +8,39 @@ mesh, a *dim* to an array.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from maxlm.config import MESH_AXES, ShardingConfig, UserError, Zero
 
 Axes = tuple[str, ...]
 
 PARAMETER_DIMS: dict[str, Axes] = {
-    "layers": (),  # stacked layers; the loop over them runs on every device
+    "layers": ("stage",),  # stacked layers: a loop on every device, or a pipeline
     "vocab": ("tensor",),
     "embed": ("fsdp",),  # d_model of a weight matrix: the dim that every matrix has
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
+    "experts": ("expert",),
+    "router": (),  # a router's scores of all experts: small, so everywhere
     "vector": (),  # norm scales and biases of the residual stream: small, so everywhere
 }
 """Dim of a parameter -> the mesh axes that cut it. The fsdp axis counts only as far as `ShardingConfig.zero` says."""
 
 ACTIVATION_DIMS: dict[str, Axes] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert", "stage"),
+    "stages": ("stage",),
+    "stage_batch": ("data", "fsdp", "expert"),  # rows of a micro-batch inside a pipeline
     "seq": ("seq",),
     "residual_seq": ("seq",),  # of the residual stream between blocks; also tensor with sequence_parallel
     "embed": (),
@@ -89,7 +95,34 @@ class Layout:
 
     def constrain(self, x: jax.Array, *dims: str | None) -> jax.Array:
         """Tell the compiler how to lay out an activation, inside jit."""
-        return jax.lax.with_sharding_constraint(x, self.sharding(self.activation(*dims)))
+        mesh, manual = self._context()
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _without(self.activation(*dims), manual)))
+
+    def shard_map(
+        self, f: Callable[..., Any], *, in_specs: Any, out_specs: Any, check_vma: bool = True
+    ) -> Callable[..., Any]:
+        """`jax.shard_map` over the mesh, or, inside a pipeline stage, over the axes that the stage has not cut yet."""
+        mesh, manual = self._context()
+        strip = lambda specs: jax.tree.map(lambda spec: _without(spec, manual), specs, is_leaf=_is_spec)
+        return jax.shard_map(
+            f,
+            mesh=mesh,
+            in_specs=strip(in_specs),
+            out_specs=strip(out_specs),
+            axis_names=set(MESH_AXES) - manual,
+            check_vma=check_vma,
+        )
+
+    @property
+    def batch_shards(self) -> int:
+        """Parts that the batch is cut into; a batch has a multiple of this many rows."""
+        return math.prod(self.mesh.shape[axis] for axis in ACTIVATION_DIMS["batch"])
+
+    def _context(self) -> tuple[Mesh | AbstractMesh, frozenset[str]]:
+        """The mesh to name here, and its axes that an enclosing shard_map has cut already."""
+        context = jax.sharding.get_abstract_mesh()
+        manual = frozenset(context.manual_axes)
+        return (context if manual else self.mesh), manual
 
     def _activation_axes(self, dim: str) -> Axes:
         if dim == "residual_seq" and self.config.sequence_parallel:
@@ -100,32 +133,52 @@ class Layout:
 def make_layout(config: ShardingConfig, devices: Sequence[jax.Device] | None = None) -> Layout:
     """The mesh that the config describes over `devices` (default: all of them).
 
-    Neighbours on the fast axes are neighbours in the hardware. With `slices` > 1 the data axis is the one that crosses
-    the slow network between TPU slices or GPU hosts.
+    Neighbours on the fast axes are neighbours in the hardware. With `slices` > 1 one axis, `slices_axis`, crosses the
+    slow network between TPU slices or hosts, and every other axis stays within one of them.
 
     Raises:
         UserError: the axes' product is not the number of devices, or `slices` not the number of slices or hosts.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = config.sizes(len(devices))
-    shape = [sizes[axis] for axis in MESH_AXES]
+    # Hosts of GPUs count as slices if the config says so; other devices than TPUs may have a slice_index that is 0, and
+    # TPUs that are only compiled for have none.
+    by_process = devices[0].platform != "tpu"
+    groups = Counter(device.process_index if by_process else getattr(device, "slice_index", 0) for device in devices)
+    if config.slices != len(groups) and (config.slices > 1 or not by_process):
+        kind = "host" if by_process else "slice"
+        raise UserError(
+            f"sharding.slices = {config.slices}, but the devices come in {len(groups)} {kind}(s); use {len(groups)}"
+        )
     if config.slices > 1:
-        within = [size // config.slices if axis == "data" else size for axis, size in sizes.items()]
-        across = [config.slices if axis == "data" else 1 for axis in MESH_AXES]
-        by_process = devices[0].platform != "tpu"  # other devices may have a slice_index, too, that is 0 on every host
-        found = len({device.process_index if by_process else device.slice_index for device in devices})
-        if found != config.slices:
-            kind = "host" if by_process else "slice"
+        if len(set(groups.values())) > 1:
             raise UserError(
-                f"sharding.slices = {config.slices}, but the devices come in {found} {kind}(s); use {found}"
+                f"sharding.slices = {config.slices}, but the slices have {sorted(groups.values())} devices; all must "
+                "have as many, or use sharding.slices = 1"
             )
+        spanning = config.slices_axis.value
+        within = [size // config.slices if axis == spanning else size for axis, size in sizes.items()]
+        across = [config.slices if axis == spanning else 1 for axis in MESH_AXES]
         grid = mesh_utils.create_hybrid_device_mesh(
             within, across, devices, process_is_granule=by_process, allow_split_physical_axes=True
         )
     else:
+        shape = [sizes[axis] for axis in MESH_AXES]
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     # Auto: the compiler places what we do not constrain. jax's own default has become Explicit.
     return Layout(Mesh(np.asarray(grid), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)), config)
+
+
+def _is_spec(leaf: Any) -> bool:
+    return isinstance(leaf, PartitionSpec)
+
+
+def _without(spec: PartitionSpec, axes: frozenset[str]) -> PartitionSpec:
+    """The spec less some axes."""
+    if not axes:
+        return spec
+    cuts = [() if cut is None else (cut,) if isinstance(cut, str) else cut for cut in spec]
+    return _spec([tuple(axis for axis in cut if axis not in axes) for cut in cuts], [None] * len(cuts))
 
 
 def _spec(axes_of_dims: Sequence[Axes], dims: Sequence[str | None]) -> PartitionSpec:

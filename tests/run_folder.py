@@ -11,7 +11,7 @@ import jax
 from helpers import one_device, small_model, small_run
 
 from maxlm.checkpoint.checkpointer import Checkpointer
-from maxlm.config import ByteTokenizer, DataConfig, Dataset, Files, PrepareConfig, RunConfig, serialize
+from maxlm.config import ByteTokenizer, DataConfig, Dataset, Files, ModelConfig, PrepareConfig, RunConfig, serialize
 from maxlm.data.prepare import prepare
 from maxlm.data.tokenizers import Bytes
 from maxlm.models import init_parameters
@@ -27,7 +27,9 @@ def parameters_of(config: RunConfig, seed: int = 3) -> dict[str, Any]:
     return jax.jit(lambda: init_parameters(config.model, layout, jax.random.key(seed)))()
 
 
-def make_run(folder: Path, parameters: dict[str, Any] | None = None, **train: Any) -> RunConfig:
+def make_run(
+    folder: Path, parameters: dict[str, Any] | None = None, *, model: ModelConfig = BYTE_MODEL, **train: Any
+) -> RunConfig:
     """A prepared data set of a few documents, and a run of steps 1 and 2 in `folder / "run"`."""
     texts = folder / "texts"
     texts.mkdir()
@@ -41,7 +43,7 @@ def make_run(folder: Path, parameters: dict[str, Any] | None = None, **train: An
         Path(dataset.path),
     )
     config = dataclasses.replace(
-        small_run(model=BYTE_MODEL, **train),
+        small_run(model=model, **train),
         data=DataConfig(datasets=(dataset,)),
         run_dir=str(folder / "run"),
     )

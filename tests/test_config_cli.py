@@ -220,10 +220,8 @@ def test_all_broken_rules_are_reported_together() -> None:
     )
     lines = broken(config)
     assert lines == [
-        "train.batch_size = 6 is not a multiple of 8 (sharding.data 1 x sharding.fsdp 2 x train.micro_batches 4); "
-        "use 8",
-        "train.seq_len = 65 is not a multiple of 4 (sharding.seq 1 x sharding.tensor 4, as sharding.sequence_parallel "
-        "is on); use 64 or 68",
+        "train.batch_size = 6 is not a multiple of 8 (sharding.fsdp 2 x train.micro_batches 4); use 8",
+        "train.seq_len = 65 is not a multiple of 4 (with sharding.sequence_parallel sharding.tensor 4); use 64 or 68",
         "sharding.tensor = 4 does not divide model.blocks.0.attention.n_kv_heads = 2; sharding.tensor may be one of "
         "[1, 2]",
         "train.seq_len = 65 is longer than model.max_seq_len = 64; use at most 64 or raise model.max_seq_len",
@@ -239,8 +237,13 @@ def test_all_broken_rules_are_reported_together() -> None:
             "[1, 2, 4, 8]",
         ),
         (ShardingConfig(data=2, fsdp=2), "sharding: data=2 x fsdp=2 needs 4 devices, there are 8; set one axis to -1"),
-        (ShardingConfig(stage=2), "sharding.stage = 2 is reserved"),
-        (ShardingConfig(expert=2), "sharding.expert = 2 is reserved"),
+        (
+            ShardingConfig(data=1, tensor=16),
+            "sharding: tensor=16 needs 16 devices, there are 8; use sizes whose product is 8",
+        ),
+        (ShardingConfig(stage=4), "has model.blocks 2 times, which is not a multiple of 4 (sharding.stage 4 x"),
+        (ShardingConfig(virtual_stages=2), "virtual_stages = 2 needs a pipeline, but sharding.stage = 1; use 1"),
+        (ShardingConfig(expert=2), "sharding.expert = 2 finds no experts in this model"),
         (ShardingConfig(slices=3), "sharding.slices = 3 does not divide sharding.data = 8"),
         (ShardingConfig(data=1, tensor=8), "sharding.tensor = 8 does not divide model.blocks.0.attention.n_heads = 4"),
     ],

@@ -26,6 +26,8 @@ class Expected:
     """Of the hardware in the file's docstring."""
     parameters: int
     """As published with the weights."""
+    active: int | None = None
+    """Of these, what one token uses; None: all."""
     tokens: float | None = None
     """Training tokens by the paper; None: not from a paper."""
     batch_tokens: int | None = None
@@ -36,6 +38,34 @@ M4, M8 = 1 << 22, 1 << 23
 EXPECTED = {
     # embed and unembed 2 V D; a block 4 D^2 + 3 D F + 2 D; final norm D
     "tiny": Expected(devices=1, parameters=2 * 4096 * 256 + 4 * (4 * 256**2 + 3 * 256 * 688 + 2 * 256) + 256),
+    # As tiny, with 8 experts of half the d_ff and a router in each layer; two experts have the dense MLP's parameters
+    "tiny_moe": Expected(
+        devices=1,
+        parameters=2 * 4096 * 256 + 4 * (4 * 256**2 + 8 * 3 * 256 * 344 + 8 * 256 + 2 * 256) + 256,
+        active=2 * 4096 * 256 + 4 * (4 * 256**2 + 3 * 256 * 688 + 8 * 256 + 2 * 256) + 256,
+    ),
+    # Published: Mixtral 46.7B and 12.9B, DeepSeekMoE 16.4B and 2.8B, Qwen3 30.5B and 3.3B; the totals are exact in the
+    # released weights. Switch-Base's decoder is half of a model: by hand, six dense layers and six with 128 experts.
+    "mixtral8x7b": Expected(devices=128, parameters=46_702_792_704, active=12_879_925_248),
+    "deepseek_moe16b": Expected(
+        devices=64,
+        parameters=16_375_728_128,
+        active=2_828_650_496,
+        tokens=106_449 * 4608 * 4096,
+        batch_tokens=4608 * 4096,
+    ),
+    "qwen3_30b_a3b": Expected(devices=128, parameters=30_532_122_624, active=3_353_032_704),
+    "switch_base": Expected(
+        devices=16,
+        parameters=2 * 32_128 * 768
+        + 12 * (4 * 768**2 + 2 * 768)
+        + (6 + 6 * 128) * 3 * 768 * 2048
+        + 6 * 128 * 768
+        + 768,
+        active=2 * 32_128 * 768 + 12 * (4 * 768**2 + 2 * 768 + 3 * 768 * 2048) + 6 * 128 * 768 + 768,
+        tokens=550_000 * 2**20,
+        batch_tokens=2**20,
+    ),
     "llama7b": Expected(devices=64, parameters=6_738_415_616, tokens=1.0e12, batch_tokens=M4),
     "llama13b": Expected(devices=128, parameters=13_015_864_320, tokens=1.0e12, batch_tokens=M4),
     "llama33b": Expected(devices=256, parameters=32_528_943_616, tokens=1.4e12, batch_tokens=M4),
@@ -72,6 +102,7 @@ def test_it_has_the_published_number_of_parameters(name: str) -> None:
     built = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
     assert built == EXPECTED[name].parameters
     assert parameter_count(model).total == EXPECTED[name].parameters
+    assert parameter_count(model).active == (EXPECTED[name].active or EXPECTED[name].parameters)
 
 
 @each_config
@@ -79,6 +110,8 @@ def test_its_docstring_says_how_big_it_is_and_how_to_run_it(name: str) -> None:
     text = (ROOT / "configs" / f"{name}.py").read_text()
     assert f"python -m maxlm.train --config configs/{name}.py" in text
     assert f"{EXPECTED[name].parameters:,} parameters" in text
+    if active := EXPECTED[name].active:
+        assert f"{active:,} active" in text
     if EXPECTED[name].devices > 1:
         assert f"({EXPECTED[name].devices} chips)" in text
 

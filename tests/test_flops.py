@@ -6,9 +6,27 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import one_device
 from jax.ad_checkpoint import checkpoint_name
 
-from maxlm.config import AttentionConfig, BlockConfig, Dtype, GluConfig, ModelConfig, Remat, llama
+from maxlm.config import (
+    AttentionConfig,
+    BlockConfig,
+    Capacity,
+    Dropless,
+    Dtype,
+    ExpertChoiceRouter,
+    GluConfig,
+    ModelConfig,
+    MoeConfig,
+    NoisyTopKRouter,
+    Remat,
+    SigmoidRouter,
+    TopKRouter,
+    llama,
+    with_experts,
+)
+from maxlm.models import init_parameters
 from maxlm.observe.devices import memory_in_use, peak_flops
 from maxlm.observe.flops import flops_per_token, mfu, parameter_count
 
@@ -107,11 +125,16 @@ softmax.defvjp(_softmax_forward, _softmax_backward)
 def _decoder_loss(model: ModelConfig, policy):
     """A decoder in plain jax, full (unmasked) attention; its multiplications are what the formulas claim to count."""
     block = model.blocks[0]
+    moe = block.ffn if isinstance(block.ffn, MoeConfig) else None
     n, k, h = block.attention.n_heads, block.attention.n_kv_heads, block.attention.head_dim
     d, f, v = model.d_model, block.ffn.d_ff, model.vocab_size
     weights = {
         "q": (d, n, h), "k": (d, k, h), "v": (d, k, h), "o": (n, h, d), "gate": (d, f), "up": (d, f), "down": (f, d),
     }  # fmt: skip
+    if moe:
+        e, s = moe.n_experts, moe.n_shared_experts * f
+        weights |= {"gate": (e, d, f), "up": (e, d, f), "down": (e, f, d), "router": (d, e)}
+        weights |= {"shared_gate": (d, s), "shared_up": (d, s), "shared_down": (s, d)}
     layer = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in weights.items()}
     params = {
         "embed": jax.ShapeDtypeStruct((v, d), jnp.float32),
@@ -126,7 +149,19 @@ def _decoder_loss(model: ModelConfig, policy):
         attended = checkpoint_name(jnp.einsum("bnts,bsnh->btnh", scores, value), "attended")
         x = x + jnp.einsum("btnh,nhd->btd", attended, w["o"])
         y = jnp.sin(x)
-        return x + (jax.nn.silu(y @ w["gate"]) * (y @ w["up"])) @ w["down"]
+        return x + (experts(y, w) if moe else (jax.nn.silu(y @ w["gate"]) * (y @ w["up"])) @ w["down"])
+
+    def experts(y, w):
+        """Every token goes to the first top_k experts: the choice does not matter to a count."""
+        gates = jax.nn.softmax(y @ w["router"])[..., :top_k]
+        of_expert = lambda x, name: checkpoint_name(jnp.einsum("ktx,kxy->kty", x, w[name][:top_k]), "experts")
+        rows = jnp.broadcast_to(y.reshape(-1, d), (top_k, y.shape[0] * y.shape[1], d))
+        out = of_expert(jax.nn.silu(of_expert(rows, "gate")) * of_expert(rows, "up"), "down")
+        routed = (out.reshape(top_k, *y.shape) * jnp.moveaxis(gates, -1, 0)[..., None]).sum(0)
+        shared = (jax.nn.silu(y @ w["shared_gate"]) * (y @ w["shared_up"])) @ w["shared_down"]
+        return routed + shared
+
+    top_k = moe.router.top_k if moe else 0
 
     run = one_block if policy is None else jax.checkpoint(one_block, policy=policy)
 
@@ -141,7 +176,10 @@ def _decoder_loss(model: ModelConfig, policy):
 
 POLICIES = {
     Remat.NONE: None,
-    Remat.DOTS: jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    Remat.DOTS: jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names("attended", "residual", "experts"),
+    ),
     Remat.NAMES: jax.checkpoint_policies.save_only_these_names("qkv", "attended", "residual"),
     Remat.FULL: jax.checkpoint_policies.nothing_saveable,
 }
@@ -173,6 +211,51 @@ def test_formulas_against_the_jaxpr(remat):
     flops = flops_per_token(model, seq_len)
     norms = 6 * parameter_count(model).norms  # scales multiply elementwise, and the decoder here has none
     assert counted == flops.total - norms + flops.recompute
+
+
+MIXTURE = MoeConfig(n_experts=4, d_ff=16, n_shared_experts=2, router=TopKRouter(top_k=3))
+
+
+@pytest.mark.parametrize("remat", POLICIES)
+def test_formulas_of_experts_against_the_jaxpr(remat):
+    batch, seq_len = 2, 16
+    model = dataclasses.replace(with_experts(family(96, 32, 2, 4, 2, 48), MIXTURE), remat=remat)
+    loss, params = _decoder_loss(model, POLICIES[remat])
+    tokens = jax.ShapeDtypeStruct((batch, seq_len), jnp.int32)
+    counted = _dots(jax.make_jaxpr(jax.grad(loss))(params, tokens).jaxpr) / (batch * seq_len)
+    flops = flops_per_token(model, seq_len)
+    assert counted == flops.total - 6 * parameter_count(model).norms + flops.recompute
+
+
+@pytest.mark.parametrize(
+    ("router", "dispatch", "per_token", "router_parameters"),
+    [
+        (TopKRouter(top_k=3), Dropless(), 3, 32 * 8),
+        (NoisyTopKRouter(top_k=2), Capacity(factor=1.25), 2, 2 * 32 * 8),
+        (SigmoidRouter(top_k=4), Dropless(), 4, 32 * 8 + 8),
+        (ExpertChoiceRouter(), Capacity(factor=1.5), 1.5, 32 * 8),
+    ],
+)
+def test_active_parameters_of_each_router(router, dispatch, per_token, router_parameters):
+    """Layers: dense, experts, dense, experts; with those that the model itself makes."""
+    experts = MoeConfig(n_experts=8, d_ff=24, n_shared_experts=1, router=router, dispatch=dispatch)
+    model = with_experts(family(64, 32, 4, 4, 2, 48), experts, every=2)
+    count, one = parameter_count(model), 3 * 32 * 24
+    assert count.ffn == 2 * (3 * 32 * 48) + 2 * (router_parameters + 9 * one)
+    assert count.ffn_active == 2 * (3 * 32 * 48) + 2 * (router_parameters + one + per_token * one)
+    shapes = jax.eval_shape(lambda: init_parameters(model, one_device(), jax.random.key(0)))
+    assert count.total == sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    assert count.active == count.total - count.ffn + count.ffn_active
+    assert flops_per_token(model, 16).parameters_term == 6 * (count.active - 64 * 32)
+
+
+def test_a_pipeline_that_computes_its_stages_again_does_a_forward_pass_more():
+    model = with_experts(family(96, 32, 2, 4, 2, 48), MIXTURE)
+    once, again = (flops_per_token(model, 16, remat_stages=stages) for stages in (False, True))
+    count = parameter_count(model)
+    layers = count.attention + count.ffn_active
+    assert again.recompute - once.recompute == 2 * layers + once.attention_term // 3
+    assert again.total == once.total
 
 
 def test_offload_recomputes_what_names_recomputes():

@@ -19,10 +19,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_folder import BYTE_MODEL, parameters_of
 
-from maxlm.config import Dtype, ModelConfig, SamplingConfig, ShardingConfig, TrainSentencePiece, UserError
+from maxlm.config import (
+    Capacity,
+    Context,
+    Dtype,
+    ExpertChoiceRouter,
+    ModelConfig,
+    MoeConfig,
+    SamplingConfig,
+    ShardingConfig,
+    TopKRouter,
+    TrainSentencePiece,
+    UserError,
+    Zero,
+    with_experts,
+)
 from maxlm.data.tokenizers import Bytes, HuggingFace, Tokenizer
 from maxlm.data.train_tokenizer import train_sentencepiece
-from maxlm.inference.generate import Generator
+from maxlm.inference.generate import Generator, decoding_layout
 from maxlm.inference.load import LoadedRun
 from maxlm.inference.sampling import sample
 from maxlm.inference.steps import decode_logits, prefill_logits
@@ -40,6 +54,9 @@ MODELS = {
     "pattern": small_model(
         n_layers=4, blocks=with_attention(small_model(), window=3).blocks + small_model().blocks, scan_layers=False
     ),
+    "dense_then_experts": with_experts(
+        small_model(n_layers=3), MoeConfig(n_experts=4, d_ff=24, router=TopKRouter(top_k=2)), first_dense=1
+    ),
 }
 
 
@@ -53,7 +70,7 @@ def full_logits(config: ModelConfig, parameters: Any, tokens: Sequence[int]) -> 
     @jax.jit
     def forward(parameters: Any, ids: jax.Array) -> jax.Array:
         model = model_of(config, parameters)
-        hidden, _ = model(ids, jnp.arange(ids.shape[1])[None])
+        hidden = model(ids, jnp.arange(ids.shape[1])[None]).hidden
         return hidden.astype(jnp.float32) @ model.output_table.T
 
     return np.asarray(forward(parameters, jnp.asarray([tokens], jnp.int32)))[0]
@@ -187,6 +204,7 @@ def test_rows_of_a_batch_do_not_meet(generator: Generator, greedy_tokens: list[l
         (ShardingConfig(data=1, tensor=2), 2),
         (ShardingConfig(data=1, fsdp=4, tensor=2), 8),
         (ShardingConfig(data=2, seq=2, tensor=2, sequence_parallel=True), 8),
+        (ShardingConfig(data=1, seq=2, stage=2, fsdp=2, context=Context.RING, zero=Zero.OPTIMIZER), 8),
     ],
 )
 def test_every_layout_gives_the_same_text(
@@ -195,6 +213,29 @@ def test_every_layout_gives_the_same_text(
     generator = Generator(loaded(sharding=sharding, devices=devices))
     got = generator.generate(PROMPTS, max_new_tokens=20, sampling=GREEDY)
     assert [g.tokens for g in got] == greedy_tokens
+
+
+@pytest.mark.parametrize(("d_model", "data", "fsdp"), [(32, 1, 4), (30, 2, 2)])
+def test_stages_join_an_axis_that_keeps_the_parameters_cut(d_model: int, data: int, fsdp: int) -> None:
+    """Two stages and two fsdp shards: four shards where d_model allows it."""
+    sharding = ShardingConfig(data=1, fsdp=2, stage=2, tensor=2, virtual_stages=2, zero=Zero.OPTIMIZER)
+    training = make_layout(sharding)
+    decoding = decoding_layout(training, d_model)
+    assert dict(decoding.mesh.shape) == {"data": data, "fsdp": fsdp, "stage": 1, "seq": 1, "tensor": 2, "expert": 1}
+    assert decoding.config.sizes(8) == dict(decoding.mesh.shape)
+    assert (decoding.config.virtual_stages, decoding.config.zero) == (1, Zero.PARAMETERS)
+    assert set(decoding.mesh.devices.flat) == set(training.mesh.devices.flat)
+    # Devices that shared a tensor group still do.
+    groups = lambda mesh: {frozenset(row) for row in np.moveaxis(mesh.devices, 4, -1).reshape(-1, 2).tolist()}
+    assert groups(decoding.mesh) == groups(training.mesh)
+
+
+def test_a_model_whose_experts_choose_cannot_decode() -> None:
+    experts = MoeConfig(n_experts=4, d_ff=48, router=ExpertChoiceRouter(), dispatch=Capacity(factor=2.0))
+    run = loaded()
+    config = dataclasses.replace(run.config, model=with_experts(run.config.model, experts))
+    with pytest.raises(UserError, match="looks at later tokens and cannot decode"):
+        Generator(dataclasses.replace(run, config=config))
 
 
 def test_the_seed_decides_and_the_chunk_does_not(generator: Generator) -> None:

@@ -20,6 +20,10 @@ LAYOUTS = {
     "fsdp8": ShardingConfig(data=1, fsdp=8),
     "tensor2_data4": ShardingConfig(data=4, tensor=2),
     "seq8": ShardingConfig(data=1, seq=8),
+    "data4_fsdp2": ShardingConfig(data=4, fsdp=2),
+    "data4_seq2": ShardingConfig(data=4, seq=2),
+    "fsdp4_seq2": ShardingConfig(data=1, fsdp=4, seq=2),
+    "seq4_tensor2": ShardingConfig(data=1, seq=4, tensor=2),
     "fsdp4_tensor2": ShardingConfig(data=1, fsdp=4, tensor=2),
     "fsdp4_tensor2_sp": ShardingConfig(data=1, fsdp=4, tensor=2, sequence_parallel=True),
     "data2_fsdp2_seq2": ShardingConfig(data=2, fsdp=2, seq=2),
@@ -60,6 +64,12 @@ def test_layout_equals_one_device(name, reference, capfd):
     assert max(float(abs(leaf).max()) for leaf in jax.tree.leaves(got[1])) > 1e-2, "gradients too small to compare"
     # The partitioner prints this when it copies a whole array to every device to change its layout.
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
+
+
+def test_tensor_alone_equals_one_device(reference):
+    """On two devices, as there are two key heads."""
+    config = small_run(sharding=ShardingConfig(data=1, tensor=2), z_loss=1e-3)
+    assert_close(loss_and_gradients(config, make_layout(config.sharding, jax.devices()[:2])), reference, 1e-5)
 
 
 @pytest.mark.parametrize("remat", list(Remat))

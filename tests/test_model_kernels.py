@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,6 @@ from test_layouts import assert_close, loss_and_gradients
 
 from kernels_pallas import flash_attention, fused_glu
 from maxlm.config import Backend, GluSave, KernelConfig, ModelConfig, ShardingConfig, UserError
-from maxlm.models import ops
 from maxlm.sharding import make_layout
 
 
@@ -25,8 +25,9 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
             *args, backend=backend, interpret=backend in ("tpu", "gpu"), **options
         )
 
-    monkeypatch.setattr(ops, "flash_attention", in_interpreter(flash_attention))
-    monkeypatch.setattr(ops, "fused_glu", in_interpreter(fused_glu))
+    for module, function in (("attention", flash_attention), ("ring", flash_attention), ("dense", fused_glu)):
+        importer = importlib.import_module(f"maxlm.models.ops.{module}")
+        monkeypatch.setattr(importer, function.__name__, in_interpreter(function))
 
 
 def model(**kernels: Any) -> ModelConfig:
@@ -35,8 +36,13 @@ def model(**kernels: Any) -> ModelConfig:
 
 @pytest.mark.parametrize(
     "sharding",
-    [ShardingConfig(), ShardingConfig(data=2, fsdp=2, tensor=2), ShardingConfig(data=1, seq=4, tensor=2)],
-    ids=["data", "data_fsdp_tensor", "seq_tensor"],
+    [
+        ShardingConfig(),
+        ShardingConfig(data=2, fsdp=2, tensor=2),
+        ShardingConfig(data=1, seq=4, tensor=2),
+        ShardingConfig(data=2, stage=2, tensor=2),
+    ],
+    ids=["data", "data_fsdp_tensor", "seq_tensor", "data_stage_tensor"],
 )
 @pytest.mark.parametrize("glu_save", GluSave)
 def test_kernels_train_like_xla(sharding: ShardingConfig, glu_save: GluSave, interpreted: None) -> None:

@@ -128,7 +128,7 @@ def logits_function(model):
     @jax.jit
     def logits(parameters, inputs, positions, segments):
         ours = decoder(model, parameters)
-        hidden, _ = ours(inputs, positions, segments)
+        hidden = ours(inputs, positions, segments).hidden
         return hidden.astype(jnp.float32) @ ours.output_table.T
 
     return logits
@@ -236,7 +236,7 @@ def test_gradients_flow_from_the_past_of_the_document_only(window, reach):
     direction = jnp.asarray(np.random.default_rng(0).normal(size=model.d_model), jnp.float32)
 
     def scalars(table):
-        hidden, _ = decoder(model, {**parameters, "embed": table})(inputs, positions, segments)
+        hidden = decoder(model, {**parameters, "embed": table})(inputs, positions, segments).hidden
         return hidden[0] @ direction
 
     jacobian = np.abs(jax.jit(jax.jacrev(scalars))(parameters["embed"])).sum(-1)[:, :T]

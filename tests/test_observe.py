@@ -1,5 +1,6 @@
 """What a run writes: rows that survive kills and resumes, figures that add up, and pages that stand alone."""
 
+import dataclasses
 import html.parser
 import io
 import json
@@ -20,16 +21,20 @@ import rich.console
 from maxlm.config import (
     DataConfig,
     Dataset,
+    MoeConfig,
     ObserveConfig,
     RunConfig,
+    ShardingConfig,
     StepRange,
+    TopKRouter,
     TrainConfig,
     UserError,
     llama,
     serialize,
+    with_experts,
 )
 from maxlm.observe.console import Console
-from maxlm.observe.metrics import Evaluation, RowLog, StepMetrics, Throughput, read_rows
+from maxlm.observe.metrics import Evaluation, ExpertMetrics, RowLog, StepMetrics, Throughput, read_rows
 from maxlm.observe.plots import loss_curve, smooth
 from maxlm.observe.profiler import ProfileWindow
 from maxlm.observe.report import SavedCheckpoint, write_report
@@ -182,6 +187,81 @@ def test_other_processes_write_and_print_nothing(tmp_path):
         assert log.finish() is None
     assert rows[-1].tokens_per_s > 0
     assert not (tmp_path / "run").exists() and output.getvalue() == ""
+
+
+# Experts and pipelines
+
+
+def moe_config(**changes) -> RunConfig:
+    """Four layers, of which the second and the fourth have experts."""
+    config = run_config()
+    model = dataclasses.replace(config.model, n_layers=4)
+    experts = MoeConfig(n_experts=4, d_ff=24, router=TopKRouter(top_k=2))
+    return dataclasses.replace(config, model=with_experts(model, experts, every=2), **changes)
+
+
+def expert_metrics(**changes) -> ExpertMetrics:
+    values = {
+        "auxiliary_loss": 0.04, "moe_load_entropy": (0.9, 0.7), "moe_dropped_share": (0.0, 0.05),
+        "moe_max_over_mean_load": (1.5, 2.5), **changes,
+    }  # fmt: skip
+    return ExpertMetrics(**values)
+
+
+def test_figures_of_experts_go_everywhere(tmp_path):
+    output = io.StringIO()
+    with open_log(tmp_path, config=moe_config(), output=output) as log:
+        for step in (2, 4):
+            log.step(step, loss=1.5, tokens=64, learning_rate=1e-3, grad_norm=1.0, experts=expert_metrics())
+        log.finish()
+    row = read_rows(tmp_path / "metrics.jsonl")[0]
+    assert row["auxiliary_loss"] == 0.04 and row["moe_load_entropy"] == [0.9, 0.7]
+    assert row["moe_dropped_share"] == [0.0, 0.05] and row["moe_max_over_mean_load"] == [1.5, 2.5]
+    assert "experts" not in row
+    assert "load entropy 0.800  dropped 2.5 %" in output.getvalue()
+    scalars = {(tag, step): value for tag, step, value in _scalars(tmp_path / "tensorboard")}
+    assert scalars["train/moe_load_entropy/layer_1", 2] == pytest.approx(0.9)
+    assert scalars["train/moe_max_over_mean_load/layer_3", 4] == 2.5
+    assert scalars["train/auxiliary_loss", 2] == pytest.approx(0.04)
+    assert not any("layer_0" in tag or "layer_2" in tag for tag, _ in scalars)
+    titles = re.findall("<figcaption>([^<]*)", (tmp_path / "report.html").read_text())
+    assert sum("mean over layers" in title for title in titles) == 3
+    assert sum("Auxiliary loss of the routers" in title for title in titles) == 1
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert facts["parameters"]["active"] < facts["parameters"]["total"]
+    assert f"({facts['parameters']['active']:,})" in output.getvalue()
+
+
+def test_a_dense_model_has_no_such_figures(tmp_path):
+    output = io.StringIO()
+    with open_log(tmp_path, output=output) as log:
+        train(log, 0, 4)
+        log.finish()
+    assert not [key for key in read_rows(tmp_path / "metrics.jsonl")[0] if "moe" in key or "aux" in key]
+    assert "active" not in output.getvalue() and "pipeline" not in output.getvalue()
+    assert "mean over layers" not in (tmp_path / "report.html").read_text()
+    assert json.loads((tmp_path / "run.json").read_text())["pipeline_bubble"] is None
+
+
+def test_figures_of_experts_that_are_not_finite_stay_json(tmp_path):
+    with open_log(tmp_path, config=moe_config()) as log:
+        figures = expert_metrics(moe_load_entropy=(math.nan, 0.5), auxiliary_loss=math.inf)
+        log.step(2, loss=1.5, tokens=64, learning_rate=1e-3, grad_norm=1.0, experts=figures)
+        log.finish()
+    row = read_rows(tmp_path / "metrics.jsonl")[0]
+    assert row["moe_load_entropy"] == [None, 0.5] and row["auxiliary_loss"] is None
+    assert not any(tag == "train/moe_load_entropy/layer_1" for tag, _, _ in _scalars(tmp_path / "tensorboard"))
+
+
+def test_a_pipeline_says_its_bubble_once(tmp_path):
+    """GPipe with 4 stages and 4 micro-batches: 3 of 7 turns idle (arXiv:1811.06965, section 2.3)."""
+    output = io.StringIO()
+    config = moe_config(sharding=ShardingConfig(stage=4))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batches=4))
+    with open_log(tmp_path, config=config, output=output) as log:
+        train(log, 0, 4)
+    assert output.getvalue().count("pipeline of 4 stages, 4 micro-batches: each stage idles 42.9 %") == 1
+    assert json.loads((tmp_path / "run.json").read_text())["pipeline_bubble"] == pytest.approx(3 / 7)
 
 
 # Throughput

@@ -18,8 +18,8 @@ from maxlm.training import make_trainer
 GIB = 2**30
 
 
-def step(kernels: KernelConfig, sharding: ShardingConfig) -> Any:
-    """Lowers the step of a run of one sequence a data shard, 4096 tokens each."""
+def step(kernels: KernelConfig, sharding: ShardingConfig, micro_batches: int = 1) -> Any:
+    """Lowers the step of a run of one sequence a data shard and micro-batch, 4096 tokens each."""
     config = llama7b.get_config()
 
     def lower(devices: Sequence[Any]) -> jax.stages.Lowered:
@@ -29,7 +29,10 @@ def step(kernels: KernelConfig, sharding: ShardingConfig) -> Any:
             model=dataclasses.replace(config.model, n_layers=2, kernels=kernels, remat=Remat.NAMES),
             sharding=sharding,
             train=dataclasses.replace(
-                config.train, batch_size=sizes["data"] * sizes["fsdp"], seq_len=4096, micro_batches=1
+                config.train,
+                batch_size=sizes["data"] * sizes["fsdp"] * micro_batches,
+                seq_len=4096,
+                micro_batches=micro_batches,
             ),
         )
         trainer = make_trainer(run, make_layout(sharding, devices))
@@ -56,6 +59,12 @@ def cases(chip: str) -> dict[str, Case]:
             (*attention, "glu_forward"),
             3 * GIB,
             collectives=kinds,
+        ),
+        "pipeline": Case(
+            step(KernelConfig(attention=ours), ShardingConfig(data=1, fsdp=-1, stage=2), 2),
+            attention,
+            4 * GIB,
+            collectives=kinds | {"collective-permute"},
         ),
     }
 

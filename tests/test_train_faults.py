@@ -8,7 +8,6 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -224,27 +223,13 @@ def test_another_mesh_restores_the_same_and_goes_on_alike(
         assert loss == pytest.approx(expected, abs=1e-4)
 
 
-def start_two(stack: contextlib.ExitStack, bench: Bench, run_dir: Path, *overrides: str) -> list[Running]:
-    """One run in two processes of four devices each."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    joined = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
-    return [
-        stack.enter_context(
-            bench.start(run_dir, *overrides, devices=4, environment={**joined, "JAX_PROCESS_ID": str(index)})
-        )
-        for index in range(2)
-    ]
-
-
 @pytest.mark.slow
 def test_two_processes_train_stop_and_go_on_as_one(bench: Bench, tmp_path: Path) -> None:
     layout = "--sharding.data=2", "--sharding.fsdp=4"
     assert bench.run(tmp_path / "one", *layout, devices=8).code == 0
 
     with contextlib.ExitStack() as stack:
-        first, second = start_two(stack, bench, tmp_path / "two", *layout, "--sharding.slices=2")
+        first, second = bench.start_two(stack, tmp_path / "two", *layout, "--sharding.slices=2")
         first.read_steps(2)
         second.send(signal.SIGTERM)
         ended = [first.end(), second.end()]
@@ -255,7 +240,7 @@ def test_two_processes_train_stop_and_go_on_as_one(bench: Bench, tmp_path: Path)
     assert f"after step {report['latest']};" in ended[0].out
 
     with contextlib.ExitStack() as stack:
-        both = start_two(stack, bench, tmp_path / "two", *layout, "--sharding.slices=2")
+        both = bench.start_two(stack, tmp_path / "two", *layout, "--sharding.slices=2")
         ended = [running.end() for running in both]
     assert [one.code for one in ended] == [0, 0], ended
     for (at, loss), (at_one, expected) in zip(losses(tmp_path / "two"), losses(tmp_path / "one"), strict=True):
@@ -268,7 +253,7 @@ def test_two_processes_train_stop_and_go_on_as_one(bench: Bench, tmp_path: Path)
 @pytest.mark.slow
 def test_a_mistake_seen_by_the_first_process_ends_both(bench: Bench, tmp_path: Path) -> None:
     with lock_run(tmp_path / "run"), contextlib.ExitStack() as stack:
-        ended = [running.end() for running in start_two(stack, bench, tmp_path / "run")]
+        ended = [running.end() for running in bench.start_two(stack, tmp_path / "run")]
     assert [one.code for one in ended] == [2, 2]
     assert ["in use by process" in one.errors[0] for one in ended] == [True, False]
     assert "process 0" in ended[1].errors[0]

@@ -12,6 +12,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -124,6 +125,16 @@ class Bench:
         )
         return Running(process)
 
+    def start_two(self, stack: contextlib.ExitStack, run_dir: Path, *overrides: str) -> list[Running]:
+        """One run in two processes of four devices each."""
+        joined = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+        return [
+            stack.enter_context(
+                self.start(run_dir, *overrides, devices=4, environment={**joined, "JAX_PROCESS_ID": str(index)})
+            )
+            for index in range(2)
+        ]
+
     def run(self, run_dir: Path, *overrides: str, devices: int = 1) -> Ended:
         with self.start(run_dir, *overrides, devices=devices) as running:
             return running.end()
@@ -187,6 +198,12 @@ class Running:
         """Read the rest and wait."""
         out, err = self.process.communicate(timeout=timeout)
         return Ended(self.process.returncode, self._out + out.decode(), err.decode())
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])
 
 
 def inspect(run_dir: Path, *flags: str) -> dict[str, Any]:

@@ -17,14 +17,26 @@ from maxlm.config.data import (
     TrainSentencePiece,
 )
 from maxlm.config.errors import UserError
-from maxlm.config.families import llama
-from maxlm.config.model import (
+from maxlm.config.families import llama, with_experts
+from maxlm.config.ffn import (
     Activation,
+    Capacity,
+    Dispatch,
+    Dropless,
+    ExpertChoiceRouter,
+    FfnConfig,
+    GluConfig,
+    MoeConfig,
+    NoisyTopKRouter,
+    Router,
+    SigmoidRouter,
+    TopKRouter,
+)
+from maxlm.config.model import (
     AttentionConfig,
     Backend,
     BlockConfig,
     Dtype,
-    GluConfig,
     GluSave,
     KernelConfig,
     Llama3RopeScaling,
@@ -45,7 +57,19 @@ from maxlm.config.optimizer import (
 )
 from maxlm.config.run import CheckpointConfig, ObserveConfig, RunConfig, StepRange, TrainConfig
 from maxlm.config.sampling import SamplingConfig
-from maxlm.config.sharding import MESH_AXES, ShardingConfig, Zero, dp, fsdp, fsdp_tp, fsdp_tp_sp
+from maxlm.config.sharding import (
+    MESH_AXES,
+    Context,
+    ShardingConfig,
+    SlicesAxis,
+    Zero,
+    dp,
+    fsdp,
+    fsdp_tp,
+    fsdp_tp_sp,
+    pipeline_bubble,
+    pipeline_ticks,
+)
 
 __all__ = [
     "MESH_AXES",
@@ -56,13 +80,19 @@ __all__ = [
     "Backend",
     "BlockConfig",
     "ByteTokenizer",
+    "Capacity",
     "CheckpointConfig",
     "ConstantSchedule",
+    "Context",
     "CosineSchedule",
     "DataConfig",
     "Dataset",
+    "Dispatch",
     "Documents",
+    "Dropless",
     "Dtype",
+    "ExpertChoiceRouter",
+    "FfnConfig",
     "Files",
     "GluConfig",
     "GluSave",
@@ -73,21 +103,27 @@ __all__ = [
     "LinearSchedule",
     "Llama3RopeScaling",
     "ModelConfig",
+    "MoeConfig",
+    "NoisyTopKRouter",
     "ObserveConfig",
     "OptimizerConfig",
     "PieceModel",
     "PrepareConfig",
     "Remat",
     "RopeConfig",
+    "Router",
     "RunConfig",
     "SamplingConfig",
     "Schedule",
     "SentencePieceTokenizer",
     "ShardingConfig",
+    "SigmoidRouter",
+    "SlicesAxis",
     "StandardLibrary",
     "StepRange",
     "TokenizerConfig",
     "TokenizerSource",
+    "TopKRouter",
     "TrainConfig",
     "TrainSentencePiece",
     "UserError",
@@ -98,4 +134,7 @@ __all__ = [
     "fsdp_tp",
     "fsdp_tp_sp",
     "llama",
+    "pipeline_bubble",
+    "pipeline_ticks",
+    "with_experts",
 ]

@@ -85,14 +85,29 @@ def parse(
     Raises:
         UserError: an option is unknown, missing or of the wrong type.
     """
+    return _parse(cls, argv, prog, description, flags, default)[0]
+
+
+def parse_known(cls: type[T], argv: Sequence[str], *, prog: str, description: str) -> tuple[T, list[str]]:
+    """As `parse` with `flags`, and the words that are none of its options, in their order.
+
+    Raises:
+        UserError: an option is missing or of the wrong type.
+    """
+    return _parse(cls, argv, prog, description, True, None, keep_unknown=True)
+
+
+def _parse(
+    cls: type[T], argv: Sequence[str], prog: str, description: str, flags: bool, default: T | None,
+    keep_unknown: bool = False,
+) -> tuple[T, list[str]]:  # fmt: skip
     kwargs: dict[str, Any] = {} if default is None else {"default": default}
-    config = (*_TYRO, tyro.conf.FlagCreatePairsOff if flags else tyro.conf.FlagConversionOff)
+    kwargs["config"] = (*_TYRO, tyro.conf.FlagCreatePairsOff if flags else tyro.conf.FlagConversionOff)
+    kwargs |= {"args": list(argv), "prog": prog, "description": description, "use_underscores": True}
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                cls, args=list(argv), prog=prog, description=description, config=config, use_underscores=True, **kwargs
-            )
+            return tyro.cli(cls, return_unknown_args=True, **kwargs) if keep_unknown else (tyro.cli(cls, **kwargs), [])
     except SystemExit as stop:
         if stop.code == 0:  # --help has been printed
             raise

@@ -5,8 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from maxlm.config.errors import UserError
-from maxlm.config.model import require_positive
+from maxlm.config.errors import UserError, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)

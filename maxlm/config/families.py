@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from maxlm.config.model import AttentionConfig, BlockConfig, GluConfig, ModelConfig, RopeConfig
+import dataclasses
+
+from maxlm.config.ffn import GluConfig, MoeConfig
+from maxlm.config.model import AttentionConfig, BlockConfig, ModelConfig, RopeConfig
 
 
 def llama(
@@ -17,6 +20,7 @@ def llama(
     rope: RopeConfig | None = None,
     norm_eps: float = 1e-5,
     tie_embeddings: bool = False,
+    init_std: float = 0.02,
 ) -> ModelConfig:
     """LLaMA 1, 2 and 3 (arXiv:2302.13971, 2307.09288, 2407.21783): RMSNorm, RoPE, SwiGLU, no biases.
 
@@ -36,4 +40,18 @@ def llama(
         max_seq_len=max_seq_len,
         norm_eps=norm_eps,
         tie_embeddings=tie_embeddings,
+        init_std=init_std,
+    )
+
+
+def with_experts(model: ModelConfig, experts: MoeConfig, *, every: int = 1, first_dense: int = 0) -> ModelConfig:
+    """A model of one kind of layer with experts in place of some MLPs: those of every `every`-th layer.
+
+    The first `first_dense` layers stay as they are, and so do the first `every` - 1 of each `every` after them.
+    """
+    (dense,) = model.blocks
+    return dataclasses.replace(
+        model,
+        first_blocks=(dense,) * first_dense,
+        blocks=(dense,) * (every - 1) + (dataclasses.replace(dense, ffn=experts),),
     )

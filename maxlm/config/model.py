@@ -8,7 +8,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from maxlm.config.errors import UserError
+from maxlm.config.errors import UserError, require_positive
+from maxlm.config.ffn import ExpertChoiceRouter, FfnConfig, GluConfig, MoeConfig
 
 
 class Dtype(enum.Enum):
@@ -31,17 +32,6 @@ class Remat(enum.Enum):
     """Save only each block's input: least memory, about a third more FLOPs."""
     OFFLOAD = "offload"
     """As NAMES, but the saved arrays wait in the host's memory."""
-
-
-class Activation(enum.Enum):
-    """The gate's nonlinearity in a gated linear unit (Shazeer 2020, arXiv:2002.05202)."""
-
-    SILU = "silu"
-    GELU = "gelu"
-    GELU_TANH = "gelu_tanh"
-    RELU = "relu"
-    SIGMOID = "sigmoid"
-    IDENTITY = "identity"
 
 
 class Backend(enum.Enum):
@@ -141,23 +131,11 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GluConfig:
-    """Gated MLP: down(activation(gate(x)) * up(x)). SwiGLU with the default activation."""
-
-    d_ff: int
-    activation: Activation = Activation.SILU
-    bias: bool = False
-
-    def __post_init__(self) -> None:
-        require_positive("model.blocks[].ffn.d_ff", self.d_ff)
-
-
-@dataclass(frozen=True, kw_only=True)
 class BlockConfig:
     """One pre-norm decoder layer: x + attention(norm(x)), then x + ffn(norm(x))."""
 
     attention: AttentionConfig
-    ffn: GluConfig
+    ffn: FfnConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +146,7 @@ class ModelConfig:
     d_model: int
     n_layers: int
     blocks: tuple[BlockConfig, ...]
-    """The pattern that repeats over the layers; n_layers is a multiple of its length."""
+    """The pattern that repeats over the layers that `first_blocks` leaves; their number is a multiple of its length."""
     max_seq_len: int
     """Longest context, in tokens, that the model is meant for; decoding refuses to pass it."""
     tie_embeddings: bool = False
@@ -179,24 +157,46 @@ class ModelConfig:
     compute_dtype: Dtype = Dtype.BFLOAT16
     """Format of activations and matrix multiplications. Parameters are always float32."""
     remat: Remat = Remat.FULL
+    """What the backward pass computes again: nothing ("none") up to all but each block's input ("full")."""
     kernels: KernelConfig = field(default_factory=KernelConfig)
     scan_layers: bool = True
     """Compile one pattern and loop over it (fast to compile), or unroll every layer."""
+    first_blocks: tuple[BlockConfig, ...] = ()
+    """Layers before the pattern, each used once, without experts (the dense first layer of DeepSeekMoE). They count in
+    n_layers; in a pipeline they run before its first stage, on all devices."""
 
     def __post_init__(self) -> None:
         for key in ("vocab_size", "d_model", "n_layers", "max_seq_len"):
             require_positive(f"model.{key}", getattr(self, key))
         if not self.blocks:
             raise UserError("model.blocks is empty; give at least one BlockConfig")
-        if self.n_layers % len(self.blocks):
-            below = self.n_layers - self.n_layers % len(self.blocks)
+        for i, block in enumerate(self.first_blocks):
+            if not isinstance(block.ffn, GluConfig):
+                raise UserError(f"model.first_blocks.{i}.ffn is a {type(block.ffn).__name__}; use a GluConfig")
+        first, entries = len(self.first_blocks), len(self.blocks)
+        repeats, rest = divmod(self.n_layers - first, entries)
+        if rest or repeats < 1:
+            works = [first + entries * n for n in (repeats, repeats + 1) if n > 0] or [first + entries]
+            before = f"the {first} of model.first_blocks and " if first else ""
             raise UserError(
-                f"model.n_layers = {self.n_layers} is not a multiple of the {len(self.blocks)} entries of model.blocks"
-                f"; use {below or len(self.blocks)} or {below + len(self.blocks)}"
+                f"model.n_layers = {self.n_layers} is not {before}a multiple of the {entries} entries of model.blocks; "
+                f"use {' or '.join(map(str, works))}"
             )
 
+    @property
+    def repeats(self) -> int:
+        """How often the pattern `blocks` occurs."""
+        return (self.n_layers - len(self.first_blocks)) // len(self.blocks)
 
-def require_positive(key: str, value: float) -> None:
-    """Raise UserError unless `value` > 0."""
-    if value <= 0:
-        raise UserError(f"{key} = {value} must be positive")
+    @property
+    def layers(self) -> tuple[BlockConfig, ...]:
+        """The block of every layer, in their order."""
+        return self.first_blocks + self.blocks * self.repeats
+
+    @property
+    def decodes(self) -> bool:
+        """Whether a token depends on earlier ones alone: not where experts choose among the tokens of a group."""
+        return not any(
+            isinstance(block.ffn, MoeConfig) and isinstance(block.ffn.router, ExpertChoiceRouter)
+            for block in self.blocks
+        )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from maxlm.config.errors import UserError
-from maxlm.config.model import require_positive
+from maxlm.config.errors import UserError, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)

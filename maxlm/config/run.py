@@ -8,10 +8,11 @@ from typing import Annotated
 import tyro
 
 from maxlm.config.data import DataConfig
-from maxlm.config.errors import UserError
-from maxlm.config.model import ModelConfig, require_positive
+from maxlm.config.errors import UserError, require_positive
+from maxlm.config.layout_rules import broken_layout_rules
+from maxlm.config.model import ModelConfig
 from maxlm.config.optimizer import AdamW, OptimizerConfig
-from maxlm.config.sharding import MESH_AXES, ShardingConfig
+from maxlm.config.sharding import ShardingConfig
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class TrainConfig:
     seq_len: int
     """Tokens in a sequence."""
     micro_batches: int = 1
-    """Parts that a step's batch is cut into, one after the other, to save memory; the result is the same."""
+    """Parts that a step's batch is cut into, one after the other, to save memory; the result is the same, but for the
+    balancing losses of experts, which are about one part each."""
     seed: int = 0
     """Initial parameters, and everything else that is random."""
     z_loss: float = 0.0
@@ -90,6 +92,10 @@ class CheckpointConfig:
     """Keep every checkpoint whose step is a multiple of this, too; 0: none."""
     verify: bool = True
     """Compare checksums before restoring."""
+    init_from: str | None = None
+    """Run folder, or RUN_DIR/checkpoints/STEP, whose parameters a new run starts from, with a new optimizer; a dense
+    MLP becomes every expert of a mixture of the same d_ff (arXiv:2212.05055). Not read once the run has a
+    checkpoint."""
 
     def __post_init__(self) -> None:
         require_positive("checkpoint.every", self.every)
@@ -128,57 +134,24 @@ class RunConfig:
         Raises:
             UserError: one line for each broken rule: key, value, rule, and a value that would work.
         """
-        failures: list[str] = []
-        try:
-            sizes = self.sharding.sizes(n_devices)
-        except UserError as error:
-            failures.append(str(error))
-            sizes = {axis: max(1, getattr(self.sharding, axis)) for axis in MESH_AXES}
-
-        def multiple(key: str, value: int, of: int, why: str) -> None:
-            if value % of:
-                below = value - value % of
-                works = f"{below} or {below + of}" if below else f"{of}"
-                failures.append(f"{key} = {value} is not a multiple of {of} ({why}); use {works}")
-
-        def axis_divides(axis: str, key: str, value: int) -> None:
-            if value % sizes[axis]:
-                works = [d for d in range(1, value + 1) if value % d == 0 and n_devices % d == 0]
-                failures.append(
-                    f"sharding.{axis} = {sizes[axis]} does not divide {key} = {value}; "
-                    f"sharding.{axis} may be one of {works}"
-                )
-
-        model, train, sharding = self.model, self.train, self.sharding
-        for axis in ("stage", "expert"):
-            if sizes[axis] != 1:
-                failures.append(f"sharding.{axis} = {sizes[axis]} is reserved and not implemented yet; use 1")
-        if sizes["data"] % sharding.slices:
-            failures.append(
-                f"sharding.slices = {sharding.slices} does not divide sharding.data = {sizes['data']}; the data axis "
-                f"spans the slices, so use sharding.data = {sharding.slices}"
-            )
-        multiple(
-            "train.batch_size", train.batch_size, sizes["data"] * sizes["fsdp"] * train.micro_batches,
-            f"sharding.data {sizes['data']} x sharding.fsdp {sizes['fsdp']} x "
-            f"train.micro_batches {train.micro_batches}",
-        )  # fmt: skip
-        axis_divides("seq", "train.seq_len", train.seq_len)
-        if sharding.sequence_parallel:
-            multiple(
-                "train.seq_len", train.seq_len, sizes["seq"] * sizes["tensor"],
-                f"sharding.seq {sizes['seq']} x sharding.tensor {sizes['tensor']}, as sharding.sequence_parallel is on",
-            )  # fmt: skip
-        axis_divides("fsdp", "model.d_model", model.d_model)
-        axis_divides("tensor", "model.vocab_size", model.vocab_size)
-        for i, block in enumerate(model.blocks):
-            axis_divides("tensor", f"model.blocks.{i}.attention.n_heads", block.attention.n_heads)
-            axis_divides("tensor", f"model.blocks.{i}.attention.n_kv_heads", block.attention.n_kv_heads)
-            axis_divides("tensor", f"model.blocks.{i}.ffn.d_ff", block.ffn.d_ff)
+        model, train = self.model, self.train
+        failures = broken_layout_rules(
+            model,
+            self.sharding,
+            n_devices=n_devices,
+            batch_size=train.batch_size,
+            seq_len=train.seq_len,
+            micro_batches=train.micro_batches,
+        )
         if train.seq_len > model.max_seq_len:
             failures.append(
                 f"train.seq_len = {train.seq_len} is longer than model.max_seq_len = {model.max_seq_len}; "
                 f"use at most {model.max_seq_len} or raise model.max_seq_len"
+            )
+        if self.observe.sample_tokens and not model.decodes:
+            failures.append(
+                f"observe.sample_tokens = {self.observe.sample_tokens} needs a model that can decode, but one with an "
+                "ExpertChoiceRouter looks at later tokens; use 0"
             )
         if failures:
             raise UserError("\n".join(failures))

@@ -6,7 +6,7 @@ import enum
 import math
 from dataclasses import dataclass
 
-from maxlm.config.errors import UserError
+from maxlm.config.errors import UserError, require_positive
 
 MESH_AXES = ("data", "fsdp", "stage", "seq", "tensor", "expert")
 """Every mesh axis, slowest network first. `maxlm/sharding.py` says which dims of which array each one cuts."""
@@ -23,6 +23,28 @@ class Zero(enum.Enum):
     """ZeRO-3, also called FSDP: the optimizer state, the gradients and the parameters."""
 
 
+class Context(enum.Enum):
+    """How attention sees the keys of a sequence that the seq axis cuts."""
+
+    ALL_GATHER = "all_gather"
+    """Every device gathers all keys and values (Llama 3, arXiv:2407.21783, section 3.3.2)."""
+    RING = "ring"
+    """Keys and values go round the devices (arXiv:2310.01889), which hold a chunk from the front and one from the back
+    of each sequence, so that all have the same share of causal work: memory stays flat as sequences and axis grow."""
+    ULYSSES = "ulysses"
+    """Each device takes some heads of the whole sequence instead of all heads of a part (arXiv:2309.14509)."""
+
+
+class SlicesAxis(enum.Enum):
+    """The mesh axis that crosses the slow network between slices or hosts; all others stay within one."""
+
+    DATA = "data"
+    """Sums every gradient over the slices, once a step."""
+    STAGE = "stage"
+    """Hands a micro-batch's activations to the next slice: less than the gradients where the model is large for its
+    batch, and each slice holds its own layers only."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShardingConfig:
     """Sizes of the mesh axes; their product is the number of devices.
@@ -35,18 +57,29 @@ class ShardingConfig:
     fsdp: int = 1
     """Part of the batch, and a shard of what `zero` names."""
     stage: int = 1
-    """Pipeline stages (reserved)."""
+    """Pipeline stages, each with a part of the layers; `train.micro_batches` flow through them."""
     seq: int = 1
     """Part of every sequence (context parallelism)."""
     tensor: int = 1
     """Part of the heads, of d_ff and of the vocabulary (Megatron, arXiv:1909.08053)."""
     expert: int = 1
-    """Part of the experts (reserved)."""
+    """Part of the experts (GShard, arXiv:2006.16668); everywhere else part of the batch, as `data`."""
+    context: Context = Context.ALL_GATHER
+    """How attention sees keys on other devices of the seq axis: gather all, pass them round, or exchange heads."""
+    virtual_stages: int = 1
+    """Groups of layers on each stage. 1 is GPipe (arXiv:1811.06965); more is the circular, or interleaved, schedule,
+    whose bubble is that many times smaller (Narayanan et al. 2021, arXiv:2104.04473)."""
+    remat_stages: bool = True
+    """Keep only a stage's input of each micro-batch for the backward pass, and run the stage again there; `model.remat`
+    then rules what that second run keeps."""
     zero: Zero = Zero.PARAMETERS
+    """What the fsdp axis shards: the optimizer state (ZeRO-1), gradients too (ZeRO-2), or parameters too (ZeRO-3)."""
     sequence_parallel: bool = False
     """Shard the residual stream between blocks over `tensor` too (Korthikanti et al. 2022, arXiv:2205.05198)."""
     slices: int = 1
-    """TPU slices or hosts joined by the slow network; the data axis spans them, so it must be a multiple."""
+    """TPU slices, or hosts of GPUs, joined by the slow network; the axis below must be a multiple of it."""
+    slices_axis: SlicesAxis = SlicesAxis.DATA
+    """The axis that crosses the slow network; the others stay within a slice."""
     float32_gradients: bool = False
     """Sum gradients over devices in float32 even where the computation runs in bfloat16 (twice the traffic)."""
 
@@ -56,6 +89,8 @@ class ShardingConfig:
             raise UserError(
                 f"sharding.{free[0]} and sharding.{free[1]} are both -1; at most one axis takes what remains"
             )
+        require_positive("sharding.virtual_stages", self.virtual_stages)
+        require_positive("sharding.slices", self.slices)
         for axis in MESH_AXES:
             size = getattr(self, axis)
             if size != -1 and size < 1:
@@ -75,10 +110,12 @@ class ShardingConfig:
         fixed = math.prod(size for size in sizes.values() if size != -1)
         listed = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size not in (1, -1)) or "data=1"
         if n_devices % fixed or (not free and fixed != n_devices):
-            needed, remedy = f"{fixed} devices", "set one axis to -1 to take what remains"
+            needed, remedy = f"{fixed} devices", f"use sizes whose product is {n_devices}"
             if free:
                 divisors = [d for d in range(1, n_devices + 1) if n_devices % d == 0]
                 needed, remedy = f"a multiple of {fixed} devices", f"use sizes whose product is one of {divisors}"
+            elif n_devices % fixed == 0:
+                remedy = "set one axis to -1 to take what remains"
             raise UserError(f"sharding: {listed} needs {needed}, there are {n_devices}; {remedy}")
         for axis in free:
             sizes[axis] = n_devices // fixed
@@ -103,3 +140,16 @@ def fsdp_tp(tensor: int) -> ShardingConfig:
 def fsdp_tp_sp(tensor: int) -> ShardingConfig:
     """As fsdp_tp, with the residual stream sharded over the tensor axis between blocks."""
     return ShardingConfig(data=1, fsdp=-1, tensor=tensor, sequence_parallel=True)
+
+
+def pipeline_ticks(stages: int, virtual_stages: int, micro_batches: int) -> int:
+    """Turns that a pipeline takes forward: S - 1 more than its busiest stage works, whole rounds of S micro-batches."""
+    return -(-micro_batches // stages) * stages * virtual_stages + stages - 1
+
+
+def pipeline_bubble(stages: int, virtual_stages: int, micro_batches: int) -> float:
+    """Share of its time that a stage idles, 0..1: (S - 1) / (V M + S - 1) where S divides M.
+
+    GPipe's (K - 1) / (K - 1 + M) (arXiv:1811.06965, section 2.3) with K = S and V = 1; arXiv:2104.04473, section 2.2.
+    """
+    return 1 - micro_batches * virtual_stages / pipeline_ticks(stages, virtual_stages, micro_batches)

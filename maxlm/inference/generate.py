@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh
 
-from maxlm.config import MESH_AXES, SamplingConfig, UserError
+from maxlm.config import MESH_AXES, Context, SamplingConfig, UserError, Zero
 from maxlm.inference.load import LoadedRun
 from maxlm.inference.steps import Choice, DecodeState, decode_chunk, prefill_logits, row_keys
 from maxlm.inference.text_stream import TextStream
@@ -58,7 +58,7 @@ class Generator:
         """`chunk`: tokens decoded between two looks from outside. It changes how text streams, never the text.
 
         Raises:
-            UserError: the tokenizer has ids that the model does not know.
+            UserError: the tokenizer has ids that the model does not know, or the model cannot decode.
         """
         self._config, self._tokenizer, self._chunk = run.config.model, run.tokenizer, chunk
         if self._tokenizer.vocab_size > self._config.vocab_size:
@@ -66,7 +66,12 @@ class Generator:
                 f"model.vocab_size = {self._config.vocab_size} is less than the tokenizer's "
                 f"{self._tokenizer.vocab_size}; use the tokenizer that the model was trained with"
             )
-        self._layout = decoding_layout(run.layout)
+        if not self._config.decodes:
+            raise UserError(
+                "model.blocks[].ffn.router = ExpertChoiceRouter: such a model looks at later tokens and cannot decode; "
+                "measure it with python -m maxlm.evaluate"
+            )
+        self._layout = decoding_layout(run.layout, self._config.d_model)
         decoder = abstract_decoder(self._config, self._layout)
         self._graph = nnx.split(decoder)[0]
         self._parameters = _cast(
@@ -132,8 +137,7 @@ class Generator:
         if not prompts:
             return
         longest = self._check(prompts, max_new_tokens, seed)
-        limit, sizes = self._config.max_seq_len, self._layout.mesh.shape
-        cut = sizes["data"] * sizes["fsdp"]
+        limit, cut = self._config.max_seq_len, self._layout.batch_shards
         B, T = -(-len(prompts) // cut) * cut, _bucket(longest, limit)
         cache_length = _bucket(longest + max_new_tokens, limit)
         choose = Choice(sampling, self._tokenizer.vocab_size, self._tokenizer.eos_id)
@@ -246,24 +250,47 @@ class _Timer:
         return self._tokens / self._seconds if self._tokens else None
 
 
-def decoding_layout(layout: Layout) -> Layout:
-    """The same devices for decoding: one token at a time cannot be cut along the sequence.
+def decoding_layout(layout: Layout, d_model: int) -> Layout:
+    """The same devices for decoding: one token at a time can be cut neither along the sequence nor into micro-batches.
 
-    The devices of the seq axis join the data axis. No parameter moves, as none is cut by either.
+    The devices of the seq axis join the data axis: no parameter moves, as none is cut by either. Those of the stage
+    axis join fsdp, which then cuts the parameters even where training cut the optimizer's state alone, so that a device
+    has as small a part of them as before; where the two do not divide d_model, they join data, with the parameters of
+    all stages on each.
     """
-    mesh, data, seq = layout.mesh, MESH_AXES.index("data"), MESH_AXES.index("seq")
-    sizes = [mesh.shape[axis] for axis in MESH_AXES]
-    sizes[data], sizes[seq] = sizes[data] * sizes[seq], 1
-    devices = np.moveaxis(mesh.devices, seq, data + 1).reshape(sizes)
-    config = dataclasses.replace(layout.config, data=sizes[data], seq=1, sequence_parallel=False)
-    return Layout(Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)), config)
+    mesh, stages = layout.mesh, layout.mesh.shape["stage"]
+    home = "data" if d_model % (mesh.shape["fsdp"] * stages) else "fsdp"
+    mesh = _joined(_joined(mesh, "seq", "data"), "stage", home)
+    config = dataclasses.replace(
+        layout.config,
+        **{axis: mesh.shape[axis] for axis in MESH_AXES},
+        context=Context.ALL_GATHER,
+        virtual_stages=1,
+        sequence_parallel=False,
+        zero=Zero.PARAMETERS if stages > 1 else layout.config.zero,
+    )
+    return Layout(mesh, config)
+
+
+def _joined(mesh: Mesh, axis: str, home: str) -> Mesh:
+    """The mesh with all devices of one axis on another one."""
+    sizes = dict(mesh.shape)
+    sizes[home], sizes[axis] = sizes[home] * sizes[axis], 1
+    # Beside its new axis, as its faster part.
+    order = [name for name in MESH_AXES if name != axis]
+    order.insert(order.index(home) + 1, axis)
+    devices = mesh.devices.transpose([MESH_AXES.index(name) for name in order])
+    return Mesh(devices.reshape(list(sizes.values())), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def _cast(parameters: Any, dims: Any, layout: Layout, dtype: str) -> Any:
-    """Matrices in the compute dtype, to which each use would cast them anyway; norm scales and biases as they are."""
+    """Matrices in the compute dtype, to which each use would cast them anyway; what is used in float32 as it is.
+
+    That is norm scales and biases, which are vectors, and routers.
+    """
 
     def cast(values: Any) -> Any:
-        is_matrix = lambda names: len([name for name in names if name != "layers"]) > 1
+        is_matrix = lambda names: len([name for name in names if name != "layers"]) > 1 and "router" not in names
         return jax.tree.map(lambda x, names: x.astype(dtype) if is_matrix(names) else x, values, dims)
 
     shardings = layout.shardings(dims)

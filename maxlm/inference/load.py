@@ -10,10 +10,10 @@ from typing import Any
 import jax
 
 from maxlm.checkpoint.checkpointer import Checkpointer
-from maxlm.config import MESH_AXES, KernelConfig, ModelConfig, RunConfig, ShardingConfig, UserError, serialize
+from maxlm.config import MESH_AXES, KernelConfig, RunConfig, ShardingConfig, UserError, serialize
 from maxlm.data.tokenizers import Tokenizer, load_tokenizer
-from maxlm.models import abstract_decoder, init_parameters, parameter_dims
-from maxlm.sharding import Layout, make_layout
+from maxlm.models import abstract_parameters
+from maxlm.sharding import ACTIVATION_DIMS, Layout, make_layout
 
 ONE_DEVICE = ShardingConfig(data=1)
 
@@ -51,7 +51,8 @@ def load_run(run_dir: Path, *, step: int | None = None, sharding: ShardingConfig
     tokenizer = load_tokenizer(run_dir / "tokenizer")
     devices = _devices(sharding)
     sizes = sharding.sizes(len(devices))
-    train = dataclasses.replace(saved.train, batch_size=sizes["data"] * sizes["fsdp"], micro_batches=1)
+    rows = math.prod(sizes[axis] for axis in ACTIVATION_DIMS["batch"])  # any batch that the mesh can cut
+    train = dataclasses.replace(saved.train, batch_size=rows, micro_batches=1)
     dataclasses.replace(saved, sharding=sharding, train=train).validate(len(devices))
     # The kernels that the run was trained with need not exist on this device.
     model = dataclasses.replace(saved.model, kernels=KernelConfig())
@@ -66,14 +67,6 @@ def load_run(run_dir: Path, *, step: int | None = None, sharding: ShardingConfig
             f"trained with {str(trained_with)[:12]}...; restore the tokenizer that the run was started with"
         )
     return LoadedRun(config=config, layout=layout, parameters=restored.params, tokenizer=tokenizer, step=restored.step)
-
-
-def abstract_parameters(config: ModelConfig, layout: Layout) -> dict[str, Any]:
-    """Shape, format and sharding of every parameter, as `jax.ShapeDtypeStruct` in nested dicts."""
-    shapes = jax.eval_shape(lambda: init_parameters(config, layout, jax.random.key(0)))
-    shardings = layout.shardings(parameter_dims(abstract_decoder(config, layout)))
-    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    return jax.tree.map(place, shapes, shardings)
 
 
 def _devices(sharding: ShardingConfig) -> list[jax.Device]:

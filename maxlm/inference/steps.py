@@ -63,7 +63,7 @@ def prefill_logits(model: Decoder, tokens: jax.Array, lengths: jax.Array, cache_
     """
     B, T = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    hidden, cache = model(tokens, positions, cache=model.empty_cache(B, cache_length))
+    hidden, cache, _ = model(tokens, positions, cache=model.empty_cache(B, cache_length))
     assert cache is not None
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], 1)[:, 0]
     return _logits(model, last), cache
@@ -71,7 +71,7 @@ def prefill_logits(model: Decoder, tokens: jax.Array, lengths: jax.Array, cache_
 
 def decode_logits(model: Decoder, token: jax.Array, position: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
     """Read one more token of each row: `token` and `position` int32 [B] -> float32 [B, V] logits of the next, cache."""
-    hidden, new_cache = model(token[:, None], position[:, None], cache=cache)
+    hidden, new_cache, _ = model(token[:, None], position[:, None], cache=cache)
     assert new_cache is not None
     return _logits(model, hidden[:, 0]), new_cache
 

@@ -3,44 +3,76 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, assert_never
+from typing import Any, NamedTuple, assert_never
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_policies
 
-from maxlm.config import ModelConfig, Remat
+from maxlm.config import BlockConfig, ModelConfig, Remat
 from maxlm.models import ops
 from maxlm.models.attention import LayerCache
 from maxlm.models.block import Block
+from maxlm.models.moe import RouterStats
 from maxlm.models.norms import RMSNorm
 from maxlm.models.parameters import Initializer
+from maxlm.models.pipeline import pipelined
 from maxlm.sharding import Layout
 
 Cache = tuple[LayerCache, ...]
-"""One LayerCache for each entry of the block pattern, stacked over the pattern's repeats: k and v [L', B, S, K, H]."""
+"""One LayerCache for each of the first blocks, k and v [B, S, K, H], then one for each entry of the block pattern,
+stacked over the pattern's repeats: k and v [L', B, S, K, H]."""
+
+
+class DecoderOutput(NamedTuple):
+    hidden: jax.Array
+    """[B, T, D] in the compute dtype, after the final norm."""
+    cache: Cache | None
+    """With these tokens added."""
+    router: tuple[RouterStats | None, ...]
+    """For each entry of the block pattern, stacked over the pattern's repeats; None where it has no experts."""
+
+
+class _Repeats(NamedTuple):
+    """What the loop over the pattern's repeats takes a slice of."""
+
+    parameters: tuple[Any, ...]  # of each block of the pattern, stacked
+    cache: Cache | None
+    number: jax.Array  # int32 [L']
+
+
+class _Item(NamedTuple):
+    """What goes through the layers, which change x alone."""
+
+    x: jax.Array
+    positions: jax.Array
+    segment_ids: jax.Array | None
+    seeds: jax.Array | None
 
 
 class Decoder(nnx.Module):
     """A decoder-only transformer (Vaswani et al. 2017; LLaMA, arXiv:2302.13971).
 
-    The layers of one kind are stacked: each parameter of block entry i has a leading dim of n_layers / len(blocks), and
-    one loop runs over that dim. `blocks["0"]` holds the first entry of the pattern, and so on.
+    The layers of one kind are stacked: each parameter of block entry i has a leading dim of `config.repeats`, and one
+    loop runs over that dim. `blocks["0"]` holds the first entry of the pattern, and so on. `first_blocks["0"]` is the
+    layer before them, if there is one, and not stacked.
     """
 
     def __init__(self, config: ModelConfig, layout: Layout, key: jax.Array):
         self.config, self.layout = config, layout
-        D, V, repeats = config.d_model, config.vocab_size, config.n_layers // len(config.blocks)
-        outer_key, *block_keys = jax.random.split(key, 1 + len(config.blocks))
+        D, V = config.d_model, config.vocab_size
+        outer_key, *block_keys = jax.random.split(key, 1 + len(config.blocks) + len(config.first_blocks))
         init = Initializer(outer_key, config.init_std)
+
+        def make(blocks: tuple[BlockConfig, ...], keys: list[jax.Array], repeats: int | None) -> nnx.Dict:
+            inits = [Initializer(key, config.init_std, repeats) for key in keys]
+            return nnx.Dict({str(i): Block(block, config, layout, inits[i]) for i, block in enumerate(blocks)})
+
         self.embed = init.weight((V, D), ("vocab", "embed"))
-        self.blocks = nnx.Dict(
-            {
-                str(i): Block(block, config, layout, Initializer(block_key, config.init_std, repeats))
-                for i, (block, block_key) in enumerate(zip(config.blocks, block_keys, strict=True))
-            }
-        )
+        self.blocks = make(config.blocks, block_keys[: len(config.blocks)], config.repeats)
+        if config.first_blocks:
+            self.first_blocks = make(config.first_blocks, block_keys[len(config.blocks) :], None)
         self.final_norm = RMSNorm(D, "vector", config.norm_eps, init)
         if not config.tie_embeddings:
             self.unembed = init.weight((V, D), ("vocab", "embed"))
@@ -51,39 +83,63 @@ class Decoder(nnx.Module):
         positions: jax.Array,
         segment_ids: jax.Array | None = None,
         cache: Cache | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
+        *,
+        seeds: jax.Array | None = None,
+        micro_batches: int = 1,
+    ) -> DecoderOutput:
         """Final hidden states; multiply by `output_table` for logits.
 
         Args:
-            inputs: int32 [B, T] token ids.
+            inputs: int32 [B, T] token ids. With ring attention over the seq axis, all columns are in
+                `ops.ring.zigzag_order`.
             positions: int32 [B, T], where each token stands in its document.
             segment_ids: int32 [B, T], the document of each token; tokens of different documents never meet.
             cache: from `empty_cache`; then the tokens continue what it holds, at their positions.
-
-        Returns:
-            [B, T, D] in the compute dtype, after the final norm, and the cache with these tokens added.
+            seeds: uint32 [B], of the noise of each row's routers; None: no noise.
+            micro_batches: parts that flow through the pipeline, where there is one.
         """
         dtype = jnp.dtype(self.config.compute_dtype.value)
         with jax.named_scope("embed"):
             x = ops.embed(self.layout, self.embed[...], inputs, dtype)
             x = self.layout.constrain(x, "batch", "residual_seq", "embed")
 
-        graphs, parameters = zip(*(nnx.split(self.blocks[str(i)]) for i in range(len(self.config.blocks))), strict=True)
-
-        def one_repeat(x: jax.Array, layer: tuple[Any, Cache | None]) -> tuple[jax.Array, Cache | None]:
-            layer_parameters, layer_caches = layer
-            new_caches = []
-            for i, (graph, values) in enumerate(zip(graphs, layer_parameters, strict=True)):
-                block_cache = None if layer_caches is None else layer_caches[i]
-                x, new_cache = nnx.merge(graph, values)(x, positions, segment_ids, block_cache)
-                new_caches.append(new_cache)
-            return x, None if layer_caches is None else tuple(new_caches)
-
-        body = _remat(one_repeat, self.config) if cache is None else one_repeat
-        # Unrolled is the same loop with every turn written out, so that both have one set of parameters.
+        item, n_first = _Item(x, positions, segment_ids, seeds), len(self.config.first_blocks)
+        first_cache, block_cache = (None, None) if cache is None else (cache[:n_first], cache[n_first:])
+        if n_first:
+            with jax.named_scope("first_blocks"):
+                item, first_cache = self._run_first(item, first_cache)
         with jax.named_scope("blocks"):
-            x, cache = jax.lax.scan(body, x, (parameters, cache), unroll=1 if self.config.scan_layers else True)
-        return self.layout.constrain(self.final_norm(x), "batch", "seq", "embed"), cache
+            item, block_cache, router = self._run_pattern(item, block_cache, micro_batches)
+        if first_cache is not None and block_cache is not None:
+            cache = first_cache + block_cache
+        return DecoderOutput(self.layout.constrain(self.final_norm(item.x), "batch", "seq", "embed"), cache, router)
+
+    def _run_first(self, item: _Item, cache: Cache | None) -> tuple[_Item, Cache | None]:
+        """The layers before the pattern, one after the other."""
+        graphs, parameters = _split(self.first_blocks)
+        once = _remat(self.config, functools.partial(_one_repeat, graphs), in_loop=False)
+        item, (cache, _) = once(item, _Repeats(parameters, cache, jnp.int32(0)))
+        return item, cache
+
+    def _run_pattern(
+        self, item: _Item, cache: Cache | None, micro_batches: int
+    ) -> tuple[_Item, Cache | None, tuple[RouterStats | None, ...]]:
+        """All repeats of the pattern, in a loop or a pipeline of loops."""
+        graphs, parameters = _split(self.blocks)
+        repeat = _remat(self.config, functools.partial(_one_repeat, graphs), in_loop=self.config.scan_layers)
+
+        def run(repeats: _Repeats, item: _Item) -> tuple[_Item, tuple[Cache | None, tuple[RouterStats | None, ...]]]:
+            # Unrolled is the same loop with every turn written out, so that both have one set of parameters.
+            return jax.lax.scan(repeat, item, repeats, unroll=1 if self.config.scan_layers else True)
+
+        repeats = _Repeats(parameters, cache, jnp.arange(self.config.repeats))
+        if self.layout.mesh.shape["stage"] == 1:
+            item, (cache, router) = run(repeats, item)
+        elif cache is None:
+            item, (_, router) = pipelined(self.layout, run, repeats, item, micro_batches=micro_batches)
+        else:
+            raise ValueError("a pipeline has no cache; decode on a mesh with stage = 1")
+        return item, cache, router
 
     @property
     def output_table(self) -> jax.Array:
@@ -92,13 +148,16 @@ class Decoder(nnx.Module):
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         """Room for `length` positions of `batch` sequences, in the compute dtype."""
-        dtype, repeats = jnp.dtype(self.config.compute_dtype.value), self.config.n_layers // len(self.config.blocks)
-        caches = []
-        for block in self.config.blocks:
-            shape = (repeats, batch, length, block.attention.n_kv_heads, block.attention.head_dim)
-            room = self.layout.constrain(jnp.zeros(shape, dtype), None, "batch", None, "kv_heads", None)
-            caches.append(LayerCache(room, room))
-        return tuple(caches)
+        dtype = jnp.dtype(self.config.compute_dtype.value)
+
+        def room(block: BlockConfig, *stack: int) -> LayerCache:
+            shape = (*stack, batch, length, block.attention.n_kv_heads, block.attention.head_dim)
+            zeros = jnp.zeros(shape, dtype)
+            zeros = self.layout.constrain(zeros, *[None] * len(stack), "batch", None, "kv_heads", None)
+            return LayerCache(zeros, zeros)
+
+        first = [room(block) for block in self.config.first_blocks]
+        return (*first, *(room(block, self.config.repeats) for block in self.config.blocks))
 
 
 def abstract_decoder(config: ModelConfig, layout: Layout) -> Decoder:
@@ -118,20 +177,51 @@ def parameter_dims(decoder: Decoder) -> dict[str, Any]:
     return nnx.to_pure_dict(jax.tree.map(lambda variable: variable.dims, state, is_leaf=is_variable))
 
 
-def _remat(body: Any, config: ModelConfig) -> Any:
-    """The loop body with the config's rule for what the backward pass finds saved."""
-    checkpoint = functools.partial(jax.checkpoint, body, prevent_cse=not config.scan_layers)
+def abstract_parameters(config: ModelConfig, layout: Layout) -> dict[str, Any]:
+    """Shape, format and sharding of every parameter, as `jax.ShapeDtypeStruct` in nested dicts."""
+    shapes = jax.eval_shape(lambda: init_parameters(config, layout, jax.random.key(0)))
+    shardings = layout.shardings(parameter_dims(abstract_decoder(config, layout)))
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return jax.tree.map(place, shapes, shardings)
+
+
+def _split(blocks: nnx.Dict) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The structure of each block, and its parameters."""
+    graphs, parameters = zip(*(nnx.split(blocks[str(i)]) for i in range(len(blocks))), strict=True)
+    return graphs, parameters
+
+
+def _one_repeat(
+    graphs: tuple[Any, ...], item: _Item, repeat: _Repeats
+) -> tuple[_Item, tuple[Cache | None, tuple[RouterStats | None, ...]]]:
+    """The blocks of a pattern, one after the other."""
+    x, positions, segment_ids, seeds = item
+    caches, stats = [], []
+    for i, (graph, parameters) in enumerate(zip(graphs, repeat.parameters, strict=True)):
+        keys = None if seeds is None else _row_keys(seeds, repeat.number * len(graphs) + i)
+        block_cache = None if repeat.cache is None else repeat.cache[i]
+        x, new_cache, block_stats = nnx.merge(graph, parameters)(x, positions, segment_ids, block_cache, keys)
+        caches.append(new_cache)
+        stats.append(block_stats)
+    return item._replace(x=x), (None if repeat.cache is None else tuple(caches), tuple(stats))
+
+
+def _row_keys(seeds: jax.Array, layer: jax.Array) -> jax.Array:
+    """A random key [B] for each row in this layer, the same on every mesh and however the batch is cut."""
+    return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), layer))(seeds)
+
+
+def _remat(config: ModelConfig, body: Any, *, in_loop: bool) -> Any:
+    """The body with the config's rule for what the backward pass finds saved."""
+    checkpoint = functools.partial(jax.checkpoint, body, prevent_cse=not in_loop)
     names = ("query", "key", "value", "attention_out", "attention_lse")
     match config.remat:
         case Remat.NONE:
             return body
         case Remat.DOTS:
-            dots = checkpoint_policies.dots_with_no_batch_dims_saveable
-            return checkpoint(
-                policy=checkpoint_policies.save_from_both_policies(
-                    dots, checkpoint_policies.save_only_these_names(*names)
-                )
-            )
+            dots = checkpoint_policies.dots_with_no_batch_dims_saveable  # not the experts' products, hence their name
+            named = checkpoint_policies.save_only_these_names(*names, "grouped_out")
+            return checkpoint(policy=checkpoint_policies.save_from_both_policies(dots, named))
         case Remat.NAMES:
             return checkpoint(policy=checkpoint_policies.save_only_these_names(*names))
         case Remat.FULL:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from statistics import fmean
 from types import TracebackType
 from typing import Self
 
@@ -105,6 +106,10 @@ class Console:
         parts += [f"lr {m.learning_rate:.2e}", f"grad norm {m.grad_norm:.3f}"]
         if m.z_loss:
             parts.append(f"z-loss {m.z_loss:.2e}")
+        if m.experts is not None:
+            parts.append(f"load entropy {fmean(m.experts.moe_load_entropy):.3f}")
+            if dropped := fmean(m.experts.moe_dropped_share):
+                parts.append(f"dropped {100 * dropped:.2g} %")
         if m.skipped_steps:
             parts.append(f"skipped {m.skipped_steps}")
         if (left := self._time_left(m)) is not None and self._live is None:

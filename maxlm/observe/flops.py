@@ -5,14 +5,30 @@ backward. One multiply-add is two FLOPs; the backward pass costs twice the forwa
 
 What N is. PaLM's N is every parameter. Here N leaves out the input embedding table, because looking a row up
 multiplies nothing; a tied table is the output projection too, so it counts, once. For LLaMA 7B this N is 1.9 % smaller
-than all parameters, for Llama 3 8B 6.5 %, and the MFU is lower by about as much: the honest direction.
+than all parameters, for Llama 3 8B 6.5 %, and the MFU is lower by about as much: the honest direction. Of a mixture of
+experts N has what one token uses: router, shared experts, and as many of the others as it is sent to. Choices that find
+no room count all the same, and padding and the moving of tokens do not.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple, assert_never
 
-from maxlm.config import AttentionConfig, BlockConfig, GluConfig, ModelConfig, Remat
+from maxlm.config import (
+    AttentionConfig,
+    BlockConfig,
+    Capacity,
+    ExpertChoiceRouter,
+    FfnConfig,
+    GluConfig,
+    ModelConfig,
+    MoeConfig,
+    NoisyTopKRouter,
+    Remat,
+    SigmoidRouter,
+    TopKRouter,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +42,10 @@ class ParameterCount:
     attention: int
     """Projections, their biases, and the norms of query and key heads."""
     ffn: int
+    """MLPs, routers and all experts."""
+    ffn_active: int
+    """Of these, what one token uses: all but the experts that it is not sent to. With expert choice the mean over
+    tokens."""
     norms: int
     """Scales on the residual stream: two a block, and the final one."""
     tied: bool
@@ -35,9 +55,14 @@ class ParameterCount:
         return self.embedding + self.unembedding + self.attention + self.ffn + self.norms
 
     @property
+    def active(self) -> int:
+        """What one token uses; less than the total in a mixture of experts alone."""
+        return self.total - self.ffn + self.ffn_active
+
+    @property
     def matmul(self) -> int:
-        """N of the FLOPs formula: all parameters, less an input table that is only looked up."""
-        return self.total if self.tied else self.total - self.embedding
+        """N of the FLOPs formula: the active parameters, less an input table that is only looked up."""
+        return self.active if self.tied else self.active - self.embedding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,33 +92,39 @@ class FlopsPerToken:
 
 def parameter_count(model: ModelConfig) -> ParameterCount:
     """Count the parameters of `model`."""
-    repeats = model.n_layers // len(model.blocks)
+    ffn = [_ffn_parameters(block.ffn, model.d_model) for block in model.layers]
     table = model.vocab_size * model.d_model
     return ParameterCount(
         embedding=table,
         unembedding=0 if model.tie_embeddings else table,
-        attention=repeats * sum(_attention_parameters(block.attention, model.d_model) for block in model.blocks),
-        ffn=repeats * sum(_ffn_parameters(block.ffn, model.d_model) for block in model.blocks),
+        attention=sum(_attention_parameters(block.attention, model.d_model) for block in model.layers),
+        ffn=sum(count.total for count in ffn),
+        ffn_active=sum(count.active for count in ffn),
         norms=(2 * model.n_layers + 1) * model.d_model,
         tied=model.tie_embeddings,
     )
 
 
-def flops_per_token(model: ModelConfig, seq_len: int) -> FlopsPerToken:
-    """FLOPs of training `model` on one token of sequences of `seq_len` tokens."""
-    repeats = model.n_layers // len(model.blocks)
+def flops_per_token(model: ModelConfig, seq_len: int, *, remat_stages: bool = False) -> FlopsPerToken:
+    """FLOPs of training `model` on one token of sequences of `seq_len` tokens.
+
+    `remat_stages`: the run has a pipeline that computes each stage a second time (`sharding.remat_stages`).
+    """
     attention, causal, recompute = 0, 0.0, 0
-    for block in model.blocks:
+    for block in model.layers:
         heads = block.attention.n_heads * block.attention.head_dim
         reach = min(seq_len, block.attention.window or seq_len)
         attention += 12 * heads * reach
         causal += 12 * heads * _mean_visible_keys(seq_len, reach)
         recompute += _recomputed(model, block, reach)
+        if remat_stages:
+            recompute += 4 * heads * reach + 2 * _attention_parameters(block.attention, model.d_model)
+            recompute += 2 * _ffn_parameters(block.ffn, model.d_model).active
     return FlopsPerToken(
         parameters_term=6 * parameter_count(model).matmul,
-        attention_term=repeats * attention,
-        causal_attention_term=repeats * causal,
-        recompute=repeats * recompute,
+        attention_term=attention,
+        causal_attention_term=causal,
+        recompute=recompute,
     )
 
 
@@ -118,8 +149,47 @@ def _attention_parameters(attention: AttentionConfig, d_model: int) -> int:
     return count
 
 
-def _ffn_parameters(ffn: GluConfig, d_model: int) -> int:
-    return 3 * d_model * ffn.d_ff + (2 * ffn.d_ff + d_model if ffn.bias else 0)
+class _Ffn(NamedTuple):
+    total: int
+    active: int
+
+
+def _ffn_parameters(ffn: FfnConfig, d_model: int) -> _Ffn:
+    match ffn:
+        case GluConfig():
+            count = 3 * d_model * ffn.d_ff + (2 * ffn.d_ff + d_model if ffn.bias else 0)
+            return _Ffn(count, count)
+        case MoeConfig():
+            expert = 3 * d_model * ffn.d_ff
+            always = _router_parameters(ffn, d_model) + ffn.n_shared_experts * expert
+            return _Ffn(always + ffn.n_experts * expert, always + round(_experts_per_token(ffn) * expert))
+        case _:
+            assert_never(ffn)
+
+
+def _router_parameters(ffn: MoeConfig, d_model: int) -> int:
+    scores = d_model * ffn.n_experts
+    match ffn.router:
+        case TopKRouter() | ExpertChoiceRouter():
+            return scores
+        case NoisyTopKRouter():
+            return 2 * scores  # the scores' and the noise's
+        case SigmoidRouter():
+            return scores + ffn.n_experts  # and the biases
+        case _:
+            assert_never(ffn.router)
+
+
+def _experts_per_token(ffn: MoeConfig) -> float:
+    """Of those that are not shared; where experts choose, the mean."""
+    match ffn.router:
+        case TopKRouter() | NoisyTopKRouter() | SigmoidRouter():
+            return ffn.router.top_k
+        case ExpertChoiceRouter():
+            assert isinstance(ffn.dispatch, Capacity)  # MoeConfig holds this
+            return ffn.dispatch.factor
+        case _:
+            assert_never(ffn.router)
 
 
 def _mean_visible_keys(seq_len: int, reach: int) -> float:
@@ -128,22 +198,34 @@ def _mean_visible_keys(seq_len: int, reach: int) -> float:
 
 
 def _recomputed(model: ModelConfig, block: BlockConfig, reach: int) -> int:
-    """Multiplications of one block that the backward pass does again, in FLOPs a token.
-
-    The down projection is never among them: no gradient needs its output.
-    """
-    attention, d_ff = block.attention, block.ffn.d_ff
+    """Multiplications of one block that the backward pass does again, in FLOPs a token."""
+    attention = block.attention
     heads = attention.n_heads * attention.head_dim
     scores = 4 * heads * reach
     qkv = 2 * model.d_model * (heads + 2 * attention.n_kv_heads * attention.head_dim)
     out = 2 * heads * model.d_model
-    gate_up = 4 * model.d_model * d_ff
+    ffn = _recomputed_ffn(block.ffn, model.d_model)
     match model.remat:
-        case Remat.NONE:
+        case Remat.NONE | Remat.DOTS:
             return 0
-        case Remat.DOTS:
-            return scores
         case Remat.NAMES | Remat.OFFLOAD:
-            return out + gate_up
+            return out + ffn
         case Remat.FULL:
-            return qkv + scores + out + gate_up
+            return qkv + scores + out + ffn
+
+
+def _recomputed_ffn(ffn: FfnConfig, d_model: int) -> int:
+    """FLOPs a token of the products that a backward pass from the FFN's input needs again.
+
+    A down projection is among them where it is an expert's: the gradient of the gate that multiplies its output needs
+    that.
+    """
+    match ffn:
+        case GluConfig():
+            return 4 * d_model * ffn.d_ff
+        case MoeConfig():
+            scores = d_model * ffn.n_experts * (2 if isinstance(ffn.router, NoisyTopKRouter) else 1)
+            shared = 4 * d_model * ffn.n_shared_experts * ffn.d_ff
+            return 2 * scores + shared + round(_experts_per_token(ffn) * 6 * d_model * ffn.d_ff)
+        case _:
+            assert_never(ffn)

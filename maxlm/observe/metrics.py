@@ -18,6 +18,20 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertMetrics:
+    """How the routers used their experts in a step's batch: one figure for each layer that has experts, in order."""
+
+    auxiliary_loss: float
+    """The routers' part of the objective, weights included, summed over the layers; nats a token, not in `loss`."""
+    moe_load_entropy: tuple[float, ...]
+    """Entropy of the experts' shares of the choices over log E: 1 when all have the same, 0 when one has all."""
+    moe_dropped_share: tuple[float, ...]
+    """Choices that were not computed as no room was left, 0..1."""
+    moe_max_over_mean_load: tuple[float, ...]
+    """Choices of the busiest expert over the mean, 1..E."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepMetrics:
     """One row of metrics.jsonl; the keys keep this order. Figures not known are None, null in the file."""
 
@@ -42,9 +56,12 @@ class StepMetrics:
     """The z-loss part of the objective, weight included; not in `loss`."""
     memory_bytes: int | None = None
     """In use on the fullest device of process 0 (on CPU: by the process)."""
+    experts: ExpertMetrics | None = None
+    """None in a model without experts; its row has no such keys then."""
 
     def row(self) -> Row:
-        return asdict(self)
+        row = asdict(self)
+        return row | (row.pop("experts") or {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,5 +189,14 @@ class Throughput:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    return json.dumps(finite, allow_nan=False) + "\n"
+    return json.dumps({key: _finite(value) for key, value in row.items()}, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case float() if not math.isfinite(value):
+            return None
+        case tuple():
+            return [_finite(item) for item in value]
+        case _:
+            return value

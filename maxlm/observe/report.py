@@ -20,6 +20,12 @@ from maxlm.observe.svg import Line, chart
 from maxlm.observe.text import gibibytes, short
 
 _SAMPLES_SHOWN = 5
+_EXPERT_CURVES = {
+    "moe_load_entropy": "Entropy of the experts' load (1: even), mean over layers",
+    "moe_max_over_mean_load": "Load of the busiest expert over the mean, mean over layers",
+    "moe_dropped_share": "Share of dropped choices, mean over layers",
+    "auxiliary_loss": "Auxiliary loss of the routers, sum over layers",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +121,13 @@ def _known(rows: Sequence[Row], key: str) -> list[float]:
     return [row[key] for row in rows if row.get(key) is not None]
 
 
+def _mean(figures: float | list[float | None]) -> float | None:
+    """Over layers; None if a layer's figure is not known."""
+    layers = figures if isinstance(figures, list) else [figures]
+    known = [figure for figure in layers if figure is not None]
+    return statistics.fmean(known) if len(known) == len(layers) else None
+
+
 def _curves(metrics: Sequence[Row], evals: Sequence[Row]) -> list[str]:
     raw = points(metrics, "loss")
     loss = [
@@ -128,6 +141,9 @@ def _curves(metrics: Sequence[Row], evals: Sequence[Row]) -> list[str]:
         "tokens_per_s": "Tokens per second",
     }
     charts = [chart("Loss, nats a token", loss, x_label="tokens")]
+    for key, title in _EXPERT_CURVES.items():
+        if means := [{**row, key: _mean(row[key])} for row in metrics if row.get(key) is not None]:
+            charts.append(chart(title, [Line(label="", style="smooth", points=points(means, key))], x_label="tokens"))
     for key, title in single.items():
         charts.append(chart(title, [Line(label="", style="smooth", points=points(metrics, key))], x_label="tokens"))
     return ["<div class=charts>", *charts, "</div>"]

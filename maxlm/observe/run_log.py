@@ -15,12 +15,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from maxlm.config import RunConfig, UserError
+from maxlm.config import MoeConfig, RunConfig, UserError, pipeline_bubble
 from maxlm.config.serialize import flatten
 from maxlm.observe.console import Console
 from maxlm.observe.devices import Device, memory_in_use, peak_flops
 from maxlm.observe.flops import flops_per_token, mfu, parameter_count
-from maxlm.observe.metrics import Evaluation, RowLog, StepMetrics, Throughput, read_rows
+from maxlm.observe.metrics import Evaluation, ExpertMetrics, RowLog, StepMetrics, Throughput, read_rows
 from maxlm.observe.plots import loss_curve
 from maxlm.observe.report import SavedCheckpoint, write_report
 from maxlm.observe.text import short
@@ -72,8 +72,11 @@ class RunLog:
         """
         self._config, self._run_dir, self._is_main = config, run_dir, is_main
         self._throughput = Throughput()
+        self._moe_layers = [i for i, block in enumerate(config.model.layers) if isinstance(block.ffn, MoeConfig)]
         self._n_devices, kind = len(devices), devices[0].device_kind
-        self._flops = flops_per_token(config.model, config.train.seq_len)
+        self._stages = config.sharding.sizes(self._n_devices)["stage"]
+        again = self._stages > 1 and config.sharding.remat_stages
+        self._flops = flops_per_token(config.model, config.train.seq_len, remat_stages=again)
         self._peak = peak_flops(kind, config.model.compute_dtype)
         self._console = console or Console(enabled=is_main)
         self._writers: list[Writer] = []
@@ -114,6 +117,7 @@ class RunLog:
         grad_norm: float,
         skipped_steps: int = 0,
         z_loss: float = 0.0,
+        experts: ExpertMetrics | None = None,
     ) -> StepMetrics:
         """Log the state after `step` steps (fields: see StepMetrics), with throughput since the row before."""
         speed = self._throughput.read(step, tokens)
@@ -129,6 +133,7 @@ class RunLog:
             skipped_steps=skipped_steps,
             z_loss=z_loss,
             memory_bytes=memory_in_use(self._near_devices).in_use if self._is_main else None,
+            experts=experts,
         )
         if self._is_main:
             self._files["metrics"].append(metrics.row())
@@ -210,10 +215,14 @@ class RunLog:
         )
 
     def _write(self, step: int, group: str, values: Mapping[str, Any]) -> None:
-        """Pass on what a curve can show: known and finite."""
+        """Pass on what a curve can show: known and finite. A figure of several layers is a curve for each."""
+        curves = {key: value for key, value in values.items() if not isinstance(value, tuple)}
+        for key, figures in values.items():
+            if isinstance(figures, tuple):
+                curves |= {f"{key}/layer_{i}": value for i, value in zip(self._moe_layers, figures, strict=True)}
         named = {
             f"{group}/{key}": value
-            for key, value in values.items()
+            for key, value in curves.items()
             if key != "step" and value is not None and math.isfinite(value)
         }
         for writer in self._writers:
@@ -234,25 +243,33 @@ class RunLog:
             "n_devices": self._n_devices,
             "n_processes": n_processes,
             "peak_flops_per_device": self._peak,
-            "parameters": {**asdict(count), "total": count.total, "matmul": count.matmul},
+            "parameters": {**asdict(count), "total": count.total, "active": count.active, "matmul": count.matmul},
             "flops_per_token": {
                 **asdict(self._flops),
                 "total": self._flops.total,
                 "causal": self._flops.causal,
             },
             "mfu_rule": self._mfu_rule(kind, count.matmul),
+            "pipeline_bubble": self._bubble(),
             "versions": versions,
         }
 
+    def _bubble(self) -> float | None:
+        """Share of a pipeline's time that a stage idles, if turns take equally long; None without one."""
+        if self._stages == 1:
+            return None
+        return pipeline_bubble(self._stages, self._config.sharding.virtual_stages, self._config.train.micro_batches)
+
     def _mfu_rule(self, kind: str, n: int) -> str:
         dtype = self._config.model.compute_dtype.value
+        of_experts = " for a token, of the experts those that it is sent to" if self._moe_layers else ""
         if self._peak is None:
             return f"MFU not reported: no {dtype} peak FLOP/s known for device kind {kind!r}"
         return (
             f"MFU = (6N + 12·L·N_heads·H·T) x tokens/s / ({self._n_devices} x {self._peak / 1e12:.4g} TFLOP/s), "
-            f"PaLM appendix B (arXiv:2204.02311); N = {short(n)} parameters that multiply (no input table), "
-            f"peak of {kind} in {dtype}, "
-            "dense; attention in full (not halved for causality), recompute not counted"
+            f"PaLM appendix B (arXiv:2204.02311); N = {short(n)} parameters that multiply{of_experts} "
+            f"(no input table), peak of {kind} in {dtype}, dense; attention in full (not halved for causality), "
+            "recompute not counted"
         )
 
     def _header(self, facts: dict[str, Any]) -> list[str]:
@@ -260,8 +277,18 @@ class RunLog:
         processes = f" in {facts['n_processes']} processes" if facts["n_processes"] > 1 else ""
         machine = f"{self._n_devices} x {facts['device_kind']}{processes}"
         size = f"{short(parameters['total'])} parameters ({parameters['total']:,})"
-        return [
+        if self._moe_layers:
+            size += f", {short(parameters['active'])} active a token ({parameters['active']:,}),"
+        lines = [
             f"run folder {self._run_dir}",
             f"model of {size} on {machine}, {facts['tokens_per_step']:,} tokens a step",
             facts["mfu_rule"],
         ]
+        if (bubble := facts["pipeline_bubble"]) is not None:
+            sharding, parts = self._config.sharding, self._config.train.micro_batches
+            virtual = f" x {sharding.virtual_stages} virtual" if sharding.virtual_stages > 1 else ""
+            lines.append(
+                f"pipeline of {self._stages} stages{virtual}, {parts} micro-batches: each stage idles "
+                f"{100 * bubble:.3g} % of a step's layers (pipeline bubble, by count of turns)"
+            )
+        return lines

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from maxlm.sharding import Layout, StatePart
+from maxlm.sharding import ACTIVATION_DIMS, Layout, StatePart
 
-_TOKEN_AXES = ("data", "fsdp", "seq")  # the mesh axes that share out the tokens of a batch
+_TOKEN_AXES = (*ACTIVATION_DIMS["batch"], *ACTIVATION_DIMS["seq"])  # the mesh axes that share out a batch's tokens
 
 
 class LossSums(NamedTuple):
@@ -97,8 +97,7 @@ def _on_mesh(
     scatter_over_fsdp = d_table_spec[1] == "fsdp"
 
     @functools.partial(
-        jax.shard_map,
-        mesh=layout.mesh,
+        layout.shard_map,
         in_specs=(layout.activation("batch", "seq", None), layout.activation("vocab", None), tokens, tokens),
         out_specs=(
             layout.activation(),
@@ -114,7 +113,7 @@ def _on_mesh(
             wide = layout.config.float32_gradients
             d_table = d_table if wide else d_table.astype(hidden.dtype)
             if scatter_over_fsdp:
-                d_table = jax.lax.psum(d_table, ("data", "seq"))
+                d_table = jax.lax.psum(d_table, tuple(axis for axis in _TOKEN_AXES if axis != "fsdp"))
                 d_table = jax.lax.psum_scatter(d_table, "fsdp", scatter_dimension=1, tiled=True)
             else:
                 d_table = jax.lax.psum(d_table, _TOKEN_AXES)

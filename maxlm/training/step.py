@@ -11,20 +11,39 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from maxlm.config import RunConfig
+from maxlm.config import ModelConfig, MoeConfig, NoisyTopKRouter, RunConfig
 from maxlm.models import Decoder, abstract_decoder, parameter_dims
+from maxlm.models.moe import RouterStats, balance_biases
+from maxlm.models.ops.ring import in_ring_order
+from maxlm.models.pipeline import in_pipeline_order
 from maxlm.sharding import Layout, StatePart
-from maxlm.training.losses import LossSums, cross_entropy_sums
+from maxlm.training.losses import cross_entropy_sums
 from maxlm.training.optimizers import make_optimizer
+from maxlm.training.router_metrics import RouterMetrics, router_metrics
 from maxlm.training.schedules import learning_rate_schedule
 from maxlm.training.state import TrainState, init_state, state_shardings
 
 Batch = dict[str, jax.Array]
-"""inputs, targets, segment_ids, positions: int32 [B, T]; loss_mask: float32 [B, T]."""
+"""inputs, targets, segment_ids, positions: int32 [B, T]; loss_mask: float32 [B, T]; where routers are to be noisy also
+seeds: uint32 [B]."""
+
+
+class BatchSums(NamedTuple):
+    """Sums over the tokens of a batch, float32; those of its micro-batches add up to them."""
+
+    objective: jax.Array
+    """What is minimised: cross_entropy + z_loss * log_z_squared + auxiliary. The only differentiable one."""
+    cross_entropy: jax.Array
+    """Nats."""
+    log_z_squared: jax.Array
+    auxiliary: jax.Array
+    """The routers' losses, summed over the layers: their mean over all tokens times the tokens that count."""
+    router: tuple[RouterStats | None, ...]
+    """As in DecoderOutput."""
 
 
 class StepMetrics(NamedTuple):
-    """Scalars of one step, on the device."""
+    """Figures of one step, on the device; scalars but for `router`."""
 
     loss: jax.Array
     """Mean cross-entropy of the batch's tokens, nats."""
@@ -38,6 +57,10 @@ class StepMetrics(NamedTuple):
     skipped: jax.Array
     """Steps skipped since the start, this one included."""
     skipped_in_row: jax.Array
+    auxiliary_loss: jax.Array
+    """The routers' losses, weights included, as they are in the objective: summed over the layers, mean over tokens."""
+    router: RouterMetrics | None
+    """None in a model without experts."""
 
 
 class Trainer(NamedTuple):
@@ -65,58 +88,77 @@ class Trainer(NamedTuple):
             return compiling.result(), jax.block_until_ready(state)
 
 
-def loss_function(config: RunConfig, layout: Layout) -> Callable[[Any, Batch], LossSums]:
-    """The loss of next-token prediction: parameters and batch -> sums over the batch's tokens."""
+def loss_function(config: RunConfig, layout: Layout) -> Callable[..., BatchSums]:
+    """The loss of next-token prediction: parameters and batch -> sums over the batch's tokens.
+
+    Of a part of a batch also: `counted`, the share of the whole batch's tokens that its mask counts.
+    """
     graph, _ = nnx.split(abstract_decoder(config.model, layout))
 
-    def loss(parameters: Any, batch: Batch) -> LossSums:
+    def loss(parameters: Any, batch: Batch, counted: jax.Array | None = None) -> BatchSums:
         model: Decoder = nnx.merge(graph, parameters)
-        hidden, _ = model(batch["inputs"], batch["positions"], batch["segment_ids"])
+        batch = in_ring_order(layout, in_pipeline_order(layout, batch, config.train.micro_batches))
+        output = model(
+            batch["inputs"],
+            batch["positions"],
+            batch["segment_ids"],
+            seeds=batch.get("seeds"),
+            micro_batches=config.train.micro_batches,
+        )
         with jax.named_scope("loss"):
-            return cross_entropy_sums(
+            sums = cross_entropy_sums(
                 layout,
-                hidden,
+                output.hidden,
                 model.output_table,
                 batch["targets"],
                 batch["loss_mask"],
                 z_loss=config.train.z_loss,
                 chunk=config.train.loss_chunk,
             )
+            # A router's loss is about all tokens, also those that the mask leaves out; all together weigh what the
+            # counted ones do.
+            auxiliary = sum((stats.auxiliary.sum() for stats in output.router if stats is not None), jnp.float32(0))
+            auxiliary *= jnp.mean(batch["loss_mask"]) if counted is None else counted
+            return BatchSums(
+                sums.objective + auxiliary, sums.cross_entropy, sums.log_z_squared, auxiliary, output.router
+            )
 
     return loss
 
 
 def gradient_function(
-    config: RunConfig, layout: Layout, loss: Callable[[Any, Batch], LossSums]
-) -> Callable[[Any, Batch], tuple[LossSums, Any]]:
+    config: RunConfig, layout: Layout, loss: Callable[..., BatchSums]
+) -> Callable[[Any, Batch], tuple[BatchSums, Any]]:
     """Parameters and batch -> the loss's sums and the gradient of their objective, summed over micro-batches."""
     dims = parameter_dims(abstract_decoder(config.model, layout))
     shardings = layout.shardings(dims, StatePart.GRADIENTS)
 
-    def of_part(parameters: Any, batch: Batch) -> tuple[LossSums, Any]:
-        def objective(parameters: Any) -> tuple[jax.Array, LossSums]:
-            sums = loss(parameters, batch)
+    def of_part(parameters: Any, batch: Batch, counted: jax.Array | None = None) -> tuple[BatchSums, Any]:
+        def objective(parameters: Any) -> tuple[jax.Array, BatchSums]:
+            sums = loss(parameters, batch, counted)
             return sums.objective, sums
 
         gradients, sums = jax.grad(objective, has_aux=True)(parameters)
         return sums, jax.lax.with_sharding_constraint(gradients, shardings)
 
     parts = config.train.micro_batches
-    if parts == 1:
+    if parts == 1 or layout.mesh.shape["stage"] > 1:  # a pipeline cuts the batch itself
         return of_part
 
     def cut(x: jax.Array) -> jax.Array:
         # Row r goes to micro-batch r % parts: each device keeps the rows it has.
         x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-        return layout.constrain(x, None, "batch", "seq")
+        return layout.constrain(x, None, "batch", *["seq"] * (x.ndim - 2))
 
-    def accumulate(parameters: Any, batch: Batch) -> tuple[LossSums, Any]:
-        def add(total: Any, part: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, of_part(parameters, part)), None
+    def accumulate(parameters: Any, batch: Batch) -> tuple[BatchSums, Any]:
+        def add(total: Any, part: Batch) -> tuple[Any, BatchSums]:
+            sums, gradients = of_part(parameters, part, counted)
+            return jax.tree.map(jnp.add, total, gradients), sums
 
-        zero = jnp.zeros((), jnp.float32)
+        counted = jnp.mean(batch["loss_mask"])
         zeros = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, parameters), shardings)
-        return jax.lax.scan(add, (LossSums(zero, zero, zero), zeros), jax.tree.map(cut, batch))[0]
+        gradients, sums = jax.lax.scan(add, zeros, jax.tree.map(cut, batch))
+        return jax.tree.map(lambda x: x.sum(0), sums), gradients
 
     return accumulate
 
@@ -127,15 +169,19 @@ def make_trainer(config: RunConfig, layout: Layout) -> Trainer:
     learning_rate = learning_rate_schedule(
         config.optimizer.schedule, config.optimizer.learning_rate, config.train.steps
     )
-    layers = config.model.n_layers // len(config.model.blocks)
-    optimizer = make_optimizer(config.optimizer, learning_rate, dims, layers=layers)
+    optimizer = make_optimizer(config.optimizer, learning_rate, dims, layers=config.model.repeats)
     loss = loss_function(config, layout)
     gradient = gradient_function(config, layout, loss)
+    noisy = _has_noise(config.model)
 
     def init() -> TrainState:
         return init_state(config.model, layout, optimizer, jax.random.key(config.train.seed))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        if noisy:
+            key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+            seeds = jax.random.bits(key, (config.train.batch_size,), jnp.uint32)
+            batch = {**batch, "seeds": layout.constrain(seeds, "batch")}
         sums, gradients = gradient(state.parameters, batch)
         # One division by the tokens of the whole batch: every token weighs the same, whatever micro-batch or device
         # it came on.
@@ -146,6 +192,7 @@ def make_trainer(config: RunConfig, layout: Layout) -> Trainer:
             grad_norm = optax.tree.norm(gradients)
             updates, new_optimizer = optimizer.update(gradients, state.optimizer, state.parameters)
             new_parameters = optax.apply_updates(state.parameters, updates)
+            new_parameters = balance_biases(config.model, new_parameters, sums.router)
         # A bad step leaves no trace but its count.
         good = jnp.isfinite(sums.objective) & jnp.isfinite(grad_norm)
         keep = lambda new, old: jnp.where(good, new, old)
@@ -164,6 +211,8 @@ def make_trainer(config: RunConfig, layout: Layout) -> Trainer:
             tokens=tokens,
             skipped=new_state.skipped,
             skipped_in_row=new_state.skipped_in_row,
+            auxiliary_loss=sums.auxiliary * per_token,
+            router=router_metrics(sums.router),
         )
         return new_state, metrics
 
@@ -196,3 +245,10 @@ def make_trainer(config: RunConfig, layout: Layout) -> Trainer:
 def _count(state: TrainState) -> jax.Array:
     """Updates made so far: the count that the learning-rate schedule sees."""
     return state.step - state.skipped
+
+
+def _has_noise(model: ModelConfig) -> bool:
+    """Whether a router draws random numbers in training."""
+    return any(
+        isinstance(block.ffn, MoeConfig) and isinstance(block.ffn.router, NoisyTopKRouter) for block in model.blocks
+    )

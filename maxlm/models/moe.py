@@ -1,0 +1,298 @@
+"""Mixture of experts: a router, and many MLPs of which each token uses a few.
+
+Routing is float32 and plain code that the compiler spreads over the devices, so that its statistics are those of all
+tokens of a micro-batch, wherever they lie. How tokens reach their experts is in `ops/experts.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, assert_never
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.scipy.stats import norm
+
+from maxlm.config import (
+    Capacity,
+    Context,
+    Dispatch,
+    Dropless,
+    ExpertChoiceRouter,
+    GluConfig,
+    ModelConfig,
+    MoeConfig,
+    NoisyTopKRouter,
+    SigmoidRouter,
+    TopKRouter,
+    UserError,
+)
+from maxlm.models import ops
+from maxlm.models.mlp import GluMlp
+from maxlm.models.ops.ring import in_ring_order
+from maxlm.models.parameters import Initializer
+from maxlm.sharding import Layout
+
+_LEAST_NOISE = 1e-4
+"""Floor of the noise's standard deviation: the load loss divides by it, and its gradient by its square."""
+
+
+class RouterStats(NamedTuple):
+    """What a router did with the tokens of a micro-batch, float32 sums over all of them, on all devices.
+
+    Sums of several micro-batches add up to those of the batch.
+    """
+
+    load: jax.Array
+    """[E]: choices of each expert, dropped ones included."""
+    dropped: jax.Array
+    """[]: choices that were not computed."""
+    auxiliary: jax.Array
+    """[]: the weighted auxiliary losses (load balance, z-loss, ...) times the number of tokens."""
+
+
+class _Choices(NamedTuple):
+    """Experts that tokens chose, all of a token's different and best first."""
+
+    experts: jax.Array
+    """int32 [B, T, k]."""
+    gates: jax.Array
+    """float32 [B, T, k]."""
+    load: jax.Array
+    """float32 [E]."""
+    loss: jax.Array
+    """[]: weighted, a mean over tokens."""
+
+
+class _Picks(NamedTuple):
+    """Tokens that experts picked in each of a sequence's G groups."""
+
+    tokens: jax.Array
+    """int32 [B, G, E, C], places in the group."""
+    gates: jax.Array
+    """float32 [B, G, E, C]."""
+
+
+class MoE(nnx.Module):
+    """shared(x) + routed_scaling * sum over chosen e of gate_e * expert_e(x), each expert a gated MLP."""
+
+    def __init__(self, config: MoeConfig, model: ModelConfig, layout: Layout, init: Initializer):
+        self.config, self.layout = config, layout
+        E, D, F = config.n_experts, model.d_model, config.d_ff
+        self.router = init.weight((D, E), ("embed", "router"))
+        self.gate_proj = init.weight((E, D, F), ops.EXPERT_IN_DIMS)
+        self.up_proj = init.weight((E, D, F), ops.EXPERT_IN_DIMS)
+        self.down_proj = init.weight((E, F, D), ops.EXPERT_OUT_DIMS, scale=(2 * model.n_layers) ** -0.5)
+        match config.router:
+            case NoisyTopKRouter():
+                self.router_noise = init.weight((D, E), ("embed", "router"))
+            case SigmoidRouter():
+                self.router_bias = init.zeros((E,), ("router",))
+            case TopKRouter() | ExpertChoiceRouter():
+                pass
+            case _:
+                assert_never(config.router)
+        if config.n_shared_experts:
+            shared = GluConfig(d_ff=config.n_shared_experts * F, activation=config.activation)
+            self.shared_experts = GluMlp(shared, model, layout, init)
+
+    def __call__(
+        self, x: jax.Array, keys: jax.Array | None, *, decoding: bool = False
+    ) -> tuple[jax.Array, RouterStats]:
+        """The layer's output, and what its router did.
+
+        Args:
+            x: [B, T, D].
+            keys: a random key [B] for each row; None: no noise.
+            decoding: compute every choice, whatever the dispatch has room for: what a token becomes then depends
+                neither on padding, nor on later tokens, nor on other rows.
+
+        Returns:
+            [B, T, D] in x's dtype. A token that no expert computed gets the shared experts' output, or exactly 0.
+
+        Raises:
+            UserError: the groups of `Capacity` do not fit the tokens that a device has of a sequence.
+        """
+        config, (B, T, _) = self.config, x.shape
+        with jax.named_scope("router"):
+            logits = self._scores(x, self.router[...])
+            z_loss = config.router_z_loss * jnp.square(jax.nn.logsumexp(logits, -1)).mean()
+            routing = self._route(x, logits, keys)
+        with jax.named_scope("experts"):
+            match routing:
+                case _Choices(load=load, loss=loss):
+                    y, computed = self._chosen(x, routing, Dropless() if decoding else config.dispatch)
+                    dropped = jnp.sum(~computed, dtype=jnp.float32)
+                case _Picks(tokens=tokens, gates=gates):
+                    gates *= config.routed_scaling
+                    y = ops.picked_experts(self.layout, x, tokens, gates, self._experts, activation=config.activation)
+                    load = jnp.full(config.n_experts, tokens.size // config.n_experts, jnp.float32)
+                    loss = dropped = jnp.zeros((), jnp.float32)
+                case _:
+                    assert_never(routing)
+        if config.n_shared_experts:
+            with jax.named_scope("shared_experts"):
+                y += self.shared_experts(x)
+        return y, RouterStats(load, dropped, (loss + z_loss) * (B * T))
+
+    def _route(self, x: jax.Array, logits: jax.Array, keys: jax.Array | None) -> _Choices | _Picks:
+        router, layout, T = self.config.router, self.layout, x.shape[1]
+        match router:
+            case TopKRouter():
+                return top_k_routing(layout, router, logits)
+            case NoisyTopKRouter():
+                noise = None if keys is None else self._noise(keys, T)
+                return noisy_top_k_routing(layout, router, logits, self._scores(x, self.router_noise[...]), noise)
+            case SigmoidRouter():
+                return sigmoid_routing(layout, router, logits, self.router_bias[...])
+            case ExpertChoiceRouter():
+                return expert_choice_routing(layout, logits, *self._groups(T, choices=1))
+            case _:
+                assert_never(router)
+
+    def _chosen(self, x: jax.Array, routing: _Choices, dispatch: Dispatch) -> tuple[jax.Array, jax.Array]:
+        """[B, T, D], and bool [B, T, k]: which choices were computed."""
+        config, gates = self.config, routing.gates * self.config.routed_scaling
+        arguments, activation = (self.layout, x, routing.experts, gates, self._experts), config.activation
+        match dispatch:
+            case Dropless(buffer=buffer):
+                return ops.dropless_experts(*arguments, activation=activation, buffer=buffer)
+            case Capacity():
+                group, room = self._groups(x.shape[1], choices=gates.shape[-1])
+                return ops.capacity_experts(*arguments, activation=activation, group=group, room=room)
+            case _:
+                assert_never(dispatch)
+
+    @property
+    def _experts(self) -> ops.Experts:
+        return ops.Experts(self.gate_proj[...], self.up_proj[...], self.down_proj[...])
+
+    def _scores(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        """float32 [B, T, E], also where devices multiply float32 in bfloat16 by default: it decides between experts."""
+        highest = jax.lax.Precision.HIGHEST
+        scores = jnp.einsum("btd,de->bte", x.astype(jnp.float32), w.astype(jnp.float32), precision=highest)
+        return self.layout.constrain(scores, "batch", "seq", None)
+
+    def _noise(self, keys: jax.Array, T: int) -> jax.Array:
+        """Standard normal [B, T, E]; a row's depends on its key alone, a token's on its place in the row."""
+        noise = jax.vmap(lambda key: jax.random.normal(key, (T, self.config.n_experts)))(keys)
+        noise = in_ring_order(self.layout, {"noise": noise})["noise"]
+        return self.layout.constrain(noise, "batch", "seq", None)
+
+    def _groups(self, T: int, *, choices: int) -> tuple[int, int]:
+        """Tokens of a group, in sequences of T, and how many of them an expert takes, of so many choices of each.
+
+        A sequence shorter than `group_size` is one group.
+        """
+        config, seq = self.config, self.layout.mesh.shape["seq"]
+        assert isinstance(config.dispatch, Capacity)
+        group = min(config.dispatch.group_size or T, T)
+        pieces = 2 * seq if seq > 1 and self.layout.config.context is Context.RING else seq
+        here = T // pieces
+        if here % group:
+            nearest = max(size for size in range(1, here + 1) if here % size == 0 and size <= group)
+            raise UserError(
+                f"model.blocks[].ffn.dispatch.group_size = {config.dispatch.group_size} makes groups of {group} tokens,"
+                f" which do not divide the {here} that a device has of a sequence in one piece (of {T} tokens); use "
+                f"{nearest}"
+            )
+        return group, min(group, math.ceil(config.dispatch.factor * choices * group / config.n_experts))
+
+
+def top_k_routing(layout: Layout, router: TopKRouter, logits: jax.Array) -> _Choices:
+    """The experts of the largest logits [B, T, E], and the load-balancing loss E sum_e f_e P_e.
+
+    f_e is the share of choices that fell on expert e, without a gradient, and P_e the mean of its softmax over tokens
+    (arXiv:2006.16668, algorithm 1; arXiv:2101.03961, eq. 4 to 6, where k = 1).
+    """
+    best, choices = ops.top_k(layout, logits, logits, router.top_k)
+    log_sum = jax.nn.logsumexp(best if router.normalize else logits, -1, keepdims=True)
+    gates = jnp.exp(best - log_sum)
+    load = _load(choices, logits.shape[-1])
+    balance = logits.shape[-1] * (load / choices.size) @ jax.nn.softmax(logits).mean((0, 1))
+    return _Choices(choices, gates, load, router.load_balance * balance)
+
+
+def noisy_top_k_routing(
+    layout: Layout, router: NoisyTopKRouter, logits: jax.Array, raw: jax.Array, noise: jax.Array | None
+) -> _Choices:
+    """Top-k of H = logits + noise * softplus(raw), gates softmax of the chosen H (arXiv:1701.06538, eq. 3 to 5).
+
+    The losses are CV(importance)^2, of the sums of gates (eq. 6, 7), and CV(load)^2, of the smooth load (eq. 8 to 11 in
+    appendix A): the sum over tokens of Phi((logits_i - what H_i must exceed) / softplus(raw_i)). Without noise H is the
+    logits, in the losses too, so that the load then is that of one more draw of noise against noiseless rivals.
+
+    Args:
+        layout: the mesh.
+        router: the choice and its numbers.
+        logits: float32 [B, T, E], x router.
+        raw: float32 [B, T, E], x router_noise.
+        noise: standard normal [B, T, E], or None.
+    """
+    E, k = logits.shape[-1], router.top_k
+    deviation = jnp.maximum(jax.nn.softplus(raw), _LEAST_NOISE)
+    H = logits if noise is None else logits + noise * deviation
+    best, choices = ops.top_k(layout, H, H, min(k + 1, E))
+    choices, gates = choices[..., :k], jax.nn.softmax(best[..., :k])
+    chosen = jax.nn.one_hot(choices, E, dtype=bool).any(-2)  # so that nothing of size B T k E waits for the gradient
+    importance = jax.nn.softmax(jnp.where(chosen, H, -jnp.inf)).sum((0, 1))
+    loss = router.importance_loss * _squared_variation(importance)
+    if k < E:  # else every expert is always chosen
+        kth, next_best = best[..., k - 1, None], best[..., k, None]
+        bar = jnp.where(next_best < H, next_best, kth)  # the k-th largest of the others
+        smooth_load = norm.cdf((logits - bar) / deviation).sum((0, 1))
+        loss += router.load_loss * _squared_variation(smooth_load)
+    return _Choices(choices, gates, _load(choices, E), loss)
+
+
+def sigmoid_routing(layout: Layout, router: SigmoidRouter, logits: jax.Array, bias: jax.Array) -> _Choices:
+    """Top-k of sigmoid(logits) + bias, gates the sigmoids alone (arXiv:2412.19437, eq. 13 to 16); no loss."""
+    biased = jax.nn.sigmoid(logits) + bias
+    log_scores, choices = ops.top_k(layout, biased, jax.nn.log_sigmoid(logits), router.top_k)
+    # softmax(log s) is s / sum s, also where all of them underflow.
+    gates = jax.nn.softmax(log_scores) if router.normalize else jnp.exp(log_scores)
+    return _Choices(choices, gates, _load(choices, logits.shape[-1]), jnp.zeros((), jnp.float32))
+
+
+def expert_choice_routing(layout: Layout, logits: jax.Array, group: int, room: int) -> _Picks:
+    """Each expert picks the `room` tokens of each group with the largest softmax over experts (arXiv:2202.09368, 3.2).
+
+    Such a score is the gate, too. No loss: every expert has the same load.
+    """
+    B, T, E = logits.shape
+    scores = jax.nn.softmax(logits).reshape(B, T // group, group, E).swapaxes(2, 3)
+    gates, tokens = ops.top_k(layout, scores, scores, room)
+    return _Picks(tokens, gates)
+
+
+def balance_biases(
+    config: ModelConfig, parameters: dict[str, Any], router: tuple[RouterStats | None, ...]
+) -> dict[str, Any]:
+    """The parameters with the bias of each expert up if it had less than the mean load of its layer, down if more.
+
+    The step is the router's `bias_rate` (arXiv:2408.15664, algorithm 1). Other arrays are passed on as they are.
+
+    Args:
+        config: the model.
+        parameters: nested dicts, as of `init_parameters`.
+        router: as in DecoderOutput, summed over the batch.
+    """
+    blocks = dict(parameters["blocks"])
+    for i, (block, stats) in enumerate(zip(config.blocks, router, strict=True)):
+        if isinstance(block.ffn, MoeConfig) and isinstance(block.ffn.router, SigmoidRouter):
+            assert stats is not None
+            mlp = blocks[str(i)]["mlp"]
+            error = stats.load.mean(-1, keepdims=True) - stats.load
+            bias = mlp["router_bias"] + block.ffn.router.bias_rate * jnp.sign(error)
+            blocks[str(i)] = {**blocks[str(i)], "mlp": {**mlp, "router_bias": bias}}
+    return {**parameters, "blocks": blocks}
+
+
+def _load(choices: jax.Array, E: int) -> jax.Array:
+    return jax.nn.one_hot(choices, E).sum((0, 1, 2))
+
+
+def _squared_variation(x: jax.Array) -> jax.Array:
+    """The square of the coefficient of variation: variance / mean^2."""
+    return x.var() / jnp.square(x.mean())

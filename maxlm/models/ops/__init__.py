@@ -1,0 +1,30 @@
+"""The model's heavy operations. This package alone imports `kernels_pallas`: here kernels meet the mesh.
+
+The compiler cannot split a kernel over devices by itself, so kernels run inside `shard_map`.
+"""
+
+from maxlm.models.ops.attention import attention
+from maxlm.models.ops.dense import embed, glu, project
+from maxlm.models.ops.experts import (
+    EXPERT_IN_DIMS,
+    EXPERT_OUT_DIMS,
+    Experts,
+    capacity_experts,
+    dropless_experts,
+    picked_experts,
+    top_k,
+)
+
+__all__ = [
+    "EXPERT_IN_DIMS",
+    "EXPERT_OUT_DIMS",
+    "Experts",
+    "attention",
+    "capacity_experts",
+    "dropless_experts",
+    "embed",
+    "glu",
+    "picked_experts",
+    "project",
+    "top_k",
+]

@@ -1,0 +1,120 @@
+"""Attention on the mesh: each device has its own rows, heads and queries."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import assert_never
+
+import jax
+
+from kernels_pallas import flash_attention, masks
+from kernels_pallas.masks import Mask
+from maxlm.config import Backend, Context
+from maxlm.models.ops.backends import blaming
+from maxlm.models.ops.ring import make_ring, ring_attention
+from maxlm.models.ops.ulysses import ulysses_attention
+from maxlm.sharding import Layout
+
+
+def attention(
+    layout: Layout,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    window: int | None,
+    segment_ids: jax.Array | None = None,
+    first_position: jax.Array | None = None,
+    backend: Backend = Backend.AUTO,
+) -> jax.Array:
+    """Causal attention on the mesh.
+
+    Args:
+        q: [B, T, N, H]; sharded over rows, queries and heads.
+        k, v: [B, S, K, H]. Where the seq axis cuts the sequence, `layout.config.context` says how its keys come to the
+            queries; with a ring, the columns of q, k, v and segment_ids are in `ring.zigzag_order`.
+        window: keys a query sees, itself included; None: all earlier ones.
+        segment_ids: [B, T] int32, when S = T; queries see only their own segment.
+        first_position: [B] int32 position of the first query, with keys from a cache, where key s has position s: every
+            device then has all keys, whatever the context. None: 0.
+        backend: what it runs as.
+
+    Returns:
+        [B, T, N, H].
+
+    Raises:
+        UserError: the named backend cannot do this, or the context cannot cut these heads.
+    """
+    mask = masks.causal if window is None else masks.local(window - 1, 0)
+    devices = layout.mesh.shape["seq"]
+    if devices == 1 or first_position is not None:
+        return _all_gathered(layout, mask, backend, q, k, v, segment_ids, first_position)
+    match layout.config.context:
+        case Context.ALL_GATHER:
+            return _all_gathered(layout, mask, backend, q, k, v, segment_ids, None)
+        case Context.RING:
+            ring = make_ring(mask, window, devices, q.shape[1] // devices, backend.value)
+            local = functools.partial(ring_attention, ring)
+        case Context.ULYSSES:
+            local = functools.partial(ulysses_attention, mask, devices, backend.value)
+        case _:
+            assert_never(layout.config.context)
+    return _exchanged(layout, local, backend, q, k, v, segment_ids)
+
+
+def _exchanged(
+    layout: Layout,
+    local: Callable[..., jax.Array],
+    backend: Backend,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+) -> jax.Array:
+    """Each device brings its part of the sequence; `local` sends to the others what they need of it."""
+    queries, keys = (layout.activation("batch", "seq", heads, None) for heads in ("heads", "kv_heads"))
+    segments = None if segment_ids is None else layout.activation("batch", "seq")
+    in_specs = queries, keys, keys, segments
+    with blaming("attention", backend):
+        return layout.shard_map(local, in_specs=in_specs, out_specs=queries, check_vma=False)(q, k, v, segment_ids)
+
+
+def _all_gathered(
+    layout: Layout,
+    mask: Mask,
+    backend: Backend,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    first_position: jax.Array | None,
+) -> jax.Array:
+    """Every device has all keys; its queries begin at their own position."""
+    one_device_seq = layout.mesh.shape["seq"] == 1
+
+    @functools.partial(
+        layout.shard_map,
+        in_specs=(
+            layout.activation("batch", "seq", "heads", None),
+            layout.activation("batch", None, "kv_heads", None),
+            layout.activation("batch", None, "kv_heads", None),
+            None if segment_ids is None else layout.activation("batch", None),
+            None if first_position is None else layout.activation("batch"),
+        ),
+        out_specs=layout.activation("batch", "seq", "heads", None),
+        check_vma=False,  # neither kernels nor loops with data-dependent bounds have a replication rule
+    )
+    def local(
+        q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, first: jax.Array | None
+    ) -> jax.Array:
+        T = q.shape[1]
+        start = 0 if one_device_seq else jax.lax.axis_index("seq") * T
+        own = None if segments is None else jax.lax.dynamic_slice_in_dim(segments, start, T, 1)
+        offset = start if first is None else start + first
+        with blaming("attention", backend):
+            return flash_attention(
+                q, k, v, mask=mask, segment_ids=own, kv_segment_ids=segments, q_offset=offset, backend=backend.value
+            )
+
+    return local(q, k, v, segment_ids, first_position)

@@ -1,0 +1,90 @@
+"""Products of activations and weights, the gated unit, and the embedding."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import explain, fused_glu, mixed_einsum
+from maxlm.config import Activation, GluSave, KernelConfig
+from maxlm.models.ops.backends import blaming
+from maxlm.sharding import Layout
+
+
+def project(layout: Layout, subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """einsum of activations with a float32 weight, computed in x's dtype.
+
+    The gradient of w is summed over devices in x's dtype, or in float32 with `sharding.float32_gradients`.
+    """
+    return mixed_einsum(subscripts, x, weight(layout, w, x.dtype))
+
+
+def glu(
+    layout: Layout,
+    kernels: KernelConfig,
+    x: jax.Array,
+    w_gate: jax.Array,
+    w_up: jax.Array,
+    b_gate: jax.Array | None,
+    b_up: jax.Array | None,
+    *,
+    activation: Activation,
+) -> jax.Array:
+    """activation(x w_gate + b_gate) * (x w_up + b_up): x [B, T, D], weights [D, F], biases [F] -> [B, T, F]."""
+    w_gate, w_up = weight(layout, w_gate, x.dtype), weight(layout, w_up, x.dtype)
+
+    def run(
+        x: jax.Array, w_gate: jax.Array, w_up: jax.Array, b_gate: jax.Array | None, b_up: jax.Array | None
+    ) -> jax.Array:
+        with blaming("glu", kernels.glu):
+            return fused_glu(
+                x,
+                w_gate,
+                w_up,
+                b_gate=b_gate,
+                b_up=b_up,
+                act=activation.value,
+                save="ag" if kernels.glu_save is GluSave.AG else "none",
+                backend=kernels.glu.value,
+            )
+
+    cut, bias = layout.activation(None, "mlp"), layout.activation("mlp")
+    on_mesh = layout.shard_map(
+        run,
+        in_specs=(layout.activation("batch", "seq", None), cut, cut, bias, bias),
+        out_specs=layout.activation("batch", "seq", "mlp"),
+        check_vma=False,  # kernels have no replication rule
+    )
+    # The compiler splits plain products over devices better than we do by hand; a kernel it cannot split.
+    if explain(on_mesh, x, w_gate, w_up, b_gate, b_up).backend == "xla":
+        return run(x, w_gate, w_up, b_gate, b_up)
+    return on_mesh(x, w_gate, w_up, b_gate, b_up)
+
+
+def embed(layout: Layout, table: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Rows of the table: float32 [V, D] and int32 [B, T] -> [B, T, D] in `dtype`.
+
+    Each device looks up the ids of its own part of the vocabulary, and the parts are added: a plain gather from a table
+    that is cut along the vocabulary would have the compiler copy the whole table to every device. The table stays
+    float32 here, because its gradient adds one row for each token, and a frequent token's sum would stall in bfloat16.
+    """
+
+    @functools.partial(
+        layout.shard_map,
+        in_specs=(layout.activation("vocab", None), layout.activation("batch", "seq")),
+        out_specs=layout.activation("batch", "seq", None),
+    )
+    def local(table: jax.Array, ids: jax.Array) -> jax.Array:
+        own = ids - jax.lax.axis_index("tensor") * table.shape[0]
+        inside = (own >= 0) & (own < table.shape[0])
+        rows = jnp.where(inside[..., None], table[jnp.where(inside, own, 0)], 0)
+        return jax.lax.psum(rows.astype(dtype), "tensor")
+
+    return local(table, ids)
+
+
+def weight(layout: Layout, w: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """A float32 parameter as products take it; its gradient is summed over devices in the same dtype."""
+    return w if layout.config.float32_gradients else w.astype(dtype)

@@ -1,0 +1,97 @@
+"""Start a model from the parameters of another: arrays of the same shape as they are, a dense MLP as every expert of a
+mixture (sparse upcycling, Komatsuzaki et al. 2022, arXiv:2212.05055)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from maxlm.config import GluConfig, ModelConfig, MoeConfig, UserError
+
+_EXPERTS = ("mlp/gate_proj", "mlp/up_proj", "mlp/down_proj")
+_ROUTER = ("mlp/router", "mlp/router_noise", "mlp/router_bias")
+
+Named = dict[str, jax.Array]
+"""Arrays by their path in a nested dict."""
+
+
+def upcycle(
+    source: ModelConfig, target: ModelConfig, parameters: dict[str, Any], new: dict[str, Any]
+) -> dict[str, Any]:
+    """The parameters of `target` that continue a model of `source`, layer by layer, however each stacks its layers.
+
+    With gates that sum to 1, `routed_scaling` 1 and no shared experts, a model with experts computes what the dense one
+    does, as all its experts are equal.
+
+    Args:
+        source, target: the models; both have the same number of layers.
+        parameters: of the source, as of `init_parameters`.
+        new: initial ones of the target, from which come the routers of layers that were dense.
+
+    Raises:
+        UserError: another array differs in shape, or is in one model alone.
+    """
+    if source.n_layers != target.n_layers:
+        raise UserError(f"it has model.n_layers = {source.n_layers}, this model {target.n_layers}; use the same number")
+    outside = lambda tree: _named({name: tree[name] for name in tree if name not in ("first_blocks", "blocks")})
+    layers = []
+    for i, (old, fresh) in enumerate(zip(_layers(source, parameters), _layers(target, new), strict=True)):
+        if isinstance(source.layers[i].ffn, GluConfig) and isinstance(target.layers[i].ffn, MoeConfig):
+            old |= _as_experts(old, fresh)
+        layers.append(_same(f"layer {i} ", old, fresh))
+    return _nested(_same("", outside(parameters), outside(new)) | _stacked(target, layers))
+
+
+def _as_experts(old: Named, new: Named) -> Named:
+    """A dense layer's MLP as that of every expert as wide, and the routers that it has not."""
+    fits = [name for name in _EXPERTS if old[name].shape == new[name].shape[1:]]
+    experts = {name: jnp.broadcast_to(old[name], new[name].shape) for name in fits}
+    return experts | {name: new[name] for name in _ROUTER if name in new}
+
+
+def _same(where: str, old: Named, new: Named) -> Named:
+    """`old`, if it has the names and shapes of `new`."""
+    for name in sorted(old.keys() | new.keys()):
+        shapes = [list(tree[name].shape) if name in tree else "no such array" for tree in (old, new)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"{where}{name}: it has {shapes[0]}, this model {shapes[1]}; use sizes that are the same, which for "
+                "experts means the dense model's d_ff"
+            )
+    return old
+
+
+def _layers(model: ModelConfig, parameters: dict[str, Any]) -> list[Named]:
+    """Each layer's arrays, in the order of the layers."""
+    first = [_named(parameters["first_blocks"][str(i)]) for i in range(len(model.first_blocks))]
+    pattern = [_named(parameters["blocks"][str(i)]) for i in range(len(model.blocks))]
+    return first + [{name: x[r] for name, x in entry.items()} for r in range(model.repeats) for entry in pattern]
+
+
+def _stacked(model: ModelConfig, layers: list[Named]) -> Named:
+    """The inverse of `_layers`."""
+    first, entries = len(model.first_blocks), len(model.blocks)
+    named = {f"first_blocks/{i}/{name}": x for i in range(first) for name, x in layers[i].items()}
+    for i in range(entries):
+        of_entry = layers[first + i :: entries]
+        named |= {f"blocks/{i}/{name}": jnp.stack([layer[name] for layer in of_entry]) for name in of_entry[0]}
+    return named
+
+
+def _named(tree: Any, prefix: str = "") -> Named:
+    if not isinstance(tree, dict):
+        return {prefix.removesuffix("/"): tree}
+    return {name: leaf for key in tree for name, leaf in _named(tree[key], f"{prefix}{key}/").items()}
+
+
+def _nested(named: Named) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, leaf in named.items():
+        *path, last = name.split("/")
+        place = tree
+        for key in path:
+            place = place.setdefault(key, {})
+        place[last] = leaf
+    return tree
