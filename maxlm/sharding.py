@@ -1,13 +1,11 @@
-"""Where arrays live: one mesh, and one table from the names of dims to mesh axes.
+"""Where arrays live: one mesh, and the table of `maxlm/config/dims.py` from the names of dims to mesh axes.
 
-Every parameter and every activation names its dims ("batch", "embed", ...). This file alone says which mesh axis cuts
-which named dim; to change a layout, change the table. Two words are kept apart everywhere: an *axis* belongs to the
-mesh, a *dim* to an array.
+Every parameter and every activation names its dims ("batch", "embed", ...), and nothing else about its layout. Two
+words are kept apart everywhere: an *axis* belongs to the mesh, a *dim* to an array.
 """
 
 from __future__ import annotations
 
-import enum
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,53 +17,16 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from maxlm.config import MESH_AXES, ShardingConfig, UserError, Zero
-
-Axes = tuple[str, ...]
-
-PARAMETER_DIMS: dict[str, Axes] = {
-    "layers": ("stage",),  # stacked layers: a loop on every device, or a pipeline
-    "vocab": ("tensor",),
-    "embed": ("fsdp",),  # d_model of a weight matrix: the dim that every matrix has
-    "heads": ("tensor",),
-    "kv_heads": ("tensor",),
-    "head_dim": (),
-    "mlp": ("tensor",),
-    "experts": ("expert",),
-    "router": (),  # a router's scores of all experts: small, so everywhere
-    "vector": (),  # norm scales and biases of the residual stream: small, so everywhere
-}
-"""Dim of a parameter -> the mesh axes that cut it. The fsdp axis counts only as far as `ShardingConfig.zero` says."""
-
-ACTIVATION_DIMS: dict[str, Axes] = {
-    "batch": ("data", "fsdp", "expert", "stage"),
-    "stages": ("stage",),
-    "stage_batch": ("data", "fsdp", "expert"),  # rows of a micro-batch inside a pipeline
-    "seq": ("seq",),
-    "residual_seq": ("seq",),  # of the residual stream between blocks; also tensor with sequence_parallel
-    "embed": (),
-    "heads": ("tensor",),
-    "kv_heads": ("tensor",),
-    "head_dim": (),
-    "mlp": ("tensor",),
-    "vocab": ("tensor",),
-}
-"""Dim of an activation -> the mesh axes that cut it."""
-
-
-class StatePart(enum.Enum):
-    """The three kinds of arrays that have a parameter's shape."""
-
-    PARAMETERS = enum.auto()
-    GRADIENTS = enum.auto()
-    OPTIMIZER = enum.auto()
-
-
-_CUT_BY_FSDP = {
-    Zero.OPTIMIZER: {StatePart.OPTIMIZER},
-    Zero.GRADIENTS: {StatePart.OPTIMIZER, StatePart.GRADIENTS},
-    Zero.PARAMETERS: {StatePart.OPTIMIZER, StatePart.GRADIENTS, StatePart.PARAMETERS},
-}
+from maxlm.config import (
+    ACTIVATION_DIMS,
+    CUT_BY_FSDP,
+    MESH_AXES,
+    PARAMETER_DIMS,
+    Axes,
+    ShardingConfig,
+    StatePart,
+    UserError,
+)
 
 
 @dataclass(frozen=True)
@@ -81,7 +42,7 @@ class Layout:
 
     def parameter(self, dims: Sequence[str], part: StatePart = StatePart.PARAMETERS) -> PartitionSpec:
         """Spec of a parameter whose dims have these names, or of its gradient or optimizer moment."""
-        hidden = () if part in _CUT_BY_FSDP[self.config.zero] else ("fsdp",)
+        hidden = () if part in CUT_BY_FSDP[self.config.zero] else ("fsdp",)
         return _spec([tuple(axis for axis in PARAMETER_DIMS[dim] if axis not in hidden) for dim in dims], dims)
 
     def sharding(self, spec: PartitionSpec = PartitionSpec()) -> NamedSharding:

@@ -14,10 +14,18 @@ import pytest
 from flax import nnx
 from helpers import one_device, packed_batch, small_model, small_run, with_attention
 
-from maxlm.config import Activation, AttentionConfig, BlockConfig, Dtype, GluConfig, Llama3RopeScaling, RopeConfig
+from maxlm.config import (
+    PARAMETER_DIMS,
+    Activation,
+    AttentionConfig,
+    BlockConfig,
+    Dtype,
+    GluConfig,
+    Llama3RopeScaling,
+    RopeConfig,
+)
 from maxlm.models import Decoder, abstract_decoder, init_parameters, parameter_dims
 from maxlm.models.positions import rope_frequencies, rotate
-from maxlm.sharding import PARAMETER_DIMS
 from maxlm.training.step import loss_function
 
 # ---- the model, from the papers ----

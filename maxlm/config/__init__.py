@@ -16,6 +16,7 @@ from maxlm.config.data import (
     TokenizerSource,
     TrainSentencePiece,
 )
+from maxlm.config.dims import ACTIVATION_DIMS, CUT_BY_FSDP, PARAMETER_DIMS, Axes, StatePart
 from maxlm.config.errors import UserError
 from maxlm.config.families import llama, with_experts
 from maxlm.config.ffn import (
@@ -72,11 +73,15 @@ from maxlm.config.sharding import (
 )
 
 __all__ = [
+    "ACTIVATION_DIMS",
+    "CUT_BY_FSDP",
     "MESH_AXES",
+    "PARAMETER_DIMS",
     "Activation",
     "Adafactor",
     "AdamW",
     "AttentionConfig",
+    "Axes",
     "Backend",
     "BlockConfig",
     "ByteTokenizer",
@@ -120,6 +125,7 @@ __all__ = [
     "SigmoidRouter",
     "SlicesAxis",
     "StandardLibrary",
+    "StatePart",
     "StepRange",
     "TokenizerConfig",
     "TokenizerSource",

@@ -125,6 +125,8 @@ class RunConfig:
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
+    target: str | None = None
+    """Machine that the config is meant for, as maxlm.plan names it (tpu:v5p:4x4x4); training does not read it."""
     run_dir: str = "runs/default"
     """Folder of checkpoints, metrics and the report. The same command on the same folder continues the run."""
 

@@ -10,10 +10,10 @@ from typing import Any
 import jax
 
 from maxlm.checkpoint.checkpointer import Checkpointer
-from maxlm.config import MESH_AXES, KernelConfig, RunConfig, ShardingConfig, UserError, serialize
+from maxlm.config import ACTIVATION_DIMS, MESH_AXES, KernelConfig, RunConfig, ShardingConfig, UserError, serialize
 from maxlm.data.tokenizers import Tokenizer, load_tokenizer
 from maxlm.models import abstract_parameters
-from maxlm.sharding import ACTIVATION_DIMS, Layout, make_layout
+from maxlm.sharding import Layout, make_layout
 
 ONE_DEVICE = ShardingConfig(data=1)
 

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from maxlm.sharding import ACTIVATION_DIMS, Layout, StatePart
+from maxlm.config import ACTIVATION_DIMS, StatePart
+from maxlm.sharding import Layout
 
 _TOKEN_AXES = (*ACTIVATION_DIMS["batch"], *ACTIVATION_DIMS["seq"])  # the mesh axes that share out a batch's tokens
 

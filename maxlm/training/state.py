@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from maxlm.config import ModelConfig
+from maxlm.config import ModelConfig, StatePart
 from maxlm.models import init_parameters
-from maxlm.sharding import Layout, StatePart
+from maxlm.sharding import Layout
 
 
 @jax.tree_util.register_dataclass

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from maxlm.config import ModelConfig, MoeConfig, NoisyTopKRouter, RunConfig
+from maxlm.config import ModelConfig, MoeConfig, NoisyTopKRouter, RunConfig, StatePart
 from maxlm.models import Decoder, abstract_decoder, parameter_dims
 from maxlm.models.moe import RouterStats, balance_biases
 from maxlm.models.ops.ring import in_ring_order
 from maxlm.models.pipeline import in_pipeline_order
-from maxlm.sharding import Layout, StatePart
+from maxlm.sharding import Layout
 from maxlm.training.losses import cross_entropy_sums
 from maxlm.training.optimizers import make_optimizer
 from maxlm.training.router_metrics import RouterMetrics, router_metrics
