@@ -181,6 +181,7 @@ POLICIES = {
         jax.checkpoint_policies.save_only_these_names("attended", "residual", "experts"),
     ),
     Remat.NAMES: jax.checkpoint_policies.save_only_these_names("qkv", "attended", "residual"),
+    Remat.QKV: jax.checkpoint_policies.save_only_these_names("qkv"),
     Remat.FULL: jax.checkpoint_policies.nothing_saveable,
 }
 

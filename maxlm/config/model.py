@@ -28,6 +28,8 @@ class Remat(enum.Enum):
     """Save the outputs of the weight multiplications, recompute the rest."""
     NAMES = "names"
     """Save the attention output and the inputs of the attention kernel; recompute the MLP."""
+    QKV = "qkv"
+    """Save the inputs of the attention kernel; recompute attention and MLP."""
     FULL = "full"
     """Save only each block's input: least memory, about a third more FLOPs."""
     OFFLOAD = "offload"

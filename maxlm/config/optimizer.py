@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from maxlm.config.errors import UserError, require_positive
+from maxlm.config.model import Dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,9 @@ class AdamW:
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
+    moment_dtype: Dtype = Dtype.FLOAT32
+    """Format in which the first moment is kept; bfloat16 saves 2 bytes a parameter. The second moment is float32 always:
+    with b2 near 1 its steps are smaller than bfloat16 can tell apart."""
 
     def __post_init__(self) -> None:
         _check(self)

@@ -214,7 +214,8 @@ def _row_keys(seeds: jax.Array, layer: jax.Array) -> jax.Array:
 def _remat(config: ModelConfig, body: Any, *, in_loop: bool) -> Any:
     """The body with the config's rule for what the backward pass finds saved."""
     checkpoint = functools.partial(jax.checkpoint, body, prevent_cse=not in_loop)
-    names = ("query", "key", "value", "attention_out", "attention_lse")
+    inputs = ("query", "key", "value")
+    names = (*inputs, "attention_out", "attention_lse")
     match config.remat:
         case Remat.NONE:
             return body
@@ -224,6 +225,8 @@ def _remat(config: ModelConfig, body: Any, *, in_loop: bool) -> Any:
             return checkpoint(policy=checkpoint_policies.save_from_both_policies(dots, named))
         case Remat.NAMES:
             return checkpoint(policy=checkpoint_policies.save_only_these_names(*names))
+        case Remat.QKV:
+            return checkpoint(policy=checkpoint_policies.save_only_these_names(*inputs))
         case Remat.FULL:
             return checkpoint(policy=checkpoint_policies.nothing_saveable)
         case Remat.OFFLOAD:

@@ -210,6 +210,8 @@ def _recomputed(model: ModelConfig, block: BlockConfig, reach: int) -> int:
             return 0
         case Remat.NAMES | Remat.OFFLOAD:
             return out + ffn
+        case Remat.QKV:
+            return scores + out + ffn
         case Remat.FULL:
             return qkv + scores + out + ffn
 
