@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 CODE   := setup.py maxlm kernels_pallas configs benchmarks
 
-.PHONY: help train test test-slow compilers lint types
+.PHONY: help train test test-slow test-nightly compilers lint types
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -16,10 +16,13 @@ train: $(STAMP) ## train the tiny model on this machine, about two minutes (ARGS
 	$(BIN)/python -m maxlm.train --config configs/tiny.py $(ARGS)
 
 test: $(STAMP) ## the tests, without the slow ones
-	$(BIN)/python -m pytest -q -n 2 -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 -m "not slow and not nightly" $(ARGS)
 
 test-slow: $(STAMP) ## the slow tests alone
-	$(BIN)/python -m pytest -q -n 2 -m slow $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 -m "slow and not nightly" $(ARGS)
+
+test-nightly: $(VENV)/compilers/.installed ## compile every preset for the machine that it names; half an hour or more
+	$(BIN)/python -m pytest -q -m nightly $(ARGS)
 
 compilers: $(VENV)/compilers/.installed ## compilers for TPU and GPU (1.4 GB), so that the tests compile for them; no chip is needed
 

@@ -57,5 +57,6 @@ def get_config() -> RunConfig:
         ),
         sharding=ShardingConfig(fsdp=8, expert=8),
         checkpoint=CheckpointConfig(every=1000, keep_every=10_000),
+        target="tpu:v5p:4x4x4",
         run_dir="runs/deepseek_moe16b",
     )

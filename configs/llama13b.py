@@ -19,5 +19,6 @@ def get_config() -> RunConfig:
             vocab_size=32_000, d_model=5120, n_layers=40, n_heads=40, d_ff=13_824, max_seq_len=2048, norm_eps=1e-6
         ),
         sharding=ShardingConfig(fsdp=8),  # 5120 / 8 = 640; /16 is no multiple of 128
+        target="tpu:v5p:4x4x8",
         run_dir="runs/llama13b",
     )

@@ -17,5 +17,6 @@ def get_config() -> RunConfig:
         base(),
         model=llama(vocab_size=32_000, d_model=5120, n_layers=40, n_heads=40, d_ff=13_824, max_seq_len=4096),
         sharding=ShardingConfig(fsdp=8),  # 5120 / 8 = 640; /16 is no multiple of 128
+        target="tpu:v5p:4x4x8",
         run_dir="runs/llama2_13b",
     )

@@ -21,5 +21,6 @@ def get_config() -> RunConfig:
         ),
         optimizer=replace(run.optimizer, learning_rate=1.5e-4),
         sharding=ShardingConfig(fsdp=64),
+        target="tpu:v5p:8x8x8",
         run_dir="runs/llama2_70b",
     )

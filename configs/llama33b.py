@@ -24,5 +24,6 @@ def get_config() -> RunConfig:
         optimizer=replace(run.optimizer, learning_rate=1.5e-4),
         # 6656 = 52 x 128 allows no wider fsdp in whole vectors; tensor takes a share of the state instead.
         sharding=ShardingConfig(fsdp=4, tensor=4, sequence_parallel=True),
+        target="tpu:v5p:4x8x8",
         run_dir="runs/llama33b",
     )

@@ -29,5 +29,6 @@ def get_config() -> RunConfig:
         train=replace(run.train, micro_batches=1),
         optimizer=replace(run.optimizer, learning_rate=1.5e-4),
         sharding=ShardingConfig(fsdp=64),
+        target="tpu:v5p:8x8x8",
         run_dir="runs/llama3_70b",
     )

@@ -35,5 +35,6 @@ def get_config() -> RunConfig:
         data=DataConfig(datasets=(Dataset(path="data/llama3"),)),
         train=replace(run.train, steps=ceil(15e12 / (1024 * 8192)), batch_size=1024, seq_len=8192, micro_batches=2),
         optimizer=AdamW(learning_rate=3e-4, eps=1e-5, schedule=CosineSchedule(warmup_steps=8000, final_fraction=0.01)),
+        target="tpu:v5p:4x4x4",
         run_dir="runs/llama3_8b",
     )

@@ -19,5 +19,6 @@ def get_config() -> RunConfig:
             vocab_size=32_000, d_model=8192, n_layers=80, n_heads=64, d_ff=22_016, max_seq_len=2048, norm_eps=1e-5
         ),
         sharding=ShardingConfig(fsdp=64),
+        target="tpu:v5p:8x8x8",
         run_dir="runs/llama65b",
     )

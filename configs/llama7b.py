@@ -32,5 +32,6 @@ def get_config() -> RunConfig:
         optimizer=AdamW(learning_rate=3e-4, eps=1e-5, schedule=CosineSchedule(warmup_steps=2000)),
         sharding=ShardingConfig(fsdp=32),  # not all 64 chips: docs/plan.md, fsdp over a whole TPU torus
         checkpoint=CheckpointConfig(every=1000, keep_every=20_000),
+        target="tpu:v5p:4x4x4",
         run_dir="runs/llama7b",
     )

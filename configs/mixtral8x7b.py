@@ -54,5 +54,6 @@ def get_config() -> RunConfig:
         optimizer=AdamW(learning_rate=3e-4, eps=1e-5, schedule=CosineSchedule(warmup_steps=2000)),
         sharding=ShardingConfig(fsdp=16, expert=8),
         checkpoint=CheckpointConfig(every=1000, keep_every=20_000),
+        target="tpu:v5p:4x4x8",
         run_dir="runs/mixtral8x7b",
     )

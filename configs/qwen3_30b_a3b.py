@@ -48,5 +48,6 @@ def get_config() -> RunConfig:
         optimizer=AdamW(learning_rate=3e-4, eps=1e-5, schedule=CosineSchedule(warmup_steps=8000, final_fraction=0.01)),
         sharding=ShardingConfig(fsdp=16, expert=8),
         checkpoint=CheckpointConfig(every=1000, keep_every=50_000),
+        target="tpu:v5p:4x4x8",
         run_dir="runs/qwen3_30b_a3b",
     )

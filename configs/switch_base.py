@@ -52,5 +52,6 @@ def get_config() -> RunConfig:
         optimizer=Adafactor(learning_rate=1e-2, schedule=InverseSqrtSchedule(warmup_steps=10_000)),
         sharding=ShardingConfig(expert=16),
         checkpoint=CheckpointConfig(every=2000, keep_every=50_000),
+        target="tpu:v5p:2x2x4",
         run_dir="runs/switch_base",
     )

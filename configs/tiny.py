@@ -46,5 +46,6 @@ def get_config() -> RunConfig:
         optimizer=AdamW(learning_rate=2e-3, schedule=CosineSchedule(warmup_steps=20)),
         checkpoint=CheckpointConfig(every=100),
         observe=ObserveConfig(sample_prompt="def ", sample_tokens=64),
+        target="cpu:1",
         run_dir="runs/tiny",
     )

@@ -149,7 +149,7 @@ def _decoder_loss(model: ModelConfig, policy):
         attended = checkpoint_name(jnp.einsum("bnts,bsnh->btnh", scores, value), "attended")
         x = x + jnp.einsum("btnh,nhd->btd", attended, w["o"])
         y = jnp.sin(x)
-        return x + (experts(y, w) if moe else (jax.nn.silu(y @ w["gate"]) * (y @ w["up"])) @ w["down"])
+        return x + (experts(y, w) if moe else mlp(y, w["gate"], w["up"], w["down"]))
 
     def experts(y, w):
         """Every token goes to the first top_k experts: the choice does not matter to a count."""
@@ -158,8 +158,11 @@ def _decoder_loss(model: ModelConfig, policy):
         rows = jnp.broadcast_to(y.reshape(-1, d), (top_k, y.shape[0] * y.shape[1], d))
         out = of_expert(jax.nn.silu(of_expert(rows, "gate")) * of_expert(rows, "up"), "down")
         routed = (out.reshape(top_k, *y.shape) * jnp.moveaxis(gates, -1, 0)[..., None]).sum(0)
-        shared = (jax.nn.silu(y @ w["shared_gate"]) * (y @ w["shared_up"])) @ w["shared_down"]
-        return routed + shared
+        return routed + mlp(y, w["shared_gate"], w["shared_up"], w["shared_down"])
+
+    def mlp(y, gate, up, down):
+        gated, raised = (checkpoint_name(y @ weight, "gate_and_up") for weight in (gate, up))
+        return (jax.nn.silu(gated) * raised) @ down
 
     top_k = moe.router.top_k if moe else 0
 
@@ -180,6 +183,7 @@ POLICIES = {
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names("attended", "residual", "experts"),
     ),
+    Remat.GLU: jax.checkpoint_policies.save_only_these_names("qkv", "attended", "residual", "gate_and_up"),
     Remat.NAMES: jax.checkpoint_policies.save_only_these_names("qkv", "attended", "residual"),
     Remat.QKV: jax.checkpoint_policies.save_only_these_names("qkv"),
     Remat.FULL: jax.checkpoint_policies.nothing_saveable,

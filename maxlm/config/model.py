@@ -26,6 +26,9 @@ class Remat(enum.Enum):
     """Save every intermediate: most memory, no recomputation."""
     DOTS = "dots"
     """Save the outputs of the weight multiplications, recompute the rest."""
+    GLU = "glu"
+    """As NAMES, and save both inputs of a gated MLP's product too; recompute attention's output projection, and what
+    is in no product. Experts are recomputed."""
     NAMES = "names"
     """Save the attention output and the inputs of the attention kernel; recompute the MLP."""
     QKV = "qkv"

@@ -223,6 +223,8 @@ def _remat(config: ModelConfig, body: Any, *, in_loop: bool) -> Any:
             dots = checkpoint_policies.dots_with_no_batch_dims_saveable  # not the experts' products, hence their name
             named = checkpoint_policies.save_only_these_names(*names, "grouped_out")
             return checkpoint(policy=checkpoint_policies.save_from_both_policies(dots, named))
+        case Remat.GLU:
+            return checkpoint(policy=checkpoint_policies.save_only_these_names(*names, "glu_gate", "glu_up"))
         case Remat.NAMES:
             return checkpoint(policy=checkpoint_policies.save_only_these_names(*names))
         case Remat.QKV:

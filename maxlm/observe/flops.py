@@ -208,6 +208,8 @@ def _recomputed(model: ModelConfig, block: BlockConfig, reach: int) -> int:
     match model.remat:
         case Remat.NONE | Remat.DOTS:
             return 0
+        case Remat.GLU:
+            return out + ffn - _gate_and_up(block.ffn, model.d_model)
         case Remat.NAMES | Remat.OFFLOAD:
             return out + ffn
         case Remat.QKV:
@@ -222,12 +224,23 @@ def _recomputed_ffn(ffn: FfnConfig, d_model: int) -> int:
     A down projection is among them where it is an expert's: the gradient of the gate that multiplies its output needs
     that.
     """
+    plain = _gate_and_up(ffn, d_model)
+    match ffn:
+        case GluConfig():
+            return plain
+        case MoeConfig():
+            scores = d_model * ffn.n_experts * (2 if isinstance(ffn.router, NoisyTopKRouter) else 1)
+            return 2 * scores + plain + round(_experts_per_token(ffn) * 6 * d_model * ffn.d_ff)
+        case _:
+            assert_never(ffn)
+
+
+def _gate_and_up(ffn: FfnConfig, d_model: int) -> int:
+    """FLOPs a token of the first two products of what is a plain MLP: all of it, or the shared experts."""
     match ffn:
         case GluConfig():
             return 4 * d_model * ffn.d_ff
         case MoeConfig():
-            scores = d_model * ffn.n_experts * (2 if isinstance(ffn.router, NoisyTopKRouter) else 1)
-            shared = 4 * d_model * ffn.n_shared_experts * ffn.d_ff
-            return 2 * scores + shared + round(_experts_per_token(ffn) * 6 * d_model * ffn.d_ff)
+            return 4 * d_model * ffn.n_shared_experts * ffn.d_ff
         case _:
             assert_never(ffn)

@@ -1,0 +1,88 @@
+"""Every file in configs/ on the machine that it names: by arithmetic each, by that machine's own compiler some.
+
+The others compile under the mark `nightly` (`make test-nightly`).
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aot import require_compiler
+
+from maxlm.config import RunConfig
+from maxlm.config.cli import load_config
+from maxlm.plan.report import analyse
+from maxlm.plan.targets import CpuTarget, GpuTarget, Target, TpuTarget, parse_target
+
+ROOT = Path(__file__).parent.parent
+PRESETS = sorted(path.stem for path in (ROOT / "configs").glob("[a-z]*.py"))
+COMPILED_ALWAYS = {"llama7b", "llama3_70b", "mixtral8x7b"}
+
+
+def preset(name: str) -> tuple[RunConfig, Target]:
+    config = load_config(f"{ROOT}/configs/{name}.py")
+    assert config.target is not None, f"configs/{name}.py names no target"
+    return config, parse_target(config.target)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_each_preset_fits_the_machine_that_it_names(name: str) -> None:
+    config, target = preset(name)
+    config.validate(target.devices)
+    report = analyse(config, target)
+    assert report.fits, f"{report.peak_bytes.analytic / 2**30:.1f} GiB on {target}"
+
+
+def compiled(target: Target, *arguments: str) -> dict[str, Any]:
+    """The plan of a real compile, which must fit and keep the rules that `forbidden` names."""
+    match target:
+        case TpuTarget():
+            require_compiler("tpu_v5p")
+        case GpuTarget():
+            require_compiler("h200")
+        case CpuTarget():
+            pass
+    command = [sys.executable, "-m", "maxlm.plan", "--target", str(target), "--compile", "--json", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    report: dict[str, Any] = json.loads(done.stdout)
+    assert report["tier"] == "compiled" and report["fits"]
+    assert report["peak_bytes"]["compiled"] <= (report["hbm_bytes"] or float("inf"))
+    return report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [
+    name if name in COMPILED_ALWAYS else pytest.param(name, marks=pytest.mark.nightly) for name in PRESETS
+])  # fmt: skip
+def test_each_preset_compiles_for_the_machine_that_it_names(name: str) -> None:
+    config, target = preset(name)
+    report = compiled(target, "--config", f"configs/{name}.py")
+    assert report["devices"] == target.devices
+    assert report["parameters"]["total"] > 1e6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "arguments"),
+    [
+        ("tpu:v5e:16x16", ()),
+        ("gpu:h200:8", ("--sharding.fsdp", "8", "--train.micro_batches", "32")),
+    ],
+)
+def test_llama7b_compiles_for_other_machines(target: str, arguments: tuple[str, ...]) -> None:
+    compiled(parse_target(target), "--config", "configs/llama7b.py", *arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [
+    "cpu:8", "tpu:v4:2x2x1", "tpu:v5e:2x2", "tpu:v5p:2x2x1", "tpu:v6e:2x2", "tpu:7x:2x2x1",
+    "gpu:a100:8", "gpu:h100:8", "gpu:h200:8", "gpu:b200:8",
+])  # fmt: skip
+def test_tiny_compiles_for_every_chip(target: str) -> None:
+    compiled(parse_target(target), "--config", "configs/tiny.py", "--sharding.fsdp", "-1")
