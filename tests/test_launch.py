@@ -21,6 +21,7 @@ from maxlm import launch
 from maxlm.config import UserError
 from maxlm.config.cli import run_command
 from maxlm.config.launch import GENERATIONS, TARGETS, tpu_slice
+from maxlm.hardware import CHIPS, Torus
 from maxlm.train import EXIT_INTERRUPTED
 
 ROOT = Path(__file__).parent.parent
@@ -158,11 +159,12 @@ def test_slices_that_do_not_exist(name: str, topology: str | None, words: str) -
         tpu_slice(name, topology)
 
 
-def test_jax_agrees_on_devices_per_chip() -> None:
-    """`maxlm/observe/devices.py` gives peaks per device; where a chip is two devices, it must say so."""
-    text = (ROOT / "maxlm/observe/devices.py").read_text()
-    assert "v2, v3 and 7x show two JAX devices a chip" in text
-    assert {g.names[0] for g in GENERATIONS if g.devices_per_chip == 2} == {"tpu7x"}
+def test_the_table_of_chips_agrees_on_tori() -> None:
+    """`maxlm/hardware.py` gives figures per device; where a chip is two devices, both must say so."""
+    for generation in GENERATIONS:
+        network = CHIPS[generation.names[-1]].network
+        assert isinstance(network, Torus)
+        assert (network.dims, network.devices_per_chip) == (generation.torus, generation.devices_per_chip)
 
 
 # The same command everywhere, word for word

@@ -78,6 +78,8 @@ class FlopsPerToken:
     recompute: int
     """What the remat policy computes a second time. In no other figure here, and never in MFU: it is work, but not of
     use. Kernels that recompute scores, and a loss that recomputes logits, come on top."""
+    causal_recompute: float
+    """The same with only the keys that a causal mask leaves, which are those that our kernels compute."""
 
     @property
     def total(self) -> int:
@@ -92,14 +94,14 @@ class FlopsPerToken:
 
 def parameter_count(model: ModelConfig) -> ParameterCount:
     """Count the parameters of `model`."""
-    ffn = [_ffn_parameters(block.ffn, model.d_model) for block in model.layers]
+    ffn = [(_ffn_parameters(block.ffn, model.d_model), times) for block, times in _kinds(model)]
     table = model.vocab_size * model.d_model
     return ParameterCount(
         embedding=table,
         unembedding=0 if model.tie_embeddings else table,
-        attention=sum(_attention_parameters(block.attention, model.d_model) for block in model.layers),
-        ffn=sum(count.total for count in ffn),
-        ffn_active=sum(count.active for count in ffn),
+        attention=sum(times * _attention_parameters(block.attention, model.d_model) for block, times in _kinds(model)),
+        ffn=sum(times * count.total for count, times in ffn),
+        ffn_active=sum(times * count.active for count, times in ffn),
         norms=(2 * model.n_layers + 1) * model.d_model,
         tied=model.tie_embeddings,
     )
@@ -110,21 +112,21 @@ def flops_per_token(model: ModelConfig, seq_len: int, *, remat_stages: bool = Fa
 
     `remat_stages`: the run has a pipeline that computes each stage a second time (`sharding.remat_stages`).
     """
-    attention, causal, recompute = 0, 0.0, 0
-    for block in model.layers:
+    attention, causal, recompute, causal_recompute = 0, 0.0, 0.0, 0.0
+    for block, times in _kinds(model):
         heads = block.attention.n_heads * block.attention.head_dim
         reach = min(seq_len, block.attention.window or seq_len)
-        attention += 12 * heads * reach
-        causal += 12 * heads * _mean_visible_keys(seq_len, reach)
-        recompute += _recomputed(model, block, reach)
-        if remat_stages:
-            recompute += 4 * heads * reach + 2 * _attention_parameters(block.attention, model.d_model)
-            recompute += 2 * _ffn_parameters(block.ffn, model.d_model).active
+        visible = _mean_visible_keys(seq_len, reach)
+        attention += times * 12 * heads * reach
+        causal += times * 12 * heads * visible
+        recompute += times * _recomputed(model, block, reach, remat_stages)
+        causal_recompute += times * _recomputed(model, block, visible, remat_stages)
     return FlopsPerToken(
         parameters_term=6 * parameter_count(model).matmul,
         attention_term=attention,
         causal_attention_term=causal,
-        recompute=recompute,
+        recompute=round(recompute),
+        causal_recompute=causal_recompute,
     )
 
 
@@ -134,6 +136,11 @@ def mfu(*, flops_per_token: float, tokens_per_s: float, n_devices: int, peak_flo
     `flops_per_token` is `FlopsPerToken.total`, `peak_flops` FLOP/s of one device (PaLM, appendix B).
     """
     return flops_per_token * tokens_per_s / (n_devices * peak_flops)
+
+
+def _kinds(model: ModelConfig) -> list[tuple[BlockConfig, int]]:
+    """Every block config, and how many layers it is."""
+    return [*((block, 1) for block in model.first_blocks), *((block, model.repeats) for block in model.blocks)]
 
 
 def _attention_parameters(attention: AttentionConfig, d_model: int) -> int:
@@ -162,7 +169,7 @@ def _ffn_parameters(ffn: FfnConfig, d_model: int) -> _Ffn:
         case MoeConfig():
             expert = 3 * d_model * ffn.d_ff
             always = _router_parameters(ffn, d_model) + ffn.n_shared_experts * expert
-            return _Ffn(always + ffn.n_experts * expert, always + round(_experts_per_token(ffn) * expert))
+            return _Ffn(always + ffn.n_experts * expert, always + round(experts_per_token(ffn) * expert))
         case _:
             assert_never(ffn)
 
@@ -180,7 +187,7 @@ def _router_parameters(ffn: MoeConfig, d_model: int) -> int:
             assert_never(ffn.router)
 
 
-def _experts_per_token(ffn: MoeConfig) -> float:
+def experts_per_token(ffn: MoeConfig) -> float:
     """Of those that are not shared; where experts choose, the mean."""
     match ffn.router:
         case TopKRouter() | NoisyTopKRouter() | SigmoidRouter():
@@ -197,25 +204,30 @@ def _mean_visible_keys(seq_len: int, reach: int) -> float:
     return reach - reach * (reach - 1) / (2 * seq_len)
 
 
-def _recomputed(model: ModelConfig, block: BlockConfig, reach: int) -> int:
-    """Multiplications of one block that the backward pass does again, in FLOPs a token."""
+def _recomputed(model: ModelConfig, block: BlockConfig, keys: float, stage: bool) -> float:
+    """Multiplications of one block that the backward pass does again, in FLOPs a token that sees so many keys; with
+    `stage` those of a second forward pass too."""
     attention = block.attention
     heads = attention.n_heads * attention.head_dim
-    scores = 4 * heads * reach
+    scores = 4 * heads * keys
     qkv = 2 * model.d_model * (heads + 2 * attention.n_kv_heads * attention.head_dim)
     out = 2 * heads * model.d_model
     ffn = _recomputed_ffn(block.ffn, model.d_model)
+    forward = 0.0
+    if stage:
+        forward = scores + 2 * _attention_parameters(attention, model.d_model)
+        forward += 2 * _ffn_parameters(block.ffn, model.d_model).active
     match model.remat:
         case Remat.NONE | Remat.DOTS:
-            return 0
+            return forward
         case Remat.GLU:
-            return out + ffn - _gate_and_up(block.ffn, model.d_model)
+            return forward + out + ffn - _gate_and_up(block.ffn, model.d_model)
         case Remat.NAMES | Remat.OFFLOAD:
-            return out + ffn
+            return forward + out + ffn
         case Remat.QKV:
-            return scores + out + ffn
+            return forward + scores + out + ffn
         case Remat.FULL:
-            return qkv + scores + out + ffn
+            return forward + qkv + scores + out + ffn
 
 
 def _recomputed_ffn(ffn: FfnConfig, d_model: int) -> int:
@@ -230,7 +242,7 @@ def _recomputed_ffn(ffn: FfnConfig, d_model: int) -> int:
             return plain
         case MoeConfig():
             scores = d_model * ffn.n_experts * (2 if isinstance(ffn.router, NoisyTopKRouter) else 1)
-            return 2 * scores + plain + round(_experts_per_token(ffn) * 6 * d_model * ffn.d_ff)
+            return 2 * scores + plain + round(experts_per_token(ffn) * 6 * d_model * ffn.d_ff)
         case _:
             assert_never(ffn)
 

@@ -1,29 +1,41 @@
 """Machines to plan for, by name, and the compilers that they need. No jax here: it must be told before it is imported.
 
-tpu:v5p:4x4x4    64 chips of TPU v5p as a 4 x 4 x 4 torus
-gpu:h200:8       one host with 8 H200; gpu:h200:16x8 are 16 such hosts
-cpu:8            8 devices of this machine's processor, for a try
+tpu:v5p:4x4x4      64 chips of TPU v5p as a 4 x 4 x 4 torus; v4, v5e, v6e and 7x are other chips
+tpu:v5p:4x4x4:2    two such slices
+gpu:h200:8         one host with 8 H200; gpu:h200:16x8 are 16 such hosts; a100, h100 and b200 are other chips
+cpu:8              8 devices of this machine's processor, for a try
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import enum
 import importlib.metadata
+import itertools
 import math
+import operator
 import os
 import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from maxlm.config import UserError
+from maxlm.hardware import CHIPS, Chip, Switched, Torus
 
 COMPILERS = Path(sys.prefix, "compilers")
 """Where `make compilers` puts them: jax would try them in every command of an environment that has them."""
 
-_GIB = 2**30
+
+class Platform(enum.Enum):
+    """Which of the three compilers makes the program."""
+
+    CPU = "cpu"
+    TPU = "tpu"
+    GPU = "gpu"
 
 
 @dataclass(frozen=True)
@@ -38,19 +50,21 @@ class CpuTarget:
 
 @dataclass(frozen=True)
 class TpuTarget:
-    """A slice of TPUs."""
+    """One or more slices of TPUs, all of one shape."""
 
     chip: str
     topology: str
-    """Chips along each dim of the torus, as 4x4x4."""
+    """Chips along each dim of a slice's torus, as 4x4x4."""
+    slices: int = 1
+    """Joined by the data centre's network."""
 
     @property
     def devices(self) -> int:
-        cores = 2 if self.chip == "7x" else 1
-        return cores * math.prod(int(size) for size in self.topology.split("x"))
+        chips = self.slices * math.prod(_shape(self.topology))
+        return chips * _torus(self.chip).devices_per_chip
 
     def __str__(self) -> str:
-        return f"tpu:{self.chip}:{self.topology}"
+        return f"tpu:{self.chip}:{self.topology}" + (f":{self.slices}" if self.slices > 1 else "")
 
 
 @dataclass(frozen=True)
@@ -72,40 +86,60 @@ class GpuTarget:
 Target = CpuTarget | TpuTarget | GpuTarget
 
 
-@dataclass(frozen=True)
-class _Tpu:
-    prefix: str
-    """How the compiler's names of topologies begin."""
-    smallest: str
-    """The smallest machine that the compiler knows with the chip."""
-    memory: int
-    """Bytes a device that its compiler gives to a program; a little less than the data sheet's."""
+@dataclass(frozen=True, kw_only=True)
+class _Gpu:
+    """What XLA's compiler would ask a driver for, beyond what CHIPS has; figures of xla/backends/gpu/target_config."""
+
+    capability: str
+    """Major and minor number of the instructions that it has."""
+    multiprocessors: int
+    float32_units: int
+    """Of a multiprocessor."""
+    ghz: float
+    l2_bytes: int
+    shared_bytes: int
+    """Memory next to a multiprocessor."""
+    block_shared_bytes: int
+    """What one block of threads may have of it."""
 
 
-TPUS = {
-    "v5e": _Tpu("v5e", "2x2", int(15.75 * _GIB)),
-    "v5p": _Tpu("v5p", "2x2x1", int(95.74 * _GIB)),
-    "v6e": _Tpu("v6e", "2x2", int(31.25 * _GIB)),
-    "7x": _Tpu("tpu7x", "2x2x1", int(94.75 * _GIB)),
-}
+_HOPPER = _Gpu(
+    capability="major: 9", multiprocessors=132, float32_units=128, ghz=1.98,
+    l2_bytes=52_428_800, shared_bytes=233_472, block_shared_bytes=232_448,
+)  # fmt: skip
+GPUS = {
+    "a100": _Gpu(
+        capability="major: 8", multiprocessors=108, float32_units=64, ghz=1.41,
+        l2_bytes=41_943_040, shared_bytes=167_936, block_shared_bytes=166_912,
+    ),
+    "h100": _HOPPER,
+    "h200": dataclasses.replace(_HOPPER, l2_bytes=62_914_560),
+    "b200": _Gpu(
+        capability="major: 10", multiprocessors=148, float32_units=128, ghz=1.965,
+        l2_bytes=132_644_864, shared_bytes=233_472, block_shared_bytes=232_448,
+    ),
+}  # fmt: skip
+TPUS = tuple(name for name, chip in CHIPS.items() if isinstance(chip.network, Torus))
 
-_GPU_SPECIFICS = {
-    "h100": {"memory_bandwidth": 3_352_320_000_000, "l2_cache_size": 52_428_800, "device_memory_size": 84_978_434_048},
-    "h200": {"memory_bandwidth": 4_800_000_000_000, "l2_cache_size": 62_914_560, "device_memory_size": 150_754_820_096},
-}
-# XLA's GpuTargetConfig as a text proto: what it would ask a Hopper's driver for.
+# XLA's GpuTargetConfig as a text proto.
 _GPU_CONFIG = """
 gpu_device_info {{
-  {specifics} cuda_compute_capability {{ major: 9 }} core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  cuda_compute_capability {{ {gpu.capability} }} core_count: {gpu.multiprocessors} fpus_per_core: {gpu.float32_units}
+  clock_rate_ghz: {gpu.ghz} l2_cache_size: {gpu.l2_bytes}
+  device_memory_size: {chip.memory} memory_bandwidth: {chip.bandwidth:.0f}
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+  shared_memory_per_block: 49152 shared_memory_per_core: {gpu.shared_bytes}
+  shared_memory_per_block_optin: {gpu.block_shared_bytes}
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
 }}
 platform_name: "CUDA" device_description_str: "NVIDIA {name}"
 dnn_version_info {{ major: 9 minor: 10 }} runtime_version {{ major: 13 minor: 0 }}
 """
-GPUS = tuple(_GPU_SPECIFICS)
+
+LARGEST_SLICE = 4_096
+"""Chips, of machines that `larger` makes up: a power of two that every chip with a 3-D torus is rented out in."""
+_NUMBER = "[1-9][0-9]{0,6}"
 
 
 def parse_target(text: str) -> Target:
@@ -117,55 +151,125 @@ def parse_target(text: str) -> Target:
     match text.split(":"):
         case ["cpu", count] if _is_number(count):
             return CpuTarget(int(count))
-        case ["tpu", chip, topology] if chip in TPUS and _is_topology(chip, topology):
-            return TpuTarget(chip, topology)
-        case ["gpu", chip, size] if chip in _GPU_SPECIFICS and _is_number(size):
-            return GpuTarget(chip, 1, int(size))
-        case ["gpu", chip, size] if chip in _GPU_SPECIFICS and all(_is_number(part) for part in size.split("x")):
-            if size.count("x") == 1:
-                hosts, per_host = size.split("x")
-                return GpuTarget(chip, int(hosts), int(per_host))
-    known = ["cpu:8", *(f"tpu:{chip}:{tpu.smallest}" for chip, tpu in TPUS.items())]
-    known += [
-        "tpu:v5e:8x8",
-        "tpu:v5p:4x4x4",
-        "tpu:v6e:8x8",
-        *(f"gpu:{chip}:{size}" for chip in GPUS for size in (8, "2x8")),
-    ]
-    near = difflib.get_close_matches(text, known, n=3, cutoff=0.4) or known[:3]
-    raise UserError(f"--target {text} is unknown; use a name like {', '.join(near)}")
+        case ["tpu", chip, topology] if chip in TPUS and _has_dims(topology, _torus(chip).dims):
+            return _tpu(chip, topology, 1)
+        case ["tpu", chip, topology, slices] if (
+            chip in TPUS and _has_dims(topology, _torus(chip).dims) and _is_number(slices)
+        ):
+            return _tpu(chip, topology, int(slices))
+        case ["gpu", chip, size] if chip in GPUS and _is_number(size):
+            return _gpu(chip, 1, int(size))
+        case ["gpu", chip, size] if chip in GPUS and _has_dims(size, 2):
+            return _gpu(chip, *_shape(size))
+    raise UserError(f"--target {text} is unknown; use a name like {', '.join(_nearest(text))}")
+
+
+def _tpu(chip: str, topology: str, slices: int) -> TpuTarget:
+    """The target, if there is such a slice.
+
+    Rules: those by which the compiler (libtpu 0.0.42) takes a topology, and the size of a pod.
+    """
+    torus, shape = _torus(chip), _shape(topology)
+    chips = math.prod(shape)
+    near = [f"tpu:{chip}:{'x'.join(map(str, sides))}" for sides in _near_topologies(chip, shape)]
+    if chips > 1 and (shape[0] % 2 or shape[1] % 2):
+        raise UserError(
+            f"--target tpu:{chip}:{topology}: hosts have 2 x 2 chips, so the first two sizes must be even; use "
+            + ", ".join(near)
+        )
+    if chips > torus.largest or (torus.dims == 2 and max(shape) > torus.ring):
+        pod = f"{torus.ring}x{torus.ring}" if torus.dims == 2 else f"{torus.largest} chips"
+        raise UserError(
+            f"--target tpu:{chip}:{topology}: a slice has {pod} at most; use {near[0]}, or several slices, such as "
+            f"{near[0]}:2"
+        )
+    return TpuTarget(chip, topology, slices)
+
+
+def _gpu(chip: str, hosts: int, per_host: int) -> GpuTarget:
+    most = _switched(chip).per_host
+    if per_host > most:
+        needed = math.ceil(hosts * per_host / most)
+        raise UserError(
+            f"--target gpu:{chip}:{hosts}x{per_host}: a host has {most} GPUs at most; use gpu:{chip}:{needed}x{most}"
+        )
+    return GpuTarget(chip, hosts, per_host)
+
+
+def platform(target: Target) -> Platform:
+    """The target's compiler."""
+    match target:
+        case CpuTarget():
+            return Platform.CPU
+        case TpuTarget():
+            return Platform.TPU
+        case GpuTarget():
+            return Platform.GPU
+
+
+def chip(target: Target) -> Chip | None:
+    """What one device of the target can do; None: it is this machine's processor, of which nothing is known."""
+    match target:
+        case CpuTarget():
+            return None
+        case TpuTarget() | GpuTarget():
+            return CHIPS[target.chip]
 
 
 def memory_limit(target: Target) -> int | None:
     """Bytes that a program may have on a device; None: not known.
 
-    jax gives a program on a GPU three quarters of the memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+    jax gives a program on a GPU three quarters of the memory, unless XLA_CLIENT_MEM_FRACTION (or its older name,
+    XLA_PYTHON_CLIENT_MEM_FRACTION) says otherwise.
+
+    Raises:
+        UserError: that variable is not a fraction, or both are set.
     """
     match target:
         case CpuTarget():
             return None
         case TpuTarget():
-            return TPUS[target.chip].memory
+            return CHIPS[target.chip].memory
         case GpuTarget():
-            fraction = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))
-            return int(_GPU_SPECIFICS[target.chip]["device_memory_size"] * fraction)
+            return int(CHIPS[target.chip].memory * _gpu_fraction())
+
+
+def _gpu_fraction() -> float:
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    chosen = {name: text for name in names if (text := os.environ.get(name))}
+    if len(chosen) == 2:
+        raise UserError(f"{names[0]} and {names[1]} are both set, which jax refuses; unset {names[1]}, the older name")
+    for name, text in chosen.items():
+        if re.fullmatch(r"0?\.\d+|1(\.0*)?", text) is None:
+            raise UserError(f"{name} = {text!r} must be a fraction up to 1, such as 0.9")
+        return float(text)
+    return 0.75
+
+
+def tpu_topology(target: TpuTarget) -> tuple[str, dict[str, Any]]:
+    """The compiler's name of a machine that is not there, and the options that go with it."""
+    options: dict[str, Any] = {}
+    if target.slices > 1:
+        options["num_slices"] = target.slices
+    if target.chip == "v4":
+        options["chip_config_name"] = "megacore"  # both cores as one device, as on a machine
+    if math.prod(_shape(target.topology)) == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    prefix = "tpu7x" if target.chip == "7x" else target.chip
+    return f"{prefix}:{target.topology}", options
 
 
 def gpu_config(chip: str) -> str:
     """What XLA's compiler is told of a GPU that is not there."""
-    specifics = " ".join(f"{key}: {value}" for key, value in _GPU_SPECIFICS[chip].items())
-    return _GPU_CONFIG.format(specifics=specifics, name=chip.upper())
+    return _GPU_CONFIG.format(gpu=GPUS[chip], chip=CHIPS[chip], name=chip.upper())
 
 
 def environment(target: Target) -> Mapping[str, str]:
     """Variables that jax must find when it is imported."""
-    flags = os.environ.get("XLA_FLAGS", "")
     match target:
         case CpuTarget():
-            return {
-                "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={target.devices}".strip(),
-            }
+            flags = _flags(f"--xla_force_host_platform_device_count={target.devices}")
+            return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
         case TpuTarget():
             return {
                 "JAX_PLATFORMS": "cpu",  # arrays, of which there are none, would be there
@@ -175,7 +279,12 @@ def environment(target: Target) -> Mapping[str, str]:
             }
         case GpuTarget():
             # There is no GPU to time candidates on.
-            return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{flags} --xla_gpu_autotune_level=0".strip()}
+            return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": _flags("--xla_gpu_autotune_level=0")}
+
+
+def _flags(last: str) -> str:
+    """XLA_FLAGS with one more at the end, where it wins; once, however often it is added."""
+    return f"{os.environ.get('XLA_FLAGS', '').removesuffix(last).strip()} {last}".strip()
 
 
 def requirements(platform: Literal["tpu", "gpu"]) -> list[str]:
@@ -192,38 +301,127 @@ def requirements(platform: Literal["tpu", "gpu"]) -> list[str]:
     return [pinned, pinned.replace("plugin", "pjrt"), "nvidia-cuda-nvcc>=13,<14", "nvidia-nvvm>=13,<14", "absl-py"]
 
 
+def installed() -> dict[str, str]:
+    """Package -> version, of all that this process or a compiler can import; the first on the path is the one."""
+    versions: dict[str, str] = {}
+    for found in importlib.metadata.distributions(path=[*sys.path, str(COMPILERS)]):
+        if {"Name", "Version"} <= set(found.metadata):  # what an interrupted installation left has neither
+            versions.setdefault(found.name.lower().replace("_", "-"), found.version)
+    return versions
+
+
 def missing_compiler(target: Target) -> str | None:
-    """What to do about a compiler that is not installed; None: it is."""
+    """What to do about a compiler that is not installed, or is of another jax, with which it may crash; None: it is."""
     match target:
         case CpuTarget():
             return None
         case TpuTarget() | GpuTarget():
             wanted = requirements("tpu" if isinstance(target, TpuTarget) else "gpu")
-    found = importlib.metadata.distributions(path=[*sys.path, str(COMPILERS)])
-    installed = {distribution.name.lower().replace("_", "-") for distribution in found}
-    if missing := [line for line in wanted if re.split("[<>=]", line)[0] not in installed]:
-        quoted = " ".join(f"'{line}'" for line in missing)
-        return f"no compiler for {target}: make compilers, or pip install --no-deps {quoted}"
-    return None
+    have = installed()
+    names = {line: re.split("[<>=]", line)[0] for line in wanted}
+    if not (missing := [line for line, name in names.items() if name not in have or not _suits(have[name], line)]):
+        return None
+    others = ", ".join(f"{names[line]} {have[names[line]]}" for line in missing if names[line] in have)
+    reason = f"{others} does not go with jax {have['jax']}; " if others else ""
+    quoted = " ".join(f"'{line}'" for line in missing)
+    return f"no compiler for {target}: {reason}make compilers, or pip install --no-deps {quoted}"
+
+
+_COMPARISONS = {"==": operator.eq, ">=": operator.ge, "<=": operator.le, "<": operator.lt}
+
+
+def _suits(version: str, requirement: str) -> bool:
+    """Whether a version keeps a requirement like those above, as far as the requirement's own digits go."""
+    for sign, bound in re.findall(r"([<>=]+)([\d.]+)", requirement):
+        wanted, found = ([int(digits) for digits in re.findall(r"\d+", text)] for text in (bound, version))
+        if not _COMPARISONS[sign](found[: len(wanted)], wanted):
+            return False
+    return True
 
 
 def prepare(target: Target) -> None:
-    """Make this process one that can compile for the target; call it before jax is imported.
+    """Make this process one that can compile for the target; call it before jax is imported. A second call changes
+    nothing.
 
     Raises:
-        UserError: the compiler is not installed.
+        UserError: the compiler is not installed, or is of another jax.
     """
     if (advice := missing_compiler(target)) is not None:
         raise UserError(advice)
     os.environ.update(environment(target))
-    if not isinstance(target, CpuTarget) and COMPILERS.is_dir():
+    if not isinstance(target, CpuTarget) and COMPILERS.is_dir() and str(COMPILERS) not in sys.path:
         sys.path.append(str(COMPILERS))
 
 
 def _is_number(text: str) -> bool:
-    return text.isdecimal() and int(text) > 0
+    return re.fullmatch(_NUMBER, text) is not None
 
 
-def _is_topology(chip: str, text: str) -> bool:
-    sizes = text.split("x")
-    return len(sizes) == TPUS[chip].smallest.count("x") + 1 and all(map(_is_number, sizes))
+def _has_dims(text: str, dims: int) -> bool:
+    return re.fullmatch("x".join([_NUMBER] * dims), text) is not None
+
+
+def _shape(topology: str) -> tuple[int, ...]:
+    return tuple(int(size) for size in topology.split("x"))
+
+
+def _torus(chip: str) -> Torus:
+    network = CHIPS[chip].network
+    assert isinstance(network, Torus)
+    return network
+
+
+def _switched(chip: str) -> Switched:
+    network = CHIPS[chip].network
+    assert isinstance(network, Switched)
+    return network
+
+
+def _topologies(chip: str) -> list[tuple[int, ...]]:
+    """Slices that can be rented, but for the odd shape: the documentation's tables and rule (multiples of 4)."""
+    torus = _torus(chip)
+    if torus.dims == 2:
+        return [(1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)]
+    cubes = itertools.combinations_with_replacement(range(4, 33, 4), 3)
+    small = [(1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4)]
+    return [*small, *(sides for sides in cubes if math.prod(sides) <= torus.largest)]
+
+
+def larger(target: Target, devices: int) -> Target | None:
+    """The same kind of machine with so many devices, a power of two, or the next that there is: full hosts of GPUs,
+    TPUs in slices as large and as near to a cube as can be. None: the target has as many already."""
+    match target:
+        case CpuTarget():
+            return None
+        case GpuTarget(chip=chip):
+            per_host = target.per_host if target.hosts > 1 else min(devices, _switched(chip).per_host)
+            grown: Target = GpuTarget(chip, math.ceil(devices / per_host), per_host)
+        case TpuTarget(chip=chip):
+            chips = devices // _torus(chip).devices_per_chip
+            powers = [sides for sides in _topologies(chip) if math.prod(sides).bit_count() == 1]
+            most = min(LARGEST_SLICE, max(map(math.prod, powers)))
+            enough = [sides for sides in powers if math.prod(sides) >= min(chips, most)]
+            sides = min(enough, key=lambda sides: (math.prod(sides), sum(sides)))
+            grown = TpuTarget(chip, "x".join(map(str, sides)), max(1, chips // math.prod(sides)))
+    return grown if grown.devices > target.devices else None
+
+
+def _near_topologies(chip: str, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Three slices of about as many chips; of those with as many, the one of the most similar sides."""
+
+    def distance(other: tuple[int, ...]) -> tuple[float, int]:
+        sides = zip(sorted(other), sorted(shape), strict=True)
+        return abs(math.log(math.prod(other) / math.prod(shape))), sum(abs(a - b) for a, b in sides)
+
+    return sorted(_topologies(chip), key=distance)[:3]
+
+
+def _nearest(text: str) -> list[str]:
+    """Names most like the text; of the chip that it names, if it does."""
+    known = ["cpu:8"]
+    for chip in TPUS:
+        known += [f"tpu:{chip}:{size}" for size in (("2x2", "8x8") if _torus(chip).dims == 2 else ("2x2x1", "4x4x4"))]
+    known += [f"gpu:{chip}:{size}" for chip in GPUS for size in (8, "2x8")]
+    chips = CHIPS.keys() & text.lower().split(":")
+    same_chip = [name for name in known if name.split(":")[1] in chips]
+    return difflib.get_close_matches(text.lower(), same_chip or known, n=3, cutoff=0.4) or (same_chip or known)[:3]
