@@ -11,7 +11,7 @@ import optax
 import pytest
 from helpers import one_device, small_model, with_attention
 
-from maxlm.config import Adafactor, AdamW, GluConfig
+from maxlm.config import Adafactor, AdamW, Dtype, GluConfig
 from maxlm.models import abstract_decoder, init_parameters, parameter_dims
 from maxlm.training.optimizers import decay_mask, make_optimizer
 
@@ -139,6 +139,21 @@ def assert_close(got, want, rtol=2e-5):
 def test_adamw_equals_the_paper(config):
     parameters, gradients = parameters_and_gradients()
     assert_close(run(config, parameters, gradients), adamw(config, parameters, gradients))
+
+
+def test_adamw_keeps_its_first_moment_in_bfloat16_if_asked():
+    """Half the bytes of one moment; steps within bfloat16's 8 bits of the paper's, and not those of float32."""
+    config = AdamW(moment_dtype=Dtype.BFLOAT16)
+    parameters, gradients = parameters_and_gradients()
+    state = make_optimizer(config, rate, DIMS, layers=LAYERS).init(narrow(parameters))
+    kinds = [leaf.dtype.name for leaf in jax.tree.leaves(state) if leaf.shape]
+    assert sorted(kinds) == ["bfloat16"] * len(SHAPES) + ["float32"] * len(SHAPES)
+    got, exact = run(config, parameters, gradients), run(AdamW(), parameters, gradients)
+    want = adamw(config, parameters, gradients)
+    for name, start in parameters.items():
+        moved = want[name] - start
+        np.testing.assert_allclose(got[name] - start, moved, atol=0.02 * np.abs(moved).max(), err_msg=name)
+        assert not np.array_equal(got[name], exact[name])
 
 
 ADAFACTORS = {

@@ -18,6 +18,11 @@ class Dtype(enum.Enum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        return 2 if self is Dtype.BFLOAT16 else 4
+
 
 class Remat(enum.Enum):
     """What the backward pass finds saved, and what it computes again (activation checkpointing, arXiv:1604.06174)."""

@@ -65,8 +65,8 @@ class AdamW:
     b2: float = 0.95
     eps: float = 1e-8
     moment_dtype: Dtype = Dtype.FLOAT32
-    """Format in which the first moment is kept; bfloat16 saves 2 bytes a parameter. The second moment is float32 always:
-    with b2 near 1 its steps are smaller than bfloat16 can tell apart."""
+    """Format in which the first moment is kept; bfloat16 saves 2 bytes a parameter. The second is float32 always: with
+    b2 near 1 its steps are smaller than bfloat16 can tell apart."""
 
     def __post_init__(self) -> None:
         _check(self)

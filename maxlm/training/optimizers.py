@@ -31,7 +31,13 @@ def make_optimizer(
     match config:
         case AdamW():
             update = optax.adamw(
-                learning_rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=mask
+                learning_rate,
+                b1=config.b1,
+                b2=config.b2,
+                eps=config.eps,
+                mu_dtype=config.moment_dtype.value,
+                weight_decay=config.weight_decay,
+                mask=mask,
             )
         case Adafactor():
             # optax factors the two largest dims. Above `layers` in size, neither of them is the dim of stacked layers.
