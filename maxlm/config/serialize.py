@@ -88,7 +88,8 @@ def _flatten_value(value: Any, key: str, leaves: dict[str, Any]) -> None:
 def _reason(error: BaseException, expected: type | None) -> str:
     """Why one value was refused; cattrs adds where it stands."""
     match error:
-        case KeyError() if kinds := [kind.__name__ for kind in typing.get_args(expected)]:
+        case KeyError() if expected in _unions(expected, set()):
+            kinds = [kind.__name__ for kind in typing.get_args(expected)]
             return f"kind is missing or {error.args[0]!r}; must be one of {', '.join(kinds)}"
         case UserError() | ValueError():
             return str(error)

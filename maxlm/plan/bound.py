@@ -1,0 +1,287 @@
+"""The least time that a step can take, from the data sheet's figures: the roofline (Williams et al. 2009,
+doi:10.1145/1498765.1498785) of compute, memory and every link.
+
+Computing, memory and links are taken to work side by side, without ever waiting for each other, each at its full speed:
+so a real step takes longer, and its MFU is lower, than what stands here. `docs/kernels.md` and the benchmarks tell what
+our kernels reach of it.
+
+A 4096 x 2048 by 2048 x 4096 product of bfloat16 numbers, queries times keys of 4096 tokens, takes an A100 220 us to
+compute and 34 us to move; that of one token, which decoding does, 0.05 us and 8.4 us: 156 times slower a token than its
+multiplications.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import assert_never
+
+from maxlm.config import (
+    Adafactor,
+    AdamW,
+    BlockConfig,
+    GluConfig,
+    MoeConfig,
+    OptimizerConfig,
+    RunConfig,
+    StatePart,
+    UserError,
+    Zero,
+    pipeline_bubble,
+)
+from maxlm.observe.flops import FlopsPerToken, experts_per_token, flops_per_token, mfu, parameter_count
+from maxlm.plan.arrays import FLOAT32, device_shape, parameter_arrays
+from maxlm.plan.targets import Target, chip
+from maxlm.plan.traffic import (
+    AxisTraffic,
+    LayerRuns,
+    Link,
+    buffer_rows,
+    layer_runs,
+    local_tokens,
+)
+
+_DAY = 86_400
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProductBound:
+    """The least time of one product of matrices."""
+
+    flops: float
+    moved: float
+    """Bytes: both factors are read and the result is written, each once."""
+    compute_seconds: float
+    memory_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.compute_seconds, self.memory_seconds)
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs a byte. Below peak / bandwidth of the device the memory limits."""
+        return self.flops / self.moved
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeBound:
+    """The least time of a training step."""
+
+    compute_seconds: float
+    """Multiplications of a device, recomputed ones too, over its peak in the compute dtype. Of attention only what the
+    causal mask leaves, as our kernels skip the rest; the scores once more in the backward pass, as they do."""
+    memory_seconds: float
+    """Bytes to and from a device's memory over its bandwidth; `memory_bytes` says which."""
+    traffic_seconds: Mapping[str, float]
+    """Mesh axis -> seconds of what it sends over its links, with nothing else on them."""
+    bubble: float
+    """Share of the time that a pipeline's stages have nothing to compute, 0..1."""
+    step_seconds: float
+    """compute_seconds / (1 - bubble), or the memory's or a link's if longer. Those of the memory and of the links count
+    the pipeline's empty turns already. Axes over NVLink, or the network, share it; over ICI each has its own links."""
+    limited_by: str
+    """"compute", "memory", or "axis NAME over LINK"; of axes that share a link, the one that sends the longest."""
+    mfu_ceiling: float
+    """At most, 0..1 (`observe.flops.mfu`). PaLM's count has attention's masked half in it, which our kernels do not
+    compute: with long sequences, and nothing recomputed, it may be above 1."""
+    intensity: float
+    """FLOPs of a device for each byte to or from its memory."""
+    tokens_per_day: float
+    """Of all devices, at most."""
+    days: float
+    """Of train.steps steps, at least; without evaluations and checkpoints."""
+    device_hours: float
+    """The same times the devices: TPU 7x chips are two devices."""
+
+
+def estimate_time(config: RunConfig, target: Target, traffic: Sequence[AxisTraffic]) -> TimeBound | None:
+    """The least time of the config's step on a target, whose traffic is `estimate_traffic`'s; None: of a processor.
+
+    Raises:
+        UserError: the target has no unit for the config's compute dtype.
+    """
+    device = chip(target)
+    if device is None:
+        return None
+    peak = _peak(config, target)
+    train, devices = config.train, target.devices
+    sizes = config.sharding.sizes(devices)
+    tokens = train.batch_size * train.seq_len
+    flops = flops_per_token(
+        config.model, train.seq_len, remat_stages=sizes["stage"] > 1 and config.sharding.remat_stages
+    )
+    work = _flops_done(flops) * tokens / devices
+    moved = memory_bytes(config, sizes)
+    bubble = 0.0
+    if sizes["stage"] > 1:
+        bubble = pipeline_bubble(sizes["stage"], config.sharding.virtual_stages, train.micro_batches)
+
+    limits = {"compute": work / peak / (1 - bubble), "memory": moved / device.bandwidth}
+    limits |= _link_limits(traffic)
+    limited_by, step_seconds = max(limits.items(), key=lambda pair: pair[1])
+    tokens_per_s = tokens / step_seconds
+    days = train.steps * step_seconds / _DAY
+    by_axis: dict[str, float] = {}
+    for one in traffic:
+        by_axis[one.axis] = by_axis.get(one.axis, 0.0) + (one.seconds or 0.0)
+    return TimeBound(
+        compute_seconds=work / peak,
+        memory_seconds=moved / device.bandwidth,
+        traffic_seconds=by_axis,
+        bubble=bubble,
+        step_seconds=step_seconds,
+        limited_by=limited_by,
+        mfu_ceiling=mfu(flops_per_token=flops.total, tokens_per_s=tokens_per_s, n_devices=devices, peak_flops=peak),
+        intensity=work / moved,
+        tokens_per_day=tokens_per_s * _DAY,
+        days=days,
+        device_hours=days * 24 * devices,
+    )
+
+
+def product_bound(
+    m: int, k: int, n: int, *, peak: float, bandwidth: float, itemsize: float = 2, weights: int | None = None
+) -> ProductBound:
+    """[m, k] times [k, n] on one device: 2 m k n FLOPs, and each array crosses the memory's bus once.
+
+    Args:
+        m: rows: tokens.
+        k: length of the sums.
+        n: columns.
+        peak: FLOP/s.
+        bandwidth: bytes/s of the memory.
+        itemsize: bytes of one number, in all three arrays.
+        weights: numbers of the second factor where they are not k n, as with a matrix for each expert.
+    """
+    flops = 2 * m * k * n
+    moved = itemsize * _product_numbers(m, k, n, weights)
+    return ProductBound(flops=flops, moved=moved, compute_seconds=flops / peak, memory_seconds=moved / bandwidth)
+
+
+def memory_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
+    """Bytes that a step moves between a device and its memory.
+
+    Each product reads its factors and writes its result, in the compute dtype: forward, twice as many of the same size
+    backward, and as many as remat repeats. Attention reads q, k, v and writes its output. Gathered parameters are
+    written once each time. The loss writes and reads a chunk's logits, and adds to the table's gradient, in float32.
+    Micro-batches add up gradients. The optimizer reads and writes parameters and moments, and reads gradients, twice if
+    it clips them. What is elementwise is taken to happen on the way, and costs nothing; padding moves nothing.
+    """
+    moved = sum(_layer_bytes(config, sizes, layer) for layer in layer_runs(config, sizes))
+    return moved + _loss_bytes(config, sizes) + _state_bytes(config, sizes)
+
+
+def _peak(config: RunConfig, target: Target) -> float:
+    device = chip(target)
+    assert device is not None
+    peak = device.peak.of(config.model.compute_dtype)
+    if peak is None:
+        raise UserError(
+            f"model.compute_dtype = {config.model.compute_dtype.value}, but {target} has no unit for it; use float32"
+        )
+    return peak
+
+
+def _flops_done(flops: FlopsPerToken) -> float:
+    """Multiplications a token as they are computed: flash attention's backward pass has five products of the size of
+    the scores, where 12 N H T has four (Dao 2023, arXiv:2307.08691, section 3.1)."""
+    return flops.causal + flops.causal_recompute + flops.causal_attention_term / 6
+
+
+def _link_limits(traffic: Sequence[AxisTraffic]) -> dict[str, float]:
+    """Seconds by what is said of a step that they limit."""
+    limits: dict[str, float] = {}
+    for link in Link:
+        on_link = [(one.seconds, one.axis) for one in traffic if one.link is link and one.seconds]
+        if on_link:
+            longest, axis = max(on_link)
+            shared = longest if link is Link.ICI else sum(seconds for seconds, _ in on_link)
+            limits[f"axis {axis} over {link.value}"] = shared
+    return limits
+
+
+def _product_numbers(m: float, k: float, n: float, weights: float | None = None) -> float:
+    return m * k + (k * n if weights is None else weights) + m * n
+
+
+def _layer_bytes(config: RunConfig, sizes: Mapping[str, int], layer: LayerRuns) -> float:
+    """Of all runs of one block config, forward, again and backward."""
+    once = sum(_layer_numbers(config, sizes, layer.block, layer.tokens)) * config.model.compute_dtype.itemsize
+    return once * layer.runs * (layer.forwards + _repeated(config) + 2)
+
+
+def _layer_numbers(config: RunConfig, sizes: Mapping[str, int], block: BlockConfig, tokens: int) -> Iterator[float]:
+    """Numbers read and written by each product of a layer, forward, on one device."""
+    D, cut, attention = config.model.d_model, sizes["tensor"], block.attention
+    queries, keys = (heads * attention.head_dim / cut for heads in (attention.n_heads, attention.n_kv_heads))
+    yield _product_numbers(tokens, D, queries)
+    yield 2 * _product_numbers(tokens, D, keys)
+    yield tokens * 2 * (queries + keys)
+    yield _product_numbers(tokens, queries, D)
+    match block.ffn:
+        case GluConfig(d_ff=d_ff):
+            yield 3 * _product_numbers(tokens, D, d_ff / cut)
+        case MoeConfig() as ffn:
+            width = ffn.d_ff / cut
+            rows = min(tokens * experts_per_token(ffn), buffer_rows(ffn, config, tokens, sizes["expert"]))
+            yield 3 * _product_numbers(rows, D, width, ffn.n_experts / sizes["expert"] * D * width)
+            yield _product_numbers(tokens, D, ffn.n_experts)
+            if ffn.n_shared_experts:
+                yield 3 * _product_numbers(tokens, D, ffn.n_shared_experts * width)
+        case _:
+            assert_never(block.ffn)
+
+
+def _repeated(config: RunConfig) -> float:
+    """Share of the layers' forward pass that `model.remat` computes again, by FLOPs."""
+    count = parameter_count(config.model)
+    flops = flops_per_token(config.model, config.train.seq_len)
+    layers = count.matmul - config.model.vocab_size * config.model.d_model
+    return flops.causal_recompute / (2 * layers + flops.causal_attention_term / 3)
+
+
+def _loss_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
+    """Three products for each chunk of tokens (training/losses.py): logits, and the gradients of what made them."""
+    D, V, small = config.model.d_model, config.model.vocab_size / sizes["tensor"], config.model.compute_dtype.itemsize
+    parts = 1 if sizes["stage"] > 1 else config.train.micro_batches
+    tokens = local_tokens(config, sizes) // parts
+    chunk = min(config.train.loss_chunk, tokens)
+    # Hidden states and table twice, logits' gradient once written and twice read; logits in float32.
+    of_chunk = small * (4 * chunk * D + 2 * V * D + 3 * chunk * V) + FLOAT32 * 2 * (chunk * V + V * D)
+    return parts * math.ceil(tokens / chunk) * of_chunk
+
+
+def _state_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
+    """Gathered parameters, summed gradients, and the optimizer."""
+    zero, parts = config.sharding.zero, config.train.micro_batches
+    runs = parts if sizes["stage"] == 1 else layer_runs(config, sizes)[-1].runs * sizes["stage"] / config.model.repeats
+    moved = 0.0
+    for array in parameter_arrays(config.model):
+        whole, gradients, moments = (
+            math.prod(device_shape(array, sizes, kind, part))
+            for kind, part in (
+                (Zero.OPTIMIZER, StatePart.PARAMETERS),
+                (zero, StatePart.GRADIENTS),
+                (zero, StatePart.OPTIMIZER),
+            )
+        )
+        if zero is Zero.PARAMETERS and sizes["fsdp"] > 1:
+            moved += 2 * whole * config.model.compute_dtype.itemsize * runs
+        if parts > 1 and sizes["stage"] == 1:
+            moved += 2 * FLOAT32 * gradients * parts
+        moved += moments * _update_bytes(config.optimizer)
+    return moved
+
+
+def _update_bytes(optimizer: OptimizerConfig) -> float:
+    """Bytes that an update reads and writes for each parameter: its value, its gradient, its moments."""
+    value_and_gradient = 3 * FLOAT32 + (FLOAT32 if optimizer.clip_norm is not None else 0)
+    match optimizer:
+        case AdamW(moment_dtype=dtype):
+            return value_and_gradient + 2 * FLOAT32 + 2 * dtype.itemsize
+        case Adafactor():
+            return value_and_gradient
+        case _:
+            assert_never(optimizer)

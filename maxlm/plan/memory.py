@@ -1,0 +1,298 @@
+"""Bytes of a device while a step runs, by arithmetic on the config alone: no jax, milliseconds.
+
+What is counted, and where it comes from in the code:
+
+* the state, which is exact: `maxlm/plan/arrays.py` for parameters, gradients and moments, cut as `config/dims.py` says;
+* what the backward pass finds saved, which follows from `model.remat` (`maxlm/models/decoder.py`);
+* what is there for a while only: the loss's logits and its gradient of the table (`maxlm/training/losses.py`), and
+  weights, intermediates and their gradients of the layer at work. Compilers decide these, so each rule says of which
+  compiler it is; docs/plan_memory.md compares the sums with what the real compilers say.
+
+A step is fullest either in the loss, when everything is saved and the table's gradient is summed up, or in the backward
+pass of the last layer, when everything still is saved and the gradients of all layers have their room already.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import assert_never
+
+from maxlm.config import (
+    ACTIVATION_DIMS,
+    Adafactor,
+    AdamW,
+    BlockConfig,
+    Remat,
+    RunConfig,
+    StatePart,
+    Zero,
+    pipeline_ticks,
+)
+from maxlm.plan.arrays import FLOAT32, ParameterArray, Part, device_bytes, device_shape, parameter_arrays
+from maxlm.plan.block_memory import BlockMemory
+from maxlm.plan.targets import Platform
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Bytes on the fullest device."""
+
+    parameters: int
+    """Float32."""
+    optimizer: int
+    """Adam's two moments, or Adafactor's factors."""
+    batch: int
+    """Tokens, targets, positions, documents and mask of the whole step."""
+    gradients: int
+    """Float32, of the micro-batch at work and, where there are several, the sum of the earlier ones."""
+    accumulated: int
+    """Of the gradients, that sum, as far as it is there during the loss: a pipeline's is not."""
+    copies: int
+    """Parameters that the compiler has in another format or order from a step's begin to its end."""
+    activations: int
+    """What is saved for the backward pass."""
+    logits: int
+    """While the loss is at work: a chunk's logits and their gradient, the table, its gradient, the hidden states'."""
+    working: int
+    """While a layer's backward pass is at work: gathered weights, intermediates and their gradients."""
+
+    @property
+    def at_peak(self) -> dict[str, int]:
+        """The parts that are there when the device is fullest, by name: those of the loss, or those of the layers."""
+        always = {name: getattr(self, name) for name in ("parameters", "optimizer", "batch", "copies", "activations")}
+        loss = {"gradients": self.accumulated, "logits": self.logits}
+        layers = {"gradients": self.gradients, "working": self.working}
+        return always | max(loss, layers, key=lambda parts: sum(parts.values()))
+
+    @property
+    def peak(self) -> int:
+        """Most at one time."""
+        return sum(self.at_peak.values())
+
+
+def estimate_memory(config: RunConfig, n_devices: int, platform: Platform) -> MemoryEstimate:
+    """Memory of a device during a step of `maxlm.train`.
+
+    Args:
+        config: the run; its rules hold (`config.validate(n_devices)`).
+        n_devices: on the mesh.
+        platform: whose compiler makes the program.
+
+    Raises:
+        UserError: the mesh does not have so many devices.
+    """
+    return _Step(config, config.sharding.sizes(n_devices), platform).estimate()
+
+
+def cache_bytes(config: RunConfig, n_devices: int) -> int:
+    """Keys and values of `train.batch_size` sequences of `model.max_seq_len` tokens on a device, in the compute dtype.
+
+    As `Decoder.empty_cache` makes them: rows cut as a batch, heads over tensor; the seq axis cuts nothing.
+    """
+    model, sizes = config.model, config.sharding.sizes(n_devices)
+    rows = -(-config.train.batch_size // _product(sizes, ACTIVATION_DIMS["batch"]))
+    tokens = rows * model.max_seq_len
+    kv_heads = _product(sizes, ACTIVATION_DIMS["kv_heads"])
+    return sum(
+        2
+        * tokens
+        * -(-block.attention.n_kv_heads // kv_heads)
+        * block.attention.head_dim
+        * model.compute_dtype.itemsize
+        for block in model.layers
+    )
+
+
+@dataclass(frozen=True)
+class _Step:
+    config: RunConfig
+    sizes: dict[str, int]
+    platform: Platform
+
+    def estimate(self) -> MemoryEstimate:
+        arrays = parameter_arrays(self.config.model)
+        bytes_of = lambda part: sum(device_bytes(array, self.sizes, self.zero, part) for array in arrays)
+        # Under ZeRO-2 TPUs scatter each layer's gradients at once, GPUs those of all layers after the loop.
+        tpu = self.platform is Platform.TPU
+        gradients, accumulated = bytes_of(StatePart.GRADIENTS if tpu else StatePart.PARAMETERS), 0
+        if self.sizes["stage"] > 1:
+            accumulated = self._stacked(arrays)  # the pipeline's turns add up, layer by layer
+        elif self.config.train.micro_batches > 1:
+            # Also under ZeRO-1: the compiler cuts the sum as the optimizer, its only reader, wants it.
+            accumulated = bytes_of(StatePart.OPTIMIZER)
+        return MemoryEstimate(
+            parameters=bytes_of(StatePart.PARAMETERS),
+            optimizer=sum(self._optimizer(array) for array in arrays),
+            batch=self._batch(),
+            gradients=gradients + accumulated,
+            accumulated=accumulated if self.sizes["stage"] == 1 else 0,
+            copies=self._copies(arrays),
+            activations=self._activations(),
+            logits=self._logits(),
+            working=self._working(arrays),
+        )
+
+    @property
+    def zero(self) -> Zero:
+        return self.config.sharding.zero
+
+    @property
+    def tensor(self) -> int:
+        return self.sizes["tensor"]
+
+    @property
+    def itemsize(self) -> int:
+        """Of the compute dtype."""
+        return self.config.model.compute_dtype.itemsize
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch on a device, in the layers."""
+        train = self.config.train
+        rows = train.batch_size // (_product(self.sizes, ACTIVATION_DIMS["stage_batch"]) * train.micro_batches)
+        return max(1, rows) * train.seq_len // self.sizes["seq"]
+
+    @property
+    def loss_tokens(self) -> int:
+        """Those that embedding and loss have at one time: all micro-batches of a pipeline, cut over its stages."""
+        stages = self.sizes["stage"]
+        return self.tokens if stages == 1 else -(-self.tokens * self.config.train.micro_batches // stages)
+
+    def _stacked(self, arrays: Sequence[ParameterArray], size: int = FLOAT32) -> int:
+        """Bytes of the stacks of layers among the parameters, with numbers of that size."""
+        stacks = [array for array in arrays if array.dims[0] == "layers"]
+        return sum(device_bytes(array, self.sizes, self.zero, StatePart.PARAMETERS, size) for array in stacks)
+
+    def _batch(self) -> int:
+        """Five arrays of 4 bytes a token."""
+        train = self.config.train
+        rows = train.batch_size // _product(self.sizes, ACTIVATION_DIMS["batch"])
+        return 5 * 4 * rows * train.seq_len // self.sizes["seq"]
+
+    def _optimizer(self, array: ParameterArray) -> int:
+        optimizer = self.config.optimizer
+        whole = lambda itemsize: device_bytes(array, self.sizes, self.zero, StatePart.OPTIMIZER, itemsize)
+        match optimizer:
+            case AdamW():
+                return whole(optimizer.moment_dtype.itemsize) + whole(FLOAT32)
+            case Adafactor():
+                # The two largest dims are factored, of the whole array, and the factors are on every device; see
+                # maxlm/training/optimizers.py for the least size, and state.py for their place.
+                least = max(optimizer.min_factored_dim, self.config.model.repeats + 1)
+                *_, second, largest = sorted((1, *array.shape))
+                if len(array.shape) < 2 or second < least:
+                    return whole(FLOAT32)
+                return FLOAT32 * (array.size // largest + array.size // second)
+            case _:
+                assert_never(optimizer)
+
+    def _copies(self, arrays: Sequence[ParameterArray]) -> int:
+        moved = self._stacked(arrays) if self.config.sharding.virtual_stages > 1 else 0  # to the stages they run on
+        return moved + self._hoisted(arrays)
+
+    def _hoisted(self, arrays: Sequence[ParameterArray]) -> int:
+        """What XLA moves out of the loop over the layers, because it does not depend on the turn."""
+        match self.platform:
+            case Platform.CPU:
+                return self._stacked(arrays)  # seen in every program, not explained
+            case Platform.TPU:
+                # Products take the compute dtype, and the cast of the whole stack is done once.
+                return 0 if self.itemsize == FLOAT32 else self._stacked(arrays, self.itemsize)
+            case Platform.GPU:
+                # A gather needs its dim first: the float32 stack of what fsdp cuts along its last dim is turned round.
+                gathered = self.zero is Zero.PARAMETERS and self.sizes["fsdp"] > 1
+                return self._stacked([array for array in arrays if array.dims[-1] == "embed"]) if gathered else 0
+            case _:
+                assert_never(self.platform)
+
+    # Saved for the backward pass.
+
+    def _activations(self) -> int:
+        model, sharding = self.config.model, self.config.sharding
+        repeat = self._saved(model.blocks)
+        first = self._saved(model.first_blocks) if model.first_blocks else 0
+        stages = self.sizes["stage"]
+        if stages == 1:
+            return self.tokens * (first + model.repeats * repeat)
+        ticks = pipeline_ticks(stages, sharding.virtual_stages, self.config.train.micro_batches)
+        group = model.repeats // (stages * sharding.virtual_stages) * repeat
+        if sharding.remat_stages:
+            return self.tokens * (ticks * self._memory_of(model.blocks)[0].input + group) + self.loss_tokens * first
+        return self.tokens * ticks * group + self.loss_tokens * first
+
+    def _memory_of(self, blocks: Sequence[BlockConfig]) -> list[BlockMemory]:
+        return [
+            BlockMemory(config=self.config, sizes=self.sizes, platform=self.platform, block=block) for block in blocks
+        ]
+
+    def _saved(self, blocks: Sequence[BlockConfig]) -> int:
+        """Bytes a token of blocks that are rematerialised together."""
+        each = self._memory_of(blocks)
+        entering = each[0].input
+        match self.config.model.remat:
+            case Remat.FULL | Remat.OFFLOAD:
+                return entering
+            case Remat.QKV:
+                return entering + sum(layer.inputs for layer in each)
+            case Remat.NAMES:
+                return entering + sum(layer.named for layer in each)
+            case Remat.GLU:
+                return entering + sum(layer.named + layer.glu for layer in each)
+            case Remat.DOTS:
+                return entering + sum(layer.named + layer.products for layer in each)
+            case Remat.NONE:
+                return sum(layer.everything for layer in each)
+            case _:
+                assert_never(self.config.model.remat)
+
+    # There for a while.
+
+    def _logits(self) -> int:
+        model, train = self.config.model, self.config.train
+        table = model.vocab_size // self.tensor
+        chunk = min(train.loss_chunk, self.loss_tokens)
+        tables = table * model.d_model * (self.itemsize + FLOAT32)
+        hidden = 2 * self.loss_tokens * model.d_model * self.itemsize
+        logits = chunk * table * FLOAT32
+        if self.platform is not Platform.TPU:
+            # TPUs make the logits' gradient in their place, and add to the table's as they multiply. Other compilers
+            # write both beside what they come from.
+            gradient = chunk * table * self.itemsize
+            logits = max(logits + gradient, gradient + table * model.d_model * FLOAT32)
+        return tables + logits + hidden
+
+    def _working(self, arrays: Sequence[ParameterArray]) -> int:
+        """Of the block whose backward pass needs most; of a pattern, the other blocks' intermediates stand by."""
+        model = self.config.model
+        layers = self._memory_of(model.blocks)
+        most = 0
+        for i, layer in enumerate(layers):
+            others = 0
+            if model.remat not in (Remat.NONE, Remat.DOTS):
+                others = sum(other.named + other.products for j, other in enumerate(layers) if j != i)
+            weights = self._weights(arrays, f"blocks/{i}/")
+            most = max(most, weights + self.tokens * (layer.backward + others))
+        # The table's gradient waits, in the compute dtype, for devices to sum it up.
+        table = model.vocab_size * model.d_model // self.tensor * self.itemsize
+        return most + table
+
+    def _weights(self, arrays: Sequence[ParameterArray], prefix: str) -> int:
+        """Gathered weights of one layer that are there at one time, in the compute dtype."""
+        whole = {**self.sizes, "fsdp": 1, "stage": 1}
+        sizes = {
+            array.name.removeprefix(prefix): math.prod(device_shape(array, whole, self.zero)) // array.stacked
+            for array in arrays
+            if array.name.startswith(prefix) and array.part is not Part.NORMS
+        }
+        attention = sum(size for name, size in sizes.items() if name.startswith("attention"))
+        mlp = [size for name, size in sizes.items() if name.startswith("mlp")]
+        if any(array.part is Part.EXPERTS for array in arrays if array.name.startswith(prefix)):
+            # Experts are gathered by hand, all three matrices at once, and so are their gradients.
+            return self.itemsize * 2 * sum(mlp)
+        return self.itemsize * max(attention, 2 * max(mlp))
+
+
+def _product(sizes: dict[str, int], axes: Sequence[str]) -> int:
+    return math.prod(sizes[axis] for axis in axes)

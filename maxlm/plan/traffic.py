@@ -1,0 +1,488 @@
+"""Bytes that each mesh axis moves in a step, counted from the config alone, and the links that carry them.
+
+Counted is what the train step asks for: the gathers, scatters and sums of parameters, gradients and activations, each
+as the bytes that a device sends in the bandwidth-optimal ring algorithms (`Collective.sent_each`). Left out is what is
+small: scalars, token ids, counts of routed tokens. A sum over several axes is one over the fastest, then one over the
+next of what is left, and so on, which sends as much as one ring over all of them.
+
+Compilers deviate, within what `tests/test_plan_traffic.py` allows. Of activations that sequence_parallel or seq gathers
+the GPU's takes some in float32, before they are rounded. The TPU's sums where a scatter along a narrow dim would do
+(docs/plan.md). And a pipeline sums gradients over the other axes in every turn, empty ones too; with a single layer a
+stage there is no loop left over layers, and the compiler finds one sum enough.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import assert_never
+
+from maxlm.config import (
+    MESH_AXES,
+    BlockConfig,
+    Capacity,
+    Context,
+    Dropless,
+    ExpertChoiceRouter,
+    GluConfig,
+    MoeConfig,
+    Remat,
+    RunConfig,
+    StatePart,
+    Zero,
+    pipeline_ticks,
+)
+from maxlm.hardware import Switched, Torus
+from maxlm.plan.arrays import FLOAT32, ParameterArray, Part, device_shape, parameter_arrays
+from maxlm.plan.targets import CpuTarget, GpuTarget, Target, TpuTarget, chip
+
+
+class Link(enum.Enum):
+    """What carries an axis's bytes."""
+
+    ICI = "ICI"
+    """Between the TPUs of a slice."""
+    NVLINK = "NVLink"
+    """Between the GPUs of a host."""
+    NETWORK = "network"
+    """Between slices, or hosts of GPUs."""
+    LOCAL = "local"
+    """Memory of this machine, of which nothing is known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AxisTraffic:
+    """What one mesh axis sends over one link in a step. An axis that crosses hosts or slices has two of them."""
+
+    axis: str
+    link: Link
+    sent: int
+    """Bytes, of one device."""
+    seconds: float | None
+    """That the link takes for them at its data sheet's speed, with nothing else on it; None: not known."""
+    what: str
+    """In words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRuns:
+    """How often a device runs the layers of one block config in a step, forward, and on how much each time."""
+
+    block: BlockConfig
+    runs: float
+    """Layers times micro-batches, or turns of the pipeline; those on empty micro-batches count."""
+    tokens: int
+    """Of a device, in each run."""
+    forwards: int
+    """2 where the pipeline runs its stages again for the backward pass; what `model.remat` repeats is on top."""
+
+
+def estimate_traffic(config: RunConfig, target: Target) -> list[AxisTraffic]:
+    """Bytes and seconds of every axis longer than 1, in the order of MESH_AXES.
+
+    Seconds are bytes over bandwidth: of a GPU's links, or the part that crosses hosts over its share of the network; of
+    a TPU's, see `_ici_seconds`.
+
+    Raises:
+        UserError: the sizes of the axes do not suit the number of devices.
+    """
+    sizes = config.sharding.sizes(target.devices)
+    ledger = _Ledger(sizes)
+    _count_parameters(ledger, config, doubled=whole_torus(target, sizes["fsdp"]))
+    for layer in layer_runs(config, sizes):
+        _count_tensor(ledger, config, layer)
+        _count_context(ledger, config, layer)
+        _count_experts(ledger, config, layer)
+    _count_vocabulary(ledger, config)
+    _count_stages(ledger, config)
+    inner = {axis: within(axis, config, target) for axis in MESH_AXES}
+    return [one for axis in MESH_AXES if sizes[axis] > 1 for one in _over_links(ledger, axis, inner, target)]
+
+
+def layer_runs(config: RunConfig, sizes: Mapping[str, int]) -> list[LayerRuns]:
+    """What a device runs of each block config. The layers before the pattern are in no pipeline."""
+    model, parts, stages = config.model, config.train.micro_batches, sizes["stage"]
+    tokens = local_tokens(config, sizes)
+    outside, runs, forwards = parts, float(parts * model.repeats), 1
+    if stages > 1:
+        groups = config.sharding.virtual_stages
+        outside, forwards = 1, 1 + config.sharding.remat_stages
+        runs = pipeline_ticks(stages, groups, parts) * model.repeats / (stages * groups)
+    first = [LayerRuns(block=one, runs=outside, tokens=tokens // outside, forwards=1) for one in model.first_blocks]
+    rows = tokens * stages // parts  # the stages share out a batch, but not a micro-batch
+    return first + [LayerRuns(block=one, runs=runs, tokens=rows, forwards=forwards) for one in model.blocks]
+
+
+def local_tokens(config: RunConfig, sizes: Mapping[str, int]) -> int:
+    """Tokens of a step that a device has outside of a pipeline."""
+    shards = math.prod(sizes[axis] for axis in ("data", "fsdp", "expert", "stage", "seq"))
+    return config.train.batch_size * config.train.seq_len // shards
+
+
+def gradient_bytes(config: RunConfig) -> int:
+    """Bytes in which one number of a gradient is summed over devices."""
+    return FLOAT32 if config.sharding.float32_gradients else config.model.compute_dtype.itemsize
+
+
+def whole_torus(target: Target, size: int) -> bool:
+    """Whether an axis is a whole 3-D torus of 64 chips or more, where the TPU compiler (jax 0.10.2) makes a sum of
+    whole arrays of each gather and each scatter: twice the bytes (docs/plan.md)."""
+    if not isinstance(target, TpuTarget) or len(_lengths(target)) < 3:
+        return False
+    return math.prod(_lengths(target)) >= 64 and size == target.devices // target.slices
+
+
+def within(axis: str, config: RunConfig, target: Target) -> int:
+    """Devices of an axis's group that share a slice or host with each other; the axis's size if it crosses none.
+
+    Without `sharding.slices` GPUs are taken in their order, a host at a time, the last axis of MESH_AXES fastest.
+    """
+    sizes = config.sharding.sizes(target.devices)
+    slices = target.slices if isinstance(target, TpuTarget) else config.sharding.slices
+    if slices > 1:
+        return max(1, sizes[axis] // slices) if axis == config.sharding.slices_axis.value else sizes[axis]
+    match target:
+        case CpuTarget() | TpuTarget():
+            return sizes[axis]
+        case GpuTarget():
+            faster = math.prod(sizes[one] for one in MESH_AXES[MESH_AXES.index(axis) + 1 :])
+            return min(sizes[axis], max(1, target.per_host // faster))
+        case _:
+            assert_never(target)
+
+
+class _Pattern(enum.Enum):
+    """Who sends to whom, which decides how many links are busy."""
+
+    RING = enum.auto()
+    """Gathers, scatters and sums."""
+    EXCHANGE = enum.auto()
+    """All-to-all."""
+    SHIFT = enum.auto()
+    """To the next one, all in one direction."""
+    CHAIN = enum.auto()
+    """The pipeline's three permutes a turn: one in one direction, two in the other."""
+
+
+@dataclass(frozen=True)
+class _Ledger:
+    """Bytes that a device sends along each axis, added up."""
+
+    sizes: Mapping[str, int]
+    sent: dict[tuple[str, _Pattern], float] = field(default_factory=dict)
+    words: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, axis: str, sent: float, words: str, pattern: _Pattern = _Pattern.RING) -> None:
+        if self.sizes[axis] == 1 or sent == 0:
+            return
+        self.sent[axis, pattern] = self.sent.get((axis, pattern), 0) + sent
+        if words not in self.words.setdefault(axis, []):
+            self.words[axis].append(words)
+
+    def gather(self, axis: str, size: float, words: str, pattern: _Pattern = _Pattern.RING) -> None:
+        """Gather arrays of `size` bytes when whole; scattering or exchanging them sends as much."""
+        n = self.sizes[axis]
+        self.add(axis, size * (n - 1) / n, words, pattern)
+
+    def sum(self, axes: Sequence[str], size: float, words: str) -> None:
+        """Sum arrays of `size` bytes over all axes together, the fastest first."""
+        for axis in sorted(axes, key=MESH_AXES.index, reverse=True):
+            self.gather(axis, 2 * size, words)
+            size /= self.sizes[axis]
+
+
+def _count_parameters(ledger: _Ledger, config: RunConfig, *, doubled: bool) -> None:
+    """Parameters to where they are used, gradients to where they are kept (ZeRO, arXiv:1910.02054).
+
+    With ZeRO-3 each run of a layer gathers its parameters in the compute dtype, for the forward pass and again for the
+    backward pass, and scatters their gradients. With ZeRO-1 and 2 the optimizer's float32 updates are gathered once.
+    """
+    sizes, groups, parts = ledger.sizes, config.sharding.virtual_stages, config.train.micro_batches
+    staged = sizes["stage"] > 1
+    outside = 1 if staged else parts
+    inside = pipeline_ticks(sizes["stage"], groups, parts) / groups if staged else parts
+    for array in parameter_arrays(config.model):
+        stacked = array.dims[0] == "layers"
+        found = _Parameter(
+            array=array,
+            size=math.prod(device_shape(array, sizes, Zero.OPTIMIZER)),
+            runs=inside if stacked else outside,
+            forwards=1 + (config.sharding.remat_stages and staged and stacked),
+            others=[
+                axis
+                for axis in ("data", "stage", "seq", "expert")
+                if not (axis == "stage" and stacked) and not (axis == "expert" and array.part is Part.EXPERTS)
+            ],
+            factor=2 if doubled else 1,
+        )
+        if array.part in (Part.EMBEDDING, Part.UNEMBEDDING):
+            _count_table(ledger, config, found)
+        else:
+            _count_matrix(ledger, config, found)
+        if "embed" in array.dims and config.sharding.zero is not Zero.PARAMETERS:
+            ledger.gather("fsdp", found.size * FLOAT32, "gathers updates")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Parameter:
+    """One array on its way."""
+
+    array: ParameterArray
+    size: int
+    """Numbers of a device's shard, as if the fsdp axis cut nothing."""
+    runs: float
+    """Times that it is used in a step; the pipeline's empty turns count."""
+    forwards: int
+    others: Sequence[str]
+    """The axes besides fsdp over which its gradient is a sum."""
+    factor: int
+    """2 where gathers and scatters are sums."""
+
+
+def _count_matrix(ledger: _Ledger, config: RunConfig, one: _Parameter) -> None:
+    small, wide = config.model.compute_dtype.itemsize, gradient_bytes(config)
+    if "embed" not in one.array.dims or ledger.sizes["fsdp"] == 1 or config.sharding.zero is Zero.OPTIMIZER:
+        ledger.sum([*one.others, "fsdp"], one.size * wide * one.runs, "sums gradients")
+        return
+    if config.sharding.zero is Zero.PARAMETERS:
+        # Products that take float32 parameters cast them again for the gradient, when the gathered ones are gone.
+        backward = 2 if config.sharding.float32_gradients and config.model.remat is not Remat.NONE else 1
+        ledger.gather(
+            "fsdp", one.factor * one.size * small * one.runs * (one.forwards + backward), "gathers parameters"
+        )
+    ledger.gather("fsdp", one.factor * one.size * wide * one.runs, "scatters gradients")
+    ledger.sum(one.others, one.size / ledger.sizes["fsdp"] * wide * one.runs, "sums gradients")
+
+
+def _count_table(ledger: _Ledger, config: RunConfig, one: _Parameter) -> None:
+    """A table of the vocabulary. One that is looked up is float32, and its gradient; a tied one is gathered once."""
+    zero, sizes = config.sharding.zero, ledger.sizes
+    if zero is Zero.PARAMETERS:
+        item = FLOAT32 if one.array.part is Part.EMBEDDING else config.model.compute_dtype.itemsize
+        ledger.gather("fsdp", one.factor * one.size * item * one.runs, "gathers parameters")
+    for use in (Part.EMBEDDING, Part.UNEMBEDDING) if config.model.tie_embeddings else (one.array.part,):
+        size = one.size * (FLOAT32 if use is Part.EMBEDDING else gradient_bytes(config))
+        whole = sizes["fsdp"] == 1 or (use is Part.UNEMBEDDING and zero is Zero.OPTIMIZER)
+        if whole or (use is Part.EMBEDDING and any(sizes[axis] > 1 for axis in one.others if axis != "data")):
+            # Once, behind the loop over micro-batches. Of a lookup's gradient compilers make one sum over all axes
+            # where fsdp is not the last of them.
+            ledger.sum([*one.others, "fsdp"], size, "sums gradients")
+        elif use is Part.UNEMBEDDING:
+            # training/losses.py sums over the other axes first, while the array is whole.
+            ledger.sum(one.others, size * one.runs, "sums gradients")
+            ledger.gather("fsdp", one.factor * size * one.runs, "scatters gradients")
+        else:
+            runs = 1 if zero is Zero.OPTIMIZER else one.runs
+            ledger.gather("fsdp", one.factor * size * runs, "scatters gradients")
+            ledger.sum(one.others, size / sizes["fsdp"] * runs, "sums gradients")
+
+
+def _count_tensor(ledger: _Ledger, config: RunConfig, layer: LayerRuns) -> None:
+    """Two sums of activations forward and two backward (Megatron-LM, arXiv:1909.08053, section 3), or as many pairs of
+    a gather and a scatter (arXiv:2205.05198, section 4.2.2); inputs are gathered again for the weights' gradients.
+
+    Every remat policy but "none" and "dots" computes attention's output, and so its sum, again.
+    """
+    remat = config.model.remat
+    sums = 2 * layer.forwards + 2 + (remat not in (Remat.NONE, Remat.DOTS))
+    size = layer.tokens * config.model.d_model * config.model.compute_dtype.itemsize * layer.runs
+    if config.sharding.sequence_parallel:
+        gathers = 2 * layer.forwards + 2 + (0 if remat is Remat.NONE else 2)
+        ledger.gather("tensor", (gathers + sums) * size, "gathers and scatters activations")
+    else:
+        ledger.sum(["tensor"], sums * size, "sums activations")
+
+
+def _count_vocabulary(ledger: _Ledger, config: RunConfig) -> None:
+    """Looked-up rows and the gradient of the hidden states are summed over the parts of the vocabulary."""
+    size = local_tokens(config, ledger.sizes) * config.model.d_model * config.model.compute_dtype.itemsize
+    if config.sharding.sequence_parallel:
+        ledger.gather("tensor", 3 * size, "gathers and scatters activations")  # rows, their gradient, hidden states
+    else:
+        ledger.sum(["tensor"], size, "sums activations")
+    ledger.sum(["tensor"], size, "sums hidden states' gradient")
+    ledger.sum(["tensor"], 3 * FLOAT32 * local_tokens(config, ledger.sizes), "sums softmax")
+
+
+def _count_context(ledger: _Ledger, config: RunConfig, layer: LayerRuns) -> None:
+    """Keys and values over the parts of a sequence: gathered (arXiv:2407.21783, section 3.3.2), passed round
+    (arXiv:2310.01889), or exchanged against heads (arXiv:2309.14509)."""
+    n, attention, remat = ledger.sizes["seq"], layer.block.attention, config.model.remat
+    if n == 1:
+        return
+    of_head = layer.tokens * attention.head_dim / ledger.sizes["tensor"] * layer.runs
+    keys, queries = of_head * attention.n_kv_heads, of_head * attention.n_heads
+    small = config.model.compute_dtype.itemsize
+    again = 0 if remat is Remat.NONE else 1
+    match config.sharding.context:
+        case Context.ALL_GATHER:
+            passes = layer.forwards + again + 1  # the last one scatters gradients
+            ledger.gather("seq", 2 * n * keys * small * passes, "gathers keys and values, scatters their gradients")
+        case Context.RING:
+            again = remat in (Remat.FULL, Remat.QKV)  # the others keep attention's output, and need not go round again
+            chunk = config.train.seq_len // (2 * n)
+            reach = n if attention.window is None else -(-(attention.window - 1) // chunk)
+            short = 2 * reach + 1 < n
+            stops = 2 * reach if short else n - 1
+            hops = stops + short  # to the first stop
+            ledger.add("seq", 2 * keys * small * hops * (layer.forwards + again + 1), "passes keys and values round",
+                       _Pattern.SHIFT)  # fmt: skip
+            # Sums for keys follow them to every stop, the first one too, and then go home.
+            ledger.add("seq", 2 * keys * FLOAT32 * (stops + 2), "and their gradients in float32", _Pattern.SHIFT)
+        case Context.ULYSSES:
+            size = 2 * (queries + keys) * small * (layer.forwards + again + 1)
+            ledger.gather("seq", size, "exchanges heads for tokens", _Pattern.EXCHANGE)
+        case _:
+            assert_never(config.sharding.context)
+
+
+def _count_experts(ledger: _Ledger, config: RunConfig, layer: LayerRuns) -> None:
+    """Tokens to their experts and back (GShard, arXiv:2006.16668): twice forward, backward and, but for remat "none",
+    once more. What travels are whole buffers, full or not."""
+    ffn, n = layer.block.ffn, ledger.sizes["expert"]
+    if isinstance(ffn, GluConfig) or n == 1:
+        return
+    size = buffer_rows(ffn, config, layer.tokens, n) * config.model.d_model * config.model.compute_dtype.itemsize
+    passes = layer.forwards + 1 + (config.model.remat is not Remat.NONE)
+    ledger.gather("expert", 2 * size * passes * layer.runs, "exchanges tokens with experts", _Pattern.EXCHANGE)
+
+
+def buffer_rows(ffn: MoeConfig, config: RunConfig, tokens: int, devices: int) -> int:
+    """Rows of the buffer in which a device with so many tokens sends them to the devices that share the experts; the
+    rows that it then multiplies."""
+    top_k = 1 if isinstance(ffn.router, ExpertChoiceRouter) else ffn.router.top_k
+    match ffn.dispatch:
+        case Dropless(buffer=buffer):
+            if devices == 1:
+                return tokens * top_k
+            room = tokens * min(top_k, ffn.n_experts // devices)
+            if buffer is not None:
+                room = min(room, math.ceil(buffer * tokens * top_k / devices))
+            return devices * room
+        case Capacity(factor=factor, group_size=size):
+            group = min(size or config.train.seq_len, config.train.seq_len)
+            room = min(group, math.ceil(factor * top_k * group / ffn.n_experts))
+            return ffn.n_experts * room * max(1, tokens // group)
+        case _:
+            assert_never(ffn.dispatch)
+
+
+def _count_stages(ledger: _Ledger, config: RunConfig) -> None:
+    """Three activations a turn and direction: what goes on, what comes from its home, what goes home
+    (models/pipeline.py). With virtual stages the float32 parameters go to their stages, and their gradients back."""
+    stages, groups, parts = ledger.sizes["stage"], config.sharding.virtual_stages, config.train.micro_batches
+    if stages == 1:
+        return
+    tokens = local_tokens(config, ledger.sizes) * stages / parts
+    if config.sharding.sequence_parallel:
+        tokens /= ledger.sizes["tensor"]
+    size = tokens * config.model.d_model * config.model.compute_dtype.itemsize * pipeline_ticks(stages, groups, parts)
+    ledger.add("stage", 2 * 3 * size, "passes activations on", _Pattern.CHAIN)
+    if groups > 1:
+        arrays = (array for array in parameter_arrays(config.model) if array.dims[0] == "layers")
+        for array in arrays:
+            for part in (StatePart.PARAMETERS, StatePart.GRADIENTS):
+                size = FLOAT32 * math.prod(device_shape(array, ledger.sizes, config.sharding.zero, part))
+                ledger.gather("stage", size, "brings parameters in order", _Pattern.EXCHANGE)
+
+
+def _over_links(ledger: _Ledger, axis: str, inner: Mapping[str, int], target: Target) -> list[AxisTraffic]:
+    """An axis's bytes, parted in those that stay within a host or slice and those that do not.
+
+    Collectives over h hosts with g devices each run within the hosts first: of each (n - 1) / n of an array (h - 1) / n
+    cross. An all-to-all sends each device the same. Permutes cross where they must, and the slowest one counts.
+    """
+    n, near = ledger.sizes[axis], inner[axis]
+    far, close, seconds = 0.0, 0.0, 0.0
+    for pattern in _Pattern:
+        sent = ledger.sent.get((axis, pattern), 0.0)
+        match pattern:
+            case _Pattern.RING:
+                share = (-(-n // near) - 1) / (n - 1)
+            case _Pattern.EXCHANGE:
+                share = (n - near) / (n - 1)
+            case _Pattern.SHIFT | _Pattern.CHAIN:
+                share = float(near < n)
+        far, close = far + sent * share, close + sent * (1 - share)
+        seconds += _ici_seconds(target, inner, axis, sent * (1 - share), pattern)
+    what = ", ".join(ledger.words.get(axis, ["nothing"]))
+    device = chip(target)
+    if device is None:
+        return [AxisTraffic(axis=axis, link=Link.LOCAL, sent=round(far + close), seconds=None, what=what)]
+    match device.network:
+        case Torus(between_slices=network):
+            link = Link.ICI
+        case Switched(within_host=within_host, between_hosts=network):
+            link, seconds = Link.NVLINK, close / within_host
+    found = []
+    if round(close) or not round(far):
+        found.append(AxisTraffic(axis=axis, link=link, sent=round(close), seconds=seconds, what=what))
+    if round(far):
+        found.append(AxisTraffic(axis=axis, link=Link.NETWORK, sent=round(far), seconds=far / network, what=what))
+    return found
+
+
+def _ici_seconds(target: Target, inner: Mapping[str, int], axis: str, sent: float, pattern: _Pattern) -> float:
+    """Time of what an axis sends within a slice of TPUs ("How to Scale Your Model", jax-ml.github.io/scaling-book,
+    sharding). Gathers, scatters and sums keep both links of a ring busy, those of every dim of the torus that the axis
+    covers; an all-to-all over a ring of n takes n / 4 times as long a byte, since bytes cross n / 4 links on average;
+    permutes use one link, the pipeline's one in each direction.
+    """
+    device = chip(target)
+    if device is None or not isinstance(device.network, Torus) or not sent:
+        return 0.0
+    dims = torus_dims(target, inner)[axis] or ((2, 1),)
+    link = device.network.link
+    every = sent / (link * sum(links for _, links in dims))
+    match pattern:
+        case _Pattern.RING:
+            return every
+        case _Pattern.EXCHANGE:
+            return max(every, *(sent * length / (4 * links * link) for length, links in dims))
+        case _Pattern.SHIFT:
+            return sent / link
+        case _Pattern.CHAIN:
+            return sent * 2 / 3 / link
+
+
+def torus_dims(target: Target, inner: Mapping[str, int]) -> dict[str, tuple[tuple[int, int], ...]]:
+    """Axis -> length and links of a device, for each dim of the torus that the axis covers.
+
+    As jax's `mesh_utils` lays a mesh out: from the fastest axis on, each takes the most whole dims whose product is its
+    size; those that find none share dims, of which a part is a line, with one link each way. A whole dim is a ring,
+    with two links, if its length is a multiple of `Torus.ring`. The two devices of a TPU 7x chip count as a dim
+    of length 2.
+    """
+    device = chip(target)
+    if device is None or not isinstance(device.network, Torus):
+        return dict.fromkeys(MESH_AXES, ())
+    ring, lengths = device.network.ring, _lengths(target)
+    left = [*lengths] + ([device.network.devices_per_chip] if device.network.devices_per_chip > 1 else [])
+    whole = [True] * len(left)
+    found: dict[str, tuple[tuple[int, int], ...]] = dict.fromkeys(MESH_AXES, ())
+    unplaced = []
+    for axis in reversed(MESH_AXES):
+        places = [i for i, length in enumerate(left) if length > 1]
+        subsets = [few for count in (4, 3, 2, 1) for few in itertools.combinations(places, count)]
+        fits = next((few for few in subsets if math.prod(left[i] for i in few) == inner[axis]), None)
+        if inner[axis] > 1 and fits is None:
+            unplaced.append(axis)
+        for i in fits or ():
+            found[axis] += ((left[i], 2 if left[i] % ring == 0 else 1),)
+            left[i], whole[i] = 1, False
+    for axis in unplaced:
+        rest = inner[axis]
+        for i, length in enumerate(left):
+            if (part := math.gcd(rest, length)) > 1:
+                is_ring = whole[i] and part == length and length % ring == 0
+                found[axis] += ((part, 2 if is_ring else 1),)
+                left[i], whole[i], rest = length // part, False, rest // part
+    return found
+
+
+def _lengths(target: Target) -> list[int]:
+    """Of the dims of a slice's torus."""
+    return [int(size) for size in target.topology.split("x")] if isinstance(target, TpuTarget) else []
