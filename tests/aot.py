@@ -39,13 +39,17 @@ ROOT = Path(__file__).parent.parent
 # The VMEM that the compiler gives a kernel which does not ask for more.
 _DEFAULT_VMEM = {"tpu_v5e": 16 << 20, "tpu_v5p": 16 << 20, "tpu_v6e": 32 << 20, "tpu_7x": 32 << 20}
 
-# Our kernels' name of a chip -> the smallest machine with it, or a host of GPUs.
+# Of the chips that our kernels are compiled for: our kernels' name -> the smallest machine, or a host of GPUs.
 _TARGETS: dict[str, TpuTarget | GpuTarget] = {
-    **{f"tpu_{chip}": TpuTarget(chip, tpu.smallest) for chip, tpu in targets.TPUS.items()},
-    **{chip: GpuTarget(chip, 1, 8) for chip in targets.GPUS},
+    "tpu_v5e": TpuTarget("v5e", "2x2"),
+    "tpu_v5p": TpuTarget("v5p", "2x2x1"),
+    "tpu_v6e": TpuTarget("v6e", "2x2"),
+    "tpu_7x": TpuTarget("7x", "2x2x1"),
+    "h100": GpuTarget("h100", 1, 8),
+    "h200": GpuTarget("h200", 1, 8),
 }
 TPUS = tuple(name for name, target in _TARGETS.items() if isinstance(target, TpuTarget))
-GPUS = targets.GPUS
+GPUS = tuple(name for name, target in _TARGETS.items() if isinstance(target, GpuTarget))
 CHIPS = (*TPUS, *GPUS)
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")

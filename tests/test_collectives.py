@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import json
 import re
 import subprocess
@@ -18,12 +19,14 @@ import pytest
 from helpers import small_run
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from rich.console import Console
 from test_layouts import LAYOUTS
 
 from maxlm.config import UserError
 from maxlm.plan.audit import forbidden
-from maxlm.plan.collectives import Collective, Kind, collectives, summed
-from maxlm.plan.compiled import CompiledStep, compile_step
+from maxlm.plan.collectives import UNKNOWN, Collective, Kind, collectives, summed
+from maxlm.plan.compiled import CompiledStep, Memory, compile_step
+from maxlm.plan.compiled_report import print_compiled
 from maxlm.plan.hlo import Runs
 from maxlm.plan.targets import CpuTarget, GpuTarget, TpuTarget, memory_limit, parse_target, requirements
 from maxlm.sharding import make_layout
@@ -122,9 +125,36 @@ def test_permutes_that_keep_what_they_have_send_nothing():
     assert (still.axes, still.sent, swap.axes, swap.sent) == ((), 0, ("data",), 16)
 
 
-def test_an_unknown_notation_is_an_error():
-    with pytest.raises(ValueError, match="unknown notation"):
-        collectives(program("all-reduce(%x), replica_groups=@new"), {"data": 2})
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "all-reduce(%x), replica_groups=@new",
+        "all-reduce(%x), replica_groups={{}}",
+        "all-reduce(%x), replica_groups={{0,1,2},{3}}",  # groups of several sizes
+        "all-reduce(%x), replica_groups={{4,5},{6,7}}",  # devices that the mesh has not
+        "all-reduce(%x), replica_groups=mesh['a'=4] {'a':(1)2}",  # a part of an axis
+        "collective-permute(%x), source_target_pairs=@new",
+    ],
+)
+def test_of_an_unknown_notation_the_axes_are_unknown(instruction):
+    """What it does to memory must still be told."""
+    (one,) = collectives(program(instruction), {"data": 2, "fsdp": 2})
+    assert (one.axes, one.group, one.bytes_each) == (UNKNOWN, 4, 16)
+    console = Console(file=io.StringIO(), width=120)
+    memory = Memory(arguments=1, temporary=1, peak=1)
+    step = CompiledStep(
+        mesh={}, memory=memory, largest=(), collectives=(one,), kernels=(), spills=None, forbidden=(), cpu_seconds=0
+    )
+    print_compiled(step, console)
+    assert "written in a way that is not known; counted as all" in console.file.getvalue()
+
+
+def test_a_token_has_no_bytes_and_no_pairs_send_nothing():
+    text = "ENTRY %m (x: f32[4]) -> f32[4] {\n  ROOT %r = (f32[4]{0}, token[], pred[8]{0}, s4[8]{0}) "
+    (one,) = collectives(text + "all-reduce(%x), replica_groups={}\n}\n", {"data": 2})
+    assert one.bytes_each == 16 + 0 + 8 + 4
+    (one,) = collectives(program("collective-permute(%x), source_target_pairs={}"), {"data": 2})
+    assert (one.axes, one.sent) == ((), 0)
 
 
 @functools.cache
@@ -200,7 +230,7 @@ def test_no_layout_breaks_its_rules(name):
     assert isinstance(step, CompiledStep)
     assert {line.split(": ")[-1] for line in step.forbidden} <= EXCEPTIONS.get(name, set())
     assert {axis for one in step.collectives for axis in one.axes} <= {
-        axis for axis, size in step.layout.mesh.shape.items() if size > 1
+        axis for axis, size in step.mesh.items() if size > 1
     }
 
 
@@ -261,14 +291,11 @@ def run_plan(*arguments):
 
 
 def test_mistakes_on_the_command_line():
-    config = ("--config", "configs/tiny.py")
     for arguments, words in [
-        (config, "--target is missing"),
-        ((*config, "--target", "tpu:v5p"), "--compile is missing"),
-        ((*config, "--target", "tpu:v5p", "--compile"), "--target tpu:v5p is unknown; use a name like .*tpu:v5p:2x2x1"),
-        ((*config, "--target", "cpu:7", "--compile", "--sharding.fsdp", "2"), "multiple of 2"),
+        (("--target", "tpu:v5p"), "--target tpu:v5p is unknown; use a name like .*tpu:v5p:2x2x1"),
+        (("--target", "cpu:7", "--sharding.fsdp", "2"), "multiple of 2"),
     ]:
-        done = run_plan(*arguments)
+        done = run_plan("--config", "configs/tiny.py", "--compile", *arguments)
         assert done.returncode == 2 and re.search(words, done.stderr), done.stderr
         assert "Traceback" not in done.stderr
 

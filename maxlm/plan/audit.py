@@ -9,7 +9,7 @@ import jax
 
 from maxlm.config import Context, RunConfig, Zero
 from maxlm.models import abstract_decoder, init_parameters, parameter_dims
-from maxlm.plan.collectives import Collective, Kind, summed
+from maxlm.plan.collectives import UNKNOWN, Collective, Kind, summed
 from maxlm.sharding import Layout
 
 
@@ -28,10 +28,13 @@ def forbidden(layout: Layout, found: Sequence[Collective], *, matrix_bytes: int,
     accelerator = layout.mesh.devices.flat[0].platform != "cpu"
     lines = []
     for one, number in summed(found):
+        if one.axes == UNKNOWN:
+            continue
         what = f"{number} {one.kind.value} over {' x '.join(one.axes) or 'nothing'} of {one.bytes_each:,} bytes"
         if one.operation:
             what += f" (in {one.operation.split(' | ')[0]})"
-        if used <= {"data"} and one.axes and one.kind is not Kind.ALL_REDUCE:
+        # Between slices a sum goes by way of parts: scattered within a slice, sent, gathered.
+        if used <= {"data"} and config.slices == 1 and one.axes and one.kind is not Kind.ALL_REDUCE:
             lines.append(f"{what}: data parallelism sums gradients, and moves nothing else")
         if one.kind in (Kind.ALL_TO_ALL, Kind.RAGGED_ALL_TO_ALL) and one.axes and not _exchanges(layout):
             lines.append(f"{what}: only experts, Ulysses and virtual stages exchange all with all")

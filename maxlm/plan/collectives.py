@@ -1,7 +1,7 @@
 """Which collectives a compiled program runs: of what kind, over which mesh axes, how often, and how many bytes.
 
 XLA's text names the devices of a collective's groups by their place in the mesh, in one of four notations; where a
-place differs within a group, data move along that axis.
+place differs within a group, data move along that axis. Of a collective in another notation the axes are not known.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ class Collective:
 
     kind: Kind
     axes: tuple[str, ...]
-    """Mesh axes along which it moves data; none if every group is one device, or a permute keeps what it has."""
+    """Mesh axes along which it moves data; none if every group is one device, or a permute keeps what it has; UNKNOWN
+    if the text has the groups in a notation that is not known."""
     group: int
-    """Devices that take part together; of a permute, 2."""
+    """Devices that take part together; of a permute, 2; all there are, if nobody knows."""
     runs: Runs
     bytes_each: int
     """Size of the whole array (or arrays): before a reduce-scatter, after an all-gather."""
@@ -69,15 +70,12 @@ class Collective:
 
 
 _OPCODE = re.compile(rf"({'|'.join(kind.value for kind in Kind)})(-start)?$")
-_DTYPE_BITS = {"pred": 8, "token": 0, "bf16": 16}
+UNKNOWN = ("?",)
+"""Axes that nobody knows."""
 
 
 def collectives(text: str, mesh: MeshShape) -> list[Collective]:
-    """Every collective of a compiled program (`compiled.as_text()`) over a mesh, in the text's order.
-
-    Raises:
-        ValueError: the text has groups in a notation that is not known.
-    """
+    """Every collective of a compiled program (`compiled.as_text()`) over a mesh, in the text's order."""
     program, found = Program(text), []
     for computation in program.computations.values():
         for instruction in computation.instructions.values():
@@ -86,10 +84,10 @@ def collectives(text: str, mesh: MeshShape) -> list[Collective]:
             if opcode is None or runs.count == 0:
                 continue
             kind, starts = Kind(opcode.group(1)), opcode.group(2) is not None
-            groups = _groups(instruction, math.prod(mesh.values()))
+            axes, group = _members(instruction, mesh)
             payload = _bytes(_result(instruction.shape, kind) if starts else instruction.shape)
             if kind is Kind.REDUCE_SCATTER:
-                payload *= groups.shape[1]
+                payload *= group
             # The TPU compiler writes a reduce-scatter as a fusion of an all-reduce and a slice.
             if kind is Kind.ALL_REDUCE and computation.name.startswith("all-reduce-scatter"):
                 kind = Kind.REDUCE_SCATTER
@@ -99,8 +97,8 @@ def collectives(text: str, mesh: MeshShape) -> list[Collective]:
             found.append(
                 Collective(
                     kind=kind,
-                    axes=_axes(groups, mesh),
-                    group=groups.shape[1],
+                    axes=axes,
+                    group=group,
                     runs=runs,
                     bytes_each=payload,
                     operation=instruction.operation,
@@ -123,12 +121,27 @@ def summed(found: Sequence[Collective]) -> list[tuple[Collective, int]]:
     return sorted(merged, key=lambda pair: -pair[0].sent)
 
 
-def _groups(instruction: Instruction, n_devices: int) -> np.ndarray:
-    """Devices that take part together: int [groups, devices of each]; of a permute, sources and targets [pairs, 2]."""
-    text = instruction.attributes
+def _members(instruction: Instruction, mesh: MeshShape) -> tuple[tuple[str, ...], int]:
+    """A collective's axes and the devices of a group."""
+    n_devices = math.prod(mesh.values())
+    try:
+        groups = _groups(instruction.attributes, n_devices)
+        return _axes(groups, mesh), groups.shape[1]
+    except ValueError:  # another notation, groups of several sizes, devices that the mesh has not
+        return UNKNOWN, n_devices
+
+
+def _groups(text: str, n_devices: int) -> np.ndarray:
+    """Devices that take part together: int [groups, devices of each]; of a permute, sources and targets [pairs, 2].
+
+    Raises:
+        ValueError: they are in a notation that is not known.
+    """
+    if "source_target_pairs={}" in text:
+        return np.empty((0, 2), int)
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", text):
         return _listed(pairs.group(1) + "}")
-    if listed := re.search(r"replica_groups=\{(\{.*?\})\}", text):
+    if listed := re.search(r"replica_groups=\{(\{\d.*?\})\}", text):
         return _listed(listed.group(1))
     if re.search(r"replica_groups=\{\}", text):
         return np.arange(n_devices)[None]
@@ -139,10 +152,10 @@ def _groups(instruction: Instruction, n_devices: int) -> np.ndarray:
     if named := re.search(r"replica_groups=mesh\[([^]]*)\](?:, device_ids=\(?([^ ]*?)\)?)? \{([^}]*)\}", text):
         sizes = {axis: int(size) for axis, size in re.findall(r"'([^']*)'=(\d+)", named.group(1))}
         spanned = re.findall(r"'([^']*)'", named.group(3))
-        if ":(" not in named.group(3):  # a part of an axis: not seen yet
+        if ":(" not in named.group(3):  # a part of an axis
             order = _order(named.group(2)) if named.group(2) else np.arange(math.prod(sizes.values()))
             return _spanning(order, sizes, spanned)
-    raise ValueError(f"unknown notation of groups in {instruction.name}: {text[:200]}")
+    raise ValueError(text)
 
 
 def _listed(text: str) -> np.ndarray:
@@ -194,6 +207,6 @@ def _bytes(shape: str) -> int:
     """Of an array or of all arrays of a tuple, without the padding of its layout."""
     total = 0
     for dtype, sizes in re.findall(r"\b([a-z]+\d*\w*)\[([\d,]*)\]", shape):
-        bits = _DTYPE_BITS.get(dtype) or int(re.findall(r"\d+", dtype)[0])
+        bits = 8 if dtype == "pred" else next(iter(_numbers(dtype)), 0)  # a token has none
         total += math.prod(_numbers(sizes)) * bits // 8
     return total

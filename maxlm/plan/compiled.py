@@ -1,14 +1,21 @@
-"""The train step through a target's own compiler: what it holds in memory, and what it sends."""
+"""The train step through a target's own compiler: what it holds in memory, what it sends, which kernels it calls.
+
+What no compiler tells is the time that a step takes: its estimates are of single instructions, and count what a loop
+does once.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,8 +24,11 @@ from jax.experimental import topologies
 from maxlm.config import RunConfig, UserError
 from maxlm.plan.audit import forbidden, smallest_matrix
 from maxlm.plan.collectives import Collective, collectives
-from maxlm.plan.targets import TPUS, CpuTarget, GpuTarget, Target, TpuTarget, gpu_config
-from maxlm.sharding import Layout, make_layout
+from maxlm.plan.kernels import Kernel, kernels, spilled, total_spills
+from maxlm.plan.out_of_memory import Buffer, Refusal, largest_arrays, parse_refusal, with_sources
+from maxlm.plan.report import gib
+from maxlm.plan.targets import CpuTarget, GpuTarget, Target, TpuTarget, gpu_config, memory_limit, tpu_topology
+from maxlm.sharding import make_layout
 from maxlm.training import make_trainer
 
 
@@ -31,27 +41,46 @@ class Memory:
     temporary: int
     """All else that the step allocates; as the compiler sums it up, which may be more than is there at one time."""
     peak: int
-    """Most at one time, arguments included."""
+    """Most at one time, arguments and on TPUs the program's code included. It leaves out what is no part of the
+    program: the runtime's own memory (of a GPU the context and NCCL's buffers, which live in the quarter that jax does
+    not take), the next batch on its way, the state that a checkpoint copies."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CompiledStep:
     """What the compiler made of the train step."""
 
-    layout: Layout
+    mesh: Mapping[str, int]
+    """Axis -> devices, slowest first."""
     memory: Memory
-    collectives: list[Collective]
-    forbidden: list[str]
+    largest: tuple[Buffer, ...]
+    """The largest arrays that the program takes or makes, not all of them alive at one time."""
+    collectives: tuple[Collective, ...]
+    kernels: tuple[Kernel, ...]
+    spills: int | None
+    """Bytes of registers that our GPU kernels store to memory and load again; None: not known, as on every TPU."""
+    forbidden: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+    """Of jax, while it traced and compiled: as of memory that a result could not take over."""
     cpu_seconds: float
     """Of processor time, to trace and compile."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DoesNotFit:
-    """The compiler found no way to run the step in the device's memory."""
+    """The step needs more memory than a program may have on a device."""
 
-    layout: Layout
+    mesh: Mapping[str, int]
     message: str
+    """The compiler's; where it refuses nothing, the same in our words."""
+    wanted: int
+    """Bytes a device."""
+    at_least: bool = False
+    """`wanted` is a lower bound."""
+    available: int
+    largest: tuple[Buffer, ...]
+    """The largest first; those of the compiler's own list if it gave one, else of the program's text."""
+    warnings: tuple[str, ...] = ()
     cpu_seconds: float
 
 
@@ -80,27 +109,88 @@ def compile_step(config: RunConfig, target: Target) -> CompiledStep | DoesNotFit
             machine.
     """
     config.validate(target.devices)
-    layout = make_layout(config.sharding, target_devices(target))
+    limit = memory_limit(target)
     start = time.process_time()
-    trainer = make_trainer(config, layout)
-    with _standard_error() as log:
+    with _compiler_output() as log, warnings.catch_warnings(record=True) as caught:
+        layout = make_layout(config.sharding, target_devices(target))
+        mesh = dict(layout.mesh.shape)
+        trainer = make_trainer(config, layout)
+        lowered = trainer.step.lower(trainer.state, trainer.batch)
         try:
-            compiled = trainer.step.lower(trainer.state, trainer.batch).compile()
+            compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            return DoesNotFit(layout, _first_sentences(str(error)), time.process_time() - start)
+            refusal = parse_refusal(str(error), limit or 0)
+            if refusal is None:
+                raise UserError(f"--target {target}: {str(error).splitlines()[0]}") from None
+            largest = _largest_of_refused(lowered, refusal)
+            return DoesNotFit(
+                mesh=mesh,
+                message=refusal.message,
+                wanted=refusal.wanted,
+                at_least=refusal.at_least,
+                available=refusal.available,
+                largest=largest,
+                warnings=_lines(caught),
+                cpu_seconds=time.process_time() - start,
+            )
     seconds = time.process_time() - start
-    found = collectives(compiled.as_text() or "", layout.mesh.shape)
-    broken = forbidden(layout, found, matrix_bytes=smallest_matrix(config, layout), log=log[0])
-    return CompiledStep(layout, _memory(compiled, target), found, broken, seconds)
+    _spills.update(spilled(log[0]))
+    text, memory = compiled.as_text() or "", _memory(compiled, target)
+    if limit is not None and memory.peak > limit:
+        share = " (three quarters of the GPU's memory, or XLA_CLIENT_MEM_FRACTION)"
+        return DoesNotFit(
+            mesh=mesh,
+            message=f"needs {gib(memory.peak)}, {gib(memory.peak - limit)} too much: a program may have {gib(limit)}"
+            + (share if isinstance(target, GpuTarget) else ""),
+            wanted=memory.peak,
+            available=limit,
+            largest=largest_arrays(text),
+            warnings=_lines(caught),
+            cpu_seconds=seconds,
+        )
+    found, called = collectives(text, mesh), kernels(text)
+    return CompiledStep(
+        mesh=mesh,
+        memory=memory,
+        largest=largest_arrays(text),
+        collectives=tuple(found),
+        kernels=called,
+        spills=total_spills(called, _spills),
+        forbidden=tuple(forbidden(layout, found, matrix_bytes=smallest_matrix(config, layout), log=log[0])),
+        warnings=_lines(caught),
+        cpu_seconds=seconds,
+    )
+
+
+def _lines(caught: Sequence[warnings.WarningMessage]) -> tuple[str, ...]:
+    """The first line of each warning."""
+    return tuple(dict.fromkeys(str(one.message).split("\n")[0] for one in caught))
+
+
+_spills: dict[str, int] = {}
+"""Of every Mosaic GPU kernel that this process has compiled: jax keeps kernels, and ptxas speaks of each once."""
+
+
+def _largest_of_refused(lowered: jax.stages.Lowered, refusal: Refusal) -> tuple[Buffer, ...]:
+    """Compiles once more, past the end of the memory, for a text to read arrays and source lines from."""
+    with tempfile.TemporaryDirectory() as folder:
+        # What lies past the end is compiled, and then cannot always be loaded; its text is in the folder by then.
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            lowered.compile({"xla_tpu_no_crash_on_oom": True, "xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        texts = [file.read_text() for file in Path(folder).glob("*.after_optimizations.txt")]
+    if not texts:
+        return refusal.largest
+    text = max(texts, key=len)
+    return with_sources(refusal.largest, text) or largest_arrays(text)
 
 
 def _topology(target: TpuTarget | GpuTarget) -> Sequence[Any]:
     match target:
         case TpuTarget():
-            name = f"{TPUS[target.chip].prefix}:{target.topology}"
-            return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+            name, options = tpu_topology(target)
+            return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
         case GpuTarget():
             return topologies.get_topology_desc(
                 platform="cuda",
@@ -111,41 +201,66 @@ def _topology(target: TpuTarget | GpuTarget) -> Sequence[Any]:
 
 
 def _memory(compiled: jax.stages.Compiled, target: Target) -> Memory:
+    """From the compiler's figures, of which `peak_memory_in_bytes` alone may be less than the truth.
+
+    CPU: it leaves temporaries out. GPU: it is the sum of the arrays alive at one time (XLA's `ComputePeakMemory`), but
+    a program takes all its temporary memory as one piece, gaps between arrays included. TPU: it leaves out the
+    program's code, which lies in HBM and counts in the compiler's own verdict.
+    """
     stats = compiled.memory_analysis()
     assert stats is not None  # all three compilers have it
-    new_outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    summed = stats.argument_size_in_bytes + new_outputs + stats.temp_size_in_bytes
-    return Memory(
-        arguments=stats.argument_size_in_bytes,
-        temporary=stats.temp_size_in_bytes,
-        # The processor's compiler leaves temporaries out of its peak.
-        peak=summed if isinstance(target, CpuTarget) else stats.peak_memory_in_bytes,
-    )
-
-
-def _first_sentences(message: str) -> str:
-    """Wanted and available memory, without the list of allocations that follows."""
-    return re.split(r"\n|Largest program allocations|Total hbm usage", message)[0].strip()
+    match target:
+        case CpuTarget() | GpuTarget():
+            new_outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
+            peak = stats.argument_size_in_bytes + new_outputs + stats.temp_size_in_bytes
+        case TpuTarget():
+            peak = stats.peak_memory_in_bytes + stats.generated_code_size_in_bytes
+    return Memory(arguments=stats.argument_size_in_bytes, temporary=stats.temp_size_in_bytes, peak=peak)
 
 
 @contextlib.contextmanager
-def _standard_error() -> Iterator[list[str]]:
-    """Keeps what compilers, which know nothing of Python, write to standard error; the list's one entry has it after.
+def _compiler_output() -> Iterator[list[str]]:
+    """Keeps what compilers, which know nothing of Python, write to standard output and error; the list's one entry has
+    it after. ptxas is asked to tell of registers.
 
-    If the block raises, it is written after all.
+    If the block raises what is no user's mistake, it is written to standard error after all; if the compiler ends the
+    process, a shell that waits for this does it.
     """
     log = [""]
-    with tempfile.TemporaryFile() as file:
-        saved = os.dup(2)
-        os.dup2(file.fileno(), 2)
-        failed = True
+    with tempfile.NamedTemporaryFile() as file, _variable("MOSAIC_GPU_DUMP_PTXAS", "1"):
+        sys.stdout.flush()
+        command = ["sh", "-c", 'read -r line || { cat "$0" >&2; rm "$0"; }', file.name]
+        witness = subprocess.Popen(command, stdin=subprocess.PIPE)
+        saved = {stream: os.dup(stream) for stream in (1, 2)}
+        for stream in saved:
+            os.dup2(file.fileno(), stream)
+        failed = False
         try:
             yield log
-            failed = False
+        except BaseException as error:
+            failed = not isinstance(error, UserError)
+            raise
         finally:
-            os.dup2(saved, 2)
-            os.close(saved)
+            sys.stdout.flush()
+            for stream, copy in saved.items():
+                os.dup2(copy, stream)
+                os.close(copy)
+            witness.communicate(b"\n")
             file.seek(0)
             log[0] = file.read().decode(errors="replace")
             if failed:
                 os.write(2, log[0].encode())
+
+
+@contextlib.contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """An environment variable for a while."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

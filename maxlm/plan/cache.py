@@ -1,0 +1,105 @@
+"""Answers of the compilers, kept between commands: compiling a large step takes minutes, and the answer never changes.
+
+An answer is found by a hash of everything that it depends on. What may or may not matter is hashed: a superfluous miss
+costs one compilation, a false hit would be a wrong answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import cattrs
+
+from maxlm.config import RunConfig
+from maxlm.config.serialize import to_dict
+from maxlm.plan.compiled import CompiledStep, DoesNotFit, compile_step
+from maxlm.plan.targets import Target, installed
+
+_RESULTS: Mapping[str, type[CompiledStep] | type[DoesNotFit]] = {
+    kind.__name__: kind for kind in (CompiledStep, DoesNotFit)
+}
+_converter = cattrs.Converter(forbid_extra_keys=True)
+_WITHOUT = ("run_dir", "target", "data", "checkpoint", "observe")
+"""Parts of the config that the step does not see."""
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc",
+             "nvidia-nvvm")  # fmt: skip
+_VARIABLES = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "MEGASCALE_", "CUDA_", "NVIDIA_", "MOSAIC_")
+"""How the names of variables begin that jax and its compilers read."""
+_ROOT = Path(__file__).parents[2]
+_SOURCES = ("maxlm", "kernels_pallas")
+
+
+def cached_compile(config: RunConfig, target: Target) -> tuple[CompiledStep | DoesNotFit, bool]:
+    """What `compile_step` answers, and whether it is from the cache, because it has answered before.
+
+    The cache is the folder `$MAXLM_PLAN_CACHE`, else `$XDG_CACHE_HOME/maxlm/plan`, else ~/.cache/maxlm/plan. A file
+    that cannot be read counts as missing; a folder that cannot be written keeps nothing.
+
+    Raises:
+        UserError: as `compile_step`; mistakes are not kept.
+    """
+    file = cache_folder() / f"{cache_key(ingredients(config, target))}.json"
+    if (known := _load(file)) is not None:
+        return known, True
+    found = compile_step(config, target)
+    with contextlib.suppress(OSError):
+        _store(file, found)
+    return found, False
+
+
+def cache_folder() -> Path:
+    """Where answers are kept."""
+    if chosen := os.environ.get("MAXLM_PLAN_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maxlm" / "plan"
+
+
+def ingredients(config: RunConfig, target: Target) -> dict[str, Any]:
+    """Everything that the answer depends on, as JSON values."""
+    return {
+        "config": {key: value for key, value in to_dict(config).items() if key not in _WITHOUT},
+        "target": str(target),
+        "packages": {name: version for name, version in installed().items() if name in _PACKAGES},
+        "variables": {key: value for key, value in sorted(os.environ.items()) if key.startswith(_VARIABLES)},
+        "sources": sources_hash(_ROOT),
+    }
+
+
+def cache_key(values: Mapping[str, Any]) -> str:
+    """The hash of JSON values, whatever the order of their keys: 64 letters."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def sources_hash(root: Path) -> str:
+    """Of names and contents of all files of this project's two packages under a folder."""
+    digest = hashlib.sha256()
+    files = (path for name in _SOURCES for path in (root / name).rglob("*") if "__pycache__" not in path.parts)
+    for path in sorted(filter(Path.is_file, files)):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(root)} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def _load(file: Path) -> CompiledStep | DoesNotFit | None:
+    try:
+        stored = json.loads(file.read_text())
+        return _converter.structure(stored["result"], _RESULTS[stored["kind"]])
+    except Exception:  # whatever is wrong with it
+        return None
+
+
+def _store(file: Path, result: CompiledStep | DoesNotFit) -> None:
+    """Write beside, then rename: another command never sees half a file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    stored = json.dumps({"kind": type(result).__name__, "result": _converter.unstructure(result)})
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        beside = Path(folder, file.name)
+        beside.write_text(stored)
+        beside.replace(file)

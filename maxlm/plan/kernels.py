@@ -1,0 +1,111 @@
+"""Which hand-written and library kernels a compiled program calls, how often, and whether their registers suffice.
+
+Programs for GPUs are compiled here without autotuning, for want of a GPU to time candidates on: matrix products that
+are Triton fusions here may be cuBLAS's on the machine.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from maxlm.plan.hlo import Instruction, Program, Runs
+from maxlm.plan.source_lines import SourceLines
+
+
+class Maker(enum.Enum):
+    """Where the kernel's code comes from."""
+
+    MOSAIC_TPU = "Mosaic TPU"
+    MOSAIC_GPU = "Mosaic GPU"
+    TRITON = "Triton"
+    CUDNN = "cuDNN"
+    CUBLAS = "cuBLAS"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """A kernel, at all places of the program that call it."""
+
+    maker: Maker
+    name: str
+    """As given to `pallas_call`; of a library, the function's; of XLA's own Triton fusions, what they are made of."""
+    calls: int
+    """Instructions that call it."""
+    runs: Runs
+    """Times that a run of the program runs it, loops counted."""
+    source: str
+    """The first line of this repository that calls it, as maxlm/models/block.py:49; empty if nobody knows."""
+
+
+_TARGETS: Sequence[tuple[str, Maker]] = (
+    ("tpu_custom_call", Maker.MOSAIC_TPU),
+    ("mosaic_gpu", Maker.MOSAIC_GPU),
+    ("__gpu$xla.gpu.triton", Maker.TRITON),
+    ("triton_kernel_call", Maker.TRITON),
+    ("__cudnn$", Maker.CUDNN),
+    ("__cublas$", Maker.CUBLAS),
+)
+"""How the targets of custom calls begin."""
+
+
+def kernels(text: str) -> tuple[Kernel, ...]:
+    """Every kernel of a compiled program (`compiled.as_text()`); those that run most come first."""
+    program, lines = Program(text), SourceLines(text)
+    found: dict[tuple[Maker, str], Kernel] = {}
+    for computation in program.computations.values():
+        runs = program.runs(computation.name)
+        for instruction in computation.instructions.values() if runs.count else ():
+            if (maker := _maker(instruction)) is None:
+                continue
+            key = maker, _name(instruction, maker)
+            one = found.get(key)
+            found[key] = Kernel(
+                maker=maker,
+                name=key[1],
+                calls=1 + (one.calls if one else 0),
+                runs=Runs(runs.count + one.runs.count, runs.exact and one.runs.exact) if one else runs,
+                source=(one.source if one else "") or lines.of(instruction.attributes),
+            )
+    return tuple(sorted(found.values(), key=lambda kernel: -kernel.runs.count))
+
+
+def spilled(log: str) -> dict[str, int]:
+    """Kernel -> bytes of registers that it stores to memory and loads again, for want of room: the words of ptxas."""
+    pattern = r"properties for (\S+?)(?:_mosaic_gpu_kernel)?\n.*? (\d+) bytes spill stores, (\d+) bytes spill loads"
+    spills: dict[str, int] = {}
+    for kernel, stores, loads in re.findall(pattern, log):
+        spills[kernel] = max(spills.get(kernel, 0), int(stores) + int(loads))
+    return spills
+
+
+def total_spills(found: Sequence[Kernel], known: Mapping[str, int]) -> int | None:
+    """Bytes spilled by all Mosaic GPU kernels of a program; None: there are none, or not all are known.
+
+    The TPU's compiler tells of no spills, and XLA of none in its own GPU kernels.
+    """
+    names = [kernel.name for kernel in found if kernel.maker is Maker.MOSAIC_GPU]
+    return sum(known[name] for name in names) if names and known.keys() >= set(names) else None
+
+
+def _maker(instruction: Instruction) -> Maker | None:
+    if instruction.opcode == "fusion":
+        return Maker.TRITON if re.search(r'"kind":"__triton', instruction.attributes) else None
+    target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
+    if target is None:
+        return None
+    return next((maker for prefix, maker in _TARGETS if target.group(1).startswith(prefix)), None)
+
+
+def _name(instruction: Instruction, maker: Maker) -> str:
+    match maker:
+        case Maker.CUDNN | Maker.CUBLAS:
+            return re.findall(r'custom_call_target="([^"]*)"', instruction.attributes)[0]
+        case Maker.MOSAIC_TPU | Maker.MOSAIC_GPU | Maker.TRITON:
+            # The operation's name ends in the kernel's: jit(step)/transpose(jvp(NAME))/pallas_call.
+            named = re.search(r"(\w+)\)*/[^/]+$", instruction.operation)
+            if named is not None and instruction.opcode != "fusion":
+                return named.group(1)
+            return re.sub(r"(\.\d+|\.clone|\.remat\d*)+$", "", instruction.name)  # XLA's own
