@@ -1,4 +1,4 @@
-"""Will it fit, and what will it send? `python -m maxlm.plan --config FILE --target tpu:v5p:4x4x4 --compile`.
+"""Will it fit, what will it send, how fast can it be? `python -m maxlm.plan --config FILE --target tpu:v5p:4x4x4`.
 
 Exit codes: 0 it fits; 3 it does not; 2 a mistake in config or command line, said in one line each; 1 anything else.
 """
@@ -6,124 +6,216 @@ Exit codes: 0 it fits; 3 it does not; 2 a mistake in config or command line, sai
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-from typing import TYPE_CHECKING, Any
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
 
-import rich.console
-from rich.table import Table
+from rich.console import Console
 
-from maxlm.config import UserError
+from maxlm.config import RunConfig, UserError
 from maxlm.config.cli import describe, parse_run, run_command
-from maxlm.plan.targets import Target, memory_limit, parse_target, prepare
-
-if TYPE_CHECKING:
-    from maxlm.plan.compiled import CompiledStep, DoesNotFit
+from maxlm.plan.advice import change_json, cheapest_changes
+from maxlm.plan.picture import check_picture, write_picture
+from maxlm.plan.report import CompilerReport, Json, analyse, mesh_text, to_json, with_compiled
+from maxlm.plan.search import Candidate, Search, config_file, search, search_json
+from maxlm.plan.tables import print_changes, print_report, print_search, print_verdict
+from maxlm.plan.targets import Target, parse_target, prepare
 
 EXIT_DOES_NOT_FIT = 3
 
-_DESCRIPTION = """Compile the train step for a machine that need not be there: does it fit, and what does it send?
+VERIFIED = 3
+MOST_COMPILED = 10
+"""Candidates that a search compiles at the most, when the best of its arithmetic do not fit after all."""
 
---target NAME      Machine: tpu:v5p:4x4x4, tpu:v6e:8x8, gpu:h200:8, gpu:h200:16x8 (hosts x GPUs), cpu:8.
---compile          Ask the machine's own compiler.
+_EXAMPLES = {"--target": "gpu:h200:8", "--verify": "3", "--out": "my_run.py", "--picture": "memory.png"}
+"""Of the options that take a value."""
+
+_DESCRIPTION = """Before a machine is rented: does a run fit, what does it send, how fast can it be at best?
+
+--target NAME      Machine: tpu:v5p:4x4x4, tpu:v6e:8x8, gpu:h200:8, gpu:h200:16x8 (hosts x GPUs), cpu:8; default: the
+                   config's target.
+--compile          Ask the machine's own compiler too; its word on memory decides.
+--search           Find the fastest layout that fits: mesh, remat, micro-batches, ZeRO, optimizer.
+--verify N         With --search --compile: how many of the best must fit by the compiler, 1 to 10 (3).
+--out FILE.py      With --search: write the best as a config file.
+--picture FILE     Draw where memory goes, as FILE.png or FILE.html.
 --json             Print one JSON object instead of tables."""
 
 
 def command(argv: list[str]) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--target")
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--json", action="store_true")
+    for option in _EXAMPLES:
+        parser.add_argument(option, type=int if option == "--verify" else str)
+    for option in ("--compile", "--search", "--json"):
+        parser.add_argument(option, action="store_true")
     try:
         options, rest = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
-        raise UserError(f"{error.argument_name}: {error.message}, for example --target gpu:h200:8") from None
+        name = str(error.argument_name)
+        example = f"{name} {_EXAMPLES.get(name, '')}".strip()
+        raise UserError(f"{name}: {error.message}; write {example}") from None
     asked = parse_run(rest, prog="python -m maxlm.plan", description=_DESCRIPTION)
     if asked.print_config:
         print(describe(asked.config, asked.file_config))
         return 0
-    if options.target is None:
-        raise UserError("--target is missing; name a machine, for example --target tpu:v5p:4x4x4")
-    if not options.compile:
-        raise UserError("--compile is missing; without a compiler there is nothing to tell yet")
-    target = parse_target(options.target)
-    asked.config.validate(target.devices)
-    prepare(target)
-    from maxlm.plan.compiled import DoesNotFit, compile_step  # imports jax, which must find what `prepare` has set
+    machine: str | None = asked.config.target if options.target is None else options.target
+    if machine is None:
+        raise UserError("--target is missing, and the config has none; name a machine, such as --target tpu:v5p:4x4x4")
+    _check(options)
+    target = parse_target(machine)
+    if options.compile:
+        prepare(target)  # also to say at once that there is no compiler
+    return _search(asked.config, target, options) if options.search else _plan(asked.config, target, options)
 
-    result = compile_step(asked.config, target)
-    limit = memory_limit(target)
-    fits = not isinstance(result, DoesNotFit) and (limit is None or result.memory.peak <= limit)
+
+def _plan(config: RunConfig, target: Target, options: argparse.Namespace) -> int:
+    """One config, as it is."""
+    console = Console(highlight=False)
+    report = analyse(config, target)
+    if not options.json:
+        print_report(report, console)
+    if options.compile:
+        report = with_compiled(report, _ask_compiler(config, target, None if options.json else console))
+        if not options.json:
+            print_verdict(report, console)
+    changes = [] if report.fits else cheapest_changes(config, target)
     if options.json:
-        print(json.dumps(_json(target, result, limit, fits), indent=1))
+        advice: dict[str, Json] = {} if report.fits else {"changes": [change_json(one) for one in changes]}
+        print(json.dumps(to_json(report) | advice, indent=1))
+    elif not report.fits:
+        print_changes(changes, console)
+    if options.picture is not None:
+        write_picture(report, Path(options.picture))
+    return 0 if report.fits else EXIT_DOES_NOT_FIT
+
+
+def _search(config: RunConfig, target: Target, options: argparse.Namespace) -> int:
+    """Every sensible layout; with the compiler, the best of them."""
+    console = Console(highlight=False)
+    found = search(config, target)
+    verified = None
+    chosen, tier = found.best, "analytic"
+    if options.compile:
+        # A program that reads the JSON may read what is written to standard error as a failure.
+        progress = None if options.json else Console(stderr=True, highlight=False)
+        verified = _verify(found, VERIFIED if options.verify is None else options.verify, progress)
+        chosen, tier = verified.chosen, "compiled"
+    peaks = {} if verified is None else verified.peaks
+    changes = [] if chosen is not None else cheapest_changes(config, target, searched=True)
+    if options.json:
+        values = {"tier": tier, **search_json(found, chosen, peaks), "changes": [change_json(one) for one in changes]}
+        if verified is not None:
+            values["verified"] = verified.to_json()
+        print(json.dumps(values, indent=1))
     else:
-        _print(target, result, limit, fits)
-    return 0 if fits else EXIT_DOES_NOT_FIT
+        print_search(found, chosen, peaks, console)
+        if verified is not None:
+            verified.print(console)
+        if chosen is None:
+            print_changes(changes, console)
+    if chosen is None:
+        return EXIT_DOES_NOT_FIT
+    if options.out is not None:
+        out = Path(options.out)
+        out.write_text(config_file(chosen, out, tier), encoding="utf-8")
+    if options.picture is not None:
+        write_picture(analyse(chosen.config, target), Path(options.picture))
+    return 0
 
 
-def _json(target: Target, result: CompiledStep | DoesNotFit, limit: int | None, fits: bool) -> dict[str, Any]:
-    from maxlm.plan.compiled import DoesNotFit
+@dataclass
+class _Verified:
+    """What the compiler said of the best of a search, by their place in the ranking."""
 
-    report: dict[str, Any] = {
-        "target": str(target),
-        "devices": target.devices,
-        "mesh": dict(result.layout.mesh.shape),
-        "fits": fits,
-        "memory_limit": limit,
-        "compile_cpu_seconds": round(result.cpu_seconds, 1),
-    }
-    if isinstance(result, DoesNotFit):
-        return report | {"message": result.message}
-    return report | {
-        "memory": dataclasses.asdict(result.memory),
-        "collectives": [
-            {
-                "kind": one.kind.value,
-                "axes": list(one.axes),
-                "group": one.group,
-                "runs": one.runs.count,
-                "runs_exact": one.runs.exact,
-                "bytes_each": one.bytes_each,
-                "bytes_sent": one.sent,
-                "asynchronous": one.asynchronous,
-                "operation": one.operation,
-            }
-            for one in result.collectives
-        ],
-        "forbidden": result.forbidden,
-    }
+    wanted: int
+    """How many should fit."""
+    chosen: Candidate | None = None
+    """The first that does."""
+    fitting: int = 0
+    peaks: dict[int, int] = field(default_factory=dict)
+    """Bytes."""
+    failed: dict[int, str] = field(default_factory=dict)
+    """Why it has no peak: the compiler does not take it at all."""
+
+    def to_json(self) -> dict[str, Json]:
+        failed: list[Json] = [{"place": place, "message": message} for place, message in self.failed.items()]
+        return {"wanted": self.wanted, "fit": self.fitting, "compiled": len(self.peaks), "failed": failed}
+
+    def print(self, console: Console) -> None:
+        console.print(f"verified {self.fitting} of {self.wanted} by the compiler, which compiled {len(self.peaks)}")
+        for place, message in self.failed.items():
+            console.print(f"number {place + 1} cannot be compiled: {message}", style="yellow", markup=False)
 
 
-def _print(target: Target, result: CompiledStep | DoesNotFit, limit: int | None, fits: bool) -> None:
-    from maxlm.plan.collectives import summed
-    from maxlm.plan.compiled import DoesNotFit
+def _verify(found: Search, number: int, progress: Console | None) -> _Verified:
+    """Compile the best until `number` of them fit, MOST_COMPILED at the most.
 
-    console = rich.console.Console(highlight=False, soft_wrap=True)
-    mesh = " x ".join(f"{axis} {size}" for axis, size in result.layout.mesh.shape.items() if size > 1) or "one device"
-    console.print(f"{target}: {target.devices} devices as {mesh}; compiled in {result.cpu_seconds:.0f} CPU seconds")
-    if isinstance(result, DoesNotFit):
-        console.print(f"does not fit: {result.message}", markup=False)
+    Raises:
+        UserError: the compiler takes none of them.
+    """
+    result = _Verified(wanted=number)
+    for one in found.preferred[:MOST_COMPILED]:
+        place = found.ranked.index(one)
+        if progress is not None:
+            mesh = mesh_text(one.config.sharding.sizes(found.target.devices))
+            progress.print(f"compiling number {place + 1}: {mesh} ({result.fitting} of {number} verified)", style="dim")
+        try:
+            answer = _ask_compiler(one.config, found.target)
+        except UserError as error:
+            result.failed[place] = str(error)
+            continue
+        result.peaks[place] = answer.peak
+        if answer.fits and answer.peak <= one.limit:
+            result.chosen = result.chosen or one
+            result.fitting += 1
+        if result.fitting == number:
+            break
+    if result.failed and not result.peaks:
+        raise UserError(next(iter(result.failed.values())))
+    return result
+
+
+def _ask_compiler(config: RunConfig, target: Target, console: Console | None = None) -> CompilerReport:
+    """The compiler's word, also on the console."""
+    # They import jax, which must find what `prepare` has set.
+    from maxlm.plan.cache import cached_compile
+    from maxlm.plan.compiled_report import compiler_report, print_compiled
+
+    result, cached = cached_compile(config, target)
+    if console is not None:
+        print_compiled(result, console, cached=cached)
+    return compiler_report(result)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """The options go together, and the files can be written; said before any work is done."""
+    if options.verify is not None:
+        if not (options.search and options.compile):
+            raise UserError(f"--verify {options.verify} is for a search that asks the compiler; add --search --compile")
+        if not 1 <= options.verify <= MOST_COMPILED:
+            raise UserError(f"--verify {options.verify} must be from 1 to {MOST_COMPILED}, for example --verify 3")
+    if options.picture is not None:
+        check_picture(Path(options.picture))
+        _check_writable("--picture", Path(options.picture))
+    if options.out is None:
         return
-    table = Table("collective", "axes", "devices", "in text", "runs", "MB each", "MB sent", "overlaps", box=None)
-    for one, number in summed(result.collectives):
-        runs = f"{one.runs.count:,}" if one.runs.exact else f"{one.runs.count:,}+"
-        table.add_row(
-            one.kind.value, " x ".join(one.axes) or "-", str(one.group), str(number), runs,
-            f"{one.bytes_each / 1e6:,.3f}", f"{one.sent / 1e6:,.3f}", "yes" if one.asynchronous else "",
-        )  # fmt: skip
-    console.print(table)
-    total = sum(one.sent for one in result.collectives)
-    console.print(f"a device sends {total / 1e9:,.3f} GB a step")
-    gib = lambda size: f"{size / 2**30:,.2f} GiB"
-    memory = result.memory
-    room = "" if limit is None else f", of {gib(limit)}: {'fits' if fits else 'does not fit'}"
-    console.print(
-        f"memory of a device: {gib(memory.arguments)} state and batch, {gib(memory.temporary)} temporary, "
-        f"{gib(memory.peak)} at the peak{room}"
-    )
-    for line in result.forbidden:
-        console.print(f"against the layout: {line}", markup=False)
+    out = Path(options.out)
+    if not options.search:
+        raise UserError(f"--out {out} is where --search writes what it finds; add --search")
+    if set(options.out) & set("\"'\\") or not options.out.isprintable():
+        raise UserError(f"--out {options.out!r} goes into the file's text; use a name without quotes and backslashes")
+    if out.suffix != ".py":
+        raise UserError(f"--out {out} must be a Python file, for example --out {out.with_suffix('.py')}")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}; make it, or name another file")
+    _check_writable("--out", out)
+
+
+def _check_writable(option: str, file: Path) -> None:
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise UserError(f"{option} {file} cannot be written; name another file")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,157 @@
+"""Where a run does not fit: the cheapest changes that would make it, each checked by the same arithmetic."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from maxlm.config import RunConfig
+from maxlm.plan.report import Json
+from maxlm.plan.search import (
+    Candidate,
+    MeshSpace,
+    broken_rules,
+    candidate,
+    differences,
+    fitting_memory,
+    layouts,
+    optimizers,
+    preference,
+    remats,
+    search,
+    spelled_out,
+)
+from maxlm.plan.targets import Target, larger
+
+MOST_DOUBLES = 6
+"""Of the target's devices; and halves of the batch or a sequence."""
+_LEARNED = ("optimizer", "train.batch_size", "train.seq_len")
+"""How the keys begin that change what a run learns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A way to make a run fit."""
+
+    what: tuple[str, ...]
+    """Each key that changes, as key = value."""
+    candidate: Candidate
+
+    @property
+    def learns_otherwise(self) -> bool:
+        """What comes out is another model, not the same one computed in another way."""
+        return any(one.startswith(_LEARNED) for one in self.what)
+
+
+def cheapest_changes(config: RunConfig, target: Target, *, searched: bool = False, number: int = 3) -> list[Change]:
+    """For a run that does not fit: what would make it, by arithmetic, cheapest first; what learns otherwise comes last.
+
+    The price is the bound on device-seconds a token, then devices, then the number of keys that change. No change
+    includes another one that comes before it.
+
+    Args:
+        config: the run.
+        target: its machine.
+        searched: a search has been done, and found nothing.
+        number: of changes, at most.
+
+    Raises:
+        UserError: memory or speed of the target's devices is not known.
+    """
+    found = [*_on_this_machine(config, target), *_elsewhere(config, target)]
+    changes = _distinct(found, config, target)
+    if len(changes) < number:
+        changes = _distinct([*found, *_searched(config, target, searched)], config, target)
+    return changes[:number]
+
+
+def _distinct(found: Sequence[Candidate], config: RunConfig, target: Target) -> list[Change]:
+    original, chosen = spelled_out(config, target), dict[frozenset[str], Change]()
+    changes = [Change(what=_words(one, original, target), candidate=one) for one in found]
+    price = lambda change: (change.candidate.cost, change.candidate.target.devices, len(change.what))
+    for change in sorted(changes, key=lambda change: (change.learns_otherwise, *price(change))):
+        keys = frozenset(one.split(" = ")[0] for one in change.what)
+        if not any(before <= keys for before in chosen):
+            chosen[keys] = change
+    return list(chosen.values())
+
+
+def _words(one: Candidate, original: RunConfig, target: Target) -> tuple[str, ...]:
+    elsewhere = () if one.target == target else (f"target = {one.target}",)
+    return (*elsewhere, *differences(one.config, original))
+
+
+def _on_this_machine(config: RunConfig, target: Target) -> Iterator[Candidate]:
+    """The fastest of the same mesh for each set of keys that changes, and the fastest other mesh."""
+    original = spelled_out(config, target)
+    space = MeshSpace(original, target, original.sharding)
+    groups: dict[tuple[bool, ...], list[Candidate]] = {}
+    for optimizer, zero, parts, remat in itertools.product(
+        optimizers(config.optimizer), space.zeros, space.parts, remats(config)
+    ):
+        one = space.choose(zero, parts, remat, optimizer)
+        if (memory := fitting_memory(one, target)) is not None:
+            before = (config.optimizer, original.sharding, config.train, config.model)
+            after = (one.optimizer, one.sharding, one.train, one.model)
+            kinds = tuple(old != new for old, new in zip(before, after, strict=True))
+            groups.setdefault(kinds, []).append(candidate(one, target, memory))
+    groups[()] = list(_other_meshes(config, target))
+    for group in groups.values():
+        yield from sorted(group, key=preference)[:1]
+
+
+def _other_meshes(config: RunConfig, target: Target) -> Iterator[Candidate]:
+    """Those that fit with everything else as it is."""
+    for sharding in layouts(config, target):
+        one = replace(config, sharding=replace(sharding, zero=config.sharding.zero))
+        if config.train.micro_batches in MeshSpace(config, target, sharding).parts:
+            memory = fitting_memory(one, target)
+            if memory is not None:
+                yield candidate(one, target, memory)
+
+
+def _elsewhere(config: RunConfig, target: Target) -> Iterator[Candidate]:
+    """More devices, a smaller batch and shorter sequences, each by as few doubles or halves as it takes."""
+    for machine in _larger_machines(target):
+        if found := sorted(_other_meshes(config, machine), key=preference):
+            yield found[0]
+            break
+    for key in ("batch_size", "seq_len"):
+        for halves in range(1, MOST_DOUBLES + 1):
+            smaller = max(1, getattr(config.train, key) >> halves)
+            one = spelled_out(replace(config, train=replace(config.train, **{key: smaller})), target)
+            if not broken_rules(one, target) and (memory := fitting_memory(one, target)) is not None:
+                yield candidate(one, target, memory)
+                break
+
+
+def _searched(config: RunConfig, target: Target, already: bool) -> Iterator[Candidate]:
+    """What takes seconds to find: the best here, and of the smallest larger machine that needs no other optimizer."""
+    if not already and (best := search(config, target).best) is not None:
+        yield best
+    for machine in _larger_machines(target):
+        best = search(config, machine).best
+        if best is not None and best.config.optimizer == config.optimizer:
+            yield best
+            break
+
+
+def _larger_machines(target: Target) -> Iterator[Target]:
+    for doubles in range(1, MOST_DOUBLES + 1):
+        machine = larger(target, 2 ** (target.devices.bit_length() - 1 + doubles))
+        if machine is not None:
+            yield machine
+
+
+def change_json(change: Change) -> dict[str, Json]:
+    """A change as plain values."""
+    one = change.candidate
+    return {
+        "changes": change.what,
+        "learns_otherwise": change.learns_otherwise,
+        "target": str(one.target),
+        "margin_bytes": one.margin,
+        "step_seconds": one.bound.step_seconds,
+        "device_seconds_per_token": one.cost,
+    }

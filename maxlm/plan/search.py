@@ -1,0 +1,363 @@
+"""Which layout to rent a machine for: every sensible mesh, remat policy, micro-batches, ZeRO stage and optimizer, by
+arithmetic."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from maxlm.config import (
+    Adafactor,
+    AdamW,
+    Dtype,
+    MoeConfig,
+    OptimizerConfig,
+    Remat,
+    RunConfig,
+    ShardingConfig,
+    UserError,
+    Zero,
+)
+from maxlm.config.export import python_file
+from maxlm.config.layout_rules import broken_layout_rules
+from maxlm.config.serialize import flatten
+from maxlm.observe.flops import parameter_count
+from maxlm.plan.bound import TimeBound, estimate_time
+from maxlm.plan.memory import MemoryEstimate, estimate_memory
+from maxlm.plan.report import Json
+from maxlm.plan.targets import GpuTarget, Target, TpuTarget, memory_limit, platform
+from maxlm.plan.traffic import AxisTraffic, estimate_traffic, whole_torus
+
+LONGEST_TENSOR = 16
+"""Of TPUs. Beyond, a device's part of a matrix is too small for its matrix unit; GPUs end at their host."""
+LONGEST_STAGE = 16
+SHORTEST_PIECE = 1024
+"""Tokens of a sequence that a device of the seq axis has at least, so that computing on them hides sending them."""
+LANES = 128
+"""Numbers in a TPU's vector: shards of d_model are whole ones (docs/plan.md)."""
+MOST_ROUNDS = 8
+"""Micro-batches for each stage of a pipeline: its bubble is then a tenth."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A config, and what arithmetic says of it."""
+
+    config: RunConfig
+    target: Target
+    memory: MemoryEstimate
+    traffic: Sequence[AxisTraffic]
+    bound: TimeBound
+    limit: int
+    """Bytes that a program may have on a device."""
+
+    @property
+    def margin(self) -> int:
+        """Bytes left on a device at the peak; negative: missing."""
+        return self.limit - self.memory.peak
+
+    @property
+    def cost(self) -> float:
+        """Device-seconds a token, at the least: comparable between batches and machines of one chip."""
+        train = self.config.train
+        return self.bound.step_seconds * self.target.devices / (train.batch_size * train.seq_len)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """What fits on a target, best first."""
+
+    config: RunConfig
+    target: Target
+    space: int
+    """Configs to choose from; of many, it is enough to know that a better one fits, or that one like it does not."""
+    ranked: tuple[Candidate, ...]
+    """The fastest that fits of each mesh, by `preference`. Another optimizer than the
+    config's, which learns something else, is there only where it is faster than the config's on the same mesh."""
+
+    @property
+    def preferred(self) -> list[Candidate]:
+        """The ranking, those with the config's optimizer first."""
+        return sorted(self.ranked, key=lambda one: one.config.optimizer != self.config.optimizer)
+
+    @property
+    def best(self) -> Candidate | None:
+        """The first with the config's optimizer; where that never fits the first; None: nothing fits."""
+        return next(iter(self.preferred), None)
+
+
+def search(config: RunConfig, target: Target) -> Search:
+    """Rank what fits. Model, batch and sequence length stay as they are.
+
+    Raises:
+        UserError: memory or speed of the target's devices is not known.
+    """
+    _limit(target)
+    ranked: list[Candidate] = []
+    size = 0
+    for sharding in layouts(config, target):
+        mesh = MeshSpace(config, target, sharding)
+        size += mesh.size * len(optimizers(config.optimizer))
+        ranked += mesh.best()
+    ranked.sort(key=preference)
+    return Search(config=config, target=target, space=size, ranked=tuple(ranked))
+
+
+def layouts(config: RunConfig, target: Target) -> Iterator[ShardingConfig]:
+    """Every mesh that the rules of `config/layout_rules.py` may allow on the target, within sensible limits."""
+    model, train, devices = config.model, config.train, target.devices
+    experts = [block.ffn.n_experts for block in model.blocks if isinstance(block.ffn, MoeConfig)]
+    blocks = [*model.first_blocks, *model.blocks]
+    widths = [n for one in blocks for n in (one.attention.n_heads, one.attention.n_kv_heads, one.ffn.d_ff)]
+    longest = target.per_host if isinstance(target, GpuTarget) else LONGEST_TENSOR
+    pieces = [n for n in _divisors(math.gcd(devices, train.seq_len)) if n * SHORTEST_PIECE <= train.seq_len]
+    allowed = {
+        "stage": [n for n in _divisors(math.gcd(devices, model.repeats)) if n <= LONGEST_STAGE],
+        "seq": pieces or [1],
+        "tensor": [n for n in _divisors(math.gcd(devices, model.vocab_size, *widths)) if n <= longest],
+        "expert": _divisors(math.gcd(devices, *experts)) if experts else [1],
+        "fsdp": [n for n in _divisors(math.gcd(devices, model.d_model)) if _suits_chip(n, model.d_model, target)],
+    }
+    slices = target.slices if isinstance(target, TpuTarget) else 1
+    for chosen in itertools.product(*allowed.values()):
+        sizes = dict(zip(allowed, chosen, strict=True))
+        data, rest = divmod(devices, math.prod(chosen))
+        if rest or train.batch_size % (data * sizes["fsdp"] * sizes["expert"]):
+            continue
+        groups = config.sharding.virtual_stages if sizes["stage"] > 1 else 1
+        yield replace(
+            config.sharding,
+            data=data,
+            fsdp=sizes["fsdp"],
+            stage=sizes["stage"],
+            seq=sizes["seq"],
+            tensor=sizes["tensor"],
+            expert=sizes["expert"],
+            virtual_stages=groups if model.repeats % (sizes["stage"] * groups) == 0 else 1,
+            sequence_parallel=sizes["tensor"] > 1 and train.seq_len % (sizes["seq"] * sizes["tensor"]) == 0,
+            slices=slices,
+        )
+
+
+@dataclass(frozen=True)
+class MeshSpace:
+    """What may be chosen on one mesh."""
+
+    config: RunConfig
+    target: Target
+    sharding: ShardingConfig
+    """With the sizes of the mesh; its `zero` is chosen."""
+
+    @property
+    def size(self) -> int:
+        """Configs with one optimizer."""
+        return len(self.zeros) * len(self.parts) * len(remats(self.config))
+
+    @property
+    def zeros(self) -> list[Zero]:
+        return list(Zero) if self.sharding.fsdp > 1 else [self.sharding.zero]
+
+    @functools.cached_property
+    def parts(self) -> list[int]:
+        """Numbers of micro-batches that keep every rule; in a pipeline at most MOST_ROUNDS times the stages."""
+        train, sharding = self.config.train, self.sharding
+        rows = train.batch_size // (sharding.data * sharding.fsdp * sharding.expert)
+        most = rows if sharding.stage == 1 else MOST_ROUNDS * sharding.stage
+        powers = {2**n for n in range(rows.bit_length()) if rows % 2**n == 0 and 2**n <= most}
+        return [
+            parts
+            for parts in sorted(powers | {train.micro_batches})
+            if not broken_layout_rules(
+                self.config.model, sharding, n_devices=self.target.devices, batch_size=train.batch_size,
+                seq_len=train.seq_len, micro_batches=parts,
+            )
+        ]  # fmt: skip
+
+    def choose(self, zero: Zero, parts: int, remat: Remat, optimizer: OptimizerConfig) -> RunConfig:
+        config = self.config
+        return replace(
+            config,
+            model=replace(config.model, remat=remat),
+            train=replace(config.train, micro_batches=parts),
+            sharding=replace(self.sharding, zero=zero),
+            optimizer=optimizer,
+        )
+
+    def best(self) -> list[Candidate]:
+        """The fastest with the config's optimizer, and with others where these are faster, because the config's needs
+        more micro-batches or recomputation to fit."""
+        found: list[Candidate] = []
+        for optimizer in optimizers(self.config.optimizer):
+            fastest = min(self._fitting(optimizer), key=preference, default=None)
+            if fastest is None or (found and found[-1].bound.step_seconds <= fastest.bound.step_seconds):
+                continue
+            found.append(fastest)
+            train, remat = fastest.config.train, fastest.config.model.remat
+            if train.micro_batches == self.parts[0] and remat is remats(self.config)[0]:
+                break  # it does as it likes
+        return found
+
+    def _fitting(self, optimizer: OptimizerConfig) -> Iterator[Candidate]:
+        """Of each ZeRO stage and number of micro-batches the one that recomputes least. Without a pipeline more
+        micro-batches only take longer, so they must save something: recomputation."""
+        for zero in self.zeros if self.parts else ():
+            policies = remats(self.config)
+            strongest = policies[-1]
+            # The least memory there is: one micro-batch needs no room to add up gradients, many have few activations.
+            least = (self.choose(zero, parts, strongest, optimizer) for parts in (self.parts[0], self.parts[-1]))
+            if all(fitting_memory(config, self.target) is None for config in least):
+                continue
+            for parts in self.parts:
+                if not policies:
+                    break
+                if fitting_memory(self.choose(zero, parts, strongest, optimizer), self.target) is None:
+                    continue
+                for i, remat in enumerate(policies):
+                    config = self.choose(zero, parts, remat, optimizer)
+                    if (memory := fitting_memory(config, self.target)) is not None:
+                        yield candidate(config, self.target, memory)
+                        policies = policies[:i] if self.sharding.stage == 1 else policies
+                        break
+
+
+def remats(config: RunConfig) -> list[Remat]:
+    """Policies to choose from; the host's memory, whose speed is not modelled, only if the config has it already."""
+    return [remat for remat in Remat if remat is not Remat.OFFLOAD or config.model.remat is Remat.OFFLOAD]
+
+
+def optimizers(own: OptimizerConfig) -> list[OptimizerConfig]:
+    """The config's own, then those that keep less."""
+    match own:
+        case AdamW():
+            less = replace(own, moment_dtype=Dtype.BFLOAT16)
+            factored = Adafactor(schedule=own.schedule, weight_decay=own.weight_decay, clip_norm=own.clip_norm)
+            return [own, less, factored] if less != own else [own, factored]
+        case Adafactor():
+            return [own]
+
+
+def differences(config: RunConfig, original: RunConfig) -> tuple[str, ...]:
+    """The keys that changed, as key = value; an axis or optimizer appears with all that comes with it."""
+    before = flatten(original)
+    after = flatten(config)
+    if type(config.optimizer) is not type(original.optimizer):
+        after = {key: value for key, value in after.items() if not key.startswith("optimizer.")}
+    return tuple(f"{key} = {value}" for key, value in after.items() if key not in before or before[key] != value)
+
+
+def config_file(candidate: Candidate, file: Path, tier: str) -> str:
+    """Text of a Python file with the candidate's config, which `python -m maxlm.train --config` takes as it is."""
+    config, bound = candidate.config, candidate.bound
+    words = {"analytic": "arithmetic alone", "compiled": "the target's compiler"}[tier]
+    docstring = (
+        f"{parameter_count(config.model).total:,} parameters on {candidate.target}, as a search found it.\n\n"
+        f"    python -m maxlm.train --config {file}\n\n"
+        f"It fits by {words}. A step takes at least {bound.step_seconds:.3g} s, limited by {bound.limited_by}: a bound "
+        "by data sheets,\nnothing was measured."
+    )
+    return python_file(replace(config, target=str(candidate.target)), docstring)
+
+
+def search_json(found: Search, chosen: Candidate | None, peaks: Mapping[int, int], most: int = 100) -> dict[str, Json]:
+    """The ranking as plain values, cut after `most`; `peaks` by place are the compiler's."""
+    return {
+        "target": str(found.target),
+        "devices": found.target.devices,
+        "space": found.space,
+        "fits": chosen is not None,
+        "chosen": None if chosen is None else found.ranked.index(chosen),
+        "ranked": [
+            candidate_json(one, found.config) | ({"compiled_peak_bytes": peaks[i]} if i in peaks else {})
+            for i, one in enumerate(found.ranked[:most])
+        ],
+    }
+
+
+def candidate_json(one: Candidate, original: RunConfig) -> dict[str, Json]:
+    """A candidate as plain values; sizes in bytes, times in seconds."""
+    config, bound = one.config, one.bound
+    return {
+        "changes": differences(config, spelled_out(original, one.target)),
+        "mesh": config.sharding.sizes(one.target.devices),
+        "remat": config.model.remat.value,
+        "micro_batches": config.train.micro_batches,
+        "zero": config.sharding.zero.value,
+        "optimizer": type(config.optimizer).__name__,
+        "peak_bytes": one.memory.peak,
+        "margin_bytes": one.margin,
+        "step_seconds": bound.step_seconds,
+        "mfu_ceiling": bound.mfu_ceiling,
+        "limited_by": str(bound.limited_by),
+        "device_seconds_per_token": one.cost,
+        "sent_bytes": sum(axis.sent for axis in one.traffic),
+    }
+
+
+def spelled_out(config: RunConfig, target: Target) -> RunConfig:
+    """The config with the size that stands for -1; as it is if its mesh is for another machine."""
+    try:
+        sizes = config.sharding.sizes(target.devices)
+    except UserError:
+        return config
+    sharding = replace(
+        config.sharding, data=sizes["data"], fsdp=sizes["fsdp"], stage=sizes["stage"], seq=sizes["seq"],
+        tensor=sizes["tensor"], expert=sizes["expert"],
+    )  # fmt: skip
+    return replace(config, sharding=sharding)
+
+
+def fitting_memory(config: RunConfig, target: Target) -> MemoryEstimate | None:
+    """Its memory; None: too much."""
+    memory = estimate_memory(config, target.devices, platform(target))
+    return memory if memory.peak <= _limit(target) else None
+
+
+def candidate(config: RunConfig, target: Target, memory: MemoryEstimate) -> Candidate:
+    traffic = estimate_traffic(config, target)
+    bound = estimate_time(config, target, traffic)
+    assert bound is not None  # `_limit` refuses a target of unknown speed
+    return Candidate(config=config, target=target, memory=memory, traffic=traffic, bound=bound, limit=_limit(target))
+
+
+def preference(one: Candidate) -> tuple[float, float, int]:
+    """The smallest bound on the step, then the least work in all, for not everything will overlap; then the margin.
+
+    Of many meshes the bound is the same, that of compute: their links could keep up, at best.
+    """
+    work = one.bound.compute_seconds + one.bound.memory_seconds + sum(one.bound.traffic_seconds.values())
+    return one.bound.step_seconds, work, -one.margin
+
+
+def broken_rules(config: RunConfig, target: Target) -> list[str]:
+    train = config.train
+    return broken_layout_rules(
+        config.model, config.sharding, n_devices=target.devices, batch_size=train.batch_size, seq_len=train.seq_len,
+        micro_batches=train.micro_batches,
+    )  # fmt: skip
+
+
+def _limit(target: Target) -> int:
+    limit = memory_limit(target)
+    if limit is None:
+        raise UserError(
+            f"--search --target {target}: this processor's speed and memory are not known; name a machine with TPUs or "
+            "GPUs, for example --target gpu:h200:8"
+        )
+    return limit
+
+
+def _suits_chip(fsdp: int, d_model: int, target: Target) -> bool:
+    """Where TPUs are slow with an fsdp axis: narrow shards, and the whole of a 3-D torus of 64 chips or more
+    (docs/plan.md)."""
+    if not isinstance(target, TpuTarget) or fsdp == 1:
+        return True
+    return d_model // fsdp % LANES == 0 and not whole_torus(target, fsdp)
+
+
+def _divisors(number: int) -> list[int]:
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
