@@ -21,7 +21,7 @@ test: $(STAMP) ## the tests, without the slow ones
 test-slow: $(STAMP) ## the slow tests alone
 	$(BIN)/python -m pytest -q -n 2 -m "slow and not nightly" $(ARGS)
 
-test-nightly: $(VENV)/compilers/.installed ## compile every preset for the machine that it names; half an hour or more
+test-nightly: $(VENV)/compilers/.installed ## compile what takes minutes each: every preset for its machine, large meshes; an hour or so
 	$(BIN)/python -m pytest -q -m nightly $(ARGS)
 
 compilers: $(VENV)/compilers/.installed ## compilers for TPU and GPU (1.4 GB), so that the tests compile for them; no chip is needed

@@ -75,13 +75,14 @@ GROUPS = {
 }
 
 
+def when(chip: str, group: str) -> list[pytest.MarkDecorator]:
+    """A chip of each kind always, whole; what is essential of the others in the slow tests, their rest by night."""
+    marks = [] if chip in FAST and group == "essential" else [pytest.mark.slow]
+    return marks if chip in FAST or group == "essential" else [*marks, pytest.mark.nightly]
+
+
 @pytest.mark.parametrize(
-    ("chip", "group"),
-    [
-        pytest.param(chip, group, marks=() if chip in FAST and group == "essential" else pytest.mark.slow)
-        for chip in CHIPS
-        for group in GROUPS
-    ],
+    ("chip", "group"), [pytest.param(chip, group, marks=when(chip, group)) for chip in CHIPS for group in GROUPS]
 )
 def test_compiles(chip: str, group: str) -> None:
     programs = {name: case for name, case in cases(chip).items() if GROUPS[group](name)}
