@@ -82,7 +82,9 @@ def saved_by_the_loop(config) -> int:
     )
     loops = [e for e in jaxpr.eqns if e.primitive.name == "scan" and e.params["length"] == config.model.repeats]
     forward = loops[0]
-    stacked = [var.aval for var in forward.outvars[forward.params["num_carry"] :]]
+    of_a_turn = forward.params["jaxpr"].jaxpr.outvars  # what is carried leaves the loop in the shape of one turn
+    pairs = zip(forward.outvars, of_a_turn, strict=True)
+    stacked = [var.aval for var, turn in pairs if var.aval.shape != turn.aval.shape]
     weights = {array.shape for array in parameter_arrays(config.model)}
     return sum(
         aval.size * aval.dtype.itemsize
