@@ -85,9 +85,10 @@ _HOPPER = Peak(989.4, 494.7, int8=1978.9, float8=1978.9)  # H100, H200 and GH200
 _HOPPER_NVL = Peak(835.5, 417.5, int8=1670.5, float8=1670.5)
 
 # TPU: peaks, bandwidth of the memory, largest slices and the network's share of a chip from the chip's page under
-# docs.cloud.google.com/tpu/docs; `memory` from the message of the chip's compiler (libtpu 0.0.42) about a program that
-# does not fit; `link` and `ring` from "How to Scale Your Model", chapter 2 (jax-ml.github.io/scaling-book/tpus), whose
-# links are a tenth slower than those of Google's pages (their "bidirectional bandwidth per chip", by links and by 2).
+# docs.cloud.google.com/tpu/docs; `memory` from the message of the chip's compiler (the least of libtpu 0.0.42 and
+# 0.0.50) about a program that does not fit; `link` and `ring` from "How to Scale Your Model", chapter 2
+# (jax-ml.github.io/scaling-book/tpus), whose links are a tenth slower than those of Google's pages (their
+# "bidirectional bandwidth per chip", by links and by 2).
 # NVIDIA: peaks from datasheets, which print figures "with sparsity", twice the dense ones given here; memory and its
 # bandwidth as the driver tells them, listed in XLA's sources (xla/backends/gpu/target_config/specs).
 CHIPS: Mapping[str, Chip] = {
@@ -107,20 +108,20 @@ CHIPS: Mapping[str, Chip] = {
     ),
     "v5p": Chip(
         peak=Peak(459, 459, int8=918, float8=459),  # int8: the book
-        memory=int(95.74 * _GIB),
+        memory=int(95.73 * _GIB),
         bandwidth=2765e9,
         # Of a machine of 8960 chips one job may have 6144; the compiler takes all of them.
         network=Torus(dims=3, link=90e9, ring=4, largest=8960, between_slices=6.25e9),
     ),
     "v6e": Chip(
         peak=Peak(918, 918, int8=1836, float8=918),
-        memory=int(31.25 * _GIB),
+        memory=int(31.24 * _GIB),
         bandwidth=1638e9,
         network=Torus(dims=2, link=90e9, ring=16, largest=256, between_slices=12.5e9),
     ),
     "7x": Chip(  # a chip: 2307, of float8 4614; 7380 GB/s; links of 90 GB/s; 100 Gbit/s of network
         peak=Peak(1153.5, 1153.5, float8=2307),
-        memory=int(94.75 * _GIB),
+        memory=int(94.74 * _GIB),
         bandwidth=3690e9,
         network=Torus(dims=3, link=45e9, ring=4, largest=9216, between_slices=6.25e9, devices_per_chip=2),
     ),

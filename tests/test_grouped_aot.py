@@ -62,6 +62,7 @@ def case(p: GroupedProblem, chip: str, backend: str) -> Case:
 
     x, w, dy = Shape((p.M, p.D), p.dtype), Shape((p.E, p.D, p.F), p.weight_dtype), Shape((p.M, p.F), p.dtype)
     rows = P("data")
+    copied = sum(p.M * -(-columns // 128) * 128 * p.dtype.itemsize for columns in (p.D, p.F) if columns % 128)
     return Case(
         sharded(
             run,
@@ -70,8 +71,8 @@ def case(p: GroupedProblem, chip: str, backend: str) -> Case:
             out_specs=(rows, rows, rows),
         ),
         kernels=("grouped_forward", "grouped_row_gradient", "grouped_weight_gradient"),
-        # The lists of visits; weights of another dtype as the products take them, and copies of arrays whose columns
-        # do not fill lanes.
-        temporary_bytes=MIB + (w.size * p.dtype.itemsize if p.weight_dtype != p.dtype else 0),
+        # The lists of visits; copies of rows whose columns do not fill lanes; weights of another dtype as the products
+        # take them.
+        temporary_bytes=MIB + copied + (w.size * p.dtype.itemsize if p.weight_dtype != p.dtype else 0),
         on_chip_bytes=dispatch.choose("grouped_matmul", p, named(chip), backend=backend).on_chip_bytes,
     )

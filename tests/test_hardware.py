@@ -109,7 +109,8 @@ def test_peaks_by_format() -> None:
 
 
 def test_a_tpus_memory_is_what_its_compiler_says() -> None:
-    """From its message about a program that cannot fit."""
+    """From its message about a program that cannot fit. Of three chips libtpu 0.0.42 gives 0.01 GiB more than
+    0.0.50 does; the table has what both of them give."""
     require_compiler("tpu_v5p")
     script = """
 import jax
@@ -122,9 +123,9 @@ for chip, name in zip(sys.argv[1::2], sys.argv[2::2]):
 """
     flat = [word for pair in SMALLEST.items() for word in pair]
     said = dict(line.split() for line in ask_compiler("tpu:v5p:2x2x1", script, *flat).splitlines())
-    assert {chip: float(size) for chip, size in said.items()} == {
-        chip: pytest.approx(CHIPS[chip].memory / 2**30, abs=0.005) for chip in TPUS
-    }
+    assert said.keys() == set(TPUS)
+    for chip, size in said.items():
+        assert -0.005 < float(size) - CHIPS[chip].memory / 2**30 < 0.015, chip
 
 
 @pytest.mark.slow
