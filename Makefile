@@ -10,7 +10,7 @@ CODE   := setup.py maxlm kernels_pallas configs benchmarks
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 train: $(STAMP) ## train the tiny model on this machine, about two minutes (ARGS="--train.steps=50" overrides)
 	$(BIN)/python -m maxlm.train --config configs/tiny.py $(ARGS)

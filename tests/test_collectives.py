@@ -247,6 +247,10 @@ def test_rules_can_be_broken():
     assert not rules_broken(fsdp8, dataclasses.replace(one, axes=("fsdp",)))
     (line,) = rules_broken(fsdp8, dataclasses.replace(one, axes=("fsdp",), kind=Kind.ALL_TO_ALL))
     assert "exchange all with all" in line
+    # A sum that crosses slices goes by way of parts; of devices that nobody knows no rule can be broken.
+    sliced = dataclasses.replace(make_layout(data8), config=dataclasses.replace(data8, slices=2))
+    assert not forbidden(sliced, [one], matrix_bytes=1000)
+    assert not rules_broken(fsdp8, dataclasses.replace(one, axes=UNKNOWN, kind=Kind.ALL_TO_ALL))
     (line,) = rules_broken(fsdp8, log="W0000 Involuntary full rematerialization. The compiler ...")
     assert "copies a whole array" in line
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -14,13 +15,15 @@ from typing import Any
 
 import pytest
 from aot import require_compiler
+from rich.console import Console
 
 from maxlm.config import RunConfig, UserError
 from maxlm.config.cli import load_config
 from maxlm.config.export import python_file
 from maxlm.observe.flops import flops_per_token, parameter_count
 from maxlm.plan import __main__, targets
-from maxlm.plan.report import CompilerReport
+from maxlm.plan.report import CompilerReport, analyse, with_compiled
+from maxlm.plan.tables import print_verdict
 from maxlm.plan.targets import memory_limit, parse_target
 
 ROOT = Path(__file__).parent.parent
@@ -87,6 +90,36 @@ def test_the_tables_name_what_matters() -> None:
         assert word in done.stdout, word
 
 
+def test_idle_stages_are_in_the_time_of_computing() -> None:
+    """27 micro-batches on 4 stages: 31 turns, of which 27 compute, so a step lasts 31 / 27 of its products' time."""
+    words = (*SEVEN_B, "--target", "gpu:h200:8", "--sharding.fsdp", "2", "--sharding.stage", "4",
+             "--train.micro_batches", "27", "--train.batch_size", "2160", "--sharding.data", "1")  # fmt: skip
+    report = as_json(plan(*words, "--json"))
+    bound = report["bound"]
+    assert bound["limited_by"] == "compute"
+    assert bound["step_seconds"] == pytest.approx(bound["compute_seconds"] * 31 / 27)
+    (line,) = (line for line in plan(*words).stdout.splitlines() if line.startswith("compute "))
+    assert line.split()[1] == f"{bound['step_seconds']:,.3g}" and "13% of it idle stages" in line
+
+
+def test_layers_that_are_unrolled_are_warned_of() -> None:
+    words = (*TINY, "--target", "gpu:h200:1", "--model.scan_layers")
+    told = [any("scan_layers" in line for line in as_json(plan(*words, value, "--json"))["warnings"])
+            for value in ("True", "False")]  # fmt: skip
+    assert told == [False, True]
+
+
+def test_a_lower_bound_is_called_one() -> None:
+    """Where the compiler gave up before it knew how much is missing."""
+    report = analyse(load_config(str(ROOT / "configs/llama7b.py")), parse_target("tpu:v5p:4x4x4"))
+    assert report.hbm_bytes is not None
+    for at_least, text in ((True, "at least 1.00 GiB a device too much"), (False, "fit: 1.00 GiB a device too much")):
+        answer = CompilerReport(fits=False, peak=report.hbm_bytes + 2**30, at_least=at_least, details={})
+        console = Console(file=io.StringIO(), width=200)
+        print_verdict(with_compiled(report, answer), console)
+        assert isinstance(console.file, io.StringIO) and text in console.file.getvalue()
+
+
 @pytest.mark.parametrize("columns", ["80", "120"])
 def test_no_table_is_wider_than_the_console(columns: str) -> None:
     done = plan(*SEVEN_B, "--target", "tpu:v5p:4x4x4", COLUMNS=columns)
@@ -117,6 +150,18 @@ VERIFY = (*TINY, "--target", "gpu:h200:8", "--search", "--compile")
 MISTAKES = {
     "unknown target": ((*TINY, "--target", "tpu:v5p:4x4"), "--target tpu:v5p:4x4"),
     "mesh": ((*SEVEN_B, "--target", "gpu:h200:8", "--sharding.data", "3"), "sharding: data=3 x fsdp=32 needs 96"),
+    "slices of the machine": (
+        (*SEVEN_B, "--target", "tpu:v5p:4x4x4:2"),
+        "tpu:v5p:4x4x4:2 has 2 slices; use --sharding.slices 2",
+    ),
+    "slices of one": (
+        (*SEVEN_B, "--target", "tpu:v5p:4x4x4", "--sharding.slices", "2"),
+        "has 1 slice; use --sharding.slices 1",
+    ),
+    "slices of hosts": (
+        (*SEVEN_B, "--target", "gpu:h100:8x8", "--sharding.slices", "2"),
+        "has 8 hosts; use --sharding.slices 1 or --sharding.slices 8",
+    ),
     "a pipeline without layers": ((*TINY, "--target", "cpu:8", "--sharding.stage", "8"), "sharding.stage 8"),
     "no config": (("--target", "cpu:8"), "--config is missing"),
     "picture": ((*TINY, "--target", "cpu:8", "--picture", "x.gif"), ".png or .html"),

@@ -30,6 +30,7 @@ from maxlm.observe.flops import parameter_count
 from maxlm.plan.advice import cheapest_changes
 from maxlm.plan.bound import estimate_time
 from maxlm.plan.memory import estimate_memory
+from maxlm.plan.report import Tier
 from maxlm.plan.search import (
     MOST_ROUNDS,
     Candidate,
@@ -219,7 +220,7 @@ def test_the_files_of_a_search_hold_what_was_chosen(tmp_path: Path) -> None:
     best = search(config, target).best
     assert best is not None
     file = tmp_path / "found.py"
-    file.write_text(config_file(best, file, "analytic"), encoding="utf-8")
+    file.write_text(config_file(best, file, Tier.ANALYTIC), encoding="utf-8")
     loaded = load_config(str(file))
     assert loaded == dataclasses.replace(best.config, target="gpu:h100:2x4")
     loaded.validate(8)

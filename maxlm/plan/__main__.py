@@ -17,7 +17,7 @@ from maxlm.config import RunConfig, UserError
 from maxlm.config.cli import describe, parse_run, run_command
 from maxlm.plan.advice import change_json, cheapest_changes
 from maxlm.plan.picture import check_picture, write_picture
-from maxlm.plan.report import CompilerReport, Json, analyse, mesh_text, to_json, with_compiled
+from maxlm.plan.report import CompilerReport, Json, Tier, analyse, mesh_text, to_json, with_compiled
 from maxlm.plan.search import Candidate, Search, config_file, search, search_json
 from maxlm.plan.tables import print_changes, print_report, print_search, print_verdict
 from maxlm.plan.targets import Target, parse_target, prepare
@@ -96,16 +96,20 @@ def _search(config: RunConfig, target: Target, options: argparse.Namespace) -> i
     console = Console(highlight=False)
     found = search(config, target)
     verified = None
-    chosen, tier = found.best, "analytic"
+    chosen, tier = found.best, Tier.ANALYTIC
     if options.compile:
         # A program that reads the JSON may read what is written to standard error as a failure.
         progress = None if options.json else Console(stderr=True, highlight=False)
         verified = _verify(found, VERIFIED if options.verify is None else options.verify, progress)
-        chosen, tier = verified.chosen, "compiled"
+        chosen, tier = verified.chosen, Tier.COMPILED
     peaks = {} if verified is None else verified.peaks
     changes = [] if chosen is not None else cheapest_changes(config, target, searched=True)
     if options.json:
-        values = {"tier": tier, **search_json(found, chosen, peaks), "changes": [change_json(one) for one in changes]}
+        values = {
+            "tier": tier.value,
+            **search_json(found, chosen, peaks),
+            "changes": [change_json(one) for one in changes],
+        }
         if verified is not None:
             values["verified"] = verified.to_json()
         print(json.dumps(values, indent=1))

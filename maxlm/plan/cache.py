@@ -91,7 +91,7 @@ def _load(file: Path) -> CompiledStep | DoesNotFit | None:
     try:
         stored = json.loads(file.read_text())
         return _converter.structure(stored["result"], _RESULTS[stored["kind"]])
-    except Exception:  # whatever is wrong with it
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, cattrs.BaseValidationError):
         return None
 
 

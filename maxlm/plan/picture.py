@@ -74,7 +74,7 @@ def _verdict(report: Report) -> str:
     if report.hbm_bytes is None:
         return f"{gib(report.memory.peak)} at the peak; the limit is not known"
     margin = report.hbm_bytes - report.peak
-    by = "by the compiler" if report.compiled else "by arithmetic"
+    by = report.tier.words
     least = "at least " if report.compiled is not None and report.compiled.at_least else ""
     text = f"fits, with {gib(margin)} to spare" if report.fits else f"does not fit: {least}{gib(-margin)} too much"
     return f"{text}, {by} ({gib(report.peak)} of {gib(report.hbm_bytes)})"

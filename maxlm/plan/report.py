@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -21,6 +22,18 @@ Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json
 SMALL_MARGIN = 0.1
 """Of the limit: below it the arithmetic, whose error is of this size, cannot promise that a step fits."""
 LARGE_BUBBLE = 0.2
+
+
+class Tier(enum.Enum):
+    """Who decides whether a run fits."""
+
+    ANALYTIC = "analytic"
+    COMPILED = "compiled"
+
+    @property
+    def words(self) -> str:
+        """As in: it fits, by arithmetic."""
+        return {Tier.ANALYTIC: "by arithmetic", Tier.COMPILED: "by the compiler"}[self]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +89,9 @@ class Report:
         return not refused and (self.hbm_bytes is None or self.peak <= self.hbm_bytes)
 
     @property
-    def tier(self) -> str:
+    def tier(self) -> Tier:
         """Which of the two decides `fits`."""
-        return "analytic" if self.compiled is None else "compiled"
+        return Tier.ANALYTIC if self.compiled is None else Tier.COMPILED
 
 
 def analyse(config: RunConfig, target: Target) -> Report:
@@ -161,7 +174,7 @@ def to_json(report: Report) -> dict[str, Json]:
         "devices": report.target.devices,
         "mesh": dict(report.mesh),
         "fits": report.fits,
-        "tier": report.tier,
+        "tier": report.tier.value,
         "hbm_bytes": report.hbm_bytes,
         "peak_bytes": {
             "analytic": memory.peak,

@@ -28,7 +28,7 @@ from maxlm.config.serialize import flatten
 from maxlm.observe.flops import parameter_count
 from maxlm.plan.bound import TimeBound, estimate_time
 from maxlm.plan.memory import MemoryEstimate, estimate_memory
-from maxlm.plan.report import Json
+from maxlm.plan.report import Json, Tier
 from maxlm.plan.targets import GpuTarget, Target, TpuTarget, memory_limit, platform
 from maxlm.plan.traffic import AxisTraffic, estimate_traffic, whole_torus
 
@@ -249,15 +249,14 @@ def differences(config: RunConfig, original: RunConfig) -> tuple[str, ...]:
     return tuple(f"{key} = {value}" for key, value in after.items() if key not in before or before[key] != value)
 
 
-def config_file(candidate: Candidate, file: Path, tier: str) -> str:
+def config_file(candidate: Candidate, file: Path, tier: Tier) -> str:
     """Text of a Python file with the candidate's config, which `python -m maxlm.train --config` takes as it is."""
     config, bound = candidate.config, candidate.bound
-    words = {"analytic": "arithmetic alone", "compiled": "the target's compiler"}[tier]
     docstring = (
         f"{parameter_count(config.model).total:,} parameters on {candidate.target}, as a search found it.\n\n"
         f"    python -m maxlm.train --config {file}\n\n"
-        f"It fits by {words}. A step takes at least {bound.step_seconds:.3g} s, limited by {bound.limited_by}: a bound "
-        "by data sheets,\nnothing was measured."
+        f"It fits, {tier.words}. A step takes at least {bound.step_seconds:.3g} s, limited by {bound.limited_by}: a "
+        "bound by data sheets,\nnothing was measured."
     )
     return python_file(replace(config, target=str(candidate.target)), docstring)
 

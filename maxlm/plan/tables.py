@@ -150,7 +150,7 @@ def _head(report: Report) -> Text:
 
 def _verdict(report: Report) -> Text:
     text = Text()
-    by = "by arithmetic" if report.compiled is None else "by the compiler"
+    by = report.tier.words
     if report.hbm_bytes is None:
         text.append(f"no limit known, {by}", style="bold")
     elif report.fits:
