@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -21,7 +22,11 @@ MANY = GroupedProblem(M=16384, D=2048, F=768, E=128, dtype=jnp.dtype("bfloat16")
 FEW = GroupedProblem(M=16384, D=4096, F=14336, E=8, dtype=jnp.dtype("bfloat16"), weight_dtype=jnp.dtype("bfloat16"))
 RAGGED = GroupedProblem(M=1000, D=200, F=1000, E=6, dtype=jnp.dtype("bfloat16"), weight_dtype=jnp.dtype("float32"))
 PLAIN = GroupedProblem(M=8192, D=1024, F=512, E=8, dtype=jnp.dtype("float32"), weight_dtype=jnp.dtype("float32"))
-PROBLEMS = {"128 groups": MANY, "8 groups": FEW, "ragged": RAGGED, "float32": PLAIN}
+# Down projections of Qwen 3 and DeepSeekMoE on 8 devices: the tiles of large groups have most rows.
+QWEN = GroupedProblem(M=262_144, D=768, F=2048, E=16, dtype=jnp.dtype("bfloat16"), weight_dtype=jnp.dtype("bfloat16"))
+DEEPSEEK = replace(QWEN, M=98_304, D=1408, E=8)
+PROBLEMS = {"128 groups": MANY, "8 groups": FEW, "16 large groups": QWEN, "8 large groups": DEEPSEEK, "ragged": RAGGED,
+            "float32": PLAIN}  # fmt: skip
 
 
 @pytest.mark.parametrize("chip", [pytest.param(c, marks=() if c == "tpu_v5p" else pytest.mark.slow) for c in TPUS])

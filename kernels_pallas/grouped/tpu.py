@@ -23,8 +23,9 @@ from kernels_pallas.targets import Family, Target
 
 _DTYPES = ("float32", "bfloat16")
 
-# Of the default limit on a kernel's VMEM, what the compiler takes for itself.
-_SPARE_BYTES = 2 * 2**20
+# Of the default limit on a kernel's VMEM, what the compiler takes for itself beyond the arrays that are counted.
+_PRODUCT_SPARE_BYTES = 2 * 2**20
+_GRADIENT_SPARE_BYTES = 2**20
 
 _LANES = 128
 
@@ -96,7 +97,6 @@ def unsupported(problem: GroupedProblem, target: Target) -> str | None:
 
 def default_blocks(problem: GroupedProblem, target: Target) -> GroupedBlocks:
     """The cheapest tiles that fit the default VMEM limit of the chip."""
-    budget = target.kernel_bytes - _SPARE_BYTES
     # Each group adds a tile on average: of the rows that are computed, at most a fifth in vain, if groups are large.
     rows = [m for m in (256, 512, 1024) if 4 * m * problem.E <= problem.M] or [128]
     sizes = (128, 256, 512, 768, 1024, 1536, 2048)
@@ -105,7 +105,8 @@ def default_blocks(problem: GroupedProblem, target: Target) -> GroupedBlocks:
         D: int, F: int, depths: Iterable[int], n_bytes: Callable[..., int], cost: Callable[..., float]
     ) -> _Tile:
         tiles = {_Tile(m, min(f, F), min(d, D)) for m, f, d in itertools.product(rows, sizes, depths)}
-        return min((t for t in tiles if n_bytes(problem, D, F, t) <= budget), key=lambda t: (cost(problem, D, F, t), t))
+        fitting = (t for t in tiles if n_bytes(problem, D, F, t) <= target.kernel_bytes)
+        return min(fitting, key=lambda t: (cost(problem, D, F, t), t))
 
     def of_product(D: int, F: int) -> _Tile:
         even = [d for d in (256, 512, 1024, 2048) if D % d == 0] or [512]
@@ -129,7 +130,7 @@ def default_blocks(problem: GroupedProblem, target: Target) -> GroupedBlocks:
 def on_chip_bytes(problem: GroupedProblem, blocks: GroupedBlocks) -> int:
     """VMEM of the largest of the kernels: two copies of each tile that moves, the accumulator, and a reserve."""
     tiles = _Tiles.of(problem, blocks)
-    return _SPARE_BYTES + max(
+    return max(
         _product_bytes(problem, problem.D, problem.F, tiles.forward),
         _product_bytes(problem, problem.F, problem.D, tiles.rows),
         _gradient_bytes(problem, problem.D, problem.F, tiles.weights),
@@ -336,12 +337,14 @@ def _round_up(size: int, unit: int) -> int:
 
 def _product_bytes(problem: GroupedProblem, D: int, F: int, tile: _Tile) -> int:
     m, f, d = tile.m, _round_up(tile.columns, _LANES), _round_up(tile.depth, _LANES)
-    return 2 * (m * d + d * f + m * f) * problem.dtype.itemsize + m * f * 4
+    return 2 * (m * d + d * f + m * f) * problem.dtype.itemsize + m * f * 4 + _PRODUCT_SPARE_BYTES
 
 
 def _gradient_bytes(problem: GroupedProblem, D: int, F: int, tile: _Tile) -> int:
     m, f, d = tile.m, _round_up(tile.columns, _LANES), _round_up(tile.depth, _LANES)
-    return 2 * m * (d + f) * problem.dtype.itemsize + d * f * (2 * problem.weight_dtype.itemsize + 4)
+    # Rows as they arrive, twice, and without those of other groups.
+    rows = 3 * m * (d + f) * problem.dtype.itemsize
+    return rows + d * f * (2 * problem.weight_dtype.itemsize + 4) + _GRADIENT_SPARE_BYTES
 
 
 def _product_traffic(problem: GroupedProblem, D: int, F: int, tile: _Tile) -> int:
