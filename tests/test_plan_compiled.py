@@ -111,6 +111,12 @@ def test_what_exceeds_the_limit_does_not_fit(monkeypatch: pytest.MonkeyPatch) ->
             UserError,
             "vmem.*16M.$",
         ),
+        (
+            "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom:\nRan out of memory in memory space vmem while "
+            "allocating on stack for %grouped_weight_gradient.3 = bf16[16,768,2048] custom-call(%a)\nSee more",
+            UserError,
+            r"CompileTimeScopedVmemOom: Ran out .* vmem .* for %grouped_weight_gradient\.3$",
+        ),
         ("INTERNAL: a bug", jax.errors.JaxRuntimeError, "a bug"),
     ],
 )

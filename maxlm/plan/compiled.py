@@ -123,7 +123,10 @@ def compile_step(config: RunConfig, target: Target) -> CompiledStep | DoesNotFit
                 raise
             refusal = parse_refusal(str(error), limit or 0)
             if refusal is None:
-                raise UserError(f"--target {target}: {str(error).splitlines()[0]}") from None
+                words, *more = str(error).splitlines()
+                if words.endswith(":"):  # the next line names the kernel, and goes on with the text of its call
+                    words += " " + "".join(more[:1]).split(" = ")[0]
+                raise UserError(f"--target {target}: {words}") from None
             largest = _largest_of_refused(lowered, refusal)
             return DoesNotFit(
                 mesh=mesh,
