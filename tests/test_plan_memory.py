@@ -197,4 +197,4 @@ def test_the_recorded_predictions_are_todays():
 def test_predictions_come_near_the_compilers():
     errors = [abs(row["predicted"] / row["compiled"] - 1) for row in REPORT["rows"]]
     assert len(errors) >= 12
-    assert max(errors) <= 0.12
+    assert max(errors) <= 0.15
