@@ -7,6 +7,7 @@ tells the rest.
 
 from kernels_pallas import masks
 from kernels_pallas.attention.api import RelativeBias, flash_attention, flash_attention_gradients
+from kernels_pallas.attention.cached import cache_room, cached_attention
 from kernels_pallas.attention.merge import merge_partials
 from kernels_pallas.attention.problem import AttentionBlocks
 from kernels_pallas.dispatch import explain
@@ -21,6 +22,8 @@ __all__ = [
     "GluBlocks",
     "GroupedBlocks",
     "RelativeBias",
+    "cache_room",
+    "cached_attention",
     "explain",
     "flash_attention",
     "flash_attention_gradients",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from maxlm.config import AttentionConfig, Backend, ModelConfig
+from maxlm.config import AttentionConfig, ModelConfig
 from maxlm.models import ops
 from maxlm.models.norms import RMSNorm
 from maxlm.models.parameters import Initializer
@@ -17,11 +17,15 @@ from maxlm.models.positions import rope_frequencies, rotate
 from maxlm.sharding import Layout
 
 
-class LayerCache(NamedTuple):
-    """Keys and values of one layer (or of a stack, with a leading dim), slot s for position s."""
+class Contiguous(NamedTuple):
+    """Keys and values of L' equal layers, slot s for position s. Layers change it in place: it is never taken apart."""
 
-    k: jax.Array  # [B, S, K, H]
-    v: jax.Array  # [B, S, K, H]
+    k: jax.Array  # [L', B, S, K, H]
+    v: jax.Array  # [L', B, S, K, H]
+
+    def add(self, layer: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array) -> Contiguous:
+        """With keys and values [B, T, K, H] of one layer, row b from slot first[b] on."""
+        return Contiguous(_write(self.k, layer, k, first), _write(self.v, layer, v, first))
 
 
 class Attention(nnx.Module):
@@ -45,8 +49,13 @@ class Attention(nnx.Module):
             self.k_norm = RMSNorm(H, "head_dim", model.norm_eps, init)
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array | None, cache: LayerCache | None
-    ) -> tuple[jax.Array, LayerCache | None]:
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None,
+        cache: Contiguous | None,
+        layer: jax.Array,
+    ) -> tuple[jax.Array, Contiguous | None]:
         """Attend within the sequence, or to a cache.
 
         Args:
@@ -55,6 +64,7 @@ class Attention(nnx.Module):
             segment_ids: int32 [B, T], the document of each token; None: one document.
             cache: keys and values of positions before these; None in training. The T tokens are written into it at
                 their positions, which must be consecutive.
+            layer: int32, this layer's place in the cache.
 
         Returns:
             [B, T, D], and the cache with these tokens.
@@ -74,27 +84,30 @@ class Attention(nnx.Module):
             q, k = rotate(q, angles), rotate(k, angles)
         q, k, v = (checkpoint_name(y, name) for y, name in ((q, "query"), (k, "key"), (v, "value")))
 
-        first_position, backend = None, self.kernels.attention
-        if cache is not None:
-            first_position, backend = positions[:, 0], Backend.AUTO
-            cache = k, v = LayerCache(_write(cache.k, k, first_position), _write(cache.v, v, first_position))
-        out = ops.attention(
-            layout,
-            q,
-            k,
-            v,
-            window=config.window,
-            segment_ids=segment_ids,
-            first_position=first_position,
-            backend=backend,
-        )
+        if cache is None:
+            out = ops.attention(
+                layout, q, k, v, window=config.window, segment_ids=segment_ids, backend=self.kernels.attention
+            )
+        else:
+            cache = cache.add(layer, k, v, positions[:, 0])
+            out = ops.attention_to_cache(layout, q, cache.k, cache.v, layer, positions[:, 0], window=config.window)
         y = ops.project(layout, "btnh,nhd->btd", out, self.o_proj[...])
         if config.out_bias:
             y += self.o_bias[...].astype(y.dtype)
         return y, cache
 
 
-def _write(cache: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
-    """Put new [B, T, K, H] into cache [B, S, K, H], row b from slot first[b] on."""
-    write_row = lambda row, values, start: jax.lax.dynamic_update_slice_in_dim(row, values, start, 0)
-    return jax.vmap(write_row)(cache, new.astype(cache.dtype), first)
+def _write(cache: jax.Array, layer: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
+    """Put new [B, T, K, H] into one layer of a cache [L', B, S, K, H], row b from slot first[b] on."""
+    # Rows are a batching dim, so that devices that each have some of the rows write their own.
+    dims = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(1, 2, 3),
+        inserted_window_dims=(0,),
+        scatter_dims_to_operand_dims=(0, 2),
+        operand_batching_dims=(1,),
+        scatter_indices_batching_dims=(0,),
+    )
+    places = jnp.stack([jnp.broadcast_to(layer, first.shape), first], -1)
+    return jax.lax.scatter(
+        cache, places, new.astype(cache.dtype), dims, unique_indices=True, mode=jax.lax.GatherScatterMode.CLIP
+    )

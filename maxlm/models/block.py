@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from maxlm.config import BlockConfig, GluConfig, ModelConfig, MoeConfig
-from maxlm.models.attention import Attention, LayerCache
+from maxlm.models.attention import Attention, Contiguous
 from maxlm.models.mlp import GluMlp
 from maxlm.models.moe import MoE, RouterStats
 from maxlm.models.norms import RMSNorm
@@ -37,17 +37,18 @@ class Block(nnx.Module):
         x: jax.Array,
         positions: jax.Array,
         segment_ids: jax.Array | None,
-        cache: LayerCache | None,
+        cache: Contiguous | None,
+        layer: jax.Array,
         keys: jax.Array | None,
-    ) -> tuple[jax.Array, LayerCache | None, RouterStats | None]:
-        """[B, T, D] -> [B, T, D], the layer's cache, and what its router did if it has one.
+    ) -> tuple[jax.Array, Contiguous | None, RouterStats | None]:
+        """[B, T, D] -> [B, T, D], the cache with this layer's keys, and what its router did if it has one.
 
         Arguments as in Attention, and keys: a random key [B] for each row, for noise in training; None: no noise.
         """
         # Sequence parallelism: the sum lies sharded over the sequence, what enters a product is whole again.
         with jax.named_scope("attention"):
             normed = self.layout.constrain(self.attention_norm(x), "batch", "seq", "embed")
-            update, cache = self.attention(normed, positions, segment_ids, cache)
+            update, cache = self.attention(normed, positions, segment_ids, cache, layer)
             x += self.layout.constrain(update, "batch", "residual_seq", "embed")
         with jax.named_scope("mlp"):
             normed = self.layout.constrain(self.mlp_norm(x), "batch", "seq", "embed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, assert_never
 
 import jax
@@ -12,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_policies
 
 from maxlm.config import BlockConfig, ModelConfig, Remat
 from maxlm.models import ops
-from maxlm.models.attention import LayerCache
+from maxlm.models.attention import Contiguous
 from maxlm.models.block import Block
 from maxlm.models.moe import RouterStats
 from maxlm.models.norms import RMSNorm
@@ -20,9 +21,8 @@ from maxlm.models.parameters import Initializer
 from maxlm.models.pipeline import pipelined
 from maxlm.sharding import Layout
 
-Cache = tuple[LayerCache, ...]
-"""One LayerCache for each of the first blocks, k and v [B, S, K, H], then one for each entry of the block pattern,
-stacked over the pattern's repeats: k and v [L', B, S, K, H]."""
+Cache = tuple[Contiguous, ...]
+"""One for each of the first blocks, L' = 1, then one for each entry of the block pattern, of all its repeats."""
 
 
 class DecoderOutput(NamedTuple):
@@ -38,14 +38,14 @@ class _Repeats(NamedTuple):
     """What the loop over the pattern's repeats takes a slice of."""
 
     parameters: tuple[Any, ...]  # of each block of the pattern, stacked
-    cache: Cache | None
     number: jax.Array  # int32 [L']
 
 
 class _Item(NamedTuple):
-    """What goes through the layers, which change x alone."""
+    """What goes through the layers, which change x and the cache."""
 
     x: jax.Array
+    cache: Cache | None  # of the blocks of the loop
     positions: jax.Array
     segment_ids: jax.Array | None
     seeds: jax.Array | None
@@ -103,43 +103,39 @@ class Decoder(nnx.Module):
             x = ops.embed(self.layout, self.embed[...], inputs, dtype)
             x = self.layout.constrain(x, "batch", "residual_seq", "embed")
 
-        item, n_first = _Item(x, positions, segment_ids, seeds), len(self.config.first_blocks)
-        first_cache, block_cache = (None, None) if cache is None else (cache[:n_first], cache[n_first:])
+        n_first = len(self.config.first_blocks)
+        first_cache, cache = (None, None) if cache is None else (cache[:n_first], cache[n_first:])
+        item = _Item(x, first_cache, positions, segment_ids, seeds)
         if n_first:
             with jax.named_scope("first_blocks"):
-                item, first_cache = self._run_first(item, first_cache)
+                item = self._run_first(item)
+                first_cache = item.cache
         with jax.named_scope("blocks"):
-            item, block_cache, router = self._run_pattern(item, block_cache, micro_batches)
-        if first_cache is not None and block_cache is not None:
-            cache = first_cache + block_cache
+            item, router = self._run_pattern(item._replace(cache=cache), micro_batches)
+        cache = None if first_cache is None or item.cache is None else first_cache + item.cache
         return DecoderOutput(self.layout.constrain(self.final_norm(item.x), "batch", "seq", "embed"), cache, router)
 
-    def _run_first(self, item: _Item, cache: Cache | None) -> tuple[_Item, Cache | None]:
+    def _run_first(self, item: _Item) -> _Item:
         """The layers before the pattern, one after the other."""
         graphs, parameters = _split(self.first_blocks)
-        once = _remat(self.config, functools.partial(_one_repeat, graphs), in_loop=False)
-        item, (cache, _) = once(item, _Repeats(parameters, cache, jnp.int32(0)))
-        return item, cache
+        run = _pattern(self.config, graphs, in_loop=False)
+        return run(item, _Repeats(parameters, jnp.int32(0)))[0]
 
-    def _run_pattern(
-        self, item: _Item, cache: Cache | None, micro_batches: int
-    ) -> tuple[_Item, Cache | None, tuple[RouterStats | None, ...]]:
+    def _run_pattern(self, item: _Item, micro_batches: int) -> tuple[_Item, tuple[RouterStats | None, ...]]:
         """All repeats of the pattern, in a loop or a pipeline of loops."""
         graphs, parameters = _split(self.blocks)
-        repeat = _remat(self.config, functools.partial(_one_repeat, graphs), in_loop=self.config.scan_layers)
+        repeat = _pattern(self.config, graphs, in_loop=self.config.scan_layers)
 
-        def run(repeats: _Repeats, item: _Item) -> tuple[_Item, tuple[Cache | None, tuple[RouterStats | None, ...]]]:
+        def run(repeats: _Repeats, item: _Item) -> tuple[_Item, tuple[RouterStats | None, ...]]:
             # Unrolled is the same loop with every turn written out, so that both have one set of parameters.
             return jax.lax.scan(repeat, item, repeats, unroll=1 if self.config.scan_layers else True)
 
-        repeats = _Repeats(parameters, cache, jnp.arange(self.config.repeats))
+        repeats = _Repeats(parameters, jnp.arange(self.config.repeats))
         if self.layout.mesh.shape["stage"] == 1:
-            item, (cache, router) = run(repeats, item)
-        elif cache is None:
-            item, (_, router) = pipelined(self.layout, run, repeats, item, micro_batches=micro_batches)
-        else:
+            return run(repeats, item)
+        if item.cache is not None:
             raise ValueError("a pipeline has no cache; decode on a mesh with stage = 1")
-        return item, cache, router
+        return pipelined(self.layout, run, repeats, item, micro_batches=micro_batches)
 
     @property
     def output_table(self) -> jax.Array:
@@ -147,17 +143,18 @@ class Decoder(nnx.Module):
         return self.embed[...] if self.config.tie_embeddings else self.unembed[...]
 
     def empty_cache(self, batch: int, length: int) -> Cache:
-        """Room for `length` positions of `batch` sequences, in the compute dtype."""
+        """Room for at least `length` positions of `batch` sequences, in the compute dtype."""
         dtype = jnp.dtype(self.config.compute_dtype.value)
+        room = ops.cache_room(length)
 
-        def room(block: BlockConfig, *stack: int) -> LayerCache:
-            shape = (*stack, batch, length, block.attention.n_kv_heads, block.attention.head_dim)
-            zeros = jnp.zeros(shape, dtype)
-            zeros = self.layout.constrain(zeros, *[None] * len(stack), "batch", None, "kv_heads", None)
-            return LayerCache(zeros, zeros)
+        def zeros(block: BlockConfig, layers: int) -> jax.Array:
+            shape = (layers, batch, room, block.attention.n_kv_heads, block.attention.head_dim)
+            return self.layout.constrain(jnp.zeros(shape, dtype), None, "batch", None, "kv_heads", None)
 
-        first = [room(block) for block in self.config.first_blocks]
-        return (*first, *(room(block, self.config.repeats) for block in self.config.blocks))
+        kinds = [(block, 1) for block in self.config.first_blocks]
+        kinds += [(block, self.config.repeats) for block in self.config.blocks]
+        # Two arrays for each, as one that is donated twice would be refused.
+        return tuple(Contiguous(zeros(*kind), zeros(*kind)) for kind in kinds)
 
 
 def abstract_decoder(config: ModelConfig, layout: Layout) -> Decoder:
@@ -191,19 +188,32 @@ def _split(blocks: nnx.Dict) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     return graphs, parameters
 
 
-def _one_repeat(
-    graphs: tuple[Any, ...], item: _Item, repeat: _Repeats
-) -> tuple[_Item, tuple[Cache | None, tuple[RouterStats | None, ...]]]:
-    """The blocks of a pattern, one after the other."""
-    x, positions, segment_ids, seeds = item
-    caches, stats = [], []
-    for i, (graph, parameters) in enumerate(zip(graphs, repeat.parameters, strict=True)):
-        keys = None if seeds is None else _row_keys(seeds, repeat.number * len(graphs) + i)
-        block_cache = None if repeat.cache is None else repeat.cache[i]
-        x, new_cache, block_stats = nnx.merge(graph, parameters)(x, positions, segment_ids, block_cache, keys)
-        caches.append(new_cache)
-        stats.append(block_stats)
-    return item._replace(x=x), (None if repeat.cache is None else tuple(caches), tuple(stats))
+def _pattern(
+    config: ModelConfig, graphs: tuple[Any, ...], *, in_loop: bool
+) -> Callable[[_Item, _Repeats], tuple[_Item, tuple[RouterStats | None, ...]]]:
+    """The blocks of a pattern, one after the other. Each is rematerialised by itself: while the backward pass works on
+    one, nothing of the others waits but their inputs and what the policy saves."""
+
+    # What ties a block's second forward pass to the gradient that needs it. In a loop over single blocks the loop does.
+    barrier = len(graphs) > 1 or not in_loop
+
+    def block(graph: Any, item: _Item, cache: Contiguous | None, parameters: Any, number: jax.Array, i: int) -> tuple:
+        keys = None if item.seeds is None else _row_keys(item.seeds, number * len(graphs) + i)
+        return nnx.merge(graph, parameters)(item.x, item.positions, item.segment_ids, cache, number, keys)
+
+    blocks = [_remat(config, functools.partial(block, graph, i=i), barrier) for i, graph in enumerate(graphs)]
+
+    def run(item: _Item, repeat: _Repeats) -> tuple[_Item, tuple[RouterStats | None, ...]]:
+        caches, stats = [], []
+        for i, (block, parameters) in enumerate(zip(blocks, repeat.parameters, strict=True)):
+            cache = None if item.cache is None else item.cache[i]
+            x, cache, of_router = block(item._replace(cache=None), cache, parameters, repeat.number)
+            item = item._replace(x=x)
+            caches.append(cache)
+            stats.append(of_router)
+        return item._replace(cache=None if item.cache is None else tuple(caches)), tuple(stats)
+
+    return run
 
 
 def _row_keys(seeds: jax.Array, layer: jax.Array) -> jax.Array:
@@ -211,9 +221,9 @@ def _row_keys(seeds: jax.Array, layer: jax.Array) -> jax.Array:
     return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), layer))(seeds)
 
 
-def _remat(config: ModelConfig, body: Any, *, in_loop: bool) -> Any:
+def _remat(config: ModelConfig, body: Any, barrier: bool) -> Any:
     """The body with the config's rule for what the backward pass finds saved."""
-    checkpoint = functools.partial(jax.checkpoint, body, prevent_cse=not in_loop)
+    checkpoint = functools.partial(jax.checkpoint, body, prevent_cse=barrier)
     inputs = ("query", "key", "value")
     names = (*inputs, "attention_out", "attention_lse")
     match config.remat:

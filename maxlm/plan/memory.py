@@ -228,22 +228,23 @@ class _Step:
         ]
 
     def _saved(self, blocks: Sequence[BlockConfig]) -> int:
-        """Bytes a token of blocks that are rematerialised together."""
-        each = self._memory_of(blocks)
-        entering = each[0].input
+        """Bytes a token of blocks that are each rematerialised by itself."""
+        return sum(self._saved_of(layer) for layer in self._memory_of(blocks))
+
+    def _saved_of(self, layer: BlockMemory) -> int:
         match self.config.model.remat:
             case Remat.FULL | Remat.OFFLOAD:
-                return entering
+                return layer.input
             case Remat.QKV:
-                return entering + sum(layer.inputs for layer in each)
+                return layer.input + layer.inputs
             case Remat.NAMES:
-                return entering + sum(layer.named for layer in each)
+                return layer.input + layer.named
             case Remat.GLU:
-                return entering + sum(layer.named + layer.glu for layer in each)
+                return layer.input + layer.named + layer.glu
             case Remat.DOTS:
-                return entering + sum(layer.named + layer.products for layer in each)
+                return layer.input + layer.named + layer.products
             case Remat.NONE:
-                return sum(layer.everything for layer in each)
+                return layer.everything
             case _:
                 assert_never(self.config.model.remat)
 
@@ -264,16 +265,13 @@ class _Step:
         return tables + logits + hidden
 
     def _working(self, arrays: Sequence[ParameterArray]) -> int:
-        """Of the block whose backward pass needs most; of a pattern, the other blocks' intermediates stand by."""
+        """Of the block whose backward pass needs most."""
         model = self.config.model
         layers = self._memory_of(model.blocks)
         most = 0
         for i, layer in enumerate(layers):
-            others = 0
-            if model.remat not in (Remat.NONE, Remat.DOTS):
-                others = sum(other.named + other.products for j, other in enumerate(layers) if j != i)
             weights = self._weights(arrays, f"blocks/{i}/")
-            most = max(most, weights + self.tokens * (layer.backward + others))
+            most = max(most, weights + self.tokens * layer.backward)
         # The table's gradient waits, in the compute dtype, for devices to sum it up.
         table = model.vocab_size * model.d_model // self.tensor * self.itemsize
         return most + table

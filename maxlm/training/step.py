@@ -28,6 +28,11 @@ Batch = dict[str, jax.Array]
 seeds: uint32 [B]."""
 
 
+_CPU_OPTIONS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+"""XLA for CPUs otherwise drops the barriers that put off each block's second forward pass until its gradient needs it,
+and then holds what all blocks of a pattern computed at once."""
+
+
 class BatchSums(NamedTuple):
     """Sums over the tokens of a batch, float32; those of its micro-batches add up to them."""
 
@@ -225,7 +230,12 @@ def make_trainer(config: RunConfig, layout: Layout) -> Trainer:
     return Trainer(
         # It runs once, and is mostly random numbers: not worth the compiler's best effort.
         init=jax.jit(init, out_shardings=shardings, compiler_options={"xla_backend_optimization_level": 1}),
-        step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere)),
+        step=jax.jit(
+            step,
+            donate_argnums=0,
+            out_shardings=(shardings, everywhere),
+            compiler_options=_CPU_OPTIONS if layout.mesh.devices.flat[0].platform == "cpu" else None,
+        ),
         evaluate=jax.jit(evaluate, out_shardings=everywhere),
         state=jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings

@@ -3,7 +3,8 @@
 The compiler cannot split a kernel over devices by itself, so kernels run inside `shard_map`.
 """
 
-from maxlm.models.ops.attention import attention
+from kernels_pallas import cache_room
+from maxlm.models.ops.attention import attention, attention_to_cache
 from maxlm.models.ops.dense import embed, glu, project
 from maxlm.models.ops.experts import (
     EXPERT_IN_DIMS,
@@ -20,6 +21,8 @@ __all__ = [
     "EXPERT_OUT_DIMS",
     "Experts",
     "attention",
+    "attention_to_cache",
+    "cache_room",
     "capacity_experts",
     "dropless_experts",
     "embed",

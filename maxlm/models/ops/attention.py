@@ -8,13 +8,16 @@ from typing import assert_never
 
 import jax
 
-from kernels_pallas import flash_attention, masks
+from kernels_pallas import cached_attention, flash_attention, masks
 from kernels_pallas.masks import Mask
 from maxlm.config import Backend, Context
 from maxlm.models.ops.backends import blaming
 from maxlm.models.ops.ring import make_ring, ring_attention
 from maxlm.models.ops.ulysses import ulysses_attention
 from maxlm.sharding import Layout
+
+_FEW_QUERIES = 16
+"""Up to here the keys of a cache are read in place; above, a copy of a layer's keys is small beside the work on it."""
 
 
 def attention(
@@ -25,19 +28,16 @@ def attention(
     *,
     window: int | None,
     segment_ids: jax.Array | None = None,
-    first_position: jax.Array | None = None,
     backend: Backend = Backend.AUTO,
 ) -> jax.Array:
-    """Causal attention on the mesh.
+    """Causal attention on the mesh, within sequences.
 
     Args:
         q: [B, T, N, H]; sharded over rows, queries and heads.
-        k, v: [B, S, K, H]. Where the seq axis cuts the sequence, `layout.config.context` says how its keys come to the
+        k, v: [B, T, K, H]. Where the seq axis cuts the sequence, `layout.config.context` says how its keys come to the
             queries; with a ring, the columns of q, k, v and segment_ids are in `ring.zigzag_order`.
         window: keys a query sees, itself included; None: all earlier ones.
-        segment_ids: [B, T] int32, when S = T; queries see only their own segment.
-        first_position: [B] int32 position of the first query, with keys from a cache, where key s has position s: every
-            device then has all keys, whatever the context. None: 0.
+        segment_ids: [B, T] int32; queries see only their own segment.
         backend: what it runs as.
 
     Returns:
@@ -46,13 +46,13 @@ def attention(
     Raises:
         UserError: the named backend cannot do this, or the context cannot cut these heads.
     """
-    mask = masks.causal if window is None else masks.local(window - 1, 0)
+    mask = _mask(window)
     devices = layout.mesh.shape["seq"]
-    if devices == 1 or first_position is not None:
-        return _all_gathered(layout, mask, backend, q, k, v, segment_ids, first_position)
+    if devices == 1:
+        return _all_gathered(layout, mask, backend, q, k, v, segment_ids)
     match layout.config.context:
         case Context.ALL_GATHER:
-            return _all_gathered(layout, mask, backend, q, k, v, segment_ids, None)
+            return _all_gathered(layout, mask, backend, q, k, v, segment_ids)
         case Context.RING:
             ring = make_ring(mask, window, devices, q.shape[1] // devices, backend.value)
             local = functools.partial(ring_attention, ring)
@@ -61,6 +61,54 @@ def attention(
         case _:
             assert_never(layout.config.context)
     return _exchanged(layout, local, backend, q, k, v, segment_ids)
+
+
+def attention_to_cache(
+    layout: Layout,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    layer: jax.Array,
+    first_position: jax.Array,
+    *,
+    window: int | None,
+) -> jax.Array:
+    """Causal attention to the keys of one layer of a cache, on a mesh whose seq axis is 1.
+
+    A few queries read the cache in place. Many take a copy of the layer's part to the kernel that suits them.
+
+    Args:
+        q: [B, T, N, H].
+        k, v: [L', B, S, K, H], slot s for position s.
+        layer: int32 scalar.
+        first_position: int32 [B], of the first query.
+        window: keys a query sees, itself included; None: all earlier ones.
+
+    Returns:
+        [B, T, N, H].
+    """
+    mask = _mask(window)
+    heads, cache = (
+        layout.activation("batch", None, "heads", None),
+        layout.activation(None, "batch", None, "kv_heads", None),
+    )
+
+    @functools.partial(
+        layout.shard_map,
+        in_specs=(heads, cache, cache, layout.activation(), layout.activation("batch")),
+        out_specs=heads,
+        check_vma=False,  # neither kernels nor loops with data-dependent bounds have a replication rule
+    )
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, first: jax.Array) -> jax.Array:
+        if q.shape[1] <= _FEW_QUERIES:
+            return cached_attention(q, k, v, layer, first, mask=mask)
+        return flash_attention(q, k[layer], v[layer], mask=mask, q_offset=first)
+
+    return local(q, k, v, layer, first_position)
+
+
+def _mask(window: int | None) -> Mask:
+    return masks.causal if window is None else masks.local(window - 1, 0)
 
 
 def _exchanged(
@@ -88,7 +136,6 @@ def _all_gathered(
     k: jax.Array,
     v: jax.Array,
     segment_ids: jax.Array | None,
-    first_position: jax.Array | None,
 ) -> jax.Array:
     """Every device has all keys; its queries begin at their own position."""
     one_device_seq = layout.mesh.shape["seq"] == 1
@@ -100,21 +147,17 @@ def _all_gathered(
             layout.activation("batch", None, "kv_heads", None),
             layout.activation("batch", None, "kv_heads", None),
             None if segment_ids is None else layout.activation("batch", None),
-            None if first_position is None else layout.activation("batch"),
         ),
         out_specs=layout.activation("batch", "seq", "heads", None),
         check_vma=False,  # neither kernels nor loops with data-dependent bounds have a replication rule
     )
-    def local(
-        q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, first: jax.Array | None
-    ) -> jax.Array:
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
         T = q.shape[1]
         start = 0 if one_device_seq else jax.lax.axis_index("seq") * T
         own = None if segments is None else jax.lax.dynamic_slice_in_dim(segments, start, T, 1)
-        offset = start if first is None else start + first
         with blaming("attention", backend):
             return flash_attention(
-                q, k, v, mask=mask, segment_ids=own, kv_segment_ids=segments, q_offset=offset, backend=backend.value
+                q, k, v, mask=mask, segment_ids=own, kv_segment_ids=segments, q_offset=start, backend=backend.value
             )
 
-    return local(q, k, v, segment_ids, first_position)
+    return local(q, k, v, segment_ids)

@@ -1,0 +1,91 @@
+"""Attention of a few new queries to keys in a cache that several layers share, read where it lies.
+
+A slice of one layer's keys would be copied for every token before anything reads it. Here the loop over blocks of keys
+takes each block from the whole cache, and stops at the newest key: the time of a token does not depend on the room that
+the cache has.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas.attention.problem import MASKED, AttentionProblem, Operands
+from kernels_pallas.attention.xla import _product, _tiles
+from kernels_pallas.masks import Mask
+
+KEYS = 128
+"""Keys of a block. A cache for more positions has room for a multiple of this."""
+
+
+def cached_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    layer: jax.Array,
+    q_offset: jax.Array,
+    *,
+    mask: Mask,
+    scale: float | None = None,
+) -> jax.Array:
+    """softmax(scale * q k^T) v for the keys of one layer of a cache; no gradient. XLA operations, on every device.
+
+    Args:
+        q: [B, T, N, H], few queries: scores are [B, N, T, 128].
+        k: [L, B, S, K, H], slot s for position s, where S is a multiple of 128 or less than it.
+        v: [L, B, S, K, Hv].
+        layer: int32 scalar.
+        q_offset: int32 [B], position of the first query; its own key is in the cache.
+        mask: which positions see which.
+        scale: defaults to H ** -0.5.
+
+    Returns:
+        [B, T, N, Hv] in q's dtype.
+    """
+    (B, T, N, H), (_, _, S, K, Hv) = q.shape, v.shape
+    width = min(S, KEYS)
+    if S % width:
+        raise ValueError(f"a cache of {S} positions; make room for a multiple of {KEYS}")
+    problem = AttentionProblem(
+        B=B,
+        T=T,
+        S=S,
+        N=N,
+        K=K,
+        H=H,
+        Hv=Hv,
+        dtype=q.dtype,
+        mask=mask,
+        scale=H**-0.5 if scale is None else scale,
+        q_offset=None,
+    )
+    blocks = _tiles(problem, T, width, Operands(q, k, v, None, None, q_offset, None, None))
+    # [B, K, R, H]: the queries of all heads that share a key head are the rows of one product.
+    rows = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
+
+    def block(cache: jax.Array, j: jax.Array) -> jax.Array:
+        """[B, C, K, H], block j of the layer."""
+        start = (layer, 0, j * width, 0, 0)
+        return lax.dynamic_slice(cache, start, (1, B, width, K, cache.shape[-1]))[0]
+
+    def add_block(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        top, total, acc = carry
+        seen = blocks.seen(jnp.int32(0), j)
+        scores = jnp.where(seen, blocks.capped(_product("bkrh,bckh->bkrc", rows, block(k, j))), MASKED)
+        new_top = jnp.maximum(top, scores.max(-1))
+        p = jnp.where(seen, jnp.exp(scores - new_top[..., None]), 0.0)
+        shrink = jnp.exp(top - new_top)
+        update = _product("bkrc,bckh->bkrh", p.astype(v.dtype), block(v, j))
+        return new_top, total * shrink + p.sum(-1), acc * shrink[..., None] + update
+
+    zeros = jnp.zeros(rows.shape[:-1], jnp.float32)
+    start = zeros + MASKED, zeros, jnp.zeros((*zeros.shape, Hv), jnp.float32)
+    _, total, acc = lax.fori_loop(*blocks.key_blocks(jnp.int32(0)), add_block, start)
+    out = (acc / total[..., None]).astype(q.dtype)
+    return out.reshape(B, K, N // K, T, Hv).transpose(0, 3, 1, 2, 4).reshape(B, T, N, Hv)
+
+
+def cache_room(length: int) -> int:
+    """Positions, at least `length`, for which `cached_attention` takes a cache."""
+    return length if length <= KEYS else -(-length // KEYS) * KEYS

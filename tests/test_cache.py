@@ -1,0 +1,93 @@
+"""The cache of keys and values, which is carried through the layers: read and written where it lies."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import one_device, small_model, small_run
+
+from kernels_pallas import cached_attention, masks
+from kernels_pallas.masks import Mask
+from maxlm.config import ModelConfig, Remat, SamplingConfig
+from maxlm.inference.steps import Choice, DecodeState, decode_chunk, row_keys
+from maxlm.models import abstract_decoder, abstract_parameters, ops
+from maxlm.training import make_trainer
+
+
+@pytest.mark.parametrize("mask", [masks.causal, masks.local(129, 0)], ids=str)
+@pytest.mark.parametrize("T", [1, 3])
+def test_attention_in_place_is_attention(mask: Mask, T: int) -> None:
+    """Of one layer among several, each row at its own position; slots behind it hold what must not be seen."""
+    rng = np.random.default_rng(0)
+    L, B, S, N, K, H = 3, 2, 256, 4, 2, 8
+    q = rng.standard_normal((B, T, N, H), np.float32)
+    k, v = (rng.standard_normal((L, B, S, K, H), np.float32) for _ in range(2))
+    first = np.array([0, 251], np.int32)
+    got = jax.jit(functools.partial(cached_attention, mask=mask))(q, k, v, jnp.int32(1), first)
+    reach = 129 if mask is not masks.causal else S
+    for row, start in enumerate(first):
+        for t in range(T):
+            seen = slice(max(start + t - reach, 0), start + t + 1)
+            for head in range(N):
+                scores = k[1, row, seen, head // (N // K)].astype(np.float64) @ q[row, t, head] / np.sqrt(H)
+                weights = np.exp(scores - scores.max())
+                want = weights @ v[1, row, seen, head // (N // K)] / weights.sum()
+                np.testing.assert_allclose(got[row, t, head], want, atol=1e-5)
+
+
+def test_many_queries_give_what_few_give() -> None:
+    """A long prompt takes a kernel over a copy of the layer's keys, a token reads them in place."""
+    rng = np.random.default_rng(1)
+    q = rng.standard_normal((2, 24, 4, 8), np.float32)
+    k, v = (rng.standard_normal((2, 2, 64, 2, 8), np.float32) for _ in range(2))
+    attend = jax.jit(functools.partial(ops.attention_to_cache, one_device(), window=20))
+    first = np.array([3, 30], np.int32)
+    whole = attend(q, k, v, jnp.int32(1), first)
+    for t in range(24):
+        one = attend(q[:, t : t + 1], k, v, jnp.int32(1), first + t)
+        np.testing.assert_allclose(whole[:, t : t + 1], one, atol=1e-5)
+
+
+def _decode_program(config: ModelConfig, length: int) -> tuple[jax.stages.Compiled, int]:
+    """Four tokens for each of two rows, and the bytes of the cache."""
+    layout = one_device()
+    graph = nnx.split(abstract_decoder(config, layout))[0]
+    parameters = abstract_parameters(config, layout)
+    cache = jax.eval_shape(lambda p: nnx.merge(graph, p).empty_cache(2, length), parameters)
+    row = jax.ShapeDtypeStruct((2,), jnp.int32)
+
+    def run(parameters: dict, state: DecodeState) -> tuple:
+        choose = Choice(SamplingConfig(temperature=0), config.vocab_size, -1)
+        keys = row_keys(jnp.uint32(0), 2)
+        return decode_chunk(nnx.merge(graph, parameters), state, keys, jnp.int32(4), chunk=4, choose=choose)
+
+    state = DecodeState(cache, row, row, jax.ShapeDtypeStruct((2,), jnp.bool))
+    program = jax.jit(run, donate_argnums=1).lower(parameters, state).compile()
+    return program, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+
+
+def test_decoding_holds_one_cache_whatever_its_length() -> None:
+    config = small_model(n_layers=4, max_seq_len=4096)
+    (short, _), (long, n_bytes) = (_decode_program(config, length) for length in (256, 4096))
+    temporary = [program.memory_analysis().temp_size_in_bytes for program in (short, long)]
+    assert temporary[1] < temporary[0] + 4096, temporary  # no layer's keys, let alone all
+    assert long.memory_analysis().alias_size_in_bytes >= n_bytes  # the donated cache is the new one
+
+
+def test_a_layer_of_a_pattern_waits_for_no_other() -> None:
+    """With full rematerialisation the pattern's length decides nothing about memory: each block is recomputed alone."""
+
+    def temporary(entries: int) -> int:
+        model = small_model(n_layers=6, max_seq_len=256, remat=Remat.FULL)
+        model = dataclasses.replace(model, blocks=model.blocks * entries)
+        trainer = make_trainer(small_run(model, batch_size=8, seq_len=256), one_device())
+        return trainer.step.lower(trainer.state, trainer.batch).compile().memory_analysis().temp_size_in_bytes
+
+    alone, together = temporary(1), temporary(6)
+    assert together < 1.5 * alone, (alone, together)
