@@ -11,7 +11,7 @@ from kernels_pallas.attention.cached import cache_room, cached_attention
 from kernels_pallas.attention.merge import merge_partials
 from kernels_pallas.attention.problem import AttentionBlocks
 from kernels_pallas.dispatch import explain
-from kernels_pallas.glu.api import fused_glu, fused_glu_mlp
+from kernels_pallas.glu.api import fused_glu, fused_glu_mlp, plan_glu
 from kernels_pallas.glu.problem import GluBlocks
 from kernels_pallas.grouped.api import grouped_matmul
 from kernels_pallas.grouped.problem import GroupedBlocks
@@ -33,4 +33,5 @@ __all__ = [
     "masks",
     "merge_partials",
     "mixed_einsum",
+    "plan_glu",
 ]

@@ -28,7 +28,7 @@ from kernels_pallas.grouped import tpu as grouped_tpu
 from kernels_pallas.grouped import xla as grouped_xla
 from kernels_pallas.grouped.problem import GroupedBlocks, GroupedProblem
 from kernels_pallas.plan import Blocks, Plan, Problem, is_faster, load_table, lookup, meets
-from kernels_pallas.targets import Family, Target, assume, named
+from kernels_pallas.targets import Family, Target, assume, current_target, named
 
 Backend = Literal["auto", "xla", "loop", "tpu", "gpu", "cudnn"]
 
@@ -93,6 +93,19 @@ def operation(problem: Problem) -> tuple[Mapping[str, ModuleType], type[Blocks]]
             assert_never(problem)
 
 
+def decide(op: str, problem: Problem, *, backend: str, blocks: Blocks | None, interpret: Any) -> Plan:
+    """How a call that is being made runs, on the chip that it is traced for; logged, or given to `explain`.
+
+    Raises:
+        ValueError: as `choose`.
+    """
+    plan = choose(op, problem, current_target(), backend=backend, blocks=blocks, interpret=interpret)
+    if _explaining.get():
+        raise _Decision(plan)
+    _log.info("%s runs as %s on %s: %s", op, plan.backend, plan.target.name, plan.because)
+    return plan
+
+
 def choose(
     op: str,
     problem: Problem,
@@ -102,7 +115,7 @@ def choose(
     blocks: Blocks | None = None,
     interpret: Any = None,
 ) -> Plan:
-    """Decide how a call runs.
+    """How a call would run: a function of its arguments and the chip's table alone.
 
     Raises:
         ValueError: the named backend is unknown or cannot do this.
@@ -179,7 +192,7 @@ def _plan(
     elif default is None:
         raise ValueError(f"blocks are given, but {op} runs as {chosen}, which has none; name a backend that has")
     on_chip = 0 if blocks is None else body.on_chip_bytes(problem, blocks)
-    plan = Plan(
+    return Plan(
         op=op,
         problem=problem,
         target=target,
@@ -190,7 +203,3 @@ def _plan(
         because=because,
         refused={name: why for name, why in refused.items() if name != chosen},
     )
-    if _explaining.get():
-        raise _Decision(plan)
-    _log.info("%s runs as %s on %s: %s", op, chosen, target.name, because)
-    return plan

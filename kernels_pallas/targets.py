@@ -96,13 +96,18 @@ def named(name: str) -> Target:
     raise ValueError(f"target = {name!r} is unknown; use cpu, {', '.join(sorted(set(_CHIPS.values())))}")
 
 
-def current_target() -> Target:
-    """The chip of the mesh in whose context we trace, as inside `shard_map`; without a mesh, jax's default device."""
+def current_target(device: jax.Device | None = None) -> Target:
+    """The chip of the mesh in whose context we trace, as inside `shard_map`; without a mesh, jax's default device.
+
+    `device`: one that is there or is compiled for, where the caller knows better.
+    """
     if (assumed := _assumed.get()) is not None:
         return assumed
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if device is not None:
         return target_of(device.device_kind, device.platform)
+    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if abstract is not None:
+        return target_of(abstract.device_kind, abstract.platform)
     default = getattr(jax.config, "jax_default_device", None) or jax.devices()[0]
     if isinstance(default, str):  # jax.default_device("cpu")
         default = jax.devices(default)[0]

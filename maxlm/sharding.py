@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -23,9 +23,11 @@ from maxlm.config import (
     MESH_AXES,
     PARAMETER_DIMS,
     Axes,
+    Context,
     ShardingConfig,
     StatePart,
     UserError,
+    Zero,
 )
 
 
@@ -73,6 +75,12 @@ class Layout:
             axis_names=set(MESH_AXES) - manual,
             check_vma=check_vma,
         )
+
+    def local_shape(self, shape: Sequence[int], spec: PartitionSpec) -> tuple[int, ...]:
+        """What a function in `shard_map` sees of an array of this shape; rounded down where a size does not divide."""
+        mesh, manual = self._context()
+        cuts = _axes_of_dims(_without(spec, manual))
+        return tuple(n // math.prod(mesh.shape[axis] for axis in cut) for n, cut in zip(shape, cuts, strict=True))
 
     @property
     def batch_shards(self) -> int:
@@ -126,8 +134,45 @@ def make_layout(config: ShardingConfig, devices: Sequence[jax.Device] | None = N
     else:
         shape = [sizes[axis] for axis in MESH_AXES]
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    # Auto: the compiler places what we do not constrain. jax's own default has become Explicit.
-    return Layout(Mesh(np.asarray(grid), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)), config)
+    return Layout(_mesh(np.asarray(grid)), config)
+
+
+def decoding_layout(layout: Layout, d_model: int) -> Layout:
+    """The same devices for decoding: one token at a time can be cut neither along the sequence nor into micro-batches.
+
+    The devices of the seq axis join the data axis: no parameter moves, as none is cut by either. Those of the stage
+    axis join fsdp, which then cuts the parameters even where training cut the optimizer's state alone, so that a device
+    has as small a part of them as before; where the two do not divide d_model, they join data, with the parameters of
+    all stages on each.
+    """
+    mesh, stages = layout.mesh, layout.mesh.shape["stage"]
+    home = "data" if d_model % (mesh.shape["fsdp"] * stages) else "fsdp"
+    mesh = _joined(_joined(mesh, "seq", "data"), "stage", home)
+    config = replace(
+        layout.config,
+        **{axis: mesh.shape[axis] for axis in MESH_AXES},
+        context=Context.ALL_GATHER,
+        virtual_stages=1,
+        sequence_parallel=False,
+        zero=Zero.PARAMETERS if stages > 1 else layout.config.zero,
+    )
+    return Layout(mesh, config)
+
+
+def _joined(mesh: Mesh, axis: str, home: str) -> Mesh:
+    """The mesh with all devices of one axis on another one."""
+    sizes = dict(mesh.shape)
+    sizes[home], sizes[axis] = sizes[home] * sizes[axis], 1
+    # Beside its new axis, as its faster part.
+    order = [name for name in MESH_AXES if name != axis]
+    order.insert(order.index(home) + 1, axis)
+    devices = mesh.devices.transpose([MESH_AXES.index(name) for name in order])
+    return _mesh(devices.reshape(list(sizes.values())))
+
+
+def _mesh(grid: np.ndarray) -> Mesh:
+    """Auto: the compiler places what we do not constrain. jax's own default has become Explicit."""
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def _is_spec(leaf: Any) -> bool:
@@ -138,8 +183,12 @@ def _without(spec: PartitionSpec, axes: frozenset[str]) -> PartitionSpec:
     """The spec less some axes."""
     if not axes:
         return spec
-    cuts = [() if cut is None else (cut,) if isinstance(cut, str) else cut for cut in spec]
+    cuts = _axes_of_dims(spec)
     return _spec([tuple(axis for axis in cut if axis not in axes) for cut in cuts], [None] * len(cuts))
+
+
+def _axes_of_dims(spec: PartitionSpec) -> list[Axes]:
+    return [() if cut is None else (cut,) if isinstance(cut, str) else cut for cut in spec]
 
 
 def _spec(axes_of_dims: Sequence[Axes], dims: Sequence[str | None]) -> PartitionSpec:

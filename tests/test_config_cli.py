@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from maxlm.config import (
     MESH_AXES,
+    AdamW,
     AttentionConfig,
     Remat,
     RunConfig,
@@ -29,6 +30,7 @@ from maxlm.config import (
 from maxlm.config.cli import Command, describe, load_config, parse_run
 
 ROOT = Path(__file__).parent.parent
+PRESETS = sorted(path.name for path in (ROOT / "configs").glob("*.py"))
 TINY = ("--config", str(ROOT / "configs" / "tiny.py"))
 
 
@@ -287,13 +289,13 @@ def test_fixed_axes_must_make_up_the_devices(sizes: list[int], n_devices: int) -
 @given(first=st.integers(0, 10**6), length=st.integers(1, 10**6))
 def test_a_step_range_reads_what_it_writes(first: int, length: int) -> None:
     steps = StepRange(first, first + length)
-    assert StepRange.parse([str(steps)]) == steps
+    assert StepRange.parse(str(steps)) == steps
 
 
 @pytest.mark.parametrize("text", ["", ":", "3", "3:", ":3", "a:b", "-1:3", "3:3", "5:3", "1:2:3", "1.5:2"])
 def test_a_wrong_step_range_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="step range"):
-        StepRange.parse([text])
+        StepRange.parse(text)
 
 
 # Saved configs
@@ -307,6 +309,42 @@ def test_json_keeps_enums_unions_and_ranges() -> None:
     assert saved["model"]["remat"] == Remat.NONE.value
     assert saved["train"]["profile_steps"] == "2:4"
     assert serialize.from_dict(RunConfig, saved) == run
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_saved_config_is_a_config_file(name: str, tmp_path: Path) -> None:
+    config, file = load_config(str(ROOT / "configs" / name)), tmp_path / "config.json"
+    serialize.save(config, file)
+    assert load_config(str(file)) == config
+    found = parse_run(["--config", str(file), "--run_dir=elsewhere"], prog="x", description="")
+    assert found.file_config == config and found.config == dataclasses.replace(config, run_dir="elsewhere")
+
+
+def test_a_saved_config_with_odd_values_is_a_config_file(tmp_path: Path) -> None:
+    optimizer = AdamW(clip_norm=None, eps=1e-17, learning_rate=float("inf"))
+    config = dataclasses.replace(small_run(), run_dir='a "folder"\n\\ß', optimizer=optimizer)
+    file = tmp_path / "config.json"
+    serialize.save(config, file)
+    assert load_config(str(file)) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "holds list, must be the object of a saved RunConfig"),
+        ("{}", "required field missing"),
+        ('{"train": {"profile_steps": 3}}', "'3' must be FIRST:LAST"),
+    ],
+)
+def test_a_config_file_that_is_no_saved_config_is_one_line(text: str, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_config(str(file))
+    assert str(caught.value).startswith(f"--config {file}: ") and words in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

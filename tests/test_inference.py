@@ -36,13 +36,13 @@ from maxlm.config import (
 )
 from maxlm.data.tokenizers import Bytes, HuggingFace, Tokenizer
 from maxlm.data.train_tokenizer import train_sentencepiece
-from maxlm.inference.generate import Generator, decoding_layout
+from maxlm.inference.generate import Generator
 from maxlm.inference.load import LoadedRun
 from maxlm.inference.sampling import sample
 from maxlm.inference.steps import decode_logits, prefill_logits
 from maxlm.inference.text_stream import TextStream
 from maxlm.models import abstract_decoder
-from maxlm.sharding import make_layout
+from maxlm.sharding import decoding_layout, make_layout
 
 GREEDY = SamplingConfig(temperature=0)
 

@@ -20,7 +20,8 @@ import yaml
 from maxlm import launch
 from maxlm.config import UserError
 from maxlm.config.cli import run_command
-from maxlm.config.launch import GENERATIONS, TARGETS, tpu_slice
+from maxlm.launching.destinations import DESTINATIONS
+from maxlm.launching.tpu_slices import GENERATIONS, tpu_slice
 from maxlm.hardware import CHIPS, Torus
 from maxlm.train import EXIT_INTERRUPTED
 
@@ -170,7 +171,7 @@ def test_the_table_of_chips_agrees_on_tori() -> None:
 # The same command everywhere, word for word
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", DESTINATIONS)
 def test_every_word_arrives_as_it_was_typed(target: str, clone: Path) -> None:
     overrides = [f"--observe.sample_prompt={word}" for word in NASTY]
     for word in NASTY:
@@ -219,7 +220,7 @@ def test_a_config_path_with_spaces_and_quotes(target: str, clone: Path, tmp_path
     assert not list(tmp_path.rglob("PWNED"))
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", DESTINATIONS)
 @pytest.mark.parametrize("character", ["\n", "\r", "\0", "\x1b", "\x85", "\u2028", "\udcff"])
 def test_control_characters_are_refused(target: str, character: str) -> None:
     message = complaint(*arguments(target, f"--observe.sample_prompt=a{character}b"))
@@ -255,7 +256,7 @@ def test_options_that_are_no_plain_words(target: str, option: str) -> None:
 # What fits and what does not
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", DESTINATIONS)
 def test_a_mesh_that_does_not_fit_is_refused(target: str, capsys: pytest.CaptureFixture[str]) -> None:
     message = complaint(*arguments(target, "--sharding.fsdp=3"))
     assert "fsdp=3 needs a multiple of 3 devices" in message
@@ -596,7 +597,7 @@ def test_nothing_heavy_is_loaded(argv: list[str]) -> None:
 
 
 def test_help_of_a_target_lists_its_options(capsys: pytest.CaptureFixture[str]) -> None:
-    for name, cls in TARGETS.items():
+    for name, cls in DESTINATIONS.items():
         with pytest.raises(SystemExit) as stop:
             launch.parse(["--target", name, "--help"])
         assert stop.value.code == 0
@@ -654,4 +655,4 @@ def test_the_documentation_shows_what_is_rendered(
 
 def test_every_target_is_documented() -> None:
     shown = " ".join(command for command, _ in documented())
-    assert all(f"--target {name}" in shown for name in TARGETS)
+    assert all(f"--target {name}" in shown for name in DESTINATIONS)

@@ -11,7 +11,7 @@ import pytest
 from helpers import small_model, small_run, with_attention
 from test_layouts import assert_close, loss_and_gradients
 
-from kernels_pallas import flash_attention, fused_glu
+from kernels_pallas import flash_attention, fused_glu, plan_glu
 from maxlm.config import Backend, GluSave, KernelConfig, ModelConfig, ShardingConfig, UserError
 from maxlm.sharding import make_layout
 
@@ -25,7 +25,12 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
             *args, backend=backend, interpret=backend in ("tpu", "gpu"), **options
         )
 
-    for module, function in (("attention", flash_attention), ("ring", flash_attention), ("dense", fused_glu)):
+    for module, function in (
+        ("attention", flash_attention),
+        ("ring", flash_attention),
+        ("dense", fused_glu),
+        ("dense", plan_glu),
+    ):
         importer = importlib.import_module(f"maxlm.models.ops.{module}")
         monkeypatch.setattr(importer, function.__name__, in_interpreter(function))
 

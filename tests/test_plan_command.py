@@ -19,7 +19,7 @@ from rich.console import Console
 
 from maxlm.config import RunConfig, UserError
 from maxlm.config.cli import load_config
-from maxlm.config.export import python_file
+from maxlm.config.serialize import save
 from maxlm.observe.flops import flops_per_token, parameter_count
 from maxlm.plan import __main__, targets
 from maxlm.plan.report import CompilerReport, analyse, with_compiled
@@ -165,13 +165,10 @@ MISTAKES = {
     "a pipeline without layers": ((*TINY, "--target", "cpu:8", "--sharding.stage", "8"), "sharding.stage 8"),
     "no config": (("--target", "cpu:8"), "--config is missing"),
     "picture": ((*TINY, "--target", "cpu:8", "--picture", "x.gif"), ".png or .html"),
-    "out without search": ((*TINY, "--target", "cpu:8", "--out", "x.py"), "add --search"),
-    "out is no Python": ((*TINY, "--target", "gpu:h200:8", "--search", "--out", "x.json"), "x.py"),
-    "out in no folder": ((*TINY, "--target", "gpu:h200:8", "--search", "--out", "no/x.py"), "no folder no"),
+    "out without search": ((*TINY, "--target", "cpu:8", "--out", "x.json"), "add --search"),
+    "out is no JSON": ((*TINY, "--target", "gpu:h200:8", "--search", "--out", "x.py"), "for example --out x.json"),
+    "out in no folder": ((*TINY, "--target", "gpu:h200:8", "--search", "--out", "no/x.json"), "no folder no"),
     "searching a processor": ((*TINY, "--target", "cpu:8", "--search"), "name a machine"),
-    "out with a quote": ((*TINY, "--target", "gpu:h200:8", "--search", "--out", 'x".py'), "without quotes"),
-    "out with a backslash": ((*TINY, "--target", "gpu:h200:8", "--search", "--out", "x\\n.py"), "without quotes"),
-    "out with a new line": ((*TINY, "--target", "gpu:h200:8", "--search", "--out", "x\n.py"), "without quotes"),
     "no target": ((*TINY, "--target", ""), "--target  is unknown"),
     "a switch with a value": (
         (*TINY, "--target", "cpu:8", "--json=1"),
@@ -200,10 +197,10 @@ def nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_files_that_cannot_be_written_are_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nothing_happens(monkeypatch)
-    (tmp_path / "folder.py").mkdir()
+    (tmp_path / "folder.json").mkdir()
     (tmp_path / "folder.png").mkdir()
     for arguments in (
-        (*TINY, "--target", "gpu:h200:8", "--search", "--out", str(tmp_path / "folder.py")),
+        (*TINY, "--target", "gpu:h200:8", "--search", "--out", str(tmp_path / "folder.json")),
         (*TINY, "--target", "gpu:h200:8", "--picture", str(tmp_path / "folder.png")),
     ):
         with pytest.raises(UserError, match=r"folder\.\w+ cannot be written; name another file$"):
@@ -271,16 +268,16 @@ def test_a_search_says_what_it_compiles_and_how_many_it_verified(
 
 def test_the_target_may_stand_in_the_config(tmp_path: Path) -> None:
     tiny = load_config(str(ROOT / "configs/tiny.py"))
-    file = tmp_path / "run.py"
-    file.write_text(python_file(dataclasses.replace(tiny, target="gpu:h200:4"), "A run."))
+    file = tmp_path / "run.json"
+    save(dataclasses.replace(tiny, target="gpu:h200:4"), file)
     assert as_json(plan("--config", str(file), "--json"))["target"] == "gpu:h200:1x4"
-    file.write_text(python_file(dataclasses.replace(tiny, target=None), "A run."))
+    save(dataclasses.replace(tiny, target=None), file)
     done = plan("--config", str(file))
     assert done.returncode == 2 and done.stderr.startswith("error: --target is missing")
 
 
 def test_a_search_writes_a_config_that_the_same_command_takes(tmp_path: Path) -> None:
-    file, page = tmp_path / "found.py", tmp_path / "memory.html"
+    file, page = tmp_path / "found.json", tmp_path / "memory.html"
     done = plan(*TINY, "--target", "gpu:h200:8", "--search", "--json", "--out", str(file), "--picture", str(page))
     assert done.returncode == 0, done.stderr
     found = as_json(done)
@@ -290,6 +287,8 @@ def test_a_search_writes_a_config_that_the_same_command_takes(tmp_path: Path) ->
     assert again["mesh"] == best["mesh"] and again["peak_bytes"]["analytic"] == best["peak_bytes"]
     assert again["bound"]["step_seconds"] == best["step_seconds"]
     tiny, loaded = load_config(str(ROOT / "configs/tiny.py")), load_config(str(file))
+    assert loaded.target == "gpu:h200:1x8"
+    loaded.validate(8)
     assert (
         dataclasses.replace(loaded, model=tiny.model, sharding=tiny.sharding, train=tiny.train, target=tiny.target)
         == tiny

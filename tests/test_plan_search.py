@@ -24,19 +24,16 @@ from maxlm.config import (
     with_experts,
 )
 from maxlm.config.cli import load_config
-from maxlm.config.export import python_file
 from maxlm.hardware import CHIPS
 from maxlm.observe.flops import parameter_count
 from maxlm.plan.advice import cheapest_changes
 from maxlm.plan.bound import estimate_time
 from maxlm.plan.memory import estimate_memory
-from maxlm.plan.report import Tier
 from maxlm.plan.search import (
     MOST_ROUNDS,
     Candidate,
     MeshSpace,
     candidate_json,
-    config_file,
     differences,
     layouts,
     optimizers,
@@ -48,7 +45,6 @@ from maxlm.plan.targets import memory_limit, parse_target, platform
 from maxlm.plan.traffic import estimate_traffic
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("*.py"))
 
 
 def limited_to(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
@@ -196,35 +192,6 @@ def test_other_optimizers_keep_less() -> None:
 def test_an_unknown_machine_cannot_be_searched_for() -> None:
     with pytest.raises(UserError, match=r"cpu:8.*not known"):
         search(small_run(), parse_target("cpu:8"))
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_config_as_a_file_is_the_same_config(name: str, tmp_path: Path) -> None:
-    config = load_config(str(ROOT / name))
-    file = tmp_path / "found.py"
-    file.write_text(python_file(config, "Found."), encoding="utf-8")
-    assert load_config(str(file)) == config
-
-
-def test_a_config_with_odd_values_survives_its_file(tmp_path: Path) -> None:
-    config = dataclasses.replace(
-        small_run(), run_dir='a "folder"\n\\ß', optimizer=AdamW(clip_norm=None, eps=1e-17, learning_rate=float("inf"))
-    )
-    file = tmp_path / "odd.py"
-    file.write_text(python_file(config, "Odd."), encoding="utf-8")
-    assert load_config(str(file)) == config
-
-
-def test_the_files_of_a_search_hold_what_was_chosen(tmp_path: Path) -> None:
-    config, target = load_config(str(ROOT / "configs/tiny_moe.py")), parse_target("gpu:h100:2x4")
-    best = search(config, target).best
-    assert best is not None
-    file = tmp_path / "found.py"
-    file.write_text(config_file(best, file, Tier.ANALYTIC), encoding="utf-8")
-    loaded = load_config(str(file))
-    assert loaded == dataclasses.replace(best.config, target="gpu:h100:2x4")
-    loaded.validate(8)
-    assert loaded.data == config.data and loaded.run_dir == config.run_dir
 
 
 def test_the_differences_lead_from_one_config_to_the_other() -> None:

@@ -18,7 +18,6 @@ from kernels_pallas.attention import cudnn
 from kernels_pallas.attention.merge import add_sinks
 from kernels_pallas.attention.problem import AttentionBlocks, AttentionProblem, Buckets, Operands
 from kernels_pallas.masks import Mask
-from kernels_pallas.targets import current_target
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -271,9 +270,7 @@ def _prepare(
         sinks,
         return_lse,
     )
-    plan = dispatch.choose(
-        "flash_attention", problem, current_target(), backend=backend, blocks=blocks, interpret=interpret
-    )
+    plan = dispatch.decide("flash_attention", problem, backend=backend, blocks=blocks, interpret=interpret)
     assert plan.blocks is None or isinstance(plan.blocks, AttentionBlocks)
     operands = Operands(
         q,

@@ -20,6 +20,10 @@ from kernels_pallas.plan import Plan
 from kernels_pallas.targets import current_target
 
 
+Shaped = jax.Array | jax.ShapeDtypeStruct
+"""What has a shape and a dtype."""
+
+
 def fused_glu(
     x: jax.Array,
     w_gate: jax.Array,
@@ -60,16 +64,8 @@ def fused_glu(
     Raises:
         ValueError: arguments do not fit each other, or the named backend cannot do this.
     """
-    options: dict[str, Any] = {
-        "b_gate": b_gate,
-        "b_up": b_up,
-        "act": act,
-        "save": save,
-        "backend": backend,
-        "blocks": blocks,
-        "interpret": interpret,
-    }
-    plan = _plan(x, w_gate, w_up, **options)
+    problem = _problem(x, w_gate, w_up, None, b_gate, b_up, act, save)
+    plan = dispatch.decide("fused_glu", problem, backend=backend, blocks=blocks, interpret=interpret)
     h = _glu(_Call.of(plan, interpret), _rows(plan, x), _Gates(w_gate, w_up, b_gate, b_up))
     return h.reshape(*x.shape[:-1], h.shape[-1])
 
@@ -103,34 +99,49 @@ def fused_glu_mlp(
     Raises:
         ValueError: as `fused_glu`; and with save="none" the kernels need Dout = D.
     """
-    options: dict[str, Any] = {
-        "b_gate": b_gate,
-        "b_up": b_up,
-        "act": act,
-        "save": save,
-        "backend": backend,
-        "blocks": blocks,
-        "interpret": interpret,
-    }
-    plan = _plan(x, w_gate, w_up, w_down, **options)
+    problem = _problem(x, w_gate, w_up, w_down, b_gate, b_up, act, save)
+    plan = dispatch.decide("fused_glu_mlp", problem, backend=backend, blocks=blocks, interpret=interpret)
     y = _glu_mlp(_Call.of(plan, interpret), _rows(plan, x), _Gates(w_gate, w_up, b_gate, b_up), w_down)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def _plan(
-    x: jax.Array,
-    w_gate: jax.Array,
-    w_up: jax.Array,
-    w_down: jax.Array | None = None,
+def plan_glu(
+    x: Shaped,
+    w_gate: Shaped,
+    w_up: Shaped,
     *,
-    b_gate: jax.Array | None,
-    b_up: jax.Array | None,
+    b_gate: Shaped | None = None,
+    b_up: Shaped | None = None,
+    act: str = "silu",
+    save: Save = "none",
+    backend: str = "auto",
+    blocks: GluBlocks | None = None,
+    interpret: Any = None,
+    device: jax.Device | None = None,
+) -> Plan:
+    """How `fused_glu` would run with these arguments, from shapes and dtypes alone.
+
+    Args:
+        device: the chip that it is for, if not the one that is traced for.
+
+    Raises:
+        ValueError: as `fused_glu`.
+    """
+    problem = _problem(x, w_gate, w_up, None, b_gate, b_up, act, save)
+    target = current_target(device)
+    return dispatch.choose("fused_glu", problem, target, backend=backend, blocks=blocks, interpret=interpret)
+
+
+def _problem(
+    x: Shaped,
+    w_gate: Shaped,
+    w_up: Shaped,
+    w_down: Shaped | None,
+    b_gate: Shaped | None,
+    b_up: Shaped | None,
     act: str,
     save: Save,
-    backend: str,
-    blocks: GluBlocks | None,
-    interpret: Any,
-) -> Plan:
+) -> GluProblem:
     if act not in ACTIVATIONS:
         raise ValueError(f"act = {act!r} is unknown; use one of {sorted(ACTIVATIONS)}")
     if save not in ("ag", "none"):
@@ -154,7 +165,7 @@ def _plan(
             raise ValueError(f"{name} {list(bias.shape)} must be [{F}], the columns of w_gate")
     if w_down is not None and (w_down.ndim != 2 or w_down.shape[0] != F):
         raise ValueError(f"w_down {list(w_down.shape)} must be [{F}, Dout], as w_gate is {list(w_gate.shape)}")
-    problem = GluProblem(
+    return GluProblem(
         M=math.prod(x.shape[:-1]),
         D=D,
         F=F,
@@ -164,8 +175,6 @@ def _plan(
         biases=b_gate is not None,
         down=None if w_down is None else w_down.shape[1],
     )
-    op = "fused_glu" if w_down is None else "fused_glu_mlp"
-    return dispatch.choose(op, problem, current_target(), backend=backend, blocks=blocks, interpret=interpret)
 
 
 class _Gates(NamedTuple):

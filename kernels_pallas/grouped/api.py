@@ -14,7 +14,6 @@ from jax.ad_checkpoint import checkpoint_name
 from kernels_pallas import dispatch
 from kernels_pallas.grouped.problem import GroupedBlocks, GroupedProblem
 from kernels_pallas.plan import Plan
-from kernels_pallas.targets import current_target
 
 
 def grouped_matmul(
@@ -85,9 +84,7 @@ def _plan(
         given = f"{group_sizes.dtype}{list(group_sizes.shape)}"
         raise ValueError(f"group_sizes {given} must be int32[{E}], one for each matrix of w")
     problem = GroupedProblem(M=x.shape[0], D=D, F=F, E=E, dtype=jnp.dtype(x.dtype), weight_dtype=jnp.dtype(w.dtype))
-    return dispatch.choose(
-        "grouped_matmul", problem, current_target(), backend=backend, blocks=blocks, interpret=interpret
-    )
+    return dispatch.decide("grouped_matmul", problem, backend=backend, blocks=blocks, interpret=interpret)
 
 
 @dataclass(frozen=True)

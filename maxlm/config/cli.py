@@ -22,15 +22,34 @@ import tyro
 from maxlm.config.data import DataConfig, Dataset
 from maxlm.config.errors import UserError
 from maxlm.config.families import llama
-from maxlm.config.run import RunConfig, TrainConfig
-from maxlm.config.serialize import flatten
+from maxlm.config.run import RunConfig, StepRange, TrainConfig
+from maxlm.config.serialize import flatten, load
 
 T = TypeVar("T")
+
+_SUFFIXES = (".py", ".json")
+"""Of files that `--config` takes."""
 
 EXIT_CTRL_C = 130
 """128 + SIGINT, as shells say it."""
 
 _TYRO = (tyro.conf.AvoidSubcommands, tyro.conf.EnumChoicesFromValues)
+
+_RULES = tyro.constructors.ConstructorRegistry()
+"""How an option is read whose type is ours."""
+
+
+@_RULES.primitive_rule
+def _step_range(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    if info.type != StepRange | None:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{None}|FIRST:LAST",
+        instance_from_str=lambda words: None if words[0] == "None" else StepRange.parse(words[0]),
+        is_instance=lambda value: value is None or isinstance(value, StepRange),
+        str_from_instance=lambda value: [str(value)],
+    )
 
 
 @dataclass(frozen=True)
@@ -67,8 +86,8 @@ def parse_run(argv: Sequence[str], *, prog: str, description: str) -> Command:
             "--config is missing; name a file, for example --config configs/tiny.py (--help lists all keys)"
         )
     usage = (
-        f"{description}\n\n--config FILE      Python file with get_config(); the defaults below are those of "
-        f"{options.config or 'a small example'}.\n--print_config     Show the resolved config and what differs from "
+        f"{description}\n\n--config FILE      Python file with get_config(), or a saved config.json; the defaults "
+        f"below are those of {options.config or 'a small example'}.\n--print_config     Show the resolved config and what differs from "
         "the file, then stop.\n--debug            Show tracebacks."
     )
     config = parse(RunConfig, overrides, prog=prog, description=usage, default=file_config)
@@ -103,7 +122,13 @@ def _parse(
 ) -> tuple[T, list[str]]:  # fmt: skip
     kwargs: dict[str, Any] = {} if default is None else {"default": default}
     kwargs["config"] = (*_TYRO, tyro.conf.FlagCreatePairsOff if flags else tyro.conf.FlagConversionOff)
-    kwargs |= {"args": list(argv), "prog": prog, "description": description, "use_underscores": True}
+    kwargs |= {
+        "args": list(argv),
+        "prog": prog,
+        "description": description,
+        "use_underscores": True,
+        "registry": _RULES,
+    }
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -116,25 +141,32 @@ def _parse(
 
 
 def load_config(path: str) -> RunConfig:
-    """The `get_config()` of a Python file.
+    """The `get_config()` of a Python file, or what stands in a saved `config.json`.
 
     The folder that holds the file's own folder is put on the import path, so that `configs/x.py` may say
     `from configs.y import get_config`, wherever the command is run.
 
     Raises:
-        UserError: no such file, no `get_config`, or it returns something else.
+        UserError: no such file, no `get_config`, it returns something else, or the JSON is not a saved RunConfig.
     """
     file = Path(path)
     if not file.is_file():
-        near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.py")], n=3)
+        near = difflib.get_close_matches(
+            file.name, [p.name for p in file.parent.glob("*.*") if p.suffix in _SUFFIXES], n=3
+        )
         hint = f"; did you mean {', '.join(str(file.parent / n) for n in near)}?" if near else ""
         raise UserError(f"--config {path}: no such file{hint}")
+    if file.suffix == ".json":
+        try:
+            return load(RunConfig, file)
+        except UserError as error:
+            raise UserError(f"--config {error}") from error
     root = str(file.resolve().parent.parent)
     if root not in sys.path:
         sys.path.append(root)
     spec = importlib.util.spec_from_file_location(f"_maxlm_config_{file.stem}", file)
     if spec is None or spec.loader is None:
-        raise UserError(f"--config {path}: not a Python file")
+        raise UserError(f"--config {path}: neither a Python file nor a saved config.json")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     try:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
-
-import tyro
 
 from maxlm.config.data import DataConfig
 from maxlm.config.errors import UserError, require_positive
@@ -27,23 +24,19 @@ class StepRange:
             raise UserError(f"step range {self.first}:{self.last} must satisfy 0 <= first < last")
 
     @classmethod
-    def parse(cls, words: list[str]) -> StepRange:
-        first, _, last = words[0].partition(":")
+    def parse(cls, text: str) -> StepRange:
+        """What `str` gave.
+
+        Raises:
+            UserError: it is something else.
+        """
+        first, _, last = text.partition(":")
         if not (first.isdecimal() and last.isdecimal()):
-            raise UserError(f"step range {words[0]!r} must be FIRST:LAST, for example 10:13")
+            raise UserError(f"step range {text!r} must be FIRST:LAST, for example 10:13")
         return cls(int(first), int(last))
 
     def __str__(self) -> str:
         return f"{self.first}:{self.last}"
-
-
-_STEP_RANGE = tyro.constructors.PrimitiveConstructorSpec(
-    nargs=1,
-    metavar="FIRST:LAST",
-    instance_from_str=StepRange.parse,
-    is_instance=lambda value: isinstance(value, StepRange),
-    str_from_instance=lambda value: [str(value)],
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +65,7 @@ class TrainConfig:
     """Steps between measurements of the held-out loss; 0: only at the end."""
     eval_batches: int = 16
     """Batches of each such measurement; 0: none at all."""
-    profile_steps: Annotated[StepRange, _STEP_RANGE] | None = None
+    profile_steps: StepRange | None = None
     """Steps to record with the profiler, as FIRST:LAST."""
 
     def __post_init__(self) -> None:

@@ -54,11 +54,17 @@ def load(cls: type[T], path: Path) -> T:
         UserError: the file is missing, is not JSON, or does not fit `cls`.
     """
     try:
-        return from_dict(cls, json.loads(path.read_text()))
+        values = json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); is this a run folder?") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds {type(values).__name__}, must be the object of a saved {cls.__name__}")
+    try:
+        return from_dict(cls, values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -101,7 +107,7 @@ def _converter(cls: type) -> cattrs.Converter:
     """A converter that refuses unknown keys and knows the unions below `cls`."""
     converter = cattrs.Converter(forbid_extra_keys=True)
     converter.register_unstructure_hook(StepRange, str)
-    converter.register_structure_hook(StepRange, lambda value, _: StepRange.parse([value]))
+    converter.register_structure_hook(StepRange, lambda value, _: StepRange.parse(str(value)))
     for union in _unions(cls, set()):
         configure_tagged_union(union, converter, tag_name="kind")
     return converter

@@ -13,14 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh
 
-from maxlm.config import MESH_AXES, Context, SamplingConfig, UserError, Zero
+from maxlm.config import SamplingConfig, UserError
 from maxlm.inference.load import LoadedRun
 from maxlm.inference.steps import Choice, DecodeState, decode_chunk, prefill_logits, row_keys
 from maxlm.inference.text_stream import TextStream
 from maxlm.models import Decoder, abstract_decoder, parameter_dims
-from maxlm.sharding import Layout
+from maxlm.sharding import Layout, decoding_layout
 
 _SMALLEST_BUCKET = 16
 _SEEDS = 2**32
@@ -248,39 +247,6 @@ class _Timer:
     @property
     def rate(self) -> float | None:
         return self._tokens / self._seconds if self._tokens else None
-
-
-def decoding_layout(layout: Layout, d_model: int) -> Layout:
-    """The same devices for decoding: one token at a time can be cut neither along the sequence nor into micro-batches.
-
-    The devices of the seq axis join the data axis: no parameter moves, as none is cut by either. Those of the stage
-    axis join fsdp, which then cuts the parameters even where training cut the optimizer's state alone, so that a device
-    has as small a part of them as before; where the two do not divide d_model, they join data, with the parameters of
-    all stages on each.
-    """
-    mesh, stages = layout.mesh, layout.mesh.shape["stage"]
-    home = "data" if d_model % (mesh.shape["fsdp"] * stages) else "fsdp"
-    mesh = _joined(_joined(mesh, "seq", "data"), "stage", home)
-    config = dataclasses.replace(
-        layout.config,
-        **{axis: mesh.shape[axis] for axis in MESH_AXES},
-        context=Context.ALL_GATHER,
-        virtual_stages=1,
-        sequence_parallel=False,
-        zero=Zero.PARAMETERS if stages > 1 else layout.config.zero,
-    )
-    return Layout(mesh, config)
-
-
-def _joined(mesh: Mesh, axis: str, home: str) -> Mesh:
-    """The mesh with all devices of one axis on another one."""
-    sizes = dict(mesh.shape)
-    sizes[home], sizes[axis] = sizes[home] * sizes[axis], 1
-    # Beside its new axis, as its faster part.
-    order = [name for name in MESH_AXES if name != axis]
-    order.insert(order.index(home) + 1, axis)
-    devices = mesh.devices.transpose([MESH_AXES.index(name) for name in order])
-    return Mesh(devices.reshape(list(sizes.values())), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def _cast(parameters: Any, dims: Any, layout: Layout, dtype: str) -> Any:

@@ -8,17 +8,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
 
 from maxlm.config import RunConfig, UserError
 from maxlm.config.cli import describe, parse_run, run_command
+from maxlm.config.serialize import save
 from maxlm.plan.advice import change_json, cheapest_changes
 from maxlm.plan.picture import check_picture, write_picture
 from maxlm.plan.report import CompilerReport, Json, Tier, analyse, mesh_text, to_json, with_compiled
-from maxlm.plan.search import Candidate, Search, config_file, search, search_json
+from maxlm.plan.search import Candidate, Search, search, search_json
 from maxlm.plan.tables import print_changes, print_report, print_search, print_verdict
 from maxlm.plan.targets import Target, parse_target, prepare
 
@@ -28,7 +29,7 @@ VERIFIED = 3
 MOST_COMPILED = 10
 """Candidates that a search compiles at the most, when the best of its arithmetic do not fit after all."""
 
-_EXAMPLES = {"--target": "gpu:h200:8", "--verify": "3", "--out": "my_run.py", "--picture": "memory.png"}
+_EXAMPLES = {"--target": "gpu:h200:8", "--verify": "3", "--out": "my_run.json", "--picture": "memory.png"}
 """Of the options that take a value."""
 
 _DESCRIPTION = """Before a machine is rented: does a run fit, what does it send, how fast can it be at best?
@@ -38,7 +39,7 @@ _DESCRIPTION = """Before a machine is rented: does a run fit, what does it send,
 --compile          Ask the machine's own compiler too; its word on memory decides.
 --search           Find the fastest layout that fits: mesh, remat, micro-batches, ZeRO, optimizer.
 --verify N         With --search --compile: how many of the best must fit by the compiler, 1 to 10 (3).
---out FILE.py      With --search: write the best as a config file.
+--out FILE.json    With --search: write the best as a config that --config takes.
 --picture FILE     Draw where memory goes, as FILE.png or FILE.html.
 --json             Print one JSON object instead of tables."""
 
@@ -122,8 +123,7 @@ def _search(config: RunConfig, target: Target, options: argparse.Namespace) -> i
     if chosen is None:
         return EXIT_DOES_NOT_FIT
     if options.out is not None:
-        out = Path(options.out)
-        out.write_text(config_file(chosen, out, tier), encoding="utf-8")
+        save(replace(chosen.config, target=str(target)), Path(options.out))
     if options.picture is not None:
         write_picture(analyse(chosen.config, target), Path(options.picture))
     return 0
@@ -208,10 +208,8 @@ def _check(options: argparse.Namespace) -> None:
     out = Path(options.out)
     if not options.search:
         raise UserError(f"--out {out} is where --search writes what it finds; add --search")
-    if set(options.out) & set("\"'\\") or not options.out.isprintable():
-        raise UserError(f"--out {options.out!r} goes into the file's text; use a name without quotes and backslashes")
-    if out.suffix != ".py":
-        raise UserError(f"--out {out} must be a Python file, for example --out {out.with_suffix('.py')}")
+    if out.suffix != ".json":
+        raise UserError(f"--out {out} must end in .json, for example --out {out.with_suffix('.json')}")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}; make it, or name another file")
     _check_writable("--out", out)

@@ -8,7 +8,6 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from maxlm.config import (
     Adafactor,
@@ -22,13 +21,12 @@ from maxlm.config import (
     UserError,
     Zero,
 )
-from maxlm.config.export import python_file
 from maxlm.config.layout_rules import broken_layout_rules
 from maxlm.config.serialize import flatten
 from maxlm.observe.flops import parameter_count
 from maxlm.plan.bound import TimeBound, estimate_time
 from maxlm.plan.memory import MemoryEstimate, estimate_memory
-from maxlm.plan.report import Json, Tier
+from maxlm.plan.report import Json
 from maxlm.plan.targets import GpuTarget, Target, TpuTarget, memory_limit, platform
 from maxlm.plan.traffic import AxisTraffic, estimate_traffic, whole_torus
 
@@ -247,18 +245,6 @@ def differences(config: RunConfig, original: RunConfig) -> tuple[str, ...]:
     if type(config.optimizer) is not type(original.optimizer):
         after = {key: value for key, value in after.items() if not key.startswith("optimizer.")}
     return tuple(f"{key} = {value}" for key, value in after.items() if key not in before or before[key] != value)
-
-
-def config_file(candidate: Candidate, file: Path, tier: Tier) -> str:
-    """Text of a Python file with the candidate's config, which `python -m maxlm.train --config` takes as it is."""
-    config, bound = candidate.config, candidate.bound
-    docstring = (
-        f"{parameter_count(config.model).total:,} parameters on {candidate.target}, as a search found it.\n\n"
-        f"    python -m maxlm.train --config {file}\n\n"
-        f"It fits, {tier.words}. A step takes at least {bound.step_seconds:.3g} s, limited by {bound.limited_by}: a "
-        "bound by data sheets,\nnothing was measured."
-    )
-    return python_file(replace(config, target=str(candidate.target)), docstring)
 
 
 def search_json(found: Search, chosen: Candidate | None, peaks: Mapping[int, int], most: int = 100) -> dict[str, Json]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import explain, fused_glu, mixed_einsum
+from kernels_pallas import fused_glu, mixed_einsum, plan_glu
 from maxlm.config import Activation, GluSave, KernelConfig
 from maxlm.models.ops.backends import blaming
 from maxlm.sharding import Layout
@@ -34,6 +35,7 @@ def glu(
 ) -> jax.Array:
     """activation(x w_gate + b_gate) * (x w_up + b_up): x [B, T, D], weights [D, F], biases [F] -> [B, T, F]."""
     w_gate, w_up = weight(layout, w_gate, x.dtype), weight(layout, w_up, x.dtype)
+    save: Literal["ag", "none"] = "ag" if kernels.glu_save is GluSave.AG else "none"
 
     def run(
         x: jax.Array, w_gate: jax.Array, w_up: jax.Array, b_gate: jax.Array | None, b_up: jax.Array | None
@@ -46,21 +48,26 @@ def glu(
                 b_gate=b_gate,
                 b_up=b_up,
                 act=activation.value,
-                save="ag" if kernels.glu_save is GluSave.AG else "none",
+                save=save,
                 backend=kernels.glu.value,
             )
 
-    cut, bias = layout.activation(None, "mlp"), layout.activation("mlp")
+    rows, cut, bias = layout.activation("batch", "seq", None), layout.activation(None, "mlp"), layout.activation("mlp")
     on_mesh = layout.shard_map(
         run,
-        in_specs=(layout.activation("batch", "seq", None), cut, cut, bias, bias),
+        in_specs=(rows, cut, cut, bias, bias),
         out_specs=layout.activation("batch", "seq", "mlp"),
         check_vma=False,  # kernels have no replication rule
     )
+    here = lambda array, spec: jax.ShapeDtypeStruct(layout.local_shape(array.shape, spec), array.dtype)
+    with blaming("glu", kernels.glu):
+        plan = plan_glu(
+            here(x, rows), here(w_gate, cut), here(w_up, cut),
+            b_gate=None if b_gate is None else here(b_gate, bias), b_up=None if b_up is None else here(b_up, bias),
+            act=activation.value, save=save, backend=kernels.glu.value, device=layout.mesh.devices.flat[0],
+        )  # fmt: skip
     # The compiler splits plain products over devices better than we do by hand; a kernel it cannot split.
-    if explain(on_mesh, x, w_gate, w_up, b_gate, b_up).backend == "xla":
-        return run(x, w_gate, w_up, b_gate, b_up)
-    return on_mesh(x, w_gate, w_up, b_gate, b_up)
+    return (run if plan.backend == "xla" else on_mesh)(x, w_gate, w_up, b_gate, b_up)
 
 
 def embed(layout: Layout, table: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
