@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from maxlm.config.cli import parse_run
+from maxlm.plan.machines import installed, parse_machine, platform
 from maxlm.plan.memory import estimate_memory
-from maxlm.plan.targets import installed, parse_target, platform
 
 RESULTS = Path(__file__).parent / "results" / "plan_memory.json"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "plan_memory.md"
@@ -153,7 +153,7 @@ def predicted(config: str, target: str, overrides: Sequence[str]) -> int:
     """Bytes, by arithmetic."""
     file = Path(__file__).parents[1] / "configs" / f"{config}.py"
     run = parse_run(["--config", str(file), *overrides], prog="plan_memory", description="").config
-    machine = parse_target(target)
+    machine = parse_machine(target)
     return estimate_memory(run, machine.devices, platform(machine)).peak
 
 

@@ -3,6 +3,16 @@
 Every operation has one meaning and several bodies: kernels for TPU (Pallas Mosaic) and NVIDIA Hopper (Pallas Mosaic
 GPU), plain XLA in blocks for every device, and cuDNN. `explain` says which one a call takes and why; docs/kernels.md
 tells the rest.
+
+masks.py: who sees whom, as unions of intervals
+dispatch.py: which body runs and why; explain
+decision.py: the answer of explain, and tuning/*.json that it comes from
+targets.py: the chip that is compiled for
+oracle.py: float64 formulas that every body must meet
+mixed.py: products of two formats
+compat.py: differences between versions of jax
+bench.py: command: time the kernels
+tune.py: command: find block sizes
 """
 
 from kernels_pallas import masks

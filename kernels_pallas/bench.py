@@ -23,7 +23,7 @@ from typing import Any
 
 from kernels_pallas import dispatch
 from kernels_pallas.measuring.cases import CEILINGS, RIVALS_MAY, Case
-from kernels_pallas.measuring.contest import Effort, Entry, Row, device_answers, measure
+from kernels_pallas.measuring.contest import CaseRow, Effort, Entry, device_answers, measure
 from kernels_pallas.measuring.isolate import Worker, WorkerError
 from kernels_pallas.measuring.shapes import attention_cases, glu_cases, grouped_cases, quick_cases, tiny
 from kernels_pallas.measuring.timing import machine
@@ -37,17 +37,17 @@ _CASES: dict[str, Callable[[], Sequence[Case]]] = {
 
 def run(
     cases: list[Case], backend: str, effort: Effort, worker: Worker, *, budget_s: float, case_s: float
-) -> Iterator[Row]:
-    """Yields a Row for each case, whatever happens in it."""
+) -> Iterator[CaseRow]:
+    """Yields a CaseRow for each case, whatever happens in it."""
     start = time.monotonic()
     for case in cases:
         if time.monotonic() - start > budget_s:
-            yield Row.lost(case, backend, f"the {budget_s:.0f} s of --budget are over", "skipped")
+            yield CaseRow.lost(case, backend, f"the {budget_s:.0f} s of --budget are over", "skipped")
             continue
         try:
             row = worker.call(measure, case, backend, effort, limit_s=case_s)
         except WorkerError as error:
-            row = Row.lost(case, backend, str(error))
+            row = CaseRow.lost(case, backend, str(error))
         if any(entry.status == "failed" for entry in (row.kernel, *row.rivals.values())):
             try:
                 worker.call(device_answers, limit_s=60)
@@ -67,7 +67,7 @@ def print_header(facts: dict[str, Any], backend: str, effort: Effort) -> None:
     print("Ratio: times as fast as the fastest rival of the goal; more is better.\n")
 
 
-def print_row(row: Row) -> None:
+def print_row(row: CaseRow) -> None:
     """A case: one line, and one for each contestant."""
     goal = ""
     if row.goal is not None:
@@ -90,7 +90,7 @@ def _told(entry: Entry, allowance: float) -> str:
     return told if entry.status == "ok" else f"{told}  {entry.status}: {entry.reason}"
 
 
-def print_summary(rows: list[Row]) -> None:
+def print_summary(rows: list[CaseRow]) -> None:
     """The table: one line a case."""
     print(f"\n{'case':<72}{'us':>10}{'rival us':>10}{'ratio':>7}{'ship':>6}{'aim':>6}{'stretch':>8}  verdict")
     for row in rows:
@@ -107,7 +107,7 @@ def print_summary(rows: list[Row]) -> None:
         print(f"{row.name:<72}{cells}  {row.verdict or (row.kernel.status if row.kernel.status != 'ok' else '-')}")
 
 
-def report(facts: dict[str, Any], effort: Effort, rows: list[Row], *, complete: bool) -> dict[str, Any]:
+def report(facts: dict[str, Any], effort: Effort, rows: list[CaseRow], *, complete: bool) -> dict[str, Any]:
     """What `--json` writes; the same keys whatever happened."""
     return {
         "format": 1,
@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
         if not cases:
             parser.error(f"--match {options.match!r} leaves no case")
         print_header(facts, backend, effort)
-        rows: list[Row] = []
+        rows: list[CaseRow] = []
         for row in run(cases, backend, effort, worker, budget_s=options.budget, case_s=120):
             rows.append(row)
             print_row(row)

@@ -13,12 +13,13 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import ModuleType
-from typing import Any, Literal, assert_never
+from typing import Any, assert_never
 
 import jax
 
 from kernels_pallas.attention import cudnn, gpu, tpu, xla
 from kernels_pallas.attention.problem import AttentionBlocks, AttentionProblem
+from kernels_pallas.decision import Blocks, Plan, Problem, is_faster, load_table, lookup, meets
 from kernels_pallas.glu import gpu as glu_gpu
 from kernels_pallas.glu import tpu as glu_tpu
 from kernels_pallas.glu import xla as glu_xla
@@ -27,10 +28,7 @@ from kernels_pallas.grouped import loop as grouped_loop
 from kernels_pallas.grouped import tpu as grouped_tpu
 from kernels_pallas.grouped import xla as grouped_xla
 from kernels_pallas.grouped.problem import GroupedBlocks, GroupedProblem
-from kernels_pallas.plan import Blocks, Plan, Problem, is_faster, load_table, lookup, meets
 from kernels_pallas.targets import Family, Target, assume, current_target, named
-
-Backend = Literal["auto", "xla", "loop", "tpu", "gpu", "cudnn"]
 
 ATTENTION: Mapping[str, ModuleType] = {"tpu": tpu, "gpu": gpu, "cudnn": cudnn, "xla": xla}
 GLU: Mapping[str, ModuleType] = {"tpu": glu_tpu, "gpu": glu_gpu, "xla": glu_xla}

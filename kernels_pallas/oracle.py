@@ -68,7 +68,7 @@ def t5_bucket(distance: int, n: int, max_distance: int, bidirectional: bool) -> 
     return first + exact + max(reached)
 
 
-class Attention(NamedTuple):
+class AttentionAnswer(NamedTuple):
     """Output, logsumexp, and the gradients for the cotangents d_out and d_lse."""
 
     out: Array  # [B, T, N, Hv]
@@ -97,7 +97,7 @@ def attention(
     bias_table: Any = None,
     bucket_rule: tuple[int, bool] = (128, False),
     sinks: Any = None,
-) -> Attention:
+) -> AttentionAnswer:
     """softmax(scores) v, where scores = cap(scale * q k^T) - slope * |distance| + table[bucket(distance)].
 
     The gradients are those of sum(out * d_out) + sum(lse * d_lse). With P the weights, they follow from
@@ -174,7 +174,7 @@ def attention(
         d_table = np.stack([np.where(buckets[:, None] == z, ds, 0).sum((0, 2, 3)) for z in range(table.shape[1])], 1)
     if sinks is not None:
         d_sinks = -(np.exp(sink - lse) * inner).sum((0, 2))  # the sink's value is 0, and so is its dP
-    return Attention(out, lse, dq, dk, dv, d_table, d_sinks)
+    return AttentionAnswer(out, lse, dq, dk, dv, d_table, d_sinks)
 
 
 _erf = np.vectorize(math.erf, otypes=[float])

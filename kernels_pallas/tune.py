@@ -25,18 +25,18 @@ from typing import Any
 
 import jax
 
-from kernels_pallas import dispatch, plan
+from kernels_pallas import decision, dispatch
 from kernels_pallas.attention.problem import AttentionBlocks
 from kernels_pallas.glu.problem import GluBlocks
 from kernels_pallas.grouped.problem import GroupedBlocks
 from kernels_pallas.measuring.cases import AttentionCase, Case, GluCase, GroupedCase
-from kernels_pallas.measuring.contest import Effort, Row, measure
+from kernels_pallas.measuring.contest import CaseRow, Effort, measure
 from kernels_pallas.measuring.isolate import Worker, WorkerError, one_line
 from kernels_pallas.measuring.shapes import attention_cases, tiny
 from kernels_pallas.measuring.timing import Call, machine
 from kernels_pallas.targets import Family, Target, assume, named, target_of
 
-Blocks = AttentionBlocks | GluBlocks
+TunedBlocks = AttentionBlocks | GluBlocks
 
 _BODIES = {Family.GPU: "gpu", Family.TPU: "tpu", Family.CPU: "xla"}
 
@@ -67,16 +67,16 @@ class ShapeClass:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class JudgedBlocks:
     """Blocks, what they take on the chip by the body's model, and why they are out of the question, if they are."""
 
-    blocks: Blocks
+    blocks: TunedBlocks
     on_chip_bytes: int
     refused: str | None
 
 
 def shape_classes(op: str) -> list[ShapeClass]:
-    """The classes of an operation, the more special first, as `plan.lookup` takes the first row that fits."""
+    """The classes of an operation, the more special first, as `decision.lookup` takes the first row that fits."""
     base = attention_cases()[0]
     classes = []
     if op == "flash_attention":
@@ -106,7 +106,7 @@ def _attention_class(match: dict[str, Any], case: AttentionCase) -> ShapeClass:
     return ShapeClass("flash_attention", match, (case, replace(case, direction="backward")))
 
 
-def candidates(shape: ShapeClass, target: Target, *, backward: bool, start: Blocks) -> list[Candidate]:
+def candidates(shape: ShapeClass, target: Target, *, backward: bool, start: TunedBlocks) -> list[JudgedBlocks]:
     """`start`, and every choice of its forward or backward fields, judged without a device."""
     fields = _fields(shape, target, backward)
     tried = [start]
@@ -123,36 +123,36 @@ def _fields(shape: ShapeClass, target: Target, backward: bool) -> dict[str, tupl
     return {field.name: named_so[field.name] for field in fields_of(kind) if field.name in named_so}
 
 
-def _judged(shape: ShapeClass, target: Target, blocks: Blocks, backward: bool) -> Candidate:
+def _judged(shape: ShapeClass, target: Target, blocks: TunedBlocks, backward: bool) -> JudgedBlocks:
     body = (dispatch.ATTENTION if isinstance(blocks, AttentionBlocks) else dispatch.GLU)[_BODIES[target.family]]
     # The model gives the larger of both passes: the other one is made small, so that this one's is seen.
     least = {name: min(sizes) for name, sizes in _fields(shape, target, not backward).items()}
     used = body.on_chip_bytes(_plan(shape, target).problem, replace(blocks, **least))  # type: ignore[arg-type]
     limit = target.kernel_bytes
     if used > limit > 0:
-        return Candidate(blocks, used, f"needs {used} bytes, and the chip has {limit}")
+        return JudgedBlocks(blocks, used, f"needs {used} bytes, and the chip has {limit}")
     call = _trial(shape, target, blocks)
     try:
         with assume(target):
             jax.eval_shape(call.function, *call.operands)
     except Exception as error:  # one that breaks while traced is reported like one that refuses
-        return Candidate(blocks, used, one_line(error))
-    return Candidate(blocks, used, None)
+        return JudgedBlocks(blocks, used, one_line(error))
+    return JudgedBlocks(blocks, used, None)
 
 
-def _plan(shape: ShapeClass, target: Target) -> plan.Plan:
+def _plan(shape: ShapeClass, target: Target) -> decision.Plan:
     """What the class runs as, with the blocks that it has today."""
     call = _trial(shape, target, None)
     return dispatch.explain(call.function, *call.operands, target=target)
 
 
-def _todays_blocks(shape: ShapeClass, target: Target) -> Blocks | None:
+def _todays_blocks(shape: ShapeClass, target: Target) -> TunedBlocks | None:
     blocks = _plan(shape, target).blocks
     assert not isinstance(blocks, GroupedBlocks)  # grouped products are not tuned
     return blocks
 
 
-def _trial(shape: ShapeClass, target: Target, blocks: Blocks | None) -> Call:
+def _trial(shape: ShapeClass, target: Target, blocks: TunedBlocks | None) -> Call:
     case = shape.cases[1]
     assert not isinstance(case, GroupedCase)
     return case.trial(jax.eval_shape(case.arrays), _BODIES[target.family], blocks)  # type: ignore[arg-type]
@@ -165,7 +165,7 @@ def tune(shape: ShapeClass, target: Target, worker: Worker, effort: Effort) -> t
         return None, f"the {_BODIES[target.family]} body has no blocks to choose"
     best = start
     for case, backward in zip(shape.cases, (False, True), strict=True):
-        timed: list[tuple[float, Blocks]] = []
+        timed: list[tuple[float, TunedBlocks]] = []
         for candidate in candidates(shape, target, backward=backward, start=best):
             if candidate.refused is None:
                 row = attempt(worker, case, target, effort, candidate.blocks, alone=True)
@@ -181,17 +181,21 @@ def tune(shape: ShapeClass, target: Target, worker: Worker, effort: Effort) -> t
     return _record(shape, target, best, rows)
 
 
-def attempt(worker: Worker, case: Case, target: Target, effort: Effort, blocks: Blocks, *, alone: bool = False) -> Row:
-    """`measure` in the worker; whatever happens there, a Row comes back."""
+def attempt(
+    worker: Worker, case: Case, target: Target, effort: Effort, blocks: TunedBlocks, *, alone: bool = False
+) -> CaseRow:
+    """`measure` in the worker; whatever happens there, a CaseRow comes back."""
     call = functools.partial(measure, case, _BODIES[target.family], effort, blocks, alone=alone)
     try:
         return worker.call(call, limit_s=120)
     except WorkerError as error:
         worker.stop()
-        return Row.lost(case, _BODIES[target.family], str(error))
+        return CaseRow.lost(case, _BODIES[target.family], str(error))
 
 
-def _record(shape: ShapeClass, target: Target, blocks: Blocks, rows: list[Row]) -> tuple[dict[str, Any] | None, str]:
+def _record(
+    shape: ShapeClass, target: Target, blocks: TunedBlocks, rows: list[CaseRow]
+) -> tuple[dict[str, Any] | None, str]:
     def total(of: Any) -> float | None:
         """Of a train step: a GLU's second case has both passes, attention's only the backward pass."""
         parts = [of(row) for row in (rows if shape.op == "flash_attention" else rows[1:])]
@@ -233,7 +237,7 @@ def updated(table: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
     return {**table, "rows": sorted(rows, key=order)}
 
 
-def _sizes(blocks: Blocks) -> str:
+def _sizes(blocks: TunedBlocks) -> str:
     return " ".join(f"{name}={size}" for name, size in asdict(blocks).items())
 
 
@@ -290,7 +294,7 @@ def main(argv: list[str] | None = None) -> None:
             parser.error("--chip is for --dry-run; blocks are timed on the chip at hand")
         if target.family is Family.CPU and options.table is None:
             parser.error("a CPU's times do not belong into the package; give --table FILE, or --dry-run --chip CHIP")
-        path = options.table or plan.TUNING / f"{target.name}.json"
+        path = options.table or decision.TUNING / f"{target.name}.json"
         table: dict[str, Any] = (
             json.loads(path.read_text()) if path.exists() else {"chip": target.name, "auto": {}, "rows": []}
         )

@@ -23,7 +23,7 @@ in), in windows of its train.seq_len. Exit code 2: one line says what was wrong.
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class EvaluateOptions:
     """What to measure, and on how much."""
 
     run: Annotated[str, tyro.conf.arg(metavar="RUN_DIR")]
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     Raises:
         UserError: the run folder, the checkpoint, the data or an option does not fit.
     """
-    options = parse(Options, argv, prog="python -m maxlm.evaluate", description=_DESCRIPTION, flags=True)
+    options = parse(EvaluateOptions, argv, prog="python -m maxlm.evaluate", description=_DESCRIPTION, flags=True)
     for key in ("batches", "batch_size"):
         value = getattr(options, key)
         if value is not None and value < 1:

@@ -16,7 +16,7 @@ from maxlm.config import SamplingConfig, ShardingConfig
 from maxlm.config.cli import parse, run_command
 
 if TYPE_CHECKING:
-    from maxlm.inference.generate import Generation
+    from maxlm.inference.generator import Generation
 
 _DESCRIPTION = """Continue a text with a trained model.
 
@@ -25,7 +25,7 @@ after max_new_tokens. Exit code 2: one line says what was wrong."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class GenerateOptions:
     """What to continue, with which model, and how."""
 
     run: Annotated[str, tyro.conf.arg(metavar="RUN_DIR")]
@@ -52,10 +52,10 @@ def main(argv: list[str]) -> None:
     Raises:
         UserError: the run folder, the checkpoint or an option does not fit.
     """
-    options = parse(Options, argv, prog="python -m maxlm.generate", description=_DESCRIPTION, flags=True)
+    options = parse(GenerateOptions, argv, prog="python -m maxlm.generate", description=_DESCRIPTION, flags=True)
 
     from maxlm.compile_cache import enable_compilation_cache  # these import jax: --help stays instant
-    from maxlm.inference.generate import Generator
+    from maxlm.inference.generator import Generator
     from maxlm.inference.load import load_run
 
     enable_compilation_cache()

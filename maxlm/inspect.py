@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from maxlm.checkpoint import manifest, steps
+from maxlm.checkpoint import manifest, retention
 from maxlm.config.cli import parse, run_command
 from maxlm.config.errors import UserError
 
@@ -24,7 +24,7 @@ damaged, or there is none to hash; 2: the question was wrong (no such folder, no
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class InspectOptions:
     """What to look at, and how closely."""
 
     run_dir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_DIR")]
@@ -41,7 +41,7 @@ class Options:
     """Show tracebacks."""
 
 
-class Status(enum.Enum):
+class StepStatus(enum.Enum):
     """What is known of a step."""
 
     FINISHED = "finished"
@@ -53,11 +53,11 @@ class Status(enum.Enum):
 
 
 @dataclass(kw_only=True)
-class Entry:
+class InspectedStep:
     """One step as it is listed."""
 
     step: int
-    status: Status
+    status: StepStatus
     manifest: manifest.Manifest | None = None
     """None if it has none that can be read."""
     kept: str | None = None
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
     Raises:
         UserError: the folder, its checkpoints or the step do not exist.
     """
-    options = parse(Options, argv, prog="python -m maxlm.inspect", description=_DESCRIPTION, flags=True)
+    options = parse(InspectOptions, argv, prog="python -m maxlm.inspect", description=_DESCRIPTION, flags=True)
     folder = Path(options.run_dir) / "checkpoints"
     everything = _entries(folder)
     entries = [entry for entry in everything if options.step in (None, entry.step)]
@@ -83,65 +83,70 @@ def main(argv: list[str]) -> int:
     report: dict[str, Any] = {
         "run_dir": options.run_dir,
         "steps": [],
-        "set_aside": [path.name for path in steps.set_aside(folder)],
+        "set_aside": [path.name for path in retention.set_aside(folder)],
     }
     if options.hash:
         report["hash_step"] = step = _newest_intact(folder, entries)
         report["hash"] = None if step is None else _hash(folder, step)
     report["steps"] = [_json(entry) for entry in entries]
-    report["latest"] = max((e.step for e in everything if e.status in (Status.FINISHED, Status.OK)), default=None)
+    report["latest"] = max(
+        (e.step for e in everything if e.status in (StepStatus.FINISHED, StepStatus.OK)), default=None
+    )
     if options.json:
         print(json.dumps(report, indent=1))
     else:
         _print_table(entries)
         for line in _remarks(entries, report):
             print(line)
-    damaged = any(entry.status is Status.DAMAGED for entry in entries)
+    damaged = any(entry.status is StepStatus.DAMAGED for entry in entries)
     return 1 if damaged or (options.hash and report["hash"] is None) else 0
 
 
-def _entries(folder: Path) -> list[Entry]:
+def _entries(folder: Path) -> list[InspectedStep]:
     if not folder.parent.is_dir():
         raise UserError(f"RUN_DIR = {folder.parent}: no such folder; name the run_dir of a run")
-    entries = [Entry(step=steps.number(path), status=Status.UNFINISHED) for path in steps.unfinished(folder)]
-    entries += [_finished(folder, step) for step in steps.finished(folder)]
+    entries = [
+        InspectedStep(step=retention.number(path), status=StepStatus.UNFINISHED)
+        for path in retention.unfinished(folder)
+    ]
+    entries += [_finished(folder, step) for step in retention.finished(folder)]
     if not entries:
         raise UserError(f"{folder}: no checkpoints; is {folder.parent} the run_dir of a run that has saved?")
     entries.sort(key=lambda entry: entry.step)
     if readable := [entry for entry in entries if entry.manifest]:
         rule = readable[-1].manifest
         assert rule is not None
-        reasons = steps.kept([e.step for e in readable], keep_last=rule.keep_last, keep_every=rule.keep_every)
+        reasons = retention.kept([e.step for e in readable], keep_last=rule.keep_last, keep_every=rule.keep_every)
         for entry in readable:
             entry.kept = reasons.get(entry.step, "until the next save")
     return entries
 
 
-def _finished(folder: Path, step: int) -> Entry:
+def _finished(folder: Path, step: int) -> InspectedStep:
     try:
-        return Entry(step=step, status=Status.FINISHED, manifest=manifest.load(folder / str(step)))
+        return InspectedStep(step=step, status=StepStatus.FINISHED, manifest=manifest.load(folder / str(step)))
     except manifest.ManifestError as error:
-        return Entry(step=step, status=Status.DAMAGED, problems=[f"{manifest.NAME}: {error}"])
+        return InspectedStep(step=step, status=StepStatus.DAMAGED, problems=[f"{manifest.NAME}: {error}"])
     except FileNotFoundError:  # the run is deleting it right now
-        return Entry(step=step, status=Status.UNFINISHED)
+        return InspectedStep(step=step, status=StepStatus.UNFINISHED)
 
 
-def _verify(folder: Path, entry: Entry) -> None:
+def _verify(folder: Path, entry: InspectedStep) -> None:
     """Read the files of a step that has a readable manifest."""
-    if entry.status is not Status.FINISHED:
+    if entry.status is not StepStatus.FINISHED:
         return
     path = folder / str(entry.step)
     with contextlib.suppress(FileNotFoundError):
         entry.problems = [str(problem) for problem in manifest.verify(path, entry.step)]
-    entry.status = Status.DAMAGED if entry.problems else Status.OK
+    entry.status = StepStatus.DAMAGED if entry.problems else StepStatus.OK
     if not (path / manifest.NAME).exists():  # the run deleted it meanwhile
-        entry.status, entry.problems = Status.UNFINISHED, []
+        entry.status, entry.problems = StepStatus.UNFINISHED, []
 
 
-def _newest_intact(folder: Path, entries: list[Entry]) -> int | None:
+def _newest_intact(folder: Path, entries: list[InspectedStep]) -> int | None:
     for entry in reversed(entries):
         _verify(folder, entry)
-        if entry.status is Status.OK:
+        if entry.status is StepStatus.OK:
             return entry.step
     return None
 
@@ -153,7 +158,7 @@ def _hash(folder: Path, step: int) -> str:
     return state_hash(folder, step)
 
 
-def _json(entry: Entry) -> dict[str, Any]:
+def _json(entry: InspectedStep) -> dict[str, Any]:
     found = entry.manifest
     return {
         "step": entry.step,
@@ -166,7 +171,7 @@ def _json(entry: Entry) -> dict[str, Any]:
     }
 
 
-def _print_table(entries: list[Entry]) -> None:
+def _print_table(entries: list[InspectedStep]) -> None:
     from rich import box  # imported where a table is drawn: --help stays instant
     from rich.console import Console
     from rich.table import Table
@@ -185,15 +190,15 @@ def _print_table(entries: list[Entry]) -> None:
     Console().print(table)
 
 
-def _remarks(entries: list[Entry], report: dict[str, Any]) -> Iterator[str]:
+def _remarks(entries: list[InspectedStep], report: dict[str, Any]) -> Iterator[str]:
     for entry in entries:
         for problem in entry.problems:
             yield f"step {entry.step} is damaged: {problem}"
-        if entry.status is Status.UNFINISHED:
+        if entry.status is StepStatus.UNFINISHED:
             yield f"step {entry.step} is unfinished: being written, or left by a run that was stopped; never restored"
     for name in report["set_aside"]:
         yield f"{name}: set aside by a run that did not continue from it; delete it once you no longer want it"
-    if any(entry.status is Status.FINISHED for entry in entries):
+    if any(entry.status is StepStatus.FINISHED for entry in entries):
         yield "finished: has its manifest; the files were not compared with it (--verify does)"
     if "hash" in report:
         known = f"state hash of step {report['hash_step']}: {report['hash']}"

@@ -31,7 +31,7 @@ Start `python -m maxlm.train --config FILE [overrides]` somewhere. docs/launch.m
 """
 
 
-def parse(argv: Sequence[str]) -> tuple[Launch, bool]:
+def parse_launch(argv: Sequence[str]) -> tuple[Launch, bool]:
     """Read `--target TARGET --config FILE [--print] [options of the target] [overrides]`; also whether to print only.
 
     Raises:
@@ -71,7 +71,7 @@ def parse(argv: Sequence[str]) -> tuple[Launch, bool]:
 
 def main(argv: list[str]) -> int:
     """The command line."""
-    launch, only_print = parse(argv)
+    launch, only_print = parse_launch(argv)
     check(launch)
     if only_print:
         print(render(launch), end="")

@@ -28,7 +28,7 @@ from maxlm.data.prepare import ensure_prepared
 from maxlm.data.shards import Split
 from maxlm.data.tokenizers import Tokenizer
 from maxlm.evaluation.perplexity import HeldOut, held_out
-from maxlm.inference.generate import Generator
+from maxlm.inference.generator import Generator
 from maxlm.inference.load import LoadedRun
 from maxlm.observe.console import Console
 from maxlm.observe.kernel_choices import KernelChoices

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from maxlm.config import RunConfig
-from maxlm.config.cli import describe, parse_run, run_command
+from maxlm.config.cli import describe_config, parse_run, run_command
 
 if TYPE_CHECKING:
     from maxlm.pretrain import Result
@@ -33,7 +33,7 @@ def command(argv: list[str]) -> int:
     """The command line."""
     asked = parse_run(argv, prog="python -m maxlm.train", description="Train a language model.")
     if asked.print_config:
-        print(describe(asked.config, asked.file_config))
+        print(describe_config(asked.config, asked.file_config))
         return 0
     return EXIT_INTERRUPTED if main(asked.config).interrupted else 0
 

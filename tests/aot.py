@@ -30,9 +30,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from maxlm.plan import targets
+from maxlm.plan import machines
 from maxlm.plan.compiled import target_devices
-from maxlm.plan.targets import GpuTarget, TpuTarget
+from maxlm.plan.machines import GpuMachine, TpuMachine
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,16 +40,16 @@ ROOT = Path(__file__).parent.parent
 _DEFAULT_VMEM = {"tpu_v5e": 16 << 20, "tpu_v5p": 16 << 20, "tpu_v6e": 32 << 20, "tpu_7x": 32 << 20}
 
 # Of the chips that our kernels are compiled for: our kernels' name -> the smallest machine, or a host of GPUs.
-_TARGETS: dict[str, TpuTarget | GpuTarget] = {
-    "tpu_v5e": TpuTarget("v5e", "2x2"),
-    "tpu_v5p": TpuTarget("v5p", "2x2x1"),
-    "tpu_v6e": TpuTarget("v6e", "2x2"),
-    "tpu_7x": TpuTarget("7x", "2x2x1"),
-    "h100": GpuTarget("h100", 1, 8),
-    "h200": GpuTarget("h200", 1, 8),
+_TARGETS: dict[str, TpuMachine | GpuMachine] = {
+    "tpu_v5e": TpuMachine("v5e", "2x2"),
+    "tpu_v5p": TpuMachine("v5p", "2x2x1"),
+    "tpu_v6e": TpuMachine("v6e", "2x2"),
+    "tpu_7x": TpuMachine("7x", "2x2x1"),
+    "h100": GpuMachine("h100", 1, 8),
+    "h200": GpuMachine("h200", 1, 8),
 }
-TPUS = tuple(name for name, target in _TARGETS.items() if isinstance(target, TpuTarget))
-GPUS = tuple(name for name, target in _TARGETS.items() if isinstance(target, GpuTarget))
+TPUS = tuple(name for name, target in _TARGETS.items() if isinstance(target, TpuMachine))
+GPUS = tuple(name for name, target in _TARGETS.items() if isinstance(target, GpuMachine))
 CHIPS = (*TPUS, *GPUS)
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
@@ -118,12 +118,12 @@ def sharded(
 def devices(chip: str, count: int = 8) -> Sequence[Any]:
     """The smallest TPU machine, or one of `count` GPUs; for programs that are compiled and never run."""
     target = _TARGETS[chip]
-    return target_devices(target if isinstance(target, TpuTarget) else GpuTarget(chip, 1, count))
+    return target_devices(target if isinstance(target, TpuMachine) else GpuMachine(chip, 1, count))
 
 
 def require_compiler(chip: str) -> None:
     """Skip the test where the chip's compiler is not installed; fail if MAXLM_REQUIRE_COMPILERS=1."""
-    if (reason := targets.missing_compiler(_TARGETS[chip])) is not None:
+    if (reason := machines.missing_compiler(_TARGETS[chip])) is not None:
         if os.environ.get("MAXLM_REQUIRE_COMPILERS") == "1":
             pytest.fail(reason)
         pytest.skip(reason)
@@ -135,11 +135,11 @@ def compile_all(chip: str, module: str, names: Iterable[str]) -> dict[str, Repor
     Raises:
         AssertionError: the process died; with the last lines it wrote.
     """
-    paths = [str(Path(__file__).parent), str(ROOT), os.environ.get("PYTHONPATH", ""), str(targets.COMPILERS)]
+    paths = [str(Path(__file__).parent), str(ROOT), os.environ.get("PYTHONPATH", ""), str(machines.COMPILERS)]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "MOSAIC_GPU_DUMP_PTXAS": "1",
-        **targets.environment(_TARGETS[chip]),
+        **machines.environment(_TARGETS[chip]),
     }
     command = [sys.executable, "-c", "import aot; aot.child()", chip, module, *names]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900)
@@ -249,4 +249,4 @@ def _spills(log: str) -> dict[str, int]:
 
 
 if __name__ == "__main__":  # make compilers
-    print("\n".join(targets.requirements("tpu") + targets.requirements("gpu")))
+    print("\n".join(machines.requirements("tpu") + machines.requirements("gpu")))

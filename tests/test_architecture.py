@@ -7,6 +7,7 @@ import functools
 import graphlib
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -25,14 +26,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"config", "sharding"},
     "hardware": {"config"},
     "observe": {"config", "hardware"},
-    "training": {"config", "sharding", "models", "checkpoint"},
+    "training": {"config", "sharding", "models", "checkpoint", "observe"},
     "plan": {"config", "hardware", "sharding", "models", "training", "observe"},
     "inference": {"config", "sharding", "models", "checkpoint", "data"},
-    "evaluation": {"config", "sharding", "models", "data", "training", "inference"},
+    "evaluation": {"config", "observe", "data", "inference"},
+    "launching": {"config", "hardware"},
     "processes": {"config"},
     "compile_cache": set(),
 }
-"""Room -> the rooms it may import. The table of docs/design.md."""
+"""Room -> the rooms it may import: the table of docs/design.md."""
 
 COMMANDS = {
     f"maxlm/{name}.py"
@@ -42,6 +44,33 @@ COMMANDS = {
 
 LOOP = "maxlm/pretrain.py"
 """The training loop ties the rooms together; only commands import it."""
+
+LAZY = {
+    "maxlm/data/sources.py": {"datasets", "pyarrow", "zstandard"},  # the extra `hub`: only who reads such files has it
+    "maxlm/observe/plots.py": {"matplotlib"},  # the extra `viz`
+    "maxlm/plan/picture.py": {"matplotlib"},
+    "maxlm/observe/writers.py": {"wandb"},  # who logs to it installs it
+    "maxlm/inspect.py": {"rich"},  # a listing as JSON starts without it
+}
+"""Every other package is imported at the top of a file."""
+
+SAME_NAME: dict[str, str] = {
+    "Batch": "arrays of a window on the host, and the global arrays that they become",
+    "StepMetrics": "figures on the device, and the row that they become",
+}
+"""Public classes and types of which there are two, and why."""
+
+SAME_FILE: dict[str, str] = {
+    "api.py": "each operation of the kernels",
+    "problem.py": "each operation of the kernels",
+    "xla.py": "a body of each operation",
+    "tpu.py": "a body of each operation",
+    "gpu.py": "a body of each operation",
+    "attention.py": "the layer, and under models/ops/ its way over the mesh",
+    "sampling.py": "the settings, and what follows them",
+    "sharding.py": "the settings, and what follows them",
+}
+"""Files whose name stands in several folders, and why; `__init__.py` and `__main__.py` are Python's own."""
 
 FORBIDDEN_MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
 FORBIDDEN_CALLS = {"eval", "exec", "yaml.load", "torch.load", "os.system", "os.popen", "jnp.load"}
@@ -64,6 +93,11 @@ def product() -> list[str]:
     """Every Python file of the two packages, relative to the root."""
     files = [*(ROOT / "maxlm").rglob("*.py"), *(ROOT / KERNELS).rglob("*.py")]
     return sorted(str(file.relative_to(ROOT)) for file in files)
+
+
+def folders() -> list[str]:
+    """Every folder of the two packages that has Python files."""
+    return sorted({str(Path(file).parent) for file in product()})
 
 
 @functools.cache
@@ -140,6 +174,18 @@ def test_imports_go_down_the_table() -> None:
     assert not wrong
 
 
+def table_of_the_design() -> dict[str, set[str]]:
+    """Room -> what its row of docs/design.md lets it import."""
+    rows = re.findall(
+        r"^\| `(?:maxlm/)?(\w+)(?:/|\.py)` \|.*\| ([\w, -]+) \|$", (ROOT / "docs/design.md").read_text(), re.M
+    )
+    return {name: set(rooms.replace("-", "").split(", ")) - {""} for name, rooms in rows}
+
+
+def test_the_table_is_that_of_the_design() -> None:
+    assert table_of_the_design() == MAY_IMPORT
+
+
 def test_modules_do_not_import_each_other_in_a_circle() -> None:
     graph: dict[str, set[str]] = {module_name(file): set() for file in product()}
     for found in own_imports():
@@ -150,6 +196,16 @@ def test_modules_do_not_import_each_other_in_a_circle() -> None:
 
 def test_only_commands_import_inside_functions() -> None:
     assert not [str(found) for found in own_imports() if found.in_function and found.file not in COMMANDS]
+
+
+def test_other_packages_are_imported_inside_functions_for_a_reason() -> None:
+    found: dict[str, set[str]] = {}
+    for file in product():
+        functions = (node for node in ast.walk(tree(file)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+        names = {name.split(".")[0] for f in functions for node in ast.walk(f) for name in imported_names(node)}
+        if late := names - sys.stdlib_module_names - {"maxlm", KERNELS}:
+            found[file] = late
+    assert found == LAZY
 
 
 def test_only_commands_import_the_training_loop() -> None:
@@ -223,9 +279,47 @@ def test_a_file_says_what_it_is_and_reads_in_one_sitting(file: str) -> None:
     assert text.count("\n") <= 500
 
 
-def test_readme_names_every_file():
-    """The tree in the README has each file of the product; families of configs may be named by a pattern."""
-    tree = (ROOT / "README.md").read_text().split("    maxlm/\n", 1)[1]
-    words = set(tree.replace("/", " ").split())
-    names = {path.name for room in ("maxlm", "kernels_pallas", "benchmarks") for path in (ROOT / room).rglob("*.py")}
-    assert not {name for name in names - {"__init__.py"} if name.removesuffix(",") not in {w.strip(",") for w in words}}
+def public_types(file: str) -> Iterator[str]:
+    """Classes of a file, and what it names like one: aliases of types."""
+    for node in tree(file).body:
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        names = [target.id for target in targets if isinstance(target, ast.Name)]
+        names += [node.name] if isinstance(node, ast.ClassDef) else []
+        yield from (name for name in names if re.fullmatch(r"[A-Z]\w*[a-z]\w*", name))
+
+
+def test_every_public_type_has_a_name_of_its_own() -> None:
+    count = Counter(name for file in product() for name in public_types(file))
+    assert count["RunConfig"] == count["Decoder"] == 1
+    assert {name for name, n in count.items() if n > 1} == set(SAME_NAME)
+
+
+def test_every_file_has_a_name_of_its_own() -> None:
+    count = Counter(Path(file).name for file in product())
+    assert {name for name, n in count.items() if n > 1} == {*SAME_FILE, "__init__.py", "__main__.py"}
+
+
+def listed(text: str, pattern: str) -> list[str]:
+    return re.findall(pattern, text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("folder", [*folders(), "benchmarks"])
+def test_a_room_lists_its_files(folder: str) -> None:
+    """Its docstring has a line `name.py: what it is` for each file, and for nothing else."""
+    docstring = ast.get_docstring(tree(f"{folder}/__init__.py"))
+    assert docstring is not None
+    files = {path.name for path in (ROOT / folder).glob("*.py")} - {"__init__.py"}
+    assert sorted(listed(docstring, r"^(\w+\.py): \S")) == sorted(files)
+
+
+def test_the_tree_lists_the_rooms() -> None:
+    """docs/tree.md has a line for each folder, in two levels, and the README leads there."""
+    text = (ROOT / "docs/tree.md").read_text()
+    top = [path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    inner = [Path(folder).relative_to(Path(folder).parts[0]).as_posix() for folder in folders() if "/" in folder]
+    known = {line.rstrip("/") for line in listed(text, r"^    ([\w/]+/)  +\S")}
+    assert known <= set(top) and {"maxlm", KERNELS, "configs", "tests", "docs", "launch", "benchmarks"} == known
+    assert sorted(listed(text, r"^      ([\w/]+)/  +\S")) == sorted(inner)
+    assert "docs/tree.md" in (ROOT / "README.md").read_text()

@@ -59,7 +59,7 @@ def arrays_of(problem: AttentionProblem, offsets: Any = 0) -> tuple[Operands, ja
     return operands, array(p.B, p.T, p.N, p.Hv)
 
 
-def right_answer(problem: AttentionProblem, words: Any, operands: Operands, d_out: jax.Array) -> oracle.Attention:
+def right_answer(problem: AttentionProblem, words: Any, operands: Operands, d_out: jax.Array) -> oracle.AttentionAnswer:
     q, k, v, cotangent = (np.asarray(x.astype(jnp.float32)) for x in (*operands[:3], d_out))
     return oracle.attention(
         q,
@@ -80,7 +80,7 @@ def run(
     problem: AttentionProblem,
     operands: Operands,
     d_out: jax.Array,
-    right: oracle.Attention,
+    right: oracle.AttentionAnswer,
     interpret: Any = True,
     **blocks: int,
 ) -> list[np.ndarray]:
@@ -93,7 +93,7 @@ def run(
     return [np.asarray(x.astype(jnp.float32)) for x in (dq, dk, dv)]
 
 
-def check(problem: AttentionProblem, got: list[np.ndarray], right: oracle.Attention) -> None:
+def check(problem: AttentionProblem, got: list[np.ndarray], right: oracle.AttentionAnswer) -> None:
     for name, mine in zip(("dq", "dk", "dv"), got, strict=True):
         reference = getattr(right, name)
         assert mine.shape == reference.shape

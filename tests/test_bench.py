@@ -21,7 +21,7 @@ import pytest
 from kernels_pallas import bench, oracle
 from kernels_pallas.measuring import cases
 from kernels_pallas.measuring.cases import AttentionCase, Case, GluCase, Goal, GroupedCase
-from kernels_pallas.measuring.contest import Effort, Entry, Row, measure
+from kernels_pallas.measuring.contest import CaseRow, Effort, Entry, measure
 from kernels_pallas.measuring.isolate import Worker, WorkerError
 from kernels_pallas.measuring.shapes import attention_cases, glu_cases, quick_cases, tiny
 from kernels_pallas.measuring.timing import Call, compare
@@ -60,7 +60,7 @@ def test_the_command_on_a_cpu(tmp_path: Path) -> None:
     assert set(report["method"]) >= {"warmups", "samples", "flush_bytes", "ceilings"}
     assert [case["name"] for case in report["cases"]] == [PACKED.name, PACKED_BACKWARD.name]
     for case in report["cases"]:
-        assert set(case) == {field.name for field in dataclasses.fields(Row)}
+        assert set(case) == {field.name for field in dataclasses.fields(CaseRow)}
         assert case["kernel"]["status"] == "ok"
         assert set(case["rivals"]) == {"cudnn", "xla"}
         assert case["rivals"]["cudnn"]["status"] == "refused" and "cuDNN" in case["rivals"]["cudnn"]["reason"]
@@ -249,7 +249,7 @@ class Scripted:
 
 
 def test_a_lost_case_loses_no_other() -> None:
-    good = Row(name=GLU.name, op="fused_glu", backend="gpu", kernel=Entry(status="ok"), rivals={})
+    good = CaseRow(name=GLU.name, op="fused_glu", backend="gpu", kernel=Entry(status="ok"), rivals={})
     worker = Scripted(WorkerError("no answer within 120 s"), WorkerError("poisoned"), good)
     rows = list(bench.run([ATTENTION, GLU], "gpu", QUICK, worker, budget_s=60, case_s=120))
     assert [row.kernel.status for row in rows] == ["failed", "ok"]

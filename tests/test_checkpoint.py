@@ -24,7 +24,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from maxlm.checkpoint import manifest, steps
+from maxlm.checkpoint import manifest, retention
 from maxlm.checkpoint.checkpointer import Checkpointer, Restored
 from maxlm.checkpoint.lock import lock_run
 from maxlm.checkpoint.state_hash import state_hash
@@ -344,7 +344,7 @@ def test_a_refused_step_is_set_aside_even_if_the_next_save_passes_it(run: Run) -
     run.assert_restores(2)
     run.save(5)
     assert run.checkpointer.steps() == [1, 2, 5]  # 3 does not count as one of the three to keep
-    assert [path.name for path in steps.set_aside(run.folder)] == ["3.set-aside"]
+    assert [path.name for path in retention.set_aside(run.folder)] == ["3.set-aside"]
 
 
 def test_saving_the_same_step_again_writes_nothing(run: Run) -> None:
@@ -569,8 +569,8 @@ def test_two_processes(tmp_path: Path) -> None:
         assert (result["step"], result["meta"], result["right"]) == (2, {"data": {"position": 2}}, True)
     assert "3: checkpoint refused: meta/metadata" in first["warnings"][0] and second["warnings"] == []
     assert "are all damaged" in first["refused"] and "process 0 found no checkpoint" in second["refused"]
-    assert steps.finished(tmp_path / "run") == [1, 2, 4]
-    assert [path.name for path in steps.set_aside(tmp_path / "run")] == ["3.set-aside"]
+    assert retention.finished(tmp_path / "run") == [1, 2, 4]
+    assert [path.name for path in retention.set_aside(tmp_path / "run")] == ["3.set-aside"]
 
 
 if __name__ == "__main__":

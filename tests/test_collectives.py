@@ -24,11 +24,11 @@ from test_layouts import LAYOUTS
 
 from maxlm.config import UserError
 from maxlm.plan.audit import forbidden
-from maxlm.plan.collectives import UNKNOWN, Collective, Kind, collectives, summed
+from maxlm.plan.collectives import UNKNOWN, Collective, CollectiveKind, collectives, summed
 from maxlm.plan.compiled import CompiledStep, Memory, compile_step
 from maxlm.plan.compiled_report import print_compiled
 from maxlm.plan.hlo import Runs
-from maxlm.plan.targets import CpuTarget, GpuTarget, TpuTarget, memory_limit, parse_target, requirements
+from maxlm.plan.machines import CpuMachine, GpuMachine, TpuMachine, memory_limit, parse_machine, requirements
 from maxlm.sharding import make_layout
 
 HLO = Path(__file__).parent / "hlo"
@@ -55,11 +55,11 @@ def test_chains_of_permutes_in_nested_loops_without_trip_counts():
     found = collectives((HLO / "tpu_windowed.txt").read_text(), mesh_shape(fsdp=32))
     shard = D // 32 * F * BFLOAT16
     assert figures(found) == {
-        (Kind.PERMUTE, ("fsdp",), shard, True): 2 * LAYERS * 32,
-        (Kind.ALL_GATHER, ("fsdp",), D * F * BFLOAT16, False): LAYERS,
-        (Kind.ALL_REDUCE, ("fsdp",), V * D * FLOAT32, False): 1,
+        (CollectiveKind.PERMUTE, ("fsdp",), shard, True): 2 * LAYERS * 32,
+        (CollectiveKind.ALL_GATHER, ("fsdp",), D * F * BFLOAT16, False): LAYERS,
+        (CollectiveKind.ALL_REDUCE, ("fsdp",), V * D * FLOAT32, False): 1,
     }
-    permutes = sum(one.sent for one in found if one.kind is Kind.PERMUTE)
+    permutes = sum(one.sent for one in found if one.kind is CollectiveKind.PERMUTE)
     assert permutes == 2 * LAYERS * 32 * shard
 
 
@@ -68,12 +68,17 @@ def test_fused_scatters_and_combined_sums():
     found = collectives((HLO / "tpu_scatter.txt").read_text(), mesh_shape(data=2, fsdp=32))
     layer = 4 * D * D + 3 * D * F
     assert figures(found) == {
-        (Kind.REDUCE_SCATTER, ("fsdp",), D * F * BFLOAT16, False): LAYERS,  # a fusion of all-reduce and slice
-        (Kind.ALL_REDUCE, ("fsdp",), (D * D + F * D) * BFLOAT16, False): LAYERS,  # o_proj and down_proj as one
-        (Kind.ALL_REDUCE, ("data",), layer // 32 * BFLOAT16, False): LAYERS,
-        (Kind.ALL_REDUCE, ("data",), V * D // 32 * BFLOAT16, False): 1,
-        (Kind.ALL_GATHER, ("fsdp",), D * F * BFLOAT16, False): LAYERS,
-        (Kind.ALL_GATHER, ("fsdp",), V * D * BFLOAT16, False): 1,
+        (CollectiveKind.REDUCE_SCATTER, ("fsdp",), D * F * BFLOAT16, False): LAYERS,  # a fusion of all-reduce and slice
+        (
+            CollectiveKind.ALL_REDUCE,
+            ("fsdp",),
+            (D * D + F * D) * BFLOAT16,
+            False,
+        ): LAYERS,  # o_proj and down_proj as one
+        (CollectiveKind.ALL_REDUCE, ("data",), layer // 32 * BFLOAT16, False): LAYERS,
+        (CollectiveKind.ALL_REDUCE, ("data",), V * D // 32 * BFLOAT16, False): 1,
+        (CollectiveKind.ALL_GATHER, ("fsdp",), D * F * BFLOAT16, False): LAYERS,
+        (CollectiveKind.ALL_GATHER, ("fsdp",), V * D * BFLOAT16, False): 1,
     }
 
 
@@ -81,12 +86,12 @@ def test_starts_of_several_arrays():
     """H200 x 8, fsdp 8: a start's shape holds operands and results, several of each where the compiler joined them."""
     found = collectives((HLO / "gpu.txt").read_text(), mesh_shape(fsdp=8))
     assert figures(found) == {
-        (Kind.ALL_GATHER, ("fsdp",), D * D * BFLOAT16, True): LAYERS,
-        (Kind.REDUCE_SCATTER, ("fsdp",), (4 * D * D + D * F) * BFLOAT16, True): LAYERS,
-        (Kind.REDUCE_SCATTER, ("fsdp",), 2 * D * F * BFLOAT16, True): LAYERS,
-        (Kind.REDUCE_SCATTER, ("fsdp",), V * D * BFLOAT16, True): 1,
-        (Kind.ALL_REDUCE, ("fsdp",), 2 * D * FLOAT32, True): LAYERS,  # two norms
-        (Kind.ALL_REDUCE, ("fsdp",), 3 * FLOAT32, False): 1,  # the loss's sums, waited for at once
+        (CollectiveKind.ALL_GATHER, ("fsdp",), D * D * BFLOAT16, True): LAYERS,
+        (CollectiveKind.REDUCE_SCATTER, ("fsdp",), (4 * D * D + D * F) * BFLOAT16, True): LAYERS,
+        (CollectiveKind.REDUCE_SCATTER, ("fsdp",), 2 * D * F * BFLOAT16, True): LAYERS,
+        (CollectiveKind.REDUCE_SCATTER, ("fsdp",), V * D * BFLOAT16, True): 1,
+        (CollectiveKind.ALL_REDUCE, ("fsdp",), 2 * D * FLOAT32, True): LAYERS,  # two norms
+        (CollectiveKind.ALL_REDUCE, ("fsdp",), 3 * FLOAT32, False): 1,  # the loss's sums, waited for at once
     }
 
 
@@ -194,11 +199,11 @@ def test_a_loop_whose_end_depends_on_data_counts_once_and_says_so():
     ("function", "kind", "payload", "sent"),
     [
         # 8 float32 a device, over fsdp = 4
-        (lambda x: jax.lax.psum(x, "fsdp"), Kind.ALL_REDUCE, 32, 48),
-        (lambda x: jax.lax.all_gather(x, "fsdp", tiled=True)[:8], Kind.ALL_GATHER, 128, 96),
-        (lambda x: jnp.tile(jax.lax.psum_scatter(x, "fsdp", tiled=True), 4), Kind.REDUCE_SCATTER, 32, 24),
-        (lambda x: jax.lax.all_to_all(x, "fsdp", 0, 0, tiled=True), Kind.ALL_TO_ALL, 32, 24),
-        (lambda x: jax.lax.ppermute(x, "fsdp", [(0, 1), (1, 2), (2, 3), (3, 0)]), Kind.PERMUTE, 32, 32),
+        (lambda x: jax.lax.psum(x, "fsdp"), CollectiveKind.ALL_REDUCE, 32, 48),
+        (lambda x: jax.lax.all_gather(x, "fsdp", tiled=True)[:8], CollectiveKind.ALL_GATHER, 128, 96),
+        (lambda x: jnp.tile(jax.lax.psum_scatter(x, "fsdp", tiled=True), 4), CollectiveKind.REDUCE_SCATTER, 32, 24),
+        (lambda x: jax.lax.all_to_all(x, "fsdp", 0, 0, tiled=True), CollectiveKind.ALL_TO_ALL, 32, 24),
+        (lambda x: jax.lax.ppermute(x, "fsdp", [(0, 1), (1, 2), (2, 3), (3, 0)]), CollectiveKind.PERMUTE, 32, 32),
     ],
 )
 def test_bytes_of_each_kind(function, kind, payload, sent):
@@ -207,7 +212,7 @@ def test_bytes_of_each_kind(function, kind, payload, sent):
 
 
 def test_alike_collectives_are_summed_most_bytes_first():
-    one = Collective(Kind.ALL_REDUCE, ("data",), 2, Runs(3), 100, "a", False)
+    one = Collective(CollectiveKind.ALL_REDUCE, ("data",), 2, Runs(3), 100, "a", False)
     big = dataclasses.replace(one, bytes_each=10_000)
     merged = summed([one, big, dataclasses.replace(one, operation="b", runs=Runs(4, exact=False))])
     assert merged == [(big, 1), (dataclasses.replace(one, operation="a | b", runs=Runs(7, exact=False)), 2)]
@@ -226,7 +231,7 @@ QUICK = {"data8", "fsdp8", "seq8", "zero1", "zero2", "fsdp2_seq2_tensor2_sp"}
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in LAYOUTS])
 def test_no_layout_breaks_its_rules(name):
-    step = compile_step(small_run(sharding=LAYOUTS[name]), CpuTarget(8))
+    step = compile_step(small_run(sharding=LAYOUTS[name]), CpuMachine(8))
     assert isinstance(step, CompiledStep)
     assert {line.split(": ")[-1] for line in step.forbidden} <= EXCEPTIONS.get(name, set())
     assert {axis for one in step.collectives for axis in one.axes} <= {
@@ -239,30 +244,30 @@ def rules_broken(sharding, *found, log=""):
 
 
 def test_rules_can_be_broken():
-    one = Collective(Kind.ALL_GATHER, ("data",), 8, Runs(1), 64, "jit(step)/f", False)
+    one = Collective(CollectiveKind.ALL_GATHER, ("data",), 8, Runs(1), 64, "jit(step)/f", False)
     data8, fsdp8 = LAYOUTS["data8"], LAYOUTS["fsdp8"]
     (line,) = rules_broken(data8, one)
     assert line.startswith("1 all-gather over data of 64 bytes (in jit(step)/f): data parallelism sums gradients")
-    assert not rules_broken(data8, dataclasses.replace(one, kind=Kind.ALL_REDUCE))
+    assert not rules_broken(data8, dataclasses.replace(one, kind=CollectiveKind.ALL_REDUCE))
     assert not rules_broken(fsdp8, dataclasses.replace(one, axes=("fsdp",)))
-    (line,) = rules_broken(fsdp8, dataclasses.replace(one, axes=("fsdp",), kind=Kind.ALL_TO_ALL))
+    (line,) = rules_broken(fsdp8, dataclasses.replace(one, axes=("fsdp",), kind=CollectiveKind.ALL_TO_ALL))
     assert "exchange all with all" in line
     # A sum that crosses slices goes by way of parts; of devices that nobody knows no rule can be broken.
     sliced = dataclasses.replace(make_layout(data8), config=dataclasses.replace(data8, slices=2))
     assert not forbidden(sliced, [one], matrix_bytes=1000)
-    assert not rules_broken(fsdp8, dataclasses.replace(one, axes=UNKNOWN, kind=Kind.ALL_TO_ALL))
+    assert not rules_broken(fsdp8, dataclasses.replace(one, axes=UNKNOWN, kind=CollectiveKind.ALL_TO_ALL))
     (line,) = rules_broken(fsdp8, log="W0000 Involuntary full rematerialization. The compiler ...")
     assert "copies a whole array" in line
 
 
 def test_targets():
-    assert parse_target("cpu:8") == CpuTarget(8)
-    assert parse_target("tpu:v5p:4x4x4") == TpuTarget("v5p", "4x4x4")
-    assert parse_target("tpu:7x:2x2x1").devices == 8  # two devices a chip
-    assert parse_target("gpu:h200:8") == GpuTarget("h200", 1, 8)
-    assert parse_target("gpu:h200:16x8").devices == 128
-    assert memory_limit(parse_target("cpu:8")) is None
-    assert memory_limit(parse_target("gpu:h200:8")) == int(150_754_820_096 * 0.75)
+    assert parse_machine("cpu:8") == CpuMachine(8)
+    assert parse_machine("tpu:v5p:4x4x4") == TpuMachine("v5p", "4x4x4")
+    assert parse_machine("tpu:7x:2x2x1").devices == 8  # two devices a chip
+    assert parse_machine("gpu:h200:8") == GpuMachine("h200", 1, 8)
+    assert parse_machine("gpu:h200:16x8").devices == 128
+    assert memory_limit(parse_machine("cpu:8")) is None
+    assert memory_limit(parse_machine("gpu:h200:8")) == int(150_754_820_096 * 0.75)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +284,7 @@ def test_targets():
 )
 def test_unknown_targets_name_the_nearest(wrong, near):
     with pytest.raises(UserError) as caught:
-        parse_target(wrong)
+        parse_machine(wrong)
     assert f"--target {wrong} is unknown" in str(caught.value) and near in str(caught.value)
 
 

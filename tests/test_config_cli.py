@@ -27,7 +27,7 @@ from maxlm.config import (
     Zero,
     serialize,
 )
-from maxlm.config.cli import Command, describe, load_config, parse_run
+from maxlm.config.cli import Command, describe_config, load_config, parse_run
 
 ROOT = Path(__file__).parent.parent
 PRESETS = sorted(path.name for path in (ROOT / "configs").glob("*.py"))
@@ -89,7 +89,7 @@ def test_a_value_may_be_a_word_of_its_own_and_the_last_one_counts() -> None:
 def test_print_config_marks_what_the_file_says_otherwise() -> None:
     found = command("--print_config", *TINY, "--train.steps=7")
     assert found.print_config
-    lines = describe(found.config, found.file_config).splitlines()
+    lines = describe_config(found.config, found.file_config).splitlines()
     assert [line for line in lines if "#" in line] == ["train.steps = 7    # the file says 200"]
     assert len(lines) == len(serialize.flatten(found.config))
 

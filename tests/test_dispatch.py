@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from kernels_pallas import AttentionBlocks, RelativeBias, explain, flash_attention, fused_glu, fused_glu_mlp, masks
-from kernels_pallas.plan import TUNING, load_table
+from kernels_pallas.decision import TUNING, load_table
 from kernels_pallas.targets import Family, Target, current_target, named, target_of
 
 CHIPS = sorted(path.stem for path in TUNING.glob("*.json"))
@@ -105,7 +105,7 @@ def test_a_measured_row_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) 
     }
     table = load_table("h200") | {"rows": [row]}
     (tmp_path / "h200.json").write_text(json.dumps(table))
-    monkeypatch.setattr("kernels_pallas.plan.TUNING", tmp_path)
+    monkeypatch.setattr("kernels_pallas.decision.TUNING", tmp_path)
     load_table.cache_clear()
     try:
         plan = explain(flash_attention, *shapes(), segment_ids=SEGMENTS, target="h200")

@@ -14,7 +14,7 @@ from run_folder import make_run
 from maxlm import generate
 from maxlm.config import SamplingConfig, ShardingConfig, UserError
 from maxlm.data.tokenizers import Bytes
-from maxlm.inference.generate import Generator
+from maxlm.inference.generator import Generator
 from maxlm.inference.load import load_run
 
 

@@ -16,8 +16,8 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas.measuring import contest
 from maxlm.config import Dtype
 from maxlm.hardware import CHIPS, PEAKS, Peak, Switched, Torus
-from maxlm.plan import targets
-from maxlm.plan.targets import GPUS, TPUS, parse_target, platform
+from maxlm.plan import machines
+from maxlm.plan.machines import GPUS, TPUS, parse_machine, platform
 
 ROOT = Path(__file__).parent.parent
 SMALLEST = {chip: f"tpu:{chip}:2x2" + "x1" * (chip in ("v4", "v5p", "7x")) for chip in TPUS}
@@ -28,11 +28,11 @@ def ask_compiler(target: str, script: str, *arguments: str) -> str:
     setup = """
 import sys
 from maxlm.plan.compiled import target_devices
-from maxlm.plan.targets import parse_target
-machine = lambda name: target_devices(parse_target(name))
+from maxlm.plan.machines import parse_machine
+machine = lambda name: target_devices(parse_machine(name))
 """
-    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH", ""), str(targets.COMPILERS)]))
-    environment: Mapping[str, str] = os.environ | targets.environment(parse_target(target)) | {"PYTHONPATH": path}
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH", ""), str(machines.COMPILERS)]))
+    environment: Mapping[str, str] = os.environ | machines.environment(parse_machine(target)) | {"PYTHONPATH": path}
     command: Sequence[str] = [sys.executable, "-c", setup + script, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -163,7 +163,7 @@ def test_machines_of_every_size() -> None:
         "tpu:v5e:16x16:256",
     ]  # fmt: skip
     script = "print([len(machine(name)) for name in sys.argv[1:]])"
-    assert json.loads(ask_compiler(names[0], script, *names)) == [parse_target(name).devices for name in names]
+    assert json.loads(ask_compiler(names[0], script, *names)) == [parse_machine(name).devices for name in names]
 
 
 @pytest.mark.slow
@@ -185,8 +185,8 @@ for name in sys.argv[1:]:
 
     def ours(shape: str) -> str:
         try:
-            return "takes" if platform(parse_target(f"tpu:{shape}")) else ""
-        except targets.UserError:
+            return "takes" if platform(parse_machine(f"tpu:{shape}")) else ""
+        except machines.UserError:
             return "refuses"
 
     assert said == [ours(shape) for shape in shapes]

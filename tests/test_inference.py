@@ -36,7 +36,7 @@ from maxlm.config import (
 )
 from maxlm.data.tokenizers import Bytes, HuggingFace, Tokenizer
 from maxlm.data.train_tokenizer import train_sentencepiece
-from maxlm.inference.generate import Generator
+from maxlm.inference.generator import Generator
 from maxlm.inference.load import LoadedRun
 from maxlm.inference.sampling import sample
 from maxlm.inference.steps import decode_logits, prefill_logits

@@ -31,8 +31,8 @@ from kernels_pallas import (
     masks,
 )
 from kernels_pallas.attention.problem import AttentionProblem, Buckets
+from kernels_pallas.decision import load_table, meets
 from kernels_pallas.glu.problem import GluProblem
-from kernels_pallas.plan import load_table, meets
 from kernels_pallas.targets import named
 
 MIB = 2**20

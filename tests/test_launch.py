@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import re
@@ -20,9 +21,11 @@ import yaml
 from maxlm import launch
 from maxlm.config import UserError
 from maxlm.config.cli import run_command
-from maxlm.launching.destinations import DESTINATIONS
-from maxlm.launching.tpu_slices import GENERATIONS, tpu_slice
 from maxlm.hardware import CHIPS, Torus
+from maxlm.launching.destinations import DESTINATIONS
+from maxlm.launching.render import render
+from maxlm.launching.request import check
+from maxlm.launching.tpu_slices import GENERATIONS, tpu_slice
 from maxlm.train import EXIT_INTERRUPTED
 
 ROOT = Path(__file__).parent.parent
@@ -54,7 +57,8 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shutil.copytree(ROOT / folder, root / folder)
     program(root / ".venv/bin/python", 'printf "%s\\0" "$@" > "$NOTES"; exit "${EXIT_CODE:-0}"')
     (root / ".venv/.tpu").touch()
-    monkeypatch.setattr(launch, "ROOT", root)
+    for module in ("launch", "launching.render", "launching.start"):
+        monkeypatch.setattr(importlib.import_module(f"maxlm.{module}"), "ROOT", root)
     monkeypatch.chdir(root)
     monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
@@ -77,14 +81,14 @@ def arguments(target: str, *more: str, config: str = "configs/llama7b.py") -> li
 
 
 def rendered(target: str, *more: str, config: str = "configs/llama7b.py") -> str:
-    asked, _ = launch.parse(arguments(target, *more, config=config))
-    launch.check(asked)
-    return launch.render(asked)
+    asked, _ = launch.parse_launch(arguments(target, *more, config=config))
+    check(asked)
+    return render(asked)
 
 
 def complaint(*argv: str) -> str:
     with pytest.raises(UserError) as caught:
-        launch.check(launch.parse(argv)[0])
+        check(launch.parse_launch(argv)[0])
     return str(caught.value)
 
 
@@ -599,7 +603,7 @@ def test_nothing_heavy_is_loaded(argv: list[str]) -> None:
 def test_help_of_a_target_lists_its_options(capsys: pytest.CaptureFixture[str]) -> None:
     for name, cls in DESTINATIONS.items():
         with pytest.raises(SystemExit) as stop:
-            launch.parse(["--target", name, "--help"])
+            launch.parse_launch(["--target", name, "--help"])
         assert stop.value.code == 0
         out = capsys.readouterr().out
         assert all(f"--{field.name}" in out for field in dataclasses.fields(cls))

@@ -27,7 +27,7 @@ from maxlm.config import (
     TopKRouter,
     UserError,
 )
-from maxlm.inference.generate import _cast
+from maxlm.inference.generator import _cast
 from maxlm.inference.steps import decode_logits, prefill_logits
 from maxlm.models import Decoder, abstract_decoder, init_parameters, parameter_dims
 from maxlm.models.moe import MoE, RouterStats, balance_biases

@@ -24,7 +24,7 @@ from maxlm.config.cli import load_config
 from maxlm.hardware import CHIPS
 from maxlm.observe.flops import flops_per_token, parameter_count
 from maxlm.plan.bound import TimeBound, estimate_time, memory_bytes, product_bound
-from maxlm.plan.targets import parse_target
+from maxlm.plan.machines import parse_machine
 from maxlm.plan.traffic import estimate_traffic
 
 A100: dict[str, float] = {"peak": 312e12, "bandwidth": 2.0e12}
@@ -41,7 +41,7 @@ def seven_b(*, model: dict[str, Any] | None = None, train: dict[str, Any] | None
 
 
 def bound(config: RunConfig, target: str) -> TimeBound:
-    machine = parse_target(target)
+    machine = parse_machine(target)
     found = estimate_time(config, machine, estimate_traffic(config, machine))
     assert found is not None
     return found
@@ -197,6 +197,6 @@ def test_float32_runs_at_its_own_peak() -> None:
 
 
 def test_nothing_is_known_of_a_processor() -> None:
-    machine = parse_target("cpu:8")
+    machine = parse_machine("cpu:8")
     config = seven_b(fsdp=8)
     assert estimate_time(config, machine, estimate_traffic(config, machine)) is None

@@ -12,7 +12,7 @@ from maxlm.config import Dropless, MoeConfig, RunConfig, ShardingConfig, TopKRou
 from maxlm.config.cli import load_config
 from maxlm.plan.bound import estimate_time
 from maxlm.plan.breaks import what_breaks_first
-from maxlm.plan.targets import Target, larger, parse_target
+from maxlm.plan.machines import Machine, larger, parse_machine
 from maxlm.plan.traffic import Link, estimate_traffic
 
 
@@ -23,7 +23,7 @@ def seven_b(*, train: dict[str, Any] | None = None, **sharding: Any) -> RunConfi
 
 
 def lines(config: RunConfig, target: str, about: str) -> list[str]:
-    return [line for line in what_breaks_first(config, parse_target(target)) if about in line]
+    return [line for line in what_breaks_first(config, parse_machine(target)) if about in line]
 
 
 @pytest.mark.parametrize(
@@ -46,11 +46,11 @@ def lines(config: RunConfig, target: str, about: str) -> list[str]:
 )
 def test_larger_machines(target: str, devices: int, want: str | None) -> None:
     """Each can be named, so rented."""
-    assert larger(parse_target(target), devices) == (None if want is None else parse_target(want))
+    assert larger(parse_machine(target), devices) == (None if want is None else parse_machine(want))
 
 
 def test_the_batch_runs_out_first() -> None:
-    first, *_ = what_breaks_first(seven_b(fsdp=32), parse_target("tpu:v5p:4x4x4"))
+    first, *_ = what_breaks_first(seven_b(fsdp=32), parse_machine("tpu:v5p:4x4x4"))
     assert "4,096 devices" in first and "train.batch_size = 2,048" in first and "at least 4,096" in first
     # 8 times tensor, of 32 heads, and 16 of seq; a stage more needs a sequence more.
     assert "grow by tensor 32 x seq 16)" in first
@@ -58,7 +58,7 @@ def test_the_batch_runs_out_first() -> None:
 
 def test_a_batch_that_goes_round_is_not_mentioned() -> None:
     found = what_breaks_first(
-        seven_b(train={"batch_size": 65_536, "seq_len": 512}, fsdp=32), parse_target("tpu:v5p:4x4x4")
+        seven_b(train={"batch_size": 65_536, "seq_len": 512}, fsdp=32), parse_machine("tpu:v5p:4x4x4")
     )
     assert not [line for line in found if "cannot be cut" in line]
 
@@ -72,7 +72,7 @@ def test_tokens_that_hide_the_network_do_hide_it() -> None:
     )
     assert has == 256 < needs
     enough = replace(config, train=replace(config.train, batch_size=64 * -(-needs // 256)))
-    machine: Target = parse_target("gpu:h100:8x8")
+    machine: Machine = parse_machine("gpu:h100:8x8")
     bound = estimate_time(enough, machine, estimate_traffic(enough, machine))
     assert bound is not None
     network = next(one.seconds for one in estimate_traffic(enough, machine) if one.link is Link.NETWORK)
@@ -97,7 +97,7 @@ def test_micro_batches_that_the_batch_must_be_cut_into() -> None:
 def test_layers_that_stages_do_not_divide_come_first() -> None:
     config = seven_b(train={"micro_batches": 64}, stage=8)
     config = replace(config, model=replace(config.model, n_layers=30))
-    assert "do not divide" in what_breaks_first(config, parse_target("gpu:h200:8x8"))[0]
+    assert "do not divide" in what_breaks_first(config, parse_machine("gpu:h200:8x8"))[0]
 
 
 def test_fsdp_over_a_whole_torus() -> None:
@@ -142,7 +142,7 @@ def test_a_batch_beyond_any_known_one() -> None:
 
 
 def test_a_processor_breaks_nothing() -> None:
-    assert what_breaks_first(seven_b(fsdp=8), parse_target("cpu:8")) == []
+    assert what_breaks_first(seven_b(fsdp=8), parse_machine("cpu:8")) == []
 
 
 def test_more_devices_need_no_micro_batches() -> None:

@@ -13,13 +13,13 @@ import pytest
 from helpers import small_model, small_run
 
 from maxlm.config import ObserveConfig, ShardingConfig, UserError
-from maxlm.plan import cache, targets
-from maxlm.plan.collectives import Collective, Kind
+from maxlm.plan import cache, machines
+from maxlm.plan.collectives import Collective, CollectiveKind
 from maxlm.plan.compiled import CompiledStep, DoesNotFit, Memory
 from maxlm.plan.hlo import Runs
 from maxlm.plan.kernels import Kernel, Maker
+from maxlm.plan.machines import CpuMachine, GpuMachine, parse_machine, prepare_compiler
 from maxlm.plan.out_of_memory import Allocation, Buffer
-from maxlm.plan.targets import CpuTarget, GpuTarget, parse_target, prepare
 
 BUFFER = Buffer(
     size=512, shape="bf16[16,16]", operation="jit(step)/x", source="maxlm/a.py:1", allocation=Allocation.OUTPUT
@@ -28,7 +28,7 @@ STEP = CompiledStep(
     mesh={"data": 2, "fsdp": 4},
     memory=Memory(arguments=1, temporary=2, peak=3),
     largest=(BUFFER, dataclasses.replace(BUFFER, number=3)),
-    collectives=(Collective(Kind.PERMUTE, ("data", "fsdp"), 2, Runs(7, exact=False), 64, "jit(step)", True),),
+    collectives=(Collective(CollectiveKind.PERMUTE, ("data", "fsdp"), 2, Runs(7, exact=False), 64, "jit(step)", True),),
     kernels=(Kernel(maker=Maker.CUDNN, name="__cudnn$fmha", calls=2, runs=Runs(8), source=""),),
     spills=None,
     forbidden=("a line",),
@@ -56,19 +56,19 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 @pytest.mark.parametrize(("batch_size", "answer"), [(8, STEP), (128, REFUSED)])
 def test_the_second_answer_equals_the_first_and_asks_nobody(asked: list[str], batch_size: int, answer: Any) -> None:
     config = small_run(batch_size=batch_size)
-    assert [cache.cached_compile(config, CpuTarget(8)) for _ in range(2)] == [(answer, False), (answer, True)]
+    assert [cache.cached_compile(config, CpuMachine(8)) for _ in range(2)] == [(answer, False), (answer, True)]
     assert asked == ["cpu:8"]
     (file,) = cache.cache_folder().iterdir()
     assert json.loads(file.read_text())["kind"] == type(answer).__name__
     # Where a run writes and reads its data is nothing to the compiler.
     elsewhere = dataclasses.replace(config, run_dir="runs/other", observe=ObserveConfig(sample_tokens=1))
-    assert cache.cached_compile(elsewhere, CpuTarget(8)) == (answer, True) and len(asked) == 1
+    assert cache.cached_compile(elsewhere, CpuMachine(8)) == (answer, True) and len(asked) == 1
 
 
 def test_mistakes_are_not_kept(asked: list[str]) -> None:
     for _ in range(2):
         with pytest.raises(UserError):
-            cache.cached_compile(small_run(batch_size=1024), CpuTarget(8))
+            cache.cached_compile(small_run(batch_size=1024), CpuMachine(8))
     assert len(asked) == 2
 
 
@@ -79,23 +79,23 @@ def test_mistakes_are_not_kept(asked: list[str]) -> None:
 )
 def test_a_damaged_file_is_written_anew(asked: list[str], damage: bytes) -> None:
     config = small_run()
-    cache.cached_compile(config, CpuTarget(8))
+    cache.cached_compile(config, CpuMachine(8))
     (file,) = cache.cache_folder().iterdir()
     whole = file.read_bytes()
     file.write_bytes(damage)
-    assert cache.cached_compile(config, CpuTarget(8)) == (STEP, False)
+    assert cache.cached_compile(config, CpuMachine(8)) == (STEP, False)
     assert len(asked) == 2 and file.read_bytes() == whole
     assert list(cache.cache_folder().iterdir()) == [file]
 
 
 def test_an_answer_of_another_shape_is_asked_again(asked: list[str]) -> None:
     """As a file is that another version of this project wrote."""
-    cache.cached_compile(small_run(), CpuTarget(8))
+    cache.cached_compile(small_run(), CpuMachine(8))
     (file,) = cache.cache_folder().iterdir()
     stored = json.loads(file.read_text())
     del stored["result"]["kernels"]
     file.write_text(json.dumps(stored | {"more": 1}))
-    assert cache.cached_compile(small_run(), CpuTarget(8)) == (STEP, False) and len(asked) == 2
+    assert cache.cached_compile(small_run(), CpuMachine(8)) == (STEP, False) and len(asked) == 2
 
 
 def test_a_folder_that_cannot_be_written_keeps_nothing(
@@ -103,7 +103,7 @@ def test_a_folder_that_cannot_be_written_keeps_nothing(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MAXLM_PLAN_CACHE", str(tmp_path / "file" / "plan"))
-    assert [cache.cached_compile(small_run(), CpuTarget(8)) for _ in range(2)] == [(STEP, False)] * 2
+    assert [cache.cached_compile(small_run(), CpuMachine(8)) for _ in range(2)] == [(STEP, False)] * 2
     assert len(asked) == 2
 
 
@@ -112,7 +112,7 @@ def test_a_full_disk_leaves_nothing_behind(asked: list[str], monkeypatch: pytest
         raise OSError("no space left on device")
 
     monkeypatch.setattr(Path, "replace", full)
-    assert cache.cached_compile(small_run(), CpuTarget(8)) == (STEP, False)
+    assert cache.cached_compile(small_run(), CpuMachine(8)) == (STEP, False)
     assert list(cache.cache_folder().iterdir()) == []
 
 
@@ -126,7 +126,7 @@ def test_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def key(config: Any = None, target: str = "cpu:8") -> str:
-    return cache.cache_key(cache.ingredients(config or small_run(), parse_target(target)))
+    return cache.cache_key(cache.ingredients(config or small_run(), parse_machine(target)))
 
 
 def test_every_part_of_config_and_target_changes_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,24 +161,24 @@ def test_variables_that_compilers_read_change_the_key(monkeypatch: pytest.Monkey
     assert key() == with_variable
 
 
-@pytest.mark.parametrize("target", [CpuTarget(8), GpuTarget("h200", 1, 8)])
+@pytest.mark.parametrize("target", [CpuMachine(8), GpuMachine("h200", 1, 8)])
 def test_preparing_again_changes_no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, target: Any) -> None:
     """As a search does not, which asks for one candidate after the other."""
     monkeypatch.setattr(os, "environ", os.environ | {"XLA_FLAGS": "--xla_cpu_use_thunk_runtime=true"})
-    monkeypatch.setattr(targets, "COMPILERS", tmp_path)
-    monkeypatch.setattr(targets, "missing_compiler", lambda target: None)
-    monkeypatch.setattr(targets.sys, "path", list(targets.sys.path))
+    monkeypatch.setattr(machines, "COMPILERS", tmp_path)
+    monkeypatch.setattr(machines, "missing_compiler", lambda target: None)
+    monkeypatch.setattr(machines.sys, "path", list(machines.sys.path))
     keys, paths = set(), set()
     for _ in range(3):
-        prepare(target)
+        prepare_compiler(target)
         keys.add(key(target=str(target)))
-        paths.add(tuple(targets.sys.path))
+        paths.add(tuple(machines.sys.path))
     assert len(keys) == len(paths) == 1
     assert os.environ["XLA_FLAGS"].startswith("--xla_cpu_use_thunk_runtime=true --xla_")
 
 
 def test_versions_change_the_key() -> None:
-    values = cache.ingredients(small_run(), CpuTarget(8))
+    values = cache.ingredients(small_run(), CpuMachine(8))
     assert {"jax", "jaxlib", "flax", "optax"} <= set(values["packages"])
     for package in values["packages"]:
         other = copy.deepcopy(values)
@@ -187,13 +187,13 @@ def test_versions_change_the_key() -> None:
 
 
 def test_a_compiler_beside_the_environment_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(targets.sys, "path", [])
+    monkeypatch.setattr(machines.sys, "path", [])
     for version in ("0.0.1", "0.0.2"):
         folder = tmp_path / version / f"libtpu-{version}.dist-info"
         folder.mkdir(parents=True)
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: libtpu\nVersion: {version}\n")
-        monkeypatch.setattr(targets, "COMPILERS", tmp_path / version)
-        assert cache.ingredients(small_run(), CpuTarget(8))["packages"] == {"libtpu": version}
+        monkeypatch.setattr(machines, "COMPILERS", tmp_path / version)
+        assert cache.ingredients(small_run(), CpuMachine(8))["packages"] == {"libtpu": version}
 
 
 def test_every_change_of_the_sources_changes_the_key(tmp_path: Path) -> None:

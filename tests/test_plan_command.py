@@ -21,10 +21,10 @@ from maxlm.config import RunConfig, UserError
 from maxlm.config.cli import load_config
 from maxlm.config.serialize import save
 from maxlm.observe.flops import flops_per_token, parameter_count
-from maxlm.plan import __main__, targets
-from maxlm.plan.report import CompilerReport, analyse, with_compiled
+from maxlm.plan import __main__, machines
+from maxlm.plan.analysis import CompilerReport, analyse, with_compiled
+from maxlm.plan.machines import memory_limit, parse_machine
 from maxlm.plan.tables import print_verdict
-from maxlm.plan.targets import memory_limit, parse_target
 
 ROOT = Path(__file__).parent.parent
 TINY, SEVEN_B = ("--config", "configs/tiny.py"), ("--config", "configs/llama7b.py")
@@ -53,7 +53,7 @@ def test_one_json_object_and_nothing_else() -> None:
     assert set(report) >= KEYS
     assert report["parameters"]["total"] == parameter_count(config.model).total
     assert report["devices"] == 64 and report["mesh"]["fsdp"] == 32 and report["mesh"]["data"] == 2
-    assert report["hbm_bytes"] == memory_limit(parse_target("tpu:v5p:4x4x4"))
+    assert report["hbm_bytes"] == memory_limit(parse_machine("tpu:v5p:4x4x4"))
     assert report["tier"] == "analytic" and report["fits"] and report["peak_bytes"]["compiled"] is None
     assert report["peak_bytes"]["analytic"] == sum(report["bytes_at_peak"].values())
     total = flops_per_token(config.model, 2048).total
@@ -111,7 +111,7 @@ def test_layers_that_are_unrolled_are_warned_of() -> None:
 
 def test_a_lower_bound_is_called_one() -> None:
     """Where the compiler gave up before it knew how much is missing."""
-    report = analyse(load_config(str(ROOT / "configs/llama7b.py")), parse_target("tpu:v5p:4x4x4"))
+    report = analyse(load_config(str(ROOT / "configs/llama7b.py")), parse_machine("tpu:v5p:4x4x4"))
     assert report.hbm_bytes is not None
     for at_least, text in ((True, "at least 1.00 GiB a device too much"), (False, "fit: 1.00 GiB a device too much")):
         answer = CompilerReport(fits=False, peak=report.hbm_bytes + 2**30, at_least=at_least, details={})
@@ -204,14 +204,14 @@ def test_files_that_cannot_be_written_are_a_line(tmp_path: Path, monkeypatch: py
         (*TINY, "--target", "gpu:h200:8", "--picture", str(tmp_path / "folder.png")),
     ):
         with pytest.raises(UserError, match=r"folder\.\w+ cannot be written; name another file$"):
-            __main__.command(list(arguments))
+            __main__.main(list(arguments))
 
 
 def test_a_missing_compiler_is_noticed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     nothing_happens(monkeypatch)
-    monkeypatch.setattr(targets, "missing_compiler", lambda target: "no compiler")
+    monkeypatch.setattr(machines, "missing_compiler", lambda target: "no compiler")
     with pytest.raises(UserError, match="no compiler"):
-        __main__.command([*TINY, "--target", "gpu:h200:8", "--compile"])
+        __main__.main([*TINY, "--target", "gpu:h200:8", "--compile"])
 
 
 def verify(
@@ -227,9 +227,9 @@ def verify(
             raise answer
         return answer
 
-    monkeypatch.setattr(__main__, "prepare", lambda target: None)
+    monkeypatch.setattr(__main__, "prepare_compiler", lambda target: None)
     monkeypatch.setattr(__main__, "_ask_compiler", ask)
-    return __main__.command([*SEVEN_B, "--target", "gpu:h200:8", "--search", "--compile", *words]), asked
+    return __main__.main([*SEVEN_B, "--target", "gpu:h200:8", "--search", "--compile", *words]), asked
 
 
 FITS = CompilerReport(fits=True, peak=2**30, details={})

@@ -30,14 +30,14 @@ from rich.console import Console
 
 from maxlm.config import ShardingConfig, UserError
 from maxlm.config.cli import parse_run
-from maxlm.plan import compiled, targets
-from maxlm.plan.collectives import Collective, Kind
+from maxlm.plan import compiled, machines
+from maxlm.plan.collectives import Collective, CollectiveKind
 from maxlm.plan.compiled import CompiledStep, DoesNotFit, compile_step
 from maxlm.plan.compiled_report import compiler_report, print_compiled
 from maxlm.plan.hlo import Runs
 from maxlm.plan.kernels import Kernel, Maker, kernels, spilled, total_spills
+from maxlm.plan.machines import CpuMachine, parse_machine
 from maxlm.plan.out_of_memory import Allocation, Buffer, largest_arrays, parse_refusal
-from maxlm.plan.targets import CpuTarget, parse_target
 from maxlm.sharding import make_layout
 from maxlm.training import make_trainer
 
@@ -73,7 +73,7 @@ def test_a_step_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         return make_trainer(*arguments)
 
     monkeypatch.setattr(compiled, "make_trainer", warning)
-    step = compile_step(small_run(sharding=ShardingConfig(fsdp=8)), CpuTarget(8))
+    step = compile_step(small_run(sharding=ShardingConfig(fsdp=8)), CpuMachine(8))
     assert isinstance(step, CompiledStep)
     assert step.mesh == {"data": 1, "fsdp": 8, "stage": 1, "seq": 1, "tensor": 1, "expert": 1}
     assert step.memory.peak > step.memory.arguments > 0 and step.cpu_seconds > 0
@@ -89,12 +89,12 @@ def test_a_step_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_exceeds_the_limit_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, whose compiler refuses nothing."""
-    fits = compile_step(small_run(), CpuTarget(8))
+    fits = compile_step(small_run(), CpuMachine(8))
     assert isinstance(fits, CompiledStep)
     monkeypatch.setattr(compiled, "memory_limit", lambda target: fits.memory.peak)
-    assert isinstance(compile_step(small_run(), CpuTarget(8)), CompiledStep)
+    assert isinstance(compile_step(small_run(), CpuMachine(8)), CompiledStep)
     monkeypatch.setattr(compiled, "memory_limit", lambda target: fits.memory.peak - 1)
-    refused = compile_step(small_run(), CpuTarget(8))
+    refused = compile_step(small_run(), CpuMachine(8))
     assert isinstance(refused, DoesNotFit)
     assert (refused.wanted, refused.available) == (fits.memory.peak, fits.memory.peak - 1)
     assert refused.largest == fits.largest and refused.mesh == fits.mesh
@@ -130,7 +130,7 @@ def test_other_errors_of_compilers(
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", fail)
     with pytest.raises(raised, match=match):
-        compile_step(small_run(), CpuTarget(8))
+        compile_step(small_run(), CpuMachine(8))
 
 
 def test_a_refusal_in_unknown_words_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +139,7 @@ def test_a_refusal_in_unknown_words_is_an_answer(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", fail)
     monkeypatch.setattr(compiled, "memory_limit", lambda target: 2**30)
-    refused = compile_step(small_run(), CpuTarget(8))
+    refused = compile_step(small_run(), CpuMachine(8))
     assert isinstance(refused, DoesNotFit) and refused.largest == ()
     assert (refused.wanted, refused.available, refused.at_least) == (2**30 + 1, 2**30, True)
     assert "needs at least 1.00 GiB" in printed(refused)
@@ -187,7 +187,7 @@ def printed(result: CompiledStep | DoesNotFit, *, cached: bool = False) -> str:
 
 def test_tables_say_what_is_not_exact_and_repeat_nothing() -> None:
     buffer = Buffer(size=2**30, shape="f32[4]", operation="a", source="", allocation=Allocation.TEMPORARY)
-    one = Collective(Kind.ALL_REDUCE, ("fsdp",), 8, Runs(3), 8_000_000, "a", False)
+    one = Collective(CollectiveKind.ALL_REDUCE, ("fsdp",), 8, Runs(3), 8_000_000, "a", False)
     step = CompiledStep(
         mesh={"fsdp": 8},
         memory=compiled.Memory(arguments=1, temporary=2, peak=3),
@@ -268,15 +268,15 @@ def child() -> None:
     """Compiles the step of a target and config in the arguments, and prints the answer."""
     target, *arguments = sys.argv[1:]
     config = parse_run(arguments, prog="child", description="").config
-    result = compile_step(config, parse_target(target))
+    result = compile_step(config, parse_machine(target))
     print(json.dumps({"kind": type(result).__name__, "result": cattrs.unstructure(result)}))
 
 
 def in_process(function: str, target: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    paths = [str(Path(__file__).parent), str(ROOT), os.environ.get("PYTHONPATH", ""), str(targets.COMPILERS)]
+    paths = [str(Path(__file__).parent), str(ROOT), os.environ.get("PYTHONPATH", ""), str(machines.COMPILERS)]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        **targets.environment(parse_target(target)),
+        **machines.environment(parse_machine(target)),
         **variables,
     }
     command = [sys.executable, "-c", f"import test_plan_compiled as t; t.{function}()", target, *arguments]

@@ -29,8 +29,8 @@ from maxlm.config import (
 )
 from maxlm.models import abstract_decoder
 from maxlm.plan.arrays import parameter_arrays
+from maxlm.plan.machines import Platform
 from maxlm.plan.memory import cache_bytes, estimate_memory
-from maxlm.plan.targets import Platform
 from maxlm.sharding import make_layout
 from maxlm.training import make_trainer
 from maxlm.training.step import loss_function

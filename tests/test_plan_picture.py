@@ -12,15 +12,15 @@ import pytest
 
 from maxlm.config import UserError
 from maxlm.config.cli import load_config
+from maxlm.plan.analysis import CompilerReport, PlanReport, analyse, with_compiled
+from maxlm.plan.machines import parse_machine
 from maxlm.plan.picture import parts, write_picture
-from maxlm.plan.report import CompilerReport, Report, analyse, with_compiled
-from maxlm.plan.targets import parse_target
 
 ROOT = Path(__file__).parent.parent
 
 
-def seven_b(target: str = "tpu:v5p:4x4x4") -> Report:
-    return analyse(load_config(str(ROOT / "configs/llama7b.py")), parse_target(target))
+def seven_b(target: str = "tpu:v5p:4x4x4") -> PlanReport:
+    return analyse(load_config(str(ROOT / "configs/llama7b.py")), parse_machine(target))
 
 
 def test_the_parts_are_the_peak() -> None:

@@ -28,6 +28,7 @@ from maxlm.hardware import CHIPS
 from maxlm.observe.flops import parameter_count
 from maxlm.plan.advice import cheapest_changes
 from maxlm.plan.bound import estimate_time
+from maxlm.plan.machines import memory_limit, parse_machine, platform
 from maxlm.plan.memory import estimate_memory
 from maxlm.plan.search import (
     MOST_ROUNDS,
@@ -41,7 +42,6 @@ from maxlm.plan.search import (
     search,
     spelled_out,
 )
-from maxlm.plan.targets import memory_limit, parse_target, platform
 from maxlm.plan.traffic import estimate_traffic
 
 ROOT = Path(__file__).parent.parent
@@ -90,7 +90,7 @@ def test_it_finds_the_best_of_each_mesh(experts: bool, share: float, monkeypatch
     model = small_model(n_layers=8)
     if experts:
         model = with_experts(model, MoeConfig(n_experts=4, d_ff=24, router=TopKRouter(top_k=2)))
-    config, target = small_run(model=model, batch_size=32), parse_target("gpu:h100:4")
+    config, target = small_run(model=model, batch_size=32), parse_machine("gpu:h100:4")
     space = everything(config, 4)
     peaks = sorted(estimate_memory(one, 4, platform(target)).peak for one in space)
     limited_to(monkeypatch, peaks[int(share * (len(peaks) - 1))] + 1)
@@ -118,7 +118,7 @@ def test_one_micro_batch_may_be_what_fits() -> None:
     """Where state is large and the batch small, more of them need more: gradients are added up beside a new one."""
     config = load_config(str(ROOT / "configs/llama13b.py"))
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=32, seq_len=512))
-    target = parse_target("gpu:h100:4")
+    target = parse_machine("gpu:h100:4")
     own = [one for one in search(config, target).ranked if one.config.optimizer == config.optimizer]
     assert own and all(one.config.train.micro_batches == 1 for one in own)
 
@@ -133,7 +133,7 @@ def test_one_micro_batch_may_be_what_fits() -> None:
     ],
 )
 def test_nothing_that_it_tries_breaks_a_rule(name: str, target: str) -> None:
-    config, machine = load_config(str(ROOT / name)), parse_target(target)
+    config, machine = load_config(str(ROOT / name)), parse_machine(target)
     number = 0
     for sharding in layouts(config, machine):
         space = MeshSpace(config, machine, sharding)
@@ -146,7 +146,7 @@ def test_nothing_that_it_tries_breaks_a_rule(name: str, target: str) -> None:
 
 
 def test_the_ranking_is_by_time() -> None:
-    config, target = load_config(str(ROOT / "configs/llama7b.py")), parse_target("tpu:v5e:4x4")
+    config, target = load_config(str(ROOT / "configs/llama7b.py")), parse_machine("tpu:v5e:4x4")
     found = search(config, target)
     order = [one.bound.step_seconds for one in found.ranked]
     assert order == sorted(order) and len(order) > 5
@@ -168,17 +168,17 @@ def test_the_ranking_is_by_time() -> None:
 def test_tpus_get_no_layout_that_their_compiler_is_bad_at() -> None:
     """docs/plan.md: shards of d_model that are no whole vectors, and fsdp over a whole 3-D torus."""
     config = load_config(str(ROOT / "configs/llama7b.py"))
-    torus = [one.fsdp for one in layouts(config, parse_target("tpu:v5p:4x4x4"))]
+    torus = [one.fsdp for one in layouts(config, parse_machine("tpu:v5p:4x4x4"))]
     assert max(torus) == 32
     small = dataclasses.replace(config, model=dataclasses.replace(config.model, d_model=1024))
-    assert max(one.fsdp for one in layouts(small, parse_target("tpu:v5p:4x4x4"))) == 8
-    assert max(one.fsdp for one in layouts(config, parse_target("gpu:h200:8x8"))) == 64
+    assert max(one.fsdp for one in layouts(small, parse_machine("tpu:v5p:4x4x4"))) == 8
+    assert max(one.fsdp for one in layouts(config, parse_machine("gpu:h200:8x8"))) == 64
 
 
 def test_tensor_stays_within_a_host() -> None:
     config = load_config(str(ROOT / "configs/llama7b.py"))
-    assert max(one.tensor for one in layouts(config, parse_target("gpu:h200:4x4"))) == 4
-    assert max(one.tensor for one in layouts(config, parse_target("tpu:v5p:4x4x4"))) == 16
+    assert max(one.tensor for one in layouts(config, parse_machine("gpu:h200:4x4"))) == 4
+    assert max(one.tensor for one in layouts(config, parse_machine("tpu:v5p:4x4x4"))) == 16
 
 
 def test_other_optimizers_keep_less() -> None:
@@ -191,11 +191,11 @@ def test_other_optimizers_keep_less() -> None:
 
 def test_an_unknown_machine_cannot_be_searched_for() -> None:
     with pytest.raises(UserError, match=r"cpu:8.*not known"):
-        search(small_run(), parse_target("cpu:8"))
+        search(small_run(), parse_machine("cpu:8"))
 
 
 def test_the_differences_lead_from_one_config_to_the_other() -> None:
-    config, target = load_config(str(ROOT / "configs/llama7b.py")), parse_target("tpu:v5e:4x4")
+    config, target = load_config(str(ROOT / "configs/llama7b.py")), parse_machine("tpu:v5e:4x4")
     original = spelled_out(dataclasses.replace(config, sharding=ShardingConfig(fsdp=16)), target)
     changed = dataclasses.replace(
         original,
@@ -212,7 +212,7 @@ def test_the_differences_lead_from_one_config_to_the_other() -> None:
 @pytest.mark.parametrize("share", [0.9, 0.7])
 def test_advice_fits(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device with that share of the memory that the run needs."""
-    config, target = small_run(sharding=ShardingConfig(data=4), batch_size=32), parse_target("gpu:h100:4")
+    config, target = small_run(sharding=ShardingConfig(data=4), batch_size=32), parse_machine("gpu:h100:4")
     limited_to(monkeypatch, int(share * estimate_memory(config, 4, platform(target)).peak))
     limit = memory_limit(target)
     assert limit is not None and estimate_memory(config, 4, platform(target)).peak > limit
@@ -236,7 +236,7 @@ def test_where_nothing_fits_a_larger_machine_is_among_the_advice(monkeypatch: py
     """Parameters alone are too many for four devices, so only more of them help."""
     limited_to(monkeypatch, 4_000_000)
     wide = small_model(blocks=(dataclasses.replace(small_model().blocks[0], ffn=GluConfig(d_ff=4096)),))
-    config, target = small_run(model=wide), parse_target("gpu:h100:2")
+    config, target = small_run(model=wide), parse_machine("gpu:h100:2")
     assert 3 * 4 * parameter_count(config.model).total > 2 * 4_000_000
     assert not search(config, target).ranked
     changes = cheapest_changes(config, target)
@@ -244,7 +244,7 @@ def test_where_nothing_fits_a_larger_machine_is_among_the_advice(monkeypatch: py
 
 
 def test_a_candidate_as_plain_values() -> None:
-    config, target = small_run(), parse_target("gpu:h100:4")
+    config, target = small_run(), parse_machine("gpu:h100:4")
     one = search(config, target).ranked[0]
     values = candidate_json(one, config)
     assert values["peak_bytes"] == one.memory.peak

@@ -30,7 +30,7 @@ from maxlm.config import (
 )
 from maxlm.config.cli import load_config
 from maxlm.config.serialize import save
-from maxlm.plan.targets import parse_target
+from maxlm.plan.machines import parse_machine
 from maxlm.plan.traffic import AxisTraffic, Link, estimate_traffic, torus_dims
 
 ROOT = Path(__file__).parent.parent
@@ -43,9 +43,9 @@ import json, sys
 from pathlib import Path
 from maxlm.config import RunConfig
 from maxlm.config.serialize import load
-from maxlm.plan.targets import parse_target, prepare
-target = parse_target(sys.argv[1])
-prepare(target)
+from maxlm.plan.machines import parse_machine, prepare_compiler
+target = parse_machine(sys.argv[1])
+prepare_compiler(target)
 from maxlm.plan.compiled import compile_step
 found = compile_step(load(RunConfig, Path(sys.argv[2])), target).collectives
 print(json.dumps([[one.axes, one.sent] for one in found if one.sent]))
@@ -74,7 +74,7 @@ def mixture(dispatch: Dispatch, **sharding: Any) -> RunConfig:
 
 def by_axis(config: RunConfig, target: str) -> dict[str, int]:
     sent: Counter[str] = Counter()
-    for one in estimate_traffic(config, parse_target(target)):
+    for one in estimate_traffic(config, parse_machine(target)):
         sent[one.axis] += one.sent
     return dict(sent)
 
@@ -193,7 +193,7 @@ def test_an_axis_over_two_hosts_sends_a_sixteenth_of_an_array_over_the_network()
     """Of the 15/16 of an array that each of 16 GPUs sends, 14/16 stay in its host: the halves of the array meet once,
     and eight cards carry them."""
     config = seven_b(fsdp=16)
-    near, far = estimate_traffic(config, parse_target("gpu:h200:2x8"))
+    near, far = estimate_traffic(config, parse_machine("gpu:h200:2x8"))
     assert (near.link, far.link) == (Link.NVLINK, Link.NETWORK)
     assert near.sent == pytest.approx(14 * far.sent)
     assert near.sent + far.sent == by_axis(config, "tpu:v5p:4x2x2")["fsdp"]
@@ -215,7 +215,7 @@ def test_an_axis_over_two_hosts_sends_a_sixteenth_of_an_array_over_the_network()
     ],
 )
 def test_which_axis_crosses_hosts_or_slices(target: str, sharding: dict[str, Any], network: set[str]) -> None:
-    traffic = estimate_traffic(seven_b(**sharding, micro_batches=2), parse_target(target))
+    traffic = estimate_traffic(seven_b(**sharding, micro_batches=2), parse_machine(target))
     assert {one.axis for one in traffic if one.link is Link.NETWORK} == network
     near = Link.ICI if target.startswith("tpu") else Link.NVLINK
     assert {one.link for one in traffic} <= {near, Link.NETWORK}
@@ -230,7 +230,7 @@ def test_tokens_that_hide_fsdp_on_v5p(fsdp: dict[str, int], other: dict[str, int
     """From C / W = 4.59e14 / 1.8e11 = 2550 tokens a chip on computing hides fsdp's gathers, over one dim of a torus of
     v5p; over two dims from half of that ("How to Scale Your Model", training)."""
     config = seven_b(**fsdp, **other, remat=Remat.NONE, batch_size=128, n_layers=100)
-    (one,) = (one for one in estimate_traffic(config, parse_target("tpu:v5p:4x4x8")) if one.axis == "fsdp")
+    (one,) = (one for one in estimate_traffic(config, parse_machine("tpu:v5p:4x4x8")) if one.axis == "fsdp")
     assert one.seconds is not None
     compute_of_token = 6 * 100 * LAYER / 459e12
     n = fsdp["fsdp"]
@@ -244,7 +244,7 @@ def test_an_all_to_all_on_a_ring_takes_a_quarter_of_a_gather_of_the_same_array()
         seconds = []
         for remat in (Remat.FULL, Remat.NONE):
             config = seven_b(seq=8, data=16, remat=remat, context=context)
-            seconds += [one.seconds or 0 for one in estimate_traffic(config, parse_target("tpu:v5p:4x4x8"))][1:]
+            seconds += [one.seconds or 0 for one in estimate_traffic(config, parse_machine("tpu:v5p:4x4x8"))][1:]
         return seconds[0] - seconds[1]
 
     assert again(Context.ULYSSES) / 4 == pytest.approx(again(Context.ALL_GATHER) / 2 / 4, rel=1e-6)
@@ -263,7 +263,7 @@ def test_an_all_to_all_on_a_ring_takes_a_quarter_of_a_gather_of_the_same_array()
 )
 def test_rings_and_lines_of_a_torus(target: str, sizes: dict[str, int], axis: str, dims: set[tuple[int, int]]) -> None:
     """v4 and v5p close every dim that is a multiple of 4, v5e and v6e one of 16 ("How to Scale Your Model", TPUs)."""
-    assert set(torus_dims(parse_target(target), dict.fromkeys(MESH_AXES, 1) | sizes)[axis]) == dims
+    assert set(torus_dims(parse_machine(target), dict.fromkeys(MESH_AXES, 1) | sizes)[axis]) == dims
 
 
 def test_the_whole_torus_sends_twice() -> None:
@@ -275,10 +275,10 @@ def test_the_whole_torus_sends_twice() -> None:
 
 
 def test_a_processor_has_bytes_and_no_seconds() -> None:
-    one = only(estimate_traffic(seven_b(fsdp=8), parse_target("cpu:8")))
+    one = only(estimate_traffic(seven_b(fsdp=8), parse_machine("cpu:8")))
     assert (one.link, one.seconds) == (Link.LOCAL, None)
     assert one.sent == by_axis(seven_b(fsdp=8), GPU)["fsdp"]
 
 
 def test_one_device_sends_nothing() -> None:
-    assert estimate_traffic(seven_b(), parse_target("gpu:h200:1")) == []
+    assert estimate_traffic(seven_b(), parse_machine("gpu:h200:1")) == []

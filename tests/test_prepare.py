@@ -35,7 +35,7 @@ from maxlm.data.__main__ import main
 from maxlm.data.prepare import ensure_prepared, prepare
 from maxlm.data.shards import DatasetInfo, Shard, Split, open_prepared, token_dtype
 from maxlm.data.sources import Unreadable, iterate_documents
-from maxlm.data.workers import Block, text_hash, tokenise_blocks
+from maxlm.data.workers import DocumentBlock, text_hash, tokenise_blocks
 
 TEXTS = [f"document {i}: " + "lorem ipsum dolor " * (i * 7 % 40) + "\n" for i in range(300)]
 
@@ -357,7 +357,7 @@ def test_a_full_disk_is_one_line_and_the_run_continues(
 
 def test_a_dead_worker_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a tokenising process died \(exit code 1\)"):
-        list(tokenise_blocks(tmp_path / "no tokenizer here", [Block(0, [b"x"], "")], 2))
+        list(tokenise_blocks(tmp_path / "no tokenizer here", [DocumentBlock(0, [b"x"], "")], 2))
 
 
 @pytest.mark.parametrize("name", ["train-00001.tokens", "train-00000.offsets", "validation-00000.tokens"])

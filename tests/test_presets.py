@@ -16,8 +16,8 @@ from aot import require_compiler
 
 from maxlm.config import RunConfig
 from maxlm.config.cli import load_config
-from maxlm.plan.report import analyse
-from maxlm.plan.targets import CpuTarget, GpuTarget, Target, TpuTarget, parse_target
+from maxlm.plan.analysis import analyse
+from maxlm.plan.machines import CpuMachine, GpuMachine, Target, TpuMachine, parse_machine
 
 ROOT = Path(__file__).parent.parent
 PRESETS = sorted(path.stem for path in (ROOT / "configs").glob("[a-z]*.py"))
@@ -27,7 +27,7 @@ COMPILED_ALWAYS = {"llama7b", "llama3_70b", "mixtral8x7b"}
 def preset(name: str) -> tuple[RunConfig, Target]:
     config = load_config(f"{ROOT}/configs/{name}.py")
     assert config.target is not None, f"configs/{name}.py names no target"
-    return config, parse_target(config.target)
+    return config, parse_machine(config.target)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -41,11 +41,11 @@ def test_each_preset_fits_the_machine_that_it_names(name: str) -> None:
 def compiled(target: Target, *arguments: str) -> dict[str, Any]:
     """The plan of a real compile, which must fit and keep the rules that `forbidden` names."""
     match target:
-        case TpuTarget():
+        case TpuMachine():
             require_compiler("tpu_v5p")
-        case GpuTarget():
+        case GpuMachine():
             require_compiler("h200")
-        case CpuTarget():
+        case CpuMachine():
             pass
     command = [sys.executable, "-m", "maxlm.plan", "--target", str(target), "--compile", "--json", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
@@ -77,7 +77,7 @@ def test_each_preset_compiles_for_the_machine_that_it_names(name: str) -> None:
     ],
 )
 def test_llama7b_compiles_for_other_machines(target: str, arguments: tuple[str, ...]) -> None:
-    compiled(parse_target(target), "--config", "configs/llama7b.py", *arguments)
+    compiled(parse_machine(target), "--config", "configs/llama7b.py", *arguments)
 
 
 @pytest.mark.slow
@@ -86,4 +86,4 @@ def test_llama7b_compiles_for_other_machines(target: str, arguments: tuple[str, 
     "gpu:a100:8", "gpu:h100:8", "gpu:h200:8", "gpu:b200:8",
 ])  # fmt: skip
 def test_tiny_compiles_for_every_chip(target: str) -> None:
-    compiled(parse_target(target), "--config", "configs/tiny.py", "--sharding.fsdp", "-1")
+    compiled(parse_machine(target), "--config", "configs/tiny.py", "--sharding.fsdp", "-1")

@@ -13,22 +13,22 @@ import pytest
 
 from maxlm.config import UserError
 from maxlm.hardware import CHIPS
-from maxlm.plan import targets
-from maxlm.plan.targets import (
+from maxlm.plan import machines
+from maxlm.plan.machines import (
     GPUS,
     TPUS,
-    CpuTarget,
-    GpuTarget,
+    CpuMachine,
+    GpuMachine,
+    Machine,
     Platform,
-    Target,
-    TpuTarget,
+    TpuMachine,
     chip,
     installed,
     memory_limit,
     missing_compiler,
-    parse_target,
+    parse_machine,
     platform,
-    prepare,
+    prepare_compiler,
     requirements,
 )
 
@@ -38,31 +38,31 @@ GIB = 2**30
 @pytest.mark.parametrize(
     ("text", "target", "devices"),
     [
-        ("cpu:8", CpuTarget(8), 8),
-        ("tpu:v4:4x4x4", TpuTarget("v4", "4x4x4"), 64),  # two cores a chip, one device
-        ("tpu:v5e:1x1", TpuTarget("v5e", "1x1"), 1),
-        ("tpu:v6e:16x16", TpuTarget("v6e", "16x16"), 256),
-        ("tpu:7x:2x2x1", TpuTarget("7x", "2x2x1"), 8),  # two devices a chip
-        ("tpu:v5p:4x4x4:2", TpuTarget("v5p", "4x4x4", 2), 128),
-        ("tpu:v5p:4x4x4:1", TpuTarget("v5p", "4x4x4"), 64),
-        ("tpu:7x:4x4x4:4", TpuTarget("7x", "4x4x4", 4), 512),
-        ("tpu:v5p:16x16x24:11", TpuTarget("v5p", "16x16x24", 11), 67_584),
-        ("tpu:v5e:16x16:256", TpuTarget("v5e", "16x16", 256), 65_536),
-        ("gpu:b200:8", GpuTarget("b200", 1, 8), 8),
-        ("gpu:a100:4x2", GpuTarget("a100", 4, 2), 8),
-        ("gpu:h200:8192x8", GpuTarget("h200", 8192, 8), 65_536),
+        ("cpu:8", CpuMachine(8), 8),
+        ("tpu:v4:4x4x4", TpuMachine("v4", "4x4x4"), 64),  # two cores a chip, one device
+        ("tpu:v5e:1x1", TpuMachine("v5e", "1x1"), 1),
+        ("tpu:v6e:16x16", TpuMachine("v6e", "16x16"), 256),
+        ("tpu:7x:2x2x1", TpuMachine("7x", "2x2x1"), 8),  # two devices a chip
+        ("tpu:v5p:4x4x4:2", TpuMachine("v5p", "4x4x4", 2), 128),
+        ("tpu:v5p:4x4x4:1", TpuMachine("v5p", "4x4x4"), 64),
+        ("tpu:7x:4x4x4:4", TpuMachine("7x", "4x4x4", 4), 512),
+        ("tpu:v5p:16x16x24:11", TpuMachine("v5p", "16x16x24", 11), 67_584),
+        ("tpu:v5e:16x16:256", TpuMachine("v5e", "16x16", 256), 65_536),
+        ("gpu:b200:8", GpuMachine("b200", 1, 8), 8),
+        ("gpu:a100:4x2", GpuMachine("a100", 4, 2), 8),
+        ("gpu:h200:8192x8", GpuMachine("h200", 8192, 8), 65_536),
     ],
 )
-def test_names_of_machines(text: str, target: Target, devices: int) -> None:
-    assert parse_target(text) == target
+def test_names_of_machines(text: str, target: Machine, devices: int) -> None:
+    assert parse_machine(text) == target
     assert target.devices == devices
-    assert parse_target(str(target)) == target
+    assert parse_machine(str(target)) == target
 
 
 def test_platforms_and_chips() -> None:
-    assert [platform(parse_target(text)) for text in ("cpu:1", "tpu:v5e:2x2", "gpu:h100:8")] == list(Platform)
-    assert chip(CpuTarget(8)) is None
-    assert chip(TpuTarget("7x", "2x2x1")) is CHIPS["7x"] and chip(GpuTarget("a100", 1, 8)) is CHIPS["a100"]
+    assert [platform(parse_machine(text)) for text in ("cpu:1", "tpu:v5e:2x2", "gpu:h100:8")] == list(Platform)
+    assert chip(CpuMachine(8)) is None
+    assert chip(TpuMachine("7x", "2x2x1")) is CHIPS["7x"] and chip(GpuMachine("a100", 1, 8)) is CHIPS["a100"]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_platforms_and_chips() -> None:
 )
 def test_unknown_machines_name_the_nearest(wrong: str, near: str) -> None:
     with pytest.raises(UserError, match="is unknown; use a name like ") as caught:
-        parse_target(wrong)
+        parse_machine(wrong)
     assert near in str(caught.value).split("use a name like")[1] and "\n" not in str(caught.value)
 
 
@@ -117,10 +117,10 @@ def test_unknown_machines_name_the_nearest(wrong: str, near: str) -> None:
 )
 def test_machines_that_nobody_has(wrong: str, why: str) -> None:
     with pytest.raises(UserError) as caught:
-        parse_target(wrong)
+        parse_machine(wrong)
     assert why in str(caught.value) and "\n" not in str(caught.value)
     for name in re.findall(r"[tg]pu:\w+:[\dx:]+", str(caught.value).split("; use")[1]):
-        parse_target(name)
+        parse_machine(name)
 
 
 @pytest.mark.parametrize("name", TPUS)
@@ -129,7 +129,7 @@ def test_every_rentable_topology_is_a_name(name: str) -> None:
     flat = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16"
     cubes = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 4x4x12 8x8x8 8x8x12 8x8x16 8x16x16 16x16x16"
     for shape in (flat if name in ("v5e", "v6e") else cubes).split():
-        assert parse_target(f"tpu:{name}:{shape}").devices == math.prod(map(int, shape.split("x"))) * (
+        assert parse_machine(f"tpu:{name}:{shape}").devices == math.prod(map(int, shape.split("x"))) * (
             1 + (name == "7x")
         )
 
@@ -137,24 +137,24 @@ def test_every_rentable_topology_is_a_name(name: str) -> None:
 def test_memory_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
         monkeypatch.delenv(variable, raising=False)
-    assert memory_limit(CpuTarget(8)) is None
-    assert memory_limit(TpuTarget("v5e", "4x4", 2)) == 15.75 * GIB
-    assert memory_limit(TpuTarget("v4", "4x4x4")) == 30.75 * GIB
-    assert memory_limit(GpuTarget("h200", 1, 8)) == int(150_754_820_096 * 0.75)
+    assert memory_limit(CpuMachine(8)) is None
+    assert memory_limit(TpuMachine("v5e", "4x4", 2)) == 15.75 * GIB
+    assert memory_limit(TpuMachine("v4", "4x4x4")) == 30.75 * GIB
+    assert memory_limit(GpuMachine("h200", 1, 8)) == int(150_754_820_096 * 0.75)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
-    assert memory_limit(GpuTarget("h200", 1, 8)) == 150_754_820_096 // 2
+    assert memory_limit(GpuMachine("h200", 1, 8)) == 150_754_820_096 // 2
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.9")  # its newer name; jax refuses both
     with pytest.raises(UserError, match=r"are both set, which jax refuses; unset XLA_PYTHON_CLIENT_MEM_FRACTION"):
-        memory_limit(GpuTarget("h200", 1, 8))
+        memory_limit(GpuMachine("h200", 1, 8))
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION")
-    assert memory_limit(GpuTarget("h200", 1, 8)) == int(150_754_820_096 * 0.9)
-    assert memory_limit(TpuTarget("v5e", "4x4")) == 15.75 * GIB
+    assert memory_limit(GpuMachine("h200", 1, 8)) == int(150_754_820_096 * 0.9)
+    assert memory_limit(TpuMachine("v5e", "4x4")) == 15.75 * GIB
     for wrong in ("most", "nan", "-0.5", "90"):
         monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", wrong)
         with pytest.raises(
             UserError, match=rf"XLA_CLIENT_MEM_FRACTION = '{wrong}' must be a fraction up to 1, such as"
         ):
-            memory_limit(GpuTarget("h200", 1, 8))
+            memory_limit(GpuMachine("h200", 1, 8))
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def nothing_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     (folder / "METADATA").write_text(metadata)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    monkeypatch.setattr(targets, "COMPILERS", tmp_path / "compilers")
+    monkeypatch.setattr(machines, "COMPILERS", tmp_path / "compilers")
     return tmp_path
 
 
@@ -180,14 +180,14 @@ def pretend(folder: Path, **versions: str) -> None:
 def test_a_missing_compiler_comes_with_the_line_that_installs_it(nothing_installed: Path) -> None:
     version = importlib.metadata.version("jax")
     same = f"<={version},>={version}"
-    assert missing_compiler(CpuTarget(8)) is None
-    advice = missing_compiler(TpuTarget("v5p", "4x4x4"))
+    assert missing_compiler(CpuMachine(8)) is None
+    advice = missing_compiler(TpuMachine("v5p", "4x4x4"))
     assert advice is not None
     assert re.fullmatch(
         r"no compiler for tpu:v5p:4x4x4: make compilers, or pip install --no-deps 'libtpu==[\d.]+\*'", advice
     )
     with pytest.raises(UserError) as caught:
-        prepare(GpuTarget("b200", 2, 8))
+        prepare_compiler(GpuMachine("b200", 2, 8))
     assert str(caught.value) == (
         "no compiler for gpu:b200:2x8: make compilers, or pip install --no-deps "
         f"'jax-cuda13-plugin{same}' 'jax-cuda13-pjrt{same}' 'nvidia-cuda-nvcc>=13,<14' 'nvidia-nvvm>=13,<14' 'absl-py'"
@@ -201,8 +201,8 @@ def test_a_missing_compiler_comes_with_the_line_that_installs_it(nothing_install
         absl_py="2.5",
         nvidia_nvvm="13.5.37",
     )
-    assert missing_compiler(TpuTarget("v5p", "4x4x4")) is None
-    advice = missing_compiler(GpuTarget("h200", 1, 8))
+    assert missing_compiler(TpuMachine("v5p", "4x4x4")) is None
+    advice = missing_compiler(GpuMachine("h200", 1, 8))
     assert advice is not None and advice.endswith("pip install --no-deps 'nvidia-cuda-nvcc>=13,<14'")
 
 
@@ -211,12 +211,12 @@ def test_a_compiler_of_another_jax_counts_as_missing(nothing_installed: Path) ->
     version = importlib.metadata.version("jax")
     names = {"libtpu": "0.0.1.7", "jax_cuda13_plugin": "0.9.9", "jax_cuda13_pjrt": version, "absl_py": "2"}
     pretend(nothing_installed, **names, nvidia_nvvm="14.0", nvidia_cuda_nvcc="13.5.37")
-    advice = missing_compiler(TpuTarget("v5p", "4x4x4"))
+    advice = missing_compiler(TpuMachine("v5p", "4x4x4"))
     assert advice == (
         f"no compiler for tpu:v5p:4x4x4: libtpu 0.0.1.7 does not go with jax {version}; make compilers, or "
         f"pip install --no-deps '{requirements('tpu')[0]}'"
     )
-    advice = missing_compiler(GpuTarget("h200", 1, 8))
+    advice = missing_compiler(GpuMachine("h200", 1, 8))
     assert advice == (
         f"no compiler for gpu:h200:1x8: jax-cuda13-plugin 0.9.9, nvidia-nvvm 14.0 does not go with jax {version}; make "
         f"compilers, or pip install --no-deps '{requirements('gpu')[0]}' 'nvidia-nvvm>=13,<14'"
@@ -238,7 +238,7 @@ def test_a_compiler_of_another_jax_counts_as_missing(nothing_installed: Path) ->
     ],
 )
 def test_versions_that_suit(found: str, wanted: str, suits: bool) -> None:
-    assert targets._suits(found, wanted) is suits
+    assert machines._suits(found, wanted) is suits
 
 
 @pytest.mark.parametrize("text", [None, "", "Metadata-Version: 2.1\n", "Name: libtpu\n"])
@@ -252,7 +252,7 @@ def test_half_an_installation_does_not_count(nothing_installed: Path, text: str 
 
 def test_names_are_read_without_jax() -> None:
     """It must be told of the target before it is imported, and a plan by arithmetic has no time for it."""
-    script = "import sys; from maxlm.plan import targets; targets.parse_target('cpu:8'); print('jax' in sys.modules)"
+    script = "import sys; from maxlm.plan import machines; machines.parse_machine('cpu:8'); print('jax' in sys.modules)"
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "False", done.stderr
@@ -260,6 +260,6 @@ def test_names_are_read_without_jax() -> None:
 
 def test_gpus_are_all_told_to_the_compiler_in_full() -> None:
     for name in GPUS:
-        text = targets.gpu_config(name)
+        text = machines.gpu_config(name)
         assert f"device_memory_size: {CHIPS[name].memory} " in text and "{" + "gpu" not in text
         assert text.count("{") == text.count("}")

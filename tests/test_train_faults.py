@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from train_runs import STEPS, Bench, Ended, Running, contents, final_hash, flip_byte, inspect, losses, rows
 
-from maxlm.checkpoint import steps as folders
+from maxlm.checkpoint import retention as folders
 from maxlm.checkpoint.lock import lock_run
 from maxlm.checkpoint.store import Store
 from maxlm.data.prepare import prepare

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from kernels_pallas import plan, tune
+from kernels_pallas import decision, tune
 from kernels_pallas.attention.problem import AttentionBlocks
 from kernels_pallas.glu.problem import GluBlocks
-from kernels_pallas.measuring.contest import Effort, Entry, Row
+from kernels_pallas.measuring.contest import CaseRow, Effort, Entry
 from kernels_pallas.measuring.timing import Timing
 from kernels_pallas.targets import named
 
@@ -111,14 +111,14 @@ def test_a_row_is_found_for_the_problems_that_it_was_measured_on(
     for i, shape in enumerate(reversed(classes)):
         table = tune.updated(table, row(shape, i))
     (tmp_path / "h200.json").write_text(json.dumps(table))
-    monkeypatch.setattr(plan, "TUNING", tmp_path)
-    plan.load_table.cache_clear()
+    monkeypatch.setattr(decision, "TUNING", tmp_path)
+    decision.load_table.cache_clear()
     try:
         for shape in classes:
-            found = plan.lookup(op, tune._plan(shape, target).problem, target, "gpu")
+            found = decision.lookup(op, tune._plan(shape, target).problem, target, "gpu")
             assert found is not None and found["match"] == shape.match
     finally:
-        plan.load_table.cache_clear()
+        decision.load_table.cache_clear()
 
 
 def row(shape: tune.ShapeClass, microseconds: float) -> dict[str, Any]:
@@ -140,11 +140,11 @@ def test_a_new_row_replaces_its_predecessor_alone() -> None:
     assert {r["microseconds"] for r in table["rows"]} == {6, 7}
 
 
-def result(case: Any, microseconds: float, rival: float | None) -> Row:
+def result(case: Any, microseconds: float, rival: float | None) -> CaseRow:
     def entry(us: float) -> Entry:
         return Entry(status="ok", errors={}, microseconds=Timing(us, us, us, 1), tflops=1.0)
 
-    found = Row(name=case.name, op=case.op, backend="gpu", kernel=entry(microseconds), rivals={})
+    found = CaseRow(name=case.name, op=case.op, backend="gpu", kernel=entry(microseconds), rivals={})
     if rival is not None:
         found.rivals, found.fastest_rival = {"cudnn": entry(rival)}, "cudnn"
     return found
@@ -157,7 +157,7 @@ def test_the_fastest_right_blocks_win_each_pass(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(tune._CHOICES["fused_glu"], target.family, sizes)
     fastest = {"m": 128, "f": 64, "d": 64, "stages": 3}
 
-    def attempt(worker: Any, case: Any, target: Any, effort: Any, blocks: GluBlocks, *, alone: bool = False) -> Row:
+    def attempt(worker: Any, case: Any, target: Any, effort: Any, blocks: GluBlocks, *, alone: bool = False) -> CaseRow:
         suffix = "" if case.direction == "forward" else "_backward"
         mine = {name: getattr(blocks, name + suffix) for name in fastest}
         if mine == {**fastest, "stages": 4}:  # the fastest of all, and wrong
@@ -171,9 +171,9 @@ def test_the_fastest_right_blocks_win_each_pass(monkeypatch: pytest.MonkeyPatch)
     assert found is not None, told
     assert found["blocks"] == {**fastest, **{f"{name}_backward": size for name, size in fastest.items()}}
     assert (found["microseconds"], found["rival_microseconds"]) == (10.0, 12.0)
-    assert plan.is_faster(found)
+    assert decision.is_faster(found)
 
-    def no_rival(*arguments: Any, alone: bool = False) -> Row:
+    def no_rival(*arguments: Any, alone: bool = False) -> CaseRow:
         return attempt(*arguments, alone=True)
 
     monkeypatch.setattr(tune, "attempt", no_rival)

@@ -28,8 +28,8 @@ from kernels_pallas.attention.gpu_tile import (
     LOG2_E,
     ROWS,
     WARPGROUPS,
-    Arrays,
-    Tile,
+    BackwardInputs,
+    GpuTile,
     accumulator,
     along,
     key_blocks,
@@ -116,7 +116,7 @@ def backward(
     q, d_out = (pad(pad(x, 1, q_pad), 3, whole_width(x.shape[3]) - x.shape[3]) for x in (operands.q, d_out))
     k, v = (pad(pad(x, 1, k_pad), 3, whole_width(x.shape[3]) - x.shape[3]) for x in (operands.k, operands.v))
     lse = jnp.where(lse <= MASKED / 2, _NEVER, lse * LOG2_E)
-    arrays = Arrays(
+    arrays = BackwardInputs(
         q,
         k,
         v,
@@ -133,7 +133,7 @@ def backward(
     return dq[:, : problem.T, :, :H], dk[:, : problem.S, :, :H], dv[:, : problem.S, :, :Hv], None
 
 
-def _key_gradients(problem: AttentionProblem, blocks: AttentionBlocks, arrays: Arrays, interpret: Any) -> Any:
+def _key_gradients(problem: AttentionProblem, blocks: AttentionBlocks, arrays: BackwardInputs, interpret: Any) -> Any:
     """dk [B, S, K, H] and dv [B, S, K, Hv]."""
     H, Hv, rows = problem.H, problem.Hv, blocks.q_backward
     tiles = _key_tiles(H, Hv)
@@ -141,7 +141,7 @@ def _key_gradients(problem: AttentionProblem, blocks: AttentionBlocks, arrays: A
     n_blocks = arrays.k.shape[1] // (ROWS * tiles)
     arrays = arrays._replace(ranges=query_blocks(problem, arrays, ROWS * tiles, rows))
 
-    def body(x: Arrays, dk_ref: Any, dv_ref: Any, *scratch: Any) -> None:
+    def body(x: BackwardInputs, dk_ref: Any, dv_ref: Any, *scratch: Any) -> None:
         kept, streamed, arrived, consumed, all_done, copies = scratch
         b, head, j = (lax.axis_index(name) for name in ("batch", "heads", "keys"))
         warpgroup = lax.axis_index("warpgroup")
@@ -193,7 +193,7 @@ def _key_gradients(problem: AttentionProblem, blocks: AttentionBlocks, arrays: A
                 def _(step: Any, q_head: Any, i: Any) -> None:
                     slot = lax.rem(step, _i32(stages))
                     q_tile, d_out_tile = q_smem.at[slot], d_out_smem.at[slot]
-                    tile = Tile(
+                    tile = GpuTile(
                         1,
                         x.q_offset[b] + i * rows,
                         (j * tiles + own) * ROWS,
@@ -276,14 +276,16 @@ def _key_gradients(problem: AttentionProblem, blocks: AttentionBlocks, arrays: A
     )(arrays)
 
 
-def _query_gradients(problem: AttentionProblem, blocks: AttentionBlocks, arrays: Arrays, interpret: Any) -> Any:
+def _query_gradients(problem: AttentionProblem, blocks: AttentionBlocks, arrays: BackwardInputs, interpret: Any) -> Any:
     """dq [B, T, N, H]."""
     H, Hv, rows = problem.H, problem.Hv, blocks.k_backward
     stages = _stages(problem, blocks, WARPGROUPS, rows)
     n_blocks = arrays.q.shape[1] // (ROWS * WARPGROUPS)
     arrays = arrays._replace(ranges=key_blocks(problem, arrays, ROWS * WARPGROUPS, rows))
 
-    def body(x: Arrays, dq_ref: Any, kept: Any, streamed: Any, arrived: Any, consumed: Any, copies: Any) -> None:
+    def body(
+        x: BackwardInputs, dq_ref: Any, kept: Any, streamed: Any, arrived: Any, consumed: Any, copies: Any
+    ) -> None:
         b, head = lax.axis_index("batch"), lax.axis_index("heads")
         # The last queries see most keys of a causal mask: started first, they do not run alone at the end.
         i = n_blocks - 1 - lax.axis_index("queries")
@@ -331,7 +333,7 @@ def _query_gradients(problem: AttentionProblem, blocks: AttentionBlocks, arrays:
                     slot = lax.rem(step, _i32(stages))
                     k_tile, v_tile = k_smem.at[slot], v_smem.at[slot]
                     plgpu.barrier_wait(k_arrived.at[slot])
-                    tile = Tile(
+                    tile = GpuTile(
                         0,
                         x.q_offset[b] + (i * WARPGROUPS + warpgroup) * ROWS,
                         (start + step) * rows,

@@ -49,7 +49,7 @@ def blocks_sharing_ids(ids: jax.Array, size: int, other_ids: jax.Array, other_si
     return jnp.stack([start, stop], 2).astype(jnp.int32)
 
 
-class Arrays(NamedTuple):
+class BackwardInputs(NamedTuple):
     """Inputs of both backward kernels, padded to whole blocks."""
 
     q: Any  # [B, T, N, H]
@@ -80,7 +80,7 @@ def marks_of(positions: jax.Array, segments: jax.Array | None) -> jax.Array:
     return jnp.stack([positions, jnp.pad(segments, ((0, 0), (0, positions.shape[1] - segments.shape[1])), "edge")], 1)
 
 
-def query_blocks(problem: AttentionProblem, arrays: Arrays, kept: int, rows: int) -> jax.Array:
+def query_blocks(problem: AttentionProblem, arrays: BackwardInputs, kept: int, rows: int) -> jax.Array:
     """The blocks of queries [start, stop) that see some key of each block of `kept` keys: int32 [B, blocks, 2]."""
     first = jnp.arange(0, arrays.k.shape[1], kept)
     start, stop = problem.mask.query_range(first, first + kept - 1)
@@ -89,7 +89,7 @@ def query_blocks(problem: AttentionProblem, arrays: Arrays, kept: int, rows: int
     return _same_segments(ranges, arrays.k_marks, kept, arrays.q_marks, rows)
 
 
-def key_blocks(problem: AttentionProblem, arrays: Arrays, kept: int, rows: int) -> jax.Array:
+def key_blocks(problem: AttentionProblem, arrays: BackwardInputs, kept: int, rows: int) -> jax.Array:
     """The blocks of keys [start, stop) that some query of each block of `kept` queries sees: int32 [B, blocks, 2]."""
     first = arrays.q_offset[:, None] + jnp.arange(0, arrays.q.shape[1], kept)
     start, stop = problem.mask.key_range(first, first + kept - 1)
@@ -113,7 +113,7 @@ def _same_segments(
     return jnp.stack([start, jnp.maximum(start, jnp.minimum(ranges[..., 1], sharing[..., 1]))], -1)
 
 
-class Tile(NamedTuple):
+class GpuTile(NamedTuple):
     """Where a tile of scores lies, and what decides its values beside q and k."""
 
     q_dim: int  # the dim of the tile along which queries run
@@ -125,7 +125,7 @@ class Tile(NamedTuple):
     slope: Any
 
 
-def probabilities(problem: AttentionProblem, tile: Tile, raw: Any, lse: Any) -> tuple[Any, Any]:
+def probabilities(problem: AttentionProblem, tile: GpuTile, raw: Any, lse: Any) -> tuple[Any, Any]:
     """p, and p times the derivative of the soft cap, from a tile of q k^T."""
     if problem.soft_cap is None:
         scores = raw * (problem.scale * LOG2_E)
@@ -144,7 +144,7 @@ def probabilities(problem: AttentionProblem, tile: Tile, raw: Any, lse: Any) -> 
     return p, p if derivative is None else p * derivative
 
 
-def _hide(problem: AttentionProblem, tile: Tile, p: Any) -> Any:
+def _hide(problem: AttentionProblem, tile: GpuTile, p: Any) -> Any:
     """p with 0 where the query may not see the key."""
     n_q, n_k = (ROWS, tile.rows) if tile.q_dim == 0 else (tile.rows, ROWS)
     k_last = tile.k_first + n_k - 1
@@ -161,7 +161,7 @@ def _hide(problem: AttentionProblem, tile: Tile, p: Any) -> Any:
     return p
 
 
-def _spread(tile: Tile, mark: int) -> tuple[Any, Any]:
+def _spread(tile: GpuTile, mark: int) -> tuple[Any, Any]:
     """A mark of the query and of the key of each element of a tile.
 
     From shared memory even where they are mere counts: these would be computed before the loop, and held in registers

@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas.attention.problem import AttentionBlocks, AttentionProblem, Operands
 from kernels_pallas.attention.tpu_tile import LOG2E, At, Tile, Walk, column, dot, fit, inputs, row, scratch, wide
 
-Arrays = dict[str, tuple[jax.Array, pl.BlockSpec]]
+_Read = dict[str, tuple[jax.Array, pl.BlockSpec]]
 
 
 def backward(
@@ -52,7 +52,7 @@ def backward(
 
 def _inputs(
     walk: Walk, operands: Operands, lse: jax.Array, delta: jax.Array, d_out: jax.Array, q_at: At, k_at: At
-) -> Arrays:
+) -> _Read:
     return inputs(walk, operands, q_at, k_at) | {
         "d_out": (d_out.swapaxes(1, 2), wide(q_at, walk.q, walk.problem.Hv)),
         "lse": (lse[:, :, None], row(q_at, walk.q)),

@@ -13,12 +13,11 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas import dispatch
+from kernels_pallas.decision import Plan
 from kernels_pallas.glu import xla
 from kernels_pallas.glu.activations import ACTIVATIONS
 from kernels_pallas.glu.problem import GluBlocks, GluProblem, Save
-from kernels_pallas.plan import Plan
 from kernels_pallas.targets import current_target
-
 
 Shaped = jax.Array | jax.ShapeDtypeStruct
 """What has a shape and a dtype."""

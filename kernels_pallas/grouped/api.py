@@ -12,8 +12,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas import dispatch
+from kernels_pallas.decision import Plan
 from kernels_pallas.grouped.problem import GroupedBlocks, GroupedProblem
-from kernels_pallas.plan import Plan
 
 
 def grouped_matmul(

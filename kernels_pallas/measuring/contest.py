@@ -30,7 +30,7 @@ _PEAK = {
     "tpu_7x": 1153.5,
 }
 
-Status = Literal["ok", "refused", "failed", "wrong", "skipped"]
+_Status = Literal["ok", "refused", "failed", "wrong", "skipped"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Effort:
 class Entry:
     """What became of one contestant of a case."""
 
-    status: Status
+    status: _Status
     reason: str = ""
     errors: dict[str, float] | None = None
     """By result: the largest difference from the reference, as a part of the reference's largest magnitude."""
@@ -55,7 +55,7 @@ class Entry:
 
 
 @dataclass(kw_only=True)
-class Row:
+class CaseRow:
     """What became of one case."""
 
     name: str
@@ -72,7 +72,7 @@ class Row:
     """Clocks, temperature and power right after the timing."""
 
     @classmethod
-    def lost(cls, case: Case, backend: str, reason: str, status: Status = "failed") -> Row:
+    def lost(cls, case: Case, backend: str, reason: str, status: _Status = "failed") -> CaseRow:
         """Of a case that was not measured."""
         return cls(name=case.name, op=case.op, backend=backend, kernel=Entry(status=status, reason=reason), rivals={})
 
@@ -89,7 +89,7 @@ class Row:
         return None if timing is None else timing.median
 
 
-def measure(case: Case, backend: str, effort: Effort, blocks: Any = None, *, alone: bool = False) -> Row:
+def measure(case: Case, backend: str, effort: Effort, blocks: Any = None, *, alone: bool = False) -> CaseRow:
     """Checks the case's kernel and its rivals (not with `alone`), and times those that are right, if the kernel is."""
     arrays = case.arrays()
     reference = case.reference(arrays)
@@ -109,7 +109,7 @@ def measure(case: Case, backend: str, effort: Effort, blocks: Any = None, *, alo
         calls[name] = call
         return Entry(status="ok", errors=errors)
 
-    row = Row(
+    row = CaseRow(
         name=case.name,
         op=case.op,
         backend=backend,
@@ -154,7 +154,7 @@ def _enter(entry: Entry, timing: Timing | Exception, flops: int) -> None:
         entry.status, entry.reason = "failed", f"timed at {entry.tflops:.0f} TFLOP/s, which the chip cannot do"
 
 
-def _judge(row: Row, case: Case) -> None:
+def _judge(row: CaseRow, case: Case) -> None:
     device = jax.devices()[0]
     goal = case.goal if target_of(device.device_kind, device.platform).name == GOAL_CHIP else None
     row.goal = None if goal is None else asdict(goal)

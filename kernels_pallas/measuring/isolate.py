@@ -7,7 +7,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 
 
 class WorkerError(Exception):
@@ -30,7 +30,7 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def call(self, function: Callable[..., Result], *arguments: Any, limit_s: float) -> Result:
+    def call(self, function: Callable[..., _Result], *arguments: Any, limit_s: float) -> _Result:
         """function(*arguments), in the worker.
 
         Raises:

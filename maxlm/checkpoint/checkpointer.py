@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from maxlm.checkpoint import manifest, steps
-from maxlm.checkpoint.store import Json, Record, Store, Tree, describe, first_difference, named_leaves
+from maxlm.checkpoint import manifest, retention
+from maxlm.checkpoint.store import Record, Store, Tree, describe_leaf, first_difference, named_leaves
 from maxlm.config.errors import UserError
 from maxlm.config.run import CheckpointConfig
 
@@ -31,7 +31,7 @@ class Restored:
     params: Tree
     optimizer: Tree | None
     """None if only parameters were asked for."""
-    meta: dict[str, Json]
+    meta: dict[str, Any]
 
 
 class Checkpointer:
@@ -75,7 +75,7 @@ class Checkpointer:
     ) -> None:
         self.close()
 
-    def save(self, step: int, *, params: Tree, optimizer: Tree, meta: dict[str, Json]) -> None:
+    def save(self, step: int, *, params: Tree, optimizer: Tree, meta: dict[str, Any]) -> None:
         """Write a step in the background; returns once the arrays are copied to the host, so they may be donated.
 
         Leaves must be jax arrays that span all devices (scalars too, with several processes). Waits first for an
@@ -134,7 +134,7 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """Finished steps in rising order, as this process sees the folder now."""
-        return steps.finished(self._folder)
+        return retention.finished(self._folder)
 
     def restore_latest(self, *, params: Tree, optimizer: Tree) -> Restored | None:
         """Restore the newest step that is intact, in the shardings of the given trees of `jax.ShapeDtypeStruct`.
@@ -171,7 +171,7 @@ class Checkpointer:
         assert chosen is not None
         return self._restore(chosen, {"params": params})
 
-    def read_meta(self, step: int) -> dict[str, Json]:
+    def read_meta(self, step: int) -> dict[str, Any]:
         """What `save` got as `meta`.
 
         Raises:
@@ -188,31 +188,31 @@ class Checkpointer:
             return
         rule = {"keep_last": self._config.keep_last, "keep_every": self._config.keep_every}
         manifest.write(self._folder / str(step), step=step, **rule)
-        finished = steps.finished(self._folder)
-        kept = steps.kept(finished, **rule)
+        finished = retention.finished(self._folder)
+        kept = retention.kept(finished, **rule)
         for old in finished:
             if old not in kept:
-                steps.remove(self._folder / str(old))
+                retention.remove(self._folder / str(old))
 
     def _clear_the_way(self, step: int) -> None:
         """Remove what killed runs left, and set aside finished steps that are not of this run's past.
 
         Those would be restored in place of the new step, or take the place of a good one in the keep rule.
         """
-        for path in steps.unfinished(self._folder):
+        for path in retention.unfinished(self._folder):
             self._warn(f"{path}: unfinished checkpoint of a run that was stopped; removed")
-            steps.remove(path)
+            retention.remove(path)
         past = step - 1 if self._current is None else min(self._current, step - 1)
-        for other in steps.finished(self._folder):
+        for other in retention.finished(self._folder):
             if other > past:
-                place = steps.move_aside(self._folder, other)
+                place = retention.move_aside(self._folder, other)
                 self._warn(
                     f"{place}: checkpoint {other}, which this run did not continue from, was moved here before saving "
                     f"step {step}; delete it once you no longer want it"
                 )
 
     def _newest_intact(self, skip: tuple[str, ...] = ()) -> int | None:
-        finished = steps.finished(self._folder)
+        finished = retention.finished(self._folder)
         for step in reversed(finished):
             problems = self._problems(step, skip)
             if not problems:
@@ -224,12 +224,12 @@ class Checkpointer:
                 f"{self._folder}: checkpoints {finished} are all damaged; mend or restore one from a copy "
                 "(python -m maxlm.inspect RUN_DIR --verify lists the files), or set another run_dir to start anew"
             )
-        if leftovers := [p.name for p in (*steps.unfinished(self._folder), *steps.set_aside(self._folder))]:
+        if leftovers := [p.name for p in (*retention.unfinished(self._folder), *retention.set_aside(self._folder))]:
             self._warn(f"{self._folder}: no finished checkpoint, only {', '.join(leftovers)}; starting from step 0")
         return None
 
     def _intact(self, step: int, skip: tuple[str, ...]) -> int:
-        finished = steps.finished(self._folder)
+        finished = retention.finished(self._folder)
         if step not in finished:
             raise UserError(f"{self._folder}: no finished checkpoint of step {step}; there are {finished or 'none'}")
         if problems := self._problems(step, skip):
@@ -238,7 +238,7 @@ class Checkpointer:
             )
         return step
 
-    def _problems(self, step: int, skip: tuple[str, ...]) -> list[manifest.Problem]:
+    def _problems(self, step: int, skip: tuple[str, ...]) -> list[manifest.BrokenFile]:
         return manifest.verify(self._folder / str(step), step, checksums=self._config.verify, skip=skip)
 
     def _agree(self, choose: Callable[[], int | None]) -> int | None:
@@ -263,7 +263,7 @@ class Checkpointer:
     def _restore(self, step: int, items: dict[str, Tree]) -> Restored:
         record = self._record(step)
         for item, tree in items.items():
-            wanted = {name: describe(leaf) for name, leaf in named_leaves(tree).items()}
+            wanted = {name: describe_leaf(leaf) for name, leaf in named_leaves(tree).items()}
             if difference := first_difference(item, record.items[item], wanted):
                 raise UserError(
                     f"{self._folder / str(step)}: {difference}; use the config that wrote it (model and optimizer), or "
@@ -291,7 +291,7 @@ class Checkpointer:
 
     def _failed(self, step: int, error: Exception) -> UserError:
         try:
-            safe = steps.finished(self._folder)
+            safe = retention.finished(self._folder)
         except OSError:
             safe = []
         kept = f"step {safe[-1]} is the last finished one and can be restored" if safe else "no step is finished yet"

@@ -47,7 +47,7 @@ class Manifest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Problem:
+class BrokenFile:
     """Why a step is not what was written."""
 
     file: str
@@ -117,7 +117,7 @@ def load(folder: Path) -> Manifest:
     return manifest
 
 
-def verify(folder: Path, step: int, *, checksums: bool = True, skip: Collection[str] = ()) -> list[Problem]:
+def verify(folder: Path, step: int, *, checksums: bool = True, skip: Collection[str] = ()) -> list[BrokenFile]:
     """Compare a step with its manifest; an empty list means it is what was written.
 
     Names and sizes are always compared. `checksums=False` leaves the contents unread; `skip` names top folders of the
@@ -129,18 +129,18 @@ def verify(folder: Path, step: int, *, checksums: bool = True, skip: Collection[
     try:
         manifest = load(folder)
     except ManifestError as error:
-        return [Problem(file=NAME, reason=str(error))]
+        return [BrokenFile(file=NAME, reason=str(error))]
     if manifest.step != step:
-        return [Problem(file=NAME, reason=f"is that of step {manifest.step}; this folder is step {step}")]
+        return [BrokenFile(file=NAME, reason=f"is that of step {manifest.step}; this folder is step {step}")]
     found = _files(folder)
-    problems = [Problem(file=name, reason="missing") for name in sorted(manifest.files.keys() - set(found))]
+    problems = [BrokenFile(file=name, reason="missing") for name in sorted(manifest.files.keys() - set(found))]
     for name in sorted(set(found) - manifest.files.keys()):
-        problems.append(Problem(file=name, reason="not in the manifest; delete it if it was put there by hand"))
+        problems.append(BrokenFile(file=name, reason="not in the manifest; delete it if it was put there by hand"))
     to_read = []
     for name in sorted(manifest.files.keys() & set(found)):
         size, expected = (folder / name).stat().st_size, manifest.files[name].bytes
         if size != expected:
-            problems.append(Problem(file=name, reason=f"{size} bytes, expected {expected}"))
+            problems.append(BrokenFile(file=name, reason=f"{size} bytes, expected {expected}"))
         elif checksums and name.split("/", 1)[0] not in skip:
             to_read.append(name)
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -148,7 +148,7 @@ def verify(folder: Path, step: int, *, checksums: bool = True, skip: Collection[
             to_read, pool.map(lambda n: _compare(folder / n, manifest.files[n]), to_read), strict=True
         ):
             if problem:
-                problems.append(Problem(file=name, reason=problem))
+                problems.append(BrokenFile(file=name, reason=problem))
     return problems
 
 

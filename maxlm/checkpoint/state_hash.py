@@ -11,7 +11,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from maxlm.checkpoint import steps
+from maxlm.checkpoint import retention
 from maxlm.checkpoint.store import Leaf, Store
 from maxlm.config.errors import UserError
 
@@ -27,7 +27,7 @@ def state_hash(folder: Path, step: int) -> str:
     Raises:
         UserError: the step is not there or not finished.
     """
-    if step not in (there := steps.finished(folder)):
+    if step not in (there := retention.finished(folder)):
         raise UserError(f"{folder}: no finished checkpoint of step {step}; there are {there or 'none'}")
     path, store = folder.absolute() / str(step), Store()
     record = store.record(path)

@@ -58,8 +58,6 @@ _quiet_failures()
 
 Tree = Any
 """Any pytree whose leaves are jax arrays, or jax.ShapeDtypeStructs with a sharding."""
-Json = Any
-"""None, bool, int, float, str, and lists and string-keyed dicts of these."""
 Leaf = tuple[str, tuple[int, ...]]
 """dtype and shape."""
 
@@ -72,7 +70,7 @@ class Record:
 
     items: dict[str, dict[str, Leaf]]
     """dtype and shape of every array, by item and name."""
-    meta: dict[str, Json]
+    meta: dict[str, Any]
     """What the caller gave to `begin`."""
 
 
@@ -82,14 +80,14 @@ class Store:
     def __init__(self) -> None:
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
 
-    def begin(self, path: Path, items: Mapping[str, Tree], meta: dict[str, Json]) -> None:
+    def begin(self, path: Path, items: Mapping[str, Tree], meta: dict[str, Any]) -> None:
         """Start to write the step `path`; returns when the arrays have been copied and may be donated or changed."""
         named = {item: named_leaves(tree) for item, tree in items.items()}
         for item, leaves in named.items():
             for name, leaf in leaves.items():
                 if not isinstance(leaf, jax.Array):
                     raise TypeError(f"{item} leaf {name} is a {type(leaf).__name__}; only jax arrays can be saved")
-        described = {item: {n: describe(leaf) for n, leaf in leaves.items()} for item, leaves in named.items()}
+        described = {item: {n: describe_leaf(leaf) for n, leaf in leaves.items()} for item, leaves in named.items()}
         body = {"format": _FORMAT, "items": described, "meta": meta}
         arrays = {item: ocp.args.PyTreeSave(leaves) for item, leaves in named.items() if leaves}  # Orbax refuses {}
         self._orbax.save(path, args=ocp.args.Composite(meta=ocp.args.JsonSave(body), **arrays))
@@ -149,7 +147,7 @@ def named_leaves(tree: Tree) -> dict[str, Any]:
     return named
 
 
-def describe(leaf: Any) -> Leaf:
+def describe_leaf(leaf: Any) -> Leaf:
     """dtype and shape of an array or ShapeDtypeStruct."""
     return str(leaf.dtype), tuple(leaf.shape)
 

@@ -1,4 +1,19 @@
-"""Frozen, keyword-only dataclasses that describe everything a run can do. Nothing here imports jax."""
+"""Frozen, keyword-only dataclasses that describe everything a run can do. Nothing here imports jax.
+
+run.py: a whole run, and the rules between its parts
+model.py: blocks, attention, remat
+ffn.py: gated MLP; mixture of experts: routers, dispatch
+families.py: model families as functions from sizes to a model
+data.py: documents, tokenizers, mixtures
+optimizer.py: AdamW, Adafactor, schedules
+sharding.py: sizes of the mesh axes, ZeRO stages, presets
+dims.py: the table: which mesh axis cuts which dim of an array
+layout_rules.py: what must divide what
+sampling.py: temperature, top-k, top-p
+cli.py: --config, overrides, one-line errors
+serialize.py: configs as JSON and back
+errors.py: the exception that users see as a line
+"""
 
 from maxlm.config.data import (
     ByteTokenizer,

@@ -87,8 +87,8 @@ def parse_run(argv: Sequence[str], *, prog: str, description: str) -> Command:
         )
     usage = (
         f"{description}\n\n--config FILE      Python file with get_config(), or a saved config.json; the defaults "
-        f"below are those of {options.config or 'a small example'}.\n--print_config     Show the resolved config and what differs from "
-        "the file, then stop.\n--debug            Show tracebacks."
+        f"below are those of {options.config or 'a small example'}.\n--print_config     Show the resolved config and "
+        "what differs from the file, then stop.\n--debug            Show tracebacks."
     )
     config = parse(RunConfig, overrides, prog=prog, description=usage, default=file_config)
     return Command(config=config, file_config=file_config, print_config=options.print_config)
@@ -182,7 +182,7 @@ def load_config(path: str) -> RunConfig:
     return config
 
 
-def describe(config: RunConfig, file_config: RunConfig) -> str:
+def describe_config(config: RunConfig, file_config: RunConfig) -> str:
     """The resolved config, one `key = value` a line, with what the file says where that differs."""
     before, lines = flatten(file_config), []
     for key, value in flatten(config).items():

@@ -1,4 +1,16 @@
 """From documents to batches: tokenizers, sources, prepared folders of token shards, packing and the loader.
 
 Only `maxlm.data.loader` imports jax, so that preparing data stays light.
+
+__main__.py: command: prepare data, train tokenizers
+sources.py: documents from files, hubs and the standard library
+tokenizers.py: bytes, sentencepiece, tokenizer.json
+train_tokenizer.py: training a tokenizer, compression report
+prepare.py: documents to shards
+dealing.py: documents to splits, restartable
+workers.py: tokenising processes
+writer.py: shard files that survive a kill
+shards.py: the prepared folder and its checks
+packing.py: windows, segments, positions, loss mask
+loader.py: batch(step), mixtures, global arrays
 """

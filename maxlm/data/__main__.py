@@ -96,7 +96,7 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class TokenizerReport:
     input: tyro.conf.OmitArgPrefixes[Input] = field(default_factory=Input)
     tokenizer: str
     """`bytes`, a .model file, a tokenizer.json, or a folder with a tokenizer: one that `tokenizer train` wrote, or
@@ -116,7 +116,7 @@ def main(argv: list[str]) -> None:
             _train(parse(Train, rest, prog=f"{_PROG} tokenizer train", description="Train a tokenizer.", flags=True))
         case ["tokenizer", "report", *rest]:
             description = "Measure a tokenizer's compression."
-            _report(parse(Report, rest, prog=f"{_PROG} tokenizer report", description=description, flags=True))
+            _report(parse(TokenizerReport, rest, prog=f"{_PROG} tokenizer report", description=description, flags=True))
         case _:
             words = " ".join(arguments[:2])
             raise UserError(f"unknown command {words!r}; use prepare, tokenizer train or tokenizer report")
@@ -172,10 +172,10 @@ def _train(command: Train) -> None:
     texts = (document.text for document in iterate_documents(command.input.documents(), unreadable))
     train_sentencepiece(command.train, texts, out)
     print(f"wrote {out}")
-    _report(Report(input=command.input, tokenizer=command.out, max_bytes=command.max_bytes))
+    _report(TokenizerReport(input=command.input, tokenizer=command.out, max_bytes=command.max_bytes))
 
 
-def _report(command: Report) -> None:
+def _report(command: TokenizerReport) -> None:
     from maxlm.data.sources import Unreadable, first_bytes, iterate_documents
     from maxlm.data.tokenizers import open_tokenizer
     from maxlm.data.train_tokenizer import measure, report

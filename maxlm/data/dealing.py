@@ -11,9 +11,9 @@ import numpy as np
 
 from maxlm.config import PrepareConfig, UserError
 from maxlm.data.shards import ShardInfo, Split, token_dtype
-from maxlm.data.sources import Unreadable, describe, iterate_documents
+from maxlm.data.sources import Unreadable, describe_documents, iterate_documents
 from maxlm.data.tokenizers import Tokenizer
-from maxlm.data.workers import Block, Tokenised, tokenise
+from maxlm.data.workers import DocumentBlock, Tokenised, tokenise
 from maxlm.data.writer import SplitWriter, Written
 
 _BLOCK_BYTES = 1 << 20
@@ -47,7 +47,7 @@ class Reader:
         self.digest = hashlib.sha256()
         self.empty = 0
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Iterator[DocumentBlock]:
         number, texts, size = 0, list[bytes](), 0
         for document in iterate_documents(self._config.documents, self._unreadable):
             text = document.text.encode()
@@ -66,18 +66,18 @@ class Reader:
             texts.append(text)
             size += len(text)
             if size >= _BLOCK_BYTES or len(texts) >= _BLOCK_DOCUMENTS:
-                yield Block(number - len(texts), texts, self.digest.hexdigest())
+                yield DocumentBlock(number - len(texts), texts, self.digest.hexdigest())
                 texts, size = [], 0
         if number < self._state.documents:
             self._check_unchanged()
         if texts:
-            yield Block(number - len(texts), texts, self.digest.hexdigest())
+            yield DocumentBlock(number - len(texts), texts, self.digest.hexdigest())
 
     def _check_unchanged(self) -> None:
         if self.digest.hexdigest() != self._state.digest:
             raise UserError(
-                f"{describe(self._config.documents)}: has changed since this folder was begun, within the first "
-                f"{self._state.documents} documents; delete the folder to begin again"
+                f"{describe_documents(self._config.documents)}: has changed since this folder was begun, within the "
+                f"first {self._state.documents} documents; delete the folder to begin again"
             )
 
 

@@ -19,7 +19,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from maxlm.config import DataConfig, PrepareConfig, TrainSentencePiece, UserError, serialize
 from maxlm.data.dealing import Reader, Splitter, State
 from maxlm.data.shards import RECORD, TOKENIZER, DatasetInfo, not_finished, read_info, token_dtype
-from maxlm.data.sources import Unreadable, describe, iterate_documents
+from maxlm.data.sources import Unreadable, describe_documents, iterate_documents
 from maxlm.data.tokenizers import Tokenizer, load_tokenizer, open_tokenizer
 from maxlm.data.train_tokenizer import train_sentencepiece
 from maxlm.data.workers import tokenise_blocks
@@ -75,7 +75,7 @@ def ensure_prepared(config: DataConfig) -> None:
         finished = (folder / RECORD).exists()
         if dataset.prepare is not None:
             if not finished:
-                print(f"preparing {folder} from {describe(dataset.prepare.documents)}", flush=True)
+                print(f"preparing {folder} from {describe_documents(dataset.prepare.documents)}", flush=True)
             prepare(dataset.prepare, folder)
         elif not finished:
             raise not_finished(folder)
@@ -177,7 +177,7 @@ def _run(config: PrepareConfig, out: Path, tokenizer: Tokenizer) -> DatasetInfo:
         reasons = (
             f"; {unreadable.count} documents cannot be read, first {unreadable.examples[0]}" if unreadable.count else ""
         )
-        raise UserError(f"{describe(config.documents)}: holds no text{reasons}")
+        raise UserError(f"{describe_documents(config.documents)}: holds no text{reasons}")
     if not train:
         raise UserError(
             f"prepare.validation_fraction = {config.validation_fraction} leaves none of {documents} documents to "

@@ -99,7 +99,7 @@ def first_bytes(documents: Iterable[Document], limit: int) -> Iterator[Document]
             return
 
 
-def describe(documents: Documents) -> str:
+def describe_documents(documents: Documents) -> str:
     """The documents in a few words, for messages."""
     match documents:
         case StandardLibrary():

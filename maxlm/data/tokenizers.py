@@ -21,7 +21,7 @@ _EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<eos>",
 _BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "[BOS]", "[CLS]")
 
 
-class Kind(enum.Enum):
+class TokenizerKind(enum.Enum):
     """What a saved tokenizer is; its value stands in the descriptor file."""
 
     BYTES = "bytes"
@@ -29,7 +29,7 @@ class Kind(enum.Enum):
     HUGGING_FACE = "huggingface"
 
 
-_FILE = {Kind.SENTENCEPIECE: "tokenizer.model", Kind.HUGGING_FACE: "tokenizer.json"}
+_FILE = {TokenizerKind.SENTENCEPIECE: "tokenizer.model", TokenizerKind.HUGGING_FACE: "tokenizer.json"}
 
 
 class Tokenizer(abc.ABC):
@@ -39,7 +39,7 @@ class Tokenizer(abc.ABC):
     starts a prompt in the same way, so that a model sees at generation what it saw in training.
     """
 
-    kind: Kind
+    kind: TokenizerKind
     vocab_size: int
     bos_id: int | None
     eos_id: int
@@ -92,7 +92,7 @@ class Tokenizer(abc.ABC):
 class Bytes(Tokenizer):
     """UTF-8 bytes as ids 0..255, bos 256, eos 257."""
 
-    kind = Kind.BYTES
+    kind = TokenizerKind.BYTES
     vocab_size = 258
     bos_id = 256
     eos_id = 257
@@ -111,7 +111,7 @@ class Bytes(Tokenizer):
 class SentencePiece(Tokenizer):
     """A sentencepiece model (Kudo and Richardson 2018, arXiv:1808.06226)."""
 
-    kind = Kind.SENTENCEPIECE
+    kind = TokenizerKind.SENTENCEPIECE
 
     def __init__(self, path: Path) -> None:
         super().__init__(_read(path, "a sentencepiece model file"))
@@ -156,7 +156,7 @@ class SentencePiece(Tokenizer):
 class HuggingFace(Tokenizer):
     """A `tokenizer.json` of the `tokenizers` library."""
 
-    kind = Kind.HUGGING_FACE
+    kind = TokenizerKind.HUGGING_FACE
 
     def __init__(self, path: Path) -> None:
         super().__init__(_read(path, "a tokenizer.json"))
@@ -208,7 +208,7 @@ def saved_tokenizer(folder: Path) -> TokenizerConfig:
     Raises:
         UserError: the descriptor is missing or does not name a kind of tokenizer.
     """
-    return _config_of(Kind(_read_descriptor(folder)["kind"]), folder)
+    return _config_of(TokenizerKind(_read_descriptor(folder)["kind"]), folder)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -218,7 +218,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         UserError: a file is missing, or the tokenizer is not the one that was saved.
     """
     descriptor = _read_descriptor(folder)
-    config = _config_of(Kind(descriptor["kind"]), folder)
+    config = _config_of(TokenizerKind(descriptor["kind"]), folder)
     tokenizer = open_tokenizer(config)
     if tokenizer.fingerprint != descriptor["fingerprint"]:
         file = folder / _FILE.get(tokenizer.kind, _DESCRIPTOR)
@@ -234,10 +234,10 @@ def _read_descriptor(folder: Path) -> dict[str, object]:
     definition = _read(file, "a saved tokenizer's descriptor")
     try:
         descriptor = json.loads(definition)
-        Kind(descriptor["kind"]), descriptor["fingerprint"]
+        TokenizerKind(descriptor["kind"]), descriptor["fingerprint"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{file}: not a tokenizer's descriptor; its kind must be one of {[k.value for k in Kind]}"
+            f"{file}: not a tokenizer's descriptor; its kind must be one of {[k.value for k in TokenizerKind]}"
         ) from error
     return descriptor
 
@@ -247,13 +247,13 @@ def _first_known(names: Sequence[str], *vocabularies: dict[str, int]) -> int | N
     return next((known[name] for known in vocabularies for name in names if name in known), None)
 
 
-def _config_of(kind: Kind, folder: Path) -> TokenizerConfig:
+def _config_of(kind: TokenizerKind, folder: Path) -> TokenizerConfig:
     match kind:
-        case Kind.BYTES:
+        case TokenizerKind.BYTES:
             return ByteTokenizer()
-        case Kind.SENTENCEPIECE:
+        case TokenizerKind.SENTENCEPIECE:
             return SentencePieceTokenizer(path=str(folder / _FILE[kind]))
-        case Kind.HUGGING_FACE:
+        case TokenizerKind.HUGGING_FACE:
             return HuggingFaceTokenizer(path=str(folder / _FILE[kind]))
 
 

@@ -33,7 +33,7 @@ _SERVE = "import sys; from maxlm.data.workers import serve; serve(int(sys.argv[1
 
 
 @dataclass(frozen=True)
-class Block:
+class DocumentBlock:
     """Some documents that are tokenised together."""
 
     first: int
@@ -80,7 +80,9 @@ def text_hash(text: bytes) -> int:
     return int.from_bytes(blake2b(text, digest_size=8).digest(), "little")
 
 
-def tokenise_blocks(folder: Path, blocks: Iterable[Block], workers: int) -> Iterator[tuple[Block, Tokenised]]:
+def tokenise_blocks(
+    folder: Path, blocks: Iterable[DocumentBlock], workers: int
+) -> Iterator[tuple[DocumentBlock, Tokenised]]:
     """Each block with its tokens, in the order of `blocks`, by the tokenizer saved in `folder`.
 
     One worker means this process. At most three blocks for each worker are in memory at a time.
@@ -94,9 +96,9 @@ def tokenise_blocks(folder: Path, blocks: Iterable[Block], workers: int) -> Iter
             yield block, tokenise(tokenizer, block.texts)
         return
     idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-    waiting: deque[tuple[Block, Future[Tokenised]]] = deque()
+    waiting: deque[tuple[DocumentBlock, Future[Tokenised]]] = deque()
 
-    def ask(block: Block) -> Tokenised:
+    def ask(block: DocumentBlock) -> Tokenised:
         worker = idle.get()
         try:
             return worker.ask(block.texts)

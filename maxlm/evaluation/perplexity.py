@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from maxlm.config import UserError
+from maxlm.observe.held_out import bits_per_byte, perplexity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,9 +20,9 @@ class HeldOut:
     loss: float
     """Cross-entropy, nats a token."""
     perplexity: float
-    """exp(loss); depends on the tokenizer."""
+    """It depends on the tokenizer."""
     bits_per_byte: float
-    """Cross-entropy in bits for each UTF-8 byte of text; does not depend on the tokenizer."""
+    """It does not depend on the tokenizer."""
     tokens: int
     """Tokens predicted."""
 
@@ -64,7 +65,7 @@ def summary(*, nats: float, tokens: int, bytes_per_token: float) -> HeldOut:
     loss = nats / tokens
     return HeldOut(
         loss=loss,
-        perplexity=math.exp(loss) if loss < 700 else math.inf,  # beyond the range of a float
-        bits_per_byte=loss / math.log(2) / bytes_per_token,
+        perplexity=perplexity(loss),
+        bits_per_byte=bits_per_byte(loss, bytes_per_token),
         tokens=tokens,
     )

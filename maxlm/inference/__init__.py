@@ -1,1 +1,8 @@
-"""From a run folder to text: load, prefill, decode, sample."""
+"""From a run folder to text: load, prefill, decode, sample.
+
+load.py: a run folder as a model
+generator.py: prompts to text
+steps.py: prefill, decode loop
+sampling.py: one token from logits
+text_stream.py: tokens to characters, never taken back
+"""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from maxlm.data.tokenizers import Kind, Tokenizer
+from maxlm.data.tokenizers import Tokenizer, TokenizerKind
 
 _REPLACEMENT = "\ufffd"
 _LONGEST_BEGINNING = 3  # bytes of a UTF-8 character that still lacks its last
@@ -48,13 +48,13 @@ class TextStream:
     def _n_final_ids(self) -> int:
         n = len(self._ids)
         match self._tokenizer.kind:
-            case Kind.HUGGING_FACE:
+            case TokenizerKind.HUGGING_FACE:
                 # A special token inside the run shows nothing, and does not end it.
                 while n and (
                     self._ids[n - 1] in self._tokenizer.byte_ids or not self._tokenizer.decode([self._ids[n - 1]])
                 ):
                     n -= 1
-            case Kind.BYTES | Kind.SENTENCEPIECE:  # a character is final once its last byte is there
+            case TokenizerKind.BYTES | TokenizerKind.SENTENCEPIECE:  # a character is final once its last byte is there
                 pass
         return n
 

@@ -1,1 +1,16 @@
-"""What a run did: metrics, FLOPs and MFU accounting, writers, profiler, plots, report. `RunLog` is the way in."""
+"""What a run did: metrics, FLOPs and MFU accounting, writers, profiler, plots, report. `RunLog` is the way in.
+
+run_log.py: the one object that the loop tells what happens
+metrics.py: rows of metrics.jsonl, throughput
+held_out.py: perplexity and bits per byte of a loss
+console.py: live status
+writers.py: TensorBoard, Weights & Biases
+flops.py: parameters, FLOPs, MFU
+devices.py: peak FLOP/s of each device kind
+profiler.py: a window of profiled steps
+kernel_choices.py: which kernels run, said once
+plots.py: loss.png
+svg.py: curves of the report
+report.py: report.html
+text.py: numbers for people
+"""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from maxlm.config import UserError
+from maxlm.observe.held_out import bits_per_byte, perplexity
 
 Row = dict[str, Any]
 
@@ -79,22 +80,14 @@ class Evaluation:
     """UTF-8 bytes that these tokens spell; None: not known."""
 
     def row(self) -> Row:
-        """The fields, and what follows from them.
-
-        eval_perplexity = exp(eval_loss); eval_bits_per_byte = eval_loss * eval_tokens / (eval_bytes * ln 2), which
-        does not depend on the tokenizer.
-        """
-        bits = self.eval_loss * self.eval_tokens / math.log(2)
-        try:
-            perplexity = math.exp(self.eval_loss)
-        except OverflowError:
-            perplexity = math.inf
+        """The fields, and what follows from them."""
+        length = self.eval_bytes / self.eval_tokens if self.eval_bytes else None
         return {
             "step": self.step,
             "tokens": self.tokens,
             "eval_loss": self.eval_loss,
-            "eval_perplexity": perplexity,
-            "eval_bits_per_byte": bits / self.eval_bytes if self.eval_bytes else None,
+            "eval_perplexity": perplexity(self.eval_loss),
+            "eval_bits_per_byte": None if length is None else bits_per_byte(self.eval_loss, length),
             "eval_tokens": self.eval_tokens,
         }
 

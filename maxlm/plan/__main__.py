@@ -14,14 +14,14 @@ from pathlib import Path
 from rich.console import Console
 
 from maxlm.config import RunConfig, UserError
-from maxlm.config.cli import describe, parse_run, run_command
+from maxlm.config.cli import describe_config, parse_run, run_command
 from maxlm.config.serialize import save
 from maxlm.plan.advice import change_json, cheapest_changes
+from maxlm.plan.analysis import CompilerReport, Json, Tier, analyse, mesh_text, to_json, with_compiled
+from maxlm.plan.machines import Machine, parse_machine, prepare_compiler
 from maxlm.plan.picture import check_picture, write_picture
-from maxlm.plan.report import CompilerReport, Json, Tier, analyse, mesh_text, to_json, with_compiled
 from maxlm.plan.search import Candidate, Search, search, search_json
 from maxlm.plan.tables import print_changes, print_report, print_search, print_verdict
-from maxlm.plan.targets import Target, parse_target, prepare
 
 EXIT_DOES_NOT_FIT = 3
 
@@ -44,7 +44,7 @@ _DESCRIPTION = """Before a machine is rented: does a run fit, what does it send,
 --json             Print one JSON object instead of tables."""
 
 
-def command(argv: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for option in _EXAMPLES:
@@ -59,19 +59,19 @@ def command(argv: list[str]) -> int:
         raise UserError(f"{name}: {error.message}; write {example}") from None
     asked = parse_run(rest, prog="python -m maxlm.plan", description=_DESCRIPTION)
     if asked.print_config:
-        print(describe(asked.config, asked.file_config))
+        print(describe_config(asked.config, asked.file_config))
         return 0
     machine: str | None = asked.config.target if options.target is None else options.target
     if machine is None:
         raise UserError("--target is missing, and the config has none; name a machine, such as --target tpu:v5p:4x4x4")
     _check(options)
-    target = parse_target(machine)
+    target = parse_machine(machine)
     if options.compile:
-        prepare(target)  # also to say at once that there is no compiler
+        prepare_compiler(target)  # also to say at once that there is no compiler
     return _search(asked.config, target, options) if options.search else _plan(asked.config, target, options)
 
 
-def _plan(config: RunConfig, target: Target, options: argparse.Namespace) -> int:
+def _plan(config: RunConfig, target: Machine, options: argparse.Namespace) -> int:
     """One config, as it is."""
     console = Console(highlight=False)
     report = analyse(config, target)
@@ -92,7 +92,7 @@ def _plan(config: RunConfig, target: Target, options: argparse.Namespace) -> int
     return 0 if report.fits else EXIT_DOES_NOT_FIT
 
 
-def _search(config: RunConfig, target: Target, options: argparse.Namespace) -> int:
+def _search(config: RunConfig, target: Machine, options: argparse.Namespace) -> int:
     """Every sensible layout; with the compiler, the best of them."""
     console = Console(highlight=False)
     found = search(config, target)
@@ -181,9 +181,9 @@ def _verify(found: Search, number: int, progress: Console | None) -> _Verified:
     return result
 
 
-def _ask_compiler(config: RunConfig, target: Target, console: Console | None = None) -> CompilerReport:
+def _ask_compiler(config: RunConfig, target: Machine, console: Console | None = None) -> CompilerReport:
     """The compiler's word, also on the console."""
-    # They import jax, which must find what `prepare` has set.
+    # They import jax, which must find what `prepare_compiler` has set.
     from maxlm.plan.cache import cached_compile
     from maxlm.plan.compiled_report import compiler_report, print_compiled
 
@@ -221,4 +221,4 @@ def _check_writable(option: str, file: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_command(command)
+    run_command(main)

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from maxlm.config import RunConfig
-from maxlm.plan.report import Json
+from maxlm.plan.analysis import Json
+from maxlm.plan.machines import Machine, larger
 from maxlm.plan.search import (
     Candidate,
     MeshSpace,
@@ -22,7 +23,6 @@ from maxlm.plan.search import (
     search,
     spelled_out,
 )
-from maxlm.plan.targets import Target, larger
 
 MOST_DOUBLES = 6
 """Of the target's devices; and halves of the batch or a sequence."""
@@ -44,7 +44,7 @@ class Change:
         return any(one.startswith(_LEARNED) for one in self.what)
 
 
-def cheapest_changes(config: RunConfig, target: Target, *, searched: bool = False, number: int = 3) -> list[Change]:
+def cheapest_changes(config: RunConfig, target: Machine, *, searched: bool = False, number: int = 3) -> list[Change]:
     """For a run that does not fit: what would make it, by arithmetic, cheapest first; what learns otherwise comes last.
 
     The price is the bound on device-seconds a token, then devices, then the number of keys that change. No change
@@ -66,7 +66,7 @@ def cheapest_changes(config: RunConfig, target: Target, *, searched: bool = Fals
     return changes[:number]
 
 
-def _distinct(found: Sequence[Candidate], config: RunConfig, target: Target) -> list[Change]:
+def _distinct(found: Sequence[Candidate], config: RunConfig, target: Machine) -> list[Change]:
     original, chosen = spelled_out(config, target), dict[frozenset[str], Change]()
     changes = [Change(what=_words(one, original, target), candidate=one) for one in found]
     price = lambda change: (change.candidate.cost, change.candidate.target.devices, len(change.what))
@@ -77,12 +77,12 @@ def _distinct(found: Sequence[Candidate], config: RunConfig, target: Target) -> 
     return list(chosen.values())
 
 
-def _words(one: Candidate, original: RunConfig, target: Target) -> tuple[str, ...]:
+def _words(one: Candidate, original: RunConfig, target: Machine) -> tuple[str, ...]:
     elsewhere = () if one.target == target else (f"target = {one.target}",)
     return (*elsewhere, *differences(one.config, original))
 
 
-def _on_this_machine(config: RunConfig, target: Target) -> Iterator[Candidate]:
+def _on_this_machine(config: RunConfig, target: Machine) -> Iterator[Candidate]:
     """The fastest of the same mesh for each set of keys that changes, and the fastest other mesh."""
     original = spelled_out(config, target)
     space = MeshSpace(original, target, original.sharding)
@@ -101,7 +101,7 @@ def _on_this_machine(config: RunConfig, target: Target) -> Iterator[Candidate]:
         yield from sorted(group, key=preference)[:1]
 
 
-def _other_meshes(config: RunConfig, target: Target) -> Iterator[Candidate]:
+def _other_meshes(config: RunConfig, target: Machine) -> Iterator[Candidate]:
     """Those that fit with everything else as it is."""
     for sharding in layouts(config, target):
         one = replace(config, sharding=replace(sharding, zero=config.sharding.zero))
@@ -111,7 +111,7 @@ def _other_meshes(config: RunConfig, target: Target) -> Iterator[Candidate]:
                 yield candidate(one, target, memory)
 
 
-def _elsewhere(config: RunConfig, target: Target) -> Iterator[Candidate]:
+def _elsewhere(config: RunConfig, target: Machine) -> Iterator[Candidate]:
     """More devices, a smaller batch and shorter sequences, each by as few doubles or halves as it takes."""
     for machine in _larger_machines(target):
         if found := sorted(_other_meshes(config, machine), key=preference):
@@ -126,7 +126,7 @@ def _elsewhere(config: RunConfig, target: Target) -> Iterator[Candidate]:
                 break
 
 
-def _searched(config: RunConfig, target: Target, already: bool) -> Iterator[Candidate]:
+def _searched(config: RunConfig, target: Machine, already: bool) -> Iterator[Candidate]:
     """What takes seconds to find: the best here, and of the smallest larger machine that needs no other optimizer."""
     if not already and (best := search(config, target).best) is not None:
         yield best
@@ -137,7 +137,7 @@ def _searched(config: RunConfig, target: Target, already: bool) -> Iterator[Cand
             break
 
 
-def _larger_machines(target: Target) -> Iterator[Target]:
+def _larger_machines(target: Machine) -> Iterator[Machine]:
     for doubles in range(1, MOST_DOUBLES + 1):
         machine = larger(target, 2 ** (target.devices.bit_length() - 1 + doubles))
         if machine is not None:

@@ -9,7 +9,7 @@ import jax
 
 from maxlm.config import Context, RunConfig, Zero
 from maxlm.models import abstract_decoder, init_parameters, parameter_dims
-from maxlm.plan.collectives import UNKNOWN, Collective, Kind, summed
+from maxlm.plan.collectives import UNKNOWN, Collective, CollectiveKind, summed
 from maxlm.sharding import Layout
 
 
@@ -34,14 +34,18 @@ def forbidden(layout: Layout, found: Sequence[Collective], *, matrix_bytes: int,
         if one.operation:
             what += f" (in {one.operation.split(' | ')[0]})"
         # Between slices a sum goes by way of parts: scattered within a slice, sent, gathered.
-        if used <= {"data"} and config.slices == 1 and one.axes and one.kind is not Kind.ALL_REDUCE:
+        if used <= {"data"} and config.slices == 1 and one.axes and one.kind is not CollectiveKind.ALL_REDUCE:
             lines.append(f"{what}: data parallelism sums gradients, and moves nothing else")
-        if one.kind in (Kind.ALL_TO_ALL, Kind.RAGGED_ALL_TO_ALL) and one.axes and not _exchanges(layout):
+        if (
+            one.kind in (CollectiveKind.ALL_TO_ALL, CollectiveKind.RAGGED_ALL_TO_ALL)
+            and one.axes
+            and not _exchanges(layout)
+        ):
             lines.append(f"{what}: only experts, Ulysses and virtual stages exchange all with all")
         if accelerator and not one.axes:
             lines.append(f"{what}: an axis of one device has nobody to talk to")
         zero3 = config.zero is Zero.PARAMETERS and "fsdp" in one.axes
-        if accelerator and zero3 and one.kind is Kind.ALL_REDUCE and one.bytes_each >= matrix_bytes:
+        if accelerator and zero3 and one.kind is CollectiveKind.ALL_REDUCE and one.bytes_each >= matrix_bytes:
             lines.append(
                 f"{what}: ZeRO-3 gathers parameters and scatters gradients, which takes half of the bytes; if fsdp is "
                 "a whole TPU torus, use sharding.data=2 and half of sharding.fsdp (docs/plan.md)"

@@ -22,7 +22,7 @@ from maxlm.config import (
     RunConfig,
 )
 from maxlm.plan.arrays import FLOAT32
-from maxlm.plan.targets import Platform
+from maxlm.plan.machines import Platform
 
 
 @dataclass(frozen=True, kw_only=True)

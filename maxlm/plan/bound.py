@@ -32,7 +32,7 @@ from maxlm.config import (
 )
 from maxlm.observe.flops import FlopsPerToken, experts_per_token, flops_per_token, mfu, parameter_count
 from maxlm.plan.arrays import FLOAT32, device_shape, parameter_arrays
-from maxlm.plan.targets import Target, chip
+from maxlm.plan.machines import Machine, chip
 from maxlm.plan.traffic import (
     AxisTraffic,
     LayerRuns,
@@ -96,7 +96,7 @@ class TimeBound:
     """The same times the devices: TPU 7x chips are two devices."""
 
 
-def estimate_time(config: RunConfig, target: Target, traffic: Sequence[AxisTraffic]) -> TimeBound | None:
+def estimate_time(config: RunConfig, target: Machine, traffic: Sequence[AxisTraffic]) -> TimeBound | None:
     """The least time of the config's step on a target, whose traffic is `estimate_traffic`'s; None: of a processor.
 
     Raises:
@@ -173,7 +173,7 @@ def memory_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
     return moved + _loss_bytes(config, sizes) + _state_bytes(config, sizes)
 
 
-def _peak(config: RunConfig, target: Target) -> float:
+def _peak(config: RunConfig, target: Machine) -> float:
     device = chip(target)
     assert device is not None
     peak = device.peak.of(config.model.compute_dtype)

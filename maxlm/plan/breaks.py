@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from maxlm.config import Dropless, MoeConfig, RunConfig, SlicesAxis, pipeline_bubble
 from maxlm.plan.bound import TimeBound, estimate_time
-from maxlm.plan.targets import CpuTarget, GpuTarget, Target, TpuTarget, larger
+from maxlm.plan.machines import CpuMachine, GpuMachine, Machine, TpuMachine, larger
 from maxlm.plan.traffic import AxisTraffic, Link, estimate_traffic, local_tokens, whole_torus
 
 SCALES = (4_096, 65_536)
@@ -40,7 +40,7 @@ class _Scale:
     """The config on one machine."""
 
     config: RunConfig
-    target: Target
+    target: Machine
     cuts: int
     """Parts of the batch, micro-batches included: the fewest sequences."""
     traffic: Sequence[AxisTraffic]
@@ -51,14 +51,14 @@ class _Scale:
         return f"on {self.target.devices:,} devices ({self.target})"
 
 
-def what_breaks_first(config: RunConfig, target: Target) -> list[str]:
+def what_breaks_first(config: RunConfig, target: Machine) -> list[str]:
     """What stops or slows a config on its target, on 4,096 devices or on 65,536, the worst first; each with the key,
     its value, and what to do. Empty for processors.
 
     Raises:
         UserError: the mesh does not suit the target.
     """
-    if isinstance(target, CpuTarget):
+    if isinstance(target, CpuMachine):
         return []
     found: dict[str, _Break] = {}
     for machine in (target, *(grown for devices in SCALES if (grown := larger(target, devices)) is not None)):
@@ -68,11 +68,11 @@ def what_breaks_first(config: RunConfig, target: Target) -> list[str]:
     return [one.line for one in sorted(found.values(), key=lambda one: -one.severity)]
 
 
-def _scaled(config: RunConfig, target: Target, machine: Target) -> _Scale | _Break:
+def _scaled(config: RunConfig, target: Machine, machine: Machine) -> _Scale | _Break:
     """The config with a longer data axis, and a larger batch if need be; or why there is none."""
     sizes = config.sharding.sizes(target.devices)
     rest = target.devices // sizes["data"]
-    slices = machine.slices if isinstance(machine, TpuTarget) else 1
+    slices = machine.slices if isinstance(machine, TpuMachine) else 1
     sharding = config.sharding
     if machine is not target:
         data = machine.devices // rest
@@ -138,7 +138,7 @@ def _room(scale: _Scale) -> dict[str, int]:
     model, sizes = scale.config.model, scale.config.sharding.sizes(scale.target.devices)
     attentions = [block.attention for block in (*model.first_blocks, *model.blocks)]
     widest = math.gcd(*(one.n_heads for one in attentions), *(one.n_kv_heads for one in attentions), model.vocab_size)
-    if isinstance(scale.target, GpuTarget):
+    if isinstance(scale.target, GpuMachine):
         widest = math.gcd(widest, scale.target.per_host)
     return {
         "tensor": max(1, widest // sizes["tensor"]),
@@ -223,7 +223,7 @@ def _fsdp(scale: _Scale) -> Iterator[_Break]:
     """What the TPU compiler does with an fsdp axis that it does not like (docs/plan.md)."""
     sizes = scale.config.sharding.sizes(scale.target.devices)
     size, data = sizes["fsdp"], sizes["data"]
-    if not isinstance(scale.target, TpuTarget) or size == 1:
+    if not isinstance(scale.target, TpuMachine) or size == 1:
         return
     if whole_torus(scale.target, size):
         yield _Break(

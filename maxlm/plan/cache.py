@@ -20,7 +20,7 @@ import cattrs
 from maxlm.config import RunConfig
 from maxlm.config.serialize import to_dict
 from maxlm.plan.compiled import CompiledStep, DoesNotFit, compile_step
-from maxlm.plan.targets import Target, installed
+from maxlm.plan.machines import Machine, installed
 
 _RESULTS: Mapping[str, type[CompiledStep] | type[DoesNotFit]] = {
     kind.__name__: kind for kind in (CompiledStep, DoesNotFit)
@@ -36,7 +36,7 @@ _ROOT = Path(__file__).parents[2]
 _SOURCES = ("maxlm", "kernels_pallas")
 
 
-def cached_compile(config: RunConfig, target: Target) -> tuple[CompiledStep | DoesNotFit, bool]:
+def cached_compile(config: RunConfig, target: Machine) -> tuple[CompiledStep | DoesNotFit, bool]:
     """What `compile_step` answers, and whether it is from the cache, because it has answered before.
 
     The cache is the folder `$MAXLM_PLAN_CACHE`, else `$XDG_CACHE_HOME/maxlm/plan`, else ~/.cache/maxlm/plan. A file
@@ -61,7 +61,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maxlm" / "plan"
 
 
-def ingredients(config: RunConfig, target: Target) -> dict[str, Any]:
+def ingredients(config: RunConfig, target: Machine) -> dict[str, Any]:
     """Everything that the answer depends on, as JSON values."""
     return {
         "config": {key: value for key, value in to_dict(config).items() if key not in _WITHOUT},

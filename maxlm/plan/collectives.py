@@ -20,7 +20,7 @@ MeshShape = Mapping[str, int]
 """Axis -> size, slowest first, as `mesh.shape`."""
 
 
-class Kind(enum.Enum):
+class CollectiveKind(enum.Enum):
     """The collectives of XLA, by its names."""
 
     ALL_GATHER = "all-gather"
@@ -36,7 +36,7 @@ class Kind(enum.Enum):
 class Collective:
     """One instruction of the program."""
 
-    kind: Kind
+    kind: CollectiveKind
     axes: tuple[str, ...]
     """Mesh axes along which it moves data; none if every group is one device, or a permute keeps what it has; UNKNOWN
     if the text has the groups in a notation that is not known."""
@@ -56,9 +56,9 @@ class Collective:
         and Yuan 2009, doi:10.1016/j.jpdc.2008.09.002). Of a ragged all-to-all the most that fits its buffer."""
         others = self.bytes_each * (self.group - 1) // self.group
         match self.kind:
-            case Kind.ALL_REDUCE:
+            case CollectiveKind.ALL_REDUCE:
                 return 2 * others
-            case Kind.PERMUTE | Kind.BROADCAST:
+            case CollectiveKind.PERMUTE | CollectiveKind.BROADCAST:
                 return self.bytes_each if self.axes else 0
             case _:
                 return others
@@ -69,7 +69,7 @@ class Collective:
         return self.sent_each * self.runs.count
 
 
-_OPCODE = re.compile(rf"({'|'.join(kind.value for kind in Kind)})(-start)?$")
+_OPCODE = re.compile(rf"({'|'.join(kind.value for kind in CollectiveKind)})(-start)?$")
 UNKNOWN = ("?",)
 """Axes that nobody knows."""
 
@@ -83,14 +83,14 @@ def collectives(text: str, mesh: MeshShape) -> list[Collective]:
             runs = program.runs(computation.name)
             if opcode is None or runs.count == 0:
                 continue
-            kind, starts = Kind(opcode.group(1)), opcode.group(2) is not None
+            kind, starts = CollectiveKind(opcode.group(1)), opcode.group(2) is not None
             axes, group = _members(instruction, mesh)
             payload = _bytes(_result(instruction.shape, kind) if starts else instruction.shape)
-            if kind is Kind.REDUCE_SCATTER:
+            if kind is CollectiveKind.REDUCE_SCATTER:
                 payload *= group
             # The TPU compiler writes a reduce-scatter as a fusion of an all-reduce and a slice.
-            if kind is Kind.ALL_REDUCE and computation.name.startswith("all-reduce-scatter"):
-                kind = Kind.REDUCE_SCATTER
+            if kind is CollectiveKind.ALL_REDUCE and computation.name.startswith("all-reduce-scatter"):
+                kind = CollectiveKind.REDUCE_SCATTER
             # A GPU's compiler cuts all of them, and notes which it waits for at once.
             overlaps = starts and '"is_sync":true' not in instruction.attributes
             overlaps |= computation.name.startswith("async_computation")
@@ -185,10 +185,10 @@ def _numbers(text: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", text)]
 
 
-def _result(shape: str, kind: Kind) -> str:
+def _result(shape: str, kind: CollectiveKind) -> str:
     """Of a start, what it will give: its shape holds operands, results and sometimes more, but an all-reduce's only
     the result."""
-    if kind is Kind.ALL_REDUCE or not shape.startswith("("):
+    if kind is CollectiveKind.ALL_REDUCE or not shape.startswith("("):
         return shape
     return list(_elements(shape))[1]
 

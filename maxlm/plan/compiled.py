@@ -22,12 +22,12 @@ import jax
 from jax.experimental import topologies
 
 from maxlm.config import RunConfig, UserError
+from maxlm.plan.analysis import gib
 from maxlm.plan.audit import forbidden, smallest_matrix
 from maxlm.plan.collectives import Collective, collectives
 from maxlm.plan.kernels import Kernel, kernels, spilled, total_spills
+from maxlm.plan.machines import CpuMachine, GpuMachine, Machine, TpuMachine, gpu_config, memory_limit, tpu_topology
 from maxlm.plan.out_of_memory import Buffer, Refusal, largest_arrays, parse_refusal, with_sources
-from maxlm.plan.report import gib
-from maxlm.plan.targets import CpuTarget, GpuTarget, Target, TpuTarget, gpu_config, memory_limit, tpu_topology
 from maxlm.sharding import make_layout
 from maxlm.training import make_trainer
 
@@ -84,13 +84,13 @@ class DoesNotFit:
     cpu_seconds: float
 
 
-def target_devices(target: Target) -> Sequence[jax.Device]:
+def target_devices(target: Machine) -> Sequence[jax.Device]:
     """The target's devices; those of TPUs and GPUs can be compiled for, and nothing else.
 
     Raises:
         UserError: the compiler knows no such machine.
     """
-    if isinstance(target, CpuTarget):
+    if isinstance(target, CpuMachine):
         found = jax.devices("cpu")
         if len(found) < target.devices:
             raise UserError(f"--target {target}: this process has {len(found)} CPU devices; use cpu:{len(found)}")
@@ -101,7 +101,7 @@ def target_devices(target: Target) -> Sequence[jax.Device]:
         raise UserError(f"--target {target}: {str(error).splitlines()[0]}") from None
 
 
-def compile_step(config: RunConfig, target: Target) -> CompiledStep | DoesNotFit:
+def compile_step(config: RunConfig, target: Machine) -> CompiledStep | DoesNotFit:
     """Compile the step that `maxlm.train` would run on the target.
 
     Raises:
@@ -146,7 +146,7 @@ def compile_step(config: RunConfig, target: Target) -> CompiledStep | DoesNotFit
         return DoesNotFit(
             mesh=mesh,
             message=f"needs {gib(memory.peak)}, {gib(memory.peak - limit)} too much: a program may have {gib(limit)}"
-            + (share if isinstance(target, GpuTarget) else ""),
+            + (share if isinstance(target, GpuMachine) else ""),
             wanted=memory.peak,
             available=limit,
             largest=largest_arrays(text),
@@ -189,12 +189,12 @@ def _largest_of_refused(lowered: jax.stages.Lowered, refusal: Refusal) -> tuple[
     return with_sources(refusal.largest, text) or largest_arrays(text)
 
 
-def _topology(target: TpuTarget | GpuTarget) -> Sequence[Any]:
+def _topology(target: TpuMachine | GpuMachine) -> Sequence[Any]:
     match target:
-        case TpuTarget():
+        case TpuMachine():
             name, options = tpu_topology(target)
             return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
-        case GpuTarget():
+        case GpuMachine():
             return topologies.get_topology_desc(
                 platform="cuda",
                 topology_name="",
@@ -203,7 +203,7 @@ def _topology(target: TpuTarget | GpuTarget) -> Sequence[Any]:
             ).devices
 
 
-def _memory(compiled: jax.stages.Compiled, target: Target) -> Memory:
+def _memory(compiled: jax.stages.Compiled, target: Machine) -> Memory:
     """From the compiler's figures, of which `peak_memory_in_bytes` alone may be less than the truth.
 
     CPU: it leaves temporaries out. GPU: it is the sum of the arrays alive at one time (XLA's `ComputePeakMemory`), but
@@ -213,10 +213,10 @@ def _memory(compiled: jax.stages.Compiled, target: Target) -> Memory:
     stats = compiled.memory_analysis()
     assert stats is not None  # all three compilers have it
     match target:
-        case CpuTarget() | GpuTarget():
+        case CpuMachine() | GpuMachine():
             new_outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
             peak = stats.argument_size_in_bytes + new_outputs + stats.temp_size_in_bytes
-        case TpuTarget():
+        case TpuMachine():
             peak = stats.peak_memory_in_bytes + stats.generated_code_size_in_bytes
     return Memory(arguments=stats.argument_size_in_bytes, temporary=stats.temp_size_in_bytes, peak=peak)
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from maxlm.plan.analysis import CompilerReport, Json, gib
 from maxlm.plan.collectives import UNKNOWN, summed
 from maxlm.plan.compiled import CompiledStep, DoesNotFit
 from maxlm.plan.out_of_memory import Buffer
-from maxlm.plan.report import CompilerReport, Json, gib
 
 
 def compiler_report(result: CompiledStep | DoesNotFit) -> CompilerReport:

@@ -32,7 +32,7 @@ from maxlm.config import (
 )
 from maxlm.plan.arrays import FLOAT32, ParameterArray, Part, device_bytes, device_shape, parameter_arrays
 from maxlm.plan.block_memory import BlockMemory
-from maxlm.plan.targets import Platform
+from maxlm.plan.machines import Platform
 
 
 @dataclass(frozen=True, kw_only=True)

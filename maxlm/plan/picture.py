@@ -6,7 +6,7 @@ import html
 from pathlib import Path
 
 from maxlm.config import UserError
-from maxlm.plan.report import Report, gib, mesh_text
+from maxlm.plan.analysis import PlanReport, gib, mesh_text
 
 COLOURS = {
     "parameters": "#1f4e9c",
@@ -30,7 +30,7 @@ MEANINGS = {
 }
 
 
-def write_picture(report: Report, path: Path) -> None:
+def write_picture(report: PlanReport, path: Path) -> None:
     """Draw what `report` says of memory; the file's suffix says how.
 
     Raises:
@@ -51,17 +51,17 @@ def check_picture(path: Path) -> None:
         raise UserError(f"--picture {path}: there is no folder {path.parent}; make it, or name another file")
 
 
-def parts(report: Report) -> list[tuple[str, int]]:
+def parts(report: PlanReport) -> list[tuple[str, int]]:
     """Name and bytes of each part of a device's memory at the peak; none of size 0."""
     at_peak = report.memory.at_peak
     return [(name, at_peak[name]) for name in MEANINGS if at_peak.get(name)]
 
 
-def _title(report: Report) -> str:
+def _title(report: PlanReport) -> str:
     return f"Memory of a device: {report.parameters.total / 1e9:,.2f} billion parameters on {report.target}"
 
 
-def _facts(report: Report) -> str:
+def _facts(report: PlanReport) -> str:
     train = report.config.train
     return (
         f"{mesh_text(report.mesh)}; {train.batch_size:,} sequences of {train.seq_len:,} tokens in "
@@ -70,7 +70,7 @@ def _facts(report: Report) -> str:
     )
 
 
-def _verdict(report: Report) -> str:
+def _verdict(report: PlanReport) -> str:
     if report.hbm_bytes is None:
         return f"{gib(report.memory.peak)} at the peak; the limit is not known"
     margin = report.hbm_bytes - report.peak
@@ -80,7 +80,7 @@ def _verdict(report: Report) -> str:
     return f"{text}, {by} ({gib(report.peak)} of {gib(report.hbm_bytes)})"
 
 
-def _marks(report: Report) -> list[tuple[str, int]]:
+def _marks(report: PlanReport) -> list[tuple[str, int]]:
     """Lines across the bar."""
     marks = [] if report.hbm_bytes is None else [("limit", report.hbm_bytes)]
     if report.compiled is not None:
@@ -90,12 +90,12 @@ def _marks(report: Report) -> list[tuple[str, int]]:
     return marks
 
 
-def _scale(report: Report) -> float:
+def _scale(report: PlanReport) -> float:
     """Bytes from one end of the picture to the other."""
     return 1.04 * max([report.memory.peak, *(size for _, size in _marks(report))])
 
 
-def _draw(report: Report, path: Path) -> None:
+def _draw(report: PlanReport, path: Path) -> None:
     try:
         # The object-oriented API alone: pyplot would look for a display and keep figures alive.
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -139,7 +139,7 @@ td.size { text-align: right; font-variant-numeric: tabular-nums; }
 """
 
 
-def _page(report: Report) -> str:
+def _page(report: PlanReport) -> str:
     scale = _scale(report)
     bars, rows = [], []
     for name, size in parts(report):

@@ -23,11 +23,10 @@ from maxlm.config import (
 )
 from maxlm.config.layout_rules import broken_layout_rules
 from maxlm.config.serialize import flatten
-from maxlm.observe.flops import parameter_count
+from maxlm.plan.analysis import Json
 from maxlm.plan.bound import TimeBound, estimate_time
+from maxlm.plan.machines import GpuMachine, Machine, TpuMachine, memory_limit, platform
 from maxlm.plan.memory import MemoryEstimate, estimate_memory
-from maxlm.plan.report import Json
-from maxlm.plan.targets import GpuTarget, Target, TpuTarget, memory_limit, platform
 from maxlm.plan.traffic import AxisTraffic, estimate_traffic, whole_torus
 
 LONGEST_TENSOR = 16
@@ -46,7 +45,7 @@ class Candidate:
     """A config, and what arithmetic says of it."""
 
     config: RunConfig
-    target: Target
+    target: Machine
     memory: MemoryEstimate
     traffic: Sequence[AxisTraffic]
     bound: TimeBound
@@ -70,7 +69,7 @@ class Search:
     """What fits on a target, best first."""
 
     config: RunConfig
-    target: Target
+    target: Machine
     space: int
     """Configs to choose from; of many, it is enough to know that a better one fits, or that one like it does not."""
     ranked: tuple[Candidate, ...]
@@ -88,7 +87,7 @@ class Search:
         return next(iter(self.preferred), None)
 
 
-def search(config: RunConfig, target: Target) -> Search:
+def search(config: RunConfig, target: Machine) -> Search:
     """Rank what fits. Model, batch and sequence length stay as they are.
 
     Raises:
@@ -105,13 +104,13 @@ def search(config: RunConfig, target: Target) -> Search:
     return Search(config=config, target=target, space=size, ranked=tuple(ranked))
 
 
-def layouts(config: RunConfig, target: Target) -> Iterator[ShardingConfig]:
+def layouts(config: RunConfig, target: Machine) -> Iterator[ShardingConfig]:
     """Every mesh that the rules of `config/layout_rules.py` may allow on the target, within sensible limits."""
     model, train, devices = config.model, config.train, target.devices
     experts = [block.ffn.n_experts for block in model.blocks if isinstance(block.ffn, MoeConfig)]
     blocks = [*model.first_blocks, *model.blocks]
     widths = [n for one in blocks for n in (one.attention.n_heads, one.attention.n_kv_heads, one.ffn.d_ff)]
-    longest = target.per_host if isinstance(target, GpuTarget) else LONGEST_TENSOR
+    longest = target.per_host if isinstance(target, GpuMachine) else LONGEST_TENSOR
     pieces = [n for n in _divisors(math.gcd(devices, train.seq_len)) if n * SHORTEST_PIECE <= train.seq_len]
     allowed = {
         "stage": [n for n in _divisors(math.gcd(devices, model.repeats)) if n <= LONGEST_STAGE],
@@ -120,7 +119,7 @@ def layouts(config: RunConfig, target: Target) -> Iterator[ShardingConfig]:
         "expert": _divisors(math.gcd(devices, *experts)) if experts else [1],
         "fsdp": [n for n in _divisors(math.gcd(devices, model.d_model)) if _suits_chip(n, model.d_model, target)],
     }
-    slices = target.slices if isinstance(target, TpuTarget) else 1
+    slices = target.slices if isinstance(target, TpuMachine) else 1
     for chosen in itertools.product(*allowed.values()):
         sizes = dict(zip(allowed, chosen, strict=True))
         data, rest = divmod(devices, math.prod(chosen))
@@ -146,7 +145,7 @@ class MeshSpace:
     """What may be chosen on one mesh."""
 
     config: RunConfig
-    target: Target
+    target: Machine
     sharding: ShardingConfig
     """With the sizes of the mesh; its `zero` is chosen."""
 
@@ -282,7 +281,7 @@ def candidate_json(one: Candidate, original: RunConfig) -> dict[str, Json]:
     }
 
 
-def spelled_out(config: RunConfig, target: Target) -> RunConfig:
+def spelled_out(config: RunConfig, target: Machine) -> RunConfig:
     """The config with the size that stands for -1; as it is if its mesh is for another machine."""
     try:
         sizes = config.sharding.sizes(target.devices)
@@ -295,13 +294,13 @@ def spelled_out(config: RunConfig, target: Target) -> RunConfig:
     return replace(config, sharding=sharding)
 
 
-def fitting_memory(config: RunConfig, target: Target) -> MemoryEstimate | None:
+def fitting_memory(config: RunConfig, target: Machine) -> MemoryEstimate | None:
     """Its memory; None: too much."""
     memory = estimate_memory(config, target.devices, platform(target))
     return memory if memory.peak <= _limit(target) else None
 
 
-def candidate(config: RunConfig, target: Target, memory: MemoryEstimate) -> Candidate:
+def candidate(config: RunConfig, target: Machine, memory: MemoryEstimate) -> Candidate:
     traffic = estimate_traffic(config, target)
     bound = estimate_time(config, target, traffic)
     assert bound is not None  # `_limit` refuses a target of unknown speed
@@ -317,7 +316,7 @@ def preference(one: Candidate) -> tuple[float, float, int]:
     return one.bound.step_seconds, work, -one.margin
 
 
-def broken_rules(config: RunConfig, target: Target) -> list[str]:
+def broken_rules(config: RunConfig, target: Machine) -> list[str]:
     train = config.train
     return broken_layout_rules(
         config.model, config.sharding, n_devices=target.devices, batch_size=train.batch_size, seq_len=train.seq_len,
@@ -325,7 +324,7 @@ def broken_rules(config: RunConfig, target: Target) -> list[str]:
     )  # fmt: skip
 
 
-def _limit(target: Target) -> int:
+def _limit(target: Machine) -> int:
     limit = memory_limit(target)
     if limit is None:
         raise UserError(
@@ -335,10 +334,10 @@ def _limit(target: Target) -> int:
     return limit
 
 
-def _suits_chip(fsdp: int, d_model: int, target: Target) -> bool:
+def _suits_chip(fsdp: int, d_model: int, target: Machine) -> bool:
     """Where TPUs are slow with an fsdp axis: narrow shards, and the whole of a 3-D torus of 64 chips or more
     (docs/plan.md)."""
-    if not isinstance(target, TpuTarget) or fsdp == 1:
+    if not isinstance(target, TpuMachine) or fsdp == 1:
         return True
     return d_model // fsdp % LANES == 0 and not whole_torus(target, fsdp)
 

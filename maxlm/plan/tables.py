@@ -10,7 +10,7 @@ from rich.text import Text
 
 from maxlm.config import Adafactor, AdamW, Dtype, OptimizerConfig, Zero
 from maxlm.plan.advice import Change
-from maxlm.plan.report import Report, gib, mesh_text, warnings
+from maxlm.plan.analysis import PlanReport, gib, mesh_text, warnings
 from maxlm.plan.search import Candidate, Search, differences, spelled_out
 
 _BAR = 16
@@ -19,7 +19,7 @@ _WIDE = 110
 """Characters of a console that has room for every column."""
 
 
-def print_report(report: Report, console: Console) -> None:
+def print_report(report: PlanReport, console: Console) -> None:
     """Everything that the two tiers found."""
     console.print(_head(report))
     sides = Table.grid(padding=(0, 4, 0, 0))
@@ -32,7 +32,7 @@ def print_report(report: Report, console: Console) -> None:
         console.print(_bullet("warning", line, style="yellow"))
 
 
-def print_verdict(report: Report, console: Console) -> None:
+def print_verdict(report: PlanReport, console: Console) -> None:
     """Whether it fits, and what to know of that; once more, after the compiler was asked."""
     console.print(_verdict(report))
     for line in warnings(report):
@@ -137,7 +137,7 @@ def optimizer_text(optimizer: OptimizerConfig) -> str:
             return "Adafactor"
 
 
-def _head(report: Report) -> Text:
+def _head(report: PlanReport) -> Text:
     train, target = report.config.train, report.target
     text = Text(
         f"{target}: {target.devices:,} devices as {mesh_text(report.mesh)}\n"
@@ -148,7 +148,7 @@ def _head(report: Report) -> Text:
     return text.append_text(_verdict(report))
 
 
-def _verdict(report: Report) -> Text:
+def _verdict(report: PlanReport) -> Text:
     text = Text()
     by = report.tier.words
     if report.hbm_bytes is None:
@@ -162,7 +162,7 @@ def _verdict(report: Report) -> Text:
     return text
 
 
-def _parameters(report: Report) -> Table:
+def _parameters(report: PlanReport) -> Table:
     count = report.parameters
     table = Table("parameters", box=None, pad_edge=False)
     table.add_column("number", justify="right")
@@ -181,7 +181,7 @@ def _parameters(report: Report) -> Table:
     return table
 
 
-def _memory(report: Report) -> Table:
+def _memory(report: PlanReport) -> Table:
     """Bars on the scale of the limit, or of the peak where none is known."""
     table = Table("memory of a device", box=None, pad_edge=False)
     table.add_column("size", justify="right", no_wrap=True)
@@ -203,7 +203,7 @@ def _memory(report: Report) -> Table:
     return table
 
 
-def _time(report: Report) -> RenderableType:
+def _time(report: PlanReport) -> RenderableType:
     """What each part would take by itself, and what that makes of a step and a run."""
     table = Table("a step", box=None, pad_edge=False)
     table.add_column("time", justify="right", no_wrap=True)

@@ -37,7 +37,7 @@ from maxlm.config import (
 )
 from maxlm.hardware import Switched, Torus
 from maxlm.plan.arrays import FLOAT32, ParameterArray, Part, device_shape, parameter_arrays
-from maxlm.plan.targets import CpuTarget, GpuTarget, Target, TpuTarget, chip
+from maxlm.plan.machines import CpuMachine, GpuMachine, Machine, TpuMachine, chip
 
 
 class Link(enum.Enum):
@@ -80,7 +80,7 @@ class LayerRuns:
     """2 where the pipeline runs its stages again for the backward pass; what `model.remat` repeats is on top."""
 
 
-def estimate_traffic(config: RunConfig, target: Target) -> list[AxisTraffic]:
+def estimate_traffic(config: RunConfig, target: Machine) -> list[AxisTraffic]:
     """Bytes and seconds of every axis longer than 1, in the order of MESH_AXES.
 
     Seconds are bytes over bandwidth: of a GPU's links, or the part that crosses hosts over its share of the network; of
@@ -127,27 +127,27 @@ def gradient_bytes(config: RunConfig) -> int:
     return FLOAT32 if config.sharding.float32_gradients else config.model.compute_dtype.itemsize
 
 
-def whole_torus(target: Target, size: int) -> bool:
+def whole_torus(target: Machine, size: int) -> bool:
     """Whether an axis is a whole 3-D torus of 64 chips or more, where the TPU compiler (jax 0.10.2) makes a sum of
     whole arrays of each gather and each scatter: twice the bytes (docs/plan.md)."""
-    if not isinstance(target, TpuTarget) or len(_lengths(target)) < 3:
+    if not isinstance(target, TpuMachine) or len(_lengths(target)) < 3:
         return False
     return math.prod(_lengths(target)) >= 64 and size == target.devices // target.slices
 
 
-def within(axis: str, config: RunConfig, target: Target) -> int:
+def within(axis: str, config: RunConfig, target: Machine) -> int:
     """Devices of an axis's group that share a slice or host with each other; the axis's size if it crosses none.
 
     Without `sharding.slices` GPUs are taken in their order, a host at a time, the last axis of MESH_AXES fastest.
     """
     sizes = config.sharding.sizes(target.devices)
-    slices = target.slices if isinstance(target, TpuTarget) else config.sharding.slices
+    slices = target.slices if isinstance(target, TpuMachine) else config.sharding.slices
     if slices > 1:
         return max(1, sizes[axis] // slices) if axis == config.sharding.slices_axis.value else sizes[axis]
     match target:
-        case CpuTarget() | TpuTarget():
+        case CpuMachine() | TpuMachine():
             return sizes[axis]
-        case GpuTarget():
+        case GpuMachine():
             faster = math.prod(sizes[one] for one in MESH_AXES[MESH_AXES.index(axis) + 1 :])
             return min(sizes[axis], max(1, target.per_host // faster))
         case _:
@@ -389,7 +389,7 @@ def _count_stages(ledger: _Ledger, config: RunConfig) -> None:
                 ledger.gather("stage", size, "brings parameters in order", _Pattern.EXCHANGE)
 
 
-def _over_links(ledger: _Ledger, axis: str, inner: Mapping[str, int], target: Target) -> list[AxisTraffic]:
+def _over_links(ledger: _Ledger, axis: str, inner: Mapping[str, int], target: Machine) -> list[AxisTraffic]:
     """An axis's bytes, parted in those that stay within a host or slice and those that do not.
 
     Collectives over h hosts with g devices each run within the hosts first: of each (n - 1) / n of an array (h - 1) / n
@@ -425,7 +425,7 @@ def _over_links(ledger: _Ledger, axis: str, inner: Mapping[str, int], target: Ta
     return found
 
 
-def _ici_seconds(target: Target, inner: Mapping[str, int], axis: str, sent: float, pattern: _Pattern) -> float:
+def _ici_seconds(target: Machine, inner: Mapping[str, int], axis: str, sent: float, pattern: _Pattern) -> float:
     """Time of what an axis sends within a slice of TPUs ("How to Scale Your Model", jax-ml.github.io/scaling-book,
     sharding). Gathers, scatters and sums keep both links of a ring busy, those of every dim of the torus that the axis
     covers; an all-to-all over a ring of n takes n / 4 times as long a byte, since bytes cross n / 4 links on average;
@@ -448,7 +448,7 @@ def _ici_seconds(target: Target, inner: Mapping[str, int], axis: str, sent: floa
             return sent * 2 / 3 / link
 
 
-def torus_dims(target: Target, inner: Mapping[str, int]) -> dict[str, tuple[tuple[int, int], ...]]:
+def torus_dims(target: Machine, inner: Mapping[str, int]) -> dict[str, tuple[tuple[int, int], ...]]:
     """Axis -> length and links of a device, for each dim of the torus that the axis covers.
 
     As jax's `mesh_utils` lays a mesh out: from the fastest axis on, each takes the most whole dims whose product is its
@@ -483,6 +483,6 @@ def torus_dims(target: Target, inner: Mapping[str, int]) -> dict[str, tuple[tupl
     return found
 
 
-def _lengths(target: Target) -> list[int]:
+def _lengths(target: Machine) -> list[int]:
     """Of the dims of a slice's torus."""
-    return [int(size) for size in target.topology.split("x")] if isinstance(target, TpuTarget) else []
+    return [int(size) for size in target.topology.split("x")] if isinstance(target, TpuMachine) else []

@@ -1,6 +1,13 @@
 """The model's heavy operations. This package alone imports `kernels_pallas`: here kernels meet the mesh.
 
 The compiler cannot split a kernel over devices by itself, so kernels run inside `shard_map`.
+
+dense.py: products, gated unit, embedding
+attention.py: keys from a cache, or from other devices
+ring.py: keys go round; zig-zag order
+ulysses.py: heads for positions
+experts.py: tokens to their experts and back
+backends.py: kernels named in the config
 """
 
 from kernels_pallas import cache_room

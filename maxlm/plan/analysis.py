@@ -13,8 +13,8 @@ from maxlm.hardware import Chip
 from maxlm.observe.flops import FlopsPerToken, ParameterCount, flops_per_token, parameter_count
 from maxlm.plan.bound import TimeBound, estimate_time
 from maxlm.plan.breaks import what_breaks_first
+from maxlm.plan.machines import CpuMachine, GpuMachine, Machine, TpuMachine, chip, memory_limit, platform
 from maxlm.plan.memory import MemoryEstimate, cache_bytes, estimate_memory
-from maxlm.plan.targets import CpuTarget, GpuTarget, Target, TpuTarget, chip, memory_limit, platform
 from maxlm.plan.traffic import AxisTraffic, estimate_traffic
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
@@ -51,11 +51,11 @@ class CompilerReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class PlanReport:
     """A plan."""
 
     config: RunConfig
-    target: Target
+    target: Machine
     parameters: ParameterCount
     mesh: Mapping[str, int]
     hbm_bytes: int | None
@@ -94,7 +94,7 @@ class Report:
         return Tier.ANALYTIC if self.compiled is None else Tier.COMPILED
 
 
-def analyse(config: RunConfig, target: Target) -> Report:
+def analyse(config: RunConfig, target: Machine) -> PlanReport:
     """The analytic tier: milliseconds, without jax.
 
     Raises:
@@ -104,7 +104,7 @@ def analyse(config: RunConfig, target: Target) -> Report:
     _check_slices(config.sharding, target)
     traffic = estimate_traffic(config, target)
     staged = config.sharding.sizes(target.devices)["stage"] > 1 and config.sharding.remat_stages
-    return Report(
+    return PlanReport(
         config=config,
         target=target,
         parameters=parameter_count(config.model),
@@ -120,14 +120,14 @@ def analyse(config: RunConfig, target: Target) -> Report:
     )
 
 
-def _check_slices(sharding: ShardingConfig, target: Target) -> None:
+def _check_slices(sharding: ShardingConfig, target: Machine) -> None:
     """As `sharding.make_layout` will, on the machine."""
     match target:
-        case CpuTarget():
+        case CpuMachine():
             groups, allowed, kind = 1, {1}, "host"
-        case TpuTarget(slices=groups):
+        case TpuMachine(slices=groups):
             allowed, kind = {groups}, "slice"
-        case GpuTarget(hosts=groups):
+        case GpuMachine(hosts=groups):
             allowed, kind = {1, groups}, "host"
     if sharding.slices not in allowed:
         raise UserError(
@@ -136,12 +136,12 @@ def _check_slices(sharding: ShardingConfig, target: Target) -> None:
         )
 
 
-def with_compiled(report: Report, compiled: CompilerReport) -> Report:
+def with_compiled(report: PlanReport, compiled: CompilerReport) -> PlanReport:
     """The report with what the compiler said."""
     return dataclasses.replace(report, compiled=compiled)
 
 
-def warnings(report: Report) -> list[str]:
+def warnings(report: PlanReport) -> list[str]:
     """What to know before trusting or starting this run, a line each."""
     lines = []
     limit, peak = report.hbm_bytes, report.peak
@@ -165,7 +165,7 @@ def warnings(report: Report) -> list[str]:
     return lines
 
 
-def to_json(report: Report) -> dict[str, Json]:
+def to_json(report: PlanReport) -> dict[str, Json]:
     """Plain values; sizes in bytes, times in seconds."""
     memory, flops, bound = report.memory, report.flops, report.bound
     values: dict[str, Json] = {

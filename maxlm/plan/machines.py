@@ -39,7 +39,7 @@ class Platform(enum.Enum):
 
 
 @dataclass(frozen=True)
-class CpuTarget:
+class CpuMachine:
     """Devices that XLA makes of this machine's processor."""
 
     devices: int
@@ -49,7 +49,7 @@ class CpuTarget:
 
 
 @dataclass(frozen=True)
-class TpuTarget:
+class TpuMachine:
     """One or more slices of TPUs, all of one shape."""
 
     chip: str
@@ -68,7 +68,7 @@ class TpuTarget:
 
 
 @dataclass(frozen=True)
-class GpuTarget:
+class GpuMachine:
     """Hosts with the same number of GPUs each."""
 
     chip: str
@@ -83,7 +83,7 @@ class GpuTarget:
         return f"gpu:{self.chip}:{self.hosts}x{self.per_host}"
 
 
-Target = CpuTarget | TpuTarget | GpuTarget
+Machine = CpuMachine | TpuMachine | GpuMachine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +142,7 @@ LARGEST_SLICE = 4_096
 _NUMBER = "[1-9][0-9]{0,6}"
 
 
-def parse_target(text: str) -> Target:
+def parse_machine(text: str) -> Machine:
     """The machine of a name.
 
     Raises:
@@ -150,7 +150,7 @@ def parse_target(text: str) -> Target:
     """
     match text.split(":"):
         case ["cpu", count] if _is_number(count):
-            return CpuTarget(int(count))
+            return CpuMachine(int(count))
         case ["tpu", chip, topology] if chip in TPUS and _has_dims(topology, _torus(chip).dims):
             return _tpu(chip, topology, 1)
         case ["tpu", chip, topology, slices] if (
@@ -164,7 +164,7 @@ def parse_target(text: str) -> Target:
     raise UserError(f"--target {text} is unknown; use a name like {', '.join(_nearest(text))}")
 
 
-def _tpu(chip: str, topology: str, slices: int) -> TpuTarget:
+def _tpu(chip: str, topology: str, slices: int) -> TpuMachine:
     """The target, if there is such a slice.
 
     Rules: those by which the compiler (libtpu 0.0.42) takes a topology, and the size of a pod.
@@ -183,40 +183,40 @@ def _tpu(chip: str, topology: str, slices: int) -> TpuTarget:
             f"--target tpu:{chip}:{topology}: a slice has {pod} at most; use {near[0]}, or several slices, such as "
             f"{near[0]}:2"
         )
-    return TpuTarget(chip, topology, slices)
+    return TpuMachine(chip, topology, slices)
 
 
-def _gpu(chip: str, hosts: int, per_host: int) -> GpuTarget:
+def _gpu(chip: str, hosts: int, per_host: int) -> GpuMachine:
     most = _switched(chip).per_host
     if per_host > most:
         needed = math.ceil(hosts * per_host / most)
         raise UserError(
             f"--target gpu:{chip}:{hosts}x{per_host}: a host has {most} GPUs at most; use gpu:{chip}:{needed}x{most}"
         )
-    return GpuTarget(chip, hosts, per_host)
+    return GpuMachine(chip, hosts, per_host)
 
 
-def platform(target: Target) -> Platform:
+def platform(target: Machine) -> Platform:
     """The target's compiler."""
     match target:
-        case CpuTarget():
+        case CpuMachine():
             return Platform.CPU
-        case TpuTarget():
+        case TpuMachine():
             return Platform.TPU
-        case GpuTarget():
+        case GpuMachine():
             return Platform.GPU
 
 
-def chip(target: Target) -> Chip | None:
+def chip(target: Machine) -> Chip | None:
     """What one device of the target can do; None: it is this machine's processor, of which nothing is known."""
     match target:
-        case CpuTarget():
+        case CpuMachine():
             return None
-        case TpuTarget() | GpuTarget():
+        case TpuMachine() | GpuMachine():
             return CHIPS[target.chip]
 
 
-def memory_limit(target: Target) -> int | None:
+def memory_limit(target: Machine) -> int | None:
     """Bytes that a program may have on a device; None: not known.
 
     jax gives a program on a GPU three quarters of the memory, unless XLA_CLIENT_MEM_FRACTION (or its older name,
@@ -226,11 +226,11 @@ def memory_limit(target: Target) -> int | None:
         UserError: that variable is not a fraction, or both are set.
     """
     match target:
-        case CpuTarget():
+        case CpuMachine():
             return None
-        case TpuTarget():
+        case TpuMachine():
             return CHIPS[target.chip].memory
-        case GpuTarget():
+        case GpuMachine():
             return int(CHIPS[target.chip].memory * _gpu_fraction())
 
 
@@ -246,7 +246,7 @@ def _gpu_fraction() -> float:
     return 0.75
 
 
-def tpu_topology(target: TpuTarget) -> tuple[str, dict[str, Any]]:
+def tpu_topology(target: TpuMachine) -> tuple[str, dict[str, Any]]:
     """The compiler's name of a machine that is not there, and the options that go with it."""
     options: dict[str, Any] = {}
     if target.slices > 1:
@@ -264,20 +264,20 @@ def gpu_config(chip: str) -> str:
     return _GPU_CONFIG.format(gpu=GPUS[chip], chip=CHIPS[chip], name=chip.upper())
 
 
-def environment(target: Target) -> Mapping[str, str]:
+def environment(target: Machine) -> Mapping[str, str]:
     """Variables that jax must find when it is imported."""
     match target:
-        case CpuTarget():
+        case CpuMachine():
             flags = _flags(f"--xla_force_host_platform_device_count={target.devices}")
             return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-        case TpuTarget():
+        case TpuMachine():
             return {
                 "JAX_PLATFORMS": "cpu",  # arrays, of which there are none, would be there
                 "TPU_SKIP_MDS_QUERY": "1",  # do not ask a cloud what machine this is
                 "TPU_WORKER_HOSTNAMES": "localhost",
                 "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # compilers may run side by side
             }
-        case GpuTarget():
+        case GpuMachine():
             # There is no GPU to time candidates on.
             return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": _flags("--xla_gpu_autotune_level=0")}
 
@@ -310,13 +310,13 @@ def installed() -> dict[str, str]:
     return versions
 
 
-def missing_compiler(target: Target) -> str | None:
+def missing_compiler(target: Machine) -> str | None:
     """What to do about a compiler that is not installed, or is of another jax, with which it may crash; None: it is."""
     match target:
-        case CpuTarget():
+        case CpuMachine():
             return None
-        case TpuTarget() | GpuTarget():
-            wanted = requirements("tpu" if isinstance(target, TpuTarget) else "gpu")
+        case TpuMachine() | GpuMachine():
+            wanted = requirements("tpu" if isinstance(target, TpuMachine) else "gpu")
     have = installed()
     names = {line: re.split("[<>=]", line)[0] for line in wanted}
     if not (missing := [line for line, name in names.items() if name not in have or not _suits(have[name], line)]):
@@ -339,7 +339,7 @@ def _suits(version: str, requirement: str) -> bool:
     return True
 
 
-def prepare(target: Target) -> None:
+def prepare_compiler(target: Machine) -> None:
     """Make this process one that can compile for the target; call it before jax is imported. A second call changes
     nothing.
 
@@ -349,7 +349,7 @@ def prepare(target: Target) -> None:
     if (advice := missing_compiler(target)) is not None:
         raise UserError(advice)
     os.environ.update(environment(target))
-    if not isinstance(target, CpuTarget) and COMPILERS.is_dir() and str(COMPILERS) not in sys.path:
+    if not isinstance(target, CpuMachine) and COMPILERS.is_dir() and str(COMPILERS) not in sys.path:
         sys.path.append(str(COMPILERS))
 
 
@@ -387,22 +387,22 @@ def _topologies(chip: str) -> list[tuple[int, ...]]:
     return [*small, *(sides for sides in cubes if math.prod(sides) <= torus.largest)]
 
 
-def larger(target: Target, devices: int) -> Target | None:
+def larger(target: Machine, devices: int) -> Machine | None:
     """The same kind of machine with so many devices, a power of two, or the next that there is: full hosts of GPUs,
     TPUs in slices as large and as near to a cube as can be. None: the target has as many already."""
     match target:
-        case CpuTarget():
+        case CpuMachine():
             return None
-        case GpuTarget(chip=chip):
+        case GpuMachine(chip=chip):
             per_host = target.per_host if target.hosts > 1 else min(devices, _switched(chip).per_host)
-            grown: Target = GpuTarget(chip, math.ceil(devices / per_host), per_host)
-        case TpuTarget(chip=chip):
+            grown: Machine = GpuMachine(chip, math.ceil(devices / per_host), per_host)
+        case TpuMachine(chip=chip):
             chips = devices // _torus(chip).devices_per_chip
             powers = [sides for sides in _topologies(chip) if math.prod(sides).bit_count() == 1]
             most = min(LARGEST_SLICE, max(map(math.prod, powers)))
             enough = [sides for sides in powers if math.prod(sides) >= min(chips, most)]
             sides = min(enough, key=lambda sides: (math.prod(sides), sum(sides)))
-            grown = TpuTarget(chip, "x".join(map(str, sides)), max(1, chips // math.prod(sides)))
+            grown = TpuMachine(chip, "x".join(map(str, sides)), max(1, chips // math.prod(sides)))
     return grown if grown.devices > target.devices else None
 
 

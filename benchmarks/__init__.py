@@ -1,0 +1,13 @@
+"""What is measured, each file a command that prints one JSON line; results/ keeps the runs.
+
+cpu_tiny.py: speed, memory and start of a training step on a CPU
+moe_tiny.py: a mixture against the dense model of equal active parameters
+layouts.py: what each layout costs beyond one device
+steps.py: what the benchmarks of training steps share; no command
+data_throughput.py: tokens a second from prepared shards
+checkpoint.py: seconds to save and restore
+kernels_compiled.py: what the TPU compiler says of kernels and of what they replace
+context_memory.py: memory as a sequence and the seq axis grow together
+compile_time.py: compilation as layers and chips grow
+plan_memory.py: memory by arithmetic beside the compiler's
+"""
