@@ -89,6 +89,7 @@ class Import(NamedTuple):
         return f"{self.file}:{self.line} imports {self.module}"
 
 
+@functools.cache
 def product() -> list[str]:
     """Every Python file of the two packages, relative to the root."""
     files = [*(ROOT / "maxlm").rglob("*.py"), *(ROOT / KERNELS).rglob("*.py")]
@@ -109,6 +110,11 @@ def module_name(file: str) -> str:
     return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
+@functools.cache
+def modules() -> frozenset[str]:
+    return frozenset(map(module_name, product()))
+
+
 def room(module: str) -> str:
     """`maxlm.models.ops` -> `models`; everything in kernels_pallas is one room."""
     parts = module.split(".")
@@ -122,9 +128,8 @@ def imported_names(node: ast.AST) -> Iterator[str]:
     elif isinstance(node, ast.ImportFrom):
         assert node.level == 0, f"line {node.lineno}: imports are written in full, not relative"
         assert node.module is not None
-        known = {module_name(file) for file in product()}
         inner = [f"{node.module}.{alias.name}" for alias in node.names]
-        submodules = [name for name in inner if name in known]
+        submodules = [name for name in inner if name in modules()]
         yield from submodules
         if len(submodules) < len(inner):
             yield node.module

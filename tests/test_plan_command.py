@@ -68,8 +68,8 @@ def test_arithmetic_needs_no_jax() -> None:
     """Neither a plan, nor advice, nor a search, nor a page of HTML."""
     code = (
         "import sys\n"
-        "from maxlm.plan.__main__ import command\n"
-        "codes = [command(line.split()) for line in sys.argv[1:]]\n"
+        "from maxlm.plan.__main__ import main\n"
+        "codes = [main(line.split()) for line in sys.argv[1:]]\n"
         "print(codes, sorted(name for name in ('jax', 'flax', 'numpy', 'optax') if name in sys.modules))"
     )
     lines = [

@@ -1,7 +1,7 @@
 """Save, restore, verify and list the state of a run. Knows arrays, trees and files, not models.
 
-`checkpointer` is what training and inference use; `store` is the only file that speaks to Orbax; `manifest` and
-`retention` (what is on disk, and whether it is intact) and `lock` do not import jax, so that listing a folder is instant.
+`checkpointer` is what training and inference use; `store` is the only file that speaks to Orbax; `manifest`,
+`retention` (what is on disk, and whether it is intact) and `lock` do not import jax, so that listing is instant.
 
 checkpointer.py: save, restore the newest intact step
 store.py: arrays to files by Orbax
