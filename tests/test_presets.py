@@ -17,14 +17,14 @@ from aot import require_compiler
 from maxlm.config import RunConfig
 from maxlm.config.cli import load_config
 from maxlm.plan.analysis import analyse
-from maxlm.plan.machines import CpuMachine, GpuMachine, Target, TpuMachine, parse_machine
+from maxlm.plan.machines import CpuMachine, GpuMachine, Machine, TpuMachine, parse_machine
 
 ROOT = Path(__file__).parent.parent
 PRESETS = sorted(path.stem for path in (ROOT / "configs").glob("[a-z]*.py"))
 COMPILED_ALWAYS = {"llama7b", "llama3_70b", "mixtral8x7b"}
 
 
-def preset(name: str) -> tuple[RunConfig, Target]:
+def preset(name: str) -> tuple[RunConfig, Machine]:
     config = load_config(f"{ROOT}/configs/{name}.py")
     assert config.target is not None, f"configs/{name}.py names no target"
     return config, parse_machine(config.target)
@@ -38,7 +38,7 @@ def test_each_preset_fits_the_machine_that_it_names(name: str) -> None:
     assert report.fits, f"{report.memory.peak / 2**30:.1f} GiB on {target}"
 
 
-def compiled(target: Target, *arguments: str) -> dict[str, Any]:
+def compiled(target: Machine, *arguments: str) -> dict[str, Any]:
     """The plan of a real compile, which must fit and keep the rules that `forbidden` names."""
     match target:
         case TpuMachine():
