@@ -5,6 +5,7 @@ moe_tiny.py: a mixture against the dense model of equal active parameters
 layouts.py: what each layout costs beyond one device
 steps.py: what the benchmarks of training steps share; no command
 data_throughput.py: tokens a second from prepared shards
+decode.py: milliseconds a token and temporary bytes of decoding
 checkpoint.py: seconds to save and restore
 kernels_compiled.py: what the TPU compiler says of kernels and of what they replace
 context_memory.py: memory as a sequence and the seq axis grow together
