@@ -202,9 +202,8 @@ def test_what_overflows_a_buffer_is_dropped_and_counted(buffer: float) -> None:
     x, order = some_x(), np.argsort(rng.random((B, T, E)) * np.linspace(0.4, 1, E), -1)
     choices, gates = order[..., :k].astype(np.int32), rng.random((B, T, k)).astype(np.float32)
     weights = ops.Experts(*(rng.normal(size=(E, *shape)).astype(np.float32) / 5 for shape in ((D, F), (D, F), (F, D))))
-    y, computed = jax.jit(lambda *a: ops.dropless_experts(layout, *a, activation=Activation.SIGMOID, buffer=buffer))(
-        x, choices, gates, weights
-    )
+    options = {"activation": Activation.SIGMOID, "config": Dropless(buffer=buffer)}
+    y, computed = jax.jit(lambda *a: ops.dropless_experts(layout, *a, **options))(x, choices, gates, weights)
 
     # By hand: each device has one row; of what it has for a device, sorted by expert, the first `room` go.
     room = math.ceil(buffer * T * k / X)

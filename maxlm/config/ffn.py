@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass, field
+from typing import assert_never
 
 from maxlm.config.errors import UserError, require_not_negative, require_positive
 
@@ -117,6 +119,12 @@ class Dropless:
                 f"model.blocks[].ffn.dispatch.buffer = {self.buffer} must be at least 1, or None for the worst case"
             )
 
+    def room(self, choices: int, *, top_k: int, n_experts: int, devices: int) -> float:
+        """For what one device sends another, in rows, before it is rounded up: of so many choices, `top_k` a token."""
+        # A token's choices differ, so no more of them can go to one device than it has experts.
+        worst = choices // top_k * min(top_k, n_experts // devices)
+        return worst if self.buffer is None else min(worst, self.buffer * choices / devices)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Capacity:
@@ -133,6 +141,14 @@ class Capacity:
         require_positive("model.blocks[].ffn.dispatch.factor", self.factor)
         if self.group_size is not None:
             require_positive("model.blocks[].ffn.dispatch.group_size", self.group_size)
+
+    def group(self, seq_len: int) -> int:
+        """Tokens of a group; a sequence shorter than `group_size` is one."""
+        return min(self.group_size or seq_len, seq_len)
+
+    def room(self, group: int, *, top_k: int, n_experts: int) -> int:
+        """Tokens of a group that an expert takes."""
+        return min(group, math.ceil(self.factor * top_k * group / n_experts))
 
 
 Dispatch = Dropless | Capacity
@@ -171,6 +187,35 @@ class MoeConfig:
                         f"model.blocks[].ffn.router.top_k = {self.router.top_k} is more than n_experts = "
                         f"{self.n_experts}; use at most {self.n_experts}"
                     )
+
+    @property
+    def top_k(self) -> int:
+        """Experts that a token chooses; 1 where experts choose, and `Capacity` alone tells how many."""
+        return 1 if isinstance(self.router, ExpertChoiceRouter) else self.router.top_k
+
+    @property
+    def experts_per_token(self) -> float:
+        """Of those that are not shared; where experts choose, the mean."""
+        if isinstance(self.router, ExpertChoiceRouter):
+            assert isinstance(self.dispatch, Capacity)
+            return self.dispatch.factor
+        return self.router.top_k
+
+    def buffer_rows(self, tokens: int, *, seq_len: int, devices: int) -> int:
+        """Rows of the buffer in which a device with so many tokens sends them to the `devices` that share the experts:
+        as many as it then multiplies."""
+        match self.dispatch:
+            case Dropless() as dispatch:
+                if devices == 1:
+                    return tokens * self.top_k
+                sent = dispatch.room(tokens * self.top_k, top_k=self.top_k, n_experts=self.n_experts, devices=devices)
+                return devices * math.ceil(sent)
+            case Capacity() as dispatch:
+                group = dispatch.group(seq_len)
+                room = dispatch.room(group, top_k=self.top_k, n_experts=self.n_experts)
+                return self.n_experts * room * max(1, tokens // group)
+            case _:
+                assert_never(self.dispatch)
 
 
 FfnConfig = GluConfig | MoeConfig

@@ -140,7 +140,7 @@ class _Rules:
         """A group of consecutive tokens lies on one device."""
         halves = 2 if self.sharding.context is Context.RING and self.sizes["seq"] > 1 else 1
         here, rest = divmod(self.seq_len, halves * self.sizes["seq"])
-        group = min(dispatch.group_size or self.seq_len, self.seq_len)
+        group = dispatch.group(self.seq_len)
         if not rest and here % group:
             divisors = [size for size in range(1, here + 1) if here % size == 0]
             works = [d for d in divisors if d < group][-1:] + [d for d in divisors if d > group][:1]

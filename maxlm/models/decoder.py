@@ -12,6 +12,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_policies
 
 from maxlm.config import BlockConfig, ModelConfig, Remat
+from maxlm.config.remat import SAVED_NAMES
 from maxlm.models import ops
 from maxlm.models.attention import Contiguous
 from maxlm.models.block import Block
@@ -224,28 +225,20 @@ def _row_keys(seeds: jax.Array, layer: jax.Array) -> jax.Array:
 def _remat(config: ModelConfig, body: Any, barrier: bool) -> Any:
     """The body with the config's rule for what the backward pass finds saved."""
     checkpoint = functools.partial(jax.checkpoint, body, prevent_cse=barrier)
-    inputs = ("query", "key", "value")
-    names = (*inputs, "attention_out", "attention_lse")
     match config.remat:
         case Remat.NONE:
             return body
         case Remat.DOTS:
             dots = checkpoint_policies.dots_with_no_batch_dims_saveable  # not the experts' products, hence their name
-            named = checkpoint_policies.save_only_these_names(*names, "grouped_out")
+            named = checkpoint_policies.save_only_these_names(*SAVED_NAMES[config.remat])
             return checkpoint(policy=checkpoint_policies.save_from_both_policies(dots, named))
-        case Remat.GLU:
-            return checkpoint(policy=checkpoint_policies.save_only_these_names(*names, "glu_gate", "glu_up"))
-        case Remat.NAMES:
-            return checkpoint(policy=checkpoint_policies.save_only_these_names(*names))
-        case Remat.QKV:
-            return checkpoint(policy=checkpoint_policies.save_only_these_names(*inputs))
-        case Remat.FULL:
-            return checkpoint(policy=checkpoint_policies.nothing_saveable)
+        case Remat.FULL | Remat.QKV | Remat.NAMES | Remat.GLU:
+            return checkpoint(policy=checkpoint_policies.save_only_these_names(*SAVED_NAMES[config.remat]))
         case Remat.OFFLOAD:
             return checkpoint(
                 policy=checkpoint_policies.save_and_offload_only_these_names(
                     names_which_can_be_saved=[],
-                    names_which_can_be_offloaded=list(names),
+                    names_which_can_be_offloaded=list(SAVED_NAMES[config.remat]),
                     offload_src="device",
                     offload_dst="pinned_host",
                 )

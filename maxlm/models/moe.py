@@ -6,7 +6,6 @@ tokens of a micro-batch, wherever they lie. How tokens reach their experts is in
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple, assert_never
 
 import jax
@@ -156,8 +155,8 @@ class MoE(nnx.Module):
         config, gates = self.config, routing.gates * self.config.routed_scaling
         arguments, activation = (self.layout, x, routing.experts, gates, self._experts), config.activation
         match dispatch:
-            case Dropless(buffer=buffer):
-                return ops.dropless_experts(*arguments, activation=activation, buffer=buffer)
+            case Dropless() as dropless:
+                return ops.dropless_experts(*arguments, activation=activation, config=dropless)
             case Capacity():
                 group, room = self._groups(x.shape[1], choices=gates.shape[-1])
                 return ops.capacity_experts(*arguments, activation=activation, group=group, room=room)
@@ -181,13 +180,10 @@ class MoE(nnx.Module):
         return self.layout.constrain(noise, "batch", "seq", None)
 
     def _groups(self, T: int, *, choices: int) -> tuple[int, int]:
-        """Tokens of a group, in sequences of T, and how many of them an expert takes, of so many choices of each.
-
-        A sequence shorter than `group_size` is one group.
-        """
+        """Tokens of a group, in sequences of T, and how many of them an expert takes, of so many choices of each."""
         config, seq = self.config, self.layout.mesh.shape["seq"]
         assert isinstance(config.dispatch, Capacity)
-        group = min(config.dispatch.group_size or T, T)
+        group = config.dispatch.group(T)
         pieces = 2 * seq if seq > 1 and self.layout.config.context is Context.RING else seq
         here = T // pieces
         if here % group:
@@ -197,7 +193,7 @@ class MoE(nnx.Module):
                 f" which do not divide the {here} that a device has of a sequence in one piece (of {T} tokens); use "
                 f"{nearest}"
             )
-        return group, min(group, math.ceil(config.dispatch.factor * choices * group / config.n_experts))
+        return group, config.dispatch.room(group, top_k=choices, n_experts=config.n_experts)
 
 
 def top_k_routing(layout: Layout, router: TopKRouter, logits: jax.Array) -> _Choices:

@@ -18,7 +18,6 @@ from typing import NamedTuple, assert_never
 from maxlm.config import (
     AttentionConfig,
     BlockConfig,
-    Capacity,
     ExpertChoiceRouter,
     FfnConfig,
     GluConfig,
@@ -29,6 +28,7 @@ from maxlm.config import (
     SigmoidRouter,
     TopKRouter,
 )
+from maxlm.config.remat import SAVED_NAMES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +169,7 @@ def _ffn_parameters(ffn: FfnConfig, d_model: int) -> _Ffn:
         case MoeConfig():
             expert = 3 * d_model * ffn.d_ff
             always = _router_parameters(ffn, d_model) + ffn.n_shared_experts * expert
-            return _Ffn(always + ffn.n_experts * expert, always + round(experts_per_token(ffn) * expert))
+            return _Ffn(always + ffn.n_experts * expert, always + round(ffn.experts_per_token * expert))
         case _:
             assert_never(ffn)
 
@@ -183,18 +183,6 @@ def _router_parameters(ffn: MoeConfig, d_model: int) -> int:
             return 2 * scores  # the scores' and the noise's
         case SigmoidRouter():
             return scores + ffn.n_experts  # and the biases
-        case _:
-            assert_never(ffn.router)
-
-
-def experts_per_token(ffn: MoeConfig) -> float:
-    """Of those that are not shared; where experts choose, the mean."""
-    match ffn.router:
-        case TopKRouter() | NoisyTopKRouter() | SigmoidRouter():
-            return ffn.router.top_k
-        case ExpertChoiceRouter():
-            assert isinstance(ffn.dispatch, Capacity)  # MoeConfig holds this
-            return ffn.dispatch.factor
         case _:
             assert_never(ffn.router)
 
@@ -217,17 +205,11 @@ def _recomputed(model: ModelConfig, block: BlockConfig, keys: float, stage: bool
     if stage:
         forward = scores + 2 * _attention_parameters(attention, model.d_model)
         forward += 2 * _ffn_parameters(block.ffn, model.d_model).active
-    match model.remat:
-        case Remat.NONE | Remat.DOTS:
-            return forward
-        case Remat.GLU:
-            return forward + out + ffn - _gate_and_up(block.ffn, model.d_model)
-        case Remat.NAMES | Remat.OFFLOAD:
-            return forward + out + ffn
-        case Remat.QKV:
-            return forward + scores + out + ffn
-        case Remat.FULL:
-            return forward + qkv + scores + out + ffn
+    if model.remat in (Remat.NONE, Remat.DOTS):
+        return forward
+    saved = SAVED_NAMES[model.remat]
+    again = [qkv] * ("query" not in saved) + [scores] * ("attention_out" not in saved) + [out, ffn]
+    return forward + sum(again) - ("glu_gate" in saved) * _gate_and_up(block.ffn, model.d_model)
 
 
 def _recomputed_ffn(ffn: FfnConfig, d_model: int) -> int:
@@ -242,7 +224,7 @@ def _recomputed_ffn(ffn: FfnConfig, d_model: int) -> int:
             return plain
         case MoeConfig():
             scores = d_model * ffn.n_experts * (2 if isinstance(ffn.router, NoisyTopKRouter) else 1)
-            return 2 * scores + plain + round(experts_per_token(ffn) * 6 * d_model * ffn.d_ff)
+            return 2 * scores + plain + round(ffn.experts_per_token * 6 * d_model * ffn.d_ff)
         case _:
             assert_never(ffn)
 

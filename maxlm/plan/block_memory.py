@@ -10,17 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import assert_never
 
-from maxlm.config import (
-    BlockConfig,
-    Capacity,
-    Context,
-    Dropless,
-    ExpertChoiceRouter,
-    GluConfig,
-    MoeConfig,
-    Remat,
-    RunConfig,
-)
+from maxlm.config import BlockConfig, Capacity, Context, Dropless, GluConfig, MoeConfig, Remat, RunConfig
+from maxlm.config.remat import SAVED_NAMES
 from maxlm.plan.arrays import FLOAT32
 from maxlm.plan.machines import Platform
 
@@ -36,177 +27,133 @@ class BlockMemory:
     block: BlockConfig
 
     @property
-    def itemsize(self) -> int:
-        """Of the compute dtype."""
-        return self.config.model.compute_dtype.itemsize
-
-    @property
-    def tensor(self) -> int:
-        """Parts that heads and d_ff are cut into."""
-        return self.sizes["tensor"]
-
-    @property
-    def residual(self) -> int:
-        """Parts that the residual stream of a device's tokens is cut into."""
-        return self.tensor if self.config.sharding.sequence_parallel else 1
-
-    @property
     def input(self) -> int:
-        """What enters the block."""
-        return self.width // self.residual
+        """What enters the block: a vector of the residual stream, of which sequence_parallel leaves a part."""
+        return self._width // (self.sizes["tensor"] if self.config.sharding.sequence_parallel else 1)
 
     @property
-    def width(self) -> int:
-        """A vector of the residual stream, whole."""
-        return self.config.model.d_model * self.itemsize
-
-    @property
-    def query(self) -> int:
-        attention = self.block.attention
-        return attention.n_heads * attention.head_dim * self.itemsize // self.tensor
-
-    @property
-    def key_value(self) -> int:
-        attention = self.block.attention
-        return 2 * attention.n_kv_heads * attention.head_dim * self.itemsize // self.tensor
-
-    @property
-    def inputs(self) -> int:
-        """Query, key and value of the attention kernel, as they are saved."""
-        if self.platform is not Platform.TPU and self.config.sharding.context is Context.ALL_GATHER:
-            # Every device needs all keys, and XLA for GPUs then computes all of the three everywhere.
-            return (self.query + self.key_value) * self.sizes["seq"]
-        return self.query + self.key_value
-
-    @property
-    def named(self) -> int:
-        """These, and attention's output with the logarithm of its sum."""
-        return self.inputs + self.query + FLOAT32 * self.block.attention.n_heads // self.tensor
-
-    @property
-    def glu(self) -> int:
-        """Both inputs of a gated MLP's product, of all experts that every token uses."""
-        ffn = self.block.ffn
-        d_ff = ffn.n_shared_experts * ffn.d_ff if isinstance(ffn, MoeConfig) else ffn.d_ff
-        return 2 * d_ff * self.itemsize // self.tensor
-
-    @property
-    def products(self) -> int:
-        """Other results of weights: the output projection's, those before a norm of heads, and the MLP's."""
-        before_norm = self.query + self.key_value // 2 if self.block.attention.qk_norm else 0
-        return self.width // self.residual + before_norm + self._mlp_products
-
-    @property
-    def everything(self) -> int:
-        """What jax saves where nothing says what to save: of each norm its input, the normalised input, both in
-        float32, and its output; of attention the named arrays; of the MLP what `_mlp_everything` says."""
-        model, attention = self.config.model, self.block.attention
-        norms = 2 * (2 * FLOAT32 * model.d_model // self.residual + self.width)
-        if attention.qk_norm:
-            norms += 2 * FLOAT32 * (self.query + self.key_value // 2) // self.itemsize
-        return norms + self.named + self._mlp_everything
+    def saved(self) -> int:
+        """What `model.remat` keeps on the device for the backward pass, the input included."""
+        match self.config.model.remat:
+            case Remat.NONE:
+                return self._everything
+            case Remat.OFFLOAD:
+                return self.input
+            case remat:
+                sizes = self._named
+                return self.input + sum(sizes[name] for name in SAVED_NAMES[remat])
 
     @property
     def backward(self) -> int:
         """The fullest moment of the block's backward pass, without what is saved anyhow: the MLP's products and their
         gradients, four vectors of the residual stream, and attention at work."""
-        kernels = self.platform is Platform.TPU
-        # On TPUs our kernels read and write the arrays as they are; elsewhere attention turns its operands round, and
-        # sums gradients in float32, and experts' rows have their gradients beside them.
-        products = self._gate_up if kernels else self._mlp_products
-        mlp = products * (1 if self._mlp_saved else 2) + self._moved * (1 if kernels else 2)
-        attention = 2 * self.query + self._keys if kernels else 5 * self.query + 2 * self._keys
-        return mlp + 4 * self.width // self.residual + attention
+        remat, dense = self.config.model.remat, isinstance(self.block.ffn, GluConfig)
+        found = remat in (Remat.NONE, Remat.DOTS) or (remat is Remat.GLU and dense)  # the MLP's products
+        keys = self._key_value * (self.sizes["seq"] if self.config.sharding.context is Context.ALL_GATHER else 1)
+        times = 1 if found else 2
+        if self.platform is Platform.TPU:
+            # Our kernels read and write the arrays as they are; elsewhere attention turns its operands round, and sums
+            # gradients in float32, and experts' rows have their gradients beside them.
+            mlp, attention = self._gate_up * times + self._moved, 2 * self._query + keys
+        else:
+            mlp, attention = self._mlp_products * times + 2 * self._moved, 5 * self._query + 2 * keys
+        return mlp + 4 * self.input + attention
 
     @property
-    def _keys(self) -> int:
-        """Keys and values, or their gradients, that a device has at one time for each of its own tokens."""
-        match self.config.sharding.context:
-            case Context.ALL_GATHER:
-                return self.key_value * self.sizes["seq"]
-            case Context.RING | Context.ULYSSES:
-                return self.key_value
-            case _:
-                assert_never(self.config.sharding.context)
+    def _named(self) -> dict[str, int]:
+        """By the names of `SAVED_NAMES`; under "grouped_out" all products that only Remat.DOTS keeps."""
+        # Where every device needs all keys, XLA for GPUs computes queries, keys and values everywhere, too.
+        gathered = self.platform is not Platform.TPU and self.config.sharding.context is Context.ALL_GATHER
+        copies = self.sizes["seq"] if gathered else 1
+        before_norm = self._query + self._key_value // 2 if self.block.attention.qk_norm else 0
+        return {
+            "query": self._query * copies,
+            "key": self._key_value // 2 * copies,
+            "value": self._key_value // 2 * copies,
+            "attention_out": self._query,
+            "attention_lse": self._cut(FLOAT32 * self.block.attention.n_heads),
+            "glu_gate": self._glu // 2,
+            "glu_up": self._glu // 2,
+            "grouped_out": self.input + before_norm + self._mlp_products,
+        }
+
+    @property
+    def _everything(self) -> int:
+        """What jax saves where nothing says what to save: of each norm its input, the normalised input, both in
+        float32, and its output; of attention the named arrays; of the MLP gate, up and what the last product reads."""
+        model, names = self.config.model, self._named
+        norms = 2 * (2 * FLOAT32 * self.input // self._itemsize + self._width)
+        if self.block.attention.qk_norm:
+            norms += 2 * FLOAT32 * (self._query + self._key_value // 2) // self._itemsize
+        mlp = self._glu + self._glu // 2
+        if isinstance(ffn := self.block.ffn, MoeConfig):
+            # Experts, whose gated unit is plain float32, save five arrays of it and what the last product reads, their
+            # rows, the router's input, and every choice's result.
+            rows = self._slots(ffn) * (self._cut((5 * FLOAT32 + self._itemsize) * ffn.d_ff) + self._width)
+            mlp += round(rows) + FLOAT32 * model.d_model * (1 + ffn.top_k)
+        return norms + sum(names[name] for name in SAVED_NAMES[Remat.NAMES]) + mlp
+
+    # Parts.
+
+    @property
+    def _itemsize(self) -> int:
+        return self.config.model.compute_dtype.itemsize
+
+    def _cut(self, size: int) -> int:
+        """A device's part of heads or of d_ff."""
+        return size // self.sizes["tensor"]
+
+    @property
+    def _width(self) -> int:
+        """A vector of the residual stream, whole."""
+        return self.config.model.d_model * self._itemsize
+
+    @property
+    def _query(self) -> int:
+        return self._cut(self.block.attention.n_heads * self.block.attention.head_dim * self._itemsize)
+
+    @property
+    def _key_value(self) -> int:
+        return self._cut(2 * self.block.attention.n_kv_heads * self.block.attention.head_dim * self._itemsize)
+
+    @property
+    def _glu(self) -> int:
+        """Both inputs of a gated MLP's product, of all experts that every token uses."""
+        ffn = self.block.ffn
+        d_ff = ffn.n_shared_experts * ffn.d_ff if isinstance(ffn, MoeConfig) else ffn.d_ff
+        return self._cut(2 * d_ff * self._itemsize)
+
+    @property
+    def _gate_up(self) -> int:
+        """The same with the experts that a token is sent to."""
+        ffn = self.block.ffn
+        if isinstance(ffn, GluConfig):
+            return self._glu
+        return self._glu + round(self._slots(ffn) * 2 * ffn.d_ff * self._itemsize / self.sizes["tensor"])
 
     @property
     def _mlp_products(self) -> int:
         """Gate and up; of experts also what comes out of them, which their gates' gradients need."""
         ffn = self.block.ffn
-        match ffn:
-            case GluConfig():
-                return self._gate_up
-            case MoeConfig():
-                return self._gate_up + round(self._slots * self.width) + FLOAT32 * ffn.n_experts
-            case _:
-                assert_never(ffn)
-
-    @property
-    def _gate_up(self) -> int:
-        ffn = self.block.ffn
-        match ffn:
-            case GluConfig():
-                return self.glu
-            case MoeConfig():
-                return self.glu + round(self._slots * 2 * ffn.d_ff * self.itemsize / self.tensor)
-            case _:
-                assert_never(ffn)
-
-    @property
-    def _mlp_saved(self) -> bool:
-        """Whether the backward pass finds the MLP's products."""
-        remat = self.config.model.remat
-        return remat in (Remat.NONE, Remat.DOTS) or (remat is Remat.GLU and isinstance(self.block.ffn, GluConfig))
-
-    @property
-    def _mlp_everything(self) -> int:
-        """Gate, up and what the last product reads. Experts, whose gated unit is plain float32, save five arrays of it,
-        their rows, the router's input and every choice's result, and what the last product reads."""
-        ffn, d_model = self.block.ffn, self.config.model.d_model
-        dense = self.glu + self.glu // 2
-        match ffn:
-            case GluConfig():
-                return dense
-            case MoeConfig():
-                gated = (5 * FLOAT32 + self.itemsize) * ffn.d_ff // self.tensor
-                rows = self._slots * (gated + self.width)
-                return dense + round(rows) + FLOAT32 * d_model * (1 + _choices(ffn))
-            case _:
-                assert_never(ffn)
+        if isinstance(ffn, GluConfig):
+            return self._gate_up
+        return self._gate_up + round(self._slots(ffn) * self._width) + FLOAT32 * ffn.n_experts
 
     @property
     def _moved(self) -> int:
         """Tokens on their way to experts and back: the rows that leave, that arrive, that return, and each choice's."""
         ffn = self.block.ffn
-        match ffn:
-            case GluConfig():
-                return 0
-            case MoeConfig():
-                return round((2 * self._slots + _choices(ffn)) * self.width)
-            case _:
-                assert_never(ffn)
+        return 0 if isinstance(ffn, GluConfig) else round((2 * self._slots(ffn) + ffn.top_k) * self._width)
 
-    @property
-    def _slots(self) -> float:
+    def _slots(self, ffn: MoeConfig) -> float:
         """Rows of the buffer that a device's experts read, for each of the device's tokens (`ops/experts.py`)."""
-        ffn, devices = self.block.ffn, self.sizes["expert"]
-        assert isinstance(ffn, MoeConfig)
-        choices = _choices(ffn)
+        devices = self.sizes["expert"]
         match ffn.dispatch:
             case Capacity(factor=factor):
-                return factor * choices
-            case Dropless(buffer=buffer):
+                return factor * ffn.top_k
+            case Dropless() as dispatch:
                 if devices == 1:
-                    return choices
-                # Each device has room for what every other one may send it.
-                room = float(min(choices, ffn.n_experts // devices))
-                if buffer is not None:
-                    room = min(room, buffer * choices / devices)
-                return devices * room
+                    return ffn.top_k
+                return devices * dispatch.room(ffn.top_k, top_k=ffn.top_k, n_experts=ffn.n_experts, devices=devices)
             case _:
                 assert_never(ffn.dispatch)
-
-
-def _choices(ffn: MoeConfig) -> int:
-    """Experts of a token; where experts choose, `Capacity` alone tells how many."""
-    return 1 if isinstance(ffn.router, ExpertChoiceRouter) else ffn.router.top_k

@@ -4,10 +4,6 @@ doi:10.1145/1498765.1498785) of compute, memory and every link.
 Computing, memory and links are taken to work side by side, without ever waiting for each other, each at its full speed:
 so a real step takes longer, and its MFU is lower, than what stands here. `docs/kernels.md` and the benchmarks tell what
 our kernels reach of it.
-
-A 4096 x 2048 by 2048 x 4096 product of bfloat16 numbers, queries times keys of 4096 tokens, takes an A100 220 us to
-compute and 34 us to move; that of one token, which decoding does, 0.05 us and 8.4 us: 156 times slower a token than its
-multiplications.
 """
 
 from __future__ import annotations
@@ -30,39 +26,12 @@ from maxlm.config import (
     Zero,
     pipeline_bubble,
 )
-from maxlm.observe.flops import FlopsPerToken, experts_per_token, flops_per_token, mfu, parameter_count
+from maxlm.observe.flops import FlopsPerToken, flops_per_token, mfu, parameter_count
 from maxlm.plan.arrays import FLOAT32, device_shape, parameter_arrays
 from maxlm.plan.machines import Machine, chip
-from maxlm.plan.traffic import (
-    AxisTraffic,
-    LayerRuns,
-    Link,
-    buffer_rows,
-    layer_runs,
-    local_tokens,
-)
+from maxlm.plan.traffic import AxisTraffic, LayerRuns, Link, layer_runs, local_tokens
 
 _DAY = 86_400
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProductBound:
-    """The least time of one product of matrices."""
-
-    flops: float
-    moved: float
-    """Bytes: both factors are read and the result is written, each once."""
-    compute_seconds: float
-    memory_seconds: float
-
-    @property
-    def seconds(self) -> float:
-        return max(self.compute_seconds, self.memory_seconds)
-
-    @property
-    def intensity(self) -> float:
-        """FLOPs a byte. Below peak / bandwidth of the device the memory limits."""
-        return self.flops / self.moved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +74,11 @@ def estimate_time(config: RunConfig, target: Machine, traffic: Sequence[AxisTraf
     device = chip(target)
     if device is None:
         return None
-    peak = _peak(config, target)
+    peak = device.peak.of(config.model.compute_dtype)
+    if peak is None:
+        raise UserError(
+            f"model.compute_dtype = {config.model.compute_dtype.value}, but {target} has no unit for it; use float32"
+        )
     train, devices = config.train, target.devices
     sizes = config.sharding.sizes(devices)
     tokens = train.batch_size * train.seq_len
@@ -141,25 +114,6 @@ def estimate_time(config: RunConfig, target: Machine, traffic: Sequence[AxisTraf
     )
 
 
-def product_bound(
-    m: int, k: int, n: int, *, peak: float, bandwidth: float, itemsize: float = 2, weights: int | None = None
-) -> ProductBound:
-    """[m, k] times [k, n] on one device: 2 m k n FLOPs, and each array crosses the memory's bus once.
-
-    Args:
-        m: rows: tokens.
-        k: length of the sums.
-        n: columns.
-        peak: FLOP/s.
-        bandwidth: bytes/s of the memory.
-        itemsize: bytes of one number, in all three arrays.
-        weights: numbers of the second factor where they are not k n, as with a matrix for each expert.
-    """
-    flops = 2 * m * k * n
-    moved = itemsize * _product_numbers(m, k, n, weights)
-    return ProductBound(flops=flops, moved=moved, compute_seconds=flops / peak, memory_seconds=moved / bandwidth)
-
-
 def memory_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
     """Bytes that a step moves between a device and its memory.
 
@@ -171,17 +125,6 @@ def memory_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
     """
     moved = sum(_layer_bytes(config, sizes, layer) for layer in layer_runs(config, sizes))
     return moved + _loss_bytes(config, sizes) + _state_bytes(config, sizes)
-
-
-def _peak(config: RunConfig, target: Machine) -> float:
-    device = chip(target)
-    assert device is not None
-    peak = device.peak.of(config.model.compute_dtype)
-    if peak is None:
-        raise UserError(
-            f"model.compute_dtype = {config.model.compute_dtype.value}, but {target} has no unit for it; use float32"
-        )
-    return peak
 
 
 def _flops_done(flops: FlopsPerToken) -> float:
@@ -225,7 +168,8 @@ def _layer_numbers(config: RunConfig, sizes: Mapping[str, int], block: BlockConf
             yield 3 * _product_numbers(tokens, D, d_ff / cut)
         case MoeConfig() as ffn:
             width = ffn.d_ff / cut
-            rows = min(tokens * experts_per_token(ffn), buffer_rows(ffn, config, tokens, sizes["expert"]))
+            buffer = ffn.buffer_rows(tokens, seq_len=config.train.seq_len, devices=sizes["expert"])
+            rows = min(tokens * ffn.experts_per_token, buffer)
             yield 3 * _product_numbers(rows, D, width, ffn.n_experts / sizes["expert"] * D * width)
             yield _product_numbers(tokens, D, ffn.n_experts)
             if ffn.n_shared_experts:

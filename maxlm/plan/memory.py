@@ -24,7 +24,6 @@ from maxlm.config import (
     Adafactor,
     AdamW,
     BlockConfig,
-    Remat,
     RunConfig,
     StatePart,
     Zero,
@@ -229,24 +228,7 @@ class _Step:
 
     def _saved(self, blocks: Sequence[BlockConfig]) -> int:
         """Bytes a token of blocks that are each rematerialised by itself."""
-        return sum(self._saved_of(layer) for layer in self._memory_of(blocks))
-
-    def _saved_of(self, layer: BlockMemory) -> int:
-        match self.config.model.remat:
-            case Remat.FULL | Remat.OFFLOAD:
-                return layer.input
-            case Remat.QKV:
-                return layer.input + layer.inputs
-            case Remat.NAMES:
-                return layer.input + layer.named
-            case Remat.GLU:
-                return layer.input + layer.named + layer.glu
-            case Remat.DOTS:
-                return layer.input + layer.named + layer.products
-            case Remat.NONE:
-                return layer.everything
-            case _:
-                assert_never(self.config.model.remat)
+        return sum(layer.saved for layer in self._memory_of(blocks))
 
     # There for a while.
 

@@ -23,12 +23,8 @@ from typing import assert_never
 from maxlm.config import (
     MESH_AXES,
     BlockConfig,
-    Capacity,
     Context,
-    Dropless,
-    ExpertChoiceRouter,
     GluConfig,
-    MoeConfig,
     Remat,
     RunConfig,
     StatePart,
@@ -345,29 +341,10 @@ def _count_experts(ledger: _Ledger, config: RunConfig, layer: LayerRuns) -> None
     ffn, n = layer.block.ffn, ledger.sizes["expert"]
     if isinstance(ffn, GluConfig) or n == 1:
         return
-    size = buffer_rows(ffn, config, layer.tokens, n) * config.model.d_model * config.model.compute_dtype.itemsize
+    rows = ffn.buffer_rows(layer.tokens, seq_len=config.train.seq_len, devices=n)
+    size = rows * config.model.d_model * config.model.compute_dtype.itemsize
     passes = layer.forwards + 1 + (config.model.remat is not Remat.NONE)
     ledger.gather("expert", 2 * size * passes * layer.runs, "exchanges tokens with experts", _Pattern.EXCHANGE)
-
-
-def buffer_rows(ffn: MoeConfig, config: RunConfig, tokens: int, devices: int) -> int:
-    """Rows of the buffer in which a device with so many tokens sends them to the devices that share the experts; the
-    rows that it then multiplies."""
-    top_k = 1 if isinstance(ffn.router, ExpertChoiceRouter) else ffn.router.top_k
-    match ffn.dispatch:
-        case Dropless(buffer=buffer):
-            if devices == 1:
-                return tokens * top_k
-            room = tokens * min(top_k, ffn.n_experts // devices)
-            if buffer is not None:
-                room = min(room, math.ceil(buffer * tokens * top_k / devices))
-            return devices * room
-        case Capacity(factor=factor, group_size=size):
-            group = min(size or config.train.seq_len, config.train.seq_len)
-            room = min(group, math.ceil(factor * top_k * group / ffn.n_experts))
-            return ffn.n_experts * room * max(1, tokens // group)
-        case _:
-            assert_never(ffn.dispatch)
 
 
 def _count_stages(ledger: _Ledger, config: RunConfig) -> None:

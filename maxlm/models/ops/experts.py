@@ -26,7 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas import grouped_matmul, mixed_einsum
 from kernels_pallas.glu.activations import activate
-from maxlm.config import Activation
+from maxlm.config import Activation, Dropless
 from maxlm.models.ops.dense import weight
 from maxlm.sharding import Layout
 
@@ -77,7 +77,7 @@ def dropless_experts(
     experts: Experts,
     *,
     activation: Activation,
-    buffer: float | None,
+    config: Dropless,
 ) -> tuple[jax.Array, jax.Array]:
     """The sum of each token's chosen experts, each times its gate (MegaBlocks, arXiv:2211.15841).
 
@@ -92,7 +92,7 @@ def dropless_experts(
         gates: float32 [B, T, k], their weights.
         experts: all experts' weights.
         activation: of the gate.
-        buffer: rows that a device can receive, as a multiple of n k, its even share; None: whatever comes. Of what a
+        config: rows that a device can receive, as a multiple of n k, its even share, or whatever comes. Of what a
             device has for another, the experts of higher number are dropped first.
 
     Returns:
@@ -102,9 +102,7 @@ def dropless_experts(
 
     def dispatch(x: jax.Array, choices: jax.Array, experts: Experts) -> tuple[jax.Array, _Slots]:
         n, k = choices.shape
-        room = n * min(k, E // X)  # a token's choices differ, so no more can go to one device
-        if X > 1 and buffer is not None:
-            room = min(room, math.ceil(buffer * n * k / X))
+        room = math.ceil(config.room(n * k, top_k=k, n_experts=E, devices=X))
         slots, counts = _assign(choices[None], E, experts_in_window=E // X, room=room if X > 1 else n * k)
         rows = _move(k, x, slots.choice_in, slots.of_choice)
         if X == 1:
