@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from maxlm.config.cli import parse_run
-from maxlm.plan.machines import installed, parse_machine, platform
+from maxlm.plan.machines import installed, parse_machine
 from maxlm.plan.memory import estimate_memory
 
 RESULTS = Path(__file__).parent / "results" / "plan_memory.json"
@@ -154,7 +154,7 @@ def predicted(config: str, target: str, overrides: Sequence[str]) -> int:
     file = Path(__file__).parents[1] / "configs" / f"{config}.py"
     run = parse_run(["--config", str(file), *overrides], prog="plan_memory", description="").config
     machine = parse_machine(target)
-    return estimate_memory(run, machine.devices, platform(machine)).peak
+    return estimate_memory(run, machine.devices, machine.platform).peak
 
 
 def compiled(config: str, target: str, overrides: Sequence[str]) -> dict[str, Any]:

@@ -149,8 +149,7 @@ def decoding_layout(layout: Layout, d_model: int) -> Layout:
     home = "data" if d_model % (mesh.shape["fsdp"] * stages) else "fsdp"
     mesh = _joined(_joined(mesh, "seq", "data"), "stage", home)
     config = replace(
-        layout.config,
-        **{axis: mesh.shape[axis] for axis in MESH_AXES},
+        layout.config.with_sizes(mesh.shape),
         context=Context.ALL_GATHER,
         virtual_stages=1,
         sequence_parallel=False,

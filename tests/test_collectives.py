@@ -25,10 +25,10 @@ from test_layouts import LAYOUTS
 from maxlm.config import UserError
 from maxlm.plan.audit import forbidden
 from maxlm.plan.collectives import UNKNOWN, Collective, CollectiveKind, collectives, summed
-from maxlm.plan.compiled import CompiledStep, Memory, compile_step
-from maxlm.plan.compiled_report import print_compiled
+from maxlm.plan.compiled import CompiledStep, Memory, compile_step, compiler_report
 from maxlm.plan.hlo import Runs
 from maxlm.plan.machines import CpuMachine, GpuMachine, TpuMachine, memory_limit, parse_machine, requirements
+from maxlm.plan.tables import print_compiled
 from maxlm.sharding import make_layout
 
 HLO = Path(__file__).parent / "hlo"
@@ -150,7 +150,7 @@ def test_of_an_unknown_notation_the_axes_are_unknown(instruction):
     step = CompiledStep(
         mesh={}, memory=memory, largest=(), collectives=(one,), kernels=(), spills=None, forbidden=(), cpu_seconds=0
     )
-    print_compiled(step, console)
+    print_compiled(compiler_report(step), console)
     assert "written in a way that is not known; counted as all" in console.file.getvalue()
 
 

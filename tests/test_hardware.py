@@ -17,7 +17,7 @@ from kernels_pallas.measuring import contest
 from maxlm.config import Dtype
 from maxlm.hardware import CHIPS, PEAKS, Peak, Switched, Torus
 from maxlm.plan import machines
-from maxlm.plan.machines import GPUS, TPUS, parse_machine, platform
+from maxlm.plan.machines import GPUS, TPUS, parse_machine
 
 ROOT = Path(__file__).parent.parent
 SMALLEST = {chip: f"tpu:{chip}:2x2" + "x1" * (chip in ("v4", "v5p", "7x")) for chip in TPUS}
@@ -185,7 +185,7 @@ for name in sys.argv[1:]:
 
     def ours(shape: str) -> str:
         try:
-            return "takes" if platform(parse_machine(f"tpu:{shape}")) else ""
+            return "takes" if parse_machine(f"tpu:{shape}").platform else ""
         except machines.UserError:
             return "refuses"
 

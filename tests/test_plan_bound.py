@@ -23,7 +23,7 @@ from maxlm.config import (
 from maxlm.config.cli import load_config
 from maxlm.hardware import CHIPS
 from maxlm.observe.flops import flops_per_token, parameter_count
-from maxlm.plan.bound import TimeBound, estimate_time, memory_bytes, product_bound
+from maxlm.plan.bound import TimeBound, estimate_time, memory_bytes
 from maxlm.plan.machines import parse_machine
 from maxlm.plan.traffic import estimate_traffic
 
@@ -45,26 +45,6 @@ def bound(config: RunConfig, target: str) -> TimeBound:
     found = estimate_time(config, machine, estimate_traffic(config, machine))
     assert found is not None
     return found
-
-
-def test_an_a100_multiplies_queries_and_keys() -> None:
-    """4096 queries and keys of 2048 numbers: 220 us of compute hide 34 us of memory; decoding one token leaves 0.05 us
-    of compute and 8.4 us of memory. bfloat16, 312 TFLOP/s, 2.0 TB/s."""
-    training = product_bound(4096, 2048, 4096, **A100)
-    assert training.compute_seconds == pytest.approx(220e-6, rel=0.01)
-    assert training.memory_seconds == pytest.approx(34e-6, rel=0.02)
-    assert training.seconds == training.compute_seconds
-
-    decoding = product_bound(1, 2048, 4096, **A100)
-    assert decoding.compute_seconds == pytest.approx(0.05e-6, rel=0.1)
-    assert decoding.memory_seconds == pytest.approx(8.4e-6, rel=0.01)
-    assert decoding.seconds == decoding.memory_seconds
-    assert decoding.intensity == pytest.approx(1, rel=1e-2)
-
-
-def test_a_large_product_has_the_intensity_of_its_rows() -> None:
-    """ "How to Scale Your Model", rooflines: B D F products do about B FLOPs a byte, B being far the smallest."""
-    assert product_bound(64, 2**14, 2**14, **A100).intensity == pytest.approx(64, rel=0.01)
 
 
 def test_gpt3_took_314_zettaflops() -> None:

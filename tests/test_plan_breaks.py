@@ -94,12 +94,6 @@ def test_micro_batches_that_the_batch_must_be_cut_into() -> None:
     assert "idle 13%" in line and "use 28 for 10%, with a train.batch_size that 56 divides" in line
 
 
-def test_layers_that_stages_do_not_divide_come_first() -> None:
-    config = seven_b(train={"micro_batches": 64}, stage=8)
-    config = replace(config, model=replace(config.model, n_layers=30))
-    assert "do not divide" in what_breaks_first(config, parse_machine("gpu:h200:8x8"))[0]
-
-
 def test_fsdp_over_a_whole_torus() -> None:
     assert lines(seven_b(fsdp=64), "tpu:v5p:4x4x4", "whole torus")
     assert not lines(seven_b(fsdp=32), "tpu:v5p:4x4x4", "whole torus")

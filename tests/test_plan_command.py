@@ -22,7 +22,7 @@ from maxlm.config.cli import load_config
 from maxlm.config.serialize import save
 from maxlm.observe.flops import flops_per_token, parameter_count
 from maxlm.plan import __main__, machines
-from maxlm.plan.analysis import CompilerReport, analyse, with_compiled
+from maxlm.plan.analysis import CompilerReport, analyse
 from maxlm.plan.machines import memory_limit, parse_machine
 from maxlm.plan.tables import print_verdict
 
@@ -112,11 +112,11 @@ def test_layers_that_are_unrolled_are_warned_of() -> None:
 def test_a_lower_bound_is_called_one() -> None:
     """Where the compiler gave up before it knew how much is missing."""
     report = analyse(load_config(str(ROOT / "configs/llama7b.py")), parse_machine("tpu:v5p:4x4x4"))
-    assert report.hbm_bytes is not None
+    assert report.limit is not None
     for at_least, text in ((True, "at least 1.00 GiB a device too much"), (False, "fit: 1.00 GiB a device too much")):
-        answer = CompilerReport(fits=False, peak=report.hbm_bytes + 2**30, at_least=at_least, details={})
+        answer = CompilerReport(fits=False, peak=report.limit + 2**30, at_least=at_least, details={})
         console = Console(file=io.StringIO(), width=200)
-        print_verdict(with_compiled(report, answer), console)
+        print_verdict(report.with_compiled(answer), console)
         assert isinstance(console.file, io.StringIO) and text in console.file.getvalue()
 
 

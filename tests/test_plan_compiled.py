@@ -32,12 +32,12 @@ from maxlm.config import ShardingConfig, UserError
 from maxlm.config.cli import parse_run
 from maxlm.plan import compiled, machines
 from maxlm.plan.collectives import Collective, CollectiveKind
-from maxlm.plan.compiled import CompiledStep, DoesNotFit, compile_step
-from maxlm.plan.compiled_report import compiler_report, print_compiled
+from maxlm.plan.compiled import CompiledStep, DoesNotFit, compile_step, compiler_report
 from maxlm.plan.hlo import Runs
 from maxlm.plan.kernels import Kernel, Maker, kernels, spilled, total_spills
 from maxlm.plan.machines import CpuMachine, parse_machine
 from maxlm.plan.out_of_memory import Allocation, Buffer, largest_arrays, parse_refusal
+from maxlm.plan.tables import print_compiled
 from maxlm.sharding import make_layout
 from maxlm.training import make_trainer
 
@@ -181,7 +181,7 @@ def test_the_last_words_of_a_compiler_that_ends_the_process_are_told(tmp_path: P
 
 def printed(result: CompiledStep | DoesNotFit, *, cached: bool = False) -> str:
     file = io.StringIO()
-    print_compiled(result, Console(file=file, width=120), cached=cached)
+    print_compiled(compiler_report(result), Console(file=file, width=120), cached=cached)
     return file.getvalue()
 
 

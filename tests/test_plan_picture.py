@@ -12,37 +12,37 @@ import pytest
 
 from maxlm.config import UserError
 from maxlm.config.cli import load_config
-from maxlm.plan.analysis import CompilerReport, PlanReport, analyse, with_compiled
+from maxlm.plan.analysis import CompilerReport, Forecast, analyse
 from maxlm.plan.machines import parse_machine
-from maxlm.plan.picture import parts, write_picture
+from maxlm.plan.picture import bars, write_picture
 
 ROOT = Path(__file__).parent.parent
 
 
-def seven_b(target: str = "tpu:v5p:4x4x4") -> PlanReport:
+def seven_b(target: str = "tpu:v5p:4x4x4") -> Forecast:
     return analyse(load_config(str(ROOT / "configs/llama7b.py")), parse_machine(target))
 
 
 def test_the_parts_are_the_peak() -> None:
     report = seven_b()
-    assert sum(size for _, size in parts(report)) == report.memory.peak
+    assert sum(one.size for one in bars(report)) == report.memory.peak
 
 
 @pytest.mark.parametrize("target", ["tpu:v5p:4x4x4", "tpu:v5e:8x8", "cpu:64"])
 def test_the_bars_of_a_page_are_as_long_as_their_bytes(target: str, tmp_path: Path) -> None:
     """Where it fits, where it does not, and where no limit is known."""
-    report = with_compiled(seven_b(target), CompilerReport(fits=True, peak=20 * 2**30, details={}))
+    report = seven_b(target).with_compiled(CompilerReport(fits=True, peak=20 * 2**30, details={}))
     write_picture(report, tmp_path / "memory.html")
     page = (tmp_path / "memory.html").read_text(encoding="utf-8")
     widths = [float(width) for width in re.findall(r'class="part" style="width:([\d.]+)%', page)]
-    sizes = [size for _, size in parts(report)]
+    sizes = [one.size for one in bars(report)]
     marks = dict(re.findall(r'class="mark( compiled)?" style="left:([\d.]+)%', page))
     per_byte = float(marks[" compiled"]) / (20 * 2**30)
     assert widths == pytest.approx([size * per_byte for size in sizes], abs=0.01)
     assert max(*map(float, marks.values()), sum(widths)) <= 100
-    assert ("" in marks) == (report.hbm_bytes is not None)
-    if report.hbm_bytes is not None:
-        assert float(marks[""]) == pytest.approx(report.hbm_bytes * per_byte, abs=0.01)
+    assert ("" in marks) == (report.limit is not None)
+    if report.limit is not None:
+        assert float(marks[""]) == pytest.approx(report.limit * per_byte, abs=0.01)
 
 
 def test_a_page_needs_nothing_from_outside(tmp_path: Path) -> None:

@@ -27,12 +27,11 @@ from maxlm.config.cli import load_config
 from maxlm.hardware import CHIPS
 from maxlm.observe.flops import parameter_count
 from maxlm.plan.advice import cheapest_changes
-from maxlm.plan.bound import estimate_time
-from maxlm.plan.machines import memory_limit, parse_machine, platform
+from maxlm.plan.analysis import Forecast
+from maxlm.plan.machines import memory_limit, parse_machine
 from maxlm.plan.memory import estimate_memory
 from maxlm.plan.search import (
     MOST_ROUNDS,
-    Candidate,
     MeshSpace,
     candidate_json,
     differences,
@@ -42,7 +41,6 @@ from maxlm.plan.search import (
     search,
     spelled_out,
 )
-from maxlm.plan.traffic import estimate_traffic
 
 ROOT = Path(__file__).parent.parent
 
@@ -92,16 +90,13 @@ def test_it_finds_the_best_of_each_mesh(experts: bool, share: float, monkeypatch
         model = with_experts(model, MoeConfig(n_experts=4, d_ff=24, router=TopKRouter(top_k=2)))
     config, target = small_run(model=model, batch_size=32), parse_machine("gpu:h100:4")
     space = everything(config, 4)
-    peaks = sorted(estimate_memory(one, 4, platform(target)).peak for one in space)
+    peaks = sorted(estimate_memory(one, 4, target.platform).peak for one in space)
     limited_to(monkeypatch, peaks[int(share * (len(peaks) - 1))] + 1)
     limit = memory_limit(target)
-    best: dict[tuple[int, ...], Candidate] = {}
+    best: dict[tuple[int, ...], Forecast] = {}
     for one in space:
-        memory, traffic = estimate_memory(one, 4, platform(target)), estimate_traffic(one, target)
-        bound = estimate_time(one, target, traffic)
-        assert bound is not None and limit is not None
-        this = Candidate(config=one, target=target, memory=memory, traffic=traffic, bound=bound, limit=limit)
-        if memory.peak <= limit:
+        this = Forecast(one, target)
+        if limit is not None and this.memory.peak <= limit:
             mesh = tuple(one.sharding.sizes(4).values())
             best[mesh] = min(best.get(mesh, this), this, key=preference)
     found = {
@@ -213,15 +208,15 @@ def test_the_differences_lead_from_one_config_to_the_other() -> None:
 def test_advice_fits(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device with that share of the memory that the run needs."""
     config, target = small_run(sharding=ShardingConfig(data=4), batch_size=32), parse_machine("gpu:h100:4")
-    limited_to(monkeypatch, int(share * estimate_memory(config, 4, platform(target)).peak))
+    limited_to(monkeypatch, int(share * estimate_memory(config, 4, target.platform).peak))
     limit = memory_limit(target)
-    assert limit is not None and estimate_memory(config, 4, platform(target)).peak > limit
+    assert limit is not None and estimate_memory(config, 4, target.platform).peak > limit
     changes = cheapest_changes(config, target)
     assert 1 <= len(changes) <= 3
     for change in changes:
         one = change.candidate
         one.config.validate(one.target.devices)
-        assert estimate_memory(one.config, one.target.devices, platform(one.target)).peak <= limit
+        assert estimate_memory(one.config, one.target.devices, one.target.platform).peak <= limit
         told = [what for what in change.what if not what.startswith("target = ")]
         assert tuple(told) == differences(one.config, spelled_out(config, target))
         assert str(one.target) == str(target) or change.what[0] == f"target = {one.target}"

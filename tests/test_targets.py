@@ -22,12 +22,10 @@ from maxlm.plan.machines import (
     Machine,
     Platform,
     TpuMachine,
-    chip,
     installed,
     memory_limit,
     missing_compiler,
     parse_machine,
-    platform,
     prepare_compiler,
     requirements,
 )
@@ -60,9 +58,10 @@ def test_names_of_machines(text: str, target: Machine, devices: int) -> None:
 
 
 def test_platforms_and_chips() -> None:
-    assert [platform(parse_machine(text)) for text in ("cpu:1", "tpu:v5e:2x2", "gpu:h100:8")] == list(Platform)
-    assert chip(CpuMachine(8)) is None
-    assert chip(TpuMachine("7x", "2x2x1")) is CHIPS["7x"] and chip(GpuMachine("a100", 1, 8)) is CHIPS["a100"]
+    assert [parse_machine(text).platform for text in ("cpu:1", "tpu:v5e:2x2", "gpu:h100:8")] == list(Platform)
+    assert CpuMachine(8).hardware is None
+    assert TpuMachine("7x", "2x2x1").hardware is CHIPS["7x"]
+    assert GpuMachine("a100", 1, 8).hardware is CHIPS["a100"]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from maxlm.config.errors import UserError, require_positive
 
@@ -95,6 +97,10 @@ class ShardingConfig:
             size = getattr(self, axis)
             if size != -1 and size < 1:
                 raise UserError(f"sharding.{axis} = {size} must be at least 1, or -1 for what remains")
+
+    def with_sizes(self, sizes: Mapping[str, Any]) -> ShardingConfig:
+        """The same with these sizes of mesh axes."""
+        return replace(self, **{axis: size for axis, size in sizes.items() if axis in MESH_AXES})
 
     def sizes(self, n_devices: int) -> dict[str, int]:
         """Size of every mesh axis on `n_devices` devices, with -1 resolved.

@@ -2,8 +2,8 @@
 
 __main__.py: command: does it fit, what does it send, how fast at best
 machines.py: machines by name
-analysis.py: one config on one machine: all figures, and their JSON
-tables.py: the report for people
+analysis.py: one config on one machine: its figures, and their JSON
+tables.py: all of it for people
 picture.py: where memory goes, as PNG or HTML
 arrays.py: every parameter array, from the config alone
 memory.py: bytes of a device, by arithmetic
@@ -15,7 +15,6 @@ search.py: the fastest layouts that fit
 advice.py: the cheapest changes that would make a run fit
 compiled.py: the step through the chip's own compiler
 cache.py: compiled results, kept by a hash
-compiled_report.py: the compiler's word as plain values
 out_of_memory.py: a compiler's complaint: wanted, available, largest buffers
 source_lines.py: where in our sources an operation comes from
 kernels.py: kernels in a compiled program

@@ -17,11 +17,12 @@ from maxlm.config import RunConfig, UserError
 from maxlm.config.cli import describe_config, parse_run, run_command
 from maxlm.config.serialize import save
 from maxlm.plan.advice import change_json, cheapest_changes
-from maxlm.plan.analysis import CompilerReport, Json, Tier, analyse, mesh_text, to_json, with_compiled
+from maxlm.plan.analysis import CompilerReport, Forecast, Json, Tier, analyse, mesh_text, to_json
+from maxlm.plan.breaks import what_breaks_first
 from maxlm.plan.machines import Machine, parse_machine, prepare_compiler
 from maxlm.plan.picture import check_picture, write_picture
-from maxlm.plan.search import Candidate, Search, search, search_json
-from maxlm.plan.tables import print_changes, print_report, print_search, print_verdict
+from maxlm.plan.search import Search, search, search_json
+from maxlm.plan.tables import print_changes, print_compiled, print_report, print_search, print_verdict
 
 EXIT_DOES_NOT_FIT = 3
 
@@ -73,50 +74,44 @@ def main(argv: list[str]) -> int:
 
 def _plan(config: RunConfig, target: Machine, options: argparse.Namespace) -> int:
     """One config, as it is."""
-    console = Console(highlight=False)
-    report = analyse(config, target)
-    if not options.json:
-        print_report(report, console)
+    console = Console(highlight=False, quiet=options.json)
+    found, breaks = analyse(config, target), what_breaks_first(config, target)
+    print_report(found, breaks, console)
     if options.compile:
-        report = with_compiled(report, _ask_compiler(config, target, None if options.json else console))
-        if not options.json:
-            print_verdict(report, console)
-    changes = [] if report.fits else cheapest_changes(config, target)
+        found = found.with_compiled(_ask_compiler(config, target, console))
+        print_verdict(found, console)
+    changes = [] if found.fits else cheapest_changes(config, target)
     if options.json:
-        advice: dict[str, Json] = {} if report.fits else {"changes": [change_json(one) for one in changes]}
-        print(json.dumps(to_json(report) | advice, indent=1))
-    elif not report.fits:
+        advice: dict[str, Json] = {} if found.fits else {"changes": [change_json(one) for one in changes]}
+        print(json.dumps(to_json(found, breaks) | advice, indent=1))
+    elif not found.fits:
         print_changes(changes, console)
     if options.picture is not None:
-        write_picture(report, Path(options.picture))
-    return 0 if report.fits else EXIT_DOES_NOT_FIT
+        write_picture(found, Path(options.picture))
+    return 0 if found.fits else EXIT_DOES_NOT_FIT
 
 
 def _search(config: RunConfig, target: Machine, options: argparse.Namespace) -> int:
     """Every sensible layout; with the compiler, the best of them."""
-    console = Console(highlight=False)
     found = search(config, target)
-    verified = None
-    chosen, tier = found.best, Tier.ANALYTIC
+    verified = _Verified(wanted=0, chosen=found.best)
     if options.compile:
         # A program that reads the JSON may read what is written to standard error as a failure.
-        progress = None if options.json else Console(stderr=True, highlight=False)
+        progress = Console(stderr=True, highlight=False, quiet=options.json)
         verified = _verify(found, VERIFIED if options.verify is None else options.verify, progress)
-        chosen, tier = verified.chosen, Tier.COMPILED
-    peaks = {} if verified is None else verified.peaks
+    chosen = verified.chosen
     changes = [] if chosen is not None else cheapest_changes(config, target, searched=True)
     if options.json:
         values = {
-            "tier": tier.value,
-            **search_json(found, chosen, peaks),
+            "tier": (Tier.COMPILED if options.compile else Tier.ANALYTIC).value,
+            **search_json(found, chosen, verified.peaks),
             "changes": [change_json(one) for one in changes],
         }
-        if verified is not None:
-            values["verified"] = verified.to_json()
-        print(json.dumps(values, indent=1))
+        print(json.dumps(values | ({"verified": verified.to_json()} if options.compile else {}), indent=1))
     else:
-        print_search(found, chosen, peaks, console)
-        if verified is not None:
+        console = Console(highlight=False)
+        print_search(found, chosen, verified.peaks, console)
+        if options.compile:
             verified.print(console)
         if chosen is None:
             print_changes(changes, console)
@@ -135,7 +130,7 @@ class _Verified:
 
     wanted: int
     """How many should fit."""
-    chosen: Candidate | None = None
+    chosen: Forecast | None = None
     """The first that does."""
     fitting: int = 0
     peaks: dict[int, int] = field(default_factory=dict)
@@ -153,7 +148,7 @@ class _Verified:
             console.print(f"number {place + 1} cannot be compiled: {message}", style="yellow", markup=False)
 
 
-def _verify(found: Search, number: int, progress: Console | None) -> _Verified:
+def _verify(found: Search, number: int, progress: Console) -> _Verified:
     """Compile the best until `number` of them fit, MOST_COMPILED at the most.
 
     Raises:
@@ -162,16 +157,15 @@ def _verify(found: Search, number: int, progress: Console | None) -> _Verified:
     result = _Verified(wanted=number)
     for one in found.preferred[:MOST_COMPILED]:
         place = found.ranked.index(one)
-        if progress is not None:
-            mesh = mesh_text(one.config.sharding.sizes(found.target.devices))
-            progress.print(f"compiling number {place + 1}: {mesh} ({result.fitting} of {number} verified)", style="dim")
+        said = f"({result.fitting} of {number} verified)"
+        progress.print(f"compiling number {place + 1}: {mesh_text(one.mesh)} {said}", style="dim")
         try:
-            answer = _ask_compiler(one.config, found.target)
+            checked = one.with_compiled(_ask_compiler(one.config, found.target))
         except UserError as error:
             result.failed[place] = str(error)
             continue
-        result.peaks[place] = answer.peak
-        if answer.fits and answer.peak <= one.limit:
+        result.peaks[place] = checked.peak
+        if checked.fits:
             result.chosen = result.chosen or one
             result.fitting += 1
         if result.fitting == number:
@@ -185,12 +179,13 @@ def _ask_compiler(config: RunConfig, target: Machine, console: Console | None = 
     """The compiler's word, also on the console."""
     # They import jax, which must find what `prepare_compiler` has set.
     from maxlm.plan.cache import cached_compile
-    from maxlm.plan.compiled_report import compiler_report, print_compiled
+    from maxlm.plan.compiled import compiler_report
 
     result, cached = cached_compile(config, target)
+    answer = compiler_report(result)
     if console is not None:
-        print_compiled(result, console, cached=cached)
-    return compiler_report(result)
+        print_compiled(answer, console, cached=cached)
+    return answer
 
 
 def _check(options: argparse.Namespace) -> None:

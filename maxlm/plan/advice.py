@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from maxlm.config import RunConfig
-from maxlm.plan.analysis import Json
+from maxlm.plan.analysis import Forecast, Json
 from maxlm.plan.machines import Machine, larger
 from maxlm.plan.search import (
-    Candidate,
     MeshSpace,
     broken_rules,
-    candidate,
     differences,
-    fitting_memory,
+    fitting,
     layouts,
     optimizers,
     preference,
@@ -36,7 +34,7 @@ class Change:
 
     what: tuple[str, ...]
     """Each key that changes, as key = value."""
-    candidate: Candidate
+    candidate: Forecast
 
     @property
     def learns_otherwise(self) -> bool:
@@ -66,9 +64,10 @@ def cheapest_changes(config: RunConfig, target: Machine, *, searched: bool = Fal
     return changes[:number]
 
 
-def _distinct(found: Sequence[Candidate], config: RunConfig, target: Machine) -> list[Change]:
+def _distinct(found: Sequence[Forecast], config: RunConfig, target: Machine) -> list[Change]:
     original, chosen = spelled_out(config, target), dict[frozenset[str], Change]()
-    changes = [Change(what=_words(one, original, target), candidate=one) for one in found]
+    elsewhere = lambda one: () if one.target == target else (f"target = {one.target}",)
+    changes = [Change(what=(*elsewhere(one), *differences(one.config, original)), candidate=one) for one in found]
     price = lambda change: (change.candidate.cost, change.candidate.target.devices, len(change.what))
     for change in sorted(changes, key=lambda change: (change.learns_otherwise, *price(change))):
         keys = frozenset(one.split(" = ")[0] for one in change.what)
@@ -77,56 +76,47 @@ def _distinct(found: Sequence[Candidate], config: RunConfig, target: Machine) ->
     return list(chosen.values())
 
 
-def _words(one: Candidate, original: RunConfig, target: Machine) -> tuple[str, ...]:
-    elsewhere = () if one.target == target else (f"target = {one.target}",)
-    return (*elsewhere, *differences(one.config, original))
+def _fastest(found: Iterable[Forecast]) -> list[Forecast]:
+    """One or none."""
+    return sorted(found, key=preference)[:1]
 
 
-def _on_this_machine(config: RunConfig, target: Machine) -> Iterator[Candidate]:
+def _on_this_machine(config: RunConfig, target: Machine) -> Iterator[Forecast]:
     """The fastest of the same mesh for each set of keys that changes, and the fastest other mesh."""
     original = spelled_out(config, target)
     space = MeshSpace(original, target, original.sharding)
-    groups: dict[tuple[bool, ...], list[Candidate]] = {}
-    for optimizer, zero, parts, remat in itertools.product(
-        optimizers(config.optimizer), space.zeros, space.parts, remats(config)
-    ):
-        one = space.choose(zero, parts, remat, optimizer)
-        if (memory := fitting_memory(one, target)) is not None:
-            before = (config.optimizer, original.sharding, config.train, config.model)
-            after = (one.optimizer, one.sharding, one.train, one.model)
-            kinds = tuple(old != new for old, new in zip(before, after, strict=True))
-            groups.setdefault(kinds, []).append(candidate(one, target, memory))
-    groups[()] = list(_other_meshes(config, target))
-    for group in groups.values():
-        yield from sorted(group, key=preference)[:1]
+    options = itertools.product(optimizers(config.optimizer), space.zeros, space.parts, remats(config))
+    groups: dict[tuple[bool, ...], list[Forecast]] = {}
+    for one in fitting((space.choose(zero, parts, remat, own) for own, zero, parts, remat in options), target):
+        changed = one.config
+        before = (config.optimizer, original.sharding, config.train, config.model)
+        after = (changed.optimizer, changed.sharding, changed.train, changed.model)
+        groups.setdefault(tuple(old != new for old, new in zip(before, after, strict=True)), []).append(one)
+    for group in (*groups.values(), _other_meshes(config, target)):
+        yield from _fastest(group)
 
 
-def _other_meshes(config: RunConfig, target: Machine) -> Iterator[Candidate]:
+def _other_meshes(config: RunConfig, target: Machine) -> Iterator[Forecast]:
     """Those that fit with everything else as it is."""
-    for sharding in layouts(config, target):
-        one = replace(config, sharding=replace(sharding, zero=config.sharding.zero))
-        if config.train.micro_batches in MeshSpace(config, target, sharding).parts:
-            memory = fitting_memory(one, target)
-            if memory is not None:
-                yield candidate(one, target, memory)
+    allowed = (
+        replace(config, sharding=replace(sharding, zero=config.sharding.zero))
+        for sharding in layouts(config, target)
+        if config.train.micro_batches in MeshSpace(config, target, sharding).parts
+    )
+    return fitting(allowed, target)
 
 
-def _elsewhere(config: RunConfig, target: Machine) -> Iterator[Candidate]:
+def _elsewhere(config: RunConfig, target: Machine) -> Iterator[Forecast]:
     """More devices, a smaller batch and shorter sequences, each by as few doubles or halves as it takes."""
-    for machine in _larger_machines(target):
-        if found := sorted(_other_meshes(config, machine), key=preference):
-            yield found[0]
-            break
+    more = (_fastest(_other_meshes(config, machine)) for machine in _larger_machines(target))
+    yield from next(filter(None, more), [])
     for key in ("batch_size", "seq_len"):
-        for halves in range(1, MOST_DOUBLES + 1):
-            smaller = max(1, getattr(config.train, key) >> halves)
-            one = spelled_out(replace(config, train=replace(config.train, **{key: smaller})), target)
-            if not broken_rules(one, target) and (memory := fitting_memory(one, target)) is not None:
-                yield candidate(one, target, memory)
-                break
+        sizes = [max(1, getattr(config.train, key) >> halves) for halves in range(1, MOST_DOUBLES + 1)]
+        less = [spelled_out(replace(config, train=replace(config.train, **{key: size})), target) for size in sizes]
+        yield from itertools.islice(fitting((one for one in less if not broken_rules(one, target.devices)), target), 1)
 
 
-def _searched(config: RunConfig, target: Machine, already: bool) -> Iterator[Candidate]:
+def _searched(config: RunConfig, target: Machine, already: bool) -> Iterator[Forecast]:
     """What takes seconds to find: the best here, and of the smallest larger machine that needs no other optimizer."""
     if not already and (best := search(config, target).best) is not None:
         yield best
@@ -138,10 +128,8 @@ def _searched(config: RunConfig, target: Machine, already: bool) -> Iterator[Can
 
 
 def _larger_machines(target: Machine) -> Iterator[Machine]:
-    for doubles in range(1, MOST_DOUBLES + 1):
-        machine = larger(target, 2 ** (target.devices.bit_length() - 1 + doubles))
-        if machine is not None:
-            yield machine
+    grown = (larger(target, 2 ** (target.devices.bit_length() - 1 + n)) for n in range(1, MOST_DOUBLES + 1))
+    return (machine for machine in grown if machine is not None)
 
 
 def change_json(change: Change) -> dict[str, Json]:
@@ -152,6 +140,6 @@ def change_json(change: Change) -> dict[str, Json]:
         "learns_otherwise": change.learns_otherwise,
         "target": str(one.target),
         "margin_bytes": one.margin,
-        "step_seconds": one.bound.step_seconds,
+        "step_seconds": one.time.step_seconds,
         "device_seconds_per_token": one.cost,
     }

@@ -1,4 +1,4 @@
-"""What a plan tells of one config on one machine: arithmetic first, then the compiler's word where it was asked."""
+"""One config on one machine: what arithmetic says of it, and the compiler's word where it was asked."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import dataclasses
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 from maxlm.config import RunConfig, ShardingConfig, UserError
-from maxlm.hardware import Chip
 from maxlm.observe.flops import FlopsPerToken, ParameterCount, flops_per_token, parameter_count
 from maxlm.plan.bound import TimeBound, estimate_time
-from maxlm.plan.breaks import what_breaks_first
-from maxlm.plan.machines import CpuMachine, GpuMachine, Machine, TpuMachine, chip, memory_limit, platform
+from maxlm.plan.machines import CpuMachine, GpuMachine, Machine, TpuMachine, memory_limit
 from maxlm.plan.memory import MemoryEstimate, cache_bytes, estimate_memory
 from maxlm.plan.traffic import AxisTraffic, estimate_traffic
 
@@ -50,27 +49,55 @@ class CompilerReport:
     """Everything else, as it goes into the JSON."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlanReport:
-    """A plan."""
+@dataclass(frozen=True)
+class Forecast:
+    """A config on a machine. Each figure is counted when it is first asked for: milliseconds, without jax."""
 
     config: RunConfig
     target: Machine
-    parameters: ParameterCount
-    mesh: Mapping[str, int]
-    hbm_bytes: int | None
-    """That a program may have on a device; None: not known."""
-    chip: Chip | None
-    memory: MemoryEstimate
-    cache: int
-    """Bytes a device of the keys and values of training's batch at `model.max_seq_len`, if it were decoded."""
-    flops: FlopsPerToken
-    traffic: Sequence[AxisTraffic]
-    bound: TimeBound | None
-    """None: the speed of the target's devices is not known."""
-    breaks: Sequence[str]
-    """What breaks first when things grow."""
     compiled: CompilerReport | None = None
+
+    @cached_property
+    def mesh(self) -> dict[str, int]:
+        return self.config.sharding.sizes(self.target.devices)
+
+    @cached_property
+    def parameters(self) -> ParameterCount:
+        return parameter_count(self.config.model)
+
+    @cached_property
+    def limit(self) -> int | None:
+        """Bytes that a program may have on a device; None: not known."""
+        return memory_limit(self.target)
+
+    @cached_property
+    def memory(self) -> MemoryEstimate:
+        return estimate_memory(self.config, self.target.devices, self.target.platform)
+
+    @cached_property
+    def cache(self) -> int:
+        """Bytes a device of the keys and values of training's batch at `model.max_seq_len`, if it were decoded."""
+        return cache_bytes(self.config, self.target.devices)
+
+    @cached_property
+    def flops(self) -> FlopsPerToken:
+        staged = self.mesh["stage"] > 1 and self.config.sharding.remat_stages
+        return flops_per_token(self.config.model, self.config.train.seq_len, remat_stages=staged)
+
+    @cached_property
+    def traffic(self) -> Sequence[AxisTraffic]:
+        return estimate_traffic(self.config, self.target)
+
+    @cached_property
+    def bound(self) -> TimeBound | None:
+        """None: the speed of the target's devices is not known."""
+        return estimate_time(self.config, self.target, self.traffic)
+
+    @property
+    def time(self) -> TimeBound:
+        """`bound`, where it is known."""
+        assert self.bound is not None
+        return self.bound
 
     @property
     def tokens(self) -> int:
@@ -83,41 +110,43 @@ class PlanReport:
         return self.memory.peak if self.compiled is None else self.compiled.peak
 
     @property
+    def margin(self) -> int:
+        """Bytes left on a device at the peak, where the limit is known; negative: missing."""
+        assert self.limit is not None
+        return self.limit - self.peak
+
+    @property
     def fits(self) -> bool:
         """By the compiler where it was asked, else by arithmetic. Where no limit is known, everything fits."""
         refused = self.compiled is not None and not self.compiled.fits
-        return not refused and (self.hbm_bytes is None or self.peak <= self.hbm_bytes)
+        return not refused and (self.limit is None or self.margin >= 0)
 
     @property
     def tier(self) -> Tier:
         """Which of the two decides `fits`."""
         return Tier.ANALYTIC if self.compiled is None else Tier.COMPILED
 
+    @property
+    def cost(self) -> float:
+        """Device-seconds a token, at the least: comparable between batches and machines of one chip."""
+        return self.time.step_seconds * self.target.devices / self.tokens
 
-def analyse(config: RunConfig, target: Machine) -> PlanReport:
-    """The analytic tier: milliseconds, without jax.
+    def with_compiled(self, answer: CompilerReport) -> Forecast:
+        """The same with what the compiler said."""
+        return dataclasses.replace(self, compiled=answer)
+
+
+def analyse(config: RunConfig, target: Machine) -> Forecast:
+    """The forecast of a config that keeps every rule.
 
     Raises:
         UserError: the config has a mistake or does not suit the number of devices, of slices or of hosts.
     """
     config.validate(target.devices)
     _check_slices(config.sharding, target)
-    traffic = estimate_traffic(config, target)
-    staged = config.sharding.sizes(target.devices)["stage"] > 1 and config.sharding.remat_stages
-    return PlanReport(
-        config=config,
-        target=target,
-        parameters=parameter_count(config.model),
-        mesh=config.sharding.sizes(target.devices),
-        hbm_bytes=memory_limit(target),
-        chip=chip(target),
-        memory=estimate_memory(config, target.devices, platform(target)),
-        cache=cache_bytes(config, target.devices),
-        flops=flops_per_token(config.model, config.train.seq_len, remat_stages=staged),
-        traffic=traffic,
-        bound=estimate_time(config, target, traffic),
-        breaks=what_breaks_first(config, target),
-    )
+    found = Forecast(config, target)
+    _ = found.bound  # now, for it may refuse the dtype
+    return found
 
 
 def _check_slices(sharding: ShardingConfig, target: Machine) -> None:
@@ -136,79 +165,60 @@ def _check_slices(sharding: ShardingConfig, target: Machine) -> None:
         )
 
 
-def with_compiled(report: PlanReport, compiled: CompilerReport) -> PlanReport:
-    """The report with what the compiler said."""
-    return dataclasses.replace(report, compiled=compiled)
-
-
-def warnings(report: PlanReport) -> list[str]:
+def warnings(found: Forecast) -> list[str]:
     """What to know before trusting or starting this run, a line each."""
     lines = []
-    limit, peak = report.hbm_bytes, report.peak
-    if limit is None:
+    if found.limit is None:
         lines.append("the memory and speed of this target's devices are not known: it counts as fitting")
-    elif report.compiled is None and abs(limit - peak) < SMALL_MARGIN * limit:
+    elif found.compiled is None and abs(found.margin) < SMALL_MARGIN * found.limit:
         lines.append(
-            f"{abs(limit - peak) / 2**30:.2f} GiB from the limit is less than arithmetic can be trusted with: "
+            f"{abs(found.margin) / 2**30:.2f} GiB from the limit is less than arithmetic can be trusted with: "
             "--compile asks the compiler"
         )
-    if report.compiled is not None and report.compiled.fits:
-        ratio = report.memory.peak / report.compiled.peak
+    if found.compiled is not None and found.compiled.fits:
+        ratio = found.memory.peak / found.compiled.peak
         if abs(ratio - 1) > SMALL_MARGIN:
             lines.append(f"arithmetic finds {ratio:.2f} times the compiler's peak; the compiler's decides")
-    if not report.config.model.scan_layers:
+    if not found.config.model.scan_layers:
         lines.append("arithmetic counts the layers as a loop runs them, and model.scan_layers = False unrolls it")
-    if report.bound is not None and report.bound.bubble > LARGE_BUBBLE:
+    if found.bound is not None and found.bound.bubble > LARGE_BUBBLE:
         lines.append(
-            f"stages idle {report.bound.bubble:.0%} of the time: more train.micro_batches or sharding.virtual_stages"
+            f"stages idle {found.bound.bubble:.0%} of the time: more train.micro_batches or sharding.virtual_stages"
         )
     return lines
 
 
-def to_json(report: PlanReport) -> dict[str, Json]:
-    """Plain values; sizes in bytes, times in seconds."""
-    memory, flops, bound = report.memory, report.flops, report.bound
+def to_json(found: Forecast, breaks: Sequence[str]) -> dict[str, Json]:
+    """Plain values; sizes in bytes, times in seconds. `breaks`: what breaks first when things grow."""
+    memory, flops = found.memory, found.flops
+    bound = {} if found.bound is None else dataclasses.asdict(found.bound)
+    of_run = {key: bound.pop(key, None) for key in ("tokens_per_day", "device_hours", "days")}
     values: dict[str, Json] = {
-        "parameters": dataclasses.asdict(report.parameters) | {"total": report.parameters.total},
-        "target": str(report.target),
-        "devices": report.target.devices,
-        "mesh": dict(report.mesh),
-        "fits": report.fits,
-        "tier": report.tier.value,
-        "hbm_bytes": report.hbm_bytes,
-        "peak_bytes": {
-            "analytic": memory.peak,
-            "compiled": None if report.compiled is None else report.compiled.peak,
-        },
+        "parameters": dataclasses.asdict(found.parameters) | {"total": found.parameters.total},
+        "target": str(found.target),
+        "devices": found.target.devices,
+        "mesh": found.mesh,
+        "fits": found.fits,
+        "tier": found.tier.value,
+        "hbm_bytes": found.limit,
+        "peak_bytes": {"analytic": memory.peak, "compiled": None if found.compiled is None else found.compiled.peak},
         "bytes": dataclasses.asdict(memory),
         "bytes_at_peak": memory.at_peak,
-        "cache_bytes": report.cache,
+        "cache_bytes": found.cache,
         "flops_per_token": flops.total,
-        "flops_per_step": flops.total * report.tokens,
+        "flops_per_step": flops.total * found.tokens,
         "flops": dataclasses.asdict(flops),
-        "tokens_per_step": report.tokens,
+        "tokens_per_step": found.tokens,
         "traffic": [
             {"axis": one.axis, "link": one.link.value, "bytes": one.sent, "seconds": one.seconds, "what": one.what}
-            for one in report.traffic
+            for one in found.traffic
         ],
-        "bound": None if bound is None else _bound(bound),
-        "tokens_per_day": None if bound is None else bound.tokens_per_day,
-        "device_hours": None if bound is None else bound.device_hours,
-        "days": None if bound is None else bound.days,
-        "breaks_first": list(report.breaks),
-        "warnings": list(warnings(report)),
+        "bound": bound or None,
+        **of_run,
+        "breaks_first": list(breaks),
+        "warnings": warnings(found),
     }
-    if report.compiled is not None:
-        values |= report.compiled.details
-    return values
-
-
-def _bound(bound: TimeBound) -> dict[str, Json]:
-    return {
-        field.name: getattr(bound, field.name)
-        for field in dataclasses.fields(bound)
-        if field.name not in ("tokens_per_day", "device_hours", "days")
-    }
+    return values | ({} if found.compiled is None else dict(found.compiled.details))
 
 
 def mesh_text(mesh: Mapping[str, int]) -> str:

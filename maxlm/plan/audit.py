@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import jax
-
 from maxlm.config import Context, RunConfig, Zero
-from maxlm.models import abstract_decoder, init_parameters, parameter_dims
+from maxlm.plan.arrays import device_shape, parameter_arrays
 from maxlm.plan.collectives import UNKNOWN, Collective, CollectiveKind, summed
 from maxlm.sharding import Layout
 
@@ -57,17 +55,12 @@ def forbidden(layout: Layout, found: Sequence[Collective], *, matrix_bytes: int,
 
 def smallest_matrix(config: RunConfig, layout: Layout) -> int:
     """Bytes, in bfloat16, of the smallest parameter of one layer that fsdp cuts, as it is when put together again."""
-    decoder = abstract_decoder(config.model, layout)
-    shapes = jax.tree.leaves(jax.eval_shape(lambda: init_parameters(config.model, layout, jax.random.key(0))))
-    names = jax.tree.leaves(parameter_dims(decoder), is_leaf=lambda leaf: isinstance(leaf, tuple))
-    sizes = []
-    for shape, dims in zip(shapes, names, strict=True):
-        spec = layout.parameter(dims)
-        if "fsdp" in spec:
-            shard = layout.sharding(spec).shard_shape(shape.shape)
-            layer = [size for size, dim in zip(shard, dims, strict=True) if dim != "layers"]
-            sizes.append(2 * math.prod(layer) * layout.mesh.shape["fsdp"])
-    return min(sizes, default=0)
+    sizes, zero = dict(layout.mesh.shape), config.sharding.zero
+    if zero is not Zero.PARAMETERS:
+        return 0
+    cut = [one for one in parameter_arrays(config.model) if "embed" in one.dims]
+    shards = [math.prod(device_shape(one, {**sizes, "stage": 1}, zero)) // one.stacked for one in cut]
+    return min(2 * shard * sizes["fsdp"] for shard in shards)
 
 
 def _exchanges(layout: Layout) -> bool:

@@ -28,7 +28,7 @@ from maxlm.config import (
 )
 from maxlm.observe.flops import FlopsPerToken, flops_per_token, mfu, parameter_count
 from maxlm.plan.arrays import FLOAT32, device_shape, parameter_arrays
-from maxlm.plan.machines import Machine, chip
+from maxlm.plan.machines import Machine
 from maxlm.plan.traffic import AxisTraffic, LayerRuns, Link, layer_runs, local_tokens
 
 _DAY = 86_400
@@ -71,7 +71,7 @@ def estimate_time(config: RunConfig, target: Machine, traffic: Sequence[AxisTraf
     Raises:
         UserError: the target has no unit for the config's compute dtype.
     """
-    device = chip(target)
+    device = target.hardware
     if device is None:
         return None
     peak = device.peak.of(config.model.compute_dtype)

@@ -68,6 +68,21 @@ class Collective:
         """Bytes that a device sends in a run of the program."""
         return self.sent_each * self.runs.count
 
+    def to_json(self, number: int) -> dict[str, str | int | list[str]]:
+        """As plain values; of so many that are alike."""
+        return {
+            "kind": self.kind.value,
+            "axes": list(self.axes),
+            "group": self.group,
+            "number": number,
+            "runs": self.runs.count,
+            "runs_exact": self.runs.exact,
+            "bytes_each": self.bytes_each,
+            "bytes_sent": self.sent,
+            "asynchronous": self.asynchronous,
+            "operation": self.operation,
+        }
+
 
 _OPCODE = re.compile(rf"({'|'.join(kind.value for kind in CollectiveKind)})(-start)?$")
 UNKNOWN = ("?",)
@@ -76,35 +91,22 @@ UNKNOWN = ("?",)
 
 def collectives(text: str, mesh: MeshShape) -> list[Collective]:
     """Every collective of a compiled program (`compiled.as_text()`) over a mesh, in the text's order."""
-    program, found = Program(text), []
-    for computation in program.computations.values():
-        for instruction in computation.instructions.values():
-            opcode = _OPCODE.match(instruction.opcode)
-            runs = program.runs(computation.name)
-            if opcode is None or runs.count == 0:
-                continue
-            kind, starts = CollectiveKind(opcode.group(1)), opcode.group(2) is not None
-            axes, group = _members(instruction, mesh)
-            payload = _bytes(_result(instruction.shape, kind) if starts else instruction.shape)
-            if kind is CollectiveKind.REDUCE_SCATTER:
-                payload *= group
-            # The TPU compiler writes a reduce-scatter as a fusion of an all-reduce and a slice.
-            if kind is CollectiveKind.ALL_REDUCE and computation.name.startswith("all-reduce-scatter"):
-                kind = CollectiveKind.REDUCE_SCATTER
-            # A GPU's compiler cuts all of them, and notes which it waits for at once.
-            overlaps = starts and '"is_sync":true' not in instruction.attributes
-            overlaps |= computation.name.startswith("async_computation")
-            found.append(
-                Collective(
-                    kind=kind,
-                    axes=axes,
-                    group=group,
-                    runs=runs,
-                    bytes_each=payload,
-                    operation=instruction.operation,
-                    asynchronous=overlaps,
-                )
-            )
+    found = []
+    for computation, instruction, runs in Program(text).running():
+        if (opcode := _OPCODE.match(instruction.opcode)) is None:
+            continue
+        kind, starts = CollectiveKind(opcode.group(1)), opcode.group(2) is not None
+        axes, group = _members(instruction, mesh)
+        payload = _bytes(_result(instruction.shape, kind) if starts else instruction.shape)
+        if kind is CollectiveKind.REDUCE_SCATTER:
+            payload *= group
+        # The TPU compiler writes a reduce-scatter as a fusion of an all-reduce and a slice.
+        if kind is CollectiveKind.ALL_REDUCE and computation.name.startswith("all-reduce-scatter"):
+            kind = CollectiveKind.REDUCE_SCATTER
+        # A GPU's compiler cuts all of them, and notes which it waits for at once.
+        overlaps = starts and '"is_sync":true' not in instruction.attributes
+        overlaps |= computation.name.startswith("async_computation")
+        found.append(Collective(kind, axes, group, runs, payload, instruction.operation, overlaps))
     return found
 
 

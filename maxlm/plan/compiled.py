@@ -7,6 +7,7 @@ does once.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import subprocess
 import sys
@@ -22,9 +23,9 @@ import jax
 from jax.experimental import topologies
 
 from maxlm.config import RunConfig, UserError
-from maxlm.plan.analysis import gib
+from maxlm.plan.analysis import CompilerReport, Json, gib
 from maxlm.plan.audit import forbidden, smallest_matrix
-from maxlm.plan.collectives import Collective, collectives
+from maxlm.plan.collectives import Collective, collectives, summed
 from maxlm.plan.kernels import Kernel, kernels, spilled, total_spills
 from maxlm.plan.machines import CpuMachine, GpuMachine, Machine, TpuMachine, gpu_config, memory_limit, tpu_topology
 from maxlm.plan.out_of_memory import Buffer, Refusal, largest_arrays, parse_refusal, with_sources
@@ -165,6 +166,26 @@ def compile_step(config: RunConfig, target: Machine) -> CompiledStep | DoesNotFi
         warnings=_lines(caught),
         cpu_seconds=seconds,
     )
+
+
+def compiler_report(result: CompiledStep | DoesNotFit) -> CompilerReport:
+    """For a plan, without any of jax's types; sizes in bytes."""
+    details: dict[str, Json] = {
+        "compile_cpu_seconds": round(result.cpu_seconds, 1),
+        "largest": [dataclasses.asdict(one) | {"allocation": one.allocation.value} for one in result.largest],
+        "compiler_warnings": list(result.warnings),
+    }
+    if isinstance(result, DoesNotFit):
+        details |= {"message": result.message, "peak_at_least": result.at_least}
+        return CompilerReport(fits=False, peak=result.wanted, at_least=result.at_least, details=details)
+    details |= {
+        "memory": dataclasses.asdict(result.memory),
+        "collectives": [one.to_json(number) for one, number in summed(result.collectives)],
+        "forbidden": list(result.forbidden),
+        "kernels": [one.to_json() for one in result.kernels],
+        "spills": result.spills,
+    }
+    return CompilerReport(fits=True, peak=result.memory.peak, details=details)
 
 
 def _lines(caught: Sequence[warnings.WarningMessage]) -> tuple[str, ...]:

@@ -75,6 +75,13 @@ class Program:
                 for called, runs in self._calls(computation, instruction):
                     self._callers[called].append((computation.name, runs))
 
+    def running(self) -> Iterator[tuple[Computation, Instruction, Runs]]:
+        """Every instruction that a run executes, in the text's order, and how often."""
+        for computation in self.computations.values():
+            if (runs := self.runs(computation.name)).count:
+                for instruction in computation.instructions.values():
+                    yield computation, instruction, runs
+
     def runs(self, computation: str) -> Runs:
         """How often a run of the program runs this computation."""
         if computation not in self._runs:

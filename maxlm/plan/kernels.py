@@ -39,6 +39,11 @@ class Kernel:
     source: str
     """The first line of this repository that calls it, as maxlm/models/block.py:49; empty if nobody knows."""
 
+    def to_json(self) -> dict[str, str | int]:
+        """As plain values."""
+        runs = {"runs": self.runs.count, "runs_exact": self.runs.exact}
+        return {"maker": self.maker.value, "name": self.name, "calls": self.calls, **runs, "source": self.source}
+
 
 _TARGETS: Sequence[tuple[str, Maker]] = (
     ("tpu_custom_call", Maker.MOSAIC_TPU),
@@ -53,22 +58,19 @@ _TARGETS: Sequence[tuple[str, Maker]] = (
 
 def kernels(text: str) -> tuple[Kernel, ...]:
     """Every kernel of a compiled program (`compiled.as_text()`); those that run most come first."""
-    program, lines = Program(text), SourceLines(text)
-    found: dict[tuple[Maker, str], Kernel] = {}
-    for computation in program.computations.values():
-        runs = program.runs(computation.name)
-        for instruction in computation.instructions.values() if runs.count else ():
-            if (maker := _maker(instruction)) is None:
-                continue
-            key = maker, _name(instruction, maker)
-            one = found.get(key)
-            found[key] = Kernel(
-                maker=maker,
-                name=key[1],
-                calls=1 + (one.calls if one else 0),
-                runs=Runs(runs.count + one.runs.count, runs.exact and one.runs.exact) if one else runs,
-                source=(one.source if one else "") or lines.of(instruction.attributes),
-            )
+    lines, found = SourceLines(text), dict[tuple[Maker, str], Kernel]()
+    for _, instruction, runs in Program(text).running():
+        if (maker := _maker(instruction)) is None:
+            continue
+        key = maker, _name(instruction, maker)
+        one = found.get(key)
+        found[key] = Kernel(
+            maker=maker,
+            name=key[1],
+            calls=1 + (one.calls if one else 0),
+            runs=Runs(runs.count + one.runs.count, runs.exact and one.runs.exact) if one else runs,
+            source=(one.source if one else "") or lines.of(instruction.attributes),
+        )
     return tuple(sorted(found.values(), key=lambda kernel: -kernel.runs.count))
 
 

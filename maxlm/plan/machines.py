@@ -21,7 +21,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from maxlm.config import UserError
 from maxlm.hardware import CHIPS, Chip, Switched, Torus
@@ -43,6 +43,9 @@ class CpuMachine:
     """Devices that XLA makes of this machine's processor."""
 
     devices: int
+    platform: ClassVar = Platform.CPU
+    hardware: ClassVar = None
+    """Of the other machines a `Chip`: what one device can do."""
 
     def __str__(self) -> str:
         return f"cpu:{self.devices}"
@@ -57,6 +60,11 @@ class TpuMachine:
     """Chips along each dim of a slice's torus, as 4x4x4."""
     slices: int = 1
     """Joined by the data centre's network."""
+    platform: ClassVar = Platform.TPU
+
+    @property
+    def hardware(self) -> Chip:
+        return CHIPS[self.chip]
 
     @property
     def devices(self) -> int:
@@ -74,6 +82,11 @@ class GpuMachine:
     chip: str
     hosts: int
     per_host: int
+    platform: ClassVar = Platform.GPU
+
+    @property
+    def hardware(self) -> Chip:
+        return CHIPS[self.chip]
 
     @property
     def devices(self) -> int:
@@ -196,26 +209,6 @@ def _gpu(chip: str, hosts: int, per_host: int) -> GpuMachine:
     return GpuMachine(chip, hosts, per_host)
 
 
-def platform(target: Machine) -> Platform:
-    """The target's compiler."""
-    match target:
-        case CpuMachine():
-            return Platform.CPU
-        case TpuMachine():
-            return Platform.TPU
-        case GpuMachine():
-            return Platform.GPU
-
-
-def chip(target: Machine) -> Chip | None:
-    """What one device of the target can do; None: it is this machine's processor, of which nothing is known."""
-    match target:
-        case CpuMachine():
-            return None
-        case TpuMachine() | GpuMachine():
-            return CHIPS[target.chip]
-
-
 def memory_limit(target: Machine) -> int | None:
     """Bytes that a program may have on a device; None: not known.
 
@@ -229,9 +222,9 @@ def memory_limit(target: Machine) -> int | None:
         case CpuMachine():
             return None
         case TpuMachine():
-            return CHIPS[target.chip].memory
+            return target.hardware.memory
         case GpuMachine():
-            return int(CHIPS[target.chip].memory * _gpu_fraction())
+            return int(target.hardware.memory * _gpu_fraction())
 
 
 def _gpu_fraction() -> float:

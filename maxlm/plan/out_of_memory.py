@@ -13,6 +13,7 @@ import dataclasses
 import enum
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -115,29 +116,21 @@ def largest_arrays(text: str, count: int = 10) -> tuple[Buffer, ...]:
     text shows it. Those alike in shape and origin are one buffer, with their number.
     """
     program, lines = Program(text), SourceLines(text)
-    fused = {
-        _called(instruction)
-        for computation in program.computations.values()
-        for instruction in computation.instructions.values()
-        if instruction.opcode == "fusion"
-    }
-    alike: dict[Buffer, int] = {}
-    for computation in program.computations.values():
-        if computation.name in fused or program.runs(computation.name).count == 0:
+    fused = {_called(instruction) for _, instruction, _ in program.running() if instruction.opcode == "fusion"}
+    alike: Counter[Buffer] = Counter()
+    for computation, instruction, _ in program.running():
+        argument = computation.entry and instruction.opcode == "parameter"
+        if computation.name in fused or (not argument and _is_view(program, instruction)):
             continue
-        for instruction in computation.instructions.values():
-            argument = computation.entry and instruction.opcode == "parameter"
-            if not argument and _is_view(program, instruction):
-                continue
-            for shape, size in _arrays(instruction):
-                buffer = Buffer(
-                    size=size,
-                    shape=shape,
-                    operation=instruction.operation,
-                    source=lines.of(instruction.attributes),
-                    allocation=Allocation.ARGUMENT if argument else Allocation.TEMPORARY,
-                )
-                alike[buffer] = alike.get(buffer, 0) + 1
+        for shape, size in _arrays(instruction):
+            buffer = Buffer(
+                size=size,
+                shape=shape,
+                operation=instruction.operation,
+                source=lines.of(instruction.attributes),
+                allocation=Allocation.ARGUMENT if argument else Allocation.TEMPORARY,
+            )
+            alike[buffer] += 1
     found = sorted(alike, key=lambda buffer: -buffer.size)[:count]
     return tuple(dataclasses.replace(buffer, number=alike[buffer]) for buffer in found)
 

@@ -4,43 +4,45 @@ from __future__ import annotations
 
 import html
 from pathlib import Path
+from typing import NamedTuple
 
 from maxlm.config import UserError
-from maxlm.plan.analysis import PlanReport, gib, mesh_text
+from maxlm.plan.analysis import Forecast, gib, mesh_text
+from maxlm.plan.tables import micro_batches, verdict
 
-COLOURS = {
-    "parameters": "#1f4e9c",
-    "gradients": "#5b8bd0",
-    "optimizer": "#9db4d3",
-    "activations": "#c8501e",
-    "logits": "#e39a6f",
-    "working": "#d8b13c",
-    "batch": "#7a7a7a",
-    "copies": "#b79ad6",
+PARTS = {
+    "parameters": ("parameters", "#1f4e9c"),
+    "gradients": ("gradients", "#5b8bd0"),
+    "optimizer": ("optimizer state", "#9db4d3"),
+    "activations": ("activations saved for the backward pass", "#c8501e"),
+    "logits": ("the loss at work: logits, and gradient of the table", "#e39a6f"),
+    "working": ("a layer at work: gathered weights, intermediates", "#d8b13c"),
+    "batch": ("batch", "#7a7a7a"),
+    "copies": ("copies of parameters in another format", "#b79ad6"),
 }
-MEANINGS = {
-    "parameters": "parameters",
-    "gradients": "gradients",
-    "optimizer": "optimizer state",
-    "activations": "activations saved for the backward pass",
-    "logits": "the loss at work: logits, and gradient of the table",
-    "working": "a layer at work: gathered weights, intermediates",
-    "batch": "batch",
-    "copies": "copies of parameters in another format",
-}
+"""What each part of a device's memory is, and its colour."""
 
 
-def write_picture(report: PlanReport, path: Path) -> None:
-    """Draw what `report` says of memory; the file's suffix says how.
+class Bar(NamedTuple):
+    """A part of a device's memory."""
+
+    meaning: str
+    colour: str
+    size: int
+    """Bytes."""
+
+
+def write_picture(found: Forecast, path: Path) -> None:
+    """Draw what a forecast says of memory; the file's suffix says how.
 
     Raises:
         UserError: the suffix is neither .png nor .html, the folder is absent, or matplotlib is and .png needs it.
     """
     check_picture(path)
     if path.suffix == ".html":
-        path.write_text(_page(report), encoding="utf-8")
+        path.write_text(_page(found), encoding="utf-8")
     else:
-        _draw(report, path)
+        _draw(found, path)
 
 
 def check_picture(path: Path) -> None:
@@ -51,51 +53,39 @@ def check_picture(path: Path) -> None:
         raise UserError(f"--picture {path}: there is no folder {path.parent}; make it, or name another file")
 
 
-def parts(report: PlanReport) -> list[tuple[str, int]]:
-    """Name and bytes of each part of a device's memory at the peak; none of size 0."""
-    at_peak = report.memory.at_peak
-    return [(name, at_peak[name]) for name in MEANINGS if at_peak.get(name)]
+def bars(found: Forecast) -> list[Bar]:
+    """The parts of a device's memory at the peak; none of size 0."""
+    at_peak = found.memory.at_peak
+    return [Bar(*words, at_peak[name]) for name, words in PARTS.items() if at_peak.get(name)]
 
 
-def _title(report: PlanReport) -> str:
-    return f"Memory of a device: {report.parameters.total / 1e9:,.2f} billion parameters on {report.target}"
-
-
-def _facts(report: PlanReport) -> str:
-    train = report.config.train
+def _head(found: Forecast) -> tuple[str, str, str]:
+    """Title, facts and verdict."""
+    train, of = found.config.train, "" if found.limit is None else f" of {gib(found.limit)}"
     return (
-        f"{mesh_text(report.mesh)}; {train.batch_size:,} sequences of {train.seq_len:,} tokens in "
-        f"{train.micro_batches} micro-batch{'es' if train.micro_batches > 1 else ''}; "
-        f"remat {report.config.model.remat.value}; {type(report.config.optimizer).__name__}"
+        f"Memory of a device: {found.parameters.total / 1e9:,.2f} billion parameters on {found.target}",
+        f"{mesh_text(found.mesh)}; {train.batch_size:,} sequences of {train.seq_len:,} tokens in "
+        f"{micro_batches(found)}; remat {found.config.model.remat.value}; {type(found.config.optimizer).__name__}",
+        f"{verdict(found)} ({gib(found.peak)}{of})",
     )
 
 
-def _verdict(report: PlanReport) -> str:
-    if report.hbm_bytes is None:
-        return f"{gib(report.memory.peak)} at the peak; the limit is not known"
-    margin = report.hbm_bytes - report.peak
-    by = report.tier.words
-    least = "at least " if report.compiled is not None and report.compiled.at_least else ""
-    text = f"fits, with {gib(margin)} to spare" if report.fits else f"does not fit: {least}{gib(-margin)} too much"
-    return f"{text}, {by} ({gib(report.peak)} of {gib(report.hbm_bytes)})"
-
-
-def _marks(report: PlanReport) -> list[tuple[str, int]]:
+def _marks(found: Forecast) -> list[tuple[str, int]]:
     """Lines across the bar."""
-    marks = [] if report.hbm_bytes is None else [("limit", report.hbm_bytes)]
-    if report.compiled is not None:
+    marks = [] if found.limit is None else [("limit", found.limit)]
+    if found.compiled is not None:
         marks.append(
-            ("compiler's peak, at least" if report.compiled.at_least else "compiler's peak", report.compiled.peak)
+            ("compiler's peak, at least" if found.compiled.at_least else "compiler's peak", found.compiled.peak)
         )
     return marks
 
 
-def _scale(report: PlanReport) -> float:
+def _scale(found: Forecast) -> float:
     """Bytes from one end of the picture to the other."""
-    return 1.04 * max([report.memory.peak, *(size for _, size in _marks(report))])
+    return 1.04 * max([found.memory.peak, *(size for _, size in _marks(found))])
 
 
-def _draw(report: PlanReport, path: Path) -> None:
+def _draw(found: Forecast, path: Path) -> None:
     try:
         # The object-oriented API alone: pyplot would look for a display and keep figures alive.
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -106,19 +96,17 @@ def _draw(report: PlanReport, path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     left = 0.0
-    for name, size in parts(report):
-        width = size / 2**30
-        label = f"{MEANINGS[name]}: {gib(size)}"
-        axes.barh(0, width, left=left, height=0.5, color=COLOURS[name], label=label)
-        left += width
-    for name, size in _marks(report):
+    for meaning, colour, size in bars(found):
+        axes.barh(0, size / 2**30, left=left, height=0.5, color=colour, label=f"{meaning}: {gib(size)}")
+        left += size / 2**30
+    for name, size in _marks(found):
         colour, style = ("black", "-") if name == "limit" else ("#2a8a3e", "--")
         axes.axvline(size / 2**30, color=colour, linestyle=style, linewidth=2, label=f"{name}: {gib(size)}")
-    axes.set_xlim(0, _scale(report) / 2**30)
+    axes.set_xlim(0, _scale(found) / 2**30)
     axes.set_ylim(-0.4, 0.4)
     axes.set_yticks([])
     axes.set_xlabel("GiB")
-    axes.set_title(f"{_title(report)}\n{_facts(report)}\n{_verdict(report)}", fontsize=10, loc="left")
+    axes.set_title("\n".join(_head(found)), fontsize=10, loc="left")
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
@@ -139,30 +127,29 @@ td.size { text-align: right; font-variant-numeric: tabular-nums; }
 """
 
 
-def _page(report: PlanReport) -> str:
-    scale = _scale(report)
-    bars, rows = [], []
-    for name, size in parts(report):
-        colour, meaning = COLOURS[name], MEANINGS[name]
+def _page(found: Forecast) -> str:
+    scale = _scale(found)
+    drawn, rows = [], []
+    for meaning, colour, size in bars(found):
         width = 100 * size / scale
-        bars.append(f'<div class="part" style="width:{width:.3f}%;background:{colour}" title="{meaning}"></div>')
+        drawn.append(f'<div class="part" style="width:{width:.3f}%;background:{colour}" title="{meaning}"></div>')
         rows.append(
             f'<tr><td><span class="box" style="background:{colour}"></span> {meaning}</td>'
-            f'<td class="size">{gib(size)}</td><td class="size">{size / report.memory.peak:.1%}</td></tr>'
+            f'<td class="size">{gib(size)}</td><td class="size">{size / found.memory.peak:.1%}</td></tr>'
         )
-    for name, size in _marks(report):
+    for name, size in _marks(found):
         kind = "mark" if name == "limit" else "mark compiled"
-        bars.append(
+        drawn.append(
             f'<div class="{kind}" style="left:{100 * size / scale:.3f}%"><span>{name}: {gib(size)}</span></div>'
         )
-    rows.append(f'<tr><td><b>peak, by arithmetic</b></td><td class="size"><b>{gib(report.memory.peak)}</b></td></tr>')
-    title = html.escape(_title(report))
+    rows.append(f'<tr><td><b>peak, by arithmetic</b></td><td class="size"><b>{gib(found.memory.peak)}</b></td></tr>')
+    title, facts, said = map(html.escape, _head(found))
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
         f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n"
-        f"<div>{html.escape(_facts(report))}</div>\n<div><b>{html.escape(_verdict(report))}</b></div>\n"
+        f"<div>{facts}</div>\n<div><b>{said}</b></div>\n"
         '<div class="bar">\n'
-        + "\n".join(bars)
+        + "\n".join(drawn)
         + "\n</div>\n<table>\n"
         + "\n".join(rows)
         + "\n</table>\n</body>\n</html>\n"

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from maxlm.config import (
@@ -23,11 +23,9 @@ from maxlm.config import (
 )
 from maxlm.config.layout_rules import broken_layout_rules
 from maxlm.config.serialize import flatten
-from maxlm.plan.analysis import Json
-from maxlm.plan.bound import TimeBound, estimate_time
-from maxlm.plan.machines import GpuMachine, Machine, TpuMachine, memory_limit, platform
-from maxlm.plan.memory import MemoryEstimate, estimate_memory
-from maxlm.plan.traffic import AxisTraffic, estimate_traffic, whole_torus
+from maxlm.plan.analysis import Forecast, Json
+from maxlm.plan.machines import GpuMachine, Machine, TpuMachine, memory_limit
+from maxlm.plan.traffic import whole_torus
 
 LONGEST_TENSOR = 16
 """Of TPUs. Beyond, a device's part of a matrix is too small for its matrix unit; GPUs end at their host."""
@@ -41,30 +39,6 @@ MOST_ROUNDS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A config, and what arithmetic says of it."""
-
-    config: RunConfig
-    target: Machine
-    memory: MemoryEstimate
-    traffic: Sequence[AxisTraffic]
-    bound: TimeBound
-    limit: int
-    """Bytes that a program may have on a device."""
-
-    @property
-    def margin(self) -> int:
-        """Bytes left on a device at the peak; negative: missing."""
-        return self.limit - self.memory.peak
-
-    @property
-    def cost(self) -> float:
-        """Device-seconds a token, at the least: comparable between batches and machines of one chip."""
-        train = self.config.train
-        return self.bound.step_seconds * self.target.devices / (train.batch_size * train.seq_len)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Search:
     """What fits on a target, best first."""
 
@@ -72,17 +46,17 @@ class Search:
     target: Machine
     space: int
     """Configs to choose from; of many, it is enough to know that a better one fits, or that one like it does not."""
-    ranked: tuple[Candidate, ...]
-    """The fastest that fits of each mesh, by `preference`. Another optimizer than the
-    config's, which learns something else, is there only where it is faster than the config's on the same mesh."""
+    ranked: tuple[Forecast, ...]
+    """The fastest that fits of each mesh, by `preference`. Another optimizer than the config's, which learns something
+    else, is there only where it is faster than the config's on the same mesh."""
 
     @property
-    def preferred(self) -> list[Candidate]:
+    def preferred(self) -> list[Forecast]:
         """The ranking, those with the config's optimizer first."""
         return sorted(self.ranked, key=lambda one: one.config.optimizer != self.config.optimizer)
 
     @property
-    def best(self) -> Candidate | None:
+    def best(self) -> Forecast | None:
         """The first with the config's optimizer; where that never fits the first; None: nothing fits."""
         return next(iter(self.preferred), None)
 
@@ -93,15 +67,20 @@ def search(config: RunConfig, target: Machine) -> Search:
     Raises:
         UserError: memory or speed of the target's devices is not known.
     """
-    _limit(target)
-    ranked: list[Candidate] = []
-    size = 0
-    for sharding in layouts(config, target):
-        mesh = MeshSpace(config, target, sharding)
-        size += mesh.size * len(optimizers(config.optimizer))
-        ranked += mesh.best()
-    ranked.sort(key=preference)
+    if memory_limit(target) is None:
+        raise UserError(
+            f"--search --target {target}: this processor's speed and memory are not known; name a machine with TPUs or "
+            "GPUs, for example --target gpu:h200:8"
+        )
+    spaces = [MeshSpace(config, target, sharding) for sharding in layouts(config, target)]
+    size = sum(space.size for space in spaces) * len(optimizers(config.optimizer))
+    ranked = sorted((one for space in spaces for one in space.best()), key=preference)
     return Search(config=config, target=target, space=size, ranked=tuple(ranked))
+
+
+def fitting(configs: Iterable[RunConfig], target: Machine) -> Iterator[Forecast]:
+    """Those that fit, by arithmetic."""
+    return (one for one in (Forecast(config, target) for config in configs) if one.fits)
 
 
 def layouts(config: RunConfig, target: Machine) -> Iterator[ShardingConfig]:
@@ -127,13 +106,7 @@ def layouts(config: RunConfig, target: Machine) -> Iterator[ShardingConfig]:
             continue
         groups = config.sharding.virtual_stages if sizes["stage"] > 1 else 1
         yield replace(
-            config.sharding,
-            data=data,
-            fsdp=sizes["fsdp"],
-            stage=sizes["stage"],
-            seq=sizes["seq"],
-            tensor=sizes["tensor"],
-            expert=sizes["expert"],
+            config.sharding.with_sizes({"data": data, **sizes}),
             virtual_stages=groups if model.repeats % (sizes["stage"] * groups) == 0 else 1,
             sequence_parallel=sizes["tensor"] > 1 and train.seq_len % (sizes["seq"] * sizes["tensor"]) == 0,
             slices=slices,
@@ -165,14 +138,12 @@ class MeshSpace:
         rows = train.batch_size // (sharding.data * sharding.fsdp * sharding.expert)
         most = rows if sharding.stage == 1 else MOST_ROUNDS * sharding.stage
         powers = {2**n for n in range(rows.bit_length()) if rows % 2**n == 0 and 2**n <= most}
+        split = lambda parts: replace(self.config, sharding=sharding, train=replace(train, micro_batches=parts))
         return [
             parts
             for parts in sorted(powers | {train.micro_batches})
-            if not broken_layout_rules(
-                self.config.model, sharding, n_devices=self.target.devices, batch_size=train.batch_size,
-                seq_len=train.seq_len, micro_batches=parts,
-            )
-        ]  # fmt: skip
+            if not broken_rules(split(parts), self.target.devices)
+        ]
 
     def choose(self, zero: Zero, parts: int, remat: Remat, optimizer: OptimizerConfig) -> RunConfig:
         config = self.config
@@ -184,13 +155,13 @@ class MeshSpace:
             optimizer=optimizer,
         )
 
-    def best(self) -> list[Candidate]:
+    def best(self) -> list[Forecast]:
         """The fastest with the config's optimizer, and with others where these are faster, because the config's needs
         more micro-batches or recomputation to fit."""
-        found: list[Candidate] = []
+        found: list[Forecast] = []
         for optimizer in optimizers(self.config.optimizer):
             fastest = min(self._fitting(optimizer), key=preference, default=None)
-            if fastest is None or (found and found[-1].bound.step_seconds <= fastest.bound.step_seconds):
+            if fastest is None or (found and found[-1].time.step_seconds <= fastest.time.step_seconds):
                 continue
             found.append(fastest)
             train, remat = fastest.config.train, fastest.config.model.remat
@@ -198,25 +169,24 @@ class MeshSpace:
                 break  # it does as it likes
         return found
 
-    def _fitting(self, optimizer: OptimizerConfig) -> Iterator[Candidate]:
+    def _fitting(self, optimizer: OptimizerConfig) -> Iterator[Forecast]:
         """Of each ZeRO stage and number of micro-batches the one that recomputes least. Without a pipeline more
         micro-batches only take longer, so they must save something: recomputation."""
+        fits = lambda config: Forecast(config, self.target).fits
         for zero in self.zeros if self.parts else ():
             policies = remats(self.config)
             strongest = policies[-1]
             # The least memory there is: one micro-batch needs no room to add up gradients, many have few activations.
-            least = (self.choose(zero, parts, strongest, optimizer) for parts in (self.parts[0], self.parts[-1]))
-            if all(fitting_memory(config, self.target) is None for config in least):
+            if not any(fits(self.choose(zero, self.parts[end], strongest, optimizer)) for end in (0, -1)):
                 continue
             for parts in self.parts:
                 if not policies:
                     break
-                if fitting_memory(self.choose(zero, parts, strongest, optimizer), self.target) is None:
+                if not fits(self.choose(zero, parts, strongest, optimizer)):
                     continue
                 for i, remat in enumerate(policies):
-                    config = self.choose(zero, parts, remat, optimizer)
-                    if (memory := fitting_memory(config, self.target)) is not None:
-                        yield candidate(config, self.target, memory)
+                    if (one := Forecast(self.choose(zero, parts, remat, optimizer), self.target)).fits:
+                        yield one
                         policies = policies[:i] if self.sharding.stage == 1 else policies
                         break
 
@@ -246,7 +216,7 @@ def differences(config: RunConfig, original: RunConfig) -> tuple[str, ...]:
     return tuple(f"{key} = {value}" for key, value in after.items() if key not in before or before[key] != value)
 
 
-def search_json(found: Search, chosen: Candidate | None, peaks: Mapping[int, int], most: int = 100) -> dict[str, Json]:
+def search_json(found: Search, chosen: Forecast | None, peaks: Mapping[int, int], most: int = 100) -> dict[str, Json]:
     """The ranking as plain values, cut after `most`; `peaks` by place are the compiler's."""
     return {
         "target": str(found.target),
@@ -261,12 +231,12 @@ def search_json(found: Search, chosen: Candidate | None, peaks: Mapping[int, int
     }
 
 
-def candidate_json(one: Candidate, original: RunConfig) -> dict[str, Json]:
-    """A candidate as plain values; sizes in bytes, times in seconds."""
-    config, bound = one.config, one.bound
+def candidate_json(one: Forecast, original: RunConfig) -> dict[str, Json]:
+    """A config of a search as plain values; sizes in bytes, times in seconds."""
+    config, bound = one.config, one.time
     return {
         "changes": differences(config, spelled_out(original, one.target)),
-        "mesh": config.sharding.sizes(one.target.devices),
+        "mesh": one.mesh,
         "remat": config.model.remat.value,
         "micro_batches": config.train.micro_batches,
         "zero": config.sharding.zero.value,
@@ -275,7 +245,7 @@ def candidate_json(one: Candidate, original: RunConfig) -> dict[str, Json]:
         "margin_bytes": one.margin,
         "step_seconds": bound.step_seconds,
         "mfu_ceiling": bound.mfu_ceiling,
-        "limited_by": str(bound.limited_by),
+        "limited_by": bound.limited_by,
         "device_seconds_per_token": one.cost,
         "sent_bytes": sum(axis.sent for axis in one.traffic),
     }
@@ -287,51 +257,26 @@ def spelled_out(config: RunConfig, target: Machine) -> RunConfig:
         sizes = config.sharding.sizes(target.devices)
     except UserError:
         return config
-    sharding = replace(
-        config.sharding, data=sizes["data"], fsdp=sizes["fsdp"], stage=sizes["stage"], seq=sizes["seq"],
-        tensor=sizes["tensor"], expert=sizes["expert"],
-    )  # fmt: skip
-    return replace(config, sharding=sharding)
+    return replace(config, sharding=config.sharding.with_sizes(sizes))
 
 
-def fitting_memory(config: RunConfig, target: Machine) -> MemoryEstimate | None:
-    """Its memory; None: too much."""
-    memory = estimate_memory(config, target.devices, platform(target))
-    return memory if memory.peak <= _limit(target) else None
-
-
-def candidate(config: RunConfig, target: Machine, memory: MemoryEstimate) -> Candidate:
-    traffic = estimate_traffic(config, target)
-    bound = estimate_time(config, target, traffic)
-    assert bound is not None  # `_limit` refuses a target of unknown speed
-    return Candidate(config=config, target=target, memory=memory, traffic=traffic, bound=bound, limit=_limit(target))
-
-
-def preference(one: Candidate) -> tuple[float, float, int]:
+def preference(one: Forecast) -> tuple[float, float, int]:
     """The smallest bound on the step, then the least work in all, for not everything will overlap; then the margin.
 
     Of many meshes the bound is the same, that of compute: their links could keep up, at best.
     """
-    work = one.bound.compute_seconds + one.bound.memory_seconds + sum(one.bound.traffic_seconds.values())
-    return one.bound.step_seconds, work, -one.margin
+    bound = one.time
+    work = bound.compute_seconds + bound.memory_seconds + sum(bound.traffic_seconds.values())
+    return bound.step_seconds, work, -one.margin
 
 
-def broken_rules(config: RunConfig, target: Machine) -> list[str]:
+def broken_rules(config: RunConfig, n_devices: int) -> list[str]:
+    """Of `config/layout_rules.py`."""
     train = config.train
     return broken_layout_rules(
-        config.model, config.sharding, n_devices=target.devices, batch_size=train.batch_size, seq_len=train.seq_len,
+        config.model, config.sharding, n_devices=n_devices, batch_size=train.batch_size, seq_len=train.seq_len,
         micro_batches=train.micro_batches,
     )  # fmt: skip
-
-
-def _limit(target: Machine) -> int:
-    limit = memory_limit(target)
-    if limit is None:
-        raise UserError(
-            f"--search --target {target}: this processor's speed and memory are not known; name a machine with TPUs or "
-            "GPUs, for example --target gpu:h200:8"
-        )
-    return limit
 
 
 def _suits_chip(fsdp: int, d_model: int, target: Machine) -> bool:

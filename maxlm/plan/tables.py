@@ -1,42 +1,63 @@
-"""A plan and a search for people, as tables on the console."""
+"""A plan, a search and a compiler's answer for people, as tables on the console."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from maxlm.config import Adafactor, AdamW, Dtype, OptimizerConfig, Zero
 from maxlm.plan.advice import Change
-from maxlm.plan.analysis import PlanReport, gib, mesh_text, warnings
-from maxlm.plan.search import Candidate, Search, differences, spelled_out
+from maxlm.plan.analysis import CompilerReport, Forecast, gib, mesh_text, warnings
+from maxlm.plan.search import Search, differences, spelled_out
 
 _BAR = 16
 """Characters of the whole of a device's memory."""
 _WIDE = 110
 """Characters of a console that has room for every column."""
+_COMPILED_MEMORY = "a device: {arguments} state and batch, {temporary} temporary, {peak} at the peak"
 
 
-def print_report(report: PlanReport, console: Console) -> None:
-    """Everything that the two tiers found."""
-    console.print(_head(report))
+def print_report(found: Forecast, breaks: Sequence[str], console: Console) -> None:
+    """What arithmetic finds, and what breaks first when things grow."""
+    train, target = found.config.train, found.target
+    console.print(
+        f"{target}: {target.devices:,} devices as {mesh_text(found.mesh)}\n{train.batch_size:,} x {train.seq_len:,} "
+        f"tokens a step in {micro_batches(found)}, remat {found.config.model.remat.value}, "
+        f"{optimizer_text(found.config.optimizer)}"
+    )
+    console.print(_styled_verdict(found))
     sides = Table.grid(padding=(0, 4, 0, 0))
-    sides.add_row(_parameters(report), _memory(report))
+    sides.add_row(
+        _table(("parameters", ">number"), _parameters(found)),
+        _table(("memory of a device", ">size", ""), _memory(found)),
+    )
     console.print(sides)
-    console.print(_time(report))
-    for line in report.breaks:
-        console.print(_bullet("breaks first", line))
-    for line in warnings(report):
-        console.print(_bullet("warning", line, style="yellow"))
+    console.print(_table(("a step", ">time", ">sent", ""), _time(found)))
+    if (bound := found.bound) is not None:
+        console.print(
+            Text.assemble(
+                (f"at least {seconds(bound.step_seconds)} a step", "bold"),
+                f", limited by {bound.limited_by}; MFU at most {bound.mfu_ceiling:.0%}\n"
+                f"at most {giga(bound.tokens_per_day)} tokens a day; {train.steps:,} steps "
+                f"({giga(train.steps * found.tokens)} tokens) take {bound.days:,.1f} days, "
+                f"{bound.device_hours:,.0f} device-hours\n",
+                ("bounds by data sheets, nothing is measured; a real run is slower", "dim"),
+            )
+        )
+    for line in breaks:
+        console.print(Text.assemble(("breaks first: ", "bold"), line))
+    _print_warnings(found, console)
 
 
-def print_verdict(report: PlanReport, console: Console) -> None:
+def print_verdict(found: Forecast, console: Console) -> None:
     """Whether it fits, and what to know of that; once more, after the compiler was asked."""
-    console.print(_verdict(report))
-    for line in warnings(report):
-        console.print(_bullet("warning", line, style="yellow"))
+    console.print(_styled_verdict(found))
+    _print_warnings(found, console)
 
 
 def print_changes(changes: Sequence[Change], console: Console) -> None:
@@ -49,7 +70,7 @@ def print_changes(changes: Sequence[Change], console: Console) -> None:
         one = change.candidate
         console.print(f" {number}. {'; '.join(change.what)}", markup=False, highlight=False)
         console.print(
-            f"    {gib(one.margin)} to spare; step at least {seconds(one.bound.step_seconds)}, "
+            f"    {gib(one.margin)} to spare; step at least {seconds(one.time.step_seconds)}, "
             f"{1e6 * one.cost:,.2f} device-seconds a million tokens",
             markup=False,
         )
@@ -58,7 +79,7 @@ def print_changes(changes: Sequence[Change], console: Console) -> None:
 
 
 def print_search(
-    found: Search, chosen: Candidate | None, peaks: Mapping[int, int], console: Console, rows: int = 10
+    found: Search, chosen: Forecast | None, peaks: Mapping[int, int], console: Console, rows: int = 10
 ) -> None:
     """The ranking.
 
@@ -70,27 +91,18 @@ def print_search(
         rows: how many of them to show.
     """
     console.print(f"{found.target}: of {found.space:,} configs the best of each mesh that fits, by arithmetic")
-    shown = list(enumerate(found.ranked[:rows]))
-    shown += [(i, one) for i, one in enumerate(found.ranked) if i >= rows and (one is chosen or i in peaks)]
-    table = Table(box=None, pad_edge=False)
-    wide = console.width >= _WIDE
-    other_optimizers = any(one.config.optimizer != found.config.optimizer for _, one in shown)
-    for place, one in shown:
-        cells = {"": f"{place + 1}{'*' if one is chosen else ''}", **_candidate(one)}
-        if not other_optimizers:
-            del cells["optimizer"]
-        if not wide:
-            del cells["limited by"]
-        if peaks:
-            cells["compiler"] = _compiled_margin(one, peaks[place]) if place in peaks else ""
-        for name in list(cells)[len(table.columns) :]:
-            number = name in ("margin", "step", "MFU", "sends", "compiler")
-            table.add_column(name, justify="right" if number else "left", no_wrap=name != "mesh")
-        table.add_row(*cells.values())
+    shown = [(i, one) for i, one in enumerate(found.ranked) if i < rows or one is chosen or i in peaks]
     if not shown:
         console.print("[bold red]nothing fits[/]")
         return
-    console.print(table)
+    left_out = set() if console.width >= _WIDE else {"limited by"}
+    if all(one.config.optimizer == found.config.optimizer for _, one in shown):
+        left_out.add("optimizer")
+    if not peaks:
+        left_out.add(">compiler")
+    cells = [_candidate(f"{i + 1}{'*' if one is chosen else ''}", one, peaks.get(i)) for i, one in shown]
+    names = [name for name in cells[0] if name not in left_out]
+    console.print(_table(names, ([row[name] for name in names] for row in cells), "mesh"))
     console.print(
         "[dim]margin: of a device's memory. step: at least, and MFU: at most, by bound; neither is measured[/]"
     )
@@ -99,33 +111,54 @@ def print_search(
         console.print(f"*: {_overrides(what)}", soft_wrap=True, markup=False)
 
 
-def _overrides(what: Sequence[str]) -> str:
-    """The differences as words of a command line; no word can choose a class."""
-    keys = " ".join(f"--{one.replace(' = ', '=')}" for one in what if not one.startswith("optimizer = "))
-    classes = [one for one in what if one.startswith("optimizer = ")]
-    return "; ".join([keys or "no overrides", *(f"in the file {one}() (--out writes such a file)" for one in classes)])
+def print_compiled(answer: CompilerReport, console: Console, *, cached: bool = False) -> None:
+    """Memory, collectives, kernels, and what is wrong with them."""
+    told: Mapping[str, Any] = answer.details
+    after = "from the cache; it took" if cached else "after"
+    console.print(f"\n[bold]The compiler's word[/], {after} {told['compile_cpu_seconds']:.0f} CPU seconds")
+    if answer.fits:
+        sizes = {name: gib(size) for name, size in told["memory"].items()}
+        console.print(_COMPILED_MEMORY.format(**sizes))
+        names = ("collective", "axes", ">devices", ">in text", ">runs", ">MB each", ">MB sent", "overlaps")
+        console.print(_table(names, map(_collective, told["collectives"])))
+        sent = sum(one["bytes_sent"] for one in told["collectives"])
+        least = "" if all(one["runs_exact"] for one in told["collectives"]) else "at least "
+        console.print(f"a device sends {least}{sent / 1e9:,.3f} GB a step")
+        if any(one["axes"] == ["?"] for one in told["collectives"]):
+            console.print("?: its devices are written in a way that is not known; counted as all", style="yellow")
+        if told["kernels"]:
+            console.print(_table(("kernel", "maker", ">calls", ">runs", "from"), map(_kernel, told["kernels"])))
+        if told["spills"]:
+            console.print(f"kernels spill {told['spills']:,} bytes of registers", style="yellow")
+        for line in told["forbidden"]:
+            console.print(f"against the layout: {line}", markup=False)
+    else:
+        console.print(f"does not fit: {told['message']}", markup=False)
+        if answer.at_least:
+            console.print(f"needs at least {gib(answer.peak)}; how much more, the compiler does not say")
+        alike: Counter[tuple[str, str, str]] = Counter()  # those that differ in the operation alone, which is not shown
+        for one in told["largest"]:
+            place = one["allocation"]
+            alike[one["shape"] or place, gib(one["size"]), one["source"] or place] += one["number"]
+        rows = ((shape, size, str(number), source) for (shape, size, source), number in alike.items())
+        console.print(_table(("largest arrays", ">size", ">number", "from"), rows))
+    for line in told["compiler_warnings"]:
+        console.print(f"the compiler warns: {line}", style="yellow", markup=False)
 
 
-def _candidate(one: Candidate) -> dict[str, str]:
-    """Its cells by column."""
-    config = one.config
-    zero = {Zero.OPTIMIZER: "1", Zero.GRADIENTS: "2", Zero.PARAMETERS: "3"}[config.sharding.zero]
-    return {
-        "mesh": mesh_text(config.sharding.sizes(one.target.devices)).replace(" x ", ", "),
-        "remat": config.model.remat.value,
-        "micro": str(config.train.micro_batches),
-        "ZeRO": zero if config.sharding.fsdp > 1 else "-",
-        "optimizer": optimizer_text(config.optimizer),
-        "margin": gib(one.margin),
-        "step": seconds(one.bound.step_seconds),
-        "MFU": f"{one.bound.mfu_ceiling:.0%}",
-        "sends": giga(sum(axis.sent for axis in one.traffic)) + "B",
-        "limited by": str(one.bound.limited_by),
-    }
+def verdict(found: Forecast) -> str:
+    """Whether it fits, how well, and who says so."""
+    if found.limit is None:
+        return f"no limit known, {found.tier.words}"
+    if found.fits:
+        return f"fits, with {gib(found.margin)} a device to spare, {found.tier.words}"
+    least = "at least " if found.compiled is not None and found.compiled.at_least else ""
+    return f"does not fit: {least}{gib(-found.margin)} a device too much, {found.tier.words}"
 
 
-def _compiled_margin(one: Candidate, peak: int) -> str:
-    return f"{gib(one.limit - peak)} left" if peak <= one.limit else "does not fit"
+def micro_batches(found: Forecast) -> str:
+    parts = found.config.train.micro_batches
+    return f"{parts} micro-batch{'es' if parts > 1 else ''}"
 
 
 def optimizer_text(optimizer: OptimizerConfig) -> str:
@@ -135,109 +168,6 @@ def optimizer_text(optimizer: OptimizerConfig) -> str:
             return "AdamW/bf16" if optimizer.moment_dtype is Dtype.BFLOAT16 else "AdamW"
         case Adafactor():
             return "Adafactor"
-
-
-def _head(report: PlanReport) -> Text:
-    train, target = report.config.train, report.target
-    text = Text(
-        f"{target}: {target.devices:,} devices as {mesh_text(report.mesh)}\n"
-        f"{train.batch_size:,} x {train.seq_len:,} tokens a step in {train.micro_batches} "
-        f"micro-batch{'es' if train.micro_batches > 1 else ''}, remat {report.config.model.remat.value}, "
-        f"{optimizer_text(report.config.optimizer)}\n"
-    )
-    return text.append_text(_verdict(report))
-
-
-def _verdict(report: PlanReport) -> Text:
-    text = Text()
-    by = report.tier.words
-    if report.hbm_bytes is None:
-        text.append(f"no limit known, {by}", style="bold")
-    elif report.fits:
-        text.append(f"fits, with {gib(report.hbm_bytes - report.peak)} a device to spare, {by}", style="bold green")
-    else:
-        least = "at least " if report.compiled is not None and report.compiled.at_least else ""
-        missing = gib(report.peak - report.hbm_bytes)
-        text.append(f"does not fit: {least}{missing} a device too much, {by}", style="bold red")
-    return text
-
-
-def _parameters(report: PlanReport) -> Table:
-    count = report.parameters
-    table = Table("parameters", box=None, pad_edge=False)
-    table.add_column("number", justify="right")
-    for name in ("embedding", "attention", "ffn", "norms", "unembedding"):
-        table.add_row(name, giga(getattr(count, name)))
-    table.add_row("all", giga(count.total), style="bold")
-    if count.active != count.total:
-        table.add_row("that a token uses", giga(count.active))
-    flops = report.flops
-    table.add_row("FLOPs a token", giga(flops.total))
-    table.add_row("  6 N", giga(flops.parameters_term))
-    table.add_row("  attention", giga(flops.attention_term))
-    table.add_row("  of it causal", giga(flops.causal_attention_term))
-    table.add_row("and again, by remat", giga(flops.recompute))
-    table.add_row("FLOPs a step", f"{report.flops.total * report.tokens:.3g}")
-    return table
-
-
-def _memory(report: PlanReport) -> Table:
-    """Bars on the scale of the limit, or of the peak where none is known."""
-    table = Table("memory of a device", box=None, pad_edge=False)
-    table.add_column("size", justify="right", no_wrap=True)
-    table.add_column("")
-    scale = report.hbm_bytes or report.memory.peak
-    bar = lambda size: "\u2588" * min(_BAR, round(_BAR * size / scale))
-    at_peak = report.memory.at_peak
-    for name, size in at_peak.items():
-        if size:
-            table.add_row(name, gib(size), Text(bar(size), style="blue"))
-    table.add_row(
-        "peak, by arithmetic", gib(report.memory.peak), Text(bar(report.memory.peak), style="blue"), style="bold"
-    )
-    if report.hbm_bytes is not None:
-        table.add_row("limit", gib(report.hbm_bytes), "")
-    other = "logits" if "working" in at_peak else "working"
-    table.add_row(f"{other}, at other times", gib(getattr(report.memory, other)), "", style="dim")
-    table.add_row("key/value cache", gib(report.cache), "", style="dim")
-    return table
-
-
-def _time(report: PlanReport) -> RenderableType:
-    """What each part would take by itself, and what that makes of a step and a run."""
-    table = Table("a step", box=None, pad_edge=False)
-    table.add_column("time", justify="right", no_wrap=True)
-    table.add_column("sent", justify="right", no_wrap=True)
-    table.add_column("")
-    bound = report.bound
-    if bound is not None:
-        table.add_row(
-            "compute",
-            seconds(bound.compute_seconds / (1 - bound.bubble)),
-            "",
-            f"{bound.bubble:.0%} of it idle stages" if bound.bubble else "",
-        )
-        table.add_row("memory", seconds(bound.memory_seconds), "", f"{bound.intensity:,.0f} FLOPs a byte")
-    for one in report.traffic:
-        time = "?" if one.seconds is None else seconds(one.seconds)
-        table.add_row(f"{one.axis} over {one.link.value}", time, f"{giga(one.sent)}B", one.what)
-    if bound is None:
-        return table
-    train = report.config.train
-    last = Text()
-    last.append(f"at least {seconds(bound.step_seconds)} a step", style="bold")
-    last.append(
-        f", limited by {bound.limited_by}; MFU at most {bound.mfu_ceiling:.0%}\n"
-        f"at most {giga(bound.tokens_per_day)} tokens a day; {train.steps:,} steps "
-        f"({giga(train.steps * report.tokens)} tokens) take {bound.days:,.1f} days, "
-        f"{bound.device_hours:,.0f} device-hours\n"
-    )
-    last.append("bounds by data sheets, nothing is measured; a real run is slower", style="dim")
-    return Group(table, last)
-
-
-def _bullet(label: str, line: str, style: str = "") -> Text:
-    return Text.assemble((f"{label}: ", f"bold {style}".strip()), line)
 
 
 def seconds(time: float) -> str:
@@ -251,3 +181,110 @@ def giga(number: float) -> str:
         if abs(number) >= size:
             return f"{number / size:,.3g} {prefix}"
     return f"{number:,.3g} "
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]], wraps: str = "") -> Table:
+    """A column whose name begins with > is of numbers. A row may end in a style, one cell after the last column.
+
+    `wraps`: the one column that may take several lines; by default all words may.
+    """
+    table = Table(box=None, pad_edge=False)
+    for name in columns:
+        number = name.startswith(">")
+        whole = name != wraps if wraps else number
+        table.add_column(name.removeprefix(">"), justify="right" if number else "left", no_wrap=whole)
+    for row in rows:
+        table.add_row(*row[: len(columns)], style=row[len(columns)] if len(row) > len(columns) else None)
+    return table
+
+
+def _styled_verdict(found: Forecast) -> Text:
+    return Text(verdict(found), style="bold" if found.limit is None else f"bold {'green' if found.fits else 'red'}")
+
+
+def _print_warnings(found: Forecast, console: Console) -> None:
+    for line in warnings(found):
+        console.print(Text.assemble(("warning: ", "bold yellow"), line))
+
+
+def _overrides(what: Sequence[str]) -> str:
+    """The differences as words of a command line; no word can choose a class."""
+    keys = " ".join(f"--{one.replace(' = ', '=')}" for one in what if not one.startswith("optimizer = "))
+    classes = [one for one in what if one.startswith("optimizer = ")]
+    return "; ".join([keys or "no overrides", *(f"in the file {one}() (--out writes such a file)" for one in classes)])
+
+
+def _candidate(place: str, one: Forecast, peak: int | None) -> dict[str, str]:
+    """Its cells by column."""
+    config = one.config
+    zero = {Zero.OPTIMIZER: "1", Zero.GRADIENTS: "2", Zero.PARAMETERS: "3"}[config.sharding.zero]
+    left = "" if peak is None or one.limit is None else f"{gib(one.limit - peak)} left"
+    return {
+        "": place,
+        "mesh": mesh_text(one.mesh).replace(" x ", ", "),
+        "remat": config.model.remat.value,
+        "micro": str(config.train.micro_batches),
+        "ZeRO": zero if config.sharding.fsdp > 1 else "-",
+        "optimizer": optimizer_text(config.optimizer),
+        ">margin": gib(one.margin),
+        ">step": seconds(one.time.step_seconds),
+        ">MFU": f"{one.time.mfu_ceiling:.0%}",
+        ">sends": giga(sum(axis.sent for axis in one.traffic)) + "B",
+        "limited by": one.time.limited_by,
+        ">compiler": "does not fit" if peak is not None and one.limit is not None and peak > one.limit else left,
+    }
+
+
+def _parameters(found: Forecast) -> Iterable[tuple[str, ...]]:
+    count, flops = found.parameters, found.flops
+    for name in ("embedding", "attention", "ffn", "norms", "unembedding"):
+        yield name, giga(getattr(count, name))
+    yield "all", giga(count.total), "bold"
+    if count.active != count.total:
+        yield "that a token uses", giga(count.active)
+    yield "FLOPs a token", giga(flops.total)
+    yield "  6 N", giga(flops.parameters_term)
+    yield "  attention", giga(flops.attention_term)
+    yield "  of it causal", giga(flops.causal_attention_term)
+    yield "and again, by remat", giga(flops.recompute)
+    yield "FLOPs a step", f"{flops.total * found.tokens:.3g}"
+
+
+def _memory(found: Forecast) -> Iterable[Sequence[Any]]:
+    """Bars on the scale of the limit, or of the peak where none is known."""
+    memory, at_peak = found.memory, found.memory.at_peak
+    bar = lambda size: Text("\u2588" * min(_BAR, round(_BAR * size / (found.limit or memory.peak))), style="blue")
+    for name, size in at_peak.items():
+        if size:
+            yield name, gib(size), bar(size)
+    yield "peak, by arithmetic", gib(memory.peak), bar(memory.peak), "bold"
+    if found.limit is not None:
+        yield "limit", gib(found.limit), ""
+    other = "logits" if "working" in at_peak else "working"
+    yield f"{other}, at other times", gib(getattr(memory, other)), "", "dim"
+    yield "key/value cache", gib(found.cache), "", "dim"
+
+
+def _time(found: Forecast) -> Iterable[tuple[str, ...]]:
+    """What each part would take by itself."""
+    if (bound := found.bound) is not None:
+        idle = f"{bound.bubble:.0%} of it idle stages" if bound.bubble else ""
+        yield "compute", seconds(bound.compute_seconds / (1 - bound.bubble)), "", idle
+        yield "memory", seconds(bound.memory_seconds), "", f"{bound.intensity:,.0f} FLOPs a byte"
+    for one in found.traffic:
+        time = "?" if one.seconds is None else seconds(one.seconds)
+        yield f"{one.axis} over {one.link.value}", time, f"{giga(one.sent)}B", one.what
+
+
+def _runs(one: Mapping[str, Any]) -> str:
+    return f"{one['runs']:,}{'' if one['runs_exact'] else '+'}"
+
+
+def _collective(one: Mapping[str, Any]) -> Sequence[str]:
+    megabytes = (f"{size / 1e6:,.3f}" for size in (one["bytes_each"], one["bytes_sent"]))
+    axes, overlaps = " x ".join(one["axes"]) or "-", "yes" if one["asynchronous"] else ""
+    return one["kind"], axes, str(one["group"]), str(one["number"]), _runs(one), *megabytes, overlaps
+
+
+def _kernel(one: Mapping[str, Any]) -> Sequence[str]:
+    return one["name"], one["maker"], str(one["calls"]), _runs(one), one["source"]

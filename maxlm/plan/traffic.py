@@ -33,7 +33,7 @@ from maxlm.config import (
 )
 from maxlm.hardware import Switched, Torus
 from maxlm.plan.arrays import FLOAT32, ParameterArray, Part, device_shape, parameter_arrays
-from maxlm.plan.machines import CpuMachine, GpuMachine, Machine, TpuMachine, chip
+from maxlm.plan.machines import CpuMachine, GpuMachine, Machine, TpuMachine
 
 
 class Link(enum.Enum):
@@ -386,7 +386,7 @@ def _over_links(ledger: _Ledger, axis: str, inner: Mapping[str, int], target: Ma
         far, close = far + sent * share, close + sent * (1 - share)
         seconds += _ici_seconds(target, inner, axis, sent * (1 - share), pattern)
     what = ", ".join(ledger.words.get(axis, ["nothing"]))
-    device = chip(target)
+    device = target.hardware
     if device is None:
         return [AxisTraffic(axis=axis, link=Link.LOCAL, sent=round(far + close), seconds=None, what=what)]
     match device.network:
@@ -408,7 +408,7 @@ def _ici_seconds(target: Machine, inner: Mapping[str, int], axis: str, sent: flo
     covers; an all-to-all over a ring of n takes n / 4 times as long a byte, since bytes cross n / 4 links on average;
     permutes use one link, the pipeline's one in each direction.
     """
-    device = chip(target)
+    device = target.hardware
     if device is None or not isinstance(device.network, Torus) or not sent:
         return 0.0
     dims = torus_dims(target, inner)[axis] or ((2, 1),)
@@ -433,7 +433,7 @@ def torus_dims(target: Machine, inner: Mapping[str, int]) -> dict[str, tuple[tup
     with two links, if its length is a multiple of `Torus.ring`. The two devices of a TPU 7x chip count as a dim
     of length 2.
     """
-    device = chip(target)
+    device = target.hardware
     if device is None or not isinstance(device.network, Torus):
         return dict.fromkeys(MESH_AXES, ())
     ring, lengths = device.network.ring, _lengths(target)
