@@ -1,5 +1,9 @@
 """Frozen, keyword-only dataclasses that describe everything a run can do. Nothing here imports jax."""
 
+from typing import Any
+
+from maxlm.config import earlier
+from maxlm.config.attention import Attention, GroupedQuery
 from maxlm.config.data import (
     ByteTokenizer,
     DataConfig,
@@ -18,33 +22,36 @@ from maxlm.config.data import (
 )
 from maxlm.config.dims import ACTIVATION_DIMS, CUT_BY_FSDP, PARAMETER_DIMS, Axes, StatePart
 from maxlm.config.errors import UserError
+from maxlm.config.execution import Backend, Dtype, ExecutionConfig, GluSave, KernelConfig, Remat
 from maxlm.config.families import llama, with_experts
-from maxlm.config.ffn import (
+from maxlm.config.mlp import (
     Activation,
     Capacity,
     Dispatch,
     Dropless,
     ExpertChoiceRouter,
-    FfnConfig,
-    GluConfig,
-    MoeConfig,
+    Experts,
+    GatedMlp,
+    Mlp,
+    MlpConfig,
     NoisyTopKRouter,
     Router,
     SigmoidRouter,
     TopKRouter,
 )
 from maxlm.config.model import (
-    AttentionConfig,
-    Backend,
     BlockConfig,
-    Dtype,
-    GluSave,
-    KernelConfig,
-    Llama3RopeScaling,
+    Head,
+    LmHead,
     ModelConfig,
-    Remat,
-    RopeConfig,
+    Parallel,
+    PostNorm,
+    PreNorm,
+    Residual,
+    Sandwich,
+    ScalarHead,
 )
+from maxlm.config.norm import LayerNorm, Norm, RmsNorm
 from maxlm.config.optimizer import (
     Adafactor,
     AdamW,
@@ -55,6 +62,16 @@ from maxlm.config.optimizer import (
     OptimizerConfig,
     Schedule,
     WsdSchedule,
+)
+from maxlm.config.position import (
+    Alibi,
+    EmbeddedPosition,
+    Learned,
+    Llama3RopeScaling,
+    Position,
+    RelativeBias,
+    Rope,
+    Sinusoidal,
 )
 from maxlm.config.run import CheckpointConfig, ObserveConfig, RunConfig, StepRange, TrainConfig
 from maxlm.config.sampling import SamplingConfig
@@ -80,7 +97,8 @@ __all__ = [
     "Activation",
     "Adafactor",
     "AdamW",
-    "AttentionConfig",
+    "Alibi",
+    "Attention",
     "Axes",
     "Backend",
     "BlockConfig",
@@ -96,33 +114,52 @@ __all__ = [
     "Documents",
     "Dropless",
     "Dtype",
+    "EmbeddedPosition",
+    "ExecutionConfig",
     "ExpertChoiceRouter",
-    "FfnConfig",
+    "Experts",
     "Files",
-    "GluConfig",
+    "GatedMlp",
     "GluSave",
+    "GroupedQuery",
+    "Head",
     "HuggingFaceDataset",
     "HuggingFaceTokenizer",
     "InverseSqrtSchedule",
     "KernelConfig",
+    "LayerNorm",
+    "Learned",
     "LinearSchedule",
     "Llama3RopeScaling",
+    "LmHead",
+    "Mlp",
+    "MlpConfig",
     "ModelConfig",
-    "MoeConfig",
     "NoisyTopKRouter",
+    "Norm",
     "ObserveConfig",
     "OptimizerConfig",
+    "Parallel",
     "PieceModel",
+    "Position",
+    "PostNorm",
+    "PreNorm",
     "PrepareConfig",
+    "RelativeBias",
     "Remat",
-    "RopeConfig",
+    "Residual",
+    "RmsNorm",
+    "Rope",
     "Router",
     "RunConfig",
     "SamplingConfig",
+    "Sandwich",
+    "ScalarHead",
     "Schedule",
     "SentencePieceTokenizer",
     "ShardingConfig",
     "SigmoidRouter",
+    "Sinusoidal",
     "SlicesAxis",
     "StandardLibrary",
     "StatePart",
@@ -144,3 +181,11 @@ __all__ = [
     "pipeline_ticks",
     "with_experts",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """A class by its name of an earlier version."""
+    if name in earlier.CLASSES:
+        earlier.tell(f"maxlm.config.{name}", earlier.CLASSES[name])
+        return globals()[earlier.CLASSES[name]]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,6 +5,24 @@ D d_model      F d_ff            V vocabulary
 N query heads  K key/value heads G = N / K         H head_dim
 """
 
-from maxlm.models.decoder import Decoder, abstract_decoder, abstract_parameters, init_parameters, parameter_dims
+from maxlm.models.decoder import (
+    Decoder,
+    abstract_parameters,
+    bind,
+    declared,
+    init_parameters,
+    parameter_dims,
+)
+from maxlm.models.execution import Execution
+from maxlm.models.tokens import Tokens
 
-__all__ = ["Decoder", "abstract_decoder", "abstract_parameters", "init_parameters", "parameter_dims"]
+__all__ = [
+    "Decoder",
+    "Execution",
+    "Tokens",
+    "abstract_parameters",
+    "bind",
+    "declared",
+    "init_parameters",
+    "parameter_dims",
+]

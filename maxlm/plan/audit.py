@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import jax
-
 from maxlm.config import Context, RunConfig, Zero
-from maxlm.models import abstract_decoder, init_parameters, parameter_dims
 from maxlm.plan.collectives import UNKNOWN, Collective, Kind, summed
+from maxlm.shapes import arrays
 from maxlm.sharding import Layout
 
 
@@ -53,15 +51,12 @@ def forbidden(layout: Layout, found: Sequence[Collective], *, matrix_bytes: int,
 
 def smallest_matrix(config: RunConfig, layout: Layout) -> int:
     """Bytes, in bfloat16, of the smallest parameter of one layer that fsdp cuts, as it is when put together again."""
-    decoder = abstract_decoder(config.model, layout)
-    shapes = jax.tree.leaves(jax.eval_shape(lambda: init_parameters(config.model, layout, jax.random.key(0))))
-    names = jax.tree.leaves(parameter_dims(decoder), is_leaf=lambda leaf: isinstance(leaf, tuple))
     sizes = []
-    for shape, dims in zip(shapes, names, strict=True):
-        spec = layout.parameter(dims)
+    for array in arrays(config.model):
+        spec = layout.parameter(array.dims)
         if "fsdp" in spec:
-            shard = layout.sharding(spec).shard_shape(shape.shape)
-            layer = [size for size, dim in zip(shard, dims, strict=True) if dim != "layers"]
+            shard = layout.sharding(spec).shard_shape(array.shape)
+            layer = [size for size, dim in zip(shard, array.dims, strict=True) if dim != "layers"]
             sizes.append(2 * math.prod(layer) * layout.mesh.shape["fsdp"])
     return min(sizes, default=0)
 

@@ -16,13 +16,14 @@ from maxlm.config import (
     Context,
     Dropless,
     ExpertChoiceRouter,
-    GluConfig,
-    MoeConfig,
+    Experts,
+    GatedMlp,
+    Mlp,
     Remat,
     RunConfig,
 )
-from maxlm.plan.arrays import FLOAT32
 from maxlm.plan.targets import Platform
+from maxlm.shapes import FLOAT32, block_norms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class BlockMemory:
     @property
     def itemsize(self) -> int:
         """Of the compute dtype."""
-        return self.config.model.compute_dtype.itemsize
+        return self.config.execution.dtype.itemsize
 
     @property
     def tensor(self) -> int:
@@ -85,10 +86,15 @@ class BlockMemory:
 
     @property
     def glu(self) -> int:
-        """Both inputs of a gated MLP's product, of all experts that every token uses."""
-        ffn = self.block.ffn
-        d_ff = ffn.n_shared_experts * ffn.d_ff if isinstance(ffn, MoeConfig) else ffn.d_ff
-        return 2 * d_ff * self.itemsize // self.tensor
+        """Both inputs of a gated MLP's product, of all experts that every token uses; the one of a plain MLP."""
+        return self._hidden if isinstance(self.block.mlp, Mlp) else 2 * self._hidden
+
+    @property
+    def _hidden(self) -> int:
+        """What an MLP's last product reads, of all experts that every token uses."""
+        mlp = self.block.mlp
+        d_ff = mlp.n_shared_experts * mlp.d_ff if isinstance(mlp, Experts) else mlp.d_ff
+        return d_ff * self.itemsize // self.tensor
 
     @property
     def products(self) -> int:
@@ -101,7 +107,7 @@ class BlockMemory:
         """What jax saves where nothing says what to save: of each norm its input, the normalised input, both in
         float32, and its output; of attention the named arrays; of the MLP what `_mlp_everything` says."""
         model, attention = self.config.model, self.block.attention
-        norms = 2 * (2 * FLOAT32 * model.d_model // self.residual + self.width)
+        norms = len(block_norms(self.block)) * (2 * FLOAT32 * model.d_model // self.residual + self.width)
         if attention.qk_norm:
             norms += 2 * FLOAT32 * (self.query + self.key_value // 2) // self.itemsize
         return norms + self.named + self._mlp_everything
@@ -132,81 +138,81 @@ class BlockMemory:
     @property
     def _mlp_products(self) -> int:
         """Gate and up; of experts also what comes out of them, which their gates' gradients need."""
-        ffn = self.block.ffn
-        match ffn:
-            case GluConfig():
+        mlp = self.block.mlp
+        match mlp:
+            case Mlp() | GatedMlp():
                 return self._gate_up
-            case MoeConfig():
-                return self._gate_up + round(self._slots * self.width) + FLOAT32 * ffn.n_experts
+            case Experts():
+                return self._gate_up + round(self._slots * self.width) + FLOAT32 * mlp.n_experts
             case _:
-                assert_never(ffn)
+                assert_never(mlp)
 
     @property
     def _gate_up(self) -> int:
-        ffn = self.block.ffn
-        match ffn:
-            case GluConfig():
+        mlp = self.block.mlp
+        match mlp:
+            case Mlp() | GatedMlp():
                 return self.glu
-            case MoeConfig():
-                return self.glu + round(self._slots * 2 * ffn.d_ff * self.itemsize / self.tensor)
+            case Experts():
+                return self.glu + round(self._slots * 2 * mlp.d_ff * self.itemsize / self.tensor)
             case _:
-                assert_never(ffn)
+                assert_never(mlp)
 
     @property
     def _mlp_saved(self) -> bool:
         """Whether the backward pass finds the MLP's products."""
-        remat = self.config.model.remat
-        return remat in (Remat.NONE, Remat.DOTS) or (remat is Remat.GLU and isinstance(self.block.ffn, GluConfig))
+        remat = self.config.execution.remat
+        return remat in (Remat.NONE, Remat.DOTS) or (remat is Remat.GLU and not isinstance(self.block.mlp, Experts))
 
     @property
     def _mlp_everything(self) -> int:
         """Gate, up and what the last product reads. Experts, whose gated unit is plain float32, save five arrays of it,
         their rows, the router's input and every choice's result, and what the last product reads."""
-        ffn, d_model = self.block.ffn, self.config.model.d_model
-        dense = self.glu + self.glu // 2
-        match ffn:
-            case GluConfig():
+        mlp, d_model = self.block.mlp, self.config.model.d_model
+        dense = self.glu + self._hidden
+        match mlp:
+            case Mlp() | GatedMlp():
                 return dense
-            case MoeConfig():
-                gated = (5 * FLOAT32 + self.itemsize) * ffn.d_ff // self.tensor
+            case Experts():
+                gated = (5 * FLOAT32 + self.itemsize) * mlp.d_ff // self.tensor
                 rows = self._slots * (gated + self.width)
-                return dense + round(rows) + FLOAT32 * d_model * (1 + _choices(ffn))
+                return dense + round(rows) + FLOAT32 * d_model * (1 + _choices(mlp))
             case _:
-                assert_never(ffn)
+                assert_never(mlp)
 
     @property
     def _moved(self) -> int:
         """Tokens on their way to experts and back: the rows that leave, that arrive, that return, and each choice's."""
-        ffn = self.block.ffn
-        match ffn:
-            case GluConfig():
+        mlp = self.block.mlp
+        match mlp:
+            case Mlp() | GatedMlp():
                 return 0
-            case MoeConfig():
-                return round((2 * self._slots + _choices(ffn)) * self.width)
+            case Experts():
+                return round((2 * self._slots + _choices(mlp)) * self.width)
             case _:
-                assert_never(ffn)
+                assert_never(mlp)
 
     @property
     def _slots(self) -> float:
         """Rows of the buffer that a device's experts read, for each of the device's tokens (`ops/experts.py`)."""
-        ffn, devices = self.block.ffn, self.sizes["expert"]
-        assert isinstance(ffn, MoeConfig)
-        choices = _choices(ffn)
-        match ffn.dispatch:
+        mlp, devices = self.block.mlp, self.sizes["expert"]
+        assert isinstance(mlp, Experts)
+        choices = _choices(mlp)
+        match mlp.dispatch:
             case Capacity(factor=factor):
                 return factor * choices
             case Dropless(buffer=buffer):
                 if devices == 1:
                     return choices
                 # Each device has room for what every other one may send it.
-                room = float(min(choices, ffn.n_experts // devices))
+                room = float(min(choices, mlp.n_experts // devices))
                 if buffer is not None:
                     room = min(room, buffer * choices / devices)
                 return devices * room
             case _:
-                assert_never(ffn.dispatch)
+                assert_never(mlp.dispatch)
 
 
-def _choices(ffn: MoeConfig) -> int:
+def _choices(mlp: Experts) -> int:
     """Experts of a token; where experts choose, `Capacity` alone tells how many."""
-    return 1 if isinstance(ffn.router, ExpertChoiceRouter) else ffn.router.top_k
+    return 1 if isinstance(mlp.router, ExpertChoiceRouter) else mlp.router.top_k

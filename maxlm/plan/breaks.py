@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from maxlm.config import Dropless, MoeConfig, RunConfig, SlicesAxis, pipeline_bubble
+from maxlm.config import Dropless, Experts, RunConfig, SlicesAxis, pipeline_bubble
 from maxlm.plan.bound import TimeBound, estimate_time
 from maxlm.plan.targets import CpuTarget, GpuTarget, Target, TpuTarget, larger
 from maxlm.plan.traffic import AxisTraffic, Link, estimate_traffic, local_tokens, whole_torus
@@ -166,7 +166,7 @@ def _links(scale: _Scale) -> Iterator[_Break]:
                 )
             case "expert" if _without_buffer(scale.config):
                 remedy = (
-                    "model.blocks[].ffn.dispatch = Dropless() sends room for the worst case; use Dropless(buffer=2)"
+                    "model.blocks[].mlp.dispatch = Dropless() sends room for the worst case; use Dropless(buffer=2)"
                 )
             case "stage" | "seq" | "expert":
                 remedy = f"it crosses the {one.link.value}; use a smaller sharding.{one.axis}, or longer sequences"
@@ -181,10 +181,9 @@ def _links(scale: _Scale) -> Iterator[_Break]:
 
 
 def _without_buffer(config: RunConfig) -> bool:
-    ffns = [block.ffn for block in config.model.blocks]
+    ffns = [block.mlp for block in config.model.blocks]
     return any(
-        isinstance(ffn, MoeConfig) and isinstance(ffn.dispatch, Dropless) and ffn.dispatch.buffer is None
-        for ffn in ffns
+        isinstance(mlp, Experts) and isinstance(mlp.dispatch, Dropless) and mlp.dispatch.buffer is None for mlp in ffns
     )
 
 

@@ -66,7 +66,7 @@ def _facts(report: Report) -> str:
     return (
         f"{mesh_text(report.mesh)}; {train.batch_size:,} sequences of {train.seq_len:,} tokens in "
         f"{train.micro_batches} micro-batch{'es' if train.micro_batches > 1 else ''}; "
-        f"remat {report.config.model.remat.value}; {type(report.config.optimizer).__name__}"
+        f"remat {report.config.execution.remat.value}; {type(report.config.optimizer).__name__}"
     )
 
 

@@ -10,12 +10,12 @@ from typing import TypeAlias
 
 from maxlm.config import RunConfig, ShardingConfig, UserError
 from maxlm.hardware import Chip
-from maxlm.observe.flops import FlopsPerToken, ParameterCount, flops_per_token, parameter_count
 from maxlm.plan.bound import TimeBound, estimate_time
 from maxlm.plan.breaks import what_breaks_first
 from maxlm.plan.memory import MemoryEstimate, cache_bytes, estimate_memory
 from maxlm.plan.targets import CpuTarget, GpuTarget, Target, TpuTarget, chip, memory_limit, platform
 from maxlm.plan.traffic import AxisTraffic, estimate_traffic
+from maxlm.shapes import FlopsPerToken, ParameterCount, flops_per_token, parameter_count
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 
@@ -113,7 +113,7 @@ def analyse(config: RunConfig, target: Target) -> Report:
         chip=chip(target),
         memory=estimate_memory(config, target.devices, platform(target)),
         cache=cache_bytes(config, target.devices),
-        flops=flops_per_token(config.model, config.train.seq_len, remat_stages=staged),
+        flops=flops_per_token(config.model, config.train.seq_len, config.execution.remat, remat_stages=staged),
         traffic=traffic,
         bound=estimate_time(config, target, traffic),
         breaks=what_breaks_first(config, target),
@@ -156,7 +156,7 @@ def warnings(report: Report) -> list[str]:
         ratio = report.memory.peak / report.compiled.peak
         if abs(ratio - 1) > SMALL_MARGIN:
             lines.append(f"arithmetic finds {ratio:.2f} times the compiler's peak; the compiler's decides")
-    if not report.config.model.scan_layers:
+    if not report.config.execution.scan_layers:
         lines.append("arithmetic counts the layers as a loop runs them, and model.scan_layers = False unrolls it")
     if report.bound is not None and report.bound.bubble > LARGE_BUBBLE:
         lines.append(

@@ -14,7 +14,7 @@ from maxlm.config import (
     Adafactor,
     AdamW,
     Dtype,
-    MoeConfig,
+    Experts,
     OptimizerConfig,
     Remat,
     RunConfig,
@@ -25,12 +25,12 @@ from maxlm.config import (
 from maxlm.config.export import python_file
 from maxlm.config.layout_rules import broken_layout_rules
 from maxlm.config.serialize import flatten
-from maxlm.observe.flops import parameter_count
 from maxlm.plan.bound import TimeBound, estimate_time
 from maxlm.plan.memory import MemoryEstimate, estimate_memory
 from maxlm.plan.report import Json, Tier
 from maxlm.plan.targets import GpuTarget, Target, TpuTarget, memory_limit, platform
 from maxlm.plan.traffic import AxisTraffic, estimate_traffic, whole_torus
+from maxlm.shapes import parameter_count
 
 LONGEST_TENSOR = 16
 """Of TPUs. Beyond, a device's part of a matrix is too small for its matrix unit; GPUs end at their host."""
@@ -110,9 +110,9 @@ def search(config: RunConfig, target: Target) -> Search:
 def layouts(config: RunConfig, target: Target) -> Iterator[ShardingConfig]:
     """Every mesh that the rules of `config/layout_rules.py` may allow on the target, within sensible limits."""
     model, train, devices = config.model, config.train, target.devices
-    experts = [block.ffn.n_experts for block in model.blocks if isinstance(block.ffn, MoeConfig)]
+    experts = [block.mlp.n_experts for block in model.blocks if isinstance(block.mlp, Experts)]
     blocks = [*model.first_blocks, *model.blocks]
-    widths = [n for one in blocks for n in (one.attention.n_heads, one.attention.n_kv_heads, one.ffn.d_ff)]
+    widths = [n for one in blocks for n in (one.attention.n_heads, one.attention.n_kv_heads, one.mlp.d_ff)]
     longest = target.per_host if isinstance(target, GpuTarget) else LONGEST_TENSOR
     pieces = [n for n in _divisors(math.gcd(devices, train.seq_len)) if n * SHORTEST_PIECE <= train.seq_len]
     allowed = {
@@ -172,8 +172,8 @@ class MeshSpace:
             parts
             for parts in sorted(powers | {train.micro_batches})
             if not broken_layout_rules(
-                self.config.model, sharding, n_devices=self.target.devices, batch_size=train.batch_size,
-                seq_len=train.seq_len, micro_batches=parts,
+                self.config.model, sharding, self.config.execution, n_devices=self.target.devices,
+                batch_size=train.batch_size, seq_len=train.seq_len, micro_batches=parts,
             )
         ]  # fmt: skip
 
@@ -181,7 +181,7 @@ class MeshSpace:
         config = self.config
         return replace(
             config,
-            model=replace(config.model, remat=remat),
+            execution=replace(config.execution, remat=remat),
             train=replace(config.train, micro_batches=parts),
             sharding=replace(self.sharding, zero=zero),
             optimizer=optimizer,
@@ -196,7 +196,7 @@ class MeshSpace:
             if fastest is None or (found and found[-1].bound.step_seconds <= fastest.bound.step_seconds):
                 continue
             found.append(fastest)
-            train, remat = fastest.config.train, fastest.config.model.remat
+            train, remat = fastest.config.train, fastest.config.execution.remat
             if train.micro_batches == self.parts[0] and remat is remats(self.config)[0]:
                 break  # it does as it likes
         return found
@@ -226,7 +226,7 @@ class MeshSpace:
 
 def remats(config: RunConfig) -> list[Remat]:
     """Policies to choose from; the host's memory, whose speed is not modelled, only if the config has it already."""
-    return [remat for remat in Remat if remat is not Remat.OFFLOAD or config.model.remat is Remat.OFFLOAD]
+    return [remat for remat in Remat if remat is not Remat.OFFLOAD or config.execution.remat is Remat.OFFLOAD]
 
 
 def optimizers(own: OptimizerConfig) -> list[OptimizerConfig]:
@@ -282,7 +282,7 @@ def candidate_json(one: Candidate, original: RunConfig) -> dict[str, Json]:
     return {
         "changes": differences(config, spelled_out(original, one.target)),
         "mesh": config.sharding.sizes(one.target.devices),
-        "remat": config.model.remat.value,
+        "remat": config.execution.remat.value,
         "micro_batches": config.train.micro_batches,
         "zero": config.sharding.zero.value,
         "optimizer": type(config.optimizer).__name__,
@@ -334,8 +334,8 @@ def preference(one: Candidate) -> tuple[float, float, int]:
 def broken_rules(config: RunConfig, target: Target) -> list[str]:
     train = config.train
     return broken_layout_rules(
-        config.model, config.sharding, n_devices=target.devices, batch_size=train.batch_size, seq_len=train.seq_len,
-        micro_batches=train.micro_batches,
+        config.model, config.sharding, config.execution, n_devices=target.devices, batch_size=train.batch_size,
+        seq_len=train.seq_len, micro_batches=train.micro_batches,
     )  # fmt: skip
 
 

@@ -112,7 +112,7 @@ def _candidate(one: Candidate) -> dict[str, str]:
     zero = {Zero.OPTIMIZER: "1", Zero.GRADIENTS: "2", Zero.PARAMETERS: "3"}[config.sharding.zero]
     return {
         "mesh": mesh_text(config.sharding.sizes(one.target.devices)).replace(" x ", ", "),
-        "remat": config.model.remat.value,
+        "remat": config.execution.remat.value,
         "micro": str(config.train.micro_batches),
         "ZeRO": zero if config.sharding.fsdp > 1 else "-",
         "optimizer": optimizer_text(config.optimizer),
@@ -142,7 +142,7 @@ def _head(report: Report) -> Text:
     text = Text(
         f"{target}: {target.devices:,} devices as {mesh_text(report.mesh)}\n"
         f"{train.batch_size:,} x {train.seq_len:,} tokens a step in {train.micro_batches} "
-        f"micro-batch{'es' if train.micro_batches > 1 else ''}, remat {report.config.model.remat.value}, "
+        f"micro-batch{'es' if train.micro_batches > 1 else ''}, remat {report.config.execution.remat.value}, "
         f"{optimizer_text(report.config.optimizer)}\n"
     )
     return text.append_text(_verdict(report))
@@ -166,7 +166,7 @@ def _parameters(report: Report) -> Table:
     count = report.parameters
     table = Table("parameters", box=None, pad_edge=False)
     table.add_column("number", justify="right")
-    for name in ("embedding", "attention", "ffn", "norms", "unembedding"):
+    for name in ("embedding", "attention", "mlp", "norms", "unembedding"):
         table.add_row(name, giga(getattr(count, name)))
     table.add_row("all", giga(count.total), style="bold")
     if count.active != count.total:

@@ -3,13 +3,13 @@
 The compiler cannot split a kernel over devices by itself, so kernels run inside `shard_map`.
 """
 
-from kernels_pallas import cache_room
-from maxlm.models.ops.attention import attention, attention_to_cache
-from maxlm.models.ops.dense import embed, glu, project
+from kernels_pallas import DistanceBias, Scores, cache_room
+from maxlm.models.ops.attention import attention, attention_to_cache, causal
+from maxlm.models.ops.dense import activate, embed, glu, project
 from maxlm.models.ops.experts import (
     EXPERT_IN_DIMS,
     EXPERT_OUT_DIMS,
-    Experts,
+    ExpertWeights,
     capacity_experts,
     dropless_experts,
     picked_experts,
@@ -19,11 +19,15 @@ from maxlm.models.ops.experts import (
 __all__ = [
     "EXPERT_IN_DIMS",
     "EXPERT_OUT_DIMS",
-    "Experts",
+    "DistanceBias",
+    "ExpertWeights",
+    "Scores",
+    "activate",
     "attention",
     "attention_to_cache",
     "cache_room",
     "capacity_experts",
+    "causal",
     "dropless_experts",
     "embed",
     "glu",
