@@ -42,7 +42,8 @@ def run_config(context: Context, seq: int, chips: int) -> RunConfig:
     return dataclasses.replace(
         config,
         # A small vocabulary, so that the layers are what is measured.
-        model=dataclasses.replace(config.model, n_layers=2, vocab_size=256, max_seq_len=length, remat=Remat.NAMES),
+        model=dataclasses.replace(config.model, n_layers=2, vocab_size=256, max_seq_len=length),
+        execution=dataclasses.replace(config.execution, remat=Remat.NAMES),
         sharding=ShardingConfig(data=chips // seq, seq=seq, context=context),
         train=dataclasses.replace(config.train, batch_size=chips // seq, seq_len=length),
     )

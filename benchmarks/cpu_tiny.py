@@ -31,7 +31,6 @@ def main() -> None:
 
 
 def measure(steps: int, cache: bool) -> None:
-    import dataclasses
     import json
     import resource
 
@@ -39,13 +38,14 @@ def measure(steps: int, cache: bool) -> None:
 
     from benchmarks.steps import Running, cpu_name, random_batch
     from maxlm.compile_cache import enable_compilation_cache, release_compiler_memory
-    from maxlm.config import AdamW, DataConfig, Dataset, Dtype, Remat, RunConfig, TrainConfig, llama
+    from maxlm.config import AdamW, DataConfig, Dataset, Dtype, ExecutionConfig, Remat, RunConfig, TrainConfig, llama
     from maxlm.sharding import make_layout
     from maxlm.training import make_trainer
 
     model = llama(vocab_size=4096, d_model=256, n_layers=4, n_heads=8, d_ff=688, max_seq_len=512)
     config = RunConfig(
-        model=dataclasses.replace(model, compute_dtype=Dtype.FLOAT32, remat=Remat.NAMES),
+        model=model,
+        execution=ExecutionConfig(dtype=Dtype.FLOAT32, remat=Remat.NAMES),
         data=DataConfig(datasets=(Dataset(path="none: the tokens are random"),)),
         train=TrainConfig(steps=1000, batch_size=8, seq_len=512, loss_chunk=512),
         optimizer=AdamW(),

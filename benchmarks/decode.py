@@ -23,36 +23,44 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from benchmarks.steps import cpu_name
-from maxlm.config import DataConfig, Dataset, Dtype, ModelConfig, Remat, RunConfig, SamplingConfig, TrainConfig, llama
+from maxlm.config import (
+    DataConfig,
+    Dataset,
+    Dtype,
+    ExecutionConfig,
+    ModelConfig,
+    RunConfig,
+    SamplingConfig,
+    TrainConfig,
+    llama,
+)
 from maxlm.config.sharding import ShardingConfig
 from maxlm.inference.steps import Choice, DecodeState, decode_chunk, row_keys
-from maxlm.models import abstract_decoder, init_parameters
+from maxlm.models import Execution, bind, init_parameters
 from maxlm.sharding import Layout, make_layout
 from maxlm.training import make_trainer
 
+FLOAT32 = ExecutionConfig(dtype=Dtype.FLOAT32)
 LENGTHS, BATCHES, TOKENS = (256, 1024, 4096), (1, 8), 16
 
 
 def model(n_layers: int, max_seq_len: int) -> ModelConfig:
-    family = llama(
+    return llama(
         vocab_size=256, d_model=64, n_layers=n_layers, n_heads=4, n_kv_heads=2, d_ff=176, max_seq_len=max_seq_len
     )
-    return dataclasses.replace(family, compute_dtype=Dtype.FLOAT32, remat=Remat.FULL)
 
 
 def decoding(layout: Layout, batch: int, length: int, at: int) -> dict[str, Any]:
     """Median milliseconds a token, tokens at positions `at` and on."""
     config = model(8, length)
-    parameters = init_parameters(config, layout, jax.random.key(0))
-    graph = nnx.split(abstract_decoder(config, layout))[0]
-    empty = jax.jit(lambda: nnx.merge(graph, parameters).empty_cache(batch, length))
+    parameters, how = init_parameters(config, jax.random.key(0)), Execution(layout, FLOAT32)
+    empty = jax.jit(lambda: bind(config, parameters).empty_cache(batch, length, how))
 
     def run(parameters: Any, state: DecodeState, keys: jax.Array, limit: jax.Array) -> tuple:
         choose = Choice(SamplingConfig(temperature=0.0), 256, -1)
-        return decode_chunk(nnx.merge(graph, parameters), state, keys, limit, chunk=TOKENS, choose=choose)
+        return decode_chunk(bind(config, parameters), how, state, keys, limit, chunk=TOKENS, choose=choose)
 
     def state() -> DecodeState:
         zeros = jnp.zeros(batch, jnp.int32)
@@ -72,7 +80,7 @@ def decoding(layout: Layout, batch: int, length: int, at: int) -> dict[str, Any]
         "cache_length": length,
         "position": at,
         "ms_per_token": round(statistics.median(times[1:]), 3),
-        "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
+        "temporary_bytes": temporary_bytes(program),
         "cache_bytes": cache_bytes,
     }
 
@@ -82,11 +90,18 @@ def pattern_bytes(layout: Layout, entries: int) -> int:
     one = dataclasses.replace(model(12, 512), d_model=256)
     config = RunConfig(
         model=dataclasses.replace(one, blocks=one.blocks * entries),
+        execution=FLOAT32,
         data=DataConfig(datasets=(Dataset(path="unused"),)),
         train=TrainConfig(steps=1, batch_size=8, seq_len=512),
     )
     trainer = make_trainer(config, layout)
-    return trainer.step.lower(trainer.state, trainer.batch).compile().memory_analysis().temp_size_in_bytes
+    return temporary_bytes(trainer.step.lower(trainer.state, trainer.batch).compile())
+
+
+def temporary_bytes(program: jax.stages.Compiled) -> int:
+    memory = program.memory_analysis()
+    assert memory is not None  # XLA for CPUs gives it
+    return memory.temp_size_in_bytes
 
 
 def main() -> None:

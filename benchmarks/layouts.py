@@ -37,7 +37,8 @@ def measure(moe: bool, rounds: int, steps: int) -> None:
         DataConfig,
         Dataset,
         Dtype,
-        MoeConfig,
+        ExecutionConfig,
+        Experts,
         Remat,
         RunConfig,
         ShardingConfig,
@@ -64,19 +65,16 @@ def measure(moe: bool, rounds: int, steps: int) -> None:
     if moe:
         layouts["expert 8"] = (ShardingConfig(data=1, expert=8), 1)
         layouts["fsdp 2 x expert 4"] = (ShardingConfig(data=1, fsdp=2, expert=4), 1)
-    model = dataclasses.replace(
-        llama(vocab_size=4096, d_model=256, n_layers=4, n_heads=8, d_ff=688, max_seq_len=512),
-        compute_dtype=Dtype.FLOAT32,
-        remat=Remat.NAMES,
-    )
+    model = llama(vocab_size=4096, d_model=256, n_layers=4, n_heads=8, d_ff=688, max_seq_len=512)
     if moe:
-        ffn = MoeConfig(n_experts=8, d_ff=344, router=TopKRouter(top_k=2))
-        model = dataclasses.replace(model, blocks=(dataclasses.replace(model.blocks[0], ffn=ffn),))
+        mlp = Experts(n_experts=8, d_ff=344, router=TopKRouter(top_k=2))
+        model = dataclasses.replace(model, blocks=(dataclasses.replace(model.blocks[0], mlp=mlp),))
 
     runs: dict[str, Running] = {}
     for name, (sharding, micro_batches) in {"one device": (ShardingConfig(), 1), **layouts}.items():
         config = RunConfig(
             model=model,
+            execution=ExecutionConfig(dtype=Dtype.FLOAT32, remat=Remat.NAMES),
             data=DataConfig(datasets=(Dataset(path="none: the tokens are random"),)),
             train=TrainConfig(steps=1000, batch_size=16, seq_len=512, loss_chunk=512, micro_batches=micro_batches),
             sharding=sharding,

@@ -37,7 +37,8 @@ def measure(rounds: int, steps: int) -> None:
         Dataset,
         Dropless,
         Dtype,
-        MoeConfig,
+        ExecutionConfig,
+        Experts,
         Remat,
         RunConfig,
         TopKRouter,
@@ -47,22 +48,19 @@ def measure(rounds: int, steps: int) -> None:
     from maxlm.sharding import make_layout
     from maxlm.training import make_trainer
 
-    dense = dataclasses.replace(
-        llama(vocab_size=4096, d_model=256, n_layers=4, n_heads=8, d_ff=688, max_seq_len=512),
-        compute_dtype=Dtype.FLOAT32,
-        remat=Remat.NAMES,
-    )
-    dropless = MoeConfig(n_experts=8, d_ff=344, router=TopKRouter(top_k=2), dispatch=Dropless())
-    ffns = {
-        "dense": dense.blocks[0].ffn,
+    dense = llama(vocab_size=4096, d_model=256, n_layers=4, n_heads=8, d_ff=688, max_seq_len=512)
+    dropless = Experts(n_experts=8, d_ff=344, router=TopKRouter(top_k=2), dispatch=Dropless())
+    mlps = {
+        "dense": dense.blocks[0].mlp,
         "dropless": dropless,
         "capacity 1.25": dataclasses.replace(dropless, dispatch=Capacity(factor=1.25)),
     }
 
     runs: dict[str, Running] = {}
-    for name, ffn in ffns.items():
+    for name, mlp in mlps.items():
         config = RunConfig(
-            model=dataclasses.replace(dense, blocks=(dataclasses.replace(dense.blocks[0], ffn=ffn),)),
+            model=dataclasses.replace(dense, blocks=(dataclasses.replace(dense.blocks[0], mlp=mlp),)),
+            execution=ExecutionConfig(dtype=Dtype.FLOAT32, remat=Remat.NAMES),
             data=DataConfig(datasets=(Dataset(path="none: the tokens are random"),)),
             train=TrainConfig(steps=1000, batch_size=8, seq_len=512, loss_chunk=512),
         )

@@ -80,7 +80,7 @@ llama7b gpu:h200:8 data=8 batch_size=32 fsdp=1 micro_batches=4
 llama7b gpu:h200:8 fsdp=2 seq=4 batch_size=32 remat=dots
 llama7b gpu:h200:8 fsdp=4 tensor=2 sequence_parallel=True batch_size=32 remat=full
 llama7b gpu:h200:8 fsdp=8 batch_size=64 remat=offload
-llama7b gpu:h100:8 fsdp=8 batch_size=64 compute_dtype=float32
+llama7b gpu:h100:8 fsdp=8 batch_size=64 dtype=float32
 llama7b gpu:h200:8 fsdp=8 batch_size=64 remat=qkv
 llama7b gpu:h200:8 fsdp=8 batch_size=64 remat=glu
 llama3_8b gpu:h200:8 fsdp=8 batch_size=32 micro_batches=2
@@ -130,7 +130,8 @@ compiler each belongs, are in `maxlm/plan/memory.py`.
 
 
 _SECTIONS = {
-    "model": ("n_layers", "remat", "compute_dtype"),
+    "model": ("n_layers",),
+    "execution": ("remat", "dtype"),
     "train": ("batch_size", "seq_len", "micro_batches", "loss_chunk"),
 }
 """Where the overrides' keys stand that are not in `sharding`."""

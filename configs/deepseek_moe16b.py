@@ -19,7 +19,7 @@ from maxlm.config import (
     DataConfig,
     Dataset,
     Dropless,
-    MoeConfig,
+    Experts,
     RunConfig,
     ShardingConfig,
     TopKRouter,
@@ -43,7 +43,7 @@ def get_config() -> RunConfig:
         norm_eps=1e-6,
         init_std=0.006,
     )
-    experts = MoeConfig(
+    experts = Experts(
         n_experts=64,
         d_ff=1408,
         n_shared_experts=2,

@@ -10,14 +10,14 @@ from dataclasses import replace
 from math import ceil
 
 from configs.llama7b import get_config as base
-from maxlm.config import RunConfig
+from maxlm.config import RmsNorm, RunConfig
 
 
 def get_config() -> RunConfig:
     run = base()
     return replace(
         run,
-        model=replace(run.model, max_seq_len=4096, norm_eps=1e-5),
+        model=replace(run.model, max_seq_len=4096, norm=RmsNorm(eps=1e-5)),
         train=replace(run.train, steps=ceil(2.0e12 / (1024 * 4096)), batch_size=1024, seq_len=4096),
         target="tpu:v5p:4x4x4",
         run_dir="runs/llama2_7b",

@@ -9,7 +9,7 @@ Time and final loss: not measured.
 from dataclasses import replace
 
 from configs.llama3_8b import get_config as base
-from maxlm.config import RopeConfig, RunConfig, ShardingConfig, llama
+from maxlm.config import Rope, RunConfig, ShardingConfig, llama
 
 
 def get_config() -> RunConfig:
@@ -24,7 +24,7 @@ def get_config() -> RunConfig:
             n_kv_heads=8,
             d_ff=28_672,
             max_seq_len=8192,
-            rope=RopeConfig(theta=500_000.0),
+            rope=Rope(theta=500_000.0),
         ),
         train=replace(run.train, micro_batches=1),
         optimizer=replace(run.optimizer, learning_rate=1.5e-4),

@@ -15,7 +15,7 @@ from dataclasses import replace
 from math import ceil
 
 from configs.llama7b import get_config as base
-from maxlm.config import AdamW, CosineSchedule, DataConfig, Dataset, RopeConfig, RunConfig, llama
+from maxlm.config import AdamW, CosineSchedule, DataConfig, Dataset, Rope, RunConfig, llama
 
 
 def get_config() -> RunConfig:
@@ -30,7 +30,7 @@ def get_config() -> RunConfig:
             n_kv_heads=8,
             d_ff=14_336,
             max_seq_len=8192,
-            rope=RopeConfig(theta=500_000.0),
+            rope=Rope(theta=500_000.0),
         ),
         data=DataConfig(datasets=(Dataset(path="data/llama3"),)),
         train=replace(run.train, steps=ceil(15e12 / (1024 * 8192)), batch_size=1024, seq_len=8192, micro_batches=2),

@@ -22,8 +22,8 @@ from maxlm.config import (
     DataConfig,
     Dataset,
     Dropless,
-    MoeConfig,
-    RopeConfig,
+    Experts,
+    Rope,
     RunConfig,
     ShardingConfig,
     TopKRouter,
@@ -42,9 +42,9 @@ def get_config() -> RunConfig:
         n_kv_heads=8,
         d_ff=14_336,
         max_seq_len=32_768,
-        rope=RopeConfig(theta=1e6),
+        rope=Rope(theta=1e6),
     )
-    experts = MoeConfig(
+    experts = Experts(
         n_experts=8, d_ff=14_336, router=TopKRouter(top_k=2, load_balance=0.01), dispatch=Dropless(buffer=2.0)
     )
     return RunConfig(

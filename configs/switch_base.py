@@ -23,8 +23,8 @@ from maxlm.config import (
     CheckpointConfig,
     DataConfig,
     Dataset,
+    Experts,
     InverseSqrtSchedule,
-    MoeConfig,
     RunConfig,
     ShardingConfig,
     TopKRouter,
@@ -37,8 +37,8 @@ from maxlm.config import (
 def get_config() -> RunConfig:
     dense = llama(vocab_size=32_128, d_model=768, n_layers=12, n_heads=12, d_ff=2048, max_seq_len=512, norm_eps=1e-6)
     (block,) = dense.blocks
-    gelu = replace(dense, blocks=(replace(block, ffn=replace(block.ffn, activation=Activation.GELU_TANH)),))
-    experts = MoeConfig(
+    gelu = replace(dense, blocks=(replace(block, mlp=replace(block.mlp, activation=Activation.GELU_TANH)),))
+    experts = Experts(
         n_experts=128,
         d_ff=2048,
         activation=Activation.GELU_TANH,

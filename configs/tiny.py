@@ -6,8 +6,6 @@ Hardware: two CPU cores, 1 GB of memory, no download; about two minutes, data in
 4.4 nats a token (it depends a little on the Python version, whose sources are the text).
 """
 
-import dataclasses
-
 from maxlm.config import (
     AdamW,
     CheckpointConfig,
@@ -15,6 +13,7 @@ from maxlm.config import (
     DataConfig,
     Dataset,
     Dtype,
+    ExecutionConfig,
     ObserveConfig,
     PrepareConfig,
     Remat,
@@ -27,9 +26,9 @@ from maxlm.config import (
 
 
 def get_config() -> RunConfig:
-    model = llama(vocab_size=4096, d_model=256, n_layers=4, n_heads=8, d_ff=688, max_seq_len=512)
     return RunConfig(
-        model=dataclasses.replace(model, compute_dtype=Dtype.FLOAT32, remat=Remat.NAMES),
+        model=llama(vocab_size=4096, d_model=256, n_layers=4, n_heads=8, d_ff=688, max_seq_len=512),
+        execution=ExecutionConfig(dtype=Dtype.FLOAT32, remat=Remat.NAMES),
         data=DataConfig(
             datasets=(
                 Dataset(

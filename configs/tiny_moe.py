@@ -10,10 +10,10 @@ from 8.3 to about 4.4 nats a token, and 5.29 on held-out text; the load's entrop
 from dataclasses import replace
 
 from configs.tiny import get_config as base
-from maxlm.config import MoeConfig, RunConfig, TopKRouter, with_experts
+from maxlm.config import Experts, RunConfig, TopKRouter, with_experts
 
 
 def get_config() -> RunConfig:
     run = base()
-    experts = MoeConfig(n_experts=8, d_ff=344, router=TopKRouter(top_k=2))
+    experts = Experts(n_experts=8, d_ff=344, router=TopKRouter(top_k=2))
     return replace(run, model=with_experts(run.model, experts), run_dir="runs/tiny_moe")

@@ -16,10 +16,11 @@ tune.py: command: find block sizes
 """
 
 from kernels_pallas import masks
-from kernels_pallas.attention.api import RelativeBias, flash_attention, flash_attention_gradients
+from kernels_pallas.attention.api import flash_attention, flash_attention_gradients
 from kernels_pallas.attention.cached import cache_room, cached_attention
 from kernels_pallas.attention.merge import merge_partials
 from kernels_pallas.attention.problem import AttentionBlocks
+from kernels_pallas.attention.scores import DistanceBias, Scores
 from kernels_pallas.dispatch import explain
 from kernels_pallas.glu.api import fused_glu, fused_glu_mlp, plan_glu
 from kernels_pallas.glu.problem import GluBlocks
@@ -29,9 +30,10 @@ from kernels_pallas.mixed import mixed_einsum
 
 __all__ = [
     "AttentionBlocks",
+    "DistanceBias",
     "GluBlocks",
     "GroupedBlocks",
-    "RelativeBias",
+    "Scores",
     "cache_room",
     "cached_attention",
     "explain",

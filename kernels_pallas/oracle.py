@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-Array = np.ndarray
+_Array = np.ndarray
 Words = str | tuple
 """A mask in words: "full", "causal", ("local", left, right) with None for no limit, ("prefix", n), ("chunked", size),
 ("and", words, words) or ("or", words, words)."""
 
 
-def mask_matrix(words: Words, q_positions: Array, k_positions: Array) -> Array:
+def mask_matrix(words: Words, q_positions: _Array, k_positions: _Array) -> _Array:
     """Which key each query sees: boolean [T, S] for positions [T] and [S].
 
     Raises:
@@ -71,13 +71,13 @@ def t5_bucket(distance: int, n: int, max_distance: int, bidirectional: bool) -> 
 class AttentionAnswer(NamedTuple):
     """Output, logsumexp, and the gradients for the cotangents d_out and d_lse."""
 
-    out: Array  # [B, T, N, Hv]
-    lse: Array  # [B, N, T]
-    dq: Array
-    dk: Array
-    dv: Array
-    d_bias_table: Array | None  # [N, n]
-    d_sinks: Array | None  # [N]
+    out: _Array  # [B, T, N, Hv]
+    lse: _Array  # [B, N, T]
+    dq: _Array
+    dk: _Array
+    dv: _Array
+    d_bias_table: _Array | None  # [N, n]
+    d_sinks: _Array | None  # [N]
 
 
 def attention(
@@ -180,11 +180,11 @@ def attention(
 _erf = np.vectorize(math.erf, otypes=[float])
 
 
-def _sigmoid(x: Array) -> Array:
+def _sigmoid(x: _Array) -> _Array:
     return 0.5 * (1 + np.tanh(0.5 * x))
 
 
-def activation(act: str, x: Array) -> tuple[Array, Array]:
+def activation(act: str, x: _Array) -> tuple[_Array, _Array]:
     """The activation of x and its slope.
 
     Raises:
@@ -213,16 +213,16 @@ def activation(act: str, x: Array) -> tuple[Array, Array]:
 class Glu(NamedTuple):
     """h = act(a) * g and the gradients for the cotangent dh."""
 
-    h: Array  # [..., F]
-    a: Array
-    g: Array
-    da: Array
-    dg: Array
-    dx: Array
-    dw_gate: Array
-    dw_up: Array
-    db_gate: Array
-    db_up: Array
+    h: _Array  # [..., F]
+    a: _Array
+    g: _Array
+    da: _Array
+    dg: _Array
+    dx: _Array
+    dw_gate: _Array
+    dw_up: _Array
+    db_gate: _Array
+    db_up: _Array
 
 
 def glu(x: Any, w_gate: Any, w_up: Any, dh: Any, b_gate: Any = 0.0, b_up: Any = 0.0, *, act: str = "silu") -> Glu:
@@ -259,9 +259,9 @@ def glu(x: Any, w_gate: Any, w_up: Any, dh: Any, b_gate: Any = 0.0, b_up: Any = 
 class Grouped(NamedTuple):
     """Products of rows with their group's matrix, and the gradients for the cotangent dy."""
 
-    out: Array  # [M, F]
-    dx: Array  # [M, D]
-    dw: Array  # [E, D, F]
+    out: _Array  # [M, F]
+    dx: _Array  # [M, D]
+    dw: _Array  # [E, D, F]
 
 
 def grouped_matmul(x: Any, w: Any, group_sizes: Any, dy: Any) -> Grouped:

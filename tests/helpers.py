@@ -10,27 +10,32 @@ import jax
 import numpy as np
 
 from maxlm.config import (
-    AttentionConfig,
     BlockConfig,
     DataConfig,
     Dataset,
     Dtype,
-    GluConfig,
+    ExecutionConfig,
+    GatedMlp,
+    GroupedQuery,
     ModelConfig,
     Remat,
-    RopeConfig,
+    Rope,
     RunConfig,
     ShardingConfig,
     TrainConfig,
 )
+from maxlm.models import Execution, Tokens, bind
+from maxlm.models.decoder import DecoderOutput
 from maxlm.sharding import Layout, make_layout
 from maxlm.training import Trainer
 
+FLOAT32 = ExecutionConfig(dtype=Dtype.FLOAT32, remat=Remat.NONE)
+
 
 def small_model(**changes: Any) -> ModelConfig:
-    """Two layers with grouped heads, in float32."""
+    """Two layers with grouped heads."""
     block = BlockConfig(
-        attention=AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=8, rope=RopeConfig()), ffn=GluConfig(d_ff=48)
+        attention=GroupedQuery(n_heads=4, n_kv_heads=2, head_dim=8, position=Rope()), mlp=GatedMlp(d_ff=48)
     )
     model = ModelConfig(
         vocab_size=64,
@@ -38,8 +43,6 @@ def small_model(**changes: Any) -> ModelConfig:
         n_layers=2,
         blocks=(block,),
         max_seq_len=64,
-        compute_dtype=Dtype.FLOAT32,
-        remat=Remat.NONE,
         init_std=0.2,
     )
     return dataclasses.replace(model, **changes)
@@ -61,11 +64,23 @@ def small_run(model: ModelConfig | None = None, sharding: ShardingConfig | None 
         data=DataConfig(datasets=(Dataset(path="unused"),)),
         train=TrainConfig(**values),
         sharding=sharding or ShardingConfig(),
+        execution=FLOAT32,
     )
 
 
 def one_device() -> Layout:
     return make_layout(ShardingConfig(), jax.devices()[:1])
+
+
+def plainly(layout: Layout | None = None) -> Execution:
+    """In float32, with everything saved; on one device, if no layout says else."""
+    return Execution(layout or one_device(), FLOAT32)
+
+
+def run_decoder(model: ModelConfig, parameters: Any, how: Execution, ids: Any, tokens: Tokens) -> DecoderOutput:
+    """The whole model, from ids to hidden states."""
+    decoder = bind(model, parameters)
+    return decoder(decoder.embeddings(ids, tokens, how), tokens, how)
 
 
 def packed_batch(config: RunConfig, seed: int = 0) -> dict[str, np.ndarray]:

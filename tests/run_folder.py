@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from helpers import one_device, small_model, small_run
+from helpers import small_model, small_run
 
 from maxlm.checkpoint.checkpointer import Checkpointer
 from maxlm.config import ByteTokenizer, DataConfig, Dataset, Files, ModelConfig, PrepareConfig, RunConfig, serialize
@@ -23,8 +23,7 @@ BYTE_MODEL = small_model(vocab_size=264)
 @functools.cache
 def parameters_of(config: RunConfig, seed: int = 3) -> dict[str, Any]:
     """Initial parameters; copy before changing the dict."""
-    layout = one_device()
-    return jax.jit(lambda: init_parameters(config.model, layout, jax.random.key(seed)))()
+    return jax.jit(lambda: init_parameters(config.model, jax.random.key(seed)))()
 
 
 def make_run(

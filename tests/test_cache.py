@@ -9,14 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from helpers import one_device, small_model, small_run
+from helpers import FLOAT32, one_device, plainly, small_model, small_run
 
-from kernels_pallas import cached_attention, masks
+from kernels_pallas import Scores, cached_attention, masks
 from kernels_pallas.masks import Mask
 from maxlm.config import ModelConfig, Remat, SamplingConfig
 from maxlm.inference.steps import Choice, DecodeState, decode_chunk, row_keys
-from maxlm.models import abstract_decoder, abstract_parameters, ops
+from maxlm.models import abstract_parameters, bind, ops
 from maxlm.training import make_trainer
 
 
@@ -29,7 +28,7 @@ def test_attention_in_place_is_attention(mask: Mask, T: int) -> None:
     q = rng.standard_normal((B, T, N, H), np.float32)
     k, v = (rng.standard_normal((L, B, S, K, H), np.float32) for _ in range(2))
     first = np.array([0, 251], np.int32)
-    got = jax.jit(functools.partial(cached_attention, mask=mask))(q, k, v, jnp.int32(1), first)
+    got = jax.jit(functools.partial(cached_attention, scores=Scores(mask=mask)))(q, k, v, jnp.int32(1), first)
     reach = 129 if mask is not masks.causal else S
     for row, start in enumerate(first):
         for t in range(T):
@@ -46,7 +45,7 @@ def test_many_queries_give_what_few_give() -> None:
     rng = np.random.default_rng(1)
     q = rng.standard_normal((2, 24, 4, 8), np.float32)
     k, v = (rng.standard_normal((2, 2, 64, 2, 8), np.float32) for _ in range(2))
-    attend = jax.jit(functools.partial(ops.attention_to_cache, one_device(), window=20))
+    attend = jax.jit(functools.partial(ops.attention_to_cache, one_device(), scores=Scores(mask=ops.causal(20))))
     first = np.array([3, 30], np.int32)
     whole = attend(q, k, v, jnp.int32(1), first)
     for t in range(24):
@@ -56,16 +55,15 @@ def test_many_queries_give_what_few_give() -> None:
 
 def _decode_program(config: ModelConfig, length: int) -> tuple[jax.stages.Compiled, int]:
     """Four tokens for each of two rows, and the bytes of the cache."""
-    layout = one_device()
-    graph = nnx.split(abstract_decoder(config, layout))[0]
-    parameters = abstract_parameters(config, layout)
-    cache = jax.eval_shape(lambda p: nnx.merge(graph, p).empty_cache(2, length), parameters)
+    how = plainly()
+    parameters = abstract_parameters(config, how.layout)
+    cache = jax.eval_shape(lambda p: bind(config, p).empty_cache(2, length, how), parameters)
     row = jax.ShapeDtypeStruct((2,), jnp.int32)
 
     def run(parameters: dict, state: DecodeState) -> tuple:
         choose = Choice(SamplingConfig(temperature=0), config.vocab_size, -1)
         keys = row_keys(jnp.uint32(0), 2)
-        return decode_chunk(nnx.merge(graph, parameters), state, keys, jnp.int32(4), chunk=4, choose=choose)
+        return decode_chunk(bind(config, parameters), how, state, keys, jnp.int32(4), chunk=4, choose=choose)
 
     state = DecodeState(cache, row, row, jax.ShapeDtypeStruct((2,), jnp.bool))
     program = jax.jit(run, donate_argnums=1).lower(parameters, state).compile()
@@ -84,9 +82,10 @@ def test_a_layer_of_a_pattern_waits_for_no_other() -> None:
     """With full rematerialisation the pattern's length decides nothing about memory: each block is recomputed alone."""
 
     def temporary(entries: int) -> int:
-        model = small_model(n_layers=6, max_seq_len=256, remat=Remat.FULL)
-        model = dataclasses.replace(model, blocks=model.blocks * entries)
-        trainer = make_trainer(small_run(model, batch_size=8, seq_len=256), one_device())
+        model = small_model(n_layers=6, max_seq_len=256)
+        config = small_run(dataclasses.replace(model, blocks=model.blocks * entries), batch_size=8, seq_len=256)
+        config = dataclasses.replace(config, execution=dataclasses.replace(FLOAT32, remat=Remat.FULL))
+        trainer = make_trainer(config, one_device())
         return trainer.step.lower(trainer.state, trainer.batch).compile().memory_analysis().temp_size_in_bytes
 
     alone, together = temporary(1), temporary(6)

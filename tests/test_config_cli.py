@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from maxlm.config import (
     MESH_AXES,
     AdamW,
-    AttentionConfig,
+    GroupedQuery,
     Remat,
     RunConfig,
     ShardingConfig,
@@ -58,8 +58,8 @@ def complaint(*argv: str) -> str:
         ("--optimizer.learning_rate=1e-3", "optimizer.learning_rate", 1e-3),
         ("--optimizer.clip_norm=None", "optimizer.clip_norm", None),
         ("--optimizer.schedule.warmup_steps=3", "optimizer.schedule.warmup_steps", 3),
-        ("--model.remat=dots", "model.remat", "dots"),
-        ("--model.tie_embeddings=True", "model.tie_embeddings", True),
+        ("--execution.remat=dots", "execution.remat", "dots"),
+        ("--model.head.tied=True", "model.head.tied", True),
         ("--data.verify=False", "data.verify", False),
         ("--model.blocks.0.attention.window=64", "model.blocks.0.attention.window", 64),
         ("--data.datasets.0.path=data/other", "data.datasets.0.path", "data/other"),
@@ -126,7 +126,7 @@ def test_a_mistyped_key_names_the_nearest(override: str, nearest: str) -> None:
         (["--optimizer.learning_rate=fast"], ["--optimizer.learning_rate", "'fast'"]),
         (["--optimizer.b2=1"], ["optimizer.b2 = 1", "[0, 1)"]),
         (["--data.verify=maybe"], ["--data.verify", "'maybe'", "'True', 'False'"]),
-        (["--model.remat=all"], ["--model.remat", "'all'", "'none'", "'full'"]),
+        (["--execution.remat=all"], ["--execution.remat", "'all'", "'none'", "'full'"]),
         (["--model.n_layers=-1"], ["model.n_layers = -1", "must be positive"]),
         (["--model.blocks.0.attention.n_kv_heads=3"], ["n_kv_heads = 3", "n_heads = 8", "[1, 2, 4, 8]"]),
         (["--model.blocks.0.attention.head_dim=7"], ["head_dim = 7", "use 8"]),
@@ -306,7 +306,7 @@ def test_json_keeps_enums_unions_and_ranges() -> None:
     saved = json.loads(json.dumps(serialize.to_dict(run)))
     assert saved["optimizer"]["kind"] == "AdamW"
     assert saved["optimizer"]["schedule"]["kind"] == "CosineSchedule"
-    assert saved["model"]["remat"] == Remat.NONE.value
+    assert saved["execution"]["remat"] == Remat.NONE.value
     assert saved["train"]["profile_steps"] == "2:4"
     assert serialize.from_dict(RunConfig, saved) == run
 
@@ -354,7 +354,7 @@ def test_a_config_file_that_is_no_saved_config_is_one_line(text: str, words: str
         (("optimizer", "kind"), "os.system", "os.system"),
         (("optimizer", "schedule", "kind"), "AdamW", "AdamW"),
         (("optimizer", "momentum"), 0.9, "momentum"),
-        (("model", "remat"), "all", "all"),
+        (("execution", "remat"), "all", "all"),
         (("train", "profile_steps"), "x", "FIRST:LAST"),
         (("train", "steps"), "many", "many"),
         (("unknown",), 1, "unknown"),
@@ -389,8 +389,8 @@ def test_a_file_that_is_no_saved_config_is_named(tmp_path: Path) -> None:
 
 
 def test_configs_are_frozen_and_named() -> None:
-    attention = AttentionConfig(n_heads=2, n_kv_heads=1, head_dim=4)
+    attention = GroupedQuery(n_heads=2, n_kv_heads=1, head_dim=4)
     with pytest.raises(dataclasses.FrozenInstanceError):
         attention.n_heads = 4  # type: ignore[misc]
     with pytest.raises(TypeError):
-        AttentionConfig(2, 1, 4)  # type: ignore[misc]
+        GroupedQuery(2, 1, 4)  # type: ignore[misc]

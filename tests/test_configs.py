@@ -9,12 +9,11 @@ from pathlib import Path
 
 import jax
 import pytest
-from helpers import one_device
 
 from maxlm.config import ModelConfig, RunConfig, serialize
 from maxlm.config.cli import load_config
 from maxlm.models import init_parameters
-from maxlm.observe.flops import parameter_count
+from maxlm.shapes import parameter_count
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -98,7 +97,7 @@ def test_it_is_valid_on_its_hardware(name: str) -> None:
 @each_config
 def test_it_has_the_published_number_of_parameters(name: str) -> None:
     model = load(name).model
-    shapes = jax.eval_shape(lambda: init_parameters(model, one_device(), jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: init_parameters(model, jax.random.key(0)))
     built = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
     assert built == EXPECTED[name].parameters
     assert parameter_count(model).total == EXPECTED[name].parameters

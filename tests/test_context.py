@@ -247,7 +247,7 @@ def permutes(remat: Remat) -> int:
     sharding = ShardingConfig(data=1, seq=8, context=Context.RING)
     config = small_run(small_model(remat=remat), sharding)
     layout = make_layout(sharding)
-    parameters = jax.eval_shape(lambda: init_parameters(config.model, layout, jax.random.key(0)))
+    parameters = jax.eval_shape(lambda: init_parameters(config.model, jax.random.key(0)))
     gradient = gradient_function(config, layout, loss_function(config, layout))
     jaxpr = jax.make_jaxpr(gradient)(parameters, packed_batch(config))
     return len(re.findall(r"\bppermute\[", str(jaxpr)))
@@ -308,9 +308,9 @@ def test_a_batch_is_reordered_column_by_column() -> None:
 def test_what_cannot_be_is_said_in_the_configs_words() -> None:
     shape = Shape(4, heads=(4, 2))
     arrays = arrays_of(shape)
-    with pytest.raises(UserError, match=r"model.kernels.attention = cudnn, but .*; use xla"):
+    with pytest.raises(UserError, match=r"execution.kernels.attention = cudnn, but .*; use xla"):
         compute(Context.RING, shape, arrays, backend=Backend.CUDNN)
-    with pytest.raises(UserError, match=r"model.kernels.attention = gpu, but .*; use xla"):
+    with pytest.raises(UserError, match=r"execution.kernels.attention = gpu, but .*; use xla"):
         compute(Context.RING, shape, arrays, backend=Backend.GPU)
     with pytest.raises(
         UserError, match=r"sharding.seq = 4 must divide the 6 query heads .*; use sharding.seq = 1 or 2"

@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from helpers import one_device, small_run
+from helpers import plainly, run_decoder, small_run
 from run_folder import BYTE_MODEL, make_run, parameters_of
 
 from maxlm import evaluate
@@ -20,7 +19,7 @@ from maxlm.config import RunConfig, UserError
 from maxlm.data.loader import open_batches
 from maxlm.data.shards import Split, open_prepared
 from maxlm.evaluation.perplexity import held_out, summary
-from maxlm.models import abstract_decoder
+from maxlm.models import Tokens
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,11 +54,11 @@ def test_the_whole_split_against_float64(run: RunConfig, capsys: pytest.CaptureF
     found = measured(capsys, run, "--batch_size", "1")
     batches = open_batches(run.data, batch_size=1, seq_len=run.train.seq_len, split=Split.VALIDATION)
     parameters = parameters_of(run, seed=2)
-    graph = nnx.split(abstract_decoder(run.model, one_device()))[0]
 
     @jax.jit
     def hidden_of(parameters: Any, batch: Any) -> jax.Array:
-        return nnx.merge(graph, parameters)(batch["inputs"], batch["positions"], batch["segment_ids"])[0]
+        tokens = Tokens(batch["positions"], batch["segment_ids"])
+        return run_decoder(run.model, parameters, plainly(), batch["inputs"], tokens).hidden
 
     nats, tokens = 0.0, 0.0
     table = np.asarray(parameters["unembed"], np.float64)

@@ -6,19 +6,18 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import one_device
 from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.config import (
-    AttentionConfig,
     BlockConfig,
     Capacity,
     Dropless,
     Dtype,
     ExpertChoiceRouter,
-    GluConfig,
+    Experts,
+    GatedMlp,
+    GroupedQuery,
     ModelConfig,
-    MoeConfig,
     NoisyTopKRouter,
     Remat,
     SigmoidRouter,
@@ -28,7 +27,7 @@ from maxlm.config import (
 )
 from maxlm.models import init_parameters
 from maxlm.observe.devices import memory_in_use, peak_flops
-from maxlm.observe.flops import flops_per_token, mfu, parameter_count
+from maxlm.shapes import flops_per_token, mfu, parameter_count
 
 PUBLISHED = {
     # name: (vocab, d_model, layers, heads, kv heads, d_ff, parameters of the released weights)
@@ -68,10 +67,10 @@ def test_biases_and_head_norms_against_a_tree_of_shapes():
     d, n, k, h, f, v = 24, 6, 2, 4, 40, 50
     blocks = tuple(
         BlockConfig(
-            attention=AttentionConfig(
+            attention=GroupedQuery(
                 n_heads=n, n_kv_heads=k, head_dim=h, qkv_bias=bias, out_bias=bias, qk_norm=bias, window=window
             ),
-            ffn=GluConfig(d_ff=f, bias=bias),
+            mlp=GatedMlp(d_ff=f, bias=bias),
         )
         for bias, window in ((True, 8), (False, None))
     )
@@ -97,8 +96,8 @@ def test_palm_rule_by_hand():
 def test_attention_reach_against_a_counted_mask(window):
     seq_len, base = 16, family(64, 32, 3, 4, 2, 48)
     attention = dataclasses.replace(base.blocks[0].attention, window=window)
-    model = dataclasses.replace(base, blocks=(BlockConfig(attention=attention, ffn=base.blocks[0].ffn),))
-    flops = flops_per_token(model, seq_len)
+    model = dataclasses.replace(base, blocks=(BlockConfig(attention=attention, mlp=base.blocks[0].mlp),))
+    flops = flops_per_token(model, seq_len, Remat.NONE)
     visible = sum(1 for q in range(seq_len) for k in range(seq_len) if k <= q and (window is None or q - k < window))
     assert flops.causal_attention_term == pytest.approx(12 * 3 * 4 * 8 * visible / seq_len)
     assert flops.attention_term == 12 * 3 * 4 * 8 * min(seq_len, window or seq_len)
@@ -125,9 +124,9 @@ softmax.defvjp(_softmax_forward, _softmax_backward)
 def _decoder_loss(model: ModelConfig, policy):
     """A decoder in plain jax, full (unmasked) attention; its multiplications are what the formulas claim to count."""
     block = model.blocks[0]
-    moe = block.ffn if isinstance(block.ffn, MoeConfig) else None
+    moe = block.mlp if isinstance(block.mlp, Experts) else None
     n, k, h = block.attention.n_heads, block.attention.n_kv_heads, block.attention.head_dim
-    d, f, v = model.d_model, block.ffn.d_ff, model.vocab_size
+    d, f, v = model.d_model, block.mlp.d_ff, model.vocab_size
     weights = {
         "q": (d, n, h), "k": (d, k, h), "v": (d, k, h), "o": (n, h, d), "gate": (d, f), "up": (d, f), "down": (f, d),
     }  # fmt: skip
@@ -209,26 +208,26 @@ def _dots(jaxpr) -> int:
 @pytest.mark.parametrize("remat", POLICIES)
 def test_formulas_against_the_jaxpr(remat):
     batch, seq_len = 2, 16
-    model = dataclasses.replace(family(96, 32, 2, 4, 2, 48), remat=remat)
+    model = family(96, 32, 2, 4, 2, 48)
     loss, params = _decoder_loss(model, POLICIES[remat])
     tokens = jax.ShapeDtypeStruct((batch, seq_len), jnp.int32)
     counted = _dots(jax.make_jaxpr(jax.grad(loss))(params, tokens).jaxpr) / (batch * seq_len)
-    flops = flops_per_token(model, seq_len)
+    flops = flops_per_token(model, seq_len, remat)
     norms = 6 * parameter_count(model).norms  # scales multiply elementwise, and the decoder here has none
     assert counted == flops.total - norms + flops.recompute
 
 
-MIXTURE = MoeConfig(n_experts=4, d_ff=16, n_shared_experts=2, router=TopKRouter(top_k=3))
+MIXTURE = Experts(n_experts=4, d_ff=16, n_shared_experts=2, router=TopKRouter(top_k=3))
 
 
 @pytest.mark.parametrize("remat", POLICIES)
 def test_formulas_of_experts_against_the_jaxpr(remat):
     batch, seq_len = 2, 16
-    model = dataclasses.replace(with_experts(family(96, 32, 2, 4, 2, 48), MIXTURE), remat=remat)
+    model = with_experts(family(96, 32, 2, 4, 2, 48), MIXTURE)
     loss, params = _decoder_loss(model, POLICIES[remat])
     tokens = jax.ShapeDtypeStruct((batch, seq_len), jnp.int32)
     counted = _dots(jax.make_jaxpr(jax.grad(loss))(params, tokens).jaxpr) / (batch * seq_len)
-    flops = flops_per_token(model, seq_len)
+    flops = flops_per_token(model, seq_len, remat)
     assert counted == flops.total - 6 * parameter_count(model).norms + flops.recompute
 
 
@@ -243,31 +242,29 @@ def test_formulas_of_experts_against_the_jaxpr(remat):
 )
 def test_active_parameters_of_each_router(router, dispatch, per_token, router_parameters):
     """Layers: dense, experts, dense, experts; with those that the model itself makes."""
-    experts = MoeConfig(n_experts=8, d_ff=24, n_shared_experts=1, router=router, dispatch=dispatch)
+    experts = Experts(n_experts=8, d_ff=24, n_shared_experts=1, router=router, dispatch=dispatch)
     model = with_experts(family(64, 32, 4, 4, 2, 48), experts, every=2)
     count, one = parameter_count(model), 3 * 32 * 24
-    assert count.ffn == 2 * (3 * 32 * 48) + 2 * (router_parameters + 9 * one)
-    assert count.ffn_active == 2 * (3 * 32 * 48) + 2 * (router_parameters + one + per_token * one)
-    shapes = jax.eval_shape(lambda: init_parameters(model, one_device(), jax.random.key(0)))
+    assert count.mlp == 2 * (3 * 32 * 48) + 2 * (router_parameters + 9 * one)
+    assert count.mlp_active == 2 * (3 * 32 * 48) + 2 * (router_parameters + one + per_token * one)
+    shapes = jax.eval_shape(lambda: init_parameters(model, jax.random.key(0)))
     assert count.total == sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-    assert count.active == count.total - count.ffn + count.ffn_active
-    assert flops_per_token(model, 16).parameters_term == 6 * (count.active - 64 * 32)
+    assert count.active == count.total - count.mlp + count.mlp_active
+    assert flops_per_token(model, 16, Remat.NONE).parameters_term == 6 * (count.active - 64 * 32)
 
 
 def test_a_pipeline_that_computes_its_stages_again_does_a_forward_pass_more():
     model = with_experts(family(96, 32, 2, 4, 2, 48), MIXTURE)
-    once, again = (flops_per_token(model, 16, remat_stages=stages) for stages in (False, True))
+    once, again = (flops_per_token(model, 16, Remat.FULL, remat_stages=stages) for stages in (False, True))
     count = parameter_count(model)
-    layers = count.attention + count.ffn_active
+    layers = count.attention + count.mlp_active
     assert again.recompute - once.recompute == 2 * layers + once.attention_term // 3
     assert again.total == once.total
 
 
 def test_offload_recomputes_what_names_recomputes():
     model = family(96, 32, 2, 4, 2, 48)
-    names, offload = (
-        flops_per_token(dataclasses.replace(model, remat=r), 16).recompute for r in (Remat.NAMES, Remat.OFFLOAD)
-    )
+    names, offload = (flops_per_token(model, 16, r).recompute for r in (Remat.NAMES, Remat.OFFLOAD))
     assert names == offload > 0
 
 

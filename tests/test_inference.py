@@ -13,19 +13,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from flax import nnx
-from helpers import one_device, small_model, small_run, with_attention
+from helpers import one_device, plainly, run_decoder, small_model, small_run, with_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_folder import BYTE_MODEL, parameters_of
 
 from maxlm.config import (
+    Alibi,
     Capacity,
     Context,
     Dtype,
+    ExecutionConfig,
     ExpertChoiceRouter,
+    Experts,
+    LayerNorm,
+    Learned,
+    LmHead,
     ModelConfig,
-    MoeConfig,
+    RelativeBias,
     SamplingConfig,
     ShardingConfig,
     TopKRouter,
@@ -41,7 +46,7 @@ from maxlm.inference.load import LoadedRun
 from maxlm.inference.sampling import sample
 from maxlm.inference.steps import decode_logits, prefill_logits
 from maxlm.inference.text_stream import TextStream
-from maxlm.models import abstract_decoder
+from maxlm.models import Execution, Tokens, bind
 from maxlm.sharding import decoding_layout, make_layout
 
 GREEDY = SamplingConfig(temperature=0)
@@ -50,18 +55,15 @@ MODELS = {
     "mha": with_attention(small_model(), n_kv_heads=4),
     "gqa": small_model(),
     "window": with_attention(small_model(), window=5),
-    "biases_norms": with_attention(small_model(tie_embeddings=True), qkv_bias=True, out_bias=True, qk_norm=True),
-    "pattern": small_model(
-        n_layers=4, blocks=with_attention(small_model(), window=3).blocks + small_model().blocks, scan_layers=False
-    ),
+    "biases_norms": with_attention(small_model(head=LmHead(tied=True)), qkv_bias=True, out_bias=True, qk_norm=True),
+    "pattern": small_model(n_layers=4, blocks=with_attention(small_model(), window=3).blocks + small_model().blocks),
+    "gpt2": with_attention(small_model(norm=LayerNorm(), embedded_position=Learned()), position=None),
+    "alibi": with_attention(small_model(), position=Alibi(), soft_cap=2.0),
+    "t5_bias": with_attention(small_model(), position=RelativeBias(buckets=8, max_distance=16)),
     "dense_then_experts": with_experts(
-        small_model(n_layers=3), MoeConfig(n_experts=4, d_ff=24, router=TopKRouter(top_k=2)), first_dense=1
+        small_model(n_layers=3), Experts(n_experts=4, d_ff=24, router=TopKRouter(top_k=2)), first_dense=1
     ),
 }
-
-
-def model_of(config: ModelConfig, parameters: Any) -> Any:
-    return nnx.merge(nnx.split(abstract_decoder(config, one_device()))[0], parameters)
 
 
 def full_logits(config: ModelConfig, parameters: Any, tokens: Sequence[int]) -> np.ndarray:
@@ -69,9 +71,8 @@ def full_logits(config: ModelConfig, parameters: Any, tokens: Sequence[int]) -> 
 
     @jax.jit
     def forward(parameters: Any, ids: jax.Array) -> jax.Array:
-        model = model_of(config, parameters)
-        hidden = model(ids, jnp.arange(ids.shape[1])[None]).hidden
-        return hidden.astype(jnp.float32) @ model.output_table.T
+        hidden = run_decoder(config, parameters, plainly(), ids, Tokens(jnp.arange(ids.shape[1])[None])).hidden
+        return hidden.astype(jnp.float32) @ bind(config, parameters).output_table.T
 
     return np.asarray(forward(parameters, jnp.asarray([tokens], jnp.int32)))[0]
 
@@ -87,8 +88,8 @@ def test_prefill_and_decode_give_the_full_forward_pass(name: str) -> None:
     for row, tokens, length in zip(padded, rows, lengths, strict=True):
         row[:length] = tokens[:length]
 
-    read = jax.jit(lambda p, tokens, lengths: prefill_logits(model_of(config, p), tokens, lengths, 24))
-    step = jax.jit(lambda p, token, position, cache: decode_logits(model_of(config, p), token, position, cache))
+    read = jax.jit(lambda p, tokens, lengths: prefill_logits(bind(config, p), plainly(), tokens, lengths, 24))
+    step = jax.jit(lambda p, token, position, cache: decode_logits(bind(config, p), plainly(), token, position, cache))
     logits, cache = read(parameters, padded.astype(np.int32), lengths.astype(np.int32))
     got = [logits]
     for i in range(new):
@@ -231,7 +232,7 @@ def test_stages_join_an_axis_that_keeps_the_parameters_cut(d_model: int, data: i
 
 
 def test_a_model_whose_experts_choose_cannot_decode() -> None:
-    experts = MoeConfig(n_experts=4, d_ff=48, router=ExpertChoiceRouter(), dispatch=Capacity(factor=2.0))
+    experts = Experts(n_experts=4, d_ff=48, router=ExpertChoiceRouter(), dispatch=Capacity(factor=2.0))
     run = loaded()
     config = dataclasses.replace(run.config, model=with_experts(run.config.model, experts))
     with pytest.raises(UserError, match="looks at later tokens and cannot decode"):
@@ -291,12 +292,13 @@ def test_padded_ids_are_never_chosen() -> None:
 
 def test_bfloat16_weights_change_no_logit() -> None:
     """Casting a matrix once gives what casting it at each use gives."""
-    model = dataclasses.replace(BYTE_MODEL, compute_dtype=Dtype.BFLOAT16)
-    parameters = parameters_of(small_run(model))
-    cast = Generator(loaded(model=model))._parameters
+    narrow = ExecutionConfig(dtype=Dtype.BFLOAT16)
+    parameters = parameters_of(small_run(BYTE_MODEL))
+    cast = Generator(loaded(execution=narrow))._parameters
     assert cast["embed"].dtype == jnp.bfloat16 and cast["final_norm"]["scale"].dtype == jnp.float32
     tokens, length = np.arange(16, dtype=np.int32)[None], np.array([16], np.int32)
-    read = jax.jit(lambda p: prefill_logits(model_of(model, p), tokens, length, 16)[0])
+    how = Execution(one_device(), narrow)
+    read = jax.jit(lambda p: prefill_logits(bind(BYTE_MODEL, p), how, tokens, length, 16)[0])
     np.testing.assert_array_equal(read(cast), read(parameters))
 
 

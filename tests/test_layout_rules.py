@@ -23,8 +23,8 @@ from maxlm.config import (
     Context,
     Dropless,
     ExpertChoiceRouter,
+    Experts,
     KernelConfig,
-    MoeConfig,
     NoisyTopKRouter,
     ObserveConfig,
     RunConfig,
@@ -38,7 +38,7 @@ from maxlm.sharding import make_layout
 from maxlm.training import make_trainer
 from maxlm.training.step import gradient_function, loss_function
 
-EXPERTS = MoeConfig(n_experts=4, d_ff=48, router=TopKRouter(top_k=2))
+EXPERTS = Experts(n_experts=4, d_ff=48, router=TopKRouter(top_k=2))
 
 
 def complaints(config: RunConfig, n_devices: int) -> list[str]:
@@ -54,7 +54,7 @@ def complaints(config: RunConfig, n_devices: int) -> list[str]:
     ("model", "sharding", "train", "words"),
     [
         # rows: 2 data x 2 expert x 2 micro-batches = 8; a pipeline: 2 x lcm(4, 6) = 24
-        ({"ffn": EXPERTS}, {"data": 2, "expert": 2}, {"batch_size": 12, "micro_batches": 2}, "use 8 or 16"),
+        ({"mlp": EXPERTS}, {"data": 2, "expert": 2}, {"batch_size": 12, "micro_batches": 2}, "use 8 or 16"),
         (
             {"n_layers": 4},
             {"data": 2, "stage": 4},
@@ -78,17 +78,17 @@ def complaints(config: RunConfig, n_devices: int) -> list[str]:
             "sharding.expert = 1 and sharding.data = 4",
         ),
         (
-            {"ffn": dataclasses.replace(EXPERTS, n_experts=6)},
+            {"mlp": dataclasses.replace(EXPERTS, n_experts=6)},
             {"data": 2, "expert": 4},
             {},
-            "sharding.expert = 4 does not divide model.blocks.0.ffn.n_experts = 6; sharding.expert may be one of [1, "
+            "sharding.expert = 4 does not divide model.blocks.0.mlp.n_experts = 6; sharding.expert may be one of [1, "
             "2]",
         ),
         (
-            {"ffn": EXPERTS},
+            {"mlp": EXPERTS},
             {"data": 1, "tensor": 5},
             {},
-            "sharding.tensor = 5 does not divide model.blocks.0.ffn.d_ff = 48; sharding.tensor may be one of [1]",
+            "sharding.tensor = 5 does not divide model.blocks.0.mlp.d_ff = 48; sharding.tensor may be one of [1]",
         ),
         (
             {},
@@ -101,7 +101,7 @@ def complaints(config: RunConfig, n_devices: int) -> list[str]:
             {"kernels": KernelConfig(attention=Backend.CUDNN)},
             {"data": 1, "seq": 4, "context": Context.RING},
             {},
-            "model.kernels.attention = cudnn gives no logsumexp",
+            "execution.kernels.attention = cudnn gives no logsumexp",
         ),
         (
             {},
@@ -112,14 +112,14 @@ def complaints(config: RunConfig, n_devices: int) -> list[str]:
             "sharding.seq may be one of [1, 2]",
         ),
         (
-            {"ffn": dataclasses.replace(EXPERTS, dispatch=Capacity())},
+            {"mlp": dataclasses.replace(EXPERTS, dispatch=Capacity())},
             {"data": 1, "seq": 2},
             {},
-            "model.blocks.0.ffn.dispatch.group_size = None makes groups of 32 tokens, which do not divide the 16 that "
+            "model.blocks.0.mlp.dispatch.group_size = None makes groups of 32 tokens, which do not divide the 16 that "
             "a device has of a sequence (train.seq_len 32, sharding.seq 2); use 16",
         ),
         (
-            {"ffn": dataclasses.replace(EXPERTS, dispatch=Capacity(group_size=16))},
+            {"mlp": dataclasses.replace(EXPERTS, dispatch=Capacity(group_size=16))},
             {"data": 1, "seq": 2, "context": Context.RING},
             {},
             "group_size = 16 makes groups of 16 tokens, which do not divide the 8 that a device has in one piece of a "
@@ -129,9 +129,9 @@ def complaints(config: RunConfig, n_devices: int) -> list[str]:
 )
 def test_a_broken_rule_names_key_value_rule_and_what_works(model, sharding, train, words) -> None:
     values = {**model}
-    base = small_model(**{key: value for key, value in values.items() if key != "ffn"})
+    base = small_model(**{key: value for key, value in values.items() if key != "mlp"})
     config = small_run(
-        with_experts(base, values["ffn"]) if "ffn" in values else base, ShardingConfig(**sharding), **train
+        with_experts(base, values["mlp"]) if "mlp" in values else base, ShardingConfig(**sharding), **train
     )
     n_devices = math.prod(max(1, size) for axis, size in sharding.items() if axis in MESH_AXES)
     found = complaints(config, n_devices)
@@ -160,7 +160,7 @@ def test_experts_that_cannot_be(make: Callable[[], object], words: str) -> None:
 
 
 def test_a_model_that_cannot_decode_must_not_sample() -> None:
-    experts = MoeConfig(n_experts=4, d_ff=48, router=ExpertChoiceRouter(), dispatch=Capacity(factor=2.0))
+    experts = Experts(n_experts=4, d_ff=48, router=ExpertChoiceRouter(), dispatch=Capacity(factor=2.0))
     config = small_run(with_experts(small_model(), experts))
     assert complaints(config, 1) == [
         "observe.sample_tokens = 64 needs a model that can decode, but one with an ExpertChoiceRouter looks at later "
@@ -207,7 +207,7 @@ def runs(draw: st.DrawFn) -> RunConfig:
     context = draw(st.sampled_from(Context))
     if axes["expert"] > 1 or draw(st.booleans()):
         group = Dropless() if context is Context.RING else draw(st.sampled_from([Dropless(), Capacity(group_size=8)]))
-        experts = MoeConfig(n_experts=some(4, 6), d_ff=some(24, 36), router=TopKRouter(top_k=2), dispatch=group)
+        experts = Experts(n_experts=some(4, 6), d_ff=some(24, 36), router=TopKRouter(top_k=2), dispatch=group)
         model = with_experts(model, experts)
     sharding = ShardingConfig(
         **axes,

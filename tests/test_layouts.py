@@ -36,7 +36,7 @@ LAYOUTS = {
 
 
 def loss_and_gradients(config, layout):
-    parameters = jax.jit(lambda key: init_parameters(config.model, layout, key))(jax.random.key(1))
+    parameters = jax.jit(lambda key: init_parameters(config.model, key))(jax.random.key(1))
     gradient = jax.jit(gradient_function(config, layout, loss_function(config, layout)))
     batch = jax.device_put(packed_batch(config), layout.sharding(layout.activation("batch", "seq")))
     sums, gradients = gradient(parameters, batch)
@@ -100,7 +100,7 @@ def test_gradients_cross_devices_in_the_asked_format(wide):
     sharding = ShardingConfig(data=8, float32_gradients=wide)
     config = small_run(small_model(compute_dtype=Dtype.BFLOAT16), sharding=sharding)
     layout = make_layout(sharding)
-    parameters = init_parameters(config.model, layout, jax.random.key(0))
+    parameters = init_parameters(config.model, jax.random.key(0))
     jaxpr = str(
         jax.make_jaxpr(gradient_function(config, layout, loss_function(config, layout)))(
             parameters, packed_batch(config)

@@ -61,8 +61,8 @@ def test_kernels_train_like_xla(sharding: ShardingConfig, glu_save: GluSave, int
 def test_a_backend_that_is_not_here_is_an_error() -> None:
     config = small_run(model(attention=Backend.TPU))
     with pytest.raises(
-        UserError, match=r"model.kernels.attention = tpu, but backend = 'tpu' cannot run this.* use xla"
+        UserError, match=r"execution.kernels.attention = tpu, but backend = 'tpu' cannot run this.* use xla"
     ):
         loss_and_gradients(config, make_layout(ShardingConfig()))
-    with pytest.raises(UserError, match=r"model.kernels.glu = cudnn does not exist; use auto"):
+    with pytest.raises(UserError, match=r"execution.kernels.glu = cudnn does not exist; use auto"):
         KernelConfig(glu=Backend.CUDNN)

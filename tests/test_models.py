@@ -11,28 +11,44 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from helpers import one_device, packed_batch, small_model, small_run, with_attention
+from helpers import FLOAT32, one_device, packed_batch, plainly, run_decoder, small_model, small_run, with_attention
 
 from maxlm.config import (
     PARAMETER_DIMS,
     Activation,
-    AttentionConfig,
+    Alibi,
     BlockConfig,
     Dtype,
-    GluConfig,
+    GatedMlp,
+    GroupedQuery,
+    LayerNorm,
+    Learned,
     Llama3RopeScaling,
-    RopeConfig,
+    LmHead,
+    Mlp,
+    Parallel,
+    PostNorm,
+    PreNorm,
+    RelativeBias,
+    RmsNorm,
+    Rope,
+    Sandwich,
+    Sinusoidal,
 )
-from maxlm.models import Decoder, abstract_decoder, init_parameters, parameter_dims
+from maxlm.models import Decoder, Execution, Tokens, bind, init_parameters, parameter_dims
 from maxlm.models.positions import rope_frequencies, rotate
 from maxlm.training.step import loss_function
 
 # ---- the model, from the papers ----
 
 
-def rms_norm(x, scale, eps):
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * scale
+def norm(config, p, x):
+    match config:
+        case RmsNorm():
+            return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.eps) * p["scale"]
+        case LayerNorm():
+            y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + config.eps) * p["scale"]
+            return y + p["bias"] if config.bias else y
 
 
 def silu(x):
@@ -68,16 +84,30 @@ def rope(x, positions, config):
     return np.concatenate([turned.real, turned.imag], -1)
 
 
-def attend(config, p, x, positions, segments, eps):
+def t5_bucket(distance, n, furthest):
+    """Of a key `distance` places back: exact up to n / 2, then by logarithm (arXiv:1910.10683, section 2.1)."""
+    exact = n // 2
+    if distance < exact:
+        return distance
+    return min(n - 1, exact + int(math.log(distance / exact) / math.log(furthest / exact) * (n - exact)))
+
+
+def sinusoid(position, D):
+    """arXiv:1706.03762, section 3.5."""
+    angles = [position / 10_000 ** (2 * i / D) for i in range(D // 2)]
+    return np.array([f(angle) for angle in angles for f in (math.sin, math.cos)])
+
+
+def attend(config, p, x, positions, segments, norms):
     """One sequence, x: [T, D]."""
     project = lambda w: np.tensordot(x, w, 1)
     q, k, v = project(p["q_proj"]), project(p["k_proj"]), project(p["v_proj"])
     if config.qkv_bias:
         q, k, v = q + p["q_bias"], k + p["k_bias"], v + p["v_bias"]
     if config.qk_norm:
-        q, k = rms_norm(q, p["q_norm"]["scale"], eps), rms_norm(k, p["k_norm"]["scale"], eps)
-    if config.rope is not None:
-        q, k = rope(q, positions, config.rope), rope(k, positions, config.rope)
+        q, k = norm(norms, p["q_norm"], q), norm(norms, p["k_norm"], k)
+    if isinstance(config.position, Rope):
+        q, k = rope(q, positions, config.position), rope(k, positions, config.position)
     out = np.zeros_like(q)
     for t in range(len(x)):
         first = 0 if config.window is None else max(0, t - config.window + 1)
@@ -85,17 +115,29 @@ def attend(config, p, x, positions, segments, eps):
         for n in range(config.n_heads):
             group = n * config.n_kv_heads // config.n_heads
             scores = k[seen, group] @ q[t, n] / math.sqrt(config.head_dim)
+            if config.soft_cap is not None:
+                scores = config.soft_cap * np.tanh(scores / config.soft_cap)
+            distances = t - np.array(seen)
+            if isinstance(config.position, Alibi):  # a power of two heads: 2^(-8/N), 2^(-16/N), ...
+                scores = scores - 2.0 ** (-8 * (n + 1) / config.n_heads) * distances
+            if isinstance(config.position, RelativeBias):
+                rule = config.position.buckets, config.position.max_distance
+                scores = scores + p["relative_bias"][n, [t5_bucket(d, *rule) for d in distances]]
             weights = np.exp(scores - scores.max())
             out[t, n] = weights / weights.sum() @ v[seen, group]
     y = np.tensordot(out, p["o_proj"], 2)
     return y + p["o_bias"] if config.out_bias else y
 
 
-def glu_mlp(config, p, x):
+def mlp(config, p, x):
+    functions = {Activation.SILU: silu, Activation.GELU: gelu, Activation.RELU: lambda x: np.maximum(x, 0)}
+    if isinstance(config, Mlp):
+        h = functions[config.activation](x @ p["up_proj"] + (p["up_bias"] if config.bias else 0))
+        return h @ p["down_proj"] + (p["down_bias"] if config.bias else 0)
     gate, up = x @ p["gate_proj"], x @ p["up_proj"]
     if config.bias:
         gate, up = gate + p["gate_bias"], up + p["up_bias"]
-    h = {Activation.SILU: silu, Activation.GELU: gelu}[config.activation](gate) * up
+    h = functions[config.activation](gate) * up
     return h @ p["down_proj"] + (p["down_bias"] if config.bias else 0)
 
 
@@ -105,14 +147,35 @@ def forward(model, parameters, inputs, positions, segments):
     logits = []
     for ids, where, document in zip(inputs, positions, segments, strict=True):
         x = parameters["embed"][ids]
+        match model.embedded_position:
+            case Learned():
+                x = x + parameters["embedded_position"][where]
+            case Sinusoidal():
+                x = x + np.stack([sinusoid(position, model.d_model) for position in where])
         for layer in range(model.n_layers):
             repeat, entry = divmod(layer, len(model.blocks))
             block, p = model.blocks[entry], jax.tree.map(operator.itemgetter(repeat), parameters["blocks"][str(entry)])
-            normed = rms_norm(x, p["attention_norm"]["scale"], model.norm_eps)
-            x = x + attend(block.attention, p["attention"], normed, where, document, model.norm_eps)
-            x = x + glu_mlp(block.ffn, p["mlp"], rms_norm(x, p["mlp_norm"]["scale"], model.norm_eps))
-        x = rms_norm(x, parameters["final_norm"]["scale"], model.norm_eps)
-        logits.append(x @ parameters["embed" if model.tie_embeddings else "unembed"].T)
+            normed = lambda name, x, p=p: norm(model.norm, p[name], x)
+            attention = lambda x, p=p, block=block, where=where, document=document: attend(
+                block.attention, p["attention"], x, where, document, model.norm
+            )
+            feed = lambda x, p=p, block=block: mlp(block.mlp, p["mlp"], x)
+            match block.residual:
+                case PreNorm():
+                    x = x + attention(normed("attention_norm", x))
+                    x = x + feed(normed("mlp_norm", x))
+                case PostNorm():
+                    x = normed("attention_norm", x + attention(x))
+                    x = normed("mlp_norm", x + feed(x))
+                case Sandwich():
+                    x = x + normed("attention_out_norm", attention(normed("attention_norm", x)))
+                    x = x + normed("mlp_out_norm", feed(normed("mlp_norm", x)))
+                case Parallel(two_norms=two):
+                    first = normed("attention_norm", x)
+                    x = x + attention(first) + feed(normed("mlp_norm", x) if two else first)
+        if model.final_norm:
+            x = norm(model.norm, parameters["final_norm"], x)
+        logits.append(x @ parameters["embed" if model.tied else "unembed"].T)
     return np.stack(logits)
 
 
@@ -122,22 +185,19 @@ def forward(model, parameters, inputs, positions, segments):
 @functools.cache
 def random_parameters(model, seed=0):
     """Initial values, moved so that norm scales and biases are not 1 and 0."""
-    parameters = jax.jit(lambda: init_parameters(model, one_device(), jax.random.key(seed)))()
+    parameters = jax.jit(lambda: init_parameters(model, jax.random.key(seed)))()
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda p: p + jnp.asarray(0.1 * rng.normal(size=p.shape), p.dtype), parameters)
 
 
-def decoder(model, parameters):
-    return nnx.merge(nnx.split(abstract_decoder(model, one_device()))[0], parameters)
-
-
 @functools.cache
-def logits_function(model):
+def logits_function(model, execution=FLOAT32):
+    how = Execution(one_device(), execution)
+
     @jax.jit
     def logits(parameters, inputs, positions, segments):
-        ours = decoder(model, parameters)
-        hidden = ours(inputs, positions, segments).hidden
-        return hidden.astype(jnp.float32) @ ours.output_table.T
+        hidden = run_decoder(model, parameters, how, inputs, Tokens(positions, segments)).hidden
+        return hidden.astype(jnp.float32) @ bind(model, parameters).output_table.T
 
     return logits
 
@@ -148,29 +208,50 @@ def documents(model, B=2, T=24, seed=0):
     return batch["inputs"], batch["positions"], batch["segment_ids"]
 
 
+def with_block(model, **changes):
+    return dataclasses.replace(model, blocks=tuple(dataclasses.replace(block, **changes) for block in model.blocks))
+
+
 def pattern_of_two():
     """Local layers of narrow heads with everything on, then global ones without position embedding."""
     local = BlockConfig(
-        attention=AttentionConfig(
+        attention=GroupedQuery(
             n_heads=6, n_kv_heads=3, head_dim=4, window=5, qkv_bias=True, out_bias=True, qk_norm=True
         ),
-        ffn=GluConfig(d_ff=20, activation=Activation.GELU, bias=True),
+        mlp=GatedMlp(d_ff=20, activation=Activation.GELU, bias=True),
     )
     everywhere = BlockConfig(
-        attention=AttentionConfig(n_heads=4, n_kv_heads=1, head_dim=8, rope=None), ffn=GluConfig(d_ff=48)
+        attention=GroupedQuery(n_heads=4, n_kv_heads=1, head_dim=8, position=None), mlp=GatedMlp(d_ff=48)
     )
     return small_model(n_layers=4, blocks=(local, everywhere))
 
 
 MODELS = {
     "llama": small_model(),
-    "multi_head_tied": with_attention(small_model(tie_embeddings=True), n_kv_heads=4),
-    "multi_query_unrolled": with_attention(small_model(n_layers=3, scan_layers=False), n_kv_heads=1),
-    "qwen": with_attention(small_model(norm_eps=1e-2), qkv_bias=True, qk_norm=True, rope=RopeConfig(theta=1e6)),
+    "multi_head_tied": with_attention(small_model(head=LmHead(tied=True)), n_kv_heads=4),
+    "multi_query_unrolled": with_attention(small_model(n_layers=3), n_kv_heads=1),
+    "qwen": with_attention(small_model(norm=RmsNorm(eps=1e-2)), qkv_bias=True, qk_norm=True, position=Rope(theta=1e6)),
     "llama31": with_attention(
-        small_model(), rope=RopeConfig(theta=100.0, scaling=Llama3RopeScaling(factor=4.0, original_max_len=60))
+        small_model(), position=Rope(theta=100.0, scaling=Llama3RopeScaling(factor=4.0, original_max_len=60))
     ),
     "pattern_of_two": pattern_of_two(),
+    "gpt2": with_block(
+        with_attention(small_model(norm=LayerNorm(), embedded_position=Learned()), position=None, qkv_bias=True),
+        mlp=Mlp(d_ff=40, bias=True),
+    ),
+    "transformer": with_block(
+        with_attention(small_model(embedded_position=Sinusoidal(), final_norm=False), position=None),
+        mlp=Mlp(d_ff=40, activation=Activation.RELU),
+        residual=PostNorm(),
+    ),
+    "gemma2": with_block(with_attention(small_model(), soft_cap=2.0, window=6), residual=Sandwich()),
+    "alibi_parallel": with_block(
+        with_attention(small_model(norm=LayerNorm(bias=False)), position=Alibi(), qk_norm=True), residual=Parallel()
+    ),
+    "t5_bias_parallel_two_norms": with_block(
+        with_attention(small_model(init_std=0.4), position=RelativeBias(buckets=8, max_distance=16)),
+        residual=Parallel(two_norms=True),
+    ),
 }
 
 
@@ -184,11 +265,11 @@ def test_logits_equal_the_papers(name):
 
 
 def test_rope_frequencies():
-    plain = rope_frequencies(RopeConfig(theta=10_000.0), 8)
+    plain = rope_frequencies(Rope(theta=10_000.0), 8)
     np.testing.assert_allclose(plain, [1, 0.1, 0.01, 0.001], rtol=1e-6)
 
     scaling = Llama3RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_len=8192)
-    got = rope_frequencies(RopeConfig(theta=500_000.0, scaling=scaling), 128)
+    got = rope_frequencies(Rope(theta=500_000.0, scaling=scaling), 128)
     before = [500_000.0 ** (-2 * i / 128) for i in range(64)]
     want = [llama31_frequency(f, scaling) for f in before]
     np.testing.assert_allclose(got, want, rtol=1e-6)
@@ -200,7 +281,7 @@ def test_rope_frequencies():
 def test_rotation_depends_on_distance_alone():
     rng = np.random.default_rng(0)
     q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
-    frequencies = rope_frequencies(RopeConfig(), 8)
+    frequencies = rope_frequencies(Rope(), 8)
     at = lambda x, position: np.asarray(rotate(x, jnp.full((1, 1, 1), position, jnp.float32) * frequencies)).ravel()
     near, far = at(q, 7) @ at(k, 3), at(q, 107) @ at(k, 103)
     np.testing.assert_allclose(near, far, rtol=1e-4)
@@ -244,7 +325,9 @@ def test_gradients_flow_from_the_past_of_the_document_only(window, reach):
     direction = jnp.asarray(np.random.default_rng(0).normal(size=model.d_model), jnp.float32)
 
     def scalars(table):
-        hidden = decoder(model, {**parameters, "embed": table})(inputs, positions, segments).hidden
+        hidden = run_decoder(
+            model, {**parameters, "embed": table}, plainly(), inputs, Tokens(positions, segments)
+        ).hidden
         return hidden[0] @ direction
 
     jacobian = np.abs(jax.jit(jax.jacrev(scalars))(parameters["embed"])).sum(-1)[:, :T]
@@ -278,7 +361,7 @@ def test_no_segments_are_one_document():
 def test_scanned_and_unrolled_layers_agree():
     model = MODELS["pattern_of_two"]
     parameters, batch = random_parameters(model), documents(model)
-    unrolled = logits_function(dataclasses.replace(model, scan_layers=False))(parameters, *batch)
+    unrolled = logits_function(model, dataclasses.replace(FLOAT32, scan_layers=False))(parameters, *batch)
     np.testing.assert_allclose(unrolled, logits_function(model)(parameters, *batch), atol=2e-5)
 
 
@@ -286,15 +369,15 @@ def test_bfloat16_is_close_to_float32():
     model = MODELS["qwen"]
     parameters, batch = random_parameters(model), documents(model)
     want = np.asarray(logits_function(model)(parameters, *batch))
-    narrow = dataclasses.replace(model, compute_dtype=Dtype.BFLOAT16)
-    got = np.asarray(logits_function(narrow)(parameters, *batch))
+    narrow = dataclasses.replace(FLOAT32, dtype=Dtype.BFLOAT16)
+    got = np.asarray(logits_function(model, narrow)(parameters, *batch))
     error = np.linalg.norm(got - want) / np.linalg.norm(want)
     assert 1e-4 < error < 0.03  # not float32 in disguise either: bfloat16 rounds to 2^-8 a dozen times on the way
 
 
 def test_bfloat16_gradients_are_close_to_float32():
     run = small_run(small_model())
-    narrow = dataclasses.replace(run, model=dataclasses.replace(run.model, compute_dtype=Dtype.BFLOAT16))
+    narrow = dataclasses.replace(run, execution=dataclasses.replace(FLOAT32, dtype=Dtype.BFLOAT16))
     parameters, batch = random_parameters(run.model), packed_batch(run)
     grad = lambda run: jax.jit(jax.grad(lambda p: loss_function(run, one_device())(p, batch).objective))(parameters)
     for (path, got), want in zip(
@@ -310,8 +393,8 @@ def test_bfloat16_gradients_are_close_to_float32():
 
 def test_every_parameter_names_its_dims():
     model = MODELS["pattern_of_two"]
-    shapes = jax.eval_shape(lambda: init_parameters(model, one_device(), jax.random.key(0)))
-    dims = parameter_dims(abstract_decoder(model, one_device()))
+    shapes = jax.eval_shape(lambda: init_parameters(model, jax.random.key(0)))
+    dims = parameter_dims(model)
     sizes = {"layers": 2, "vocab": 64, "embed": 32, "vector": 32}  # the others differ between the blocks
 
     def check(path, array, names):
@@ -332,13 +415,13 @@ def test_every_parameter_names_its_dims():
     assert attention("1") == {
         "q_proj": (2, 32, 4, 8), "k_proj": (2, 32, 1, 8), "v_proj": (2, 32, 1, 8), "o_proj": (2, 4, 8, 32)
     }  # fmt: skip
-    tied = jax.eval_shape(lambda: init_parameters(small_model(tie_embeddings=True), one_device(), jax.random.key(0)))
+    tied = jax.eval_shape(lambda: init_parameters(small_model(head=LmHead(tied=True)), jax.random.key(0)))
     assert "unembed" in shapes and "unembed" not in tied
 
 
 def test_initial_values():
     model = dataclasses.replace(MODELS["pattern_of_two"], d_model=96, vocab_size=300, init_std=0.02)
-    parameters = jax.jit(lambda: init_parameters(model, one_device(), jax.random.key(0)))()
+    parameters = jax.jit(lambda: init_parameters(model, jax.random.key(0)))()
     seen = []
     for path, value in jax.tree_util.tree_leaves_with_path(parameters):
         name, value = path[-1].key, np.asarray(value)
@@ -360,6 +443,6 @@ def test_initial_values():
 
 def test_initial_values_follow_the_key():
     model = small_model()
-    draw = jax.jit(lambda key: Decoder(model, one_device(), key).embed[...])
+    draw = jax.jit(lambda key: Decoder(model, key).embed[...])
     np.testing.assert_array_equal(draw(jax.random.key(3)), draw(jax.random.key(3)))
     assert (draw(jax.random.key(3)) != draw(jax.random.key(4))).any()

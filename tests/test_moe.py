@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import one_device, packed_batch, small_model, small_run
+from helpers import FLOAT32, one_device, packed_batch, plainly, run_decoder, small_model, small_run
 from jax.scipy.stats import norm
 
 from maxlm.config import (
@@ -19,7 +19,7 @@ from maxlm.config import (
     Capacity,
     Dropless,
     ExpertChoiceRouter,
-    MoeConfig,
+    Experts,
     NoisyTopKRouter,
     Remat,
     ShardingConfig,
@@ -29,10 +29,10 @@ from maxlm.config import (
 )
 from maxlm.inference.generator import _cast
 from maxlm.inference.steps import decode_logits, prefill_logits
-from maxlm.models import Decoder, abstract_decoder, init_parameters, parameter_dims
-from maxlm.models.moe import MoE, RouterStats, balance_biases
+from maxlm.models import Decoder, Execution, Tokens, bind, init_parameters
+from maxlm.models.moe import ExpertsLayer, RouterStats, balance_biases
 from maxlm.models.parameters import Initializer
-from maxlm.sharding import Layout, make_layout
+from maxlm.sharding import make_layout
 from maxlm.training.step import gradient_function, loss_function
 
 B, T, D, E, F = 4, 12, 16, 6, 10
@@ -48,32 +48,32 @@ ROUTERS = {
 DISPATCHES = {"dropless": Dropless(), "capacity": Capacity(factor=1.0, group_size=4)}
 CASES = {
     **{f"{r}-{d}": moe for r, router in ROUTERS.items() for d, dispatch in DISPATCHES.items()
-       for moe in [MoeConfig(n_experts=E, d_ff=F, router=router, dispatch=dispatch, router_z_loss=0.1)]},
-    "switch-sequence": MoeConfig(n_experts=E, d_ff=F, router=ROUTERS["switch"], dispatch=Capacity(factor=0.7)),
-    "expert_choice": MoeConfig(
+       for moe in [Experts(n_experts=E, d_ff=F, router=router, dispatch=dispatch, router_z_loss=0.1)]},
+    "switch-sequence": Experts(n_experts=E, d_ff=F, router=ROUTERS["switch"], dispatch=Capacity(factor=0.7)),
+    "expert_choice": Experts(
         n_experts=E, d_ff=F, router=ExpertChoiceRouter(), dispatch=Capacity(factor=2.0, group_size=6), router_z_loss=0.1
     ),
-    "shared_scaled": MoeConfig(
+    "shared_scaled": Experts(
         n_experts=E, d_ff=F, router=ROUTERS["sigmoid"], n_shared_experts=2, routed_scaling=2.5,
         activation=Activation.GELU_TANH,
     ),
-    "expert_choice_scaled": MoeConfig(
+    "expert_choice_scaled": Experts(
         n_experts=E, d_ff=F, router=ExpertChoiceRouter(), dispatch=Capacity(), n_shared_experts=1, routed_scaling=0.5
     ),
 }  # fmt: skip
 
 
-def make(config: MoeConfig, layout: Layout | None = None) -> MoE:
+def make(config: Experts) -> ExpertsLayer:
     """The layer with parameters large enough that experts differ, and biases that matter."""
-    moe = MoE(config, small_model(d_model=D), layout or one_device(), Initializer(jax.random.key(3), 0.4))
+    moe = ExpertsLayer(config, small_model(d_model=D, init_std=0.4), Initializer(jax.random.key(3)))
     if isinstance(config.router, SigmoidRouter):
         moe.router_bias[...] = jnp.linspace(-0.3, 0.3, E)
     return moe
 
 
 @jax.jit
-def apply(moe: MoE, x: jax.Array, keys: jax.Array | None = None) -> tuple[jax.Array, RouterStats]:
-    return moe(x, keys)
+def apply(moe: ExpertsLayer, x: jax.Array, keys: jax.Array | None = None) -> tuple[jax.Array, RouterStats]:
+    return moe(x, plainly(), keys)
 
 
 def inputs() -> tuple[jax.Array, jax.Array]:
@@ -127,7 +127,7 @@ class Truth:
     auxiliary: float
 
 
-def token_choices(config: MoeConfig, p: Any, x: np.ndarray, noise: np.ndarray) -> list[tuple[int, float]]:
+def token_choices(config: Experts, p: Any, x: np.ndarray, noise: np.ndarray) -> list[tuple[int, float]]:
     """(expert, gate) of one token, best first."""
     logits = x @ p["router"]
     match config.router:
@@ -148,7 +148,7 @@ def token_choices(config: MoeConfig, p: Any, x: np.ndarray, noise: np.ndarray) -
     raise NotImplementedError
 
 
-def losses(config: MoeConfig, p: Any, x: np.ndarray, noise: np.ndarray, gate: np.ndarray, load: np.ndarray) -> float:
+def losses(config: Experts, p: Any, x: np.ndarray, noise: np.ndarray, gate: np.ndarray, load: np.ndarray) -> float:
     """Mean over tokens, weighted; gate [tokens, E] as chosen, whether computed or not."""
     logits = x @ p["router"]
     total = config.router_z_loss * np.mean([np.log(np.exp(row).sum()) ** 2 for row in logits])
@@ -168,7 +168,7 @@ def losses(config: MoeConfig, p: Any, x: np.ndarray, noise: np.ndarray, gate: np
     return float(total)
 
 
-def oracle(config: MoeConfig, parameters: Any, x: jax.Array, keys: jax.Array | None) -> Truth:
+def oracle(config: Experts, parameters: Any, x: jax.Array, keys: jax.Array | None) -> Truth:
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), parameters)
     x, noise = np.asarray(x, np.float64), noise_of(keys)
     gate, chosen = np.zeros((B, T, E)), np.zeros((B, T, E), bool)
@@ -218,7 +218,7 @@ def oracle(config: MoeConfig, parameters: Any, x: jax.Array, keys: jax.Array | N
     return Truth(y, gate, chosen, load, int((chosen & ~computed).sum()), loss * B * T)
 
 
-def truth_of(config: MoeConfig, noisy: bool) -> tuple[MoE, Any, jax.Array, jax.Array | None, Truth]:
+def truth_of(config: Experts, noisy: bool) -> tuple[ExpertsLayer, Any, jax.Array, jax.Array | None, Truth]:
     moe = make(config)
     x, keys = inputs()
     rows_keys = keys if noisy else None
@@ -235,7 +235,7 @@ def test_a_dropped_token_gets_exactly_nothing() -> None:
     assert np.asarray(y)[~nothing].any(-1).all()
 
 
-def dense(config: MoeConfig, truth: Truth, noise: np.ndarray, p: Any, x: jax.Array) -> jax.Array:
+def dense(config: Experts, truth: Truth, noise: np.ndarray, p: Any, x: jax.Array) -> jax.Array:
     """The same layer as all experts on all tokens, with who is chosen and computed given; and its losses."""
     logits = x @ p["router"]
     chosen, computed = jnp.asarray(truth.chosen), jnp.asarray(truth.gate != 0)
@@ -281,7 +281,7 @@ def test_layer_equals_the_loops_and_its_gradients_all_experts_on_all_tokens(name
     graph = nnx.split(moe)[0]
 
     def objective(parameters: Any, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, RouterStats]]:
-        y, stats = nnx.merge(graph, parameters)(x, keys)
+        y, stats = nnx.merge(graph, parameters)(x, plainly(), keys)
         return (y * pattern()).sum() + stats.auxiliary, (y, stats)
 
     got, (y, stats) = jax.jit(jax.grad(objective, (0, 1), has_aux=True))(parameters, x)
@@ -306,7 +306,7 @@ def test_layer_equals_the_loops_and_its_gradients_all_experts_on_all_tokens(name
 @pytest.mark.parametrize("router", [TopKRouter(top_k=2), SigmoidRouter(top_k=3)])
 def test_capacity_for_all_is_dropless(router: TopKRouter | SigmoidRouter) -> None:
     x, _ = inputs()
-    config = MoeConfig(n_experts=E, d_ff=F, router=router)
+    config = Experts(n_experts=E, d_ff=F, router=router)
     roomy = dataclasses.replace(config, dispatch=Capacity(factor=E / router.top_k, group_size=4))
     (want, _), (got, stats) = apply(make(config), x), apply(make(roomy), x)
     assert stats.dropped == 0
@@ -324,7 +324,7 @@ def test_one_token_has_room_for_every_choice() -> None:
 
 def test_noise_is_a_rows_own() -> None:
     """The key of one row changes that row alone, and without keys there is no noise."""
-    moe = make(MoeConfig(n_experts=E, d_ff=F, router=NoisyTopKRouter(top_k=2)))
+    moe = make(Experts(n_experts=E, d_ff=F, router=NoisyTopKRouter(top_k=2)))
     x, keys = inputs()
     first, second = apply(moe, x, keys)[0], apply(moe, x, keys.at[1].set(keys[0]))[0]
     changed = np.abs(np.asarray(first - second)).max((1, 2))
@@ -333,7 +333,7 @@ def test_noise_is_a_rows_own() -> None:
 
 
 def test_all_experts_chosen_has_no_load_to_balance() -> None:
-    moe = make(MoeConfig(n_experts=E, d_ff=F, router=NoisyTopKRouter(top_k=E, importance_loss=0.0)))
+    moe = make(Experts(n_experts=E, d_ff=F, router=NoisyTopKRouter(top_k=E, importance_loss=0.0)))
     x, keys = inputs()
     _, stats = apply(moe, x, keys)
     assert stats.auxiliary == 0
@@ -348,7 +348,7 @@ def test_extreme_scores_stay_finite(name: str, scale: float) -> None:
     graph, keys = nnx.split(moe)[0], inputs()[1]
 
     def objective(parameters: Any) -> jax.Array:
-        y, stats = nnx.merge(graph, parameters)(x * scale, keys)
+        y, stats = nnx.merge(graph, parameters)(x * scale, plainly(), keys)
         return y.sum() / scale + stats.auxiliary
 
     value, gradient = jax.jit(jax.value_and_grad(objective))(parameters)
@@ -357,31 +357,34 @@ def test_extreme_scores_stay_finite(name: str, scale: float) -> None:
 
 def test_groups_that_do_not_fit_are_named() -> None:
     layout = make_layout(ShardingConfig(data=1, seq=2), jax.devices()[:2])
-    moe = make(MoeConfig(n_experts=E, d_ff=F, router=TopKRouter(top_k=2), dispatch=Capacity()), layout)
+    moe = make(Experts(n_experts=E, d_ff=F, router=TopKRouter(top_k=2), dispatch=Capacity()))
     with pytest.raises(UserError, match=r"group_size = None makes groups of 12 .* the 6 that a device has .* use 6"):
-        jax.eval_shape(moe, inputs()[0], None)
-    moe = make(MoeConfig(n_experts=E, d_ff=F, router=TopKRouter(top_k=2), dispatch=Capacity(group_size=5)), layout)
+        jax.eval_shape(lambda x: moe(x, plainly(layout), None), inputs()[0])
+    moe = make(Experts(n_experts=E, d_ff=F, router=TopKRouter(top_k=2), dispatch=Capacity(group_size=5)))
     with pytest.raises(UserError, match=r"group_size = 5 .* use 3"):
-        jax.eval_shape(moe, inputs()[0], None)
+        jax.eval_shape(lambda x: moe(x, plainly(layout), None), inputs()[0])
 
 
 @pytest.mark.parametrize(
-    "ffn",
+    "mlp",
     [
         dataclasses.replace(CASES["shared_scaled"], router=NoisyTopKRouter(top_k=2)),
         dataclasses.replace(CASES["sigmoid-capacity"], dispatch=Capacity(factor=E / 2, group_size=4)),
     ],
     ids=["dropless", "capacity"],
 )
-def test_decoding_equals_reading_the_whole(ffn: MoeConfig) -> None:
-    block = dataclasses.replace(small_model().blocks[0], ffn=ffn)
-    model = Decoder(small_model(blocks=(block,)), one_device(), jax.random.key(0))
+def test_decoding_equals_reading_the_whole(mlp: Experts) -> None:
+    block = dataclasses.replace(small_model().blocks[0], mlp=mlp)
+    config, how = small_model(blocks=(block,)), plainly()
+    parameters = init_parameters(config, jax.random.key(0))
+    model = bind(config, parameters)
     tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 64)
     positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
-    want = jax.jit(lambda model: model(tokens, positions).hidden)(model) @ model.output_table.T
-    logits, cache = jax.jit(lambda model: prefill_logits(model, tokens[:, :8], jnp.array([8, 8]), 12))(model)
+    hidden = jax.jit(lambda p: run_decoder(config, p, how, tokens, Tokens(positions)).hidden)(parameters)
+    want = hidden @ model.output_table.T
+    logits, cache = jax.jit(lambda model: prefill_logits(model, how, tokens[:, :8], jnp.array([8, 8]), 12))(model)
     np.testing.assert_allclose(logits, want[:, 7], atol=1e-5, rtol=0)
-    step = jax.jit(decode_logits)
+    step = jax.jit(lambda *arguments: decode_logits(arguments[0], how, *arguments[1:]))
     for t in range(8, 12):
         logits, cache = step(model, tokens[:, t], positions[:, t], cache)
         np.testing.assert_allclose(logits, want[:, t], atol=1e-5, rtol=0)
@@ -392,11 +395,13 @@ def test_remat_keeps_the_experts_products_or_not(dispatch: Dropless | Capacity) 
     """How often the gradient's program has them."""
 
     def products(remat: Remat) -> int:
-        ffn = MoeConfig(n_experts=E, d_ff=F, router=TopKRouter(top_k=2), dispatch=dispatch)
-        block = dataclasses.replace(small_model().blocks[0], ffn=ffn)
-        config, layout = small_run(small_model(blocks=(block,), remat=remat)), one_device()
+        mlp = Experts(n_experts=E, d_ff=F, router=TopKRouter(top_k=2), dispatch=dispatch)
+        block = dataclasses.replace(small_model().blocks[0], mlp=mlp)
+        layout = one_device()
+        config = small_run(small_model(blocks=(block,)))
+        config = dataclasses.replace(config, execution=dataclasses.replace(FLOAT32, remat=remat))
         gradient = gradient_function(config, layout, loss_function(config, layout))
-        parameters = jax.eval_shape(lambda: init_parameters(config.model, layout, jax.random.key(0)))
+        parameters = jax.eval_shape(lambda: init_parameters(config.model, jax.random.key(0)))
         return str(jax.make_jaxpr(gradient)(parameters, packed_batch(config))).count("name=grouped_out")
 
     assert products(Remat.NONE) == products(Remat.DOTS) == 3
@@ -406,10 +411,11 @@ def test_remat_keeps_the_experts_products_or_not(dispatch: Dropless | Capacity) 
 @pytest.mark.parametrize("dispatch", [Capacity(factor=1.0), Capacity(factor=1.0, group_size=12), Dropless(buffer=1.0)])
 def test_a_padded_prompt_reads_as_itself(dispatch: Capacity | Dropless) -> None:
     """Padding takes no room from the prompt, and need not fill groups."""
-    ffn = MoeConfig(n_experts=E, d_ff=F, router=TopKRouter(top_k=2), dispatch=dispatch)
-    config = small_model(blocks=(dataclasses.replace(small_model().blocks[0], ffn=ffn),))
-    model = Decoder(config, make_layout(ShardingConfig(expert=2), jax.devices()[:2]), jax.random.key(0))
-    tokens, read = jax.random.randint(jax.random.key(1), (2, 12), 0, 64), jax.jit(prefill_logits, static_argnums=3)
+    mlp = Experts(n_experts=E, d_ff=F, router=TopKRouter(top_k=2), dispatch=dispatch)
+    config = small_model(blocks=(dataclasses.replace(small_model().blocks[0], mlp=mlp),))
+    model, how = Decoder(config, jax.random.key(0)), plainly(make_layout(ShardingConfig(expert=2), jax.devices()[:2]))
+    tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 64)
+    read = jax.jit(lambda model, ids, lengths, room: prefill_logits(model, how, ids, lengths, room), static_argnums=3)
     want, _ = read(model, tokens, jnp.array([12, 12]), 24)
     for T in (16, 24):
         padded = jnp.zeros((2, T), jnp.int32).at[:, :12].set(tokens)
@@ -418,23 +424,20 @@ def test_a_padded_prompt_reads_as_itself(dispatch: Capacity | Dropless) -> None:
 
 def test_generation_keeps_routers_in_float32() -> None:
     """In bfloat16 they would choose other experts than in training."""
-    block = dataclasses.replace(small_model().blocks[0], ffn=CASES["noisy-dropless"])
+    block = dataclasses.replace(small_model().blocks[0], mlp=CASES["noisy-dropless"])
     model = small_model(blocks=(block,))
-    parameters = init_parameters(model, one_device(), jax.random.key(0))
-    dims = parameter_dims(abstract_decoder(model, one_device()))
-    mlp = _cast(parameters, dims, one_device(), "bfloat16")["blocks"]["0"]["mlp"]
+    parameters = init_parameters(model, jax.random.key(0))
+    mlp = _cast(parameters, model, Execution(one_device()))["blocks"]["0"]["mlp"]
     assert mlp["router"].dtype == mlp["router_noise"].dtype == jnp.float32
     assert mlp["gate_proj"].dtype == jnp.bfloat16
 
 
 def test_biases_go_against_the_load() -> None:
     block = small_model().blocks[0]
-    experts = dataclasses.replace(
-        block, ffn=MoeConfig(n_experts=3, d_ff=8, router=SigmoidRouter(top_k=1, bias_rate=0.5))
-    )
-    others = dataclasses.replace(block, ffn=MoeConfig(n_experts=3, d_ff=8, router=TopKRouter(top_k=1)))
+    experts = dataclasses.replace(block, mlp=Experts(n_experts=3, d_ff=8, router=SigmoidRouter(top_k=1, bias_rate=0.5)))
+    others = dataclasses.replace(block, mlp=Experts(n_experts=3, d_ff=8, router=TopKRouter(top_k=1)))
     model = small_model(blocks=(block, experts, others), n_layers=6)
-    parameters = nnx.to_pure_dict(nnx.split(Decoder(model, one_device(), jax.random.key(0)))[1])
+    parameters = init_parameters(model, jax.random.key(0))
     load = jnp.array([[6.0, 3.0, 0.0], [1.0, 1.0, 1.0]])
     stats = RouterStats(load, jnp.zeros(2), jnp.zeros(2))
     new = balance_biases(model, parameters, (None, stats, stats))
@@ -450,10 +453,10 @@ def test_balancing_evens_out_a_skewed_router() -> None:
     """arXiv:2408.15664: the loads converge with no loss that says so."""
     block = dataclasses.replace(
         small_model().blocks[0],
-        ffn=MoeConfig(n_experts=E, d_ff=F, router=SigmoidRouter(top_k=1, bias_rate=0.02)),
+        mlp=Experts(n_experts=E, d_ff=F, router=SigmoidRouter(top_k=1, bias_rate=0.02)),
     )
     model = small_model(blocks=(block,), n_layers=1, d_model=D)
-    moe = make(block.ffn)
+    moe = make(block.mlp)
     x = inputs()[0] + 1.0  # a common direction, which some experts like
     parameters = {"blocks": {"0": {"mlp": {"router_bias": jnp.zeros((1, E))}}}}
     graph, values = nnx.split(moe)
@@ -461,7 +464,7 @@ def test_balancing_evens_out_a_skewed_router() -> None:
 
     @jax.jit
     def load_with(bias: jax.Array) -> jax.Array:
-        return nnx.merge(graph, {**values, "router_bias": bias[0]})(x, None)[1].load
+        return nnx.merge(graph, {**values, "router_bias": bias[0]})(x, plainly(), None)[1].load
 
     first = load_with(parameters["blocks"]["0"]["mlp"]["router_bias"])
     for _ in range(60):

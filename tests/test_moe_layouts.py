@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import one_device, packed_batch, small_model, small_run
+from helpers import one_device, packed_batch, plainly, small_model, small_run
 from test_layouts import LAYOUTS as dense_layouts
 from test_layouts import assert_close
 from test_pipeline import LAYOUTS as pipelines
@@ -26,8 +26,8 @@ from maxlm.config import (
     Context,
     Dropless,
     ExpertChoiceRouter,
+    Experts,
     ModelConfig,
-    MoeConfig,
     NoisyTopKRouter,
     RunConfig,
     ShardingConfig,
@@ -36,7 +36,7 @@ from maxlm.config import (
     Zero,
 )
 from maxlm.models import init_parameters, ops
-from maxlm.models.moe import MoE
+from maxlm.models.moe import ExpertsLayer, _scores
 from maxlm.models.parameters import Initializer
 from maxlm.sharding import Layout, make_layout
 from maxlm.training.step import gradient_function, loss_function
@@ -65,28 +65,28 @@ LAYOUTS = {
     "stage2_tensor2_expert2": ShardingConfig(data=1, stage=2, tensor=2, expert=2),
 }
 
-DROPLESS = MoeConfig(
+DROPLESS = Experts(
     n_experts=8, d_ff=16, router=TopKRouter(top_k=2, load_balance=0.5), n_shared_experts=1, router_z_loss=0.01
 )
-NOISY = MoeConfig(n_experts=8, d_ff=16, router=NoisyTopKRouter(top_k=2))
-CAPACITY = MoeConfig(
+NOISY = Experts(n_experts=8, d_ff=16, router=NoisyTopKRouter(top_k=2))
+CAPACITY = Experts(
     n_experts=8, d_ff=16, router=SigmoidRouter(top_k=2), dispatch=Capacity(factor=1.0, group_size=4), routed_scaling=2.0
 )
-EXPERT_CHOICE = MoeConfig(
+EXPERT_CHOICE = Experts(
     n_experts=8, d_ff=16, router=ExpertChoiceRouter(), dispatch=Capacity(factor=2.0, group_size=4), router_z_loss=0.01
 )
 
 
-def moe_model(*moes: MoeConfig, **changes: Any) -> ModelConfig:
+def moe_model(*moes: Experts, **changes: Any) -> ModelConfig:
     """A dense layer, then twice the pattern."""
     block = small_model().blocks[0]
-    pattern = tuple(dataclasses.replace(block, ffn=moe) for moe in moes)
+    pattern = tuple(dataclasses.replace(block, mlp=moe) for moe in moes)
     return small_model(first_blocks=(block,), blocks=pattern, n_layers=1 + 2 * len(moes), **changes)
 
 
 def sums_and_gradients(config: RunConfig, layout: Layout) -> Any:
     """Divided by the number of tokens that count."""
-    parameters = jax.jit(lambda key: init_parameters(config.model, layout, key))(jax.random.key(1))
+    parameters = jax.jit(lambda key: init_parameters(config.model, key))(jax.random.key(1))
     gradient = jax.jit(gradient_function(config, layout, loss_function(config, layout)))
     batch = packed_batch(config)
     seeds = np.arange(config.train.batch_size, dtype=np.uint32)
@@ -116,13 +116,13 @@ def test_every_axis_is_here_alone_and_with_each_other() -> None:
         }
 
 
-def run_of(moes: tuple[MoeConfig, ...], sharding: ShardingConfig) -> RunConfig:
+def run_of(moes: tuple[Experts, ...], sharding: ShardingConfig) -> RunConfig:
     """A pipeline has two micro-batches, of as many rows as the mesh leaves; other layouts take the batch whole."""
     return small_run(moe_model(*moes), sharding, micro_batches=2 if sharding.stage > 1 else 1)
 
 
 @functools.cache
-def reference(moes: tuple[MoeConfig, ...], micro_batches: int) -> Any:
+def reference(moes: tuple[Experts, ...], micro_batches: int) -> Any:
     return sums_and_gradients(small_run(moe_model(*moes), micro_batches=micro_batches), one_device())
 
 
@@ -158,9 +158,8 @@ def test_layout_equals_one_device(name: str, pattern: str, capfd: pytest.Capture
         assert "router_bias" in jax.tree_util.keystr(path) or np.abs(leaf).max() > 3e-3, path
 
 
-def layer(config: MoeConfig, layout: Layout) -> tuple[Any, Any]:
-    moe = MoE(config, small_model(), layout, Initializer(jax.random.key(0), 0.3))
-    return nnx.split(moe)
+def layer(config: Experts) -> tuple[Any, Any]:
+    return nnx.split(ExpertsLayer(config, small_model(init_std=0.3), Initializer(jax.random.key(0))))
 
 
 def some_x() -> np.ndarray:
@@ -168,17 +167,18 @@ def some_x() -> np.ndarray:
 
 
 @pytest.mark.parametrize("config", [DROPLESS, NOISY, CAPACITY, EXPERT_CHOICE], ids=["topk", "noisy", "sigmoid", "ec"])
-def test_who_goes_where_is_the_same_on_every_mesh(config: MoeConfig) -> None:
+def test_who_goes_where_is_the_same_on_every_mesh(config: Experts) -> None:
     """Choices and gates; noise included, to the last bit."""
 
     def routing(layout: Layout) -> tuple[Any, jax.Array]:
-        graph, parameters = layer(config, layout)
+        graph, parameters = layer(config)
 
         @jax.jit
         def run(parameters: Any, x: jax.Array) -> tuple[Any, jax.Array]:
             moe = nnx.merge(graph, parameters)
             keys = jax.vmap(jax.random.key)(jnp.arange(8, dtype=jnp.uint32))
-            return moe._route(x, moe._scores(x, moe.router[...]), keys), moe._noise(keys, x.shape[1])
+            scores = _scores(layout, x, moe.router[...])
+            return moe._route(layout, x, scores, keys), moe._noise(layout, keys, x.shape[1])
 
         x = jax.device_put(some_x(), layout.sharding(layout.activation("batch", "seq", None)))
         return jax.device_get(run(parameters, x))
@@ -201,7 +201,9 @@ def test_what_overflows_a_buffer_is_dropped_and_counted(buffer: float) -> None:
     rng = np.random.default_rng(2)
     x, order = some_x(), np.argsort(rng.random((B, T, E)) * np.linspace(0.4, 1, E), -1)
     choices, gates = order[..., :k].astype(np.int32), rng.random((B, T, k)).astype(np.float32)
-    weights = ops.Experts(*(rng.normal(size=(E, *shape)).astype(np.float32) / 5 for shape in ((D, F), (D, F), (F, D))))
+    weights = ops.ExpertWeights(
+        *(rng.normal(size=(E, *shape)).astype(np.float32) / 5 for shape in ((D, F), (D, F), (F, D)))
+    )
     options = {"activation": Activation.SIGMOID, "config": Dropless(buffer=buffer)}
     y, computed = jax.jit(lambda *a: ops.dropless_experts(layout, *a, **options))(x, choices, gates, weights)
 
@@ -226,10 +228,10 @@ def test_what_overflows_a_buffer_is_dropped_and_counted(buffer: float) -> None:
 @pytest.mark.parametrize("dispatch", [Dropless(buffer=2.0), Capacity(group_size=4)])
 def test_expert_parallelism_moves_tokens_by_all_to_all_alone(dispatch: Dropless | Capacity) -> None:
     layout = make_layout(ShardingConfig(data=1, expert=8))
-    graph, parameters = layer(dataclasses.replace(DROPLESS, dispatch=dispatch, n_shared_experts=0), layout)
+    graph, parameters = layer(dataclasses.replace(DROPLESS, dispatch=dispatch, n_shared_experts=0))
 
     def objective(parameters: Any, x: jax.Array) -> jax.Array:
-        y, stats = nnx.merge(graph, parameters)(x, None)
+        y, stats = nnx.merge(graph, parameters)(x, plainly(layout), None)
         return (y * y).sum() + stats.auxiliary
 
     batch = layout.sharding(layout.activation("batch", "seq", None))

@@ -21,7 +21,7 @@ import rich.console
 from maxlm.config import (
     DataConfig,
     Dataset,
-    MoeConfig,
+    Experts,
     ObserveConfig,
     RunConfig,
     ShardingConfig,
@@ -196,7 +196,7 @@ def moe_config(**changes) -> RunConfig:
     """Four layers, of which the second and the fourth have experts."""
     config = run_config()
     model = dataclasses.replace(config.model, n_layers=4)
-    experts = MoeConfig(n_experts=4, d_ff=24, router=TopKRouter(top_k=2))
+    experts = Experts(n_experts=4, d_ff=24, router=TopKRouter(top_k=2))
     return dataclasses.replace(config, model=with_experts(model, experts, every=2), **changes)
 
 
@@ -526,7 +526,7 @@ def test_numbers_for_people():
 
 def test_importing_the_room_does_not_import_jax():
     code = (
-        "import sys; import maxlm.observe.run_log, maxlm.observe.flops\n"
+        "import sys; import maxlm.observe.run_log, maxlm.shapes\n"
         "print([m for m in ('jax', 'matplotlib', 'wandb') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import one_device, small_model, with_attention
+from helpers import small_model, with_attention
 
-from maxlm.config import Adafactor, AdamW, Dtype, GluConfig
-from maxlm.models import abstract_decoder, init_parameters, parameter_dims
-from maxlm.training.optimizers import decay_mask, make_optimizer
+from maxlm.config import Adafactor, AdamW, Dtype, GatedMlp
+from maxlm.models import declared, init_parameters
+from maxlm.shapes import Array, Constant, Part, Role
+from maxlm.training.optimizers import make_optimizer
 
 DIMS = {
     "matrix": ("embed", "mlp"),
@@ -56,8 +57,19 @@ def narrow(tree):
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
 
 
+def declared_as(dims):
+    """Arrays with these dims, of which those that have an "embed" dim are matrices."""
+
+    def array(names):
+        role = Role.PRODUCT if "embed" in names else Role.OTHER
+        return Array("", (), names, Constant(0), role, Part.MLP)
+
+    is_names = lambda leaf: isinstance(leaf, tuple)
+    return jax.tree.map(lambda leaf: array(leaf) if is_names(leaf) else leaf, dims, is_leaf=is_names)
+
+
 def run(config, parameters, gradients, dims=DIMS, layers=LAYERS):
-    optimizer = make_optimizer(config, rate, dims, layers=layers)
+    optimizer = make_optimizer(config, rate, declared_as(dims), layers=layers)
 
     @jax.jit
     def step(parameters, state, gradient):
@@ -201,7 +213,7 @@ def test_adafactor_never_factors_over_layers():
 def test_adafactor_keeps_small_state():
     parameters = {"matrix": jnp.zeros((200, 300)), "stacked": jnp.zeros((3, 200, 300)), "thin": jnp.zeros((200, 100))}
     dims = {"matrix": ("embed", "mlp"), "stacked": ("layers", "embed", "mlp"), "thin": ("embed", "mlp")}
-    state = make_optimizer(Adafactor(), rate, dims, layers=3).init(parameters)
+    state = make_optimizer(Adafactor(), rate, declared_as(dims), layers=3).init(parameters)
     sizes = sorted(leaf.size for leaf in jax.tree.leaves(state) if leaf.size > 1)
     assert sizes == [200, 300, 3 * 200, 3 * 300, 200 * 100]
 
@@ -210,10 +222,9 @@ def test_adafactor_keeps_small_state():
 def full_model():
     """A decoder with every kind of parameter: two blocks, biases, head norms, an output table of its own."""
     model = with_attention(small_model(n_layers=4), qkv_bias=True, out_bias=True, qk_norm=True)
-    block = dataclasses.replace(model.blocks[0], ffn=GluConfig(d_ff=48, bias=True))
+    block = dataclasses.replace(model.blocks[0], mlp=GatedMlp(d_ff=48, bias=True))
     model = dataclasses.replace(model, blocks=(block, block))
-    dims = parameter_dims(abstract_decoder(model, one_device()))
-    return dims, jax.jit(lambda: init_parameters(model, one_device(), jax.random.key(0)))()
+    return declared(model), jax.jit(lambda: init_parameters(model, jax.random.key(0)))()
 
 
 MATRICES = {"embed", "unembed", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -221,8 +232,8 @@ MATRICES = {"embed", "unembed", "q_proj", "k_proj", "v_proj", "o_proj", "gate_pr
 
 def test_decay_mask_marks_the_matrices(full_model):
     marked, unmarked = set(), set()
-    for path, decayed in jax.tree_util.tree_leaves_with_path(decay_mask(full_model[0])):
-        (marked if decayed else unmarked).add(path[-1].key)
+    for path, decayed in jax.tree_util.tree_leaves_with_path(full_model[0]):
+        (marked if decayed.role.decays else unmarked).add(path[-1].key)
     assert marked == MATRICES
     assert unmarked == {"scale"} | {f"{name}_bias" for name in ("q", "k", "v", "o", "gate", "up", "down")}
 
@@ -230,9 +241,9 @@ def test_decay_mask_marks_the_matrices(full_model):
 @pytest.mark.parametrize("config", [AdamW(weight_decay=0.5), Adafactor(weight_decay=0.5)])
 def test_decay_shrinks_matrices_and_nothing_else(full_model, config):
     """With gradients of zero, decay is all that is left."""
-    dims, parameters = full_model
+    arrays, parameters = full_model
     parameters = jax.tree.map(lambda p: p + 0.25, parameters)  # biases start at 0, where decay would not show
-    after = run(config, parameters, [jax.tree.map(jnp.zeros_like, parameters)], dims, layers=2)
+    after = run(config, parameters, [jax.tree.map(jnp.zeros_like, parameters)], arrays, layers=2)
     kept = 1 - rate(0) * 0.5
     for (path, new), old in zip(jax.tree_util.tree_leaves_with_path(after), jax.tree.leaves(parameters), strict=True):
         factor = kept if path[-1].key in MATRICES else 1.0

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from helpers import one_device, packed_batch, place, small_model, small_run, with_attention
+from helpers import one_device, packed_batch, place, plainly, small_model, small_run, with_attention
 from test_layouts import assert_close, loss_and_gradients
 
 from maxlm.config import ShardingConfig, pipeline_bubble, pipeline_ticks
-from maxlm.models import Decoder, init_parameters
+from maxlm.models import Decoder, Tokens, init_parameters
 from maxlm.sharding import make_layout
 from maxlm.training import make_trainer
 from maxlm.training.step import loss_function
@@ -89,7 +89,7 @@ def test_turns_are_those_of_the_formula(stages, virtual, micro_batches):
     config = small_run(MODEL, sharding, batch_size=BATCH, micro_batches=micro_batches)
     layout = make_layout(sharding, jax.devices()[:stages])
     loss = loss_function(config, layout)
-    parameters = jax.eval_shape(lambda: init_parameters(config.model, layout, jax.random.key(0)))
+    parameters = jax.eval_shape(lambda: init_parameters(config.model, jax.random.key(0)))
     lengths = {int(n) for n in re.findall(r"length=(\d+)", str(jax.make_jaxpr(loss)(parameters, packed_batch(config))))}
     ticks = pipeline_ticks(stages, virtual, micro_batches)
     assert ticks in lengths
@@ -124,11 +124,9 @@ def test_parameters_stay_on_their_stage_and_the_batch_is_shared_out():
 def test_decoding_needs_another_mesh():
     sharding = ShardingConfig(data=1, stage=4)
     layout = make_layout(sharding, jax.devices()[:4])
-    model = nnx.eval_shape(lambda: Decoder(MODEL, layout, jax.random.key(0)))
+    model, how = nnx.eval_shape(lambda: Decoder(MODEL, jax.random.key(0))), plainly(layout)
+    ids, tokens = jnp.zeros((4, 1), jnp.int32), Tokens(jnp.zeros((4, 1), jnp.int32))
     with pytest.raises(ValueError, match="stage = 1"):
         nnx.eval_shape(
-            lambda model: model(
-                jnp.zeros((4, 1), jnp.int32), jnp.zeros((4, 1), jnp.int32), cache=model.empty_cache(4, 8)
-            ),
-            model,
+            lambda model: model(model.embeddings(ids, tokens, how), tokens, how, model.empty_cache(4, 8, how)), model
         )

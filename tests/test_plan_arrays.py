@@ -8,16 +8,17 @@ from pathlib import Path
 
 import jax
 import pytest
-from helpers import one_device, small_model, with_attention
+from helpers import small_model, with_attention
 
 from maxlm.config import (
-    AttentionConfig,
     BlockConfig,
     Capacity,
     ExpertChoiceRouter,
-    GluConfig,
+    Experts,
+    GatedMlp,
+    GroupedQuery,
+    LmHead,
     ModelConfig,
-    MoeConfig,
     NoisyTopKRouter,
     ShardingConfig,
     SigmoidRouter,
@@ -28,9 +29,8 @@ from maxlm.config import (
     with_experts,
 )
 from maxlm.config.cli import parse_run
-from maxlm.models import abstract_decoder, init_parameters, parameter_dims
-from maxlm.observe.flops import parameter_count
-from maxlm.plan.arrays import Part, device_bytes, parameter_arrays
+from maxlm.models import init_parameters, parameter_dims
+from maxlm.shapes import Part, arrays, device_bytes, parameter_count
 from maxlm.sharding import make_layout
 
 CONFIGS = sorted(path.stem for path in Path("configs").glob("*.py"))
@@ -41,20 +41,20 @@ def model_of(name: str) -> ModelConfig:
 
 
 def experts(router, **changes) -> ModelConfig:
-    return with_experts(small_model(), MoeConfig(n_experts=4, d_ff=48, router=router, **changes))
+    return with_experts(small_model(), Experts(n_experts=4, d_ff=48, router=router, **changes))
 
 
 def pattern_of_two() -> ModelConfig:
     """Two kinds of layers in turn after a dense first one."""
-    narrow = BlockConfig(attention=AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=6), ffn=GluConfig(d_ff=16))
+    narrow = BlockConfig(attention=GroupedQuery(n_heads=4, n_kv_heads=2, head_dim=6), mlp=GatedMlp(d_ff=16))
     model = experts(TopKRouter(top_k=2), n_shared_experts=3)
     return replace(model, n_layers=5, blocks=(narrow, *model.blocks), first_blocks=(narrow,))
 
 
 ODD = {
-    "tied": small_model(tie_embeddings=True),
+    "tied": small_model(head=LmHead(tied=True)),
     "biases and norms of heads": with_attention(
-        small_model(blocks=(replace(small_model().blocks[0], ffn=GluConfig(d_ff=24, bias=True)),)),
+        small_model(blocks=(replace(small_model().blocks[0], mlp=GatedMlp(d_ff=24, bias=True)),)),
         qkv_bias=True,
         out_bias=True,
         qk_norm=True,
@@ -75,23 +75,23 @@ def paths(tree) -> dict[str, object]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_is_the_real_tree(name):
-    model, layout = MODELS[name], one_device()
-    shapes = paths(jax.eval_shape(lambda: init_parameters(model, layout, jax.random.key(0))))
-    dims = paths(parameter_dims(abstract_decoder(model, layout)))
+    model = MODELS[name]
+    shapes = paths(jax.eval_shape(lambda: init_parameters(model, jax.random.key(0))))
+    dims = paths(parameter_dims(model))
     want = [(name, leaf.shape, dims[name]) for name, leaf in shapes.items()]
-    assert [(array.name, array.shape, array.dims) for array in parameter_arrays(model)] == want
+    assert [(array.name, array.shape, array.dims) for array in arrays(model)] == want
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_parts_add_up_to_the_counts(name):
     count = parameter_count(MODELS[name])
     found = dict.fromkeys(Part, 0)
-    for array in parameter_arrays(MODELS[name]):
+    for array in arrays(MODELS[name]):
         found[array.part] += array.size
     assert found[Part.EMBEDDING] == count.embedding
     assert found[Part.UNEMBEDDING] == count.unembedding
     assert found[Part.ATTENTION] == count.attention
-    assert found[Part.FFN] + found[Part.EXPERTS] == count.ffn
+    assert found[Part.MLP] + found[Part.EXPERTS] == count.mlp
     assert found[Part.NORMS] == count.norms
     assert sum(found.values()) == count.total
 
@@ -111,7 +111,7 @@ def test_parts_add_up_to_the_counts(name):
     ],
 )
 def test_published_sizes(name, published):
-    assert sum(array.size for array in parameter_arrays(MODELS[name])) == published
+    assert sum(array.size for array in arrays(MODELS[name])) == published
 
 
 def test_gpt3_has_175_billion():
@@ -125,8 +125,8 @@ def test_gpt3_has_175_billion():
     gpt3 = llama(
         vocab_size=50_257, d_model=d, n_layers=96, n_heads=96, d_ff=8 * d // 3, max_seq_len=2048, tie_embeddings=True
     )
-    arrays = parameter_arrays(gpt3)
-    matrices = sum(a.size for a in arrays if a.part in (Part.ATTENTION, Part.FFN))
+    found = arrays(gpt3)
+    matrices = sum(a.size for a in found if a.part in (Part.ATTENTION, Part.MLP))
     assert matrices == 12 * 96 * d**2
     positions, biases, shifts = 2048 * d, 96 * (4 * d + 5 * d), (2 * 96 + 1) * d
     total = sum(a.size for a in arrays)
@@ -149,8 +149,8 @@ MESHES = [
 def test_bytes_are_those_of_jax_shards(axes, zero):
     config = ShardingConfig(**axes, zero=zero)
     layout = make_layout(config)
-    arrays = parameter_arrays(replace(pattern_of_two(), n_layers=5, d_model=32))
-    for array in arrays:
+    found = arrays(replace(pattern_of_two(), n_layers=5, d_model=32))
+    for array in found:
         for part in StatePart:
             shard = layout.sharding(layout.parameter(array.dims, part)).shard_shape(array.shape)
             assert device_bytes(array, config.sizes(8), zero, part) == 4 * math.prod(shard), (array.name, part)
@@ -172,7 +172,7 @@ BYTES = {StatePart.PARAMETERS: 2, StatePart.GRADIENTS: 2, StatePart.OPTIMIZER: 1
 def one_matrix(size: int):
     """A parameter that fsdp cuts, of about so many numbers, in the way of a layer's."""
     model = llama(vocab_size=1024, d_model=1024, n_layers=1, n_heads=8, d_ff=size // 1024, max_seq_len=8)
-    return next(array for array in parameter_arrays(model) if array.name.endswith("gate_proj"))
+    return next(array for array in arrays(model) if array.name.endswith("gate_proj"))
 
 
 @pytest.mark.parametrize("devices", TABLE_1)

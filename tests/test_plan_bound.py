@@ -12,7 +12,7 @@ from maxlm.config import (
     Capacity,
     Dropless,
     Dtype,
-    MoeConfig,
+    Experts,
     Remat,
     RunConfig,
     ShardingConfig,
@@ -22,10 +22,10 @@ from maxlm.config import (
 )
 from maxlm.config.cli import load_config
 from maxlm.hardware import CHIPS
-from maxlm.observe.flops import flops_per_token, parameter_count
 from maxlm.plan.bound import TimeBound, estimate_time, memory_bytes
 from maxlm.plan.machines import parse_machine
 from maxlm.plan.traffic import estimate_traffic
+from maxlm.shapes import flops_per_token, parameter_count
 
 A100: dict[str, float] = {"peak": 312e12, "bandwidth": 2.0e12}
 
@@ -153,7 +153,7 @@ def test_optimizers_that_keep_less_move_less() -> None:
 
 def test_experts_read_all_weights_for_few_tokens() -> None:
     """With a token for each expert the weights are nearly all that moves."""
-    experts = MoeConfig(n_experts=64, d_ff=1408, router=TopKRouter(top_k=1), dispatch=Dropless())
+    experts = Experts(n_experts=64, d_ff=1408, router=TopKRouter(top_k=1), dispatch=Dropless())
     config = seven_b(train={"batch_size": 1, "seq_len": 64})
     config = replace(config, model=with_experts(config.model, experts), train=replace(config.train, loss_chunk=64))
     dense = seven_b(train={"batch_size": 1, "seq_len": 64})

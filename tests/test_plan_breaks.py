@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from maxlm.config import Dropless, MoeConfig, RunConfig, ShardingConfig, TopKRouter, with_experts
+from maxlm.config import Dropless, Experts, RunConfig, ShardingConfig, TopKRouter, with_experts
 from maxlm.config.cli import load_config
 from maxlm.plan.bound import estimate_time
 from maxlm.plan.breaks import what_breaks_first
@@ -116,7 +116,7 @@ def test_axes_that_no_larger_machine_is_a_multiple_of() -> None:
 
 
 def test_experts_without_a_buffer() -> None:
-    experts = MoeConfig(n_experts=64, d_ff=1408, router=TopKRouter(top_k=6), dispatch=Dropless())
+    experts = Experts(n_experts=64, d_ff=1408, router=TopKRouter(top_k=6), dispatch=Dropless())
     config = seven_b(fsdp=8, expert=8)
     worst, bounded = (
         lines(

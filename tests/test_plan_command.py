@@ -20,11 +20,11 @@ from rich.console import Console
 from maxlm.config import RunConfig, UserError
 from maxlm.config.cli import load_config
 from maxlm.config.serialize import save
-from maxlm.observe.flops import flops_per_token, parameter_count
 from maxlm.plan import __main__, machines
 from maxlm.plan.analysis import CompilerReport, analyse
 from maxlm.plan.machines import memory_limit, parse_machine
 from maxlm.plan.tables import print_verdict
+from maxlm.shapes import flops_per_token, parameter_count
 
 ROOT = Path(__file__).parent.parent
 TINY, SEVEN_B = ("--config", "configs/tiny.py"), ("--config", "configs/llama7b.py")
@@ -103,7 +103,7 @@ def test_idle_stages_are_in_the_time_of_computing() -> None:
 
 
 def test_layers_that_are_unrolled_are_warned_of() -> None:
-    words = (*TINY, "--target", "gpu:h200:1", "--model.scan_layers")
+    words = (*TINY, "--target", "gpu:h200:1", "--execution.scan_layers")
     told = [any("scan_layers" in line for line in as_json(plan(*words, value, "--json"))["warnings"])
             for value in ("True", "False")]  # fmt: skip
     assert told == [False, True]

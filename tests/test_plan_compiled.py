@@ -300,7 +300,7 @@ SEVEN_B = ("--config", "configs/llama2_7b.py", "--model.n_layers", "4", "--shard
 @pytest.mark.slow
 def test_a_gpu_step_with_our_kernels() -> None:
     require_compiler("h200")
-    step = compile_for("gpu:h200:8", *SEVEN_B, "--train.batch_size", "8", "--model.kernels.attention", "gpu")
+    step = compile_for("gpu:h200:8", *SEVEN_B, "--train.batch_size", "8", "--execution.kernels.attention", "gpu")
     assert isinstance(step, CompiledStep)
     ours = {one.name: one.runs for one in step.kernels if one.maker is Maker.MOSAIC_GPU}
     # Forward, again on the way back, and the gradients, in each of four layers.

@@ -11,6 +11,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from helpers import one_device, small_model, small_run, with_attention
 
 from benchmarks import plan_memory
@@ -19,25 +20,25 @@ from maxlm.config import (
     AdamW,
     Capacity,
     Dtype,
-    GluConfig,
-    MoeConfig,
+    Experts,
+    GatedMlp,
     Remat,
     ShardingConfig,
     TopKRouter,
     Zero,
     with_experts,
 )
-from maxlm.models import abstract_decoder
-from maxlm.plan.arrays import parameter_arrays
+from maxlm.models import Decoder, Execution
 from maxlm.plan.machines import Platform
 from maxlm.plan.memory import cache_bytes, estimate_memory
+from maxlm.shapes import arrays
 from maxlm.sharding import make_layout
 from maxlm.training import make_trainer
 from maxlm.training.step import loss_function
 
 
 def experts_model():
-    return with_experts(small_model(), MoeConfig(n_experts=4, d_ff=48, router=TopKRouter(top_k=2)))
+    return with_experts(small_model(), Experts(n_experts=4, d_ff=48, router=TopKRouter(top_k=2)))
 
 
 def shard_bytes(tree) -> int:
@@ -85,7 +86,7 @@ def saved_by_the_loop(config) -> int:
     of_a_turn = forward.params["jaxpr"].jaxpr.outvars  # what is carried leaves the loop in the shape of one turn
     pairs = zip(forward.outvars, of_a_turn, strict=True)
     stacked = [var.aval for var, turn in pairs if var.aval.shape != turn.aval.shape]
-    weights = {array.shape for array in parameter_arrays(config.model)}
+    weights = {array.shape for array in arrays(config.model)}
     return sum(
         aval.size * aval.dtype.itemsize
         for aval in stacked
@@ -98,10 +99,10 @@ WIDE = replace(small_model(), d_model=64, n_layers=3, compute_dtype=Dtype.BFLOAT
 LAYERS = {
     "dense": WIDE,
     "norms of heads": with_attention(WIDE, qk_norm=True),
-    "wide mlp": replace(WIDE, blocks=(replace(WIDE.blocks[0], ffn=GluConfig(d_ff=256)),)),
-    "experts": with_experts(WIDE, MoeConfig(n_experts=4, d_ff=48, n_shared_experts=1, router=TopKRouter(top_k=2))),
+    "wide mlp": replace(WIDE, blocks=(replace(WIDE.blocks[0], mlp=GatedMlp(d_ff=256)),)),
+    "experts": with_experts(WIDE, Experts(n_experts=4, d_ff=48, n_shared_experts=1, router=TopKRouter(top_k=2))),
     "capacity": with_experts(
-        WIDE, MoeConfig(n_experts=4, d_ff=48, router=TopKRouter(top_k=2), dispatch=Capacity(factor=1.0))
+        WIDE, Experts(n_experts=4, d_ff=48, router=TopKRouter(top_k=2), dispatch=Capacity(factor=1.0))
     ),
 }
 
@@ -168,9 +169,9 @@ def test_parts_make_the_peak():
 @pytest.mark.parametrize("axes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 4, "seq": 2}], ids=str)
 def test_cache_is_that_of_the_decoder(axes):
     config = small_run(sharding=ShardingConfig(**axes))
-    layout, train, model = make_layout(config.sharding), config.train, config.model
-    decoder = abstract_decoder(model, layout)
-    empty = jax.jit(lambda: decoder.empty_cache(train.batch_size, model.max_seq_len))
+    how, train, model = Execution.of(config, make_layout(config.sharding)), config.train, config.model
+    decoder = nnx.eval_shape(lambda: Decoder(model, jax.random.key(0)))
+    empty = jax.jit(lambda: decoder.empty_cache(train.batch_size, model.max_seq_len, how))
     compiled, shapes = empty.lower().compile(), jax.eval_shape(empty)
     pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(compiled.output_shardings), strict=True)
     want = sum(math.prod(sharding.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize for leaf, sharding in pairs)

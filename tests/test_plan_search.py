@@ -13,8 +13,8 @@ from maxlm.config import (
     Adafactor,
     AdamW,
     Dtype,
-    GluConfig,
-    MoeConfig,
+    Experts,
+    GatedMlp,
     Remat,
     RunConfig,
     ShardingConfig,
@@ -25,7 +25,6 @@ from maxlm.config import (
 )
 from maxlm.config.cli import load_config
 from maxlm.hardware import CHIPS
-from maxlm.observe.flops import parameter_count
 from maxlm.plan.advice import cheapest_changes
 from maxlm.plan.analysis import Forecast
 from maxlm.plan.machines import memory_limit, parse_machine
@@ -41,6 +40,7 @@ from maxlm.plan.search import (
     search,
     spelled_out,
 )
+from maxlm.shapes import parameter_count
 
 ROOT = Path(__file__).parent.parent
 
@@ -87,7 +87,7 @@ def test_it_finds_the_best_of_each_mesh(experts: bool, share: float, monkeypatch
     """On a device where that share of all configs fits."""
     model = small_model(n_layers=8)
     if experts:
-        model = with_experts(model, MoeConfig(n_experts=4, d_ff=24, router=TopKRouter(top_k=2)))
+        model = with_experts(model, Experts(n_experts=4, d_ff=24, router=TopKRouter(top_k=2)))
     config, target = small_run(model=model, batch_size=32), parse_machine("gpu:h100:4")
     space = everything(config, 4)
     peaks = sorted(estimate_memory(one, 4, target.platform).peak for one in space)
@@ -230,7 +230,7 @@ def test_advice_fits(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_where_nothing_fits_a_larger_machine_is_among_the_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parameters alone are too many for four devices, so only more of them help."""
     limited_to(monkeypatch, 4_000_000)
-    wide = small_model(blocks=(dataclasses.replace(small_model().blocks[0], ffn=GluConfig(d_ff=4096)),))
+    wide = small_model(blocks=(dataclasses.replace(small_model().blocks[0], mlp=GatedMlp(d_ff=4096)),))
     config, target = small_run(model=wide), parse_machine("gpu:h100:2")
     assert 3 * 4 * parameter_count(config.model).total > 2 * 4_000_000
     assert not search(config, target).ranked

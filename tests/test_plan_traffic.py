@@ -19,7 +19,7 @@ from maxlm.config import (
     Context,
     Dispatch,
     Dropless,
-    MoeConfig,
+    Experts,
     Remat,
     RunConfig,
     ShardingConfig,
@@ -68,7 +68,7 @@ def seven_b(
 def mixture(dispatch: Dispatch, **sharding: Any) -> RunConfig:
     """Layers of Mixtral 8x7B's experts on LLaMA 7B's attention."""
     config = seven_b(n_layers=2, **sharding)
-    experts = MoeConfig(n_experts=8, d_ff=14_336, router=TopKRouter(top_k=2), dispatch=dispatch)
+    experts = Experts(n_experts=8, d_ff=14_336, router=TopKRouter(top_k=2), dispatch=dispatch)
     return replace(config, model=with_experts(config.model, experts))
 
 

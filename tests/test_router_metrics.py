@@ -15,7 +15,7 @@ from maxlm.config import (
     Capacity,
     ConstantSchedule,
     Context,
-    MoeConfig,
+    Experts,
     NoisyTopKRouter,
     ShardingConfig,
     SigmoidRouter,
@@ -33,7 +33,7 @@ def moe_model(router, n_experts=4, **moe):
     """Two layers, the second with experts."""
     model = small_model()
     (dense,) = model.blocks
-    experts = dataclasses.replace(dense, ffn=MoeConfig(n_experts=n_experts, d_ff=24, router=router, **moe))
+    experts = dataclasses.replace(dense, mlp=Experts(n_experts=n_experts, d_ff=24, router=router, **moe))
     return dataclasses.replace(model, blocks=(dense, experts))
 
 
@@ -73,7 +73,7 @@ def test_figures_are_in_the_order_of_the_layers():
 def forward(config, layout=None, **batch):
     """The sums of a forward pass with the initial parameters."""
     layout = layout or one_device()
-    parameters = init_parameters(config.model, layout, jax.random.key(0))
+    parameters = init_parameters(config.model, jax.random.key(0))
     return jax.jit(loss_function(config, layout))(parameters, {**packed_batch(config), **batch})
 
 
@@ -97,7 +97,7 @@ def test_the_objective_is_the_cross_entropy_and_the_mean_of_the_losses(micro_bat
     config = small_run(moe_model(BALANCED), micro_batches=micro_batches)
     layout, batch = one_device(), packed_batch(config)
     batch["loss_mask"][::4] = 0  # micro-batches of few counted tokens weigh what the others do, as in a pipeline
-    parameters = init_parameters(config.model, layout, jax.random.key(0))
+    parameters = init_parameters(config.model, jax.random.key(0))
     loss = loss_function(config, layout)
     sums, _ = jax.jit(gradient_function(config, layout, loss))(parameters, batch)
 
@@ -119,7 +119,7 @@ def test_the_losses_have_a_gradient_of_their_size():
     """Without a loss mask nothing is learned; with it, the router's gradient grows with the loss's weight."""
     config = small_run(moe_model(BALANCED))
     layout, batch = one_device(), packed_batch(config)
-    parameters = init_parameters(config.model, layout, jax.random.key(0))
+    parameters = init_parameters(config.model, jax.random.key(0))
 
     @functools.cache
     def gradient(weight):

@@ -181,7 +181,7 @@ def test_several_mistakes_are_all_reported(here: Here, tmp_path: Path) -> None:
         "train.batch_size = 8 is not a multiple of 3",
         "train.seq_len = 65 is longer than model.max_seq_len = 64",
         "sharding.tensor = 3 does not divide model.vocab_size = 320; sharding.tensor may be one of [1, 2, 4, 8]",
-        "sharding.tensor = 3 does not divide model.blocks.0.ffn.d_ff = 64; sharding.tensor may be one of [1, 2, 4, 8]",
+        "sharding.tensor = 3 does not divide model.blocks.0.mlp.d_ff = 64; sharding.tensor may be one of [1, 2, 4, 8]",
     ):
         assert sum(rule in line for line in lines) == 1, ended.err
     assert len(lines) == 7

@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from test_layouts import assert_close, loss_and_gradients
 from train_runs import ROOT, STEPS, Bench, free_port, inspect, losses
 
-from maxlm.config import Context, MoeConfig, RunConfig, ShardingConfig, SlicesAxis, TopKRouter
+from maxlm.config import Context, Experts, RunConfig, ShardingConfig, SlicesAxis, TopKRouter
 from maxlm.models import init_parameters
 from maxlm.sharding import Layout, make_layout
 from maxlm.training.step import gradient_function, loss_function
@@ -44,9 +44,9 @@ class Case:
     def config(self) -> RunConfig:
         model = small_model(n_layers=4)
         if self.experts:
-            moe = MoeConfig(n_experts=4, d_ff=16, router=TopKRouter(top_k=2, load_balance=0.1), router_z_loss=0.01)
+            moe = Experts(n_experts=4, d_ff=16, router=TopKRouter(top_k=2, load_balance=0.1), router_z_loss=0.01)
             (block,) = model.blocks
-            model = small_model(n_layers=4, blocks=(type(block)(attention=block.attention, ffn=moe),))
+            model = small_model(n_layers=4, blocks=(type(block)(attention=block.attention, mlp=moe),))
         return small_run(model, self.sharding, z_loss=1e-3, batch_size=16, **self.train)
 
     def layout(self) -> Layout:
@@ -86,7 +86,7 @@ def work(name: str, index: int, port: str, file: str) -> None:
     config, layout = case.config, case.layout()
     config.validate(8)
     assert crossing(layout) == case.crosses, crossing(layout)
-    parameters = jax.jit(lambda key: init_parameters(config.model, layout, key))(jax.random.key(1))
+    parameters = jax.jit(lambda key: init_parameters(config.model, key))(jax.random.key(1))
     cut = layout.sharding(layout.activation("batch", "seq"))
     values = packed_batch(config)
     batch = {key: jax.make_array_from_callback(value.shape, cut, value.__getitem__) for key, value in values.items()}

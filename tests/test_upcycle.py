@@ -9,16 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from helpers import one_device, packed_batch, place, small_model, small_run
+from helpers import one_device, packed_batch, place, plainly, run_decoder, small_model, small_run
 from run_folder import BYTE_MODEL, make_run, parameters_of
 
 from maxlm.config import (
     Adafactor,
     Dropless,
-    GluConfig,
-    MoeConfig,
-    Remat,
+    Experts,
+    GatedMlp,
+    LmHead,
     ShardingConfig,
     SigmoidRouter,
     TopKRouter,
@@ -26,25 +25,25 @@ from maxlm.config import (
     with_experts,
 )
 from maxlm.data.tokenizers import Bytes
-from maxlm.models import abstract_decoder, init_parameters
+from maxlm.models import Tokens, init_parameters
 from maxlm.models.upcycle import upcycle
 from maxlm.sharding import make_layout
 from maxlm.training import make_trainer
 from maxlm.training.step import gradient_function, loss_function
 from maxlm.training.warm_start import warm_start
 
-EXPERTS = MoeConfig(n_experts=4, d_ff=48, router=TopKRouter(top_k=2))
+EXPERTS = Experts(n_experts=4, d_ff=48, router=TopKRouter(top_k=2))
 
 
 def initial(model, seed=1):
-    return jax.jit(lambda key: init_parameters(model, one_device(), key))(jax.random.key(seed))
+    return jax.jit(lambda key: init_parameters(model, key))(jax.random.key(seed))
 
 
 def hidden(model, parameters):
-    decoder = nnx.merge(nnx.split(abstract_decoder(model, one_device()))[0], parameters)
     batch = packed_batch(small_run(model))
-    run = jax.jit(lambda *arrays: decoder(*arrays).hidden)
-    return np.asarray(run(batch["inputs"], batch["positions"], batch["segment_ids"]))
+    tokens = Tokens(batch["positions"], batch["segment_ids"])
+    run = jax.jit(lambda p, ids: run_decoder(model, p, plainly(), ids, tokens).hidden)
+    return np.asarray(run(parameters, batch["inputs"]))
 
 
 def started(source, target, parameters):
@@ -82,7 +81,7 @@ def test_experts_go_on_as_they_are():
     [
         (lambda model: dataclasses.replace(model, d_model=16), ["attention/k_proj", "[32, 2, 8]", "[16, 2, 8]"]),
         (lambda model: dataclasses.replace(model, n_layers=4), ["n_layers = 2", "4"]),
-        (lambda model: dataclasses.replace(model, tie_embeddings=True), ["unembed", "[64, 32]", "no such array"]),
+        (lambda model: dataclasses.replace(model, head=LmHead(tied=True)), ["unembed", "[64, 32]", "no such array"]),
         (
             lambda model: with_experts(model, dataclasses.replace(EXPERTS, d_ff=24)),
             ["layer 0 mlp/down_proj", "it has [48, 32]", "[4, 24, 32]", "dense model's d_ff"],
@@ -96,7 +95,7 @@ def test_experts_go_on_as_they_are():
 def test_what_does_not_fit_is_named_with_both_shapes(change, words):
     dense = small_model()
     target = change(dense)
-    shapes = [jax.eval_shape(lambda m=m: init_parameters(m, one_device(), jax.random.key(0))) for m in (dense, target)]
+    shapes = [jax.eval_shape(lambda m=m: init_parameters(m, jax.random.key(0))) for m in (dense, target)]
     with pytest.raises(UserError) as caught:
         jax.eval_shape(lambda old, new: upcycle(dense, target, old, new), *shapes)
     assert all(word in str(caught.value) for word in words), caught.value
@@ -169,7 +168,7 @@ def test_another_tokenizer_a_damaged_or_missing_step_and_a_missing_run_are_refus
 
 def test_first_blocks_compute_what_the_same_layers_do_in_the_pattern():
     """The same parameters, stacked otherwise; with gradients, and recomputed in the backward pass."""
-    pattern = small_model(n_layers=3, remat=Remat.FULL)
+    pattern = small_model(n_layers=3)
     first = dataclasses.replace(pattern, first_blocks=pattern.blocks)
     parameters = initial(pattern)
     moved = started(pattern, first, parameters)
@@ -198,7 +197,7 @@ def test_adafactor_counts_the_layers_of_the_stack_alone():
 
 
 def test_first_blocks_run_before_a_pipeline():
-    wide = dataclasses.replace(small_model().blocks[0], ffn=GluConfig(d_ff=64))
+    wide = dataclasses.replace(small_model().blocks[0], mlp=GatedMlp(d_ff=64))
     model = small_model(n_layers=3, first_blocks=(wide,))
     losses = []
     for sharding, n in ((ShardingConfig(), 1), (ShardingConfig(fsdp=2, stage=2, tensor=2), 8)):
@@ -221,6 +220,6 @@ def test_a_number_of_layers_that_does_not_fit_is_refused(n_layers):
 
 
 def test_experts_before_the_pattern_are_refused():
-    block = dataclasses.replace(small_model().blocks[0], ffn=dataclasses.replace(EXPERTS, dispatch=Dropless()))
-    with pytest.raises(UserError, match=r"model.first_blocks.0.ffn is a MoeConfig; use a GluConfig"):
+    block = dataclasses.replace(small_model().blocks[0], mlp=dataclasses.replace(EXPERTS, dispatch=Dropless()))
+    with pytest.raises(UserError, match=r"model.first_blocks.0.mlp is a Experts; use a GatedMlp"):
         small_model(n_layers=3, first_blocks=(block,))

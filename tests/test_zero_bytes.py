@@ -8,8 +8,8 @@ import jax
 import pytest
 from helpers import packed_batch, place, small_model, small_run
 
-from maxlm.config import MoeConfig, ShardingConfig, TopKRouter, Zero, with_experts
-from maxlm.models import abstract_decoder, parameter_dims
+from maxlm.config import Experts, ShardingConfig, TopKRouter, Zero, with_experts
+from maxlm.models import parameter_dims
 from maxlm.sharding import make_layout
 from maxlm.training import make_trainer
 from maxlm.training.step import gradient_function, loss_function
@@ -42,9 +42,7 @@ def held(config):
     adam = next(
         part for part in jax.tree.leaves(state.optimizer, is_leaf=lambda p: hasattr(p, "mu")) if hasattr(part, "mu")
     )
-    names = jax.tree.leaves(
-        parameter_dims(abstract_decoder(config.model, layout)), is_leaf=lambda leaf: isinstance(leaf, tuple)
-    )
+    names = jax.tree.leaves(parameter_dims(config.model), is_leaf=lambda leaf: isinstance(leaf, tuple))
     rows = zip(names, *map(jax.tree.leaves, (state.parameters, gradients, adam.mu, adam.nu)), strict=True)
     matrices = [
         (dims, p.size, on_one_device(p), on_one_device(g), on_one_device(m) + on_one_device(v))
@@ -63,7 +61,7 @@ def test_bytes_are_those_of_figure_1(zero):
 
 
 def experts_model():
-    return with_experts(small_model(), MoeConfig(n_experts=4, d_ff=48, router=TopKRouter(top_k=2)))
+    return with_experts(small_model(), Experts(n_experts=4, d_ff=48, router=TopKRouter(top_k=2)))
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,8 @@ from maxlm.config import (
 def get_config():
     model = llama(vocab_size=320, d_model=32, n_layers=2, n_heads=4, d_ff=64, max_seq_len=64)
     return RunConfig(
-        model=dataclasses.replace(model, compute_dtype=Dtype.FLOAT32, remat=Remat.NONE),
+        model=model,
+        execution=ExecutionConfig(dtype=Dtype.FLOAT32, remat=Remat.NONE),
         data=DataConfig(datasets=(Dataset(path=%r),)),
         train=TrainConfig(steps=%d, batch_size=8, seq_len=32, log_every=1, eval_every=25, eval_batches=2),
         optimizer=AdamW(learning_rate=3e-3, schedule=CosineSchedule(warmup_steps=2)),

@@ -2,6 +2,7 @@
 
 api.py: flash_attention: checks, choice, gradient
 problem.py: one call, as every body receives it
+scores.py: all that shapes the scores, in one value
 merge.py: results over parts of the keys; sinks
 xla.py: blocks of plain operations: every device
 tpu.py: Mosaic kernel for TPUs, forward

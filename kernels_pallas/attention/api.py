@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -17,27 +16,10 @@ from kernels_pallas import dispatch, masks
 from kernels_pallas.attention import cudnn
 from kernels_pallas.attention.merge import add_sinks
 from kernels_pallas.attention.problem import AttentionBlocks, AttentionProblem, Buckets, Operands
+from kernels_pallas.attention.scores import DistanceBias
 from kernels_pallas.masks import Mask
 
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["table"], meta_fields=["max_distance", "bidirectional"]
-)
-@dataclass(frozen=True)
-class RelativeBias:
-    """T5's learned bias by distance (Raffel et al. 2020, arXiv:1910.10683, section 2.1).
-
-    Each head adds table[head, bucket(key position - query position)] to its scores. Distances below half the buckets
-    have one each, those up to max_distance share the rest by their logarithm, and longer ones take the last.
-    """
-
-    table: jax.Array
-    """[N, number of buckets] float32, differentiable."""
-    max_distance: int = 128
-    bidirectional: bool = False
-    """Half of the buckets for keys after the query; otherwise these all count as distance 0."""
 
 
 def flash_attention(
@@ -52,7 +34,7 @@ def flash_attention(
     scale: float | None = None,
     soft_cap: float | None = None,
     alibi_slopes: jax.Array | None = None,
-    relative_bias: RelativeBias | None = None,
+    relative_bias: DistanceBias | None = None,
     sinks: jax.Array | None = None,
     return_lse: bool = False,
     backend: str = "auto",
@@ -241,7 +223,7 @@ def _prepare(
     scale: float | None,
     soft_cap: float | None,
     alibi_slopes: jax.Array | None = None,
-    relative_bias: RelativeBias | None = None,
+    relative_bias: DistanceBias | None = None,
     sinks: jax.Array | None = None,
     return_lse: bool,
     backend: str,
@@ -296,7 +278,7 @@ def _problem(
     scale: float | None,
     soft_cap: float | None,
     alibi_slopes: jax.Array | None,
-    relative_bias: RelativeBias | None,
+    relative_bias: DistanceBias | None,
     sinks: jax.Array | None,
     return_lse: bool,
 ) -> AttentionProblem:
@@ -364,9 +346,9 @@ def _problem(
     )
 
 
-def _buckets(bias: RelativeBias, N: int) -> Buckets:
-    if not isinstance(bias, RelativeBias):
-        raise ValueError(f"relative_bias is of type {type(bias).__name__}; give RelativeBias(table)")
+def _buckets(bias: DistanceBias, N: int) -> Buckets:
+    if not isinstance(bias, DistanceBias):
+        raise ValueError(f"relative_bias is of type {type(bias).__name__}; give DistanceBias(table)")
     shape = jnp.shape(bias.table)
     if len(shape) != 2 or shape[0] != N:
         raise ValueError(f"relative_bias.table {shape} must be [{N}, buckets]")

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas.attention.api import _buckets
 from kernels_pallas.attention.problem import MASKED, AttentionProblem, Operands
+from kernels_pallas.attention.scores import Scores
 from kernels_pallas.attention.xla import _product, _tiles
-from kernels_pallas.masks import Mask
 
 KEYS = 128
 """Keys of a block. A cache for more positions has room for a multiple of this."""
@@ -25,11 +26,9 @@ def cached_attention(
     v: jax.Array,
     layer: jax.Array,
     q_offset: jax.Array,
-    *,
-    mask: Mask,
-    scale: float | None = None,
+    scores: Scores,
 ) -> jax.Array:
-    """softmax(scale * q k^T) v for the keys of one layer of a cache; no gradient. XLA operations, on every device.
+    """`flash_attention` to the keys of one layer of a cache; no gradient. XLA operations, on every device.
 
     Args:
         q: [B, T, N, H], few queries: scores are [B, N, T, 128].
@@ -37,8 +36,7 @@ def cached_attention(
         v: [L, B, S, K, Hv].
         layer: int32 scalar.
         q_offset: int32 [B], position of the first query; its own key is in the cache.
-        mask: which positions see which.
-        scale: defaults to H ** -0.5.
+        scores: as for `flash_attention`.
 
     Returns:
         [B, T, N, Hv] in q's dtype.
@@ -47,6 +45,7 @@ def cached_attention(
     width = min(S, KEYS)
     if S % width:
         raise ValueError(f"a cache of {S} positions; make room for a multiple of {KEYS}")
+    bias = scores.relative_bias
     problem = AttentionProblem(
         B=B,
         T=T,
@@ -56,11 +55,14 @@ def cached_attention(
         H=H,
         Hv=Hv,
         dtype=q.dtype,
-        mask=mask,
-        scale=H**-0.5 if scale is None else scale,
+        mask=scores.mask,
+        scale=H**-0.5 if scores.scale is None else scores.scale,
+        soft_cap=scores.soft_cap,
+        buckets=None if bias is None else _buckets(bias, N),
         q_offset=None,
     )
-    blocks = _tiles(problem, T, width, Operands(q, k, v, None, None, q_offset, None, None))
+    table = None if bias is None else bias.table.astype(jnp.float32)
+    blocks = _tiles(problem, T, width, Operands(q, k, v, None, None, q_offset, scores.alibi_slopes, table))
     # [B, K, R, H]: the queries of all heads that share a key head are the rows of one product.
     rows = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
 
@@ -72,15 +74,21 @@ def cached_attention(
     def add_block(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         top, total, acc = carry
         seen = blocks.seen(jnp.int32(0), j)
-        scores = jnp.where(seen, blocks.capped(_product("bkrh,bckh->bkrc", rows, block(k, j))), MASKED)
-        new_top = jnp.maximum(top, scores.max(-1))
-        p = jnp.where(seen, jnp.exp(scores - new_top[..., None]), 0.0)
+        score = blocks.capped(_product("bkrh,bckh->bkrc", rows, block(k, j)))
+        if (bias := blocks.bias(jnp.int32(0), j)) is not None:
+            score += bias
+        score = jnp.where(seen, score, MASKED)
+        new_top = jnp.maximum(top, score.max(-1))
+        p = jnp.where(seen, jnp.exp(score - new_top[..., None]), 0.0)
         shrink = jnp.exp(top - new_top)
         update = _product("bkrc,bckh->bkrh", p.astype(v.dtype), block(v, j))
         return new_top, total * shrink + p.sum(-1), acc * shrink[..., None] + update
 
     zeros = jnp.zeros(rows.shape[:-1], jnp.float32)
     start = zeros + MASKED, zeros, jnp.zeros((*zeros.shape, Hv), jnp.float32)
+    if scores.sinks is not None:  # one more key, whose value is 0
+        sinks = jnp.repeat(scores.sinks.astype(jnp.float32).reshape(K, N // K), T, axis=1)
+        start = zeros + sinks, zeros + 1, start[2]
     _, total, acc = lax.fori_loop(*blocks.key_blocks(jnp.int32(0)), add_block, start)
     out = (acc / total[..., None]).astype(q.dtype)
     return out.reshape(B, K, N // K, T, Hv).transpose(0, 3, 1, 2, 4).reshape(B, T, N, Hv)

@@ -1,8 +1,13 @@
 """Frozen, keyword-only dataclasses that describe everything a run can do. Nothing here imports jax.
 
 run.py: a whole run, and the rules between its parts
-model.py: blocks, attention, remat
-ffn.py: gated MLP; mixture of experts: routers, dispatch
+model.py: blocks and what joins them, heads
+norm.py: RMSNorm, LayerNorm
+position.py: RoPE, ALiBi, relative bias; embedded positions
+attention.py: heads, window, biases
+mlp.py: plain and gated MLP; mixture of experts: routers, dispatch
+execution.py: number format, remat, kernels
+remat.py: which named results each remat policy keeps
 families.py: model families as functions from sizes to a model
 data.py: documents, tokenizers, mixtures
 optimizer.py: AdamW, Adafactor, schedules
@@ -12,9 +17,14 @@ layout_rules.py: what must divide what
 sampling.py: temperature, top-k, top-p
 cli.py: --config, overrides, one-line errors
 serialize.py: configs as JSON and back
+earlier.py: keys and classes of earlier formats
 errors.py: the exception that users see as a line
 """
 
+from typing import Any
+
+from maxlm.config import earlier
+from maxlm.config.attention import Attention, GroupedQuery
 from maxlm.config.data import (
     ByteTokenizer,
     DataConfig,
@@ -33,33 +43,36 @@ from maxlm.config.data import (
 )
 from maxlm.config.dims import ACTIVATION_DIMS, CUT_BY_FSDP, PARAMETER_DIMS, Axes, StatePart
 from maxlm.config.errors import UserError
+from maxlm.config.execution import Backend, Dtype, ExecutionConfig, GluSave, KernelConfig, Remat
 from maxlm.config.families import llama, with_experts
-from maxlm.config.ffn import (
+from maxlm.config.mlp import (
     Activation,
     Capacity,
     Dispatch,
     Dropless,
     ExpertChoiceRouter,
-    FfnConfig,
-    GluConfig,
-    MoeConfig,
+    Experts,
+    GatedMlp,
+    Mlp,
+    MlpConfig,
     NoisyTopKRouter,
     Router,
     SigmoidRouter,
     TopKRouter,
 )
 from maxlm.config.model import (
-    AttentionConfig,
-    Backend,
     BlockConfig,
-    Dtype,
-    GluSave,
-    KernelConfig,
-    Llama3RopeScaling,
+    Head,
+    LmHead,
     ModelConfig,
-    Remat,
-    RopeConfig,
+    Parallel,
+    PostNorm,
+    PreNorm,
+    Residual,
+    Sandwich,
+    ScalarHead,
 )
+from maxlm.config.norm import LayerNorm, Norm, RmsNorm
 from maxlm.config.optimizer import (
     Adafactor,
     AdamW,
@@ -70,6 +83,16 @@ from maxlm.config.optimizer import (
     OptimizerConfig,
     Schedule,
     WsdSchedule,
+)
+from maxlm.config.position import (
+    Alibi,
+    EmbeddedPosition,
+    Learned,
+    Llama3RopeScaling,
+    Position,
+    RelativeBias,
+    Rope,
+    Sinusoidal,
 )
 from maxlm.config.run import CheckpointConfig, ObserveConfig, RunConfig, StepRange, TrainConfig
 from maxlm.config.sampling import SamplingConfig
@@ -95,7 +118,8 @@ __all__ = [
     "Activation",
     "Adafactor",
     "AdamW",
-    "AttentionConfig",
+    "Alibi",
+    "Attention",
     "Axes",
     "Backend",
     "BlockConfig",
@@ -111,33 +135,52 @@ __all__ = [
     "Documents",
     "Dropless",
     "Dtype",
+    "EmbeddedPosition",
+    "ExecutionConfig",
     "ExpertChoiceRouter",
-    "FfnConfig",
+    "Experts",
     "Files",
-    "GluConfig",
+    "GatedMlp",
     "GluSave",
+    "GroupedQuery",
+    "Head",
     "HuggingFaceDataset",
     "HuggingFaceTokenizer",
     "InverseSqrtSchedule",
     "KernelConfig",
+    "LayerNorm",
+    "Learned",
     "LinearSchedule",
     "Llama3RopeScaling",
+    "LmHead",
+    "Mlp",
+    "MlpConfig",
     "ModelConfig",
-    "MoeConfig",
     "NoisyTopKRouter",
+    "Norm",
     "ObserveConfig",
     "OptimizerConfig",
+    "Parallel",
     "PieceModel",
+    "Position",
+    "PostNorm",
+    "PreNorm",
     "PrepareConfig",
+    "RelativeBias",
     "Remat",
-    "RopeConfig",
+    "Residual",
+    "RmsNorm",
+    "Rope",
     "Router",
     "RunConfig",
     "SamplingConfig",
+    "Sandwich",
+    "ScalarHead",
     "Schedule",
     "SentencePieceTokenizer",
     "ShardingConfig",
     "SigmoidRouter",
+    "Sinusoidal",
     "SlicesAxis",
     "StandardLibrary",
     "StatePart",
@@ -159,3 +202,11 @@ __all__ = [
     "pipeline_ticks",
     "with_experts",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """A class by its name of an earlier version."""
+    if name in earlier.CLASSES:
+        earlier.tell(f"maxlm.config.{name}", earlier.CLASSES[name])
+        return globals()[earlier.CLASSES[name]]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,6 +20,7 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 
 from maxlm.config.data import DataConfig, Dataset
+from maxlm.config.earlier import new_options
 from maxlm.config.errors import UserError
 from maxlm.config.families import llama
 from maxlm.config.run import RunConfig, StepRange, TrainConfig
@@ -90,7 +91,7 @@ def parse_run(argv: Sequence[str], *, prog: str, description: str) -> Command:
         f"below are those of {options.config or 'a small example'}.\n--print_config     Show the resolved config and "
         "what differs from the file, then stop.\n--debug            Show tracebacks."
     )
-    config = parse(RunConfig, overrides, prog=prog, description=usage, default=file_config)
+    config = parse(RunConfig, new_options(overrides), prog=prog, description=usage, default=file_config)
     return Command(config=config, file_config=file_config, print_config=options.print_config)
 
 

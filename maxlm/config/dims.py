@@ -23,6 +23,8 @@ PARAMETER_DIMS: dict[str, Axes] = {
     "mlp": ("tensor",),
     "experts": ("expert",),
     "router": (),  # a router's scores of all experts: small, so everywhere
+    "positions": (),
+    "buckets": (),  # of a learned bias by distance
     "vector": (),  # norm scales and biases of the residual stream: small, so everywhere
 }
 """Dim of a parameter -> the mesh axes that cut it. The fsdp axis counts only as far as `ShardingConfig.zero` says."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from maxlm.config.ffn import GluConfig, MoeConfig
-from maxlm.config.model import AttentionConfig, BlockConfig, ModelConfig, RopeConfig
+from maxlm.config.attention import GroupedQuery
+from maxlm.config.mlp import Experts, GatedMlp
+from maxlm.config.model import BlockConfig, LmHead, ModelConfig
+from maxlm.config.norm import RmsNorm
+from maxlm.config.position import Rope
 
 
 def llama(
@@ -17,7 +20,7 @@ def llama(
     d_ff: int,
     max_seq_len: int,
     n_kv_heads: int | None = None,
-    rope: RopeConfig | None = None,
+    rope: Rope | None = None,
     norm_eps: float = 1e-5,
     tie_embeddings: bool = False,
     init_std: float = 0.02,
@@ -26,25 +29,25 @@ def llama(
 
     `n_kv_heads` defaults to `n_heads`, `rope` to theta 10,000 without stretching.
     """
-    attention = AttentionConfig(
+    attention = GroupedQuery(
         n_heads=n_heads,
         n_kv_heads=n_kv_heads or n_heads,
         head_dim=d_model // n_heads,
-        rope=rope or RopeConfig(),
+        position=rope or Rope(),
     )
     return ModelConfig(
         vocab_size=vocab_size,
         d_model=d_model,
         n_layers=n_layers,
-        blocks=(BlockConfig(attention=attention, ffn=GluConfig(d_ff=d_ff)),),
+        blocks=(BlockConfig(attention=attention, mlp=GatedMlp(d_ff=d_ff)),),
         max_seq_len=max_seq_len,
-        norm_eps=norm_eps,
-        tie_embeddings=tie_embeddings,
+        norm=RmsNorm(eps=norm_eps),
+        head=LmHead(tied=tie_embeddings),
         init_std=init_std,
     )
 
 
-def with_experts(model: ModelConfig, experts: MoeConfig, *, every: int = 1, first_dense: int = 0) -> ModelConfig:
+def with_experts(model: ModelConfig, experts: Experts, *, every: int = 1, first_dense: int = 0) -> ModelConfig:
     """A model of one kind of layer with experts in place of some MLPs: those of every `every`-th layer.
 
     The first `first_dense` layers stay as they are, and so do the first `every` - 1 of each `every` after them.
@@ -53,5 +56,5 @@ def with_experts(model: ModelConfig, experts: MoeConfig, *, every: int = 1, firs
     return dataclasses.replace(
         model,
         first_blocks=(dense,) * first_dense,
-        blocks=(dense,) * (every - 1) + (dataclasses.replace(dense, ffn=experts),),
+        blocks=(dense,) * (every - 1) + (dataclasses.replace(dense, mlp=experts),),
     )

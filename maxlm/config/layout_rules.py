@@ -6,20 +6,30 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from maxlm.config.attention import GroupedQuery
 from maxlm.config.errors import UserError
-from maxlm.config.ffn import Capacity, MoeConfig
-from maxlm.config.model import AttentionConfig, Backend, BlockConfig, ModelConfig
+from maxlm.config.execution import Backend, ExecutionConfig
+from maxlm.config.mlp import Capacity, Experts
+from maxlm.config.model import BlockConfig, ModelConfig
 from maxlm.config.sharding import MESH_AXES, Context, ShardingConfig
 
 
 def broken_layout_rules(
-    model: ModelConfig, sharding: ShardingConfig, *, n_devices: int, batch_size: int, seq_len: int, micro_batches: int
+    model: ModelConfig,
+    sharding: ShardingConfig,
+    execution: ExecutionConfig,
+    *,
+    n_devices: int,
+    batch_size: int,
+    seq_len: int,
+    micro_batches: int,
 ) -> list[str]:
     """One line for each rule that does not hold: key, value, rule, and values that would work.
 
     Args:
         model: its sizes and blocks.
         sharding: sizes of the mesh axes, with at most one -1.
+        execution: of it the kernels.
         n_devices: what the mesh has to fill.
         batch_size, seq_len, micro_batches: as in TrainConfig.
     """
@@ -29,7 +39,7 @@ def broken_layout_rules(
     except UserError as error:
         failures.append(str(error))
         sizes = {axis: max(1, getattr(sharding, axis)) for axis in MESH_AXES}
-    rules = _Rules(model, sharding, sizes, n_devices, batch_size, seq_len, micro_batches)
+    rules = _Rules(model, sharding, execution, sizes, n_devices, batch_size, seq_len, micro_batches)
     return [*failures, *rules.broken()]
 
 
@@ -37,6 +47,7 @@ def broken_layout_rules(
 class _Rules:
     model: ModelConfig
     sharding: ShardingConfig
+    execution: ExecutionConfig
     sizes: dict[str, int]
     n_devices: int
     batch_size: int
@@ -82,10 +93,10 @@ class _Rules:
         if seq > 1 and context is Context.RING:
             pieces = {"pieces for sharding.context = ring:": 2, "sharding.seq": seq}
             yield from _multiple("train.seq_len", self.seq_len, pieces)
-            if self.model.kernels.attention is Backend.CUDNN:
+            if self.execution.kernels.attention is Backend.CUDNN:
                 yield (
-                    "model.kernels.attention = cudnn gives no logsumexp, by which sharding.context = ring merges its "
-                    "parts; use model.kernels.attention = auto, or sharding.context = ulysses"
+                    "execution.kernels.attention = cudnn gives no logsumexp, by which sharding.context = ring merges "
+                    "its parts; use execution.kernels.attention = auto, or sharding.context = ulysses"
                 )
         else:
             yield from self._axis_divides("seq", "train.seq_len", self.seq_len)
@@ -106,7 +117,7 @@ class _Rules:
                 f"{stages * groups} (sharding.stage {stages} x sharding.virtual_stages {groups}); "
                 f"use {' or '.join(map(str, works))}"
             )
-        if experts > 1 and not any(isinstance(block.ffn, MoeConfig) for block in model.blocks):
+        if experts > 1 and not any(isinstance(block.mlp, Experts) for block in model.blocks):
             yield (
                 f"sharding.expert = {experts} finds no experts in this model, and would be one more data axis; use "
                 f"sharding.expert = 1 and sharding.data = {self.sizes['data'] * experts}"
@@ -116,15 +127,15 @@ class _Rules:
         attention = block.attention
         yield from self._axis_divides("tensor", f"{key}.attention.n_heads", attention.n_heads)
         yield from self._axis_divides("tensor", f"{key}.attention.n_kv_heads", attention.n_kv_heads)
-        yield from self._axis_divides("tensor", f"{key}.ffn.d_ff", block.ffn.d_ff)
+        yield from self._axis_divides("tensor", f"{key}.mlp.d_ff", block.mlp.d_ff)
         if self.sharding.context is Context.ULYSSES:
             yield from self._ulysses(key, attention)
-        if isinstance(block.ffn, MoeConfig):
-            yield from self._axis_divides("expert", f"{key}.ffn.n_experts", block.ffn.n_experts)
-            if isinstance(block.ffn.dispatch, Capacity):
-                yield from self._groups(f"{key}.ffn.dispatch.group_size", block.ffn.dispatch)
+        if isinstance(block.mlp, Experts):
+            yield from self._axis_divides("expert", f"{key}.mlp.n_experts", block.mlp.n_experts)
+            if isinstance(block.mlp.dispatch, Capacity):
+                yield from self._groups(f"{key}.mlp.dispatch.group_size", block.mlp.dispatch)
 
-    def _ulysses(self, key: str, attention: AttentionConfig) -> Iterator[str]:
+    def _ulysses(self, key: str, attention: GroupedQuery) -> Iterator[str]:
         """Each device takes whole heads, of the queries and of the keys."""
         heads, kv_heads = (max(1, n // self.sizes["tensor"]) for n in (attention.n_heads, attention.n_kv_heads))
         fits = lambda seq: heads % seq == 0 and (kv_heads % seq == 0 or seq % kv_heads == 0)

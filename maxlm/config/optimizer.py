@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from maxlm.config.errors import UserError, require_positive
-from maxlm.config.model import Dtype
+from maxlm.config.execution import Dtype
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,12 @@
 """Which named results of a block each remat policy keeps for the backward pass: the model makes jax's policies of this
-table, `maxlm/plan` and `observe/flops.py` count by it."""
+table, `maxlm/plan` and
+`maxlm/shapes` count by it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from maxlm.config.model import Remat
+from maxlm.config.execution import Remat
 
 _INPUTS = ("query", "key", "value")
 _ATTENTION = (*_INPUTS, "attention_out", "attention_lse")

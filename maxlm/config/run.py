@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 from maxlm.config.data import DataConfig
 from maxlm.config.errors import UserError, require_positive
+from maxlm.config.execution import ExecutionConfig
 from maxlm.config.layout_rules import broken_layout_rules
 from maxlm.config.model import ModelConfig
 from maxlm.config.optimizer import AdamW, OptimizerConfig
@@ -116,12 +118,18 @@ class RunConfig:
     train: TrainConfig
     optimizer: OptimizerConfig = field(default_factory=AdamW)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
     target: str | None = None
     """Machine that the config is meant for, as maxlm.plan names it (tpu:v5p:4x4x4); training does not read it."""
     run_dir: str = "runs/default"
     """Folder of checkpoints, metrics and the report. The same command on the same folder continues the run."""
+
+    def __post_init__(self) -> None:
+        if moved := vars(self.model)["moved"]:
+            object.__setattr__(self, "execution", dataclasses.replace(self.execution, **moved))
+            object.__setattr__(self, "model", dataclasses.replace(self.model, moved=None))
 
     def validate(self, n_devices: int) -> None:
         """Check every rule that holds between parts of the config.
@@ -133,6 +141,7 @@ class RunConfig:
         failures = broken_layout_rules(
             model,
             self.sharding,
+            self.execution,
             n_devices=n_devices,
             batch_size=train.batch_size,
             seq_len=train.seq_len,

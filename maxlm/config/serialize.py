@@ -1,14 +1,17 @@
 """Configs as plain JSON values and back.
 
 Where a field is a union, its object carries `"kind"`, the class's name; only the classes of that union are accepted,
-so a file can never name anything else to be built.
+so a file can never name anything else to be built. A run config carries the number of its format; older ones are
+brought up to date as they are read.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import json
+import operator
 import types
 import typing
 from pathlib import Path
@@ -18,23 +21,27 @@ import cattrs
 from cattrs.strategies import configure_tagged_union
 from cattrs.v import format_exception
 
+from maxlm.config.earlier import FORMAT, newest_format
 from maxlm.config.errors import UserError
-from maxlm.config.run import StepRange
+from maxlm.config.run import RunConfig, StepRange
 
 T = TypeVar("T")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The config as dicts, lists, strings, numbers and None."""
-    return _converter(type(config)).unstructure(config, unstructure_as=type(config))
+    values = _converter(type(config)).unstructure(config, unstructure_as=type(config))
+    return {"format": FORMAT} | values if isinstance(config, RunConfig) else values
 
 
 def from_dict(cls: type[T], values: dict[str, Any]) -> T:
     """The config of class `cls` that `to_dict` wrote.
 
     Raises:
-        UserError: a key is unknown or missing, or a value does not fit.
+        UserError: a key is unknown or missing, a value does not fit, or the format is not known.
     """
+    if cls is RunConfig:
+        values = newest_format(values)
     try:
         return _converter(cls).structure(values, cls)
     except cattrs.BaseValidationError as error:
@@ -109,8 +116,21 @@ def _converter(cls: type) -> cattrs.Converter:
     converter.register_unstructure_hook(StepRange, str)
     converter.register_structure_hook(StepRange, lambda value, _: StepRange.parse(str(value)))
     for union in _unions(cls, set()):
-        configure_tagged_union(union, converter, tag_name="kind")
+        _register(converter, union)
     return converter
+
+
+def _register(converter: cattrs.Converter, union: Any) -> None:
+    """Let the converter tell members of the union apart, and from None where that is one."""
+    some = functools.reduce(operator.or_, (kind for kind in typing.get_args(union) if kind is not types.NoneType))
+    configure_tagged_union(some, converter, tag_name="kind")
+    if some != union:
+        converter.register_unstructure_hook(
+            union, lambda value: None if value is None else converter.unstructure(value, unstructure_as=some)
+        )
+        converter.register_structure_hook(
+            union, lambda value, _: None if value is None else converter.structure(value, some)
+        )
 
 
 def _unions(annotation: Any, seen: set[Any]) -> list[Any]:

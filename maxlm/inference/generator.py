@@ -12,14 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from maxlm.config import SamplingConfig, UserError
+from maxlm.config import ModelConfig, SamplingConfig, UserError
 from maxlm.inference.load import LoadedRun
 from maxlm.inference.steps import Choice, DecodeState, decode_chunk, prefill_logits, row_keys
 from maxlm.inference.text_stream import TextStream
-from maxlm.models import Decoder, abstract_decoder, parameter_dims
-from maxlm.sharding import Layout, decoding_layout
+from maxlm.models import Execution, bind, declared, parameter_dims
+from maxlm.sharding import decoding_layout
 
 _SMALLEST_BUCKET = 16
 _SEEDS = 2**32
@@ -67,15 +66,12 @@ class Generator:
             )
         if not self._config.decodes:
             raise UserError(
-                "model.blocks[].ffn.router = ExpertChoiceRouter: such a model looks at later tokens and cannot decode; "
+                "model.blocks[].mlp.router = ExpertChoiceRouter: such a model looks at later tokens and cannot decode; "
                 "measure it with python -m maxlm.evaluate"
             )
         self._layout = decoding_layout(run.layout, self._config.d_model)
-        decoder = abstract_decoder(self._config, self._layout)
-        self._graph = nnx.split(decoder)[0]
-        self._parameters = _cast(
-            run.parameters, parameter_dims(decoder), self._layout, self._config.compute_dtype.value
-        )
+        self._how = Execution.of(run.config, run.layout).decoding(self._layout)
+        self._parameters = _cast(run.parameters, self._config, self._how)
         self._programs: dict[Any, jax.stages.Compiled] = {}
 
     def generate(
@@ -207,7 +203,7 @@ class Generator:
         cache_length: int,
         choose: Choice,
     ) -> tuple[DecodeState, jax.Array]:
-        logits, cache = prefill_logits(nnx.merge(self._graph, parameters), tokens, lengths, cache_length)
+        logits, cache = prefill_logits(bind(self._config, parameters), self._how, tokens, lengths, cache_length)
         token = self._replicated(choose(logits, lengths, row_keys(seed, tokens.shape[0])))
         done = self._replicated(idle | (token == choose.eos_id))
         finite = self._replicated(jnp.isfinite(logits).all())
@@ -216,9 +212,9 @@ class Generator:
     def _decode(
         self, parameters: Any, state: DecodeState, seed: jax.Array, limit: jax.Array, *, choose: Choice
     ) -> tuple[DecodeState, jax.Array, jax.Array]:
-        model: Decoder = nnx.merge(self._graph, parameters)
+        model = bind(self._config, parameters)
         keys = row_keys(seed, state.token.shape[0])
-        return decode_chunk(model, state, keys, limit, chunk=self._chunk, choose=choose)
+        return decode_chunk(model, self._how, state, keys, limit, chunk=self._chunk, choose=choose)
 
     def _replicated(self, x: jax.Array) -> jax.Array:
         """Every process reads it, so every device has it."""
@@ -249,18 +245,12 @@ class _Timer:
         return self._tokens / self._seconds if self._tokens else None
 
 
-def _cast(parameters: Any, dims: Any, layout: Layout, dtype: str) -> Any:
-    """Matrices in the compute dtype, to which each use would cast them anyway; what is used in float32 as it is.
-
-    That is norm scales and biases, which are vectors, and routers.
-    """
-
-    def cast(values: Any) -> Any:
-        is_matrix = lambda names: len([name for name in names if name != "layers"]) > 1 and "router" not in names
-        return jax.tree.map(lambda x, names: x.astype(dtype) if is_matrix(names) else x, values, dims)
-
-    shardings = layout.shardings(dims)
-    return jax.jit(cast, out_shardings=shardings)(jax.device_put(parameters, shardings))
+def _cast(parameters: Any, config: ModelConfig, how: Execution) -> Any:
+    """What every use casts to the compute dtype, in it; the rest as it is."""
+    in_use = lambda x, array: x.astype(how.dtype) if array.role.casts else x
+    shardings = how.layout.shardings(parameter_dims(config))
+    cast = jax.jit(lambda values: jax.tree.map(in_use, values, declared(config)), out_shardings=shardings)
+    return cast(jax.device_put(parameters, shardings))
 
 
 def _bucket(length: int, limit: int) -> int:

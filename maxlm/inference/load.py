@@ -23,7 +23,7 @@ class LoadedRun:
     """A model with what belongs to it. `load_run` reads one; training makes one of the state that it has."""
 
     config: RunConfig
-    """As in the run folder, except that `sharding` is the one in use and `model.kernels` the default."""
+    """As in the run folder, except that `sharding` is the one in use and `execution.kernels` the default."""
     layout: Layout
     parameters: Any
     """Nested dicts of float32 arrays, like those of `maxlm.models.init_parameters`."""
@@ -55,8 +55,8 @@ def load_run(run_dir: Path, *, step: int | None = None, sharding: ShardingConfig
     train = dataclasses.replace(saved.train, batch_size=rows, micro_batches=1)
     dataclasses.replace(saved, sharding=sharding, train=train).validate(len(devices))
     # The kernels that the run was trained with need not exist on this device.
-    model = dataclasses.replace(saved.model, kernels=KernelConfig())
-    config = dataclasses.replace(saved, sharding=sharding, model=model)
+    execution = dataclasses.replace(saved.execution, kernels=KernelConfig())
+    config = dataclasses.replace(saved, sharding=sharding, execution=execution)
     layout = make_layout(sharding, devices)
     with Checkpointer(run_dir / "checkpoints", config.checkpoint) as checkpointer:
         restored = checkpointer.restore_params(step, abstract_parameters(config.model, layout))

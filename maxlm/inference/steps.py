@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from maxlm.config import SamplingConfig
 from maxlm.inference.sampling import sample
-from maxlm.models import Decoder
+from maxlm.models import Decoder, Execution, Tokens
 from maxlm.models.decoder import Cache
 
 
@@ -49,11 +49,14 @@ def row_keys(seed: jax.Array, rows: int) -> jax.Array:
     return jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(rows))
 
 
-def prefill_logits(model: Decoder, tokens: jax.Array, lengths: jax.Array, cache_length: int) -> tuple[jax.Array, Cache]:
+def prefill_logits(
+    model: Decoder, how: Execution, tokens: jax.Array, lengths: jax.Array, cache_length: int
+) -> tuple[jax.Array, Cache]:
     """Read the prompts into a new cache.
 
     Args:
         model: the decoder.
+        how: it runs.
         tokens: int32 [B, T], prompts padded on the right with any id.
         lengths: int32 [B], each prompt's tokens, 1 .. T.
         cache_length: positions that the cache has room for, at least T.
@@ -63,21 +66,32 @@ def prefill_logits(model: Decoder, tokens: jax.Array, lengths: jax.Array, cache_
     """
     B, T = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    hidden, cache, _ = model(tokens, positions, cache=model.empty_cache(B, cache_length))
+    empty = model.empty_cache(B, cache_length, how)
+    hidden, cache, _ = model(model.embeddings(tokens, Tokens(positions), how), Tokens(positions), how, empty)
     assert cache is not None
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], 1)[:, 0]
-    return _logits(model, last), cache
+    return _logits(model, how, last), cache
 
 
-def decode_logits(model: Decoder, token: jax.Array, position: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+def decode_logits(
+    model: Decoder, how: Execution, token: jax.Array, position: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
     """Read one more token of each row: `token` and `position` int32 [B] -> float32 [B, V] logits of the next, cache."""
-    hidden, new_cache, _ = model(token[:, None], position[:, None], cache=cache)
+    tokens = Tokens(position[:, None])
+    hidden, new_cache, _ = model(model.embeddings(token[:, None], tokens, how), tokens, how, cache)
     assert new_cache is not None
-    return _logits(model, hidden[:, 0]), new_cache
+    return _logits(model, how, hidden[:, 0]), new_cache
 
 
 def decode_chunk(
-    model: Decoder, state: DecodeState, keys: jax.Array, limit: jax.Array, *, chunk: int, choose: Choice
+    model: Decoder,
+    how: Execution,
+    state: DecodeState,
+    keys: jax.Array,
+    limit: jax.Array,
+    *,
+    chunk: int,
+    choose: Choice,
 ) -> tuple[DecodeState, jax.Array, jax.Array]:
     """Up to `min(limit, chunk)` new tokens in each row; stops when every row is done.
 
@@ -92,7 +106,7 @@ def decode_chunk(
 
     def step(carry: tuple[DecodeState, jax.Array, jax.Array]) -> tuple[DecodeState, jax.Array, jax.Array]:
         state, tokens, n = carry
-        logits, cache = decode_logits(model, state.token, state.position, state.cache)
+        logits, cache = decode_logits(model, how, state.token, state.position, state.cache)
         position = jnp.where(state.done, state.position, state.position + 1)
         token = jnp.where(state.done, choose.eos_id, choose(logits, position, keys))
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], n, 1)
@@ -102,8 +116,8 @@ def decode_chunk(
     return jax.lax.while_loop(unfinished, step, (state, tokens, jnp.int32(0)))
 
 
-def _logits(model: Decoder, hidden: jax.Array) -> jax.Array:
+def _logits(model: Decoder, how: Execution, hidden: jax.Array) -> jax.Array:
     """[B, D] -> float32 [B, V], whole on every device that has the row: choosing needs the row's whole vocabulary."""
     table = model.output_table.astype(hidden.dtype)
     logits = jnp.einsum("bd,vd->bv", hidden, table, preferred_element_type=jnp.float32)
-    return model.layout.constrain(logits, "batch", None)
+    return how.layout.constrain(logits, "batch", None)

@@ -13,9 +13,29 @@ positions.py: RoPE
 moe.py: routers, their losses and statistics; a mixture of experts
 pipeline.py: stages and micro-batches as one scan
 upcycle.py: a dense model's parameters for a mixture
-parameters.py: shape, dim names and initial value of a parameter, together
+parameters.py: parameters as maxlm/shapes declares them
+execution.py: mesh, number format, remat and kernels of a call
+tokens.py: what is known of each token: position, document, seed
 """
 
-from maxlm.models.decoder import Decoder, abstract_decoder, abstract_parameters, init_parameters, parameter_dims
+from maxlm.models.decoder import (
+    Decoder,
+    abstract_parameters,
+    bind,
+    declared,
+    init_parameters,
+    parameter_dims,
+)
+from maxlm.models.execution import Execution
+from maxlm.models.tokens import Tokens
 
-__all__ = ["Decoder", "abstract_decoder", "abstract_parameters", "init_parameters", "parameter_dims"]
+__all__ = [
+    "Decoder",
+    "Execution",
+    "Tokens",
+    "abstract_parameters",
+    "bind",
+    "declared",
+    "init_parameters",
+    "parameter_dims",
+]

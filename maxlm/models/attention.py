@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from maxlm.config import AttentionConfig, ModelConfig
+from maxlm import shapes
+from maxlm.config import Alibi, GroupedQuery, ModelConfig, RelativeBias, Rope
 from maxlm.models import ops
-from maxlm.models.norms import RMSNorm
+from maxlm.models.execution import Execution
+from maxlm.models.norms import NormLayer
 from maxlm.models.parameters import Initializer
-from maxlm.models.positions import rope_frequencies, rotate
-from maxlm.sharding import Layout
+from maxlm.models.positions import alibi_slopes, rope_frequencies, rotate
+from maxlm.models.tokens import Tokens
 
 
 class Contiguous(NamedTuple):
@@ -28,40 +30,35 @@ class Contiguous(NamedTuple):
         return Contiguous(_write(self.k, layer, k, first), _write(self.v, layer, v, first))
 
 
-class Attention(nnx.Module):
+class GroupedQueryLayer(nnx.Module):
     """Queries, keys and values from x, softmax attention, and the way back to D."""
 
-    def __init__(self, config: AttentionConfig, model: ModelConfig, layout: Layout, init: Initializer):
-        self.config, self.kernels, self.layout = config, model.kernels, layout
-        D, N, K, H = model.d_model, config.n_heads, config.n_kv_heads, config.head_dim
-        self.q_proj = init.weight((D, N, H), ("embed", "heads", "head_dim"))
-        self.k_proj = init.weight((D, K, H), ("embed", "kv_heads", "head_dim"))
-        self.v_proj = init.weight((D, K, H), ("embed", "kv_heads", "head_dim"))
-        self.o_proj = init.weight((N, H, D), ("heads", "head_dim", "embed"), scale=(2 * model.n_layers) ** -0.5)
-        if config.qkv_bias:
-            self.q_bias = init.zeros((N, H), ("heads", "head_dim"))
-            self.k_bias = init.zeros((K, H), ("kv_heads", "head_dim"))
-            self.v_bias = init.zeros((K, H), ("kv_heads", "head_dim"))
-        if config.out_bias:
-            self.o_bias = init.zeros((D,), ("vector",))
+    q_proj: nnx.Param
+    k_proj: nnx.Param
+    v_proj: nnx.Param
+    o_proj: nnx.Param
+    q_bias: nnx.Param
+    k_bias: nnx.Param
+    v_bias: nnx.Param
+    o_bias: nnx.Param
+    relative_bias: nnx.Param
+
+    def __init__(self, config: GroupedQuery, model: ModelConfig, init: Initializer):
+        self.config = config
+        init.declare(self, shapes.attention(config, model))
         if config.qk_norm:
-            self.q_norm = RMSNorm(H, "head_dim", model.norm_eps, init)
-            self.k_norm = RMSNorm(H, "head_dim", model.norm_eps, init)
+            self.q_norm = NormLayer(model.norm, "head_dim", config.head_dim, init)
+            self.k_norm = NormLayer(model.norm, "head_dim", config.head_dim, init)
 
     def __call__(
-        self,
-        x: jax.Array,
-        positions: jax.Array,
-        segment_ids: jax.Array | None,
-        cache: Contiguous | None,
-        layer: jax.Array,
+        self, x: jax.Array, tokens: Tokens, how: Execution, cache: Contiguous | None, layer: jax.Array
     ) -> tuple[jax.Array, Contiguous | None]:
         """Attend within the sequence, or to a cache.
 
         Args:
             x: [B, T, D].
-            positions: int32 [B, T], where each token stands in its document.
-            segment_ids: int32 [B, T], the document of each token; None: one document.
+            tokens: positions, segments and reach of each token.
+            how: mesh, number format and kernels.
             cache: keys and values of positions before these; None in training. The T tokens are written into it at
                 their positions, which must be consecutive.
             layer: int32, this layer's place in the cache.
@@ -69,32 +66,53 @@ class Attention(nnx.Module):
         Returns:
             [B, T, D], and the cache with these tokens.
         """
-        config, layout = self.config, self.layout
-        q = ops.project(layout, "btd,dnh->btnh", x, self.q_proj[...])
-        k = ops.project(layout, "btd,dkh->btkh", x, self.k_proj[...])
-        v = ops.project(layout, "btd,dkh->btkh", x, self.v_proj[...])
-        if config.qkv_bias:
-            q, k, v = (
-                y + bias[...].astype(y.dtype) for y, bias in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias))
-            )
+        config, layout = self.config, how.layout
+        biases = (self.q_bias[...], self.k_bias[...], self.v_bias[...]) if config.qkv_bias else (None, None, None)
+        q = ops.project(layout, "btd,dnh->btnh", x, self.q_proj[...], biases[0])
+        k = ops.project(layout, "btd,dkh->btkh", x, self.k_proj[...], biases[1])
+        v = ops.project(layout, "btd,dkh->btkh", x, self.v_proj[...], biases[2])
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        if config.rope is not None:
-            angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config.rope, config.head_dim)
+        if isinstance(config.position, Rope):
+            angles = tokens.positions[..., None].astype(jnp.float32)
+            angles *= rope_frequencies(config.position, config.head_dim)
             q, k = rotate(q, angles), rotate(k, angles)
         q, k, v = (checkpoint_name(y, name) for y, name in ((q, "query"), (k, "key"), (v, "value")))
 
         if cache is None:
             out = ops.attention(
-                layout, q, k, v, window=config.window, segment_ids=segment_ids, backend=self.kernels.attention
+                layout,
+                q,
+                k,
+                v,
+                self._scores(),
+                segment_ids=tokens.segment_ids,
+                visible_to=tokens.visible_to,
+                backend=how.kernels.attention,
             )
         else:
-            cache = cache.add(layer, k, v, positions[:, 0])
-            out = ops.attention_to_cache(layout, q, cache.k, cache.v, layer, positions[:, 0], window=config.window)
-        y = ops.project(layout, "btnh,nhd->btd", out, self.o_proj[...])
-        if config.out_bias:
-            y += self.o_bias[...].astype(y.dtype)
-        return y, cache
+            first = tokens.positions[:, 0]
+            cache = cache.add(layer, k, v, first)
+            out = ops.attention_to_cache(layout, q, cache.k, cache.v, layer, first, self._scores())
+        out_bias = self.o_bias[...] if config.out_bias else None
+        return ops.project(layout, "btnh,nhd->btd", out, self.o_proj[...], out_bias), cache
+
+    def _scores(self) -> ops.Scores:
+        """All that shapes the scores, beside queries and keys."""
+        config = self.config
+        slopes = bias = None
+        match config.position:
+            case Alibi():
+                slopes = jnp.asarray(alibi_slopes(config.n_heads))
+            case RelativeBias(max_distance=max_distance):
+                bias = ops.DistanceBias(self.relative_bias[...], max_distance=max_distance)
+            case Rope() | None:
+                pass
+            case _:
+                assert_never(config.position)
+        return ops.Scores(
+            mask=ops.causal(config.window), soft_cap=config.soft_cap, alibi_slopes=slopes, relative_bias=bias
+        )
 
 
 def _write(cache: jax.Array, layer: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:

@@ -7,58 +7,106 @@ from typing import assert_never
 import jax
 from flax import nnx
 
-from maxlm.config import BlockConfig, GluConfig, ModelConfig, MoeConfig
-from maxlm.models.attention import Attention, Contiguous
-from maxlm.models.mlp import GluMlp
-from maxlm.models.moe import MoE, RouterStats
-from maxlm.models.norms import RMSNorm
+from maxlm import shapes
+from maxlm.config import (
+    BlockConfig,
+    Experts,
+    GatedMlp,
+    GroupedQuery,
+    Mlp,
+    ModelConfig,
+    Parallel,
+    PostNorm,
+    PreNorm,
+    Sandwich,
+)
+from maxlm.models.attention import Contiguous, GroupedQueryLayer
+from maxlm.models.execution import Execution
+from maxlm.models.mlp import MlpLayer
+from maxlm.models.moe import ExpertsLayer, RouterStats
+from maxlm.models.norms import NormLayer
 from maxlm.models.parameters import Initializer
-from maxlm.sharding import Layout
+from maxlm.models.tokens import Tokens
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), where the MLP may be a mixture of experts."""
+    """Attention and an MLP, or experts, joined to the residual stream as `config.residual` says."""
 
-    def __init__(self, config: BlockConfig, model: ModelConfig, layout: Layout, init: Initializer):
-        self.layout = layout
-        self.attention_norm = RMSNorm(model.d_model, "vector", model.norm_eps, init)
-        self.attention = Attention(config.attention, model, layout, init)
-        self.mlp_norm = RMSNorm(model.d_model, "vector", model.norm_eps, init)
-        match config.ffn:
-            case GluConfig():
-                self.mlp: GluMlp | MoE = GluMlp(config.ffn, model, layout, init)
-            case MoeConfig():
-                self.mlp = MoE(config.ffn, model, layout, init)
+    attention_norm: NormLayer
+    attention_out_norm: NormLayer
+    mlp_norm: NormLayer
+    mlp_out_norm: NormLayer
+
+    def __init__(self, config: BlockConfig, model: ModelConfig, init: Initializer):
+        self.config = config
+        for name in shapes.block_norms(config):
+            setattr(self, name, NormLayer(model.norm, "vector", model.d_model, init))
+        match config.attention:
+            case GroupedQuery():
+                self.attention = GroupedQueryLayer(config.attention, model, init)
             case _:
-                assert_never(config.ffn)
+                assert_never(config.attention)
+        match config.mlp:
+            case Mlp() | GatedMlp():
+                self.mlp: MlpLayer | ExpertsLayer = MlpLayer(config.mlp, model, init)
+            case Experts():
+                self.mlp = ExpertsLayer(config.mlp, model, init)
+            case _:
+                assert_never(config.mlp)
 
     def __call__(
         self,
         x: jax.Array,
-        positions: jax.Array,
-        segment_ids: jax.Array | None,
+        tokens: Tokens,
+        how: Execution,
         cache: Contiguous | None,
         layer: jax.Array,
         keys: jax.Array | None,
     ) -> tuple[jax.Array, Contiguous | None, RouterStats | None]:
         """[B, T, D] -> [B, T, D], the cache with this layer's keys, and what its router did if it has one.
 
-        Arguments as in Attention, and keys: a random key [B] for each row, for noise in training; None: no noise.
+        Arguments as in GroupedQueryLayer, and keys: a random key [B] for each row, for noise in training; None: no
+        noise.
         """
+        stats = None
+
         # Sequence parallelism: the sum lies sharded over the sequence, what enters a product is whole again.
-        with jax.named_scope("attention"):
-            normed = self.layout.constrain(self.attention_norm(x), "batch", "seq", "embed")
-            update, cache = self.attention(normed, positions, segment_ids, cache, layer)
-            x += self.layout.constrain(update, "batch", "residual_seq", "embed")
-        with jax.named_scope("mlp"):
-            normed = self.layout.constrain(self.mlp_norm(x), "batch", "seq", "embed")
-            stats = None
-            match self.mlp:
-                case MoE():
-                    update, stats = self.mlp(normed, keys, decoding=cache is not None)
-                case GluMlp():
-                    update = self.mlp(normed)
-                case _:
-                    assert_never(self.mlp)
-            x += self.layout.constrain(update, "batch", "residual_seq", "embed")
+        def attention(normed: jax.Array) -> jax.Array:
+            nonlocal cache
+            with jax.named_scope("attention"):
+                normed = how.layout.constrain(normed, "batch", "seq", "embed")
+                update, cache = self.attention(normed, tokens, how, cache, layer)
+                return update
+
+        def mlp(normed: jax.Array) -> jax.Array:
+            nonlocal stats
+            with jax.named_scope("mlp"):
+                normed = how.layout.constrain(normed, "batch", "seq", "embed")
+                match self.mlp:
+                    case ExpertsLayer():
+                        update, stats = self.mlp(normed, how, keys, decoding=cache is not None)
+                        return update
+                    case MlpLayer():
+                        return self.mlp(normed, how)
+                    case _:
+                        assert_never(self.mlp)
+
+        def add(x: jax.Array, update: jax.Array) -> jax.Array:
+            return x + how.layout.constrain(update, "batch", "residual_seq", "embed")
+
+        match self.config.residual:
+            case PreNorm():
+                x = add(x, attention(self.attention_norm(x)))
+                x = add(x, mlp(self.mlp_norm(x)))
+            case PostNorm():
+                x = self.attention_norm(add(x, attention(x)))
+                x = self.mlp_norm(add(x, mlp(x)))
+            case Sandwich():
+                x = add(x, self.attention_out_norm(attention(self.attention_norm(x))))
+                x = add(x, self.mlp_out_norm(mlp(self.mlp_norm(x))))
+            case Parallel(two_norms=two_norms):
+                normed = self.attention_norm(x)
+                x = add(x, attention(normed) + mlp(self.mlp_norm(x) if two_norms else normed))
+            case _:
+                assert_never(self.config.residual)
         return x, cache, stats

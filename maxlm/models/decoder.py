@@ -1,4 +1,4 @@
-"""The whole model: embed, repeat the blocks, norm, unembed."""
+"""The whole model: embed, repeat the blocks, norm, and the head."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_policies
 
-from maxlm.config import BlockConfig, ModelConfig, Remat
+from maxlm import shapes
+from maxlm.config import BlockConfig, Learned, LmHead, ModelConfig, Remat, ScalarHead, Sinusoidal
 from maxlm.config.remat import SAVED_NAMES
 from maxlm.models import ops
 from maxlm.models.attention import Contiguous
 from maxlm.models.block import Block
+from maxlm.models.execution import Execution
 from maxlm.models.moe import RouterStats
-from maxlm.models.norms import RMSNorm
+from maxlm.models.norms import NormLayer
 from maxlm.models.parameters import Initializer
 from maxlm.models.pipeline import pipelined
+from maxlm.models.positions import sinusoids
+from maxlm.models.tokens import Tokens
 from maxlm.sharding import Layout
 
 Cache = tuple[Contiguous, ...]
@@ -47,9 +51,7 @@ class _Item(NamedTuple):
 
     x: jax.Array
     cache: Cache | None  # of the blocks of the loop
-    positions: jax.Array
-    segment_ids: jax.Array | None
-    seeds: jax.Array | None
+    tokens: Tokens
 
 
 class Decoder(nnx.Module):
@@ -60,97 +62,111 @@ class Decoder(nnx.Module):
     layer before them, if there is one, and not stacked.
     """
 
-    def __init__(self, config: ModelConfig, layout: Layout, key: jax.Array):
-        self.config, self.layout = config, layout
-        D, V = config.d_model, config.vocab_size
+    embed: nnx.Param
+    embedded_position: nnx.Param
+    unembed: nnx.Param
+    score: nnx.Param
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        self.config = config
         outer_key, *block_keys = jax.random.split(key, 1 + len(config.blocks) + len(config.first_blocks))
-        init = Initializer(outer_key, config.init_std)
+        init = Initializer(outer_key)
 
         def make(blocks: tuple[BlockConfig, ...], keys: list[jax.Array], repeats: int | None) -> nnx.Dict:
-            inits = [Initializer(key, config.init_std, repeats) for key in keys]
-            return nnx.Dict({str(i): Block(block, config, layout, inits[i]) for i, block in enumerate(blocks)})
+            inits = [Initializer(key, repeats) for key in keys]
+            return nnx.Dict({str(i): Block(block, config, inits[i]) for i, block in enumerate(blocks)})
 
-        self.embed = init.weight((V, D), ("vocab", "embed"))
+        init.declare(self, shapes.embedding(config))
         self.blocks = make(config.blocks, block_keys[: len(config.blocks)], config.repeats)
         if config.first_blocks:
             self.first_blocks = make(config.first_blocks, block_keys[len(config.blocks) :], None)
-        self.final_norm = RMSNorm(D, "vector", config.norm_eps, init)
-        if not config.tie_embeddings:
-            self.unembed = init.weight((V, D), ("vocab", "embed"))
+        if config.final_norm:
+            self.final_norm = NormLayer(config.norm, "vector", config.d_model, init)
+        init.declare(self, shapes.head(config))
 
-    def __call__(
-        self,
-        inputs: jax.Array,
-        positions: jax.Array,
-        segment_ids: jax.Array | None = None,
-        cache: Cache | None = None,
-        *,
-        seeds: jax.Array | None = None,
-        micro_batches: int = 1,
-    ) -> DecoderOutput:
+    def embeddings(self, ids: jax.Array, tokens: Tokens, how: Execution) -> jax.Array:
+        """What the layers begin with: int32 [B, T] token ids -> [B, T, D] in the compute dtype."""
+        with jax.named_scope("embed"):
+            x = ops.embed(how.layout, self.embed[...], ids, how.dtype)
+            match self.config.embedded_position:
+                case Learned():
+                    x += self.embedded_position[...][tokens.positions].astype(x.dtype)
+                case Sinusoidal():
+                    x += sinusoids(tokens.positions, self.config.d_model).astype(x.dtype)
+                case None:
+                    pass
+                case _:
+                    assert_never(self.config.embedded_position)
+            return how.layout.constrain(x, "batch", "residual_seq", "embed")
+
+    def __call__(self, x: jax.Array, tokens: Tokens, how: Execution, cache: Cache | None = None) -> DecoderOutput:
         """Final hidden states; multiply by `output_table` for logits.
 
         Args:
-            inputs: int32 [B, T] token ids. With ring attention over the seq axis, all columns are in
-                `ops.ring.zigzag_order`.
-            positions: int32 [B, T], where each token stands in its document.
-            segment_ids: int32 [B, T], the document of each token; tokens of different documents never meet.
+            x: [B, T, D], from `embeddings`, or made of other inputs. With ring attention over the seq axis, all columns
+                are in `ops.ring.zigzag_order`, as those of `tokens`.
+            tokens: what the model knows of them.
+            how: mesh, number format, rematerialisation, kernels.
             cache: from `empty_cache`; then the tokens continue what it holds, at their positions.
-            seeds: uint32 [B], of the noise of each row's routers; None: no noise.
-            micro_batches: parts that flow through the pipeline, where there is one.
         """
-        dtype = jnp.dtype(self.config.compute_dtype.value)
-        with jax.named_scope("embed"):
-            x = ops.embed(self.layout, self.embed[...], inputs, dtype)
-            x = self.layout.constrain(x, "batch", "residual_seq", "embed")
-
         n_first = len(self.config.first_blocks)
         first_cache, cache = (None, None) if cache is None else (cache[:n_first], cache[n_first:])
-        item = _Item(x, first_cache, positions, segment_ids, seeds)
+        item = _Item(x, first_cache, tokens)
         if n_first:
             with jax.named_scope("first_blocks"):
-                item = self._run_first(item)
+                item = self._run_first(item, how)
                 first_cache = item.cache
         with jax.named_scope("blocks"):
-            item, router = self._run_pattern(item._replace(cache=cache), micro_batches)
+            item, router = self._run_pattern(item._replace(cache=cache), how)
         cache = None if first_cache is None or item.cache is None else first_cache + item.cache
-        return DecoderOutput(self.layout.constrain(self.final_norm(item.x), "batch", "seq", "embed"), cache, router)
+        x = self.final_norm(item.x) if self.config.final_norm else item.x
+        return DecoderOutput(how.layout.constrain(x, "batch", "seq", "embed"), cache, router)
 
-    def _run_first(self, item: _Item) -> _Item:
+    def _run_first(self, item: _Item, how: Execution) -> _Item:
         """The layers before the pattern, one after the other."""
         graphs, parameters = _split(self.first_blocks)
-        run = _pattern(self.config, graphs, in_loop=False)
-        return run(item, _Repeats(parameters, jnp.int32(0)))[0]
+        return _pattern(how, graphs, in_loop=False)(item, _Repeats(parameters, jnp.int32(0)))[0]
 
-    def _run_pattern(self, item: _Item, micro_batches: int) -> tuple[_Item, tuple[RouterStats | None, ...]]:
+    def _run_pattern(self, item: _Item, how: Execution) -> tuple[_Item, tuple[RouterStats | None, ...]]:
         """All repeats of the pattern, in a loop or a pipeline of loops."""
         graphs, parameters = _split(self.blocks)
-        repeat = _pattern(self.config, graphs, in_loop=self.config.scan_layers)
+        scan = how.config.scan_layers
+        repeat = _pattern(how, graphs, in_loop=scan)
 
         def run(repeats: _Repeats, item: _Item) -> tuple[_Item, tuple[RouterStats | None, ...]]:
             # Unrolled is the same loop with every turn written out, so that both have one set of parameters.
-            return jax.lax.scan(repeat, item, repeats, unroll=1 if self.config.scan_layers else True)
+            return jax.lax.scan(repeat, item, repeats, unroll=1 if scan else True)
 
         repeats = _Repeats(parameters, jnp.arange(self.config.repeats))
-        if self.layout.mesh.shape["stage"] == 1:
+        if how.layout.mesh.shape["stage"] == 1:
             return run(repeats, item)
         if item.cache is not None:
             raise ValueError("a pipeline has no cache; decode on a mesh with stage = 1")
-        return pipelined(self.layout, run, repeats, item, micro_batches=micro_batches)
+        return pipelined(how.layout, run, repeats, item, micro_batches=how.micro_batches)
 
     @property
     def output_table(self) -> jax.Array:
-        """float32 [V, D]; logits are hidden @ output_table.T."""
-        return self.embed[...] if self.config.tie_embeddings else self.unembed[...]
+        """float32 [V, D]; logits are hidden @ output_table.T. With an LmHead."""
+        match self.config.head:
+            case LmHead(tied=tied):
+                return self.embed[...] if tied else self.unembed[...]
+            case ScalarHead():
+                raise ValueError("a model with a ScalarHead has no logits; its results are `scalars`")
+            case _:
+                assert_never(self.config.head)
 
-    def empty_cache(self, batch: int, length: int) -> Cache:
+    def scalars(self, hidden: jax.Array) -> jax.Array:
+        """One number for each position: [B, T, D] -> float32 [B, T]. With a ScalarHead."""
+        score = self.score[...].astype(hidden.dtype)
+        return jnp.einsum("btd,d->bt", hidden, score, preferred_element_type=jnp.float32)
+
+    def empty_cache(self, batch: int, length: int, how: Execution) -> Cache:
         """Room for at least `length` positions of `batch` sequences, in the compute dtype."""
-        dtype = jnp.dtype(self.config.compute_dtype.value)
         room = ops.cache_room(length)
 
         def zeros(block: BlockConfig, layers: int) -> jax.Array:
             shape = (layers, batch, room, block.attention.n_kv_heads, block.attention.head_dim)
-            return self.layout.constrain(jnp.zeros(shape, dtype), None, "batch", None, "kv_heads", None)
+            return how.layout.constrain(jnp.zeros(shape, how.dtype), None, "batch", None, "kv_heads", None)
 
         kinds = [(block, 1) for block in self.config.first_blocks]
         kinds += [(block, self.config.repeats) for block in self.config.blocks]
@@ -158,29 +174,44 @@ class Decoder(nnx.Module):
         return tuple(Contiguous(zeros(*kind), zeros(*kind)) for kind in kinds)
 
 
-def abstract_decoder(config: ModelConfig, layout: Layout) -> Decoder:
-    """The decoder with shapes in place of arrays; takes no memory."""
-    return nnx.eval_shape(lambda: Decoder(config, layout, jax.random.key(0)))
+@functools.cache
+def _structure(config: ModelConfig) -> Any:
+    """The decoder without its arrays."""
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, jax.random.key(0))))[0]
 
 
-def init_parameters(config: ModelConfig, layout: Layout, key: jax.Array) -> dict[str, Any]:
+def bind(config: ModelConfig, parameters: Any) -> Decoder:
+    """The decoder with these parameters: nested dicts, as of `init_parameters`."""
+    return nnx.merge(_structure(config), parameters)
+
+
+def init_parameters(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     """Initial parameters as nested dicts of float32 arrays; the same for a key on every mesh."""
-    return nnx.to_pure_dict(nnx.split(Decoder(config, layout, key))[1])
+    return nnx.to_pure_dict(nnx.split(Decoder(config, key))[1])
 
 
-def parameter_dims(decoder: Decoder) -> dict[str, Any]:
+def declared(config: ModelConfig) -> dict[str, Any]:
+    """What `maxlm.shapes` says of every parameter, in nested dicts like those of `init_parameters`."""
+    tree: dict[str, Any] = {}
+    for array in shapes.arrays(config):
+        *path, name = array.name.split("/")
+        functools.reduce(lambda place, key: place.setdefault(key, {}), path, tree)[name] = array
+    return tree
+
+
+def parameter_dims(config: ModelConfig) -> dict[str, Any]:
     """The names of every parameter's dims, in nested dicts like those of `init_parameters`."""
-    state = nnx.split(decoder)[1]
-    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)
-    return nnx.to_pure_dict(jax.tree.map(lambda variable: variable.dims, state, is_leaf=is_variable))
+    return jax.tree.map(lambda array: array.dims, declared(config))
 
 
 def abstract_parameters(config: ModelConfig, layout: Layout) -> dict[str, Any]:
     """Shape, format and sharding of every parameter, as `jax.ShapeDtypeStruct` in nested dicts."""
-    shapes = jax.eval_shape(lambda: init_parameters(config, layout, jax.random.key(0)))
-    shardings = layout.shardings(parameter_dims(abstract_decoder(config, layout)))
-    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    return jax.tree.map(place, shapes, shardings)
+
+    def place(array: shapes.Array) -> jax.ShapeDtypeStruct:
+        sharding = layout.sharding(layout.parameter(array.dims))
+        return jax.ShapeDtypeStruct(array.shape, jnp.float32, sharding=sharding)
+
+    return jax.tree.map(place, declared(config))
 
 
 def _split(blocks: nnx.Dict) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -190,7 +221,7 @@ def _split(blocks: nnx.Dict) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 
 
 def _pattern(
-    config: ModelConfig, graphs: tuple[Any, ...], *, in_loop: bool
+    how: Execution, graphs: tuple[Any, ...], *, in_loop: bool
 ) -> Callable[[_Item, _Repeats], tuple[_Item, tuple[RouterStats | None, ...]]]:
     """The blocks of a pattern, one after the other. Each is rematerialised by itself: while the backward pass works on
     one, nothing of the others waits but their inputs and what the policy saves."""
@@ -198,21 +229,28 @@ def _pattern(
     # What ties a block's second forward pass to the gradient that needs it. In a loop over single blocks the loop does.
     barrier = len(graphs) > 1 or not in_loop
 
-    def block(graph: Any, item: _Item, cache: Contiguous | None, parameters: Any, number: jax.Array, i: int) -> tuple:
-        keys = None if item.seeds is None else _row_keys(item.seeds, number * len(graphs) + i)
-        return nnx.merge(graph, parameters)(item.x, item.positions, item.segment_ids, cache, number, keys)
+    def block(
+        graph: Any,
+        i: int,
+        parameters: Any,
+        x: jax.Array,
+        tokens: Tokens,
+        cache: Contiguous | None,
+        number: jax.Array,
+    ) -> tuple[jax.Array, Contiguous | None, RouterStats | None]:
+        keys = None if tokens.seeds is None else _row_keys(tokens.seeds, number * len(graphs) + i)
+        return nnx.merge(graph, parameters)(x, tokens, how, cache, number, keys)
 
-    blocks = [_remat(config, functools.partial(block, graph, i=i), barrier) for i, graph in enumerate(graphs)]
+    blocks = [_remat(how.config.remat, functools.partial(block, graph, i), barrier) for i, graph in enumerate(graphs)]
 
     def run(item: _Item, repeat: _Repeats) -> tuple[_Item, tuple[RouterStats | None, ...]]:
-        caches, stats = [], []
+        x, caches, stats = item.x, [], []
         for i, (block, parameters) in enumerate(zip(blocks, repeat.parameters, strict=True)):
             cache = None if item.cache is None else item.cache[i]
-            x, cache, of_router = block(item._replace(cache=None), cache, parameters, repeat.number)
-            item = item._replace(x=x)
+            x, cache, of_router = block(parameters, x, item.tokens, cache, repeat.number)
             caches.append(cache)
             stats.append(of_router)
-        return item._replace(cache=None if item.cache is None else tuple(caches)), tuple(stats)
+        return _Item(x, None if item.cache is None else tuple(caches), item.tokens), tuple(stats)
 
     return run
 
@@ -222,26 +260,26 @@ def _row_keys(seeds: jax.Array, layer: jax.Array) -> jax.Array:
     return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), layer))(seeds)
 
 
-def _remat(config: ModelConfig, body: Any, barrier: bool) -> Any:
-    """The body with the config's rule for what the backward pass finds saved."""
+def _remat(remat: Remat, body: Any, barrier: bool) -> Any:
+    """The body with a rule for what the backward pass finds saved."""
     checkpoint = functools.partial(jax.checkpoint, body, prevent_cse=barrier)
-    match config.remat:
+    match remat:
         case Remat.NONE:
             return body
         case Remat.DOTS:
             dots = checkpoint_policies.dots_with_no_batch_dims_saveable  # not the experts' products, hence their name
-            named = checkpoint_policies.save_only_these_names(*SAVED_NAMES[config.remat])
+            named = checkpoint_policies.save_only_these_names(*SAVED_NAMES[remat])
             return checkpoint(policy=checkpoint_policies.save_from_both_policies(dots, named))
         case Remat.FULL | Remat.QKV | Remat.NAMES | Remat.GLU:
-            return checkpoint(policy=checkpoint_policies.save_only_these_names(*SAVED_NAMES[config.remat]))
+            return checkpoint(policy=checkpoint_policies.save_only_these_names(*SAVED_NAMES[remat]))
         case Remat.OFFLOAD:
             return checkpoint(
                 policy=checkpoint_policies.save_and_offload_only_these_names(
                     names_which_can_be_saved=[],
-                    names_which_can_be_offloaded=list(SAVED_NAMES[config.remat]),
+                    names_which_can_be_offloaded=list(SAVED_NAMES[remat]),
                     offload_src="device",
                     offload_dst="pinned_host",
                 )
             )
         case _:
-            assert_never(config.remat)
+            assert_never(remat)

@@ -1,36 +1,46 @@
-"""The feed-forward part of a block."""
+"""The MLP of a block."""
 
 from __future__ import annotations
+
+from typing import assert_never
 
 import jax
 from flax import nnx
 
-from maxlm.config import GluConfig, ModelConfig
+from maxlm import shapes
+from maxlm.config import GatedMlp, Mlp, ModelConfig
 from maxlm.models import ops
+from maxlm.models.execution import Execution
 from maxlm.models.parameters import Initializer
-from maxlm.sharding import Layout
 
 
-class GluMlp(nnx.Module):
-    """down(activation(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202); SwiGLU with silu."""
+class MlpLayer(nnx.Module):
+    """down(activation(up(x))), or down(activation(gate(x)) * up(x))."""
 
-    def __init__(self, config: GluConfig, model: ModelConfig, layout: Layout, init: Initializer):
-        self.config, self.kernels, self.layout = config, model.kernels, layout
-        D, F = model.d_model, config.d_ff
-        self.gate_proj = init.weight((D, F), ("embed", "mlp"))
-        self.up_proj = init.weight((D, F), ("embed", "mlp"))
-        self.down_proj = init.weight((F, D), ("mlp", "embed"), scale=(2 * model.n_layers) ** -0.5)
-        if config.bias:
-            self.gate_bias = init.zeros((F,), ("mlp",))
-            self.up_bias = init.zeros((F,), ("mlp",))
-            self.down_bias = init.zeros((D,), ("vector",))
+    gate_proj: nnx.Param
+    up_proj: nnx.Param
+    down_proj: nnx.Param
+    gate_bias: nnx.Param
+    up_bias: nnx.Param
+    down_bias: nnx.Param
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __init__(self, config: Mlp | GatedMlp, model: ModelConfig, init: Initializer):
+        self.config = config
+        init.declare(self, shapes.mlp(config, model))
+
+    def __call__(self, x: jax.Array, how: Execution) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
-        config, layout = self.config, self.layout
-        biases = (self.gate_bias[...], self.up_bias[...]) if config.bias else (None, None)
-        weights = self.gate_proj[...], self.up_proj[...]
-        h = ops.glu(layout, self.kernels, x, *weights, *biases, activation=config.activation)
+        config, layout = self.config, how.layout
+        up_bias = self.up_bias[...] if config.bias else None
+        match config:
+            case GatedMlp():
+                gate_bias = self.gate_bias[...] if config.bias else None
+                weights = self.gate_proj[...], self.up_proj[...]
+                h = ops.glu(layout, how.kernels, x, *weights, gate_bias, up_bias, activation=config.activation)
+            case Mlp():
+                h = ops.project(layout, "btd,df->btf", x, self.up_proj[...], up_bias)
+                h = ops.activate(h, config.activation)
+            case _:
+                assert_never(config)
         h = layout.constrain(h, "batch", "seq", "mlp")
-        y = ops.project(layout, "btf,fd->btd", h, self.down_proj[...])
-        return y + self.down_bias[...].astype(y.dtype) if config.bias else y
+        return ops.project(layout, "btf,fd->btd", h, self.down_proj[...], self.down_bias[...] if config.bias else None)

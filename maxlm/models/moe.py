@@ -13,22 +13,23 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.scipy.stats import norm
 
+from maxlm import shapes
 from maxlm.config import (
     Capacity,
     Context,
     Dispatch,
     Dropless,
     ExpertChoiceRouter,
-    GluConfig,
+    Experts,
     ModelConfig,
-    MoeConfig,
     NoisyTopKRouter,
     SigmoidRouter,
     TopKRouter,
     UserError,
 )
 from maxlm.models import ops
-from maxlm.models.mlp import GluMlp
+from maxlm.models.execution import Execution
+from maxlm.models.mlp import MlpLayer
 from maxlm.models.ops.ring import in_ring_order
 from maxlm.models.parameters import Initializer
 from maxlm.sharding import Layout
@@ -73,36 +74,30 @@ class _Picks(NamedTuple):
     """float32 [B, G, E, C]."""
 
 
-class MoE(nnx.Module):
+class ExpertsLayer(nnx.Module):
     """shared(x) + routed_scaling * sum over chosen e of gate_e * expert_e(x), each expert a gated MLP."""
 
-    def __init__(self, config: MoeConfig, model: ModelConfig, layout: Layout, init: Initializer):
-        self.config, self.layout = config, layout
-        E, D, F = config.n_experts, model.d_model, config.d_ff
-        self.router = init.weight((D, E), ("embed", "router"))
-        self.gate_proj = init.weight((E, D, F), ops.EXPERT_IN_DIMS)
-        self.up_proj = init.weight((E, D, F), ops.EXPERT_IN_DIMS)
-        self.down_proj = init.weight((E, F, D), ops.EXPERT_OUT_DIMS, scale=(2 * model.n_layers) ** -0.5)
-        match config.router:
-            case NoisyTopKRouter():
-                self.router_noise = init.weight((D, E), ("embed", "router"))
-            case SigmoidRouter():
-                self.router_bias = init.zeros((E,), ("router",))
-            case TopKRouter() | ExpertChoiceRouter():
-                pass
-            case _:
-                assert_never(config.router)
-        if config.n_shared_experts:
-            shared = GluConfig(d_ff=config.n_shared_experts * F, activation=config.activation)
-            self.shared_experts = GluMlp(shared, model, layout, init)
+    router: nnx.Param
+    router_noise: nnx.Param
+    router_bias: nnx.Param
+    gate_proj: nnx.Param
+    up_proj: nnx.Param
+    down_proj: nnx.Param
+
+    def __init__(self, config: Experts, model: ModelConfig, init: Initializer):
+        self.config = config
+        init.declare(self, shapes.mlp(config, model))
+        if shared := shapes.shared_experts(config):
+            self.shared_experts = MlpLayer(shared, model, init)
 
     def __call__(
-        self, x: jax.Array, keys: jax.Array | None, *, decoding: bool = False
+        self, x: jax.Array, how: Execution, keys: jax.Array | None, *, decoding: bool = False
     ) -> tuple[jax.Array, RouterStats]:
         """The layer's output, and what its router did.
 
         Args:
             x: [B, T, D].
+            how: mesh and number format.
             keys: a random key [B] for each row; None: no noise.
             decoding: compute every choice, whatever the dispatch has room for: what a token becomes then depends
                 neither on padding, nor on later tokens, nor on other rows.
@@ -113,87 +108,90 @@ class MoE(nnx.Module):
         Raises:
             UserError: the groups of `Capacity` do not fit the tokens that a device has of a sequence.
         """
-        config, (B, T, _) = self.config, x.shape
+        config, layout, (B, T, _) = self.config, how.layout, x.shape
         with jax.named_scope("router"):
-            logits = self._scores(x, self.router[...])
+            logits = _scores(layout, x, self.router[...])
             z_loss = config.router_z_loss * jnp.square(jax.nn.logsumexp(logits, -1)).mean()
-            routing = self._route(x, logits, keys)
+            routing = self._route(layout, x, logits, keys)
         with jax.named_scope("experts"):
             match routing:
                 case _Choices(load=load, loss=loss):
-                    y, computed = self._chosen(x, routing, Dropless() if decoding else config.dispatch)
+                    y, computed = self._chosen(layout, x, routing, Dropless() if decoding else config.dispatch)
                     dropped = jnp.sum(~computed, dtype=jnp.float32)
                 case _Picks(tokens=tokens, gates=gates):
                     gates *= config.routed_scaling
-                    y = ops.picked_experts(self.layout, x, tokens, gates, self._experts, activation=config.activation)
+                    y = ops.picked_experts(layout, x, tokens, gates, self._experts, activation=config.activation)
                     load = jnp.full(config.n_experts, tokens.size // config.n_experts, jnp.float32)
                     loss = dropped = jnp.zeros((), jnp.float32)
                 case _:
                     assert_never(routing)
         if config.n_shared_experts:
             with jax.named_scope("shared_experts"):
-                y += self.shared_experts(x)
+                y += self.shared_experts(x, how)
         return y, RouterStats(load, dropped, (loss + z_loss) * (B * T))
 
-    def _route(self, x: jax.Array, logits: jax.Array, keys: jax.Array | None) -> _Choices | _Picks:
-        router, layout, T = self.config.router, self.layout, x.shape[1]
+    def _route(self, layout: Layout, x: jax.Array, logits: jax.Array, keys: jax.Array | None) -> _Choices | _Picks:
+        router, T = self.config.router, x.shape[1]
         match router:
             case TopKRouter():
                 return top_k_routing(layout, router, logits)
             case NoisyTopKRouter():
-                noise = None if keys is None else self._noise(keys, T)
-                return noisy_top_k_routing(layout, router, logits, self._scores(x, self.router_noise[...]), noise)
+                noise = None if keys is None else self._noise(layout, keys, T)
+                return noisy_top_k_routing(layout, router, logits, _scores(layout, x, self.router_noise[...]), noise)
             case SigmoidRouter():
                 return sigmoid_routing(layout, router, logits, self.router_bias[...])
             case ExpertChoiceRouter():
-                return expert_choice_routing(layout, logits, *self._groups(T, choices=1))
+                return expert_choice_routing(layout, logits, *self._groups(layout, T, choices=1))
             case _:
                 assert_never(router)
 
-    def _chosen(self, x: jax.Array, routing: _Choices, dispatch: Dispatch) -> tuple[jax.Array, jax.Array]:
+    def _chosen(
+        self, layout: Layout, x: jax.Array, routing: _Choices, dispatch: Dispatch
+    ) -> tuple[jax.Array, jax.Array]:
         """[B, T, D], and bool [B, T, k]: which choices were computed."""
         config, gates = self.config, routing.gates * self.config.routed_scaling
-        arguments, activation = (self.layout, x, routing.experts, gates, self._experts), config.activation
+        arguments, activation = (layout, x, routing.experts, gates, self._experts), config.activation
         match dispatch:
             case Dropless() as dropless:
                 return ops.dropless_experts(*arguments, activation=activation, config=dropless)
             case Capacity():
-                group, room = self._groups(x.shape[1], choices=gates.shape[-1])
+                group, room = self._groups(layout, x.shape[1], choices=gates.shape[-1])
                 return ops.capacity_experts(*arguments, activation=activation, group=group, room=room)
             case _:
                 assert_never(dispatch)
 
     @property
-    def _experts(self) -> ops.Experts:
-        return ops.Experts(self.gate_proj[...], self.up_proj[...], self.down_proj[...])
+    def _experts(self) -> ops.ExpertWeights:
+        return ops.ExpertWeights(self.gate_proj[...], self.up_proj[...], self.down_proj[...])
 
-    def _scores(self, x: jax.Array, w: jax.Array) -> jax.Array:
-        """float32 [B, T, E], also where devices multiply float32 in bfloat16 by default: it decides between experts."""
-        highest = jax.lax.Precision.HIGHEST
-        scores = jnp.einsum("btd,de->bte", x.astype(jnp.float32), w.astype(jnp.float32), precision=highest)
-        return self.layout.constrain(scores, "batch", "seq", None)
-
-    def _noise(self, keys: jax.Array, T: int) -> jax.Array:
+    def _noise(self, layout: Layout, keys: jax.Array, T: int) -> jax.Array:
         """Standard normal [B, T, E]; a row's depends on its key alone, a token's on its place in the row."""
         noise = jax.vmap(lambda key: jax.random.normal(key, (T, self.config.n_experts)))(keys)
-        noise = in_ring_order(self.layout, {"noise": noise})["noise"]
-        return self.layout.constrain(noise, "batch", "seq", None)
+        noise = in_ring_order(layout, {"noise": noise})["noise"]
+        return layout.constrain(noise, "batch", "seq", None)
 
-    def _groups(self, T: int, *, choices: int) -> tuple[int, int]:
+    def _groups(self, layout: Layout, T: int, *, choices: int) -> tuple[int, int]:
         """Tokens of a group, in sequences of T, and how many of them an expert takes, of so many choices of each."""
-        config, seq = self.config, self.layout.mesh.shape["seq"]
+        config, seq = self.config, layout.mesh.shape["seq"]
         assert isinstance(config.dispatch, Capacity)
         group = config.dispatch.group(T)
-        pieces = 2 * seq if seq > 1 and self.layout.config.context is Context.RING else seq
+        pieces = 2 * seq if seq > 1 and layout.config.context is Context.RING else seq
         here = T // pieces
         if here % group:
             nearest = max(size for size in range(1, here + 1) if here % size == 0 and size <= group)
             raise UserError(
-                f"model.blocks[].ffn.dispatch.group_size = {config.dispatch.group_size} makes groups of {group} tokens,"
+                f"model.blocks[].mlp.dispatch.group_size = {config.dispatch.group_size} makes groups of {group} tokens,"
                 f" which do not divide the {here} that a device has of a sequence in one piece (of {T} tokens); use "
                 f"{nearest}"
             )
         return group, config.dispatch.room(group, top_k=choices, n_experts=config.n_experts)
+
+
+def _scores(layout: Layout, x: jax.Array, w: jax.Array) -> jax.Array:
+    """float32 [B, T, E], also where devices multiply float32 in bfloat16 by default: it decides between experts."""
+    highest = jax.lax.Precision.HIGHEST
+    scores = jnp.einsum("btd,de->bte", x.astype(jnp.float32), w.astype(jnp.float32), precision=highest)
+    return layout.constrain(scores, "batch", "seq", None)
 
 
 def top_k_routing(layout: Layout, router: TopKRouter, logits: jax.Array) -> _Choices:
@@ -276,11 +274,11 @@ def balance_biases(
     """
     blocks = dict(parameters["blocks"])
     for i, (block, stats) in enumerate(zip(config.blocks, router, strict=True)):
-        if isinstance(block.ffn, MoeConfig) and isinstance(block.ffn.router, SigmoidRouter):
+        if isinstance(block.mlp, Experts) and isinstance(block.mlp.router, SigmoidRouter):
             assert stats is not None
             mlp = blocks[str(i)]["mlp"]
             error = stats.load.mean(-1, keepdims=True) - stats.load
-            bias = mlp["router_bias"] + block.ffn.router.bias_rate * jnp.sign(error)
+            bias = mlp["router_bias"] + block.mlp.router.bias_rate * jnp.sign(error)
             blocks[str(i)] = {**blocks[str(i)], "mlp": {**mlp, "router_bias": bias}}
     return {**parameters, "blocks": blocks}
 

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+from typing import assert_never
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from maxlm import shapes
+from maxlm.config import LayerNorm, Norm, RmsNorm
 from maxlm.models.parameters import Initializer
 
 
-class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * scale over the last dim (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+class NormLayer(nnx.Module):
+    """A norm over the last dim; the formulas stand with their configs."""
 
-    def __init__(self, size: int, dim: str, eps: float, init: Initializer):
-        self.eps = eps
-        self.scale = init.ones((size,), (dim,))
+    scale: nnx.Param
+    bias: nnx.Param
+
+    def __init__(self, config: Norm, dim: str, size: int, init: Initializer):
+        self.config = config
+        init.declare(self, shapes.norm(config, dim, size))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., size] in and out, in x's dtype; computed in float32."""
         wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (normed * self.scale[...]).astype(x.dtype)
+        match self.config:
+            case RmsNorm(eps=eps):
+                y = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps) * self.scale[...]
+            case LayerNorm(eps=eps, bias=bias):
+                centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+                y = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps) * self.scale[...]
+                y = y + self.bias[...] if bias else y
+            case _:
+                assert_never(self.config)
+        return y.astype(x.dtype)

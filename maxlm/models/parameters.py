@@ -1,43 +1,43 @@
-"""A parameter is declared once: shape, names of its dims, and initial value together."""
+"""Parameters of modules, made from their declarations in `maxlm/shapes/`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import assert_never
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from maxlm.shapes import Array, Constant, Normal
+
 
 class Initializer:
-    """Makes the parameters of one module, each from a random key of its own.
+    """Makes the parameters of a module and of those inside it, each random one from a key of its own.
 
     With `repeats`, every parameter is a stack over that many layers, with a leading "layers" dim; a loop hands each
     layer its slice. The values are the same for a key on every mesh.
     """
 
-    def __init__(self, key: jax.Array, std: float, repeats: int | None = None):
-        self._key, self._count = key, 0
-        self._std, self._repeats = std, repeats
+    def __init__(self, key: jax.Array, repeats: int | None = None):
+        self._key, self._count, self._repeats = key, 0, repeats
 
-    def weight(self, shape: Sequence[int], dims: Sequence[str], *, scale: float = 1.0) -> nnx.Param:
-        """Float32, normally distributed around 0 with standard deviation std * scale."""
-        self._count += 1
-        shape, dims = self._stacked(shape, dims)
-        key = jax.random.fold_in(self._key, self._count)
-        return nnx.Param(self._std * scale * jax.random.normal(key, shape, jnp.float32), dims=dims)
+    def declare(self, module: nnx.Module, arrays: Iterable[Array]) -> None:
+        """Give `module` its own arrays; those of a module inside it have a path for a name, and are its to ask for."""
+        for array in arrays:
+            if "/" not in array.name:
+                setattr(module, array.name, self._parameter(array))
 
-    def zeros(self, shape: Sequence[int], dims: Sequence[str]) -> nnx.Param:
-        """A bias."""
-        shape, dims = self._stacked(shape, dims)
-        return nnx.Param(jnp.zeros(shape, jnp.float32), dims=dims)
-
-    def ones(self, shape: Sequence[int], dims: Sequence[str]) -> nnx.Param:
-        """A norm's scale."""
-        shape, dims = self._stacked(shape, dims)
-        return nnx.Param(jnp.ones(shape, jnp.float32), dims=dims)
-
-    def _stacked(self, shape: Sequence[int], dims: Sequence[str]) -> tuple[tuple[int, ...], tuple[str, ...]]:
-        if self._repeats is None:
-            return tuple(shape), tuple(dims)
-        return (self._repeats, *shape), ("layers", *dims)
+    def _parameter(self, array: Array) -> nnx.Param:
+        shape, dims = array.shape, array.dims
+        if self._repeats is not None:
+            shape, dims = (self._repeats, *shape), ("layers", *dims)
+        match array.init:
+            case Normal(std):
+                self._count += 1
+                value = std * jax.random.normal(jax.random.fold_in(self._key, self._count), shape, jnp.float32)
+            case Constant(number):
+                value = jnp.full(shape, number, jnp.float32)
+            case _:
+                assert_never(array.init)
+        return nnx.Param(value, dims=dims)

@@ -1,15 +1,17 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), in float32."""
+"""What positions do to queries, keys, scores and embeddings; in float32."""
 
 from __future__ import annotations
+
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maxlm.config import Llama3RopeScaling, RopeConfig
+from maxlm.config import Llama3RopeScaling, Rope
 
 
-def rope_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
+def rope_frequencies(config: Rope, head_dim: int) -> np.ndarray:
     """Radians per position of each pair of head dims: theta^(-2i / H) for i = 0 .. H/2 - 1, stretched if asked.
 
     Returns:
@@ -41,3 +43,27 @@ def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def alibi_slopes(n_heads: int) -> np.ndarray:
+    """2^(-8 i / N) for heads i = 1 .. N where N is a power of two (Press et al. 2022, arXiv:2108.12409, section 3).
+
+    Else those of the largest power of two n below N, and then every other one of those of 2n: 2^(-4 (2 i - 1) / n) for
+    the N - n heads that remain, as the authors' code has it.
+
+    Returns:
+        float32 [N].
+    """
+    n = 2 ** int(math.log2(n_heads))
+    slopes = 2.0 ** (-8 * np.arange(1, n + 1) / n)
+    between = 2.0 ** (-4 * (2 * np.arange(1, n_heads - n + 1) - 1) / n)
+    return np.concatenate([slopes, between]).astype(np.float32)
+
+
+def sinusoids(positions: jax.Array, d_model: int) -> jax.Array:
+    """sin of positions at wavelengths 2 pi 10,000^(2i / D) in even dims, cos in odd ones (arXiv:1706.03762, section
+    3.5): int32 [B, T] -> float32 [B, T, D]."""
+    frequencies = 10_000.0 ** (-np.arange(0, d_model, 2, dtype=np.float64) / d_model)
+    angles = positions[..., None].astype(jnp.float32) * frequencies.astype(np.float32)
+    both = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    return both.reshape(*positions.shape, -1)[..., :d_model]

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from maxlm.config import GluConfig, ModelConfig, MoeConfig, UserError
+from maxlm.config import Experts, GatedMlp, ModelConfig, UserError
 
 _EXPERTS = ("mlp/gate_proj", "mlp/up_proj", "mlp/down_proj")
 _ROUTER = ("mlp/router", "mlp/router_noise", "mlp/router_bias")
@@ -38,7 +38,7 @@ def upcycle(
     outside = lambda tree: _named({name: tree[name] for name in tree if name not in ("first_blocks", "blocks")})
     layers = []
     for i, (old, fresh) in enumerate(zip(_layers(source, parameters), _layers(target, new), strict=True)):
-        if isinstance(source.layers[i].ffn, GluConfig) and isinstance(target.layers[i].ffn, MoeConfig):
+        if isinstance(source.layers[i].mlp, GatedMlp) and isinstance(target.layers[i].mlp, Experts):
             old |= _as_experts(old, fresh)
         layers.append(_same(f"layer {i} ", old, fresh))
     return _nested(_same("", outside(parameters), outside(new)) | _stacked(target, layers))

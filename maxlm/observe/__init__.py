@@ -5,7 +5,6 @@ metrics.py: rows of metrics.jsonl, throughput
 held_out.py: perplexity and bits per byte of a loss
 console.py: live status
 writers.py: TensorBoard, Weights & Biases
-flops.py: parameters, FLOPs, MFU
 devices.py: peak FLOP/s of each device kind
 profiler.py: a window of profiled steps
 kernel_choices.py: which kernels run, said once

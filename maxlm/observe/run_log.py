@@ -15,16 +15,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from maxlm.config import MoeConfig, RunConfig, UserError, pipeline_bubble
+from maxlm.config import Experts, RunConfig, UserError, pipeline_bubble
 from maxlm.config.serialize import flatten
 from maxlm.observe.console import Console
 from maxlm.observe.devices import Device, memory_in_use, peak_flops
-from maxlm.observe.flops import flops_per_token, mfu, parameter_count
 from maxlm.observe.metrics import Evaluation, ExpertMetrics, RowLog, StepMetrics, Throughput, read_rows
 from maxlm.observe.plots import loss_curve
 from maxlm.observe.report import SavedCheckpoint, write_report
 from maxlm.observe.text import short
 from maxlm.observe.writers import TensorBoardWriter, WandbWriter, Writer
+from maxlm.shapes import flops_per_token, mfu, parameter_count
 
 _PACKAGES = ("maxlm", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -72,12 +72,12 @@ class RunLog:
         """
         self._config, self._run_dir, self._is_main = config, run_dir, is_main
         self._throughput = Throughput()
-        self._moe_layers = [i for i, block in enumerate(config.model.layers) if isinstance(block.ffn, MoeConfig)]
+        self._moe_layers = [i for i, block in enumerate(config.model.layers) if isinstance(block.mlp, Experts)]
         self._n_devices, kind = len(devices), devices[0].device_kind
         self._stages = config.sharding.sizes(self._n_devices)["stage"]
         again = self._stages > 1 and config.sharding.remat_stages
-        self._flops = flops_per_token(config.model, config.train.seq_len, remat_stages=again)
-        self._peak = peak_flops(kind, config.model.compute_dtype)
+        self._flops = flops_per_token(config.model, config.train.seq_len, config.execution.remat, remat_stages=again)
+        self._peak = peak_flops(kind, config.execution.dtype)
         self._console = console or Console(enabled=is_main)
         self._writers: list[Writer] = []
         self._files: dict[str, RowLog] = {}
@@ -261,7 +261,7 @@ class RunLog:
         return pipeline_bubble(self._stages, self._config.sharding.virtual_stages, self._config.train.micro_batches)
 
     def _mfu_rule(self, kind: str, n: int) -> str:
-        dtype = self._config.model.compute_dtype.value
+        dtype = self._config.execution.dtype.value
         of_experts = " for a token, of the experts those that it is sent to" if self._moe_layers else ""
         if self._peak is None:
             return f"MFU not reported: no {dtype} peak FLOP/s known for device kind {kind!r}"

@@ -5,7 +5,6 @@ machines.py: machines by name
 analysis.py: one config on one machine: its figures, and their JSON
 tables.py: all of it for people
 picture.py: where memory goes, as PNG or HTML
-arrays.py: every parameter array, from the config alone
 memory.py: bytes of a device, by arithmetic
 block_memory.py: of them, those of one block
 traffic.py: bytes that each mesh axis moves

@@ -89,8 +89,8 @@ def _on_this_machine(config: RunConfig, target: Machine) -> Iterator[Forecast]:
     groups: dict[tuple[bool, ...], list[Forecast]] = {}
     for one in fitting((space.choose(zero, parts, remat, own) for own, zero, parts, remat in options), target):
         changed = one.config
-        before = (config.optimizer, original.sharding, config.train, config.model)
-        after = (changed.optimizer, changed.sharding, changed.train, changed.model)
+        before = (config.optimizer, original.sharding, config.train, config.execution)
+        after = (changed.optimizer, changed.sharding, changed.train, changed.execution)
         groups.setdefault(tuple(old != new for old, new in zip(before, after, strict=True)), []).append(one)
     for group in (*groups.values(), _other_meshes(config, target)):
         yield from _fastest(group)

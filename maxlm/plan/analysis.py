@@ -10,11 +10,11 @@ from functools import cached_property
 from typing import TypeAlias
 
 from maxlm.config import RunConfig, ShardingConfig, UserError
-from maxlm.observe.flops import FlopsPerToken, ParameterCount, flops_per_token, parameter_count
 from maxlm.plan.bound import TimeBound, estimate_time
 from maxlm.plan.machines import CpuMachine, GpuMachine, Machine, TpuMachine, memory_limit
 from maxlm.plan.memory import MemoryEstimate, cache_bytes, estimate_memory
 from maxlm.plan.traffic import AxisTraffic, estimate_traffic
+from maxlm.shapes import FlopsPerToken, ParameterCount, flops_per_token, parameter_count
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 
@@ -81,8 +81,8 @@ class Forecast:
 
     @cached_property
     def flops(self) -> FlopsPerToken:
-        staged = self.mesh["stage"] > 1 and self.config.sharding.remat_stages
-        return flops_per_token(self.config.model, self.config.train.seq_len, remat_stages=staged)
+        config, staged = self.config, self.mesh["stage"] > 1 and self.config.sharding.remat_stages
+        return flops_per_token(config.model, config.train.seq_len, config.execution.remat, remat_stages=staged)
 
     @cached_property
     def traffic(self) -> Sequence[AxisTraffic]:
@@ -179,7 +179,7 @@ def warnings(found: Forecast) -> list[str]:
         ratio = found.memory.peak / found.compiled.peak
         if abs(ratio - 1) > SMALL_MARGIN:
             lines.append(f"arithmetic finds {ratio:.2f} times the compiler's peak; the compiler's decides")
-    if not found.config.model.scan_layers:
+    if not found.config.execution.scan_layers:
         lines.append("arithmetic counts the layers as a loop runs them, and model.scan_layers = False unrolls it")
     if found.bound is not None and found.bound.bubble > LARGE_BUBBLE:
         lines.append(

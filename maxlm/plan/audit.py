@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 
 from maxlm.config import Context, RunConfig, Zero
-from maxlm.plan.arrays import device_shape, parameter_arrays
 from maxlm.plan.collectives import UNKNOWN, Collective, CollectiveKind, summed
+from maxlm.shapes import arrays, device_shape
 from maxlm.sharding import Layout
 
 
@@ -58,7 +58,7 @@ def smallest_matrix(config: RunConfig, layout: Layout) -> int:
     sizes, zero = dict(layout.mesh.shape), config.sharding.zero
     if zero is not Zero.PARAMETERS:
         return 0
-    cut = [one for one in parameter_arrays(config.model) if "embed" in one.dims]
+    cut = [one for one in arrays(config.model) if "embed" in one.dims]
     shards = [math.prod(device_shape(one, {**sizes, "stage": 1}, zero)) // one.stacked for one in cut]
     return min(2 * shard * sizes["fsdp"] for shard in shards)
 

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import assert_never
 
-from maxlm.config import BlockConfig, Capacity, Context, Dropless, GluConfig, MoeConfig, Remat, RunConfig
+from maxlm.config import BlockConfig, Capacity, Context, Dropless, Experts, Mlp, Remat, RunConfig
 from maxlm.config.remat import SAVED_NAMES
-from maxlm.plan.arrays import FLOAT32
 from maxlm.plan.machines import Platform
+from maxlm.shapes import FLOAT32, block_norms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,8 @@ class BlockMemory:
 
     @property
     def saved(self) -> int:
-        """What `model.remat` keeps on the device for the backward pass, the input included."""
-        match self.config.model.remat:
+        """What `execution.remat` keeps on the device for the backward pass, the input included."""
+        match self.config.execution.remat:
             case Remat.NONE:
                 return self._everything
             case Remat.OFFLOAD:
@@ -47,7 +47,7 @@ class BlockMemory:
     def backward(self) -> int:
         """The fullest moment of the block's backward pass, without what is saved anyhow: the MLP's products and their
         gradients, four vectors of the residual stream, and attention at work."""
-        remat, dense = self.config.model.remat, isinstance(self.block.ffn, GluConfig)
+        remat, dense = self.config.execution.remat, not isinstance(self.block.mlp, Experts)
         found = remat in (Remat.NONE, Remat.DOTS) or (remat is Remat.GLU and dense)  # the MLP's products
         keys = self._key_value * (self.sizes["seq"] if self.config.sharding.context is Context.ALL_GATHER else 1)
         times = 1 if found else 2
@@ -72,8 +72,8 @@ class BlockMemory:
             "value": self._key_value // 2 * copies,
             "attention_out": self._query,
             "attention_lse": self._cut(FLOAT32 * self.block.attention.n_heads),
-            "glu_gate": self._glu // 2,
-            "glu_up": self._glu // 2,
+            "glu_gate": self._hidden,
+            "glu_up": self._glu - self._hidden,
             "grouped_out": self.input + before_norm + self._mlp_products,
         }
 
@@ -82,22 +82,22 @@ class BlockMemory:
         """What jax saves where nothing says what to save: of each norm its input, the normalised input, both in
         float32, and its output; of attention the named arrays; of the MLP gate, up and what the last product reads."""
         model, names = self.config.model, self._named
-        norms = 2 * (2 * FLOAT32 * self.input // self._itemsize + self._width)
+        norms = len(block_norms(self.block)) * (2 * FLOAT32 * self.input // self._itemsize + self._width)
         if self.block.attention.qk_norm:
             norms += 2 * FLOAT32 * (self._query + self._key_value // 2) // self._itemsize
-        mlp = self._glu + self._glu // 2
-        if isinstance(ffn := self.block.ffn, MoeConfig):
+        products = self._glu + self._hidden
+        if isinstance(mlp := self.block.mlp, Experts):
             # Experts, whose gated unit is plain float32, save five arrays of it and what the last product reads, their
             # rows, the router's input, and every choice's result.
-            rows = self._slots(ffn) * (self._cut((5 * FLOAT32 + self._itemsize) * ffn.d_ff) + self._width)
-            mlp += round(rows) + FLOAT32 * model.d_model * (1 + ffn.top_k)
-        return norms + sum(names[name] for name in SAVED_NAMES[Remat.NAMES]) + mlp
+            rows = self._slots(mlp) * (self._cut((5 * FLOAT32 + self._itemsize) * mlp.d_ff) + self._width)
+            products += round(rows) + FLOAT32 * model.d_model * (1 + mlp.top_k)
+        return norms + sum(names[name] for name in SAVED_NAMES[Remat.NAMES]) + products
 
     # Parts.
 
     @property
     def _itemsize(self) -> int:
-        return self.config.model.compute_dtype.itemsize
+        return self.config.execution.dtype.itemsize
 
     def _cut(self, size: int) -> int:
         """A device's part of heads or of d_ff."""
@@ -118,42 +118,47 @@ class BlockMemory:
 
     @property
     def _glu(self) -> int:
-        """Both inputs of a gated MLP's product, of all experts that every token uses."""
-        ffn = self.block.ffn
-        d_ff = ffn.n_shared_experts * ffn.d_ff if isinstance(ffn, MoeConfig) else ffn.d_ff
-        return self._cut(2 * d_ff * self._itemsize)
+        """Both inputs of a gated MLP's product, of all experts that every token uses; the one of a plain MLP."""
+        return self._hidden if isinstance(self.block.mlp, Mlp) else 2 * self._hidden
+
+    @property
+    def _hidden(self) -> int:
+        """What an MLP's last product reads, of all experts that every token uses."""
+        mlp = self.block.mlp
+        d_ff = mlp.n_shared_experts * mlp.d_ff if isinstance(mlp, Experts) else mlp.d_ff
+        return self._cut(d_ff * self._itemsize)
 
     @property
     def _gate_up(self) -> int:
         """The same with the experts that a token is sent to."""
-        ffn = self.block.ffn
-        if isinstance(ffn, GluConfig):
+        mlp = self.block.mlp
+        if not isinstance(mlp, Experts):
             return self._glu
-        return self._glu + round(self._slots(ffn) * 2 * ffn.d_ff * self._itemsize / self.sizes["tensor"])
+        return self._glu + round(self._slots(mlp) * 2 * mlp.d_ff * self._itemsize / self.sizes["tensor"])
 
     @property
     def _mlp_products(self) -> int:
         """Gate and up; of experts also what comes out of them, which their gates' gradients need."""
-        ffn = self.block.ffn
-        if isinstance(ffn, GluConfig):
+        mlp = self.block.mlp
+        if not isinstance(mlp, Experts):
             return self._gate_up
-        return self._gate_up + round(self._slots(ffn) * self._width) + FLOAT32 * ffn.n_experts
+        return self._gate_up + round(self._slots(mlp) * self._width) + FLOAT32 * mlp.n_experts
 
     @property
     def _moved(self) -> int:
         """Tokens on their way to experts and back: the rows that leave, that arrive, that return, and each choice's."""
-        ffn = self.block.ffn
-        return 0 if isinstance(ffn, GluConfig) else round((2 * self._slots(ffn) + ffn.top_k) * self._width)
+        mlp = self.block.mlp
+        return 0 if not isinstance(mlp, Experts) else round((2 * self._slots(mlp) + mlp.top_k) * self._width)
 
-    def _slots(self, ffn: MoeConfig) -> float:
+    def _slots(self, mlp: Experts) -> float:
         """Rows of the buffer that a device's experts read, for each of the device's tokens (`ops/experts.py`)."""
         devices = self.sizes["expert"]
-        match ffn.dispatch:
+        match mlp.dispatch:
             case Capacity(factor=factor):
-                return factor * ffn.top_k
+                return factor * mlp.top_k
             case Dropless() as dispatch:
                 if devices == 1:
-                    return ffn.top_k
-                return devices * dispatch.room(ffn.top_k, top_k=ffn.top_k, n_experts=ffn.n_experts, devices=devices)
+                    return mlp.top_k
+                return devices * dispatch.room(mlp.top_k, top_k=mlp.top_k, n_experts=mlp.n_experts, devices=devices)
             case _:
-                assert_never(ffn.dispatch)
+                assert_never(mlp.dispatch)

@@ -13,12 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
+from maxlm import shapes
 from maxlm.config import (
     Adafactor,
     AdamW,
     BlockConfig,
-    GluConfig,
-    MoeConfig,
+    Experts,
+    GatedMlp,
+    Mlp,
     OptimizerConfig,
     RunConfig,
     StatePart,
@@ -26,10 +28,9 @@ from maxlm.config import (
     Zero,
     pipeline_bubble,
 )
-from maxlm.observe.flops import FlopsPerToken, flops_per_token, mfu, parameter_count
-from maxlm.plan.arrays import FLOAT32, device_shape, parameter_arrays
 from maxlm.plan.machines import Machine
 from maxlm.plan.traffic import AxisTraffic, LayerRuns, Link, layer_runs, local_tokens
+from maxlm.shapes import FLOAT32, FlopsPerToken, device_shape, flops_per_token, mfu, parameter_count
 
 _DAY = 86_400
 
@@ -53,7 +54,7 @@ class TimeBound:
     limited_by: str
     """"compute", "memory", or "axis NAME over LINK"; of axes that share a link, the one that sends the longest."""
     mfu_ceiling: float
-    """At most, 0..1 (`observe.flops.mfu`). PaLM's count has attention's masked half in it, which our kernels do not
+    """At most, 0..1 (`shapes.mfu`). PaLM's count has attention's masked half in it, which our kernels do not
     compute: with long sequences, and nothing recomputed, it may be above 1."""
     intensity: float
     """FLOPs of a device for each byte to or from its memory."""
@@ -74,17 +75,14 @@ def estimate_time(config: RunConfig, target: Machine, traffic: Sequence[AxisTraf
     device = target.hardware
     if device is None:
         return None
-    peak = device.peak.of(config.model.compute_dtype)
+    peak = device.peak.of(config.execution.dtype)
     if peak is None:
-        raise UserError(
-            f"model.compute_dtype = {config.model.compute_dtype.value}, but {target} has no unit for it; use float32"
-        )
+        raise UserError(f"model.dtype = {config.execution.dtype.value}, but {target} has no unit for it; use float32")
     train, devices = config.train, target.devices
     sizes = config.sharding.sizes(devices)
     tokens = train.batch_size * train.seq_len
-    flops = flops_per_token(
-        config.model, train.seq_len, remat_stages=sizes["stage"] > 1 and config.sharding.remat_stages
-    )
+    staged = sizes["stage"] > 1 and config.sharding.remat_stages
+    flops = flops_per_token(config.model, train.seq_len, config.execution.remat, remat_stages=staged)
     work = _flops_done(flops) * tokens / devices
     moved = memory_bytes(config, sizes)
     bubble = 0.0
@@ -151,7 +149,7 @@ def _product_numbers(m: float, k: float, n: float, weights: float | None = None)
 
 def _layer_bytes(config: RunConfig, sizes: Mapping[str, int], layer: LayerRuns) -> float:
     """Of all runs of one block config, forward, again and backward."""
-    once = sum(_layer_numbers(config, sizes, layer.block, layer.tokens)) * config.model.compute_dtype.itemsize
+    once = sum(_layer_numbers(config, sizes, layer.block, layer.tokens)) * config.execution.dtype.itemsize
     return once * layer.runs * (layer.forwards + _repeated(config) + 2)
 
 
@@ -163,32 +161,34 @@ def _layer_numbers(config: RunConfig, sizes: Mapping[str, int], block: BlockConf
     yield 2 * _product_numbers(tokens, D, keys)
     yield tokens * 2 * (queries + keys)
     yield _product_numbers(tokens, queries, D)
-    match block.ffn:
-        case GluConfig(d_ff=d_ff):
+    match block.mlp:
+        case Mlp(d_ff=d_ff):
+            yield 2 * _product_numbers(tokens, D, d_ff / cut)
+        case GatedMlp(d_ff=d_ff):
             yield 3 * _product_numbers(tokens, D, d_ff / cut)
-        case MoeConfig() as ffn:
-            width = ffn.d_ff / cut
-            buffer = ffn.buffer_rows(tokens, seq_len=config.train.seq_len, devices=sizes["expert"])
-            rows = min(tokens * ffn.experts_per_token, buffer)
-            yield 3 * _product_numbers(rows, D, width, ffn.n_experts / sizes["expert"] * D * width)
-            yield _product_numbers(tokens, D, ffn.n_experts)
-            if ffn.n_shared_experts:
-                yield 3 * _product_numbers(tokens, D, ffn.n_shared_experts * width)
+        case Experts() as mlp:
+            width = mlp.d_ff / cut
+            buffer = mlp.buffer_rows(tokens, seq_len=config.train.seq_len, devices=sizes["expert"])
+            rows = min(tokens * mlp.experts_per_token, buffer)
+            yield 3 * _product_numbers(rows, D, width, mlp.n_experts / sizes["expert"] * D * width)
+            yield _product_numbers(tokens, D, mlp.n_experts)
+            if mlp.n_shared_experts:
+                yield 3 * _product_numbers(tokens, D, mlp.n_shared_experts * width)
         case _:
-            assert_never(block.ffn)
+            assert_never(block.mlp)
 
 
 def _repeated(config: RunConfig) -> float:
-    """Share of the layers' forward pass that `model.remat` computes again, by FLOPs."""
+    """Share of the layers' forward pass that `execution.remat` computes again, by FLOPs."""
     count = parameter_count(config.model)
-    flops = flops_per_token(config.model, config.train.seq_len)
+    flops = flops_per_token(config.model, config.train.seq_len, config.execution.remat)
     layers = count.matmul - config.model.vocab_size * config.model.d_model
     return flops.causal_recompute / (2 * layers + flops.causal_attention_term / 3)
 
 
 def _loss_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
     """Three products for each chunk of tokens (training/losses.py): logits, and the gradients of what made them."""
-    D, V, small = config.model.d_model, config.model.vocab_size / sizes["tensor"], config.model.compute_dtype.itemsize
+    D, V, small = config.model.d_model, config.model.vocab_size / sizes["tensor"], config.execution.dtype.itemsize
     parts = 1 if sizes["stage"] > 1 else config.train.micro_batches
     tokens = local_tokens(config, sizes) // parts
     chunk = min(config.train.loss_chunk, tokens)
@@ -202,7 +202,7 @@ def _state_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
     zero, parts = config.sharding.zero, config.train.micro_batches
     runs = parts if sizes["stage"] == 1 else layer_runs(config, sizes)[-1].runs * sizes["stage"] / config.model.repeats
     moved = 0.0
-    for array in parameter_arrays(config.model):
+    for array in shapes.arrays(config.model):
         whole, gradients, moments = (
             math.prod(device_shape(array, sizes, kind, part))
             for kind, part in (
@@ -212,7 +212,7 @@ def _state_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
             )
         )
         if zero is Zero.PARAMETERS and sizes["fsdp"] > 1:
-            moved += 2 * whole * config.model.compute_dtype.itemsize * runs
+            moved += 2 * whole * config.execution.dtype.itemsize * runs
         if parts > 1 and sizes["stage"] == 1:
             moved += 2 * FLOAT32 * gradients * parts
         moved += moments * _update_bytes(config.optimizer)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from maxlm.config import Dropless, MoeConfig, RunConfig, SlicesAxis, pipeline_bubble
+from maxlm.config import Dropless, Experts, RunConfig, SlicesAxis, pipeline_bubble
 from maxlm.plan.analysis import Forecast
 from maxlm.plan.machines import CpuMachine, GpuMachine, Machine, TpuMachine, larger
 from maxlm.plan.traffic import Link, local_tokens, whole_torus
@@ -137,7 +137,7 @@ def _links(scaled: Forecast) -> Iterator[_Break]:
                 )
             case "expert" if _without_buffer(scaled.config):
                 remedy = (
-                    "model.blocks[].ffn.dispatch = Dropless() sends room for the worst case; use Dropless(buffer=2)"
+                    "model.blocks[].mlp.dispatch = Dropless() sends room for the worst case; use Dropless(buffer=2)"
                 )
             case "stage" | "seq" | "expert":
                 remedy = f"it crosses the {one.link.value}; use a smaller sharding.{one.axis}, or longer sequences"
@@ -152,10 +152,9 @@ def _links(scaled: Forecast) -> Iterator[_Break]:
 
 
 def _without_buffer(config: RunConfig) -> bool:
-    ffns = [block.ffn for block in config.model.blocks]
+    mlps = [block.mlp for block in config.model.blocks]
     return any(
-        isinstance(ffn, MoeConfig) and isinstance(ffn.dispatch, Dropless) and ffn.dispatch.buffer is None
-        for ffn in ffns
+        isinstance(mlp, Experts) and isinstance(mlp.dispatch, Dropless) and mlp.dispatch.buffer is None for mlp in mlps
     )
 
 

@@ -2,8 +2,9 @@
 
 What is counted, and where it comes from in the code:
 
-* the state, which is exact: `maxlm/plan/arrays.py` for parameters, gradients and moments, cut as `config/dims.py` says;
-* what the backward pass finds saved, which follows from `model.remat` (`maxlm/models/decoder.py`);
+* the state, which is exact: `maxlm/shapes/arrays.py` for parameters, gradients and moments, cut as `config/dims.py`
+  says;
+* what the backward pass finds saved, which follows from `execution.remat` (`maxlm/models/decoder.py`);
 * what is there for a while only: the loss's logits and its gradient of the table (`maxlm/training/losses.py`), and
   weights, intermediates and their gradients of the layer at work. Compilers decide these, so each rule says of which
   compiler it is; docs/plan_memory.md compares the sums with what the real compilers say.
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
+from maxlm import shapes
 from maxlm.config import (
     ACTIVATION_DIMS,
     Adafactor,
@@ -29,9 +31,9 @@ from maxlm.config import (
     Zero,
     pipeline_ticks,
 )
-from maxlm.plan.arrays import FLOAT32, ParameterArray, Part, device_bytes, device_shape, parameter_arrays
 from maxlm.plan.block_memory import BlockMemory
 from maxlm.plan.machines import Platform
+from maxlm.shapes import FLOAT32, Array, Part, device_bytes, device_shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +101,7 @@ def cache_bytes(config: RunConfig, n_devices: int) -> int:
         * tokens
         * -(-block.attention.n_kv_heads // kv_heads)
         * block.attention.head_dim
-        * model.compute_dtype.itemsize
+        * config.execution.dtype.itemsize
         for block in model.layers
     )
 
@@ -111,7 +113,7 @@ class _Step:
     platform: Platform
 
     def estimate(self) -> MemoryEstimate:
-        arrays = parameter_arrays(self.config.model)
+        arrays = shapes.arrays(self.config.model)
         bytes_of = lambda part: sum(device_bytes(array, self.sizes, self.zero, part) for array in arrays)
         # Under ZeRO-2 TPUs scatter each layer's gradients at once, GPUs those of all layers after the loop.
         tpu = self.platform is Platform.TPU
@@ -144,7 +146,7 @@ class _Step:
     @property
     def itemsize(self) -> int:
         """Of the compute dtype."""
-        return self.config.model.compute_dtype.itemsize
+        return self.config.execution.dtype.itemsize
 
     @property
     def tokens(self) -> int:
@@ -159,7 +161,7 @@ class _Step:
         stages = self.sizes["stage"]
         return self.tokens if stages == 1 else -(-self.tokens * self.config.train.micro_batches // stages)
 
-    def _stacked(self, arrays: Sequence[ParameterArray], size: int = FLOAT32) -> int:
+    def _stacked(self, arrays: Sequence[Array], size: int = FLOAT32) -> int:
         """Bytes of the stacks of layers among the parameters, with numbers of that size."""
         stacks = [array for array in arrays if array.dims[0] == "layers"]
         return sum(device_bytes(array, self.sizes, self.zero, StatePart.PARAMETERS, size) for array in stacks)
@@ -170,7 +172,7 @@ class _Step:
         rows = train.batch_size // _product(self.sizes, ACTIVATION_DIMS["batch"])
         return 5 * 4 * rows * train.seq_len // self.sizes["seq"]
 
-    def _optimizer(self, array: ParameterArray) -> int:
+    def _optimizer(self, array: Array) -> int:
         optimizer = self.config.optimizer
         whole = lambda itemsize: device_bytes(array, self.sizes, self.zero, StatePart.OPTIMIZER, itemsize)
         match optimizer:
@@ -187,11 +189,11 @@ class _Step:
             case _:
                 assert_never(optimizer)
 
-    def _copies(self, arrays: Sequence[ParameterArray]) -> int:
+    def _copies(self, arrays: Sequence[Array]) -> int:
         moved = self._stacked(arrays) if self.config.sharding.virtual_stages > 1 else 0  # to the stages they run on
         return moved + self._hoisted(arrays)
 
-    def _hoisted(self, arrays: Sequence[ParameterArray]) -> int:
+    def _hoisted(self, arrays: Sequence[Array]) -> int:
         """What XLA moves out of the loop over the layers, because it does not depend on the turn."""
         match self.platform:
             case Platform.CPU:
@@ -246,7 +248,7 @@ class _Step:
             logits = max(logits + gradient, gradient + table * model.d_model * FLOAT32)
         return tables + logits + hidden
 
-    def _working(self, arrays: Sequence[ParameterArray]) -> int:
+    def _working(self, arrays: Sequence[Array]) -> int:
         """Of the block whose backward pass needs most."""
         model = self.config.model
         layers = self._memory_of(model.blocks)
@@ -258,7 +260,7 @@ class _Step:
         table = model.vocab_size * model.d_model // self.tensor * self.itemsize
         return most + table
 
-    def _weights(self, arrays: Sequence[ParameterArray], prefix: str) -> int:
+    def _weights(self, arrays: Sequence[Array], prefix: str) -> int:
         """Gathered weights of one layer that are there at one time, in the compute dtype."""
         whole = {**self.sizes, "fsdp": 1, "stage": 1}
         sizes = {

@@ -65,7 +65,7 @@ def _head(found: Forecast) -> tuple[str, str, str]:
     return (
         f"Memory of a device: {found.parameters.total / 1e9:,.2f} billion parameters on {found.target}",
         f"{mesh_text(found.mesh)}; {train.batch_size:,} sequences of {train.seq_len:,} tokens in "
-        f"{micro_batches(found)}; remat {found.config.model.remat.value}; {type(found.config.optimizer).__name__}",
+        f"{micro_batches(found)}; remat {found.config.execution.remat.value}; {type(found.config.optimizer).__name__}",
         f"{verdict(found)} ({gib(found.peak)}{of})",
     )
 

@@ -13,7 +13,7 @@ from maxlm.config import (
     Adafactor,
     AdamW,
     Dtype,
-    MoeConfig,
+    Experts,
     OptimizerConfig,
     Remat,
     RunConfig,
@@ -86,9 +86,9 @@ def fitting(configs: Iterable[RunConfig], target: Machine) -> Iterator[Forecast]
 def layouts(config: RunConfig, target: Machine) -> Iterator[ShardingConfig]:
     """Every mesh that the rules of `config/layout_rules.py` may allow on the target, within sensible limits."""
     model, train, devices = config.model, config.train, target.devices
-    experts = [block.ffn.n_experts for block in model.blocks if isinstance(block.ffn, MoeConfig)]
+    experts = [block.mlp.n_experts for block in model.blocks if isinstance(block.mlp, Experts)]
     blocks = [*model.first_blocks, *model.blocks]
-    widths = [n for one in blocks for n in (one.attention.n_heads, one.attention.n_kv_heads, one.ffn.d_ff)]
+    widths = [n for one in blocks for n in (one.attention.n_heads, one.attention.n_kv_heads, one.mlp.d_ff)]
     longest = target.per_host if isinstance(target, GpuMachine) else LONGEST_TENSOR
     pieces = [n for n in _divisors(math.gcd(devices, train.seq_len)) if n * SHORTEST_PIECE <= train.seq_len]
     allowed = {
@@ -149,7 +149,7 @@ class MeshSpace:
         config = self.config
         return replace(
             config,
-            model=replace(config.model, remat=remat),
+            execution=replace(config.execution, remat=remat),
             train=replace(config.train, micro_batches=parts),
             sharding=replace(self.sharding, zero=zero),
             optimizer=optimizer,
@@ -164,7 +164,7 @@ class MeshSpace:
             if fastest is None or (found and found[-1].time.step_seconds <= fastest.time.step_seconds):
                 continue
             found.append(fastest)
-            train, remat = fastest.config.train, fastest.config.model.remat
+            train, remat = fastest.config.train, fastest.config.execution.remat
             if train.micro_batches == self.parts[0] and remat is remats(self.config)[0]:
                 break  # it does as it likes
         return found
@@ -193,7 +193,7 @@ class MeshSpace:
 
 def remats(config: RunConfig) -> list[Remat]:
     """Policies to choose from; the host's memory, whose speed is not modelled, only if the config has it already."""
-    return [remat for remat in Remat if remat is not Remat.OFFLOAD or config.model.remat is Remat.OFFLOAD]
+    return [remat for remat in Remat if remat is not Remat.OFFLOAD or config.execution.remat is Remat.OFFLOAD]
 
 
 def optimizers(own: OptimizerConfig) -> list[OptimizerConfig]:
@@ -237,7 +237,7 @@ def candidate_json(one: Forecast, original: RunConfig) -> dict[str, Json]:
     return {
         "changes": differences(config, spelled_out(original, one.target)),
         "mesh": one.mesh,
-        "remat": config.model.remat.value,
+        "remat": config.execution.remat.value,
         "micro_batches": config.train.micro_batches,
         "zero": config.sharding.zero.value,
         "optimizer": type(config.optimizer).__name__,
@@ -274,8 +274,8 @@ def broken_rules(config: RunConfig, n_devices: int) -> list[str]:
     """Of `config/layout_rules.py`."""
     train = config.train
     return broken_layout_rules(
-        config.model, config.sharding, n_devices=n_devices, batch_size=train.batch_size, seq_len=train.seq_len,
-        micro_batches=train.micro_batches,
+        config.model, config.sharding, config.execution, n_devices=n_devices, batch_size=train.batch_size,
+        seq_len=train.seq_len, micro_batches=train.micro_batches,
     )  # fmt: skip
 
 

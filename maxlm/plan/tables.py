@@ -27,7 +27,7 @@ def print_report(found: Forecast, breaks: Sequence[str], console: Console) -> No
     train, target = found.config.train, found.target
     console.print(
         f"{target}: {target.devices:,} devices as {mesh_text(found.mesh)}\n{train.batch_size:,} x {train.seq_len:,} "
-        f"tokens a step in {micro_batches(found)}, remat {found.config.model.remat.value}, "
+        f"tokens a step in {micro_batches(found)}, remat {found.config.execution.remat.value}, "
         f"{optimizer_text(found.config.optimizer)}"
     )
     console.print(_styled_verdict(found))
@@ -222,7 +222,7 @@ def _candidate(place: str, one: Forecast, peak: int | None) -> dict[str, str]:
     return {
         "": place,
         "mesh": mesh_text(one.mesh).replace(" x ", ", "),
-        "remat": config.model.remat.value,
+        "remat": config.execution.remat.value,
         "micro": str(config.train.micro_batches),
         "ZeRO": zero if config.sharding.fsdp > 1 else "-",
         "optimizer": optimizer_text(config.optimizer),
@@ -237,7 +237,7 @@ def _candidate(place: str, one: Forecast, peak: int | None) -> dict[str, str]:
 
 def _parameters(found: Forecast) -> Iterable[tuple[str, ...]]:
     count, flops = found.parameters, found.flops
-    for name in ("embedding", "attention", "ffn", "norms", "unembedding"):
+    for name in ("embedding", "attention", "mlp", "norms", "unembedding"):
         yield name, giga(getattr(count, name))
     yield "all", giga(count.total), "bold"
     if count.active != count.total:

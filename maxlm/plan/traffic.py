@@ -20,11 +20,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import assert_never
 
+from maxlm import shapes
 from maxlm.config import (
     MESH_AXES,
     BlockConfig,
     Context,
-    GluConfig,
+    Experts,
     Remat,
     RunConfig,
     StatePart,
@@ -32,8 +33,8 @@ from maxlm.config import (
     pipeline_ticks,
 )
 from maxlm.hardware import Switched, Torus
-from maxlm.plan.arrays import FLOAT32, ParameterArray, Part, device_shape, parameter_arrays
 from maxlm.plan.machines import CpuMachine, GpuMachine, Machine, TpuMachine
+from maxlm.shapes import FLOAT32, Array, Part, device_shape
 
 
 class Link(enum.Enum):
@@ -73,7 +74,7 @@ class LayerRuns:
     tokens: int
     """Of a device, in each run."""
     forwards: int
-    """2 where the pipeline runs its stages again for the backward pass; what `model.remat` repeats is on top."""
+    """2 where the pipeline runs its stages again for the backward pass; what `execution.remat` repeats is on top."""
 
 
 def estimate_traffic(config: RunConfig, target: Machine) -> list[AxisTraffic]:
@@ -120,7 +121,7 @@ def local_tokens(config: RunConfig, sizes: Mapping[str, int]) -> int:
 
 def gradient_bytes(config: RunConfig) -> int:
     """Bytes in which one number of a gradient is summed over devices."""
-    return FLOAT32 if config.sharding.float32_gradients else config.model.compute_dtype.itemsize
+    return FLOAT32 if config.sharding.float32_gradients else config.execution.dtype.itemsize
 
 
 def whole_torus(target: Machine, size: int) -> bool:
@@ -200,7 +201,7 @@ def _count_parameters(ledger: _Ledger, config: RunConfig, *, doubled: bool) -> N
     staged = sizes["stage"] > 1
     outside = 1 if staged else parts
     inside = pipeline_ticks(sizes["stage"], groups, parts) / groups if staged else parts
-    for array in parameter_arrays(config.model):
+    for array in shapes.arrays(config.model):
         stacked = array.dims[0] == "layers"
         found = _Parameter(
             array=array,
@@ -226,7 +227,7 @@ def _count_parameters(ledger: _Ledger, config: RunConfig, *, doubled: bool) -> N
 class _Parameter:
     """One array on its way."""
 
-    array: ParameterArray
+    array: Array
     size: int
     """Numbers of a device's shard, as if the fsdp axis cut nothing."""
     runs: float
@@ -239,13 +240,13 @@ class _Parameter:
 
 
 def _count_matrix(ledger: _Ledger, config: RunConfig, one: _Parameter) -> None:
-    small, wide = config.model.compute_dtype.itemsize, gradient_bytes(config)
+    small, wide = config.execution.dtype.itemsize, gradient_bytes(config)
     if "embed" not in one.array.dims or ledger.sizes["fsdp"] == 1 or config.sharding.zero is Zero.OPTIMIZER:
         ledger.sum([*one.others, "fsdp"], one.size * wide * one.runs, "sums gradients")
         return
     if config.sharding.zero is Zero.PARAMETERS:
         # Products that take float32 parameters cast them again for the gradient, when the gathered ones are gone.
-        backward = 2 if config.sharding.float32_gradients and config.model.remat is not Remat.NONE else 1
+        backward = 2 if config.sharding.float32_gradients and config.execution.remat is not Remat.NONE else 1
         ledger.gather(
             "fsdp", one.factor * one.size * small * one.runs * (one.forwards + backward), "gathers parameters"
         )
@@ -257,9 +258,9 @@ def _count_table(ledger: _Ledger, config: RunConfig, one: _Parameter) -> None:
     """A table of the vocabulary. One that is looked up is float32, and its gradient; a tied one is gathered once."""
     zero, sizes = config.sharding.zero, ledger.sizes
     if zero is Zero.PARAMETERS:
-        item = FLOAT32 if one.array.part is Part.EMBEDDING else config.model.compute_dtype.itemsize
+        item = FLOAT32 if one.array.part is Part.EMBEDDING else config.execution.dtype.itemsize
         ledger.gather("fsdp", one.factor * one.size * item * one.runs, "gathers parameters")
-    for use in (Part.EMBEDDING, Part.UNEMBEDDING) if config.model.tie_embeddings else (one.array.part,):
+    for use in (Part.EMBEDDING, Part.UNEMBEDDING) if config.model.tied else (one.array.part,):
         size = one.size * (FLOAT32 if use is Part.EMBEDDING else gradient_bytes(config))
         whole = sizes["fsdp"] == 1 or (use is Part.UNEMBEDDING and zero is Zero.OPTIMIZER)
         if whole or (use is Part.EMBEDDING and any(sizes[axis] > 1 for axis in one.others if axis != "data")):
@@ -282,9 +283,9 @@ def _count_tensor(ledger: _Ledger, config: RunConfig, layer: LayerRuns) -> None:
 
     Every remat policy but "none" and "dots" computes attention's output, and so its sum, again.
     """
-    remat = config.model.remat
+    remat = config.execution.remat
     sums = 2 * layer.forwards + 2 + (remat not in (Remat.NONE, Remat.DOTS))
-    size = layer.tokens * config.model.d_model * config.model.compute_dtype.itemsize * layer.runs
+    size = layer.tokens * config.model.d_model * config.execution.dtype.itemsize * layer.runs
     if config.sharding.sequence_parallel:
         gathers = 2 * layer.forwards + 2 + (0 if remat is Remat.NONE else 2)
         ledger.gather("tensor", (gathers + sums) * size, "gathers and scatters activations")
@@ -294,7 +295,7 @@ def _count_tensor(ledger: _Ledger, config: RunConfig, layer: LayerRuns) -> None:
 
 def _count_vocabulary(ledger: _Ledger, config: RunConfig) -> None:
     """Looked-up rows and the gradient of the hidden states are summed over the parts of the vocabulary."""
-    size = local_tokens(config, ledger.sizes) * config.model.d_model * config.model.compute_dtype.itemsize
+    size = local_tokens(config, ledger.sizes) * config.model.d_model * config.execution.dtype.itemsize
     if config.sharding.sequence_parallel:
         ledger.gather("tensor", 3 * size, "gathers and scatters activations")  # rows, their gradient, hidden states
     else:
@@ -306,12 +307,12 @@ def _count_vocabulary(ledger: _Ledger, config: RunConfig) -> None:
 def _count_context(ledger: _Ledger, config: RunConfig, layer: LayerRuns) -> None:
     """Keys and values over the parts of a sequence: gathered (arXiv:2407.21783, section 3.3.2), passed round
     (arXiv:2310.01889), or exchanged against heads (arXiv:2309.14509)."""
-    n, attention, remat = ledger.sizes["seq"], layer.block.attention, config.model.remat
+    n, attention, remat = ledger.sizes["seq"], layer.block.attention, config.execution.remat
     if n == 1:
         return
     of_head = layer.tokens * attention.head_dim / ledger.sizes["tensor"] * layer.runs
     keys, queries = of_head * attention.n_kv_heads, of_head * attention.n_heads
-    small = config.model.compute_dtype.itemsize
+    small = config.execution.dtype.itemsize
     again = 0 if remat is Remat.NONE else 1
     match config.sharding.context:
         case Context.ALL_GATHER:
@@ -338,12 +339,12 @@ def _count_context(ledger: _Ledger, config: RunConfig, layer: LayerRuns) -> None
 def _count_experts(ledger: _Ledger, config: RunConfig, layer: LayerRuns) -> None:
     """Tokens to their experts and back (GShard, arXiv:2006.16668): twice forward, backward and, but for remat "none",
     once more. What travels are whole buffers, full or not."""
-    ffn, n = layer.block.ffn, ledger.sizes["expert"]
-    if isinstance(ffn, GluConfig) or n == 1:
+    mlp, n = layer.block.mlp, ledger.sizes["expert"]
+    if not isinstance(mlp, Experts) or n == 1:
         return
-    rows = ffn.buffer_rows(layer.tokens, seq_len=config.train.seq_len, devices=n)
-    size = rows * config.model.d_model * config.model.compute_dtype.itemsize
-    passes = layer.forwards + 1 + (config.model.remat is not Remat.NONE)
+    rows = mlp.buffer_rows(layer.tokens, seq_len=config.train.seq_len, devices=n)
+    size = rows * config.model.d_model * config.execution.dtype.itemsize
+    passes = layer.forwards + 1 + (config.execution.remat is not Remat.NONE)
     ledger.gather("expert", 2 * size * passes * layer.runs, "exchanges tokens with experts", _Pattern.EXCHANGE)
 
 
@@ -356,10 +357,10 @@ def _count_stages(ledger: _Ledger, config: RunConfig) -> None:
     tokens = local_tokens(config, ledger.sizes) * stages / parts
     if config.sharding.sequence_parallel:
         tokens /= ledger.sizes["tensor"]
-    size = tokens * config.model.d_model * config.model.compute_dtype.itemsize * pipeline_ticks(stages, groups, parts)
+    size = tokens * config.model.d_model * config.execution.dtype.itemsize * pipeline_ticks(stages, groups, parts)
     ledger.add("stage", 2 * 3 * size, "passes activations on", _Pattern.CHAIN)
     if groups > 1:
-        arrays = (array for array in parameter_arrays(config.model) if array.dims[0] == "layers")
+        arrays = (array for array in shapes.arrays(config.model) if array.dims[0] == "layers")
         for array in arrays:
             for part in (StatePart.PARAMETERS, StatePart.GRADIENTS):
                 size = FLOAT32 * math.prod(device_shape(array, ledger.sizes, config.sharding.zero, part))

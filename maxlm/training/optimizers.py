@@ -12,9 +12,9 @@ from maxlm.config import Adafactor, AdamW, OptimizerConfig
 
 
 def make_optimizer(
-    config: OptimizerConfig, learning_rate: optax.Schedule, dims: Any, *, layers: int
+    config: OptimizerConfig, learning_rate: optax.Schedule, declared: Any, *, layers: int
 ) -> optax.GradientTransformation:
-    """Clipping by global norm, then the optimizer; weight decay on matrices only, times the learning rate.
+    """Clipping by global norm, then the optimizer; weight decay as each array's role says, times the learning rate.
 
     Stacked layers are optimised as if each had its arrays to itself. In an Adafactor parameter with more than two dims
     the two largest are factored, for each index of the others (the layer, the head): q_proj [L, D, N, H] keeps
@@ -23,11 +23,12 @@ def make_optimizer(
     Args:
         config: the choice and its numbers.
         learning_rate: step count -> learning rate.
-        dims: names of every parameter's dims, in the parameters' tree.
+        declared: the `shapes.Array` of every parameter, in the parameters' tree.
         layers: the length of a "layers" dim.
     """
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
-    mask = decay_mask(dims)
+    dims = jax.tree.map(lambda array: array.dims, declared)
+    decays = jax.tree.map(lambda array: array.role.decays, declared)
     match config:
         case AdamW():
             update = optax.adamw(
@@ -37,7 +38,7 @@ def make_optimizer(
                 eps=config.eps,
                 mu_dtype=config.moment_dtype.value,
                 weight_decay=config.weight_decay,
-                mask=mask,
+                mask=decays,
             )
         case Adafactor():
             # optax factors the two largest dims. Above `layers` in size, neither of them is the dim of stacked layers.
@@ -46,20 +47,12 @@ def make_optimizer(
                 optax.scale_by_factored_rms(decay_rate=config.decay_rate, min_dim_size_to_factor=factored_dim),
                 optax.identity() if config.update_clip is None else _clip_by_rms(config.update_clip, dims),
                 _scale_by_parameter_rms(dims) if config.scale_by_parameter else optax.identity(),
-                optax.add_decayed_weights(config.weight_decay, mask),
+                optax.add_decayed_weights(config.weight_decay, decays),
                 optax.scale_by_learning_rate(learning_rate),
             )
         case _:
             assert_never(config)
     return optax.chain(clip, update)
-
-
-def decay_mask(dims: Any) -> Any:
-    """True for the parameters that weight decay shrinks: matrices, which all have an "embed" dim.
-
-    The number of dims does not tell: a stacked norm scale has two, the bias of a query projection three.
-    """
-    return jax.tree.map(lambda names: "embed" in names, dims, is_leaf=lambda leaf: isinstance(leaf, tuple))
 
 
 def _clip_by_rms(limit: float, dims: Any) -> optax.GradientTransformation:

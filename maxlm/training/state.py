@@ -31,11 +31,9 @@ class TrainState:
     """int32: of these, the ones without a good step since."""
 
 
-def init_state(
-    model: ModelConfig, layout: Layout, optimizer: optax.GradientTransformation, key: jax.Array
-) -> TrainState:
+def init_state(model: ModelConfig, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
     """A new state; run it under jit with `state_shardings` so that no device ever holds all of it."""
-    parameters = init_parameters(model, layout, key)
+    parameters = init_parameters(model, key)
     zero = lambda: jnp.zeros((), jnp.int32)
     return TrainState(
         step=zero(),

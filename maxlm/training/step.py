@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
-from maxlm.config import ModelConfig, MoeConfig, NoisyTopKRouter, RunConfig, StatePart
-from maxlm.models import Decoder, abstract_decoder, parameter_dims
+from maxlm.config import Experts, ModelConfig, NoisyTopKRouter, RunConfig, StatePart
+from maxlm.models import Execution, Tokens, bind, declared, parameter_dims
 from maxlm.models.moe import RouterStats, balance_biases
 from maxlm.models.ops.ring import in_ring_order
 from maxlm.models.pipeline import in_pipeline_order
@@ -98,18 +97,13 @@ def loss_function(config: RunConfig, layout: Layout) -> Callable[..., BatchSums]
 
     Of a part of a batch also: `counted`, the share of the whole batch's tokens that its mask counts.
     """
-    graph, _ = nnx.split(abstract_decoder(config.model, layout))
+    how = Execution.of(config, layout)
 
     def loss(parameters: Any, batch: Batch, counted: jax.Array | None = None) -> BatchSums:
-        model: Decoder = nnx.merge(graph, parameters)
+        model = bind(config.model, parameters)
         batch = in_ring_order(layout, in_pipeline_order(layout, batch, config.train.micro_batches))
-        output = model(
-            batch["inputs"],
-            batch["positions"],
-            batch["segment_ids"],
-            seeds=batch.get("seeds"),
-            micro_batches=config.train.micro_batches,
-        )
+        tokens = Tokens(batch["positions"], batch["segment_ids"], seeds=batch.get("seeds"))
+        output = model(model.embeddings(batch["inputs"], tokens, how), tokens, how)
         with jax.named_scope("loss"):
             sums = cross_entropy_sums(
                 layout,
@@ -135,7 +129,7 @@ def gradient_function(
     config: RunConfig, layout: Layout, loss: Callable[..., BatchSums]
 ) -> Callable[[Any, Batch], tuple[BatchSums, Any]]:
     """Parameters and batch -> the loss's sums and the gradient of their objective, summed over micro-batches."""
-    dims = parameter_dims(abstract_decoder(config.model, layout))
+    dims = parameter_dims(config.model)
     shardings = layout.shardings(dims, StatePart.GRADIENTS)
 
     def of_part(parameters: Any, batch: Batch, counted: jax.Array | None = None) -> tuple[BatchSums, Any]:
@@ -170,17 +164,17 @@ def gradient_function(
 
 def make_trainer(config: RunConfig, layout: Layout) -> Trainer:
     """Everything compiled that training needs. Nothing is compiled before its first call."""
-    dims = parameter_dims(abstract_decoder(config.model, layout))
+    dims = parameter_dims(config.model)
     learning_rate = learning_rate_schedule(
         config.optimizer.schedule, config.optimizer.learning_rate, config.train.steps
     )
-    optimizer = make_optimizer(config.optimizer, learning_rate, dims, layers=config.model.repeats)
+    optimizer = make_optimizer(config.optimizer, learning_rate, declared(config.model), layers=config.model.repeats)
     loss = loss_function(config, layout)
     gradient = gradient_function(config, layout, loss)
     noisy = _has_noise(config.model)
 
     def init() -> TrainState:
-        return init_state(config.model, layout, optimizer, jax.random.key(config.train.seed))
+        return init_state(config.model, optimizer, jax.random.key(config.train.seed))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         if noisy:
@@ -260,5 +254,5 @@ def _count(state: TrainState) -> jax.Array:
 def _has_noise(model: ModelConfig) -> bool:
     """Whether a router draws random numbers in training."""
     return any(
-        isinstance(block.ffn, MoeConfig) and isinstance(block.ffn.router, NoisyTopKRouter) for block in model.blocks
+        isinstance(block.mlp, Experts) and isinstance(block.mlp.router, NoisyTopKRouter) for block in model.blocks
     )

@@ -10,13 +10,13 @@ experts.py: tokens to their experts and back
 backends.py: kernels named in the config
 """
 
-from kernels_pallas import cache_room
-from maxlm.models.ops.attention import attention, attention_to_cache
-from maxlm.models.ops.dense import embed, glu, project
+from kernels_pallas import DistanceBias, Scores, cache_room
+from maxlm.models.ops.attention import attention, attention_to_cache, causal
+from maxlm.models.ops.dense import activate, embed, glu, project
 from maxlm.models.ops.experts import (
     EXPERT_IN_DIMS,
     EXPERT_OUT_DIMS,
-    Experts,
+    ExpertWeights,
     capacity_experts,
     dropless_experts,
     picked_experts,
@@ -26,11 +26,15 @@ from maxlm.models.ops.experts import (
 __all__ = [
     "EXPERT_IN_DIMS",
     "EXPERT_OUT_DIMS",
-    "Experts",
+    "DistanceBias",
+    "ExpertWeights",
+    "Scores",
+    "activate",
     "attention",
     "attention_to_cache",
     "cache_room",
     "capacity_experts",
+    "causal",
     "dropless_experts",
     "embed",
     "glu",

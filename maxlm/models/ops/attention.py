@@ -8,7 +8,7 @@ from typing import assert_never
 
 import jax
 
-from kernels_pallas import cached_attention, flash_attention, masks
+from kernels_pallas import Scores, cached_attention, flash_attention, masks
 from kernels_pallas.masks import Mask
 from maxlm.config import Backend, Context
 from maxlm.models.ops.backends import blaming
@@ -25,12 +25,13 @@ def attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    scores: Scores,
     *,
-    window: int | None,
     segment_ids: jax.Array | None = None,
+    visible_to: jax.Array | None = None,
     backend: Backend = Backend.AUTO,
 ) -> jax.Array:
-    """Causal attention on the mesh, within sequences.
+    """Attention on the mesh, within sequences.
 
     Args:
         q: [B, T, N, H]; sharded over rows, queries and heads.
@@ -46,13 +47,14 @@ def attention(
     Raises:
         UserError: the named backend cannot do this, or the context cannot cut these heads.
     """
-    mask = _mask(window)
+    assert visible_to is None  # until merged
+    mask, window = scores.mask, None
     devices = layout.mesh.shape["seq"]
     if devices == 1:
-        return _all_gathered(layout, mask, backend, q, k, v, segment_ids)
+        return _all_gathered(layout, scores, backend, q, k, v, segment_ids)
     match layout.config.context:
         case Context.ALL_GATHER:
-            return _all_gathered(layout, mask, backend, q, k, v, segment_ids)
+            return _all_gathered(layout, scores, backend, q, k, v, segment_ids)
         case Context.RING:
             ring = make_ring(mask, window, devices, q.shape[1] // devices, backend.value)
             local = functools.partial(ring_attention, ring)
@@ -70,10 +72,9 @@ def attention_to_cache(
     v: jax.Array,
     layer: jax.Array,
     first_position: jax.Array,
-    *,
-    window: int | None,
+    scores: Scores,
 ) -> jax.Array:
-    """Causal attention to the keys of one layer of a cache, on a mesh whose seq axis is 1.
+    """Attention to the keys of one layer of a cache, on a mesh whose seq axis is 1.
 
     A few queries read the cache in place. Many take a copy of the layer's part to the kernel that suits them.
 
@@ -87,7 +88,7 @@ def attention_to_cache(
     Returns:
         [B, T, N, H].
     """
-    mask = _mask(window)
+    by_head = jax.tree.map(lambda _: layout.activation("heads"), scores)
     heads, cache = (
         layout.activation("batch", None, "heads", None),
         layout.activation(None, "batch", None, "kv_heads", None),
@@ -95,19 +96,22 @@ def attention_to_cache(
 
     @functools.partial(
         layout.shard_map,
-        in_specs=(heads, cache, cache, layout.activation(), layout.activation("batch")),
+        in_specs=(heads, cache, cache, layout.activation(), layout.activation("batch"), by_head),
         out_specs=heads,
         check_vma=False,  # neither kernels nor loops with data-dependent bounds have a replication rule
     )
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, first: jax.Array) -> jax.Array:
+    def local(
+        q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, first: jax.Array, scores: Scores
+    ) -> jax.Array:
         if q.shape[1] <= _FEW_QUERIES:
-            return cached_attention(q, k, v, layer, first, mask=mask)
-        return flash_attention(q, k[layer], v[layer], mask=mask, q_offset=first)
+            return cached_attention(q, k, v, layer, first, scores)
+        return flash_attention(q, k[layer], v[layer], **vars(scores), q_offset=first)
 
-    return local(q, k, v, layer, first_position)
+    return local(q, k, v, layer, first_position, scores)
 
 
-def _mask(window: int | None) -> Mask:
+def causal(window: int | None) -> Mask:
+    """Who sees whom: keys a query sees, itself included; None: all earlier ones."""
     return masks.causal if window is None else masks.local(window - 1, 0)
 
 
@@ -130,7 +134,7 @@ def _exchanged(
 
 def _all_gathered(
     layout: Layout,
-    mask: Mask,
+    scores: Scores,
     backend: Backend,
     q: jax.Array,
     k: jax.Array,
@@ -147,17 +151,18 @@ def _all_gathered(
             layout.activation("batch", None, "kv_heads", None),
             layout.activation("batch", None, "kv_heads", None),
             None if segment_ids is None else layout.activation("batch", None),
+            jax.tree.map(lambda _: layout.activation("heads"), scores),
         ),
         out_specs=layout.activation("batch", "seq", "heads", None),
         check_vma=False,  # neither kernels nor loops with data-dependent bounds have a replication rule
     )
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, scores: Scores) -> jax.Array:
         T = q.shape[1]
         start = 0 if one_device_seq else jax.lax.axis_index("seq") * T
         own = None if segments is None else jax.lax.dynamic_slice_in_dim(segments, start, T, 1)
         with blaming("attention", backend):
             return flash_attention(
-                q, k, v, mask=mask, segment_ids=own, kv_segment_ids=segments, q_offset=start, backend=backend.value
+                q, k, v, **vars(scores), segment_ids=own, kv_segment_ids=segments, q_offset=start, backend=backend.value
             )
 
-    return local(q, k, v, segment_ids)
+    return local(q, k, v, segment_ids, scores)

@@ -16,4 +16,4 @@ def blaming(key: str, backend: Backend) -> Iterator[None]:
     except ValueError as error:
         if backend is Backend.AUTO:
             raise
-        raise UserError(f"model.kernels.{key} = {backend.value}, but {error}") from error
+        raise UserError(f"execution.kernels.{key} = {backend.value}, but {error}") from error

@@ -9,17 +9,24 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import fused_glu, mixed_einsum, plan_glu
+from kernels_pallas.glu import activations
 from maxlm.config import Activation, GluSave, KernelConfig
 from maxlm.models.ops.backends import blaming
 from maxlm.sharding import Layout
 
 
-def project(layout: Layout, subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """einsum of activations with a float32 weight, computed in x's dtype.
+def project(layout: Layout, subscripts: str, x: jax.Array, w: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """einsum of activations with a float32 weight, and a bias added, computed in x's dtype.
 
     The gradient of w is summed over devices in x's dtype, or in float32 with `sharding.float32_gradients`.
     """
-    return mixed_einsum(subscripts, x, weight(layout, w, x.dtype))
+    y = mixed_einsum(subscripts, x, weight(layout, w, x.dtype))
+    return y if bias is None else y + bias.astype(y.dtype)
+
+
+def activate(x: jax.Array, activation: Activation) -> jax.Array:
+    """activation(x) in x's dtype, computed in float32."""
+    return activations.activate(activation.value, x.astype(jnp.float32)).astype(x.dtype)
 
 
 def glu(

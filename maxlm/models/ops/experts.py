@@ -34,7 +34,7 @@ EXPERT_IN_DIMS = ("experts", "embed", "mlp")
 EXPERT_OUT_DIMS = ("experts", "mlp", "embed")
 
 
-class Experts(NamedTuple):
+class ExpertWeights(NamedTuple):
     """Weights of gated MLPs, float32."""
 
     gate_proj: jax.Array
@@ -74,7 +74,7 @@ def dropless_experts(
     x: jax.Array,
     choices: jax.Array,
     gates: jax.Array,
-    experts: Experts,
+    experts: ExpertWeights,
     *,
     activation: Activation,
     config: Dropless,
@@ -100,7 +100,7 @@ def dropless_experts(
     """
     E, X = experts.gate_proj.shape[0], layout.mesh.shape["expert"]
 
-    def dispatch(x: jax.Array, choices: jax.Array, experts: Experts) -> tuple[jax.Array, _Slots]:
+    def dispatch(x: jax.Array, choices: jax.Array, experts: ExpertWeights) -> tuple[jax.Array, _Slots]:
         n, k = choices.shape
         room = math.ceil(config.room(n * k, top_k=k, n_experts=E, devices=X))
         slots, counts = _assign(choices[None], E, experts_in_window=E // X, room=room if X > 1 else n * k)
@@ -126,7 +126,7 @@ def capacity_experts(
     x: jax.Array,
     choices: jax.Array,
     gates: jax.Array,
-    experts: Experts,
+    experts: ExpertWeights,
     *,
     activation: Activation,
     group: int,
@@ -139,7 +139,7 @@ def capacity_experts(
     """
     E, X = experts.gate_proj.shape[0], layout.mesh.shape["expert"]
 
-    def dispatch(x: jax.Array, choices: jax.Array, experts: Experts) -> tuple[jax.Array, _Slots]:
+    def dispatch(x: jax.Array, choices: jax.Array, experts: ExpertWeights) -> tuple[jax.Array, _Slots]:
         k = choices.shape[-1]
         slots, _ = _assign(choices.reshape(-1, group, k), E, experts_in_window=1, room=room)
         rows = _move(k, x, slots.choice_in, slots.of_choice).reshape(E, -1, x.shape[-1])
@@ -149,7 +149,7 @@ def capacity_experts(
 
 
 def picked_experts(
-    layout: Layout, x: jax.Array, picks: jax.Array, gates: jax.Array, experts: Experts, *, activation: Activation
+    layout: Layout, x: jax.Array, picks: jax.Array, gates: jax.Array, experts: ExpertWeights, *, activation: Activation
 ) -> jax.Array:
     """The sum over the experts that picked a token, each times its gate (expert choice, arXiv:2202.09368).
 
@@ -191,11 +191,11 @@ def picked_experts(
 
 def _routed(
     layout: Layout,
-    dispatch: Callable[[jax.Array, jax.Array, Experts], tuple[jax.Array, _Slots]],
+    dispatch: Callable[[jax.Array, jax.Array, ExpertWeights], tuple[jax.Array, _Slots]],
     x: jax.Array,
     choices: jax.Array,
     gates: jax.Array,
-    experts: Experts,
+    experts: ExpertWeights,
 ) -> tuple[jax.Array, jax.Array]:
     """On each device: `dispatch` its tokens [n, D] with choices [n, k] to slots [M, D], then sum what comes back."""
 
@@ -270,13 +270,13 @@ def _move_bwd(copies: int, target: jax.Array, d: jax.Array) -> tuple[jax.Array, 
 _move.defvjp(_move_fwd, _move_bwd)
 
 
-def _grouped_mlp(rows: jax.Array, experts: Experts, sizes: jax.Array, activation: Activation) -> jax.Array:
+def _grouped_mlp(rows: jax.Array, experts: ExpertWeights, sizes: jax.Array, activation: Activation) -> jax.Array:
     """Rows [M, D] sorted by expert, sizes int32 [E] -> [M, D]: this device's part of the sum over d_ff."""
     gate, up = (grouped_matmul(rows, w, sizes) for w in (experts.gate_proj, experts.up_proj))
     return grouped_matmul(_gated(gate, up, activation), experts.down_proj, sizes)
 
 
-def _batched_mlp(rows: jax.Array, experts: Experts, activation: Activation, X: int) -> jax.Array:
+def _batched_mlp(rows: jax.Array, experts: ExpertWeights, activation: Activation, X: int) -> jax.Array:
     """Slots [E, c, D] of this device's tokens for all experts -> [E, c, D], by way of the experts' devices."""
     if X > 1:
         rows = _exchange(rows, 0, 1)  # [E / X, X c, D]: everybody's tokens for the experts here
@@ -301,7 +301,7 @@ def _weight_specs(layout: Layout) -> tuple:
     return cut_in, cut_in, layout.parameter(EXPERT_OUT_DIMS)
 
 
-def _whole(layout: Layout, gate: jax.Array, up: jax.Array, down: jax.Array) -> Experts:
+def _whole(layout: Layout, gate: jax.Array, up: jax.Array, down: jax.Array) -> ExpertWeights:
     """The weights with their embed dim gathered. The transpose leaves each device the sum of its shard's gradient."""
 
     def gather(w: jax.Array, dims: tuple[str, ...]) -> jax.Array:
@@ -311,4 +311,4 @@ def _whole(layout: Layout, gate: jax.Array, up: jax.Array, down: jax.Array) -> E
             return w
         return jax.lax.all_gather(w, cut, axis=dim, tiled=True)
 
-    return Experts(gather(gate, EXPERT_IN_DIMS), gather(up, EXPERT_IN_DIMS), gather(down, EXPERT_OUT_DIMS))
+    return ExpertWeights(gather(gate, EXPERT_IN_DIMS), gather(up, EXPERT_IN_DIMS), gather(down, EXPERT_OUT_DIMS))

@@ -1,4 +1,4 @@
-"""The feed-forward part of a block: one gated MLP, or many of which each token uses a few (a mixture of experts)."""
+"""The MLP of a block: plain or gated, or many of which each token uses a few (a mixture of experts)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from maxlm.config.errors import UserError, require_not_negative, require_positiv
 
 
 class Activation(enum.Enum):
-    """The gate's nonlinearity in a gated linear unit (Shazeer 2020, arXiv:2002.05202)."""
+    """The nonlinearity of an MLP, or of the gate of a gated one."""
 
     SILU = "silu"
     GELU = "gelu"
@@ -22,15 +22,27 @@ class Activation(enum.Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GluConfig:
-    """Gated MLP: down(activation(gate(x)) * up(x)). SwiGLU with the default activation."""
+class Mlp:
+    """down(activation(up(x))) (Vaswani et al. 2017, arXiv:1706.03762, section 3.3, with ReLU; GPT-2 with GELU)."""
+
+    d_ff: int
+    activation: Activation = Activation.GELU
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        require_positive("model.blocks[].mlp.d_ff", self.d_ff)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedMlp:
+    """down(activation(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202). SwiGLU with the default activation."""
 
     d_ff: int
     activation: Activation = Activation.SILU
     bias: bool = False
 
     def __post_init__(self) -> None:
-        require_positive("model.blocks[].ffn.d_ff", self.d_ff)
+        require_positive("model.blocks[].mlp.d_ff", self.d_ff)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +60,8 @@ class TopKRouter:
     micro-batch on all devices, so more `train.micro_batches` balance smaller sets."""
 
     def __post_init__(self) -> None:
-        require_positive("model.blocks[].ffn.router.top_k", self.top_k)
-        require_not_negative("model.blocks[].ffn.router.load_balance", self.load_balance)
+        require_positive("model.blocks[].mlp.router.top_k", self.top_k)
+        require_not_negative("model.blocks[].mlp.router.load_balance", self.load_balance)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +79,9 @@ class NoisyTopKRouter:
     """Weight of CV(smooth number of tokens of each expert)^2 (appendix A)."""
 
     def __post_init__(self) -> None:
-        require_positive("model.blocks[].ffn.router.top_k", self.top_k)
-        require_not_negative("model.blocks[].ffn.router.importance_loss", self.importance_loss)
-        require_not_negative("model.blocks[].ffn.router.load_loss", self.load_loss)
+        require_positive("model.blocks[].mlp.router.top_k", self.top_k)
+        require_not_negative("model.blocks[].mlp.router.importance_loss", self.importance_loss)
+        require_not_negative("model.blocks[].mlp.router.load_loss", self.load_loss)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +100,8 @@ class SigmoidRouter:
     """How far a bias moves in each step."""
 
     def __post_init__(self) -> None:
-        require_positive("model.blocks[].ffn.router.top_k", self.top_k)
-        require_not_negative("model.blocks[].ffn.router.bias_rate", self.bias_rate)
+        require_positive("model.blocks[].mlp.router.top_k", self.top_k)
+        require_not_negative("model.blocks[].mlp.router.bias_rate", self.bias_rate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +128,7 @@ class Dropless:
     def __post_init__(self) -> None:
         if self.buffer is not None and self.buffer < 1:
             raise UserError(
-                f"model.blocks[].ffn.dispatch.buffer = {self.buffer} must be at least 1, or None for the worst case"
+                f"model.blocks[].mlp.dispatch.buffer = {self.buffer} must be at least 1, or None for the worst case"
             )
 
     def room(self, choices: int, *, top_k: int, n_experts: int, devices: int) -> float:
@@ -138,9 +150,9 @@ class Capacity:
     must divide the part of a sequence that a device has."""
 
     def __post_init__(self) -> None:
-        require_positive("model.blocks[].ffn.dispatch.factor", self.factor)
+        require_positive("model.blocks[].mlp.dispatch.factor", self.factor)
         if self.group_size is not None:
-            require_positive("model.blocks[].ffn.dispatch.group_size", self.group_size)
+            require_positive("model.blocks[].mlp.dispatch.group_size", self.group_size)
 
     def group(self, seq_len: int) -> int:
         """Tokens of a group; a sequence shorter than `group_size` is one."""
@@ -155,7 +167,7 @@ Dispatch = Dropless | Capacity
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoeConfig:
+class Experts:
     """A mixture of experts, all gated MLPs: shared(x) + routed_scaling * sum over chosen e of gate_e * expert_e(x)."""
 
     n_experts: int
@@ -173,18 +185,18 @@ class MoeConfig:
     activation: Activation = Activation.SILU
 
     def __post_init__(self) -> None:
-        require_positive("model.blocks[].ffn.n_experts", self.n_experts)
-        require_positive("model.blocks[].ffn.d_ff", self.d_ff)
-        require_not_negative("model.blocks[].ffn.n_shared_experts", self.n_shared_experts)
-        require_not_negative("model.blocks[].ffn.router_z_loss", self.router_z_loss)
+        require_positive("model.blocks[].mlp.n_experts", self.n_experts)
+        require_positive("model.blocks[].mlp.d_ff", self.d_ff)
+        require_not_negative("model.blocks[].mlp.n_shared_experts", self.n_shared_experts)
+        require_not_negative("model.blocks[].mlp.router_z_loss", self.router_z_loss)
         match self.router:
             case ExpertChoiceRouter():
                 if not isinstance(self.dispatch, Capacity):
-                    raise UserError("model.blocks[].ffn: ExpertChoiceRouter needs dispatch=Capacity(...)")
+                    raise UserError("model.blocks[].mlp: ExpertChoiceRouter needs dispatch=Capacity(...)")
             case TopKRouter() | NoisyTopKRouter() | SigmoidRouter():
                 if self.router.top_k > self.n_experts:
                     raise UserError(
-                        f"model.blocks[].ffn.router.top_k = {self.router.top_k} is more than n_experts = "
+                        f"model.blocks[].mlp.router.top_k = {self.router.top_k} is more than n_experts = "
                         f"{self.n_experts}; use at most {self.n_experts}"
                     )
 
@@ -218,4 +230,4 @@ class MoeConfig:
                 assert_never(self.dispatch)
 
 
-FfnConfig = GluConfig | MoeConfig
+MlpConfig = Mlp | GatedMlp | Experts

@@ -1,0 +1,52 @@
+"""What shapes the scores of attention, beside queries and keys."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import jax
+
+from kernels_pallas import masks
+from kernels_pallas.masks import Mask
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["table"], meta_fields=["max_distance", "bidirectional"]
+)
+@dataclass(frozen=True)
+class DistanceBias:
+    """T5's learned bias by distance (Raffel et al. 2020, arXiv:1910.10683, section 2.1).
+
+    Each head adds table[head, bucket(key position - query position)] to its scores. Distances below half the buckets
+    have one each, those up to max_distance share the rest by their logarithm, and longer ones take the last.
+    """
+
+    table: jax.Array
+    """[N, number of buckets] float32, differentiable."""
+    max_distance: int = 128
+    bidirectional: bool = False
+    """Half of the buckets for keys after the query; otherwise these all count as distance 0."""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["alibi_slopes", "relative_bias", "sinks"],
+    meta_fields=["mask", "scale", "soft_cap"],
+)
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """All that shapes the scores of a layer, under the names of `flash_attention`'s arguments: `**vars(scores)`.
+
+    A tree whose leaves are arrays with a first dim N: where heads are cut over devices, each leaf is cut with them.
+    """
+
+    mask: Mask = masks.causal
+    scale: float | None = None
+    """None: H ** -0.5."""
+    soft_cap: float | None = None
+    alibi_slopes: jax.Array | None = None
+    """[N]; constants, without a gradient."""
+    relative_bias: DistanceBias | None = None
+    sinks: jax.Array | None = None
+    """[N]."""

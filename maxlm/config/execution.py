@@ -1,0 +1,93 @@
+"""How a model runs, whatever it is: number format, what the backward pass finds saved, kernels."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from maxlm.config.errors import UserError
+
+
+class Dtype(enum.Enum):
+    """Floating-point formats by their usual names."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        return 2 if self is Dtype.BFLOAT16 else 4
+
+
+class Remat(enum.Enum):
+    """What the backward pass finds saved, and what it computes again (activation checkpointing, arXiv:1604.06174)."""
+
+    NONE = "none"
+    """Save every intermediate: most memory, no recomputation."""
+    DOTS = "dots"
+    """Save the outputs of the weight multiplications, recompute the rest."""
+    GLU = "glu"
+    """As NAMES, and save both inputs of a gated MLP's product too; recompute attention's output projection, and what
+    is in no product. Experts are recomputed."""
+    NAMES = "names"
+    """Save the attention output and the inputs of the attention kernel; recompute the MLP."""
+    QKV = "qkv"
+    """Save the inputs of the attention kernel; recompute attention and MLP."""
+    FULL = "full"
+    """Save only each block's input: least memory, about a third more FLOPs."""
+    OFFLOAD = "offload"
+    """As NAMES, but the saved arrays wait in the host's memory."""
+
+
+class Backend(enum.Enum):
+    """What an operation runs as; docs/kernels.md tells what each can do."""
+
+    AUTO = "auto"
+    """The first that can, in the order recorded for the chip."""
+    XLA = "xla"
+    """XLA operations in blocks; every device."""
+    TPU = "tpu"
+    """Our Pallas kernel for TPUs."""
+    GPU = "gpu"
+    """Our Pallas kernel for NVIDIA Hopper."""
+    CUDNN = "cudnn"
+    """cuDNN's attention, on NVIDIA GPUs; not for packed documents."""
+
+
+class GluSave(enum.Enum):
+    """What a gated MLP keeps for its backward pass, as far as `remat` does not decide that already."""
+
+    AG = "ag"
+    """Both pre-activations, 2 x d_ff numbers a token."""
+    NONE = "none"
+    """Its input alone; the backward pass computes them again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelConfig:
+    """How the heavy operations of whole sequences run; a named backend that cannot do what the model needs is an error.
+
+    Decoding with a cache, and a finished run that is opened elsewhere, take AUTO.
+    """
+
+    attention: Backend = Backend.AUTO
+    glu: Backend = Backend.AUTO
+    glu_save: GluSave = GluSave.AG
+
+    def __post_init__(self) -> None:
+        if self.glu is Backend.CUDNN:
+            raise UserError("execution.kernels.glu = cudnn does not exist; use auto, xla, tpu or gpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutionConfig:
+    """How the model runs. Nothing here changes what it is: parameters and checkpoints are the same for every value."""
+
+    dtype: Dtype = Dtype.BFLOAT16
+    """Format of activations and matrix multiplications. Parameters are always float32."""
+    remat: Remat = Remat.FULL
+    """What the backward pass computes again: nothing ("none") up to all but each block's input ("full")."""
+    kernels: KernelConfig = field(default_factory=KernelConfig)
+    scan_layers: bool = True
+    """Compile one pattern and loop over it (fast to compile), or unroll every layer."""

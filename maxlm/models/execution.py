@@ -1,0 +1,40 @@
+"""How a model runs, as it travels with every call: mesh, number format, kernels. What the model is, its config says."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import jax.numpy as jnp
+
+from maxlm.config import ExecutionConfig, KernelConfig, Remat, RunConfig
+from maxlm.sharding import Layout
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Static under jit."""
+
+    layout: Layout
+    config: ExecutionConfig = field(default_factory=ExecutionConfig)
+    micro_batches: int = 1
+    """Parts of a batch that flow through the pipeline, where there is one."""
+
+    @staticmethod
+    def of(config: RunConfig, layout: Layout) -> Execution:
+        """As a run's config says."""
+        return Execution(layout, config.execution, config.train.micro_batches)
+
+    def decoding(self, layout: Layout) -> Execution:
+        """For single tokens: nothing is saved for a backward pass, and kernels are those that suit."""
+        config = dataclasses.replace(self.config, remat=Remat.NONE, kernels=KernelConfig())
+        return Execution(layout, config)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of activations and products."""
+        return jnp.dtype(self.config.dtype.value)
+
+    @property
+    def kernels(self) -> KernelConfig:
+        return self.config.kernels

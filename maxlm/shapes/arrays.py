@@ -1,0 +1,287 @@
+"""The arrays of a model, each declared once. To add one, add a line here and use it in the module of its name.
+
+Modules in `maxlm/models/` are built from the functions below (`attention`, `mlp`, `norm`, ...), which list the arrays
+of one module with names relative to it; `arrays` puts them together under the names that checkpoints have.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import assert_never
+
+from maxlm.config import (
+    Attention,
+    BlockConfig,
+    ExpertChoiceRouter,
+    Experts,
+    GatedMlp,
+    GroupedQuery,
+    LayerNorm,
+    Learned,
+    LmHead,
+    Mlp,
+    MlpConfig,
+    ModelConfig,
+    NoisyTopKRouter,
+    Norm,
+    Parallel,
+    PostNorm,
+    PreNorm,
+    RelativeBias,
+    RmsNorm,
+    Sandwich,
+    ScalarHead,
+    SigmoidRouter,
+    Sinusoidal,
+    TopKRouter,
+)
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Normally distributed around 0."""
+
+    std: float
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same number everywhere."""
+
+    value: float
+
+
+Init = Normal | Constant
+
+
+class Role(enum.Enum):
+    """What an array does: it decides about weight decay and number formats, where the number of dims tells nothing."""
+
+    PRODUCT = "product"
+    """Multiplies activations. Decayed; used in the compute dtype."""
+    TABLE = "table"
+    """Rows of it are looked up by token or position. Decayed; used in the compute dtype."""
+    ROUTER = "router"
+    """Multiplies activations to scores of experts. Decayed; used in float32, as it decides."""
+    OTHER = "other"
+    """Scales, biases, tables by head: small. Neither decayed nor cast."""
+
+    @property
+    def decays(self) -> bool:
+        """Whether weight decay shrinks it."""
+        return self is not Role.OTHER
+
+    @property
+    def casts(self) -> bool:
+        """Whether every use casts it to the compute dtype anyway."""
+        return self in (Role.PRODUCT, Role.TABLE)
+
+
+class Part(enum.Enum):
+    """What an array belongs to, for people who count."""
+
+    EMBEDDING = "embedding"
+    ATTENTION = "attention"
+    """Projections, their biases, position tables, and the norms of query and key heads."""
+    MLP = "mlp"
+    """What every token uses: dense MLPs, shared experts and routers."""
+    EXPERTS = "experts"
+    """Routed experts."""
+    NORMS = "norms"
+    """Of the residual stream."""
+    UNEMBEDDING = "unembedding"
+
+
+@dataclass(frozen=True)
+class Array:
+    """One array of a model; all are float32."""
+
+    name: str
+    """Its path in the tree of parameters, as blocks/0/attention/q_proj."""
+    shape: tuple[int, ...]
+    dims: tuple[str, ...]
+    """The name of each dim, as in `PARAMETER_DIMS`; "layers" first where layers are stacked."""
+    init: Init
+    role: Role
+    part: Part
+    uses: float = 1.0
+    """How often a token uses each number of it, in a multiplication or a sum; less than once where a token uses some of
+    many experts, 0 where its row is only looked up."""
+
+    @property
+    def size(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
+
+    @property
+    def stacked(self) -> int:
+        """Layers in the stack; 1 for an array outside of it."""
+        return self.shape[0] if self.dims[0] == "layers" else 1
+
+
+@functools.cache  # a search asks thousands of times for one model
+def arrays(model: ModelConfig) -> tuple[Array, ...]:
+    """Every array of the model, in the order of its tree's leaves (dicts sorted by key)."""
+    found = [*embedding(model), *head(model)]
+    if model.final_norm:
+        found += _inside("final_norm", norm(model.norm, "vector", model.d_model))
+    for i, config in enumerate(model.blocks):
+        found += _inside(f"blocks/{i}", block(config, model), repeats=model.repeats)
+    for i, config in enumerate(model.first_blocks):
+        found += _inside(f"first_blocks/{i}", block(config, model))
+    return tuple(sorted(found, key=lambda array: array.name.split("/")))
+
+
+def embedding(model: ModelConfig) -> Iterator[Array]:
+    """What turns ids into vectors."""
+    rows, D = Normal(model.init_std), {"embed": model.d_model}
+    uses = 1.0 if model.tied else 0.0
+    yield _array("embed", {"vocab": model.vocab_size} | D, rows, Role.TABLE, Part.EMBEDDING, uses)
+    match model.embedded_position:
+        case Learned():
+            dims = {"positions": model.max_seq_len} | D
+            yield _array("embedded_position", dims, rows, Role.TABLE, Part.EMBEDDING, 0.0)
+        case Sinusoidal() | None:
+            pass
+        case _:
+            assert_never(model.embedded_position)
+
+
+def head(model: ModelConfig) -> Iterator[Array]:
+    """What turns the last hidden states into results."""
+    init, D = Normal(model.init_std), {"embed": model.d_model}
+    match model.head:
+        case LmHead(tied=True):
+            pass
+        case LmHead():
+            yield _array("unembed", {"vocab": model.vocab_size} | D, init, Role.PRODUCT, Part.UNEMBEDDING)
+        case ScalarHead():
+            yield _array("score", D, init, Role.PRODUCT, Part.UNEMBEDDING)
+        case _:
+            assert_never(model.head)
+
+
+def norm(config: Norm, dim: str, size: int, part: Part = Part.NORMS) -> Iterator[Array]:
+    """Of one norm over a dim of this name and size."""
+    match config:
+        case RmsNorm():
+            yield _array("scale", {dim: size}, Constant(1), Role.OTHER, part)
+        case LayerNorm(bias=bias):
+            yield _array("scale", {dim: size}, Constant(1), Role.OTHER, part)
+            if bias:
+                yield _array("bias", {dim: size}, Constant(0), Role.OTHER, part)
+        case _:
+            assert_never(config)
+
+
+def block(config: BlockConfig, model: ModelConfig) -> Iterator[Array]:
+    """Of one layer."""
+    for name in block_norms(config):
+        yield from _inside(name, norm(model.norm, "vector", model.d_model))
+    yield from _inside("attention", attention(config.attention, model))
+    yield from _inside("mlp", mlp(config.mlp, model))
+
+
+def block_norms(config: BlockConfig) -> tuple[str, ...]:
+    """Names of a layer's norms of the residual stream."""
+    match config.residual:
+        case PreNorm() | PostNorm() | Parallel(two_norms=True):
+            return ("attention_norm", "mlp_norm")
+        case Sandwich():
+            return ("attention_norm", "attention_out_norm", "mlp_norm", "mlp_out_norm")
+        case Parallel():
+            return ("attention_norm",)
+        case _:
+            assert_never(config.residual)
+
+
+def attention(config: Attention, model: ModelConfig) -> Iterator[Array]:
+    """Of one layer's attention."""
+    match config:
+        case GroupedQuery():
+            H = {"head_dim": config.head_dim}
+            heads, kv_heads = {"heads": config.n_heads} | H, {"kv_heads": config.n_kv_heads} | H
+            D, part = {"embed": model.d_model}, Part.ATTENTION
+            for name, cut in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+                yield _array(f"{name}_proj", D | cut, Normal(model.init_std), Role.PRODUCT, part)
+            yield _array("o_proj", heads | D, _to_residual(model), Role.PRODUCT, part)
+            if config.qkv_bias:
+                for name, cut in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+                    yield _array(f"{name}_bias", cut, Constant(0), Role.OTHER, part)
+            if config.out_bias:
+                yield _array("o_bias", {"vector": model.d_model}, Constant(0), Role.OTHER, part)
+            if config.qk_norm:
+                for name in ("q_norm", "k_norm"):
+                    yield from _inside(name, norm(model.norm, "head_dim", config.head_dim, part))
+            if isinstance(config.position, RelativeBias):
+                dims = {"heads": config.n_heads, "buckets": config.position.buckets}
+                yield _array("relative_bias", dims, Normal(model.init_std), Role.OTHER, part)
+        case _:
+            assert_never(config)
+
+
+def mlp(config: MlpConfig, model: ModelConfig) -> Iterator[Array]:
+    """Of one layer's MLP, or of its router and experts."""
+    match config:
+        case Mlp() | GatedMlp():
+            yield from _projections(isinstance(config, GatedMlp), config.d_ff, model, Part.MLP)
+            if config.bias:
+                for name in ("gate_bias", "up_bias") if isinstance(config, GatedMlp) else ("up_bias",):
+                    yield _array(name, {"mlp": config.d_ff}, Constant(0), Role.OTHER, Part.MLP)
+                yield _array("down_bias", {"vector": model.d_model}, Constant(0), Role.OTHER, Part.MLP)
+        case Experts():
+            E = config.n_experts
+            scores = {"embed": model.d_model, "router": E}
+            yield _array("router", scores, Normal(model.init_std), Role.ROUTER, Part.MLP)
+            for one in _projections(True, config.d_ff, model, Part.EXPERTS):
+                dims = {"experts": E} | dict(zip(one.dims, one.shape, strict=True))
+                yield _array(one.name, dims, one.init, one.role, one.part, config.experts_per_token / E)
+            match config.router:
+                case NoisyTopKRouter():
+                    yield _array("router_noise", scores, Normal(model.init_std), Role.ROUTER, Part.MLP)
+                case SigmoidRouter():
+                    yield _array("router_bias", {"router": E}, Constant(0), Role.OTHER, Part.MLP)
+                case TopKRouter() | ExpertChoiceRouter():
+                    pass
+                case _:
+                    assert_never(config.router)
+            if shared := shared_experts(config):
+                yield from _inside("shared_experts", mlp(shared, model))
+        case _:
+            assert_never(config)
+
+
+def shared_experts(config: Experts) -> GatedMlp | None:
+    """The experts that every token uses, as the one MLP that they are."""
+    if not config.n_shared_experts:
+        return None
+    return GatedMlp(d_ff=config.n_shared_experts * config.d_ff, activation=config.activation)
+
+
+def _projections(gated: bool, d_ff: int, model: ModelConfig, part: Part) -> Iterator[Array]:
+    D, F = {"embed": model.d_model}, {"mlp": d_ff}
+    for name in ("gate_proj", "up_proj") if gated else ("up_proj",):
+        yield _array(name, D | F, Normal(model.init_std), Role.PRODUCT, part)
+    yield _array("down_proj", F | D, _to_residual(model), Role.PRODUCT, part)
+
+
+def _to_residual(model: ModelConfig) -> Normal:
+    """Of what writes to the residual stream, so that the sum of all 2L keeps its size (GPT-2, section 2.3)."""
+    return Normal(model.init_std * (2 * model.n_layers) ** -0.5)
+
+
+def _array(name: str, dims: dict[str, int], init: Init, role: Role, part: Part, uses: float = 1.0) -> Array:
+    return Array(name, tuple(dims.values()), tuple(dims), init, role, part, uses)
+
+
+def _inside(prefix: str, found: Iterable[Array], repeats: int | None = None) -> Iterator[Array]:
+    """The arrays of a module under its name; with `repeats`, stacks of as many."""
+    for array in found:
+        array = replace(array, name=f"{prefix}/{array.name}")
+        if repeats is not None:
+            array = replace(array, shape=(repeats, *array.shape), dims=("layers", *array.dims))
+        yield array

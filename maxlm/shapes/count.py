@@ -1,0 +1,166 @@
+"""Parameters and FLOPs of a model, counted from its config: nothing is built, nothing is measured.
+
+The count of training is that of PaLM, appendix B (arXiv:2204.02311): 6N + 12*L*N_heads*H*T FLOPs a token, forward and
+backward. One multiply-add is two FLOPs; the backward pass costs twice the forward.
+
+What N is. PaLM's N is every parameter. Here N leaves out the input embedding table, because looking a row up
+multiplies nothing; a tied table is the output projection too, so it counts, once. For LLaMA 7B this N is 1.9 % smaller
+than all parameters, for Llama 3 8B 6.5 %, and the MFU is lower by about as much: the honest direction. Of a mixture of
+experts N has what one token uses: router, shared experts, and as many of the others as it is sent to. Choices that find
+no room count all the same, and padding and the moving of tokens do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import assert_never
+
+from maxlm.config import BlockConfig, GroupedQuery, ModelConfig, Remat
+from maxlm.config.remat import SAVED_NAMES
+from maxlm.shapes.arrays import Array, Part, Role, arrays, block
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterCount:
+    """Numbers of parameters by what they do."""
+
+    embedding: int
+    """Input table [V, D], and that of learned positions."""
+    unembedding: int
+    """Output projection [V, D]; 0 when it is the input table."""
+    attention: int
+    """Projections, their biases, position tables, and the norms of query and key heads."""
+    mlp: int
+    """MLPs, routers and all experts."""
+    mlp_active: int
+    """Of these, what one token uses: all but the experts that it is not sent to. With expert choice the mean over
+    tokens."""
+    norms: int
+    """Scales and biases on the residual stream: of each block's norms, and of the final one."""
+    looked_up: int
+    """Of the tables, what a token only looks a row up in."""
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.unembedding + self.attention + self.mlp + self.norms
+
+    @property
+    def active(self) -> int:
+        """What one token uses; less than the total in a mixture of experts alone."""
+        return self.total - self.mlp + self.mlp_active
+
+    @property
+    def matmul(self) -> int:
+        """N of the FLOPs formula: the active parameters, less the tables that are only looked up."""
+        return self.active - self.looked_up
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlopsPerToken:
+    """Training FLOPs of one token in a sequence of a given length, forward and backward."""
+
+    parameters_term: int
+    """6N."""
+    attention_term: int
+    """12*N_heads*H*min(T, window), summed over the layers: scores and weighted values over every key in reach."""
+    causal_attention_term: float
+    """The same with only the keys that a causal mask leaves: (T + 1) / 2 on average without a window."""
+    recompute: int
+    """What the remat policy computes a second time. In no other figure here, and never in MFU: it is work, but not of
+    use. Kernels that recompute scores, and a loss that recomputes logits, come on top."""
+    causal_recompute: float
+    """The same with only the keys that a causal mask leaves, which are those that our kernels compute."""
+
+    @property
+    def total(self) -> int:
+        """The FLOPs of MFU: 6N + 12*L*N_heads*H*T."""
+        return self.parameters_term + self.attention_term
+
+    @property
+    def causal(self) -> float:
+        """`total` without the masked half of attention."""
+        return self.parameters_term + self.causal_attention_term
+
+
+def parameter_count(model: ModelConfig) -> ParameterCount:
+    """Count the parameters of `model`."""
+    found = arrays(model)
+    sizes = {part: sum(array.size for array in found if array.part is part) for part in Part}
+    active = sum(array.size * array.uses for array in found if array.part in (Part.MLP, Part.EXPERTS))
+    return ParameterCount(
+        embedding=sizes[Part.EMBEDDING],
+        unembedding=sizes[Part.UNEMBEDDING],
+        attention=sizes[Part.ATTENTION],
+        mlp=sizes[Part.MLP] + sizes[Part.EXPERTS],
+        mlp_active=round(active),
+        norms=sizes[Part.NORMS],
+        looked_up=sum(array.size for array in found if array.uses == 0),
+    )
+
+
+def flops_per_token(model: ModelConfig, seq_len: int, remat: Remat, *, remat_stages: bool = False) -> FlopsPerToken:
+    """FLOPs of training `model` on one token of sequences of `seq_len` tokens.
+
+    `remat` decides what is computed again; `remat_stages`: the run has a pipeline that computes each stage a second
+    time (`sharding.remat_stages`).
+    """
+    attention, causal, recompute, causal_recompute = 0, 0.0, 0.0, 0.0
+    kinds = [*((block, 1) for block in model.first_blocks), *((block, model.repeats) for block in model.blocks)]
+    for config, times in kinds:
+        heads = config.attention.n_heads * config.attention.head_dim
+        reach = min(seq_len, config.attention.window or seq_len)
+        visible = _mean_visible_keys(seq_len, reach)
+        attention += times * 12 * heads * reach
+        causal += times * 12 * heads * visible
+        recompute += times * _recomputed(model, config, remat, reach, remat_stages)
+        causal_recompute += times * _recomputed(model, config, remat, visible, remat_stages)
+    return FlopsPerToken(
+        parameters_term=6 * parameter_count(model).matmul,
+        attention_term=attention,
+        causal_attention_term=causal,
+        recompute=round(recompute),
+        causal_recompute=causal_recompute,
+    )
+
+
+def mfu(*, flops_per_token: float, tokens_per_s: float, n_devices: int, peak_flops: float) -> float:
+    """Model FLOPs utilisation, 0..1: FLOPs the model needs for what was trained, over what the devices could have done.
+
+    `flops_per_token` is `FlopsPerToken.total`, `peak_flops` FLOP/s of one device (PaLM, appendix B).
+    """
+    return flops_per_token * tokens_per_s / (n_devices * peak_flops)
+
+
+def _mean_visible_keys(seq_len: int, reach: int) -> float:
+    """Keys that a query sees, itself included, averaged over a sequence: min(t, reach) for t = 1..T."""
+    return reach - reach * (reach - 1) / (2 * seq_len)
+
+
+def _recomputed(model: ModelConfig, config: BlockConfig, remat: Remat, keys: float, stage: bool) -> float:
+    """Multiplications of one block that the backward pass does again, in FLOPs a token that sees so many keys; with
+    `stage` those of a second forward pass too."""
+    match config.attention:
+        case GroupedQuery(n_heads=n_heads, head_dim=head_dim):
+            scores = 4 * n_heads * head_dim * keys
+        case _:
+            assert_never(config.attention)
+    own = [array for array in block(config, model) if array.part is not Part.NORMS]
+    out = _flops(array for array in own if array.name == "attention/o_proj")
+    qkv = _flops(array for array in own if array.part is Part.ATTENTION and array.role is Role.PRODUCT) - out
+    inner = [array for array in own if array.name.startswith("mlp/")]
+    gate_and_up = _flops(a for a in inner if a.part is Part.MLP and a.name.endswith(("gate_proj", "up_proj")))
+    # A down projection is among them where it is an expert's: the gradient of the gate that multiplies its output needs
+    # that.
+    mlp = gate_and_up + _flops(array for array in inner if array.part is Part.EXPERTS or array.role is Role.ROUTER)
+    forward = scores + _flops(own) if stage else 0.0
+    if remat in (Remat.NONE, Remat.DOTS):
+        return forward
+    saved = SAVED_NAMES[remat]
+    again = [qkv] * ("query" not in saved) + [scores] * ("attention_out" not in saved) + [out, mlp]
+    return forward + sum(again) - ("glu_gate" in saved) * gate_and_up
+
+
+def _flops(found: Iterable[Array]) -> float:
+    """Of a token's products with these arrays."""
+    return 2 * sum(array.size * array.uses for array in found)
