@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-_Position = int | jax.Array
+Place = int | jax.Array
 
 END = 2**30
 """Beyond every position, and far enough from the int32 limit to add to."""
@@ -31,12 +31,12 @@ class Bound:
     offset: int
     step: int = 1
 
-    def at(self, q: _Position) -> _Position:
+    def at(self, q: Place) -> Place:
         if self.step == 0:
             return self.offset
         return (q if self.step == 1 else q // self.step * self.step) + self.offset
 
-    def first_query_above(self, k: _Position) -> _Position:
+    def first_query_above(self, k: Place) -> Place:
         """The lowest q with at(q) > k: below it all are <= k, from it on all are above."""
         if self.step == 0:
             if isinstance(k, int):
@@ -52,10 +52,10 @@ class Interval:
     starts: tuple[Bound, ...] = ()
     stops: tuple[Bound, ...] = ()
 
-    def start(self, q: _Position) -> _Position:
+    def start(self, q: Place) -> Place:
         return _max([0, *(bound.at(q) for bound in self.starts)])
 
-    def stop(self, q: _Position) -> _Position:
+    def stop(self, q: Place) -> Place:
         return _min([END, *(bound.at(q) for bound in self.stops)])
 
 
@@ -84,26 +84,26 @@ class Mask:
         )
         return functools.reduce(jnp.logical_or, tests)
 
-    def touches(self, first_q: _Position, last_q: _Position, first_k: _Position, last_k: _Position) -> jax.Array | bool:
+    def touches(self, first_q: Place, last_q: Place, first_k: Place, last_k: Place) -> jax.Array | bool:
         """Whether a query in first_q .. last_q may see a key in first_k .. last_k; False is certain."""
         return functools.reduce(
             lambda x, y: x | y, ((i.start(first_q) <= last_k) & (i.stop(last_q) > first_k) for i in self.intervals)
         )
 
-    def covers(self, first_q: _Position, last_q: _Position, first_k: _Position, last_k: _Position) -> jax.Array | bool:
+    def covers(self, first_q: Place, last_q: Place, first_k: Place, last_k: Place) -> jax.Array | bool:
         """Whether every query in first_q .. last_q sees every key in first_k .. last_k; True is certain."""
         return functools.reduce(
             lambda x, y: x | y, ((i.start(last_q) <= first_k) & (i.stop(first_q) > last_k) for i in self.intervals)
         )
 
-    def key_range(self, first_q: _Position, last_q: _Position) -> tuple[_Position, _Position]:
+    def key_range(self, first_q: Place, last_q: Place) -> tuple[Place, Place]:
         """Positions [start, stop) that hold every key visible to a query in first_q .. last_q."""
         return (
             _min(i.start(first_q) for i in self.intervals),
             _max(i.stop(last_q) for i in self.intervals),
         )
 
-    def query_range(self, first_k: _Position, last_k: _Position) -> tuple[_Position, _Position]:
+    def query_range(self, first_k: Place, last_k: Place) -> tuple[Place, Place]:
         """Positions [start, stop) that hold every query that sees a key in first_k .. last_k."""
         starts = (_max([-END, *(bound.first_query_above(first_k) for bound in i.stops)]) for i in self.intervals)
         stops = (_min([END, *(bound.first_query_above(last_k) for bound in i.starts)]) for i in self.intervals)
@@ -184,15 +184,15 @@ def count_visible(mask: Mask, n_queries: int, n_keys: int, q_offset: int = 0) ->
     return total
 
 
-def _max(positions: Iterable[_Position]) -> _Position:
+def _max(positions: Iterable[Place]) -> Place:
     """The largest, of Python integers or of arrays."""
     return functools.reduce(lambda x, y: max(x, y) if _both_known(x, y) else jnp.maximum(x, y), positions)
 
 
-def _min(positions: Iterable[_Position]) -> _Position:
+def _min(positions: Iterable[Place]) -> Place:
     """The smallest, of Python integers or of arrays."""
     return functools.reduce(lambda x, y: min(x, y) if _both_known(x, y) else jnp.minimum(x, y), positions)
 
 
-def _both_known(x: _Position, y: _Position) -> bool:
+def _both_known(x: Place, y: Place) -> bool:
     return isinstance(x, int) and isinstance(y, int)

@@ -22,11 +22,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.attention.problem import AttentionProblem, Operands
-from kernels_pallas.masks import END, Bound, Interval, Mask, Position
+from kernels_pallas.masks import END, Bound, Interval, Mask, Place
 
 LOG2E = math.log2(math.e)
 
-Ranges = list[tuple[Position, Position]]
+Ranges = list[tuple[Place, Place]]
 """Inner blocks [start, stop), one range for each interval of the mask; they may overlap."""
 
 
@@ -95,7 +95,7 @@ class Walk:
             seen, end = seen + n, jnp.maximum(end, stop)
         return block, step < seen
 
-    def _ranges(self, offset: Position, i: Position) -> Ranges:
+    def _ranges(self, offset: Place, i: Place) -> Ranges:
         masks = [Mask((interval,), "") for interval in self.problem.mask.intervals]
         first, last = _extent(i, self.outer, self.outer_length)
         if self.outer_is_q:
@@ -105,7 +105,7 @@ class Walk:
             ends = [(start - offset, stop - offset) for start, stop in positions]
         return [self._blocks(_clip(a, self.inner_length), _clip(b, self.inner_length)) for a, b in ends]
 
-    def _blocks(self, start: Position, stop: Position) -> tuple[Position, Position]:
+    def _blocks(self, start: Place, stop: Place) -> tuple[Place, Place]:
         """The inner blocks that hold the indices [start, stop)."""
         first, end = start // self.inner, pl.cdiv(stop, self.inner)
         if isinstance(start, int) and isinstance(stop, int):
@@ -126,13 +126,13 @@ class Walk:
         return min((w for a, b in pairs if (w := width(a, b)) is not None), default=None)
 
 
-def _extent(i: Position, size: int, length: int) -> tuple[Position, Position]:
+def _extent(i: Place, size: int, length: int) -> tuple[Place, Place]:
     """First and last index in block i of `size`, where the last block may be ragged."""
     end = (i + 1) * size
     return i * size, (min(end, length) if isinstance(i, int) else jnp.minimum(end, length)) - 1
 
 
-def _clip(x: Position, length: int) -> Position:
+def _clip(x: Place, length: int) -> Place:
     return max(0, min(x, length)) if isinstance(x, int) else jnp.clip(x, 0, length)
 
 
@@ -164,7 +164,7 @@ class Tile:
 
     walk: Walk
     offset: jax.Array
-    """Position of the row's first query."""
+    """Place of the row's first query."""
     head: jax.Array
     """The query head."""
     i: jax.Array
@@ -177,7 +177,7 @@ class Tile:
     def problem(self) -> AttentionProblem:
         return self.walk.problem
 
-    def _extents(self) -> tuple[Position, Position, Position, Position]:
+    def _extents(self) -> tuple[Place, Place, Place, Place]:
         """Positions of the first and last query and of the first and last key that the tile has."""
         outer = _extent(self.i, self.walk.outer, self.walk.outer_length)
         inner = _extent(self.j, self.walk.inner, self.walk.inner_length)

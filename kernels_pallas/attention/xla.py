@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.attention.problem import MASKED, AttentionBlocks, AttentionProblem, Operands
-from kernels_pallas.masks import Position
+from kernels_pallas.masks import Place
 from kernels_pallas.targets import Target
 
 
@@ -152,14 +152,14 @@ class _Tiles(NamedTuple):
         queries = self.q_offset[:, None, None] + i * self.q_size + jnp.arange(self.q_size)[:, None]
         return queries, j * self.k_size + jnp.arange(self.k_size)
 
-    def key_blocks(self, i: jax.Array) -> tuple[Position, Position]:
+    def key_blocks(self, i: jax.Array) -> tuple[Place, Place]:
         """Key blocks [start, stop) that query block i needs, over all rows of the batch."""
         first = i * self.q_size
         last = first + self.q_size - 1
         start, stop = self.problem.mask.key_range(jnp.min(self.q_offset) + first, jnp.max(self.q_offset) + last)
         return start // self.k_size, -(-jnp.minimum(stop, self.problem.S) // self.k_size)
 
-    def query_blocks(self, j: jax.Array) -> tuple[Position, Position]:
+    def query_blocks(self, j: jax.Array) -> tuple[Place, Place]:
         """Query blocks [start, stop) that need key block j, over all rows of the batch."""
         first = j * self.k_size
         last = jnp.minimum(first + self.k_size, self.problem.S) - 1
