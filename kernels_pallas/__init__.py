@@ -16,7 +16,7 @@ tune.py: command: find block sizes
 """
 
 from kernels_pallas import masks
-from kernels_pallas.attention.api import flash_attention, flash_attention_gradients
+from kernels_pallas.attention.api import AttentionGradients, flash_attention, flash_attention_gradients
 from kernels_pallas.attention.cached import cache_room, cached_attention
 from kernels_pallas.attention.merge import merge_partials
 from kernels_pallas.attention.problem import AttentionBlocks
@@ -30,6 +30,7 @@ from kernels_pallas.mixed import mixed_einsum
 
 __all__ = [
     "AttentionBlocks",
+    "AttentionGradients",
     "DistanceBias",
     "GluBlocks",
     "GroupedBlocks",

@@ -109,6 +109,13 @@ class Mask:
         stops = (_min([END, *(bound.first_query_above(last_k) for bound in i.starts)]) for i in self.intervals)
         return _min(starts), _max(stops)
 
+    def opened(self) -> Mask:
+        """Without what hides keys from above: every interval from its start on."""
+        starts = tuple(dict.fromkeys(i.starts for i in self.intervals))
+        if () in starts:
+            starts = ((),)
+        return Mask(tuple(Interval(bounds) for bounds in starts), f"({self.name}, open above)")
+
     def as_window(self) -> tuple[int | None, int | None] | None:
         """(left, right) when this mask is `local(left, right)`, however it was written; None when it is another."""
         (interval, *others) = self.intervals

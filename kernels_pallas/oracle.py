@@ -17,8 +17,11 @@ Words = str | tuple
 ("and", words, words) or ("or", words, words)."""
 
 
-def mask_matrix(words: Words, q_positions: _Array, k_positions: _Array) -> _Array:
+def mask_matrix(words: Words, q_positions: _Array, k_positions: _Array, above: bool = True) -> _Array:
     """Which key each query sees: boolean [T, S] for positions [T] and [S].
+
+    Args:
+        above: also hide what the mask hides for standing too far above; without, only what it hides from below.
 
     Raises:
         ValueError: a word that is unknown.
@@ -28,21 +31,22 @@ def mask_matrix(words: Words, q_positions: _Array, k_positions: _Array) -> _Arra
     if word == "full":
         return np.ones((len(q_positions), len(k_positions)), bool)
     if word == "causal":
-        return k <= q
+        return (k <= q) | (not above)
     if word == "local":
         left, right = arguments
         near = np.ones((len(q_positions), len(k_positions)), bool)
         if left is not None:
             near &= q - k <= left
-        if right is not None:
+        if right is not None and above:
             near &= k - q <= right
         return near
     if word == "prefix":
-        return np.broadcast_to(k < arguments[0], (len(q_positions), len(k_positions)))
+        return np.broadcast_to((k < arguments[0]) | (not above), (len(q_positions), len(k_positions)))
     if word == "chunked":
-        return np.floor_divide(q, arguments[0]) == np.floor_divide(k, arguments[0])
+        of_q, of_k = np.floor_divide(q, arguments[0]), np.floor_divide(k, arguments[0])
+        return of_q == of_k if above else of_q <= of_k
     if word in ("and", "or"):
-        one, other = (mask_matrix(part, q_positions, k_positions) for part in arguments)
+        one, other = (mask_matrix(part, q_positions, k_positions, above) for part in arguments)
         return one & other if word == "and" else one | other
     raise ValueError(f"mask: {word!r} is unknown; use full, causal, local, prefix, chunked, and, or")
 
@@ -90,6 +94,7 @@ def attention(
     mask: Words = "causal",
     segment_ids: Any = None,
     kv_segment_ids: Any = None,
+    visible_to: Any = None,
     q_offset: Any = 0,
     scale: float | None = None,
     soft_cap: float | None = None,
@@ -108,6 +113,7 @@ def attention(
         d_lse: [B, N, T].
         mask: in words.
         segment_ids, kv_segment_ids: [B, T] and [B, S]; the latter defaults to the former.
+        visible_to: [B, T]: query t sees keys s < visible_to[t] only, and the mask hides from below alone.
         q_offset: position of the first query, one or [B].
         scale: defaults to H ** -0.5.
         soft_cap: cap(s) = soft_cap * tanh(s / soft_cap) (Gemma 2, arXiv:2408.00118).
@@ -126,7 +132,10 @@ def attention(
     kv_segment_ids = segment_ids if kv_segment_ids is None else kv_segment_ids
     q_positions = np.broadcast_to(np.asarray(q_offset), (B,))[:, None] + np.arange(T)
     k_positions = np.arange(S)
-    seen = np.stack([mask_matrix(mask, positions, k_positions) for positions in q_positions])
+    above = visible_to is None
+    seen = np.stack([mask_matrix(mask, positions, k_positions, above) for positions in q_positions])
+    if visible_to is not None:
+        seen = seen & (k_positions < np.asarray(visible_to)[:, :, None])
     if segment_ids is not None:
         seen = seen & (np.asarray(segment_ids)[:, :, None] == np.asarray(kv_segment_ids)[:, None, :])
 

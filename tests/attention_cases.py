@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import AttentionBlocks, RelativeBias, flash_attention, masks, oracle
+from kernels_pallas import AttentionBlocks, DistanceBias, flash_attention, masks, oracle
 from kernels_pallas.masks import Mask
 
 # Largest error allowed, over the largest value of the reference.
@@ -65,7 +65,7 @@ def attend(options: Options, arrays: dict[str, Any]) -> tuple[jax.Array, jax.Arr
         scale=options.scale,
         soft_cap=options.soft_cap,
         alibi_slopes=arrays.get("alibi_slopes"),
-        relative_bias=None if table is None else RelativeBias(table, *options.bucket_rule),
+        relative_bias=None if table is None else DistanceBias(table, *options.bucket_rule),
         sinks=arrays.get("sinks"),
         return_lse=options.return_lse,
         backend=options.backend,

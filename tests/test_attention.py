@@ -18,7 +18,7 @@ from helpers import hlo_shapes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas import AttentionBlocks, RelativeBias, explain, flash_attention, merge_partials
+from kernels_pallas import AttentionBlocks, DistanceBias, explain, flash_attention, merge_partials
 
 # The matrix: all pairs of these values.
 FACTORS: dict[str, list[Any]] = {
@@ -423,6 +423,6 @@ def test_wrong_options_are_refused():
     with pytest.raises(ValueError, match="backend = 'triton' is unknown"):
         flash_attention(q, k, v, backend="triton")
     with pytest.raises(ValueError, match="max_distance = 4 must be more than 4"):
-        flash_attention(q, k, v, relative_bias=RelativeBias(jnp.zeros((2, 8)), 4))
+        flash_attention(q, k, v, relative_bias=DistanceBias(jnp.zeros((2, 8)), 4))
     with pytest.raises(ValueError, match="parts is empty"):
         merge_partials([])

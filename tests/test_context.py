@@ -15,11 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from aot import Case, compile_all, complaints, require_compiler
+from attention_cases import mask_of
 from helpers import one_device, packed_batch, small_model, small_run, with_attention
 from jax.sharding import PartitionSpec as P
 from test_layouts import assert_close, loss_and_gradients
 
-from kernels_pallas import flash_attention, flash_attention_gradients, masks, oracle
+from kernels_pallas import (
+    AttentionGradients,
+    DistanceBias,
+    Scores,
+    flash_attention,
+    flash_attention_gradients,
+    masks,
+    oracle,
+)
 from maxlm.config import Backend, Context, Remat, ShardingConfig, UserError
 from maxlm.models import init_parameters, ops
 from maxlm.models.ops import ring
@@ -39,6 +48,14 @@ class Shape:
     tensor: int = 1
     data: int = 1
     packed: bool = True
+    words: oracle.Words | None = None
+    """A mask in place of the causal one and its window."""
+    features: frozenset[str] = frozenset()
+    """Of alibi, bias, cap, sinks and the ways in which queries may see further: prefix, documents, any."""
+
+    @property
+    def mask(self) -> oracle.Words:
+        return self.words or ("causal" if self.window is None else ("local", self.window - 1, 0))
 
 
 RING = {
@@ -80,7 +97,32 @@ def arrays_of(shape: Shape) -> dict[str, np.ndarray]:
     }
     if shape.packed:
         arrays["segment_ids"] = np.cumsum(rng.random((B, shape.T)) < 0.1, axis=1).astype(np.int32)
+    for name in shape.features & {"prefix", "documents", "any"}:
+        arrays["visible_to"] = ends_of(name, arrays, rng)
+    if "alibi" in shape.features:
+        arrays["alibi_slopes"] = np.asarray(0.5 ** np.arange(1, N + 1), np.float32)
+    if "bias" in shape.features:
+        arrays["bias_table"] = normal(N, 8)
+    if "sinks" in shape.features:
+        arrays["sinks"] = normal(N)
     return arrays
+
+
+def ends_of(name: str, arrays: dict[str, Any], rng: np.random.Generator) -> np.ndarray:
+    """int32 [B, T]: a prefix of each row that sees itself whole, documents that do, or any number."""
+    B, T = arrays["q"].shape[:2]
+    t = np.arange(T)
+    if name == "any":
+        return rng.integers(0, T + 1, (B, T)).astype(np.int32)
+    if name == "prefix":
+        return np.maximum(t + 1, rng.integers(0, T, (B, 1)) * (t < 20)).astype(np.int32)
+    ids = arrays["segment_ids"]
+    return np.stack([np.searchsorted(row, row, side="right") for row in ids]).astype(np.int32)
+
+
+BY_HEAD = ("alibi_slopes", "bias_table", "sinks")
+CAP = 2.0
+RULE = (6, True)  # of the buckets: max_distance, bidirectional
 
 
 def compute(context: Context, shape: Shape, arrays: dict[str, np.ndarray], **options: Any) -> dict[str, np.ndarray]:
@@ -88,35 +130,79 @@ def compute(context: Context, shape: Shape, arrays: dict[str, np.ndarray], **opt
     layout = layout_of(context, shape)
     order = zigzag_order(shape.T, shape.seq) if context is Context.RING else np.arange(shape.T)
     placed = {
-        name: jax.device_put(x[:, order], layout.sharding(layout.activation("batch", "seq")))
+        name: jax.device_put(x, layout.sharding(layout.activation("heads")))
+        if name in BY_HEAD
+        else jax.device_put(x[:, order], layout.sharding(layout.activation("batch", "seq")))
         for name, x in arrays.items()
     }
 
     @jax.jit
-    def run(q: jax.Array, k: jax.Array, v: jax.Array, d_out: jax.Array, segment_ids: jax.Array | None = None) -> Any:
-        attend = functools.partial(ops.attention, layout, window=shape.window, segment_ids=segment_ids, **options)
-        out, pull = jax.vjp(attend, q, k, v)
-        return dict(zip(("out", "dq", "dk", "dv"), (out, *pull(d_out)), strict=True))
+    def run(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        def attend(learned: dict[str, jax.Array]) -> jax.Array:
+            table = learned.get("bias_table")
+            scores = Scores(
+                mask=mask_of(shape.mask),
+                soft_cap=CAP if "cap" in shape.features else None,
+                alibi_slopes=learned.get("alibi_slopes"),
+                relative_bias=None if table is None else DistanceBias(table, *RULE),
+                sinks=learned.get("sinks"),
+            )
+            rows = {name: arrays.get(name) for name in ("segment_ids", "visible_to")}
+            return ops.attention(layout, learned["q"], learned["k"], learned["v"], scores, **rows, **options)
 
-    return {name: np.asarray(x)[:, np.argsort(order)] for name, x in run(**placed).items()}
+        out, pull = jax.vjp(attend, {name: arrays[name] for name in ("q", "k", "v", *BY_HEAD) if name in arrays})
+        (gradients,) = pull(arrays["d_out"])
+        return {"out": out} | gradients
+
+    back = np.argsort(order)
+    return {name: np.asarray(x)[:, back] if x.ndim == 4 else np.asarray(x) for name, x in run(placed).items()}
 
 
 def check(context: Context, shape: Shape, **options: Any) -> None:
     arrays = arrays_of(shape)
     want = oracle.attention(
         *(arrays[name] for name in ("q", "k", "v", "d_out")),
-        mask="causal" if shape.window is None else ("local", shape.window - 1, 0),
-        segment_ids=arrays.get("segment_ids"),
+        mask=shape.mask,
+        soft_cap=CAP if "cap" in shape.features else None,
+        bucket_rule=RULE,
+        **{name: arrays.get(name) for name in ("segment_ids", "visible_to", *BY_HEAD)},
     )
-    got = compute(context, shape, arrays, **options)
-    for name, x in got.items():
-        np.testing.assert_allclose(x, getattr(want, name), atol=1e-5, rtol=0, err_msg=name)
-        assert abs(x).max() > 0.1 or (shape.window == 1 and name in ("dq", "dk")), "too small to compare"
+    wanted = {
+        "out": want.out,
+        "q": want.dq,
+        "k": want.dk,
+        "v": want.dv,
+        "bias_table": want.d_bias_table,
+        "sinks": want.d_sinks,
+        "alibi_slopes": 0.0,
+    }
+    for name, x in compute(context, shape, arrays, **options).items():
+        # A bias's gradient is a sum over all rows and queries.
+        np.testing.assert_allclose(x, wanted[name], atol=3e-5 if x.ndim < 4 else 1e-5, rtol=0, err_msg=name)
+        small = name == "alibi_slopes" or (shape.window == 1 and name in ("q", "k"))
+        assert abs(x).max() > 0.1 or small, f"{name}: too small to compare"
 
 
 @pytest.mark.parametrize("name", RING)
 def test_ring_is_attention(name: str) -> None:
     check(Context.RING, RING[name])
+
+
+ALL = ("alibi", "bias", "cap", "sinks")
+SHAPED = {
+    "heads cut, all features": Shape(2, heads=(8, 4), tensor=2, data=2, features=frozenset(ALL)),
+    "heads cut, prefix": Shape(2, heads=(4, 4), tensor=2, features=frozenset({"bias", "sinks", "prefix"})),
+    "documents": Shape(4, features=frozenset({"alibi", "documents"})),
+    "any ends, a window": Shape(4, heads=(4, 4), window=9, packed=False, features=frozenset({"cap", "bias", "any"})),
+    "sees ahead": Shape(4, heads=(4, 4), words=("local", 7, 5), features=frozenset({"sinks"})),
+    "sees everything": Shape(2, words="full", packed=False, features=frozenset({"alibi", "bias"})),
+}
+
+
+@pytest.mark.parametrize("context", Context)
+@pytest.mark.parametrize("name", SHAPED)
+def test_what_shapes_scores_is_the_same_in_every_context(context: Context, name: str) -> None:
+    check(context, SHAPED[name])
 
 
 @pytest.mark.parametrize("name", ULYSSES)
@@ -191,7 +277,7 @@ def attended(of: ring.Ring) -> list[list[tuple[int, int]]]:
 
 @pytest.mark.parametrize("devices", [2, 4, 8])
 def test_the_ring_attends_what_is_visible_once_and_nothing_else(devices: int) -> None:
-    pairs = attended(make_ring(masks.causal, None, devices, 8, "auto"))
+    pairs = attended(make_ring(masks.causal, devices, 8, "auto"))
     chunks = range(2 * devices)
     assert Counter(itertools.chain(*pairs)) == Counter((q, k) for q in chunks for k in chunks if k <= q)
     assert {len(of_device) for of_device in pairs} == {1 + 2 * devices}
@@ -200,7 +286,7 @@ def test_the_ring_attends_what_is_visible_once_and_nothing_else(devices: int) ->
 @pytest.mark.parametrize("window", [1, 2, 4, 5, 9, 13, 16, 64])
 def test_a_window_shortens_the_ring(window: int) -> None:
     """Chunks of 4 positions on 8 devices: none that a window reaches is missing, and no device further off visited."""
-    of = make_ring(masks.local(window - 1, 0), window, 8, 8, "auto")
+    of = make_ring(masks.local(window - 1, 0), 8, 8, "auto")
     reach = -(-(window - 1) // 4)  # chunks before a query's own
     seen = Counter(itertools.chain(*attended(of)))
     visible = {(q, k) for q in range(16) for k in range(16) if q - reach <= k <= q}
@@ -226,7 +312,7 @@ def temporary_bytes(context: Context, seq: int, per_device: int = 128) -> int:
     x = jax.ShapeDtypeStruct((1, shape.T, 8, 64), jnp.float32, sharding=spec)
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array, d_out: jax.Array) -> Any:
-        out, pull = jax.vjp(functools.partial(ops.attention, layout, window=None), q, k, v)
+        out, pull = jax.vjp(functools.partial(ops.attention, layout, scores=Scores()), q, k, v)
         return out, pull(d_out)
 
     memory = jax.jit(run).lower(x, x, x, x).compile().memory_analysis()
@@ -280,19 +366,6 @@ def test_the_tpu_kernels_go_round(monkeypatch: pytest.MonkeyPatch) -> None:
     check(Context.RING, Shape(2, heads=(2, 1)), backend=Backend.TPU)
 
 
-@pytest.mark.parametrize("context", Context)
-def test_decoding_sees_the_cache_whatever_the_context(context: Context) -> None:
-    """Keys come from the cache, in the order of their positions."""
-    shape = Shape(2, heads=(4, 2))
-    arrays, start = arrays_of(shape), np.array([0, 3, 16, 28], np.int32)
-    q = arrays["q"][:, :4]
-    layout = layout_of(context, shape)
-    attend = jax.jit(functools.partial(ops.attention, layout, window=None))
-    out = attend(q, arrays["k"], arrays["v"], first_position=start)
-    want = oracle.attention(q, arrays["k"], arrays["v"], np.zeros_like(q), q_offset=start)
-    np.testing.assert_allclose(out, want.out, atol=1e-5, rtol=0)
-
-
 def test_a_batch_is_reordered_column_by_column() -> None:
     config = small_run()
     batch = packed_batch(config) | {"seeds": np.arange(8, dtype=np.uint32)}
@@ -331,16 +404,17 @@ def test_gradients_of_parts_add_up() -> None:
     lse = jnp.asarray(want.lse, jnp.float32)
     delta = jnp.asarray((want.out * np.asarray(d_out)).sum(-1).swapaxes(1, 2), jnp.float32)
 
-    def part(first: int, last: int) -> tuple[jax.Array, ...]:
+    def part(first: int, last: int) -> AttentionGradients:
         return flash_attention_gradients(
             q, k[:, first:last], v[:, first:last], lse, delta, d_out,
             segment_ids=ids, kv_segment_ids=ids[:, first:last], q_offset=-first,
         )  # fmt: skip
 
-    (dq_0, *dkv_0), (dq_1, *dkv_1) = part(0, 20), part(20, 32)
-    np.testing.assert_allclose(dq_0 + dq_1, want.dq, atol=1e-5, rtol=0)
-    for parts, whole in zip(zip(dkv_0, dkv_1, strict=True), (want.dk, want.dv), strict=True):
-        np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=1e-5, rtol=0)
+    one, other = part(0, 20), part(20, 32)
+    np.testing.assert_allclose(one.q + other.q, want.dq, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(jnp.concatenate([one.k, other.k], 1), want.dk, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(jnp.concatenate([one.v, other.v], 1), want.dv, atol=1e-5, rtol=0)
+    assert one.bias_table is None
 
     with pytest.raises(ValueError, match=r"lse is float32\[4, 32, 4\]; it must be float32\[4, 4, 32\]"):
         flash_attention_gradients(q, k, v, lse.swapaxes(1, 2), delta, d_out)
@@ -363,7 +437,7 @@ def cases(chip: str) -> dict[str, Case]:
         )
 
         def run(q: jax.Array, k: jax.Array, v: jax.Array, d_out: jax.Array, ids: jax.Array) -> Any:
-            attend = functools.partial(ops.attention, layout, window=None, segment_ids=ids, backend=backend)
+            attend = functools.partial(ops.attention, layout, scores=Scores(), segment_ids=ids, backend=backend)
             out, pull = jax.vjp(attend, q, k, v)
             return out, pull(d_out)
 

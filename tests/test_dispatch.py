@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kernels_pallas import AttentionBlocks, RelativeBias, explain, flash_attention, fused_glu, fused_glu_mlp, masks
+from kernels_pallas import AttentionBlocks, DistanceBias, explain, flash_attention, fused_glu, fused_glu_mlp, masks
 from kernels_pallas.decision import TUNING, load_table
 from kernels_pallas.targets import Family, Target, current_target, named, target_of
 
@@ -138,15 +138,15 @@ def test_a_measured_row_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) 
         ({"blocks": (128, 128)}, r"blocks = \(128, 128\) must be of kernels_pallas.AttentionBlocks"),
         ({"blocks": AttentionBlocks(q=0, k=128, q_backward=8, k_backward=8)}, r"blocks = {'q': 0}.*positive"),
         ({"blocks": BLOCKS, "target": "h200"}, r"runs as cudnn, which has none; name a backend"),
-        ({"relative_bias": PER_HEAD}, r"relative_bias is of type .*; give RelativeBias\(table\)"),
+        ({"relative_bias": PER_HEAD}, r"relative_bias is of type .*; give DistanceBias\(table\)"),
         ({"sinks": jax.ShapeDtypeStruct((3,), jnp.float32)}, r"sinks \(3,\) must be \[4\]"),
         ({"alibi_slopes": jax.ShapeDtypeStruct((4, 1), jnp.float32)}, r"alibi_slopes \(4, 1\) must be \[4\]"),
-        ({"relative_bias": RelativeBias(jax.ShapeDtypeStruct((3, 32), jnp.float32))}, r"must be \[4, buckets\]"),
+        ({"relative_bias": DistanceBias(jax.ShapeDtypeStruct((3, 32), jnp.float32))}, r"must be \[4, buckets\]"),
         (
-            {"relative_bias": RelativeBias(jax.ShapeDtypeStruct((4, 31), jnp.float32))},
+            {"relative_bias": DistanceBias(jax.ShapeDtypeStruct((4, 31), jnp.float32))},
             r"31 buckets; use a multiple of 2",
         ),
-        ({"relative_bias": RelativeBias(jax.ShapeDtypeStruct((4, 32), jnp.float32), 16)}, r"must be more than 16"),
+        ({"relative_bias": DistanceBias(jax.ShapeDtypeStruct((4, 32), jnp.float32), 16)}, r"must be more than 16"),
         ({"kv_segment_ids": SEGMENTS}, r"without segment_ids"),
         ({"segment_ids": jax.ShapeDtypeStruct((2, 3), jnp.int32)}, r"segment_ids is int32\[2, 3\].*\[2, 1024\]"),
         ({"segment_ids": jax.ShapeDtypeStruct((2, 1024), jnp.float32)}, r"must be integers"),

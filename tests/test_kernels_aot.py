@@ -22,8 +22,8 @@ from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import (
     AttentionBlocks,
+    DistanceBias,
     GluBlocks,
-    RelativeBias,
     dispatch,
     flash_attention,
     fused_glu,
@@ -156,7 +156,7 @@ def attention(
         given: dict[str, Any] = dict(zip(operands, values, strict=True))
         q, k, v, d_out = (given.pop(name) for name in ("q", "k", "v", "d_out"))
         if p.buckets:
-            given["relative_bias"] = RelativeBias(
+            given["relative_bias"] = DistanceBias(
                 given["relative_bias"], p.buckets.max_distance, p.buckets.bidirectional
             )
         given |= {"mask": p.mask, "scale": p.scale, "soft_cap": p.soft_cap, "backend": backend, "blocks": blocks}

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from kernels_pallas import dispatch, masks
 from kernels_pallas.attention import cudnn
 from kernels_pallas.attention.merge import add_sinks
-from kernels_pallas.attention.problem import AttentionBlocks, AttentionProblem, Buckets, Operands
+from kernels_pallas.attention.problem import AttentionBlocks, AttentionProblem, Operands
 from kernels_pallas.attention.scores import DistanceBias
 from kernels_pallas.masks import Mask
 
@@ -30,6 +30,7 @@ def flash_attention(
     mask: Mask = masks.causal,
     segment_ids: jax.Array | None = None,
     kv_segment_ids: jax.Array | None = None,
+    visible_to: jax.Array | None = None,
     q_offset: int | jax.Array = 0,
     scale: float | None = None,
     soft_cap: float | None = None,
@@ -55,6 +56,10 @@ def flash_attention(
         mask: which positions see which; query t has position q_offset + t, key s position s.
         segment_ids: [B, T] int; a query sees only keys of its own segment. None: no segments.
         kv_segment_ids: [B, S] int; defaults to segment_ids.
+        visible_to: [B, T] int, in place of all that the mask hides from above: query t sees keys s < visible_to[b, t]
+            only, and of the mask only where its intervals start (a window's left side, the begin of a chunk). Causal
+            attention is q_offset + t + 1; a prefix LM the prefix's end for the queries in the prefix; a bidirectional
+            model S or the document's end. In any order, and also 0: such a query sees nothing. None: the mask alone.
         q_offset: position of the first query, one for all rows or [B]; may be negative.
         scale: defaults to H ** -0.5.
         soft_cap: scores become soft_cap * tanh(scores / soft_cap) (Gemma 2, arXiv:2408.00118).
@@ -81,6 +86,7 @@ def flash_attention(
         mask=mask,
         segment_ids=segment_ids,
         kv_segment_ids=kv_segment_ids,
+        visible_to=visible_to,
         q_offset=q_offset,
         scale=scale,
         soft_cap=soft_cap,
@@ -111,29 +117,34 @@ def flash_attention_gradients(
     mask: Mask = masks.causal,
     segment_ids: jax.Array | None = None,
     kv_segment_ids: jax.Array | None = None,
+    visible_to: jax.Array | None = None,
     q_offset: int | jax.Array = 0,
     scale: float | None = None,
     soft_cap: float | None = None,
+    alibi_slopes: jax.Array | None = None,
+    relative_bias: DistanceBias | None = None,
     backend: str = "auto",
     blocks: AttentionBlocks | None = None,
     interpret: Any = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> AttentionGradients:
     """What some of the keys contribute to the gradients of attention over all of them.
 
-    Over parts whose union is all keys dq adds up; dk and dv are complete for the queries given. That makes the backward
+    Over parts whose union is all keys dq and the bias table's gradient add up; dk and dv are complete for the queries
+    given. Sinks belong to no part: they are in lse and delta, and their gradient is -sum(exp(sink - lse) * delta) over
+    rows and queries. That makes the backward
     pass of attention whose keys come piece by piece (Liu et al. 2023, arXiv:2310.01889): with the logsumexp over all
     keys, P = exp(scores - lse) are the final weights of a part, and dS = P * (dP - delta) (arXiv:2307.08691, sec. 3.1).
 
     Args:
-        q, k, v, mask, segment_ids, kv_segment_ids, q_offset, scale, soft_cap, blocks, interpret: as for
-            `flash_attention` over these keys.
+        q, k, v, mask, segment_ids, kv_segment_ids, visible_to, q_offset, scale, soft_cap, alibi_slopes, relative_bias,
+            blocks, interpret: as for `flash_attention` over these keys, of which the first has position 0.
         lse: float32 [B, N, T], logsumexp of each query's scores over all keys; about -1e30 where a query sees none.
         delta: float32 [B, N, T], rowsum(d_out * out) of the output over all keys, less the gradient of lse if any.
         d_out: [B, T, N, Hv] in q's dtype, gradient of the output over all keys.
         backend: as for `flash_attention`, but for "cudnn", which has no such function.
 
     Returns:
-        dq, dk and dv in the shapes and dtype of q, k and v.
+        The gradients of q, k, v and the bias table, in their shapes; the table's in float32, the others in q's dtype.
 
     Raises:
         ValueError: arguments do not fit each other, or the named backend cannot do this.
@@ -145,9 +156,12 @@ def flash_attention_gradients(
         mask=mask,
         segment_ids=segment_ids,
         kv_segment_ids=kv_segment_ids,
+        visible_to=visible_to,
         q_offset=q_offset,
         scale=scale,
         soft_cap=soft_cap,
+        alibi_slopes=alibi_slopes,
+        relative_bias=relative_bias,
         return_lse=True,
         backend=backend,
         blocks=blocks,
@@ -162,7 +176,16 @@ def flash_attention_gradients(
     ):
         if x.shape != shape or x.dtype != dtype:
             raise ValueError(f"{name} is {x.dtype}{list(x.shape)}; it must be {jnp.dtype(dtype)}{list(shape)}")
-    return call.body.backward(p, call.blocks, operands, lse, delta, d_out, interpret=interpret)[:3]
+    return AttentionGradients(*call.body.backward(p, call.blocks, operands, lse, delta, d_out, interpret=interpret))
+
+
+class AttentionGradients(NamedTuple):
+    """What `flash_attention_gradients` gives."""
+
+    q: jax.Array  # [B, T, N, H]
+    k: jax.Array  # [B, S, K, H]
+    v: jax.Array  # [B, S, K, Hv]
+    bias_table: jax.Array | None  # [N, n] float32; None without relative_bias
 
 
 class _Call(NamedTuple):
@@ -219,11 +242,12 @@ def _prepare(
     mask: Mask,
     segment_ids: jax.Array | None,
     kv_segment_ids: jax.Array | None,
+    visible_to: jax.Array | None,
     q_offset: int | jax.Array,
     scale: float | None,
     soft_cap: float | None,
-    alibi_slopes: jax.Array | None = None,
-    relative_bias: DistanceBias | None = None,
+    alibi_slopes: jax.Array | None,
+    relative_bias: DistanceBias | None,
     sinks: jax.Array | None = None,
     return_lse: bool,
     backend: str,
@@ -232,8 +256,8 @@ def _prepare(
 ) -> tuple[_Call, Operands]:
     """The arguments checked, a body chosen, and the arrays as it takes them."""
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
-    segment_ids, kv_segment_ids, alibi_slopes = (
-        None if x is None else jnp.asarray(x) for x in (segment_ids, kv_segment_ids, alibi_slopes)
+    segment_ids, kv_segment_ids, visible_to, alibi_slopes = (
+        None if x is None else jnp.asarray(x) for x in (segment_ids, kv_segment_ids, visible_to, alibi_slopes)
     )
     if isinstance(q_offset, np.integer):
         q_offset = int(q_offset)
@@ -244,6 +268,7 @@ def _prepare(
         mask,
         segment_ids,
         kv_segment_ids,
+        visible_to,
         q_offset,
         scale,
         soft_cap,
@@ -263,6 +288,7 @@ def _prepare(
         jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (problem.B,)),
         None if alibi_slopes is None else alibi_slopes.astype(jnp.float32),
         None if relative_bias is None else jnp.asarray(relative_bias.table, jnp.float32),
+        None if visible_to is None else visible_to.astype(jnp.int32),
     )
     return _Call(problem, plan.backend, plan.blocks, interpret), operands
 
@@ -274,6 +300,7 @@ def _problem(
     mask: Mask,
     segment_ids: jax.Array | None,
     kv_segment_ids: jax.Array | None,
+    visible_to: jax.Array | None,
     q_offset: int | jax.Array,
     scale: float | None,
     soft_cap: float | None,
@@ -310,7 +337,11 @@ def _problem(
     if segment_ids is None and kv_segment_ids is not None:
         raise ValueError("kv_segment_ids is given without segment_ids; give both or neither")
     keys = segment_ids if kv_segment_ids is None else kv_segment_ids
-    for name, ids, length in (("segment_ids", segment_ids, T), ("kv_segment_ids", keys, S)):
+    for name, ids, length in (
+        ("segment_ids", segment_ids, T),
+        ("kv_segment_ids", keys, S),
+        ("visible_to", visible_to, T),
+    ):
         if ids is not None and (ids.shape != (B, length) or not jnp.issubdtype(ids.dtype, jnp.integer)):
             raise ValueError(f"{name} is {ids.dtype}{list(ids.shape)}; it must be integers [{B}, {length}]")
     if not isinstance(q_offset, int):
@@ -320,6 +351,8 @@ def _problem(
     for name, per_head in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
         if per_head is not None and jnp.shape(per_head) != (N,):
             raise ValueError(f"{name} {jnp.shape(per_head)} must be [{N}], one for each query head")
+    if relative_bias is not None and not isinstance(relative_bias, DistanceBias):
+        raise ValueError(f"relative_bias is of type {type(relative_bias).__name__}; give DistanceBias(table)")
     for name, number in (("scale", scale), ("soft_cap", soft_cap)):
         if number is not None and not (isinstance(number, int | float | np.number) and math.isfinite(number)):
             raise ValueError(f"{name} = {number} must be a finite Python number, known when the call is compiled")
@@ -334,30 +367,14 @@ def _problem(
         H=H,
         Hv=v.shape[3],
         dtype=q.dtype,
-        mask=mask,
+        mask=mask if visible_to is None else mask.opened(),
         scale=H**-0.5 if scale is None else float(scale),
         soft_cap=None if soft_cap is None else float(soft_cap),
         segments=segment_ids is not None,
+        visible_to=visible_to is not None,
         alibi=alibi_slopes is not None,
-        buckets=None if relative_bias is None else _buckets(relative_bias, N),
+        buckets=None if relative_bias is None else relative_bias.buckets(N),
         q_offset=q_offset if isinstance(q_offset, int) else None,
         sinks=sinks is not None,
         return_lse=return_lse,
     )
-
-
-def _buckets(bias: DistanceBias, N: int) -> Buckets:
-    if not isinstance(bias, DistanceBias):
-        raise ValueError(f"relative_bias is of type {type(bias).__name__}; give DistanceBias(table)")
-    shape = jnp.shape(bias.table)
-    if len(shape) != 2 or shape[0] != N:
-        raise ValueError(f"relative_bias.table {shape} must be [{N}, buckets]")
-    fewest = 4 if bias.bidirectional else 2
-    if shape[1] < fewest or shape[1] % fewest:
-        raise ValueError(f"relative_bias.table {shape} has {shape[1]} buckets; use a multiple of {fewest}")
-    if bias.max_distance <= shape[1] // fewest:
-        raise ValueError(
-            f"relative_bias.max_distance = {bias.max_distance} must be more than {shape[1] // fewest}, "
-            f"the distances that have a bucket each of {shape[1]}"
-        )
-    return Buckets(n=shape[1], max_distance=bias.max_distance, bidirectional=bias.bidirectional)

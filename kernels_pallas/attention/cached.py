@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.attention.api import _buckets
 from kernels_pallas.attention.problem import MASKED, AttentionProblem, Operands
 from kernels_pallas.attention.scores import Scores
 from kernels_pallas.attention.xla import _product, _tiles
@@ -27,6 +26,7 @@ def cached_attention(
     layer: jax.Array,
     q_offset: jax.Array,
     scores: Scores,
+    visible_to: jax.Array | None = None,
 ) -> jax.Array:
     """`flash_attention` to the keys of one layer of a cache; no gradient. XLA operations, on every device.
 
@@ -36,7 +36,7 @@ def cached_attention(
         v: [L, B, S, K, Hv].
         layer: int32 scalar.
         q_offset: int32 [B], position of the first query; its own key is in the cache.
-        scores: as for `flash_attention`.
+        scores, visible_to: as for `flash_attention`; each query must see a key.
 
     Returns:
         [B, T, N, Hv] in q's dtype.
@@ -55,14 +55,16 @@ def cached_attention(
         H=H,
         Hv=Hv,
         dtype=q.dtype,
-        mask=scores.mask,
+        mask=scores.mask if visible_to is None else scores.mask.opened(),
+        visible_to=visible_to is not None,
         scale=H**-0.5 if scores.scale is None else scores.scale,
         soft_cap=scores.soft_cap,
-        buckets=None if bias is None else _buckets(bias, N),
+        buckets=None if bias is None else bias.buckets(N),
         q_offset=None,
     )
     table = None if bias is None else bias.table.astype(jnp.float32)
-    blocks = _tiles(problem, T, width, Operands(q, k, v, None, None, q_offset, scores.alibi_slopes, table))
+    operands = Operands(q, k, v, None, None, q_offset, scores.alibi_slopes, table, visible_to)
+    blocks = _tiles(problem, T, width, operands)
     # [B, K, R, H]: the queries of all heads that share a key head are the rows of one product.
     rows = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
 

@@ -20,6 +20,7 @@ def unsupported(problem: AttentionProblem, target: Target) -> str | None:
         return f"H {problem.H}, Hv {problem.Hv}: it takes equal head dims, multiples of 8 up to {widest}"
     for name, present in (
         ("segment_ids", problem.segments),
+        ("visible_to", problem.visible_to),
         ("soft_cap", problem.soft_cap is not None),
         ("alibi_slopes", problem.alibi),
         ("relative_bias", problem.buckets is not None),

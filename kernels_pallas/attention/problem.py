@@ -78,6 +78,8 @@ class AttentionProblem:
     soft_cap: float | None = None
     """cap * tanh(score / cap), before the mask (Gemma 2, arXiv:2408.00118)."""
     segments: bool = False
+    visible_to: bool = False
+    """Each query says itself where the keys that it sees end; the mask then has no stops (`Mask.opened`)."""
     alibi: bool = False
     buckets: Buckets | None = None
     q_offset: int | None = 0
@@ -102,3 +104,18 @@ class Operands(NamedTuple):
     q_offset: jax.Array  # [B] int32: query t has position q_offset + t, key s position s
     alibi_slopes: jax.Array | None  # [N] float32: score -= slope * |query position - key position|
     bias_table: jax.Array | None  # [N, buckets.n] float32: score += table[head, bucket(key position - query position)]
+    visible_to: jax.Array | None = None  # [B, T] int32: query t sees no key s >= visible_to[t]
+
+
+def least_and_most(visible_to: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """Of the queries of each block of `size`, the smallest end of what they see and the largest: int32 [B, blocks]."""
+    whole = jnp.pad(visible_to, ((0, 0), (0, -visible_to.shape[1] % size)), "edge")
+    blocks = whole.reshape(whole.shape[0], -1, size)
+    return blocks.min(2), blocks.max(2)
+
+
+def first_and_last(needed: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[..., n] boolean: the first index that is true, and one past the last; 0 and 0 where none is."""
+    first, from_the_end = jnp.argmax(needed, -1), jnp.argmax(needed[..., ::-1], -1)
+    stop = jnp.where(needed.any(-1), needed.shape[-1] - from_the_end, 0)
+    return first.astype(jnp.int32), stop.astype(jnp.int32)

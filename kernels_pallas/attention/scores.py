@@ -6,8 +6,10 @@ import functools
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 
 from kernels_pallas import masks
+from kernels_pallas.attention.problem import Buckets
 from kernels_pallas.masks import Mask
 
 
@@ -27,6 +29,25 @@ class DistanceBias:
     max_distance: int = 128
     bidirectional: bool = False
     """Half of the buckets for keys after the query; otherwise these all count as distance 0."""
+
+    def buckets(self, N: int) -> Buckets:
+        """The rule for the buckets, for N heads.
+
+        Raises:
+            ValueError: a table of another shape, or buckets that do not fit the rule.
+        """
+        shape = jnp.shape(self.table)
+        if len(shape) != 2 or shape[0] != N:
+            raise ValueError(f"relative_bias.table {shape} must be [{N}, buckets]")
+        fewest = 4 if self.bidirectional else 2
+        if shape[1] < fewest or shape[1] % fewest:
+            raise ValueError(f"relative_bias.table {shape} has {shape[1]} buckets; use a multiple of {fewest}")
+        if self.max_distance <= shape[1] // fewest:
+            raise ValueError(
+                f"relative_bias.max_distance = {self.max_distance} must be more than {shape[1] // fewest}, "
+                f"the distances that have a bucket each of {shape[1]}"
+            )
+        return Buckets(n=shape[1], max_distance=self.max_distance, bidirectional=self.bidirectional)
 
 
 @functools.partial(

@@ -16,7 +16,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.attention.problem import MASKED, AttentionBlocks, AttentionProblem, Operands
+from kernels_pallas.attention.problem import (
+    MASKED,
+    AttentionBlocks,
+    AttentionProblem,
+    Operands,
+    first_and_last,
+    least_and_most,
+)
 from kernels_pallas.masks import Place
 from kernels_pallas.targets import Target
 
@@ -146,6 +153,8 @@ class _Tiles(NamedTuple):
     k_segments: jax.Array | None  # [k blocks, B, C]
     alibi_slopes: jax.Array | None  # [N]
     bias_table: jax.Array | None  # [N, n]
+    visible_to: jax.Array | None  # [q blocks, B, C]
+    furthest: jax.Array | None  # [q blocks], the largest of visible_to
 
     def positions(self, i: jax.Array, j: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Of the queries of block i, [B, C, 1], and the keys of block j, [C]."""
@@ -157,6 +166,8 @@ class _Tiles(NamedTuple):
         first = i * self.q_size
         last = first + self.q_size - 1
         start, stop = self.problem.mask.key_range(jnp.min(self.q_offset) + first, jnp.max(self.q_offset) + last)
+        if self.furthest is not None:
+            stop = jnp.clip(self.furthest[i], 0, stop)
         return start // self.k_size, -(-jnp.minimum(stop, self.problem.S) // self.k_size)
 
     def query_blocks(self, j: jax.Array) -> tuple[Place, Place]:
@@ -165,10 +176,12 @@ class _Tiles(NamedTuple):
         last = jnp.minimum(first + self.k_size, self.problem.S) - 1
         start, stop = self.problem.mask.query_range(first, last)
         n_blocks = -(-self.problem.T // self.q_size)
-        return (
-            jnp.clip((start - jnp.max(self.q_offset)) // self.q_size, 0, n_blocks),
-            jnp.clip(-(-(stop - jnp.min(self.q_offset)) // self.q_size), 0, n_blocks),
-        )
+        start = jnp.clip((start - jnp.max(self.q_offset)) // self.q_size, 0, n_blocks)
+        stop = jnp.clip(-(-(stop - jnp.min(self.q_offset)) // self.q_size), 0, n_blocks)
+        if self.furthest is None:
+            return start, stop
+        first_reaching, after_reaching = first_and_last(self.furthest > first)
+        return jnp.maximum(start, first_reaching), jnp.minimum(stop, after_reaching)
 
     def seen(self, i: jax.Array, j: jax.Array) -> jax.Array:
         """Which keys the rows of the block see: boolean [B, 1, R, C]."""
@@ -176,6 +189,8 @@ class _Tiles(NamedTuple):
         seen = self.problem.mask.visible(queries, keys) & (keys < self.problem.S)
         if self.q_segments is not None and self.k_segments is not None:
             seen &= self.q_segments[i][:, :, None] == self.k_segments[j][:, None, :]
+        if self.visible_to is not None:
+            seen &= keys < self.visible_to[i][:, :, None]
         return jnp.tile(seen, (1, self.problem.group, 1))[:, None]
 
     def capped(self, products: jax.Array) -> jax.Array:
@@ -221,7 +236,7 @@ class _Tiles(NamedTuple):
 
 
 def _tiles(problem: AttentionProblem, q_size: int, k_size: int, operands: Operands) -> _Tiles:
-    q_segments, k_segments = operands.q_segments, operands.k_segments
+    q_segments, k_segments, visible_to = operands.q_segments, operands.k_segments, operands.visible_to
     return _Tiles(
         problem,
         q_size,
@@ -231,6 +246,8 @@ def _tiles(problem: AttentionProblem, q_size: int, k_size: int, operands: Operan
         None if k_segments is None else _cut(k_segments, k_size),
         operands.alibi_slopes,
         operands.bias_table,
+        None if visible_to is None else _cut(visible_to, q_size),
+        None if visible_to is None else least_and_most(visible_to, q_size)[1].max(0),
     )
 
 

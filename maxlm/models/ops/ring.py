@@ -12,10 +12,14 @@ and a key chunk that meet when device i has the keys of device j
     (low, high)    is hidden, always
 
 so that every device attends two pairs whenever j != i: the same work everywhere, at every stop.
+
+That holds for causal masks. Where the mask, or `visible_to`, lets queries see what comes after them, any of the four
+pairs may be visible: each is looked at, and skipped where nothing of it is.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +31,8 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels_pallas import flash_attention, flash_attention_gradients, merge_partials
+from kernels_pallas import Scores, flash_attention, flash_attention_gradients, merge_partials
+from kernels_pallas.attention.merge import add_sinks
 from kernels_pallas.masks import Mask
 from maxlm.config import Context, UserError
 from maxlm.sharding import Layout
@@ -83,6 +88,13 @@ class _Keys(NamedTuple):
     segments: jax.Array | None  # [B, 2C]
 
 
+class _Own(NamedTuple):
+    """Of this device's queries."""
+
+    segments: jax.Array | None  # [B, 2C]
+    visible_to: jax.Array | None  # [B, 2C], counted in the whole sequence
+
+
 class _Pair(NamedTuple):
     """A query chunk of this device, and a key chunk of those it has at stop r."""
 
@@ -95,13 +107,14 @@ class _Pair(NamedTuple):
 class Ring:
     """What is known of a ring when it is compiled, and the view that a device has of it inside shard_map."""
 
-    mask: Mask
     devices: int
     chunk: int
     """C, the positions in a chunk: half of what a device holds."""
     first: int
     last: int
     """The stops: at stop r each device has the keys of the device r before it (after it, where r is negative)."""
+    causal: bool
+    """No query sees what comes after it."""
     backend: str
 
     def go_round(self, home: _Keys, total: Any, visit: Callable[[Any, _Keys, int | jax.Array], Any]) -> Any:
@@ -115,17 +128,24 @@ class Ring:
         (keys, total), _ = lax.scan(stop, start, jnp.arange(self.first, self.last))
         return visit(total, keys, self.last)
 
-    def pairs(self, r: int | jax.Array) -> tuple[_Pair, _Pair]:
-        """The pairs to attend at a stop; at home there is a third, of LOW and LOW."""
+    def pairs(self, r: int | jax.Array) -> tuple[_Pair, ...]:
+        """The pairs to attend at a stop, but for `at_home`."""
+        if not self.causal:
+            return tuple(_Pair(r, q, k) for q in (LOW, HIGH) for k in (LOW, HIGH))
         own = lax.axis_index("seq")
         same = jnp.where((own - r) % self.devices < own, LOW, HIGH)
         return _Pair(r, HIGH, LOW), _Pair(r, same, same)
 
-    def offset(self, pair: _Pair) -> jax.Array:
-        """How many positions the query chunk begins after the key chunk."""
+    @property
+    def at_home(self) -> tuple[_Pair, ...]:
+        """The pair to attend beside these at home."""
+        return (_Pair(0, LOW, LOW),) if self.causal else ()
+
+    def begins(self, pair: _Pair) -> tuple[jax.Array, jax.Array]:
+        """The first position of the query chunk and of the key chunk."""
         own = lax.axis_index("seq")
         chunk = lambda device, half: jnp.where(half == LOW, device, 2 * self.devices - 1 - device)
-        return (chunk(own, pair.q) - chunk((own - pair.r) % self.devices, pair.k)) * self.chunk
+        return chunk(own, pair.q) * self.chunk, chunk((own - pair.r) % self.devices, pair.k) * self.chunk
 
     def half(self, x: jax.Array, half: Half, dim: int = 1) -> jax.Array:
         return lax.dynamic_slice_in_dim(x, half * self.chunk, self.chunk, dim)
@@ -133,11 +153,34 @@ class Ring:
     def with_half(self, x: jax.Array, new: jax.Array, half: Half, dim: int = 1) -> jax.Array:
         return lax.dynamic_update_slice_in_dim(x, new, half * self.chunk, dim)
 
-    def segments(self, own: jax.Array | None, keys: _Keys, pair: _Pair) -> tuple[jax.Array | None, jax.Array | None]:
-        """Of the query chunk and of the key chunk."""
-        if own is None or keys.segments is None:
-            return None, None
-        return self.half(own, pair.q), self.half(keys.segments, pair.k)
+    def options(self, scores: Scores, own: _Own, keys: _Keys, pair: _Pair) -> dict[str, Any]:
+        """Of attention of the query chunk to the key chunk, whose positions begin at 0; without sinks."""
+        q_begin, k_begin = self.begins(pair)
+        halves = lambda x, half: None if x is None else self.half(x, half)
+        ends = halves(own.visible_to, pair.q)
+        return {name: value for name, value in vars(scores).items() if name != "sinks"} | {
+            "segment_ids": halves(own.segments, pair.q),
+            "kv_segment_ids": halves(keys.segments, pair.k),
+            "visible_to": None if ends is None else ends - k_begin,
+            "q_offset": q_begin - k_begin,
+            "backend": self.backend,
+        }
+
+    def attend(
+        self, mask: Mask, own: _Own, pairs: tuple[_Pair, ...], add: Callable[[_Pair, Any], Any], total: Any
+    ) -> Any:
+        """The total with add(pair, total) of every pair of which a query may see a key."""
+        if self.causal:
+            return functools.reduce(lambda total, pair: add(pair, total), pairs, total)
+        if own.visible_to is not None:
+            mask = mask.opened()
+        for pair in pairs:
+            (q_begin, k_begin), last = self.begins(pair), self.chunk - 1
+            seen = mask.touches(q_begin, q_begin + last, k_begin, k_begin + last)
+            if own.visible_to is not None:
+                seen &= jnp.max(self.half(own.visible_to, pair.q)) > k_begin
+            total = lax.cond(seen, functools.partial(add, pair), lambda total: total, total)
+        return total
 
     def shift(self, tree: Any, stops: int) -> Any:
         """Every device's arrays, at the device `stops` after it."""
@@ -147,113 +190,150 @@ class Ring:
         return jax.tree.map(lambda x: lax.ppermute(x, "seq", perm), tree)
 
 
-def make_ring(mask: Mask, window: int | None, devices: int, length: int, backend: str) -> Ring:
-    """The ring for sequences of which each device holds `length` positions; a window shortens it.
+def make_ring(mask: Mask, devices: int, length: int, backend: str, visible_to: bool = False) -> Ring:
+    """The ring for sequences of which each device holds `length` positions; a causal window shortens it.
 
     Where windows reach m chunks back, a device needs the keys of the m devices before it, for its low chunk, and of the
     m after it, for its high one.
+
+    Args:
+        visible_to: queries say themselves where the keys that they see end.
+
+    Raises:
+        UserError: the mask depends on more than the distance of query and key, and chunks do not know where they are.
     """
+    window = (mask.opened() if visible_to else mask).as_window()
+    if window is None:
+        raise UserError(
+            f"the mask {mask} counts from the sequence's start, and with sharding.context = {Context.RING.value} only "
+            f"windows can be cut; use {Context.ALL_GATHER.value} or {Context.ULYSSES.value}"
+        )
+    left, right = window
     chunk = length // 2
-    reach = devices if window is None else -(-(window - 1) // chunk)
+    reach = devices if left is None or right != 0 else -(-left // chunk)
     first, last = (-reach, reach) if 2 * reach + 1 < devices else (0, devices - 1)
-    return Ring(mask, devices, chunk, first, last, backend)
+    return Ring(devices, chunk, first, last, right == 0, backend)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def ring_attention(ring: Ring, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
+def ring_attention(
+    ring: Ring,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array | None,
+    visible_to: jax.Array | None,
+    scores: Scores,
+) -> jax.Array:
     """Attention of one device's queries to all keys; call it on every device of the seq axis, inside shard_map.
 
     The backward pass sends the keys round again, and their gradients after them: neither pass keeps what has passed.
+    Gradients of the bias table and the sinks are those of this device's queries, summed over its stops; the transpose
+    of shard_map sums them over devices.
 
     Args:
         ring: from `make_ring`.
         q: [B, 2C, N, H], this device's low chunk and then its high one.
         k, v: [B, 2C, K, H], the same of keys and values.
-        segments: int32 [B, 2C], or None.
+        segments, visible_to: int32 [B, 2C], or None; the ends of what queries see are counted in the whole sequence.
+        scores: of this device's N heads, with the mask of `make_ring`.
 
     Returns:
         [B, 2C, N, H] in q's dtype.
     """
-    return _forward(ring, q, k, v, segments)[0]
+    return _forward(ring, q, k, v, segments, visible_to, scores)[0]
 
 
 def _forward(
-    ring: Ring, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None
+    ring: Ring,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array | None,
+    visible_to: jax.Array | None,
+    scores: Scores,
 ) -> tuple[jax.Array, jax.Array]:
     """Output in q's dtype, and the logsumexp, float32 [B, N, 2C]."""
+    own = _Own(segments, visible_to)
 
-    def add(total: tuple[jax.Array, jax.Array], keys: _Keys, pair: _Pair) -> tuple[jax.Array, jax.Array]:
-        q_segments, k_segments = ring.segments(segments, keys, pair)
+    def add(keys: _Keys, pair: _Pair, total: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         part = flash_attention(
             ring.half(q, pair.q),
             ring.half(keys.k, pair.k),
             ring.half(keys.v, pair.k),
-            mask=ring.mask,
-            segment_ids=q_segments,
-            kv_segment_ids=k_segments,
-            q_offset=ring.offset(pair),
             return_lse=True,
-            backend=ring.backend,
+            **ring.options(scores, own, keys, pair),
         )
         out, lse = total
         new_out, new_lse = merge_partials([(ring.half(out, pair.q), ring.half(lse, pair.q, 2)), part])
         return ring.with_half(out, new_out, pair.q), ring.with_half(lse, new_lse, pair.q, 2)
 
-    def visit(total: tuple[jax.Array, jax.Array], keys: _Keys, r: int | jax.Array) -> tuple[jax.Array, jax.Array]:
-        for pair in ring.pairs(r):
-            total = add(total, keys, pair)
-        return total
+    def attend(total: Any, keys: _Keys, pairs: tuple[_Pair, ...]) -> Any:
+        return ring.attend(scores.mask, own, pairs, functools.partial(add, keys), total)
 
     B, T, N, _ = q.shape
     nothing = jnp.zeros((B, T, N, v.shape[3]), jnp.float32), jnp.full((B, N, T), _UNSEEN, jnp.float32)
     home = _Keys(k, v, segments)
-    out, lse = ring.go_round(home, add(nothing, home, _Pair(0, LOW, LOW)), visit)
+    total = attend(nothing, home, ring.at_home)
+    out, lse = ring.go_round(home, total, lambda total, keys, r: attend(total, keys, ring.pairs(r)))
+    if scores.sinks is not None:
+        out, lse = add_sinks(out, lse, scores.sinks)
     return out.astype(q.dtype), lse
 
 
-def _fwd(ring: Ring, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> tuple[jax.Array, tuple]:
-    out, lse = _forward(ring, q, k, v, segments)
+def _fwd(ring: Ring, *arguments: Any) -> tuple[jax.Array, tuple]:
+    out, lse = _forward(ring, *arguments)
     # The names of flash_attention's results: a remat policy that saves them does not go round again.
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
-    return out, (q, k, v, segments, out, lse)
+    return out, (*arguments, out, lse)
 
 
-def _bwd(ring: Ring, residuals: tuple, d_out: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    q, k, v, segments, out, lse = residuals
+def _bwd(ring: Ring, residuals: tuple, d_out: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None, None, Scores]:
+    q, k, v, segments, visible_to, scores, out, lse = residuals
+    own = _Own(segments, visible_to)
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1).swapaxes(1, 2)
 
-    def add(total: _Gradients, keys: _Keys, pair: _Pair) -> _Gradients:
-        q_segments, k_segments = ring.segments(segments, keys, pair)
-        parts = flash_attention_gradients(
+    def add(keys: _Keys, pair: _Pair, total: _Gradients) -> _Gradients:
+        part = flash_attention_gradients(
             ring.half(q, pair.q),
             ring.half(keys.k, pair.k),
             ring.half(keys.v, pair.k),
             ring.half(lse, pair.q, 2),
             ring.half(delta, pair.q, 2),
             ring.half(d_out, pair.q),
-            mask=ring.mask,
-            segment_ids=q_segments,
-            kv_segment_ids=k_segments,
-            q_offset=ring.offset(pair),
-            backend=ring.backend,
+            **ring.options(scores, own, keys, pair),
         )
-        halves = pair.q, pair.k, pair.k
-        new = (ring.half(x, half) + part for x, part, half in zip(total, parts, halves, strict=True))
-        return _Gradients(*map(ring.with_half, total, new, halves))
+        plus = lambda x, new, half: ring.with_half(x, ring.half(x, half) + new, half)
+        return _Gradients(
+            plus(total.dq, part.q, pair.q),
+            plus(total.dk, part.k, pair.k),
+            plus(total.dv, part.v, pair.k),
+            None if part.bias_table is None else total.table + part.bias_table,
+        )
+
+    def attend(total: _Gradients, keys: _Keys, pairs: tuple[_Pair, ...]) -> _Gradients:
+        return ring.attend(scores.mask, own, pairs, functools.partial(add, keys), total)
 
     def visit(total: _Gradients, keys: _Keys, r: int | jax.Array) -> _Gradients:
         # The sums for keys follow them one stop behind: so they too travel during the work, on the next part.
-        dq, dk, dv = total
-        total = _Gradients(dq, *ring.shift((dk, dv), 1))
-        for pair in ring.pairs(r):
-            total = add(total, keys, pair)
-        return total
+        dk, dv = ring.shift((total.dk, total.dv), 1)
+        return attend(total._replace(dk=dk, dv=dv), keys, ring.pairs(r))
 
-    home = _Keys(k, v, segments)
-    zeros = _Gradients(*(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)))
-    dq, dk, dv = ring.go_round(home, zeros, visit)
-    dq, dk, dv = add(_Gradients(dq, *ring.shift((dk, dv), -ring.last)), home, _Pair(0, LOW, LOW))
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+    home, bias = _Keys(k, v, segments), scores.relative_bias
+    zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
+    nothing = _Gradients(zeros(q), zeros(k), zeros(v), None if bias is None else zeros(bias.table))
+    total = ring.go_round(home, nothing, visit)
+    dk, dv = ring.shift((total.dk, total.dv), -ring.last)
+    dq, dk, dv, d_table = attend(total._replace(dk=dk, dv=dv), home, ring.at_home)
+    d_scores = jax.tree.map(jnp.zeros_like, scores)
+    if bias is not None:
+        d_bias = dataclasses.replace(bias, table=d_table.astype(bias.table.dtype))
+        d_scores = dataclasses.replace(d_scores, relative_bias=d_bias)
+    if scores.sinks is not None:
+        # A sink's value is 0, and so is the gradient of its weight.
+        d_sinks = -jnp.sum(jnp.exp(scores.sinks.astype(jnp.float32)[:, None] - lse) * delta, (0, 2))
+        d_scores = dataclasses.replace(d_scores, sinks=d_sinks.astype(scores.sinks.dtype))
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, d_scores
 
 
 class _Gradients(NamedTuple):
@@ -262,6 +342,7 @@ class _Gradients(NamedTuple):
     dq: jax.Array  # [B, 2C, N, H]
     dk: jax.Array  # [B, 2C, K, H]: for the keys that are here now
     dv: jax.Array  # [B, 2C, K, H]
+    table: Any  # [N, buckets], or None
 
 
 ring_attention.defvjp(_fwd, _bwd)

@@ -6,19 +6,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas import flash_attention
-from kernels_pallas.masks import Mask
+from kernels_pallas import Scores, flash_attention
 from maxlm.config import Context, UserError
 
 
 def ulysses_attention(
-    mask: Mask,
     devices: int,
     backend: str,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     segments: jax.Array | None,
+    visible_to: jax.Array | None,
+    scores: Scores,
 ) -> jax.Array:
     """Attention of one device's queries to all keys; call it on every device of the seq axis, inside shard_map.
 
@@ -26,12 +26,12 @@ def ulysses_attention(
     the whole sequence, and sends the results back.
 
     Args:
-        mask: over positions of the whole sequence.
         devices: size of the seq axis, n.
         backend: of `flash_attention`.
         q: [B, T/n, N, H]; N is a multiple of n.
         k, v: [B, T/n, K, H]; K is a multiple of n, or divides it: then every key head goes to n/K devices.
-        segments: int32 [B, T/n], or None.
+        segments, visible_to: int32 [B, T/n], or None; keys are counted in the whole sequence.
+        scores: of this device's N heads, with a mask over positions of the whole sequence.
 
     Returns:
         [B, T/n, N, H] in q's dtype.
@@ -51,7 +51,8 @@ def ulysses_attention(
     if devices % K == 0:
         k, v = (jnp.repeat(x, devices // K, axis=2) for x in (k, v))
     q, k, v = (lax.all_to_all(x, "seq", split_axis=2, concat_axis=1, tiled=True) for x in (q, k, v))
-    if segments is not None:
-        segments = lax.all_gather(segments, "seq", axis=1, tiled=True)
-    out = flash_attention(q, k, v, mask=mask, segment_ids=segments, backend=backend)
+    segments, visible_to = jax.tree.map(lambda x: lax.all_gather(x, "seq", axis=1, tiled=True), (segments, visible_to))
+    heads = N // devices
+    scores = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, lax.axis_index("seq") * heads, heads), scores)
+    out = flash_attention(q, k, v, segment_ids=segments, visible_to=visible_to, backend=backend, **vars(scores))
     return lax.all_to_all(out, "seq", split_axis=1, concat_axis=2, tiled=True)
