@@ -121,7 +121,7 @@ def same_model(runs: list[dict[str, Any]]) -> None:
 
 
 def summarize(runs: list[dict[str, Any]], rivals: list[str]) -> list[dict[str, Any]]:
-    """A row for each cores, task and figure: (median, lowest, highest) of each side, and of the ratios to each rival."""
+    """A row for each figure of a task on some cores: median, lowest, highest of each side and of each ratio."""
     rows: list[dict[str, Any]] = []
     seen: dict[tuple[int, str, str], dict[str, list[float]]] = {}
     for one in runs:

@@ -164,7 +164,7 @@ def _backward(
 
 
 def _by_rows(function: Callable[..., Any], rows: int, operands: Operands, *arrays: jax.Array) -> Any:
-    """function(operands, *arrays), for at most `rows` rows of the batch at a time; results joined along their first dim.
+    """function(operands, *arrays) for at most `rows` rows of the batch at a time; results joined along the first dim.
 
     A smaller block of scores stays in a CPU's cache, and each row skips the blocks that it does not see itself.
     """
