@@ -254,6 +254,7 @@ def maxlm_decoding(rows: int) -> Figures:
     from flax import nnx
 
     from maxlm.config import Dtype, SamplingConfig, ShardingConfig, llama
+    from maxlm.inference.generate import layers_apart
     from maxlm.inference.steps import Choice, DecodeState, decode_chunk, prefill_logits, row_keys
     from maxlm.models import abstract_decoder, init_parameters
     from maxlm.sharding import make_layout
@@ -261,6 +262,7 @@ def maxlm_decoding(rows: int) -> Figures:
     model = llama(vocab_size=VOCAB, d_model=WIDTH, n_layers=LAYERS, n_heads=HEADS, d_ff=D_FF, max_seq_len=CONTEXT)
     config = dataclasses.replace(model, compute_dtype=Dtype.FLOAT32)
     layout = make_layout(ShardingConfig(), jax.devices()[:1])
+    config, parameters = layers_apart(config, jax.jit(lambda: init_parameters(config, layout, jax.random.key(0)))())
     graph, _ = nnx.split(abstract_decoder(config, layout))
     choose = Choice(SamplingConfig(temperature=0.0), VOCAB, -1)  # no id ends a text
 
@@ -275,9 +277,9 @@ def maxlm_decoding(rows: int) -> Figures:
         state, tokens, _ = decode_chunk(nnx.merge(graph, parameters), state, keys, limit, chunk=16, choose=choose)
         return state, tokens
 
-    parameters = jax.jit(lambda: init_parameters(config, layout, jax.random.key(0)))()
     tokens = np.random.default_rng(0).integers(0, VOCAB, (rows, PROMPT), dtype=np.int32)
     first, further = jax.jit(prefill), jax.jit(decode, donate_argnums=1)
+    limit = jnp.int32(16)
 
     def read_prompts() -> Callable[[], None]:
         state = jax.block_until_ready(first(parameters, tokens))
@@ -285,7 +287,7 @@ def maxlm_decoding(rows: int) -> Figures:
         def add() -> None:
             nonlocal state
             for _ in range(NEW // 16):
-                state, new = further(parameters, state, jnp.int32(16))
+                state, new = further(parameters, state, limit)
                 np.asarray(new)
 
         return add

@@ -80,7 +80,7 @@ def attention_to_cache(
 
     Args:
         q: [B, T, N, H].
-        k, v: [L', B, S, K, H], slot s for position s.
+        k, v: [L', B, K, S, H], slot s for position s.
         layer: int32 scalar.
         first_position: int32 [B], of the first query.
         window: keys a query sees, itself included; None: all earlier ones.
@@ -91,7 +91,7 @@ def attention_to_cache(
     by_head = jax.tree.map(lambda _: layout.activation("heads"), scores)
     heads, cache = (
         layout.activation("batch", None, "heads", None),
-        layout.activation(None, "batch", None, "kv_heads", None),
+        layout.activation(None, "batch", "kv_heads", None, None),
     )
 
     @functools.partial(
@@ -105,7 +105,8 @@ def attention_to_cache(
     ) -> jax.Array:
         if q.shape[1] <= _FEW_QUERIES:
             return cached_attention(q, k, v, layer, first, scores)
-        return flash_attention(q, k[layer], v[layer], **vars(scores), q_offset=first)
+        k, v = k[layer].swapaxes(1, 2), v[layer].swapaxes(1, 2)
+        return flash_attention(q, k, v, **vars(scores), q_offset=first)
 
     return local(q, k, v, layer, first_position, scores)
 
