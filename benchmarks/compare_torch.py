@@ -14,6 +14,7 @@ meets all of them; a ratio is the median over the rounds of (maxlm / torch), wit
 tokens_per_s       tokens for each second of the clock
 tokens_per_cpu_s   tokens for each second that any core was busy: hardly changes with the load of the machine
 first_step_s       from the start of the process to the end of its first step; maxlm also with programs kept from before
+first_step_cpu_s   the same in seconds that any core was busy
 peak_mb            most memory that the process had resident, up to then, in MiB
 """
 
@@ -41,6 +42,7 @@ ROWS, STEPS = 8, 4
 PROMPT, NEW, PASSES = 128, 128, 3
 LEARNING_RATE, BETAS, WEIGHT_DECAY, CLIP = 3e-4, (0.9, 0.95), 0.1, 1.0
 
+FIGURES = ("tokens_per_s", "tokens_per_cpu_s", "first_step_s", "first_step_cpu_s", "peak_mb")
 TASKS = ("train", "decode 1", "decode 8")
 RESULTS = Path(__file__).parent / "results" / "compare_torch.json"
 
@@ -125,7 +127,7 @@ def summarize(runs: list[dict[str, Any]], rivals: list[str]) -> list[dict[str, A
     rows: list[dict[str, Any]] = []
     seen: dict[tuple[int, str, str], dict[str, list[float]]] = {}
     for one in runs:
-        for name in ("tokens_per_s", "tokens_per_cpu_s", "first_step_s", "peak_mb"):
+        for name in FIGURES:
             if name in one:
                 sides = seen.setdefault((one["cores"], one["task"], name), {})
                 sides.setdefault(one["side"], []).append(one[name])
@@ -178,7 +180,7 @@ def use_cores(cores: int) -> None:
 def training_figures(step: Callable[[], float], n_params: int) -> Figures:
     """`step` does one step and returns its loss once all of it is done; the first call compiles what is to compile."""
     first_loss = step()
-    first_step_s = time.time() - process_start()
+    first_step_s, first_step_cpu_s = time.time() - process_start(), time.process_time()
     step()
     wall, cpu = time.perf_counter(), time.process_time()
     for _ in range(STEPS):
@@ -189,6 +191,7 @@ def training_figures(step: Callable[[], float], n_params: int) -> Figures:
         "tokens_per_s": n_tokens / wall,
         "tokens_per_cpu_s": n_tokens / cpu,
         "first_step_s": first_step_s,
+        "first_step_cpu_s": first_step_cpu_s,
         "peak_mb": peak_mb(),
         "n_params": n_params,
         "first_loss": first_loss,
@@ -209,19 +212,18 @@ def decoding_figures(rows: int, read_prompts: Callable[[], Callable[[], None]]) 
 
 
 def maxlm_training(remat: str) -> Figures:
-    import dataclasses
-
     import jax
 
     from benchmarks.steps import random_batch
     from maxlm.compile_cache import enable_compilation_cache, release_compiler_memory
-    from maxlm.config import AdamW, DataConfig, Dataset, Dtype, Remat, RunConfig, TrainConfig, llama
+    from maxlm.config import AdamW, DataConfig, Dataset, Dtype, ExecutionConfig, Remat, RunConfig, TrainConfig, llama
     from maxlm.sharding import make_layout
     from maxlm.training import make_trainer
 
     model = llama(vocab_size=VOCAB, d_model=WIDTH, n_layers=LAYERS, n_heads=HEADS, d_ff=D_FF, max_seq_len=CONTEXT)
     config = RunConfig(
-        model=dataclasses.replace(model, compute_dtype=Dtype.FLOAT32, remat=Remat(remat)),
+        model=model,
+        execution=ExecutionConfig(dtype=Dtype.FLOAT32, remat=Remat(remat)),
         data=DataConfig(datasets=(Dataset(path="none: the tokens are random"),)),
         train=TrainConfig(steps=1000, batch_size=ROWS, seq_len=CONTEXT),
         optimizer=AdamW(
@@ -246,35 +248,32 @@ def maxlm_training(remat: str) -> Figures:
 
 def maxlm_decoding(rows: int) -> Figures:
     """The two programs of `maxlm.generate`, without its tokenizer."""
-    import dataclasses
-
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from flax import nnx
 
-    from maxlm.config import Dtype, SamplingConfig, ShardingConfig, llama
+    from maxlm.config import Dtype, ExecutionConfig, SamplingConfig, ShardingConfig, llama
     from maxlm.inference.generate import layers_apart
     from maxlm.inference.steps import Choice, DecodeState, decode_chunk, prefill_logits, row_keys
-    from maxlm.models import abstract_decoder, init_parameters
+    from maxlm.models import bind, init_parameters
+    from maxlm.models.execution import Execution
     from maxlm.sharding import make_layout
 
-    model = llama(vocab_size=VOCAB, d_model=WIDTH, n_layers=LAYERS, n_heads=HEADS, d_ff=D_FF, max_seq_len=CONTEXT)
-    config = dataclasses.replace(model, compute_dtype=Dtype.FLOAT32)
-    layout = make_layout(ShardingConfig(), jax.devices()[:1])
-    config, parameters = layers_apart(config, jax.jit(lambda: init_parameters(config, layout, jax.random.key(0)))())
-    graph, _ = nnx.split(abstract_decoder(config, layout))
+    config = llama(vocab_size=VOCAB, d_model=WIDTH, n_layers=LAYERS, n_heads=HEADS, d_ff=D_FF, max_seq_len=CONTEXT)
+    how = Execution(make_layout(ShardingConfig(), jax.devices()[:1]), ExecutionConfig(dtype=Dtype.FLOAT32))
+    how = how.decoding(how.layout)
+    config, parameters = layers_apart(config, jax.jit(lambda: init_parameters(config, jax.random.key(0)))())
     choose = Choice(SamplingConfig(temperature=0.0), VOCAB, -1)  # no id ends a text
 
     def prefill(parameters: Any, tokens: jax.Array) -> DecodeState:
         lengths = jnp.full((rows,), PROMPT, jnp.int32)
-        logits, cache = prefill_logits(nnx.merge(graph, parameters), tokens, lengths, PROMPT + NEW)
+        logits, cache = prefill_logits(bind(config, parameters), how, tokens, lengths, PROMPT + NEW)
         token = choose(logits, lengths, row_keys(jnp.uint32(0), rows))
         return DecodeState(cache, token, lengths, jnp.zeros(rows, bool))
 
     def decode(parameters: Any, state: DecodeState, limit: jax.Array) -> tuple[DecodeState, jax.Array]:
         keys = row_keys(jnp.uint32(0), rows)
-        state, tokens, _ = decode_chunk(nnx.merge(graph, parameters), state, keys, limit, chunk=16, choose=choose)
+        state, tokens, _ = decode_chunk(bind(config, parameters), how, state, keys, limit, chunk=16, choose=choose)
         return state, tokens
 
     tokens = np.random.default_rng(0).integers(0, VOCAB, (rows, PROMPT), dtype=np.int32)
