@@ -75,32 +75,33 @@ def compare(options: argparse.Namespace) -> None:
     rivals = [f"torch {attention}" for attention in options.torch]
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as kept:
-        for cores in options.cores:
-            for task in options.tasks:
-                sides = ["maxlm", *rivals]
-                if task == "train":
-                    sides.append("maxlm, cached")
-                    child("maxlm, cached", task, cores, options.remat, kept)  # fills the cache; not counted
-                for number in range(options.rounds):
-                    for side in sides:
+        for number in range(options.rounds):
+            for cores in options.cores:
+                for task in options.tasks:
+                    for side in ["maxlm", *rivals, *(["maxlm, cached"] if task == "train" else [])]:
+                        if side == "maxlm, cached" and number == 0:
+                            child(side, task, cores, options.remat, kept)  # fills the cache; not counted
                         figures = child(side, task, cores, options.remat, kept)
                         runs.append({"side": side, "task": task, "cores": cores, "round": number, **figures})
                         print(f"{cores} cores, {task}, {side}: {figures}", file=sys.stderr, flush=True)
+            save(options.out, runs, rivals)  # what there is, should a later round be stopped
+    report = json.loads(options.out.read_text())
+    print(f"{report['cpu']}; Python {report['python']}; {report['versions']}")
+    print_table(report["summary"], rivals)
+
+
+def save(out: Path, runs: list[dict[str, Any]], rivals: list[str]) -> None:
     same_model(runs)
-    summary = summarize(runs, rivals)
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "torch", "transformers", "numpy")}
     report = {
         "date": time.strftime("%Y-%m-%d"),
-        "command": "python -m benchmarks.compare_torch " + " ".join(sys.argv[1:]),
+        "command": " ".join(["python -m benchmarks.compare_torch", *sys.argv[1:]]),
         "cpu": cpu_name(),
         "python": platform.python_version(),
-        "versions": versions,
-        "summary": summary,
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "torch", "transformers", "numpy")},
+        "summary": summarize(runs, rivals),
         "runs": runs,
     }
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"{cpu_name()}; Python {platform.python_version()}; " + ", ".join(f"{k} {v}" for k, v in versions.items()))
-    print_table(summary, rivals)
+    out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def child(side: str, task: str, cores: int, remat: str, kept: str) -> Figures:
@@ -154,7 +155,7 @@ def print_table(summary: list[dict[str, Any]], rivals: list[str]) -> None:
         print(f"| {row['cores']} | {row['task']} | {row['figure']} | " + " | ".join(cells) + " |")
 
 
-def shown(values: tuple[float, float, float] | None, is_ratio: bool) -> str:
+def shown(values: list[float] | None, is_ratio: bool) -> str:
     if values is None:
         return ""
     median, low, high = (f"{value:.2f}" if is_ratio or value < 100 else f"{value:.0f}" for value in values)

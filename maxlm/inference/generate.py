@@ -73,7 +73,7 @@ class Generator:
         self._layout = decoding_layout(run.layout, self._config.d_model)
         self._how = Execution.of(run.config, run.layout).decoding(self._layout)
         self._parameters = _cast(run.parameters, self._config, self._how)
-        if self._layout.mesh.devices.flat[0].platform == "cpu":
+        if self._layout.on_cpu:
             self._config, self._parameters = layers_apart(self._config, self._parameters)
         self._programs: dict[Any, jax.stages.Compiled] = {}
 

@@ -84,7 +84,7 @@ def _takes_matrices(layout: Layout) -> bool:
     """Whether a product is best written with two dims on each side: on a CPU, which copies what it sums over more than
     one dim of. Not on a mesh, where the compiler cuts each dim in its own way.
     """
-    return layout.mesh.size == 1 and layout.mesh.devices.flat[0].platform == "cpu"
+    return layout.mesh.size == 1 and layout.on_cpu
 
 
 def embed(layout: Layout, table: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
