@@ -38,11 +38,17 @@ VIZ = [
     "matplotlib>=3.11.2",  # loss.png
 ]
 
+PARITY = [  # benchmarks/compare_torch.py; for the CPU alone take torch from its index of CPU builds
+    "torch==2.13.0",
+    "transformers==5.24.0",  # its Llama is the rival
+]
+
 EXTRAS = {
     "tpu": [f"jax[tpu]{JAX}"],
     "gpu": [f"jax[cuda13]{JAX}"],
     "hub": HUB,
     "viz": VIZ,
+    "parity": PARITY,
     "dev": [
         "pyarrow>=26.0.1",  # the tests of the readers
         "zstandard>=0.25.0",

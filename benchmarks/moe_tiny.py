@@ -2,8 +2,8 @@
 
     python -m benchmarks.moe_tiny [--rounds 5] [--steps 5]
 
-Both have the shape of `benchmarks.cpu_tiny`: 4 layers, d_model 256, 8 x 512 tokens, float32, AdamW, one core. The dense
-model has d_ff 688; the mixtures 8 experts of d_ff 344, of which each token uses two. The models take turns in one
+Both have the shape of `benchmarks.compare_torch`: 4 layers, d_model 256, 8 x 512 tokens, float32, AdamW, one core. The
+dense model has d_ff 688; the mixtures 8 experts of d_ff 344, of which each token uses two. The models take turns in one
 process, so that the machine's load meets all of them. tokens_per_cpu_s: medians; of_dense: medians of the ratio in each
 round.
 """

@@ -9,30 +9,41 @@ logger "kernels_pallas" one line of each.
 from __future__ import annotations
 
 import contextvars
+import importlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from types import ModuleType
 from typing import Any, assert_never
 
 import jax
 
-from kernels_pallas.attention import cudnn, gpu, tpu, xla
 from kernels_pallas.attention.problem import AttentionBlocks, AttentionProblem
 from kernels_pallas.decision import Blocks, Plan, Problem, is_faster, load_table, lookup, meets
-from kernels_pallas.glu import gpu as glu_gpu
-from kernels_pallas.glu import tpu as glu_tpu
-from kernels_pallas.glu import xla as glu_xla
 from kernels_pallas.glu.problem import GluBlocks, GluProblem
-from kernels_pallas.grouped import loop as grouped_loop
-from kernels_pallas.grouped import tpu as grouped_tpu
-from kernels_pallas.grouped import xla as grouped_xla
 from kernels_pallas.grouped.problem import GroupedBlocks, GroupedProblem
 from kernels_pallas.targets import Family, Target, assume, current_target, named
 
-ATTENTION: Mapping[str, ModuleType] = {"tpu": tpu, "gpu": gpu, "cudnn": cudnn, "xla": xla}
-GLU: Mapping[str, ModuleType] = {"tpu": glu_tpu, "gpu": glu_gpu, "xla": glu_xla}
-GROUPED: Mapping[str, ModuleType] = {"tpu": grouped_tpu, "loop": grouped_loop, "xla": grouped_xla}
+
+class _Bodies(Mapping[str, ModuleType]):
+    """An operation's bodies by name, each imported when it is asked for: a run on a CPU never waits for Pallas."""
+
+    def __init__(self, package: str, *names: str) -> None:
+        self._modules = {name: f"kernels_pallas.{package}.{name}" for name in names}
+
+    def __getitem__(self, name: str) -> ModuleType:
+        return importlib.import_module(self._modules[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+
+ATTENTION = _Bodies("attention", "tpu", "gpu", "cudnn", "xla")
+GLU = _Bodies("glu", "tpu", "gpu", "xla")
+GROUPED = _Bodies("grouped", "tpu", "loop", "xla")
 
 # Where the interpreter stands in for a chip that is not there, the chip whose limits it follows.
 _STAND_INS = {"tpu": Target("tpu_v5p", Family.TPU), "gpu": Target("h200", Family.GPU, hopper=True)}
@@ -129,7 +140,7 @@ def choose(
         raise ValueError(f"blocks = {wrong}: every size must be a positive integer")
     if interpret:
         target = _STAND_INS[backend] if target.family.value != backend else target
-    refused = {name: why for name, body in bodies.items() if (why := body.unsupported(problem, target))}
+    refused = {name: why for name in bodies if (why := _refusal(bodies, name, problem, target))}
     if backend != "auto":
         if backend in refused:
             able = ", ".join(name for name in bodies if name not in refused)
@@ -142,6 +153,13 @@ def choose(
         chosen, because, passed = _automatic(op, problem, target, [name for name in bodies if name not in refused])
         refused |= passed
     return _plan(op, problem, target, chosen, because, refused, blocks, bodies[chosen])
+
+
+def _refusal(bodies: Mapping[str, ModuleType], name: str, problem: Problem, target: Target) -> str | None:
+    """Why a body cannot run this here, or None."""
+    if target.family is Family.CPU and name in _STAND_INS:  # known without the module
+        return f"target {target.name} is no {'TPU' if name == 'tpu' else 'NVIDIA Hopper'}; the kernels need one"
+    return bodies[name].unsupported(problem, target)
 
 
 def _automatic(op: str, problem: Problem, target: Target, able: list[str]) -> tuple[str, str, dict[str, str]]:

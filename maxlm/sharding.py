@@ -83,6 +83,11 @@ class Layout:
         return tuple(n // math.prod(mesh.shape[axis] for axis in cut) for n, cut in zip(shape, cuts, strict=True))
 
     @property
+    def on_cpu(self) -> bool:
+        """Whether its devices are the host's processor."""
+        return self.mesh.devices.flat[0].platform == "cpu"
+
+    @property
     def batch_shards(self) -> int:
         """Parts that the batch is cut into; a batch has a multiple of this many rows."""
         return math.prod(self.mesh.shape[axis] for axis in ACTIVATION_DIMS["batch"])

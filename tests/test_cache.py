@@ -26,7 +26,7 @@ def test_attention_in_place_is_attention(mask: Mask, T: int) -> None:
     rng = np.random.default_rng(0)
     L, B, S, N, K, H = 3, 2, 256, 4, 2, 8
     q = rng.standard_normal((B, T, N, H), np.float32)
-    k, v = (rng.standard_normal((L, B, S, K, H), np.float32) for _ in range(2))
+    k, v = (rng.standard_normal((L, B, K, S, H), np.float32) for _ in range(2))
     first = np.array([0, 251], np.int32)
     got = jax.jit(functools.partial(cached_attention, scores=Scores(mask=mask)))(q, k, v, jnp.int32(1), first)
     reach = 129 if mask is not masks.causal else S
@@ -34,9 +34,9 @@ def test_attention_in_place_is_attention(mask: Mask, T: int) -> None:
         for t in range(T):
             seen = slice(max(start + t - reach, 0), start + t + 1)
             for head in range(N):
-                scores = k[1, row, seen, head // (N // K)].astype(np.float64) @ q[row, t, head] / np.sqrt(H)
+                scores = k[1, row, head // (N // K), seen].astype(np.float64) @ q[row, t, head] / np.sqrt(H)
                 weights = np.exp(scores - scores.max())
-                want = weights @ v[1, row, seen, head // (N // K)] / weights.sum()
+                want = weights @ v[1, row, head // (N // K), seen] / weights.sum()
                 np.testing.assert_allclose(got[row, t, head], want, atol=1e-5)
 
 
@@ -44,7 +44,7 @@ def test_many_queries_give_what_few_give() -> None:
     """A long prompt takes a kernel over a copy of the layer's keys, a token reads them in place."""
     rng = np.random.default_rng(1)
     q = rng.standard_normal((2, 24, 4, 8), np.float32)
-    k, v = (rng.standard_normal((2, 2, 64, 2, 8), np.float32) for _ in range(2))
+    k, v = (rng.standard_normal((2, 2, 2, 64, 8), np.float32) for _ in range(2))
     attend = jax.jit(functools.partial(ops.attention_to_cache, one_device(), scores=Scores(mask=ops.causal(20))))
     first = np.array([3, 30], np.int32)
     whole = attend(q, k, v, jnp.int32(1), first)

@@ -41,7 +41,7 @@ from maxlm.config import (
 )
 from maxlm.data.tokenizers import Bytes, HuggingFace, Tokenizer
 from maxlm.data.train_tokenizer import train_sentencepiece
-from maxlm.inference.generator import Generator
+from maxlm.inference.generator import Generator, layers_apart
 from maxlm.inference.load import LoadedRun
 from maxlm.inference.sampling import sample
 from maxlm.inference.steps import decode_logits, prefill_logits
@@ -293,13 +293,30 @@ def test_padded_ids_are_never_chosen() -> None:
 def test_bfloat16_weights_change_no_logit() -> None:
     """Casting a matrix once gives what casting it at each use gives."""
     narrow = ExecutionConfig(dtype=Dtype.BFLOAT16)
-    parameters = parameters_of(small_run(BYTE_MODEL))
+    model, parameters = layers_apart(BYTE_MODEL, parameters_of(small_run(BYTE_MODEL)))
     cast = Generator(loaded(execution=narrow))._parameters
     assert cast["embed"].dtype == jnp.bfloat16 and cast["final_norm"]["scale"].dtype == jnp.float32
     tokens, length = np.arange(16, dtype=np.int32)[None], np.array([16], np.int32)
     how = Execution(one_device(), narrow)
-    read = jax.jit(lambda p: prefill_logits(bind(BYTE_MODEL, p), how, tokens, length, 16)[0])
+    read = jax.jit(lambda p: prefill_logits(bind(model, p), how, tokens, length, 16)[0])
     np.testing.assert_array_equal(read(cast), read(parameters))
+
+
+def test_layers_apart_are_the_same_layers_in_their_order() -> None:
+    """A pattern of two different blocks that occurs twice."""
+    block = BYTE_MODEL.blocks[0]
+    local = dataclasses.replace(block, attention=dataclasses.replace(block.attention, window=3))
+    model = dataclasses.replace(BYTE_MODEL, n_layers=4, blocks=(local, block))
+    stacked = parameters_of(small_run(model))
+    apart_model, apart = layers_apart(model, stacked)
+    assert apart_model.layers == model.layers and apart_model.repeats == 1
+    tokens, length = np.arange(16, dtype=np.int32)[None], np.array([16], np.int32)
+    how = Execution(one_device(), ExecutionConfig(dtype=Dtype.FLOAT32))
+    logits = [
+        jax.jit(lambda p, model=model: prefill_logits(bind(model, p), how, tokens, length, 16)[0])(parameters)
+        for model, parameters in ((model, stacked), (apart_model, apart))
+    ]
+    np.testing.assert_allclose(*logits, atol=1e-5)
 
 
 def test_what_does_not_fit_is_refused(generator: Generator) -> None:

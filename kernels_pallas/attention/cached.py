@@ -32,8 +32,9 @@ def cached_attention(
 
     Args:
         q: [B, T, N, H], few queries: scores are [B, N, T, 128].
-        k: [L, B, S, K, H], slot s for position s, where S is a multiple of 128 or less than it.
-        v: [L, B, S, K, Hv].
+        k: [L, B, K, S, H], slot s for position s, where S is a multiple of 128 or less than it. A head's keys lie one
+            after the other, as the products take them.
+        v: [L, B, K, S, Hv].
         layer: int32 scalar.
         q_offset: int32 [B], position of the first query; its own key is in the cache.
         scores, visible_to: as for `flash_attention`; each query must see a key.
@@ -41,7 +42,7 @@ def cached_attention(
     Returns:
         [B, T, N, Hv] in q's dtype.
     """
-    (B, T, N, H), (_, _, S, K, Hv) = q.shape, v.shape
+    (B, T, N, H), (_, _, K, S, Hv) = q.shape, v.shape
     width = min(S, KEYS)
     if S % width:
         raise ValueError(f"a cache of {S} positions; make room for a multiple of {KEYS}")
@@ -69,21 +70,21 @@ def cached_attention(
     rows = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
 
     def block(cache: jax.Array, j: jax.Array) -> jax.Array:
-        """[B, C, K, H], block j of the layer."""
-        start = (layer, 0, j * width, 0, 0)
-        return lax.dynamic_slice(cache, start, (1, B, width, K, cache.shape[-1]))[0]
+        """[B, K, C, H], block j of the layer."""
+        start = (layer, 0, 0, j * width, 0)
+        return lax.dynamic_slice(cache, start, (1, B, K, width, cache.shape[-1]))[0]
 
     def add_block(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         top, total, acc = carry
         seen = blocks.seen(jnp.int32(0), j)
-        score = blocks.capped(_product("bkrh,bckh->bkrc", rows, block(k, j)))
+        score = blocks.capped(_product("bkrh,bkch->bkrc", rows, block(k, j)))
         if (bias := blocks.bias(jnp.int32(0), j)) is not None:
             score += bias
         score = jnp.where(seen, score, MASKED)
         new_top = jnp.maximum(top, score.max(-1))
         p = jnp.where(seen, jnp.exp(score - new_top[..., None]), 0.0)
         shrink = jnp.exp(top - new_top)
-        update = _product("bkrc,bckh->bkrh", p.astype(v.dtype), block(v, j))
+        update = _product("bkrc,bkch->bkrh", p.astype(v.dtype), block(v, j))
         return new_top, total * shrink + p.sum(-1), acc * shrink[..., None] + update
 
     zeros = jnp.zeros(rows.shape[:-1], jnp.float32)

@@ -25,6 +25,8 @@ class AttentionBlocks:
     k_backward: int
     stages: int = 2
     """Key blocks in flight (GPU)."""
+    rows: int = END
+    """Rows of the batch whose scores exist at a time, at most (XLA)."""
 
 
 @dataclass(frozen=True, kw_only=True)

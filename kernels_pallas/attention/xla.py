@@ -10,6 +10,8 @@ in a block, and R = G * C rows: the queries of one block of all heads that share
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,8 +26,11 @@ from kernels_pallas.attention.problem import (
     first_and_last,
     least_and_most,
 )
-from kernels_pallas.masks import Place
-from kernels_pallas.targets import Target
+from kernels_pallas.masks import END, Place
+from kernels_pallas.targets import Family, Target
+
+_CACHED = 2**19
+"""Bytes of scores: with what is computed of them they fit 2 MiB, the second cache of a server's core."""
 
 
 def unsupported(problem: AttentionProblem, target: Target) -> str | None:
@@ -34,9 +39,11 @@ def unsupported(problem: AttentionProblem, target: Target) -> str | None:
 
 
 def default_blocks(problem: AttentionProblem, target: Target) -> AttentionBlocks:
-    """128 keeps a block of scores in a CPU's cache; long sequences take 512 to have fewer, larger products."""
+    """128, or 512 for long sequences to have fewer, larger products; on a CPU so many rows that the scores of a block
+    stay in the cache beside a core."""
     q, k = (min(length, 128 if length <= 4096 else 512) for length in (problem.T, problem.S))
-    return AttentionBlocks(q=q, k=k, q_backward=q, k_backward=k)
+    rows = max(1, _CACHED // (4 * problem.N * q * k)) if target.family is Family.CPU else END
+    return AttentionBlocks(q=q, k=k, q_backward=q, k_backward=k, rows=rows)
 
 
 def on_chip_bytes(problem: AttentionProblem, blocks: AttentionBlocks) -> int:
@@ -51,6 +58,11 @@ def forward(
 
     A query that sees no key has output 0 and logsumexp MASKED. There is nothing to interpret here.
     """
+    return _by_rows(functools.partial(_forward, problem, blocks), blocks.rows, operands)
+
+
+def _forward(problem: AttentionProblem, blocks: AttentionBlocks, operands: Operands) -> tuple[jax.Array, jax.Array]:
+    """`forward` of all rows that the operands have."""
     tiles = _tiles(problem, blocks.q, blocks.k, operands)
     q = _rows(problem, operands.q, blocks.q)
     k, v = _columns(operands.k, blocks.k), _columns(operands.v, blocks.k)
@@ -102,6 +114,20 @@ def backward(
         delta: [B, N, T] float32, rowsum(d_out * out) less the cotangent of lse.
         d_out: [B, T, N, Hv].
     """
+    run = functools.partial(_backward, problem, blocks)
+    dq, dk, dv, d_table = _by_rows(run, blocks.rows, operands, lse, delta, d_out)
+    return dq, dk, dv, None if d_table is None else d_table.sum(0)
+
+
+def _backward(
+    problem: AttentionProblem,
+    blocks: AttentionBlocks,
+    operands: Operands,
+    lse: jax.Array,
+    delta: jax.Array,
+    d_out: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """`backward` of all rows that the operands have; the bias table's gradient with a leading dim of 1, to be added."""
     tiles = _tiles(problem, blocks.q_backward, blocks.k_backward, operands)
     zero = _zero((operands, lse, delta, d_out))
     q, d_out = (_rows(problem, x, blocks.q_backward) for x in (operands.q, d_out))
@@ -112,6 +138,7 @@ def backward(
 
     def key_block(carry: tuple, block: tuple[jax.Array, ...]) -> tuple[tuple, tuple[jax.Array, jax.Array]]:
         j, kj, vj = block
+        kj_across = kj.swapaxes(2, 3)
 
         def add_query_block(i: jax.Array, carry: tuple) -> tuple:
             dq, d_table, dk, dv = carry
@@ -129,17 +156,38 @@ def backward(
             ds = ds.astype(q.dtype)
             dv += _product("bkcr,bkrh->bkch", p.astype(q.dtype), d_out_i)
             dk += _product("bkcr,bkrh->bkch", ds, qi)
-            return dq.at[i].add(_product("bkcr,bkch->bkrh", ds, kj)), d_table, dk, dv
+            return dq.at[i].add(_product("bkhc,bkcr->bkhr", kj_across, ds)), d_table, dk, dv
 
         zeros = jnp.broadcast_to(zero, kj.shape), jnp.broadcast_to(zero, vj.shape)
         *carry, dk, dv = lax.fori_loop(*tiles.query_blocks(j), add_query_block, (*carry, *zeros))
         return tuple(carry), ((dk * problem.scale).astype(k.dtype), dv.astype(v.dtype))
 
-    table = operands.bias_table
-    start = jnp.broadcast_to(zero, q.shape), None if table is None else jnp.broadcast_to(zero, table.shape)
+    # A CPU transposes what it sums over the first dim of, which is least of k: so dq has its rows last, [.., H, R].
+    dq, table = jnp.broadcast_to(zero, (*q.shape[:3], problem.H, q.shape[3])), operands.bias_table
+    start = dq, None if table is None else jnp.broadcast_to(zero, table.shape)
     (dq, d_table), (dk, dv) = lax.scan(key_block, start, (jnp.arange(k.shape[0]), k, v))
-    dq = _from_rows(problem, (dq * problem.scale).astype(q.dtype))
-    return dq, _from_columns(dk, problem.S), _from_columns(dv, problem.S), d_table
+    dq = _from_rows(problem, (dq.swapaxes(3, 4) * problem.scale).astype(q.dtype))
+    return dq, _from_columns(dk, problem.S), _from_columns(dv, problem.S), None if d_table is None else d_table[None]
+
+
+def _by_rows(function: Callable[..., Any], rows: int, operands: Operands, *arrays: jax.Array) -> Any:
+    """function(operands, *arrays) for at most `rows` rows of the batch at a time; results joined along the first dim.
+
+    A smaller block of scores stays in a CPU's cache, and each row skips the blocks that it does not see itself.
+    """
+    B = operands.q.shape[0]
+    rows = max(n for n in range(1, min(rows, B) + 1) if B % n == 0)
+    if rows == B:
+        return function(operands, *arrays)
+    shared = operands.alibi_slopes, operands.bias_table
+    batched = operands._replace(alibi_slopes=None, bias_table=None), arrays
+    parts = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), batched)
+
+    def part(batched: tuple[Operands, tuple[jax.Array, ...]]) -> Any:
+        operands, arrays = batched
+        return function(operands._replace(alibi_slopes=shared[0], bias_table=shared[1]), *arrays)
+
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), lax.map(part, parts))
 
 
 class _Tiles(NamedTuple):

@@ -22,8 +22,8 @@ from maxlm.models.tokens import Tokens
 class Contiguous(NamedTuple):
     """Keys and values of L' equal layers, slot s for position s. Layers change it in place: it is never taken apart."""
 
-    k: jax.Array  # [L', B, S, K, H]
-    v: jax.Array  # [L', B, S, K, H]
+    k: jax.Array  # [L', B, K, S, H]
+    v: jax.Array  # [L', B, K, S, H]
 
     def add(self, layer: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array) -> Contiguous:
         """With keys and values [B, T, K, H] of one layer, row b from slot first[b] on."""
@@ -116,16 +116,15 @@ class GroupedQueryLayer(nnx.Module):
 
 
 def _write(cache: jax.Array, layer: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
-    """Put new [B, T, K, H] into one layer of a cache [L', B, S, K, H], row b from slot first[b] on."""
+    """Put new [B, T, K, H] into one layer of a cache [L', B, K, S, H], row b from slot first[b] on."""
     # Rows are a batching dim, so that devices that each have some of the rows write their own.
     dims = jax.lax.ScatterDimensionNumbers(
         update_window_dims=(1, 2, 3),
         inserted_window_dims=(0,),
-        scatter_dims_to_operand_dims=(0, 2),
+        scatter_dims_to_operand_dims=(0, 3),
         operand_batching_dims=(1,),
         scatter_indices_batching_dims=(0,),
     )
     places = jnp.stack([jnp.broadcast_to(layer, first.shape), first], -1)
-    return jax.lax.scatter(
-        cache, places, new.astype(cache.dtype), dims, unique_indices=True, mode=jax.lax.GatherScatterMode.CLIP
-    )
+    new = new.swapaxes(1, 2).astype(cache.dtype)
+    return jax.lax.scatter(cache, places, new, dims, unique_indices=True, mode=jax.lax.GatherScatterMode.CLIP)

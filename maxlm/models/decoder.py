@@ -165,8 +165,8 @@ class Decoder(nnx.Module):
         room = ops.cache_room(length)
 
         def zeros(block: BlockConfig, layers: int) -> jax.Array:
-            shape = (layers, batch, room, block.attention.n_kv_heads, block.attention.head_dim)
-            return how.layout.constrain(jnp.zeros(shape, how.dtype), None, "batch", None, "kv_heads", None)
+            shape = (layers, batch, block.attention.n_kv_heads, room, block.attention.head_dim)
+            return how.layout.constrain(jnp.zeros(shape, how.dtype), None, "batch", "kv_heads", None, None)
 
         kinds = [(block, 1) for block in self.config.first_blocks]
         kinds += [(block, self.config.repeats) for block in self.config.blocks]

@@ -221,9 +221,12 @@ def make_trainer(config: RunConfig, layout: Layout) -> Trainer:
     abstract = jax.eval_shape(init)
     shardings = state_shardings(abstract, dims, layout, optimizer)
     everywhere, batch_sharding = layout.sharding(), layout.sharding(layout.activation("batch", "seq"))
+    # For what runs once, and is mostly random numbers: not worth the compiler's best effort.
+    in_haste = {"xla_backend_optimization_level": 1}
+    if layout.on_cpu:
+        in_haste["xla_cpu_use_fusion_emitters"] = False
     return Trainer(
-        # It runs once, and is mostly random numbers: not worth the compiler's best effort.
-        init=jax.jit(init, out_shardings=shardings, compiler_options={"xla_backend_optimization_level": 1}),
+        init=jax.jit(init, out_shardings=shardings, compiler_options=in_haste),
         step=jax.jit(
             step,
             donate_argnums=0,

@@ -82,7 +82,7 @@ def attention_to_cache(
 
     Args:
         q: [B, T, N, H].
-        k, v: [L', B, S, K, H], slot s for position s.
+        k, v: [L', B, K, S, H], slot s for position s.
         layer: int32 scalar.
         first_position: int32 [B], of the first query.
         scores, visible_to: as in `attention`; keys are counted in the cache.
@@ -93,7 +93,7 @@ def attention_to_cache(
     rows, by_head = layout.activation("batch"), layout.activation("heads")
     heads, cache = (
         layout.activation("batch", None, "heads", None),
-        layout.activation(None, "batch", None, "kv_heads", None),
+        layout.activation(None, "batch", "kv_heads", None, None),
     )
 
     @functools.partial(
@@ -113,7 +113,8 @@ def attention_to_cache(
     ) -> jax.Array:
         if q.shape[1] <= _FEW_QUERIES:
             return cached_attention(q, k, v, layer, first, scores, visible_to)
-        return flash_attention(q, k[layer], v[layer], **vars(scores), q_offset=first, visible_to=visible_to)
+        k, v = k[layer].swapaxes(1, 2), v[layer].swapaxes(1, 2)
+        return flash_attention(q, k, v, **vars(scores), q_offset=first, visible_to=visible_to)
 
     return local(q, k, v, layer, first_position, visible_to, scores)
 

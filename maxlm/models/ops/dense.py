@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Literal
 
 import jax
@@ -16,11 +17,18 @@ from maxlm.sharding import Layout
 
 
 def project(layout: Layout, subscripts: str, x: jax.Array, w: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-    """einsum of activations with a float32 weight, and a bias added, computed in x's dtype.
+    """einsum of activations [B, T, ...] with a float32 weight over the dims that both have, and a bias added, computed
+    in x's dtype.
 
     The gradient of w is summed over devices in x's dtype, or in float32 with `sharding.float32_gradients`.
     """
-    y = mixed_einsum(subscripts, x, weight(layout, w, x.dtype))
+    w = weight(layout, w, x.dtype)
+    if _takes_matrices(layout):
+        rows, out = x.shape[:2], w.shape[x.ndim - 2 :]
+        y = mixed_einsum("ri,io->ro", x.reshape(math.prod(rows), -1), w.reshape(-1, math.prod(out)))
+        y = y.reshape(*rows, *out)
+    else:
+        y = mixed_einsum(subscripts, x, w)
     return y if bias is None else y + bias.astype(y.dtype)
 
 
@@ -74,7 +82,18 @@ def glu(
             act=activation.value, save=save, backend=kernels.glu.value, device=layout.mesh.devices.flat[0],
         )  # fmt: skip
     # The compiler splits plain products over devices better than we do by hand; a kernel it cannot split.
-    return (run if plan.backend == "xla" else on_mesh)(x, w_gate, w_up, b_gate, b_up)
+    if plan.backend != "xla":
+        return on_mesh(x, w_gate, w_up, b_gate, b_up)
+    if _takes_matrices(layout):
+        return run(x.reshape(-1, x.shape[-1]), w_gate, w_up, b_gate, b_up).reshape(*x.shape[:2], -1)
+    return run(x, w_gate, w_up, b_gate, b_up)
+
+
+def _takes_matrices(layout: Layout) -> bool:
+    """Whether a product is best written with two dims on each side: on a CPU, which copies what it sums over more than
+    one dim of. Not on a mesh, where the compiler cuts each dim in its own way.
+    """
+    return layout.mesh.size == 1 and layout.on_cpu
 
 
 def embed(layout: Layout, table: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
