@@ -73,7 +73,7 @@ def measure(steps: int, cache: bool) -> None:
         "first_step_s": round(first_step_s, 2),
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "n_params": sum(leaf.size for leaf in jax.tree.leaves(run.state.parameters)),
-        "loss": round(float(metrics.loss), 4),
+        "loss": round(float(metrics.figures["loss"]), 4),
         "cores": len(os.sched_getaffinity(0)),
         "jax": jax.__version__,
         "cpu": cpu_name(),

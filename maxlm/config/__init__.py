@@ -88,6 +88,7 @@ from maxlm.config.sharding import (
     pipeline_bubble,
     pipeline_ticks,
 )
+from maxlm.config.task import Pretrain, Task
 
 __all__ = [
     "ACTIVATION_DIMS",
@@ -145,6 +146,7 @@ __all__ = [
     "PostNorm",
     "PreNorm",
     "PrepareConfig",
+    "Pretrain",
     "RelativeBias",
     "Remat",
     "Residual",
@@ -164,6 +166,7 @@ __all__ = [
     "StandardLibrary",
     "StatePart",
     "StepRange",
+    "Task",
     "TokenizerConfig",
     "TokenizerSource",
     "TopKRouter",
