@@ -27,8 +27,8 @@ from jax.experimental import topologies
 from configs import llama7b
 from maxlm.config import Context, Remat, RunConfig, ShardingConfig
 from maxlm.sharding import make_layout
-from maxlm.training import make_trainer
-from maxlm.training.step import gradient_function, loss_function
+from maxlm.training import NextToken, make_trainer
+from maxlm.training.step import gradient_function
 
 TOKENS = 4096
 """Of every device, whatever the length of the sequence."""
@@ -56,8 +56,8 @@ def temporary_bytes(context: Context, seq: int) -> int:
     config.validate(len(devices))
     layout = make_layout(config.sharding, devices)
     trainer = make_trainer(config, layout)
-    gradient = jax.jit(gradient_function(config, layout, loss_function(config, layout)))
-    memory = gradient.lower(trainer.state.parameters, trainer.batch).compile().memory_analysis()
+    gradient = jax.jit(gradient_function(config, layout, NextToken(config, layout)))
+    memory = gradient.lower(trainer.state.parameters, None, trainer.batch).compile().memory_analysis()
     assert memory is not None  # the TPU compiler gives it
     return memory.temp_size_in_bytes
 

@@ -5,7 +5,6 @@ launch.py: command: train somewhere else
 generate.py: command: continue a text
 evaluate.py: command: held-out loss
 inspect.py: command: list, verify, hash
-pretrain.py: the training run, top to bottom
 sharding.py: the mesh, and jax shardings of the table in config/dims.py
 hardware.py: every chip: FLOP/s, memory, links, with sources
 processes.py: joining several processes; stopping all at the same step

@@ -1,16 +1,19 @@
-"""Several processes, one program: joining them, and stopping all of them at the same step."""
+"""Several processes, one program: joining them, process 0 first, and stopping all of them at the same step."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from maxlm.config import UserError
@@ -55,6 +58,26 @@ def _on_tpu_vm() -> bool:
         and importlib.util.find_spec("libtpu") is not None
         and jax.config.values["jax_platforms"] in (None, "tpu")
     )
+
+
+def main_says(value: bool) -> bool:
+    """What process 0 passes, on every process."""
+    return bool(multihost_utils.broadcast_one_to_all(np.bool_(value))) if jax.process_count() > 1 else value
+
+
+@contextlib.contextmanager
+def main_first(task: str) -> Iterator[None]:
+    """All processes wait at the end of the block for process 0; what fails there ends all of them."""
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # told to the others first, or they would wait for ever
+        failure = error
+    done = main_says(failure is None)
+    if failure is not None:
+        raise failure
+    if not done:
+        raise UserError(f"process 0 could not {task}; its message says why")
 
 
 class Interruption:

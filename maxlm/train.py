@@ -12,7 +12,7 @@ from maxlm.config import RunConfig
 from maxlm.config.cli import describe_config, parse_run, run_command
 
 if TYPE_CHECKING:
-    from maxlm.pretrain import Result
+    from maxlm.training.loop import Result
 
 EXIT_INTERRUPTED = 75
 """EX_TEMPFAIL of sysexits.h: try again later."""
@@ -22,11 +22,12 @@ def main(config: RunConfig) -> Result:
     """Run `config` to its last step, or until a signal; continues what `config.run_dir` holds.
 
     Raises:
-        UserError: see `maxlm.pretrain.pretrain`.
+        UserError: see `maxlm.training.loop.run`.
     """
-    from maxlm.pretrain import pretrain  # jax is loaded only once there is something to run
+    from maxlm.recipes import recipe  # jax is loaded only once there is something to run
+    from maxlm.training.loop import run
 
-    return pretrain(config)
+    return run(config, recipe)
 
 
 def command(argv: list[str]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,7 +28,8 @@ from maxlm.config import (
 from maxlm.models import Execution, Tokens, bind
 from maxlm.models.decoder import DecoderOutput
 from maxlm.sharding import Layout, make_layout
-from maxlm.training import Trainer
+from maxlm.training import NextToken, Sums, Trainer
+from maxlm.training import step as steps
 
 FLOAT32 = ExecutionConfig(dtype=Dtype.FLOAT32, remat=Remat.NONE)
 
@@ -104,7 +106,19 @@ def packed_batch(config: RunConfig, seed: int = 0) -> dict[str, np.ndarray]:
 
 def place(batch: dict[str, np.ndarray], trainer: Trainer) -> dict[str, jax.Array]:
     """The batch on the devices where the trainer wants it."""
-    return {name: jax.device_put(values, trainer.batch_sharding) for name, values in batch.items()}
+    return {name: jax.device_put(values, trainer.batch[name].sharding) for name, values in batch.items()}
+
+
+def loss_function(config: RunConfig, layout: Layout) -> Callable[..., Sums]:
+    """Parameters and batch -> the sums of next-token prediction."""
+    objective = NextToken(config, layout)
+    return lambda parameters, batch: objective.loss(parameters, None, batch, objective.counted(batch))
+
+
+def gradient_function(config: RunConfig, layout: Layout) -> Callable[..., tuple[Sums, Any]]:
+    """Parameters and batch -> sums and gradient of next-token prediction."""
+    gradient = steps.gradient_function(config, layout, NextToken(config, layout))
+    return lambda parameters, batch: gradient(parameters, None, batch)
 
 
 def hlo_shapes(text: str) -> set[tuple[str, tuple[int, ...]]]:

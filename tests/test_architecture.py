@@ -27,10 +27,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"config", "sharding"},
     "hardware": {"config"},
     "observe": {"config", "shapes", "hardware"},
-    "training": {"config", "shapes", "sharding", "models", "checkpoint", "observe"},
+    "training": {"config", "shapes", "sharding", "models", "checkpoint", "observe", "processes", "compile_cache"},
     "plan": {"config", "shapes", "hardware", "sharding", "models", "training", "observe"},
     "inference": {"config", "sharding", "models", "checkpoint", "data"},
-    "evaluation": {"config", "observe", "data", "inference"},
+    "evaluation": {"config", "sharding", "models", "observe", "data", "training", "inference"},
+    "recipes": {"config", "sharding", "data", "training", "inference", "evaluation", "observe", "processes"},
     "launching": {"config", "hardware"},
     "processes": {"config"},
     "compile_cache": set(),
@@ -43,9 +44,6 @@ COMMANDS = {
 }
 """They may import anything, and do so inside functions, after the command line is understood."""
 
-LOOP = "maxlm/pretrain.py"
-"""The training loop ties the rooms together; only commands import it."""
-
 LAZY = {
     "maxlm/data/sources.py": {"datasets", "pyarrow", "zstandard"},  # the extra `hub`: only who reads such files has it
     "maxlm/observe/plots.py": {"matplotlib"},  # the extra `viz`
@@ -57,7 +55,6 @@ LAZY = {
 
 SAME_NAME: dict[str, str] = {
     "Batch": "arrays of a window on the host, and the global arrays that they become",
-    "StepMetrics": "figures on the device, and the row that they become",
 }
 """Public classes and types of which there are two, and why."""
 
@@ -68,6 +65,7 @@ SAME_FILE: dict[str, str] = {
     "tpu.py": "a body of each operation",
     "gpu.py": "a body of each operation",
     "attention.py": "the layer, and under models/ops/ its way over the mesh",
+    "loop.py": "the run of a recipe, and grouped products group by group",
     "execution.py": "the settings, and what follows them",
     "mlp.py": "the settings, and what follows them",
     "sampling.py": "the settings, and what follows them",
@@ -164,7 +162,7 @@ def test_the_reader_of_imports_sees_them() -> None:
 
 
 def test_every_room_is_in_the_table() -> None:
-    rooms = {room(module_name(file)) for file in product() if file not in COMMANDS | {LOOP, "maxlm/__init__.py"}}
+    rooms = {room(module_name(file)) for file in product() if file not in COMMANDS | {"maxlm/__init__.py"}}
     assert rooms == set(MAY_IMPORT)
 
 
@@ -176,7 +174,7 @@ def test_imports_go_down_the_table() -> None:
     wrong = [
         str(found)
         for found in own_imports()
-        if found.file not in COMMANDS | {LOOP}
+        if found.file not in COMMANDS
         and room(found.module) not in {room(module_name(found.file))} | MAY_IMPORT[room(module_name(found.file))]
     ]
     assert not wrong
@@ -214,10 +212,6 @@ def test_other_packages_are_imported_inside_functions_for_a_reason() -> None:
         if late := names - sys.stdlib_module_names - {"maxlm", KERNELS}:
             found[file] = late
     assert found == LAZY
-
-
-def test_only_commands_import_the_training_loop() -> None:
-    assert {found.file for found in own_imports() if found.module == module_name(LOOP)} <= COMMANDS
 
 
 def test_only_ops_imports_the_kernels() -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from aot import Case, compile_all, complaints, require_compiler
 from attention_cases import mask_of
-from helpers import one_device, packed_batch, small_model, small_run, with_attention
+from helpers import gradient_function, one_device, packed_batch, small_model, small_run, with_attention
 from jax.sharding import PartitionSpec as P
 from test_layouts import assert_close, loss_and_gradients
 
@@ -34,7 +34,6 @@ from maxlm.models import init_parameters, ops
 from maxlm.models.ops import ring
 from maxlm.models.ops.ring import LOW, in_ring_order, make_ring, zigzag_order
 from maxlm.sharding import Layout, make_layout
-from maxlm.training.step import gradient_function, loss_function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,7 +333,7 @@ def permutes(remat: Remat) -> int:
     config = small_run(small_model(remat=remat), sharding)
     layout = make_layout(sharding)
     parameters = jax.eval_shape(lambda: init_parameters(config.model, jax.random.key(0)))
-    gradient = gradient_function(config, layout, loss_function(config, layout))
+    gradient = gradient_function(config, layout)
     jaxpr = jax.make_jaxpr(gradient)(parameters, packed_batch(config))
     return len(re.findall(r"\bppermute\[", str(jaxpr)))
 

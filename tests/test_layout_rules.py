@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 import pytest
-from helpers import small_model, small_run, with_attention
+from helpers import gradient_function, small_model, small_run, with_attention
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -36,7 +36,6 @@ from maxlm.config import (
 )
 from maxlm.sharding import make_layout
 from maxlm.training import make_trainer
-from maxlm.training.step import gradient_function, loss_function
 
 EXPERTS = Experts(n_experts=4, d_ff=48, router=TopKRouter(top_k=2))
 
@@ -181,7 +180,7 @@ def can_run(config: RunConfig) -> bool:
         between = "stage_batch" if layout.mesh.shape["stage"] > 1 else "batch"
         residual = layout.sharding(layout.activation(between, "residual_seq", "embed"))
         residual.shard_shape((rows, train.seq_len, model.d_model))
-        loss = gradient_function(config, layout, loss_function(config, layout))
+        loss = gradient_function(config, layout)
         jax.eval_shape(loss, trainer.state.parameters, trainer.batch)
     except Exception:
         return False

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from helpers import hlo_shapes, one_device
 
-from maxlm.training.losses import cross_entropy_sums
+from maxlm.config import ShardingConfig
+from maxlm.sharding import make_layout
+from maxlm.training.losses import cross_entropy_sums, token_log_probs, token_scores
 
 B, T, D, V = 2, 15, 8, 37  # 30 tokens: chunks of 7 and 16 leave a rest, chunks of 10 and 30 do not
 
@@ -148,3 +150,82 @@ def test_no_array_of_all_tokens_by_the_vocabulary():
         return -(jnp.take_along_axis(log_p, targets[..., None], 2)[..., 0] * mask).sum()
 
     assert logits(jax.jit(jax.grad(dense, (0, 1))).lower(*shapes).compile().as_text()) == tokens * vocabulary
+
+
+# Log-probabilities of single tokens
+
+
+def token_formula(hidden, table, targets, d_log_probs, d_entropy):
+    """Log-probabilities, entropies, and gradients of their weighted sums, in float64 and all at once."""
+    hidden, table = (np.asarray(x, np.float64) for x in (hidden, table))
+    logits = hidden @ table.T
+    top = logits.max(-1, keepdims=True)
+    log_p = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+    p = np.exp(log_p)
+    entropy = -(p * log_p).sum(-1)
+    onehot = np.eye(table.shape[0])[np.asarray(targets)]
+    d_logits = np.asarray(d_log_probs)[..., None] * (onehot - p)
+    d_logits -= np.asarray(d_entropy)[..., None] * p * (log_p + entropy[..., None])
+    d_table = np.einsum("btv,btd->vd", d_logits, hidden)
+    return (log_p * onehot).sum(-1), entropy, d_logits @ table, d_table
+
+
+def scores_and_gradients(layout, hidden, table, targets, d_log_probs, d_entropy, chunk):
+    def weighted(hidden, table):
+        scores = token_scores(layout, hidden, table, targets, chunk=chunk)
+        return (scores.log_probs * d_log_probs + scores.entropy * d_entropy).sum(), scores
+
+    gradients, scores = jax.jit(jax.grad(weighted, (0, 1), has_aux=True))(hidden, table)
+    return (*scores, *gradients)
+
+
+def token_arguments(rows=B, columns=T, vocabulary=V):
+    rng = np.random.default_rng(5)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    targets = rng.integers(0, vocabulary, (rows, columns)).astype(np.int32)
+    targets[0, :2] = 0, vocabulary - 1
+    return (
+        normal(rows, columns, D), normal(vocabulary, D), jnp.asarray(targets), normal(rows, columns),
+        normal(rows, columns),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("chunk", [7, 10, 1024])
+def test_token_scores_and_gradients_equal_the_formula(chunk):
+    got, want = scores_and_gradients(one_device(), *token_arguments(), chunk), token_formula(*token_arguments())
+    for g, w in zip(got, want, strict=True):
+        assert g.dtype == jnp.float32
+        np.testing.assert_allclose(g, w, atol=1e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("sharding", [ShardingConfig(fsdp=2, tensor=2, seq=2), ShardingConfig(data=2, tensor=4)])
+def test_token_scores_over_a_cut_vocabulary(sharding):
+    values = token_arguments(rows=4, columns=6, vocabulary=40)
+    got = scores_and_gradients(make_layout(sharding), *values, 5)
+    for g, w in zip(got, token_formula(*values), strict=True):
+        np.testing.assert_allclose(g, w, atol=1e-5, rtol=2e-5)
+
+
+def test_large_logits_have_finite_scores():
+    hidden, table, targets, *weights = token_arguments()
+    got = scores_and_gradients(one_device(), hidden, 300 * table, targets, *weights, 16)
+    want = token_formula(hidden, 300 * table, targets, *weights)
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5, atol=1e-3)
+    assert all(np.isfinite(g).all() for g in got)
+
+
+def test_token_log_probs_never_hold_the_logits_of_all_tokens():
+    """Temporary memory of the compiled program, forward and backward: that of a few chunks and the table."""
+    tokens, vocabulary, chunk = 4096, 4096, 128
+    shapes = (
+        jax.ShapeDtypeStruct((2, tokens // 2, D), jnp.float32),
+        jax.ShapeDtypeStruct((vocabulary, D), jnp.float32),
+        jax.ShapeDtypeStruct((2, tokens // 2), jnp.int32),
+    )
+    summed = lambda *a: token_log_probs(one_device(), *a, chunk=chunk).sum()
+    for program in (summed, jax.grad(summed, (0, 1))):
+        compiled = jax.jit(program).lower(*shapes).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < 0.15 * 4 * tokens * vocabulary
+        found = hlo_shapes(compiled.as_text())
+        logits = max(np.prod(shape) for _, shape in found if vocabulary in shape and D not in shape)
+        assert logits == chunk * vocabulary

@@ -11,7 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import FLOAT32, one_device, packed_batch, plainly, run_decoder, small_model, small_run, with_attention
+from helpers import (
+    FLOAT32,
+    loss_function,
+    one_device,
+    packed_batch,
+    plainly,
+    run_decoder,
+    small_model,
+    small_run,
+    with_attention,
+)
 
 from maxlm.config import (
     PARAMETER_DIMS,
@@ -37,7 +47,6 @@ from maxlm.config import (
 )
 from maxlm.models import Decoder, Execution, Tokens, bind, init_parameters, parameter_dims
 from maxlm.models.positions import rope_frequencies, rotate
-from maxlm.training.step import loss_function
 
 # ---- the model, from the papers ----
 

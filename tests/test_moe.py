@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import FLOAT32, one_device, packed_batch, plainly, run_decoder, small_model, small_run
+from helpers import FLOAT32, gradient_function, one_device, packed_batch, plainly, run_decoder, small_model, small_run
 from jax.scipy.stats import norm
 
 from maxlm.config import (
@@ -33,7 +33,6 @@ from maxlm.models import Decoder, Execution, Tokens, bind, init_parameters
 from maxlm.models.moe import ExpertsLayer, RouterStats, balance_biases
 from maxlm.models.parameters import Initializer
 from maxlm.sharding import make_layout
-from maxlm.training.step import gradient_function, loss_function
 
 B, T, D, E, F = 4, 12, 16, 6, 10
 
@@ -400,7 +399,7 @@ def test_remat_keeps_the_experts_products_or_not(dispatch: Dropless | Capacity) 
         layout = one_device()
         config = small_run(small_model(blocks=(block,)))
         config = dataclasses.replace(config, execution=dataclasses.replace(FLOAT32, remat=remat))
-        gradient = gradient_function(config, layout, loss_function(config, layout))
+        gradient = gradient_function(config, layout)
         parameters = jax.eval_shape(lambda: init_parameters(config.model, jax.random.key(0)))
         return str(jax.make_jaxpr(gradient)(parameters, packed_batch(config))).count("name=grouped_out")
 

@@ -12,11 +12,13 @@ import sys
 import types
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 import rich.console
+from train_runs import scalars
 
 from maxlm.config import (
     DataConfig,
@@ -34,7 +36,7 @@ from maxlm.config import (
     with_experts,
 )
 from maxlm.observe.console import Console
-from maxlm.observe.metrics import Evaluation, ExpertMetrics, RowLog, StepMetrics, Throughput, read_rows
+from maxlm.observe.metrics import Row, RowLog, Throughput, read_rows
 from maxlm.observe.plots import loss_curve, smooth
 from maxlm.observe.profiler import ProfileWindow
 from maxlm.observe.report import SavedCheckpoint, write_report
@@ -57,6 +59,11 @@ class FakeDevice:
         return None if self.device_kind == "cpu" else {"bytes_in_use": 2 << 30, "bytes_limit": 16 << 30}
 
 
+EVALUATION = {
+    "tokens": 1280, "eval_loss": 2.0, "eval_perplexity": math.exp(2.0), "eval_bits_per_byte": 0.72, "eval_tokens": 100,
+}  # fmt: skip
+
+
 def run_config(**observe) -> RunConfig:
     return RunConfig(
         model=llama(vocab_size=64, d_model=32, n_layers=2, n_heads=4, d_ff=48, max_seq_len=16),
@@ -74,10 +81,10 @@ def open_log(run_dir: Path, *, resume_step=0, is_main=True, kind="cpu", config=N
     )  # fmt: skip
 
 
-def train(log: RunLog, first: int, last: int, loss=lambda step: 5 - step / 10) -> list[StepMetrics]:
+def train(log: RunLog, first: int, last: int, loss=lambda step: 5 - step / 10) -> list[Row]:
     log.start_clock(first, first * 64)
     return [
-        log.step(step, loss=loss(step), tokens=step * 64, learning_rate=1e-3, grad_norm=1.0)
+        log.step(step, step * 64, {"loss": loss(step), "learning_rate": 1e-3, "grad_norm": 1.0})
         for step in range(first + 2, last + 1, 2)
     ]
 
@@ -101,7 +108,7 @@ def test_mfu_row_is_the_stated_rule(tmp_path):
         row = train(log, 0, 2)[0]
     n = 2 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32) + 32 + 64 * 32  # blocks, final norm, head; no input table
     flops = 6 * n + 12 * 2 * 32 * 16
-    assert row.mfu == pytest.approx(flops * row.tokens_per_s / (4 * 197e12))
+    assert row["mfu"] == pytest.approx(flops * row["tokens_per_s"] / (4 * 197e12))
     assert "12·L·N_heads·H·T" in output.getvalue() and "197 TFLOP/s" in output.getvalue()
 
 
@@ -109,8 +116,8 @@ def test_resume_drops_later_rows_of_all_files(tmp_path):
     with open_log(tmp_path) as log:
         train(log, 0, 10)
         for step in (5, 10):
-            log.evaluation(step, tokens=step * 64, loss=3.0, eval_tokens=10)
-            log.sample(step, "a", "b")
+            log.measured("eval", step, {"eval_loss": 3.0}, "a line")
+            log.measured("sample", step, {"text": "b"}, "a line")
     with open_log(tmp_path, resume_step=6) as log:
         train(log, 6, 8, loss=lambda step: 1.0)
     rows = read_rows(tmp_path / "metrics.jsonl")
@@ -154,8 +161,8 @@ def test_rows_outlive_kill_9(tmp_path):
 
 def test_not_finite_figures_stay_json(tmp_path):
     with open_log(tmp_path) as log:
-        log.step(1, loss=math.nan, tokens=64, learning_rate=0.0, grad_norm=math.inf)
-        log.evaluation(1, tokens=64, loss=1e6, eval_tokens=5)
+        log.step(1, 64, {"loss": math.nan, "learning_rate": 0.0, "grad_norm": math.inf})
+        log.measured("eval", 1, {"eval_perplexity": math.inf}, "a line")
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
 
     def refuse(word: str):
@@ -167,25 +174,15 @@ def test_not_finite_figures_stay_json(tmp_path):
     assert json.loads(line, parse_constant=refuse)["eval_perplexity"] is None
 
 
-def test_evaluation_figures_against_a_uniform_model():
-    """A model that gives each of 256 bytes the same chance: perplexity 256, 8 bits a byte; two bytes a token: 4."""
-    row = Evaluation(step=1, tokens=1, eval_loss=math.log(256), eval_tokens=100, eval_bytes=100).row()
-    assert row["eval_perplexity"] == pytest.approx(256) and row["eval_bits_per_byte"] == pytest.approx(8)
-    row = Evaluation(step=1, tokens=1, eval_loss=math.log(256), eval_tokens=100, eval_bytes=200).row()
-    assert row["eval_bits_per_byte"] == pytest.approx(4)
-    assert Evaluation(step=1, tokens=1, eval_loss=1.0, eval_tokens=1).row()["eval_bits_per_byte"] is None
-
-
 def test_other_processes_write_and_print_nothing(tmp_path):
     output = io.StringIO()
     with open_log(tmp_path / "run", is_main=False, output=output) as log:
         rows = train(log, 0, 4)
-        log.evaluation(4, tokens=1, loss=1.0, eval_tokens=1)
-        log.sample(4, "a", "b")
+        log.measured("eval", 4, {"eval_loss": 1.0}, "a line")
         log.say("x")
         log.warning("x")
         assert log.finish() is None
-    assert rows[-1].tokens_per_s > 0
+    assert rows[-1]["tokens_per_s"] > 0
     assert not (tmp_path / "run").exists() and output.getvalue() == ""
 
 
@@ -200,30 +197,29 @@ def moe_config(**changes) -> RunConfig:
     return dataclasses.replace(config, model=with_experts(model, experts, every=2), **changes)
 
 
-def expert_metrics(**changes) -> ExpertMetrics:
-    values = {
-        "auxiliary_loss": 0.04, "moe_load_entropy": (0.9, 0.7), "moe_dropped_share": (0.0, 0.05),
-        "moe_max_over_mean_load": (1.5, 2.5), **changes,
+def expert_figures(**changes) -> dict[str, Any]:
+    return {
+        "loss": 1.5, "learning_rate": 1e-3, "grad_norm": 1.0, "auxiliary_loss": 0.04, "moe_load_entropy": [0.9, 0.7],
+        "moe_dropped_share": [0.0, 0.05], "moe_max_over_mean_load": [1.5, 2.5], **changes,
     }  # fmt: skip
-    return ExpertMetrics(**values)
 
 
 def test_figures_of_experts_go_everywhere(tmp_path):
     output = io.StringIO()
     with open_log(tmp_path, config=moe_config(), output=output) as log:
         for step in (2, 4):
-            log.step(step, loss=1.5, tokens=64, learning_rate=1e-3, grad_norm=1.0, experts=expert_metrics())
+            log.step(step, 64, expert_figures())
         log.finish()
     row = read_rows(tmp_path / "metrics.jsonl")[0]
     assert row["auxiliary_loss"] == 0.04 and row["moe_load_entropy"] == [0.9, 0.7]
     assert row["moe_dropped_share"] == [0.0, 0.05] and row["moe_max_over_mean_load"] == [1.5, 2.5]
     assert "experts" not in row
     assert "load entropy 0.800  dropped 2.5 %" in output.getvalue()
-    scalars = {(tag, step): value for tag, step, value in _scalars(tmp_path / "tensorboard")}
-    assert scalars["train/moe_load_entropy/layer_1", 2] == pytest.approx(0.9)
-    assert scalars["train/moe_max_over_mean_load/layer_3", 4] == 2.5
-    assert scalars["train/auxiliary_loss", 2] == pytest.approx(0.04)
-    assert not any("layer_0" in tag or "layer_2" in tag for tag, _ in scalars)
+    found = {(tag, step): value for tag, step, value in scalars(tmp_path / "tensorboard")}
+    assert found["train/moe_load_entropy/layer_1", 2] == pytest.approx(0.9)
+    assert found["train/moe_max_over_mean_load/layer_3", 4] == 2.5
+    assert found["train/auxiliary_loss", 2] == pytest.approx(0.04)
+    assert not any("layer_0" in tag or "layer_2" in tag for tag, _ in found)
     titles = re.findall("<figcaption>([^<]*)", (tmp_path / "report.html").read_text())
     assert sum("mean over layers" in title for title in titles) == 3
     assert sum("Auxiliary loss of the routers" in title for title in titles) == 1
@@ -245,12 +241,11 @@ def test_a_dense_model_has_no_such_figures(tmp_path):
 
 def test_figures_of_experts_that_are_not_finite_stay_json(tmp_path):
     with open_log(tmp_path, config=moe_config()) as log:
-        figures = expert_metrics(moe_load_entropy=(math.nan, 0.5), auxiliary_loss=math.inf)
-        log.step(2, loss=1.5, tokens=64, learning_rate=1e-3, grad_norm=1.0, experts=figures)
+        log.step(2, 64, expert_figures(moe_load_entropy=[math.nan, 0.5], auxiliary_loss=math.inf))
         log.finish()
     row = read_rows(tmp_path / "metrics.jsonl")[0]
     assert row["moe_load_entropy"] == [None, 0.5] and row["auxiliary_loss"] is None
-    assert not any(tag == "train/moe_load_entropy/layer_1" for tag, _, _ in _scalars(tmp_path / "tensorboard"))
+    assert not any(tag == "train/moe_load_entropy/layer_1" for tag, _, _ in scalars(tmp_path / "tensorboard"))
 
 
 def test_a_pipeline_says_its_bubble_once(tmp_path):
@@ -316,17 +311,17 @@ def test_a_terminal_gets_a_status_line_that_goes_away():
     with Console(output=terminal) as console:
         console.start(20, 4, ["header"], memory_limit=16 << 30)
         console.log(
-            StepMetrics(
-                step=10,
-                loss=2.5,
-                tokens=640,
-                tokens_per_s=64.0,
-                step_time_s=1.0,
-                mfu=0.412,
-                learning_rate=1e-3,
-                grad_norm=1.0,
-                memory_bytes=3 << 30,
-            )
+            {
+                "step": 10,
+                "loss": 2.5,
+                "tokens": 640,
+                "tokens_per_s": 64.0,
+                "step_time_s": 1.0,
+                "mfu": 0.412,
+                "learning_rate": 1e-3,
+                "grad_norm": 1.0,
+                "memory_bytes": 3 << 30,
+            }
         )
     text = output.getvalue()
     assert "continuing after step 4 of 20" in text and "step 10/20" in text
@@ -337,32 +332,15 @@ def test_a_terminal_gets_a_status_line_that_goes_away():
 # Writers
 
 
-def _scalars(folder: Path) -> list[tuple[str, int, float]]:
-    """(tag, step, value) of all event files; TFRecord framing is length, crc, data, crc."""
-    from tensorboardX.proto.event_pb2 import Event
-
-    found = []
-    for path in sorted(folder.glob("events*")):
-        data, at = path.read_bytes(), 0
-        while at < len(data):
-            size = int.from_bytes(data[at : at + 8], "little")
-            event = Event.FromString(data[at + 12 : at + 12 + size])
-            found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
-            if event.HasField("session_log"):
-                found.append(("restart", event.step, 0.0))
-            at += 16 + size
-    return found
-
-
 def test_tensorboard_gets_finite_figures_and_purges_on_resume(tmp_path):
     with open_log(tmp_path) as log:
-        log.step(2, loss=1.5, tokens=64, learning_rate=1e-3, grad_norm=math.nan)
-        log.evaluation(2, tokens=64, loss=2.5, eval_tokens=5)
-    scalars = _scalars(tmp_path / "tensorboard")
-    assert ("train/loss", 2, 1.5) in scalars and ("eval/loss", 2, 2.5) in scalars
-    assert not any(tag in ("train/grad_norm", "train/mfu", "train/step") for tag, _, _ in scalars)
+        log.step(2, 64, {"loss": 1.5, "learning_rate": 1e-3, "grad_norm": math.nan})
+        log.measured("eval", 2, {"eval_loss": 2.5, "eval_perplexity": math.inf}, "a line")
+    found = scalars(tmp_path / "tensorboard")
+    assert ("train/loss", 2, 1.5) in found and ("eval/loss", 2, 2.5) in found
+    assert not any(tag in ("train/grad_norm", "train/mfu", "train/step") for tag, _, _ in found)
     TensorBoardWriter(tmp_path / "again", resume_step=2).close()
-    assert _scalars(tmp_path / "again" / "tensorboard")[0][:2] == ("restart", 3)
+    assert scalars(tmp_path / "again" / "tensorboard")[0][:2] == ("restart", 3)
 
 
 def test_wandb_run_continues_under_its_id(tmp_path, monkeypatch):
@@ -477,8 +455,8 @@ def test_report_stands_alone_and_escapes_what_a_model_writes(tmp_path):
     serialize.save(config, tmp_path / "config.json")
     with open_log(tmp_path, config=config, kind="NVIDIA H200") as log:
         train(log, 0, 20)
-        log.evaluation(20, tokens=1280, loss=2.0, eval_tokens=100, eval_bytes=400)
-        log.sample(20, "<b>prompt", "</pre><script>alert(1)</script>")
+        log.measured("eval", 20, EVALUATION, "a line")
+        log.measured("sample", 20, {"prompt": "<b>prompt", "text": "</pre><script>alert(1)</script>"}, "a line")
         finished = log.finish([SavedCheckpoint(step=20, n_bytes=5 << 20, saved=datetime(2026, 1, 2, 3, 4, 5))])
     page = finished.report.read_text()
     parsed = _Page(page)

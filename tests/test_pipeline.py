@@ -9,14 +9,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from helpers import one_device, packed_batch, place, plainly, small_model, small_run, with_attention
+from helpers import loss_function, one_device, packed_batch, place, plainly, small_model, small_run, with_attention
 from test_layouts import assert_close, loss_and_gradients
 
 from maxlm.config import ShardingConfig, pipeline_bubble, pipeline_ticks
 from maxlm.models import Decoder, Tokens, init_parameters
 from maxlm.sharding import make_layout
 from maxlm.training import make_trainer
-from maxlm.training.step import loss_function
 
 # 24 rows divide into 1, 2, 3, 4, 6 and 12 micro-batches on every mesh below.
 BATCH = 24

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from helpers import one_device, small_model, small_run, with_attention
+from helpers import loss_function, one_device, small_model, small_run, with_attention
 
 from benchmarks import plan_memory
 from maxlm.config import (
@@ -34,7 +34,6 @@ from maxlm.plan.memory import cache_bytes, estimate_memory
 from maxlm.shapes import arrays
 from maxlm.sharding import make_layout
 from maxlm.training import make_trainer
-from maxlm.training.step import loss_function
 
 
 def experts_model():

@@ -8,7 +8,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from helpers import one_device, packed_batch, place, small_model, small_run
+from helpers import gradient_function, loss_function, one_device, packed_batch, place, small_model, small_run
 
 from maxlm.config import (
     AdamW,
@@ -26,7 +26,6 @@ from maxlm.models.moe import RouterStats
 from maxlm.sharding import make_layout
 from maxlm.training import make_trainer
 from maxlm.training.router_metrics import router_metrics
-from maxlm.training.step import gradient_function, loss_function
 
 
 def moe_model(router, n_experts=4, **moe):
@@ -49,25 +48,27 @@ def test_figures_against_numpy():
     got = router_metrics((None, RouterStats(load, dropped, np.zeros(3))))
     for layer in range(3):
         p = load[layer].astype(np.float64) / load[layer].sum()
-        np.testing.assert_allclose(got.load_entropy[layer], -(p * np.log(p)).sum() / np.log(8), rtol=1e-6)
-        np.testing.assert_allclose(got.dropped_share[layer], dropped[layer] / load[layer].sum(), rtol=1e-6)
-        np.testing.assert_allclose(got.max_over_mean_load[layer], load[layer].max() / load[layer].mean(), rtol=1e-6)
+        np.testing.assert_allclose(got["moe_load_entropy"][layer], -(p * np.log(p)).sum() / np.log(8), rtol=1e-6)
+        np.testing.assert_allclose(got["moe_dropped_share"][layer], dropped[layer] / load[layer].sum(), rtol=1e-6)
+        np.testing.assert_allclose(
+            got["moe_max_over_mean_load"][layer], load[layer].max() / load[layer].mean(), rtol=1e-6
+        )
 
 
 def test_figures_at_the_ends_of_their_ranges():
     loads = np.array([[5, 5, 5, 5], [20, 0, 0, 0]], np.float32)
     got = router_metrics((RouterStats(loads, np.zeros(2), np.zeros(2)),))
-    np.testing.assert_allclose(got.load_entropy, [1, 0], atol=1e-6)
-    np.testing.assert_allclose(got.max_over_mean_load, [1, 4])
+    np.testing.assert_allclose(got["moe_load_entropy"], [1, 0], atol=1e-6)
+    np.testing.assert_allclose(got["moe_max_over_mean_load"], [1, 4])
     alone = router_metrics((RouterStats(np.full((1, 1), 7.0), np.zeros(1), np.zeros(1)),))
-    assert (float(alone.load_entropy[0]), float(alone.max_over_mean_load[0])) == (1, 1)
+    assert (float(alone["moe_load_entropy"][0]), float(alone["moe_max_over_mean_load"][0])) == (1, 1)
 
 
 def test_figures_are_in_the_order_of_the_layers():
     """Layers 1, 2, 4, 5 have experts; entry 1 of the pattern is layers 1 and 4."""
     entry = lambda *tops: RouterStats(np.array([[top, 10 - top] for top in tops], np.float32), np.zeros(2), np.zeros(2))
     got = router_metrics((None, entry(6, 8), entry(7, 9)))
-    np.testing.assert_allclose(np.asarray(got.max_over_mean_load) * 5, [6, 7, 8, 9])
+    np.testing.assert_allclose(np.asarray(got["moe_max_over_mean_load"]) * 5, [6, 7, 8, 9])
 
 
 def forward(config, layout=None, **batch):
@@ -79,14 +80,14 @@ def forward(config, layout=None, **batch):
 
 def test_a_dense_model_has_none():
     sums = forward(small_run())
-    assert router_metrics(sums.router) is None and float(sums.auxiliary) == 0
+    assert not router_metrics(sums.router) and "auxiliary_loss" not in sums.means
 
 
 def test_dropped_choices_are_counted():
     """Room for a quarter of the even share: at least three quarters of all choices find none."""
     figures = router_metrics(forward(small_run(moe_model(BALANCED, dispatch=Capacity(factor=0.25)))).router)
-    assert figures.dropped_share.shape == (1,)
-    assert 0.75 <= float(figures.dropped_share[0]) < 1
+    assert figures["moe_dropped_share"].shape == (1,)
+    assert 0.75 <= float(figures["moe_dropped_share"][0]) < 1
 
 
 # The objective
@@ -99,7 +100,7 @@ def test_the_objective_is_the_cross_entropy_and_the_mean_of_the_losses(micro_bat
     batch["loss_mask"][::4] = 0  # micro-batches of few counted tokens weigh what the others do, as in a pipeline
     parameters = init_parameters(config.model, jax.random.key(0))
     loss = loss_function(config, layout)
-    sums, _ = jax.jit(gradient_function(config, layout, loss))(parameters, batch)
+    sums, _ = jax.jit(gradient_function(config, layout))(parameters, batch)
 
     def of_router(stats):
         return sum(float(entry.auxiliary.sum()) for entry in stats if entry is not None)
@@ -109,9 +110,9 @@ def test_the_objective_is_the_cross_entropy_and_the_mean_of_the_losses(micro_bat
         rows = {name: values[part::micro_batches] for name, values in batch.items()}
         one = parts(parameters, rows)
         expected += of_router(one.router) / batch["loss_mask"].size * batch["loss_mask"].sum()
-    np.testing.assert_allclose(sums.auxiliary, expected, rtol=1e-5)
+    np.testing.assert_allclose(sums.means["auxiliary_loss"], expected, rtol=1e-5)
     assert expected > 0.29 * batch["loss_mask"].sum()  # the loss is about 0.3 or more
-    np.testing.assert_allclose(sums.objective, sums.cross_entropy + sums.auxiliary, rtol=1e-6)
+    np.testing.assert_allclose(sums.objective, sums.means["loss"] + sums.means["auxiliary_loss"], rtol=1e-6)
 
 
 @pytest.mark.slow
@@ -124,7 +125,7 @@ def test_the_losses_have_a_gradient_of_their_size():
     @functools.cache
     def gradient(weight):
         changed = small_run(moe_model(dataclasses.replace(BALANCED, load_balance=weight)))
-        return jax.jit(gradient_function(changed, layout, loss_function(changed, layout)))
+        return jax.jit(gradient_function(changed, layout))
 
     def router_gradient(weight, mask=1.0):
         masked = {**batch, "loss_mask": batch["loss_mask"] * np.float32(mask)}
@@ -143,8 +144,8 @@ def test_metrics_report_it_and_evaluation_does_not():
     state, batch = trainer.init(), place(packed_batch(config), trainer)
     total, tokens = trainer.evaluate(state.parameters, batch)
     _, metrics = trainer.step(state, batch)
-    np.testing.assert_allclose(float(total) / float(tokens), metrics.loss, rtol=1e-6)
-    assert 0.29 < float(metrics.auxiliary_loss) < 1.2  # 0.3 x 1, if even, to 4, if all are on one expert
+    np.testing.assert_allclose(float(total) / float(tokens), metrics.figures["loss"], rtol=1e-6)
+    assert 0.29 < float(metrics.figures["auxiliary_loss"]) < 1.2  # 0.3 x 1, if even, to 4, if all are on one expert
 
 
 # Noise
@@ -180,7 +181,7 @@ def choices(config, steps):
     state, figures = trainer.init(), []
     for _ in range(steps):
         state, metrics = trainer.step(state, place(packed_batch(config), trainer))
-        figures.append(float(metrics.router.load_entropy[0]))
+        figures.append(float(metrics.figures["moe_load_entropy"][0]))
     return figures
 
 
@@ -209,5 +210,5 @@ def test_biases_move_after_a_good_step_and_not_after_a_bad_one():
     before = bias(state)
     bad = {**batch, "loss_mask": np.full_like(batch["loss_mask"], np.nan)}
     state, metrics = trainer.step(state, place(bad, trainer))
-    assert int(metrics.skipped) == 1
+    assert int(metrics.figures["skipped_steps"]) == 1
     np.testing.assert_array_equal(bias(state), before)

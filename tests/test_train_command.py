@@ -17,8 +17,8 @@ from train_runs import ROOT, STEPS, Bench, Ended, contents, inspect, losses, row
 from maxlm.checkpoint.lock import lock_run
 from maxlm.config import RunConfig, serialize
 from maxlm.config.cli import parse_run, run_command
-from maxlm.pretrain import Result
 from maxlm.train import command, main
+from maxlm.training.loop import Result
 
 Here = Callable[..., Ended]
 

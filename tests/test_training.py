@@ -62,7 +62,7 @@ def assert_skipped(after, before, metrics, *, skipped, in_row):
     assert_same_bits((after.parameters, after.optimizer), (before.parameters, before.optimizer))
     assert int(after.step) == int(before.step) + 1
     assert (int(after.skipped), int(after.skipped_in_row)) == (skipped, in_row)
-    assert (int(metrics.skipped), int(metrics.skipped_in_row)) == (skipped, in_row)
+    assert (int(metrics.figures["skipped_steps"]), int(metrics.skipped_in_row)) == (skipped, in_row)
 
 
 def test_one_batch_is_learned_by_heart(setting):
@@ -72,10 +72,10 @@ def test_one_batch_is_learned_by_heart(setting):
     losses = []
     for _ in range(60):
         state, metrics = trainer.step(state, batch)
-        losses.append(float(metrics.loss))
+        losses.append(float(metrics.figures["loss"]))
     assert losses[0] > 0.9 * np.log(config.model.vocab_size)
     assert losses[-1] < 0.05, losses[::10]
-    assert int(state.step) == 60 and int(metrics.skipped) == 0
+    assert int(state.step) == 60 and int(metrics.figures["skipped_steps"]) == 0
 
 
 def test_evaluation_is_the_loss_before_the_update(setting):
@@ -83,8 +83,8 @@ def test_evaluation_is_the_loss_before_the_update(setting):
     state, batch = trainer.init(), place(batch, trainer)
     total, tokens = trainer.evaluate(state.parameters, batch)
     _, metrics = trainer.step(state, batch)
-    assert float(tokens) == float(metrics.tokens) == float(batch["loss_mask"].sum())
-    np.testing.assert_allclose(float(total) / float(tokens), metrics.loss, rtol=1e-6)
+    assert float(tokens) == float(metrics.weight) == float(batch["loss_mask"].sum())
+    np.testing.assert_allclose(float(total) / float(tokens), metrics.figures["loss"], rtol=1e-6)
 
 
 def test_same_state_and_batch_give_the_same_bits(setting):
@@ -148,7 +148,7 @@ def test_a_step_that_is_not_finite_changes_nothing(setting, name):
     state, _ = trainer.step(trainer.init(), place(batch, trainer))  # moments that are not all zero
     before, bad = POISONS[name](copied(state), batch)
     after, metrics = trainer.step(on_device(before, trainer), place(bad, trainer))
-    assert np.isfinite([metrics.loss, metrics.log_z_squared, metrics.grad_norm]).tolist() == {
+    assert np.isfinite([metrics.figures["loss"], metrics.figures["z_loss"], metrics.figures["grad_norm"]]).tolist() == {
         "gradient_alone": [True, True, False],
         "objective_alone": [True, False, True],
     }.get(name, [False, False, False])
@@ -164,11 +164,11 @@ def test_skips_are_counted_and_the_learning_rate_waits(setting):
         before = copied(state)
         state, metrics = trainer.step(state, good if is_good else bad)
         updates += is_good
-        rates.append(float(metrics.learning_rate))
+        rates.append(float(metrics.figures["learning_rate"]))
         in_row.append(int(state.skipped_in_row))
         assert int(state.step) == step + 1 and int(state.skipped) == step + 1 - updates
         if is_good:
-            assert np.isfinite(metrics.loss)
+            assert np.isfinite(metrics.figures["loss"])
             assert (np.asarray(state.parameters["unembed"]) != before.parameters["unembed"]).any()
         else:
             assert_skipped(state, before, metrics, skipped=int(before.skipped) + 1, in_row=in_row[-1])
@@ -194,7 +194,9 @@ def test_a_batch_without_tokens_divides_by_nothing(trainer):
     batch = packed_batch(run_config())
     empty = place({**batch, "loss_mask": np.zeros_like(batch["loss_mask"])}, trainer)
     state, metrics = trainer.step(trainer.init(), empty)
-    assert float(metrics.loss) == 0 and float(metrics.grad_norm) == 0 and float(metrics.tokens) == 0
+    assert (
+        float(metrics.figures["loss"]) == 0 and float(metrics.figures["grad_norm"]) == 0 and float(metrics.weight) == 0
+    )
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(copied(state)))
 
 
@@ -220,8 +222,10 @@ def test_accumulation_weighs_tokens_and_not_micro_batches(trainer):
     even[1::2], odd[::2] = 0, 0
     (few, one), (many, others) = loss_of(even), loss_of(odd)
     assert one == 1 and others > 80
-    np.testing.assert_allclose(metrics[1].loss, (few + many) / (one + others), rtol=1e-5)
-    assert abs(float(metrics[1].loss) - (few / one + many / others) / 2) > 0.01  # what a mean of means would give
+    np.testing.assert_allclose(metrics[1].figures["loss"], (few + many) / (one + others), rtol=1e-5)
+    assert (
+        abs(float(metrics[1].figures["loss"]) - (few / one + many / others) / 2) > 0.01
+    )  # what a mean of means would give
 
 
 def test_token_weights_scale_out(trainer):
@@ -232,9 +236,9 @@ def test_token_weights_scale_out(trainer):
         trainer.step(on_device(start, trainer), place({**batch, "loss_mask": batch["loss_mask"] * weight}, trainer))[1]
         for weight in (1, 3)
     ]
-    np.testing.assert_allclose(runs[0].loss, runs[1].loss, rtol=1e-6)
-    np.testing.assert_allclose(runs[0].grad_norm, runs[1].grad_norm, rtol=1e-5)
-    np.testing.assert_allclose(3 * runs[0].tokens, runs[1].tokens)
+    np.testing.assert_allclose(runs[0].figures["loss"], runs[1].figures["loss"], rtol=1e-6)
+    np.testing.assert_allclose(runs[0].figures["grad_norm"], runs[1].figures["grad_norm"], rtol=1e-5)
+    np.testing.assert_allclose(3 * runs[0].weight, runs[1].weight)
 
 
 def test_gradient_is_the_slope_of_the_loss(trainer):
@@ -246,7 +250,7 @@ def test_gradient_is_the_slope_of_the_loss(trainer):
     # Adam's first moment after one step is (1 - b1) * gradient.
     gradient = jax.tree.map(lambda m: np.asarray(m, np.float64) / (1 - config.optimizer.b1), first_moment(after))
     norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(gradient)))
-    np.testing.assert_allclose(metrics.grad_norm, norm, rtol=1e-5)
+    np.testing.assert_allclose(metrics.figures["grad_norm"], norm, rtol=1e-5)
 
     def loss(distance):
         moved = jax.tree.map(lambda p, g: jnp.asarray(p + distance * g / norm, jnp.float32), start.parameters, gradient)

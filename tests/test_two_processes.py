@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from helpers import one_device, packed_batch, small_model, small_run
+from helpers import gradient_function, one_device, packed_batch, small_model, small_run
 from jax.experimental import multihost_utils
 from test_layouts import assert_close, loss_and_gradients
 from train_runs import ROOT, STEPS, Bench, free_port, inspect, losses
@@ -26,7 +26,6 @@ from train_runs import ROOT, STEPS, Bench, free_port, inspect, losses
 from maxlm.config import Context, Experts, RunConfig, ShardingConfig, SlicesAxis, TopKRouter
 from maxlm.models import init_parameters
 from maxlm.sharding import Layout, make_layout
-from maxlm.training.step import gradient_function, loss_function
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def work(name: str, index: int, port: str, file: str) -> None:
     cut = layout.sharding(layout.activation("batch", "seq"))
     values = packed_batch(config)
     batch = {key: jax.make_array_from_callback(value.shape, cut, value.__getitem__) for key, value in values.items()}
-    found = jax.jit(gradient_function(config, layout, loss_function(config, layout)))(parameters, batch)
+    found = jax.jit(gradient_function(config, layout))(parameters, batch)
     whole = multihost_utils.process_allgather(found, tiled=True)
     count = float(values["loss_mask"].sum())
     np.savez(file, *(np.asarray(leaf) / count for leaf in jax.tree.leaves(whole)))

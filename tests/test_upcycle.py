@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import one_device, packed_batch, place, plainly, run_decoder, small_model, small_run
+from helpers import gradient_function, one_device, packed_batch, place, plainly, run_decoder, small_model, small_run
 from run_folder import BYTE_MODEL, make_run, parameters_of
 
 from maxlm.config import (
@@ -29,7 +29,6 @@ from maxlm.models import Tokens, init_parameters
 from maxlm.models.upcycle import upcycle
 from maxlm.sharding import make_layout
 from maxlm.training import make_trainer
-from maxlm.training.step import gradient_function, loss_function
 from maxlm.training.warm_start import warm_start
 
 EXPERTS = Experts(n_experts=4, d_ff=48, router=TopKRouter(top_k=2))
@@ -176,7 +175,7 @@ def test_first_blocks_compute_what_the_same_layers_do_in_the_pattern():
     results = []
     for model, values in ((pattern, parameters), (first, moved)):
         config = small_run(model)
-        gradient = jax.jit(gradient_function(config, one_device(), loss_function(config, one_device())))
+        gradient = jax.jit(gradient_function(config, one_device()))
         sums, gradients = gradient(values, packed_batch(config))
         results.append((sums.objective / 200, jax.tree.map(lambda x: x / 200, gradients)))
     (objective, gradients), (got_objective, got_gradients) = results
@@ -205,7 +204,7 @@ def test_first_blocks_run_before_a_pipeline():
         config.validate(n)
         trainer = make_trainer(config, make_layout(sharding, jax.devices()[:n]))
         _, metrics = trainer.step(trainer.init(), place(packed_batch(config), trainer))
-        losses.append((float(metrics.loss), float(metrics.grad_norm)))
+        losses.append((float(metrics.figures["loss"]), float(metrics.figures["grad_norm"])))
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 

@@ -6,13 +6,12 @@ import math
 
 import jax
 import pytest
-from helpers import packed_batch, place, small_model, small_run
+from helpers import gradient_function, packed_batch, place, small_model, small_run
 
 from maxlm.config import Experts, ShardingConfig, TopKRouter, Zero, with_experts
 from maxlm.models import parameter_dims
 from maxlm.sharding import make_layout
 from maxlm.training import make_trainer
-from maxlm.training.step import gradient_function, loss_function
 
 N = 8
 PARAMETERS, GRADIENTS, MOMENTS = 4, 4, 8  # bytes for each parameter: float32, float32, and Adam's two float32
@@ -37,7 +36,7 @@ def held(config):
     trainer = make_trainer(config, layout)
     state = trainer.init()
     batch = place(packed_batch(config), trainer)
-    gradient = jax.jit(gradient_function(config, layout, loss_function(config, layout)))
+    gradient = jax.jit(gradient_function(config, layout))
     gradients = gradient(state.parameters, batch)[-1]
     adam = next(
         part for part in jax.tree.leaves(state.optimizer, is_leaf=lambda p: hasattr(p, "mu")) if hasattr(part, "mu")

@@ -243,3 +243,20 @@ def flip_byte(step: Path) -> Path:
     body[len(body) // 2] ^= 1
     file.write_bytes(body)
     return file
+
+
+def scalars(folder: Path) -> list[tuple[str, int, float]]:
+    """(tag, step, value) of all event files; TFRecord framing is length, crc, data, crc."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in sorted(folder.glob("events*")):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            size = int.from_bytes(data[at : at + 8], "little")
+            event = Event.FromString(data[at + 12 : at + 12 + size])
+            found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+            if event.HasField("session_log"):
+                found.append(("restart", event.step, 0.0))
+            at += 16 + size
+    return found

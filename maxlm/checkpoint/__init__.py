@@ -6,6 +6,7 @@
 checkpointer.py: save, restore the newest intact step
 store.py: arrays to files by Orbax
 manifest.py: checksums, written last
+reference.py: arrays of another run, by where they lie and their hash
 retention.py: which steps there are and which are kept
 state_hash.py: one SHA-256 for a whole state
 lock.py: one process in a run folder

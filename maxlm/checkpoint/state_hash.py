@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -18,8 +18,10 @@ from maxlm.config.errors import UserError
 _READ_BYTES = 1 << 30
 
 
-def state_hash(folder: Path, step: int) -> str:
+def state_hash(folder: Path, step: int, items: Sequence[str] | None = None) -> str:
     """SHA-256 of the step, every parameter, all optimizer state and `meta["data"]`, in hexadecimal.
+
+    Frozen arrays count with their fingerprint. With `items`, of the arrays of these items alone.
 
     Each array counts with its name, dtype, shape and bytes (row-major), sorted by name. The mesh that wrote the step,
     paths, times and the rest of `meta` do not count. Reads at most 1 GiB, or one array if that is larger, at a time.
@@ -32,8 +34,11 @@ def state_hash(folder: Path, step: int) -> str:
     path, store = folder.absolute() / str(step), Store()
     record = store.record(path)
     digest = hashlib.sha256()
-    _add(digest, ["step", step, "data", record.meta.get("data")])
-    for item in sorted(record.items):
+    if items is None:
+        _add(digest, ["step", step, "data", record.meta.get("data")])
+        if (frozen := record.meta.get("frozen")) is not None:
+            _add(digest, ["frozen", frozen["fingerprint"]])
+    for item in sorted(record.items if items is None else items):
         for names in _groups(record.items[item]):
             arrays = store.numpy(path, item, names)
             for name in names:

@@ -9,6 +9,7 @@ mlp.py: plain and gated MLP; mixture of experts: routers, dispatch
 execution.py: number format, remat, kernels
 remat.py: which named results each remat policy keeps
 families.py: model families as functions from sizes to a model
+task.py: what a run learns
 data.py: documents, tokenizers, mixtures
 optimizer.py: AdamW, Adafactor, schedules
 sharding.py: sizes of the mesh axes, ZeRO stages, presets
@@ -109,6 +110,7 @@ from maxlm.config.sharding import (
     pipeline_bubble,
     pipeline_ticks,
 )
+from maxlm.config.task import Pretrain, Task
 
 __all__ = [
     "ACTIVATION_DIMS",
@@ -166,6 +168,7 @@ __all__ = [
     "PostNorm",
     "PreNorm",
     "PrepareConfig",
+    "Pretrain",
     "RelativeBias",
     "Remat",
     "Residual",
@@ -185,6 +188,7 @@ __all__ = [
     "StandardLibrary",
     "StatePart",
     "StepRange",
+    "Task",
     "TokenizerConfig",
     "TokenizerSource",
     "TopKRouter",

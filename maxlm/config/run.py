@@ -12,6 +12,7 @@ from maxlm.config.layout_rules import broken_layout_rules
 from maxlm.config.model import ModelConfig
 from maxlm.config.optimizer import AdamW, OptimizerConfig
 from maxlm.config.sharding import ShardingConfig
+from maxlm.config.task import Pretrain, Task
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,8 @@ class RunConfig:
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
+    task: Task = field(default_factory=Pretrain)
+    """What is learned."""
     target: str | None = None
     """Machine that the config is meant for, as maxlm.plan names it (tpu:v5p:4x4x4); training does not read it."""
     run_dir: str = "runs/default"

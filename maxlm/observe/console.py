@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from maxlm.observe.metrics import Evaluation, StepMetrics
+from maxlm.observe.metrics import Row
 from maxlm.observe.text import duration, gibibytes, short
 
 
@@ -29,7 +29,7 @@ class Console:
         self._enabled = enabled
         self._live: rich.live.Live | None = None
         self._total = 0
-        self._latest: StepMetrics | None = None
+        self._latest: Row | None = None
         self._memory_limit: int | None = None
         self._begin = time.monotonic()
 
@@ -49,24 +49,19 @@ class Console:
             )
             self._live.start()
 
-    def log(self, metrics: StepMetrics) -> None:
+    def log(self, row: Row) -> None:
         """Print one row."""
-        self._latest = metrics
-        self.say(self._row(metrics))
+        self._latest = row
+        self.say(self._row(row))
         if self._live is not None:
             self._live.refresh()
 
-    def evaluation(self, row: Evaluation) -> None:
-        """Print the held-out figures."""
-        figures = row.row()
-        bits = figures["eval_bits_per_byte"]
-        parts = [
-            f"held-out loss {row.eval_loss:.4f}",
-            f"perplexity {figures['eval_perplexity']:,.4g}",
-            *([f"{bits:.4f} bits/byte"] if bits is not None else []),
-            f"over {short(row.eval_tokens)} tokens",
-        ]
-        self.say(f"step {row.step:,}  " + "  ".join(parts), style="bold")
+    def measured(self, text: str) -> None:
+        """Print a measurement; its first line stands out."""
+        first, *rest = text.split("\n", 1)
+        self.say(first, style="bold")
+        for more in rest:
+            self.say(more)
 
     def say(self, text: str, style: str = "") -> None:
         """Print a line above the status line."""
@@ -96,45 +91,45 @@ class Console:
     ) -> None:
         self.stop()
 
-    def _row(self, m: StepMetrics) -> str:
+    def _row(self, m: Row) -> str:
         width = len(f"{self._total:,}")
-        parts = [f"step {m.step:>{width},}/{self._total:,}", f"loss {m.loss:.4f}"]
-        if m.tokens_per_s is not None and m.step_time_s is not None:
-            parts += [f"{short(m.tokens_per_s)} tokens/s", f"{m.step_time_s:.3g} s/step"]
-        if m.mfu is not None:
-            parts.append(f"MFU {100 * m.mfu:.3g} %")
-        parts += [f"lr {m.learning_rate:.2e}", f"grad norm {m.grad_norm:.3f}"]
-        if m.z_loss:
-            parts.append(f"z-loss {m.z_loss:.2e}")
-        if m.experts is not None:
-            parts.append(f"load entropy {fmean(m.experts.moe_load_entropy):.3f}")
-            if dropped := fmean(m.experts.moe_dropped_share):
+        parts = [f"step {m['step']:>{width},}/{self._total:,}", f"loss {m['loss']:.4f}"]
+        if m["tokens_per_s"] is not None and m["step_time_s"] is not None:
+            parts += [f"{short(m['tokens_per_s'])} tokens/s", f"{m['step_time_s']:.3g} s/step"]
+        if m["mfu"] is not None:
+            parts.append(f"MFU {100 * m['mfu']:.3g} %")
+        parts += [f"lr {m['learning_rate']:.2e}", f"grad norm {m['grad_norm']:.3f}"]
+        if m.get("z_loss"):
+            parts.append(f"z-loss {m['z_loss']:.2e}")
+        if m.get("moe_load_entropy"):
+            parts.append(f"load entropy {fmean(m['moe_load_entropy']):.3f}")
+            if dropped := fmean(m["moe_dropped_share"]):
                 parts.append(f"dropped {100 * dropped:.2g} %")
-        if m.skipped_steps:
-            parts.append(f"skipped {m.skipped_steps}")
+        if m.get("skipped_steps"):
+            parts.append(f"skipped {m['skipped_steps']}")
         if (left := self._time_left(m)) is not None and self._live is None:
             parts.append(f"{left} left")
         return "  ".join(parts)
 
-    def _time_left(self, m: StepMetrics) -> str | None:
-        return None if m.step_time_s is None else duration(m.step_time_s * (self._total - m.step))
+    def _time_left(self, m: Row) -> str | None:
+        return None if m["step_time_s"] is None else duration(m["step_time_s"] * (self._total - m["step"]))
 
     def _status(self, first_step: int) -> Table:
         """Bar and time on the first line, the latest figures on the second."""
         m = self._latest
-        step = m.step if m else first_step
+        step = m["step"] if m else first_step
         elapsed = duration(time.monotonic() - self._begin)
         left = self._time_left(m) if m else None
         if m is None:
             figures = ["compiling and running the first step"]
         else:
-            speed = "-" if m.tokens_per_s is None else short(m.tokens_per_s)
-            figures = [f"loss {m.loss:.4f}", f"{speed} tokens/s", f"{short(m.tokens)} tokens"]
-            if m.mfu is not None:
-                figures.append(f"MFU {100 * m.mfu:.3g} %")
-            if m.memory_bytes is not None:
+            speed = "-" if m["tokens_per_s"] is None else short(m["tokens_per_s"])
+            figures = [f"loss {m['loss']:.4f}", f"{speed} tokens/s", f"{short(m['tokens'])} tokens"]
+            if m["mfu"] is not None:
+                figures.append(f"MFU {100 * m['mfu']:.3g} %")
+            if m["memory_bytes"] is not None:
                 limit = f" of {gibibytes(self._memory_limit)}" if self._memory_limit else ""
-                figures.append(f"memory {gibibytes(m.memory_bytes)}{limit}")
+                figures.append(f"memory {gibibytes(m['memory_bytes'])}{limit}")
         first = Table.grid(padding=(0, 2))
         first.add_row(
             Text(f"step {step:,}/{self._total:,}", style="bold"),

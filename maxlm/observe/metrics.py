@@ -8,88 +8,21 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from maxlm.config import UserError
-from maxlm.observe.held_out import bits_per_byte, perplexity
 
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExpertMetrics:
-    """How the routers used their experts in a step's batch: one figure for each layer that has experts, in order."""
-
-    auxiliary_loss: float
-    """The routers' part of the objective, weights included, summed over the layers; nats a token, not in `loss`."""
-    moe_load_entropy: tuple[float, ...]
-    """Entropy of the experts' shares of the choices over log E: 1 when all have the same, 0 when one has all."""
-    moe_dropped_share: tuple[float, ...]
-    """Choices that were not computed as no room was left, 0..1."""
-    moe_max_over_mean_load: tuple[float, ...]
-    """Choices of the busiest expert over the mean, 1..E."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepMetrics:
-    """One row of metrics.jsonl; the keys keep this order. Figures not known are None, null in the file."""
-
-    step: int
-    """Optimizer steps done, this one included."""
-    loss: float
-    """Mean cross-entropy of the step's batch, nats a token."""
-    tokens: int
-    """Tokens trained on since step 0."""
-    tokens_per_s: float | None
-    """Over all devices, since the row before; pauses and compilation left out. None: nothing was timed yet."""
-    step_time_s: float | None
-    """Seconds a step, over the same time."""
-    mfu: float | None
-    """Model FLOPs utilisation, 0..1 (see flops.py); None where the peak of the device is not known."""
-    learning_rate: float
-    grad_norm: float
-    """Global norm of the gradient before clipping."""
-    skipped_steps: int = 0
-    """Steps since step 0 whose update was skipped, as loss or gradient was not finite."""
-    z_loss: float = 0.0
-    """The z-loss part of the objective, weight included; not in `loss`."""
-    memory_bytes: int | None = None
-    """In use on the fullest device of process 0 (on CPU: by the process)."""
-    experts: ExpertMetrics | None = None
-    """None in a model without experts; its row has no such keys then."""
-
-    def row(self) -> Row:
-        row = asdict(self)
-        return row | (row.pop("experts") or {})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """One row of evals.jsonl: the model on held-out text."""
-
-    step: int
-    tokens: int
-    """Tokens trained on since step 0."""
-    eval_loss: float
-    """Mean cross-entropy, nats a token."""
-    eval_tokens: int
-    """Tokens predicted."""
-    eval_bytes: int | None = None
-    """UTF-8 bytes that these tokens spell; None: not known."""
-
-    def row(self) -> Row:
-        """The fields, and what follows from them."""
-        length = self.eval_bytes / self.eval_tokens if self.eval_bytes else None
-        return {
-            "step": self.step,
-            "tokens": self.tokens,
-            "eval_loss": self.eval_loss,
-            "eval_perplexity": perplexity(self.eval_loss),
-            "eval_bits_per_byte": None if length is None else bits_per_byte(self.eval_loss, length),
-            "eval_tokens": self.eval_tokens,
-        }
+COLUMNS = (
+    "step", "loss", "tokens", "tokens_per_s", "step_time_s", "mfu", "learning_rate", "grad_norm", "skipped_steps",
+    "z_loss", "memory_bytes",
+    "auxiliary_loss", "moe_load_entropy", "moe_dropped_share", "moe_max_over_mean_load",
+)  # fmt: skip
+"""The order of keys in a row of metrics.jsonl, as far as it has them; other figures follow. docs/observe.md says what
+they mean. Figures not known are None, null in the file."""
 
 
 class RowLog:
@@ -189,7 +122,7 @@ def _finite(value: Any) -> Any:
     match value:
         case float() if not math.isfinite(value):
             return None
-        case tuple():
+        case list():
             return [_finite(item) for item in value]
         case _:
             return value

@@ -19,7 +19,7 @@ from maxlm.config import Experts, RunConfig, UserError, pipeline_bubble
 from maxlm.config.serialize import flatten
 from maxlm.observe.console import Console
 from maxlm.observe.devices import Device, memory_in_use, peak_flops
-from maxlm.observe.metrics import Evaluation, ExpertMetrics, RowLog, StepMetrics, Throughput, read_rows
+from maxlm.observe.metrics import COLUMNS, Row, RowLog, Throughput, read_rows
 from maxlm.observe.plots import loss_curve
 from maxlm.observe.report import SavedCheckpoint, write_report
 from maxlm.observe.text import short
@@ -44,10 +44,10 @@ class RunLog:
             ...                                  # compile, or run one step and wait for it
             log.start_clock(step, tokens)
             ...
-            log.step(step, loss=..., tokens=..., learning_rate=..., grad_norm=...)    # every log_every steps
-            with log.pause():                    # evaluation, checkpoint: not training time
+            log.step(step, tokens, {"loss": ..., "learning_rate": ..., "grad_norm": ...})     # every log_every steps
+            with log.pause():                    # measurement, checkpoint: not training time
                 ...
-            log.evaluation(step, tokens=..., loss=..., eval_tokens=..., eval_bytes=...)
+            log.measured("eval", step, {"eval_loss": ...}, line="held-out loss ...")
             log.finish(checkpoints=...)
 
     Every process makes the same calls; only the main one writes or prints.
@@ -62,10 +62,12 @@ class RunLog:
         is_main: bool,
         devices: Sequence[Device],
         console: Console | None = None,
+        measures: Sequence[str] = (),
     ) -> None:
         """`resume_step`: steps that the restored checkpoint had done, 0 without one; later rows are dropped.
 
-        `devices`: all of the run, as `jax.devices()` lists them.
+        `devices`: all of the run, as `jax.devices()` lists them. `measures`: names that `measured` will get, beside
+        "eval" and "sample".
 
         Raises:
             UserError: an earlier row file is damaged, or observe.wandb_project is set and wandb is absent.
@@ -85,8 +87,9 @@ class RunLog:
         if not is_main:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics", "evals", "samples"):
-            self._files[name] = RowLog(run_dir / f"{name}.jsonl", resume_step=resume_step)
+        for name in ("metrics", "evals", "samples", *(f"{measure}s" for measure in measures)):
+            if name not in self._files:
+                self._files[name] = RowLog(run_dir / f"{name}.jsonl", resume_step=resume_step)
         self._writers.append(TensorBoardWriter(run_dir, resume_step=resume_step))
         if config.observe.wandb_project is not None:
             self._writers.append(WandbWriter(config.observe.wandb_project, run_dir, flatten(config)))
@@ -107,58 +110,40 @@ class RunLog:
         """Leave out of the throughput what happens inside; wait for the last step before entering."""
         return self._throughput.pause()
 
-    def step(
-        self,
-        step: int,
-        *,
-        loss: float,
-        tokens: int,
-        learning_rate: float,
-        grad_norm: float,
-        skipped_steps: int = 0,
-        z_loss: float = 0.0,
-        experts: ExpertMetrics | None = None,
-    ) -> StepMetrics:
-        """Log the state after `step` steps (fields: see StepMetrics), with throughput since the row before."""
-        speed = self._throughput.read(step, tokens)
-        metrics = StepMetrics(
-            step=step,
-            loss=loss,
-            tokens=tokens,
-            tokens_per_s=speed[0] if speed else None,
-            step_time_s=speed[1] if speed else None,
-            mfu=self._mfu(speed[0]) if speed else None,
-            learning_rate=learning_rate,
-            grad_norm=grad_norm,
-            skipped_steps=skipped_steps,
-            z_loss=z_loss,
-            memory_bytes=memory_in_use(self._near_devices).in_use if self._is_main else None,
-            experts=experts,
-        )
-        if self._is_main:
-            self._files["metrics"].append(metrics.row())
-            self._write(step, "train", metrics.row())
-            self._console.log(metrics)
-        return metrics
+    def step(self, step: int, tokens: int, figures: Mapping[str, float | list[float]]) -> Row:
+        """Log what `step` steps on `tokens` tokens have come to, with throughput since the row before.
 
-    def evaluation(
-        self, step: int, *, tokens: int, loss: float, eval_tokens: int, eval_bytes: int | None = None
-    ) -> None:
-        """Log a held-out loss (nats a token, mean over `eval_tokens` tokens that spell `eval_bytes` bytes)."""
+        `figures` has `loss`, `grad_norm`, `learning_rate` and whatever else there is to log; a list has one figure for
+        each layer that has it.
+        """
+        speed = self._throughput.read(step, tokens)
+        known: Row = {
+            "step": step,
+            "tokens": tokens,
+            "tokens_per_s": speed[0] if speed else None,
+            "step_time_s": speed[1] if speed else None,
+            "mfu": self._mfu(speed[0]) if speed else None,
+            "memory_bytes": memory_in_use(self._near_devices).in_use if self._is_main else None,
+            **figures,
+        }
+        row = {key: known[key] for key in (*COLUMNS, *known) if key in known}
+        if self._is_main:
+            self._files["metrics"].append(row)
+            self._write(step, "train", row)
+            self._console.log(row)
+        return row
+
+    def measured(self, name: str, step: int, row: Mapping[str, Any], line: str) -> None:
+        """Log a measurement: a row of `NAMEs.jsonl`, its numbers to writers as `NAME/...`, `line` to the console."""
         if not self._is_main:
             return
-        evaluation = Evaluation(
-            step=step, tokens=tokens, eval_loss=loss, eval_tokens=eval_tokens, eval_bytes=eval_bytes
-        )
-        self._files["evals"].append(evaluation.row())
-        self._write(step, "eval", {key.removeprefix("eval_"): value for key, value in evaluation.row().items()})
-        self._console.evaluation(evaluation)
+        self._files[f"{name}s"].append({"step": step, **row})
+        self._write(step, name, {key.removeprefix(f"{name}_"): value for key, value in row.items()})
+        self._console.measured(line)
 
-    def sample(self, step: int, prompt: str, text: str) -> None:
-        """Log a continuation (`text`, without the prompt) that the model wrote."""
-        if self._is_main:
-            self._files["samples"].append({"step": step, "prompt": prompt, "text": text})
-            self._console.say(f"sample after step {step:,}:\n{prompt}{text}")
+    def has_measured(self, name: str, step: int) -> bool:
+        """Whether `NAMEs.jsonl` has a row of the step."""
+        return any(row["step"] == step for row in read_rows(self._run_dir / f"{name}s.jsonl"))
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -216,17 +201,19 @@ class RunLog:
 
     def _write(self, step: int, group: str, values: Mapping[str, Any]) -> None:
         """Pass on what a curve can show: known and finite. A figure of several layers is a curve for each."""
-        curves = {key: value for key, value in values.items() if not isinstance(value, tuple)}
+        curves = {key: value for key, value in values.items() if not isinstance(value, list | str)}
         for key, figures in values.items():
-            if isinstance(figures, tuple):
-                curves |= {f"{key}/layer_{i}": value for i, value in zip(self._moe_layers, figures, strict=True)}
+            if isinstance(figures, list):
+                layers = self._moe_layers if len(figures) == len(self._moe_layers) else range(len(figures))
+                curves |= {f"{key}/layer_{i}": value for i, value in zip(layers, figures, strict=True)}
         named = {
             f"{group}/{key}": value
             for key, value in curves.items()
             if key != "step" and value is not None and math.isfinite(value)
         }
-        for writer in self._writers:
-            writer.write(step, named)
+        if named:
+            for writer in self._writers:
+                writer.write(step, named)
 
     def _facts(self, kind: str, n_processes: int) -> dict[str, Any]:
         """What run.json says: things that the config does not."""

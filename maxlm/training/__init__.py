@@ -1,14 +1,17 @@
-"""Losses, optimizers and the train step.
+"""Losses, objectives, optimizers, the train step, and the loop that runs a recipe.
 
-step.py: loss, gradient, optimizer: one step
+loop.py: a run of any recipe, top to bottom
+objective.py: what is minimised; next-token prediction, and the call of the model
+step.py: gradient, optimizer: one step
 router_metrics.py: load and drops of each mixture
 warm_start.py: parameters of another run
-losses.py: cross-entropy without the logits of a whole batch
+losses.py: cross-entropy and log-probabilities without the logits of a whole batch
 optimizers.py: optax transformations from configs
 schedules.py: learning rates
 state.py: the train state and where its arrays live
 """
 
-from maxlm.training.step import Batch, StepMetrics, Trainer, make_trainer
+from maxlm.training.objective import Batch, NextToken, Objective, Sums
+from maxlm.training.step import StepOutput, Trainer, make_trainer
 
-__all__ = ["Batch", "StepMetrics", "Trainer", "make_trainer"]
+__all__ = ["Batch", "NextToken", "Objective", "StepOutput", "Sums", "Trainer", "make_trainer"]

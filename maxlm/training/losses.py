@@ -95,7 +95,6 @@ def _on_mesh(
     layout = options.layout
     tokens = layout.activation("batch", "seq")
     d_table_spec = layout.parameter(("vocab", "embed"), StatePart.GRADIENTS)
-    scatter_over_fsdp = d_table_spec[1] == "fsdp"
 
     @functools.partial(
         layout.shard_map,
@@ -111,14 +110,7 @@ def _on_mesh(
         sums, d_hidden, d_table = _in_chunks(options, hidden, table, targets, mask, with_gradient)
         sums = LossSums(*jax.lax.psum(tuple(sums), _TOKEN_AXES))
         if with_gradient:
-            wide = layout.config.float32_gradients
-            d_table = d_table if wide else d_table.astype(hidden.dtype)
-            if scatter_over_fsdp:
-                d_table = jax.lax.psum(d_table, tuple(axis for axis in _TOKEN_AXES if axis != "fsdp"))
-                d_table = jax.lax.psum_scatter(d_table, "fsdp", scatter_dimension=1, tiled=True)
-            else:
-                d_table = jax.lax.psum(d_table, _TOKEN_AXES)
-            d_table = d_table.astype(jnp.float32)
+            d_table = _sum_over_tokens(layout, d_table, hidden.dtype)
         return sums, d_hidden, d_table
 
     return local(hidden, table.astype(hidden.dtype), targets, mask)
@@ -128,22 +120,12 @@ def _in_chunks(
     options: _Options, hidden: jax.Array, table: jax.Array, targets: jax.Array, mask: jax.Array, with_gradient: bool
 ) -> tuple:
     """One device's share: all its tokens, and its part of the vocabulary."""
-    D, n_tokens = hidden.shape[-1], targets.size
-    chunk = min(options.chunk, n_tokens)
-    missing = -n_tokens % chunk
-    first_id = jax.lax.axis_index("tensor") * table.shape[0]
-    flat = hidden.reshape(n_tokens, D), targets.reshape(n_tokens) - first_id, mask.reshape(n_tokens)
-    chunks = [jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, chunk, *x.shape[1:]) for x in flat]
+    chunks = _cut(options.chunk, hidden, _local_ids(table, targets), mask)
 
     def one_chunk(carry: tuple, tokens: tuple) -> tuple:
         objective, cross_entropy, log_z_squared, d_table = carry
         x, target, weight = tokens
-        logits = jnp.einsum("td,vd->tv", x, table, preferred_element_type=jnp.float32)
-        is_target = jnp.arange(table.shape[0]) == target[:, None]
-        top = jax.lax.pmax(logits.max(-1), "tensor")
-        exp = jnp.exp(logits - top[:, None])
-        total = jax.lax.psum(exp.sum(-1), "tensor")
-        log_z = top + jnp.log(total)
+        logits, is_target, exp, total, log_z = _scores(x, table, target)
         target_logit = jax.lax.psum(jnp.where(is_target, logits, 0).sum(-1), "tensor")
         nll = weight @ (log_z - target_logit)
         z_squared = weight @ (log_z * log_z)
@@ -160,9 +142,149 @@ def _in_chunks(
 
     zero = jnp.float32(0)
     start = zero, zero, zero, jnp.zeros(table.shape[::-1], jnp.float32) if with_gradient else None
-    scanned: tuple = jax.lax.scan(one_chunk, start, tuple(chunks))
+    scanned: tuple = jax.lax.scan(one_chunk, start, chunks)
     (*sums, d_table), d_hidden = scanned
-    if with_gradient:
-        d_hidden = d_hidden.reshape(-1, D)[:n_tokens].reshape(hidden.shape)
-        d_table = d_table.T
-    return LossSums(*sums), d_hidden, d_table
+    if not with_gradient:
+        return LossSums(*sums), None, None
+    return LossSums(*sums), _uncut(d_hidden, hidden.shape), d_table.T
+
+
+def _local_ids(table: jax.Array, targets: jax.Array) -> jax.Array:
+    """Rows of this device's part of the table; others lie outside of it."""
+    return targets - jax.lax.axis_index("tensor") * table.shape[0]
+
+
+def _cut(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Each [B, T, ...] as [chunks, tokens of a chunk, ...], zeros at the end."""
+    n_tokens = arrays[0].shape[0] * arrays[0].shape[1]
+    chunk = min(chunk, n_tokens)
+    flat = [x.reshape(n_tokens, *x.shape[2:]) for x in arrays]
+    pad = lambda x: jnp.pad(x, [(0, -n_tokens % chunk)] + [(0, 0)] * (x.ndim - 1))
+    return tuple(pad(x).reshape(-1, chunk, *x.shape[1:]) for x in flat)
+
+
+def _uncut(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """What `_cut` made of an array of this shape."""
+    return x.reshape(-1, *shape[2:])[: shape[0] * shape[1]].reshape(shape)
+
+
+def _scores(x: jax.Array, table: jax.Array, target: jax.Array) -> tuple[jax.Array, ...]:
+    """Of a chunk, in float32: logits, whether it is the target, exp(logit - top), their sum, log(Z); the latter two
+    over the whole vocabulary."""
+    logits = jnp.einsum("td,vd->tv", x, table, preferred_element_type=jnp.float32)
+    is_target = jnp.arange(table.shape[0]) == target[:, None]
+    top = jax.lax.pmax(logits.max(-1), "tensor")
+    exp = jnp.exp(logits - top[:, None])
+    total = jax.lax.psum(exp.sum(-1), "tensor")
+    return logits, is_target, exp, total, top + jnp.log(total)
+
+
+def _sum_over_tokens(layout: Layout, d_table: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The gradient of this device's part of the table from the tokens of all devices, in float32 and in the layout of
+    gradients; on the way in `dtype`, unless the config says float32."""
+    d_table = d_table if layout.config.float32_gradients else d_table.astype(dtype)
+    if layout.parameter(("vocab", "embed"), StatePart.GRADIENTS)[1] == "fsdp":
+        d_table = jax.lax.psum(d_table, tuple(axis for axis in _TOKEN_AXES if axis != "fsdp"))
+        d_table = jax.lax.psum_scatter(d_table, "fsdp", scatter_dimension=1, tiled=True)
+    else:
+        d_table = jax.lax.psum(d_table, _TOKEN_AXES)
+    return d_table.astype(jnp.float32)
+
+
+class TokenScores(NamedTuple):
+    """Of each token's distribution over the vocabulary, float32 [B, T]."""
+
+    log_probs: jax.Array
+    """log p(target), nats."""
+    entropy: jax.Array
+    """-sum over the vocabulary of p log p, nats."""
+
+
+def token_log_probs(
+    layout: Layout, hidden: jax.Array, table: jax.Array, targets: jax.Array, *, chunk: int = 1024
+) -> jax.Array:
+    """log softmax(hidden @ table.T)[targets], float32 [B, T]: arguments, memory and gradient as of `token_scores`."""
+    return token_scores(layout, hidden, table, targets, chunk=chunk).log_probs
+
+
+def token_scores(
+    layout: Layout, hidden: jax.Array, table: jax.Array, targets: jax.Array, *, chunk: int = 1024
+) -> TokenScores:
+    """Log-probability of each target and entropy of each distribution, both differentiable for hidden and table.
+
+    Unlike `cross_entropy_sums`, nobody knows the gradient's weights yet when the logits are there; the backward pass
+    computes them again, `chunk` tokens at a time, as the forward pass does.
+
+    Args:
+        layout: the mesh; the vocabulary may be cut over the tensor axis.
+        hidden: [B, T, D] in the compute dtype.
+        table: float32 [V, D].
+        targets: int32 [B, T].
+        chunk: tokens on each device whose logits exist at one time.
+    """
+    return _token_scores(_Options(layout, 0.0, chunk), hidden, table, targets)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _token_scores(options: _Options, hidden: jax.Array, table: jax.Array, targets: jax.Array) -> TokenScores:
+    layout = options.layout
+    tokens = layout.activation("batch", "seq")
+
+    @functools.partial(
+        layout.shard_map,
+        in_specs=(layout.activation("batch", "seq", None), layout.activation("vocab", None), tokens),
+        out_specs=(tokens, tokens),
+        check_vma=False,
+    )
+    def local(hidden: jax.Array, table: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
+        def one_chunk(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            logits, is_target, exp, total, log_z = _scores(chunk[0], table, chunk[1])
+            target_logit = jax.lax.psum(jnp.where(is_target, logits, 0).sum(-1), "tensor")
+            log_probs = logits - log_z[:, None]
+            entropy = -jax.lax.psum((exp * log_probs).sum(-1), "tensor") / total
+            return target_logit - log_z, entropy
+
+        scores = jax.lax.map(one_chunk, _cut(options.chunk, hidden, _local_ids(table, targets)))
+        return tuple(_uncut(x, targets.shape) for x in scores)
+
+    return TokenScores(*local(hidden, table.astype(hidden.dtype), targets))
+
+
+def _token_scores_fwd(
+    options: _Options, hidden: jax.Array, table: jax.Array, targets: jax.Array
+) -> tuple[TokenScores, tuple[jax.Array, ...]]:
+    scores = _token_scores(options, hidden, table, targets)
+    return scores, (hidden, table, targets, scores.entropy)
+
+
+def _token_scores_bwd(options: _Options, saved: tuple[jax.Array, ...], d_scores: TokenScores) -> tuple:
+    layout = options.layout
+    hidden, table, targets, entropy = saved
+    wide, tokens = layout.activation("batch", "seq", None), layout.activation("batch", "seq")
+
+    @functools.partial(
+        layout.shard_map,
+        in_specs=(wide, layout.activation("vocab", None), *[tokens] * 4),
+        out_specs=(wide, layout.parameter(("vocab", "embed"), StatePart.GRADIENTS)),
+        check_vma=False,
+    )
+    def local(hidden: jax.Array, table: jax.Array, targets: jax.Array, *weights: jax.Array) -> tuple:
+        def one_chunk(d_table: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+            x, target, entropy, d_log_prob, d_entropy = chunk
+            logits, is_target, exp, total, log_z = _scores(x, table, target)
+            # d log p(target) / d logit = onehot - p;  d entropy / d logit = -p (log p + entropy)
+            log_probs = logits - log_z[:, None]
+            per_p = d_log_prob[:, None] + d_entropy[:, None] * (log_probs + entropy[:, None])
+            d_logits = jnp.where(is_target, d_log_prob[:, None], 0) - exp / total[:, None] * per_p
+            d_logits = d_logits.astype(x.dtype)
+            d_table += jnp.einsum("tv,td->vd", d_logits, x, preferred_element_type=jnp.float32)
+            return d_table, jax.lax.psum(jnp.einsum("tv,vd->td", d_logits, table), "tensor")
+
+        chunks = _cut(options.chunk, hidden, _local_ids(table, targets), *weights)
+        d_table, d_hidden = jax.lax.scan(one_chunk, jnp.zeros(table.shape, jnp.float32), chunks)
+        return _uncut(d_hidden, hidden.shape), _sum_over_tokens(layout, d_table, hidden.dtype)
+
+    return *local(hidden, table.astype(hidden.dtype), targets, entropy, *d_scores), None
+
+
+_token_scores.defvjp(_token_scores_fwd, _token_scores_bwd)

@@ -9,15 +9,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from maxlm.config import ModelConfig, StatePart
-from maxlm.models import init_parameters
+from maxlm.config import StatePart
 from maxlm.sharding import Layout
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """Everything that a step changes."""
+    """Everything that a step changes, and what it reads beside the batch."""
 
     step: jax.Array
     """int32: batches consumed."""
@@ -29,11 +28,12 @@ class TrainState:
     """int32: steps skipped since the start because something was not finite."""
     skipped_in_row: jax.Array
     """int32: of these, the ones without a good step since."""
+    frozen: Any = None
+    """What the loss reads and no step changes. A checkpoint says where it came from (`checkpoint/reference.py`)."""
 
 
-def init_state(model: ModelConfig, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+def init_state(parameters: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """A new state; run it under jit with `state_shardings` so that no device ever holds all of it."""
-    parameters = init_parameters(model, key)
     zero = lambda: jnp.zeros((), jnp.int32)
     return TrainState(
         step=zero(),

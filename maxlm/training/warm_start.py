@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
 
 from maxlm.checkpoint.checkpointer import Checkpointer
+from maxlm.checkpoint.reference import run_and_step
 from maxlm.config import ModelConfig, RunConfig, UserError, serialize
 from maxlm.models import abstract_parameters
 from maxlm.models.upcycle import upcycle
@@ -41,9 +41,7 @@ def warm_start(place: str, model: ModelConfig, layout: Layout, trainer: Trainer,
     Raises:
         UserError: no such run or checkpoint, it is damaged, has another tokenizer, or does not fit the model.
     """
-    path, step = Path(place), None
-    if path.parent.name == "checkpoints" and path.name.isdecimal():
-        path, step = path.parent.parent, int(path.name)
+    path, step = run_and_step(place)
     try:
         source = serialize.load(RunConfig, path / "config.json")
         shapes = _source_shapes(source.model, layout)

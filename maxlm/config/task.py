@@ -1,0 +1,14 @@
+"""What a run learns: one class a task. `maxlm/recipes/` has one function for each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain:
+    """Predict the next token of running text."""
+
+
+Task = Pretrain
+"""The union of the tasks."""

@@ -1,0 +1,22 @@
+"""One file a task: a function from a config to a Recipe, which `maxlm/training/loop.py` runs.
+
+pretrain.py: next token of prepared text
+"""
+
+from __future__ import annotations
+
+from maxlm.config import Pretrain, RunConfig
+from maxlm.recipes import pretrain
+from maxlm.sharding import Layout
+from maxlm.training.loop import Recipe
+
+
+def recipe(config: RunConfig, layout: Layout) -> Recipe:
+    """The recipe of `config.task`, on the mesh of `layout`.
+
+    Raises:
+        UserError: the data or another run that it needs is not there or does not fit.
+    """
+    match config.task:
+        case Pretrain():
+            return pretrain.recipe(config, config.task, layout)

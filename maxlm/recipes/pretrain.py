@@ -1,0 +1,143 @@
+"""Pre-training: the next token of prepared text, measured on held-out text, and a sample at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from maxlm.config import Pretrain, RunConfig, UserError
+from maxlm.data.loader import Batches, global_batches, open_batches
+from maxlm.data.prepare import ensure_prepared
+from maxlm.data.shards import Split
+from maxlm.data.tokenizers import Tokenizer
+from maxlm.evaluation.perplexity import held_out
+from maxlm.inference.generator import Generator as TextGenerator
+from maxlm.inference.load import LoadedRun
+from maxlm.observe.text import short
+from maxlm.processes import main_first
+from maxlm.sharding import Layout
+from maxlm.training.loop import Measure, Recipe
+from maxlm.training.objective import Batch, NextToken, Objective, make_evaluate
+from maxlm.training.state import TrainState
+from maxlm.training.step import Trainer
+from maxlm.training.warm_start import WarmStart, warm_start
+
+
+def recipe(config: RunConfig, task: Pretrain, layout: Layout) -> Recipe:
+    """Prepares the data first, if the config says how and nobody has.
+
+    Raises:
+        UserError: the data is not there, is damaged, too small, or has more ids than the model.
+    """
+    train, init_from = config.train, config.checkpoint.init_from
+    with main_first("prepare the data"):
+        if jax.process_index() == 0:
+            ensure_prepared(config.data)
+    batches = open_batches(config.data, batch_size=train.batch_size, seq_len=train.seq_len, split=Split.TRAIN)
+    tokenizer = batches.tokenizer
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size = {config.model.vocab_size} is smaller than the {tokenizer.vocab_size} ids of the "
+            f"data's tokenizer ({config.data.datasets[0].path}); use at least {tokenizer.vocab_size}"
+        )
+
+    def from_other_run(trainer: Trainer) -> WarmStart:
+        assert init_from is not None
+        return warm_start(init_from, config.model, layout, trainer, tokenizer.fingerprint)
+
+    objective = NextToken(config, layout)
+    measures: list[Measure] = []
+    if train.eval_batches:
+        measures.append(HeldOutText(config, layout, objective))
+    if config.observe.sample_tokens:
+        measures.append(Sample(config=config, layout=layout, tokenizer=tokenizer))
+    return Recipe(
+        objective=objective,
+        feed=FileFeed(batches, layout),
+        measures=tuple(measures),
+        start=None if init_from is None else from_other_run,
+        tokenizer=tokenizer,
+    )
+
+
+class FileFeed:
+    """Batches of prepared files, made ahead in a thread."""
+
+    def __init__(self, batches: Batches, layout: Layout) -> None:
+        self._batches, self._sharding = batches, layout.sharding(layout.activation("batch", "seq"))
+        self._ahead: Generator[Batch, None, None] | None = None
+        self.fingerprint = batches.fingerprint
+
+    def next(self, step: int, state: TrainState) -> Batch:
+        if self._ahead is None:
+            self._ahead = global_batches(self._batches, self._sharding, step)
+        return next(self._ahead)
+
+    def close(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+
+
+class HeldOutText:
+    """Loss over the first `train.eval_batches` batches of the validation split, every `train.eval_every` steps."""
+
+    name = "eval"
+
+    def __init__(self, config: RunConfig, layout: Layout, objective: Objective) -> None:
+        train = config.train
+        self.every = train.eval_every
+        self._n_batches, self._tokens_per_step = train.eval_batches, train.batch_size * train.seq_len
+        self._batches = open_batches(
+            config.data, batch_size=train.batch_size, seq_len=train.seq_len, split=Split.VALIDATION
+        )
+        self._sharding = layout.sharding(layout.activation("batch", "seq"))
+        self._evaluate = make_evaluate(objective, layout)
+
+    def __call__(self, step: int, state: TrainState) -> Mapping[str, float]:
+        with contextlib.closing(global_batches(self._batches, self._sharding, 0)) as feed:
+            found = held_out(
+                self._evaluate,
+                state.parameters,
+                itertools.islice(feed, self._n_batches),
+                bytes_per_token=self._batches.bytes_per_token,
+            )
+        return {
+            "tokens": step * self._tokens_per_step,
+            "eval_loss": found.loss,
+            "eval_perplexity": found.perplexity,
+            "eval_bits_per_byte": found.bits_per_byte,
+            "eval_tokens": found.tokens,
+        }
+
+    def line(self, step: int, row: Mapping[str, Any]) -> str:
+        return (
+            f"step {step:,}  held-out loss {row['eval_loss']:.4f}  perplexity {row['eval_perplexity']:,.4g}  "
+            f"{row['eval_bits_per_byte']:.4f} bits/byte  over {short(row['eval_tokens'])} tokens"
+        )
+
+
+@dataclass(kw_only=True)
+class Sample:
+    """How the model goes on after `observe.sample_prompt`, at the end."""
+
+    config: RunConfig
+    layout: Layout
+    tokenizer: Tokenizer
+    name: str = "sample"
+    every: int = 0
+
+    def __call__(self, step: int, state: TrainState) -> Mapping[str, str]:
+        run = LoadedRun(
+            config=self.config, layout=self.layout, parameters=state.parameters, tokenizer=self.tokenizer, step=step
+        )
+        prompt = self.config.observe.sample_prompt
+        (sample,) = TextGenerator(run).generate([prompt], max_new_tokens=self.config.observe.sample_tokens)
+        return {"prompt": prompt, "text": sample.text}
+
+    def line(self, step: int, row: Mapping[str, Any]) -> str:
+        return f"sample after step {step:,}:\n{row['prompt']}{row['text']}"

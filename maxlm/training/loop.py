@@ -1,0 +1,323 @@
+"""A run, from an empty folder to a report, in the order in which it happens, for any recipe.
+
+First reading: `run` alone. What a step computes is in `maxlm/training/step.py`, what a run is for in `maxlm/recipes/`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+
+from maxlm.checkpoint import manifest
+from maxlm.checkpoint.checkpointer import Checkpointer
+from maxlm.checkpoint.lock import lock_run
+from maxlm.checkpoint.reference import Reference, read_reference
+from maxlm.compile_cache import enable_compilation_cache, release_compiler_memory
+from maxlm.config import RunConfig, UserError, serialize
+from maxlm.observe.console import Console
+from maxlm.observe.kernel_choices import KernelChoices
+from maxlm.observe.profiler import ProfileWindow
+from maxlm.observe.report import SavedCheckpoint
+from maxlm.observe.run_log import Finished, RunLog
+from maxlm.processes import Interruption, initialize_distributed, main_first, main_says
+from maxlm.sharding import Layout, make_layout
+from maxlm.training.objective import Batch, Objective
+from maxlm.training.state import TrainState
+from maxlm.training.step import StepOutput, Trainer, make_trainer
+from maxlm.training.warm_start import WarmStart
+
+
+class Feed(Protocol):
+    """Where batches come from."""
+
+    fingerprint: str
+    """Of all that decides the batches. A run goes on only with the feed that it began with."""
+
+    def next(self, step: int, state: TrainState) -> Batch:
+        """The batch of a step, counted from 0, as `Objective.arrays` says; asked for in order, from any step on."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Measure(Protocol):
+    """Something to learn about the state now and then."""
+
+    name: str
+    """`NAMEs.jsonl` of the run folder gets a row of each measurement, TensorBoard and W&B its numbers under `NAME/`."""
+    every: int
+    """Steps between measurements; 0: none but the one at the end, which all have."""
+
+    def __call__(self, step: int, state: TrainState) -> Mapping[str, float | str | None]:
+        """The row, without the step. Every process calls it."""
+        ...
+
+    def line(self, step: int, row: Mapping[str, Any]) -> str:
+        """The row as the console says it."""
+        ...
+
+
+class Vocabulary(Protocol):
+    """A tokenizer, as far as a run folder keeps it."""
+
+    fingerprint: str
+
+    def save(self, folder: Path) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What one task adds to the loop."""
+
+    objective: Objective
+    feed: Feed
+    measures: tuple[Measure, ...] = ()
+    start: Callable[[Trainer], WarmStart] | None = None
+    """Reads `checkpoint.init_from` for a new run."""
+    frozen: str | None = None
+    """Run folder, or RUN_DIR/checkpoints/STEP, whose parameters are `TrainState.frozen`, as `objective.frozen` says."""
+    tokenizer: Vocabulary | None = None
+    """Copied to the run folder; None: the task has no text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """How a call of `run` ended."""
+
+    step: int
+    """Steps done since the start of the run."""
+    interrupted: bool
+    """A signal asked it to stop before the last step; all is saved."""
+    loss: float | None
+    """Of the last batch, as in metrics.jsonl; None if this call made no step."""
+    files: Finished | None
+    """Report and picture; None when interrupted, or on other processes than the first."""
+
+
+class Diverged(UserError):
+    """The loss or the gradient was not finite for too many steps in a row."""
+
+    exit_code = 1
+
+
+def run(config: RunConfig, make_recipe: Callable[[RunConfig, Layout], Recipe]) -> Result:
+    """Run `config` to its last step, or until SIGTERM or SIGINT.
+
+    The recipe is made once the devices are there and the run folder is locked.
+
+    Raises:
+        UserError: the config does not fit the devices, the data, or what the run folder holds; the folder is in use or
+            cannot be written; a checkpoint could not be written; or the recipe could not be made.
+        Diverged: train.max_skipped_steps steps in a row had a loss or gradient that is not finite.
+    """
+    train, run_dir = config.train, Path(config.run_dir)
+
+    # ---- Devices, folder, recipe -------------------------------------------------------------------------------------
+    initialize_distributed()
+    is_main = jax.process_index() == 0
+    config.validate(len(jax.devices()))
+    cache_folder = enable_compilation_cache()
+    layout = make_layout(config.sharding)
+
+    with contextlib.ExitStack() as stack:
+        with main_first("open the run folder"):
+            if is_main:
+                stack.enter_context(lock_run(run_dir))
+        recipe = make_recipe(config, layout)
+        feed = stack.enter_context(contextlib.closing(recipe.feed))
+
+        # ---- State: from the newest intact checkpoint, or new --------------------------------------------------------
+        trainer = make_trainer(config, layout, recipe.objective)
+        console = Console(enabled=is_main)
+        checkpoints = run_dir / "checkpoints"
+        saved = stack.enter_context(Checkpointer(checkpoints, config.checkpoint, warn=console.warning))
+        state, meta = _restore(saved, trainer, recipe, checkpoints)
+        origin = "not read, as the run has a checkpoint of its own"
+        if recipe.start is not None and state is None:
+            begin = recipe.start(trainer)
+            state, origin = begin.state, f"starting from the parameters of step {begin.step:,}, with a new optimizer"
+        start = int(state.step) if state is not None else 0
+        if start > train.steps:
+            raise UserError(
+                f"train.steps = {train.steps} is less than the {start} steps that {run_dir} has done; use at least "
+                f"{start}, or set another run_dir"
+            )
+        frozen, reference = None, None
+        if recipe.frozen is not None:
+            frozen, reference = read_reference(recipe.frozen, recipe.objective.frozen, meta.get("frozen"))
+        if is_main:
+            serialize.save(config, run_dir / "config.json")
+            if recipe.tokenizer is not None:
+                recipe.tokenizer.save(run_dir / "tokenizer")
+        log = stack.enter_context(
+            RunLog(
+                config,
+                run_dir,
+                resume_step=start,
+                is_main=is_main,
+                devices=jax.devices(),
+                console=console,
+                measures=[measure.name for measure in recipe.measures],
+            )
+        )
+        log.say(f"compiled programs are kept in {cache_folder}" if cache_folder else "compiled programs are not kept")
+        if recipe.start is not None:
+            log.say(f"checkpoint.init_from = {config.checkpoint.init_from}: {origin}")
+
+        # ---- Compile -------------------------------------------------------------------------------------------------
+        if start < train.steps:
+            began = time.perf_counter()
+            with KernelChoices(log.say):
+                step_program, state = trainer.start(state, frozen)
+            release_compiler_memory()
+            log.say(f"compiled the train step in {time.perf_counter() - began:.1f} s")
+        else:
+            assert state is not None, "without a checkpoint there are steps to do"
+            state = dataclasses.replace(state, frozen=frozen)
+            log.say(f"all {start:,} steps are done; a larger train.steps would go on from here")
+
+        # ---- Train ---------------------------------------------------------------------------------------------------
+        interruption = stack.enter_context(Interruption())
+        profile = ProfileWindow(config.train.profile_steps, run_dir, log.say)
+        tokens_per_step = train.batch_size * train.seq_len
+        log.start_clock(start, start * tokens_per_step)
+
+        output: StepOutput | None = None
+        interrupted = False
+        step = start
+        while step < train.steps and not interrupted:
+            batch = feed.next(step, state)
+            # The host runs one step ahead of the device, and looks at a step's figures while the next one is computed.
+            before = output
+            with profile.step(step, wait_for=state), jax.transfer_guard("disallow"):
+                state, output = step_program(state, batch)
+            step += 1
+            if before is not None:
+                _stop_if_diverged(before, step - 1, config, run_dir)
+            saved.check()
+
+            is_last = step == train.steps
+            interrupted = interruption.reached(step) and not is_last
+            if step % train.log_every == 0 or is_last or interrupted:
+                figures = {name: value.tolist() for name, value in jax.device_get(output.figures).items()}
+                log.step(step, step * tokens_per_step, figures)
+            for measure in recipe.measures:
+                if measure.every and step % measure.every == 0 and not is_last:
+                    _measure(measure, log, step, state)
+            if step % config.checkpoint.every == 0 or is_last or interrupted:
+                jax.block_until_ready(state)
+                with log.pause():
+                    _stop_if_diverged(output, step, config, run_dir)
+                    _save(saved, state, step, config, recipe, reference)
+        profile.close(wait_for=state)
+        saved.wait()
+        loss = None if output is None else float(output.figures["loss"])
+        if interrupted:
+            log.say(f"stopped by a signal after step {step:,}; all is saved, the same command goes on")
+            return Result(step=step, interrupted=True, loss=loss, files=None)
+
+        # ---- Last measurements and report ----------------------------------------------------------------------------
+        for measure in recipe.measures:
+            if not main_says(log.has_measured(measure.name, step)):  # a run killed below comes here again
+                _measure(measure, log, step, state)
+        files = log.finish(_saved_checkpoints(checkpoints, saved)) if is_main else None
+        return Result(step=step, interrupted=False, loss=loss, files=files)
+
+
+def _measure(measure: Measure, log: RunLog, step: int, state: TrainState) -> None:
+    jax.block_until_ready(state)
+    with log.pause():
+        row = measure(step, state)
+        log.measured(measure.name, step, row, measure.line(step, row))
+
+
+def _restore(
+    saved: Checkpointer, trainer: Trainer, recipe: Recipe, folder: Path
+) -> tuple[TrainState | None, dict[str, Any]]:
+    """The state of the newest intact checkpoint, without what is frozen, and its `meta`; None and {} without one.
+
+    Raises:
+        UserError: it was trained on other data or with another tokenizer, or holds another model.
+    """
+    shapes = trainer.state
+    restored = saved.restore_latest(params=shapes.parameters, optimizer=_optimizer_item(shapes))
+    if restored is None:
+        return None, {}
+    was, now = restored.meta, _identity(recipe)
+    for name, seen in {"tokenizer": was.get("tokenizer"), "data": was["data"]["fingerprint"]}.items():
+        if seen != now[name]:
+            raise UserError(
+                f"{folder / str(restored.step)}: was trained with {name} {str(seen)[:12]}..., the config names {name} "
+                f"{str(now[name])[:12]}...; restore the data, data.seed, train.batch_size and train.seq_len that the "
+                "run began with, or set another run_dir"
+            )
+    return TrainState(parameters=restored.params, **(restored.optimizer or {})), was
+
+
+def _identity(recipe: Recipe) -> dict[str, str | None]:
+    tokenizer = None if recipe.tokenizer is None else recipe.tokenizer.fingerprint
+    return {"tokenizer": tokenizer, "data": recipe.feed.fingerprint}
+
+
+def _optimizer_item(state: TrainState) -> dict[str, Any]:
+    """All of the state but the parameters: what inference never reads."""
+    return {
+        "step": state.step,
+        "optimizer": state.optimizer,
+        "skipped": state.skipped,
+        "skipped_in_row": state.skipped_in_row,
+    }
+
+
+def _save(
+    saved: Checkpointer, state: TrainState, step: int, config: RunConfig, recipe: Recipe, reference: Reference | None
+) -> None:
+    now = _identity(recipe)
+    meta = {
+        "data": {"next_batch": step, "fingerprint": now["data"]},
+        "tokenizer": now["tokenizer"],
+        "config": serialize.to_dict(config),
+    }
+    if reference is not None:
+        meta["frozen"] = reference.to_json()
+    saved.save(step, params=state.parameters, optimizer=_optimizer_item(state), meta=meta)
+
+
+def _stop_if_diverged(output: StepOutput, step: int, config: RunConfig, run_dir: Path) -> None:
+    """Raise Diverged, with a report in the run folder, once too many steps in a row were skipped."""
+    in_row = int(output.skipped_in_row)
+    if in_row < config.train.max_skipped_steps:
+        return
+    report = run_dir / "diverged.json"
+    values = {name: str(value) for name, value in jax.device_get(output.figures).items()}
+    facts = {
+        "step": step,
+        "skipped_in_row": in_row,
+        "metrics_of_last_step": values,
+        "config": serialize.to_dict(config),
+    }
+    if jax.process_index() == 0:
+        report.write_text(json.dumps(facts, indent=2) + "\n")
+    raise Diverged(
+        f"step {step}: loss {values['loss']} or gradient norm {values['grad_norm']} was not finite for {in_row} steps "
+        f"in a row (train.max_skipped_steps = {config.train.max_skipped_steps}); parameters are as before them, the "
+        f"report is {report}; lower optimizer.learning_rate or look at the data from batch {step - in_row} on"
+    )
+
+
+def _saved_checkpoints(folder: Path, saved: Checkpointer) -> list[SavedCheckpoint]:
+    """The finished checkpoints, as the report lists them."""
+    records = [manifest.load(folder / str(step)) for step in saved.steps()]
+    return [
+        SavedCheckpoint(step=record.step, n_bytes=record.total_bytes, saved=datetime.fromisoformat(record.written))
+        for record in records
+    ]

@@ -1,0 +1,153 @@
+"""What a run minimises: the one thing that the train step does not know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from maxlm.config import Experts, NoisyTopKRouter, RunConfig
+from maxlm.models import Execution, Tokens, bind, declared, init_parameters
+from maxlm.models.moe import balance_biases
+from maxlm.models.ops.ring import in_ring_order
+from maxlm.models.pipeline import in_pipeline_order
+from maxlm.sharding import Layout
+from maxlm.training.losses import cross_entropy_sums
+from maxlm.training.router_metrics import router_metrics
+
+Params = Any
+"""Nested dicts of float32 arrays."""
+Batch = dict[str, jax.Array]
+
+
+class BatchArray(NamedTuple):
+    """One array of a batch, over all devices."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    dims: tuple[str | None, ...]
+    """Names as of `Layout.activation`; the first is "batch"."""
+
+
+class Sums(NamedTuple):
+    """Sums over a batch, float32; those of its micro-batches add up to them."""
+
+    objective: jax.Array
+    """What is minimised. The only differentiable one."""
+    weight: jax.Array
+    """What the others are divided by to be means: as a rule, the tokens that count."""
+    means: dict[str, jax.Array]
+    """Every further figure to log, times its weight. `loss` is that of the console and the report; without it they
+    show the objective."""
+    router: Any = ()
+    """What `Objective.settle` makes something of: sums of which the log wants no mean."""
+
+
+class Objective(Protocol):
+    """Derive from it: what has a body here need not be written."""
+
+    arrays: Mapping[str, BatchArray]
+    """What a batch holds."""
+    declared: Any
+    """The `shapes.Array` of every parameter, in the parameters' tree: dims, and whether it decays."""
+    frozen: Any = None
+    """What `loss` reads and nobody trains, as a tree of ShapeDtypeStructs with shardings."""
+
+    @property
+    def dims(self) -> Any:
+        """Names of every parameter's dims, in the parameters' tree."""
+        return jax.tree.map(lambda array: array.dims, self.declared)
+
+    def init(self, key: jax.Array) -> Params:
+        """New parameters."""
+        ...
+
+    def loss(self, params: Params, frozen: Any, batch: Batch, counted: jax.Array) -> Sums:
+        """The sums of a batch or of some of its rows; `counted`: see below."""
+        ...
+
+    def counted(self, batch: Batch) -> jax.Array:
+        """What the loss of a few rows must know of the whole batch."""
+        return jnp.float32(1)
+
+    def draw(self, batch: Batch, key: jax.Array) -> Batch:
+        """The batch with all that is random in this step, from a key that is the step's own."""
+        return batch
+
+    def settle(self, params: Params, router: Any) -> tuple[Params, dict[str, jax.Array]]:
+        """Parameters after an update, and figures to log, as they follow from `Sums.router` of the whole batch."""
+        return params, {}
+
+
+class NextToken(Objective):
+    """Cross-entropy of the next token, with z-loss and the routers' losses. The one place that calls the model."""
+
+    def __init__(self, config: RunConfig, layout: Layout) -> None:
+        self._config, self._layout = config, layout
+        self._how = Execution.of(config, layout)
+        self.declared = declared(config.model)
+        shape, dims = (config.train.batch_size, config.train.seq_len), ("batch", "seq")
+        self.arrays = {
+            name: BatchArray(shape, jnp.int32, dims) for name in ("inputs", "targets", "segment_ids", "positions")
+        } | {"loss_mask": BatchArray(shape, jnp.float32, dims)}
+
+    def init(self, key: jax.Array) -> Params:
+        return init_parameters(self._config.model, key)
+
+    def counted(self, batch: Batch) -> jax.Array:
+        """The share of the tokens that the loss counts."""
+        return jnp.mean(batch["loss_mask"])
+
+    def draw(self, batch: Batch, key: jax.Array) -> Batch:
+        """Seeds, uint32 [B], where routers are noisy."""
+        mlps = [block.mlp for block in self._config.model.blocks]
+        if not any(isinstance(mlp, Experts) and isinstance(mlp.router, NoisyTopKRouter) for mlp in mlps):
+            return batch
+        seeds = jax.random.bits(key, batch["inputs"].shape[:1], jnp.uint32)
+        return {**batch, "seeds": self._layout.constrain(seeds, "batch")}
+
+    def loss(self, params: Params, frozen: Any, batch: Batch, counted: jax.Array) -> Sums:
+        """Of a batch as `arrays` says, with rows left out or seeds added."""
+        layout, train = self._layout, self._config.train
+        model = bind(self._config.model, params)
+        batch = in_ring_order(layout, in_pipeline_order(layout, batch, train.micro_batches))
+        tokens = Tokens(batch["positions"], batch["segment_ids"], seeds=batch.get("seeds"))
+        output = model(model.embeddings(batch["inputs"], tokens, self._how), tokens, self._how)
+        with jax.named_scope("loss"):
+            sums = cross_entropy_sums(
+                layout,
+                output.hidden,
+                model.output_table,
+                batch["targets"],
+                batch["loss_mask"],
+                z_loss=train.z_loss,
+                chunk=train.loss_chunk,
+            )
+            means = {"loss": sums.cross_entropy, "z_loss": train.z_loss * sums.log_z_squared}
+            routers = [stats for stats in output.router if stats is not None]
+            objective = sums.objective
+            if routers:
+                # A router's loss is about all tokens, also those that the mask leaves out; all together weigh what the
+                # counted ones do.
+                means["auxiliary_loss"] = sum((stats.auxiliary.sum() for stats in routers), jnp.float32(0)) * counted
+                objective += means["auxiliary_loss"]
+            return Sums(objective, jnp.sum(batch["loss_mask"]), means, output.router)
+
+    def settle(self, params: Params, router: Any) -> tuple[Params, dict[str, jax.Array]]:
+        """Biases of SigmoidRouters that follow the load; how evenly each layer's experts were used."""
+        return balance_biases(self._config.model, params, router), router_metrics(router)
+
+
+def make_evaluate(objective: Objective, layout: Layout) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
+    """Parameters and batch -> sum of the loss (`means["loss"]`), and the weight to divide it by; compiled when called.
+
+    For objectives that read nothing frozen.
+    """
+
+    def evaluate(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        sums = objective.loss(params, None, batch, objective.counted(batch))
+        return sums.means.get("loss", sums.objective), sums.weight
+
+    return jax.jit(evaluate, out_shardings=layout.sharding())
