@@ -334,8 +334,8 @@ def test_a_saved_config_with_odd_values_is_a_config_file(tmp_path: Path) -> None
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),
         ("[]", "holds list, must be the object of a saved RunConfig"),
-        ("{}", "required field missing"),
-        ('{"train": {"profile_steps": 3}}', "'3' must be FIRST:LAST"),
+        ("{}", "lacks or misuses 'model'"),
+        ('{"format": 2, "train": {"profile_steps": 3}}', "'3' must be FIRST:LAST"),
     ],
 )
 def test_a_config_file_that_is_no_saved_config_is_one_line(text: str, words: str, tmp_path: Path) -> None:
