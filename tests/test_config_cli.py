@@ -335,6 +335,7 @@ def test_a_saved_config_with_odd_values_is_a_config_file(tmp_path: Path) -> None
         ("[" * 100_000, "not JSON"),
         ("[]", "holds list, must be the object of a saved RunConfig"),
         ('{"format": 2}', "required field missing"),
+        ("{}", "lacks or misuses 'model'"),
         ('{"format": 2, "train": {"profile_steps": 3}}', "'3' must be FIRST:LAST"),
     ],
 )

@@ -129,7 +129,7 @@ def test_gpt3_has_175_billion():
     matrices = sum(a.size for a in found if a.part in (Part.ATTENTION, Part.MLP))
     assert matrices == 12 * 96 * d**2
     positions, biases, shifts = 2048 * d, 96 * (4 * d + 5 * d), (2 * 96 + 1) * d
-    total = sum(a.size for a in arrays)
+    total = sum(a.size for a in found)
     assert round((total + positions + biases + shifts) / 1e9, 1) == 174.6  # 96 layers and one table
     assert abs(total / 175.0e9 - 1) < 0.005
 

@@ -56,7 +56,7 @@ def test_one_json_object_and_nothing_else() -> None:
     assert report["hbm_bytes"] == memory_limit(parse_machine("tpu:v5p:4x4x4"))
     assert report["tier"] == "analytic" and report["fits"] and report["peak_bytes"]["compiled"] is None
     assert report["peak_bytes"]["analytic"] == sum(report["bytes_at_peak"].values())
-    total = flops_per_token(config.model, 2048).total
+    total = flops_per_token(config.model, 2048, config.execution.remat).total
     assert report["flops_per_token"] == total and report["flops_per_step"] == total * 2048 * 2048
     assert {one["axis"] for one in report["traffic"]} == {"data", "fsdp"}
     seconds = report["bound"]["step_seconds"]
@@ -290,7 +290,9 @@ def test_a_search_writes_a_config_that_the_same_command_takes(tmp_path: Path) ->
     assert loaded.target == "gpu:h200:1x8"
     loaded.validate(8)
     assert (
-        dataclasses.replace(loaded, model=tiny.model, sharding=tiny.sharding, train=tiny.train, target=tiny.target)
+        dataclasses.replace(
+            loaded, execution=tiny.execution, sharding=tiny.sharding, train=tiny.train, target=tiny.target
+        )
         == tiny
     )
     listing = plan(*TINY, "--target", "gpu:h200:8", "--search").stdout

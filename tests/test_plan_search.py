@@ -194,12 +194,12 @@ def test_the_differences_lead_from_one_config_to_the_other() -> None:
     original = spelled_out(dataclasses.replace(config, sharding=ShardingConfig(fsdp=16)), target)
     changed = dataclasses.replace(
         original,
-        model=dataclasses.replace(original.model, remat=Remat.NAMES),
+        execution=dataclasses.replace(original.execution, remat=Remat.NAMES),
         optimizer=Adafactor(),
         sharding=dataclasses.replace(original.sharding, fsdp=8, tensor=2),
     )
     assert differences(changed, original) == (
-        "model.remat = names", "optimizer = Adafactor", "sharding.fsdp = 8", "sharding.tensor = 2",
+        "optimizer = Adafactor", "sharding.fsdp = 8", "sharding.tensor = 2", "execution.remat = names",
     )  # fmt: skip
     assert differences(original, original) == ()
 

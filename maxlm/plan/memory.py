@@ -15,6 +15,7 @@ pass of the last layer, when everything still is saved and the gradients of all 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,18 +93,13 @@ def cache_bytes(config: RunConfig, n_devices: int) -> int:
 
     As `Decoder.empty_cache` makes them: rows cut as a batch, heads over tensor; the seq axis cuts nothing.
     """
-    model, sizes = config.model, config.sharding.sizes(n_devices)
+    sizes = config.sharding.sizes(n_devices)
     rows = -(-config.train.batch_size // _product(sizes, ACTIVATION_DIMS["batch"]))
-    tokens = rows * model.max_seq_len
     kv_heads = _product(sizes, ACTIVATION_DIMS["kv_heads"])
-    return sum(
-        2
-        * tokens
-        * -(-block.attention.n_kv_heads // kv_heads)
-        * block.attention.head_dim
-        * config.execution.dtype.itemsize
-        for block in model.layers
+    numbers = sum(
+        -(-block.attention.n_kv_heads // kv_heads) * block.attention.head_dim for block in config.model.layers
     )
+    return 2 * rows * config.model.max_seq_len * numbers * config.execution.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -123,13 +119,14 @@ class _Step:
         elif self.config.train.micro_batches > 1:
             # Also under ZeRO-1: the compiler cuts the sum as the optimizer, its only reader, wants it.
             accumulated = bytes_of(StatePart.OPTIMIZER)
+        moved = self._stacked(arrays) if self.config.sharding.virtual_stages > 1 else 0  # to the stages they run on
         return MemoryEstimate(
             parameters=bytes_of(StatePart.PARAMETERS),
             optimizer=sum(self._optimizer(array) for array in arrays),
             batch=self._batch(),
             gradients=gradients + accumulated,
             accumulated=accumulated if self.sizes["stage"] == 1 else 0,
-            copies=self._copies(arrays),
+            copies=self._hoisted(arrays) + moved,
             activations=self._activations(),
             logits=self._logits(),
             working=self._working(arrays),
@@ -189,10 +186,6 @@ class _Step:
             case _:
                 assert_never(optimizer)
 
-    def _copies(self, arrays: Sequence[Array]) -> int:
-        moved = self._stacked(arrays) if self.config.sharding.virtual_stages > 1 else 0  # to the stages they run on
-        return moved + self._hoisted(arrays)
-
     def _hoisted(self, arrays: Sequence[Array]) -> int:
         """What XLA moves out of the loop over the layers, because it does not depend on the turn."""
         match self.platform:
@@ -212,25 +205,19 @@ class _Step:
 
     def _activations(self) -> int:
         model, sharding = self.config.model, self.config.sharding
-        repeat = self._saved(model.blocks)
-        first = self._saved(model.first_blocks) if model.first_blocks else 0
-        stages = self.sizes["stage"]
+        layers, stages = self._layers(model.blocks), self.sizes["stage"]
+        repeat = sum(layer.saved for layer in layers)
+        first = sum(layer.saved for layer in self._layers(model.first_blocks))
         if stages == 1:
             return self.tokens * (first + model.repeats * repeat)
         ticks = pipeline_ticks(stages, sharding.virtual_stages, self.config.train.micro_batches)
         group = model.repeats // (stages * sharding.virtual_stages) * repeat
-        if sharding.remat_stages:
-            return self.tokens * (ticks * self._memory_of(model.blocks)[0].input + group) + self.loss_tokens * first
-        return self.tokens * ticks * group + self.loss_tokens * first
+        turns = ticks * layers[0].input + group if sharding.remat_stages else ticks * group
+        return self.tokens * turns + self.loss_tokens * first
 
-    def _memory_of(self, blocks: Sequence[BlockConfig]) -> list[BlockMemory]:
-        return [
-            BlockMemory(config=self.config, sizes=self.sizes, platform=self.platform, block=block) for block in blocks
-        ]
-
-    def _saved(self, blocks: Sequence[BlockConfig]) -> int:
-        """Bytes a token of blocks that are each rematerialised by itself."""
-        return sum(layer.saved for layer in self._memory_of(blocks))
+    def _layers(self, blocks: Sequence[BlockConfig]) -> list[BlockMemory]:
+        make = functools.partial(BlockMemory, config=self.config, sizes=self.sizes, platform=self.platform)
+        return [make(block=block) for block in blocks]
 
     # There for a while.
 
@@ -251,11 +238,8 @@ class _Step:
     def _working(self, arrays: Sequence[Array]) -> int:
         """Of the block whose backward pass needs most."""
         model = self.config.model
-        layers = self._memory_of(model.blocks)
-        most = 0
-        for i, layer in enumerate(layers):
-            weights = self._weights(arrays, f"blocks/{i}/")
-            most = max(most, weights + self.tokens * layer.backward)
+        layers = enumerate(self._layers(model.blocks))
+        most = max(self._weights(arrays, f"blocks/{i}/") + self.tokens * layer.backward for i, layer in layers)
         # The table's gradient waits, in the compute dtype, for devices to sum it up.
         table = model.vocab_size * model.d_model // self.tensor * self.itemsize
         return most + table
