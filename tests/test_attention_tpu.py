@@ -51,7 +51,7 @@ def test_a_walk_visits_each_needed_block_once_and_no_other(words, offset, outer_
     for known in (offset, None):
         walk = Walk(make_problem(T=T, S=S, mask=MASKS[words], q_offset=known), q, k, outer_is_q)
         i, step = np.mgrid[: walk.n_outer, : walk.steps]
-        blocks, active = jax.jit(walk.visit)(offset, i, step)
+        blocks, active = jax.jit(walk.visit)({"offset": jnp.array([offset])}, 0, i, step)
         for row, visited, counts in zip(needed, np.asarray(blocks), np.asarray(active), strict=True):
             assert visited[counts].tolist() == np.flatnonzero(row).tolist()
             # Nothing more is fetched once the last needed block was.

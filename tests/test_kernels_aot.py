@@ -22,8 +22,8 @@ from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import (
     AttentionBlocks,
-    GluBlocks,
     DistanceBias,
+    GluBlocks,
     dispatch,
     flash_attention,
     fused_glu,
