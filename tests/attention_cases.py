@@ -61,6 +61,7 @@ def attend(options: Options, arrays: dict[str, Any]) -> tuple[jax.Array, jax.Arr
         mask=mask_of(options.words),
         segment_ids=arrays.get("segment_ids"),
         kv_segment_ids=arrays.get("kv_segment_ids"),
+        visible_to=arrays.get("visible_to"),
         q_offset=arrays.get("q_offset", 0) if options.q_offset is None else options.q_offset,
         scale=options.scale,
         soft_cap=options.soft_cap,
@@ -91,7 +92,7 @@ def compute(options: Options, arrays: dict[str, Any], d_out: jax.Array, d_lse: j
 def reference(
     options: Options, arrays: dict[str, Any], d_out: jax.Array, d_lse: jax.Array
 ) -> dict[str, np.ndarray | None]:
-    names = ("segment_ids", "kv_segment_ids", "alibi_slopes", "bias_table", "sinks")
+    names = ("segment_ids", "kv_segment_ids", "visible_to", "alibi_slopes", "bias_table", "sinks")
     want = oracle.attention(
         arrays["q"],
         arrays["k"],
@@ -167,6 +168,12 @@ def build(row: dict[str, Any], backend: str) -> tuple[Options, dict[str, Any], j
     if row["segments"] == "foreign":  # in no order, and two that no key has
         arrays["segment_ids"] = jnp.asarray(rng.integers(0, 5, (B, T)), jnp.int32)
         arrays["kv_segment_ids"] = jnp.asarray(rng.integers(0, 3, (B, S)), jnp.int32)
+    if row["visible_to"] == "prefix":  # the first 60 positions see each other, the rest is causal
+        positions = np.broadcast_to(arrays.get("q_offset", offset), (B,))[:, None] + np.arange(T)
+        arrays["visible_to"] = jnp.asarray(np.where(positions < 60, 60, positions + 1), jnp.int32)
+    if row["visible_to"] == "any":  # in no order, some before all keys and some beyond
+        spans = rng.integers(-20, S + 40, (B, -(-T // 30)))
+        arrays["visible_to"] = jnp.asarray(np.repeat(spans, 30, 1)[:, :T] + rng.integers(-9, 9, (B, T)), jnp.int32)
     if row["alibi"]:
         arrays["alibi_slopes"] = jnp.asarray(0.5 ** np.arange(2, N + 2), jnp.float32)
     if row["bias"]:

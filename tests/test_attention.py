@@ -38,6 +38,7 @@ FACTORS: dict[str, list[Any]] = {
     "q_offset": [0, 90, -30, "array"],
     "dtype": ["float32", "bfloat16", "float16"],
     "segments": [None, "packed", "foreign"],
+    "visible_to": [None, "prefix", "any"],
     "bias": [None, (40, False), (128, True)],
     "soft_cap": [None, 3.0],
     "alibi": [False, True],

@@ -29,6 +29,7 @@ interpreted = pytest.mark.skipif(
 CAUSAL, FULL = (masks.causal, "causal"), (masks.full, "full")
 WINDOW = (masks.local(50, 0), ("local", 50, 0))
 CHUNKS = (masks.causal & masks.chunked(96), ("and", "causal", ("chunked", 96)))
+OPEN, OPEN_WINDOW = (masks.causal.opened(), "causal"), (masks.local(50, 0).opened(), ("local", 50, 0))
 PREFIX = (masks.causal | masks.prefix(70), ("or", "causal", ("prefix", 70)))
 
 
@@ -57,6 +58,7 @@ def operands_of(problem: AttentionProblem, offsets: Any = 0) -> Operands:
         jnp.broadcast_to(jnp.asarray(offsets, jnp.int32), (p.B,)),
         jnp.asarray(2.0 ** -np.arange(1, p.N + 1), jnp.float32) if p.alibi else None,
         None,
+        jnp.asarray(rng.integers(-9, p.S + 30, (p.B, p.T)), jnp.int32) if p.visible_to else None,
     )
 
 
@@ -80,6 +82,7 @@ def check(problem: AttentionProblem, words: oracle.Words, operands: Operands, ou
         mask=words,
         segment_ids=operands.q_segments,
         kv_segment_ids=operands.k_segments,
+        visible_to=operands.visible_to,
         q_offset=operands.q_offset,
         scale=problem.scale,
         soft_cap=problem.soft_cap,
@@ -108,6 +111,14 @@ def check(problem: AttentionProblem, words: oracle.Words, operands: Operands, ou
         pytest.param(CAUSAL, {"H": 32, "Hv": 16, "T": 128, "S": 65, "segments": True}, 0, {}, id="32/16, segments"),
         pytest.param(FULL, {"H": 80, "Hv": 80, "T": 64, "S": 64, "scale": -0.2}, 0, {}, id="80, negative scale"),
         pytest.param(CAUSAL, {"H": 256, "Hv": 256, "T": 70, "S": 140}, 70, {}, id="256"),
+        pytest.param(OPEN, {"visible_to": True, "T": 150, "S": 200}, 0, {"k": 64}, id="ends"),
+        pytest.param(
+            OPEN_WINDOW,
+            {"visible_to": True, "B": 2, "T": 70, "segments": True},
+            [9, 150],
+            {"k": 64},
+            id="ends, segments",
+        ),
         pytest.param(CAUSAL, {"N": 4, "K": 2, "T": 140, "S": 333}, 0, {"k": 64, "stages": 1}, id="groups, one slot"),
     ],
 )
@@ -136,6 +147,16 @@ def test_hidden_blocks_are_not_read(segments: bool) -> None:
     ids = jnp.where(jnp.arange(384) < 128, 4, 7)[None] if segments else None
     q_ids = jnp.full((1, 128), 7) if segments else None
     out, lse = run(problem, operands._replace(k=k, v=v, q_segments=q_ids, k_segments=ids), k=64)
+    assert np.isfinite(out).all() and np.isfinite(lse).all()
+
+
+@interpreted
+def test_blocks_beyond_the_ends_are_not_read() -> None:
+    problem = problem_of(T=128, S=384, visible_to=True, mask=masks.full)
+    operands = operands_of(problem)
+    k, v = (x.at[:, 192:].set(jnp.nan) for x in (operands.k, operands.v))
+    ends = jnp.minimum(jnp.arange(128)[None] + 1, 130)
+    out, lse = run(problem, operands._replace(k=k, v=v, visible_to=ends), k=64)
     assert np.isfinite(out).all() and np.isfinite(lse).all()
 
 

@@ -26,6 +26,7 @@ interpreted = pytest.mark.skipif(
 CAUSAL, FULL = (masks.causal, "causal"), (masks.full, "full")
 WINDOW = (masks.causal & masks.local(20, 0), ("and", "causal", ("local", 20, 0)))
 CHUNKS = (masks.causal & masks.chunked(96), ("and", "causal", ("chunked", 96)))
+OPEN, OPEN_WINDOW = (masks.causal.opened(), "causal"), (masks.local(50, 0).opened(), ("local", 50, 0))
 PREFIX = (masks.causal | masks.prefix(70), ("or", "causal", ("prefix", 70)))
 
 
@@ -55,6 +56,7 @@ def arrays_of(problem: AttentionProblem, offsets: Any = 0) -> tuple[Operands, ja
         jnp.broadcast_to(jnp.asarray(offsets, jnp.int32), (p.B,)),
         jnp.asarray(2.0 ** -np.arange(1, p.N + 1), jnp.float32) if p.alibi else None,
         None,
+        jnp.asarray(rng.integers(-9, p.S + 30, (p.B, p.T)), jnp.int32) if p.visible_to else None,
     )
     return operands, array(p.B, p.T, p.N, p.Hv)
 
@@ -69,6 +71,7 @@ def right_answer(problem: AttentionProblem, words: Any, operands: Operands, d_ou
         mask=words,
         segment_ids=operands.q_segments,
         kv_segment_ids=operands.k_segments,
+        visible_to=operands.visible_to,
         q_offset=operands.q_offset,
         scale=problem.scale,
         soft_cap=problem.soft_cap,
@@ -111,6 +114,8 @@ def check(problem: AttentionProblem, got: list[np.ndarray], right: oracle.Attent
         pytest.param(WINDOW, {"segments": True, "T": 150, "S": 190}, 30, {"stages": 1}, id="window, segments"),
         pytest.param(CHUNKS, {"B": 2, "S": 200, "soft_cap": 2.0}, [60, 7], {}, id="chunks, offsets, soft cap"),
         pytest.param(PREFIX, {"alibi": True, "N": 2, "K": 2}, 0, {"k_backward": 128}, id="prefix, alibi"),
+        pytest.param(OPEN, {"visible_to": True, "T": 200, "S": 190}, 0, {}, id="ends"),
+        pytest.param(OPEN_WINDOW, {"visible_to": True, "segments": True, "T": 150}, 30, {}, id="ends, segments"),
         pytest.param(CAUSAL, {"H": 80, "Hv": 96}, 0, {"q_backward": 128}, id="80/96"),
         pytest.param(CAUSAL, {"H": 192, "Hv": 128, "T": 100, "S": 90, "N": 2}, 0, {}, id="192/128"),
         pytest.param(FULL, {"H": 256, "Hv": 256, "S": 64}, 0, {}, id="256"),

@@ -15,7 +15,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import masks, oracle
-from kernels_pallas.attention import tpu
+from kernels_pallas.attention import tpu, tpu_tile
 from kernels_pallas.attention.problem import MASKED, AttentionBlocks, AttentionProblem, Buckets, Operands
 from kernels_pallas.attention.tpu_tile import Walk
 from kernels_pallas.targets import Family, Target
@@ -51,13 +51,41 @@ def test_a_walk_visits_each_needed_block_once_and_no_other(words, offset, outer_
     for known in (offset, None):
         walk = Walk(make_problem(T=T, S=S, mask=MASKS[words], q_offset=known), q, k, outer_is_q)
         i, step = np.mgrid[: walk.n_outer, : walk.steps]
-        blocks, active = jax.jit(walk.visit)(offset, i, step)
+        blocks, active = jax.jit(walk.visit)({"offset": jnp.array([offset])}, 0, i, step)
         for row, visited, counts in zip(needed, np.asarray(blocks), np.asarray(active), strict=True):
             assert visited[counts].tolist() == np.flatnonzero(row).tolist()
             # Nothing more is fetched once the last needed block was.
             assert set(visited[~counts]) <= {visited[counts][-1] if counts.any() else 0}
         if known is not None:
             assert walk.steps == max(1, needed.sum(1).max())
+
+
+@pytest.mark.parametrize("kind", ["causal", "documents", "any"])
+@pytest.mark.parametrize("outer_is_q", [True, False])
+def test_a_walk_by_ends_spans_what_is_needed(kind, outer_is_q):
+    """Of each row of the batch: from the first block that is needed to the last."""
+    T, S, q, k = 90, 130, 16, 8
+    rng = np.random.default_rng(0)
+    ends = {
+        "causal": np.arange(T)[None] + np.array([[1], [40]]),
+        "documents": np.stack([np.repeat([30, 70, 90], [30, 40, 20]), np.full(T, 130)]),
+        "any": rng.integers(-5, 60, (2, T)),
+    }[kind]
+    visible = np.arange(S) < ends[:, :, None]
+    visible = np.pad(visible, ((0, 0), (0, -T % q), (0, -S % k))).reshape(2, -(-T // q), q, -(-S // k), k).any((2, 4))
+    needed = visible if outer_is_q else visible.swapaxes(1, 2)
+
+    problem = make_problem(B=2, T=T, S=S, mask=masks.causal.opened(), visible_to=True)
+    walk = Walk(problem, q, k, outer_is_q)
+    zeros = jnp.zeros((2, 1, 1, 1))
+    operands = Operands(zeros, zeros, zeros, None, None, jnp.zeros(2, jnp.int32), None, None, jnp.asarray(ends))
+    i, step = np.mgrid[: walk.n_outer, : walk.steps]
+    for b in range(2):
+        blocks, active = jax.jit(walk.visit)(tpu_tile.scalars(walk, operands), b, i, step)
+        for row, visited, counts in zip(needed[b], np.asarray(blocks), np.asarray(active), strict=True):
+            (found,) = np.nonzero(row)
+            span = range(found[0], found[-1] + 1) if found.size else range(0)
+            assert visited[counts].tolist() == list(span)
 
 
 @pytest.mark.parametrize("offset, steps", [(0, 3), (None, 4)])
@@ -99,6 +127,7 @@ def case(problem: AttentionProblem, offset=0):
     q, k, v = normal(p.B, p.T, p.N, p.H), normal(p.B, p.S, p.K, p.H), normal(p.B, p.S, p.K, p.Hv)
     ids = [np.sort(random.integers(0, 3, (p.B, n)), 1).astype(np.int32) for n in (p.T, p.S)]
     slopes = random.random(p.N).astype(np.float32)
+    ends = random.integers(-5, p.S + 9, (p.B, p.T)).astype(np.int32)
     table = random.standard_normal((p.N, p.buckets.n if p.buckets else 1)).astype(np.float32)
     operands = Operands(
         q,
@@ -109,10 +138,13 @@ def case(problem: AttentionProblem, offset=0):
         jnp.broadcast_to(jnp.asarray(offset, jnp.int32), (p.B,)),
         jnp.asarray(slopes) if p.alibi else None,
         jnp.asarray(table) if p.buckets else None,
+        jnp.asarray(ends) if p.visible_to else None,
     )
     options: dict[str, Any] = {"q_offset": offset, "scale": p.scale, "soft_cap": p.soft_cap}
     if p.segments:
         options |= {"segment_ids": ids[0], "kv_segment_ids": ids[1]}
+    if p.visible_to:
+        options |= {"visible_to": ends}
     if p.alibi:
         options |= {"alibi_slopes": slopes}
     if p.buckets:
@@ -129,6 +161,7 @@ CASES = {
     "ragged, capped": ("full", {"T": 25, "S": 37, "Hv": 16, "soft_cap": 2.0}, 0),
     "window, offset at run time": (("local", 20, 9), {"B": 2, "T": 24, "alibi": True, "q_offset": None}, [3, 20]),
     "buckets": (("or", "causal", ("prefix", 30)), {"T": 37, "S": 50, "buckets": BUCKETS}, 0),
+    "ends, segments": (("local", 20, 9), {"T": 40, "S": 50, "N": 2, "segments": True, "visible_to": True}, 5),
     "rows that see nothing": ("causal", {"T": 40, "S": 40, "q_offset": -20, "dtype": jnp.dtype("bfloat16")}, -20),
 }
 
@@ -137,7 +170,8 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_the_simulator_finds_no_race_and_the_same_numbers(name, simulator, capfd):
     words, sizes, offset = CASES[name]
-    problem = make_problem(mask=MASKS[words], **sizes)
+    mask = MASKS[words].opened() if "visible_to" in sizes else MASKS[words]
+    problem = make_problem(mask=mask, **sizes)
     operands, d_out, d_lse, options = case(problem, offset)
     found = gradients(problem, BLOCKS, operands, d_out, d_lse, simulator)
     assert_no_race(capfd)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import FLOAT32, one_device, plainly, small_model, small_run
 
-from kernels_pallas import Scores, cached_attention, masks
+from kernels_pallas import DistanceBias, Scores, cached_attention, masks, oracle
 from kernels_pallas.masks import Mask
 from maxlm.config import ModelConfig, Remat, SamplingConfig
 from maxlm.inference.steps import Choice, DecodeState, decode_chunk, row_keys
@@ -38,6 +38,29 @@ def test_attention_in_place_is_attention(mask: Mask, T: int) -> None:
                 weights = np.exp(scores - scores.max())
                 want = weights @ v[1, row, head // (N // K), seen] / weights.sum()
                 np.testing.assert_allclose(got[row, t, head], want, atol=1e-5)
+
+
+def test_all_that_shapes_scores_holds_in_a_cache() -> None:
+    """Few queries against the oracle, with ends of their own that reach beyond them."""
+    B, T, S, N, K, H = 2, 3, 256, 4, 2, 8
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    q, k, v, table, sinks = normal(B, T, N, H), normal(1, B, S, K, H), normal(1, B, S, K, H), normal(N, 8), normal(N)
+    slopes, first = np.asarray(0.5 ** np.arange(1, N + 1), np.float32), np.array([5, 180], np.int32)
+    ends = np.array([[20, 7, 130], [181, 200, 1]], np.int32)
+    scores = Scores(
+        mask=masks.local(150, 0),
+        soft_cap=2.0,
+        alibi_slopes=slopes,
+        relative_bias=DistanceBias(table, 20, True),
+        sinks=sinks,
+    )
+    got = jax.jit(functools.partial(cached_attention, scores=scores))(q, k, v, jnp.int32(0), first, visible_to=ends)
+    want = oracle.attention(
+        q, k[0], v[0], np.zeros_like(q), mask=("local", 150, 0), visible_to=ends, q_offset=first, soft_cap=2.0,
+        alibi_slopes=slopes, bias_table=table, bucket_rule=(20, True), sinks=sinks,
+    )  # fmt: skip
+    np.testing.assert_allclose(got, want.out, atol=1e-5, rtol=0)
 
 
 def test_many_queries_give_what_few_give() -> None:

@@ -198,8 +198,21 @@ SHAPED = {
 }
 
 
-@pytest.mark.parametrize("context", Context)
-@pytest.mark.parametrize("name", SHAPED)
+QUICK = {
+    Context.ALL_GATHER: ["heads cut, all features"],
+    Context.RING: ["heads cut, all features", "heads cut, prefix", "any ends, a window", "sees ahead"],
+    Context.ULYSSES: ["heads cut, prefix", "documents"],
+}
+
+
+@pytest.mark.parametrize(
+    ("context", "name"),
+    [
+        pytest.param(context, name, marks=[] if name in QUICK[context] else [pytest.mark.slow])
+        for context in Context
+        for name in SHAPED
+    ],
+)
 def test_what_shapes_scores_is_the_same_in_every_context(context: Context, name: str) -> None:
     check(context, SHAPED[name])
 
@@ -389,6 +402,8 @@ def test_what_cannot_be_is_said_in_the_configs_words() -> None:
     ):
         shape = Shape(4, heads=(6, 2))
         compute(Context.ULYSSES, shape, arrays_of(shape))
+    with pytest.raises(UserError, match=r"mask causal & chunked\(8\) counts from .*; use all_gather or ulysses"):
+        make_ring(masks.causal & masks.chunked(8), 4, 8, "auto")
     config = small_run(with_attention(small_model()), ShardingConfig(data=1, seq=8, context=Context.RING), seq_len=24)
     with pytest.raises(UserError, match=r"train.seq_len = 24 is not a multiple of 16 .*use 16"):
         loss_and_gradients(config, make_layout(config.sharding))

@@ -131,6 +131,8 @@ def test_a_measured_row_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) 
         ({"backend": "gpu", "target": "a100"}, r"backend = 'gpu' cannot run this.*sm_90.*use cudnn, xla"),
         ({"target": "tpu_v9"}, r"target = 'tpu_v9' is unknown; use cpu, a100"),
         ({"mask": "causal"}, r"mask = 'causal' is no mask; use kernels_pallas.masks"),
+        ({"backend": "cudnn", "target": "h200", "visible_to": SEGMENTS}, r"visible_to.*use gpu, xla"),
+        ({"visible_to": jax.ShapeDtypeStruct((1, 7), jnp.int32)}, r"visible_to is int32\[1, 7\]; it must be integers"),
         ({"soft_cap": 0.0}, r"soft_cap = 0.0 must be positive"),
         ({"scale": float("nan")}, r"scale = nan must be a finite Python number"),
         ({"soft_cap": jax.ShapeDtypeStruct((), jnp.float32)}, r"soft_cap = .* must be a finite Python number"),

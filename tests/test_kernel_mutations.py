@@ -36,6 +36,8 @@ class Mutation:
     """The pass that must go wrong."""
     segments: bool = True
     """Without: where segments would hide the same keys as what is taken away."""
+    visible_to: bool = False
+    """With: the mask then hides nothing from above."""
 
 
 XLA = {
@@ -57,6 +59,17 @@ XLA = {
     "scale": Mutation("xla", "products * self.problem.scale,", "products,"),
     "last_key_block": Mutation(
         "xla", "-(-jnp.minimum(stop, self.problem.S) //", "(jnp.minimum(stop, self.problem.S) //"
+    ),
+    "ends": Mutation("xla", "seen &= keys < self.visible_to", "seen &= keys <= self.visible_to", visible_to=True),
+    "last_key_block_by_ends": Mutation(
+        "xla", "self.furthest[i], 0, stop)", "self.furthest[i] - 16, 0, stop)", visible_to=True
+    ),
+    "query_blocks_by_ends": Mutation(
+        "xla",
+        "jnp.maximum(start, first_reaching)",
+        "jnp.maximum(start, first_reaching + 1)",
+        "backward",
+        visible_to=True,
     ),
     "mask_backward": Mutation("xla", "jnp.where(tiles.seen(i, j).swapaxes(2, 3),", "jnp.where(True,", "backward"),
     "delta": Mutation("xla", "p * (dp - delta[i][:, :, None])", "p * dp", "backward"),
@@ -87,6 +100,16 @@ TPU = {
     "first_dk": Mutation("tpu_backward", "dk[...] = jnp.zeros(dk.shape)", "pass", "backward"),
     "first_dq": Mutation("tpu_backward", "dq[...] = jnp.zeros(dq.shape)", "pass", "backward"),
     "group": Mutation("tpu_backward", "@pl.when((member == 0) & (step == 0))", "@pl.when(step == 0)", "backward"),
+    "ends": Mutation("tpu_tile", "seen &= k < self.refs", "seen &= k <= self.refs", visible_to=True),
+    "clear_by_ends": Mutation(
+        "tpu_tile", 'clear &= self._ends("least") > last_k', "pass", segments=False, visible_to=True
+    ),
+    "key_blocks_by_ends": Mutation(
+        "tpu_tile", "stop = pl.cdiv(jnp.clip(most, 0, p.S), walk.k)", "stop = most // walk.k", visible_to=True
+    ),
+    "query_blocks_by_ends": Mutation(
+        "tpu_tile", 'self._ends("most") > first_k', 'self._ends("most") > last_k', "backward", visible_to=True
+    ),
     "steps_of_the_walk": Mutation("tpu_tile", "return block, step < seen", "return block, step + 1 < seen"),
 }
 CASES = [("xla", name) for name in XLA] + [("tpu", name) for name in TPU]
@@ -106,7 +129,7 @@ def load(body: str, mutation: Mutation | None, monkeypatch: pytest.MonkeyPatch) 
     return module
 
 
-def examine(body: str, module: types.ModuleType, passes: str, segments: bool = True) -> None:
+def examine(body: str, module: types.ModuleType, passes: str, segments: bool = True, visible_to: bool = False) -> None:
     """Compare one pass of a body with the oracle, with every feature in use and several blocks each way."""
     T, S = (45, 55) if body == "xla" else (150, 270)
     row: dict[str, Any] = {
@@ -117,6 +140,7 @@ def examine(body: str, module: types.ModuleType, passes: str, segments: bool = T
         "q_offset": "array",
         "dtype": "float32",
         "segments": "foreign" if segments else None,  # and with them queries that see nothing
+        "visible_to": "any" if visible_to else None,
         "bias": (20, True),
         "soft_cap": 3.0,
         "alibi": True,
@@ -126,14 +150,15 @@ def examine(body: str, module: types.ModuleType, passes: str, segments: bool = T
     }
     options, arrays, d_out, d_lse = build(row, body)
     want = reference(options, arrays, d_out, d_lse)
+    mask = mask_of(options.words).opened() if visible_to else mask_of(options.words)
     problem = AttentionProblem(
-        B=2, T=T, S=S, N=4, K=2, H=8, Hv=12, dtype=jnp.dtype("float32"), mask=mask_of(options.words), scale=8**-0.5,
+        B=2, T=T, S=S, N=4, K=2, H=8, Hv=12, dtype=jnp.dtype("float32"), mask=mask, scale=8**-0.5,
         soft_cap=3.0, segments=segments, alibi=True, buckets=Buckets(n=16, max_distance=20, bidirectional=True),
-        q_offset=None,
+        q_offset=None, visible_to=visible_to,
     )  # fmt: skip
     operands = Operands(
         arrays["q"], arrays["k"], arrays["v"], arrays.get("segment_ids"), arrays.get("kv_segment_ids"),
-        arrays["q_offset"], arrays["alibi_slopes"], arrays["bias_table"],
+        arrays["q_offset"], arrays["alibi_slopes"], arrays["bias_table"], arrays.get("visible_to"),
     )  # fmt: skip
     interpret = True if body == "tpu" else None
     if passes == "forward":
@@ -147,10 +172,11 @@ def examine(body: str, module: types.ModuleType, passes: str, segments: bool = T
     compare(dict(zip(names, got, strict=True)), want, "float32")
 
 
+@pytest.mark.parametrize("visible_to", [False, True])
 @pytest.mark.parametrize("passes", ["forward", "backward"])
 @pytest.mark.parametrize("body", ["xla", pytest.param("tpu", marks=pytest.mark.slow)])
-def test_the_body_itself_passes(body, passes, monkeypatch):
-    examine(body, load(body, None, monkeypatch), passes)
+def test_the_body_itself_passes(body, passes, visible_to, monkeypatch):
+    examine(body, load(body, None, monkeypatch), passes, not visible_to, visible_to)
 
 
 @pytest.mark.parametrize(
@@ -160,4 +186,4 @@ def test_a_mutation_is_noticed(body, name, monkeypatch):
     mutation = {"xla": XLA, "tpu": TPU}[body][name]
     module = load(body, mutation, monkeypatch)
     with pytest.raises(AssertionError, match=r"^(out|lse|d_\w+): "):
-        examine(body, module, mutation.passes, mutation.segments)
+        examine(body, module, mutation.passes, mutation.segments, mutation.visible_to)

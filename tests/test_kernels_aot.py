@@ -50,6 +50,10 @@ ATTENTION = {
     "attention, a union of masks": replace(
         CAUSAL, mask=(masks.causal & masks.chunked(300)) | masks.prefix(70), segments=True, soft_cap=20.0
     ),
+    "attention, ends of its own": replace(CAUSAL, mask=masks.causal.opened(), visible_to=True),
+    "attention, a window, ends and segments": replace(
+        CAUSAL, mask=masks.local(1023, 0).opened(), visible_to=True, segments=True
+    ),
     "attention, soft cap and ALiBi": replace(CAUSAL, soft_cap=50.0, alibi=True),
     "attention, learned biases": replace(CAUSAL, buckets=Buckets(n=32)),
 }
@@ -145,6 +149,8 @@ def attention(
     if p.segments:
         operands["segment_ids"] = (Shape((p.B, p.T), jnp.int32), P("data"))
         operands["kv_segment_ids"] = (Shape((p.B, p.S), jnp.int32), P("data"))
+    if p.visible_to:
+        operands["visible_to"] = (Shape((p.B, p.T), jnp.int32), P("data"))
     if p.alibi:
         operands["alibi_slopes"] = (Shape((p.N,), jnp.float32), P("tensor"))
     if p.buckets:

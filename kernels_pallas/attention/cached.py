@@ -37,10 +37,10 @@ def cached_attention(
         v: [L, B, K, S, Hv].
         layer: int32 scalar.
         q_offset: int32 [B], position of the first query; its own key is in the cache.
-        scores, visible_to: as for `flash_attention`; each query must see a key.
+        scores, visible_to: as for `flash_attention`.
 
     Returns:
-        [B, T, N, Hv] in q's dtype.
+        [B, T, N, Hv] in q's dtype; 0 for a query that sees no key.
     """
     (B, T, N, H), (_, _, K, S, Hv) = q.shape, v.shape
     width = min(S, KEYS)
@@ -63,7 +63,7 @@ def cached_attention(
         buckets=None if bias is None else bias.buckets(N),
         q_offset=None,
     )
-    table = None if bias is None else bias.table.astype(jnp.float32)
+    table = None if bias is None else jnp.asarray(bias.table, jnp.float32)
     operands = Operands(q, k, v, None, None, q_offset, scores.alibi_slopes, table, visible_to)
     blocks = _tiles(problem, T, width, operands)
     # [B, K, R, H]: the queries of all heads that share a key head are the rows of one product.
@@ -93,7 +93,7 @@ def cached_attention(
         sinks = jnp.repeat(scores.sinks.astype(jnp.float32).reshape(K, N // K), T, axis=1)
         start = zeros + sinks, zeros + 1, start[2]
     _, total, acc = lax.fori_loop(*blocks.key_blocks(jnp.int32(0)), add_block, start)
-    out = (acc / total[..., None]).astype(q.dtype)
+    out = (acc / jnp.where(total == 0, 1.0, total)[..., None]).astype(q.dtype)
     return out.reshape(B, K, N // K, T, Hv).transpose(0, 3, 1, 2, 4).reshape(B, T, N, Hv)
 
 

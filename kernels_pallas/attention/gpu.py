@@ -20,7 +20,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.attention.gpu_backward import backward, backward_bytes
-from kernels_pallas.attention.gpu_tile import LOG2_E, ROWS, WARPGROUPS, along, blocks_sharing_ids
+from kernels_pallas.attention.gpu_tile import (
+    LOG2_E,
+    ROWS,
+    WARPGROUPS,
+    along,
+    blocks_reached,
+    blocks_sharing_ids,
+    both,
+)
 from kernels_pallas.attention.problem import MASKED, AttentionBlocks, AttentionProblem, Operands
 from kernels_pallas.compat import add_product, gpu_interpreter, transposed
 from kernels_pallas.targets import HOPPER_SHARED_BYTES, Target
@@ -54,7 +62,15 @@ def default_blocks(problem: AttentionProblem, target: Target) -> AttentionBlocks
 
     One combination does spill a little: head dim 256 with soft cap, segments, ALiBi and a union of masks at once.
     """
-    extras = (problem.soft_cap is not None) + problem.segments + problem.alibi + (len(problem.mask.intervals) > 1)
+    extras = sum(
+        (
+            problem.soft_cap is not None,
+            problem.segments,
+            problem.visible_to,
+            problem.alibi,
+            len(problem.mask.intervals) > 1,
+        )
+    )
     widest = 128 if problem.Hv <= 128 and extras < 3 and problem.S > 64 else 64
     candidates = (
         AttentionBlocks(q=_QUERIES, k=k, q_backward=64, k_backward=64, stages=stages)
@@ -77,6 +93,7 @@ def _forward_bytes(problem: AttentionProblem, blocks: AttentionBlocks) -> int:
         size * blocks.stages * blocks.k * problem.Hv,
         4 * blocks.q,
         *([4 * blocks.q, 4 * blocks.stages * blocks.k] if problem.segments else []),
+        *([4 * blocks.q] if problem.visible_to else []),
     ]
     barriers = WARPGROUPS + 4 * blocks.stages + 1
     # Each array starts at a multiple of 1024 bytes; jax keeps 2048 for reductions.
@@ -88,9 +105,10 @@ class _Inputs(NamedTuple):
     k: Any  # [B, S, K, H]
     v: Any  # [B, S, K, Hv]
     q_offset: Any  # [B] int32
-    q_ids: Any  # [B, T padded to whole blocks] int32, or None, and so the next two
+    q_ids: Any  # [B, T padded to whole blocks] int32, or None, and so the next one
     k_ids: Any  # [B, S padded to whole blocks] int32
-    id_blocks: Any  # [B, query blocks, 2] int32: from which key block to which there may be ids of the queries'
+    q_ends: Any  # [B, T padded to whole blocks] int32, where the keys end that a query sees; or None
+    key_blocks: Any  # [B, query blocks, 2] int32: the key blocks [start, stop) that ids and ends leave; or None
     slopes: Any  # [N] float32, or None
 
 
@@ -103,6 +121,7 @@ class _Shared(NamedTuple):
     lse: Any  # [warpgroups, 64]
     q_ids: Any  # [warpgroups, 64], or None
     k_ids: Any  # [slots, key block], or None
+    q_ends: Any  # [warpgroups, 64], or None
     p: Any  # [warpgroups, 64, key block] for the interpreter only
     q_ready: Any  # barriers: a warpgroup's queries have arrived
     k_ready: Any  # a slot's keys have arrived
@@ -151,8 +170,8 @@ def forward(
     B, T, N, H, Hv, dtype = problem.B, problem.T, problem.N, problem.H, problem.Hv, problem.dtype
     n_blocks = pl.cdiv(T, blocks.q)
     q, k, v = (_in_eights(x) for x in operands[:3])
-    q_ids, k_ids, id_blocks = _segments(blocks, operands)
-    has_ids = q_ids is not None
+    q_ids, k_ids, q_ends, key_blocks = _limits(problem, blocks, operands)
+    has_ids, has_ends = q_ids is not None, q_ends is not None
     ring = functools.partial(plgpu.Barrier, num_barriers=blocks.stages)
     shared = _Shared(
         q_or_out=plgpu.RefUnion(plgpu.SMEM((WARPGROUPS, ROWS, H), dtype), plgpu.SMEM((WARPGROUPS, ROWS, Hv), dtype)),
@@ -161,8 +180,9 @@ def forward(
         lse=plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
         q_ids=plgpu.SMEM((WARPGROUPS, ROWS), jnp.int32) if has_ids else None,
         k_ids=plgpu.SMEM((blocks.stages, blocks.k), jnp.int32) if has_ids else None,
+        q_ends=plgpu.SMEM((WARPGROUPS, ROWS), jnp.int32) if has_ends else None,
         p=plgpu.SMEM((WARPGROUPS, ROWS, blocks.k), dtype) if interpret else None,
-        q_ready=plgpu.Barrier(num_barriers=WARPGROUPS, num_arrivals=1 + has_ids),
+        q_ready=plgpu.Barrier(num_barriers=WARPGROUPS, num_arrivals=1 + has_ids + has_ends),
         k_ready=ring(num_arrivals=1 + has_ids),
         v_ready=ring(),
         k_free=ring(num_arrivals=WARPGROUPS),
@@ -199,7 +219,7 @@ def forward(
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         kernel_name="attention_forward",
         interpret=gpu_interpreter(interpret),
-    )(_Inputs(q, k, v, operands.q_offset, q_ids, k_ids, id_blocks, operands.alibi_slopes))
+    )(_Inputs(q, k, v, operands.q_offset, q_ids, k_ids, q_ends, key_blocks, operands.alibi_slopes))
     return out[:, :T], lse[:, :, :T]
 
 
@@ -209,15 +229,18 @@ def _in_eights(x: jax.Array) -> jax.Array:
     return jnp.pad(x, [(0, missing if dim == 1 else 0) for dim in range(x.ndim)]) if missing else x
 
 
-def _segments(blocks: AttentionBlocks, operands: Operands) -> tuple[jax.Array | None, ...]:
-    """Segment ids as whole blocks, and for each query block the key blocks [first, stop) that may share ids with it."""
-    if operands.q_segments is None or operands.k_segments is None:
-        return None, None, None
-    q_ids, k_ids = (
-        jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % block)), "edge")
-        for ids, block in ((operands.q_segments, blocks.q), (operands.k_segments, blocks.k))
-    )
-    return q_ids, k_ids, blocks_sharing_ids(q_ids, blocks.q, k_ids, blocks.k)
+def _limits(problem: AttentionProblem, blocks: AttentionBlocks, operands: Operands) -> tuple[jax.Array | None, ...]:
+    """Segment ids of queries and of keys, the queries' ends, as whole blocks; and the key blocks that they leave."""
+    whole = lambda x, block: None if x is None else jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)), "edge")
+    q_ids, k_ids = whole(operands.q_segments, blocks.q), whole(operands.k_segments, blocks.k)
+    q_ends = whole(operands.visible_to, blocks.q)
+    key_blocks = None
+    if q_ids is not None and k_ids is not None:
+        key_blocks = blocks_sharing_ids(q_ids, blocks.q, k_ids, blocks.k)
+    if q_ends is not None:
+        seen = blocks_reached(q_ends, blocks.q, problem.S, blocks.k)
+        key_blocks = seen if key_blocks is None else both(key_blocks, seen)
+    return q_ids, k_ids, q_ends, key_blocks
 
 
 def _work(problem: AttentionProblem, blocks: AttentionBlocks, x: _Inputs, n_blocks: int) -> _Work:
@@ -229,9 +252,9 @@ def _work(problem: AttentionProblem, blocks: AttentionBlocks, x: _Inputs, n_bloc
     start, stop = problem.mask.key_range(offset + first_query, offset + first_query + (blocks.q - 1))
     first = jnp.clip(start, 0, problem.S) // blocks.k
     last = pl.cdiv(jnp.clip(stop, 0, problem.S), blocks.k)
-    if x.id_blocks is not None:
-        first = jnp.maximum(first, x.id_blocks[batch, block, 0])
-        last = jnp.minimum(last, x.id_blocks[batch, block, 1])
+    if x.key_blocks is not None:
+        first = jnp.maximum(first, x.key_blocks[batch, block, 0])
+        last = jnp.minimum(last, x.key_blocks[batch, block, 1])
     return _Work(batch, lax.axis_index("head"), offset, first_query, first, jnp.maximum(last - first, 0))
 
 
@@ -242,6 +265,8 @@ def _fetch(problem: AttentionProblem, blocks: AttentionBlocks, work: _Work, x: _
         plgpu.copy_gmem_to_smem(x.q.at[work.batch, rows, work.head], shared.q_or_out[0].at[i], shared.q_ready.at[i])
         if x.q_ids is not None:
             plgpu.copy_gmem_to_smem(x.q_ids.at[work.batch, rows], shared.q_ids.at[i], shared.q_ready.at[i])
+        if x.q_ends is not None:
+            plgpu.copy_gmem_to_smem(x.q_ends.at[work.batch, rows], shared.q_ends.at[i], shared.q_ready.at[i])
     key_head = lax.div(work.head, jnp.int32(problem.group))
 
     def fetch(step: jax.Array, _: None) -> None:
@@ -308,6 +333,9 @@ def _compute(
             ids = shared.q_ids[warpgroup], shared.k_ids[slot]
             same = along(ids[0], scores.shape, 0) == along(ids[1], scores.shape, 1)
             scores = jnp.where(same, scores, MASKED)
+        if shared.q_ends is not None:
+            ends = along(shared.q_ends[warpgroup], scores.shape, 0)
+            scores = jnp.where(_counts(scores.shape)[1] < ends - first_key, scores, MASKED)
         plgpu.barrier_arrive(shared.k_free.at[slot])
 
         new_top = jnp.maximum(top, scores.max(1))

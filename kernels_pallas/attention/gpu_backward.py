@@ -62,7 +62,9 @@ def backward_bytes(problem: AttentionProblem, blocks: AttentionBlocks) -> int:
 
 def _bytes(problem: AttentionProblem, tiles: int, rows: int, stages: int) -> int:
     """Shared memory of a kernel that keeps `tiles` of ROWS rows and streams `stages` blocks of `rows`."""
-    row = problem.dtype.itemsize * (whole_width(problem.H) + whole_width(problem.Hv)) + 4 * (2 + 1 + problem.segments)
+    row = problem.dtype.itemsize * (whole_width(problem.H) + whole_width(problem.Hv)) + 4 * (
+        2 + 1 + problem.segments + problem.visible_to
+    )
     # Each of about eight arrays starts at a multiple of 1024 bytes, and jax keeps 2048 for itself.
     return (tiles * ROWS + stages * rows) * row + 8 * 1024 + 2048
 
@@ -122,7 +124,7 @@ def backward(
         v,
         d_out,
         jnp.stack([pad(lse, 2, q_pad, _NEVER), pad(delta, 2, q_pad)], 2),
-        marks_of(operands.q_offset[:, None] + jnp.arange(q.shape[1]), operands.q_segments),
+        marks_of(operands.q_offset[:, None] + jnp.arange(q.shape[1]), operands.q_segments, operands.visible_to),
         marks_of(jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2]), operands.k_segments),
         operands.q_offset,
         operands.alibi_slopes,
@@ -241,7 +243,7 @@ def _key_gradients(problem: AttentionProblem, blocks: AttentionBlocks, arrays: B
             pl.when(warpgroup == 0)(lambda: compute(0, True, False))
             pl.when(warpgroup == 1)(lambda: compute(0, False, True))
 
-    marks = arrays.q_marks.shape[1]
+    q_marks, k_marks = arrays.q_marks.shape[1], arrays.k_marks.shape[1]
     return plgpu.kernel(
         body,
         out_type=(_like(arrays.k), _like(arrays.v)),
@@ -253,13 +255,13 @@ def _key_gradients(problem: AttentionProblem, blocks: AttentionBlocks, arrays: B
             (
                 matrix(tiles, ROWS, H, problem.dtype),
                 matrix(tiles, ROWS, Hv, problem.dtype),
-                plgpu.SMEM((tiles, marks, ROWS), jnp.int32),
+                plgpu.SMEM((tiles, k_marks, ROWS), jnp.int32),
             ),
             (
                 matrix(stages, rows, H, problem.dtype),
                 matrix(stages, rows, Hv, problem.dtype),
                 plgpu.SMEM((stages, 2, rows), jnp.float32),
-                plgpu.SMEM((stages, marks, rows), jnp.int32),
+                plgpu.SMEM((stages, q_marks, rows), jnp.int32),
             ),
             (
                 plgpu.Barrier(num_arrivals=3, num_barriers=tiles),
@@ -359,7 +361,7 @@ def _query_gradients(problem: AttentionProblem, blocks: AttentionBlocks, arrays:
             plgpu.copy_smem_to_gmem(q_own, dq_ref.at[b, pl.ds((i * WARPGROUPS + warpgroup) * ROWS, ROWS), head])
             plgpu.wait_smem_to_gmem(0)
 
-    marks = arrays.q_marks.shape[1]
+    q_marks, k_marks = arrays.q_marks.shape[1], arrays.k_marks.shape[1]
     return plgpu.kernel(
         body,
         out_type=_like(arrays.q),
@@ -372,12 +374,12 @@ def _query_gradients(problem: AttentionProblem, blocks: AttentionBlocks, arrays:
                 matrix(WARPGROUPS, ROWS, H, problem.dtype),
                 matrix(WARPGROUPS, ROWS, Hv, problem.dtype),
                 plgpu.SMEM((WARPGROUPS, 2, ROWS), jnp.float32),
-                plgpu.SMEM((WARPGROUPS, marks, ROWS), jnp.int32),
+                plgpu.SMEM((WARPGROUPS, q_marks, ROWS), jnp.int32),
             ),
             (
                 matrix(stages, rows, H, problem.dtype),
                 matrix(stages, rows, Hv, problem.dtype),
-                plgpu.SMEM((stages, marks, rows), jnp.int32),
+                plgpu.SMEM((stages, k_marks, rows), jnp.int32),
             ),
             (
                 plgpu.Barrier(num_arrivals=4, num_barriers=WARPGROUPS),

@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.attention.problem import AttentionProblem
+from kernels_pallas.attention.problem import AttentionProblem, first_and_last, least_and_most
 from kernels_pallas.compat import load_row
 
 ROWS = 64
@@ -44,9 +44,19 @@ def blocks_sharing_ids(ids: jax.Array, size: int, other_ids: jax.Array, other_si
     own = ids.reshape(ids.shape[0], -1, 1, size)
     other = other_ids.reshape(other_ids.shape[0], 1, -1, other_size)
     overlap = (other.min(3) <= own.max(3)) & (other.max(3) >= own.min(3))
-    start = jnp.argmax(overlap, 2)
-    stop = jnp.where(overlap.any(2), overlap.shape[2] - jnp.argmax(overlap[:, :, ::-1], 2), 0)
-    return jnp.stack([start, stop], 2).astype(jnp.int32)
+    return jnp.stack(first_and_last(overlap), 2)
+
+
+def blocks_reached(ends: jax.Array, size: int, S: int, k_size: int) -> jax.Array:
+    """The key blocks [0, stop) of which some query of each block sees a key, as its ends say: int32 [B, blocks, 2]."""
+    stop = -(-jnp.clip(least_and_most(ends, size)[1], 0, S) // k_size)
+    return jnp.stack([jnp.zeros_like(stop), stop], 2)
+
+
+def both(ranges: jax.Array, others: jax.Array) -> jax.Array:
+    """What two arrays of ranges [..., 2] have in common."""
+    start = jnp.maximum(ranges[..., 0], others[..., 0])
+    return jnp.stack([start, jnp.maximum(start, jnp.minimum(ranges[..., 1], others[..., 1]))], -1)
 
 
 class BackwardInputs(NamedTuple):
@@ -57,8 +67,8 @@ class BackwardInputs(NamedTuple):
     v: Any  # [B, S, K, Hv]
     d_out: Any  # [B, T, N, Hv]
     statistics: Any  # [B, N, 2, T] float32: lse to base 2, delta
-    q_marks: Any  # [B, 1 or 2, T] int32: position and, where there are segments, segment
-    k_marks: Any  # [B, 1 or 2, S] int32
+    q_marks: Any  # [B, 1 to 3, T] int32: position, and what there is of segment and end of the keys that it sees
+    k_marks: Any  # [B, 1 or 2, S] int32: position, and segment
     q_offset: Any  # [B] int32
     slopes: Any  # [N] float32, or None
     ranges: Any  # [B, blocks, 2] int32: the blocks of the streamed side [start, stop) that a grid block needs
@@ -73,11 +83,10 @@ def whole_width(width: int) -> int:
     return -(-width // 64) * 64
 
 
-def marks_of(positions: jax.Array, segments: jax.Array | None) -> jax.Array:
-    """Positions [B, length] and segments, the last one repeated up to the length: int32 [B, 1 or 2, length]."""
-    if segments is None:
-        return positions[:, None]
-    return jnp.stack([positions, jnp.pad(segments, ((0, 0), (0, positions.shape[1] - segments.shape[1])), "edge")], 1)
+def marks_of(positions: jax.Array, *others: jax.Array | None) -> jax.Array:
+    """Positions [B, length] and those of the others that are there, their last repeated up to the length."""
+    whole = (jnp.pad(x, ((0, 0), (0, positions.shape[1] - x.shape[1])), "edge") for x in others if x is not None)
+    return jnp.stack([positions, *whole], 1)
 
 
 def query_blocks(problem: AttentionProblem, arrays: BackwardInputs, kept: int, rows: int) -> jax.Array:
@@ -86,7 +95,10 @@ def query_blocks(problem: AttentionProblem, arrays: BackwardInputs, kept: int, r
     start, stop = problem.mask.query_range(first, first + kept - 1)
     offset = arrays.q_offset[:, None]
     ranges = _blocks((problem.B, len(first)), start - offset, stop - offset, problem.T, rows)
-    return _same_segments(ranges, arrays.k_marks, kept, arrays.q_marks, rows)
+    if problem.visible_to:
+        _, most = least_and_most(arrays.q_marks[:, -1], rows)
+        ranges = both(ranges, jnp.stack(first_and_last(most[:, None] > first[:, None]), -1))
+    return _same_segments(problem, ranges, arrays.k_marks, kept, arrays.q_marks, rows)
 
 
 def key_blocks(problem: AttentionProblem, arrays: BackwardInputs, kept: int, rows: int) -> jax.Array:
@@ -94,7 +106,9 @@ def key_blocks(problem: AttentionProblem, arrays: BackwardInputs, kept: int, row
     first = arrays.q_offset[:, None] + jnp.arange(0, arrays.q.shape[1], kept)
     start, stop = problem.mask.key_range(first, first + kept - 1)
     ranges = _blocks(first.shape, start, stop, problem.S, rows)
-    return _same_segments(ranges, arrays.q_marks, kept, arrays.k_marks, rows)
+    if problem.visible_to:
+        ranges = both(ranges, blocks_reached(arrays.q_marks[:, -1], kept, problem.S, rows))
+    return _same_segments(problem, ranges, arrays.q_marks, kept, arrays.k_marks, rows)
 
 
 def _blocks(shape: tuple[int, ...], start: Any, stop: Any, length: int, rows: int) -> jax.Array:
@@ -103,14 +117,17 @@ def _blocks(shape: tuple[int, ...], start: Any, stop: Any, length: int, rows: in
 
 
 def _same_segments(
-    ranges: jax.Array, kept_marks: jax.Array, kept: int, streamed_marks: jax.Array, rows: int
+    problem: AttentionProblem,
+    ranges: jax.Array,
+    kept_marks: jax.Array,
+    kept: int,
+    streamed_marks: jax.Array,
+    rows: int,
 ) -> jax.Array:
     """Ranges without the blocks at their ends that can hold no segment of the kept block."""
-    if kept_marks.shape[1] == 1:
+    if not problem.segments:
         return ranges
-    sharing = blocks_sharing_ids(kept_marks[:, 1], kept, streamed_marks[:, 1], rows)
-    start = jnp.maximum(ranges[..., 0], sharing[..., 0])
-    return jnp.stack([start, jnp.maximum(start, jnp.minimum(ranges[..., 1], sharing[..., 1]))], -1)
+    return both(ranges, blocks_sharing_ids(kept_marks[:, 1], kept, streamed_marks[:, 1], rows))
 
 
 class GpuTile(NamedTuple):
@@ -137,7 +154,7 @@ def probabilities(problem: AttentionProblem, tile: GpuTile, raw: Any, lse: Any) 
         derivative = 1.0 - tanh * tanh
     shape = (ROWS, tile.rows)
     if tile.slope is not None:
-        q_pos, k_pos = _spread(tile, 0)
+        q_pos, k_pos = _spread(tile, 0, 0)
         scores -= tile.slope * LOG2_E * jnp.abs(q_pos - k_pos).astype(jnp.float32)
     p = jnp.exp2(scores - along(lse, shape, tile.q_dim))
     p = _hide(problem, tile, p)
@@ -150,26 +167,29 @@ def _hide(problem: AttentionProblem, tile: GpuTile, p: Any) -> Any:
     k_last = tile.k_first + n_k - 1
 
     def masked() -> Any:
-        q_pos, k_pos = _spread(tile, 0)
+        q_pos, k_pos = _spread(tile, 0, 0)
         return jnp.where(problem.mask.visible(q_pos, k_pos) & (k_pos < problem.S), p, 0.0)
 
     covered = problem.mask.covers(tile.q_first, tile.q_first + n_q - 1, tile.k_first, k_last) & (k_last < problem.S)
     p = lax.cond(covered, lambda: p, masked)
     if problem.segments:
-        q_segments, k_segments = _spread(tile, 1)
+        q_segments, k_segments = _spread(tile, 1, 1)
         p = jnp.where(q_segments == k_segments, p, 0.0)
+    if problem.visible_to:
+        q_ends, k_pos = _spread(tile, 1 + problem.segments, 0)
+        p = jnp.where(k_pos < q_ends, p, 0.0)
     return p
 
 
-def _spread(tile: GpuTile, mark: int) -> tuple[Any, Any]:
-    """A mark of the query and of the key of each element of a tile.
+def _spread(tile: GpuTile, q_mark: int, k_mark: int) -> tuple[Any, Any]:
+    """A mark of the query and one of the key of each element of a tile.
 
     From shared memory even where they are mere counts: these would be computed before the loop, and held in registers
     that the sums need.
     """
     return tuple(
         along(load(marks.at[mark], 1 - dim), (ROWS, tile.rows), dim)
-        for marks, dim in ((tile.q_marks, tile.q_dim), (tile.k_marks, 1 - tile.q_dim))
+        for marks, mark, dim in ((tile.q_marks, q_mark, tile.q_dim), (tile.k_marks, k_mark, 1 - tile.q_dim))
     )
 
 

@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.attention.problem import MASKED, AttentionBlocks, AttentionProblem, Operands
 from kernels_pallas.attention.tpu_backward import backward
-from kernels_pallas.attention.tpu_tile import Tile, Walk, column, dot, fit, inputs, row, scratch, wide
+from kernels_pallas.attention.tpu_tile import Scalars, Tile, Walk, dot, fit, inputs, row, scalars, scratch, wide
 from kernels_pallas.targets import Family, Target
 
 __all__ = ["backward", "default_blocks", "forward", "on_chip_bytes", "unsupported"]
@@ -110,11 +110,11 @@ def forward(
     p = problem
     walk = Walk(p, fit("q", blocks.q, p.T, interpret), fit("k", blocks.k, p.S, interpret), outer_is_q=True)
 
-    def q_at(b: Any, head: Any, i: Any, step: Any, offset: Any) -> tuple[Any, ...]:
+    def q_at(b: Any, head: Any, i: Any, step: Any, scalars: Scalars) -> tuple[Any, ...]:
         return b, head, i
 
-    def k_at(b: Any, head: Any, i: Any, step: Any, offset: Any) -> tuple[Any, ...]:
-        return b, head // p.group, walk.visit(offset[b], i, step)[0]
+    def k_at(b: Any, head: Any, i: Any, step: Any, scalars: Scalars) -> tuple[Any, ...]:
+        return b, head // p.group, walk.visit(scalars, b, i, step)[0]
 
     arrays = inputs(walk, operands, q_at, k_at)
     elements = p.B * p.N * walk.area
@@ -146,21 +146,21 @@ def forward(
         ),
         interpret=interpret or False,
         name="attention_forward",
-    )(operands.q_offset, {name: array for name, (array, _) in arrays.items()})
+    )(scalars(walk, operands), {name: array for name, (array, _) in arrays.items()})
     return out.swapaxes(1, 2), lse[:, :, 0]
 
 
 def _kernel(
     walk: Walk,
-    offsets: Any,
+    scalars: Scalars,
     inputs: dict[str, Any],
     out: Any,
     lse: Any,
     scratch: dict[str, Any],
 ) -> None:
     b, head, i, step = (pl.program_id(dim) for dim in range(4))
-    j, needed = walk.visit(offsets[b], i, step)
-    tile = Tile(walk, offsets[b], head, i, j, inputs | scratch)
+    j, needed = walk.visit(scalars, b, i, step)
+    tile = Tile(walk, scalars, b, head, i, j, inputs | scratch)
     top, total, acc = scratch["top"], scratch["total"], scratch["out"]
 
     @pl.when(step == 0)
@@ -168,8 +168,7 @@ def _kernel(
         top[...] = jnp.full(top.shape, MASKED)
         total[...] = jnp.zeros(total.shape)
         acc[...] = jnp.zeros(acc.shape)
-        if walk.problem.segments:
-            scratch["outer_segments"][...] = column(inputs["outer_ids"][...])
+        tile.start()
 
     def add(masked: bool) -> None:
         v = inputs["v"][...]

@@ -16,7 +16,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.attention.problem import AttentionBlocks, AttentionProblem, Operands
-from kernels_pallas.attention.tpu_tile import LOG2E, At, Tile, Walk, column, dot, fit, inputs, row, scratch, wide
+from kernels_pallas.attention.tpu_tile import (
+    LOG2E,
+    At,
+    Scalars,
+    Tile,
+    Walk,
+    column,
+    dot,
+    fit,
+    inputs,
+    row,
+    scalars,
+    scratch,
+    wide,
+)
 
 _Read = dict[str, tuple[jax.Array, pl.BlockSpec]]
 
@@ -79,10 +93,10 @@ def _dk_dv(
     """Grid (row, key head, key block, query head of the group, step)."""
     p = walk.problem
 
-    def q_at(b: Any, kv_head: Any, i: Any, member: Any, step: Any, offset: Any) -> tuple[Any, ...]:
-        return b, kv_head * p.group + member, walk.visit(offset[b], i, step)[0]
+    def q_at(b: Any, kv_head: Any, i: Any, member: Any, step: Any, scalars: Scalars) -> tuple[Any, ...]:
+        return b, kv_head * p.group + member, walk.visit(scalars, b, i, step)[0]
 
-    def k_at(b: Any, kv_head: Any, i: Any, member: Any, step: Any, offset: Any) -> tuple[Any, ...]:
+    def k_at(b: Any, kv_head: Any, i: Any, member: Any, step: Any, scalars: Scalars) -> tuple[Any, ...]:
         return b, kv_head, i
 
     arrays = _inputs(walk, operands, lse, delta, d_out, q_at, k_at)
@@ -116,25 +130,24 @@ def _dk_dv(
         ),
         interpret=interpret or False,
         name="attention_backward_dk_dv",
-    )(operands.q_offset, {name: array for name, (array, _) in arrays.items()})
+    )(scalars(walk, operands), {name: array for name, (array, _) in arrays.items()})
     return dk.swapaxes(1, 2), dv.swapaxes(1, 2)
 
 
 def _dk_dv_kernel(
-    walk: Walk, offsets: Any, inputs: dict[str, Any], dk_out: Any, dv_out: Any, scratch: dict[str, Any]
+    walk: Walk, scalars: Scalars, inputs: dict[str, Any], dk_out: Any, dv_out: Any, scratch: dict[str, Any]
 ) -> None:
     p = walk.problem
     b, kv_head, i, member, step = (pl.program_id(dim) for dim in range(5))
-    j, needed = walk.visit(offsets[b], i, step)
-    tile = Tile(walk, offsets[b], kv_head * p.group + member, i, j, inputs | scratch)
+    j, needed = walk.visit(scalars, b, i, step)
+    tile = Tile(walk, scalars, b, kv_head * p.group + member, i, j, inputs | scratch)
     dk, dv = scratch["dk"], scratch["dv"]
 
     @pl.when((member == 0) & (step == 0))
     def _start() -> None:
         dk[...] = jnp.zeros(dk.shape)
         dv[...] = jnp.zeros(dv.shape)
-        if p.segments:
-            scratch["outer_segments"][...] = column(inputs["outer_ids"][...])
+        tile.start()
 
     def add(masked: bool) -> None:
         q, d_out = inputs["q"][...], inputs["d_out"][...]
@@ -160,13 +173,13 @@ def _dq(
     p = walk.problem
     steps = () if p.buckets is None else p.buckets.steps()
 
-    def q_at(b: Any, head: Any, i: Any, step: Any, offset: Any) -> tuple[Any, ...]:
+    def q_at(b: Any, head: Any, i: Any, step: Any, scalars: Scalars) -> tuple[Any, ...]:
         return b, head, i
 
-    def k_at(b: Any, head: Any, i: Any, step: Any, offset: Any) -> tuple[Any, ...]:
-        return b, head // p.group, walk.visit(offset[b], i, step)[0]
+    def k_at(b: Any, head: Any, i: Any, step: Any, scalars: Scalars) -> tuple[Any, ...]:
+        return b, head // p.group, walk.visit(scalars, b, i, step)[0]
 
-    def table_at(b: Any, head: Any, i: Any, step: Any, offset: Any) -> tuple[Any, ...]:
+    def table_at(b: Any, head: Any, i: Any, step: Any, scalars: Scalars) -> tuple[Any, ...]:
         return b, head, i, 0, 0
 
     arrays = _inputs(walk, operands, lse, delta, d_out, q_at, k_at)
@@ -201,7 +214,7 @@ def _dq(
         ),
         interpret=interpret or False,
         name="attention_backward_dq",
-    )(operands.q_offset, {name: array for name, (array, _) in arrays.items()})
+    )(scalars(walk, operands), {name: array for name, (array, _) in arrays.items()})
     d_table = None
     if p.buckets is not None and operands.bias_table is not None:
         buckets = jnp.array([bucket for _, bucket in steps])
@@ -210,12 +223,12 @@ def _dq(
 
 
 def _dq_kernel(
-    walk: Walk, offsets: Any, inputs: dict[str, Any], outputs: dict[str, Any], scratch: dict[str, Any]
+    walk: Walk, scalars: Scalars, inputs: dict[str, Any], outputs: dict[str, Any], scratch: dict[str, Any]
 ) -> None:
     p = walk.problem
     b, head, i, step = (pl.program_id(dim) for dim in range(4))
-    j, needed = walk.visit(offsets[b], i, step)
-    tile = Tile(walk, offsets[b], head, i, j, inputs | scratch)
+    j, needed = walk.visit(scalars, b, i, step)
+    tile = Tile(walk, scalars, b, head, i, j, inputs | scratch)
     dq = scratch["dq"]
 
     @pl.when(step == 0)
@@ -223,8 +236,7 @@ def _dq_kernel(
         dq[...] = jnp.zeros(dq.shape)
         scratch["lse"][...] = column(inputs["lse"][...])
         scratch["delta"][...] = column(inputs["delta"][...])
-        if p.segments:
-            scratch["outer_segments"][...] = column(inputs["outer_ids"][...])
+        tile.start()
         if p.buckets is not None:
             outputs["d_steps"][...] = jnp.zeros(outputs["d_steps"].shape)
 

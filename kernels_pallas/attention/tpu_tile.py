@@ -21,10 +21,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.attention.problem import AttentionProblem, Operands
+from kernels_pallas.attention.problem import AttentionProblem, Operands, first_and_last, least_and_most
 from kernels_pallas.masks import END, Bound, Interval, Mask, Place
 
 LOG2E = math.log2(math.e)
+
+Scalars = dict[str, Any]
+"""What a kernel knows before it starts, in scalar memory: "offset" [B], the position of each row's first query. With
+`visible_to` also, flat over rows and blocks: "least" and "most" of each block of queries, and "start" and "stop", the
+inner blocks that each outer block needs by it."""
 
 Ranges = list[tuple[Place, Place]]
 """Inner blocks [start, stop), one range for each interval of the mask; they may overlap."""
@@ -82,13 +87,17 @@ class Walk:
         """Elements of all tiles that are computed, for one row and head."""
         return sum(self.counts) * self.q * self.k
 
-    def visit(self, offset: jax.Array, i: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The inner block that outer block i visits at a step, and whether there is one.
+    def visit(self, scalars: Scalars, b: Any, i: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The inner block that outer block i of row b visits at a step, and whether there is one.
 
         After the last block that is needed the answer stays at it, so that nothing more is fetched.
         """
         block, seen, end = jnp.int32(0), jnp.int32(0), jnp.int32(0)
-        for start, stop in _in_order(self._ranges(offset, i)):
+        ranges = _in_order(self._ranges(scalars["offset"][b], i))
+        if self.problem.visible_to:
+            first, last = (scalars[name][b * self.n_outer + i] for name in ("start", "stop"))
+            ranges = [(jnp.maximum(start, first), jnp.minimum(stop, last)) for start, stop in ranges]
+        for start, stop in ranges:
             start = jnp.maximum(start, end)
             n = jnp.maximum(stop - start, 0)
             block = jnp.where((step >= seen) & (n > 0), start + jnp.minimum(step - seen, n - 1), block)
@@ -163,8 +172,9 @@ class Tile:
     """One tile of scores, inside a kernel: where it lies, and what is done to it."""
 
     walk: Walk
-    offset: jax.Array
-    """Place of the row's first query."""
+    scalars: Scalars
+    b: jax.Array
+    """The row of the batch."""
     head: jax.Array
     """The query head."""
     i: jax.Array
@@ -176,6 +186,22 @@ class Tile:
     @property
     def problem(self) -> AttentionProblem:
         return self.walk.problem
+
+    @property
+    def offset(self) -> jax.Array:
+        """Position of the row's first query."""
+        return self.scalars["offset"][self.b]
+
+    def _ends(self, which: str) -> jax.Array:
+        """The "least" or "most" of the tile's queries' `visible_to`."""
+        n_blocks = pl.cdiv(self.problem.T, self.walk.q)
+        return self.scalars[which][self.b * n_blocks + (self.i if self.walk.outer_is_q else self.j)]
+
+    def start(self) -> None:
+        """Turn what every tile of the outer block needs as a column, once."""
+        for name in ("segments", "ends"):
+            if f"outer_{name}" in self.refs:
+                self.refs[f"outer_{name}"][...] = column(self.refs[f"outer_{name}_row"][...])
 
     def _extents(self) -> tuple[Place, Place, Place, Place]:
         """Positions of the first and last query and of the first and last key that the tile has."""
@@ -198,10 +224,15 @@ class Tile:
     def when_needed(self, needed: jax.Array, add: Callable[[bool], None]) -> None:
         """Call add(masked) if the tile is needed; masked is False where every query of it sees every key of it."""
         p = self.problem
+        _, _, first_k, last_k = self._extents()
+        if p.visible_to and not self.walk.outer_is_q:
+            needed &= self._ends("most") > first_k  # of the blocks between the first that is needed and the last
         if p.segments:
             pl.when(needed)(lambda: add(True))
             return
         clear = p.mask.covers(*self._extents())
+        if p.visible_to:
+            clear &= self._ends("least") > last_k
         if p.T % self.walk.q or p.S % self.walk.k:
             clear &= self._is_whole()
         pl.when(needed & clear)(lambda: add(False))
@@ -222,6 +253,8 @@ class Tile:
             seen &= k < p.S
         if p.segments:
             seen &= self.refs["outer_segments"][...] == self.refs["inner_segments"][...]
+        if p.visible_to:
+            seen &= k < self.refs["outer_ends" if self.walk.outer_is_q else "inner_ends"][...]
         return seen
 
     def inner_rows(self, x: jax.Array) -> jax.Array:
@@ -290,7 +323,7 @@ def dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
 
 
 At = Callable[..., tuple[Any, ...]]
-"""From the grid's indices and the offsets: which row of the batch, head and block."""
+"""From the grid's indices and the scalars: which row of the batch, head and block."""
 
 
 def wide(at: At, rows: int, width: int) -> pl.BlockSpec:
@@ -315,16 +348,19 @@ def row(at: At, rows: int) -> pl.BlockSpec:
 def inputs(walk: Walk, operands: Operands, q_at: At, k_at: At) -> dict[str, tuple[jax.Array, pl.BlockSpec]]:
     """Arrays and specs of what every kernel reads; q_at and k_at say which blocks of queries and keys."""
     p = walk.problem
+    one_head = lambda at: lambda *ids: (at(*ids)[0], 0, at(*ids)[2])
     found: dict[str, Any] = {
         "q": (operands.q.swapaxes(1, 2), wide(q_at, walk.q, p.H)),
         "k": (operands.k.swapaxes(1, 2), wide(k_at, walk.k, p.H)),
         "v": (operands.v.swapaxes(1, 2), wide(k_at, walk.k, p.Hv)),
     }
     if operands.q_segments is not None and operands.k_segments is not None:
-        one_head = lambda at: lambda *ids: (at(*ids)[0], 0, at(*ids)[2])
         q = operands.q_segments[:, None, None, :], row(one_head(q_at), walk.q)
         k = operands.k_segments[:, None, None, :], row(one_head(k_at), walk.k)
-        found["outer_ids"], found["inner_segments"] = (q, k) if walk.outer_is_q else (k, q)
+        found["outer_segments_row"], found["inner_segments"] = (q, k) if walk.outer_is_q else (k, q)
+    if operands.visible_to is not None:
+        name = "outer_ends_row" if walk.outer_is_q else "inner_ends"
+        found[name] = operands.visible_to[:, None, None, :], row(one_head(q_at), walk.q)
     if operands.alibi_slopes is not None:
         found["slopes"] = operands.alibi_slopes, pl.BlockSpec(memory_space=pltpu.SMEM)
     if p.buckets is not None:
@@ -334,12 +370,30 @@ def inputs(walk: Walk, operands: Operands, q_at: At, k_at: At) -> dict[str, tupl
     return found
 
 
+def scalars(walk: Walk, operands: Operands) -> Scalars:
+    """What the kernel's walk needs before it starts."""
+    found = {"offset": operands.q_offset}
+    if operands.visible_to is not None:
+        p = walk.problem
+        least, most = least_and_most(operands.visible_to, walk.q)
+        if walk.outer_is_q:
+            stop = pl.cdiv(jnp.clip(most, 0, p.S), walk.k)
+            start = jnp.zeros_like(stop)
+        else:
+            first_keys = jnp.arange(walk.n_outer) * walk.k
+            start, stop = first_and_last(most[:, None, :] > first_keys[:, None])
+        found |= {"least": least, "most": most, "start": start, "stop": stop}
+    return {name: x.reshape(-1) for name, x in found.items()}
+
+
 def scratch(walk: Walk) -> dict[str, Any]:
     """What `Tile` needs of VMEM."""
     p = walk.problem
     found = {}
     if p.segments:
         found["outer_segments"] = pltpu.VMEM((walk.outer, 1), jnp.int32)
+    if p.visible_to and walk.outer_is_q:
+        found["outer_ends"] = pltpu.VMEM((walk.outer, 1), jnp.int32)
     if p.buckets is not None:
         found["bias"] = pltpu.VMEM((walk.outer, walk.inner), jnp.float32)
     return found

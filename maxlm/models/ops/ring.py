@@ -128,18 +128,11 @@ class Ring:
         (keys, total), _ = lax.scan(stop, start, jnp.arange(self.first, self.last))
         return visit(total, keys, self.last)
 
-    def pairs(self, r: int | jax.Array) -> tuple[_Pair, ...]:
-        """The pairs to attend at a stop, but for `at_home`."""
-        if not self.causal:
-            return tuple(_Pair(r, q, k) for q in (LOW, HIGH) for k in (LOW, HIGH))
+    def pairs(self, r: int | jax.Array) -> tuple[_Pair, _Pair]:
+        """The pairs that a causal mask leaves at a stop; at home there is a third, of LOW and LOW."""
         own = lax.axis_index("seq")
         same = jnp.where((own - r) % self.devices < own, LOW, HIGH)
         return _Pair(r, HIGH, LOW), _Pair(r, same, same)
-
-    @property
-    def at_home(self) -> tuple[_Pair, ...]:
-        """The pair to attend beside these at home."""
-        return (_Pair(0, LOW, LOW),) if self.causal else ()
 
     def begins(self, pair: _Pair) -> tuple[jax.Array, jax.Array]:
         """The first position of the query chunk and of the key chunk."""
@@ -166,21 +159,22 @@ class Ring:
             "backend": self.backend,
         }
 
-    def attend(
-        self, mask: Mask, own: _Own, pairs: tuple[_Pair, ...], add: Callable[[_Pair, Any], Any], total: Any
-    ) -> Any:
-        """The total with add(pair, total) of every pair of which a query may see a key."""
+    def attend(self, mask: Mask, own: _Own, r: int | jax.Array, add: Callable[[_Pair, Any], Any], total: Any) -> Any:
+        """The total with add(pair, total) of the pairs at a stop of which a query may see a key."""
         if self.causal:
-            return functools.reduce(lambda total, pair: add(pair, total), pairs, total)
+            return functools.reduce(lambda total, pair: add(pair, total), self.pairs(r), total)
         if own.visible_to is not None:
             mask = mask.opened()
-        for pair in pairs:
+
+        def look_at(n: jax.Array, total: Any) -> Any:
+            pair = _Pair(r, n // 2, n % 2)
             (q_begin, k_begin), last = self.begins(pair), self.chunk - 1
             seen = mask.touches(q_begin, q_begin + last, k_begin, k_begin + last)
             if own.visible_to is not None:
                 seen &= jnp.max(self.half(own.visible_to, pair.q)) > k_begin
-            total = lax.cond(seen, functools.partial(add, pair), lambda total: total, total)
-        return total
+            return lax.cond(seen, functools.partial(add, pair), lambda total: total, total)
+
+        return lax.fori_loop(0, 4, look_at, total)
 
     def shift(self, tree: Any, stops: int) -> Any:
         """Every device's arrays, at the device `stops` after it."""
@@ -268,14 +262,13 @@ def _forward(
         new_out, new_lse = merge_partials([(ring.half(out, pair.q), ring.half(lse, pair.q, 2)), part])
         return ring.with_half(out, new_out, pair.q), ring.with_half(lse, new_lse, pair.q, 2)
 
-    def attend(total: Any, keys: _Keys, pairs: tuple[_Pair, ...]) -> Any:
-        return ring.attend(scores.mask, own, pairs, functools.partial(add, keys), total)
+    def visit(total: Any, keys: _Keys, r: int | jax.Array) -> Any:
+        return ring.attend(scores.mask, own, r, functools.partial(add, keys), total)
 
     B, T, N, _ = q.shape
     nothing = jnp.zeros((B, T, N, v.shape[3]), jnp.float32), jnp.full((B, N, T), _UNSEEN, jnp.float32)
     home = _Keys(k, v, segments)
-    total = attend(nothing, home, ring.at_home)
-    out, lse = ring.go_round(home, total, lambda total, keys, r: attend(total, keys, ring.pairs(r)))
+    out, lse = ring.go_round(home, add(home, _Pair(0, LOW, LOW), nothing) if ring.causal else nothing, visit)
     if scores.sinks is not None:
         out, lse = add_sinks(out, lse, scores.sinks)
     return out.astype(q.dtype), lse
@@ -311,20 +304,19 @@ def _bwd(ring: Ring, residuals: tuple, d_out: jax.Array) -> tuple[jax.Array, jax
             None if part.bias_table is None else total.table + part.bias_table,
         )
 
-    def attend(total: _Gradients, keys: _Keys, pairs: tuple[_Pair, ...]) -> _Gradients:
-        return ring.attend(scores.mask, own, pairs, functools.partial(add, keys), total)
-
     def visit(total: _Gradients, keys: _Keys, r: int | jax.Array) -> _Gradients:
         # The sums for keys follow them one stop behind: so they too travel during the work, on the next part.
         dk, dv = ring.shift((total.dk, total.dv), 1)
-        return attend(total._replace(dk=dk, dv=dv), keys, ring.pairs(r))
+        total = total._replace(dk=dk, dv=dv)
+        return ring.attend(scores.mask, own, r, functools.partial(add, keys), total)
 
     home, bias = _Keys(k, v, segments), scores.relative_bias
     zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
     nothing = _Gradients(zeros(q), zeros(k), zeros(v), None if bias is None else zeros(bias.table))
     total = ring.go_round(home, nothing, visit)
     dk, dv = ring.shift((total.dk, total.dv), -ring.last)
-    dq, dk, dv, d_table = attend(total._replace(dk=dk, dv=dv), home, ring.at_home)
+    total = total._replace(dk=dk, dv=dv)
+    dq, dk, dv, d_table = add(home, _Pair(0, LOW, LOW), total) if ring.causal else total
     d_scores = jax.tree.map(jnp.zeros_like, scores)
     if bias is not None:
         d_bias = dataclasses.replace(bias, table=d_table.astype(bias.table.dtype))
