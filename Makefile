@@ -4,9 +4,11 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# Tests move from a busy worker to an idle one, so that both work until the end.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 CODE   := setup.py maxlm kernels_pallas configs benchmarks
 
-.PHONY: help train test test-slow test-nightly compilers lint types
+.PHONY: help train test test-slow test-all test-nightly compilers lint types
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -16,10 +18,13 @@ train: $(STAMP) ## train the tiny model on this machine, about two minutes (ARGS
 	$(BIN)/python -m maxlm.train --config configs/tiny.py $(ARGS)
 
 test: $(STAMP) ## the tests, without the slow ones
-	$(BIN)/python -m pytest -q -n 2 -m "not slow and not nightly" $(ARGS)
+	$(PYTEST) -m "not slow and not nightly" $(ARGS)
 
 test-slow: $(STAMP) ## the slow tests alone
-	$(BIN)/python -m pytest -q -n 2 -m "slow and not nightly" $(ARGS)
+	$(PYTEST) -m "slow and not nightly" $(ARGS)
+
+test-all: $(STAMP) ## both in one go
+	$(PYTEST) -m "not nightly" $(ARGS)
 
 test-nightly: $(VENV)/compilers/.installed ## compile what takes minutes each: every preset for its machine, large meshes; an hour or so
 	$(BIN)/python -m pytest -q -m nightly $(ARGS)

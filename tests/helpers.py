@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +26,7 @@ from maxlm.config import (
     ShardingConfig,
     TrainConfig,
 )
-from maxlm.models import Execution, Tokens, bind
+from maxlm.models import Execution, Tokens, bind, init_parameters
 from maxlm.models.decoder import DecoderOutput
 from maxlm.sharding import Layout, make_layout
 from maxlm.training import NextToken, Sums, Trainer
@@ -83,6 +84,12 @@ def run_decoder(model: ModelConfig, parameters: Any, how: Execution, ids: Any, t
     """The whole model, from ids to hidden states."""
     decoder = bind(model, parameters)
     return decoder(decoder.embeddings(ids, tokens, how), tokens, how)
+
+
+@functools.cache
+def initial_parameters(model: ModelConfig, seed: int = 0) -> Any:
+    """Compiled once a model; copy before changing the dict."""
+    return jax.jit(init_parameters, static_argnums=0)(model, jax.random.key(seed))
 
 
 def packed_batch(config: RunConfig, seed: int = 0) -> dict[str, np.ndarray]:

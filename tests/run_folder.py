@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any
 
 import jax
-from helpers import small_model, small_run
+from helpers import initial_parameters, small_model, small_run
 
 from maxlm.checkpoint.checkpointer import Checkpointer
 from maxlm.config import ByteTokenizer, DataConfig, Dataset, Files, ModelConfig, PrepareConfig, RunConfig, serialize
 from maxlm.data.prepare import prepare
 from maxlm.data.tokenizers import Bytes
-from maxlm.models import init_parameters
 
 BYTE_MODEL = small_model(vocab_size=264)
 """For `Bytes`, which has 258 ids; the last six are padding."""
 
 
-@functools.cache
 def parameters_of(config: RunConfig, seed: int = 3) -> dict[str, Any]:
     """Initial parameters; copy before changing the dict."""
-    return jax.jit(lambda: init_parameters(config.model, jax.random.key(seed)))()
+    return initial_parameters(config.model, seed)
 
 
 def make_run(

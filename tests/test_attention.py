@@ -73,14 +73,16 @@ def pairwise(factors: dict[str, list[Any]]) -> list[dict[str, Any]]:
 
 
 MATRIX = pairwise(FACTORS)
-QUICK = {"xla": 24, "tpu": 8}  # the other rows are slow tests
+# The first rows hold the most pairs: those are quick tests, the next slow ones, the last of the simulator nightly.
+QUICK = {"xla": 24, "tpu": 8}
+NIGHTLY = {"xla": len(MATRIX), "tpu": 40}
 
 
 def matrix_cases() -> list[Any]:
     cases = []
     for backend, quick in QUICK.items():
         for n, row in enumerate(MATRIX):
-            marks = [pytest.mark.slow] if n >= quick else []
+            marks = [pytest.mark.nightly] if n >= NIGHTLY[backend] else [pytest.mark.slow] if n >= quick else []
             cases.append(pytest.param(backend, row, id=f"{backend}-{n}", marks=marks))
     return cases
 

@@ -23,6 +23,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from xla_flags import xla_flags
 
 from maxlm.checkpoint import manifest, retention
 from maxlm.checkpoint.checkpointer import Checkpointer, Restored
@@ -408,7 +409,7 @@ def test_lock(tmp_path: Path) -> None:
 def child(*args: object, devices: int = 2) -> subprocess.Popen[str]:
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla_flags(devices),
         "PYTHONPATH": str(ROOT),
     }
     command = [sys.executable, __file__, *map(str, args)]

@@ -80,9 +80,10 @@ GROUPS = {
 
 
 def when(chip: str, group: str) -> list[pytest.MarkDecorator]:
-    """A chip of each kind always, whole; what is essential of the others in the slow tests, their rest by night."""
-    marks = [] if chip in FAST and group == "essential" else [pytest.mark.slow]
-    return marks if chip in FAST or group == "essential" else [*marks, pytest.mark.nightly]
+    """A chip of each kind always, what is essential of it in the quick tests; the others by night."""
+    if chip not in FAST:
+        return [pytest.mark.nightly]
+    return [] if group == "essential" else [pytest.mark.slow]
 
 
 @pytest.mark.parametrize(

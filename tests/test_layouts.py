@@ -7,10 +7,18 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from helpers import gradient_function, one_device, packed_batch, place, small_model, small_run, with_attention
+from helpers import (
+    gradient_function,
+    initial_parameters,
+    one_device,
+    packed_batch,
+    place,
+    small_model,
+    small_run,
+    with_attention,
+)
 
 from maxlm.config import Adafactor, AdamW, ConstantSchedule, Dtype, Remat, ShardingConfig, UserError, Zero
-from maxlm.models import init_parameters
 from maxlm.sharding import make_layout
 from maxlm.training import make_trainer
 
@@ -35,7 +43,7 @@ LAYOUTS = {
 
 
 def loss_and_gradients(config, layout):
-    parameters = jax.jit(lambda key: init_parameters(config.model, key))(jax.random.key(1))
+    parameters = initial_parameters(config.model, seed=1)
     gradient = jax.jit(gradient_function(config, layout))
     batch = jax.device_put(packed_batch(config), layout.sharding(layout.activation("batch", "seq")))
     sums, gradients = gradient(parameters, batch)
@@ -99,7 +107,7 @@ def test_gradients_cross_devices_in_the_asked_format(wide):
     sharding = ShardingConfig(data=8, float32_gradients=wide)
     config = small_run(small_model(compute_dtype=Dtype.BFLOAT16), sharding=sharding)
     layout = make_layout(sharding)
-    parameters = init_parameters(config.model, jax.random.key(0))
+    parameters = initial_parameters(config.model)
     jaxpr = str(jax.make_jaxpr(gradient_function(config, layout))(parameters, packed_batch(config)))
     # d(down_proj) = contraction of two bfloat16 arrays over rows and tokens, which is what devices sum.
     products = [line for line in jaxpr.splitlines() if "dot_general" in line and "[48,32]" in line]

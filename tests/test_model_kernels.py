@@ -6,9 +6,8 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import pytest
-from helpers import small_model, small_run, with_attention
+from helpers import one_device, small_model, small_run, with_attention
 from test_layouts import assert_close, loss_and_gradients
 
 from kernels_pallas import flash_attention, fused_glu, plan_glu
@@ -39,23 +38,27 @@ def model(**kernels: Any) -> ModelConfig:
     return with_attention(small_model(kernels=KernelConfig(**kernels)), window=20)
 
 
+@pytest.fixture(scope="module")
+def without_kernels() -> Any:
+    return loss_and_gradients(small_run(model()), one_device())
+
+
 @pytest.mark.parametrize(
-    "sharding",
-    [
-        ShardingConfig(),
-        ShardingConfig(data=2, fsdp=2, tensor=2),
-        ShardingConfig(data=1, seq=4, tensor=2),
-        ShardingConfig(data=2, stage=2, tensor=2),
+    ("sharding", "glu_save"),
+    [  # both ways to save on one device, and each of them on meshes
+        pytest.param(ShardingConfig(), GluSave.NONE, id="none"),
+        pytest.param(ShardingConfig(), GluSave.AG, id="ag"),
+        pytest.param(ShardingConfig(data=2, fsdp=2, tensor=2), GluSave.AG, id="data_fsdp_tensor-ag"),
+        pytest.param(ShardingConfig(data=1, seq=4, tensor=2), GluSave.NONE, id="seq_tensor-none"),
+        pytest.param(ShardingConfig(data=2, stage=2, tensor=2), GluSave.NONE, id="data_stage_tensor-none"),
     ],
-    ids=["data", "data_fsdp_tensor", "seq_tensor", "data_stage_tensor"],
 )
-@pytest.mark.parametrize("glu_save", GluSave)
-def test_kernels_train_like_xla(sharding: ShardingConfig, glu_save: GluSave, interpreted: None) -> None:
-    config = small_run(model())
-    want = loss_and_gradients(config, make_layout(ShardingConfig(), jax.devices()[:1]))
+def test_kernels_train_like_xla(
+    sharding: ShardingConfig, glu_save: GluSave, interpreted: None, without_kernels: Any
+) -> None:
     kernels = model(attention=Backend.TPU, glu=Backend.TPU, glu_save=glu_save)
     got = loss_and_gradients(small_run(kernels, sharding), make_layout(sharding))
-    assert_close(got, want, 2e-5)
+    assert_close(got, without_kernels, 2e-5)
 
 
 def test_a_backend_that_is_not_here_is_an_error() -> None:

@@ -11,7 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import FLOAT32, gradient_function, one_device, packed_batch, plainly, run_decoder, small_model, small_run
+from helpers import (
+    FLOAT32,
+    gradient_function,
+    initial_parameters,
+    one_device,
+    packed_batch,
+    plainly,
+    run_decoder,
+    small_model,
+    small_run,
+)
 from jax.scipy.stats import norm
 
 from maxlm.config import (
@@ -375,7 +385,7 @@ def test_groups_that_do_not_fit_are_named() -> None:
 def test_decoding_equals_reading_the_whole(mlp: Experts) -> None:
     block = dataclasses.replace(small_model().blocks[0], mlp=mlp)
     config, how = small_model(blocks=(block,)), plainly()
-    parameters = init_parameters(config, jax.random.key(0))
+    parameters = initial_parameters(config)
     model = bind(config, parameters)
     tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 64)
     positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
@@ -425,7 +435,7 @@ def test_generation_keeps_routers_in_float32() -> None:
     """In bfloat16 they would choose other experts than in training."""
     block = dataclasses.replace(small_model().blocks[0], mlp=CASES["noisy-dropless"])
     model = small_model(blocks=(block,))
-    parameters = init_parameters(model, jax.random.key(0))
+    parameters = initial_parameters(model)
     mlp = _cast(parameters, model, Execution(one_device()))["blocks"]["0"]["mlp"]
     assert mlp["router"].dtype == mlp["router_noise"].dtype == jnp.float32
     assert mlp["gate_proj"].dtype == jnp.bfloat16
@@ -436,7 +446,7 @@ def test_biases_go_against_the_load() -> None:
     experts = dataclasses.replace(block, mlp=Experts(n_experts=3, d_ff=8, router=SigmoidRouter(top_k=1, bias_rate=0.5)))
     others = dataclasses.replace(block, mlp=Experts(n_experts=3, d_ff=8, router=TopKRouter(top_k=1)))
     model = small_model(blocks=(block, experts, others), n_layers=6)
-    parameters = init_parameters(model, jax.random.key(0))
+    parameters = initial_parameters(model)
     load = jnp.array([[6.0, 3.0, 0.0], [1.0, 1.0, 1.0]])
     stats = RouterStats(load, jnp.zeros(2), jnp.zeros(2))
     new = balance_biases(model, parameters, (None, stats, stats))

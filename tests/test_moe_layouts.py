@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import gradient_function, one_device, packed_batch, plainly, small_model, small_run
+from helpers import gradient_function, initial_parameters, one_device, packed_batch, plainly, small_model, small_run
 from test_layouts import LAYOUTS as dense_layouts
 from test_layouts import assert_close
 from test_pipeline import LAYOUTS as pipelines
@@ -35,7 +35,7 @@ from maxlm.config import (
     TopKRouter,
     Zero,
 )
-from maxlm.models import init_parameters, ops
+from maxlm.models import ops
 from maxlm.models.moe import ExpertsLayer, _scores
 from maxlm.models.parameters import Initializer
 from maxlm.sharding import Layout, make_layout
@@ -85,7 +85,7 @@ def moe_model(*moes: Experts, **changes: Any) -> ModelConfig:
 
 def sums_and_gradients(config: RunConfig, layout: Layout) -> Any:
     """Divided by the number of tokens that count."""
-    parameters = jax.jit(lambda key: init_parameters(config.model, key))(jax.random.key(1))
+    parameters = initial_parameters(config.model, seed=1)
     gradient = jax.jit(gradient_function(config, layout))
     batch = packed_batch(config)
     seeds = np.arange(config.train.batch_size, dtype=np.uint32)

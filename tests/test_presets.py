@@ -81,9 +81,10 @@ def test_llama7b_compiles_for_other_machines(target: str, arguments: tuple[str, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", [
-    "cpu:8", "tpu:v4:2x2x1", "tpu:v5e:2x2", "tpu:v5p:2x2x1", "tpu:v6e:2x2", "tpu:7x:2x2x1",
-    "gpu:a100:8", "gpu:h100:8", "gpu:h200:8", "gpu:b200:8",
-])  # fmt: skip
+@pytest.mark.parametrize("target", ["cpu:8", "tpu:v5p:2x2x1", "gpu:h200:8", *(
+    pytest.param(target, marks=pytest.mark.nightly) for target in (
+        "tpu:v4:2x2x1", "tpu:v5e:2x2", "tpu:v6e:2x2", "tpu:7x:2x2x1", "gpu:a100:8", "gpu:h100:8", "gpu:b200:8",
+    )
+)])  # fmt: skip
 def test_tiny_compiles_for_every_chip(target: str) -> None:
     compiled(parse_machine(target), "--config", "configs/tiny.py", "--sharding.fsdp", "-1")

@@ -8,7 +8,16 @@ import functools
 import jax
 import numpy as np
 import pytest
-from helpers import gradient_function, loss_function, one_device, packed_batch, place, small_model, small_run
+from helpers import (
+    gradient_function,
+    initial_parameters,
+    loss_function,
+    one_device,
+    packed_batch,
+    place,
+    small_model,
+    small_run,
+)
 
 from maxlm.config import (
     AdamW,
@@ -21,7 +30,6 @@ from maxlm.config import (
     SigmoidRouter,
     TopKRouter,
 )
-from maxlm.models import init_parameters
 from maxlm.models.moe import RouterStats
 from maxlm.sharding import make_layout
 from maxlm.training import make_trainer
@@ -74,7 +82,7 @@ def test_figures_are_in_the_order_of_the_layers():
 def forward(config, layout=None, **batch):
     """The sums of a forward pass with the initial parameters."""
     layout = layout or one_device()
-    parameters = init_parameters(config.model, jax.random.key(0))
+    parameters = initial_parameters(config.model)
     return jax.jit(loss_function(config, layout))(parameters, {**packed_batch(config), **batch})
 
 
@@ -98,7 +106,7 @@ def test_the_objective_is_the_cross_entropy_and_the_mean_of_the_losses(micro_bat
     config = small_run(moe_model(BALANCED), micro_batches=micro_batches)
     layout, batch = one_device(), packed_batch(config)
     batch["loss_mask"][::4] = 0  # micro-batches of few counted tokens weigh what the others do, as in a pipeline
-    parameters = init_parameters(config.model, jax.random.key(0))
+    parameters = initial_parameters(config.model)
     loss = loss_function(config, layout)
     sums, _ = jax.jit(gradient_function(config, layout))(parameters, batch)
 
@@ -120,7 +128,7 @@ def test_the_losses_have_a_gradient_of_their_size():
     """Without a loss mask nothing is learned; with it, the router's gradient grows with the loss's weight."""
     config = small_run(moe_model(BALANCED))
     layout, batch = one_device(), packed_batch(config)
-    parameters = init_parameters(config.model, jax.random.key(0))
+    parameters = initial_parameters(config.model)
 
     @functools.cache
     def gradient(weight):

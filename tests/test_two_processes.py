@@ -22,6 +22,7 @@ from helpers import gradient_function, one_device, packed_batch, small_model, sm
 from jax.experimental import multihost_utils
 from test_layouts import assert_close, loss_and_gradients
 from train_runs import ROOT, STEPS, Bench, free_port, inspect, losses
+from xla_flags import xla_flags
 
 from maxlm.config import Context, Experts, RunConfig, ShardingConfig, SlicesAxis, TopKRouter
 from maxlm.models import init_parameters
@@ -98,8 +99,7 @@ def work(name: str, index: int, port: str, file: str) -> None:
 def in_two_processes(name: str, folder: Path) -> list[list[np.ndarray]]:
     """What both processes of a case found."""
     port = free_port()
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(4), "PYTHONPATH": str(ROOT)}
     files = [folder / f"{index}.npz" for index in range(2)]
     with contextlib.ExitStack() as stack:
         processes = []

@@ -9,7 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import gradient_function, one_device, packed_batch, place, plainly, run_decoder, small_model, small_run
+from helpers import (
+    gradient_function,
+    initial_parameters,
+    one_device,
+    packed_batch,
+    place,
+    plainly,
+    run_decoder,
+    small_model,
+    small_run,
+)
 from run_folder import BYTE_MODEL, make_run, parameters_of
 
 from maxlm.config import (
@@ -34,10 +44,6 @@ from maxlm.training.warm_start import warm_start
 EXPERTS = Experts(n_experts=4, d_ff=48, router=TopKRouter(top_k=2))
 
 
-def initial(model, seed=1):
-    return jax.jit(lambda key: init_parameters(model, key))(jax.random.key(seed))
-
-
 def hidden(model, parameters):
     batch = packed_batch(small_run(model))
     tokens = Tokens(batch["positions"], batch["segment_ids"])
@@ -46,7 +52,7 @@ def hidden(model, parameters):
 
 
 def started(source, target, parameters):
-    return jax.jit(lambda old, new: upcycle(source, target, old, new))(parameters, initial(target, seed=2))
+    return jax.jit(lambda old, new: upcycle(source, target, old, new))(parameters, initial_parameters(target, seed=2))
 
 
 @pytest.mark.parametrize(
@@ -56,11 +62,11 @@ def started(source, target, parameters):
 def test_an_upcycled_model_computes_what_the_dense_one_does(every, first_dense, router):
     dense = small_model(n_layers=4)
     sparse = with_experts(dense, dataclasses.replace(EXPERTS, router=router), every=every, first_dense=first_dense)
-    parameters = initial(dense)
+    parameters = initial_parameters(dense, seed=1)
     upcycled = started(dense, sparse, parameters)
     want = hidden(dense, parameters)
     np.testing.assert_allclose(hidden(sparse, upcycled), want, atol=1e-5)
-    assert np.abs(hidden(sparse, initial(sparse)) - want).max() > 0.1
+    assert np.abs(hidden(sparse, initial_parameters(sparse, seed=1)) - want).max() > 0.1
     # Layer 3 is the last repeat of the pattern's last entry; each of its experts is the dense layer's MLP.
     for name in ("gate_proj", "up_proj", "down_proj"):
         experts = upcycled["blocks"][str(every - 1)]["mlp"][name][-1]
@@ -71,7 +77,7 @@ def test_an_upcycled_model_computes_what_the_dense_one_does(every, first_dense, 
 
 def test_experts_go_on_as_they_are():
     sparse = with_experts(small_model(), EXPERTS)
-    parameters = initial(sparse)
+    parameters = initial_parameters(sparse, seed=1)
     jax.tree.map(np.testing.assert_array_equal, started(sparse, sparse, parameters), parameters)
 
 
@@ -128,7 +134,7 @@ def test_a_run_starts_from_the_newest_or_the_named_step_of_another(tmp_path: Pat
 def test_a_stack_that_the_stages_cannot_cut_is_still_a_start(tmp_path: Path):
     """Three layers of a pattern become one before it and two stages of one."""
     source = dataclasses.replace(BYTE_MODEL, n_layers=3)
-    parameters = initial(source)
+    parameters = initial_parameters(source, seed=1)
     config = make_run(tmp_path, parameters, model=source)
     model = dataclasses.replace(source, first_blocks=source.blocks)
     target = dataclasses.replace(config, model=model, sharding=ShardingConfig(fsdp=2, stage=2, tensor=2))
@@ -169,7 +175,7 @@ def test_first_blocks_compute_what_the_same_layers_do_in_the_pattern():
     """The same parameters, stacked otherwise; with gradients, and recomputed in the backward pass."""
     pattern = small_model(n_layers=3)
     first = dataclasses.replace(pattern, first_blocks=pattern.blocks)
-    parameters = initial(pattern)
+    parameters = initial_parameters(pattern, seed=1)
     moved = started(pattern, first, parameters)
     assert moved["first_blocks"]["0"]["mlp"]["up_proj"].shape == (32, 48)
     results = []

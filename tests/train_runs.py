@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from xla_flags import xla_flags
 
 import maxlm.inspect
 from maxlm.config import ByteTokenizer, Files, PrepareConfig
@@ -109,7 +110,6 @@ class Bench:
         environment: dict[str, str] | None = None,
     ) -> Running:
         """The command in a process."""
-        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
         process = subprocess.Popen(
             [sys.executable, "-m", "maxlm.train", *self.arguments(run_dir, *overrides)],
             cwd=ROOT,
@@ -118,7 +118,7 @@ class Bench:
             bufsize=0,  # so that what `readline` leaves stays in the pipe
             env={
                 **os.environ,
-                "XLA_FLAGS": flags,
+                "XLA_FLAGS": xla_flags(devices),
                 "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                 **(environment or {}),
