@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,6 +12,7 @@ class RmsNorm:
 
     eps: float = 1e-5
     """Keeps a vector of zeros from being divided by zero."""
+    bias: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from maxlm.config.errors import UserError, require_positive
 from maxlm.config.execution import Dtype
@@ -50,6 +52,15 @@ class ConstantSchedule:
 Schedule = CosineSchedule | LinearSchedule | InverseSqrtSchedule | WsdSchedule | ConstantSchedule
 
 
+class OptimizerState(NamedTuple):
+    """What an optimizer keeps for one array of parameters."""
+
+    like_parameter: tuple[int, ...]
+    """Bytes of a number of each array that has the parameter's shape, and lies as its gradient does."""
+    everywhere: int = 0
+    """Bytes of the rest, which is small, so that every device has it whole."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
@@ -74,6 +85,10 @@ class AdamW:
             if not 0 <= getattr(self, key) < 1:
                 raise UserError(f"optimizer.{key} = {getattr(self, key)} must lie in [0, 1)")
 
+    def state(self, shape: tuple[int, ...], layers: int) -> OptimizerState:
+        """What it keeps for an array, of a model whose pattern occurs `layers` times."""
+        return OptimizerState((self.moment_dtype.itemsize, Dtype.FLOAT32.itemsize))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Adafactor:
@@ -95,6 +110,21 @@ class Adafactor:
 
     def __post_init__(self) -> None:
         _check(self)
+
+    def smallest_factored(self, layers: int) -> int:
+        """Least size of the second largest dim of an array that is factored.
+
+        optax factors the two largest dims. Above `layers` in size, neither is the dim of stacked layers.
+        """
+        return max(self.min_factored_dim, layers + 1)
+
+    def state(self, shape: tuple[int, ...], layers: int) -> OptimizerState:
+        """What it keeps for an array, of a model whose pattern occurs `layers` times."""
+        *_, second, largest = sorted((1, *shape))
+        if len(shape) < 2 or second < self.smallest_factored(layers):
+            return OptimizerState((Dtype.FLOAT32.itemsize,))
+        size = math.prod(shape)
+        return OptimizerState((), Dtype.FLOAT32.itemsize * (size // largest + size // second))
 
 
 OptimizerConfig = AdamW | Adafactor

@@ -9,7 +9,7 @@ from maxlm.config.data import DataConfig
 from maxlm.config.errors import UserError, require_positive
 from maxlm.config.execution import ExecutionConfig
 from maxlm.config.layout_rules import broken_layout_rules
-from maxlm.config.model import ModelConfig
+from maxlm.config.model import LmHead, ModelConfig
 from maxlm.config.optimizer import AdamW, OptimizerConfig
 from maxlm.config.sharding import ShardingConfig
 from maxlm.config.task import Pretrain, Task
@@ -154,6 +154,10 @@ class RunConfig:
             failures.append(
                 f"train.seq_len = {train.seq_len} is longer than model.max_seq_len = {model.max_seq_len}; "
                 f"use at most {model.max_seq_len} or raise model.max_seq_len"
+            )
+        if isinstance(self.task, Pretrain) and not isinstance(model.head, LmHead):
+            failures.append(
+                f"model.head = {type(model.head).__name__} gives no logits, which task = Pretrain learns; use LmHead"
             )
         if self.observe.sample_tokens and not model.decodes:
             failures.append(

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
+import jax
 import jax.numpy as jnp
 
 from maxlm.config import ExecutionConfig, KernelConfig, Remat, RunConfig
+from maxlm.models.ops.ring import in_ring_order
+from maxlm.models.pipeline import in_pipeline_order
 from maxlm.sharding import Layout
 
 
@@ -29,6 +32,11 @@ class Execution:
         """For single tokens: nothing is saved for a backward pass, and kernels are those that suit."""
         config = dataclasses.replace(self.config, remat=Remat.NONE, kernels=KernelConfig())
         return Execution(layout, config)
+
+    def arrange(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """A batch of arrays [B, ...] or [B, T] in the order in which this mesh cuts it: rows as a pipeline's
+        micro-batches, columns as a ring's chunks. All that knows rows and columns by number comes before."""
+        return in_ring_order(self.layout, in_pipeline_order(self.layout, batch, self.micro_batches))
 
     @property
     def dtype(self) -> jnp.dtype:

@@ -24,8 +24,6 @@ from typing import assert_never
 from maxlm import shapes
 from maxlm.config import (
     ACTIVATION_DIMS,
-    Adafactor,
-    AdamW,
     BlockConfig,
     RunConfig,
     StatePart,
@@ -170,21 +168,9 @@ class _Step:
         return 5 * 4 * rows * train.seq_len // self.sizes["seq"]
 
     def _optimizer(self, array: Array) -> int:
-        optimizer = self.config.optimizer
+        state = self.config.optimizer.state(array.shape, self.config.model.repeats)
         whole = lambda itemsize: device_bytes(array, self.sizes, self.zero, StatePart.OPTIMIZER, itemsize)
-        match optimizer:
-            case AdamW():
-                return whole(optimizer.moment_dtype.itemsize) + whole(FLOAT32)
-            case Adafactor():
-                # The two largest dims are factored, of the whole array, and the factors are on every device; see
-                # maxlm/training/optimizers.py for the least size, and state.py for their place.
-                least = max(optimizer.min_factored_dim, self.config.model.repeats + 1)
-                *_, second, largest = sorted((1, *array.shape))
-                if len(array.shape) < 2 or second < least:
-                    return whole(FLOAT32)
-                return FLOAT32 * (array.size // largest + array.size // second)
-            case _:
-                assert_never(optimizer)
+        return sum(map(whole, state.like_parameter)) + state.everywhere
 
     def _hoisted(self, arrays: Sequence[Array]) -> int:
         """What XLA moves out of the loop over the layers, because it does not depend on the turn."""

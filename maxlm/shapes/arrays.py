@@ -20,7 +20,6 @@ from maxlm.config import (
     Experts,
     GatedMlp,
     GroupedQuery,
-    LayerNorm,
     Learned,
     LmHead,
     Mlp,
@@ -32,7 +31,6 @@ from maxlm.config import (
     PostNorm,
     PreNorm,
     RelativeBias,
-    RmsNorm,
     Sandwich,
     ScalarHead,
     SigmoidRouter,
@@ -167,15 +165,9 @@ def head(model: ModelConfig) -> Iterator[Array]:
 
 def norm(config: Norm, dim: str, size: int, part: Part = Part.NORMS) -> Iterator[Array]:
     """Of one norm over a dim of this name and size."""
-    match config:
-        case RmsNorm():
-            yield _array("scale", {dim: size}, Constant(1), Role.OTHER, part)
-        case LayerNorm(bias=bias):
-            yield _array("scale", {dim: size}, Constant(1), Role.OTHER, part)
-            if bias:
-                yield _array("bias", {dim: size}, Constant(0), Role.OTHER, part)
-        case _:
-            assert_never(config)
+    yield _array("scale", {dim: size}, Constant(1), Role.OTHER, part)
+    if config.bias:
+        yield _array("bias", {dim: size}, Constant(0), Role.OTHER, part)
 
 
 def block(config: BlockConfig, model: ModelConfig) -> Iterator[Array]:

@@ -11,8 +11,6 @@ import jax.numpy as jnp
 from maxlm.config import Experts, NoisyTopKRouter, RunConfig
 from maxlm.models import Execution, Tokens, bind, declared, init_parameters
 from maxlm.models.moe import balance_biases
-from maxlm.models.ops.ring import in_ring_order
-from maxlm.models.pipeline import in_pipeline_order
 from maxlm.sharding import Layout
 from maxlm.training.losses import cross_entropy_sums
 from maxlm.training.router_metrics import router_metrics
@@ -112,7 +110,7 @@ class NextToken(Objective):
         """Of a batch as `arrays` says, with rows left out or seeds added."""
         layout, train = self._layout, self._config.train
         model = bind(self._config.model, params)
-        batch = in_ring_order(layout, in_pipeline_order(layout, batch, train.micro_batches))
+        batch = self._how.arrange(batch)
         tokens = Tokens(batch["positions"], batch["segment_ids"], seeds=batch.get("seeds"))
         output = model(model.embeddings(batch["inputs"], tokens, self._how), tokens, self._how)
         with jax.named_scope("loss"):

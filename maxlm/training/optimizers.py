@@ -41,18 +41,24 @@ def make_optimizer(
                 mask=decays,
             )
         case Adafactor():
-            # optax factors the two largest dims. Above `layers` in size, neither of them is the dim of stacked layers.
-            factored_dim = max(config.min_factored_dim, layers + 1)
-            update = optax.chain(
-                optax.scale_by_factored_rms(decay_rate=config.decay_rate, min_dim_size_to_factor=factored_dim),
-                optax.identity() if config.update_clip is None else _clip_by_rms(config.update_clip, dims),
-                _scale_by_parameter_rms(dims) if config.scale_by_parameter else optax.identity(),
-                optax.add_decayed_weights(config.weight_decay, decays),
-                optax.scale_by_learning_rate(learning_rate),
-            )
+            update = _adafactor(config, learning_rate, dims, decays, layers)
         case _:
             assert_never(config)
     return optax.chain(clip, update)
+
+
+def _adafactor(
+    config: Adafactor, learning_rate: optax.Schedule, dims: Any, decays: Any, layers: int
+) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.scale_by_factored_rms(
+            decay_rate=config.decay_rate, min_dim_size_to_factor=config.smallest_factored(layers)
+        ),
+        optax.identity() if config.update_clip is None else _clip_by_rms(config.update_clip, dims),
+        _scale_by_parameter_rms(dims) if config.scale_by_parameter else optax.identity(),
+        optax.add_decayed_weights(config.weight_decay, decays),
+        optax.scale_by_learning_rate(learning_rate),
+    )
 
 
 def _clip_by_rms(limit: float, dims: Any) -> optax.GradientTransformation:
