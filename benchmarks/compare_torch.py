@@ -240,9 +240,9 @@ def maxlm_training(remat: str) -> Figures:
 
     def step() -> float:
         nonlocal state
-        state, metrics = program(state, batch)
+        state, output = program(state, batch)
         jax.block_until_ready(state)
-        return float(metrics.loss)
+        return float(output.figures["loss"])
 
     return training_figures(step, sum(leaf.size for leaf in jax.tree.leaves(state.parameters)))
 

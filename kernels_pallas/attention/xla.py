@@ -138,7 +138,6 @@ def _backward(
 
     def key_block(carry: tuple, block: tuple[jax.Array, ...]) -> tuple[tuple, tuple[jax.Array, jax.Array]]:
         j, kj, vj = block
-        kj_across = kj.swapaxes(2, 3)
 
         def add_query_block(i: jax.Array, carry: tuple) -> tuple:
             dq, d_table, dk, dv = carry
@@ -156,17 +155,16 @@ def _backward(
             ds = ds.astype(q.dtype)
             dv += _product("bkcr,bkrh->bkch", p.astype(q.dtype), d_out_i)
             dk += _product("bkcr,bkrh->bkch", ds, qi)
-            return dq.at[i].add(_product("bkhc,bkcr->bkhr", kj_across, ds)), d_table, dk, dv
+            return dq.at[i].add(_product("bkcr,bkch->bkrh", ds, kj)), d_table, dk, dv
 
         zeros = jnp.broadcast_to(zero, kj.shape), jnp.broadcast_to(zero, vj.shape)
         *carry, dk, dv = lax.fori_loop(*tiles.query_blocks(j), add_query_block, (*carry, *zeros))
         return tuple(carry), ((dk * problem.scale).astype(k.dtype), dv.astype(v.dtype))
 
-    # A CPU transposes what it sums over the first dim of, which is least of k: so dq has its rows last, [.., H, R].
-    dq, table = jnp.broadcast_to(zero, (*q.shape[:3], problem.H, q.shape[3])), operands.bias_table
-    start = dq, None if table is None else jnp.broadcast_to(zero, table.shape)
+    table = operands.bias_table
+    start = jnp.broadcast_to(zero, q.shape), None if table is None else jnp.broadcast_to(zero, table.shape)
     (dq, d_table), (dk, dv) = lax.scan(key_block, start, (jnp.arange(k.shape[0]), k, v))
-    dq = _from_rows(problem, (dq.swapaxes(3, 4) * problem.scale).astype(q.dtype))
+    dq = _from_rows(problem, (dq * problem.scale).astype(q.dtype))
     return dq, _from_columns(dk, problem.S), _from_columns(dv, problem.S), None if d_table is None else d_table[None]
 
 

@@ -136,17 +136,17 @@ def _in_chunks(
             d_logits = exp * d_softmax[:, None] - jnp.where(is_target, weight[:, None], 0)
             d_logits = d_logits.astype(x.dtype)
             d_x = jax.lax.psum(jnp.einsum("tv,vd->td", d_logits, table), "tensor")
-            d_table += jnp.einsum("td,tv->dv", x, d_logits, preferred_element_type=jnp.float32)
+            d_table += jnp.einsum("tv,td->vd", d_logits, x, preferred_element_type=jnp.float32)
         objective += nll + options.z_loss * z_squared
         return (objective, cross_entropy + nll, log_z_squared + z_squared, d_table), d_x
 
     zero = jnp.float32(0)
-    start = zero, zero, zero, jnp.zeros(table.shape[::-1], jnp.float32) if with_gradient else None
+    start = zero, zero, zero, jnp.zeros(table.shape, jnp.float32) if with_gradient else None
     scanned: tuple = jax.lax.scan(one_chunk, start, chunks)
     (*sums, d_table), d_hidden = scanned
     if not with_gradient:
         return LossSums(*sums), None, None
-    return LossSums(*sums), _uncut(d_hidden, hidden.shape), d_table.T
+    return LossSums(*sums), _uncut(d_hidden, hidden.shape), d_table
 
 
 def _local_ids(table: jax.Array, targets: jax.Array) -> jax.Array:

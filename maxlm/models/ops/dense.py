@@ -23,7 +23,7 @@ def project(layout: Layout, subscripts: str, x: jax.Array, w: jax.Array, bias: j
     The gradient of w is summed over devices in x's dtype, or in float32 with `sharding.float32_gradients`.
     """
     w = weight(layout, w, x.dtype)
-    if _takes_matrices(layout):
+    if _takes_matrices(layout, x.dtype):
         rows, out = x.shape[:2], w.shape[x.ndim - 2 :]
         y = mixed_einsum("ri,io->ro", x.reshape(math.prod(rows), -1), w.reshape(-1, math.prod(out)))
         y = y.reshape(*rows, *out)
@@ -84,16 +84,17 @@ def glu(
     # The compiler splits plain products over devices better than we do by hand; a kernel it cannot split.
     if plan.backend != "xla":
         return on_mesh(x, w_gate, w_up, b_gate, b_up)
-    if _takes_matrices(layout):
+    if _takes_matrices(layout, x.dtype):
         return run(x.reshape(-1, x.shape[-1]), w_gate, w_up, b_gate, b_up).reshape(*x.shape[:2], -1)
     return run(x, w_gate, w_up, b_gate, b_up)
 
 
-def _takes_matrices(layout: Layout) -> bool:
+def _takes_matrices(layout: Layout, dtype: jnp.dtype) -> bool:
     """Whether a product is best written with two dims on each side: on a CPU, which copies what it sums over more than
-    one dim of. Not on a mesh, where the compiler cuts each dim in its own way.
+    one dim of. Not on a mesh, where the compiler cuts each dim in its own way, nor in bfloat16, of which a CPU's
+    product takes no transposed matrix.
     """
-    return layout.mesh.size == 1 and layout.on_cpu
+    return layout.mesh.size == 1 and layout.on_cpu and dtype == jnp.float32
 
 
 def embed(layout: Layout, table: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
