@@ -157,7 +157,7 @@ def test_adamw_keeps_its_first_moment_in_bfloat16_if_asked():
     """Half the bytes of one moment; steps within bfloat16's 8 bits of the paper's, and not those of float32."""
     config = AdamW(moment_dtype=Dtype.BFLOAT16)
     parameters, gradients = parameters_and_gradients()
-    state = make_optimizer(config, rate, DIMS, layers=LAYERS).init(narrow(parameters))
+    state = make_optimizer(config, rate, declared_as(DIMS), layers=LAYERS).init(narrow(parameters))
     kinds = [leaf.dtype.name for leaf in jax.tree.leaves(state) if leaf.shape]
     assert sorted(kinds) == ["bfloat16"] * len(SHAPES) + ["float32"] * len(SHAPES)
     got, exact = run(config, parameters, gradients), run(AdamW(), parameters, gradients)
