@@ -10,5 +10,6 @@ checkpoint.py: seconds to save and restore
 kernels_compiled.py: what the TPU compiler says of kernels and of what they replace
 context_memory.py: memory as a sequence and the seq axis grow together
 compile_time.py: compilation as layers and chips grow
+count_lines.py: lines of the core path
 plan_memory.py: memory by arithmetic beside the compiler's
 """

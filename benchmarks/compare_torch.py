@@ -56,7 +56,7 @@ def main() -> None:
         "--torch", nargs="+", default=["eager", "sdpa"], choices=["eager", "sdpa"], help="its attention"
     )
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS, help="what to measure")
-    parser.add_argument("--remat", default="none", help="what maxlm's backward pass computes again (model.remat)")
+    parser.add_argument("--remat", default="none", help="what maxlm's backward pass computes again (execution.remat)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="file for every run's figures, as JSON")
     parser.add_argument("--child", nargs=2, metavar=("SIDE", "TASK"), help=argparse.SUPPRESS)
     options = parser.parse_args()

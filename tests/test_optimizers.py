@@ -230,7 +230,7 @@ def full_model():
 MATRICES = {"embed", "unembed", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
-def test_decay_mask_marks_the_matrices(full_model):
+def test_decay_is_for_the_matrices(full_model):
     marked, unmarked = set(), set()
     for path, decayed in jax.tree_util.tree_leaves_with_path(full_model[0]):
         (marked if decayed.role.decays else unmarked).add(path[-1].key)

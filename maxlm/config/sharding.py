@@ -72,8 +72,8 @@ class ShardingConfig:
     """Groups of layers on each stage. 1 is GPipe (arXiv:1811.06965); more is the circular, or interleaved, schedule,
     whose bubble is that many times smaller (Narayanan et al. 2021, arXiv:2104.04473)."""
     remat_stages: bool = True
-    """Keep only a stage's input of each micro-batch for the backward pass, and run the stage again there; `model.remat`
-    then rules what that second run keeps."""
+    """Keep only a stage's input of each micro-batch for the backward pass, and run the stage again there;
+    `execution.remat` then rules what that second run keeps."""
     zero: Zero = Zero.PARAMETERS
     """What the fsdp axis shards: the optimizer state (ZeRO-1), gradients too (ZeRO-2), or parameters too (ZeRO-3)."""
     sequence_parallel: bool = False

@@ -180,7 +180,7 @@ def warnings(found: Forecast) -> list[str]:
         if abs(ratio - 1) > SMALL_MARGIN:
             lines.append(f"arithmetic finds {ratio:.2f} times the compiler's peak; the compiler's decides")
     if not found.config.execution.scan_layers:
-        lines.append("arithmetic counts the layers as a loop runs them, and model.scan_layers = False unrolls it")
+        lines.append("arithmetic counts the layers as a loop runs them, and execution.scan_layers = False unrolls it")
     if found.bound is not None and found.bound.bubble > LARGE_BUBBLE:
         lines.append(
             f"stages idle {found.bound.bubble:.0%} of the time: more train.micro_batches or sharding.virtual_stages"
