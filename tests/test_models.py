@@ -364,6 +364,30 @@ def test_no_segments_are_one_document():
     )
 
 
+def test_a_prefix_sees_itself_whole_and_nothing_after_it():
+    """Prefix LM (arXiv:1910.10683, section 3.2.1): its first tokens know its last ones, alone and with a cache."""
+    model, prefix, T = small_model(), 6, 12
+    parameters, how = random_parameters(model), plainly()
+    positions = jnp.arange(T)[None]
+    tokens = Tokens(positions, visible_to=jnp.maximum(positions + 1, prefix))
+    run = jax.jit(lambda p, ids: run_decoder(model, p, how, ids, tokens).hidden)
+    ids = np.random.default_rng(0).integers(0, 64, (1, T)).astype(np.int32)
+    before = run(parameters, ids)
+    for changed, moved in ((prefix - 1, 0), (prefix, prefix), (T - 1, T - 1)):
+        other = ids.copy()
+        other[0, changed] = (other[0, changed] + 7) % 64
+        after = run(parameters, other)
+        np.testing.assert_array_equal(after[:, :moved], before[:, :moved])
+        assert (after[:, moved] != before[:, moved]).any()
+
+    @jax.jit
+    def cached(p, ids):
+        decoder = bind(model, p)
+        return decoder(decoder.embeddings(ids, tokens, how), tokens, how, decoder.empty_cache(1, T, how)).hidden
+
+    np.testing.assert_allclose(cached(parameters, ids), before, atol=1e-5)
+
+
 # ---- formats and layers ----
 
 

@@ -93,7 +93,9 @@ class GroupedQueryLayer(nnx.Module):
         else:
             first = tokens.positions[:, 0]
             cache = cache.add(layer, k, v, first)
-            out = ops.attention_to_cache(layout, q, cache.k, cache.v, layer, first, self._scores())
+            out = ops.attention_to_cache(
+                layout, q, cache.k, cache.v, layer, first, self._scores(), visible_to=tokens.visible_to
+            )
         out_bias = self.o_bias[...] if config.out_bias else None
         return ops.project(layout, "btnh,nhd->btd", out, self.o_proj[...], out_bias), cache
 

@@ -16,6 +16,6 @@ class Tokens(NamedTuple):
     """int32 [B, T], the document of each token; tokens of different documents never meet. None: one document."""
     visible_to: jax.Array | None = None
     """int32 [B, T]: the end of the columns that a token may see, in place of itself; None: itself. Tokens of a prefix
-    that sees itself whole (prefix LM, images) have the prefix's end here. Not with a cache."""
+    that sees itself whole (prefix LM, images) have the prefix's end here. With a cache, its slots are the columns."""
     seeds: jax.Array | None = None
     """uint32 [B], of the noise of each row's routers; None: no noise."""
