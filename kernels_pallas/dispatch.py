@@ -158,7 +158,7 @@ def choose(
 def _refusal(bodies: Mapping[str, ModuleType], name: str, problem: Problem, target: Target) -> str | None:
     """Why a body cannot run this here, or None."""
     if target.family is Family.CPU and name in _STAND_INS:  # known without the module
-        return f"target {target.name} is no {'TPU' if name == 'tpu' else 'NVIDIA Hopper'}; the kernels need one"
+        return f"target {target.name} is no {'TPU' if name == 'tpu' else 'NVIDIA Hopper'}"
     return bodies[name].unsupported(problem, target)
 
 
