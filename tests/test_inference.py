@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from helpers import one_device, plainly, run_decoder, small_model, small_run, with_attention
+from helpers import FLOAT32, one_device, plainly, run_decoder, small_model, small_run, with_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_folder import BYTE_MODEL, parameters_of
@@ -165,9 +165,13 @@ def test_sampling_config_refuses(values: dict[str, Any]) -> None:
 
 
 def loaded(
-    model: ModelConfig = BYTE_MODEL, sharding: ShardingConfig = ShardingConfig(data=1), devices: int = 1, **changes: Any
+    model: ModelConfig = BYTE_MODEL,
+    sharding: ShardingConfig = ShardingConfig(data=1),
+    devices: int = 1,
+    execution: ExecutionConfig = FLOAT32,
+    **changes: Any,
 ) -> LoadedRun:
-    config = small_run(model=model, sharding=sharding)
+    config = dataclasses.replace(small_run(model=model, sharding=sharding), execution=execution)
     values = {"parameters": parameters_of(config), "tokenizer": Bytes(), **changes}
     return LoadedRun(config=config, layout=make_layout(sharding, jax.devices()[:devices]), step=0, **values)
 
