@@ -13,7 +13,7 @@ from helpers import FLOAT32, one_device, plainly, small_model, small_run
 
 from kernels_pallas import DistanceBias, Scores, cached_attention, masks, oracle
 from kernels_pallas.masks import Mask
-from maxlm.config import ModelConfig, Remat, SamplingConfig
+from maxlm.config import GatedMlp, ModelConfig, Remat, SamplingConfig
 from maxlm.inference.steps import Choice, DecodeState, decode_chunk, row_keys
 from maxlm.models import abstract_parameters, bind, ops
 from maxlm.training import make_trainer
@@ -55,7 +55,9 @@ def test_all_that_shapes_scores_holds_in_a_cache() -> None:
         relative_bias=DistanceBias(table, 20, True),
         sinks=sinks,
     )
-    got = jax.jit(functools.partial(cached_attention, scores=scores))(q, k, v, jnp.int32(0), first, visible_to=ends)
+    got = jax.jit(functools.partial(cached_attention, scores=scores))(
+        q, k.swapaxes(2, 3), v.swapaxes(2, 3), jnp.int32(0), first, visible_to=ends
+    )
     want = oracle.attention(
         q, k[0], v[0], np.zeros_like(q), mask=("local", 150, 0), visible_to=ends, q_offset=first, soft_cap=2.0,
         alibi_slopes=slopes, bias_table=table, bucket_rule=(20, True), sinks=sinks,
@@ -105,8 +107,11 @@ def test_a_layer_of_a_pattern_waits_for_no_other() -> None:
     """With full rematerialisation the pattern's length decides nothing about memory: each block is recomputed alone."""
 
     def temporary(entries: int) -> int:
-        model = small_model(n_layers=6, max_seq_len=256)
-        config = small_run(dataclasses.replace(model, blocks=model.blocks * entries), batch_size=8, seq_len=256)
+        model = small_model(n_layers=6, max_seq_len=128)
+        block = dataclasses.replace(
+            model.blocks[0], mlp=GatedMlp(d_ff=384)
+        )  # what it computes outweighs its parameters
+        config = small_run(dataclasses.replace(model, blocks=(block,) * entries), batch_size=16, seq_len=128)
         config = dataclasses.replace(config, execution=dataclasses.replace(FLOAT32, remat=Remat.FULL))
         trainer = make_trainer(config, one_device())
         return trainer.step.lower(trainer.state, trainer.batch).compile().memory_analysis().temp_size_in_bytes
