@@ -32,11 +32,9 @@ STEPS = 60
 """More rows than a pipe of one page holds, so that a run whose output is not read cannot end."""
 
 _CONFIG = """\
-import dataclasses
-
 from maxlm.config import (
-    AdamW, CheckpointConfig, CosineSchedule, DataConfig, Dataset, Dtype, ObserveConfig, Remat, RunConfig, TrainConfig,
-    llama,
+    AdamW, CheckpointConfig, CosineSchedule, DataConfig, Dataset, Dtype, ExecutionConfig, ObserveConfig, Remat,
+    RunConfig, TrainConfig, llama,
 )
 
 
