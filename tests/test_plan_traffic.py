@@ -136,7 +136,7 @@ COMPILED = {
     "sequence parallel, TPU": (seven_b(tensor=4, sequence_parallel=True), "tpu:v5p:2x2x1", 1.0),
 }
 """Name -> config, target, and how much of the compiled program's bytes the estimate has."""
-LONG = {"data, TPU", "sequence parallel, TPU", "the whole torus", "data x fsdp, TPU"}
+LONG = {"data, TPU", "tensor, TPU", "sequence parallel, TPU", "the whole torus", "data x fsdp, TPU"}
 """A minute each and more."""
 
 

@@ -226,5 +226,5 @@ def test_a_number_of_layers_that_does_not_fit_is_refused(n_layers):
 
 def test_experts_before_the_pattern_are_refused():
     block = dataclasses.replace(small_model().blocks[0], mlp=dataclasses.replace(EXPERTS, dispatch=Dropless()))
-    with pytest.raises(UserError, match=r"model.first_blocks.0.mlp is a Experts; use a GatedMlp"):
+    with pytest.raises(UserError, match=r"model.first_blocks.0.mlp has Experts; use a GatedMlp"):
         small_model(n_layers=3, first_blocks=(block,))

@@ -74,8 +74,8 @@ class GroupedQueryLayer(nnx.Module):
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if isinstance(config.position, Rope):
-            angles = tokens.positions[..., None].astype(jnp.float32)
-            angles *= rope_frequencies(config.position, config.head_dim)
+            frequencies = rope_frequencies(config.position, config.head_dim)
+            angles = tokens.positions[..., None].astype(jnp.float32) * frequencies
             q, k = rotate(q, angles), rotate(k, angles)
         q, k, v = (checkpoint_name(y, name) for y, name in ((q, "query"), (k, "key"), (v, "value")))
 
