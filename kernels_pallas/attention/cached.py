@@ -13,7 +13,7 @@ from jax import lax
 
 from kernels_pallas.attention.problem import MASKED, AttentionProblem, Operands
 from kernels_pallas.attention.scores import Scores
-from kernels_pallas.attention.xla import _product, _tiles
+from kernels_pallas.attention.xla import make_tiles, product
 
 KEYS = 128
 """Keys of a block. A cache for more positions has room for a multiple of this."""
@@ -65,7 +65,7 @@ def cached_attention(
     )
     table = None if bias is None else jnp.asarray(bias.table, jnp.float32)
     operands = Operands(q, k, v, None, None, q_offset, scores.alibi_slopes, table, visible_to)
-    blocks = _tiles(problem, T, width, operands)
+    blocks = make_tiles(problem, T, width, operands)
     # [B, K, R, H]: the queries of all heads that share a key head are the rows of one product.
     rows = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
 
@@ -77,14 +77,14 @@ def cached_attention(
     def add_block(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         top, total, acc = carry
         seen = blocks.seen(jnp.int32(0), j)
-        score = blocks.capped(_product("bkrh,bkch->bkrc", rows, block(k, j)))
+        score = blocks.capped(product("bkrh,bkch->bkrc", rows, block(k, j)))
         if (bias := blocks.bias(jnp.int32(0), j)) is not None:
             score += bias
         score = jnp.where(seen, score, MASKED)
         new_top = jnp.maximum(top, score.max(-1))
         p = jnp.where(seen, jnp.exp(score - new_top[..., None]), 0.0)
         shrink = jnp.exp(top - new_top)
-        update = _product("bkrc,bkch->bkrh", p.astype(v.dtype), block(v, j))
+        update = product("bkrc,bkch->bkrh", p.astype(v.dtype), block(v, j))
         return new_top, total * shrink + p.sum(-1), acc * shrink[..., None] + update
 
     zeros = jnp.zeros(rows.shape[:-1], jnp.float32)

@@ -63,7 +63,7 @@ def forward(
 
 def _forward(problem: AttentionProblem, blocks: AttentionBlocks, operands: Operands) -> tuple[jax.Array, jax.Array]:
     """`forward` of all rows that the operands have."""
-    tiles = _tiles(problem, blocks.q, blocks.k, operands)
+    tiles = make_tiles(problem, blocks.q, blocks.k, operands)
     q = _rows(problem, operands.q, blocks.q)
     k, v = _columns(operands.k, blocks.k), _columns(operands.v, blocks.k)
     zero = _zero(operands)
@@ -74,7 +74,7 @@ def _forward(problem: AttentionProblem, blocks: AttentionBlocks, operands: Opera
         def add_key_block(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             top, total, acc = carry
             seen = tiles.seen(i, j)
-            scores = tiles.capped(_product("bkrh,bkch->bkrc", qi, k[j]))
+            scores = tiles.capped(product("bkrh,bkch->bkrc", qi, k[j]))
             if (bias := tiles.bias(i, j)) is not None:
                 scores += bias
             scores = jnp.where(seen, scores, MASKED)
@@ -82,7 +82,7 @@ def _forward(problem: AttentionProblem, blocks: AttentionBlocks, operands: Opera
             # A fully hidden row has top = MASKED, where exp(score - top) would be 1 for hidden keys.
             p = jnp.where(seen, jnp.exp(scores - new_top[..., None]), 0.0)
             shrink = jnp.exp(top - new_top)
-            update = _product("bkrc,bkch->bkrh", p.astype(v.dtype), v[j])
+            update = product("bkrc,bkch->bkrh", p.astype(v.dtype), v[j])
             return new_top, total * shrink + p.sum(-1), acc * shrink[..., None] + update
 
         zeros = jnp.broadcast_to(zero, qi.shape[:-1])
@@ -128,7 +128,7 @@ def _backward(
     d_out: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """`backward` of all rows that the operands have; the bias table's gradient with a leading dim of 1, to be added."""
-    tiles = _tiles(problem, blocks.q_backward, blocks.k_backward, operands)
+    tiles = make_tiles(problem, blocks.q_backward, blocks.k_backward, operands)
     zero = _zero((operands, lse, delta, d_out))
     q, d_out = (_rows(problem, x, blocks.q_backward) for x in (operands.q, d_out))
     k, v = _columns(operands.k, blocks.k_backward), _columns(operands.v, blocks.k_backward)
@@ -142,20 +142,20 @@ def _backward(
         def add_query_block(i: jax.Array, carry: tuple) -> tuple:
             dq, d_table, dk, dv = carry
             qi, d_out_i = q[i], d_out[i]
-            capped = tiles.capped(_product("bkch,bkrh->bkcr", kj, qi))
+            capped = tiles.capped(product("bkch,bkrh->bkcr", kj, qi))
             bias = tiles.bias(i, j)
             scores = capped if bias is None else capped + bias.swapaxes(2, 3)
             p = jnp.where(tiles.seen(i, j).swapaxes(2, 3), jnp.exp(scores - lse[i][:, :, None]), 0.0)
-            dp = _product("bkch,bkrh->bkcr", vj, d_out_i)
+            dp = product("bkch,bkrh->bkcr", vj, d_out_i)
             ds = p * (dp - delta[i][:, :, None])
             if problem.buckets is not None:
                 d_table += tiles.table_gradient(ds.swapaxes(2, 3), i, j)
             if problem.soft_cap is not None:
                 ds *= 1 - (capped / problem.soft_cap) ** 2
             ds = ds.astype(q.dtype)
-            dv += _product("bkcr,bkrh->bkch", p.astype(q.dtype), d_out_i)
-            dk += _product("bkcr,bkrh->bkch", ds, qi)
-            return dq.at[i].add(_product("bkcr,bkch->bkrh", ds, kj)), d_table, dk, dv
+            dv += product("bkcr,bkrh->bkch", p.astype(q.dtype), d_out_i)
+            dk += product("bkcr,bkrh->bkch", ds, qi)
+            return dq.at[i].add(product("bkcr,bkch->bkrh", ds, kj)), d_table, dk, dv
 
         zeros = jnp.broadcast_to(zero, kj.shape), jnp.broadcast_to(zero, vj.shape)
         *carry, dk, dv = lax.fori_loop(*tiles.query_blocks(j), add_query_block, (*carry, *zeros))
@@ -270,7 +270,7 @@ class _Tiles(NamedTuple):
         distance = keys[0] - queries[:, -1] + jnp.arange(width)  # [B, width]
         assert self.problem.buckets is not None
         one_hot = jax.nn.one_hot(self._bucket(distance), self.problem.buckets.n, dtype=jnp.float32)
-        return _product("bnd,bdz->nz", diagonals, one_hot)
+        return product("bnd,bdz->nz", diagonals, one_hot)
 
     def _bucket(self, distance: jax.Array) -> jax.Array:
         assert self.problem.buckets is not None
@@ -281,7 +281,7 @@ class _Tiles(NamedTuple):
         return bucket
 
 
-def _tiles(problem: AttentionProblem, q_size: int, k_size: int, operands: Operands) -> _Tiles:
+def make_tiles(problem: AttentionProblem, q_size: int, k_size: int, operands: Operands) -> _Tiles:
     q_segments, k_segments, visible_to = operands.q_segments, operands.k_segments, operands.visible_to
     return _Tiles(
         problem,
@@ -302,7 +302,7 @@ def _zero(arrays: Any) -> jax.Array:
     return sum((jnp.zeros_like(x[(0,) * x.ndim], jnp.float32) for x in jax.tree.leaves(arrays)), jnp.float32(0))
 
 
-def _product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
     # Left to itself a TPU rounds float32 to bfloat16 for products, and a GPU to 10 bits.
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32, precision=precision)
