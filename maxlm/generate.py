@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from maxlm.config import SamplingConfig, ShardingConfig
+from maxlm.config import SamplingConfig, ShardingConfig, WeightFormat
 from maxlm.config.cli import parse, run_command
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ class GenerateOptions:
     sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = SamplingConfig()
     seed: int = 0
     """The same seed gives the same text."""
+    weights: WeightFormat = WeightFormat.DTYPE
+    """Format in which weights are held: that of execution.dtype, or 8 bits."""
     step: int | None = None
     """Checkpoint to use; None: the newest intact one."""
     sharding: ShardingConfig = field(default_factory=lambda: ShardingConfig(data=1))
@@ -59,7 +61,8 @@ def main(argv: list[str]) -> None:
     from maxlm.inference.load import load_run
 
     enable_compilation_cache()
-    generator = Generator(load_run(Path(options.run), step=options.step, sharding=options.sharding))
+    run = load_run(Path(options.run), step=options.step, sharding=options.sharding)
+    generator = Generator(run, weights=options.weights)
     stream = generator.stream(
         options.prompt, max_new_tokens=options.max_new_tokens, sampling=options.sampling, seed=options.seed
     )

@@ -42,10 +42,11 @@ class Layout:
         """Spec of an activation whose dims have these names; None is not cut."""
         return _spec([() if dim is None else self._activation_axes(dim) for dim in dims], dims)
 
-    def parameter(self, dims: Sequence[str], part: StatePart = StatePart.PARAMETERS) -> PartitionSpec:
-        """Spec of a parameter whose dims have these names, or of its gradient or optimizer moment."""
+    def parameter(self, dims: Sequence[str | None], part: StatePart = StatePart.PARAMETERS) -> PartitionSpec:
+        """Spec of a parameter whose dims have these names, or of its gradient or optimizer moment; None is not cut."""
         hidden = () if part in CUT_BY_FSDP[self.config.zero] else ("fsdp",)
-        return _spec([tuple(axis for axis in PARAMETER_DIMS[dim] if axis not in hidden) for dim in dims], dims)
+        axes = [() if dim is None else PARAMETER_DIMS[dim] for dim in dims]
+        return _spec([tuple(axis for axis in cut if axis not in hidden) for cut in axes], dims)
 
     def sharding(self, spec: PartitionSpec = PartitionSpec()) -> NamedSharding:
         """The spec on this mesh; without one, a copy on every device."""

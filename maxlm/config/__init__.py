@@ -96,7 +96,7 @@ from maxlm.config.position import (
     Sinusoidal,
 )
 from maxlm.config.run import CheckpointConfig, ObserveConfig, RunConfig, StepRange, TrainConfig
-from maxlm.config.sampling import SamplingConfig
+from maxlm.config.sampling import SamplingConfig, WeightFormat
 from maxlm.config.sharding import (
     MESH_AXES,
     Context,
@@ -195,6 +195,7 @@ __all__ = [
     "TrainConfig",
     "TrainSentencePiece",
     "UserError",
+    "WeightFormat",
     "WsdSchedule",
     "Zero",
     "dp",

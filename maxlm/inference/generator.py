@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maxlm.config import ModelConfig, SamplingConfig, UserError
+from maxlm.config import ModelConfig, SamplingConfig, UserError, WeightFormat
 from maxlm.inference.load import LoadedRun
 from maxlm.inference.steps import Choice, DecodeState, decode_chunk, prefill_logits, row_keys
 from maxlm.inference.text_stream import TextStream
 from maxlm.models import Execution, bind, declared, parameter_dims
+from maxlm.models.linear import Int8, Weight
+from maxlm.shapes import Array
 from maxlm.sharding import decoding_layout
 
 _SMALLEST_BUCKET = 16
@@ -46,14 +48,19 @@ class _Chunk:
 
 
 class Generator:
-    """Continues prompts. Holds the weights in the compute dtype, on the mesh of the run that it is given.
+    """Continues prompts. Holds the weights on the mesh of the run that it is given.
 
     A program is compiled when a new combination of batch size, lengths (rounded up to a power of two) and sampling
     settings first comes, and kept.
     """
 
-    def __init__(self, run: LoadedRun, *, chunk: int = 16) -> None:
-        """`chunk`: tokens decoded between two looks from outside. It changes how text streams, never the text.
+    def __init__(self, run: LoadedRun, *, weights: WeightFormat = WeightFormat.DTYPE, chunk: int = 16) -> None:
+        """Places the weights.
+
+        Args:
+            run: what to continue prompts with.
+            weights: the format in which they are held.
+            chunk: tokens decoded between two looks from outside. It changes how text streams, never the text.
 
         Raises:
             UserError: the tokenizer has ids that the model does not know, or the model cannot decode.
@@ -71,7 +78,7 @@ class Generator:
             )
         self._layout = decoding_layout(run.layout, self._config.d_model)
         self._how = Execution.of(run.config, run.layout).decoding(self._layout)
-        self._parameters = _cast(run.parameters, self._config, self._how)
+        self._parameters = _held(run.parameters, self._config, self._how, weights)
         if self._layout.on_cpu:
             self._config, self._parameters = layers_apart(self._config, self._parameters)
         self._programs: dict[Any, jax.stages.Compiled] = {}
@@ -264,12 +271,23 @@ def layers_apart(config: ModelConfig, parameters: Any) -> tuple[ModelConfig, Any
     return dataclasses.replace(config, blocks=config.blocks * config.repeats), jax.jit(apart)(parameters)
 
 
-def _cast(parameters: Any, config: ModelConfig, how: Execution) -> Any:
-    """What every use casts to the compute dtype, in it; the rest as it is."""
-    in_use = lambda x, array: x.astype(how.dtype) if array.role.casts else x
-    shardings = how.layout.shardings(parameter_dims(config))
-    cast = jax.jit(lambda values: jax.tree.map(in_use, values, declared(config)), out_shardings=shardings)
-    return cast(jax.device_put(parameters, shardings))
+def _held(parameters: Any, config: ModelConfig, how: Execution, weights: WeightFormat) -> Any:
+    """The parameters as decoding holds them, on the mesh of `how`."""
+    layout, arrays = how.layout, declared(config)
+    in_8_bits = lambda array: weights is WeightFormat.INT8 and bool(array.inputs)
+
+    def held(x: jax.Array, array: Array) -> Weight:
+        if in_8_bits(array):
+            return Int8.of(x, tuple(array.dims.index(dim) for dim in array.inputs))
+        return x.astype(how.dtype) if array.role.casts else x
+
+    def place(array: Array) -> Any:
+        sharding: Any = lambda dims: layout.sharding(layout.parameter(dims))
+        scale_dims = [None if dim in array.inputs else dim for dim in array.dims]
+        return Int8(sharding(array.dims), sharding(scale_dims)) if in_8_bits(array) else sharding(array.dims)
+
+    hold = jax.jit(lambda values: jax.tree.map(held, values, arrays), out_shardings=jax.tree.map(place, arrays))
+    return hold(jax.device_put(parameters, layout.shardings(parameter_dims(config))))
 
 
 def _bucket(length: int, limit: int) -> int:

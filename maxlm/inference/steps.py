@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from maxlm.config import SamplingConfig
 from maxlm.inference.sampling import sample
-from maxlm.models import Decoder, Execution, Tokens
+from maxlm.models import Decoder, Execution, Tokens, ops
 from maxlm.models.decoder import Cache
 
 
@@ -118,6 +118,4 @@ def decode_chunk(
 
 def _logits(model: Decoder, how: Execution, hidden: jax.Array) -> jax.Array:
     """[B, D] -> float32 [B, V], whole on every device that has the row: choosing needs the row's whole vocabulary."""
-    table = model.output_table.astype(hidden.dtype)
-    logits = jnp.einsum("bd,vd->bv", hidden, table, preferred_element_type=jnp.float32)
-    return how.layout.constrain(logits, "batch", None)
+    return how.layout.constrain(ops.logits(hidden, model.output_table), "batch", None)

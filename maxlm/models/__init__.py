@@ -13,6 +13,7 @@ positions.py: RoPE
 moe.py: routers, their losses and statistics; a mixture of experts
 pipeline.py: stages and micro-batches as one scan
 upcycle.py: a dense model's parameters for a mixture
+linear.py: what a product takes as its weight: a plain array, or 8 bits
 parameters.py: parameters as maxlm/shapes declares them
 execution.py: mesh, number format, remat and kernels of a call
 tokens.py: what is known of each token: position, document, seed

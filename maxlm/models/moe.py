@@ -120,7 +120,8 @@ class ExpertsLayer(nnx.Module):
                     dropped = jnp.sum(~computed, dtype=jnp.float32)
                 case _Picks(tokens=tokens, gates=gates):
                     gates *= config.routed_scaling
-                    y = ops.picked_experts(layout, x, tokens, gates, self._experts, activation=config.activation)
+                    experts = self._experts(layout, x.dtype)
+                    y = ops.picked_experts(layout, x, tokens, gates, experts, activation=config.activation)
                     load = jnp.full(config.n_experts, tokens.size // config.n_experts, jnp.float32)
                     loss = dropped = jnp.zeros((), jnp.float32)
                 case _:
@@ -150,7 +151,8 @@ class ExpertsLayer(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """[B, T, D], and bool [B, T, k]: which choices were computed."""
         config, gates = self.config, routing.gates * self.config.routed_scaling
-        arguments, activation = (layout, x, routing.experts, gates, self._experts), config.activation
+        experts, activation = self._experts(layout, x.dtype), config.activation
+        arguments = layout, x, routing.experts, gates, experts
         match dispatch:
             case Dropless() as dropless:
                 return ops.dropless_experts(*arguments, activation=activation, config=dropless)
@@ -160,9 +162,9 @@ class ExpertsLayer(nnx.Module):
             case _:
                 assert_never(dispatch)
 
-    @property
-    def _experts(self) -> ops.ExpertWeights:
-        return ops.ExpertWeights(self.gate_proj[...], self.up_proj[...], self.down_proj[...])
+    def _experts(self, layout: Layout, dtype: jnp.dtype) -> ops.ExpertWeights:
+        weights = self.gate_proj[...], self.up_proj[...], self.down_proj[...]
+        return ops.ExpertWeights(*(ops.dense(layout, w, dtype) for w in weights))
 
     def _noise(self, layout: Layout, keys: jax.Array, T: int) -> jax.Array:
         """Standard normal [B, T, E]; a row's depends on its key alone, a token's on its place in the row."""

@@ -109,6 +109,8 @@ class Array:
     uses: float = 1.0
     """How often a token uses each number of it, in a multiplication or a sum; less than once where a token uses some of
     many experts, 0 where its row is only looked up."""
+    inputs: tuple[str, ...] = ()
+    """The dims that a product with activations sums over; none if there is no product, or one that is never rounded."""
 
     @property
     def size(self) -> int:
@@ -138,7 +140,7 @@ def embedding(model: ModelConfig) -> Iterator[Array]:
     """What turns ids into vectors."""
     rows, D = Normal(model.init_std), {"embed": model.d_model}
     uses = 1.0 if model.tied else 0.0
-    yield _array("embed", {"vocab": model.vocab_size} | D, rows, Role.TABLE, Part.EMBEDDING, uses)
+    yield _array("embed", {"vocab": model.vocab_size} | D, rows, Role.TABLE, Part.EMBEDDING, uses, inputs=D)
     match model.embedded_position:
         case Learned():
             dims = {"positions": model.max_seq_len} | D
@@ -156,7 +158,7 @@ def head(model: ModelConfig) -> Iterator[Array]:
         case LmHead(tied=True):
             pass
         case LmHead():
-            yield _array("unembed", {"vocab": model.vocab_size} | D, init, Role.PRODUCT, Part.UNEMBEDDING)
+            yield _array("unembed", {"vocab": model.vocab_size} | D, init, Role.PRODUCT, Part.UNEMBEDDING, inputs=D)
         case ScalarHead():
             yield _array("score", D, init, Role.PRODUCT, Part.UNEMBEDDING)
         case _:
@@ -199,8 +201,8 @@ def attention(config: Attention, model: ModelConfig) -> Iterator[Array]:
             heads, kv_heads = {"heads": config.n_heads} | H, {"kv_heads": config.n_kv_heads} | H
             D, part = {"embed": model.d_model}, Part.ATTENTION
             for name, cut in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
-                yield _array(f"{name}_proj", D | cut, Normal(model.init_std), Role.PRODUCT, part)
-            yield _array("o_proj", heads | D, _to_residual(model), Role.PRODUCT, part)
+                yield _array(f"{name}_proj", D | cut, Normal(model.init_std), Role.PRODUCT, part, inputs=D)
+            yield _array("o_proj", heads | D, _to_residual(model), Role.PRODUCT, part, inputs=heads)
             if config.qkv_bias:
                 for name, cut in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
                     yield _array(f"{name}_bias", cut, Constant(0), Role.OTHER, part)
@@ -231,7 +233,8 @@ def mlp(config: MlpConfig, model: ModelConfig) -> Iterator[Array]:
             yield _array("router", scores, Normal(model.init_std), Role.ROUTER, Part.MLP)
             for one in _projections(True, config.d_ff, model, Part.EXPERTS):
                 dims = {"experts": E} | dict(zip(one.dims, one.shape, strict=True))
-                yield _array(one.name, dims, one.init, one.role, one.part, config.experts_per_token / E)
+                uses = config.experts_per_token / E
+                yield _array(one.name, dims, one.init, one.role, one.part, uses, inputs=one.inputs)
             match config.router:
                 case NoisyTopKRouter():
                     yield _array("router_noise", scores, Normal(model.init_std), Role.ROUTER, Part.MLP)
@@ -257,8 +260,8 @@ def shared_experts(config: Experts) -> GatedMlp | None:
 def _projections(gated: bool, d_ff: int, model: ModelConfig, part: Part) -> Iterator[Array]:
     D, F = {"embed": model.d_model}, {"mlp": d_ff}
     for name in ("gate_proj", "up_proj") if gated else ("up_proj",):
-        yield _array(name, D | F, Normal(model.init_std), Role.PRODUCT, part)
-    yield _array("down_proj", F | D, _to_residual(model), Role.PRODUCT, part)
+        yield _array(name, D | F, Normal(model.init_std), Role.PRODUCT, part, inputs=D)
+    yield _array("down_proj", F | D, _to_residual(model), Role.PRODUCT, part, inputs=F)
 
 
 def _to_residual(model: ModelConfig) -> Normal:
@@ -266,8 +269,16 @@ def _to_residual(model: ModelConfig) -> Normal:
     return Normal(model.init_std * (2 * model.n_layers) ** -0.5)
 
 
-def _array(name: str, dims: dict[str, int], init: Init, role: Role, part: Part, uses: float = 1.0) -> Array:
-    return Array(name, tuple(dims.values()), tuple(dims), init, role, part, uses)
+def _array(
+    name: str,
+    dims: dict[str, int],
+    init: Init,
+    role: Role,
+    part: Part,
+    uses: float = 1.0,
+    inputs: Iterable[str] = (),
+) -> Array:
+    return Array(name, tuple(dims.values()), tuple(dims), init, role, part, uses, tuple(inputs))
 
 
 def _inside(prefix: str, found: Iterable[Array], repeats: int | None = None) -> Iterator[Array]:

@@ -12,7 +12,7 @@ backends.py: kernels named in the config
 
 from kernels_pallas import DistanceBias, Scores, cache_room
 from maxlm.models.ops.attention import attention, attention_to_cache, causal
-from maxlm.models.ops.dense import activate, embed, glu, project
+from maxlm.models.ops.dense import activate, dense, embed, glu, logits, project
 from maxlm.models.ops.experts import (
     EXPERT_IN_DIMS,
     EXPERT_OUT_DIMS,
@@ -35,9 +35,11 @@ __all__ = [
     "cache_room",
     "capacity_experts",
     "causal",
+    "dense",
     "dropless_experts",
     "embed",
     "glu",
+    "logits",
     "picked_experts",
     "project",
     "top_k",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Literal
+from typing import Literal, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -12,24 +12,34 @@ import jax.numpy as jnp
 from kernels_pallas import fused_glu, mixed_einsum, plan_glu
 from kernels_pallas.glu import activations
 from maxlm.config import Activation, GluSave, KernelConfig
+from maxlm.models.linear import Int8, Weight
 from maxlm.models.ops.backends import blaming
 from maxlm.sharding import Layout
 
 
-def project(layout: Layout, subscripts: str, x: jax.Array, w: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-    """einsum of activations [B, T, ...] with a float32 weight over the dims that both have, and a bias added, computed
-    in x's dtype.
+def project(layout: Layout, subscripts: str, x: jax.Array, w: Weight, bias: jax.Array | None = None) -> jax.Array:
+    """einsum of activations [B, T, ...] with a weight over the dims that both have, which come first in the weight, and
+    a bias added, computed in x's dtype.
 
-    The gradient of w is summed over devices in x's dtype, or in float32 with `sharding.float32_gradients`.
+    The gradient of a float32 w is summed over devices in x's dtype, or in float32 with `sharding.float32_gradients`.
     """
-    w = weight(layout, w, x.dtype)
-    if _takes_matrices(layout, x.dtype):
-        rows, out = x.shape[:2], w.shape[x.ndim - 2 :]
-        y = mixed_einsum("ri,io->ro", x.reshape(math.prod(rows), -1), w.reshape(-1, math.prod(out)))
-        y = y.reshape(*rows, *out)
-    else:
-        y = mixed_einsum(subscripts, x, w)
+    match w:
+        case Int8(values=values, scales=scales):
+            y = _product(layout, subscripts, x, values.astype(x.dtype)) * scales.reshape(w.shape[x.ndim - 2 :])
+            y = y.astype(x.dtype)
+        case jax.Array():
+            y = _product(layout, subscripts, x, dense(layout, w, x.dtype))
+        case _:
+            assert_never(w)
     return y if bias is None else y + bias.astype(y.dtype)
+
+
+def _product(layout: Layout, subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    if not _takes_matrices(layout, x.dtype):
+        return mixed_einsum(subscripts, x, w)
+    rows, out = x.shape[:2], w.shape[x.ndim - 2 :]
+    y = mixed_einsum("ri,io->ro", x.reshape(math.prod(rows), -1), w.reshape(-1, math.prod(out)))
+    return y.reshape(*rows, *out)
 
 
 def activate(x: jax.Array, activation: Activation) -> jax.Array:
@@ -41,15 +51,15 @@ def glu(
     layout: Layout,
     kernels: KernelConfig,
     x: jax.Array,
-    w_gate: jax.Array,
-    w_up: jax.Array,
+    w_gate: Weight,
+    w_up: Weight,
     b_gate: jax.Array | None,
     b_up: jax.Array | None,
     *,
     activation: Activation,
 ) -> jax.Array:
     """activation(x w_gate + b_gate) * (x w_up + b_up): x [B, T, D], weights [D, F], biases [F] -> [B, T, F]."""
-    w_gate, w_up = weight(layout, w_gate, x.dtype), weight(layout, w_up, x.dtype)
+    w_gate, w_up = dense(layout, w_gate, x.dtype), dense(layout, w_up, x.dtype)
     save: Literal["ag", "none"] = "ag" if kernels.glu_save is GluSave.AG else "none"
 
     def run(
@@ -97,12 +107,12 @@ def _takes_matrices(layout: Layout, dtype: jnp.dtype) -> bool:
     return layout.mesh.size == 1 and layout.on_cpu and dtype == jnp.float32
 
 
-def embed(layout: Layout, table: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Rows of the table: float32 [V, D] and int32 [B, T] -> [B, T, D] in `dtype`.
+def embed(layout: Layout, table: Weight, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Rows of the table: [V, D] and int32 [B, T] -> [B, T, D] in `dtype`.
 
     Each device looks up the ids of its own part of the vocabulary, and the parts are added: a plain gather from a table
-    that is cut along the vocabulary would have the compiler copy the whole table to every device. The table stays
-    float32 here, because its gradient adds one row for each token, and a frequent token's sum would stall in bfloat16.
+    that is cut along the vocabulary would have the compiler copy the whole table to every device. A float32 table stays
+    so here, because its gradient adds one row for each token, and a frequent token's sum would stall in bfloat16.
     """
 
     @functools.partial(
@@ -110,15 +120,35 @@ def embed(layout: Layout, table: jax.Array, ids: jax.Array, dtype: jnp.dtype) ->
         in_specs=(layout.activation("vocab", None), layout.activation("batch", "seq")),
         out_specs=layout.activation("batch", "seq", None),
     )
-    def local(table: jax.Array, ids: jax.Array) -> jax.Array:
+    def local(table: Weight, ids: jax.Array) -> jax.Array:
         own = ids - jax.lax.axis_index("tensor") * table.shape[0]
         inside = (own >= 0) & (own < table.shape[0])
-        rows = jnp.where(inside[..., None], table[jnp.where(inside, own, 0)], 0)
-        return jax.lax.psum(rows.astype(dtype), "tensor")
+        rows = table[jnp.where(inside, own, 0)]
+        rows = rows.dense(dtype) if isinstance(rows, Int8) else rows.astype(dtype)
+        return jax.lax.psum(jnp.where(inside[..., None], rows, 0), "tensor")
 
     return local(table, ids)
 
 
-def weight(layout: Layout, w: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """A float32 parameter as products take it; its gradient is summed over devices in the same dtype."""
-    return w if layout.config.float32_gradients else w.astype(dtype)
+def logits(hidden: jax.Array, table: Weight) -> jax.Array:
+    """hidden @ table.T: [B, D] in the compute dtype and [V, D] -> float32 [B, V]. Not for training."""
+    product = functools.partial(jnp.einsum, "bd,vd->bv", hidden, preferred_element_type=jnp.float32)
+    match table:
+        case Int8(values=values, scales=scales):
+            return product(values.astype(hidden.dtype)) * scales[:, 0]
+        case jax.Array():
+            return product(table.astype(hidden.dtype))
+        case _:
+            assert_never(table)
+
+
+def dense(layout: Layout, w: Weight, dtype: jnp.dtype) -> jax.Array:
+    """A weight as one array, for products that run as kernels; the gradient of a float32 one is summed over devices in
+    the same dtype. What is quantised is unpacked."""
+    match w:
+        case Int8():
+            return w.dense(dtype)
+        case jax.Array():
+            return w if layout.config.float32_gradients else w.astype(dtype)
+        case _:
+            assert_never(w)

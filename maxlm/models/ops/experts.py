@@ -27,7 +27,6 @@ from jax.ad_checkpoint import checkpoint_name
 from kernels_pallas import grouped_matmul, mixed_einsum
 from kernels_pallas.glu.activations import activate
 from maxlm.config import Activation, Dropless
-from maxlm.models.ops.dense import weight
 from maxlm.sharding import Layout
 
 EXPERT_IN_DIMS = ("experts", "embed", "mlp")
@@ -35,7 +34,7 @@ EXPERT_OUT_DIMS = ("experts", "mlp", "embed")
 
 
 class ExpertWeights(NamedTuple):
-    """Weights of gated MLPs, float32."""
+    """Weights of gated MLPs, as `dense` gives them."""
 
     gate_proj: jax.Array
     """[E, D, F], dims EXPERT_IN_DIMS, as up_proj."""
@@ -185,7 +184,7 @@ def picked_experts(
         in_specs=(layout.activation("batch", "seq", None), spec, spec, *_weight_specs(layout)),
         out_specs=layout.activation("mlp", "batch", "seq", None),
         check_vma=False,
-    )(x, picks, gates, *(weight(layout, w, x.dtype) for w in experts))
+    )(x, picks, gates, *experts)
     return _sum_of_parts(parts)
 
 
@@ -212,7 +211,7 @@ def _routed(
         in_specs=(tokens, tokens, tokens, *_weight_specs(layout)),
         out_specs=(layout.activation("mlp", "batch", "seq", None), tokens),
         check_vma=False,
-    )(x, choices, gates, *(weight(layout, w, x.dtype) for w in experts))
+    )(x, choices, gates, *experts)
     return _sum_of_parts(parts), computed
 
 

@@ -1,0 +1,149 @@
+"""Weights in 8 bits, against float64 and against the same model with its weights rounded by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import one_device, small_model, small_run, with_attention
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from run_folder import parameters_of
+
+from maxlm.config import (
+    Activation,
+    Experts,
+    KernelConfig,
+    LmHead,
+    ModelConfig,
+    ShardingConfig,
+    TopKRouter,
+    WeightFormat,
+    with_experts,
+)
+from maxlm.data.tokenizers import Bytes
+from maxlm.inference.generator import Generator
+from maxlm.inference.load import LoadedRun
+from maxlm.inference.steps import decode_logits, prefill_logits
+from maxlm.models import bind, ops
+from maxlm.models.linear import Int8
+from maxlm.sharding import make_layout
+
+RNG = np.random.default_rng(0)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([(0,), (1,), (0, 1), (2,)]), st.floats(1e-20, 1e20))
+@settings(max_examples=25, deadline=None)
+def test_no_number_is_off_by_more_than_half_a_scale(seed: int, axes: tuple[int, ...], size: float) -> None:
+    w = np.random.default_rng(seed).normal(size=(3, 4, 5)).astype(np.float32) * np.float32(size)
+    w[0] = 0
+    held = Int8.of(jnp.asarray(w), axes)
+    largest = np.abs(w.astype(np.float64)).max(axes, keepdims=True)
+    error = np.abs(np.asarray(held.dense(jnp.float32), np.float64) - w)
+    assert held.values.dtype == jnp.int8
+    assert (error <= largest / 254 * (1 + 1e-5)).all()
+    assert (np.asarray(held.dense(jnp.float32))[0] == 0).all()
+
+
+def by_hand(w: np.ndarray, *axes: int) -> np.ndarray:
+    """float64: the nearest of 255 equal steps from -max to max, for each slice over the axes."""
+    step = np.abs(w.astype(np.float64)).max(axes, keepdims=True) / 127
+    return np.round(w / np.where(step == 0, 1, step)) * step
+
+
+def test_products_take_them() -> None:
+    layout, (B, T, D, N, H, F, V) = one_device(), (2, 3, 16, 4, 8, 24, 10)
+    draw = lambda *shape: RNG.normal(size=shape).astype(np.float32)
+    x, heads, bias = draw(B, T, D), draw(B, T, N, H), draw(N, H)
+    into, back, gate, up, table = draw(D, N, H), draw(N, H, D), draw(D, F), draw(D, F), draw(V, D)
+    held = lambda w, *axes: Int8.of(jnp.asarray(w), axes)
+    ids = RNG.integers(0, V, (B, T)).astype(np.int32)
+
+    @jax.jit
+    def all_of_them() -> tuple[jax.Array, ...]:
+        return (
+            ops.project(layout, "btd,dnh->btnh", jnp.asarray(x), held(into, 0), jnp.asarray(bias)),
+            ops.project(layout, "btnh,nhd->btd", jnp.asarray(heads), held(back, 0, 1)),
+            ops.glu(
+                layout, KernelConfig(), jnp.asarray(x), held(gate, 0), held(up, 0), None, None,
+                activation=Activation.RELU,
+            ),
+            ops.embed(layout, held(table, 1), jnp.asarray(ids), jnp.float32),
+            ops.logits(jnp.asarray(x[:, 0]), held(table, 1)),
+        )  # fmt: skip
+
+    gates = np.maximum(np.einsum("btd,df->btf", x, by_hand(gate, 0)), 0)
+    want = (
+        np.einsum("btd,dnh->btnh", x, by_hand(into, 0)) + bias,
+        np.einsum("btnh,nhd->btd", heads, by_hand(back, 0, 1)),
+        gates * np.einsum("btd,df->btf", x, by_hand(up, 0)),
+        by_hand(table, 1)[ids],
+        x[:, 0] @ by_hand(table, 1).T,
+    )
+    for got, exact in zip(all_of_them(), want, strict=True):
+        np.testing.assert_allclose(got, exact, atol=2e-5, rtol=1e-5)
+
+
+SUMMED = {
+    "embed": (1,), "unembed": (1,), "q_proj": (-3,), "k_proj": (-3,), "v_proj": (-3,), "o_proj": (-3, -2),
+    "gate_proj": (-2,), "up_proj": (-2,), "down_proj": (-2,),
+}  # fmt: skip
+"""Axes that each product sums over. No other array is held in 8 bits: norms, biases, routers."""
+
+EXPERTS = with_experts(
+    small_model(vocab_size=264, n_layers=3),
+    Experts(n_experts=4, d_ff=24, router=TopKRouter(top_k=2), n_shared_experts=1),
+    first_dense=1,
+)
+MODELS = {
+    "tied": with_attention(small_model(vocab_size=264, head=LmHead(tied=True)), qkv_bias=True),
+    "experts": EXPERTS,
+}
+
+
+def loaded(model: ModelConfig, sharding: ShardingConfig, devices: int, parameters: Any) -> LoadedRun:
+    config = small_run(model=model, sharding=sharding)
+    layout = make_layout(sharding, jax.devices()[:devices])
+    return LoadedRun(config=config, layout=layout, step=0, parameters=parameters, tokenizer=Bytes())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_says_what_its_rounded_weights_say(name: str) -> None:
+    model, sharding, devices = MODELS[name], ShardingConfig(data=1, fsdp=2, tensor=2), 4
+    parameters = parameters_of(small_run(model))
+
+    def rounded(path: Any, x: jax.Array) -> jax.Array:
+        axes = SUMMED.get(path[-1].key)
+        return x if axes is None else jnp.asarray(by_hand(np.asarray(x), *axes), jnp.float32)
+
+    exact = Generator(loaded(model, sharding, devices, jax.tree_util.tree_map_with_path(rounded, parameters)))
+    held = Generator(loaded(model, sharding, devices, parameters), weights=WeightFormat.INT8)
+    tokens, lengths = RNG.integers(0, 264, (2, 16)).astype(np.int32), np.array([16, 9], np.int32)
+
+    def read(generator: Generator, parameters: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Logits after the prompts, and one token later."""
+
+        @jax.jit
+        def program(parameters: Any) -> tuple[jax.Array, jax.Array]:
+            model, how = bind(generator._config, parameters), generator._how
+            logits, cache = prefill_logits(model, how, tokens, lengths, 24)
+            return logits, decode_logits(model, how, logits.argmax(-1).astype(jnp.int32), jnp.asarray(lengths), cache)[
+                0
+            ]
+
+        after, later = program(parameters)
+        return np.asarray(after), np.asarray(later)
+
+    want, got = read(exact, exact._parameters), read(held, held._parameters)
+    full = read(exact, Generator(loaded(model, sharding, devices, parameters))._parameters)
+    for rounded_logits, held_logits, full_logits in zip(want, got, full, strict=True):
+        np.testing.assert_allclose(held_logits, rounded_logits, atol=2e-5, rtol=1e-5)
+        assert 1e-3 < np.abs(held_logits - full_logits).max() < 0.1 * np.abs(full_logits).max()
+
+    for path, leaf in jax.tree_util.tree_leaves_with_path(held._parameters):
+        name = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)][-1]
+        of_scales = isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "scales"
+        assert leaf.dtype == (jnp.int8 if name in SUMMED and not of_scales else jnp.float32), path
