@@ -3,7 +3,8 @@
 The compiler cannot split a kernel over devices by itself, so kernels run inside `shard_map`.
 
 dense.py: products, gated unit, embedding
-attention.py: keys from a cache, or from other devices
+attention.py: attention within sequences, wherever their keys are
+decoding.py: attention to the keys of a cache
 ring.py: keys go round; zig-zag order
 ulysses.py: heads for positions
 experts.py: tokens to their experts and back
@@ -11,7 +12,8 @@ backends.py: kernels named in the config
 """
 
 from kernels_pallas import DistanceBias, Scores, cache_room
-from maxlm.models.ops.attention import attention, attention_to_cache, causal
+from maxlm.models.ops.attention import attention, causal
+from maxlm.models.ops.decoding import attention_to_cache
 from maxlm.models.ops.dense import activate, dense, embed, glu, logits, project
 from maxlm.models.ops.experts import (
     EXPERT_IN_DIMS,
