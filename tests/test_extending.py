@@ -19,7 +19,7 @@ _TRAIN = """
 import dataclasses
 from maxlm import train
 from maxlm.config import *
-from maxlm.config.mlp import Activation
+from maxlm.config import Activation
 from maxlm.config.norm import ScaleNorm
 from maxlm.config.optimizer import ExponentialSchedule, Lion
 from maxlm.config.task import Continue

@@ -5,7 +5,8 @@ model.py: blocks and what joins them, heads
 norm.py: RMSNorm, LayerNorm
 position.py: RoPE, ALiBi, relative bias; embedded positions
 attention.py: heads, window, biases
-mlp.py: plain and gated MLP; mixture of experts: routers, dispatch
+mlp.py: plain and gated MLP
+mixture.py: mixtures of experts: routers, dispatch
 execution.py: number format, remat, kernels
 remat.py: which named results each remat policy keeps
 families.py: model families as functions from sizes to a model
@@ -46,25 +47,23 @@ from maxlm.config.dims import ACTIVATION_DIMS, CUT_BY_FSDP, PARAMETER_DIMS, Axes
 from maxlm.config.errors import UserError
 from maxlm.config.execution import Backend, Dtype, ExecutionConfig, GluSave, KernelConfig, Remat
 from maxlm.config.families import llama, with_experts
-from maxlm.config.mlp import (
-    Activation,
+from maxlm.config.mixture import (
     Capacity,
     Dispatch,
     Dropless,
     ExpertChoiceRouter,
     Experts,
-    GatedMlp,
-    Mlp,
-    MlpConfig,
     NoisyTopKRouter,
     Router,
     SigmoidRouter,
     TopKRouter,
 )
+from maxlm.config.mlp import Activation, GatedMlp, Mlp
 from maxlm.config.model import (
     BlockConfig,
     Head,
     LmHead,
+    MlpConfig,
     ModelConfig,
     Parallel,
     PostNorm,

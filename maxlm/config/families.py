@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from maxlm.config.attention import GroupedQuery
-from maxlm.config.mlp import Experts, GatedMlp
+from maxlm.config.mixture import Experts
+from maxlm.config.mlp import GatedMlp
 from maxlm.config.model import BlockConfig, LmHead, ModelConfig
 from maxlm.config.norm import RmsNorm
 from maxlm.config.position import Rope

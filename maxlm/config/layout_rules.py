@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from maxlm.config.attention import GroupedQuery
 from maxlm.config.errors import UserError
 from maxlm.config.execution import Backend, ExecutionConfig
-from maxlm.config.mlp import Capacity, Experts
+from maxlm.config.mixture import Capacity, Experts
 from maxlm.config.model import BlockConfig, ModelConfig
 from maxlm.config.sharding import MESH_AXES, Context, ShardingConfig
 

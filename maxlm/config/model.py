@@ -14,7 +14,8 @@ import tyro
 from maxlm.config.attention import Attention
 from maxlm.config.earlier import renamed
 from maxlm.config.errors import UserError, require_positive
-from maxlm.config.mlp import ExpertChoiceRouter, Experts, MlpConfig
+from maxlm.config.mixture import ExpertChoiceRouter, Experts
+from maxlm.config.mlp import GatedMlp, Mlp
 from maxlm.config.norm import Norm, RmsNorm
 from maxlm.config.position import EmbeddedPosition
 
@@ -43,6 +44,7 @@ class Parallel:
 
 
 Residual = PreNorm | PostNorm | Sandwich | Parallel
+MlpConfig = Mlp | GatedMlp | Experts
 
 
 @renamed(ffn="mlp")
