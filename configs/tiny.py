@@ -41,7 +41,7 @@ def get_config() -> RunConfig:
                 ),
             )
         ),
-        train=TrainConfig(steps=200, batch_size=8, seq_len=256, log_every=10, eval_every=100, eval_batches=4),
+        train=TrainConfig(steps=200, batch_size=8, seq_len=256, log_every=10, eval_every=100, eval_batches=32),
         optimizer=AdamW(learning_rate=2e-3, schedule=CosineSchedule(warmup_steps=20)),
         checkpoint=CheckpointConfig(every=100),
         observe=ObserveConfig(sample_prompt="def ", sample_tokens=64),

@@ -31,9 +31,11 @@ class EvaluateOptions:
     step: int | None = None
     """Checkpoint to use; None: the newest intact one."""
     batches: int | None = None
-    """Batches to measure, from the first; None: the whole split, as far as it fills batches."""
+    """Batches to measure, from the first; None: as many as training measured, see train.eval_batches."""
+    whole: bool = False
+    """Measure the whole split, as far as it fills batches."""
     batch_size: int | None = None
-    """Windows in a batch; None: train.batch_size of the run. 1 measures every window."""
+    """Windows in a batch; None: train.batch_size of the run. With 1, --whole measures every window."""
     sharding: ShardingConfig = field(default_factory=lambda: ShardingConfig(data=1))
     """One device by default; --sharding.data=-1 shares the batches out over all of them."""
     json: bool = False
@@ -53,6 +55,8 @@ def main(argv: list[str]) -> None:
         value = getattr(options, key)
         if value is not None and value < 1:
             raise UserError(f"--{key} = {value} must be at least 1")
+    if options.whole and options.batches is not None:
+        raise UserError(f"--batches = {options.batches} and --whole exclude each other; leave out one of them")
 
     from maxlm.compile_cache import enable_compilation_cache  # these import jax: --help stays instant
     from maxlm.data.loader import global_batches, open_batches
@@ -63,8 +67,12 @@ def main(argv: list[str]) -> None:
 
     enable_compilation_cache()
     run = load_run(Path(options.run), step=options.step, sharding=options.sharding)
+    as_trained = run.config.train
+    rows, eval_batches = options.batch_size or as_trained.batch_size, as_trained.eval_batches or None
+    if eval_batches is not None:  # the same windows in batches of another size
+        eval_batches = math.ceil(eval_batches * as_trained.batch_size / rows)
     train = dataclasses.replace(
-        run.config.train, batch_size=options.batch_size or run.config.train.batch_size, micro_batches=1
+        as_trained, batch_size=rows, micro_batches=1, eval_batches=options.batches or eval_batches
     )
     config = dataclasses.replace(run.config, train=train)
     config.validate(run.layout.mesh.size)
@@ -74,13 +82,15 @@ def main(argv: list[str]) -> None:
             f"{config.data.datasets[0].path}: prepared with tokenizer {batches.tokenizer.fingerprint[:12]}..., the run "
             f"{options.run} uses {run.tokenizer.fingerprint[:12]}...; prepare the data with the run's tokenizer"
         )
+    assert batches.n_batches is not None, "a validation split has an end"
+    n_batches = batches.n_batches if options.whole else train.held_out_batches(batches.n_batches)
     trainer = make_trainer(config, run.layout)
     sharding = run.layout.sharding(run.layout.activation("batch", "seq"))
     with contextlib.closing(global_batches(batches, sharding, 0)) as feed:
         result = held_out(
             trainer.evaluate,
             run.parameters,
-            itertools.islice(feed, options.batches),
+            itertools.islice(feed, n_batches),
             bytes_per_token=batches.bytes_per_token,
         )
     if not math.isfinite(result.loss):

@@ -16,6 +16,7 @@ import tyro
 from maxlm.checkpoint import manifest, retention
 from maxlm.config.cli import parse, run_command
 from maxlm.config.errors import UserError
+from maxlm.observe.text import gibibytes
 
 _DESCRIPTION = """List the checkpoints of a run, verify them, and hash their state.
 
@@ -182,7 +183,7 @@ def _print_table(entries: list[InspectedStep]) -> None:
     for entry in entries:
         found = entry.manifest
         written, size, files = (
-            (found.written[:19].replace("T", " "), _size(found.total_bytes), str(len(found.files)))
+            (found.written[:19].replace("T", " "), gibibytes(found.total_bytes), str(len(found.files)))
             if found
             else ("-", "-", "-")
         )
@@ -203,14 +204,6 @@ def _remarks(entries: list[InspectedStep], report: dict[str, Any]) -> Iterator[s
     if "hash" in report:
         known = f"state hash of step {report['hash_step']}: {report['hash']}"
         yield known if report["hash"] else "no intact checkpoint to hash"
-
-
-def _size(nbytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} TB"
 
 
 if __name__ == "__main__":

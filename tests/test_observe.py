@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import types
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ from maxlm.observe.text import duration, gibibytes, short
 from maxlm.observe.writers import TensorBoardWriter, WandbWriter
 
 ROOT = Path(__file__).parent.parent
-KEYS = ["step", "loss", "tokens", "tokens_per_s", "step_time_s", "mfu", "learning_rate", "grad_norm"]
+KEYS = ["step", "time", "loss", "tokens", "tokens_per_s", "step_time_s", "mfu", "learning_rate", "grad_norm"]
 
 
 class FakeDevice:
@@ -98,7 +98,8 @@ def test_rows_have_the_promised_keys_first_and_no_mfu_on_cpu(tmp_path):
     rows = read_rows(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [2, 4, 6]
     for row in rows:
-        assert list(row)[:8] == KEYS
+        assert list(row)[:9] == KEYS
+        assert abs((datetime.now(UTC) - datetime.fromisoformat(row["time"])).total_seconds()) < 60
         assert row["mfu"] is None and row["tokens_per_s"] > 0 and row["memory_bytes"] > 0
 
 
@@ -214,7 +215,7 @@ def test_figures_of_experts_go_everywhere(tmp_path):
     assert row["auxiliary_loss"] == 0.04 and row["moe_load_entropy"] == [0.9, 0.7]
     assert row["moe_dropped_share"] == [0.0, 0.05] and row["moe_max_over_mean_load"] == [1.5, 2.5]
     assert "experts" not in row
-    assert "load entropy 0.800  dropped 2.5 %" in output.getvalue()
+    assert "dropped 2.5 %  grad 1  entropy 0.800" in output.getvalue()
     found = {(tag, step): value for tag, step, value in scalars(tmp_path / "tensorboard")}
     assert found["train/moe_load_entropy/layer_1", 2] == pytest.approx(0.9)
     assert found["train/moe_max_over_mean_load/layer_3", 4] == 2.5
@@ -291,42 +292,10 @@ def test_a_pipe_gets_one_whole_line_a_row_without_control_codes(tmp_path):
         log.finish()
     text = output.getvalue()
     assert "\x1b" not in text and "\r" not in text
-    assert len(re.findall(r"^step +[24]/20  loss 1\.2500 .* left$", text, re.MULTILINE)) == 2
-    assert "MFU not reported: no bfloat16 peak FLOP/s known for device kind 'cpu'\n" in text
+    assert len(re.findall(r"^ *[24]/20  loss 1\.2500 .* left$", text, re.MULTILINE)) == 2
+    assert "MFU not reported: no bfloat16 peak FLOP/s known for 'cpu'\n" in text
     assert "warning: careful [bold]not markup[/bold]\n" in text
     assert f"wrote {tmp_path / ('long' * 40) / 'report.html'}\n" in text
-
-
-def test_what_a_model_writes_cannot_drive_the_terminal_or_break_its_encoding():
-    raw = io.BytesIO()
-    output = io.TextIOWrapper(raw, encoding="ascii")
-    console = Console(output=rich.console.Console(file=output, width=100))
-    console.say("red \x1b[31m, bell \x07, tab\t, \ud800, 日本")
-    assert raw.getvalue().decode() == "red \\x1b[31m, bell \\x07, tab\t, \\ud800, \\u65e5\\u672c\n"
-
-
-def test_a_terminal_gets_a_status_line_that_goes_away():
-    output = io.StringIO()
-    terminal = rich.console.Console(file=output, force_terminal=True, width=100, _environ={"TERM": "xterm"})
-    with Console(output=terminal) as console:
-        console.start(20, 4, ["header"], memory_limit=16 << 30)
-        console.log(
-            {
-                "step": 10,
-                "loss": 2.5,
-                "tokens": 640,
-                "tokens_per_s": 64.0,
-                "step_time_s": 1.0,
-                "mfu": 0.412,
-                "learning_rate": 1e-3,
-                "grad_norm": 1.0,
-                "memory_bytes": 3 << 30,
-            }
-        )
-    text = output.getvalue()
-    assert "continuing after step 4 of 20" in text and "step 10/20" in text
-    assert "MFU 41.2 %" in text and "3.00 GiB of 16.00 GiB" in text and "10 s left" in text
-    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1  # the cursor is shown again
 
 
 # Writers

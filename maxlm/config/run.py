@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 
 from maxlm.config.data import DataConfig
@@ -13,6 +14,8 @@ from maxlm.config.model import LmHead, ModelConfig
 from maxlm.config.optimizer import AdamW, OptimizerConfig
 from maxlm.config.sharding import ShardingConfig
 from maxlm.config.task import Pretrain, Task
+
+_HELD_OUT_TOKENS = 2**20
 
 
 @dataclass(frozen=True)
@@ -66,14 +69,21 @@ class TrainConfig:
     log_every: int = 10
     eval_every: int = 1000
     """Steps between measurements of the held-out loss; 0: only at the end."""
-    eval_batches: int = 16
-    """Batches of each such measurement; 0: none at all."""
+    eval_batches: int | None = None
+    """Batches of each such measurement, the first ones of the validation split; None: the whole split, or as much of it
+    as holds a million tokens; 0: no measurement at all."""
     profile_steps: StepRange | None = None
     """Steps to record with the profiler, as FIRST:LAST."""
 
     def __post_init__(self) -> None:
         for key in ("steps", "batch_size", "seq_len", "micro_batches", "loss_chunk", "max_skipped_steps", "log_every"):
             require_positive(f"train.{key}", getattr(self, key))
+
+    def held_out_batches(self, available: int) -> int:
+        """How many batches a measurement takes of a validation split of so many."""
+        if self.eval_batches is None:
+            return min(available, math.ceil(_HELD_OUT_TOKENS / (self.batch_size * self.seq_len)))
+        return min(available, self.eval_batches)
 
 
 @dataclass(frozen=True, kw_only=True)

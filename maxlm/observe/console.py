@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import fmean
 from types import TracebackType
 from typing import Self
@@ -17,11 +21,17 @@ from rich.text import Text
 from maxlm.observe.metrics import Row
 from maxlm.observe.text import duration, gibibytes, short
 
+_ROW_WIDTH = 80
+"""Columns of a row of metrics: what a terminal has, and a narrow window beside an editor."""
+_WAIT_LINE_S = 30.0
+"""Seconds between the lines that say, where there is no status line, that something still goes on."""
+
 
 class Console:
     """Rows of metrics on standard output; a status line too where that is a terminal, no control codes where it is not.
 
-    A console with `enabled` off (every process but 0) takes the same calls and prints nothing.
+    A console with `enabled` off (every process but 0) takes the same calls and prints nothing. One whose output goes
+    away (`| head`) says so once on standard error and is silent from then on: no run ends for it.
     """
 
     def __init__(self, *, enabled: bool = True, output: rich.console.Console | None = None) -> None:
@@ -30,28 +40,60 @@ class Console:
         self._live: rich.live.Live | None = None
         self._total = 0
         self._latest: Row | None = None
+        self._step = self._first_step = 0
+        self._stepping_since = 0.0
+        self._waiting: tuple[str, float] | None = None
         self._memory_limit: int | None = None
         self._begin = time.monotonic()
 
     def start(self, total: int, first_step: int, header: Sequence[str], *, memory_limit: int | None = None) -> None:
         """Print the header lines and show the status line of a run that has done `first_step` of `total` steps."""
         self._total, self._memory_limit, self._begin = total, memory_limit, time.monotonic()
+        self._step = self._first_step = first_step
         for line in header:
             self.say(line)
         if first_step:
             self.say(f"continuing after step {first_step:,} of {total:,}")
         if self._enabled and self._output.is_terminal and not self._output.is_dumb_terminal:
             self._live = rich.live.Live(
-                get_renderable=lambda: self._status(first_step),
+                get_renderable=self._status,
                 console=self._output,
                 refresh_per_second=2,
                 transient=True,
             )
             self._live.start()
 
+    @contextlib.contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """While something long goes on, show for how long: in the status line, or in a line now and then."""
+        self._waiting = what, time.monotonic()
+        done = threading.Event()
+        thread = threading.Thread(target=self._say_waiting, args=(what, done), daemon=True)
+        if self._live is None:
+            self.say(f"{what} ...")
+            thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            if thread.is_alive():
+                thread.join()
+            self._waiting = None
+
+    def _say_waiting(self, what: str, done: threading.Event) -> None:
+        begin = time.monotonic()
+        while not done.wait(_WAIT_LINE_S):
+            self.say(f"{what} ... {duration(time.monotonic() - begin)}")
+
+    def progress(self, step: int) -> None:
+        """Move the bar: so many steps are done. The first call begins the estimate of the time left."""
+        if not self._stepping_since:
+            self._first_step, self._stepping_since = step, time.monotonic()
+        self._step = step
+
     def log(self, row: Row) -> None:
         """Print one row."""
-        self._latest = row
+        self._latest, self._step = row, max(self._step, row["step"])
         self.say(self._row(row))
         if self._live is not None:
             self._live.refresh()
@@ -68,10 +110,13 @@ class Console:
         if not self._enabled:
             return
         text = _printable(text, self._output.encoding)
-        if self._output.is_terminal:
-            self._output.print(Text(text, style=style))
-        else:  # rich would cut long lines to a width that a file does not have
-            print(text, file=self._output.file, flush=True)
+        try:
+            if self._output.is_terminal:
+                self._output.print(Text(text, style=style))
+            else:  # rich would cut long lines to a width that a file does not have
+                print(text, file=self._output.file, flush=True)
+        except (OSError, ValueError) as error:  # the reader is gone, the disk full, the file closed
+            self._go_silent(error)
 
     def warning(self, text: str) -> None:
         """Print a line that stands out."""
@@ -83,6 +128,14 @@ class Console:
             self._live.stop()
             self._live = None
 
+    def _go_silent(self, error: Exception) -> None:
+        self._enabled, self._live = False, None
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            # What is still buffered would fail again when Python ends, and change the exit code.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._output.file.fileno())
+        with contextlib.suppress(OSError, ValueError):
+            print(f"warning: no more output here ({error}); the run goes on, see metrics.jsonl", file=sys.stderr)
+
     def __enter__(self) -> Self:
         return self
 
@@ -92,36 +145,42 @@ class Console:
         self.stop()
 
     def _row(self, m: Row) -> str:
+        """What fits of the figures; metrics.jsonl has them all."""
         width = len(f"{self._total:,}")
-        parts = [f"step {m['step']:>{width},}/{self._total:,}", f"loss {m['loss']:.4f}"]
-        if m["tokens_per_s"] is not None and m["step_time_s"] is not None:
-            parts += [f"{short(m['tokens_per_s'])} tokens/s", f"{m['step_time_s']:.3g} s/step"]
-        if m["mfu"] is not None:
-            parts.append(f"MFU {100 * m['mfu']:.3g} %")
-        parts += [f"lr {m['learning_rate']:.2e}", f"grad norm {m['grad_norm']:.3f}"]
-        if m.get("z_loss"):
-            parts.append(f"z-loss {m['z_loss']:.2e}")
-        if m.get("moe_load_entropy"):
-            parts.append(f"load entropy {fmean(m['moe_load_entropy']):.3f}")
-            if dropped := fmean(m["moe_dropped_share"]):
-                parts.append(f"dropped {100 * dropped:.2g} %")
-        if m.get("skipped_steps"):
-            parts.append(f"skipped {m['skipped_steps']}")
-        if (left := self._time_left(m)) is not None and self._live is None:
-            parts.append(f"{left} left")
-        return "  ".join(parts)
+        left = None if m["step_time_s"] is None else duration(m["step_time_s"] * (self._total - m["step"]))
+        dropped = fmean(m["moe_dropped_share"]) if m.get("moe_dropped_share") else 0
+        # In the order in which they are shown, with the order in which they must find room.
+        figures = (
+            (0, f"{m['step']:>{width},}/{self._total:,}"),
+            (0, f"loss {m['loss']:.4f}"),
+            (1, m["tokens_per_s"] is not None and f"{short(m['tokens_per_s'])} tokens/s"),
+            (4, m["mfu"] is not None and f"MFU {100 * m['mfu']:.3g} %"),
+            (3, bool(m.get("skipped_steps")) and f"skipped {m.get('skipped_steps')}"),
+            (3, dropped and f"dropped {100 * dropped:.2g} %"),
+            (5, f"grad {m['grad_norm']:.3g}"),
+            (6, bool(m.get("moe_load_entropy")) and f"entropy {fmean(m['moe_load_entropy']):.3f}"),
+            (7, f"lr {m['learning_rate']:.2e}"),
+            (8, m.get("z_loss") and f"z-loss {m['z_loss']:.1e}"),
+            (2, left is not None and self._live is None and f"{left} left"),
+        )
+        room, shown = _ROW_WIDTH + 2, set()
+        for _, place in sorted((priority, i) for i, (priority, text) in enumerate(figures) if text):
+            if (needed := 2 + len(str(figures[place][1]))) <= room:
+                room -= needed
+                shown.add(place)
+        return "  ".join(str(text) for i, (_, text) in enumerate(figures) if i in shown)
 
-    def _time_left(self, m: Row) -> str | None:
-        return None if m["step_time_s"] is None else duration(m["step_time_s"] * (self._total - m["step"]))
-
-    def _status(self, first_step: int) -> Table:
+    def _status(self) -> Table:
         """Bar and time on the first line, the latest figures on the second."""
-        m = self._latest
-        step = m["step"] if m else first_step
-        elapsed = duration(time.monotonic() - self._begin)
-        left = self._time_left(m) if m else None
-        if m is None:
-            figures = ["compiling and running the first step"]
+        m, now = self._latest, time.monotonic()
+        step_time = m and m["step_time_s"]
+        if step_time is None and self._stepping_since and self._step > self._first_step:
+            step_time = (now - self._stepping_since) / (self._step - self._first_step)
+        left = None if step_time is None else duration(step_time * (self._total - self._step))
+        if self._waiting is not None:
+            figures = [f"{self._waiting[0]}, {duration(now - self._waiting[1])}"]
+        elif m is None:
+            figures = ["starting"]
         else:
             speed = "-" if m["tokens_per_s"] is None else short(m["tokens_per_s"])
             figures = [f"loss {m['loss']:.4f}", f"{speed} tokens/s", f"{short(m['tokens'])} tokens"]
@@ -132,9 +191,9 @@ class Console:
                 figures.append(f"memory {gibibytes(m['memory_bytes'])}{limit}")
         first = Table.grid(padding=(0, 2))
         first.add_row(
-            Text(f"step {step:,}/{self._total:,}", style="bold"),
-            ProgressBar(total=self._total, completed=step, width=30),
-            Text(f"{elapsed} elapsed" + (f", {left} left" if left else "")),
+            Text(f"step {self._step:,}/{self._total:,}", style="bold"),
+            ProgressBar(total=self._total, completed=self._step, width=30),
+            Text(f"{duration(now - self._begin)} elapsed" + (f", {left} left" if left else "")),
         )
         whole = Table.grid()
         whole.add_row(first)

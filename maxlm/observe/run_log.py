@@ -110,6 +110,14 @@ class RunLog:
         """Leave out of the throughput what happens inside; wait for the last step before entering."""
         return self._throughput.pause()
 
+    def waiting(self, what: str) -> AbstractContextManager[None]:
+        """Show for how long something goes on."""
+        return self._console.waiting(what)
+
+    def progress(self, step: int) -> None:
+        """So many steps were given to the devices: cheap, for every step."""
+        self._console.progress(step)
+
     def step(self, step: int, tokens: int, figures: Mapping[str, float | list[float]]) -> Row:
         """Log what `step` steps on `tokens` tokens have come to, with throughput since the row before.
 
@@ -119,6 +127,7 @@ class RunLog:
         speed = self._throughput.read(step, tokens)
         known: Row = {
             "step": step,
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "tokens": tokens,
             "tokens_per_s": speed[0] if speed else None,
             "step_time_s": speed[1] if speed else None,
@@ -259,6 +268,12 @@ class RunLog:
             "recompute not counted"
         )
 
+    def _mfu_header(self, kind: str) -> str:
+        if self._peak is None:
+            return f"MFU not reported: no {self._config.execution.dtype.value} peak FLOP/s known for {kind!r}"
+        peak = f"{self._n_devices:,} x {self._peak / 1e12:.4g} TFLOP/s"
+        return f"MFU = (6N + 12·L·N_heads·H·T) x tokens/s / ({peak}): run.json"
+
     def _header(self, facts: dict[str, Any]) -> list[str]:
         parameters = facts["parameters"]
         processes = f" in {facts['n_processes']} processes" if facts["n_processes"] > 1 else ""
@@ -269,7 +284,7 @@ class RunLog:
         lines = [
             f"run folder {self._run_dir}",
             f"model of {size} on {machine}, {facts['tokens_per_step']:,} tokens a step",
-            facts["mfu_rule"],
+            self._mfu_header(facts["device_kind"]),
         ]
         if (bubble := facts["pipeline_bubble"]) is not None:
             sharding, parts = self._config.sharding, self._config.train.micro_batches

@@ -52,7 +52,7 @@ def recipe(config: RunConfig, task: Pretrain, layout: Layout) -> Recipe:
 
     objective = NextToken(config, layout)
     measures: list[Measure] = []
-    if train.eval_batches:
+    if train.eval_batches != 0:
         measures.append(HeldOutText(config, layout, objective))
     if config.observe.sample_tokens:
         measures.append(Sample(config=config, layout=layout, tokenizer=tokenizer))
@@ -84,17 +84,20 @@ class FileFeed:
 
 
 class HeldOutText:
-    """Loss over the first `train.eval_batches` batches of the validation split, every `train.eval_every` steps."""
+    """Loss over the validation split or its first batches, as `train.eval_batches` says, every `train.eval_every`
+    steps. `python -m maxlm.evaluate` measures the same."""
 
     name = "eval"
 
     def __init__(self, config: RunConfig, layout: Layout, objective: Objective) -> None:
         train = config.train
         self.every = train.eval_every
-        self._n_batches, self._tokens_per_step = train.eval_batches, train.batch_size * train.seq_len
+        self._tokens_per_step = train.batch_size * train.seq_len
         self._batches = open_batches(
             config.data, batch_size=train.batch_size, seq_len=train.seq_len, split=Split.VALIDATION
         )
+        assert self._batches.n_batches is not None, "a validation split has an end"
+        self._n_batches = train.held_out_batches(self._batches.n_batches)
         self._sharding = layout.sharding(layout.activation("batch", "seq"))
         self._evaluate = make_evaluate(objective, layout)
 

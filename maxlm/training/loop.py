@@ -176,7 +176,7 @@ def run(config: RunConfig, make_recipe: Callable[[RunConfig, Layout], Recipe]) -
         # ---- Compile -------------------------------------------------------------------------------------------------
         if start < train.steps:
             began = time.perf_counter()
-            with KernelChoices(log.say):
+            with KernelChoices(log.say), log.waiting("compiling the train step"):
                 step_program, state = trainer.start(state, frozen)
             release_compiler_memory()
             log.say(f"compiled the train step in {time.perf_counter() - began:.1f} s")
@@ -190,6 +190,7 @@ def run(config: RunConfig, make_recipe: Callable[[RunConfig, Layout], Recipe]) -
         profile = ProfileWindow(config.train.profile_steps, run_dir, log.say)
         tokens_per_step = train.batch_size * train.seq_len
         log.start_clock(start, start * tokens_per_step)
+        log.progress(start)
 
         output: StepOutput | None = None
         interrupted = False
@@ -201,13 +202,14 @@ def run(config: RunConfig, make_recipe: Callable[[RunConfig, Layout], Recipe]) -
             with profile.step(step, wait_for=state), jax.transfer_guard("disallow"):
                 state, output = step_program(state, batch)
             step += 1
+            log.progress(step)
             if before is not None:
                 _stop_if_diverged(before, step - 1, config, run_dir)
             saved.check()
 
             is_last = step == train.steps
             interrupted = interruption.reached(step) and not is_last
-            if step % train.log_every == 0 or is_last or interrupted:
+            if step == 1 or step % train.log_every == 0 or is_last or interrupted:
                 figures = {name: value.tolist() for name, value in jax.device_get(output.figures).items()}
                 log.step(step, step * tokens_per_step, figures)
             for measure in recipe.measures:

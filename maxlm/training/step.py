@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -11,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from maxlm.config import RunConfig, StatePart
+from maxlm.checkpoint.store import named_leaves
+from maxlm.config import RunConfig, StatePart, UserError
 from maxlm.sharding import Layout
 from maxlm.training.objective import Batch, NextToken, Objective, Params, Sums, make_evaluate
 from maxlm.training.optimizers import make_optimizer
@@ -95,7 +97,11 @@ def gradient_function(
 
 
 def make_trainer(config: RunConfig, layout: Layout, objective: Objective | None = None) -> Trainer:
-    """Everything compiled that training needs; by default, to pre-train. Nothing is compiled before its first call."""
+    """Everything compiled that training needs; by default, to pre-train. Nothing is compiled before its first call.
+
+    Raises:
+        UserError: the objective makes other parameters than it declares.
+    """
     objective = objective or NextToken(config, layout)
     learning_rate = learning_rate_schedule(
         config.optimizer.schedule, config.optimizer.learning_rate, config.train.steps
@@ -139,6 +145,7 @@ def make_trainer(config: RunConfig, layout: Layout, objective: Objective | None 
         return new_state, StepOutput(figures, sums.weight, new_state.skipped_in_row)
 
     abstract = jax.eval_shape(init)
+    _check_counted(objective.declared, abstract.parameters)
     shardings = dataclasses.replace(
         state_shardings(abstract, objective.dims, layout, optimizer),
         frozen=jax.tree.map(lambda leaf: leaf.sharding, objective.frozen),
@@ -169,3 +176,15 @@ def make_trainer(config: RunConfig, layout: Layout, objective: Objective | None 
             for name, array in objective.arrays.items()
         },
     )
+
+
+def _check_counted(declared: Any, built: Params) -> None:
+    """What is counted, planned and cut over devices must be what is trained."""
+    counted, made = ({name: leaf.shape for name, leaf in named_leaves(tree).items()} for tree in (declared, built))
+    different = [name for name in {**counted, **made} if counted.get(name) != made.get(name)]
+    if different:
+        name, size = different[0], lambda shapes: sum(map(math.prod, shapes.values()))
+        raise UserError(
+            f"model: {size(counted):,} parameters are declared and {size(made):,} were built; {name} is declared as "
+            f"{counted.get(name)} and built as {made.get(name)}; mend its declaration in maxlm/shapes/arrays.py"
+        )
