@@ -6,6 +6,7 @@ words are kept apart everywhere: an *axis* belongs to the mesh, a *dim* to an ar
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from maxlm.config import (
     UserError,
     Zero,
 )
+from maxlm.config.errors import pip_install
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,31 @@ class Layout:
         return ACTIVATION_DIMS[dim]
 
 
+def all_devices() -> list[jax.Device]:
+    """`jax.devices()`.
+
+    Raises:
+        UserError: there are none of the platform that was asked for.
+    """
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        asked = str(jax.config.values["jax_platforms"])
+        extra, packages = _PLATFORMS.get(asked, ("", ()))
+        missing = bool(packages) and not any(importlib.util.find_spec(package) for package in packages)
+        remedy = f"on a machine that has some: {pip_install(f'maxlm[{extra}]')}; here: " if missing else ""
+        reason = " ".join(str(error).split()).partition(" (set JAX_PLATFORMS")[0]
+        here = ["cpu", *(name for name, (_, known) in _PLATFORMS.items() if any(map(importlib.util.find_spec, known)))]
+        raise UserError(
+            f"JAX_PLATFORMS = {asked}: jax {jax.__version__} finds no such devices{f' ({reason})' if reason else ''}; "
+            f"{remedy}unset JAX_PLATFORMS, or use one that jax is installed for: {', '.join(here)}"
+        ) from error
+
+
+_PLATFORMS = {"tpu": ("tpu", ("libtpu",)), "cuda": ("gpu", ("jax_cuda13_plugin", "jax_cuda12_plugin"))}
+"""Platforms of jax beside the CPU: our extra, and the modules of which one is installed with it."""
+
+
 def make_layout(config: ShardingConfig, devices: Sequence[jax.Device] | None = None) -> Layout:
     """The mesh that the config describes over `devices` (default: all of them).
 
@@ -114,7 +141,7 @@ def make_layout(config: ShardingConfig, devices: Sequence[jax.Device] | None = N
     Raises:
         UserError: the axes' product is not the number of devices, or `slices` not the number of slices or hosts.
     """
-    devices = list(jax.devices() if devices is None else devices)
+    devices = all_devices() if devices is None else list(devices)
     sizes = config.sizes(len(devices))
     # Hosts of GPUs count as slices if the config says so; other devices than TPUs may have a slice_index that is 0, and
     # TPUs that are only compiled for have none.

@@ -51,7 +51,7 @@ def test_a_uniform_model_has_the_vocabulary_as_its_perplexity(
 
 
 def test_the_whole_split_against_float64(run: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    found = measured(capsys, run, "--batch_size", "1")
+    found = measured(capsys, run, "--batch_size", "1", "--whole")
     batches = open_batches(run.data, batch_size=1, seq_len=run.train.seq_len, split=Split.VALIDATION)
     parameters = parameters_of(run, seed=2)
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -164,3 +168,17 @@ def test_impossible_meshes_are_all_reported():
     assert any("sharding.tensor = 8 does not divide model.blocks.0.attention.n_heads = 4" in line for line in lines)
     assert any("sharding.tensor may be one of [1, 2, 4]" in line for line in lines)
     assert any("n_kv_heads = 2" in line for line in lines)
+
+
+@pytest.mark.parametrize(("asked", "extra"), [("cuda", "gpu"), ("tpu", "tpu"), ("nonsense", None)])
+def test_hardware_that_is_not_there_is_said_in_a_line(asked: str, extra: str | None) -> None:
+    if importlib.util.find_spec("libtpu") or importlib.util.find_spec("jax_cuda13_plugin"):
+        pytest.skip("jax is installed for more than the CPU")
+    code = "from maxlm.sharding import all_devices\nall_devices()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "JAX_PLATFORMS": asked}, capture_output=True, text=True
+    )
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith(f"maxlm.config.errors.UserError: JAX_PLATFORMS = {asked}: jax {jax.__version__} finds no")
+    assert line.endswith("unset JAX_PLATFORMS, or use one that jax is installed for: cpu")
+    assert (f"pip install 'maxlm[{extra}]'" in line) == (extra is not None)

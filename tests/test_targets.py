@@ -32,6 +32,8 @@ from maxlm.plan.machines import (
 
 GIB = 2**30
 
+PIP = f"{sys.executable} -m pip install"
+
 
 @pytest.mark.parametrize(
     ("text", "target", "devices"),
@@ -183,13 +185,13 @@ def test_a_missing_compiler_comes_with_the_line_that_installs_it(nothing_install
     advice = missing_compiler(TpuMachine("v5p", "4x4x4"))
     assert advice is not None
     assert re.fullmatch(
-        r"no compiler for tpu:v5p:4x4x4: make compilers, or pip install --no-deps 'libtpu==[\d.]+\*'", advice
+        rf"no compiler for tpu:v5p:4x4x4: make compilers, or {PIP} --no-deps 'libtpu==[\d.]+\*'", advice
     )
     with pytest.raises(UserError) as caught:
         prepare_compiler(GpuMachine("b200", 2, 8))
     assert str(caught.value) == (
-        "no compiler for gpu:b200:2x8: make compilers, or pip install --no-deps "
-        f"'jax-cuda13-plugin{same}' 'jax-cuda13-pjrt{same}' 'nvidia-cuda-nvcc>=13,<14' 'nvidia-nvvm>=13,<14' 'absl-py'"
+        f"no compiler for gpu:b200:2x8: make compilers, or {PIP} --no-deps "
+        f"'jax-cuda13-plugin{same}' 'jax-cuda13-pjrt{same}' 'nvidia-cuda-nvcc>=13,<14' 'nvidia-nvvm>=13,<14' absl-py"
     )
     tpu = requirements("tpu")[0].removeprefix("libtpu==").replace("*", "1")
     pretend(
@@ -202,7 +204,7 @@ def test_a_missing_compiler_comes_with_the_line_that_installs_it(nothing_install
     )
     assert missing_compiler(TpuMachine("v5p", "4x4x4")) is None
     advice = missing_compiler(GpuMachine("h200", 1, 8))
-    assert advice is not None and advice.endswith("pip install --no-deps 'nvidia-cuda-nvcc>=13,<14'")
+    assert advice is not None and advice.endswith(f"{PIP} --no-deps 'nvidia-cuda-nvcc>=13,<14'")
 
 
 def test_a_compiler_of_another_jax_counts_as_missing(nothing_installed: Path) -> None:
@@ -213,12 +215,12 @@ def test_a_compiler_of_another_jax_counts_as_missing(nothing_installed: Path) ->
     advice = missing_compiler(TpuMachine("v5p", "4x4x4"))
     assert advice == (
         f"no compiler for tpu:v5p:4x4x4: libtpu 0.0.1.7 does not go with jax {version}; make compilers, or "
-        f"pip install --no-deps '{requirements('tpu')[0]}'"
+        f"{PIP} --no-deps '{requirements('tpu')[0]}'"
     )
     advice = missing_compiler(GpuMachine("h200", 1, 8))
     assert advice == (
         f"no compiler for gpu:h200:1x8: jax-cuda13-plugin 0.9.9, nvidia-nvvm 14.0 does not go with jax {version}; make "
-        f"compilers, or pip install --no-deps '{requirements('gpu')[0]}' 'nvidia-nvvm>=13,<14'"
+        f"compilers, or {PIP} --no-deps '{requirements('gpu')[0]}' 'nvidia-nvvm>=13,<14'"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import jax
 import pytest
 from train_runs import ROOT, STEPS, Bench, Ended, contents, inspect, losses, rows
 
+from maxlm import evaluate
 from maxlm.checkpoint.lock import lock_run
 from maxlm.config import RunConfig, serialize
 from maxlm.config.cli import parse_run, run_command
@@ -85,6 +87,16 @@ def test_a_run_leaves_rows_evaluations_checkpoints_and_a_report(bench: Bench) ->
     assert config == parse_run(argv, prog="", description="").config
 
 
+def test_evaluate_says_what_the_run_said(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate.main(["--run", str(bench.reference), "--json"])
+    found, said = json.loads(capsys.readouterr().out), rows(bench.reference, "evals")[-1]
+    assert (found["step"], found["tokens"]) == (said["step"], said["eval_tokens"])
+    for key in ("loss", "perplexity", "bits_per_byte"):
+        assert found[key] == pytest.approx(said[f"eval_{key}"], rel=1e-5)
+    evaluate.main(["--run", str(bench.reference), "--json", "--whole"])
+    assert json.loads(capsys.readouterr().out)["tokens"] > found["tokens"]
+
+
 def test_the_same_command_on_a_finished_run_does_nothing_again(finished: Path, here: Here) -> None:
     before = contents(finished)
     ended = here(finished)
@@ -131,7 +143,7 @@ def test_main_in_process_returns_a_result(
     (result,) = results
     assert (result.step, result.interrupted) == (8, False)
     assert result.files is not None and result.files.report.exists()
-    assert [step for step, _ in losses(tmp_path / "run")] == [3, 6, 8]
+    assert [step for step, _ in losses(tmp_path / "run")] == [1, 3, 6, 8]
     assert result.loss == losses(tmp_path / "run")[-1][1]
     assert [row["step"] for row in rows(tmp_path / "run", "evals")] == [8]
     assert len(jax.devices()) == 8  # what this test ran on

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from helpers import one_device, packed_batch, place, small_run
 
-from maxlm.config import Adafactor, AdamW, ConstantSchedule, LinearSchedule
+from maxlm.config import Adafactor, AdamW, ConstantSchedule, LinearSchedule, UserError
+from maxlm.shapes import parameter_count
 from maxlm.training import make_trainer
+from maxlm.training.objective import NextToken
 
 WARMUP, STEPS = 4, 80
 
@@ -267,3 +269,17 @@ def first_moment(state):
     ]
     assert len(found) == 1
     return found[0].mu
+
+
+def test_a_model_that_is_not_what_was_counted_is_refused():
+    config, layout = run_config(), one_device()
+
+    class Wider(NextToken):
+        def init(self, key):
+            made = super().init(key)
+            return {**made, "final_norm": {"scale": jnp.ones(33)}}
+
+    with pytest.raises(UserError, match=r"final_norm/scale is declared as \(32,\) and built as \(33,\)") as caught:
+        make_trainer(config, layout, Wider(config, layout))
+    total = parameter_count(config.model).total
+    assert f"{total:,} parameters are declared and {total + 1:,} were built" in str(caught.value)

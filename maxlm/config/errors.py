@@ -1,5 +1,10 @@
 """The one exception that users see as a line instead of a traceback."""
 
+from __future__ import annotations
+
+import shlex
+import sys
+
 
 class UserError(Exception):
     """A mistake that the user can mend.
@@ -21,3 +26,8 @@ def require_not_negative(key: str, value: float) -> None:
     """Raise UserError unless `value` >= 0."""
     if value < 0:
         raise UserError(f"{key} = {value} must not be negative")
+
+
+def pip_install(*packages: str) -> str:
+    """The command that installs packages where this program runs, to be pasted into a shell."""
+    return shlex.join([sys.executable, "-m", "pip", "install", *packages])

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, assert_never
 
 from maxlm.config import Documents, Files, HuggingFaceDataset, StandardLibrary, UserError
+from maxlm.config.errors import pip_install
 
 _EXAMPLES = 5
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
@@ -304,4 +305,4 @@ def _hugging_face(documents: HuggingFaceDataset, unreadable: Unreadable) -> Iter
 
 
 def _missing_extra(package: str, what: str) -> UserError:
-    return UserError(f"{what} need the package {package}; install it with: pip install 'maxlm[hub]'")
+    return UserError(f"{what} need the package {package}; install it with: {pip_install('maxlm[hub]')}")

@@ -13,7 +13,7 @@ from maxlm.checkpoint.checkpointer import Checkpointer
 from maxlm.config import ACTIVATION_DIMS, MESH_AXES, KernelConfig, RunConfig, ShardingConfig, UserError, serialize
 from maxlm.data.tokenizers import Tokenizer, load_tokenizer
 from maxlm.models import abstract_parameters
-from maxlm.sharding import Layout, make_layout
+from maxlm.sharding import Layout, all_devices, make_layout
 
 ONE_DEVICE = ShardingConfig(data=1)
 
@@ -71,7 +71,7 @@ def load_run(run_dir: Path, *, step: int | None = None, sharding: ShardingConfig
 
 def _devices(sharding: ShardingConfig) -> list[jax.Device]:
     sizes = [getattr(sharding, axis) for axis in MESH_AXES]
-    devices = jax.devices()
+    devices = all_devices()
     wanted = len(devices) if -1 in sizes else math.prod(sizes)
     if wanted > len(devices):
         raise UserError(f"sharding: {wanted} devices asked for, there are {len(devices)}; use smaller sizes")

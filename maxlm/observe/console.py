@@ -173,7 +173,7 @@ class Console:
     def _status(self) -> Table:
         """Bar and time on the first line, the latest figures on the second."""
         m, now = self._latest, time.monotonic()
-        step_time = m and m["step_time_s"]
+        step_time = m["step_time_s"] if m else None
         if step_time is None and self._stepping_since and self._step > self._first_step:
             step_time = (now - self._stepping_since) / (self._step - self._first_step)
         left = None if step_time is None else duration(step_time * (self._total - self._step))

@@ -7,6 +7,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from maxlm.config import UserError
+from maxlm.config.errors import pip_install
 from maxlm.observe.metrics import Row
 from maxlm.observe.text import short
 
@@ -47,7 +48,7 @@ def loss_curve(metrics: Sequence[Row], evals: Sequence[Row], path: Path) -> Path
         from matplotlib.figure import Figure
         from matplotlib.ticker import FuncFormatter
     except ImportError as error:
-        raise UserError(f"{path.name} needs matplotlib, which is not installed; pip install 'maxlm[viz]'") from error
+        raise UserError(f"{path.name} needs matplotlib, which is not installed; {pip_install('maxlm[viz]')}") from error
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
     loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import tensorboardX
 
 from maxlm.config import UserError
+from maxlm.config.errors import pip_install
 
 
 class Writer(Protocol):
@@ -52,7 +53,7 @@ class WandbWriter:
         except ImportError as error:
             raise UserError(
                 f"observe.wandb_project = {project!r} needs the package wandb, which is not installed; "
-                "pip install wandb, or leave observe.wandb_project at None"
+                f"{pip_install('wandb')}, or leave observe.wandb_project at None"
             ) from error
         id_file = run_dir / "wandb_id"
         if not id_file.exists():

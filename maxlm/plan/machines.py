@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from maxlm.config import UserError
+from maxlm.config.errors import pip_install
 from maxlm.hardware import CHIPS, Chip, Switched, Torus
 
 COMPILERS = Path(sys.prefix, "compilers")
@@ -316,8 +317,7 @@ def missing_compiler(target: Machine) -> str | None:
         return None
     others = ", ".join(f"{names[line]} {have[names[line]]}" for line in missing if names[line] in have)
     reason = f"{others} does not go with jax {have['jax']}; " if others else ""
-    quoted = " ".join(f"'{line}'" for line in missing)
-    return f"no compiler for {target}: {reason}make compilers, or pip install --no-deps {quoted}"
+    return f"no compiler for {target}: {reason}make compilers, or {pip_install('--no-deps', *missing)}"
 
 
 _COMPARISONS = {"==": operator.eq, ">=": operator.ge, "<=": operator.le, "<": operator.lt}

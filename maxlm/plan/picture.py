@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from maxlm.config import UserError
+from maxlm.config.errors import pip_install
 from maxlm.plan.analysis import Forecast, gib, mesh_text
 from maxlm.plan.tables import micro_batches, verdict
 
@@ -91,7 +92,7 @@ def _draw(found: Forecast, path: Path) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UserError(f"{path.name} needs matplotlib, which is not installed; pip install 'maxlm[viz]'") from error
+        raise UserError(f"{path.name} needs matplotlib, which is not installed; {pip_install('maxlm[viz]')}") from error
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()

@@ -29,7 +29,7 @@ from maxlm.observe.profiler import ProfileWindow
 from maxlm.observe.report import SavedCheckpoint
 from maxlm.observe.run_log import Finished, RunLog
 from maxlm.processes import Interruption, initialize_distributed, main_first, main_says
-from maxlm.sharding import Layout, make_layout
+from maxlm.sharding import Layout, all_devices, make_layout
 from maxlm.training.objective import Batch, Objective
 from maxlm.training.state import TrainState
 from maxlm.training.step import StepOutput, Trainer, make_trainer
@@ -123,8 +123,9 @@ def run(config: RunConfig, make_recipe: Callable[[RunConfig, Layout], Recipe]) -
 
     # ---- Devices, folder, recipe -------------------------------------------------------------------------------------
     initialize_distributed()
+    devices = all_devices()
     is_main = jax.process_index() == 0
-    config.validate(len(jax.devices()))
+    config.validate(len(devices))
     cache_folder = enable_compilation_cache()
     layout = make_layout(config.sharding)
 
@@ -164,7 +165,7 @@ def run(config: RunConfig, make_recipe: Callable[[RunConfig, Layout], Recipe]) -
                 run_dir,
                 resume_step=start,
                 is_main=is_main,
-                devices=jax.devices(),
+                devices=devices,
                 console=console,
                 measures=[measure.name for measure in recipe.measures],
             )
