@@ -327,7 +327,7 @@ def test_what_does_not_fit_is_refused(generator: Generator) -> None:
     with pytest.raises(UserError, match=r"4 tokens and max_new_tokens = 61 make 65, more than .* = 64; .* <= 60"):
         generator.generate(["abc"], max_new_tokens=61)
     assert generator.generate(["abc"], max_new_tokens=60, sampling=GREEDY)[0].tokens
-    with pytest.raises(UserError, match="shorten the prompt to at most 63"):
+    with pytest.raises(UserError, match="shorten the prompt to at most"):
         generator.generate(["a" * 80], max_new_tokens=1)
     with pytest.raises(UserError, match="max_new_tokens = 0"):
         generator.generate(["a"], max_new_tokens=0)

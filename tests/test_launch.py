@@ -290,12 +290,13 @@ def test_ironwood_is_rented_through_gke() -> None:
     assert "use --target gke" in complaint(*arguments("tpu-pod", "--accelerator=7x-128"))
 
 
-@pytest.mark.parametrize("target", ["gke", "skypilot"])
-def test_files_must_outlive_the_machines(target: str) -> None:
+@pytest.mark.parametrize(("target", "storage"), [("gke", "storage"), ("skypilot", "gs://mine")])
+def test_files_must_outlive_the_machines(target: str, storage: str) -> None:
     lines = complaint(*arguments(target, "--run_dir=runs/x", "--data.datasets.0.path=/data")).splitlines()
+    where = f"/shared, where the machines see {storage}, outlives them"
     assert lines == [
-        "run_dir = runs/x: only /shared outlives the machines; use --run_dir=/shared/runs/x",
-        "data.datasets.0.path = /data: only /shared outlives the machines; use --data.datasets.0.path=/shared/data",
+        f"run_dir = runs/x: only {where}; use --run_dir=/shared/runs/x",
+        f"data.datasets.0.path = /data: only {where}; use --data.datasets.0.path=/shared/data",
     ]
 
 
@@ -637,7 +638,8 @@ def test_a_manifest_works_by_hand() -> None:
 def documented() -> list[tuple[str, str]]:
     """Commands of docs/launch.md with the output that is shown below them."""
     text = (ROOT / "docs/launch.md").read_text()
-    blocks = re.findall(r"^```\n\$ (python -m maxlm\.launch (?:.*\\\n)*.*)\n((?:.*\n)*?)```$", text, re.MULTILINE)
+    command = r"```bash [\w =-]+\n(python -m maxlm\.launch (?:.*\\\n)*.*)\n```"
+    blocks = re.findall(rf"^{command}\n\n```text\n((?:.*\n)*?)```$", text, re.MULTILINE)
     return [(command.replace("\\\n", " "), shown) for command, shown in blocks]
 
 

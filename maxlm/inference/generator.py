@@ -191,10 +191,10 @@ class Generator:
         if not 0 <= seed < _SEEDS:
             raise UserError(f"seed = {seed} must lie in [0, 2^32)")
         if longest + max_new_tokens > limit:
-            room = limit - longest
-            remedy = (
-                f"use max_new_tokens <= {room}" if room > 0 else f"shorten the prompt to at most {limit - 1} tokens"
-            )
+            remedies = [f"use max_new_tokens <= {limit - longest}"] if longest < limit else []
+            if max_new_tokens < limit:
+                remedies.append(f"shorten the prompt to at most {limit - max_new_tokens} tokens")
+            remedy = " or ".join(remedies) or "shorten both"
             raise UserError(
                 f"the prompt's {longest} tokens and max_new_tokens = {max_new_tokens} make {longest + max_new_tokens}, "
                 f"more than model.max_seq_len = {limit}; {remedy}"

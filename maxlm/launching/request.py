@@ -87,9 +87,9 @@ def check(launch: Launch) -> None:
             f"add --sharding.slices={found.groups}"
         )
     match target:
-        case Gke() | SkyPilot():
+        case Gke(claim=storage) | SkyPilot(bucket=storage):
             folder = SHARED + "/"
-            why = f"only {SHARED} outlives the machines"
+            why = f"only {SHARED}, where the machines see {storage}, outlives them"
         case TpuPod() if found.hosts > 1:
             folder, why = "/", "all hosts must see the same folder, a mounted bucket or file system"
         case Local() | TpuVm() | TpuPod() | Slurm():

@@ -1,0 +1,123 @@
+"""Every command block of the README and the docs, as somebody pastes it into a new clone.
+
+The word after a block's language says what it needs: `fast` (tried here), `slow` (tried in the nightly tests, with an
+environment of its own), `needs-hardware` (not tried). `exit=N`: it ends so. A command must not stand anywhere else.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NEEDS = ("fast", "slow", "needs-hardware")
+COMMAND = re.compile(r"^\s*(\$ |(\.venv/bin/)?python3? -m |pip install |make [a-z])")
+
+
+class Block(NamedTuple):
+    document: str
+    line: int
+    language: str
+    marks: list[str]
+    text: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.document}:{self.line}"
+
+
+def blocks(document: Path) -> Iterator[Block]:
+    inside: list[str] | None = None
+    for number, line in enumerate(document.read_text().splitlines(), 1):
+        if line.startswith("```"):
+            if inside is None:
+                first, info, inside = number, line[3:].split(), []
+            else:
+                language, *marks = info or [""]
+                yield Block(str(document.relative_to(ROOT)), first, language, marks, "\n".join(inside))
+                inside = None
+        elif inside is not None:
+            inside.append(line)
+    assert inside is None, f"{document}: a block without an end"
+
+
+BLOCKS = [block for document in DOCUMENTS for block in blocks(document)]
+COMMANDS = [block for block in BLOCKS if block.language == "bash"]
+
+
+def test_every_command_says_what_it_needs() -> None:
+    for block in COMMANDS:
+        needs = [mark for mark in block.marks if not mark.startswith("exit=")]
+        assert len(needs) == 1 and needs[0] in NEEDS, f"{block.name}: {block.marks}, use one of {NEEDS}"
+    for block in BLOCKS:
+        if block.language in ("", "console", "sh", "shell"):
+            assert not any(COMMAND.match(line) for line in block.text.splitlines()), f"{block.name}: use ```bash NEEDS"
+    for document in DOCUMENTS:
+        outside = re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+        for line in outside.splitlines():
+            assert not (line.startswith("    ") and COMMAND.match(line)), f"{document.name}: {line.strip()}"
+
+
+def clone(folder: Path) -> Path:
+    """The tracked files and new ones, without what lies about in this folder."""
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, names.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+def paste(block: Block, here: Path, home: Path) -> str:
+    """The output of a block in a shell that knows the environment and nothing else.
+
+    `python` is that of the environment, as the README says of the docs.
+    """
+    path = f"{here / '.venv/bin'}:/usr/local/bin:/usr/bin:/bin:{Path(sys.base_prefix) / 'bin'}"
+    began = time.monotonic()
+    done = subprocess.run(
+        ["bash", "-e", "-c", block.text], cwd=here, env={"PATH": path, "HOME": str(home)}, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    print(f"{block.name}: {time.monotonic() - began:.1f} s, exit code {done.returncode}")
+    wanted = next((int(mark[5:]) for mark in block.marks if mark.startswith("exit=")), 0)
+    assert done.returncode == wanted, f"{block.name}:\n{block.text}\n{done.stdout}"
+    assert "Traceback" not in done.stdout, f"{block.name}:\n{done.stdout}"
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_fast_blocks_work_as_pasted(tmp_path: Path) -> None:
+    """In an environment that borrows its packages from this one, so that nothing is installed."""
+    here, home = clone(tmp_path / "maxlm"), tmp_path / "home"
+    home.mkdir()
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", here / ".venv"], check=True)
+    (site,) = (here / ".venv/lib").glob("python*/site-packages")
+    (site / "borrowed.pth").write_text(f"{here}\n{sysconfig.get_path('purelib')}\n")
+    # What the slow `make train` leaves, in little.
+    train = "python -m maxlm.train --config configs/tiny.py --train.steps 2 --train.eval_batches 1"
+    paste(Block("make train", 0, "bash", ["fast"], train), here, home)
+    for block in COMMANDS:
+        if "fast" in block.marks:
+            paste(block, here, home)
+
+
+@pytest.mark.nightly
+def test_all_blocks_work_as_pasted(tmp_path: Path) -> None:
+    """In the environment that the first block makes. `make test` is left out: it is what runs this."""
+    here, home = clone(tmp_path / "maxlm"), tmp_path / "home"
+    home.mkdir()
+    for block in COMMANDS:
+        if "needs-hardware" not in block.marks and "make test" not in block.text:
+            paste(block, here, home)
