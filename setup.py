@@ -57,6 +57,9 @@ EXTRAS = {
         "pytest-xdist>=3.8.0",  # two test processes
         "hypothesis>=6.170.15",  # properties instead of examples
         "pyyaml>=6.0.3",  # the tests of the manifests
+        "nbclient>=0.11.0",  # the test that runs docs/first_steps.ipynb
+        "nbformat>=5.11.1",  # reads it
+        "ipykernel>=7.4.0",  # the Python that it runs in
         "ruff>=0.17.5,<0.18",  # its formatter's output changes between minor versions
         "mypy>=2.4.1,<2.5",  # new minor versions find new errors
     ],

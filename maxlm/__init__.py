@@ -1,5 +1,9 @@
 """maxlm: language models in JAX, from text to a served model, for TPUs, GPUs and one's own laptop.
 
+From Python: `maxlm.load_config`, `run`, `load_run`, `batches`, `make_trainer`; docs/api.md has an example of each.
+Nothing is loaded before its name is used.
+
+__main__.py: command: list the commands
 train.py: command: train
 launch.py: command: train somewhere else
 generate.py: command: continue a text
@@ -11,4 +15,63 @@ processes.py: joining several processes; stopping all at the same step
 compile_cache.py: compiled programs kept between runs
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from maxlm.config import RunConfig, SamplingConfig, ShardingConfig, UserError
+    from maxlm.config.cli import load_config
+    from maxlm.inference.load import LoadedRun, load_run
+    from maxlm.recipes.pretrain import batches
+    from maxlm.train import main as run
+    from maxlm.training.loop import Result
+    from maxlm.training.step import Trainer, make_trainer
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "LoadedRun",
+    "Result",
+    "RunConfig",
+    "SamplingConfig",
+    "ShardingConfig",
+    "Trainer",
+    "UserError",
+    "batches",
+    "load_config",
+    "load_run",
+    "make_trainer",
+    "run",
+]
+
+_HOMES = {
+    "LoadedRun": "maxlm.inference.load.LoadedRun",
+    "Result": "maxlm.training.loop.Result",
+    "RunConfig": "maxlm.config.RunConfig",
+    "SamplingConfig": "maxlm.config.SamplingConfig",
+    "ShardingConfig": "maxlm.config.ShardingConfig",
+    "Trainer": "maxlm.training.step.Trainer",
+    "UserError": "maxlm.config.UserError",
+    "batches": "maxlm.recipes.pretrain.batches",
+    "load_config": "maxlm.config.cli.load_config",
+    "load_run": "maxlm.inference.load.load_run",
+    "make_trainer": "maxlm.training.step.make_trainer",
+    "run": "maxlm.train.main",
+}
+"""Where each name is at home."""
+
+
+def __getattr__(name: str) -> Any:
+    """A name of `__all__`, from its module, which is loaded now (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, attribute = _HOMES[name].rpartition(".")
+    value = getattr(importlib.import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

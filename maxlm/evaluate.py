@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
+if not __package__:  # run by its path: Python then looks in this file's folder first, where inspect.py is not its own
+    sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}maxlm{os.sep}")[0]
+
 import contextlib
 import dataclasses
 import itertools

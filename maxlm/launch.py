@@ -1,4 +1,4 @@
-"""Launch a training run somewhere: `python -m maxlm.launch --target gke --config configs/llama7b.py [--print] ...`.
+"""`python -m maxlm.launch --target gke --config configs/llama7b.py --print`: start a training run somewhere else.
 
 The templates are in `launch/`; each works by hand, too, and ends in the same `python -m maxlm.train` line. What is
 filled in are quoted words, never pieces of a program. Nothing is rendered for a mesh that does not fit the devices.
@@ -6,13 +6,17 @@ filled in are quoted words, never pieces of a program. Nothing is rendered for a
 
 from __future__ import annotations
 
-import argparse
+import os
 import sys
+
+if not __package__:  # run by its path: Python then looks in this file's folder first, where inspect.py is not its own
+    sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}maxlm{os.sep}")[0]
+
+import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from maxlm.config import UserError
-from maxlm.config.cli import parse_known, parse_run, run_command
+from maxlm.config.cli import config_file, parse_known, parse_run, run_command
 from maxlm.launching.destinations import DESTINATIONS, Gke, SkyPilot, TpuPod
 from maxlm.launching.render import ROOT, render
 from maxlm.launching.request import Launch, check
@@ -59,7 +63,7 @@ def parse_launch(argv: Sequence[str]) -> tuple[Launch, bool]:
     asked = parse_run(["--config", options.config, *overrides], prog=_PROG, description="")
     if asked.print_config:
         raise UserError("--print_config belongs to maxlm.train; here --print shows what would be launched")
-    file = Path(options.config).resolve()
+    file = config_file(options.config).resolve()
     if file.is_relative_to(ROOT):  # where every target runs the command
         file = file.relative_to(ROOT)
     elif isinstance(target, TpuPod | Gke | SkyPilot):

@@ -1,4 +1,4 @@
-"""Train a language model: `python -m maxlm.train --config configs/tiny.py`.
+"""`python -m maxlm.train --config configs/tiny.py`: train a language model.
 
 Exit codes: 0 finished; 75 stopped by SIGTERM or SIGINT with everything saved (run the same command to go on);
 2 a mistake in config, data or run folder, said in one line each; 1 anything else.
@@ -6,20 +6,30 @@ Exit codes: 0 finished; 75 stopped by SIGTERM or SIGINT with everything saved (r
 
 from __future__ import annotations
 
+import os
+import sys
+
+if not __package__:  # run by its path: Python then looks in this file's folder first, where inspect.py is not its own
+    sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}maxlm{os.sep}")[0]
+
 from typing import TYPE_CHECKING
 
 from maxlm.config import RunConfig
 from maxlm.config.cli import describe_config, parse_run, run_command
 
 if TYPE_CHECKING:
+    from maxlm.inference.load import LoadedRun
     from maxlm.training.loop import Result
 
 EXIT_INTERRUPTED = 75
 """EX_TEMPFAIL of sysexits.h: try again later."""
 
 
-def main(config: RunConfig) -> Result:
-    """Run `config` to its last step, or until a signal; continues what `config.run_dir` holds.
+def main(config: RunConfig) -> Result[LoadedRun]:
+    """Run `config` to its last step, or until a signal; continues what `config.run_dir` holds. Also `maxlm.run`.
+
+    Returns:
+        How it ended; its `run` is the model in its last state, as `maxlm.load_run` would read it, from memory.
 
     Raises:
         UserError: see `maxlm.training.loop.run`.

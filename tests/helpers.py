@@ -113,7 +113,7 @@ def packed_batch(config: RunConfig, seed: int = 0) -> dict[str, np.ndarray]:
 
 def place(batch: dict[str, np.ndarray], trainer: Trainer) -> dict[str, jax.Array]:
     """The batch on the devices where the trainer wants it."""
-    return {name: jax.device_put(values, trainer.batch[name].sharding) for name, values in batch.items()}
+    return trainer.place(batch)
 
 
 def loss_function(config: RunConfig, layout: Layout) -> Callable[..., Sums]:

@@ -6,13 +6,14 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import enum
 import importlib.util
 import io
 import re
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -30,6 +31,9 @@ T = TypeVar("T")
 
 _SUFFIXES = (".py", ".json")
 """Of files that `--config` takes."""
+
+_CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+"""Beside the package in its checkout; an installation without the checkout has none."""
 
 EXIT_CTRL_C = 130
 """128 + SIGINT, as shells say it."""
@@ -141,20 +145,59 @@ def _parse(
         raise UserError(_one_line(complaint.getvalue(), known, prog)) from None
 
 
-def load_config(path: str) -> RunConfig:
-    """The `get_config()` of a Python file, or what stands in a saved `config.json`.
+def config_file(name: str | Path) -> Path:
+    """The file that `--config` means: a path, or a bare name, as `tiny`, of a file in the checkout's `configs/`.
+
+    A file of that very name in the current folder comes first. What is neither stays as it is, and is no file.
+    """
+    file = Path(name)
+    beside = _CONFIGS / f"{name}.py"
+    return beside if _is_bare(file) and not file.exists() and beside.is_file() else file
+
+
+def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """The `get_config()` of a Python file, or what stands in a saved `config.json`, with some values changed.
 
     The folder that holds the file's own folder is put on the import path, so that `configs/x.py` may say
     `from configs.y import get_config`, wherever the command is run.
 
+    Args:
+        path: see `config_file`.
+        overrides: dotted key -> value, as on the command line: `{"train.steps": 20}`. The class of a union is chosen
+            in the file, or with `dataclasses.replace` on the config.
+
     Raises:
-        UserError: no such file, no `get_config`, it returns something else, or the JSON is not a saved RunConfig.
+        UserError: no such file, no `get_config`, it returns something else, the JSON is not a saved RunConfig, an
+            override's key is unknown, or its value of the wrong type.
     """
-    file = Path(path)
+    config = _load_file(path)
+    if not overrides:
+        return config
+    words = new_options([word for key, value in overrides.items() for word in _option(key, value)])
+    return parse(RunConfig, words, prog="python -m maxlm.train", description="", default=config)
+
+
+def _is_bare(file: Path) -> bool:
+    return re.fullmatch(r"\w+", str(file)) is not None
+
+
+def _option(key: str, value: Any) -> list[str]:
+    """An override as words of a command line."""
+    match value:
+        case list() | tuple():
+            return [f"--{key}", *map(str, value)]
+        case enum.Enum():
+            return [f"--{key}={value.value}"]
+        case _:
+            return [f"--{key}={value}"]
+
+
+def _load_file(path: str | Path) -> RunConfig:
+    file = config_file(path)
     if not file.is_file():
-        near = difflib.get_close_matches(
-            file.name, [p.name for p in file.parent.glob("*.*") if p.suffix in _SUFFIXES], n=3
-        )
+        known = [p.name for p in file.parent.glob("*.*") if p.suffix in _SUFFIXES]
+        known += [p.stem for p in _CONFIGS.glob("*.py")] if _is_bare(file) else []
+        near = difflib.get_close_matches(file.name, known, n=3)
         hint = f"; did you mean {', '.join(str(file.parent / n) for n in near)}?" if near else ""
         raise UserError(f"--config {path}: no such file{hint}")
     if file.suffix == ".json":

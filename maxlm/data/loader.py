@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,18 @@ class Batches:
         A loss of l nats a token is l / log(2) / bytes_per_token bits a byte."""
         self.fingerprint = self._fingerprint(opened, weights, seed)
         """SHA-256 in hex of all that decides the order and contents of the batches; where the folders lie does not."""
+
+    def __getitem__(self, step: int) -> Batch:
+        """All rows of batch number `step`, counted from 0.
+
+        Raises:
+            IndexError: `step` lies outside.
+        """
+        return self.rows(step, slice(None))
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batch 0, 1, ...: of training without end, of validation all."""
+        return (self[step] for step in (itertools.count() if self.n_batches is None else range(self.n_batches)))
 
     def rows(self, step: int, rows: slice | Sequence[int]) -> Batch:
         """Some rows of batch number `step`: arrays `[len(rows), seq_len]`, see `maxlm.data.packing.pack`.

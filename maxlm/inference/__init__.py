@@ -2,6 +2,7 @@
 
 load.py: a run folder as a model
 generator.py: prompts to text
+language_model.py: tokens to logits
 steps.py: prefill, decode loop
 sampling.py: one token from logits
 text_stream.py: tokens to characters, never taken back

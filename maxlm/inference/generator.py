@@ -7,20 +7,22 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from maxlm.config import ModelConfig, SamplingConfig, UserError, WeightFormat
-from maxlm.inference.load import LoadedRun
 from maxlm.inference.steps import Choice, DecodeState, decode_chunk, prefill_logits, row_keys
 from maxlm.inference.text_stream import TextStream
 from maxlm.models import Execution, bind, declared, parameter_dims
 from maxlm.models.linear import Int8, Weight
 from maxlm.shapes import Array
 from maxlm.sharding import decoding_layout
+
+if TYPE_CHECKING:
+    from maxlm.inference.load import LoadedRun
 
 _SMALLEST_BUCKET = 16
 _SEEDS = 2**32

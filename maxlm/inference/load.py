@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import jax
 
 from maxlm.checkpoint.checkpointer import Checkpointer
-from maxlm.config import ACTIVATION_DIMS, MESH_AXES, KernelConfig, RunConfig, ShardingConfig, UserError, serialize
+from maxlm.config import (
+    ACTIVATION_DIMS,
+    MESH_AXES,
+    KernelConfig,
+    RunConfig,
+    SamplingConfig,
+    ShardingConfig,
+    UserError,
+    serialize,
+)
 from maxlm.data.tokenizers import Tokenizer, load_tokenizer
+from maxlm.inference.generator import Generation, Generator
+from maxlm.inference.language_model import LanguageModel
 from maxlm.models import abstract_parameters
 from maxlm.sharding import Layout, all_devices, make_layout
 
@@ -23,7 +35,8 @@ class LoadedRun:
     """A model with what belongs to it. `load_run` reads one; training makes one of the state that it has."""
 
     config: RunConfig
-    """As in the run folder, except that `sharding` is the one in use and `execution.kernels` the default."""
+    """As in the run folder, except that `sharding` is the one in use; `load_run` also sets `execution.kernels` to the
+    default."""
     layout: Layout
     parameters: Any
     """Nested dicts of float32 arrays, like those of `maxlm.models.init_parameters`."""
@@ -31,9 +44,62 @@ class LoadedRun:
     step: int
     """Optimizer steps that the parameters have seen."""
 
+    @functools.cached_property
+    def model(self) -> LanguageModel:
+        """Logits of tokens. Made once, and with it the programs that it has compiled.
 
-def load_run(run_dir: Path, *, step: int | None = None, sharding: ShardingConfig = ONE_DEVICE) -> LoadedRun:
-    """Read a run folder and put the parameters on this process's devices.
+        Raises:
+            UserError: the model has no logits.
+        """
+        return LanguageModel(self)
+
+    @functools.cached_property
+    def generator(self) -> Generator:
+        """What `generate` calls. Made once; holds weights of its own, in `execution.dtype`.
+
+        Raises:
+            UserError: see `Generator`.
+        """
+        return Generator(self)
+
+    @overload
+    def generate(
+        self, prompts: str, *, max_new_tokens: int, sampling: SamplingConfig = ..., seed: int = ...
+    ) -> Generation: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: list[str] | tuple[str, ...],
+        *,
+        max_new_tokens: int,
+        sampling: SamplingConfig = ...,
+        seed: int = ...,
+    ) -> list[Generation]: ...
+
+    def generate(
+        self,
+        prompts: str | list[str] | tuple[str, ...],
+        *,
+        max_new_tokens: int,
+        sampling: SamplingConfig = SamplingConfig(),
+        seed: int = 0,
+    ) -> Generation | list[Generation]:
+        """Continue one prompt, or several as one batch; see `Generator.generate`. The same seed gives the same texts.
+
+        Returns:
+            A Generation for a string, a list of them for several; its `text` is the continuation alone.
+
+        Raises:
+            UserError: as `Generator` and `Generator.generate`.
+        """
+        many = [prompts] if isinstance(prompts, str) else prompts
+        found = self.generator.generate(many, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed)
+        return found[0] if isinstance(prompts, str) else found
+
+
+def load_run(run_dir: str | Path, *, step: int | None = None, sharding: ShardingConfig = ONE_DEVICE) -> LoadedRun:
+    """Read a run folder and put the parameters on this process's devices. Also `maxlm.load_run`.
 
     Args:
         run_dir: what training wrote: config.json, tokenizer/, checkpoints/.
@@ -45,6 +111,7 @@ def load_run(run_dir: Path, *, step: int | None = None, sharding: ShardingConfig
         UserError: not a run folder; no finished checkpoint, or not the one asked for; the tokenizer is not the one that
             the model was trained with; or the layout does not fit the model or the devices.
     """
+    run_dir = Path(run_dir)
     if not (run_dir / "config.json").is_file():
         raise UserError(f"{run_dir}: not a run folder (it has no config.json); name the run_dir of a training run")
     saved = serialize.load(RunConfig, run_dir / "config.json")

@@ -1,13 +1,18 @@
-"""Will it fit, what will it send, how fast can it be? `python -m maxlm.plan --config FILE --target tpu:v5p:4x4x4`.
+"""`python -m maxlm.plan --config FILE --target tpu:v5p:4x4x4`: does it fit, what does it send, how fast can it be?
 
 Exit codes: 0 it fits; 3 it does not; 2 a mistake in config or command line, said in one line each; 1 anything else.
 """
 
 from __future__ import annotations
 
+import os
+import sys
+
+if not __package__:  # run by its path: Python then looks in this file's folder first, where inspect.py is not its own
+    sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}maxlm{os.sep}")[0]
+
 import argparse
 import json
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 

@@ -6,12 +6,13 @@ pretrain.py: next token of prepared text
 from __future__ import annotations
 
 from maxlm.config import Pretrain, RunConfig
+from maxlm.inference.load import LoadedRun
 from maxlm.recipes import pretrain
 from maxlm.sharding import Layout
 from maxlm.training.loop import Recipe
 
 
-def recipe(config: RunConfig, layout: Layout) -> Recipe:
+def recipe(config: RunConfig, layout: Layout) -> Recipe[LoadedRun]:
     """The recipe of `config.task`, on the mesh of `layout`.
 
     Raises:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
-from maxlm.config import Pretrain, RunConfig, UserError
+from maxlm.config import ObserveConfig, Pretrain, RunConfig, UserError
 from maxlm.data.loader import Batches, global_batches, open_batches
 from maxlm.data.prepare import ensure_prepared
 from maxlm.data.shards import Split
-from maxlm.data.tokenizers import Tokenizer
 from maxlm.evaluation.perplexity import held_out
-from maxlm.inference.generator import Generator as TextGenerator
 from maxlm.inference.load import LoadedRun
 from maxlm.observe.text import short
 from maxlm.processes import main_first
@@ -28,18 +26,15 @@ from maxlm.training.step import Trainer
 from maxlm.training.warm_start import WarmStart, warm_start
 
 
-def recipe(config: RunConfig, task: Pretrain, layout: Layout) -> Recipe:
+def recipe(config: RunConfig, task: Pretrain, layout: Layout) -> Recipe[LoadedRun]:
     """Prepares the data first, if the config says how and nobody has.
 
     Raises:
         UserError: the data is not there, is damaged, too small, or has more ids than the model.
     """
     train, init_from = config.train, config.checkpoint.init_from
-    with main_first("prepare the data"):
-        if jax.process_index() == 0:
-            ensure_prepared(config.data)
-    batches = open_batches(config.data, batch_size=train.batch_size, seq_len=train.seq_len, split=Split.TRAIN)
-    tokenizer = batches.tokenizer
+    data = batches(config)
+    tokenizer = data.tokenizer
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"model.vocab_size = {config.model.vocab_size} is smaller than the {tokenizer.vocab_size} ids of the "
@@ -51,18 +46,48 @@ def recipe(config: RunConfig, task: Pretrain, layout: Layout) -> Recipe:
         return warm_start(init_from, config.model, layout, trainer, tokenizer.fingerprint)
 
     objective = NextToken(config, layout)
+
+    def loaded(step: int, state: TrainState) -> LoadedRun:
+        return LoadedRun(config=config, layout=layout, parameters=state.parameters, tokenizer=tokenizer, step=step)
+
     measures: list[Measure] = []
     if train.eval_batches != 0:
         measures.append(HeldOutText(config, layout, objective))
     if config.observe.sample_tokens:
-        measures.append(Sample(config=config, layout=layout, tokenizer=tokenizer))
+        measures.append(Sample(observe=config.observe, loaded=loaded))
     return Recipe(
         objective=objective,
-        feed=FileFeed(batches, layout),
+        feed=FileFeed(data, layout),
         measures=tuple(measures),
         start=None if init_from is None else from_other_run,
         tokenizer=tokenizer,
+        outcome=loaded,
     )
+
+
+def batches(config: RunConfig, split: Split | str = Split.TRAIN) -> Batches:
+    """The batches that a run of `config` reads, by number; also `maxlm.batches`.
+
+    Prepares the data first, if the config says how and nobody has. Nothing need be closed.
+
+    Args:
+        config: its data, train.batch_size and train.seq_len decide the batches.
+        split: "train", without end, or "validation", `n_batches` of them.
+
+    Returns:
+        `batches[i]`, a dict of NumPy arrays [batch_size, seq_len]: `inputs`, `targets`, `segment_ids`, `positions`
+        int32, `loss_mask` float32, as `maxlm.data.packing.pack` says.
+
+    Raises:
+        UserError: no such split; the data is not there, is damaged, or is too small for a batch.
+    """
+    if split not in (*Split, *(known.value for known in Split)):
+        raise UserError(f"split = {split!r} must be {' or '.join(repr(known.value) for known in Split)}")
+    with main_first("prepare the data"):
+        if jax.process_index() == 0:
+            ensure_prepared(config.data)
+    train = config.train
+    return open_batches(config.data, batch_size=train.batch_size, seq_len=train.seq_len, split=Split(split))
 
 
 class FileFeed:
@@ -128,18 +153,14 @@ class HeldOutText:
 class Sample:
     """How the model goes on after `observe.sample_prompt`, at the end."""
 
-    config: RunConfig
-    layout: Layout
-    tokenizer: Tokenizer
+    observe: ObserveConfig
+    loaded: Callable[[int, TrainState], LoadedRun]
     name: str = "sample"
     every: int = 0
 
     def __call__(self, step: int, state: TrainState) -> Mapping[str, str]:
-        run = LoadedRun(
-            config=self.config, layout=self.layout, parameters=state.parameters, tokenizer=self.tokenizer, step=step
-        )
-        prompt = self.config.observe.sample_prompt
-        (sample,) = TextGenerator(run).generate([prompt], max_new_tokens=self.config.observe.sample_tokens)
+        prompt = self.observe.sample_prompt
+        sample = self.loaded(step, state).generate(prompt, max_new_tokens=self.observe.sample_tokens)
         return {"prompt": prompt, "text": sample.text}
 
     def line(self, step: int, row: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import jax
 
@@ -34,6 +34,8 @@ from maxlm.training.objective import Batch, Objective
 from maxlm.training.state import TrainState
 from maxlm.training.step import StepOutput, Trainer, make_trainer
 from maxlm.training.warm_start import WarmStart
+
+R = TypeVar("R")
 
 
 class Feed(Protocol):
@@ -74,9 +76,13 @@ class Vocabulary(Protocol):
     def save(self, folder: Path) -> None: ...
 
 
+def _nothing(step: int, state: TrainState) -> Any:
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """What one task adds to the loop."""
+class Recipe(Generic[R]):
+    """What one task adds to the loop. R: what its run is, to who goes on with it."""
 
     objective: Objective
     feed: Feed
@@ -87,10 +93,12 @@ class Recipe:
     """Run folder, or RUN_DIR/checkpoints/STEP, whose parameters are `TrainState.frozen`, as `objective.frozen` says."""
     tokenizer: Vocabulary | None = None
     """Copied to the run folder; None: the task has no text."""
+    outcome: Callable[[int, TrainState], R] = _nothing
+    """`Result.run`, from the steps done and the last state. Every process calls it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
+class Result(Generic[R]):
     """How a call of `run` ended."""
 
     step: int
@@ -101,6 +109,8 @@ class Result:
     """Of the last batch, as in metrics.jsonl; None if this call made no step."""
     files: Finished | None
     """Report and picture; None when interrupted, or on other processes than the first."""
+    run: R
+    """`Recipe.outcome` of the last state: a `maxlm.inference.load.LoadedRun`, where the task is about text."""
 
 
 class Diverged(UserError):
@@ -109,7 +119,7 @@ class Diverged(UserError):
     exit_code = 1
 
 
-def run(config: RunConfig, make_recipe: Callable[[RunConfig, Layout], Recipe]) -> Result:
+def run(config: RunConfig, make_recipe: Callable[[RunConfig, Layout], Recipe[R]]) -> Result[R]:
     """Run `config` to its last step, or until SIGTERM or SIGINT.
 
     The recipe is made once the devices are there and the run folder is locked.
@@ -226,14 +236,14 @@ def run(config: RunConfig, make_recipe: Callable[[RunConfig, Layout], Recipe]) -
         loss = None if output is None else float(output.figures["loss"])
         if interrupted:
             log.say(f"stopped by a signal after step {step:,}; all is saved, the same command goes on")
-            return Result(step=step, interrupted=True, loss=loss, files=None)
+            return Result(step=step, interrupted=True, loss=loss, files=None, run=recipe.outcome(step, state))
 
         # ---- Last measurements and report ----------------------------------------------------------------------------
         for measure in recipe.measures:
             if not main_says(log.has_measured(measure.name, step)):  # a run killed below comes here again
                 _measure(measure, log, step, state)
         files = log.finish(_saved_checkpoints(checkpoints, saved)) if is_main else None
-        return Result(step=step, interrupted=False, loss=loss, files=files)
+        return Result(step=step, interrupted=False, loss=loss, files=files, run=recipe.outcome(step, state))
 
 
 def _measure(measure: Measure, log: RunLog, step: int, state: TrainState) -> None:

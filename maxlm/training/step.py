@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import optax
 
 from maxlm.checkpoint.store import named_leaves
 from maxlm.config import RunConfig, StatePart, UserError
-from maxlm.sharding import Layout
+from maxlm.sharding import Layout, all_devices, make_layout
 from maxlm.training.objective import Batch, NextToken, Objective, Params, Sums, make_evaluate
 from maxlm.training.optimizers import make_optimizer
 from maxlm.training.schedules import learning_rate_schedule
@@ -40,6 +40,8 @@ class StepOutput(NamedTuple):
 class Trainer(NamedTuple):
     """The compiled programs of a run, and the shapes and shardings of its state."""
 
+    layout: Layout
+    """Where all of it lives."""
     init: Callable[[], TrainState]
     """A new state, each array born on the devices it belongs to; nothing in `frozen`."""
     step: jax.stages.Wrapped
@@ -51,6 +53,10 @@ class Trainer(NamedTuple):
     """Shapes and shardings of a state, as ShapeDtypeStruct."""
     batch: dict[str, jax.ShapeDtypeStruct]
     """Shapes and shardings of a batch."""
+
+    def place(self, batch: Mapping[str, Any]) -> Batch:
+        """A batch of arrays on the host, as `Batches` has them by number, on the devices where a step wants it."""
+        return {name: jax.device_put(values, self.batch[name].sharding) for name, values in batch.items()}
 
     def start(self, state: TrainState | None = None, frozen: Any = None) -> tuple[jax.stages.Compiled, TrainState]:
         """The compiled step, and `state` or a new one, which is made while the step compiles, with `frozen` in it."""
@@ -96,12 +102,21 @@ def gradient_function(
     return accumulate
 
 
-def make_trainer(config: RunConfig, layout: Layout, objective: Objective | None = None) -> Trainer:
-    """Everything compiled that training needs; by default, to pre-train. Nothing is compiled before its first call.
+def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Objective | None = None) -> Trainer:
+    """Everything compiled that training needs; nothing is compiled before its first call. Also `maxlm.make_trainer`.
+
+    Args:
+        config: its model, train, optimizer and execution; its sharding, where no layout is given.
+        layout: None: as config.sharding says, over all devices.
+        objective: None: to predict the next token, whatever config.task is.
 
     Raises:
-        UserError: the objective makes other parameters than it declares.
+        UserError: the objective makes other parameters than it declares; without a layout: the config does not fit the
+            devices, or its parts each other.
     """
+    if layout is None:
+        config.validate(len(all_devices()))
+        layout = make_layout(config.sharding)
     objective = objective or NextToken(config, layout)
     learning_rate = learning_rate_schedule(
         config.optimizer.schedule, config.optimizer.learning_rate, config.train.steps
@@ -160,6 +175,7 @@ def make_trainer(config: RunConfig, layout: Layout, objective: Objective | None 
     if layout.on_cpu:
         in_haste["xla_cpu_use_fusion_emitters"] = False
     return Trainer(
+        layout=layout,
         init=jax.jit(init, out_shardings=dataclasses.replace(shardings, frozen=None), compiler_options=in_haste),
         step=jax.jit(
             step,

@@ -131,8 +131,8 @@ def embed(layout: Layout, table: Weight, ids: jax.Array, dtype: jnp.dtype) -> ja
 
 
 def logits(hidden: jax.Array, table: Weight) -> jax.Array:
-    """hidden @ table.T: [B, D] in the compute dtype and [V, D] -> float32 [B, V]. Not for training."""
-    product = functools.partial(jnp.einsum, "bd,vd->bv", hidden, preferred_element_type=jnp.float32)
+    """hidden @ table.T: [..., D] in the compute dtype and [V, D] -> float32 [..., V]. Not for training."""
+    product = functools.partial(jnp.einsum, "...d,vd->...v", hidden, preferred_element_type=jnp.float32)
     match table:
         case Int8(values=values, scales=scales):
             return product(values.astype(hidden.dtype)) * scales[:, 0]

@@ -1,0 +1,116 @@
+"""A model as a function of token ids: logits of every position, without a cache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from maxlm.config import LmHead, UserError
+from maxlm.models import Execution, Tokens, bind, ops, parameter_dims
+from maxlm.sharding import decoding_layout
+
+if TYPE_CHECKING:
+    from maxlm.inference.load import LoadedRun
+
+
+class LanguageModel:
+    """The model of a run. Uses the run's own parameters, in float32, and computes in its `execution.dtype`."""
+
+    def __init__(self, run: LoadedRun) -> None:
+        """Compiles nothing yet.
+
+        Raises:
+            UserError: the model has no logits.
+        """
+        self.config = run.config.model
+        if not isinstance(self.config.head, LmHead):
+            raise UserError(f"model.head = {type(self.config.head).__name__} gives no logits; use a run with an LmHead")
+        # As for decoding: rows of any length, which a mesh with a seq or stage axis could not cut.
+        self._layout = decoding_layout(run.layout, self.config.d_model)
+        self._how = Execution.of(run.config, run.layout).decoding(self._layout)
+        self._parameters = jax.device_put(run.parameters, self._layout.shardings(parameter_dims(self.config)))
+        self._compiled = jax.jit(self._compute)
+
+    def logits(
+        self,
+        tokens: npt.ArrayLike,
+        positions: npt.ArrayLike | None = None,
+        segment_ids: npt.ArrayLike | None = None,
+    ) -> jax.Array:
+        """Unnormalised log-probabilities of the token that follows each token, given it and those before it.
+
+        A program is compiled for each shape, and kept. The arguments are looked at on the host, so this is not to be
+        called under `jax.jit` or `jax.grad`; `maxlm.models` has the functions that can be.
+
+        Args:
+            tokens: integers [B, T] or, for a single row, [T]; ids from 0 to V - 1. Rows that are shorter are padded at
+                the end with any id: no token sees a later one, but through an ExpertChoiceRouter.
+            positions: integers of the same shape, from 0 to model.max_seq_len - 1: where each token stands in its
+                document. None: 0, 1, ..., T - 1.
+            segment_ids: integers of the same shape, not negative; tokens of different segments do not see each other.
+                None: a row is one document.
+
+        Returns:
+            float32 [B, T, V], or [T, V] for a single row, on the run's devices, rows over those that share the batch
+            out. V is model.vocab_size, which may have more ids than the tokenizer.
+
+        Raises:
+            UserError: not integers, not of such a shape, longer than model.max_seq_len, or out of range.
+        """
+        limit = self.config.max_seq_len
+        ids = _integers("tokens", tokens, self.config.vocab_size, "model.vocab_size")
+        if ids.ndim not in (1, 2) or not ids.size:
+            raise UserError(f"tokens have the shape {list(ids.shape)}; must be [B, T], or [T] for one row, not empty")
+        if ids.shape[-1] > limit:
+            raise UserError(
+                f"tokens have {ids.shape[-1]} columns, more than model.max_seq_len = {limit}; use at most {limit}"
+            )
+        if positions is None:
+            positions = np.broadcast_to(np.arange(ids.shape[-1]), ids.shape)
+        places = _like("positions", _integers("positions", positions, limit, "model.max_seq_len"), ids)
+        segments = None
+        if segment_ids is not None:
+            segments = _like("segment_ids", _integers("segment_ids", segment_ids, 2**31, "int32"), ids)
+        rows = np.atleast_2d(ids).shape[0]
+        arguments = jax.device_put(
+            jax.tree.map(self._whole_shards, (ids, places, segments)),
+            self._layout.sharding(self._layout.activation("batch", None)),
+        )
+        logits = self._compiled(self._parameters, *arguments)
+        logits = logits if len(logits) == rows else logits[:rows]
+        return logits[0] if ids.ndim == 1 else logits
+
+    def _whole_shards(self, values: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """[B, T], with rows of zeros added until the mesh can cut them."""
+        values = np.atleast_2d(values)
+        return np.pad(values, ((0, -len(values) % self._layout.batch_shards), (0, 0)))
+
+    def _compute(
+        self, parameters: Any, ids: jax.Array, positions: jax.Array, segment_ids: jax.Array | None
+    ) -> jax.Array:
+        model, tokens = bind(self.config, parameters), Tokens(positions, segment_ids)
+        output = model(model.embeddings(ids, tokens, self._how), tokens, self._how)
+        return self._layout.constrain(ops.logits(output.hidden, model.output_table), "batch", None, None)
+
+
+def _integers(name: str, values: npt.ArrayLike, end: int, reason: str) -> npt.NDArray[np.int32]:
+    """The values as int32, if they are integers and 0 <= value < end."""
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise UserError(f"{name} are rows of different lengths; pad the shorter ones at the end") from error
+    if array.size and not np.issubdtype(array.dtype, np.integer):
+        raise UserError(f"{name} are {array.dtype}; must be integers, such as int32")
+    wrong = array[(array < 0) | (array >= end)] if array.size else array
+    if wrong.size:
+        raise UserError(f"{name} hold {wrong.flat[0]}; must lie in [0, {end}), as {reason} says")
+    return array.astype(np.int32)
+
+
+def _like(name: str, array: npt.NDArray[np.int32], ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    if array.shape != ids.shape:
+        raise UserError(f"{name} have the shape {list(array.shape)}; must be that of the tokens, {list(ids.shape)}")
+    return array
