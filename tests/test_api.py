@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from helpers import FLOAT32, packed_batch, plainly, run_decoder, small_run
 from run_folder import BYTE_MODEL, make_run, parameters_of
+from xla_flags import xla_flags
 
 import maxlm
 import maxlm.train
@@ -60,8 +61,8 @@ SMALL = {
     "train.steps": 3,
     "train.seq_len": 32,
     "train.eval_batches": 1,
-    "observe.sample_tokens": 4,
-    "data.datasets.0.prepare.tokenizer.max_sentences": 20_000,
+    "observe.sample_tokens": 0,
+    "data.datasets.0.prepare.tokenizer.max_sentences": 5_000,
 }
 """Overrides that make the examples of docs/api.md quick."""
 
@@ -403,7 +404,7 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     nbformat.validate(notebook)
     assert not any(cell.get("outputs") for cell in notebook.cells), "it is kept without outputs"
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("XLA_FLAGS", xla_flags(1))
     client = nbclient.NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     )

@@ -40,9 +40,12 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 COMMANDS = {
     f"maxlm/{name}.py"
-    for name in ("train", "generate", "evaluate", "inspect", "launch", "data/__main__", "plan/__main__")
+    for name in ("__main__", "train", "generate", "evaluate", "inspect", "launch", "data/__main__", "plan/__main__")
 }
-"""They may import anything, and do so inside functions, after the command line is understood."""
+"""Command lines."""
+
+ABOVE = COMMANDS | {"maxlm/__init__.py"}
+"""They may import anything, and do so inside functions, after it is known what is wanted."""
 
 LAZY = {
     "maxlm/data/sources.py": {"datasets", "pyarrow", "zstandard"},  # the extra `hub`: only who reads such files has it
@@ -162,7 +165,7 @@ def test_the_reader_of_imports_sees_them() -> None:
 
 
 def test_every_room_is_in_the_table() -> None:
-    rooms = {room(module_name(file)) for file in product() if file not in COMMANDS | {"maxlm/__init__.py"}}
+    rooms = {room(module_name(file)) for file in product() if file not in ABOVE}
     assert rooms == set(MAY_IMPORT)
 
 
@@ -174,7 +177,7 @@ def test_imports_go_down_the_table() -> None:
     wrong = [
         str(found)
         for found in own_imports()
-        if found.file not in COMMANDS
+        if found.file not in ABOVE
         and room(found.module) not in {room(module_name(found.file))} | MAY_IMPORT[room(module_name(found.file))]
     ]
     assert not wrong
@@ -201,7 +204,20 @@ def test_modules_do_not_import_each_other_in_a_circle() -> None:
 
 
 def test_only_commands_import_inside_functions() -> None:
-    assert not [str(found) for found in own_imports() if found.in_function and found.file not in COMMANDS]
+    assert not [str(found) for found in own_imports() if found.in_function and found.file not in ABOVE]
+
+
+def test_every_command_begins_with_what_lets_it_run_by_its_path() -> None:
+    """Before its first import that a file of its own folder could stand in for."""
+    beginnings = set()
+    for file in COMMANDS:
+        _, *nodes = tree(file).body
+        beginnings.add("\n".join(map(ast.unparse, nodes[:4])))
+    (beginning,) = beginnings
+    assert beginning.startswith("from __future__ import annotations\nimport os\nimport sys\nif not __package__:\n")
+    assert "sys.path[0] = " in beginning
+    runnable = {file for file in product() if re.search(r"^ +run_command\(", (ROOT / file).read_text(), re.M)}
+    assert runnable == COMMANDS
 
 
 def test_other_packages_are_imported_inside_functions_for_a_reason() -> None:

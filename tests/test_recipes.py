@@ -105,6 +105,7 @@ def train(run_dir: Path, *, stop_at: int | None = None, teacher: Path | None = N
             feed=Points(objective, layout, stop_at),
             measures=(Distance(),),
             frozen=None if teacher is None else str(teacher),
+            outcome=lambda step, state: (step, Distance()(step, state)["distance_l2"]),
         )
 
     return run(config(run_dir), recipe)
@@ -162,6 +163,15 @@ def test_a_run_that_broke_off_ends_with_the_same_bits(finished: Path, tmp_path: 
     assert state_hash(run_dir / "checkpoints", STEPS) == state_hash(finished / "checkpoints", STEPS)
     for name in ("metrics", "distances"):
         assert untimed(run_dir, name) == untimed(finished, name)
+
+
+def test_the_outcome_is_that_of_the_last_state(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run that had nothing left to do, and of one that was asked to stop."""
+    last = rows(finished, "distances")[-1]
+    assert train(copy(finished, tmp_path / "done")).run == (STEPS, last["distance_l2"])
+    monkeypatch.setattr("maxlm.training.loop.Interruption.reached", lambda self, step: step == 4)
+    stopped = train(tmp_path / "stopped")
+    assert stopped.interrupted and stopped.run == (4, rows(finished, "distances")[0]["distance_l2"])
 
 
 # Frozen

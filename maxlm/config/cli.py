@@ -91,8 +91,8 @@ def parse_run(argv: Sequence[str], *, prog: str, description: str) -> Command:
             "--config is missing; name a file, for example --config configs/tiny.py (--help lists all keys)"
         )
     usage = (
-        f"{description}\n\n--config FILE      Python file with get_config(), or a saved config.json; the defaults "
-        f"below are those of {options.config or 'a small example'}.\n--print_config     Show the resolved config and "
+        f"{description}\n\n--config FILE      Python file with get_config(), tiny for configs/tiny.py, or a saved "
+        f"config.json; the defaults below are those of {options.config or 'a small example'}.\n--print_config     Show the resolved config and "
         "what differs from the file, then stop.\n--debug            Show tracebacks."
     )
     config = parse(RunConfig, new_options(overrides), prog=prog, description=usage, default=file_config)
