@@ -331,6 +331,11 @@ def test_machines_elsewhere_get_the_repository_only(tmp_path: Path) -> None:
     assert "which is all that the machines get" in complaint(*arguments("gke", config=str(config)))
 
 
+def test_a_bare_name_is_the_file_that_it_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert rendered("gke", config="llama7b") == rendered("gke", config=str(ROOT / "configs/llama7b.py"))
+
+
 # Manifests and directives
 
 

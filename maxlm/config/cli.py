@@ -92,8 +92,9 @@ def parse_run(argv: Sequence[str], *, prog: str, description: str) -> Command:
         )
     usage = (
         f"{description}\n\n--config FILE      Python file with get_config(), tiny for configs/tiny.py, or a saved "
-        f"config.json; the defaults below are those of {options.config or 'a small example'}.\n--print_config     Show the resolved config and "
-        "what differs from the file, then stop.\n--debug            Show tracebacks."
+        f"config.json; the defaults below are those of {options.config or 'a small example'}.\n"
+        "--print_config     Show the resolved config and what differs from the file, then stop.\n"
+        "--debug            Show tracebacks."
     )
     config = parse(RunConfig, new_options(overrides), prog=prog, description=usage, default=file_config)
     return Command(config=config, file_config=file_config, print_config=options.print_config)

@@ -55,7 +55,10 @@ class Trainer(NamedTuple):
     """Shapes and shardings of a batch."""
 
     def place(self, batch: Mapping[str, Any]) -> Batch:
-        """A batch of arrays on the host, as `Batches` has them by number, on the devices where a step wants it."""
+        """A batch on the host, the same on every process (`Batches` has it by number), on the devices where a step wants it.
+
+        `maxlm.data.loader.global_batches` is for runs: each process reads its own rows, ahead of time.
+        """
         return {name: jax.device_put(values, self.batch[name].sharding) for name, values in batch.items()}
 
     def start(self, state: TrainState | None = None, frozen: Any = None) -> tuple[jax.stages.Compiled, TrainState]:
