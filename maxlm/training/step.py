@@ -55,7 +55,7 @@ class Trainer(NamedTuple):
     """Shapes and shardings of a batch."""
 
     def place(self, batch: Mapping[str, Any]) -> Batch:
-        """A batch on the host, the same on every process (`Batches` has it by number), on the devices where a step wants it.
+        """A batch on the host, the same on every process, on the devices where a step wants it.
 
         `maxlm.data.loader.global_batches` is for runs: each process reads its own rows, ahead of time.
         """
