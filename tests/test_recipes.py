@@ -151,7 +151,7 @@ def test_an_entry_in_means_is_logged_everywhere(finished: Path) -> None:
 
 
 def untimed(run_dir: Path, name: str) -> list[dict[str, Any]]:
-    timed = {"tokens_per_s", "step_time_s", "memory_bytes"}
+    timed = {"time", "tokens_per_s", "step_time_s", "memory_bytes"}
     return [{key: value for key, value in row.items() if key not in timed} for row in rows(run_dir, name)]
 
 
