@@ -20,6 +20,7 @@ sampling.py: temperature, top-k, top-p
 cli.py: --config, overrides, one-line errors
 serialize.py: configs as JSON and back
 earlier.py: keys and classes of earlier formats
+fields.py: what a field takes, the checker of it, help
 errors.py: the exception that users see as a line
 """
 
