@@ -23,7 +23,7 @@ import reprlib
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
@@ -49,14 +49,14 @@ class Range:
     """What a special value means, told with every mistake."""
 
     def problem(self, value: float) -> str | None:
-        """What `value` must be and is not."""
+        """What the value must do or be, and does not; None: nothing."""
         inside = (
             (self.ge is None or value >= self.ge)
             and (self.gt is None or value > self.gt)
             and (self.le is None or value <= self.le)
             and (self.lt is None or value < self.lt)
         )  # not so for NaN
-        return None if inside or value in self.also else str(self)
+        return None if inside or value in self.also else f"be {self}"
 
     @property
     def bounded(self) -> bool:
@@ -83,11 +83,8 @@ class Filled:
     note: str = ""
 
     def problem(self, value: Any) -> str | None:
-        """What `value` must be and is not."""
-        return None if value else str(self)
-
-    def __str__(self) -> str:
-        return "not empty"
+        """What the value must do or be, and does not; None: nothing."""
+        return None if value else "not be empty"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +93,11 @@ class FileName(Filled):
     which the config is sent."""
 
     def problem(self, value: Any) -> str | None:
-        """What `value` must be and is not."""
+        """What the value must do or be, and does not; None: nothing."""
         if value.startswith("~"):
-            return f"written out, as only a shell knows ~: {os.path.expanduser(value)}"
+            home = os.path.expanduser(value)
+            meant = f"./{value}" if home == value else home
+            return f"be a path without ~, which only a shell knows; use {meant}"
         return super().problem(value)
 
 
@@ -149,8 +148,11 @@ def check(values: Any) -> None:
         UserError: one does not fit.
     """
     prefix = values.__config_prefix__
-    for one in field_kinds(type(values)):
-        _require(prefix, one.name, getattr(values, one.name), one.kinds, one.default)
+    cls: type = type(values)
+    for one in field_kinds(cls):
+        value = getattr(values, one.name)
+        if type(value) not in one.plain:  # a search makes many configs
+            _require(prefix, one.name, value, one.kinds, one.default)
 
 
 def require(key: str, value: Any, annotation: Any) -> None:
@@ -174,17 +176,17 @@ class Kind(typing.NamedTuple):
         """Whether the value is of this type, whatever its size."""
         if isinstance(value, bool):
             return self.cls in (bool, object)
-        return isinstance(value, (int, float) if self.cls is float else self.cls)
+        return type(value) is self.cls or isinstance(value, (int, float) if self.cls is float else self.cls)
 
     def problem(self, value: Any) -> str | None:
-        """What a value of this type must be, and is not."""
+        """What a value of this type must do or be, and does not; None: nothing."""
         if self.rule is not None and (problem := self.rule.problem(value)):
             return problem
         bounded = isinstance(self.rule, Range) and self.rule.bounded
         if self.cls is int and not bounded and abs(value) > INT_MAX:
-            return f"at most {INT_MAX}, as devices hold it in 32 bits"
+            return f"be at most {INT_MAX}, as devices hold it in 32 bits"
         if self.cls is float and not abs(value) <= FLOAT_MAX:  # so for NaN too
-            return "finite, in float32"
+            return "be finite, in float32"
         return None
 
     def __str__(self) -> str:
@@ -194,7 +196,7 @@ class Kind(typing.NamedTuple):
             case _ if self.cls in _WORDS:
                 return _WORDS[self.cls]
             case _ if issubclass(self.cls, enum.Enum):
-                return " or ".join(str(member) for member in self.cls)
+                return _either(str(member) for member in self.cls)
             case _:
                 return f"{self.cls.__name__}(...)"
 
@@ -204,8 +206,10 @@ class FieldKinds(typing.NamedTuple):
 
     name: str
     kinds: tuple[Kind, ...]
-    default: Any
-    """A plain value that works; None: there is none."""
+    plain: frozenset[type]
+    """Types of which every value will do."""
+    default: float | None
+    """A number that works; None: there is none."""
 
 
 _WORDS: dict[type, str] = {
@@ -221,10 +225,13 @@ _WORDS: dict[type, str] = {
 def field_kinds(cls: type) -> tuple[FieldKinds, ...]:
     """The fields of a `config` class with what they take."""
     hints = typing.get_type_hints(cls, include_extras=True)
-    return tuple(
-        FieldKinds(one.name, _kinds(hints[one.name]), one.default if isinstance(one.default, int | float) else None)
-        for one in dataclasses.fields(cls)  # type: ignore[arg-type]
-    )
+    found = []
+    for one in dataclasses.fields(cls):
+        kinds = _kinds(hints[one.name])
+        plain = frozenset(kind.cls for kind in kinds if kind.rule is None and kind.cls not in (int, float, tuple))
+        default = one.default if type(one.default) in (int, float) else None
+        found.append(FieldKinds(one.name, kinds, plain, default))
+    return tuple(found)
 
 
 def _kinds(annotation: Any, rule: Rule | None = None) -> tuple[Kind, ...]:
@@ -241,10 +248,10 @@ def _kinds(annotation: Any, rule: Rule | None = None) -> tuple[Kind, ...]:
     return (Kind(object if annotation is Any else annotation, None if annotation is types.NoneType else rule, ()),)
 
 
-def _require(prefix: str, name: str, value: Any, kinds: tuple[Kind, ...], default: Any) -> None:
+def _require(prefix: str, name: str, value: Any, kinds: tuple[Kind, ...], default: float | None) -> None:
     fitting = next((kind for kind in kinds if kind.holds(value)), None)
     if fitting is None:
-        must, advice = " or ".join(map(str, kinds)), _advice(value, kinds)
+        must, advice = f"be {_either(map(str, kinds))}", _advice(value, kinds)
     else:
         for i, item in enumerate(value if fitting.items else ()):
             _require(prefix, f"{name}.{i}", item, fitting.items, None)
@@ -252,9 +259,14 @@ def _require(prefix: str, name: str, value: Any, kinds: tuple[Kind, ...], defaul
         if problem is None:
             return
         must, advice = problem, "" if fitting.rule is None else fitting.rule.note
-    if not advice and default is not None and not isinstance(default, bool):
+    if not advice and default is not None:
         advice = f"use for example {default}"
-    raise UserError(f"{prefix}{name} = {_shown(value)} must be {must}{advice and f'; {advice}'}")
+    raise UserError(f"{prefix}{name} = {_shown(value)} must {must}{advice and f'; {advice}'}")
+
+
+def _either(words: Iterable[str]) -> str:
+    *others, last = words
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _shown(value: Any) -> str:
@@ -265,6 +277,8 @@ def _shown(value: Any) -> str:
         return f"{type(value).__name__}(...)"
     if isinstance(value, enum.Enum):
         return str(value)
+    if isinstance(value, int) and value.bit_length() > 128:  # Python writes no more than 4300 digits
+        return f"{'-' if value < 0 else ''}2^{value.bit_length() - 1}..."
     text = " ".join((repr(value) if isinstance(value, int | float) else reprlib.repr(value)).split())
     return text if len(text) <= 60 else f"{text[:40]}..."
 
@@ -278,10 +292,12 @@ def _advice(value: Any, kinds: tuple[Kind, ...]) -> str:
             return f"write ({_shown(value)},)"
         if kind.cls is value:
             return f"write {value.__name__}(...)"
-        if kind.cls is int and isinstance(value, float) and value.is_integer():
+        if kind.cls is int and isinstance(value, float) and value.is_integer() and abs(value) <= INT_MAX:
             return f"use {int(value)}"
         if kind.cls in (int, float) and isinstance(value, str):
             return "write it without quotes" if _is_number(value) else ""
+        if kind.cls is str and isinstance(value, os.PathLike):
+            return f"use {os.fspath(value)!r}"
         if issubclass(kind.cls, enum.Enum) and value in [member.value for member in kind.cls]:
             return f"use {kind.cls(value)}"
     return ""
@@ -305,8 +321,8 @@ def text_of(cls: type, name: str) -> str:
 
 def help_of(cls: type, name: str) -> str:
     """The text of a field and its range."""
-    rules = {kind.rule: None for one in field_kinds(cls) if one.name == name for kind in one.kinds if kind.rule}
-    return " ".join([text_of(cls, name), *(f"[{rule}]" for rule in rules)])
+    rules = {kind.rule: None for one in field_kinds(cls) if one.name == name for kind in one.kinds}
+    return " ".join([text_of(cls, name), *(f"({rule})" for rule in rules if isinstance(rule, Range))])
 
 
 @functools.cache

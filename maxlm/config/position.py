@@ -20,10 +20,11 @@ class Llama3RopeScaling:
     """Context length, in tokens, of the model before stretching."""
 
     def __post_init__(self) -> None:
-        if self.high_freq_factor <= self.low_freq_factor:
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if high <= low:
             raise UserError(
-                f"model.blocks[].attention.position.scaling.high_freq_factor = {self.high_freq_factor} must be more than "
-                f"low_freq_factor = {self.low_freq_factor}; use for example {4 * self.low_freq_factor}"
+                f"model.blocks[].attention.position.scaling.high_freq_factor = {high} must be more than "
+                f"low_freq_factor = {low}; use for example {4 * low}"
             )
 
 
