@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import pytest
 
 from maxlm.config import (
@@ -241,6 +242,7 @@ def test_outside_a_range_the_note_is_told(value: int) -> None:
             lambda: TrainConfig(steps=1, batch_size=1, seq_len=1, seed=2**32),
             "train.seed = 4294967296 must be in [0, 4",
         ),
+        (lambda: TrainConfig(steps=np.int64(9), batch_size=1, seq_len=1), "a whole number; write int(...) around it"),
         (lambda: AdamW(moment_dtype="bfloat16"), "or Dtype.BFLOAT16; use Dtype.BFLOAT16"),
         (lambda: AdamW(schedule=CosineSchedule), "or ConstantSchedule(...); write CosineSchedule(...)"),
         (lambda: AdamW(schedule=Rope()), "optimizer.schedule = Rope(...) must be CosineSchedule(...), "),

@@ -229,8 +229,8 @@ def field_kinds(cls: type) -> tuple[FieldKinds, ...]:
     for one in dataclasses.fields(cls):
         kinds = _kinds(hints[one.name])
         plain = frozenset(kind.cls for kind in kinds if kind.rule is None and kind.cls not in (int, float, tuple))
-        default = one.default if type(one.default) in (int, float) else None
-        found.append(FieldKinds(one.name, kinds, plain, default))
+        default = None if isinstance(one.default, bool) else one.default
+        found.append(FieldKinds(one.name, kinds, plain, default if isinstance(default, int | float) else None))
     return tuple(found)
 
 
@@ -294,6 +294,8 @@ def _advice(value: Any, kinds: tuple[Kind, ...]) -> str:
             return f"write {value.__name__}(...)"
         if kind.cls is int and isinstance(value, float) and value.is_integer() and abs(value) <= INT_MAX:
             return f"use {int(value)}"
+        if kind.cls in (int, float) and hasattr(value, "dtype"):
+            return f"write {kind.cls.__name__}(...) around it"
         if kind.cls in (int, float) and isinstance(value, str):
             return "write it without quotes" if _is_number(value) else ""
         if kind.cls is str and isinstance(value, os.PathLike):
