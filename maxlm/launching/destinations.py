@@ -152,7 +152,9 @@ class SkyPilot:
 
     def __post_init__(self) -> None:
         _name("--name", self.name)
-        _matches("--bucket", self.bucket, r"[a-z0-9]+://[\w./-]+", "a store and a bucket, such as gs://mine or s3://mine")
+        _matches(
+            "--bucket", self.bucket, r"[a-z0-9]+://[\w./-]+", "a store and a bucket, such as gs://mine or s3://mine"
+        )
         tpu = any(self.accelerator.startswith(f"{name}-") for generation in GENERATIONS for name in generation.names)
         if not tpu and not self.gpus_per_node:
             form = "a node's GPUs, such as H100:8, or a TPU slice, such as v6e-16"
