@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +21,7 @@ import tyro
 
 from maxlm.config import ShardingConfig, UserError
 from maxlm.config.cli import parse, run_command
+from maxlm.config.fields import NotNegative, PathName, Positive, config
 
 _DESCRIPTION = """Held-out loss, perplexity and bits per byte of a trained model.
 
@@ -28,19 +29,19 @@ Reads the validation split of the data sets that the run's config names (relativ
 in), in windows of its train.seq_len. Exit code 2: one line says what was wrong."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("--")
 class EvaluateOptions:
     """What to measure, and on how much."""
 
-    run: Annotated[str, tyro.conf.arg(metavar="RUN_DIR")]
+    run: Annotated[PathName, tyro.conf.arg(metavar="RUN_DIR")]
     """Folder of the training run."""
-    step: int | None = None
+    step: NotNegative[int] | None = None
     """Checkpoint to use; None: the newest intact one."""
-    batches: int | None = None
+    batches: Positive[int] | None = None
     """Batches to measure, from the first; None: as many as training measured, see train.eval_batches."""
     whole: bool = False
     """Measure the whole split, as far as it fills batches."""
-    batch_size: int | None = None
+    batch_size: Positive[int] | None = None
     """Windows in a batch; None: train.batch_size of the run. With 1, --whole measures every window."""
     sharding: ShardingConfig = field(default_factory=lambda: ShardingConfig(data=1))
     """One device by default; --sharding.data=-1 shares the batches out over all of them."""
@@ -57,10 +58,6 @@ def main(argv: list[str]) -> None:
         UserError: the run folder, the checkpoint, the data or an option does not fit.
     """
     options = parse(EvaluateOptions, argv, prog="python -m maxlm.evaluate", description=_DESCRIPTION, flags=True)
-    for key in ("batches", "batch_size"):
-        value = getattr(options, key)
-        if value is not None and value < 1:
-            raise UserError(f"--{key} = {value} must be at least 1")
     if options.whole and options.batches is not None:
         raise UserError(f"--batches = {options.batches} and --whole exclude each other; leave out one of them")
 

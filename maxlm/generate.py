@@ -11,7 +11,7 @@ if not __package__:  # run by its path: Python then looks in this file's folder 
 import dataclasses
 import json
 from collections.abc import Generator as Stream
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +19,7 @@ import tyro
 
 from maxlm.config import SamplingConfig, ShardingConfig, WeightFormat
 from maxlm.config.cli import parse, run_command
+from maxlm.config.fields import NotNegative, PathName, Positive, Seed, config
 
 if TYPE_CHECKING:
     from maxlm.inference.generator import Generation
@@ -29,21 +30,23 @@ The continuation, without the prompt, goes to stdout as it comes; speed goes to 
 after max_new_tokens. Exit code 2: one line says what was wrong."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("--")
 class GenerateOptions:
     """What to continue, with which model, and how."""
 
-    run: Annotated[str, tyro.conf.arg(metavar="RUN_DIR")]
+    run: Annotated[PathName, tyro.conf.arg(metavar="RUN_DIR")]
     """Folder of the training run."""
     prompt: str = ""
     """What the text starts with; empty: the beginning of a document."""
-    max_new_tokens: int = 128
+    max_new_tokens: Positive[int] = 128
+    """Length of the continuation, unless the document ends before."""
     sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = SamplingConfig()
-    seed: int = 0
+    """How the next token is drawn."""
+    seed: Seed = 0
     """The same seed gives the same text."""
     weights: WeightFormat = WeightFormat.DTYPE
     """Format in which weights are held: that of execution.dtype, or 8 bits."""
-    step: int | None = None
+    step: NotNegative[int] | None = None
     """Checkpoint to use; None: the newest intact one."""
     sharding: ShardingConfig = field(default_factory=lambda: ShardingConfig(data=1))
     """One device by default; --sharding.tensor=-1 cuts the model over all of them."""

@@ -21,6 +21,7 @@ import tyro
 from maxlm.checkpoint import manifest, retention
 from maxlm.config.cli import parse, run_command
 from maxlm.config.errors import UserError
+from maxlm.config.fields import NotNegative, PathName, config
 from maxlm.observe.text import gibibytes
 
 _DESCRIPTION = """List the checkpoints of a run, verify them, and hash their state.
@@ -29,13 +30,13 @@ Reads only, and may be used while the run is training. Exit code 0: nothing dama
 damaged, or there is none to hash; 2: the question was wrong (no such folder, no such step)."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("--")
 class InspectOptions:
     """What to look at, and how closely."""
 
-    run_dir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_DIR")]
+    run_dir: Annotated[tyro.conf.Positional[PathName], tyro.conf.arg(metavar="RUN_DIR")]
     """Folder of the run; its checkpoints lie in RUN_DIR/checkpoints."""
-    step: int | None = None
+    step: NotNegative[int] | None = None
     """Look at this step only."""
     verify: bool = False
     """Read every byte and compare it with the manifest."""

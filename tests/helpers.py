@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,6 +32,9 @@ from maxlm.models.decoder import DecoderOutput
 from maxlm.sharding import Layout, make_layout
 from maxlm.training import NextToken, Sums, Trainer
 from maxlm.training import step as steps
+
+PRESETS = sorted(path.stem for path in (Path(__file__).parent / "golden").glob("*.txt"))
+"""The files of configs/ that come with maxlm; whoever puts one of their own beside them need not tell the tests."""
 
 FLOAT32 = ExecutionConfig(dtype=Dtype.FLOAT32, remat=Remat.NONE)
 

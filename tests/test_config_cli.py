@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import small_run
+from helpers import PRESETS, small_run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,7 +30,6 @@ from maxlm.config import (
 from maxlm.config.cli import Command, describe_config, load_config, parse_run
 
 ROOT = Path(__file__).parent.parent
-PRESETS = sorted(path.name for path in (ROOT / "configs").glob("*.py"))
 TINY = ("--config", str(ROOT / "configs" / "tiny.py"))
 
 
@@ -55,6 +54,8 @@ def complaint(*argv: str) -> str:
     ("override", "key", "value"),
     [
         ("--train.steps=7", "train.steps", 7),
+        ("--train.steps=1e3", "train.steps", 1000),
+        ("--model.blocks.0.attention.window=6.4e1", "model.blocks.0.attention.window", 64),
         ("--optimizer.learning_rate=1e-3", "optimizer.learning_rate", 1e-3),
         ("--optimizer.clip_norm=None", "optimizer.clip_norm", None),
         ("--optimizer.schedule.warmup_steps=3", "optimizer.schedule.warmup_steps", 3),
@@ -120,7 +121,19 @@ def test_a_mistyped_key_names_the_nearest(override: str, nearest: str) -> None:
         (["stray"], ["stray", "--key=value"]),
         (["--optimizer=adafactor"], ["--optimizer is a group", "--optimizer.learning_rate", "config file"]),
         (["--train.steps=many"], ["--train.steps", "'many'"]),
-        (["--train.steps=1.5"], ["--train.steps", "'1.5'"]),
+        (["--train.steps=1.5"], ["--train.steps", "'1.5' is not a whole number"]),
+        (["--train.steps=1e400"], ["--train.steps", "'1e400' is not a whole number"]),
+        (["--train.steps=1e10"], ["train.steps = 10000000000", "at most 2147483647"]),
+        (["--optimizer.clip_norm=x"], ["--optimizer.clip_norm", "'x' is not a number or None"]),
+        (["--optimizer.learning_rate=nan"], ["optimizer.learning_rate = nan", "must be positive"]),
+        (["--optimizer.learning_rate=inf"], ["optimizer.learning_rate = inf", "must be finite"]),
+        (
+            ["--data.datasets.1.path=x"],
+            ["--data.datasets.1.path", "has 1 entry, number 0; add more in"],
+        ),
+        (["--model.blocks.2.mlp.d_ff=8"], ["--model.blocks.2.mlp.d_ff", "has 1 entry"]),
+        (["--run_dir=~/runs"], ["run_dir = '~/runs'", f"use {Path.home()}/runs"]),
+        (["--run_dir="], ["run_dir = ''", "must not be empty"]),
         (["--train.steps"], ["--train.steps", "Missing value"]),
         (["--train.steps=0"], ["train.steps = 0", "must be positive"]),
         (["--optimizer.learning_rate=fast"], ["--optimizer.learning_rate", "'fast'"]),
@@ -146,22 +159,6 @@ def test_a_wrong_value_says_what_is_allowed(argv: list[str], parts: list[str]) -
 def test_no_config_is_a_mistake() -> None:
     assert "--config is missing" in complaint("--train.steps=7")
     assert "--config: expected one argument" in complaint("--config")
-
-
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        ("steps = 1\n", ["no function get_config()"]),
-        ("def get_config(:\n", ["broken.py:1:", "not valid Python"]),
-        ("def get_config():\n    return {}\n", ["returns dict", "must return a RunConfig"]),
-        ("from maxlm.config import TrainConfig\nTrainConfig(steps=0, batch_size=1, seq_len=1)\n", ["train.steps = 0"]),
-    ],
-)
-def test_a_broken_file_is_named(tmp_path: Path, text: str, parts: list[str]) -> None:
-    (tmp_path / "broken.py").write_text(text)
-    message = complaint("--config", str(tmp_path / "broken.py"))
-    for part in parts:
-        assert part in message
 
 
 def test_a_missing_file_suggests_the_nearest() -> None:
@@ -313,7 +310,7 @@ def test_json_keeps_enums_unions_and_ranges() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_saved_config_is_a_config_file(name: str, tmp_path: Path) -> None:
-    config, file = load_config(str(ROOT / "configs" / name)), tmp_path / "config.json"
+    config, file = load_config(str(ROOT / "configs" / f"{name}.py")), tmp_path / "config.json"
     serialize.save(config, file)
     assert load_config(str(file)) == config
     found = parse_run(["--config", str(file), "--run_dir=elsewhere"], prog="x", description="")
@@ -321,7 +318,7 @@ def test_a_saved_config_is_a_config_file(name: str, tmp_path: Path) -> None:
 
 
 def test_a_saved_config_with_odd_values_is_a_config_file(tmp_path: Path) -> None:
-    optimizer = AdamW(clip_norm=None, eps=1e-17, learning_rate=float("inf"))
+    optimizer = AdamW(clip_norm=None, eps=1e-17, learning_rate=1e38)
     config = dataclasses.replace(small_run(), run_dir='a "folder"\n\\ß', optimizer=optimizer)
     file = tmp_path / "config.json"
     serialize.save(config, file)

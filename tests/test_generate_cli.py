@@ -63,7 +63,7 @@ def test_steps_and_layouts(run_dir: Path) -> None:
     [
         (["--step", "9"], r"no finished checkpoint of step 9; there are \[1, 2\]"),
         (["--max_new_tokens", "100"], "more than model.max_seq_len = 64"),
-        (["--top_p", "0"], "top_p = 0.0 must lie in"),
+        (["--top_p", "0"], r"top_p = 0.0 must be in \(0, 1\]"),
         (["--sharding.tensor", "3"], "sharding.tensor = 3 does not divide .* = 4"),
         (["--sharding.tensor", "16"], "16 devices asked for, there are 8"),
         (["--temprature", "1"], "unknown key --temprature"),

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import pytest
-from helpers import small_model, with_attention
+from helpers import PRESETS, small_model, with_attention
 
 from maxlm.config import (
     BlockConfig,
@@ -32,8 +31,6 @@ from maxlm.config.cli import parse_run
 from maxlm.models import init_parameters, parameter_dims
 from maxlm.shapes import Part, arrays, device_bytes, parameter_count
 from maxlm.sharding import make_layout
-
-CONFIGS = sorted(path.stem for path in Path("configs").glob("*.py"))
 
 
 def model_of(name: str) -> ModelConfig:
@@ -64,7 +61,7 @@ ODD = {
     "expert choice": experts(ExpertChoiceRouter(), dispatch=Capacity(factor=2.0)),
     "pattern of two": pattern_of_two(),
 }
-MODELS = {name: model_of(name) for name in CONFIGS} | ODD
+MODELS = {name: model_of(name) for name in PRESETS} | ODD
 
 
 def paths(tree) -> dict[str, object]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from aot import require_compiler
+from helpers import PRESETS
 
 from maxlm.config import RunConfig
 from maxlm.config.cli import load_config
@@ -20,7 +21,6 @@ from maxlm.plan.analysis import analyse
 from maxlm.plan.machines import CpuMachine, GpuMachine, Machine, TpuMachine, parse_machine
 
 ROOT = Path(__file__).parent.parent
-PRESETS = sorted(path.stem for path in (ROOT / "configs").glob("[a-z]*.py"))
 COMPILED_ALWAYS = {"llama7b", "llama3_70b"}
 
 

@@ -18,8 +18,10 @@ dims.py: the table: which mesh axis cuts which dim of an array
 layout_rules.py: what must divide what
 sampling.py: temperature, top-k, top-p
 cli.py: --config, overrides, one-line errors
+python_file.py: a config file in Python, and mistakes in it
 serialize.py: configs as JSON and back
 earlier.py: keys and classes of earlier formats
+fields.py: what a field takes, the checker of it, help
 errors.py: the exception that users see as a line
 """
 

@@ -7,11 +7,12 @@ import contextlib
 import dataclasses
 import difflib
 import enum
-import importlib.util
+import functools
 import io
 import re
 import sys
 import traceback
+import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from maxlm.config.data import DataConfig, Dataset
 from maxlm.config.earlier import new_options
 from maxlm.config.errors import UserError
 from maxlm.config.families import llama
+from maxlm.config.fields import field_kinds, help_of, is_config
+from maxlm.config.python_file import run_python_file
 from maxlm.config.run import RunConfig, StepRange, TrainConfig
 from maxlm.config.serialize import flatten, load
 
@@ -55,6 +58,93 @@ def _step_range(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.
         is_instance=lambda value: value is None or isinstance(value, StepRange),
         str_from_instance=lambda value: [str(value)],
     )
+
+
+@_RULES.primitive_rule
+def _number(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """Numbers, and numbers or None: a whole one may be written 1e3."""
+    union = typing.get_origin(info.type) in (typing.Union, types.UnionType)
+    alternatives = [_plain(one) for one in (typing.get_args(info.type) if union else (info.type,))]
+    optional = types.NoneType in alternatives
+    numbers = [one for one in alternatives if one is not types.NoneType]
+    if numbers not in ([int], [float]):
+        return None
+    convert, words = (_whole, "a whole number") if numbers == [int] else (float, "a number")
+
+    def read(word: str) -> float | None:
+        if optional and word == "None":
+            return None
+        try:
+            return convert(word)
+        except (ValueError, OverflowError):
+            raise ValueError(f"{word!r} is not {words}{' or None' if optional else ''}") from None
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=("{None}|" if optional else "") + numbers[0].__name__.upper(),
+        instance_from_str=lambda words: read(words[0]),
+        is_instance=lambda value: isinstance(value, int | float) or (optional and value is None),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _plain(annotation: Any) -> Any:
+    """Without its marks."""
+    return typing.get_args(annotation)[0] if typing.get_origin(annotation) is typing.Annotated else annotation
+
+
+def _whole(word: str) -> int:
+    try:
+        return int(word)
+    except ValueError:
+        if not float(word).is_integer():
+            raise
+        return int(float(word))
+
+
+@_RULES.struct_rule
+def _config_class(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
+    """The classes of maxlm.config.fields: their help names ranges, and the classes of members."""
+    if not is_config(info.type):
+        return None
+    hints = typing.get_type_hints(info.type, include_extras=True)
+    fields = []
+    for one in dataclasses.fields(info.type):
+        default = one.default
+        if isinstance(info.default, info.type):
+            default = getattr(info.default, one.name)
+        elif one.default_factory is not dataclasses.MISSING:
+            default = one.default_factory()
+        elif default is dataclasses.MISSING:
+            default = tyro.constructors.MISSING_NONPROP
+        text = functools.partial(_help, info.type, one.name, default)
+        fields.append(tyro.constructors.StructFieldSpec(one.name, hints[one.name], default, helptext=text))
+    return tyro.constructors.StructConstructorSpec(instantiate=info.type, fields=tuple(fields))
+
+
+def _help(cls: type, name: str, value: Any) -> str:
+    """What --help says of a field; of one with keys of its own, its class too."""
+    text = help_of(cls, name)
+    if not dataclasses.is_dataclass(value):
+        return text
+    return f"{text} {type(value).__name__}: {' '.join((type(value).__doc__ or '').split())}".strip()
+
+
+def _choices(config: Any, prefix: str = "") -> Iterator[str]:
+    """A line for each field whose class is chosen in the file: the classes that it may have, the present one first."""
+    cls: type = type(config)
+    for one in field_kinds(cls):
+        value, key = getattr(config, one.name), prefix + one.name
+        kinds = [kind.cls for kind in one.kinds]
+        on_command_line = not any(map(is_config, kinds)) or StepRange in kinds
+        if len(kinds) > 1 and not on_command_line:
+            names = ["None" if kind is types.NoneType else kind.__name__ for kind in kinds if kind is not type(value)]
+            yield f"{key} = {'None' if value is None else type(value).__name__}, or {', '.join(names)}"
+        for i, item in enumerate(value if isinstance(value, tuple) else ()):
+            if is_config(type(item)):
+                yield from _choices(item, f"{key}.{i}.")
+        if is_config(type(value)):
+            yield from _choices(value, f"{key}.")
 
 
 @dataclass(frozen=True)
@@ -94,8 +184,9 @@ def parse_run(argv: Sequence[str], *, prog: str, description: str) -> Command:
         f"{description}\n\n--config FILE      Python file with get_config(), tiny for configs/tiny.py, or a saved "
         f"config.json; the defaults below are those of {options.config or 'a small example'}.\n"
         "--print_config     Show the resolved config and what differs from the file, then stop.\n"
-        "--debug            Show tracebacks."
+        "--debug            Show tracebacks.\n\n"
     )
+    usage += "Chosen in the file alone, as a class of maxlm.config:\n  " + "\n  ".join(_choices(file_config))
     config = parse(RunConfig, new_options(overrides), prog=prog, description=usage, default=file_config)
     return Command(config=config, file_config=file_config, print_config=options.print_config)
 
@@ -168,8 +259,8 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
             in the file, or with `dataclasses.replace` on the config.
 
     Raises:
-        UserError: no such file, no `get_config`, it returns something else, the JSON is not a saved RunConfig, an
-            override's key is unknown, or its value of the wrong type.
+        UserError: no such file, a mistake in it, the JSON is not a saved RunConfig, an override's key is unknown, or
+            its value does not fit.
     """
     config = _load_file(path)
     if not overrides:
@@ -209,22 +300,7 @@ def _load_file(path: str | Path) -> RunConfig:
     root = str(file.resolve().parent.parent)
     if root not in sys.path:
         sys.path.append(root)
-    spec = importlib.util.spec_from_file_location(f"_maxlm_config_{file.stem}", file)
-    if spec is None or spec.loader is None:
-        raise UserError(f"--config {path}: neither a Python file nor a saved config.json")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise UserError(f"--config {path}:{error.lineno}: not valid Python ({error.msg})") from error
-    get_config = getattr(module, "get_config", None)
-    if get_config is None:
-        raise UserError(f"--config {path}: has no function get_config()")
-    config = get_config()
-    if not isinstance(config, RunConfig):
-        raise UserError(f"--config {path}: get_config() returns {type(config).__name__}, must return a RunConfig")
-    return config
+    return run_python_file(str(file))
 
 
 def describe_config(config: RunConfig, file_config: RunConfig) -> str:
@@ -272,12 +348,25 @@ def _one_line(complaint: str, known: list[str], prog: str) -> str:
         if inner := [name for name in known if name.startswith(f"{key}.")]:
             remedy = f"set its keys, such as --{inner[0]}, or choose its class in the config file"
             return f"--{key} is a group; {remedy} {see_help}"
+        if lacking := _past_the_end(key, known):
+            return f"--{key}: {lacking} {see_help}"
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"; did you mean --{near[0]}?" if near else ""
         return f"unknown key --{key}{hint} {see_help}"
     words = re.sub(r"^(Value error|Invalid choice|Missing argument|Required options) ", "", words)
     words = re.split(r" Argument helptext:| For full helptext", words)[0].strip()
     return f"{words} {see_help}"
+
+
+def _past_the_end(key: str, known: list[str]) -> str | None:
+    """What to say of `data.datasets.1.path` where there is one data set alone; None: the key is wrong otherwise."""
+    for number in re.finditer(r"(?<=\.)\d+(?=\.|$)", key):
+        items = key[: number.start()]
+        there = {name.removeprefix(items).partition(".")[0] for name in known if name.startswith(items)}
+        if there and all(word.isdecimal() for word in there) and number.group() not in there:
+            entries = "1 entry, number 0" if len(there) == 1 else f"{len(there)} entries, 0 to {len(there) - 1}"
+            return f"{items[:-1]} has {entries}; add more in the config file"
+    return None
 
 
 def _option_names(cls: type, prefix: str = "") -> Iterator[str]:

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from typing import Annotated
 
-from maxlm.config.errors import UserError, require_positive
+from maxlm.config.fields import BelowOne, Filled, NotEmpty, PathName, Positive, Range, Seed, config
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("data.datasets[].prepare.tokenizer.")
 class ByteTokenizer:
     """UTF-8 bytes as ids 0..255, then the special ids. Needs no file."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("data.datasets[].prepare.tokenizer.")
 class SentencePieceTokenizer:
     """A sentencepiece model file."""
 
-    path: str
+    path: PathName
+    """The file, which sentencepiece wrote."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("data.datasets[].prepare.tokenizer.")
 class HuggingFaceTokenizer:
     """A `tokenizer.json` as the `tokenizers` library writes it."""
 
-    path: str
+    path: PathName
+    """The file."""
 
 
 class PieceModel(enum.Enum):
@@ -34,12 +36,14 @@ class PieceModel(enum.Enum):
     UNIGRAM = "unigram"
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("data.datasets[].prepare.tokenizer.")
 class TrainSentencePiece:
     """Train a sentencepiece model on the documents before tokenising them."""
 
-    vocab_size: int = 32_000
+    vocab_size: Positive[int] = 32_000
+    """Pieces to learn, special ones included."""
     model: PieceModel = PieceModel.BPE
+    """How sentencepiece chooses its pieces."""
     split_digits: bool = True
     """Every digit is a piece of its own (as in LLaMA)."""
     byte_fallback: bool = True
@@ -48,21 +52,22 @@ class TrainSentencePiece:
     """Allow pieces that are runs of spaces, as code needs."""
     user_symbols: tuple[str, ...] = ()
     """Strings that are always one piece."""
-    max_sentences: int = 1_000_000
+    max_sentences: Positive[int] = 1_000_000
     """Lines sampled for training."""
-    seed: int = 0
+    seed: Seed = 0
+    """Which lines are sampled."""
 
 
 TokenizerConfig = ByteTokenizer | SentencePieceTokenizer | HuggingFaceTokenizer
 TokenizerSource = TokenizerConfig | TrainSentencePiece
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("data.datasets[].prepare.documents.")
 class StandardLibrary:
     """The Python standard library's own sources on this machine: real text that needs no download."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("data.datasets[].prepare.documents.")
 class Files:
     """Files and folders (searched recursively); the ending of a name says how it is read.
 
@@ -70,73 +75,68 @@ class Files:
     Anything else: one UTF-8 document a file.
     """
 
-    paths: tuple[str, ...]
-    pattern: str = "*"
+    paths: Annotated[tuple[PathName, ...], Filled(note="name files or folders")]
+    """Files and folders."""
+    pattern: NotEmpty[str] = "*"
     """Names taken from folders, as in the shell."""
-    text_key: str = "text"
+    text_key: NotEmpty[str] = "text"
+    """Key or column of the text in JSON lines and parquet files."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("data.datasets[].prepare.documents.")
 class HuggingFaceDataset:
     """A data set of the Hugging Face hub or a local one (extra `hub`)."""
 
-    name: str
-    subset: str | None = None
-    split: str = "train"
-    text_key: str = "text"
+    name: NotEmpty[str]
+    """As the hub or `datasets.load_dataset` knows it."""
+    subset: NotEmpty[str] | None = None
+    """Configuration of the data set; None: its default."""
+    split: NotEmpty[str] = "train"
+    """Split to read."""
+    text_key: NotEmpty[str] = "text"
+    """Column of the text."""
 
 
 Documents = StandardLibrary | Files | HuggingFaceDataset
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("data.datasets[].prepare.")
 class PrepareConfig:
     """From documents to tokenised shards."""
 
     documents: Documents
+    """Where the text comes from."""
     tokenizer: TokenizerSource
-    validation_fraction: float = 0.01
+    """What makes tokens of it: a tokenizer, or how to train one on the documents first."""
+    validation_fraction: BelowOne = 0.01
     """Share of the documents held out; chosen by a hash of the text, so that it never changes."""
-    shard_tokens: int = 1 << 26
+    shard_tokens: Positive[int] = 1 << 26
     """Tokens in one shard file, about."""
-    workers: int = 0
+    workers: Annotated[int, Range(ge=0, note="0 means one for each core")] = 0
     """Tokenising processes; 0: one for each core."""
     strict: bool = False
     """Stop at the first document that cannot be read, instead of counting it."""
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.validation_fraction < 1:
-            raise UserError(f"prepare.validation_fraction = {self.validation_fraction} must lie in [0, 1)")
-        require_positive("prepare.shard_tokens", self.shard_tokens)
-        if self.workers < 0:
-            raise UserError(f"prepare.workers = {self.workers} must not be negative; 0 means one for each core")
 
-
-@dataclass(frozen=True, kw_only=True)
+@config("data.datasets[].")
 class Dataset:
     """One prepared data set and its share of the mixture."""
 
-    path: str
+    path: PathName
     """Folder that `python -m maxlm.data prepare` wrote."""
-    weight: float = 1.0
+    weight: Positive[float] = 1.0
     """Share of the windows drawn from it, relative to the other data sets. Each one runs through its own epochs."""
     prepare: PrepareConfig | None = None
     """How to make the folder; training makes it first if it is not there."""
 
-    def __post_init__(self) -> None:
-        require_positive("data.datasets[].weight", self.weight)
 
-
-@dataclass(frozen=True, kw_only=True)
+@config("data.")
 class DataConfig:
     """What a run reads: batch number i is a function of this, train.batch_size, train.seq_len and i alone."""
 
-    datasets: tuple[Dataset, ...]
-    seed: int = 0
+    datasets: Annotated[tuple[Dataset, ...], Filled(note="name at least one prepared folder")]
+    """The data sets to mix; more are added in the config file."""
+    seed: Seed = 0
     """Shuffling and mixing."""
     verify: bool = True
     """Compare every shard's checksum with the folder's record before the first step."""
-
-    def __post_init__(self) -> None:
-        if not self.datasets:
-            raise UserError("data.datasets is empty; name at least one prepared folder")

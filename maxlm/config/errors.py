@@ -16,18 +16,6 @@ class UserError(Exception):
     exit_code = 2
 
 
-def require_positive(key: str, value: float) -> None:
-    """Raise UserError unless `value` > 0."""
-    if value <= 0:
-        raise UserError(f"{key} = {value} must be positive")
-
-
-def require_not_negative(key: str, value: float) -> None:
-    """Raise UserError unless `value` >= 0."""
-    if value < 0:
-        raise UserError(f"{key} = {value} must not be negative")
-
-
 def pip_install(*packages: str) -> str:
     """The command that installs packages where this program runs, to be pasted into a shell."""
     return shlex.join([sys.executable, "-m", "pip", "install", *packages])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from maxlm.config.errors import UserError
+from maxlm.config.fields import config
 
 
 class Dtype(enum.Enum):
@@ -64,7 +65,7 @@ class GluSave(enum.Enum):
     """Its input alone; the backward pass computes them again."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("execution.kernels.")
 class KernelConfig:
     """How the heavy operations of whole sequences run; a named backend that cannot do what the model needs is an error.
 
@@ -72,15 +73,18 @@ class KernelConfig:
     """
 
     attention: Backend = Backend.AUTO
+    """What attention runs as."""
     glu: Backend = Backend.AUTO
+    """What gated MLPs run as; cudnn has none."""
     glu_save: GluSave = GluSave.AG
+    """What a gated MLP keeps for its backward pass: both pre-activations ("ag") or its input alone ("none")."""
 
     def __post_init__(self) -> None:
         if self.glu is Backend.CUDNN:
             raise UserError("execution.kernels.glu = cudnn does not exist; use auto, xla, tpu or gpu")
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("execution.")
 class ExecutionConfig:
     """How the model runs. Nothing here changes what it is: parameters and checkpoints are the same for every value."""
 
@@ -89,5 +93,6 @@ class ExecutionConfig:
     remat: Remat = Remat.FULL
     """What the backward pass computes again: nothing ("none") up to all but each block's input ("full")."""
     kernels: KernelConfig = field(default_factory=KernelConfig)
+    """Which kernels compute it."""
     scan_layers: bool = True
     """Compile one pattern and loop over it (fast to compile), or unroll every layer."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from maxlm.config.attention import GroupedQuery
+from maxlm.config.errors import UserError
+from maxlm.config.fields import Positive, require
 from maxlm.config.mixture import Experts
 from maxlm.config.mlp import GatedMlp
 from maxlm.config.model import BlockConfig, LmHead, ModelConfig
@@ -29,7 +31,20 @@ def llama(
     """LLaMA 1, 2 and 3 (arXiv:2302.13971, 2307.09288, 2407.21783): RMSNorm, RoPE, SwiGLU, no biases.
 
     `n_kv_heads` defaults to `n_heads`, `rope` to theta 10,000 without stretching.
+
+    Raises:
+        UserError: d_model is not n_heads times an even head_dim, as RoPE rotates pairs; or a value out of its range.
     """
+    for key, size in (("d_model", d_model), ("n_heads", n_heads)):
+        require(f"llama(): {key}", size, Positive[int])
+    if d_model % (2 * n_heads):
+        heads = [n for n in range(1, d_model + 1) if d_model % (2 * n) == 0]
+        near = sorted(sorted(heads, key=lambda n: abs(n - n_heads))[:2])
+        above = d_model - d_model % (2 * n_heads) + 2 * n_heads
+        raise UserError(
+            f"llama(): d_model = {d_model} is not n_heads = {n_heads} times an even head_dim, as RoPE rotates pairs; "
+            f"use {' or '.join([*(f'n_heads = {n}' for n in near), f'd_model = {above}'])}"
+        )
     attention = GroupedQuery(
         n_heads=n_heads,
         n_kv_heads=n_kv_heads or n_heads,

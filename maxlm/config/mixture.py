@@ -3,53 +3,45 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import assert_never
+from dataclasses import field
+from typing import Annotated, assert_never
 
-from maxlm.config.errors import UserError, require_not_negative, require_positive
+from maxlm.config.errors import UserError
+from maxlm.config.fields import NotNegative, Positive, Range, config
 from maxlm.config.mlp import Activation
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("model.blocks[].mlp.router.")
 class TopKRouter:
     """Each token goes to the experts of its largest scores, softmax(x router) (Shazeer 2017, arXiv:1701.06538)."""
 
-    top_k: int
+    top_k: Positive[int]
     """Experts of a token; 1 with normalize=False is Switch (arXiv:2101.03961)."""
     normalize: bool = True
     """The chosen gates sum to 1, which is a softmax after the choice (Mixtral, Qwen 3); False: they keep their share of
     the softmax over all experts, taken before the choice (Switch, DeepSeekMoE)."""
-    load_balance: float = 0.01
+    load_balance: NotNegative[float] = 0.01
     """Weight of E * sum_e f_e P_e, with f_e the share of choices and P_e the mean score of expert e; 1 when balanced
     (GShard, arXiv:2006.16668; Switch, section 2.2). Over the tokens of a
     micro-batch on all devices, so more `train.micro_batches` balance smaller sets."""
 
-    def __post_init__(self) -> None:
-        require_positive("model.blocks[].mlp.router.top_k", self.top_k)
-        require_not_negative("model.blocks[].mlp.router.load_balance", self.load_balance)
 
-
-@dataclass(frozen=True, kw_only=True)
+@config("model.blocks[].mlp.router.")
 class NoisyTopKRouter:
     """Top-k of x router + N(0, 1) * softplus(x noise), gates by softmax after the choice (Shazeer 2017, eq. 3-5).
 
     The noise is there in training alone, and is the same on every mesh.
     """
 
-    top_k: int
+    top_k: Positive[int]
     """Experts of a token."""
-    importance_loss: float = 0.1
+    importance_loss: NotNegative[float] = 0.1
     """Weight of CV(sum of gates of each expert)^2 (eq. 6 and 7)."""
-    load_loss: float = 0.1
+    load_loss: NotNegative[float] = 0.1
     """Weight of CV(smooth number of tokens of each expert)^2 (appendix A)."""
 
-    def __post_init__(self) -> None:
-        require_positive("model.blocks[].mlp.router.top_k", self.top_k)
-        require_not_negative("model.blocks[].mlp.router.importance_loss", self.importance_loss)
-        require_not_negative("model.blocks[].mlp.router.load_loss", self.load_loss)
 
-
-@dataclass(frozen=True, kw_only=True)
+@config("model.blocks[].mlp.router.")
 class SigmoidRouter:
     """Top-k of sigmoid(x router) + bias, where only the choice sees the bias; no auxiliary loss needed (DeepSeek-V3,
     arXiv:2412.19437, section 2.1.2; arXiv:2408.15664).
@@ -57,19 +49,15 @@ class SigmoidRouter:
     After each step an expert's bias goes up by `bias_rate` if it had less than the mean load, down if more.
     """
 
-    top_k: int
+    top_k: Positive[int]
     """Experts of a token."""
     normalize: bool = True
     """The chosen scores are divided by their sum."""
-    bias_rate: float = 1e-3
+    bias_rate: NotNegative[float] = 1e-3
     """How far a bias moves in each step."""
 
-    def __post_init__(self) -> None:
-        require_positive("model.blocks[].mlp.router.top_k", self.top_k)
-        require_not_negative("model.blocks[].mlp.router.bias_rate", self.bias_rate)
 
-
-@dataclass(frozen=True, kw_only=True)
+@config("model.blocks[].mlp.router.")
 class ExpertChoiceRouter:
     """Each expert takes the tokens of its largest scores, as many as `Capacity` gives it (Zhou et al. 2022,
     arXiv:2202.09368).
@@ -81,20 +69,14 @@ class ExpertChoiceRouter:
 Router = TopKRouter | NoisyTopKRouter | SigmoidRouter | ExpertChoiceRouter
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("model.blocks[].mlp.dispatch.")
 class Dropless:
     """Every choice is computed: tokens are sorted by expert and multiplied group by group (MegaBlocks,
     arXiv:2211.15841)."""
 
-    buffer: float | None = None
+    buffer: Annotated[float, Range(ge=1, note="None leaves room for the worst case")] | None = None
     """With `sharding.expert` > 1: room for received tokens on a device, as a multiple of the even share. What does not
     fit is dropped and counted. None: room for the worst case, which is sharding.expert times the even share."""
-
-    def __post_init__(self) -> None:
-        if self.buffer is not None and self.buffer < 1:
-            raise UserError(
-                f"model.blocks[].mlp.dispatch.buffer = {self.buffer} must be at least 1, or None for the worst case"
-            )
 
     def room(self, choices: int, *, top_k: int, n_experts: int, devices: int) -> float:
         """For what one device sends another, in rows, before it is rounded up: of so many choices, `top_k` a token."""
@@ -103,21 +85,16 @@ class Dropless:
         return worst if self.buffer is None else min(worst, self.buffer * choices / devices)
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("model.blocks[].mlp.dispatch.")
 class Capacity:
     """Each expert has room for a fixed number of each group's tokens; the rest is dropped, and passes through the
     residual alone (GShard, arXiv:2006.16668, algorithm 1). Decoding with a cache drops nothing."""
 
-    factor: float = 1.25
+    factor: Positive[float] = 1.25
     """Room for ceil(factor * top_k * group_size / n_experts) tokens of a group (expert choice: top_k = 1)."""
-    group_size: int | None = None
+    group_size: Positive[int] | None = None
     """Consecutive tokens of a sequence that share the room; None: the whole sequence. A group lies on one device, so it
     must divide the part of a sequence that a device has."""
-
-    def __post_init__(self) -> None:
-        require_positive("model.blocks[].mlp.dispatch.factor", self.factor)
-        if self.group_size is not None:
-            require_positive("model.blocks[].mlp.dispatch.group_size", self.group_size)
 
     def group(self, seq_len: int) -> int:
         """Tokens of a group; a sequence shorter than `group_size` is one."""
@@ -131,29 +108,28 @@ class Capacity:
 Dispatch = Dropless | Capacity
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("model.blocks[].mlp.")
 class Experts:
     """A mixture of experts, all gated MLPs: shared(x) + routed_scaling * sum over chosen e of gate_e * expert_e(x)."""
 
-    n_experts: int
+    n_experts: Positive[int]
     """Experts that the router chooses among."""
-    d_ff: int
+    d_ff: Positive[int]
     """Width of one expert."""
     router: Router
+    """How tokens and experts are matched."""
     dispatch: Dispatch = field(default_factory=Dropless)
-    n_shared_experts: int = 0
+    """How tokens get to their experts, and which of them are dropped."""
+    n_shared_experts: NotNegative[int] = 0
     """Experts that every token uses, computed as one MLP of this many times d_ff (DeepSeekMoE, arXiv:2401.06066)."""
-    routed_scaling: float = 1.0
+    routed_scaling: NotNegative[float] = 1.0
     """Factor of the chosen experts' sum, beside the shared ones."""
-    router_z_loss: float = 0.0
+    router_z_loss: NotNegative[float] = 0.0
     """Weight of the mean of logsumexp(x router)^2 (ST-MoE, arXiv:2202.08906, eq. 5)."""
     activation: Activation = Activation.SILU
+    """Nonlinearity of the gate."""
 
     def __post_init__(self) -> None:
-        require_positive("model.blocks[].mlp.n_experts", self.n_experts)
-        require_positive("model.blocks[].mlp.d_ff", self.d_ff)
-        require_not_negative("model.blocks[].mlp.n_shared_experts", self.n_shared_experts)
-        require_not_negative("model.blocks[].mlp.router_z_loss", self.router_z_loss)
         match self.router:
             case ExpertChoiceRouter():
                 if not isinstance(self.dispatch, Capacity):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
 
-from maxlm.config.errors import require_positive
+from maxlm.config.fields import Positive, config
 
 
 class Activation(enum.Enum):
@@ -19,25 +18,25 @@ class Activation(enum.Enum):
     IDENTITY = "identity"
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("model.blocks[].mlp.")
 class Mlp:
     """down(activation(up(x))) (Vaswani et al. 2017, arXiv:1706.03762, section 3.3, with ReLU; GPT-2 with GELU)."""
 
-    d_ff: int
+    d_ff: Positive[int]
+    """Width of the hidden layer."""
     activation: Activation = Activation.GELU
+    """Nonlinearity of the hidden layer."""
     bias: bool = False
-
-    def __post_init__(self) -> None:
-        require_positive("model.blocks[].mlp.d_ff", self.d_ff)
+    """Every projection adds a learned vector."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("model.blocks[].mlp.")
 class GatedMlp:
     """down(activation(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202). SwiGLU with the default activation."""
 
-    d_ff: int
+    d_ff: Positive[int]
+    """Width of the hidden layer."""
     activation: Activation = Activation.SILU
+    """Nonlinearity of the gate."""
     bias: bool = False
-
-    def __post_init__(self) -> None:
-        require_positive("model.blocks[].mlp.d_ff", self.d_ff)
+    """Every projection adds a learned vector."""

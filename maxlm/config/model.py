@@ -6,36 +6,35 @@ model runs is in `ExecutionConfig`.
 
 from __future__ import annotations
 
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, field
 from typing import Annotated, Any
-
-import tyro
 
 from maxlm.config.attention import Attention
 from maxlm.config.earlier import renamed
-from maxlm.config.errors import UserError, require_positive
+from maxlm.config.errors import UserError
+from maxlm.config.fields import Filled, NotNegative, Positive, config
 from maxlm.config.mixture import ExpertChoiceRouter, Experts
 from maxlm.config.mlp import GatedMlp, Mlp
 from maxlm.config.norm import Norm, RmsNorm
 from maxlm.config.position import EmbeddedPosition
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("model.blocks[].residual.")
 class PreNorm:
     """x + attention(norm(x)), then x + mlp(norm(x)) (GPT-2, LLaMA)."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("model.blocks[].residual.")
 class PostNorm:
     """norm(x + attention(x)), then norm(x + mlp(x)) (Vaswani et al. 2017, arXiv:1706.03762; the first GPT)."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("model.blocks[].residual.")
 class Sandwich:
     """x + norm(attention(norm(x))), then x + norm(mlp(norm(x))) (CogView, arXiv:2105.13290, section 2.4; Gemma 2)."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("model.blocks[].residual.")
 class Parallel:
     """x + attention(norm(x)) + mlp(norm(x)): one sum over devices instead of two (GPT-J; PaLM, arXiv:2204.02311)."""
 
@@ -48,16 +47,19 @@ MlpConfig = Mlp | GatedMlp | Experts
 
 
 @renamed(ffn="mlp")
-@dataclass(frozen=True, kw_only=True)
+@config("model.blocks[].")
 class BlockConfig:
     """One layer of the decoder: attention and an MLP, joined to the residual stream as `residual` says."""
 
     attention: Attention
+    """Where tokens look at each other."""
     mlp: MlpConfig
+    """What each token goes through by itself."""
     residual: Residual = field(default_factory=PreNorm)
+    """Where the norms stand, and what is added to the residual stream."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("model.head.")
 class LmHead:
     """Logits over the vocabulary."""
 
@@ -65,7 +67,7 @@ class LmHead:
     """The embedding table is the output projection too (Press & Wolf 2017, arXiv:1608.05859)."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("model.head.")
 class ScalarHead:
     """One number for each position, as reward and value models have it (arXiv:2203.02155, section 3.5)."""
 
@@ -83,16 +85,19 @@ Head = LmHead | ScalarHead
     norm_eps=lambda eps: {"norm": RmsNorm(eps=eps)},
     tie_embeddings=lambda tied: {"head": LmHead(tied=tied)},
 )
-@dataclass(frozen=True, kw_only=True)
+@config("model.")
 class ModelConfig:
     """A decoder-only language model."""
 
-    vocab_size: int
-    d_model: int
-    n_layers: int
-    blocks: tuple[BlockConfig, ...]
+    vocab_size: Positive[int]
+    """Rows of the embedding table: at least the tokenizer's ids."""
+    d_model: Positive[int]
+    """Width of the residual stream."""
+    n_layers: Positive[int]
+    """Layers in all, those of first_blocks included."""
+    blocks: Annotated[tuple[BlockConfig, ...], Filled(note="give at least one BlockConfig")]
     """The pattern that repeats over the layers that `first_blocks` leaves; their number is a multiple of its length."""
-    max_seq_len: int
+    max_seq_len: Positive[int]
     """Longest context, in tokens, that the model is meant for; decoding refuses to pass it."""
     norm: Norm = field(default_factory=RmsNorm)
     """Every norm of the model."""
@@ -101,20 +106,17 @@ class ModelConfig:
     embedded_position: EmbeddedPosition | None = None
     """What is added to each token's embedding; None: nothing, as attention knows positions."""
     head: Head = field(default_factory=LmHead)
-    init_std: float = 0.02
+    """What is made of the hidden states that leave the last norm."""
+    init_std: NotNegative[float] = 0.02
     """Standard deviation of every weight matrix; those that write to the residual stream get init_std / sqrt(2L)."""
     first_blocks: tuple[BlockConfig, ...] = ()
     """Layers before the pattern, each used once, without experts (the dense first layer of DeepSeekMoE). They count in
     n_layers; in a pipeline they run before its first stage, on all devices."""
-    moved: InitVar[Annotated[Any, tyro.conf.Suppress]] = None
+    moved: InitVar[Any] = None
     """Values of keys that stood here once, until a RunConfig takes them over; `dataclasses.replace` passes them on."""
 
     def __post_init__(self, moved: dict[str, Any] | None) -> None:
         object.__setattr__(self, "moved", moved)
-        for key in ("vocab_size", "d_model", "n_layers", "max_seq_len"):
-            require_positive(f"model.{key}", getattr(self, key))
-        if not self.blocks:
-            raise UserError("model.blocks is empty; give at least one BlockConfig")
         for i, block in enumerate(self.first_blocks):
             if isinstance(block.mlp, Experts):
                 raise UserError(f"model.first_blocks.{i}.mlp has Experts; use a GatedMlp or an Mlp")

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
+from maxlm.config.fields import NotNegative, config
 
-@dataclass(frozen=True, kw_only=True)
+
+@config("model.norm.")
 class RmsNorm:
     """x / sqrt(mean(x^2) + eps) * scale (Zhang & Sennrich 2019, arXiv:1910.07467)."""
 
-    eps: float = 1e-5
+    eps: NotNegative[float] = 1e-5
     """Keeps a vector of zeros from being divided by zero."""
     bias: ClassVar[bool] = False
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("model.norm.")
 class LayerNorm:
     """(x - mean(x)) / sqrt(var(x) + eps) * scale + bias (Ba et al. 2016, arXiv:1607.06450)."""
 
-    eps: float = 1e-5
+    eps: NotNegative[float] = 1e-5
     """Keeps a constant vector from being divided by zero."""
     bias: bool = True
     """Without one as in PaLM (arXiv:2204.02311) and MPT."""

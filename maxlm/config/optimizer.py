@@ -3,50 +3,59 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import NamedTuple
 
-from maxlm.config.errors import UserError, require_positive
 from maxlm.config.execution import Dtype
+from maxlm.config.fields import BelowOne, Fraction, NotNegative, Positive, config
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("optimizer.schedule.")
 class CosineSchedule:
     """Linear warm-up, then half a cosine down to final_fraction of the peak at the end (LLaMA: 0.1)."""
 
-    warmup_steps: int = 0
-    final_fraction: float = 0.1
+    warmup_steps: NotNegative[int] = 0
+    """Steps that rise in a straight line to the peak."""
+    final_fraction: Fraction = 0.1
+    """Learning rate at the end, as a fraction of the peak."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("optimizer.schedule.")
 class LinearSchedule:
     """Linear warm-up, then a straight line down to final_fraction of the peak at the end."""
 
-    warmup_steps: int = 0
-    final_fraction: float = 0.0
+    warmup_steps: NotNegative[int] = 0
+    """Steps that rise in a straight line to the peak."""
+    final_fraction: Fraction = 0.0
+    """Learning rate at the end, as a fraction of the peak."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("optimizer.schedule.")
 class InverseSqrtSchedule:
     """Linear warm-up, then peak * sqrt(warmup_steps / step) (Vaswani et al. 2017)."""
 
-    warmup_steps: int = 1000
+    warmup_steps: NotNegative[int] = 1000
+    """Steps that rise in a straight line to the peak."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("optimizer.schedule.")
 class WsdSchedule:
     """Warm-up, stable, decay: constant at the peak, then linear over the last decay_steps (arXiv:2404.06395)."""
 
-    warmup_steps: int = 0
-    decay_steps: int = 0
-    final_fraction: float = 0.0
+    warmup_steps: NotNegative[int] = 0
+    """Steps that rise in a straight line to the peak."""
+    decay_steps: NotNegative[int] = 0
+    """Steps at the end that fall in a straight line."""
+    final_fraction: Fraction = 0.0
+    """Learning rate at the end, as a fraction of the peak."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("optimizer.schedule.")
 class ConstantSchedule:
     """Linear warm-up, then the peak for ever."""
 
-    warmup_steps: int = 0
+    warmup_steps: NotNegative[int] = 0
+    """Steps that rise in a straight line to the peak."""
 
 
 Schedule = CosineSchedule | LinearSchedule | InverseSqrtSchedule | WsdSchedule | ConstantSchedule
@@ -61,55 +70,53 @@ class OptimizerState(NamedTuple):
     """Bytes of the rest, which is small, so that every device has it whole."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("optimizer.")
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
 
-    learning_rate: float = 3e-4
+    learning_rate: Positive[float] = 3e-4
     """Peak learning rate."""
     schedule: Schedule = field(default_factory=CosineSchedule)
-    weight_decay: float = 0.1
+    """Learning rate as a function of the step."""
+    weight_decay: NotNegative[float] = 0.1
     """Applied to weight matrices; never to norms or biases."""
-    clip_norm: float | None = 1.0
+    clip_norm: Positive[float] | None = 1.0
     """Largest global gradient norm; None: no clipping."""
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
+    b1: BelowOne = 0.9
+    """Share of the first moment that a step keeps."""
+    b2: BelowOne = 0.95
+    """Share of the second moment that a step keeps."""
+    eps: Positive[float] = 1e-8
+    """Added to the root of the second moment, by which an update is divided."""
     moment_dtype: Dtype = Dtype.FLOAT32
     """Format in which the first moment is kept; bfloat16 saves 2 bytes a parameter. The second is float32 always: with
     b2 near 1 its steps are smaller than bfloat16 can tell apart."""
-
-    def __post_init__(self) -> None:
-        _check(self)
-        for key in ("b1", "b2"):
-            if not 0 <= getattr(self, key) < 1:
-                raise UserError(f"optimizer.{key} = {getattr(self, key)} must lie in [0, 1)")
 
     def state(self, shape: tuple[int, ...], layers: int) -> OptimizerState:
         """What it keeps for an array, of a model whose pattern occurs `layers` times."""
         return OptimizerState((self.moment_dtype.itemsize, Dtype.FLOAT32.itemsize))
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("optimizer.")
 class Adafactor:
     """Adam with a factored second moment and no first one (Shazeer & Stern 2018, arXiv:1804.04235)."""
 
-    learning_rate: float = 1e-2
+    learning_rate: Positive[float] = 1e-2
     """Peak learning rate; multiplied by the parameter's RMS when scale_by_parameter is set."""
     schedule: Schedule = field(default_factory=InverseSqrtSchedule)
-    weight_decay: float = 0.0
-    clip_norm: float | None = 1.0
+    """Learning rate as a function of the step."""
+    weight_decay: NotNegative[float] = 0.0
+    """Applied to weight matrices; never to norms or biases."""
+    clip_norm: Positive[float] | None = 1.0
     """Largest global gradient norm; None: no clipping."""
-    decay_rate: float = 0.8
+    decay_rate: Positive[float] = 0.8
     """The second moment's decay at step t is 1 - t^(-decay_rate)."""
-    update_clip: float | None = 1.0
+    update_clip: Positive[float] | None = 1.0
     """Largest RMS of one parameter's update before the learning rate."""
     scale_by_parameter: bool = True
-    min_factored_dim: int = 128
+    """Multiply an update by the RMS of the parameter that it changes."""
+    min_factored_dim: NotNegative[int] = 128
     """Parameters whose second largest dim is smaller keep a full second moment."""
-
-    def __post_init__(self) -> None:
-        _check(self)
 
     def smallest_factored(self, layers: int) -> int:
         """Least size of the second largest dim of an array that is factored.
@@ -128,16 +135,3 @@ class Adafactor:
 
 
 OptimizerConfig = AdamW | Adafactor
-
-
-def _check(optimizer: OptimizerConfig) -> None:
-    require_positive("optimizer.learning_rate", optimizer.learning_rate)
-    for key in ("warmup_steps", "decay_steps", "final_fraction"):
-        if getattr(optimizer.schedule, key, 0) < 0:
-            raise UserError(
-                f"optimizer.schedule.{key} = {getattr(optimizer.schedule, key)} must not be negative; use 0"
-            )
-    if optimizer.weight_decay < 0:
-        raise UserError(f"optimizer.weight_decay = {optimizer.weight_decay} must not be negative")
-    if optimizer.clip_norm is not None:
-        require_positive("optimizer.clip_norm", optimizer.clip_norm)

@@ -2,52 +2,60 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from maxlm.config.errors import UserError
+from maxlm.config.fields import Positive, config
 
-from maxlm.config.errors import UserError, require_positive
 
-
-@dataclass(frozen=True, kw_only=True)
+@config("model.blocks[].attention.position.scaling.")
 class Llama3RopeScaling:
     """Llama 3.1's stretching of the slow RoPE frequencies (arXiv:2407.21783; numbers from the released configs)."""
 
-    factor: float = 8.0
+    factor: Positive[float] = 8.0
     """Wavelengths longer than original_max_len / low_freq_factor grow by this factor."""
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
+    low_freq_factor: Positive[float] = 1.0
+    """Where the longest wavelengths begin; between the two, frequencies pass over smoothly."""
+    high_freq_factor: Positive[float] = 4.0
     """Wavelengths shorter than original_max_len / high_freq_factor stay as they are."""
-    original_max_len: int = 8192
+    original_max_len: Positive[int] = 8192
     """Context length, in tokens, of the model before stretching."""
 
+    def __post_init__(self) -> None:
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if high <= low:
+            raise UserError(
+                f"model.blocks[].attention.position.scaling.high_freq_factor = {high} must be more than "
+                f"low_freq_factor = {low}; use for example {4 * low}"
+            )
 
-@dataclass(frozen=True, kw_only=True)
+
+@config("model.blocks[].attention.position.")
 class Rope:
     """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) on every head dimension."""
 
-    theta: float = 10_000.0
+    theta: Positive[float] = 10_000.0
     """Base of the geometric series of wavelengths."""
     scaling: Llama3RopeScaling | None = None
+    """How a model learns longer contexts than those it began with; None: not at all."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("model.blocks[].attention.position.")
 class Alibi:
     """Scores fall with the distance, by a slope for each head (Press et al. 2022, arXiv:2108.12409). No parameters."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("model.blocks[].attention.position.")
 class RelativeBias:
     """T5's learned bias by bucket of the distance, for each head (Raffel et al. 2020, arXiv:1910.10683, section 2.1).
 
     Each layer has its own table; T5 itself shares the first layer's.
     """
 
-    buckets: int = 32
+    buckets: Positive[int] = 32
     """Half of them for one distance each, the others ever wider."""
-    max_distance: int = 128
+    max_distance: Positive[int] = 128
     """Distances from here on share the last bucket."""
 
     def __post_init__(self) -> None:
-        require_positive("model.blocks[].attention.position.buckets", self.buckets)
         if self.max_distance <= self.buckets // 2:
             raise UserError(
                 f"model.blocks[].attention.position.max_distance = {self.max_distance} must be more than half of "
@@ -59,12 +67,12 @@ Position = Rope | Alibi | RelativeBias
 """What attention does with positions."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("model.embedded_position.")
 class Learned:
     """A learned vector for each of max_seq_len positions, added to the embedding (GPT-2)."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("model.embedded_position.")
 class Sinusoidal:
     """sin and cos of the position at wavelengths from 2 pi to 10,000 * 2 pi, added to the embedding (Vaswani et al.
     2017, arXiv:1706.03762, section 3.5). No parameters."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import field
+from typing import Annotated
 
 from maxlm.config.data import DataConfig
-from maxlm.config.errors import UserError, require_positive
+from maxlm.config.errors import UserError
 from maxlm.config.execution import ExecutionConfig
+from maxlm.config.fields import NotEmpty, NotNegative, PathName, Positive, Range, Seed, config
 from maxlm.config.layout_rules import broken_layout_rules
 from maxlm.config.model import LmHead, ModelConfig
 from maxlm.config.optimizer import AdamW, OptimizerConfig
@@ -18,15 +20,17 @@ from maxlm.config.task import Pretrain, Task
 _HELD_OUT_TOKENS = 2**20
 
 
-@dataclass(frozen=True)
+@config("step range: ", kw_only=False)
 class StepRange:
     """The steps first, first + 1, ..., last - 1; written `first:last` on the command line."""
 
-    first: int
-    last: int
+    first: NotNegative[int]
+    """The first step of them."""
+    last: NotNegative[int]
+    """The step after the last of them."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.first < self.last:
+        if self.first >= self.last:
             raise UserError(f"step range {self.first}:{self.last} must satisfy 0 <= first < last")
 
     @classmethod
@@ -45,39 +49,36 @@ class StepRange:
         return f"{self.first}:{self.last}"
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("train.")
 class TrainConfig:
     """Length, batch and rhythm of training."""
 
-    steps: int
+    steps: Positive[int]
     """Optimizer steps in all."""
-    batch_size: int
+    batch_size: Positive[int]
     """Sequences a step, over all devices and micro-batches."""
-    seq_len: int
+    seq_len: Positive[int]
     """Tokens in a sequence."""
-    micro_batches: int = 1
+    micro_batches: Positive[int] = 1
     """Parts that a step's batch is cut into, one after the other, to save memory; the result is the same, but for the
     balancing losses of experts, which are about one part each."""
-    seed: int = 0
+    seed: Seed = 0
     """Initial parameters, and everything else that is random."""
-    z_loss: float = 0.0
+    z_loss: NotNegative[float] = 0.0
     """Weight of log(Z)^2 in the loss, which keeps the logits from drifting (PaLM, arXiv:2204.02311: 1e-4)."""
-    loss_chunk: int = 1024
+    loss_chunk: Positive[int] = 1024
     """Tokens, on one device, whose logits exist at one time."""
-    max_skipped_steps: int = 10
+    max_skipped_steps: Positive[int] = 10
     """Steps in a row with a loss or gradient that is not finite, and therefore skipped, before the run stops."""
-    log_every: int = 10
-    eval_every: int = 1000
+    log_every: Positive[int] = 10
+    """Steps between lines of the console and rows of metrics.jsonl."""
+    eval_every: Annotated[int, Range(ge=0, note="0 measures only at the end")] = 1000
     """Steps between measurements of the held-out loss; 0: only at the end."""
-    eval_batches: int | None = None
+    eval_batches: Annotated[int, Range(ge=0, note="0 measures nothing")] | None = None
     """Batches of each such measurement, the first ones of the validation split; None: the whole split, or as much of it
     as holds a million tokens; 0: no measurement at all."""
     profile_steps: StepRange | None = None
     """Steps to record with the profiler, as FIRST:LAST."""
-
-    def __post_init__(self) -> None:
-        for key in ("steps", "batch_size", "seq_len", "micro_batches", "loss_chunk", "max_skipped_steps", "log_every"):
-            require_positive(f"train.{key}", getattr(self, key))
 
     def held_out_batches(self, available: int) -> int:
         """How many batches a measurement takes of a validation split of so many."""
@@ -86,57 +87,61 @@ class TrainConfig:
         return min(available, self.eval_batches)
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("checkpoint.")
 class CheckpointConfig:
     """When the state is written, and what is kept of it. The last step is always written."""
 
-    every: int = 1000
+    every: Positive[int] = 1000
     """Steps between checkpoints."""
-    keep_last: int = 2
+    keep_last: Positive[int] = 2
     """Newest checkpoints to keep."""
-    keep_every: int = 0
+    keep_every: Annotated[int, Range(ge=0, note="0 keeps none of them")] = 0
     """Keep every checkpoint whose step is a multiple of this, too; 0: none."""
     verify: bool = True
     """Compare checksums before restoring."""
-    init_from: str | None = None
+    init_from: PathName | None = None
     """Run folder, or RUN_DIR/checkpoints/STEP, whose parameters a new run starts from, with a new optimizer; a dense
     MLP becomes every expert of a mixture of the same d_ff (arXiv:2212.05055). Not read once the run has a
     checkpoint."""
 
-    def __post_init__(self) -> None:
-        require_positive("checkpoint.every", self.every)
-        require_positive("checkpoint.keep_last", self.keep_last)
 
-
-@dataclass(frozen=True, kw_only=True)
+@config("observe.")
 class ObserveConfig:
     """Where figures go, besides the console, metrics.jsonl and TensorBoard."""
 
-    wandb_project: str | None = None
+    wandb_project: NotEmpty[str] | None = None
     """Weights & Biases project to log to (package wandb)."""
     sample_prompt: str = ""
     """What the sampled continuation at the end of training starts with."""
-    sample_tokens: int = 64
+    sample_tokens: Annotated[int, Range(ge=0, note="0 draws no sample")] = 64
     """Length of that sample; 0: none."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("")
 class RunConfig:
     """Everything that decides a training run."""
 
     model: ModelConfig
+    """What is trained."""
     data: DataConfig
+    """What it reads."""
     train: TrainConfig
+    """How long, and in which batches."""
     optimizer: OptimizerConfig = field(default_factory=AdamW)
+    """What makes a step of the gradients."""
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    """Where its parts lie on many devices."""
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+    """In which numbers, with what saved for the backward pass, by which kernels."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """What is kept of it."""
     observe: ObserveConfig = field(default_factory=ObserveConfig)
+    """What is told of it."""
     task: Task = field(default_factory=Pretrain)
     """What is learned."""
-    target: str | None = None
+    target: NotEmpty[str] | None = None
     """Machine that the config is meant for, as maxlm.plan names it (tpu:v5p:4x4x4); training does not read it."""
-    run_dir: str = "runs/default"
+    run_dir: PathName = "runs/default"
     """Folder of checkpoints, metrics and the report. The same command on the same folder continues the run."""
 
     def __post_init__(self) -> None:

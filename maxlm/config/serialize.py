@@ -115,6 +115,9 @@ def _converter(cls: type) -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
     converter.register_unstructure_hook(StepRange, str)
     converter.register_structure_hook(StepRange, lambda value, _: StepRange.parse(str(value)))
+    for plain in (bool, int, str):  # as they are, for the classes to judge: bool("False") is True
+        converter.register_structure_hook(plain, lambda value, _: value)
+    converter.register_structure_hook(float, lambda value, _: float(value) if type(value) is int else value)
     for union in _unions(cls, set()):
         _register(converter, union)
     return converter

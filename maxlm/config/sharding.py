@@ -5,13 +5,16 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Annotated, Any
 
-from maxlm.config.errors import UserError, require_positive
+from maxlm.config.errors import UserError
+from maxlm.config.fields import Positive, Range, config
 
 MESH_AXES = ("data", "fsdp", "stage", "seq", "tensor", "expert")
 """Every mesh axis, slowest network first. `maxlm/sharding.py` says which dims of which array each one cuts."""
+
+AxisSize = Annotated[int, Range(ge=1, also=(-1,), note="-1 takes what remains")]
 
 
 class Zero(enum.Enum):
@@ -47,28 +50,28 @@ class SlicesAxis(enum.Enum):
     batch, and each slice holds its own layers only."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("sharding.")
 class ShardingConfig:
     """Sizes of the mesh axes; their product is the number of devices.
 
     One of them may be -1: what remains. `data` is that one by default, and is 1 when another axis claims it.
     """
 
-    data: int = -1
+    data: AxisSize = -1
     """Copies of the model, each with a part of the batch."""
-    fsdp: int = 1
+    fsdp: AxisSize = 1
     """Part of the batch, and a shard of what `zero` names."""
-    stage: int = 1
+    stage: AxisSize = 1
     """Pipeline stages, each with a part of the layers; `train.micro_batches` flow through them."""
-    seq: int = 1
+    seq: AxisSize = 1
     """Part of every sequence (context parallelism)."""
-    tensor: int = 1
+    tensor: AxisSize = 1
     """Part of the heads, of d_ff and of the vocabulary (Megatron, arXiv:1909.08053)."""
-    expert: int = 1
+    expert: AxisSize = 1
     """Part of the experts (GShard, arXiv:2006.16668); everywhere else part of the batch, as `data`."""
     context: Context = Context.ALL_GATHER
     """How attention sees keys on other devices of the seq axis: gather all, pass them round, or exchange heads."""
-    virtual_stages: int = 1
+    virtual_stages: Positive[int] = 1
     """Groups of layers on each stage. 1 is GPipe (arXiv:1811.06965); more is the circular, or interleaved, schedule,
     whose bubble is that many times smaller (Narayanan et al. 2021, arXiv:2104.04473)."""
     remat_stages: bool = True
@@ -78,7 +81,7 @@ class ShardingConfig:
     """What the fsdp axis shards: the optimizer state (ZeRO-1), gradients too (ZeRO-2), or parameters too (ZeRO-3)."""
     sequence_parallel: bool = False
     """Shard the residual stream between blocks over `tensor` too (Korthikanti et al. 2022, arXiv:2205.05198)."""
-    slices: int = 1
+    slices: Positive[int] = 1
     """TPU slices, or hosts of GPUs, joined by the slow network; the axis below must be a multiple of it."""
     slices_axis: SlicesAxis = SlicesAxis.DATA
     """The axis that crosses the slow network; the others stay within a slice."""
@@ -91,12 +94,6 @@ class ShardingConfig:
             raise UserError(
                 f"sharding.{free[0]} and sharding.{free[1]} are both -1; at most one axis takes what remains"
             )
-        require_positive("sharding.virtual_stages", self.virtual_stages)
-        require_positive("sharding.slices", self.slices)
-        for axis in MESH_AXES:
-            size = getattr(self, axis)
-            if size != -1 and size < 1:
-                raise UserError(f"sharding.{axis} = {size} must be at least 1, or -1 for what remains")
 
     def with_sizes(self, sizes: Mapping[str, Any]) -> ShardingConfig:
         """The same with these sizes of mesh axes."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from maxlm.config.fields import config
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("task.")
 class Pretrain:
     """Predict the next token of running text."""
 

@@ -8,8 +8,9 @@ import sys
 if not __package__:  # run by its path: Python then looks in this file's folder first, where inspect.py is not its own
     sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}maxlm{os.sep}")[0]
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -27,6 +28,7 @@ from maxlm.config import (
     UserError,
 )
 from maxlm.config.cli import load_config, parse, run_command
+from maxlm.config.fields import BelowOne, NotEmpty, PathName, Positive, Range, config
 
 _PROG = "python -m maxlm.data"
 _USAGE = f"""From documents to prepared folders of tokens.
@@ -40,23 +42,23 @@ Without PATH the documents are the Python standard library's own sources. --debu
 _TRAIN, _BYTES = "train", "bytes"
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("--")
 class Input:
     """Which documents; the standard library's if nothing is named."""
 
-    paths: tyro.conf.Positional[tuple[str, ...]] = ()
+    paths: tyro.conf.Positional[tuple[PathName, ...]] = ()
     """Files and folders."""
     stdlib: bool = False
     """The Python standard library's own sources."""
-    hf: str | None = None
+    hf: NotEmpty[str] | None = None
     """A Hugging Face data set."""
-    subset: str | None = None
+    subset: NotEmpty[str] | None = None
     """Subset of the Hugging Face data set."""
-    split: str = HuggingFaceDataset.split
+    split: NotEmpty[str] = HuggingFaceDataset.split
     """Split of the Hugging Face data set."""
-    pattern: str = Files.pattern
+    pattern: NotEmpty[str] = Files.pattern
     """Names taken from folders, as in the shell."""
-    text_key: str = Files.text_key
+    text_key: NotEmpty[str] = Files.text_key
     """Key or column of the text in JSON lines, parquet files and Hugging Face data sets."""
 
     def documents(self) -> Documents:
@@ -71,43 +73,54 @@ class Input:
         return StandardLibrary()
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("--")
 class Prepare:
+    """Where documents, tokenizer and shards are, and how they are cut."""
+
     input: tyro.conf.OmitArgPrefixes[Input] = field(default_factory=Input)
-    out: str | None = None
+    """Which documents."""
+    out: PathName | None = None
     """Folder to write."""
-    config: str | None = None
+    config: PathName | None = None
     """Prepare the data sets of this run's config instead; no other key goes with it."""
-    tokenizer: str = _TRAIN
+    tokenizer: PathName = _TRAIN
     """`train`, `bytes`, a .model file, a tokenizer.json, or a folder that `tokenizer train` wrote."""
     train: TrainSentencePiece = field(default_factory=TrainSentencePiece)
-    validation_fraction: float = PrepareConfig.validation_fraction
+    """How the tokenizer is trained."""
+    validation_fraction: BelowOne = PrepareConfig.validation_fraction
     """Share of the documents held out; chosen by a hash of the text."""
-    shard_tokens: int = PrepareConfig.shard_tokens
+    shard_tokens: Positive[int] = PrepareConfig.shard_tokens
     """Tokens in one shard file, about."""
-    workers: int = PrepareConfig.workers
+    workers: Annotated[int, Range(ge=0, note="0 means one for each core")] = PrepareConfig.workers
     """Tokenising processes; 0: one for each core."""
     strict: bool = False
     """Stop at the first document that cannot be read, instead of counting it."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("--")
 class Train:
+    """On which documents a tokenizer is trained, and how."""
+
     input: tyro.conf.OmitArgPrefixes[Input] = field(default_factory=Input)
-    out: str
+    """Which documents."""
+    out: PathName
     """Folder to write the tokenizer to."""
     train: tyro.conf.OmitArgPrefixes[TrainSentencePiece] = field(default_factory=TrainSentencePiece)
-    max_bytes: int = 20_000_000
+    """How it is trained."""
+    max_bytes: Positive[int] = 20_000_000
     """Text that the report measures, from the beginning of the input."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("--")
 class TokenizerReport:
+    """Which tokenizer is measured, on which documents."""
+
     input: tyro.conf.OmitArgPrefixes[Input] = field(default_factory=Input)
-    tokenizer: str
+    """Which documents."""
+    tokenizer: PathName
     """`bytes`, a .model file, a tokenizer.json, or a folder with a tokenizer: one that `tokenizer train` wrote, or
     the folder `tokenizer` in prepared data."""
-    max_bytes: int = 20_000_000
+    max_bytes: Positive[int] = 20_000_000
     """Text to measure, from the beginning of the input."""
 
 

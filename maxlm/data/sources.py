@@ -114,8 +114,6 @@ def describe_documents(documents: Documents) -> str:
 
 
 def _files(documents: Files) -> Iterator[Path]:
-    if not documents.paths:
-        raise UserError("documents.paths is empty; name files or folders")
     found = False
     for path in map(Path, documents.paths):
         if path.is_dir():

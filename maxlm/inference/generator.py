@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maxlm.config import ModelConfig, SamplingConfig, UserError, WeightFormat
+from maxlm.config.fields import Positive, Seed, require
 from maxlm.inference.steps import Choice, DecodeState, decode_chunk, prefill_logits, row_keys
 from maxlm.inference.text_stream import TextStream
 from maxlm.models import Execution, bind, declared, parameter_dims
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from maxlm.inference.load import LoadedRun
 
 _SMALLEST_BUCKET = 16
-_SEEDS = 2**32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,10 +188,8 @@ class Generator:
     def _check(self, prompts: list[list[int]], max_new_tokens: int, seed: int) -> int:
         """The longest prompt's length, if everything fits."""
         longest, limit = max(map(len, prompts)), self._config.max_seq_len
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens = {max_new_tokens} must be at least 1")
-        if not 0 <= seed < _SEEDS:
-            raise UserError(f"seed = {seed} must lie in [0, 2^32)")
+        require("max_new_tokens", max_new_tokens, Positive[int])
+        require("seed", seed, Seed)
         if longest + max_new_tokens > limit:
             remedies = [f"use max_new_tokens <= {limit - longest}"] if longest < limit else []
             if max_new_tokens < limit:

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 from maxlm.config import UserError
-from maxlm.config.errors import require_positive
+from maxlm.config.fields import Positive, config
 from maxlm.launching.tpu_slices import GENERATIONS, TpuSlice, tpu_slice
 
 SHARED = "/shared"
 """Where containers and rented machines see the storage that all of them share and that outlives them."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("--")
 class Local:
     """This machine."""
 
-    devices: int | None = None
+    devices: Positive[int] | None = None
     """Devices that jax finds here, if the mesh is to be checked before anything starts."""
 
-    def __post_init__(self) -> None:
-        _positive(self, "devices")
 
-
-@dataclass(frozen=True, kw_only=True)
+@config("--")
 class TpuVm:
     """A TPU VM, from a shell on it: one host, the whole slice."""
 
@@ -46,7 +42,7 @@ class TpuVm:
         return tpu_slice(self.accelerator)
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("--")
 class TpuPod:
     """All hosts of one or more TPU slices, through gcloud, from any machine."""
 
@@ -56,7 +52,7 @@ class TpuPod:
     """Such as us-east5-a."""
     accelerator: str
     """Such as v5p-128, v5e-64 or v6e-256."""
-    slices: int = 1
+    slices: Positive[int] = 1
     """Slices of that size, joined by the data centre's network."""
     spot: bool = False
     """Rent slices that may be taken away at any time."""
@@ -66,13 +62,12 @@ class TpuPod:
     """The clone's folder on the hosts, below the home folder."""
     python: str = "python3"
     """Python 3.11 or newer on the hosts, to make the environment with; TPU VMs come with 3.10."""
-    restarts: int = 100
+    restarts: Positive[int] = 100
     """Times that a run which was preempted is continued."""
 
     def __post_init__(self) -> None:
         _name("--name", self.name)
         _name("--zone", self.zone)
-        _positive(self, "slices", "restarts")
         if self.slice.generation.runtime is None:
             raise UserError(f"--accelerator {self.accelerator} is rented through GKE alone; use --target gke")
         for key in ("repo", "folder", "python"):
@@ -83,7 +78,7 @@ class TpuPod:
         return tpu_slice(self.accelerator)
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("--")
 class Gke:
     """TPU slices of Google Kubernetes Engine, as a JobSet."""
 
@@ -93,7 +88,7 @@ class Gke:
     """Such as v5p-128, v6e-256 or 7x-128."""
     topology: str | None = None
     """Such as 4x4x12, where the usual shape of that size is not the one wanted."""
-    slices: int = 1
+    slices: Positive[int] = 1
     """Slices of that size, joined by the data centre's network; each is a node pool."""
     image: str
     """Container image with this repository in its working folder and its packages installed."""
@@ -101,13 +96,12 @@ class Gke:
     """PersistentVolumeClaim (ReadWriteMany) of the data and the run folders; containers see it as /shared."""
     spot: bool = False
     """Use spot nodes."""
-    restarts: int = 10
+    restarts: Positive[int] = 10
     """Failures after which the whole set starts again; those that a preemption caused do not count."""
 
     def __post_init__(self) -> None:
         _name("--name", self.name)
         _name("--claim", self.claim)
-        _positive(self, "slices", "restarts")
         _matches("--image", self.image, r"[\w.:/@-]+", "registry/name:tag")
 
     @property
@@ -115,22 +109,25 @@ class Gke:
         return tpu_slice(self.accelerator, self.topology)
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("--")
 class Slurm:
     """GPU nodes under Slurm: one process a node."""
 
-    nodes: int
-    gpus_per_node: int = 8
+    nodes: Positive[int]
+    """Nodes of the job; each is one process."""
+    gpus_per_node: Positive[int] = 8
+    """GPUs of a node."""
     name: str = "maxlm"
     """Of the job."""
     time: str | None = None
     """Limit of one turn in the queue, such as 24:00:00; the job goes back to the queue when it is over."""
     partition: str | None = None
+    """As Slurm knows it; None: its default."""
     account: str | None = None
+    """That pays, as Slurm knows it; None: its default."""
 
     def __post_init__(self) -> None:
         _name("--name", self.name)
-        _positive(self, "nodes", "gpus_per_node")
         if self.time is not None:
             _matches("--time", self.time, r"[\d:-]+", "days-hours:minutes:seconds")
         for key in ("partition", "account"):
@@ -138,7 +135,7 @@ class Slurm:
                 _matches(f"--{key}", getattr(self, key), r"[\w.,-]+", "a name as Slurm knows it")
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("--")
 class SkyPilot:
     """GPU nodes or one TPU slice, on whatever cloud SkyPilot finds them, as a managed job."""
 
@@ -146,7 +143,7 @@ class SkyPilot:
     """Of the job."""
     accelerator: str
     """GPUs of a node, such as H100:8, or a TPU slice, such as v6e-16."""
-    nodes: int = 1
+    nodes: Positive[int] = 1
     """Nodes with those GPUs."""
     bucket: str
     """Bucket of the data and the run folders, such as gs://mine; nodes see it as /shared."""
@@ -155,7 +152,6 @@ class SkyPilot:
 
     def __post_init__(self) -> None:
         _name("--name", self.name)
-        _positive(self, "nodes")
         _matches(
             "--bucket", self.bucket, r"[a-z0-9]+://[\w./-]+", "a store and a bucket, such as gs://mine or s3://mine"
         )
@@ -200,12 +196,6 @@ def _name(key: str, value: str) -> None:
 def _matches(key: str, value: str, pattern: str, form: str) -> None:
     if not re.fullmatch(pattern, value, re.ASCII):
         raise UserError(f"{key} {value!r} must be {form}")
-
-
-def _positive(target: Destination, *keys: str) -> None:
-    for key in keys:
-        if getattr(target, key) is not None:
-            require_positive(f"--{key}", getattr(target, key))
 
 
 def _no_control_characters(key: str, value: str) -> None:
