@@ -6,15 +6,39 @@ loops around it.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from maxlm.plan.source_lines import SourceLines
 
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 _NAMED = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.*)$")
 _KNOWN_TRIPS = re.compile(r'known_trip_count"?[:=]\{"?n"?[:=]"?(\d+)')
 _CALLERS = ("fusion", "call", "async-start", "custom-call", "conditional")  # of computations that run once a call
 _COPIES = ("copy", "bitcast", "convert", "reshape", "opt-barrier")
+_ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
+
+
+class ArrayShape(NamedTuple):
+    """An array's shape, as bf16[16,512]{1,0:T(8,128)S(1)}."""
+
+    name: str
+    """Without its layout."""
+    dims: list[int]
+    bits: int
+    """Of one number."""
+    order: list[int]
+    """Its dims, the fastest first; empty: the last is the fastest."""
+    tiles: str
+    """How it is laid out, and in which memory."""
+
+    @property
+    def size(self) -> int:
+        """Bytes, without the padding of the layout."""
+        return math.prod(self.dims) * self.bits // 8
 
 
 @dataclass(frozen=True)
@@ -40,6 +64,16 @@ class Instruction:
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found.group(1) if found else ""
 
+    @property
+    def arrays(self) -> list[ArrayShape]:
+        """Of its result: one, or those of a tuple."""
+        return [
+            ArrayShape(
+                f"{dtype}[{dims}]", numbers(dims), 8 if dtype == "pred" else numbers(dtype)[0], numbers(order), tiles
+            )
+            for dtype, dims, order, tiles in _ARRAY.findall(self.shape)
+        ]
+
 
 @dataclass(frozen=True)
 class Runs:
@@ -48,6 +82,12 @@ class Runs:
     count: int
     exact: bool = True
     """False: some loop around it turns a number of times that the text does not tell, and counts once."""
+
+    def __add__(self, other: Runs) -> Runs:
+        return Runs(self.count + other.count, self.exact and other.exact)
+
+    def __mul__(self, other: Runs) -> Runs:
+        return Runs(self.count * other.count, self.exact and other.exact)
 
 
 @dataclass(frozen=True)
@@ -68,6 +108,7 @@ class Program:
 
     def __init__(self, text: str):
         self.computations = {computation.name: computation for computation in _computations(text)}
+        self._lines = SourceLines(text)
         self._callers: dict[str, list[tuple[str, Runs]]] = {name: [] for name in self.computations}
         self._runs: dict[str, Runs] = {}
         for computation in self.computations.values():
@@ -85,13 +126,13 @@ class Program:
     def runs(self, computation: str) -> Runs:
         """How often a run of the program runs this computation."""
         if computation not in self._runs:
-            total, exact = int(self.computations[computation].entry), True
-            for caller, each in self._callers[computation]:
-                outer = self.runs(caller)
-                total += outer.count * each.count
-                exact &= outer.exact and each.exact
-            self._runs[computation] = Runs(total, exact)
+            calls = (self.runs(caller) * each for caller, each in self._callers[computation])
+            self._runs[computation] = sum(calls, Runs(int(self.computations[computation].entry)))
         return self._runs[computation]
+
+    def source(self, instruction: Instruction) -> str:
+        """The line of this repository that it comes from, as maxlm/models/block.py:49; empty if nobody knows."""
+        return self._lines.of(instruction.attributes)
 
     def _calls(self, computation: Computation, instruction: Instruction) -> Iterator[tuple[str, Runs]]:
         """Computations that an instruction runs, and how often."""
@@ -143,6 +184,11 @@ class Program:
             return instruction
         operands = [f"%{instruction.operands[numbers[name]]}" for name in inner.root.operands]
         return replace(inner.root, arguments=", ".join(operands))
+
+
+def numbers(text: str) -> list[int]:
+    """Those in a text."""
+    return [int(digits) for digits in re.findall(r"\d+", text)]
 
 
 def _computations(text: str) -> Iterator[Computation]:
