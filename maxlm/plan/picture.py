@@ -37,7 +37,7 @@ def write_picture(found: Forecast, path: Path) -> None:
     """Draw what a forecast says of memory; the file's suffix says how.
 
     Raises:
-        UserError: the suffix is neither .png nor .html, the folder is absent, or matplotlib is and .png needs it.
+        UserError: the suffix is neither .png nor .html, or matplotlib is absent and .png needs it.
     """
     check_picture(path)
     if path.suffix == ".html":
@@ -50,8 +50,6 @@ def check_picture(path: Path) -> None:
     """Raise what `write_picture` would for this name, before any work is done."""
     if path.suffix not in (".png", ".html"):
         raise UserError(f"--picture {path} ends in {path.suffix or 'nothing'}; use a name that ends in .png or .html")
-    if not path.parent.is_dir():
-        raise UserError(f"--picture {path}: there is no folder {path.parent}; make it, or name another file")
 
 
 def bars(found: Forecast) -> list[Bar]:

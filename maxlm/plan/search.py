@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from maxlm.config import (
@@ -216,24 +216,22 @@ def differences(config: RunConfig, original: RunConfig) -> tuple[str, ...]:
     return tuple(f"{key} = {value}" for key, value in after.items() if key not in before or before[key] != value)
 
 
-def search_json(found: Search, chosen: Forecast | None, peaks: Mapping[int, int], most: int = 100) -> dict[str, Json]:
-    """The ranking as plain values, cut after `most`; `peaks` by place are the compiler's."""
+def search_json(found: Search, chosen: Forecast | None, most: int = 100) -> dict[str, Json]:
+    """The ranking as plain values, cut after `most`."""
     return {
         "target": str(found.target),
         "devices": found.target.devices,
         "space": found.space,
         "fits": chosen is not None,
         "chosen": None if chosen is None else found.ranked.index(chosen),
-        "ranked": [
-            candidate_json(one, found.config) | ({"compiled_peak_bytes": peaks[i]} if i in peaks else {})
-            for i, one in enumerate(found.ranked[:most])
-        ],
+        "ranked": [candidate_json(one, found.config) for one in found.ranked[:most]],
     }
 
 
 def candidate_json(one: Forecast, original: RunConfig) -> dict[str, Json]:
     """A config of a search as plain values; sizes in bytes, times in seconds."""
     config, bound = one.config, one.time
+    compiled: dict[str, Json] = {} if one.compiled is None else {"compiled_peak_bytes": one.compiled.peak}
     return {
         "changes": differences(config, spelled_out(original, one.target)),
         "mesh": one.mesh,
@@ -242,12 +240,13 @@ def candidate_json(one: Forecast, original: RunConfig) -> dict[str, Json]:
         "zero": config.sharding.zero.value,
         "optimizer": type(config.optimizer).__name__,
         "peak_bytes": one.memory.peak,
-        "margin_bytes": one.margin,
+        "margin_bytes": one.analytic_margin,
         "step_seconds": bound.step_seconds,
         "mfu_ceiling": bound.mfu_ceiling,
         "limited_by": bound.limited_by,
         "device_seconds_per_token": one.cost,
         "sent_bytes": sum(axis.sent for axis in one.traffic),
+        **compiled,
     }
 
 

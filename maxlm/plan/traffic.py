@@ -16,6 +16,7 @@ from __future__ import annotations
 import enum
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import assert_never
@@ -34,7 +35,7 @@ from maxlm.config import (
 )
 from maxlm.hardware import Switched, Torus
 from maxlm.plan.machines import CpuMachine, GpuMachine, Machine, TpuMachine
-from maxlm.shapes import FLOAT32, Array, Part, device_shape
+from maxlm.shapes import FLOAT32, Array, Part, device_bytes, device_shape
 
 
 class Link(enum.Enum):
@@ -101,22 +102,31 @@ def estimate_traffic(config: RunConfig, target: Machine) -> list[AxisTraffic]:
 
 def layer_runs(config: RunConfig, sizes: Mapping[str, int]) -> list[LayerRuns]:
     """What a device runs of each block config. The layers before the pattern are in no pipeline."""
-    model, parts, stages = config.model, config.train.micro_batches, sizes["stage"]
-    tokens = local_tokens(config, sizes)
-    outside, runs, forwards = parts, float(parts * model.repeats), 1
-    if stages > 1:
-        groups = config.sharding.virtual_stages
-        outside, forwards = 1, 1 + config.sharding.remat_stages
-        runs = pipeline_ticks(stages, groups, parts) * model.repeats / (stages * groups)
-    first = [LayerRuns(block=one, runs=outside, tokens=tokens // outside, forwards=1) for one in model.first_blocks]
-    rows = tokens * stages // parts  # the stages share out a batch, but not a micro-batch
+    model, stages = config.model, sizes["stage"]
+    outside, tokens = loss_tokens(config, sizes)
+    first = [LayerRuns(block=one, runs=outside, tokens=tokens, forwards=1) for one in model.first_blocks]
+    runs, forwards = turns(config, sizes) * model.repeats / stages, 1 + (stages > 1 and config.sharding.remat_stages)
+    rows = local_tokens(config, sizes) * stages // config.train.micro_batches  # stages share a batch out, not its parts
     return first + [LayerRuns(block=one, runs=runs, tokens=rows, forwards=forwards) for one in model.blocks]
+
+
+def turns(config: RunConfig, sizes: Mapping[str, int]) -> float:
+    """How often a device runs each of its layers in a step: micro-batches, and the pipeline's empty turns."""
+    groups = config.sharding.virtual_stages
+    return pipeline_ticks(sizes["stage"], groups, config.train.micro_batches) / groups
 
 
 def local_tokens(config: RunConfig, sizes: Mapping[str, int]) -> int:
     """Tokens of a step that a device has outside of a pipeline."""
     shards = math.prod(sizes[axis] for axis in ("data", "fsdp", "expert", "stage", "seq"))
     return config.train.batch_size * config.train.seq_len // shards
+
+
+def loss_tokens(config: RunConfig, sizes: Mapping[str, int]) -> tuple[int, int]:
+    """How often a device runs embedding and loss in a step, and on how many tokens: on all micro-batches of a pipeline
+    at one time, cut over its stages."""
+    parts = 1 if sizes["stage"] > 1 else config.train.micro_batches
+    return parts, local_tokens(config, sizes) // parts
 
 
 def gradient_bytes(config: RunConfig) -> int:
@@ -169,15 +179,15 @@ class _Ledger:
     """Bytes that a device sends along each axis, added up."""
 
     sizes: Mapping[str, int]
-    sent: dict[tuple[str, _Pattern], float] = field(default_factory=dict)
-    words: dict[str, list[str]] = field(default_factory=dict)
+    sent: dict[tuple[str, _Pattern], float] = field(default_factory=lambda: defaultdict(float))
+    words: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
+    """Each once, in order."""
 
     def add(self, axis: str, sent: float, words: str, pattern: _Pattern = _Pattern.RING) -> None:
         if self.sizes[axis] == 1 or sent == 0:
             return
-        self.sent[axis, pattern] = self.sent.get((axis, pattern), 0) + sent
-        if words not in self.words.setdefault(axis, []):
-            self.words[axis].append(words)
+        self.sent[axis, pattern] += sent
+        self.words[axis][words] = None
 
     def gather(self, axis: str, size: float, words: str, pattern: _Pattern = _Pattern.RING) -> None:
         """Gather arrays of `size` bytes when whole; scattering or exchanging them sends as much."""
@@ -197,10 +207,8 @@ def _count_parameters(ledger: _Ledger, config: RunConfig, *, doubled: bool) -> N
     With ZeRO-3 each run of a layer gathers its parameters in the compute dtype, for the forward pass and again for the
     backward pass, and scatters their gradients. With ZeRO-1 and 2 the optimizer's float32 updates are gathered once.
     """
-    sizes, groups, parts = ledger.sizes, config.sharding.virtual_stages, config.train.micro_batches
-    staged = sizes["stage"] > 1
-    outside = 1 if staged else parts
-    inside = pipeline_ticks(sizes["stage"], groups, parts) / groups if staged else parts
+    sizes, staged = ledger.sizes, ledger.sizes["stage"] > 1
+    inside, (outside, _) = turns(config, sizes), loss_tokens(config, sizes)
     for array in shapes.arrays(config.model):
         stacked = array.dims[0] == "layers"
         found = _Parameter(
@@ -208,11 +216,7 @@ def _count_parameters(ledger: _Ledger, config: RunConfig, *, doubled: bool) -> N
             size=math.prod(device_shape(array, sizes, Zero.OPTIMIZER)),
             runs=inside if stacked else outside,
             forwards=1 + (config.sharding.remat_stages and staged and stacked),
-            others=[
-                axis
-                for axis in ("data", "stage", "seq", "expert")
-                if not (axis == "stage" and stacked) and not (axis == "expert" and array.part is Part.EXPERTS)
-            ],
+            others=["data", "seq"] + ["stage"] * (not stacked) + ["expert"] * (array.part is not Part.EXPERTS),
             factor=2 if doubled else 1,
         )
         if array.part in (Part.EMBEDDING, Part.UNEMBEDDING):
@@ -295,21 +299,20 @@ def _count_tensor(ledger: _Ledger, config: RunConfig, layer: LayerRuns) -> None:
 
 def _count_vocabulary(ledger: _Ledger, config: RunConfig) -> None:
     """Looked-up rows and the gradient of the hidden states are summed over the parts of the vocabulary."""
-    size = local_tokens(config, ledger.sizes) * config.model.d_model * config.execution.dtype.itemsize
+    tokens = local_tokens(config, ledger.sizes)
+    size = tokens * config.model.d_model * config.execution.dtype.itemsize
     if config.sharding.sequence_parallel:
         ledger.gather("tensor", 3 * size, "gathers and scatters activations")  # rows, their gradient, hidden states
     else:
         ledger.sum(["tensor"], size, "sums activations")
     ledger.sum(["tensor"], size, "sums hidden states' gradient")
-    ledger.sum(["tensor"], 3 * FLOAT32 * local_tokens(config, ledger.sizes), "sums softmax")
+    ledger.sum(["tensor"], 3 * FLOAT32 * tokens, "sums softmax")
 
 
 def _count_context(ledger: _Ledger, config: RunConfig, layer: LayerRuns) -> None:
     """Keys and values over the parts of a sequence: gathered (arXiv:2407.21783, section 3.3.2), passed round
     (arXiv:2310.01889), or exchanged against heads (arXiv:2309.14509)."""
     n, attention, remat = ledger.sizes["seq"], layer.block.attention, config.execution.remat
-    if n == 1:
-        return
     of_head = layer.tokens * attention.head_dim / ledger.sizes["tensor"] * layer.runs
     keys, queries = of_head * attention.n_kv_heads, of_head * attention.n_heads
     small = config.execution.dtype.itemsize
@@ -340,7 +343,7 @@ def _count_experts(ledger: _Ledger, config: RunConfig, layer: LayerRuns) -> None
     """Tokens to their experts and back (GShard, arXiv:2006.16668): twice forward, backward and, but for remat "none",
     once more. What travels are whole buffers, full or not."""
     mlp, n = layer.block.mlp, ledger.sizes["expert"]
-    if not isinstance(mlp, Experts) or n == 1:
+    if not isinstance(mlp, Experts):
         return
     rows = mlp.buffer_rows(layer.tokens, seq_len=config.train.seq_len, devices=n)
     size = rows * config.model.d_model * config.execution.dtype.itemsize
@@ -351,19 +354,16 @@ def _count_experts(ledger: _Ledger, config: RunConfig, layer: LayerRuns) -> None
 def _count_stages(ledger: _Ledger, config: RunConfig) -> None:
     """Three activations a turn and direction: what goes on, what comes from its home, what goes home
     (models/pipeline.py). With virtual stages the float32 parameters go to their stages, and their gradients back."""
-    stages, groups, parts = ledger.sizes["stage"], config.sharding.virtual_stages, config.train.micro_batches
-    if stages == 1:
-        return
-    tokens = local_tokens(config, ledger.sizes) * stages / parts
+    sizes, groups = ledger.sizes, config.sharding.virtual_stages
+    tokens = local_tokens(config, sizes) * sizes["stage"] / config.train.micro_batches
     if config.sharding.sequence_parallel:
-        tokens /= ledger.sizes["tensor"]
-    size = tokens * config.model.d_model * config.execution.dtype.itemsize * pipeline_ticks(stages, groups, parts)
+        tokens /= sizes["tensor"]
+    size = tokens * config.model.d_model * config.execution.dtype.itemsize * turns(config, sizes) * groups
     ledger.add("stage", 2 * 3 * size, "passes activations on", _Pattern.CHAIN)
     if groups > 1:
-        arrays = (array for array in shapes.arrays(config.model) if array.dims[0] == "layers")
-        for array in arrays:
-            for part in (StatePart.PARAMETERS, StatePart.GRADIENTS):
-                size = FLOAT32 * math.prod(device_shape(array, ledger.sizes, config.sharding.zero, part))
+        for array in shapes.arrays(config.model):
+            for part in (StatePart.PARAMETERS, StatePart.GRADIENTS) if array.dims[0] == "layers" else ():
+                size = device_bytes(array, sizes, config.sharding.zero, part)
                 ledger.gather("stage", size, "brings parameters in order", _Pattern.EXCHANGE)
 
 
@@ -376,7 +376,7 @@ def _over_links(ledger: _Ledger, axis: str, inner: Mapping[str, int], target: Ma
     n, near = ledger.sizes[axis], inner[axis]
     far, close, seconds = 0.0, 0.0, 0.0
     for pattern in _Pattern:
-        sent = ledger.sent.get((axis, pattern), 0.0)
+        sent = ledger.sent[axis, pattern]
         match pattern:
             case _Pattern.RING:
                 share = (-(-n // near) - 1) / (n - 1)
@@ -386,21 +386,19 @@ def _over_links(ledger: _Ledger, axis: str, inner: Mapping[str, int], target: Ma
                 share = float(near < n)
         far, close = far + sent * share, close + sent * (1 - share)
         seconds += _ici_seconds(target, inner, axis, sent * (1 - share), pattern)
-    what = ", ".join(ledger.words.get(axis, ["nothing"]))
-    device = target.hardware
-    if device is None:
-        return [AxisTraffic(axis=axis, link=Link.LOCAL, sent=round(far + close), seconds=None, what=what)]
-    match device.network:
+    what = ", ".join(ledger.words[axis]) or "nothing"
+    match target.hardware and target.hardware.network:
+        case None:
+            return [AxisTraffic(axis=axis, link=Link.LOCAL, sent=round(far + close), seconds=None, what=what)]
         case Torus(between_slices=network):
             link = Link.ICI
         case Switched(within_host=within_host, between_hosts=network):
             link, seconds = Link.NVLINK, close / within_host
-    found = []
-    if round(close) or not round(far):
-        found.append(AxisTraffic(axis=axis, link=link, sent=round(close), seconds=seconds, what=what))
-    if round(far):
-        found.append(AxisTraffic(axis=axis, link=Link.NETWORK, sent=round(far), seconds=far / network, what=what))
-    return found
+    found = [
+        AxisTraffic(axis=axis, link=link, sent=round(close), seconds=seconds, what=what),
+        AxisTraffic(axis=axis, link=Link.NETWORK, sent=round(far), seconds=far / network, what=what),
+    ]
+    return [one for one in found if one.sent] or found[:1]
 
 
 def _ici_seconds(target: Machine, inner: Mapping[str, int], axis: str, sent: float, pattern: _Pattern) -> float:
