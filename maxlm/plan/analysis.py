@@ -127,7 +127,7 @@ class Forecast:
 
     @property
     def tier(self) -> Tier:
-        """Which of the two decides `fits`."""
+        """Who decides `fits`."""
         return Tier.ANALYTIC if self.compiled is None else Tier.COMPILED
 
     @property

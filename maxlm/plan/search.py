@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from maxlm.config import (
@@ -73,9 +73,8 @@ def search(config: RunConfig, target: Machine) -> Search:
             "GPUs, for example --target gpu:h200:8"
         )
     spaces = [MeshSpace(config, target, sharding) for sharding in layouts(config, target)]
-    size = sum(space.size for space in spaces) * len(optimizers(config.optimizer))
     ranked = sorted((one for space in spaces for one in space.best()), key=preference)
-    return Search(config=config, target=target, space=size, ranked=tuple(ranked))
+    return Search(config=config, target=target, space=sum(space.size for space in spaces), ranked=tuple(ranked))
 
 
 def fitting(configs: Iterable[RunConfig], target: Machine) -> Iterator[Forecast]:
@@ -124,8 +123,16 @@ class MeshSpace:
 
     @property
     def size(self) -> int:
-        """Configs with one optimizer."""
-        return len(self.zeros) * len(self.parts) * len(remats(self.config))
+        """Of the space."""
+        return math.prod(len(choices) for choices in self._choices)
+
+    def configs(self) -> Iterator[RunConfig]:
+        """All of them."""
+        return (self.choose(*one) for one in itertools.product(*self._choices))
+
+    @property
+    def _choices(self) -> tuple[Sequence[OptimizerConfig], Sequence[Zero], Sequence[int], Sequence[Remat]]:
+        return optimizers(self.config.optimizer), self.zeros, self.parts, remats(self.config)
 
     @property
     def zeros(self) -> list[Zero]:
@@ -145,7 +152,7 @@ class MeshSpace:
             if not broken_rules(split(parts), self.target.devices)
         ]
 
-    def choose(self, zero: Zero, parts: int, remat: Remat, optimizer: OptimizerConfig) -> RunConfig:
+    def choose(self, optimizer: OptimizerConfig, zero: Zero, parts: int, remat: Remat) -> RunConfig:
         config = self.config
         return replace(
             config,
@@ -177,15 +184,15 @@ class MeshSpace:
             policies = remats(self.config)
             strongest = policies[-1]
             # The least memory there is: one micro-batch needs no room to add up gradients, many have few activations.
-            if not any(fits(self.choose(zero, self.parts[end], strongest, optimizer)) for end in (0, -1)):
+            if not any(fits(self.choose(optimizer, zero, self.parts[end], strongest)) for end in (0, -1)):
                 continue
             for parts in self.parts:
                 if not policies:
                     break
-                if not fits(self.choose(zero, parts, strongest, optimizer)):
+                if not fits(self.choose(optimizer, zero, parts, strongest)):
                     continue
                 for i, remat in enumerate(policies):
-                    if (one := Forecast(self.choose(zero, parts, remat, optimizer), self.target)).fits:
+                    if (one := Forecast(self.choose(optimizer, zero, parts, remat), self.target)).fits:
                         yield one
                         policies = policies[:i] if self.sharding.stage == 1 else policies
                         break

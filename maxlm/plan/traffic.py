@@ -34,7 +34,7 @@ from maxlm.config import (
     pipeline_ticks,
 )
 from maxlm.hardware import Switched, Torus
-from maxlm.plan.machines import CpuMachine, GpuMachine, Machine, TpuMachine
+from maxlm.plan.machines import TPUS, CpuMachine, GpuMachine, Machine, TpuMachine
 from maxlm.shapes import FLOAT32, Array, Part, device_bytes, device_shape
 
 
@@ -137,9 +137,9 @@ def gradient_bytes(config: RunConfig) -> int:
 def whole_torus(target: Machine, size: int) -> bool:
     """Whether an axis is a whole 3-D torus of 64 chips or more, where the TPU compiler (jax 0.10.2) makes a sum of
     whole arrays of each gather and each scatter: twice the bytes (docs/plan.md)."""
-    if not isinstance(target, TpuMachine) or len(_lengths(target)) < 3:
+    if not isinstance(target, TpuMachine) or len(target.sides) < 3:
         return False
-    return math.prod(_lengths(target)) >= 64 and size == target.devices // target.slices
+    return math.prod(target.sides) >= 64 and size == target.devices // target.slices
 
 
 def within(axis: str, config: RunConfig, target: Machine) -> int:
@@ -407,11 +407,9 @@ def _ici_seconds(target: Machine, inner: Mapping[str, int], axis: str, sent: flo
     covers; an all-to-all over a ring of n takes n / 4 times as long a byte, since bytes cross n / 4 links on average;
     permutes use one link, the pipeline's one in each direction.
     """
-    device = target.hardware
-    if device is None or not isinstance(device.network, Torus) or not sent:
+    if not isinstance(target, TpuMachine) or not sent:
         return 0.0
-    dims = torus_dims(target, inner)[axis] or ((2, 1),)
-    link = device.network.link
+    dims, link = torus_dims(target, inner)[axis] or ((2, 1),), TPUS[target.chip].link
     every = sent / (link * sum(links for _, links in dims))
     match pattern:
         case _Pattern.RING:
@@ -432,14 +430,11 @@ def torus_dims(target: Machine, inner: Mapping[str, int]) -> dict[str, tuple[tup
     with two links, if its length is a multiple of `Torus.ring`. The two devices of a TPU 7x chip count as a dim
     of length 2.
     """
-    device = target.hardware
-    if device is None or not isinstance(device.network, Torus):
-        return dict.fromkeys(MESH_AXES, ())
-    ring, lengths = device.network.ring, _lengths(target)
-    left = [*lengths] + ([device.network.devices_per_chip] if device.network.devices_per_chip > 1 else [])
-    whole = [True] * len(left)
     found: dict[str, tuple[tuple[int, int], ...]] = dict.fromkeys(MESH_AXES, ())
-    unplaced = []
+    if not isinstance(target, TpuMachine):
+        return found
+    ring, left = TPUS[target.chip].ring, [*target.sides, TPUS[target.chip].devices_per_chip]
+    whole, unplaced = [True] * len(left), []
     for axis in reversed(MESH_AXES):
         places = [i for i, length in enumerate(left) if length > 1]
         subsets = [few for count in (4, 3, 2, 1) for few in itertools.combinations(places, count)]
@@ -457,8 +452,3 @@ def torus_dims(target: Machine, inner: Mapping[str, int]) -> dict[str, tuple[tup
                 found[axis] += ((part, 2 if is_ring else 1),)
                 left[i], whole[i], rest = length // part, False, rest // part
     return found
-
-
-def _lengths(target: Machine) -> list[int]:
-    """Of the dims of a slice's torus."""
-    return [int(size) for size in target.topology.split("x")] if isinstance(target, TpuMachine) else []
