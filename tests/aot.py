@@ -249,4 +249,4 @@ def _spills(log: str) -> dict[str, int]:
 
 
 if __name__ == "__main__":  # make compilers
-    print("\n".join(machines.requirements("tpu") + machines.requirements("gpu")))
+    print("\n".join(machines.requirements(machines.Platform.TPU) + machines.requirements(machines.Platform.GPU)))

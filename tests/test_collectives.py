@@ -27,7 +27,15 @@ from maxlm.plan.audit import forbidden
 from maxlm.plan.collectives import UNKNOWN, Collective, CollectiveKind, collectives, summed
 from maxlm.plan.compiled import CompiledStep, Memory, compile_step, compiler_report
 from maxlm.plan.hlo import Program, Runs
-from maxlm.plan.machines import CpuMachine, GpuMachine, TpuMachine, memory_limit, parse_machine, requirements
+from maxlm.plan.machines import (
+    CpuMachine,
+    GpuMachine,
+    Platform,
+    TpuMachine,
+    memory_limit,
+    parse_machine,
+    requirements,
+)
 from maxlm.plan.tables import print_compiled
 from maxlm.sharding import make_layout
 
@@ -288,9 +296,9 @@ def test_unknown_targets_name_the_nearest(wrong, near):
 
 
 def test_compilers_are_those_of_the_installed_jax():
-    names = [re.split("[<>=]", line)[0] for line in (*requirements("tpu"), *requirements("gpu"))]
+    names = [re.split("[<>=]", line)[0] for line in (*requirements(Platform.TPU), *requirements(Platform.GPU))]
     assert names[:3] == ["libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt"]
-    assert jax.__version__ in requirements("gpu")[0]
+    assert jax.__version__ in requirements(Platform.GPU)[0]
 
 
 def run_plan(*arguments):

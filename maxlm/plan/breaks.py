@@ -100,8 +100,8 @@ def _batch(batch_size: int, scaled: Forecast, cuts: int) -> Iterator[_Break]:
             "critical batch",
             scaled.tokens / LARGEST_BATCH,
             f"train.batch_size = {scaled.config.train.batch_size:,} makes {scaled.tokens:,} tokens a step, "
-            f"DeepSeek-V3 had {LARGEST_BATCH:,}; beyond the critical batch size, which grows as the loss falls (arXiv:1812.06162), a "
-            "larger batch saves few steps: use more of tensor or seq instead of data",
+            f"DeepSeek-V3 had {LARGEST_BATCH:,}; beyond the critical batch size, which grows as the loss falls "
+            "(arXiv:1812.06162), a larger batch saves few steps: use more of tensor or seq instead of data",
         )
 
 

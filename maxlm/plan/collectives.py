@@ -7,6 +7,7 @@ place differs within a group, data move along that axis. Of a collective in anot
 from __future__ import annotations
 
 import enum
+import itertools
 import math
 import re
 from collections import defaultdict
@@ -133,9 +134,11 @@ def _members(instruction: Instruction, mesh: MeshShape) -> tuple[tuple[str, ...]
     n_devices = math.prod(mesh.values())
     try:
         groups = _groups(instruction.attributes, n_devices)
-        return _axes(groups, mesh), groups.shape[1]
+        places = np.unravel_index(groups, list(mesh.values()))
     except ValueError:  # another notation, groups of several sizes, devices that the mesh has not
         return UNKNOWN, n_devices
+    moving = [(place != place[:, :1]).any() for place in places]
+    return tuple(itertools.compress(mesh, moving)), groups.shape[1]
 
 
 def _groups(text: str, n_devices: int) -> np.ndarray:
@@ -155,13 +158,14 @@ def _groups(text: str, n_devices: int) -> np.ndarray:
     if iota := re.search(r"replica_groups=(\[\S+\]<=\S+?\](?:T\([\d,]+\))?)", text):
         shape, order = iota.group(1).split("<=")
         return _order(order).reshape(numbers(shape))
-    # mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}: a mesh of its own, and the axes that a group spans.
-    if named := re.search(r"replica_groups=mesh\[([^]]*)\](?:, device_ids=\(?([^ ]*?)\)?)? \{([^}]*)\}", text):
+    # mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}: a mesh of its own, and the axes, not parts of axes such as
+    # 'b':(1)2, that a group spans.
+    if named := re.search(r"replica_groups=mesh\[([^]]*)\](?:, device_ids=\(?([^ ]*?)\)?)? \{([^}:]*)\}", text):
         sizes = {axis: int(size) for axis, size in re.findall(r"'([^']*)'=(\d+)", named.group(1))}
-        spanned = re.findall(r"'([^']*)'", named.group(3))
-        if ":(" not in named.group(3):  # a part of an axis
-            order = _order(named.group(2)) if named.group(2) else np.arange(math.prod(sizes.values()))
-            return _spanning(order, sizes, spanned)
+        grid = _order(named.group(2) or f"[{math.prod(sizes.values())}]").reshape(list(sizes.values()))
+        spanned = [list(sizes).index(axis) for axis in re.findall(r"'([^']*)'", named.group(3))]
+        last = range(-len(spanned), 0)
+        return np.moveaxis(grid, spanned, last).reshape(-1, math.prod(grid.shape[i] for i in spanned))
     raise ValueError(text)
 
 
@@ -173,16 +177,4 @@ def _order(text: str) -> np.ndarray:
     """`[4,2]T(1,0)`: the numbers from 0 on as an array of that shape, transposed, in a row."""
     shape, _, permutation = text.partition("T")
     ids = np.arange(math.prod(numbers(shape))).reshape(numbers(shape))
-    return ids.transpose(numbers(permutation) if permutation else None if ids.ndim < 2 else range(ids.ndim)).ravel()
-
-
-def _spanning(order: np.ndarray, sizes: Mapping[str, int], spanned: Sequence[str]) -> np.ndarray:
-    grid = order.reshape(list(sizes.values()))
-    last = [list(sizes).index(axis) for axis in spanned]
-    rest = [i for i in range(grid.ndim) if i not in last]
-    return grid.transpose([*rest, *last]).reshape(-1, math.prod(sizes[axis] for axis in spanned))
-
-
-def _axes(groups: np.ndarray, mesh: MeshShape) -> tuple[str, ...]:
-    places = np.unravel_index(groups, list(mesh.values()))
-    return tuple(axis for axis, place in zip(mesh, places, strict=True) if (place != place[:, :1]).any())
+    return ids.transpose(numbers(permutation) or range(ids.ndim)).ravel()

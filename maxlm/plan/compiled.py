@@ -211,13 +211,13 @@ def _memory(compiled: jax.stages.Compiled, target: Machine) -> Memory:
 @contextlib.contextmanager
 def _compiler_output() -> Iterator[list[str]]:
     """Keeps what compilers, which know nothing of Python, write to standard output and error; the list's one entry has
-    it after. ptxas is asked to tell of registers.
+    it after.
 
     If the block raises what is no user's mistake, it is written to standard error after all; if the compiler ends the
     process, a shell that waits for this does it.
     """
     log = [""]
-    with tempfile.NamedTemporaryFile() as file, _variable("MOSAIC_GPU_DUMP_PTXAS", "1"):
+    with tempfile.NamedTemporaryFile() as file:
         sys.stdout.flush()
         command = ["sh", "-c", 'read -r line || { cat "$0" >&2; rm "$0"; }', file.name]
         witness = subprocess.Popen(command, stdin=subprocess.PIPE)
@@ -240,17 +240,3 @@ def _compiler_output() -> Iterator[list[str]]:
             log[0] = file.read().decode(errors="replace")
             if failed:
                 os.write(2, log[0].encode())
-
-
-@contextlib.contextmanager
-def _variable(name: str, value: str) -> Iterator[None]:
-    """An environment variable for a while."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

@@ -33,7 +33,7 @@ class ArrayShape(NamedTuple):
     order: list[int]
     """Its dims, the fastest first; empty: the last is the fastest."""
     tiles: str
-    """How it is laid out, and in which memory."""
+    """And memory."""
 
     @property
     def size(self) -> int:
@@ -58,11 +58,14 @@ class Instruction:
         """Names of the instructions it takes."""
         return re.findall(r"%([\w.-]+)", self.arguments)
 
+    def attribute(self, key: str) -> str:
+        """The name behind `key=`, as of a computation that it calls."""
+        return re.findall(rf"\b{key}=%?([\w.-]+)", self.attributes)[0]
+
     @property
     def operation(self) -> str:
         """Where it comes from in the traced program, as jit(step)/jvp(blocks)/while/body/...; empty if nobody knows."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found.group(1) if found else ""
+        return next(iter(re.findall(r'op_name="([^"]*)"', self.attributes)), "")
 
     @property
     def arrays(self) -> list[ArrayShape]:
@@ -102,6 +105,13 @@ class Computation:
     def root(self) -> Instruction:
         return next(instruction for instruction in self.instructions.values() if instruction.root)
 
+    def source(self, name: str | None) -> Instruction | None:
+        """The instruction of that name, seen through copies."""
+        found = self.instructions.get(name or "")
+        while found is not None and found.opcode in _COPIES and len(found.operands) == 1:
+            found = self.instructions.get(found.operands[0])
+        return found
+
 
 class Program:
     """The text of a compiled program (`compiled.as_text()`), taken apart."""
@@ -137,7 +147,7 @@ class Program:
     def _calls(self, computation: Computation, instruction: Instruction) -> Iterator[tuple[str, Runs]]:
         """Computations that an instruction runs, and how often."""
         if instruction.opcode == "while":
-            body, condition = (_attribute(instruction, key) for key in ("body", "condition"))
+            body, condition = instruction.attribute("body"), instruction.attribute("condition")
             turns = self._turns(computation, instruction, body, condition)
             yield body, turns
             yield condition, turns
@@ -178,7 +188,7 @@ class Program:
         """What a fusion of one operation does, with the fusion's operands; anything else as it is."""
         if instruction.opcode != "fusion":
             return instruction
-        inner = self.computations[_attribute(instruction, "calls")]
+        inner = self.computations[instruction.attribute("calls")]
         numbers = {i.name: int(i.arguments) for i in inner.instructions.values() if i.opcode == "parameter"}
         if any(name not in numbers for name in inner.root.operands):
             return instruction
@@ -225,34 +235,19 @@ def _closing(text: str, opening: int) -> int:
     raise ValueError(f"a parenthesis is not closed in {text[:80]!r}")
 
 
-def _attribute(instruction: Instruction, key: str) -> str:
-    found = re.search(rf"\b{key}=%?([\w.-]+)", instruction.attributes)
-    if found is None:
-        raise ValueError(f"{instruction.opcode} {instruction.name} has no {key}")
-    return found.group(1)
-
-
-def _source(computation: Computation, name: str | None) -> Instruction | None:
-    """The instruction of that name, seen through copies."""
-    found = computation.instructions.get(name or "")
-    while found is not None and found.opcode in _COPIES and len(found.operands) == 1:
-        found = computation.instructions.get(found.operands[0])
-    return found
-
-
 def _constant(computation: Computation, name: str | None) -> int | None:
-    found = _source(computation, name)
+    found = computation.source(name)
     return int(found.arguments) if found and found.opcode == "constant" and found.arguments.isdecimal() else None
 
 
 def _element(computation: Computation, name: str) -> int | None:
     """Which element of the loop's tuple an instruction of its condition is."""
-    found = _source(computation, name)
+    found = computation.source(name)
     index = re.search(r"\bindex=(\d+)", found.attributes) if found and found.opcode == "get-tuple-element" else None
     return int(index.group(1)) if index else None
 
 
 def _tuple_operand(computation: Computation, name: str, index: int) -> str | None:
     """What a tuple holds at an index."""
-    found = _source(computation, name)
+    found = computation.source(name)
     return found.operands[index] if found and found.opcode == "tuple" else None

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from maxlm.config import UserError
 from maxlm.config.errors import pip_install
@@ -273,8 +273,11 @@ def environment(target: Machine) -> Mapping[str, str]:
                 "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # compilers may run side by side
             }
         case GpuMachine():
-            # There is no GPU to time candidates on.
-            return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": _flags("--xla_gpu_autotune_level=0")}
+            return {
+                "JAX_PLATFORMS": "cpu",
+                "XLA_FLAGS": _flags("--xla_gpu_autotune_level=0"),  # there is no GPU to time candidates on
+                "MOSAIC_GPU_DUMP_PTXAS": "1",  # ptxas tells of registers
+            }
 
 
 def _flags(last: str) -> str:
@@ -282,15 +285,15 @@ def _flags(last: str) -> str:
     return f"{os.environ.get('XLA_FLAGS', '').removesuffix(last).strip()} {last}".strip()
 
 
-def requirements(platform: Literal["tpu", "gpu"]) -> list[str]:
-    """What pip must install, without dependencies, for the jax that is installed."""
-    wanted = {"tpu": ("libtpu", 'extra == "tpu"'), "gpu": ("jax-cuda13-plugin", 'extra == "cuda13-local"')}[platform]
-    (pinned,) = (
-        line.split(";")[0]
-        for line in importlib.metadata.requires("jax") or []
-        if line.startswith(wanted[0]) and line.endswith(wanted[1])
-    )
-    if platform == "tpu":
+def requirements(platform: Platform) -> list[str]:
+    """What pip must install, without dependencies, for the jax that is installed; for a CPU nothing."""
+    if platform is Platform.CPU:
+        return []
+    tpu = platform is Platform.TPU
+    name, extra = ("libtpu", "tpu") if tpu else ("jax-cuda13-plugin", "cuda13-local")
+    lines = importlib.metadata.requires("jax") or []
+    (pinned,) = (one.split(";")[0] for one in lines if one.startswith(name) and one.endswith(f'extra == "{extra}"'))
+    if tpu:
         return [pinned]
     # nvcc brings ptxas and nvvm the device library; absl is what Mosaic's Python part imports.
     return [pinned, pinned.replace("plugin", "pjrt"), "nvidia-cuda-nvcc>=13,<14", "nvidia-nvvm>=13,<14", "absl-py"]
@@ -307,16 +310,12 @@ def installed() -> dict[str, str]:
 
 def missing_compiler(target: Machine) -> str | None:
     """What to do about a compiler that is not installed, or is of another jax, with which it may crash; None: it is."""
-    match target:
-        case CpuMachine():
-            return None
-        case TpuMachine() | GpuMachine():
-            wanted = requirements("tpu" if isinstance(target, TpuMachine) else "gpu")
     have = installed()
-    names = {line: re.split("[<>=]", line)[0] for line in wanted}
-    if not (missing := [line for line, name in names.items() if name not in have or not _suits(have[name], line)]):
+    wanted = {line: re.split("[<>=]", line)[0] for line in requirements(target.platform)}
+    missing = {line: name for line, name in wanted.items() if name not in have or not _suits(have[name], line)}
+    if not missing:
         return None
-    others = ", ".join(f"{names[line]} {have[names[line]]}" for line in missing if names[line] in have)
+    others = ", ".join(f"{name} {have[name]}" for name in missing.values() if name in have)
     reason = f"{others} does not go with jax {have['jax']}; " if others else ""
     return f"no compiler for {target}: {reason}make compilers, or {pip_install('--no-deps', *missing)}"
 

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from maxlm.plan.hlo import ArrayShape, Computation, Instruction, Program, numbers
+from maxlm.plan.hlo import ArrayShape, Instruction, Program, numbers
 
 
 class Allocation(enum.Enum):
@@ -120,7 +120,7 @@ def largest_arrays(program: Program, count: int = 10) -> tuple[Buffer, ...]:
     Arrays inside fusions never exist; results that are written into their operand's memory are left out as far as the
     text shows it. Those alike in shape and origin are one buffer, with their number.
     """
-    fused = {_called(instruction) for _, instruction, _ in program.running() if instruction.opcode == "fusion"}
+    fused = {one.attribute("calls") for _, one, _ in program.running() if one.opcode == "fusion"}
     alike: Counter[Buffer] = Counter()
     for computation, instruction, _ in program.running():
         argument = computation.entry and instruction.opcode == "parameter"
@@ -172,21 +172,12 @@ def _listed(text: str) -> Iterator[Buffer]:
         )
 
 
-def _called(fusion: Instruction) -> str:
-    return re.findall(r"\bcalls=%?([\w.-]+)", fusion.attributes)[0]
-
-
 def _is_view(program: Program, instruction: Instruction) -> bool:
     if instruction.opcode == "fusion":  # one that ends in writing a slice into an operand
-        inner = program.computations[_called(instruction)]
-        return _behind_views(inner, inner.root).opcode == "dynamic-update-slice"
+        inner = program.computations[instruction.attribute("calls")]
+        written = inner.source(inner.root.name)
+        return written is not None and written.opcode == "dynamic-update-slice"
     return instruction.opcode in _VIEWS or instruction.opcode.endswith("-start")
-
-
-def _behind_views(computation: Computation, instruction: Instruction) -> Instruction:
-    while instruction.opcode in ("bitcast", "convert", "copy") and len(instruction.operands) == 1:
-        instruction = computation.instructions[instruction.operands[0]]
-    return instruction
 
 
 def _padded(array: ArrayShape) -> list[int]:
