@@ -34,7 +34,7 @@ from maxlm.config import (
     pipeline_ticks,
 )
 from maxlm.hardware import Switched, Torus
-from maxlm.plan.machines import TPUS, CpuMachine, GpuMachine, Machine, TpuMachine
+from maxlm.plan.machines import TPUS, GpuMachine, Machine, TpuMachine
 from maxlm.shapes import FLOAT32, Array, Part, device_bytes, device_shape
 
 
@@ -88,15 +88,15 @@ def estimate_traffic(config: RunConfig, target: Machine) -> list[AxisTraffic]:
         UserError: the sizes of the axes do not suit the number of devices.
     """
     sizes = config.sharding.sizes(target.devices)
-    ledger = _Ledger(sizes)
-    _count_parameters(ledger, config, doubled=whole_torus(target, sizes["fsdp"]))
+    ledger = _Ledger(sizes, doubled=whole_torus(target, sizes["fsdp"]))
+    _count_parameters(ledger, config)
     for layer in layer_runs(config, sizes):
         _count_tensor(ledger, config, layer)
         _count_context(ledger, config, layer)
         _count_experts(ledger, config, layer)
     _count_vocabulary(ledger, config)
     _count_stages(ledger, config)
-    inner = {axis: within(axis, config, target) for axis in MESH_AXES}
+    inner = _within(config, target)
     return [one for axis in MESH_AXES if sizes[axis] > 1 for one in _over_links(ledger, axis, inner, target)]
 
 
@@ -142,23 +142,20 @@ def whole_torus(target: Machine, size: int) -> bool:
     return math.prod(target.sides) >= 64 and size == target.devices // target.slices
 
 
-def within(axis: str, config: RunConfig, target: Machine) -> int:
-    """Devices of an axis's group that share a slice or host with each other; the axis's size if it crosses none.
+def _within(config: RunConfig, target: Machine) -> dict[str, int]:
+    """Devices of each axis's group that share a slice or host with each other; the axis's size if it crosses none.
 
     Without `sharding.slices` GPUs are taken in their order, a host at a time, the last axis of MESH_AXES fastest.
     """
     sizes = config.sharding.sizes(target.devices)
-    slices = target.slices if isinstance(target, TpuMachine) else config.sharding.slices
+    slices, axis = config.sharding.slices, config.sharding.slices_axis.value
     if slices > 1:
-        return max(1, sizes[axis] // slices) if axis == config.sharding.slices_axis.value else sizes[axis]
-    match target:
-        case CpuMachine() | TpuMachine():
-            return sizes[axis]
-        case GpuMachine():
-            faster = math.prod(sizes[one] for one in MESH_AXES[MESH_AXES.index(axis) + 1 :])
-            return min(sizes[axis], max(1, target.per_host // faster))
-        case _:
-            assert_never(target)
+        return sizes | {axis: max(1, sizes[axis] // slices)}
+    if isinstance(target, GpuMachine):
+        room = target.per_host
+        for axis in reversed(MESH_AXES):
+            sizes[axis], room = min(sizes[axis], max(1, room)), room // sizes[axis]
+    return sizes
 
 
 class _Pattern(enum.Enum):
@@ -179,6 +176,8 @@ class _Ledger:
     """Bytes that a device sends along each axis, added up."""
 
     sizes: Mapping[str, int]
+    doubled: bool
+    """fsdp sums whole arrays to gather or scatter parameters: see `whole_torus`."""
     sent: dict[tuple[str, _Pattern], float] = field(default_factory=lambda: defaultdict(float))
     words: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
     """Each once, in order."""
@@ -194,6 +193,10 @@ class _Ledger:
         n = self.sizes[axis]
         self.add(axis, size * (n - 1) / n, words, pattern)
 
+    def over_fsdp(self, size: float, words: str) -> None:
+        """Gather or scatter parameters, or their gradients, of `size` bytes when whole."""
+        self.gather("fsdp", size * (2 if self.doubled else 1), words)
+
     def sum(self, axes: Sequence[str], size: float, words: str) -> None:
         """Sum arrays of `size` bytes over all axes together, the fastest first."""
         for axis in sorted(axes, key=MESH_AXES.index, reverse=True):
@@ -201,84 +204,61 @@ class _Ledger:
             size /= self.sizes[axis]
 
 
-def _count_parameters(ledger: _Ledger, config: RunConfig, *, doubled: bool) -> None:
+def _count_parameters(ledger: _Ledger, config: RunConfig) -> None:
     """Parameters to where they are used, gradients to where they are kept (ZeRO, arXiv:1910.02054).
 
     With ZeRO-3 each run of a layer gathers its parameters in the compute dtype, for the forward pass and again for the
     backward pass, and scatters their gradients. With ZeRO-1 and 2 the optimizer's float32 updates are gathered once.
     """
-    sizes, staged = ledger.sizes, ledger.sizes["stage"] > 1
-    inside, (outside, _) = turns(config, sizes), loss_tokens(config, sizes)
     for array in shapes.arrays(config.model):
-        stacked = array.dims[0] == "layers"
-        found = _Parameter(
-            array=array,
-            size=math.prod(device_shape(array, sizes, Zero.OPTIMIZER)),
-            runs=inside if stacked else outside,
-            forwards=1 + (config.sharding.remat_stages and staged and stacked),
-            others=["data", "seq"] + ["stage"] * (not stacked) + ["expert"] * (array.part is not Part.EXPERTS),
-            factor=2 if doubled else 1,
-        )
-        if array.part in (Part.EMBEDDING, Part.UNEMBEDDING):
-            _count_table(ledger, config, found)
-        else:
-            _count_matrix(ledger, config, found)
+        size = math.prod(device_shape(array, ledger.sizes, Zero.OPTIMIZER))  # numbers, as if the fsdp axis cut nothing
+        count = _count_table if array.part in (Part.EMBEDDING, Part.UNEMBEDDING) else _count_matrix
+        count(ledger, config, array, size)
         if "embed" in array.dims and config.sharding.zero is not Zero.PARAMETERS:
-            ledger.gather("fsdp", found.size * FLOAT32, "gathers updates")
+            ledger.gather("fsdp", size * FLOAT32, "gathers updates")
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Parameter:
-    """One array on its way."""
-
-    array: Array
-    size: int
-    """Numbers of a device's shard, as if the fsdp axis cut nothing."""
-    runs: float
-    """Times that it is used in a step; the pipeline's empty turns count."""
-    forwards: int
-    others: Sequence[str]
-    """The axes besides fsdp over which its gradient is a sum."""
-    factor: int
-    """2 where gathers and scatters are sums."""
-
-
-def _count_matrix(ledger: _Ledger, config: RunConfig, one: _Parameter) -> None:
+def _count_matrix(ledger: _Ledger, config: RunConfig, array: Array, size: int) -> None:
+    """Of a layer, or the final norm. Each run counts, the pipeline's empty turns too. A gradient is a sum over all axes
+    but those that cut the array."""
+    sizes, zero, stacked = ledger.sizes, config.sharding.zero, array.dims[0] == "layers"
+    others = ["data", "seq"] + ["stage"] * (not stacked) + ["expert"] * (array.part is not Part.EXPERTS)
+    runs = turns(config, sizes) if stacked else loss_tokens(config, sizes)[0]
     small, wide = config.execution.dtype.itemsize, gradient_bytes(config)
-    if "embed" not in one.array.dims or ledger.sizes["fsdp"] == 1 or config.sharding.zero is Zero.OPTIMIZER:
-        ledger.sum([*one.others, "fsdp"], one.size * wide * one.runs, "sums gradients")
+    if "embed" not in array.dims or sizes["fsdp"] == 1 or zero is Zero.OPTIMIZER:
+        ledger.sum([*others, "fsdp"], size * wide * runs, "sums gradients")
         return
-    if config.sharding.zero is Zero.PARAMETERS:
+    if zero is Zero.PARAMETERS:
+        forwards = 1 + (stacked and sizes["stage"] > 1 and config.sharding.remat_stages)
         # Products that take float32 parameters cast them again for the gradient, when the gathered ones are gone.
         backward = 2 if config.sharding.float32_gradients and config.execution.remat is not Remat.NONE else 1
-        ledger.gather(
-            "fsdp", one.factor * one.size * small * one.runs * (one.forwards + backward), "gathers parameters"
-        )
-    ledger.gather("fsdp", one.factor * one.size * wide * one.runs, "scatters gradients")
-    ledger.sum(one.others, one.size / ledger.sizes["fsdp"] * wide * one.runs, "sums gradients")
+        ledger.over_fsdp(size * small * runs * (forwards + backward), "gathers parameters")
+    ledger.over_fsdp(size * wide * runs, "scatters gradients")
+    ledger.sum(others, size / sizes["fsdp"] * wide * runs, "sums gradients")
 
 
-def _count_table(ledger: _Ledger, config: RunConfig, one: _Parameter) -> None:
+def _count_table(ledger: _Ledger, config: RunConfig, array: Array, size: int) -> None:
     """A table of the vocabulary. One that is looked up is float32, and its gradient; a tied one is gathered once."""
-    zero, sizes = config.sharding.zero, ledger.sizes
+    zero, sizes, others = config.sharding.zero, ledger.sizes, ["data", "seq", "stage", "expert"]
+    runs, _ = loss_tokens(config, sizes)
     if zero is Zero.PARAMETERS:
-        item = FLOAT32 if one.array.part is Part.EMBEDDING else config.execution.dtype.itemsize
-        ledger.gather("fsdp", one.factor * one.size * item * one.runs, "gathers parameters")
-    for use in (Part.EMBEDDING, Part.UNEMBEDDING) if config.model.tied else (one.array.part,):
-        size = one.size * (FLOAT32 if use is Part.EMBEDDING else gradient_bytes(config))
+        item = FLOAT32 if array.part is Part.EMBEDDING else config.execution.dtype.itemsize
+        ledger.over_fsdp(size * item * runs, "gathers parameters")
+    for use in (Part.EMBEDDING, Part.UNEMBEDDING) if config.model.tied else (array.part,):
+        sent = size * (FLOAT32 if use is Part.EMBEDDING else gradient_bytes(config))
         whole = sizes["fsdp"] == 1 or (use is Part.UNEMBEDDING and zero is Zero.OPTIMIZER)
-        if whole or (use is Part.EMBEDDING and any(sizes[axis] > 1 for axis in one.others if axis != "data")):
+        if whole or (use is Part.EMBEDDING and any(sizes[axis] > 1 for axis in others if axis != "data")):
             # Once, behind the loop over micro-batches. Of a lookup's gradient compilers make one sum over all axes
             # where fsdp is not the last of them.
-            ledger.sum([*one.others, "fsdp"], size, "sums gradients")
+            ledger.sum([*others, "fsdp"], sent, "sums gradients")
         elif use is Part.UNEMBEDDING:
             # training/losses.py sums over the other axes first, while the array is whole.
-            ledger.sum(one.others, size * one.runs, "sums gradients")
-            ledger.gather("fsdp", one.factor * size * one.runs, "scatters gradients")
+            ledger.sum(others, sent * runs, "sums gradients")
+            ledger.over_fsdp(sent * runs, "scatters gradients")
         else:
-            runs = 1 if zero is Zero.OPTIMIZER else one.runs
-            ledger.gather("fsdp", one.factor * size * runs, "scatters gradients")
-            ledger.sum(one.others, size / sizes["fsdp"] * runs, "sums gradients")
+            times = 1 if zero is Zero.OPTIMIZER else runs
+            ledger.over_fsdp(sent * times, "scatters gradients")
+            ledger.sum(others, sent / sizes["fsdp"] * times, "sums gradients")
 
 
 def _count_tensor(ledger: _Ledger, config: RunConfig, layer: LayerRuns) -> None:
