@@ -9,16 +9,7 @@ from dataclasses import dataclass, replace
 from maxlm.config import RunConfig
 from maxlm.plan.analysis import Forecast, Json
 from maxlm.plan.machines import Machine, larger
-from maxlm.plan.search import (
-    MeshSpace,
-    broken_rules,
-    differences,
-    fitting,
-    layouts,
-    preference,
-    search,
-    spelled_out,
-)
+from maxlm.plan.search import MeshSpace, differences, fitting, layouts, preference, search, spelled_out
 
 MOST_DOUBLES = 6
 """Of the target's devices; and halves of the batch or a sequence."""
@@ -108,7 +99,8 @@ def _elsewhere(config: RunConfig, target: Machine) -> Iterator[Forecast]:
     for key in ("batch_size", "seq_len"):
         sizes = [max(1, getattr(config.train, key) >> halves) for halves in range(1, MOST_DOUBLES + 1)]
         less = [spelled_out(replace(config, train=replace(config.train, **{key: size})), target) for size in sizes]
-        yield from itertools.islice(fitting((one for one in less if not broken_rules(one, target.devices)), target), 1)
+        allowed = (one for one in less if not one.broken_layout_rules(target.devices))
+        yield from itertools.islice(fitting(allowed, target), 1)
 
 
 def _searched(config: RunConfig, target: Machine, already: bool) -> Iterator[Forecast]:

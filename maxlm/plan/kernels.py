@@ -107,7 +107,6 @@ def _name(instruction: Instruction, maker: Maker) -> str:
             return _target(instruction)
         case Maker.MOSAIC_TPU | Maker.MOSAIC_GPU | Maker.TRITON:
             # The operation's name ends in the kernel's: jit(step)/transpose(jvp(NAME))/pallas_call.
-            named = re.search(r"(\w+)\)*/[^/]+$", instruction.operation)
-            if named is not None and instruction.opcode != "fusion":
+            if instruction.opcode != "fusion" and (named := re.search(r"(\w+)\)*/[^/]+$", instruction.operation)):
                 return named.group(1)
             return re.sub(r"(\.\d+|\.clone|\.remat\d*)+$", "", instruction.name)  # XLA's own

@@ -116,25 +116,21 @@ class _Gpu:
     ghz: float
     l2_bytes: int
     shared_bytes: int
-    """Memory next to a multiprocessor."""
-    block_shared_bytes: int
-    """What one block of threads may have of it."""
+    """Memory next to a multiprocessor, of which 1 KiB is for the system and one block of threads may have the rest."""
 
 
 _HOPPER = _Gpu(
-    capability="major: 9", multiprocessors=132, float32_units=128, ghz=1.98,
-    l2_bytes=52_428_800, shared_bytes=233_472, block_shared_bytes=232_448,
+    capability="major: 9", multiprocessors=132, float32_units=128, ghz=1.98, l2_bytes=52_428_800, shared_bytes=233_472,
 )  # fmt: skip
 GPUS = {
     "a100": _Gpu(
-        capability="major: 8", multiprocessors=108, float32_units=64, ghz=1.41,
-        l2_bytes=41_943_040, shared_bytes=167_936, block_shared_bytes=166_912,
+        capability="major: 8", multiprocessors=108, float32_units=64, ghz=1.41, l2_bytes=41_943_040,
+        shared_bytes=167_936,
     ),
     "h100": _HOPPER,
     "h200": dataclasses.replace(_HOPPER, l2_bytes=62_914_560),
-    "b200": _Gpu(
-        capability="major: 10", multiprocessors=148, float32_units=128, ghz=1.965,
-        l2_bytes=132_644_864, shared_bytes=233_472, block_shared_bytes=232_448,
+    "b200": dataclasses.replace(
+        _HOPPER, capability="major: 10", multiprocessors=148, ghz=1.965, l2_bytes=132_644_864
     ),
 }  # fmt: skip
 TPUS = {name: chip.network for name, chip in CHIPS.items() if isinstance(chip.network, Torus)}
@@ -148,7 +144,7 @@ gpu_device_info {{
   device_memory_size: {chip.memory} memory_bandwidth: {chip.bandwidth:.0f}
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
   shared_memory_per_block: 49152 shared_memory_per_core: {gpu.shared_bytes}
-  shared_memory_per_block_optin: {gpu.block_shared_bytes}
+  shared_memory_per_block_optin: {block_shared_bytes}
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
 }}
@@ -256,7 +252,9 @@ def tpu_topology(target: TpuMachine) -> tuple[str, dict[str, Any]]:
 
 def gpu_config(chip: str) -> str:
     """What XLA's compiler is told of a GPU that is not there."""
-    return _GPU_CONFIG.format(gpu=GPUS[chip], chip=CHIPS[chip], name=chip.upper())
+    gpu = GPUS[chip]
+    rest = gpu.shared_bytes - 1024
+    return _GPU_CONFIG.format(gpu=gpu, chip=CHIPS[chip], name=chip.upper(), block_shared_bytes=rest)
 
 
 def environment(target: Machine) -> Mapping[str, str]:

@@ -127,10 +127,6 @@ class _Step:
         return self.config.sharding.zero
 
     @property
-    def tensor(self) -> int:
-        return self.sizes["tensor"]
-
-    @property
     def itemsize(self) -> int:
         """Of the compute dtype."""
         return self.config.execution.dtype.itemsize
@@ -191,7 +187,7 @@ class _Step:
 
     def _logits(self) -> int:
         model, train = self.config.model, self.config.train
-        table = model.vocab_size // self.tensor
+        table = model.vocab_size // self.sizes["tensor"]
         chunk = min(train.loss_chunk, self.loss_tokens)
         tables = table * model.d_model * (self.itemsize + FLOAT32)
         hidden = 2 * self.loss_tokens * model.d_model * self.itemsize
@@ -209,20 +205,16 @@ class _Step:
         layers = enumerate(self._layers(model.blocks))
         most = max(self._weights(arrays, f"blocks/{i}/") + self.tokens * layer.backward for i, layer in layers)
         # The table's gradient waits, in the compute dtype, for devices to sum it up.
-        table = model.vocab_size * model.d_model // self.tensor * self.itemsize
-        return most + table
+        return most + model.vocab_size * model.d_model // self.sizes["tensor"] * self.itemsize
 
     def _weights(self, arrays: Sequence[Array], prefix: str) -> int:
         """Gathered weights of one layer that are there at one time, in the compute dtype."""
         whole = {**self.sizes, "fsdp": 1, "stage": 1}
-        sizes = {
-            array.name.removeprefix(prefix): math.prod(device_shape(array, whole, self.zero)) // array.stacked
-            for array in arrays
-            if array.name.startswith(prefix) and array.part is not Part.NORMS
-        }
-        attention = sum(size for name, size in sizes.items() if name.startswith("attention"))
-        mlp = [size for name, size in sizes.items() if name.startswith("mlp")]
-        if any(array.part is Part.EXPERTS for array in arrays if array.name.startswith(prefix)):
+        own = [array for array in arrays if array.name.startswith(prefix) and array.part is not Part.NORMS]
+        numbers = lambda array: math.prod(device_shape(array, whole, self.zero)) // array.stacked
+        attention = sum(numbers(array) for array in own if array.part is Part.ATTENTION)
+        mlp = [numbers(array) for array in own if array.part is not Part.ATTENTION]
+        if any(array.part is Part.EXPERTS for array in own):
             # Experts are gathered by hand, all three matrices at once, and so are their gradients.
             return self.itemsize * 2 * sum(mlp)
         return self.itemsize * max(attention, 2 * max(mlp))

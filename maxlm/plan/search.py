@@ -21,7 +21,6 @@ from maxlm.config import (
     UserError,
     Zero,
 )
-from maxlm.config.layout_rules import broken_layout_rules
 from maxlm.config.serialize import flatten
 from maxlm.plan.analysis import Forecast, Json
 from maxlm.plan.machines import GpuMachine, Machine, TpuMachine, memory_limit
@@ -146,11 +145,8 @@ class MeshSpace:
         most = rows if sharding.stage == 1 else MOST_ROUNDS * sharding.stage
         powers = {2**n for n in range(rows.bit_length()) if rows % 2**n == 0 and 2**n <= most}
         split = lambda parts: replace(self.config, sharding=sharding, train=replace(train, micro_batches=parts))
-        return [
-            parts
-            for parts in sorted(powers | {train.micro_batches})
-            if not broken_rules(split(parts), self.target.devices)
-        ]
+        allowed = lambda parts: not split(parts).broken_layout_rules(self.target.devices)
+        return [parts for parts in sorted(powers | {train.micro_batches}) if allowed(parts)]
 
     def choose(self, optimizer: OptimizerConfig, zero: Zero, parts: int, remat: Remat) -> RunConfig:
         config = self.config
@@ -216,8 +212,7 @@ def optimizers(own: OptimizerConfig) -> list[OptimizerConfig]:
 
 def differences(config: RunConfig, original: RunConfig) -> tuple[str, ...]:
     """The keys that changed, as key = value; an axis or optimizer appears with all that comes with it."""
-    before = flatten(original)
-    after = flatten(config)
+    before, after = flatten(original), flatten(config)
     if type(config.optimizer) is not type(original.optimizer):
         after = {key: value for key, value in after.items() if not key.startswith("optimizer.")}
     return tuple(f"{key} = {value}" for key, value in after.items() if key not in before or before[key] != value)
@@ -276,15 +271,6 @@ def preference(one: Forecast) -> tuple[float, float, int]:
     return bound.step_seconds, work, -one.margin
 
 
-def broken_rules(config: RunConfig, n_devices: int) -> list[str]:
-    """Of `config/layout_rules.py`."""
-    train = config.train
-    return broken_layout_rules(
-        config.model, config.sharding, config.execution, n_devices=n_devices, batch_size=train.batch_size,
-        seq_len=train.seq_len, micro_batches=train.micro_batches,
-    )  # fmt: skip
-
-
 def _suits_chip(fsdp: int, d_model: int, target: Machine) -> bool:
     """Where TPUs are slow with an fsdp axis: narrow shards, and the whole of a 3-D torus of 64 chips or more
     (docs/plan.md)."""
@@ -294,5 +280,4 @@ def _suits_chip(fsdp: int, d_model: int, target: Machine) -> bool:
 
 
 def _divisors(number: int) -> list[int]:
-    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
-    return sorted({*small, *(number // n for n in small)})
+    return [n for n in range(1, number + 1) if number % n == 0]
