@@ -27,7 +27,8 @@ from maxlm.config import (
     pipeline_bubble,
 )
 from maxlm.plan.machines import Machine
-from maxlm.plan.traffic import AxisTraffic, LayerRuns, Link, layer_runs, loss_tokens, turns
+from maxlm.plan.traffic import AxisTraffic, Link
+from maxlm.plan.work import LayerRuns, layer_runs, loss_tokens, turns
 from maxlm.shapes import FLOAT32, FlopsPerToken, Part, Role, device_shape, flops_per_token, mfu, parameter_count
 
 _DAY = 86_400

@@ -16,7 +16,8 @@ from maxlm.config import Dropless, Experts, RunConfig, SlicesAxis, pipeline_bubb
 from maxlm.plan.analysis import Forecast
 from maxlm.plan.machines import CpuMachine, GpuMachine, Machine, TpuMachine, larger
 from maxlm.plan.search import LANES
-from maxlm.plan.traffic import Link, local_tokens, whole_torus
+from maxlm.plan.traffic import Link, whole_torus
+from maxlm.plan.work import local_tokens
 
 SCALES = (4_096, 65_536)
 """Devices to grow to."""

@@ -24,7 +24,7 @@ from maxlm import shapes
 from maxlm.config import ACTIVATION_DIMS, BlockConfig, RunConfig, StatePart, Zero, pipeline_ticks
 from maxlm.plan.block_memory import BlockMemory, block_memory
 from maxlm.plan.machines import Platform
-from maxlm.plan.traffic import layer_runs, local_tokens, loss_tokens
+from maxlm.plan.work import layer_runs, local_tokens, loss_tokens
 from maxlm.shapes import FLOAT32, Array, Part, device_bytes, device_shape
 
 
