@@ -105,11 +105,17 @@ class Computation:
     def root(self) -> Instruction:
         return next(instruction for instruction in self.instructions.values() if instruction.root)
 
-    def source(self, name: str | None) -> Instruction | None:
-        """The instruction of that name, seen through copies."""
-        found = self.instructions.get(name or "")
-        while found is not None and found.opcode in _COPIES and len(found.operands) == 1:
-            found = self.instructions.get(found.operands[0])
+    def source(self, name: str, opcode: str | None = None) -> Instruction:
+        """The instruction of that name, seen through copies.
+
+        Raises:
+            LookupError: there is none, or none of that opcode.
+        """
+        found = self.instructions[name]
+        while found.opcode in _COPIES and len(found.operands) == 1:
+            found = self.instructions[found.operands[0]]
+        if opcode not in (None, found.opcode):
+            raise LookupError(f"{found.opcode} {found.name} is no {opcode}")
         return found
 
 
@@ -165,34 +171,30 @@ class Program:
         """Of a while loop: what XLA notes beside it, else from a counter that is compared with a constant."""
         if known := _KNOWN_TRIPS.search(loop.attributes):
             return Runs(int(known.group(1)))
-        unknown = Runs(1, exact=False)
-        test, steps = self.computations[condition], self.computations[body]
-        compare = self._unwrapped(test.root)
-        direction = re.search(r"\bdirection=(LT|GT)", compare.attributes)
-        if compare.opcode != "compare" or direction is None:
-            return unknown
-        counter, bound = compare.operands if direction.group(1) == "LT" else compare.operands[::-1]
-        index, end = _element(test, counter), _constant(test, bound)
-        if index is None or end is None:
-            return unknown
-        start = _constant(around, _tuple_operand(around, loop.operands[0], index))
-        advance = steps.instructions.get(_tuple_operand(steps, steps.root.name, index) or "")
-        if start is None or advance is None or self._unwrapped(advance).opcode != "add":
-            return unknown
-        by = [value for operand in advance.operands if (value := _constant(steps, operand)) is not None]
-        if len(by) != 1 or by[0] <= 0:
-            return unknown
-        return Runs(max(0, -(-(end - start) // by[0])))
+        try:
+            test, steps = self.computations[condition], self.computations[body]
+            compare = self._unwrapped(test.root)
+            counter, bound = compare.operands[:: {"LT": 1, "GT": -1}[compare.attribute("direction")]]
+            index = int(test.source(counter, "get-tuple-element").attribute("index"))
+            start = around.source(around.source(loop.operands[0], "tuple").operands[index], "constant")
+            end = test.source(bound, "constant")
+            advance = self._unwrapped(steps.instructions[steps.source(steps.root.name, "tuple").operands[index]])
+            (by,) = (one for one in map(steps.source, advance.operands) if one.opcode == "constant")
+            if (compare.opcode, advance.opcode) != ("compare", "add") or int(by.arguments) <= 0:
+                raise LookupError("counted in another way")
+            return Runs(max(0, -(-(int(end.arguments) - int(start.arguments)) // int(by.arguments))))
+        except (LookupError, ValueError):
+            return Runs(1, exact=False)
 
     def _unwrapped(self, instruction: Instruction) -> Instruction:
         """What a fusion of one operation does, with the fusion's operands; anything else as it is."""
         if instruction.opcode != "fusion":
             return instruction
         inner = self.computations[instruction.attribute("calls")]
-        numbers = {i.name: int(i.arguments) for i in inner.instructions.values() if i.opcode == "parameter"}
-        if any(name not in numbers for name in inner.root.operands):
+        places = {one.name: int(one.arguments) for one in inner.instructions.values() if one.opcode == "parameter"}
+        if any(name not in places for name in inner.root.operands):
             return instruction
-        operands = [f"%{instruction.operands[numbers[name]]}" for name in inner.root.operands]
+        operands = [f"%{instruction.operands[places[name]]}" for name in inner.root.operands]
         return replace(inner.root, arguments=", ".join(operands))
 
 
@@ -209,10 +211,8 @@ def _computations(text: str) -> Iterator[Computation]:
             if name:
                 yield Computation(name, entry, instructions)
             name, instructions = "", {}
-        elif line and not line[0].isspace():
-            header = _COMPUTATION.match(line)
-            if header:
-                name, entry, instructions = header.group(2), header.group(1) is not None, {}
+        elif header := _COMPUTATION.match(line):
+            name, entry, instructions = header.group(2), header.group(1) is not None, {}
         elif name and (found := _NAMED.match(line)):
             instructions[found.group(2)] = _instruction(found.group(2), found.group(3), found.group(1) is not None)
 
@@ -233,21 +233,3 @@ def _closing(text: str, opening: int) -> int:
         if depth == 0:
             return found.start()
     raise ValueError(f"a parenthesis is not closed in {text[:80]!r}")
-
-
-def _constant(computation: Computation, name: str | None) -> int | None:
-    found = computation.source(name)
-    return int(found.arguments) if found and found.opcode == "constant" and found.arguments.isdecimal() else None
-
-
-def _element(computation: Computation, name: str) -> int | None:
-    """Which element of the loop's tuple an instruction of its condition is."""
-    found = computation.source(name)
-    index = re.search(r"\bindex=(\d+)", found.attributes) if found and found.opcode == "get-tuple-element" else None
-    return int(index.group(1)) if index else None
-
-
-def _tuple_operand(computation: Computation, name: str, index: int) -> str | None:
-    """What a tuple holds at an index."""
-    found = computation.source(name)
-    return found.operands[index] if found and found.opcode == "tuple" else None

@@ -175,8 +175,7 @@ def _listed(text: str) -> Iterator[Buffer]:
 def _is_view(program: Program, instruction: Instruction) -> bool:
     if instruction.opcode == "fusion":  # one that ends in writing a slice into an operand
         inner = program.computations[instruction.attribute("calls")]
-        written = inner.source(inner.root.name)
-        return written is not None and written.opcode == "dynamic-update-slice"
+        return inner.source(inner.root.name).opcode == "dynamic-update-slice"
     return instruction.opcode in _VIEWS or instruction.opcode.endswith("-start")
 
 
