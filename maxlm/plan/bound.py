@@ -154,7 +154,7 @@ def _layer_bytes(config: RunConfig, sizes: Mapping[str, int], layer: LayerRuns) 
         if isinstance(mlp := layer.block.mlp, Experts) and array.part is Part.EXPERTS:
             buffer = mlp.buffer_rows(layer.tokens, seq_len=config.train.seq_len, devices=sizes["expert"])
             rows, matrices = min(rows * mlp.experts_per_token, buffer), mlp.n_experts // sizes["expert"]
-        numbers += weights + rows * (D + weights / matrices / D)
+        numbers += weights + rows * (D + weights / matrices / D)  # one side of each is the residual stream
     heads = 2 * (attention.n_heads + attention.n_kv_heads)  # what attention reads and writes
     numbers += layer.tokens * heads * attention.head_dim / sizes["tensor"]
     passes = layer.forwards + _repeated(config) + 2
