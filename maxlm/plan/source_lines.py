@@ -28,7 +28,7 @@ class SourceLines:
                 table[int(row.group(1))] = row.group(2)
             elif line.startswith(("%", "ENTRY")):  # the instructions begin
                 break
-        self._lines = {0: ""}
+        self._lines: dict[int, str] = {}
         for frame, row_text in sorted(tables.get("StackFrames", {}).items()):
             location = tables["FileLocations"][_number("file_location_id", row_text)]
             file = tables["FileNames"][_number("file_name_id", location)].strip('"')
