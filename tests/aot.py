@@ -138,7 +138,6 @@ def compile_all(chip: str, module: str, names: Iterable[str]) -> dict[str, Repor
     paths = [str(Path(__file__).parent), str(ROOT), os.environ.get("PYTHONPATH", ""), str(machines.COMPILERS)]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "MOSAIC_GPU_DUMP_PTXAS": "1",
         **machines.environment(_TARGETS[chip]),
     }
     command = [sys.executable, "-c", "import aot; aot.child()", chip, module, *names]
@@ -249,4 +248,4 @@ def _spills(log: str) -> dict[str, int]:
 
 
 if __name__ == "__main__":  # make compilers
-    print("\n".join(machines.requirements("tpu") + machines.requirements("gpu")))
+    print("\n".join(machines.requirements(machines.Platform.TPU) + machines.requirements(machines.Platform.GPU)))

@@ -26,8 +26,16 @@ from maxlm.config import UserError
 from maxlm.plan.audit import forbidden
 from maxlm.plan.collectives import UNKNOWN, Collective, CollectiveKind, collectives, summed
 from maxlm.plan.compiled import CompiledStep, Memory, compile_step, compiler_report
-from maxlm.plan.hlo import Runs
-from maxlm.plan.machines import CpuMachine, GpuMachine, TpuMachine, memory_limit, parse_machine, requirements
+from maxlm.plan.hlo import Program, Runs
+from maxlm.plan.machines import (
+    CpuMachine,
+    GpuMachine,
+    Platform,
+    TpuMachine,
+    memory_limit,
+    parse_machine,
+    requirements,
+)
 from maxlm.plan.tables import print_compiled
 from maxlm.sharding import make_layout
 
@@ -52,7 +60,7 @@ def figures(found: list[Collective]) -> Counter:
 def test_chains_of_permutes_in_nested_loops_without_trip_counts():
     """TPU v5p:2x4x4, fsdp 32. The products with gate_proj gather and scatter while they multiply, both ways round a
     ring: 32 hops of a shard, in 8 turns of a loop that counts 0, 2, ..., 14, in each layer."""
-    found = collectives((HLO / "tpu_windowed.txt").read_text(), mesh_shape(fsdp=32))
+    found = collectives(Program((HLO / "tpu_windowed.txt").read_text()), mesh_shape(fsdp=32))
     shard = D // 32 * F * BFLOAT16
     assert figures(found) == {
         (CollectiveKind.PERMUTE, ("fsdp",), shard, True): 2 * LAYERS * 32,
@@ -65,7 +73,7 @@ def test_chains_of_permutes_in_nested_loops_without_trip_counts():
 
 def test_fused_scatters_and_combined_sums():
     """TPU v5p:4x4x4, data 2 x fsdp 32, where the compiler's own mesh runs the other way than ours."""
-    found = collectives((HLO / "tpu_scatter.txt").read_text(), mesh_shape(data=2, fsdp=32))
+    found = collectives(Program((HLO / "tpu_scatter.txt").read_text()), mesh_shape(data=2, fsdp=32))
     layer = 4 * D * D + 3 * D * F
     assert figures(found) == {
         (CollectiveKind.REDUCE_SCATTER, ("fsdp",), D * F * BFLOAT16, False): LAYERS,  # a fusion of all-reduce and slice
@@ -84,7 +92,7 @@ def test_fused_scatters_and_combined_sums():
 
 def test_starts_of_several_arrays():
     """H200 x 8, fsdp 8: a start's shape holds operands and results, several of each where the compiler joined them."""
-    found = collectives((HLO / "gpu.txt").read_text(), mesh_shape(fsdp=8))
+    found = collectives(Program((HLO / "gpu.txt").read_text()), mesh_shape(fsdp=8))
     assert figures(found) == {
         (CollectiveKind.ALL_GATHER, ("fsdp",), D * D * BFLOAT16, True): LAYERS,
         (CollectiveKind.REDUCE_SCATTER, ("fsdp",), (4 * D * D + D * F) * BFLOAT16, True): LAYERS,
@@ -96,7 +104,7 @@ def test_starts_of_several_arrays():
 
 
 def program(instruction):
-    return f"ENTRY %main (x: f32[4]) -> f32[4] {{\n  ROOT %r = f32[4]{{0}} {instruction}\n}}\n"
+    return Program(f"ENTRY %main (x: f32[4]) -> f32[4] {{\n  ROOT %r = f32[4]{{0}} {instruction}\n}}\n")
 
 
 @pytest.mark.parametrize(
@@ -119,7 +127,7 @@ def test_every_notation_of_groups(groups, axes, size):
     text = (
         f"ENTRY %main (x: f32[4]) -> f32[4] {{\n  ROOT %r = f32[4]{{0}} all-reduce(%x), {groups}, to_apply=%add\n}}\n"
     )
-    (one,) = collectives(text, {"data": 2, "fsdp": 2, "tensor": 2})
+    (one,) = collectives(Program(text), {"data": 2, "fsdp": 2, "tensor": 2})
     assert (one.axes, one.group) == (axes, size)
     assert one.sent == 2 * 16 * (size - 1) // size
 
@@ -148,7 +156,7 @@ def test_of_an_unknown_notation_the_axes_are_unknown(instruction):
     console = Console(file=io.StringIO(), width=120)
     memory = Memory(arguments=1, temporary=1, peak=1)
     step = CompiledStep(
-        mesh={}, memory=memory, largest=(), collectives=(one,), kernels=(), spills=None, forbidden=(), cpu_seconds=0
+        memory=memory, largest=(), collectives=(one,), kernels=(), spills=None, forbidden=(), cpu_seconds=0
     )
     print_compiled(compiler_report(step), console)
     assert "written in a way that is not known; counted as all" in console.file.getvalue()
@@ -156,7 +164,7 @@ def test_of_an_unknown_notation_the_axes_are_unknown(instruction):
 
 def test_a_token_has_no_bytes_and_no_pairs_send_nothing():
     text = "ENTRY %m (x: f32[4]) -> f32[4] {\n  ROOT %r = (f32[4]{0}, token[], pred[8]{0}, s4[8]{0}) "
-    (one,) = collectives(text + "all-reduce(%x), replica_groups={}\n}\n", {"data": 2})
+    (one,) = collectives(Program(text + "all-reduce(%x), replica_groups={}\n}\n"), {"data": 2})
     assert one.bytes_each == 16 + 0 + 8 + 4
     (one,) = collectives(program("collective-permute(%x), source_target_pairs={}"), {"data": 2})
     assert (one.axes, one.sent) == ((), 0)
@@ -185,14 +193,14 @@ def test_nested_loops_multiply(noted):
     if not noted:
         text = re.sub(r'"known_trip_count":\{"n":"\d+"\},?', "", text)
         assert "known_trip_count" not in text
-    runs = {one.axes: one.runs for one in collectives(text, mesh().shape)}
+    runs = {one.axes: one.runs for one in collectives(Program(text), mesh().shape)}
     assert runs == {("fsdp",): Runs(15), ("data",): Runs(3)}
 
 
 def test_a_loop_whose_end_depends_on_data_counts_once_and_says_so():
     body = lambda x: jax.lax.psum(x, "fsdp") / 4 + 1
     text = compiled_text(lambda x: jax.lax.while_loop(lambda x: jax.lax.psum(x[0], ("data", "fsdp")) < 1e3, body, x))
-    assert {one.runs for one in collectives(text, mesh().shape)} == {Runs(1, exact=False)}
+    assert {one.runs for one in collectives(Program(text), mesh().shape)} == {Runs(1, exact=False)}
 
 
 @pytest.mark.parametrize(
@@ -207,7 +215,7 @@ def test_a_loop_whose_end_depends_on_data_counts_once_and_says_so():
     ],
 )
 def test_bytes_of_each_kind(function, kind, payload, sent):
-    (one,) = collectives(compiled_text(function), mesh().shape)
+    (one,) = collectives(Program(compiled_text(function)), mesh().shape)
     assert (one.kind, one.axes, one.bytes_each, one.sent) == (kind, ("fsdp",), payload, sent)
 
 
@@ -234,9 +242,8 @@ def test_no_layout_breaks_its_rules(name):
     step = compile_step(small_run(sharding=LAYOUTS[name]), CpuMachine(8))
     assert isinstance(step, CompiledStep)
     assert {line.split(": ")[-1] for line in step.forbidden} <= EXCEPTIONS.get(name, set())
-    assert {axis for one in step.collectives for axis in one.axes} <= {
-        axis for axis, size in step.mesh.items() if size > 1
-    }
+    sizes = LAYOUTS[name].sizes(8)
+    assert {axis for one in step.collectives for axis in one.axes} <= {axis for axis, n in sizes.items() if n > 1}
 
 
 def rules_broken(sharding, *found, log=""):
@@ -289,9 +296,9 @@ def test_unknown_targets_name_the_nearest(wrong, near):
 
 
 def test_compilers_are_those_of_the_installed_jax():
-    names = [re.split("[<>=]", line)[0] for line in (*requirements("tpu"), *requirements("gpu"))]
+    names = [re.split("[<>=]", line)[0] for line in (*requirements(Platform.TPU), *requirements(Platform.GPU))]
     assert names[:3] == ["libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt"]
-    assert jax.__version__ in requirements("gpu")[0]
+    assert jax.__version__ in requirements(Platform.GPU)[0]
 
 
 def run_plan(*arguments):

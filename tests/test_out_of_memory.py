@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import plan_memory
+from maxlm.plan.hlo import Program
 from maxlm.plan.out_of_memory import Allocation, largest_arrays, parse_refusal, with_sources
 from maxlm.plan.source_lines import SourceLines
 
@@ -125,7 +126,7 @@ def program(*lines: str, head: str = "") -> str:
     ],
 )
 def test_padding_counts(shape: str, padded: int) -> None:
-    (one,) = largest_arrays(program(f"ROOT %r = {shape} add(%x, %y)"))
+    (one,) = largest_arrays(Program(program(f"ROOT %r = {shape} add(%x, %y)")))
     assert one.size == padded
     assert one.shape == shape.split("{")[0]
 
@@ -139,7 +140,7 @@ def test_memory_next_to_the_cores_views_and_starts_do_not_count() -> None:
         "%all = f32[8]{0} all-gather-done(%gather)",
         "ROOT %r = f32[4]{0} bitcast(%x)",
     )
-    found = largest_arrays(text)
+    found = largest_arrays(Program(text))
     assert [(one.shape, one.allocation) for one in found] == [
         ("f32[8]", Allocation.TEMPORARY),
         ("f32[4]", Allocation.ARGUMENT),
@@ -149,7 +150,7 @@ def test_memory_next_to_the_cores_views_and_starts_do_not_count() -> None:
 
 def test_alike_arrays_are_one_with_their_number() -> None:
     line = '%{} = f32[64]{{0}} exp(%x), metadata={{op_name="jit(f)/exp"}}'
-    (one,) = largest_arrays(program(line.format("a"), line.format("b"), "ROOT " + line.format("c")))
+    (one,) = largest_arrays(Program(program(line.format("a"), line.format("b"), "ROOT " + line.format("c"))))
     assert (one.number, one.size) == (3, 256)
 
 
@@ -163,7 +164,7 @@ def test_what_a_scan_saves_is_found_once_and_its_fusions_inside_not_at_all() -> 
         return jax.lax.scan(body, x, length=8)[0].sum()
 
     text = jax.jit(jax.grad(loss)).lower(jnp.zeros((64, 256))).compile().as_text() or ""
-    found = largest_arrays(text, count=100)
+    found = largest_arrays(Program(text), count=100)
     saved = [one for one in found if one.size == 8 * 64 * 256 * 4]
     assert saved and saved[0] == found[0]
     assert sum(one.number for one in saved) <= 2  # as it begins, and as the way back takes it
@@ -210,7 +211,7 @@ def test_a_refusals_list_gets_the_lines_of_the_program() -> None:
     )
     refusal = parse_refusal((HLO / "tpu_out_of_memory.txt").read_text(), LIMIT)
     assert refusal is not None
-    with_lines = with_sources(refusal.largest, text)
+    with_lines = with_sources(refusal.largest, Program(text))
     assert with_lines[0].source == "maxlm/models/block.py:7"
     assert {one.source for one in with_lines[1:]} == {""}
     assert [one.size for one in with_lines] == [one.size for one in refusal.largest]

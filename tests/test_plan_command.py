@@ -165,6 +165,7 @@ MISTAKES = {
     "a pipeline without layers": ((*TINY, "--target", "cpu:8", "--sharding.stage", "8"), "sharding.stage 8"),
     "no config": (("--target", "cpu:8"), "--config is missing"),
     "picture": ((*TINY, "--target", "cpu:8", "--picture", "x.gif"), ".png or .html"),
+    "picture in no folder": ((*TINY, "--target", "cpu:8", "--picture", "no/x.png"), "no folder no"),
     "out without search": ((*TINY, "--target", "cpu:8", "--out", "x.json"), "add --search"),
     "out is no JSON": ((*TINY, "--target", "gpu:h200:8", "--search", "--out", "x.py"), "for example --out x.json"),
     "out in no folder": ((*TINY, "--target", "gpu:h200:8", "--search", "--out", "no/x.json"), "no folder no"),

@@ -133,7 +133,7 @@ def test_nothing_that_it_tries_breaks_a_rule(name: str, target: str) -> None:
     for sharding in layouts(config, machine):
         space = MeshSpace(config, machine, sharding)
         for zero, parts in itertools.product(space.zeros, space.parts):
-            one = space.choose(zero, parts, Remat.FULL, config.optimizer)
+            one = space.choose(config.optimizer, zero, parts, Remat.FULL)
             one.validate(machine.devices)
             assert one.train.batch_size == config.train.batch_size
             number += 1

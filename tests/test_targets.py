@@ -193,7 +193,7 @@ def test_a_missing_compiler_comes_with_the_line_that_installs_it(nothing_install
         f"no compiler for gpu:b200:2x8: make compilers, or {PIP} --no-deps "
         f"'jax-cuda13-plugin{same}' 'jax-cuda13-pjrt{same}' 'nvidia-cuda-nvcc>=13,<14' 'nvidia-nvvm>=13,<14' absl-py"
     )
-    tpu = requirements("tpu")[0].removeprefix("libtpu==").replace("*", "1")
+    tpu = requirements(Platform.TPU)[0].removeprefix("libtpu==").replace("*", "1")
     pretend(
         nothing_installed,
         libtpu=tpu,
@@ -215,12 +215,12 @@ def test_a_compiler_of_another_jax_counts_as_missing(nothing_installed: Path) ->
     advice = missing_compiler(TpuMachine("v5p", "4x4x4"))
     assert advice == (
         f"no compiler for tpu:v5p:4x4x4: libtpu 0.0.1.7 does not go with jax {version}; make compilers, or "
-        f"{PIP} --no-deps '{requirements('tpu')[0]}'"
+        f"{PIP} --no-deps '{requirements(Platform.TPU)[0]}'"
     )
     advice = missing_compiler(GpuMachine("h200", 1, 8))
     assert advice == (
         f"no compiler for gpu:h200:1x8: jax-cuda13-plugin 0.9.9, nvidia-nvvm 14.0 does not go with jax {version}; make "
-        f"compilers, or {PIP} --no-deps '{requirements('gpu')[0]}' 'nvidia-nvvm>=13,<14'"
+        f"compilers, or {PIP} --no-deps '{requirements(Platform.GPU)[0]}' 'nvidia-nvvm>=13,<14'"
     )
 
 

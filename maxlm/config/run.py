@@ -149,22 +149,25 @@ class RunConfig:
             object.__setattr__(self, "execution", dataclasses.replace(self.execution, **moved))
             object.__setattr__(self, "model", dataclasses.replace(self.model, moved=None))
 
+    def broken_layout_rules(self, n_devices: int) -> list[str]:
+        """A line for each broken rule of `layout_rules.py`, which hold between model, batch and mesh."""
+        return broken_layout_rules(
+            self.model,
+            self.sharding,
+            self.execution,
+            n_devices=n_devices,
+            batch_size=self.train.batch_size,
+            seq_len=self.train.seq_len,
+            micro_batches=self.train.micro_batches,
+        )
+
     def validate(self, n_devices: int) -> None:
         """Check every rule that holds between parts of the config.
 
         Raises:
             UserError: one line for each broken rule: key, value, rule, and a value that would work.
         """
-        model, train = self.model, self.train
-        failures = broken_layout_rules(
-            model,
-            self.sharding,
-            self.execution,
-            n_devices=n_devices,
-            batch_size=train.batch_size,
-            seq_len=train.seq_len,
-            micro_batches=train.micro_batches,
-        )
+        model, train, failures = self.model, self.train, self.broken_layout_rules(n_devices)
         if train.seq_len > model.max_seq_len:
             failures.append(
                 f"train.seq_len = {train.seq_len} is longer than model.max_seq_len = {model.max_seq_len}; "

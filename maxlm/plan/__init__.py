@@ -5,6 +5,7 @@ machines.py: machines by name
 analysis.py: one config on one machine: its figures, and their JSON
 tables.py: all of it for people
 picture.py: where memory goes, as PNG or HTML
+work.py: what a device runs in a step, on how many tokens
 memory.py: bytes of a device, by arithmetic
 block_memory.py: of them, those of one block
 traffic.py: bytes that each mesh axis moves

@@ -13,7 +13,7 @@ if not __package__:  # run by its path: Python then looks in this file's folder 
 
 import argparse
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -22,7 +22,7 @@ from maxlm.config import RunConfig, UserError
 from maxlm.config.cli import describe_config, parse_run, run_command
 from maxlm.config.serialize import save
 from maxlm.plan.advice import change_json, cheapest_changes
-from maxlm.plan.analysis import CompilerReport, Forecast, Json, Tier, analyse, mesh_text, to_json
+from maxlm.plan.analysis import CompilerReport, Json, Tier, analyse, mesh_text, to_json
 from maxlm.plan.breaks import what_breaks_first
 from maxlm.plan.machines import Machine, parse_machine, prepare_compiler
 from maxlm.plan.picture import check_picture, write_picture
@@ -98,26 +98,31 @@ def _plan(config: RunConfig, target: Machine, options: argparse.Namespace) -> in
 
 def _search(config: RunConfig, target: Machine, options: argparse.Namespace) -> int:
     """Every sensible layout; with the compiler, the best of them."""
-    found = search(config, target)
-    verified = _Verified(wanted=0, chosen=found.best)
+    found, failed, wanted = search(config, target), dict[int, str](), options.verify or VERIFIED
     if options.compile:
         # A program that reads the JSON may read what is written to standard error as a failure.
-        progress = Console(stderr=True, highlight=False, quiet=options.json)
-        verified = _verify(found, VERIFIED if options.verify is None else options.verify, progress)
-    chosen = verified.chosen
+        found, failed = _verify(found, wanted, Console(stderr=True, highlight=False, quiet=options.json))
+    compiled = [one for one in found.preferred if one.compiled is not None]
+    fitting = [one for one in compiled if one.fits] if options.compile else found.preferred
+    chosen = next(iter(fitting), None)
     changes = [] if chosen is not None else cheapest_changes(config, target, searched=True)
     if options.json:
-        values = {
+        values: dict[str, Json] = {
             "tier": (Tier.COMPILED if options.compile else Tier.ANALYTIC).value,
-            **search_json(found, chosen, verified.peaks),
+            **search_json(found, chosen),
             "changes": [change_json(one) for one in changes],
         }
-        print(json.dumps(values | ({"verified": verified.to_json()} if options.compile else {}), indent=1))
+        if options.compile:
+            told: list[Json] = [{"place": place, "message": message} for place, message in failed.items()]
+            values["verified"] = {"wanted": wanted, "fit": len(fitting), "compiled": len(compiled), "failed": told}
+        print(json.dumps(values, indent=1))
     else:
         console = Console(highlight=False)
-        print_search(found, chosen, verified.peaks, console)
+        print_search(found, chosen, console)
         if options.compile:
-            verified.print(console)
+            console.print(f"verified {len(fitting)} of {wanted} by the compiler, which compiled {len(compiled)}")
+        for place, message in failed.items():
+            console.print(f"number {place + 1} cannot be compiled: {message}", style="yellow", markup=False)
         if chosen is None:
             print_changes(changes, console)
     if chosen is None:
@@ -129,55 +134,29 @@ def _search(config: RunConfig, target: Machine, options: argparse.Namespace) -> 
     return 0
 
 
-@dataclass
-class _Verified:
-    """What the compiler said of the best of a search, by their place in the ranking."""
-
-    wanted: int
-    """How many should fit."""
-    chosen: Forecast | None = None
-    """The first that does."""
-    fitting: int = 0
-    peaks: dict[int, int] = field(default_factory=dict)
-    """Bytes."""
-    failed: dict[int, str] = field(default_factory=dict)
-    """Why it has no peak: the compiler does not take it at all."""
-
-    def to_json(self) -> dict[str, Json]:
-        failed: list[Json] = [{"place": place, "message": message} for place, message in self.failed.items()]
-        return {"wanted": self.wanted, "fit": self.fitting, "compiled": len(self.peaks), "failed": failed}
-
-    def print(self, console: Console) -> None:
-        console.print(f"verified {self.fitting} of {self.wanted} by the compiler, which compiled {len(self.peaks)}")
-        for place, message in self.failed.items():
-            console.print(f"number {place + 1} cannot be compiled: {message}", style="yellow", markup=False)
-
-
-def _verify(found: Search, number: int, progress: Console) -> _Verified:
-    """Compile the best until `number` of them fit, MOST_COMPILED at the most.
+def _verify(found: Search, wanted: int, progress: Console) -> tuple[Search, dict[int, str]]:
+    """The search with the compiler's word on its best, of MOST_COMPILED at the most, until so many fit. Of those that
+    the compiler does not take at all: their place in the ranking, and why.
 
     Raises:
-        UserError: the compiler takes none of them.
+        UserError: it takes none of them.
     """
-    result = _Verified(wanted=number)
+    ranked, fitting, failed = list(found.ranked), 0, dict[int, str]()
     for one in found.preferred[:MOST_COMPILED]:
-        place = found.ranked.index(one)
-        said = f"({result.fitting} of {number} verified)"
-        progress.print(f"compiling number {place + 1}: {mesh_text(one.mesh)} {said}", style="dim")
-        try:
-            checked = one.with_compiled(_ask_compiler(one.config, found.target))
-        except UserError as error:
-            result.failed[place] = str(error)
-            continue
-        result.peaks[place] = checked.peak
-        if checked.fits:
-            result.chosen = result.chosen or one
-            result.fitting += 1
-        if result.fitting == number:
+        if fitting == wanted:
             break
-    if result.failed and not result.peaks:
-        raise UserError(next(iter(result.failed.values())))
-    return result
+        place = ranked.index(one)
+        progress.print(
+            f"compiling number {place + 1}: {mesh_text(one.mesh)} ({fitting} of {wanted} verified)", style="dim"
+        )
+        try:
+            ranked[place] = one.with_compiled(_ask_compiler(one.config, found.target))
+            fitting += ranked[place].fits
+        except UserError as error:
+            failed[place] = str(error)
+    if failed and all(one.compiled is None for one in ranked):
+        raise UserError(next(iter(failed.values())))
+    return replace(found, ranked=tuple(ranked)), failed
 
 
 def _ask_compiler(config: RunConfig, target: Machine, console: Console | None = None) -> CompilerReport:
@@ -203,19 +182,18 @@ def _check(options: argparse.Namespace) -> None:
     if options.picture is not None:
         check_picture(Path(options.picture))
         _check_writable("--picture", Path(options.picture))
-    if options.out is None:
-        return
-    out = Path(options.out)
-    if not options.search:
-        raise UserError(f"--out {out} is where --search writes what it finds; add --search")
-    if out.suffix != ".json":
-        raise UserError(f"--out {out} must end in .json, for example --out {out.with_suffix('.json')}")
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}; make it, or name another file")
-    _check_writable("--out", out)
+    if options.out is not None:
+        out = Path(options.out)
+        if not options.search:
+            raise UserError(f"--out {out} is where --search writes what it finds; add --search")
+        if out.suffix != ".json":
+            raise UserError(f"--out {out} must end in .json, for example --out {out.with_suffix('.json')}")
+        _check_writable("--out", out)
 
 
 def _check_writable(option: str, file: Path) -> None:
+    if not file.parent.is_dir():
+        raise UserError(f"{option} {file}: there is no folder {file.parent}; make it, or name another file")
     if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
         raise UserError(f"{option} {file} cannot be written; name another file")
 

@@ -9,18 +9,7 @@ from dataclasses import dataclass, replace
 from maxlm.config import RunConfig
 from maxlm.plan.analysis import Forecast, Json
 from maxlm.plan.machines import Machine, larger
-from maxlm.plan.search import (
-    MeshSpace,
-    broken_rules,
-    differences,
-    fitting,
-    layouts,
-    optimizers,
-    preference,
-    remats,
-    search,
-    spelled_out,
-)
+from maxlm.plan.search import MeshSpace, differences, fitting, layouts, preference, search, spelled_out
 
 MOST_DOUBLES = 6
 """Of the target's devices; and halves of the batch or a sequence."""
@@ -76,55 +65,51 @@ def _distinct(found: Sequence[Forecast], config: RunConfig, target: Machine) -> 
     return list(chosen.values())
 
 
-def _fastest(found: Iterable[Forecast]) -> list[Forecast]:
-    """One or none."""
-    return sorted(found, key=preference)[:1]
-
-
 def _on_this_machine(config: RunConfig, target: Machine) -> Iterator[Forecast]:
-    """The fastest of the same mesh for each set of keys that changes, and the fastest other mesh."""
+    """The fastest of the same mesh for each set of parts of the config that change, and the fastest other mesh."""
     original = spelled_out(config, target)
     space = MeshSpace(original, target, original.sharding)
-    options = itertools.product(optimizers(config.optimizer), space.zeros, space.parts, remats(config))
-    groups: dict[tuple[bool, ...], list[Forecast]] = {}
-    for one in fitting((space.choose(zero, parts, remat, own) for own, zero, parts, remat in options), target):
-        changed = one.config
-        before = (config.optimizer, original.sharding, config.train, config.execution)
-        after = (changed.optimizer, changed.sharding, changed.train, changed.execution)
-        groups.setdefault(tuple(old != new for old, new in zip(before, after, strict=True)), []).append(one)
-    for group in (*groups.values(), _other_meshes(config, target)):
-        yield from _fastest(group)
+    fastest: dict[tuple[bool, ...], Forecast] = {}
+    for one in sorted(fitting(space.configs(), target), key=preference):
+        parts = ("optimizer", "sharding", "train", "execution")
+        fastest.setdefault(tuple(getattr(one.config, part) != getattr(original, part) for part in parts), one)
+    yield from fastest.values()
+    yield from _fastest_meshes(config, [target])
 
 
-def _other_meshes(config: RunConfig, target: Machine) -> Iterator[Forecast]:
-    """Those that fit with everything else as it is."""
-    allowed = (
-        replace(config, sharding=replace(sharding, zero=config.sharding.zero))
-        for sharding in layouts(config, target)
-        if config.train.micro_batches in MeshSpace(config, target, sharding).parts
-    )
-    return fitting(allowed, target)
+def _fastest_meshes(config: RunConfig, machines: Iterable[Machine]) -> list[Forecast]:
+    """The fastest that fits with everything else as it is, on the first of the machines that has one; one or none."""
+    for machine in machines:
+        found = fitting(
+            (
+                replace(config, sharding=replace(sharding, zero=config.sharding.zero))
+                for sharding in layouts(config, machine)
+                if config.train.micro_batches in MeshSpace(config, machine, sharding).parts
+            ),
+            machine,
+        )
+        if (fastest := min(found, key=preference, default=None)) is not None:
+            return [fastest]
+    return []
 
 
 def _elsewhere(config: RunConfig, target: Machine) -> Iterator[Forecast]:
     """More devices, a smaller batch and shorter sequences, each by as few doubles or halves as it takes."""
-    more = (_fastest(_other_meshes(config, machine)) for machine in _larger_machines(target))
-    yield from next(filter(None, more), [])
+    yield from _fastest_meshes(config, _larger_machines(target))
     for key in ("batch_size", "seq_len"):
         sizes = [max(1, getattr(config.train, key) >> halves) for halves in range(1, MOST_DOUBLES + 1)]
         less = [spelled_out(replace(config, train=replace(config.train, **{key: size})), target) for size in sizes]
-        yield from itertools.islice(fitting((one for one in less if not broken_rules(one, target.devices)), target), 1)
+        allowed = (one for one in less if not one.broken_layout_rules(target.devices))
+        yield from itertools.islice(fitting(allowed, target), 1)
 
 
 def _searched(config: RunConfig, target: Machine, already: bool) -> Iterator[Forecast]:
     """What takes seconds to find: the best here, and of the smallest larger machine that needs no other optimizer."""
     if not already and (best := search(config, target).best) is not None:
         yield best
-    for machine in _larger_machines(target):
-        best = search(config, machine).best
-        if best is not None and best.config.optimizer == config.optimizer:
-            yield best
-            break
+    found = (search(config, machine).best for machine in _larger_machines(target))
+    same = (one for one in found if one is not None and one.config.optimizer == config.optimizer)
+    yield from itertools.islice(same, 1)
 
 
 def _larger_machines(target: Machine) -> Iterator[Machine]:

@@ -10,11 +10,11 @@ from functools import cached_property
 from typing import TypeAlias
 
 from maxlm.config import RunConfig, ShardingConfig, UserError
-from maxlm.plan.bound import TimeBound, estimate_time
+from maxlm.plan.bound import TimeBound, estimate_time, step_flops
 from maxlm.plan.machines import CpuMachine, GpuMachine, Machine, TpuMachine, memory_limit
 from maxlm.plan.memory import MemoryEstimate, cache_bytes, estimate_memory
 from maxlm.plan.traffic import AxisTraffic, estimate_traffic
-from maxlm.shapes import FlopsPerToken, ParameterCount, flops_per_token, parameter_count
+from maxlm.shapes import FlopsPerToken, ParameterCount, parameter_count
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 
@@ -32,7 +32,7 @@ class Tier(enum.Enum):
     @property
     def words(self) -> str:
         """As in: it fits, by arithmetic."""
-        return {Tier.ANALYTIC: "by arithmetic", Tier.COMPILED: "by the compiler"}[self]
+        return "by arithmetic" if self is Tier.ANALYTIC else "by the compiler"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +81,7 @@ class Forecast:
 
     @cached_property
     def flops(self) -> FlopsPerToken:
-        config, staged = self.config, self.mesh["stage"] > 1 and self.config.sharding.remat_stages
-        return flops_per_token(config.model, config.train.seq_len, config.execution.remat, remat_stages=staged)
+        return step_flops(self.config, self.mesh)
 
     @cached_property
     def traffic(self) -> Sequence[AxisTraffic]:
@@ -116,6 +115,11 @@ class Forecast:
         return self.limit - self.peak
 
     @property
+    def analytic_margin(self) -> int:
+        """The same by arithmetic, whoever decides."""
+        return self.margin + self.peak - self.memory.peak
+
+    @property
     def fits(self) -> bool:
         """By the compiler where it was asked, else by arithmetic. Where no limit is known, everything fits."""
         refused = self.compiled is not None and not self.compiled.fits
@@ -123,7 +127,7 @@ class Forecast:
 
     @property
     def tier(self) -> Tier:
-        """Which of the two decides `fits`."""
+        """Who decides `fits`."""
         return Tier.ANALYTIC if self.compiled is None else Tier.COMPILED
 
     @property

@@ -20,11 +20,15 @@ def forbidden(layout: Layout, found: Sequence[Collective], *, matrix_bytes: int,
         matrix_bytes: from `smallest_matrix`; an array over fsdp that is as large or larger is a parameter or gradient.
         log: what the compiler wrote while it compiled.
     """
-    sizes, config = layout.mesh.shape, layout.config
+    sizes, config, lines = layout.mesh.shape, layout.config, []
     used = {axis for axis, size in sizes.items() if size > 1}
+    exchanges = (
+        "expert" in used
+        or ("seq" in used and config.context is Context.ULYSSES)
+        or ("stage" in used and config.virtual_stages > 1)
+    )
     # The processor's compiler leaves in what moves nothing, and writes reduce-scatter as all-reduce and slice.
     accelerator = layout.mesh.devices.flat[0].platform != "cpu"
-    lines = []
     for one, number in summed(found):
         if one.axes == UNKNOWN:
             continue
@@ -34,11 +38,8 @@ def forbidden(layout: Layout, found: Sequence[Collective], *, matrix_bytes: int,
         # Between slices a sum goes by way of parts: scattered within a slice, sent, gathered.
         if used <= {"data"} and config.slices == 1 and one.axes and one.kind is not CollectiveKind.ALL_REDUCE:
             lines.append(f"{what}: data parallelism sums gradients, and moves nothing else")
-        if (
-            one.kind in (CollectiveKind.ALL_TO_ALL, CollectiveKind.RAGGED_ALL_TO_ALL)
-            and one.axes
-            and not _exchanges(layout)
-        ):
+        to_all = one.kind in (CollectiveKind.ALL_TO_ALL, CollectiveKind.RAGGED_ALL_TO_ALL)
+        if to_all and one.axes and not exchanges:
             lines.append(f"{what}: only experts, Ulysses and virtual stages exchange all with all")
         if accelerator and not one.axes:
             lines.append(f"{what}: an axis of one device has nobody to talk to")
@@ -61,9 +62,3 @@ def smallest_matrix(config: RunConfig, layout: Layout) -> int:
     cut = [one for one in arrays(config.model) if "embed" in one.dims]
     shards = [math.prod(device_shape(one, {**sizes, "stage": 1}, zero)) // one.stacked for one in cut]
     return min(2 * shard * sizes["fsdp"] for shard in shards)
-
-
-def _exchanges(layout: Layout) -> bool:
-    sizes, config = layout.mesh.shape, layout.config
-    ulysses = config.context is Context.ULYSSES and sizes["seq"] > 1
-    return sizes["expert"] > 1 or ulysses or (config.virtual_stages > 1 and sizes["stage"] > 1)

@@ -7,158 +7,87 @@ compares the two; what is at work is the compilers' choice, learnt from the buff
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import assert_never
+from typing import NamedTuple
 
-from maxlm.config import BlockConfig, Capacity, Context, Dropless, Experts, Mlp, Remat, RunConfig
+from maxlm.config import BlockConfig, Context, Experts, Mlp, Remat, RunConfig
 from maxlm.config.remat import SAVED_NAMES
 from maxlm.plan.machines import Platform
-from maxlm.shapes import FLOAT32, block_norms
+from maxlm.shapes import FLOAT32, block_norms, shared_experts
 
 
-@dataclass(frozen=True, kw_only=True)
-class BlockMemory:
+class BlockMemory(NamedTuple):
     """Bytes a token on a device of one block's intermediates."""
 
-    config: RunConfig
-    sizes: Mapping[str, int]
-    """Mesh axis -> size."""
-    platform: Platform
-    block: BlockConfig
+    input: int
+    """What enters the block: a vector of the residual stream, of which sequence_parallel leaves a part."""
+    saved: int
+    """What `execution.remat` keeps on the device for the backward pass, the input included."""
+    backward: int
+    """The fullest moment of the block's backward pass, without what is saved anyhow: the MLP's products and their
+    gradients, four vectors of the residual stream, and attention at work."""
 
-    @property
-    def input(self) -> int:
-        """What enters the block: a vector of the residual stream, of which sequence_parallel leaves a part."""
-        return self._width // (self.sizes["tensor"] if self.config.sharding.sequence_parallel else 1)
 
-    @property
-    def saved(self) -> int:
-        """What `execution.remat` keeps on the device for the backward pass, the input included."""
-        match self.config.execution.remat:
-            case Remat.NONE:
-                return self._everything
-            case Remat.OFFLOAD:
-                return self.input
-            case remat:
-                sizes = self._named
-                return self.input + sum(sizes[name] for name in SAVED_NAMES[remat])
+def block_memory(
+    config: RunConfig, sizes: Mapping[str, int], platform: Platform, block: BlockConfig, tokens: int
+) -> BlockMemory:
+    """Of one block config, in a run on a mesh with axes of these sizes, whose devices have so many tokens at a time."""
+    remat, attention, mlp = config.execution.remat, block.attention, block.mlp
+    itemsize, tensor, tpu = config.execution.dtype.itemsize, sizes["tensor"], platform is Platform.TPU
+    gathered = sizes["seq"] if config.sharding.context is Context.ALL_GATHER else 1  # every device needs all keys
+    width = config.model.d_model * itemsize
+    own = width // (tensor if config.sharding.sequence_parallel else 1)
+    head = attention.head_dim * itemsize
+    query, key = attention.n_heads * head // tensor, attention.n_kv_heads * head // tensor
+    qk_norm = query + key if attention.qk_norm else 0
+    # Of the MLP that every token uses: what its last product reads, and what is multiplied to that, a gate or not.
+    dense = shared_experts(mlp) if isinstance(mlp, Experts) else mlp
+    hidden = 0 if dense is None else dense.d_ff * itemsize // tensor
+    gate_up = hidden if isinstance(dense, Mlp) else 2 * hidden
+    unnamed, gate_up_all, products, moved = 0, gate_up, gate_up, 0
+    if isinstance(mlp, Experts):
+        # Rows of the buffer that a device's experts read, for each of the device's tokens (`ops/experts.py`).
+        rows = mlp.buffer_rows(tokens, seq_len=config.train.seq_len, devices=sizes["expert"]) / tokens
+        gate_up_all += round(rows * 2 * mlp.d_ff * itemsize / tensor)
+        # What comes out of them, which their gates' gradients need, and the router's scores.
+        products = gate_up_all + round(rows * width) + FLOAT32 * mlp.n_experts
+        # On the way to experts and back: the rows that leave, that arrive, that return, and each choice's.
+        moved = round((2 * rows + mlp.top_k) * width)
+        # Their gated unit is plain float32: five arrays of it and what the last product reads, the rows, the router's
+        # input, and every choice's result.
+        unit = (5 * FLOAT32 + itemsize) * mlp.d_ff // tensor
+        unnamed = round(rows * (unit + width)) + FLOAT32 * config.model.d_model * (1 + mlp.top_k)
 
-    @property
-    def backward(self) -> int:
-        """The fullest moment of the block's backward pass, without what is saved anyhow: the MLP's products and their
-        gradients, four vectors of the residual stream, and attention at work."""
-        remat, dense = self.config.execution.remat, not isinstance(self.block.mlp, Experts)
-        found = remat in (Remat.NONE, Remat.DOTS) or (remat is Remat.GLU and dense)  # the MLP's products
-        keys = self._key_value * (self.sizes["seq"] if self.config.sharding.context is Context.ALL_GATHER else 1)
-        times = 1 if found else 2
-        if self.platform is Platform.TPU:
-            # Our kernels read and write the arrays as they are; elsewhere attention turns its operands round, and sums
-            # gradients in float32, and experts' rows have their gradients beside them.
-            mlp, attention = self._gate_up * times + self._moved, 2 * self._query + keys
-        else:
-            mlp, attention = self._mlp_products * times + 2 * self._moved, 5 * self._query + 2 * keys
-        return mlp + 4 * self.input + attention
+    # XLA for GPUs computes queries, keys and values wherever keys are needed.
+    copies = 1 if tpu else gathered
+    named = {
+        "query": query * copies,
+        "key": key * copies,
+        "value": key * copies,
+        "attention_out": query,
+        "attention_lse": FLOAT32 * attention.n_heads // tensor,
+        "glu_gate": hidden,
+        "glu_up": gate_up - hidden,
+        "grouped_out": own + qk_norm + products,  # with all products that only Remat.DOTS keeps
+    }
+    kept = lambda policy: sum(named[name] for name in SAVED_NAMES[policy])
+    match remat:
+        case Remat.NONE:
+            # Of each norm its input, the normalised input, both in float32, and its output; of attention the named
+            # arrays; of the MLP gate, up and what the last product reads.
+            norms = len(block_norms(block))
+            inputs = 2 * FLOAT32 * (norms * own + qk_norm) // itemsize
+            saved = inputs + norms * width + kept(Remat.NAMES) + gate_up + hidden + unnamed
+        case Remat.OFFLOAD:
+            saved = own
+        case _:
+            saved = own + kept(remat)
 
-    @property
-    def _named(self) -> dict[str, int]:
-        """By the names of `SAVED_NAMES`; under "grouped_out" all products that only Remat.DOTS keeps."""
-        # Where every device needs all keys, XLA for GPUs computes queries, keys and values everywhere, too.
-        gathered = self.platform is not Platform.TPU and self.config.sharding.context is Context.ALL_GATHER
-        copies = self.sizes["seq"] if gathered else 1
-        before_norm = self._query + self._key_value // 2 if self.block.attention.qk_norm else 0
-        return {
-            "query": self._query * copies,
-            "key": self._key_value // 2 * copies,
-            "value": self._key_value // 2 * copies,
-            "attention_out": self._query,
-            "attention_lse": self._cut(FLOAT32 * self.block.attention.n_heads),
-            "glu_gate": self._hidden,
-            "glu_up": self._glu - self._hidden,
-            "grouped_out": self.input + before_norm + self._mlp_products,
-        }
-
-    @property
-    def _everything(self) -> int:
-        """What jax saves where nothing says what to save: of each norm its input, the normalised input, both in
-        float32, and its output; of attention the named arrays; of the MLP gate, up and what the last product reads."""
-        model, names = self.config.model, self._named
-        norms = len(block_norms(self.block)) * (2 * FLOAT32 * self.input // self._itemsize + self._width)
-        if self.block.attention.qk_norm:
-            norms += 2 * FLOAT32 * (self._query + self._key_value // 2) // self._itemsize
-        products = self._glu + self._hidden
-        if isinstance(mlp := self.block.mlp, Experts):
-            # Experts, whose gated unit is plain float32, save five arrays of it and what the last product reads, their
-            # rows, the router's input, and every choice's result.
-            rows = self._slots(mlp) * (self._cut((5 * FLOAT32 + self._itemsize) * mlp.d_ff) + self._width)
-            products += round(rows) + FLOAT32 * model.d_model * (1 + mlp.top_k)
-        return norms + sum(names[name] for name in SAVED_NAMES[Remat.NAMES]) + products
-
-    # Parts.
-
-    @property
-    def _itemsize(self) -> int:
-        return self.config.execution.dtype.itemsize
-
-    def _cut(self, size: int) -> int:
-        """A device's part of heads or of d_ff."""
-        return size // self.sizes["tensor"]
-
-    @property
-    def _width(self) -> int:
-        """A vector of the residual stream, whole."""
-        return self.config.model.d_model * self._itemsize
-
-    @property
-    def _query(self) -> int:
-        return self._cut(self.block.attention.n_heads * self.block.attention.head_dim * self._itemsize)
-
-    @property
-    def _key_value(self) -> int:
-        return self._cut(2 * self.block.attention.n_kv_heads * self.block.attention.head_dim * self._itemsize)
-
-    @property
-    def _glu(self) -> int:
-        """Both inputs of a gated MLP's product, of all experts that every token uses; the one of a plain MLP."""
-        return self._hidden if isinstance(self.block.mlp, Mlp) else 2 * self._hidden
-
-    @property
-    def _hidden(self) -> int:
-        """What an MLP's last product reads, of all experts that every token uses."""
-        mlp = self.block.mlp
-        d_ff = mlp.n_shared_experts * mlp.d_ff if isinstance(mlp, Experts) else mlp.d_ff
-        return self._cut(d_ff * self._itemsize)
-
-    @property
-    def _gate_up(self) -> int:
-        """The same with the experts that a token is sent to."""
-        mlp = self.block.mlp
-        if not isinstance(mlp, Experts):
-            return self._glu
-        return self._glu + round(self._slots(mlp) * 2 * mlp.d_ff * self._itemsize / self.sizes["tensor"])
-
-    @property
-    def _mlp_products(self) -> int:
-        """Gate and up; of experts also what comes out of them, which their gates' gradients need."""
-        mlp = self.block.mlp
-        if not isinstance(mlp, Experts):
-            return self._gate_up
-        return self._gate_up + round(self._slots(mlp) * self._width) + FLOAT32 * mlp.n_experts
-
-    @property
-    def _moved(self) -> int:
-        """Tokens on their way to experts and back: the rows that leave, that arrive, that return, and each choice's."""
-        mlp = self.block.mlp
-        return 0 if not isinstance(mlp, Experts) else round((2 * self._slots(mlp) + mlp.top_k) * self._width)
-
-    def _slots(self, mlp: Experts) -> float:
-        """Rows of the buffer that a device's experts read, for each of the device's tokens (`ops/experts.py`)."""
-        devices = self.sizes["expert"]
-        match mlp.dispatch:
-            case Capacity(factor=factor):
-                return factor * mlp.top_k
-            case Dropless() as dispatch:
-                if devices == 1:
-                    return mlp.top_k
-                return devices * dispatch.room(mlp.top_k, top_k=mlp.top_k, n_experts=mlp.n_experts, devices=devices)
-            case _:
-                assert_never(mlp.dispatch)
+    found = remat in (Remat.NONE, Remat.DOTS) or (remat is Remat.GLU and not isinstance(mlp, Experts))
+    times = 1 if found else 2  # the MLP's products
+    if tpu:
+        # Our kernels read and write the arrays as they are; elsewhere attention turns its operands round, and sums
+        # gradients in float32, and experts' rows have their gradients beside them.
+        backward = gate_up_all * times + moved + 2 * query + 2 * key * gathered
+    else:
+        backward = products * times + 2 * moved + 5 * query + 4 * key * gathered
+    return BlockMemory(input=own, saved=saved, backward=backward + 4 * own)

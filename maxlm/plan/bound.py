@@ -9,7 +9,8 @@ our kernels reach of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -17,10 +18,7 @@ from maxlm import shapes
 from maxlm.config import (
     Adafactor,
     AdamW,
-    BlockConfig,
     Experts,
-    GatedMlp,
-    Mlp,
     OptimizerConfig,
     RunConfig,
     StatePart,
@@ -29,8 +27,9 @@ from maxlm.config import (
     pipeline_bubble,
 )
 from maxlm.plan.machines import Machine
-from maxlm.plan.traffic import AxisTraffic, LayerRuns, Link, layer_runs, local_tokens
-from maxlm.shapes import FLOAT32, FlopsPerToken, device_shape, flops_per_token, mfu, parameter_count
+from maxlm.plan.traffic import AxisTraffic, Link
+from maxlm.plan.work import LayerRuns, layer_runs, loss_tokens, turns
+from maxlm.shapes import FLOAT32, FlopsPerToken, Part, Role, device_shape, flops_per_token, mfu, parameter_count
 
 _DAY = 86_400
 
@@ -81,26 +80,22 @@ def estimate_time(config: RunConfig, target: Machine, traffic: Sequence[AxisTraf
     train, devices = config.train, target.devices
     sizes = config.sharding.sizes(devices)
     tokens = train.batch_size * train.seq_len
-    staged = sizes["stage"] > 1 and config.sharding.remat_stages
-    flops = flops_per_token(config.model, train.seq_len, config.execution.remat, remat_stages=staged)
+    flops = step_flops(config, sizes)
     work = _flops_done(flops) * tokens / devices
     moved = memory_bytes(config, sizes)
-    bubble = 0.0
-    if sizes["stage"] > 1:
-        bubble = pipeline_bubble(sizes["stage"], config.sharding.virtual_stages, train.micro_batches)
-
+    bubble = pipeline_bubble(sizes["stage"], config.sharding.virtual_stages, train.micro_batches)
     limits = {"compute": work / peak / (1 - bubble), "memory": moved / device.bandwidth}
     limits |= _link_limits(traffic)
     limited_by, step_seconds = max(limits.items(), key=lambda pair: pair[1])
     tokens_per_s = tokens / step_seconds
     days = train.steps * step_seconds / _DAY
-    by_axis: dict[str, float] = {}
+    by_axis: dict[str, float] = defaultdict(float)
     for one in traffic:
-        by_axis[one.axis] = by_axis.get(one.axis, 0.0) + (one.seconds or 0.0)
+        by_axis[one.axis] += one.seconds or 0.0
     return TimeBound(
         compute_seconds=work / peak,
         memory_seconds=moved / device.bandwidth,
-        traffic_seconds=by_axis,
+        traffic_seconds=dict(by_axis),
         bubble=bubble,
         step_seconds=step_seconds,
         limited_by=limited_by,
@@ -110,6 +105,12 @@ def estimate_time(config: RunConfig, target: Machine, traffic: Sequence[AxisTraf
         days=days,
         device_hours=days * 24 * devices,
     )
+
+
+def step_flops(config: RunConfig, sizes: Mapping[str, int]) -> FlopsPerToken:
+    """Of a token, with what remat and the pipeline compute again."""
+    staged = sizes["stage"] > 1 and config.sharding.remat_stages
+    return flops_per_token(config.model, config.train.seq_len, config.execution.remat, remat_stages=staged)
 
 
 def memory_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
@@ -133,49 +134,31 @@ def _flops_done(flops: FlopsPerToken) -> float:
 
 def _link_limits(traffic: Sequence[AxisTraffic]) -> dict[str, float]:
     """Seconds by what is said of a step that they limit."""
-    limits: dict[str, float] = {}
+    limits = {}
     for link in Link:
-        on_link = [(one.seconds, one.axis) for one in traffic if one.link is link and one.seconds]
-        if on_link:
+        if on_link := [(one.seconds, one.axis) for one in traffic if one.link is link and one.seconds]:
             longest, axis = max(on_link)
             shared = longest if link is Link.ICI else sum(seconds for seconds, _ in on_link)
             limits[f"axis {axis} over {link.value}"] = shared
     return limits
 
 
-def _product_numbers(m: float, k: float, n: float, weights: float | None = None) -> float:
-    return m * k + (k * n if weights is None else weights) + m * n
-
-
 def _layer_bytes(config: RunConfig, sizes: Mapping[str, int], layer: LayerRuns) -> float:
     """Of all runs of one block config, forward, again and backward."""
-    once = sum(_layer_numbers(config, sizes, layer.block, layer.tokens)) * config.execution.dtype.itemsize
-    return once * layer.runs * (layer.forwards + _repeated(config) + 2)
-
-
-def _layer_numbers(config: RunConfig, sizes: Mapping[str, int], block: BlockConfig, tokens: int) -> Iterator[float]:
-    """Numbers read and written by each product of a layer, forward, on one device."""
-    D, cut, attention = config.model.d_model, sizes["tensor"], block.attention
-    queries, keys = (heads * attention.head_dim / cut for heads in (attention.n_heads, attention.n_kv_heads))
-    yield _product_numbers(tokens, D, queries)
-    yield 2 * _product_numbers(tokens, D, keys)
-    yield tokens * 2 * (queries + keys)
-    yield _product_numbers(tokens, queries, D)
-    match block.mlp:
-        case Mlp(d_ff=d_ff):
-            yield 2 * _product_numbers(tokens, D, d_ff / cut)
-        case GatedMlp(d_ff=d_ff):
-            yield 3 * _product_numbers(tokens, D, d_ff / cut)
-        case Experts() as mlp:
-            width = mlp.d_ff / cut
-            buffer = mlp.buffer_rows(tokens, seq_len=config.train.seq_len, devices=sizes["expert"])
-            rows = min(tokens * mlp.experts_per_token, buffer)
-            yield 3 * _product_numbers(rows, D, width, mlp.n_experts / sizes["expert"] * D * width)
-            yield _product_numbers(tokens, D, mlp.n_experts)
-            if mlp.n_shared_experts:
-                yield 3 * _product_numbers(tokens, D, mlp.n_shared_experts * width)
-        case _:
-            assert_never(block.mlp)
+    numbers, attention, D = 0.0, layer.block.attention, config.model.d_model
+    for array in shapes.block(layer.block, config.model):
+        if array.role not in (Role.PRODUCT, Role.ROUTER):
+            continue
+        weights = math.prod(device_shape(array, {**sizes, "fsdp": 1}, config.sharding.zero))
+        rows, matrices = float(layer.tokens), 1
+        if isinstance(mlp := layer.block.mlp, Experts) and array.part is Part.EXPERTS:
+            buffer = mlp.buffer_rows(layer.tokens, seq_len=config.train.seq_len, devices=sizes["expert"])
+            rows, matrices = min(rows * mlp.experts_per_token, buffer), mlp.n_experts // sizes["expert"]
+        numbers += weights + rows * (D + weights / matrices / D)  # one side of each is the residual stream
+    heads = 2 * (attention.n_heads + attention.n_kv_heads)  # what attention reads and writes
+    numbers += layer.tokens * heads * attention.head_dim / sizes["tensor"]
+    passes = layer.forwards + _repeated(config) + 2
+    return numbers * config.execution.dtype.itemsize * layer.runs * passes
 
 
 def _repeated(config: RunConfig) -> float:
@@ -189,8 +172,7 @@ def _repeated(config: RunConfig) -> float:
 def _loss_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
     """Three products for each chunk of tokens (training/losses.py): logits, and the gradients of what made them."""
     D, V, small = config.model.d_model, config.model.vocab_size / sizes["tensor"], config.execution.dtype.itemsize
-    parts = 1 if sizes["stage"] > 1 else config.train.micro_batches
-    tokens = local_tokens(config, sizes) // parts
+    parts, tokens = loss_tokens(config, sizes)
     chunk = min(config.train.loss_chunk, tokens)
     # Hidden states and table twice, logits' gradient once written and twice read; logits in float32.
     of_chunk = small * (4 * chunk * D + 2 * V * D + 3 * chunk * V) + FLOAT32 * 2 * (chunk * V + V * D)
@@ -200,22 +182,15 @@ def _loss_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
 def _state_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
     """Gathered parameters, summed gradients, and the optimizer."""
     zero, parts = config.sharding.zero, config.train.micro_batches
-    runs = parts if sizes["stage"] == 1 else layer_runs(config, sizes)[-1].runs * sizes["stage"] / config.model.repeats
-    moved = 0.0
-    for array in shapes.arrays(config.model):
-        whole, gradients, moments = (
-            math.prod(device_shape(array, sizes, kind, part))
-            for kind, part in (
-                (Zero.OPTIMIZER, StatePart.PARAMETERS),
-                (zero, StatePart.GRADIENTS),
-                (zero, StatePart.OPTIMIZER),
-            )
-        )
-        if zero is Zero.PARAMETERS and sizes["fsdp"] > 1:
-            moved += 2 * whole * config.execution.dtype.itemsize * runs
-        if parts > 1 and sizes["stage"] == 1:
-            moved += 2 * FLOAT32 * gradients * parts
-        moved += moments * _update_bytes(config.optimizer)
+    numbers = lambda kind, part: sum(
+        math.prod(device_shape(array, sizes, kind, part)) for array in shapes.arrays(config.model)
+    )
+    moved = numbers(zero, StatePart.OPTIMIZER) * _update_bytes(config.optimizer)
+    if zero is Zero.PARAMETERS and sizes["fsdp"] > 1:
+        gathered = numbers(Zero.OPTIMIZER, StatePart.PARAMETERS) * config.execution.dtype.itemsize
+        moved += 2 * gathered * turns(config, sizes)
+    if parts > 1 and sizes["stage"] == 1:
+        moved += 2 * FLOAT32 * numbers(zero, StatePart.GRADIENTS) * parts
     return moved
 
 

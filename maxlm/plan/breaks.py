@@ -15,7 +15,9 @@ from typing import NamedTuple
 from maxlm.config import Dropless, Experts, RunConfig, SlicesAxis, pipeline_bubble
 from maxlm.plan.analysis import Forecast
 from maxlm.plan.machines import CpuMachine, GpuMachine, Machine, TpuMachine, larger
-from maxlm.plan.traffic import Link, local_tokens, whole_torus
+from maxlm.plan.search import LANES
+from maxlm.plan.traffic import Link, whole_torus
+from maxlm.plan.work import local_tokens
 
 SCALES = (4_096, 65_536)
 """Devices to grow to."""
@@ -62,10 +64,11 @@ def _breaks(config: RunConfig, target: Machine, machine: Machine) -> Iterator[_B
         sizes["data"], left = divmod(machine.devices, rest)
         if left or sizes["data"] % slices:
             each = f"{machine.devices // slices:,}{' of a slice' if slices > 1 else ''}"
-            line = (
-                f"the axes besides sharding.data take {rest:,} devices, which do not divide {each}; use powers of two"
+            yield _Break(
+                "other axes",
+                1e8,
+                f"the axes besides sharding.data take {rest:,} devices, which do not divide {each}; use powers of two",
             )
-            yield _Break("other axes", 1e8, line)
             return
         # The other axes as they are: one of them may be -1.
         sharding = replace(sharding.with_sizes(sizes), slices=slices, slices_axis=SlicesAxis.DATA)
@@ -74,23 +77,22 @@ def _breaks(config: RunConfig, target: Machine, machine: Machine) -> Iterator[_B
     cuts = math.prod(sizes[axis] for axis in ("data", "fsdp", "expert")) * math.lcm(sizes["stage"], parts)
     train = replace(config.train, batch_size=max(config.train.batch_size, cuts), micro_batches=parts)
     scaled = Forecast(replace(config, sharding=sharding, train=train), machine)
-    yield from _batch(config, scaled, cuts)
+    yield from _batch(config.train.batch_size, scaled, cuts)
     yield from _links(scaled)
     yield from _pipeline(scaled, cuts)
     yield from _fsdp(scaled)
 
 
-def _batch(config: RunConfig, scaled: Forecast, cuts: int) -> Iterator[_Break]:
+def _batch(batch_size: int, scaled: Forecast, cuts: int) -> Iterator[_Break]:
     """A sequence for each of so many parts of the batch, and a batch that still teaches as much a token."""
-    train, batch = config.train, scaled.config.train.batch_size
-    if cuts > train.batch_size:
-        missing, room = cuts / train.batch_size, _room(scaled)
+    if cuts > batch_size:
+        missing, room = cuts / batch_size, _room(scaled)
         limits = " x ".join(f"{axis} {limit}" for axis, limit in room.items() if limit > 1)
         enough = "" if math.prod(room.values()) >= missing else f", which is not enough for {missing:,.1f} times"
         yield _Break(
             "batch",
             1e6 * missing,
-            f"train.batch_size = {train.batch_size:,} cannot be cut into {cuts:,} parts; use at least {cuts:,}, "
+            f"train.batch_size = {batch_size:,} cannot be cut into {cuts:,} parts; use at least {cuts:,}, "
             "or more of the axes that share a sequence or a matrix (they can still grow by "
             f"{limits or 'nothing'}{enough})",
         )
@@ -98,16 +100,16 @@ def _batch(config: RunConfig, scaled: Forecast, cuts: int) -> Iterator[_Break]:
         yield _Break(
             "critical batch",
             scaled.tokens / LARGEST_BATCH,
-            f"train.batch_size = {batch:,} makes {scaled.tokens:,} tokens a step, DeepSeek-V3 had "
-            f"{LARGEST_BATCH:,}; beyond the critical batch size, which grows as the loss falls (arXiv:1812.06162), a "
-            "larger batch saves few steps: use more of tensor or seq instead of data",
+            f"train.batch_size = {scaled.config.train.batch_size:,} makes {scaled.tokens:,} tokens a step, "
+            f"DeepSeek-V3 had {LARGEST_BATCH:,}; beyond the critical batch size, which grows as the loss falls "
+            "(arXiv:1812.06162), a larger batch saves few steps: use more of tensor or seq instead of data",
         )
 
 
 def _room(scaled: Forecast) -> dict[str, int]:
     """Axis -> by how much it can still grow, of those that do not cut the batch, as a pipeline's stages do too."""
     model, sizes = scaled.config.model, scaled.mesh
-    attentions = [block.attention for block in (*model.first_blocks, *model.blocks)]
+    attentions = [block.attention for block in model.layers]
     widest = math.gcd(*(one.n_heads for one in attentions), *(one.n_kv_heads for one in attentions), model.vocab_size)
     if isinstance(scaled.target, GpuMachine):
         widest = math.gcd(widest, scaled.target.per_host)
@@ -119,23 +121,23 @@ def _room(scaled: Forecast) -> dict[str, int]:
 
 def _links(scaled: Forecast) -> Iterator[_Break]:
     """Axes that send for longer than their devices compute."""
-    sizes = scaled.mesh
-    compute = scaled.time.compute_seconds / (1 - scaled.time.bubble)
+    sizes, config = scaled.mesh, scaled.config
+    tokens, compute = local_tokens(config, sizes), scaled.time.compute_seconds / (1 - scaled.time.bubble)
+    mlps = [block.mlp for block in config.model.blocks]
     for one in scaled.traffic:
         if one.seconds is None or one.seconds <= compute:
             continue
         ratio = one.seconds / compute
-        tokens = local_tokens(scaled.config, sizes)
         match one.axis:
             case "data" | "fsdp":
                 # Parameters cost the same whatever the batch: what hides them is tokens.
-                fewer = ", fewer train.micro_batches" if scaled.config.train.micro_batches > 1 else ""
+                fewer = ", fewer train.micro_batches" if config.train.micro_batches > 1 else ""
                 where = "; more of the other axes" if one.link is Link.NETWORK else ""
                 remedy = (
                     f"a device has {tokens:,} tokens a step and needs {math.ceil(tokens * ratio):,}: a larger "
                     f"train.batch_size{fewer}{where}"
                 )
-            case "expert" if _without_buffer(scaled.config):
+            case "expert" if any(isinstance(mlp, Experts) and mlp.dispatch == Dropless() for mlp in mlps):
                 remedy = (
                     "model.blocks[].mlp.dispatch = Dropless() sends room for the worst case; use Dropless(buffer=2)"
                 )
@@ -151,37 +153,25 @@ def _links(scaled: Forecast) -> Iterator[_Break]:
         )
 
 
-def _without_buffer(config: RunConfig) -> bool:
-    mlps = [block.mlp for block in config.model.blocks]
-    return any(
-        isinstance(mlp, Experts) and isinstance(mlp.dispatch, Dropless) and mlp.dispatch.buffer is None for mlp in mlps
-    )
-
-
 def _pipeline(scaled: Forecast, cuts: int) -> Iterator[_Break]:
     """Idle stages."""
-    groups, stages = scaled.config.sharding.virtual_stages, scaled.mesh["stage"]
-    if scaled.time.bubble > LARGE_BUBBLE:
-        wanted = next(
-            number
-            for number in itertools.count(stages, stages)
-            if pipeline_bubble(stages, groups, number) <= LARGE_BUBBLE
-        )
-        rows = cuts // math.lcm(stages, scaled.config.train.micro_batches) * wanted
-        batch = f"with a train.batch_size that {rows:,} divides, " if scaled.config.train.batch_size % rows else ""
+    train, groups, stages = scaled.config.train, scaled.config.sharding.virtual_stages, scaled.mesh["stage"]
+    if (bubble := scaled.time.bubble) > LARGE_BUBBLE:
+        enough = lambda number: pipeline_bubble(stages, groups, number) <= LARGE_BUBBLE
+        wanted = next(filter(enough, itertools.count(stages, stages)))
+        rows = cuts // math.lcm(stages, train.micro_batches) * wanted
+        batch = f"with a train.batch_size that {rows:,} divides, " if train.batch_size % rows else ""
         yield _Break(
             "bubble",
-            1 / (1 - scaled.time.bubble),
-            f"train.micro_batches = {scaled.config.train.micro_batches} leaves {stages} stages idle "
-            f"{scaled.time.bubble:.0%} of the time; use {wanted} for {LARGE_BUBBLE:.0%}, {batch}"
-            "or more sharding.virtual_stages",
+            1 / (1 - bubble),
+            f"train.micro_batches = {train.micro_batches} leaves {stages} stages idle {bubble:.0%} of the time; "
+            f"use {wanted} for {LARGE_BUBBLE:.0%}, {batch}or more sharding.virtual_stages",
         )
 
 
 def _fsdp(scaled: Forecast) -> Iterator[_Break]:
     """What the TPU compiler does with an fsdp axis that it does not like (docs/plan.md)."""
-    sizes = scaled.mesh
-    size, data = sizes["fsdp"], sizes["data"]
+    size, data, width = scaled.mesh["fsdp"], scaled.mesh["data"], scaled.config.model.d_model
     if not isinstance(scaled.target, TpuMachine) or size == 1:
         return
     if whole_torus(scaled.target, size):
@@ -191,11 +181,10 @@ def _fsdp(scaled: Forecast) -> Iterator[_Break]:
             f"sharding.fsdp = {size} is the whole torus, where the TPU compiler sums whole arrays "
             f"instead of gathering and scattering: twice the bytes; use {size // 2} with sharding.data = {2 * data}",
         )
-    shard = scaled.config.model.d_model // size
-    if shard % 128:
+    if width // size % LANES:
         yield _Break(
             "narrow shards",
             1.2,
-            f"sharding.fsdp = {size} cuts model.d_model = {scaled.config.model.d_model} into shards of "
-            f"{shard}, no multiple of 128 lanes; use at most {max(1, scaled.config.model.d_model // 128)}",
+            f"sharding.fsdp = {size} cuts model.d_model = {width} into shards of {width // size}, no multiple of "
+            f"{LANES} lanes; use at most {max(1, width // LANES)}",
         )

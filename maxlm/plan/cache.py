@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import cattrs
+from cattrs.strategies import configure_tagged_union
 
 from maxlm.config import RunConfig
 from maxlm.config.serialize import to_dict
-from maxlm.plan.compiled import CompiledStep, DoesNotFit, compile_step
+from maxlm.plan.compiled import CompiledStep, compile_step
 from maxlm.plan.machines import Machine, installed
+from maxlm.plan.out_of_memory import DoesNotFit
 
-_RESULTS: Mapping[str, type[CompiledStep] | type[DoesNotFit]] = {
-    kind.__name__: kind for kind in (CompiledStep, DoesNotFit)
-}
 _converter = cattrs.Converter(forbid_extra_keys=True)
+configure_tagged_union(CompiledStep | DoesNotFit, _converter, tag_name="kind")
 _WITHOUT = ("run_dir", "target", "data", "checkpoint", "observe")
 """Parts of the config that the step does not see."""
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc",
@@ -89,8 +89,7 @@ def sources_hash(root: Path) -> str:
 
 def _load(file: Path) -> CompiledStep | DoesNotFit | None:
     try:
-        stored = json.loads(file.read_text())
-        return _converter.structure(stored["result"], _RESULTS[stored["kind"]])
+        return _converter.structure(json.loads(file.read_text()), CompiledStep | DoesNotFit)  # type: ignore[arg-type]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, cattrs.BaseValidationError):
         return None
 
@@ -98,7 +97,7 @@ def _load(file: Path) -> CompiledStep | DoesNotFit | None:
 def _store(file: Path, result: CompiledStep | DoesNotFit) -> None:
     """Write beside, then rename: another command never sees half a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    stored = json.dumps({"kind": type(result).__name__, "result": _converter.unstructure(result)})
+    stored = json.dumps(_converter.unstructure(result, CompiledStep | DoesNotFit))
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         beside = Path(folder, file.name)
         beside.write_text(stored)

@@ -7,14 +7,16 @@ place differs within a group, data move along that axis. Of a collective in anot
 from __future__ import annotations
 
 import enum
+import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from maxlm.plan.hlo import Instruction, Program, Runs
+from maxlm.plan.hlo import Instruction, Program, Runs, numbers
 
 MeshShape = Mapping[str, int]
 """Axis -> size, slowest first, as `mesh.shape`."""
@@ -89,15 +91,20 @@ UNKNOWN = ("?",)
 """Axes that nobody knows."""
 
 
-def collectives(text: str, mesh: MeshShape) -> list[Collective]:
-    """Every collective of a compiled program (`compiled.as_text()`) over a mesh, in the text's order."""
+def collectives(program: Program, mesh: MeshShape) -> list[Collective]:
+    """Every collective of a compiled program over a mesh, in the text's order."""
     found = []
-    for computation, instruction, runs in Program(text).running():
+    for computation, instruction, runs in program.running():
         if (opcode := _OPCODE.match(instruction.opcode)) is None:
             continue
         kind, starts = CollectiveKind(opcode.group(1)), opcode.group(2) is not None
         axes, group = _members(instruction, mesh)
-        payload = _bytes(_result(instruction.shape, kind) if starts else instruction.shape)
+        arrays = instruction.arrays
+        # A start's shape holds operands, results and sometimes more, but an all-reduce's only the results.
+        if starts and kind is not CollectiveKind.ALL_REDUCE and instruction.shape.startswith("("):
+            number = len(instruction.operands)
+            arrays = arrays[number : 2 * number]
+        payload = sum(array.size for array in arrays)
         if kind is CollectiveKind.REDUCE_SCATTER:
             payload *= group
         # The TPU compiler writes a reduce-scatter as a fusion of an all-reduce and a slice.
@@ -112,14 +119,13 @@ def collectives(text: str, mesh: MeshShape) -> list[Collective]:
 
 def summed(found: Sequence[Collective]) -> list[tuple[Collective, int]]:
     """Those alike in all but runs and place as one, with their number in the text; the most bytes first."""
-    alike: dict[tuple[object, ...], list[Collective]] = {}
+    alike: dict[Collective, list[Collective]] = defaultdict(list)
     for one in found:
-        alike.setdefault((one.kind, one.axes, one.group, one.bytes_each, one.asynchronous), []).append(one)
+        alike[replace(one, runs=Runs(0), operation="")].append(one)
     merged = []
-    for several in alike.values():
-        runs = Runs(sum(one.runs.count for one in several), all(one.runs.exact for one in several))
-        operations = sorted({one.operation for one in several if one.operation})
-        merged.append((replace(several[0], runs=runs, operation=" | ".join(operations)), len(several)))
+    for one, several in alike.items():
+        runs, operations = sum((each.runs for each in several), Runs(0)), {each.operation for each in several} - {""}
+        merged.append((replace(one, runs=runs, operation=" | ".join(sorted(operations))), len(several)))
     return sorted(merged, key=lambda pair: -pair[0].sent)
 
 
@@ -128,9 +134,11 @@ def _members(instruction: Instruction, mesh: MeshShape) -> tuple[tuple[str, ...]
     n_devices = math.prod(mesh.values())
     try:
         groups = _groups(instruction.attributes, n_devices)
-        return _axes(groups, mesh), groups.shape[1]
+        places = np.unravel_index(groups, list(mesh.values()))
     except ValueError:  # another notation, groups of several sizes, devices that the mesh has not
         return UNKNOWN, n_devices
+    moving = [(place != place[:, :1]).any() for place in places]
+    return tuple(itertools.compress(mesh, moving)), groups.shape[1]
 
 
 def _groups(text: str, n_devices: int) -> np.ndarray:
@@ -149,66 +157,24 @@ def _groups(text: str, n_devices: int) -> np.ndarray:
         return np.arange(n_devices)[None]
     if iota := re.search(r"replica_groups=(\[\S+\]<=\S+?\](?:T\([\d,]+\))?)", text):
         shape, order = iota.group(1).split("<=")
-        return _order(order).reshape(_numbers(shape))
-    # mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}: a mesh of its own, and the axes that a group spans.
-    if named := re.search(r"replica_groups=mesh\[([^]]*)\](?:, device_ids=\(?([^ ]*?)\)?)? \{([^}]*)\}", text):
+        return _order(order).reshape(numbers(shape))
+    # mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}: a mesh of its own, and the axes, not parts of axes such as
+    # 'b':(1)2, that a group spans.
+    if named := re.search(r"replica_groups=mesh\[([^]]*)\](?:, device_ids=\(?([^ ]*?)\)?)? \{([^}:]*)\}", text):
         sizes = {axis: int(size) for axis, size in re.findall(r"'([^']*)'=(\d+)", named.group(1))}
-        spanned = re.findall(r"'([^']*)'", named.group(3))
-        if ":(" not in named.group(3):  # a part of an axis
-            order = _order(named.group(2)) if named.group(2) else np.arange(math.prod(sizes.values()))
-            return _spanning(order, sizes, spanned)
+        grid = _order(named.group(2) or f"[{math.prod(sizes.values())}]").reshape(list(sizes.values()))
+        spanned = [list(sizes).index(axis) for axis in re.findall(r"'([^']*)'", named.group(3))]
+        last = range(-len(spanned), 0)
+        return np.moveaxis(grid, spanned, last).reshape(-1, math.prod(grid.shape[i] for i in spanned))
     raise ValueError(text)
 
 
 def _listed(text: str) -> np.ndarray:
-    return np.array([_numbers(group) for group in re.findall(r"\{([^}]*)\}", text)])
+    return np.array([numbers(group) for group in re.findall(r"\{([^}]*)\}", text)])
 
 
 def _order(text: str) -> np.ndarray:
     """`[4,2]T(1,0)`: the numbers from 0 on as an array of that shape, transposed, in a row."""
     shape, _, permutation = text.partition("T")
-    ids = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
-    return ids.transpose(_numbers(permutation) if permutation else None if ids.ndim < 2 else range(ids.ndim)).ravel()
-
-
-def _spanning(order: np.ndarray, sizes: Mapping[str, int], spanned: Sequence[str]) -> np.ndarray:
-    grid = order.reshape(list(sizes.values()))
-    last = [list(sizes).index(axis) for axis in spanned]
-    rest = [i for i in range(grid.ndim) if i not in last]
-    return grid.transpose([*rest, *last]).reshape(-1, math.prod(sizes[axis] for axis in spanned))
-
-
-def _axes(groups: np.ndarray, mesh: MeshShape) -> tuple[str, ...]:
-    places = np.unravel_index(groups, list(mesh.values()))
-    return tuple(axis for axis, place in zip(mesh, places, strict=True) if (place != place[:, :1]).any())
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", text)]
-
-
-def _result(shape: str, kind: CollectiveKind) -> str:
-    """Of a start, what it will give: its shape holds operands, results and sometimes more, but an all-reduce's only
-    the result."""
-    if kind is CollectiveKind.ALL_REDUCE or not shape.startswith("("):
-        return shape
-    return list(_elements(shape))[1]
-
-
-def _elements(shape: str) -> Iterator[str]:
-    """The elements of a tuple's shape, as text."""
-    depth, begin = 0, 1
-    for i, letter in enumerate(shape):
-        depth += (letter in "([{") - (letter in ")]}")
-        if (letter == "," and depth == 1) or depth == 0:
-            yield shape[begin:i].strip()
-            begin = i + 1
-
-
-def _bytes(shape: str) -> int:
-    """Of an array or of all arrays of a tuple, without the padding of its layout."""
-    total = 0
-    for dtype, sizes in re.findall(r"\b([a-z]+\d*\w*)\[([\d,]*)\]", shape):
-        bits = 8 if dtype == "pred" else next(iter(_numbers(dtype)), 0)  # a token has none
-        total += math.prod(_numbers(sizes)) * bits // 8
-    return total
+    ids = np.arange(math.prod(numbers(shape))).reshape(numbers(shape))
+    return ids.transpose(numbers(permutation) or range(ids.ndim)).ravel()

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,10 @@ from maxlm.config import RunConfig, UserError
 from maxlm.plan.analysis import CompilerReport, Json, gib
 from maxlm.plan.audit import forbidden, smallest_matrix
 from maxlm.plan.collectives import Collective, collectives, summed
+from maxlm.plan.hlo import Program
 from maxlm.plan.kernels import Kernel, kernels, spilled, total_spills
 from maxlm.plan.machines import CpuMachine, GpuMachine, Machine, TpuMachine, gpu_config, memory_limit, tpu_topology
-from maxlm.plan.out_of_memory import Buffer, Refusal, largest_arrays, parse_refusal, with_sources
+from maxlm.plan.out_of_memory import Buffer, DoesNotFit, largest_arrays, parse_refusal, with_sources
 from maxlm.sharding import make_layout
 from maxlm.training import make_trainer
 
@@ -51,8 +52,6 @@ class Memory:
 class CompiledStep:
     """What the compiler made of the train step."""
 
-    mesh: Mapping[str, int]
-    """Axis -> devices, slowest first."""
     memory: Memory
     largest: tuple[Buffer, ...]
     """The largest arrays that the program takes or makes, not all of them alive at one time."""
@@ -62,27 +61,9 @@ class CompiledStep:
     """Bytes of registers that our GPU kernels store to memory and load again; None: not known, as on every TPU."""
     forbidden: tuple[str, ...]
     warnings: tuple[str, ...] = ()
-    """Of jax, while it traced and compiled: as of memory that a result could not take over."""
+    """Of jax, while it traced and compiled: as of memory that a result could not take over. Each one's first line."""
     cpu_seconds: float
     """Of processor time, to trace and compile."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DoesNotFit:
-    """The step needs more memory than a program may have on a device."""
-
-    mesh: Mapping[str, int]
-    message: str
-    """The compiler's; where it refuses nothing, the same in our words."""
-    wanted: int
-    """Bytes a device."""
-    at_least: bool = False
-    """`wanted` is a lower bound."""
-    available: int
-    largest: tuple[Buffer, ...]
-    """The largest first; those of the compiler's own list if it gave one, else of the program's text."""
-    warnings: tuple[str, ...] = ()
-    cpu_seconds: float
 
 
 def target_devices(target: Machine) -> Sequence[jax.Device]:
@@ -91,13 +72,22 @@ def target_devices(target: Machine) -> Sequence[jax.Device]:
     Raises:
         UserError: the compiler knows no such machine.
     """
-    if isinstance(target, CpuMachine):
-        found = jax.devices("cpu")
-        if len(found) < target.devices:
-            raise UserError(f"--target {target}: this process has {len(found)} CPU devices; use cpu:{len(found)}")
-        return found[: target.devices]
+    topology: Any = topologies.get_topology_desc
     try:
-        return _topology(target)
+        match target:
+            case CpuMachine():
+                found = jax.devices("cpu")
+                if len(found) < target.devices:
+                    raise UserError(
+                        f"--target {target}: this process has {len(found)} CPU devices; use cpu:{len(found)}"
+                    )
+                return found[: target.devices]
+            case TpuMachine():
+                name, options = tpu_topology(target)
+                return topology(platform="tpu", topology_name=name, **options).devices
+            case GpuMachine():
+                shape, config = f"1x{target.hosts}x{target.per_host}", gpu_config(target.chip)
+                return topology(platform="cuda", topology_name="", target_config=config, topology=shape).devices
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"--target {target}: {str(error).splitlines()[0]}") from None
 
@@ -114,56 +104,37 @@ def compile_step(config: RunConfig, target: Machine) -> CompiledStep | DoesNotFi
     start = time.process_time()
     with _compiler_output() as log, warnings.catch_warnings(record=True) as caught:
         layout = make_layout(config.sharding, target_devices(target))
-        mesh = dict(layout.mesh.shape)
         trainer = make_trainer(config, layout)
         lowered = trainer.step.lower(trainer.state, trainer.batch)
         try:
-            compiled = lowered.compile()
+            compiled: jax.stages.Compiled | DoesNotFit = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            refusal = parse_refusal(str(error), limit or 0)
-            if refusal is None:
-                words, *more = str(error).splitlines()
-                if words.endswith(":"):  # the next line names the kernel, and goes on with the text of its call
-                    words += " " + "".join(more[:1]).split(" = ")[0]
-                raise UserError(f"--target {target}: {words}") from None
-            largest = _largest_of_refused(lowered, refusal)
-            return DoesNotFit(
-                mesh=mesh,
-                message=refusal.message,
-                wanted=refusal.wanted,
-                at_least=refusal.at_least,
-                available=refusal.available,
-                largest=largest,
-                warnings=_lines(caught),
-                cpu_seconds=time.process_time() - start,
-            )
-    seconds = time.process_time() - start
+            compiled = _refused(lowered, error, target)
+    seconds, said = time.process_time() - start, tuple(dict.fromkeys(str(one.message).split("\n")[0] for one in caught))
+    if isinstance(compiled, DoesNotFit):
+        return dataclasses.replace(compiled, warnings=said, cpu_seconds=seconds)
     _spills.update(spilled(log[0]))
-    text, memory = compiled.as_text() or "", _memory(compiled, target)
+    program, memory = Program(compiled.as_text() or ""), _memory(compiled, target)
     if limit is not None and memory.peak > limit:
         share = " (three quarters of the GPU's memory, or XLA_CLIENT_MEM_FRACTION)"
         return DoesNotFit(
-            mesh=mesh,
             message=f"needs {gib(memory.peak)}, {gib(memory.peak - limit)} too much: a program may have {gib(limit)}"
             + (share if isinstance(target, GpuMachine) else ""),
             wanted=memory.peak,
             available=limit,
-            largest=largest_arrays(text),
-            warnings=_lines(caught),
+            largest=largest_arrays(program),
+            warnings=said,
             cpu_seconds=seconds,
         )
-    found, called = collectives(text, mesh), kernels(text)
+    found, called = collectives(program, layout.mesh.shape), kernels(program)
     return CompiledStep(
-        mesh=mesh,
         memory=memory,
-        largest=largest_arrays(text),
+        largest=largest_arrays(program),
         collectives=tuple(found),
         kernels=called,
         spills=total_spills(called, _spills),
         forbidden=tuple(forbidden(layout, found, matrix_bytes=smallest_matrix(config, layout), log=log[0])),
-        warnings=_lines(caught),
+        warnings=said,
         cpu_seconds=seconds,
     )
 
@@ -188,40 +159,35 @@ def compiler_report(result: CompiledStep | DoesNotFit) -> CompilerReport:
     return CompilerReport(fits=True, peak=result.memory.peak, details=details)
 
 
-def _lines(caught: Sequence[warnings.WarningMessage]) -> tuple[str, ...]:
-    """The first line of each warning."""
-    return tuple(dict.fromkeys(str(one.message).split("\n")[0] for one in caught))
-
-
 _spills: dict[str, int] = {}
 """Of every Mosaic GPU kernel that this process has compiled: jax keeps kernels, and ptxas speaks of each once."""
 
 
-def _largest_of_refused(lowered: jax.stages.Lowered, refusal: Refusal) -> tuple[Buffer, ...]:
-    """Compiles once more, past the end of the memory, for a text to read arrays and source lines from."""
+def _refused(lowered: jax.stages.Lowered, error: jax.errors.JaxRuntimeError, target: Machine) -> DoesNotFit:
+    """What an error says of memory, with the program's arrays: it is compiled once more, past the end of the memory,
+    for a text to read arrays and source lines from.
+
+    Raises:
+        UserError: it is about the memory next to the cores.
+        JaxRuntimeError: it is about something else.
+    """
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        raise error
+    refusal = parse_refusal(str(error), memory_limit(target) or 0)
+    if refusal is None:
+        words, *more = str(error).splitlines()
+        if words.endswith(":"):  # the next line names the kernel, and goes on with the text of its call
+            words += " " + "".join(more[:1]).split(" = ")[0]
+        raise UserError(f"--target {target}: {words}") from None
     with tempfile.TemporaryDirectory() as folder:
         # What lies past the end is compiled, and then cannot always be loaded; its text is in the folder by then.
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             lowered.compile({"xla_tpu_no_crash_on_oom": True, "xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         texts = [file.read_text() for file in Path(folder).glob("*.after_optimizations.txt")]
     if not texts:
-        return refusal.largest
-    text = max(texts, key=len)
-    return with_sources(refusal.largest, text) or largest_arrays(text)
-
-
-def _topology(target: TpuMachine | GpuMachine) -> Sequence[Any]:
-    match target:
-        case TpuMachine():
-            name, options = tpu_topology(target)
-            return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
-        case GpuMachine():
-            return topologies.get_topology_desc(
-                platform="cuda",
-                topology_name="",
-                target_config=gpu_config(target.chip),
-                topology=f"1x{target.hosts}x{target.per_host}",
-            ).devices
+        return refusal
+    program = Program(max(texts, key=len))
+    return dataclasses.replace(refusal, largest=with_sources(refusal.largest, program) or largest_arrays(program))
 
 
 def _memory(compiled: jax.stages.Compiled, target: Machine) -> Memory:
@@ -245,13 +211,13 @@ def _memory(compiled: jax.stages.Compiled, target: Machine) -> Memory:
 @contextlib.contextmanager
 def _compiler_output() -> Iterator[list[str]]:
     """Keeps what compilers, which know nothing of Python, write to standard output and error; the list's one entry has
-    it after. ptxas is asked to tell of registers.
+    it after.
 
     If the block raises what is no user's mistake, it is written to standard error after all; if the compiler ends the
     process, a shell that waits for this does it.
     """
     log = [""]
-    with tempfile.NamedTemporaryFile() as file, _variable("MOSAIC_GPU_DUMP_PTXAS", "1"):
+    with tempfile.NamedTemporaryFile() as file:
         sys.stdout.flush()
         command = ["sh", "-c", 'read -r line || { cat "$0" >&2; rm "$0"; }', file.name]
         witness = subprocess.Popen(command, stdin=subprocess.PIPE)
@@ -274,17 +240,3 @@ def _compiler_output() -> Iterator[list[str]]:
             log[0] = file.read().decode(errors="replace")
             if failed:
                 os.write(2, log[0].encode())
-
-
-@contextlib.contextmanager
-def _variable(name: str, value: str) -> Iterator[None]:
-    """An environment variable for a while."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

@@ -6,15 +6,39 @@ loops around it.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from maxlm.plan.source_lines import SourceLines
 
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 _NAMED = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.*)$")
 _KNOWN_TRIPS = re.compile(r'known_trip_count"?[:=]\{"?n"?[:=]"?(\d+)')
 _CALLERS = ("fusion", "call", "async-start", "custom-call", "conditional")  # of computations that run once a call
 _COPIES = ("copy", "bitcast", "convert", "reshape", "opt-barrier")
+_ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
+
+
+class ArrayShape(NamedTuple):
+    """An array's shape, as bf16[16,512]{1,0:T(8,128)S(1)}."""
+
+    name: str
+    """Without its layout."""
+    dims: list[int]
+    bits: int
+    """Of one number."""
+    order: list[int]
+    """Its dims, the fastest first; empty: the last is the fastest."""
+    tiles: str
+    """And memory."""
+
+    @property
+    def size(self) -> int:
+        """Bytes, without the padding of the layout."""
+        return math.prod(self.dims) * self.bits // 8
 
 
 @dataclass(frozen=True)
@@ -34,11 +58,24 @@ class Instruction:
         """Names of the instructions it takes."""
         return re.findall(r"%([\w.-]+)", self.arguments)
 
+    def attribute(self, key: str) -> str:
+        """The name behind `key=`, as of a computation that it calls."""
+        return re.findall(rf"\b{key}=%?([\w.-]+)", self.attributes)[0]
+
     @property
     def operation(self) -> str:
         """Where it comes from in the traced program, as jit(step)/jvp(blocks)/while/body/...; empty if nobody knows."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found.group(1) if found else ""
+        return next(iter(re.findall(r'op_name="([^"]*)"', self.attributes)), "")
+
+    @property
+    def arrays(self) -> list[ArrayShape]:
+        """Of its result: one, or those of a tuple."""
+        return [
+            ArrayShape(
+                f"{dtype}[{dims}]", numbers(dims), 8 if dtype == "pred" else numbers(dtype)[0], numbers(order), tiles
+            )
+            for dtype, dims, order, tiles in _ARRAY.findall(self.shape)
+        ]
 
 
 @dataclass(frozen=True)
@@ -48,6 +85,12 @@ class Runs:
     count: int
     exact: bool = True
     """False: some loop around it turns a number of times that the text does not tell, and counts once."""
+
+    def __add__(self, other: Runs) -> Runs:
+        return Runs(self.count + other.count, self.exact and other.exact)
+
+    def __mul__(self, other: Runs) -> Runs:
+        return Runs(self.count * other.count, self.exact and other.exact)
 
 
 @dataclass(frozen=True)
@@ -62,12 +105,26 @@ class Computation:
     def root(self) -> Instruction:
         return next(instruction for instruction in self.instructions.values() if instruction.root)
 
+    def source(self, name: str, opcode: str | None = None) -> Instruction:
+        """The instruction of that name, seen through copies.
+
+        Raises:
+            LookupError: there is none, or none of that opcode.
+        """
+        found = self.instructions[name]
+        while found.opcode in _COPIES and len(found.operands) == 1:
+            found = self.instructions[found.operands[0]]
+        if opcode not in (None, found.opcode):
+            raise LookupError(f"{found.opcode} {found.name} is no {opcode}")
+        return found
+
 
 class Program:
     """The text of a compiled program (`compiled.as_text()`), taken apart."""
 
     def __init__(self, text: str):
         self.computations = {computation.name: computation for computation in _computations(text)}
+        self._lines = SourceLines(text)
         self._callers: dict[str, list[tuple[str, Runs]]] = {name: [] for name in self.computations}
         self._runs: dict[str, Runs] = {}
         for computation in self.computations.values():
@@ -85,18 +142,18 @@ class Program:
     def runs(self, computation: str) -> Runs:
         """How often a run of the program runs this computation."""
         if computation not in self._runs:
-            total, exact = int(self.computations[computation].entry), True
-            for caller, each in self._callers[computation]:
-                outer = self.runs(caller)
-                total += outer.count * each.count
-                exact &= outer.exact and each.exact
-            self._runs[computation] = Runs(total, exact)
+            calls = (self.runs(caller) * each for caller, each in self._callers[computation])
+            self._runs[computation] = sum(calls, Runs(int(self.computations[computation].entry)))
         return self._runs[computation]
+
+    def source(self, instruction: Instruction) -> str:
+        """The line of this repository that it comes from, as maxlm/models/block.py:49; empty if nobody knows."""
+        return self._lines.of(instruction.attributes)
 
     def _calls(self, computation: Computation, instruction: Instruction) -> Iterator[tuple[str, Runs]]:
         """Computations that an instruction runs, and how often."""
         if instruction.opcode == "while":
-            body, condition = (_attribute(instruction, key) for key in ("body", "condition"))
+            body, condition = instruction.attribute("body"), instruction.attribute("condition")
             turns = self._turns(computation, instruction, body, condition)
             yield body, turns
             yield condition, turns
@@ -114,35 +171,36 @@ class Program:
         """Of a while loop: what XLA notes beside it, else from a counter that is compared with a constant."""
         if known := _KNOWN_TRIPS.search(loop.attributes):
             return Runs(int(known.group(1)))
-        unknown = Runs(1, exact=False)
-        test, steps = self.computations[condition], self.computations[body]
-        compare = self._unwrapped(test.root)
-        direction = re.search(r"\bdirection=(LT|GT)", compare.attributes)
-        if compare.opcode != "compare" or direction is None:
-            return unknown
-        counter, bound = compare.operands if direction.group(1) == "LT" else compare.operands[::-1]
-        index, end = _element(test, counter), _constant(test, bound)
-        if index is None or end is None:
-            return unknown
-        start = _constant(around, _tuple_operand(around, loop.operands[0], index))
-        advance = steps.instructions.get(_tuple_operand(steps, steps.root.name, index) or "")
-        if start is None or advance is None or self._unwrapped(advance).opcode != "add":
-            return unknown
-        by = [value for operand in advance.operands if (value := _constant(steps, operand)) is not None]
-        if len(by) != 1 or by[0] <= 0:
-            return unknown
-        return Runs(max(0, -(-(end - start) // by[0])))
+        try:
+            test, steps = self.computations[condition], self.computations[body]
+            compare = self._unwrapped(test.root)
+            counter, bound = compare.operands[:: {"LT": 1, "GT": -1}[compare.attribute("direction")]]
+            index = int(test.source(counter, "get-tuple-element").attribute("index"))
+            start = around.source(around.source(loop.operands[0], "tuple").operands[index], "constant")
+            end = test.source(bound, "constant")
+            advance = self._unwrapped(steps.instructions[steps.source(steps.root.name, "tuple").operands[index]])
+            (by,) = (one for one in map(steps.source, advance.operands) if one.opcode == "constant")
+            if (compare.opcode, advance.opcode) != ("compare", "add") or int(by.arguments) <= 0:
+                raise LookupError("counted in another way")
+            return Runs(max(0, -(-(int(end.arguments) - int(start.arguments)) // int(by.arguments))))
+        except (LookupError, ValueError):
+            return Runs(1, exact=False)
 
     def _unwrapped(self, instruction: Instruction) -> Instruction:
         """What a fusion of one operation does, with the fusion's operands; anything else as it is."""
         if instruction.opcode != "fusion":
             return instruction
-        inner = self.computations[_attribute(instruction, "calls")]
-        numbers = {i.name: int(i.arguments) for i in inner.instructions.values() if i.opcode == "parameter"}
-        if any(name not in numbers for name in inner.root.operands):
+        inner = self.computations[instruction.attribute("calls")]
+        places = {one.name: int(one.arguments) for one in inner.instructions.values() if one.opcode == "parameter"}
+        if any(name not in places for name in inner.root.operands):
             return instruction
-        operands = [f"%{instruction.operands[numbers[name]]}" for name in inner.root.operands]
+        operands = [f"%{instruction.operands[places[name]]}" for name in inner.root.operands]
         return replace(inner.root, arguments=", ".join(operands))
+
+
+def numbers(text: str) -> list[int]:
+    """Those in a text."""
+    return [int(digits) for digits in re.findall(r"\d+", text)]
 
 
 def _computations(text: str) -> Iterator[Computation]:
@@ -153,10 +211,8 @@ def _computations(text: str) -> Iterator[Computation]:
             if name:
                 yield Computation(name, entry, instructions)
             name, instructions = "", {}
-        elif line and not line[0].isspace():
-            header = _COMPUTATION.match(line)
-            if header:
-                name, entry, instructions = header.group(2), header.group(1) is not None, {}
+        elif header := _COMPUTATION.match(line):
+            name, entry, instructions = header.group(2), header.group(1) is not None, {}
         elif name and (found := _NAMED.match(line)):
             instructions[found.group(2)] = _instruction(found.group(2), found.group(3), found.group(1) is not None)
 
@@ -177,36 +233,3 @@ def _closing(text: str, opening: int) -> int:
         if depth == 0:
             return found.start()
     raise ValueError(f"a parenthesis is not closed in {text[:80]!r}")
-
-
-def _attribute(instruction: Instruction, key: str) -> str:
-    found = re.search(rf"\b{key}=%?([\w.-]+)", instruction.attributes)
-    if found is None:
-        raise ValueError(f"{instruction.opcode} {instruction.name} has no {key}")
-    return found.group(1)
-
-
-def _source(computation: Computation, name: str | None) -> Instruction | None:
-    """The instruction of that name, seen through copies."""
-    found = computation.instructions.get(name or "")
-    while found is not None and found.opcode in _COPIES and len(found.operands) == 1:
-        found = computation.instructions.get(found.operands[0])
-    return found
-
-
-def _constant(computation: Computation, name: str | None) -> int | None:
-    found = _source(computation, name)
-    return int(found.arguments) if found and found.opcode == "constant" and found.arguments.isdecimal() else None
-
-
-def _element(computation: Computation, name: str) -> int | None:
-    """Which element of the loop's tuple an instruction of its condition is."""
-    found = _source(computation, name)
-    index = re.search(r"\bindex=(\d+)", found.attributes) if found and found.opcode == "get-tuple-element" else None
-    return int(index.group(1)) if index else None
-
-
-def _tuple_operand(computation: Computation, name: str, index: int) -> str | None:
-    """What a tuple holds at an index."""
-    found = _source(computation, name)
-    return found.operands[index] if found and found.opcode == "tuple" else None

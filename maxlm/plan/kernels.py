@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import enum
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from maxlm.plan.hlo import Instruction, Program, Runs
-from maxlm.plan.source_lines import SourceLines
 
 
 class Maker(enum.Enum):
@@ -45,33 +45,36 @@ class Kernel:
         return {"maker": self.maker.value, "name": self.name, "calls": self.calls, **runs, "source": self.source}
 
 
-_TARGETS: Sequence[tuple[str, Maker]] = (
-    ("tpu_custom_call", Maker.MOSAIC_TPU),
-    ("mosaic_gpu", Maker.MOSAIC_GPU),
-    ("__gpu$xla.gpu.triton", Maker.TRITON),
-    ("triton_kernel_call", Maker.TRITON),
-    ("__cudnn$", Maker.CUDNN),
-    ("__cublas$", Maker.CUBLAS),
-)
-"""How the targets of custom calls begin."""
+_TARGETS: Mapping[str, Maker] = {
+    "tpu_custom_call": Maker.MOSAIC_TPU,
+    "mosaic_gpu": Maker.MOSAIC_GPU,
+    "__gpu$xla.gpu.triton": Maker.TRITON,
+    "triton_kernel_call": Maker.TRITON,
+    "__triton": Maker.TRITON,  # the kind of a fusion
+    "__cudnn$": Maker.CUDNN,
+    "__cublas$": Maker.CUBLAS,
+}
+"""How the targets of custom calls, and the kinds of fusions, begin."""
 
 
-def kernels(text: str) -> tuple[Kernel, ...]:
-    """Every kernel of a compiled program (`compiled.as_text()`); those that run most come first."""
-    lines, found = SourceLines(text), dict[tuple[Maker, str], Kernel]()
-    for _, instruction, runs in Program(text).running():
-        if (maker := _maker(instruction)) is None:
-            continue
-        key = maker, _name(instruction, maker)
-        one = found.get(key)
-        found[key] = Kernel(
+def kernels(program: Program) -> tuple[Kernel, ...]:
+    """Every kernel of a compiled program; those that run most come first."""
+    calls: dict[tuple[Maker, str], list[tuple[Runs, str]]] = defaultdict(list)
+    for _, instruction, runs in program.running():
+        target = _target(instruction)
+        if maker := next((maker for prefix, maker in _TARGETS.items() if target.startswith(prefix)), None):
+            calls[maker, _name(instruction, maker)].append((runs, program.source(instruction)))
+    found = [
+        Kernel(
             maker=maker,
-            name=key[1],
-            calls=1 + (one.calls if one else 0),
-            runs=Runs(runs.count + one.runs.count, runs.exact and one.runs.exact) if one else runs,
-            source=(one.source if one else "") or lines.of(instruction.attributes),
+            name=name,
+            calls=len(several),
+            runs=sum((runs for runs, _ in several), Runs(0)),
+            source=next((source for _, source in several if source), ""),
         )
-    return tuple(sorted(found.values(), key=lambda kernel: -kernel.runs.count))
+        for (maker, name), several in calls.items()
+    ]
+    return tuple(sorted(found, key=lambda kernel: -kernel.runs.count))
 
 
 def spilled(log: str) -> dict[str, int]:
@@ -92,22 +95,18 @@ def total_spills(found: Sequence[Kernel], known: Mapping[str, int]) -> int | Non
     return sum(known[name] for name in names) if names and known.keys() >= set(names) else None
 
 
-def _maker(instruction: Instruction) -> Maker | None:
-    if instruction.opcode == "fusion":
-        return Maker.TRITON if re.search(r'"kind":"__triton', instruction.attributes) else None
-    target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
-    if target is None:
-        return None
-    return next((maker for prefix, maker in _TARGETS if target.group(1).startswith(prefix)), None)
+def _target(instruction: Instruction) -> str:
+    """Of a custom call, or the kind of a fusion; empty if it has none."""
+    pattern = r'"kind":"(__[^"]*)' if instruction.opcode == "fusion" else r'custom_call_target="([^"]*)'
+    return next(iter(re.findall(pattern, instruction.attributes)), "")
 
 
 def _name(instruction: Instruction, maker: Maker) -> str:
     match maker:
         case Maker.CUDNN | Maker.CUBLAS:
-            return re.findall(r'custom_call_target="([^"]*)"', instruction.attributes)[0]
+            return _target(instruction)
         case Maker.MOSAIC_TPU | Maker.MOSAIC_GPU | Maker.TRITON:
             # The operation's name ends in the kernel's: jit(step)/transpose(jvp(NAME))/pallas_call.
-            named = re.search(r"(\w+)\)*/[^/]+$", instruction.operation)
-            if named is not None and instruction.opcode != "fusion":
+            if instruction.opcode != "fusion" and (named := re.search(r"(\w+)\)*/[^/]+$", instruction.operation)):
                 return named.group(1)
             return re.sub(r"(\.\d+|\.clone|\.remat\d*)+$", "", instruction.name)  # XLA's own

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from maxlm.config import UserError
 from maxlm.config.errors import pip_install
@@ -58,7 +58,7 @@ class TpuMachine:
 
     chip: str
     topology: str
-    """Chips along each dim of a slice's torus, as 4x4x4."""
+    """As 4x4x4."""
     slices: int = 1
     """Joined by the data centre's network."""
     platform: ClassVar = Platform.TPU
@@ -69,8 +69,12 @@ class TpuMachine:
 
     @property
     def devices(self) -> int:
-        chips = self.slices * math.prod(_shape(self.topology))
-        return chips * _torus(self.chip).devices_per_chip
+        return self.slices * math.prod(self.sides) * TPUS[self.chip].devices_per_chip
+
+    @property
+    def sides(self) -> list[int]:
+        """Chips along each dim of a slice's torus."""
+        return [int(side) for side in self.topology.split("x")]
 
     def __str__(self) -> str:
         return f"tpu:{self.chip}:{self.topology}" + (f":{self.slices}" if self.slices > 1 else "")
@@ -112,28 +116,25 @@ class _Gpu:
     ghz: float
     l2_bytes: int
     shared_bytes: int
-    """Memory next to a multiprocessor."""
-    block_shared_bytes: int
-    """What one block of threads may have of it."""
+    """Memory next to a multiprocessor, of which 1 KiB is for the system and one block of threads may have the rest."""
 
 
 _HOPPER = _Gpu(
-    capability="major: 9", multiprocessors=132, float32_units=128, ghz=1.98,
-    l2_bytes=52_428_800, shared_bytes=233_472, block_shared_bytes=232_448,
+    capability="major: 9", multiprocessors=132, float32_units=128, ghz=1.98, l2_bytes=52_428_800, shared_bytes=233_472,
 )  # fmt: skip
 GPUS = {
     "a100": _Gpu(
-        capability="major: 8", multiprocessors=108, float32_units=64, ghz=1.41,
-        l2_bytes=41_943_040, shared_bytes=167_936, block_shared_bytes=166_912,
+        capability="major: 8", multiprocessors=108, float32_units=64, ghz=1.41, l2_bytes=41_943_040,
+        shared_bytes=167_936,
     ),
     "h100": _HOPPER,
     "h200": dataclasses.replace(_HOPPER, l2_bytes=62_914_560),
-    "b200": _Gpu(
-        capability="major: 10", multiprocessors=148, float32_units=128, ghz=1.965,
-        l2_bytes=132_644_864, shared_bytes=233_472, block_shared_bytes=232_448,
+    "b200": dataclasses.replace(
+        _HOPPER, capability="major: 10", multiprocessors=148, ghz=1.965, l2_bytes=132_644_864
     ),
 }  # fmt: skip
-TPUS = tuple(name for name, chip in CHIPS.items() if isinstance(chip.network, Torus))
+TPUS = {name: chip.network for name, chip in CHIPS.items() if isinstance(chip.network, Torus)}
+_HOSTS = {name: chip.network for name, chip in CHIPS.items() if isinstance(chip.network, Switched)}
 
 # XLA's GpuTargetConfig as a text proto.
 _GPU_CONFIG = """
@@ -143,7 +144,7 @@ gpu_device_info {{
   device_memory_size: {chip.memory} memory_bandwidth: {chip.bandwidth:.0f}
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
   shared_memory_per_block: 49152 shared_memory_per_core: {gpu.shared_bytes}
-  shared_memory_per_block_optin: {gpu.block_shared_bytes}
+  shared_memory_per_block_optin: {block_shared_bytes}
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
 }}
@@ -153,7 +154,10 @@ dnn_version_info {{ major: 9 minor: 10 }} runtime_version {{ major: 13 minor: 0 
 
 LARGEST_SLICE = 4_096
 """Chips, of machines that `larger` makes up: a power of two that every chip with a 3-D torus is rented out in."""
-_NUMBER = "[1-9][0-9]{0,6}"
+_N = "[1-9][0-9]{0,6}"
+_CPU = re.compile(f"cpu:({_N})")
+_TPU = re.compile(f"tpu:({'|'.join(TPUS)}):({_N}(?:x{_N})+)(?::({_N}))?")
+_GPU = re.compile(f"gpu:({'|'.join(GPUS)}):(?:({_N})x)?({_N})")
 
 
 def parse_machine(text: str) -> Machine:
@@ -162,52 +166,45 @@ def parse_machine(text: str) -> Machine:
     Raises:
         UserError: there is no such machine; with the nearest names that there are.
     """
-    match text.split(":"):
-        case ["cpu", count] if _is_number(count):
-            return CpuMachine(int(count))
-        case ["tpu", chip, topology] if chip in TPUS and _has_dims(topology, _torus(chip).dims):
-            return _tpu(chip, topology, 1)
-        case ["tpu", chip, topology, slices] if (
-            chip in TPUS and _has_dims(topology, _torus(chip).dims) and _is_number(slices)
-        ):
-            return _tpu(chip, topology, int(slices))
-        case ["gpu", chip, size] if chip in GPUS and _is_number(size):
-            return _gpu(chip, 1, int(size))
-        case ["gpu", chip, size] if chip in GPUS and _has_dims(size, 2):
-            return _gpu(chip, *_shape(size))
+    if found := _CPU.fullmatch(text):
+        return CpuMachine(int(found[1]))
+    if found := _TPU.fullmatch(text):
+        machine = TpuMachine(found[1], found[2], int(found[3] or 1))
+        if len(machine.sides) == TPUS[machine.chip].dims:
+            return _checked_tpu(machine)
+    if found := _GPU.fullmatch(text):
+        return _checked_gpu(GpuMachine(found[1], int(found[2] or 1), int(found[3])))
     raise UserError(f"--target {text} is unknown; use a name like {', '.join(_nearest(text))}")
 
 
-def _tpu(chip: str, topology: str, slices: int) -> TpuMachine:
-    """The target, if there is such a slice.
+def _checked_tpu(machine: TpuMachine) -> TpuMachine:
+    """The machine, if there is such a slice.
 
     Rules: those by which the compiler (libtpu 0.0.42) takes a topology, and the size of a pod.
     """
-    torus, shape = _torus(chip), _shape(topology)
-    chips = math.prod(shape)
-    near = [f"tpu:{chip}:{'x'.join(map(str, sides))}" for sides in _near_topologies(chip, shape)]
-    if chips > 1 and (shape[0] % 2 or shape[1] % 2):
+    torus, sides, name = TPUS[machine.chip], machine.sides, f"tpu:{machine.chip}:"
+    chips, near = math.prod(sides), [name + one for one in _near_topologies(machine)]
+    if chips > 1 and (sides[0] % 2 or sides[1] % 2):
         raise UserError(
-            f"--target tpu:{chip}:{topology}: hosts have 2 x 2 chips, so the first two sizes must be even; use "
+            f"--target {name}{machine.topology}: hosts have 2 x 2 chips, so the first two sizes must be even; use "
             + ", ".join(near)
         )
-    if chips > torus.largest or (torus.dims == 2 and max(shape) > torus.ring):
+    if chips > torus.largest or (torus.dims == 2 and max(sides) > torus.ring):
         pod = f"{torus.ring}x{torus.ring}" if torus.dims == 2 else f"{torus.largest} chips"
         raise UserError(
-            f"--target tpu:{chip}:{topology}: a slice has {pod} at most; use {near[0]}, or several slices, such as "
+            f"--target {name}{machine.topology}: a slice has {pod} at most; use {near[0]}, or several slices, such as "
             f"{near[0]}:2"
         )
-    return TpuMachine(chip, topology, slices)
+    return machine
 
 
-def _gpu(chip: str, hosts: int, per_host: int) -> GpuMachine:
-    most = _switched(chip).per_host
-    if per_host > most:
-        needed = math.ceil(hosts * per_host / most)
-        raise UserError(
-            f"--target gpu:{chip}:{hosts}x{per_host}: a host has {most} GPUs at most; use gpu:{chip}:{needed}x{most}"
-        )
-    return GpuMachine(chip, hosts, per_host)
+def _checked_gpu(machine: GpuMachine) -> GpuMachine:
+    """The machine, if there are such hosts."""
+    most = _HOSTS[machine.chip].per_host
+    if machine.per_host > most:
+        near = GpuMachine(machine.chip, math.ceil(machine.devices / most), most)
+        raise UserError(f"--target {machine}: a host has {most} GPUs at most; use {near}")
+    return machine
 
 
 def memory_limit(target: Machine) -> int | None:
@@ -247,7 +244,7 @@ def tpu_topology(target: TpuMachine) -> tuple[str, dict[str, Any]]:
         options["num_slices"] = target.slices
     if target.chip == "v4":
         options["chip_config_name"] = "megacore"  # both cores as one device, as on a machine
-    if math.prod(_shape(target.topology)) == 1:
+    if math.prod(target.sides) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     prefix = "tpu7x" if target.chip == "7x" else target.chip
     return f"{prefix}:{target.topology}", options
@@ -255,7 +252,9 @@ def tpu_topology(target: TpuMachine) -> tuple[str, dict[str, Any]]:
 
 def gpu_config(chip: str) -> str:
     """What XLA's compiler is told of a GPU that is not there."""
-    return _GPU_CONFIG.format(gpu=GPUS[chip], chip=CHIPS[chip], name=chip.upper())
+    gpu = GPUS[chip]
+    rest = gpu.shared_bytes - 1024
+    return _GPU_CONFIG.format(gpu=gpu, chip=CHIPS[chip], name=chip.upper(), block_shared_bytes=rest)
 
 
 def environment(target: Machine) -> Mapping[str, str]:
@@ -272,8 +271,11 @@ def environment(target: Machine) -> Mapping[str, str]:
                 "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # compilers may run side by side
             }
         case GpuMachine():
-            # There is no GPU to time candidates on.
-            return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": _flags("--xla_gpu_autotune_level=0")}
+            return {
+                "JAX_PLATFORMS": "cpu",
+                "XLA_FLAGS": _flags("--xla_gpu_autotune_level=0"),  # there is no GPU to time candidates on
+                "MOSAIC_GPU_DUMP_PTXAS": "1",  # ptxas tells of registers
+            }
 
 
 def _flags(last: str) -> str:
@@ -281,15 +283,15 @@ def _flags(last: str) -> str:
     return f"{os.environ.get('XLA_FLAGS', '').removesuffix(last).strip()} {last}".strip()
 
 
-def requirements(platform: Literal["tpu", "gpu"]) -> list[str]:
-    """What pip must install, without dependencies, for the jax that is installed."""
-    wanted = {"tpu": ("libtpu", 'extra == "tpu"'), "gpu": ("jax-cuda13-plugin", 'extra == "cuda13-local"')}[platform]
-    (pinned,) = (
-        line.split(";")[0]
-        for line in importlib.metadata.requires("jax") or []
-        if line.startswith(wanted[0]) and line.endswith(wanted[1])
-    )
-    if platform == "tpu":
+def requirements(platform: Platform) -> list[str]:
+    """What pip must install, without dependencies, for the jax that is installed; for a CPU nothing."""
+    if platform is Platform.CPU:
+        return []
+    tpu = platform is Platform.TPU
+    name, extra = ("libtpu", "tpu") if tpu else ("jax-cuda13-plugin", "cuda13-local")
+    lines = importlib.metadata.requires("jax") or []
+    (pinned,) = (one.split(";")[0] for one in lines if one.startswith(name) and one.endswith(f'extra == "{extra}"'))
+    if tpu:
         return [pinned]
     # nvcc brings ptxas and nvvm the device library; absl is what Mosaic's Python part imports.
     return [pinned, pinned.replace("plugin", "pjrt"), "nvidia-cuda-nvcc>=13,<14", "nvidia-nvvm>=13,<14", "absl-py"]
@@ -306,16 +308,12 @@ def installed() -> dict[str, str]:
 
 def missing_compiler(target: Machine) -> str | None:
     """What to do about a compiler that is not installed, or is of another jax, with which it may crash; None: it is."""
-    match target:
-        case CpuMachine():
-            return None
-        case TpuMachine() | GpuMachine():
-            wanted = requirements("tpu" if isinstance(target, TpuMachine) else "gpu")
     have = installed()
-    names = {line: re.split("[<>=]", line)[0] for line in wanted}
-    if not (missing := [line for line, name in names.items() if name not in have or not _suits(have[name], line)]):
+    wanted = {line: re.split("[<>=]", line)[0] for line in requirements(target.platform)}
+    missing = {line: name for line, name in wanted.items() if name not in have or not _suits(have[name], line)}
+    if not missing:
         return None
-    others = ", ".join(f"{names[line]} {have[names[line]]}" for line in missing if names[line] in have)
+    others = ", ".join(f"{name} {have[name]}" for name in missing.values() if name in have)
     reason = f"{others} does not go with jax {have['jax']}; " if others else ""
     return f"no compiler for {target}: {reason}make compilers, or {pip_install('--no-deps', *missing)}"
 
@@ -346,38 +344,13 @@ def prepare_compiler(target: Machine) -> None:
         sys.path.append(str(COMPILERS))
 
 
-def _is_number(text: str) -> bool:
-    return re.fullmatch(_NUMBER, text) is not None
-
-
-def _has_dims(text: str, dims: int) -> bool:
-    return re.fullmatch("x".join([_NUMBER] * dims), text) is not None
-
-
-def _shape(topology: str) -> tuple[int, ...]:
-    return tuple(int(size) for size in topology.split("x"))
-
-
-def _torus(chip: str) -> Torus:
-    network = CHIPS[chip].network
-    assert isinstance(network, Torus)
-    return network
-
-
-def _switched(chip: str) -> Switched:
-    network = CHIPS[chip].network
-    assert isinstance(network, Switched)
-    return network
-
-
 def _topologies(chip: str) -> list[tuple[int, ...]]:
     """Slices that can be rented, but for the odd shape: the documentation's tables and rule (multiples of 4)."""
-    torus = _torus(chip)
-    if torus.dims == 2:
+    if TPUS[chip].dims == 2:
         return [(1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)]
     cubes = itertools.combinations_with_replacement(range(4, 33, 4), 3)
     small = [(1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4)]
-    return [*small, *(sides for sides in cubes if math.prod(sides) <= torus.largest)]
+    return [*small, *(sides for sides in cubes if math.prod(sides) <= TPUS[chip].largest)]
 
 
 def larger(target: Machine, devices: int) -> Machine | None:
@@ -387,33 +360,33 @@ def larger(target: Machine, devices: int) -> Machine | None:
         case CpuMachine():
             return None
         case GpuMachine(chip=chip):
-            per_host = target.per_host if target.hosts > 1 else min(devices, _switched(chip).per_host)
+            per_host = target.per_host if target.hosts > 1 else min(devices, _HOSTS[chip].per_host)
             grown: Machine = GpuMachine(chip, math.ceil(devices / per_host), per_host)
         case TpuMachine(chip=chip):
-            chips = devices // _torus(chip).devices_per_chip
+            chips = devices // TPUS[chip].devices_per_chip
             powers = [sides for sides in _topologies(chip) if math.prod(sides).bit_count() == 1]
             most = min(LARGEST_SLICE, max(map(math.prod, powers)))
-            enough = [sides for sides in powers if math.prod(sides) >= min(chips, most)]
+            enough = (sides for sides in powers if math.prod(sides) >= min(chips, most))
             sides = min(enough, key=lambda sides: (math.prod(sides), sum(sides)))
             grown = TpuMachine(chip, "x".join(map(str, sides)), max(1, chips // math.prod(sides)))
     return grown if grown.devices > target.devices else None
 
 
-def _near_topologies(chip: str, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Three slices of about as many chips; of those with as many, the one of the most similar sides."""
+def _near_topologies(machine: TpuMachine) -> list[str]:
+    """Three of about as many chips; of those with as many, the one of the most similar sides."""
 
-    def distance(other: tuple[int, ...]) -> tuple[float, int]:
-        sides = zip(sorted(other), sorted(shape), strict=True)
-        return abs(math.log(math.prod(other) / math.prod(shape))), sum(abs(a - b) for a, b in sides)
+    def distance(sides: tuple[int, ...]) -> tuple[float, int]:
+        pairs = zip(sorted(sides), sorted(machine.sides), strict=True)
+        return abs(math.log(math.prod(sides) / math.prod(machine.sides))), sum(abs(a - b) for a, b in pairs)
 
-    return sorted(_topologies(chip), key=distance)[:3]
+    return ["x".join(map(str, sides)) for sides in sorted(_topologies(machine.chip), key=distance)[:3]]
 
 
 def _nearest(text: str) -> list[str]:
     """Names most like the text; of the chip that it names, if it does."""
     known = ["cpu:8"]
-    for chip in TPUS:
-        known += [f"tpu:{chip}:{size}" for size in (("2x2", "8x8") if _torus(chip).dims == 2 else ("2x2x1", "4x4x4"))]
+    for chip, torus in TPUS.items():
+        known += [f"tpu:{chip}:{size}" for size in (("2x2", "8x8") if torus.dims == 2 else ("2x2x1", "4x4x4"))]
     known += [f"gpu:{chip}:{size}" for chip in GPUS for size in (8, "2x8")]
     chips = CHIPS.keys() & text.lower().split(":")
     same_chip = [name for name in known if name.split(":")[1] in chips]

@@ -15,23 +15,16 @@ pass of the last layer, when everything still is saved and the gradients of all 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
 from maxlm import shapes
-from maxlm.config import (
-    ACTIVATION_DIMS,
-    BlockConfig,
-    RunConfig,
-    StatePart,
-    Zero,
-    pipeline_ticks,
-)
-from maxlm.plan.block_memory import BlockMemory
+from maxlm.config import ACTIVATION_DIMS, BlockConfig, RunConfig, StatePart, Zero, pipeline_ticks
+from maxlm.plan.block_memory import BlockMemory, block_memory
 from maxlm.plan.machines import Platform
+from maxlm.plan.work import layer_runs, local_tokens, loss_tokens
 from maxlm.shapes import FLOAT32, Array, Part, device_bytes, device_shape
 
 
@@ -92,11 +85,10 @@ def cache_bytes(config: RunConfig, n_devices: int) -> int:
     As `Decoder.empty_cache` makes them: rows cut as a batch, heads over tensor; the seq axis cuts nothing.
     """
     sizes = config.sharding.sizes(n_devices)
-    rows = -(-config.train.batch_size // _product(sizes, ACTIVATION_DIMS["batch"]))
-    kv_heads = _product(sizes, ACTIVATION_DIMS["kv_heads"])
-    numbers = sum(
-        -(-block.attention.n_kv_heads // kv_heads) * block.attention.head_dim for block in config.model.layers
-    )
+    cut = lambda size, dim: math.ceil(size / math.prod(sizes[axis] for axis in ACTIVATION_DIMS[dim]))
+    attentions = [block.attention for block in config.model.layers]
+    numbers = sum(cut(attention.n_kv_heads, "kv_heads") * attention.head_dim for attention in attentions)
+    rows = cut(config.train.batch_size, "batch")
     return 2 * rows * config.model.max_seq_len * numbers * config.execution.dtype.itemsize
 
 
@@ -121,7 +113,7 @@ class _Step:
         return MemoryEstimate(
             parameters=bytes_of(StatePart.PARAMETERS),
             optimizer=sum(self._optimizer(array) for array in arrays),
-            batch=self._batch(),
+            batch=5 * 4 * local_tokens(self.config, self.sizes),
             gradients=gradients + accumulated,
             accumulated=accumulated if self.sizes["stage"] == 1 else 0,
             copies=self._hoisted(arrays) + moved,
@@ -135,10 +127,6 @@ class _Step:
         return self.config.sharding.zero
 
     @property
-    def tensor(self) -> int:
-        return self.sizes["tensor"]
-
-    @property
     def itemsize(self) -> int:
         """Of the compute dtype."""
         return self.config.execution.dtype.itemsize
@@ -146,26 +134,17 @@ class _Step:
     @property
     def tokens(self) -> int:
         """Of a micro-batch on a device, in the layers."""
-        train = self.config.train
-        rows = train.batch_size // (_product(self.sizes, ACTIVATION_DIMS["stage_batch"]) * train.micro_batches)
-        return max(1, rows) * train.seq_len // self.sizes["seq"]
+        return layer_runs(self.config, self.sizes)[-1].tokens
 
     @property
     def loss_tokens(self) -> int:
-        """Those that embedding and loss have at one time: all micro-batches of a pipeline, cut over its stages."""
-        stages = self.sizes["stage"]
-        return self.tokens if stages == 1 else -(-self.tokens * self.config.train.micro_batches // stages)
+        """Those that embedding and loss have at one time."""
+        return loss_tokens(self.config, self.sizes)[1]
 
     def _stacked(self, arrays: Sequence[Array], size: int = FLOAT32) -> int:
         """Bytes of the stacks of layers among the parameters, with numbers of that size."""
         stacks = [array for array in arrays if array.dims[0] == "layers"]
         return sum(device_bytes(array, self.sizes, self.zero, StatePart.PARAMETERS, size) for array in stacks)
-
-    def _batch(self) -> int:
-        """Five arrays of 4 bytes a token."""
-        train = self.config.train
-        rows = train.batch_size // _product(self.sizes, ACTIVATION_DIMS["batch"])
-        return 5 * 4 * rows * train.seq_len // self.sizes["seq"]
 
     def _optimizer(self, array: Array) -> int:
         state = self.config.optimizer.state(array.shape, self.config.model.repeats)
@@ -202,14 +181,13 @@ class _Step:
         return self.tokens * turns + self.loss_tokens * first
 
     def _layers(self, blocks: Sequence[BlockConfig]) -> list[BlockMemory]:
-        make = functools.partial(BlockMemory, config=self.config, sizes=self.sizes, platform=self.platform)
-        return [make(block=block) for block in blocks]
+        return [block_memory(self.config, self.sizes, self.platform, block, self.tokens) for block in blocks]
 
     # There for a while.
 
     def _logits(self) -> int:
         model, train = self.config.model, self.config.train
-        table = model.vocab_size // self.tensor
+        table = model.vocab_size // self.sizes["tensor"]
         chunk = min(train.loss_chunk, self.loss_tokens)
         tables = table * model.d_model * (self.itemsize + FLOAT32)
         hidden = 2 * self.loss_tokens * model.d_model * self.itemsize
@@ -227,24 +205,16 @@ class _Step:
         layers = enumerate(self._layers(model.blocks))
         most = max(self._weights(arrays, f"blocks/{i}/") + self.tokens * layer.backward for i, layer in layers)
         # The table's gradient waits, in the compute dtype, for devices to sum it up.
-        table = model.vocab_size * model.d_model // self.tensor * self.itemsize
-        return most + table
+        return most + model.vocab_size * model.d_model // self.sizes["tensor"] * self.itemsize
 
     def _weights(self, arrays: Sequence[Array], prefix: str) -> int:
         """Gathered weights of one layer that are there at one time, in the compute dtype."""
         whole = {**self.sizes, "fsdp": 1, "stage": 1}
-        sizes = {
-            array.name.removeprefix(prefix): math.prod(device_shape(array, whole, self.zero)) // array.stacked
-            for array in arrays
-            if array.name.startswith(prefix) and array.part is not Part.NORMS
-        }
-        attention = sum(size for name, size in sizes.items() if name.startswith("attention"))
-        mlp = [size for name, size in sizes.items() if name.startswith("mlp")]
-        if any(array.part is Part.EXPERTS for array in arrays if array.name.startswith(prefix)):
+        own = [array for array in arrays if array.name.startswith(prefix) and array.part is not Part.NORMS]
+        numbers = lambda array: math.prod(device_shape(array, whole, self.zero)) // array.stacked
+        attention = sum(numbers(array) for array in own if array.part is Part.ATTENTION)
+        mlp = [numbers(array) for array in own if array.part is not Part.ATTENTION]
+        if any(array.part is Part.EXPERTS for array in own):
             # Experts are gathered by hand, all three matrices at once, and so are their gradients.
             return self.itemsize * 2 * sum(mlp)
         return self.itemsize * max(attention, 2 * max(mlp))
-
-
-def _product(sizes: dict[str, int], axes: Sequence[str]) -> int:
-    return math.prod(sizes[axis] for axis in axes)

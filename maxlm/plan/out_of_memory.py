@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import itertools
 import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from maxlm.plan.hlo import Computation, Instruction, Program
-from maxlm.plan.source_lines import SourceLines
+from maxlm.plan.hlo import ArrayShape, Instruction, Program, numbers
 
 
 class Allocation(enum.Enum):
@@ -50,18 +50,22 @@ class Buffer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Refusal:
-    """A compiler's message that HBM does not suffice."""
+class DoesNotFit:
+    """A step needs more memory than a program may have on a device."""
 
     message: str
-    """Its first sentences."""
+    """The compiler's first sentences; where it refuses nothing, the same in our words."""
     wanted: int
-    """Bytes a device; the compiler rounds them to a hundredth of their unit."""
-    at_least: bool
+    """Bytes a device; a compiler rounds them to a hundredth of their unit."""
+    at_least: bool = False
     """`wanted` is a lower bound: the compiler gave up before it knew the whole, or in words that are not known."""
     available: int
     largest: tuple[Buffer, ...]
-    """Its list, without source lines; empty if it gave none."""
+    """The largest first; those of the compiler's own list if it gave one, else of the program's text."""
+    warnings: tuple[str, ...] = ()
+    """Of jax, while it traced and compiled."""
+    cpu_seconds: float = 0.0
+    """Of processor time, to trace and compile."""
 
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -74,18 +78,19 @@ _FORMS = (
     rf"memory space hbm\. Used {_SIZE} of {_SIZE} hbm",
 )
 _EXCEEDED = rf"Exceeded hbm capacity by {_SIZE}"
-_ALLOCATIONS = {"HLO temp": Allocation.TEMPORARY}
+_ALLOCATIONS = {"Argument": Allocation.ARGUMENT, "Output": Allocation.OUTPUT, "HLO temp": Allocation.TEMPORARY}
+"""By the first word of the compiler's label, else by its type."""
 
 # Instructions whose results are others' memory. What a start makes counts where it is done.
 _VIEWS = {
     "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "opt-barrier", "dynamic-update-slice",
     "parameter", "async-update",
 }  # fmt: skip
-_ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
 
 
-def parse_refusal(text: str, limit: int) -> Refusal | None:
-    """What an error of the TPU's compiler says; None: it is not about HBM.
+def parse_refusal(text: str, limit: int) -> DoesNotFit | None:
+    """What an error of the TPU's compiler says, with arrays as far as it lists them, without their source lines; None:
+    it is not about HBM.
 
     In words that are not known it wants more than the `limit`: bytes that a program may have on the device.
     """
@@ -98,7 +103,7 @@ def parse_refusal(text: str, limit: int) -> Refusal | None:
         return None
     if exceeded := re.search(_EXCEEDED, text):
         wanted = available + _bytes(*exceeded.groups())
-    return Refusal(
+    return DoesNotFit(
         message=head, wanted=wanted, at_least=exceeded is None, available=available, largest=tuple(_listed(text))
     )
 
@@ -109,44 +114,41 @@ def _is_hbm(message: str) -> bool:
     return "CompileTimeHbmOom" in message or ("hbm" in words and not words & {"vmem", "smem"})
 
 
-def largest_arrays(text: str, count: int = 10) -> tuple[Buffer, ...]:
-    """The largest arrays in HBM that a compiled program (`compiled.as_text()`) takes or makes, largest first.
+def largest_arrays(program: Program, count: int = 10) -> tuple[Buffer, ...]:
+    """The largest arrays in HBM that a compiled program takes or makes, largest first.
 
     Arrays inside fusions never exist; results that are written into their operand's memory are left out as far as the
     text shows it. Those alike in shape and origin are one buffer, with their number.
     """
-    program, lines = Program(text), SourceLines(text)
-    fused = {_called(instruction) for _, instruction, _ in program.running() if instruction.opcode == "fusion"}
+    fused = {one.attribute("calls") for _, one, _ in program.running() if one.opcode == "fusion"}
     alike: Counter[Buffer] = Counter()
     for computation, instruction, _ in program.running():
         argument = computation.entry and instruction.opcode == "parameter"
         if computation.name in fused or (not argument and _is_view(program, instruction)):
             continue
-        for shape, size in _arrays(instruction):
-            buffer = Buffer(
-                size=size,
-                shape=shape,
+        alike.update(
+            Buffer(
+                size=math.prod(_padded(array)) * array.bits // 8,
+                shape=array.name,
                 operation=instruction.operation,
-                source=lines.of(instruction.attributes),
+                source=program.source(instruction),
                 allocation=Allocation.ARGUMENT if argument else Allocation.TEMPORARY,
             )
-            alike[buffer] += 1
+            for array in instruction.arrays
+            if not re.search(r"S\([1-9]\)", array.tiles)  # S(n) is another memory
+        )
     found = sorted(alike, key=lambda buffer: -buffer.size)[:count]
     return tuple(dataclasses.replace(buffer, number=alike[buffer]) for buffer in found)
 
 
-def with_sources(listed: Sequence[Buffer], text: str) -> tuple[Buffer, ...]:
-    """A refusal's buffers with the source lines of the same instructions in a compiled program's text."""
-    lines = SourceLines(text)
+def with_sources(listed: Sequence[Buffer], program: Program) -> tuple[Buffer, ...]:
+    """A refusal's buffers with the source lines of the same instructions in a compiled program."""
     sources = {
-        instruction.operation: lines.of(instruction.attributes)
-        for computation in Program(text).computations.values()
+        instruction.operation: program.source(instruction)
+        for computation in program.computations.values()
         for instruction in computation.instructions.values()
-    }
-    return tuple(
-        dataclasses.replace(buffer, source=sources.get(buffer.operation, "") if buffer.operation else "")
-        for buffer in listed
-    )
+    } | {"": ""}
+    return tuple(dataclasses.replace(buffer, source=sources.get(buffer.operation, "")) for buffer in listed)
 
 
 def _bytes(number: str, unit: str) -> int:
@@ -159,56 +161,27 @@ def _listed(text: str) -> Iterator[Buffer]:
         entry = entry.split("=====")[0]
         size = re.match(rf"Size: {_SIZE}", entry)
         assert size is not None  # the split is where one begins
-        field = lambda pattern, entry=entry: (re.findall(pattern, entry) or [""])[0]
-        label = field(r"XLA label: (.*)")
-        match label.split(" ")[0]:
-            case "Argument":
-                allocation = Allocation.ARGUMENT
-            case "Output":
-                allocation = Allocation.OUTPUT
-            case _:
-                allocation = _ALLOCATIONS.get(field(r"Allocation type: (.*)").strip(), Allocation.PROGRAM)
+        field = lambda pattern, entry=entry: (re.findall(pattern, entry) or [""])[0].strip()
+        by_type = _ALLOCATIONS.get(field(r"Allocation type: (.*)"), Allocation.PROGRAM)
         yield Buffer(
             size=_bytes(*size.groups()),
-            shape=re.sub(r"\{[^}]*\}", "", field(r"Shape: (.*)")).strip(),
+            shape=re.sub(r"\{[^}]*\}", "", field(r"Shape: (.*)")),
             operation=field(r'op_name="([^"]*)"'),
             source="",
-            allocation=allocation,
+            allocation=_ALLOCATIONS.get(field(r"XLA label: (\w*)"), by_type),
         )
-
-
-def _called(fusion: Instruction) -> str:
-    return re.findall(r"\bcalls=%?([\w.-]+)", fusion.attributes)[0]
 
 
 def _is_view(program: Program, instruction: Instruction) -> bool:
     if instruction.opcode == "fusion":  # one that ends in writing a slice into an operand
-        inner = program.computations[_called(instruction)]
-        return _behind_views(inner, inner.root).opcode == "dynamic-update-slice"
+        inner = program.computations[instruction.attribute("calls")]
+        return inner.source(inner.root.name).opcode == "dynamic-update-slice"
     return instruction.opcode in _VIEWS or instruction.opcode.endswith("-start")
 
 
-def _behind_views(computation: Computation, instruction: Instruction) -> Instruction:
-    while instruction.opcode in ("bitcast", "convert", "copy") and len(instruction.operands) == 1:
-        instruction = computation.instructions[instruction.operands[0]]
-    return instruction
-
-
-def _arrays(instruction: Instruction) -> Iterator[tuple[str, int]]:
-    """Shape and bytes of each array of an instruction's result that is in HBM: a layout's S(n) is another memory."""
-    for dtype, sizes, order, tiles in _ARRAY.findall(instruction.shape):
-        if re.search(r"S\([1-9]\)", tiles):
-            continue
-        bits = 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])
-        dims = [int(size) for size in sizes.split(",") if size]
-        yield f"{dtype}[{sizes}]", math.prod(_padded(dims, order, tiles)) * bits // 8
-
-
-def _padded(dims: list[int], order: str, tiles: str) -> list[int]:
-    """The dims as they are stored: the last of them, in the layout's order, are filled up to whole tiles."""
-    stored = [dims[int(i)] for i in order.split(",") if i] if order else dims[::-1]  # fastest first
-    tile = re.match(r"T\(([\d,]+)\)", tiles)
-    for i, size in enumerate(reversed([int(size) for size in tile.group(1).split(",")]) if tile else ()):
-        if i < len(stored):
-            stored[i] = -(-stored[i] // size) * size
-    return stored
+def _padded(array: ArrayShape) -> list[int]:
+    """The dims as they are stored, the fastest first: filled up to whole tiles."""
+    stored = [array.dims[i] for i in array.order] or array.dims[::-1]
+    tile = re.match(r"T\(([\d,]+)\)", array.tiles)
+    sizes = numbers(tile.group(1))[::-1] if tile else []
+    return [-(-dim // size) * size for dim, size in itertools.zip_longest(stored, sizes[: len(stored)], fillvalue=1)]

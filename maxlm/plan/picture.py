@@ -37,7 +37,7 @@ def write_picture(found: Forecast, path: Path) -> None:
     """Draw what a forecast says of memory; the file's suffix says how.
 
     Raises:
-        UserError: the suffix is neither .png nor .html, the folder is absent, or matplotlib is and .png needs it.
+        UserError: the suffix is neither .png nor .html, or matplotlib is absent and .png needs it.
     """
     check_picture(path)
     if path.suffix == ".html":
@@ -50,8 +50,6 @@ def check_picture(path: Path) -> None:
     """Raise what `write_picture` would for this name, before any work is done."""
     if path.suffix not in (".png", ".html"):
         raise UserError(f"--picture {path} ends in {path.suffix or 'nothing'}; use a name that ends in .png or .html")
-    if not path.parent.is_dir():
-        raise UserError(f"--picture {path}: there is no folder {path.parent}; make it, or name another file")
 
 
 def bars(found: Forecast) -> list[Bar]:
@@ -74,10 +72,8 @@ def _head(found: Forecast) -> tuple[str, str, str]:
 def _marks(found: Forecast) -> list[tuple[str, int]]:
     """Lines across the bar."""
     marks = [] if found.limit is None else [("limit", found.limit)]
-    if found.compiled is not None:
-        marks.append(
-            ("compiler's peak, at least" if found.compiled.at_least else "compiler's peak", found.compiled.peak)
-        )
+    if (compiled := found.compiled) is not None:
+        marks.append((f"compiler's peak{', at least' if compiled.at_least else ''}", compiled.peak))
     return marks
 
 
@@ -130,28 +126,26 @@ td.size { text-align: right; font-variant-numeric: tabular-nums; }
 
 def _page(found: Forecast) -> str:
     scale = _scale(found)
-    drawn, rows = [], []
-    for meaning, colour, size in bars(found):
-        width = 100 * size / scale
-        drawn.append(f'<div class="part" style="width:{width:.3f}%;background:{colour}" title="{meaning}"></div>')
-        rows.append(
-            f'<tr><td><span class="box" style="background:{colour}"></span> {meaning}</td>'
-            f'<td class="size">{gib(size)}</td><td class="size">{size / found.memory.peak:.1%}</td></tr>'
-        )
-    for name, size in _marks(found):
-        kind = "mark" if name == "limit" else "mark compiled"
-        drawn.append(
-            f'<div class="{kind}" style="left:{100 * size / scale:.3f}%"><span>{name}: {gib(size)}</span></div>'
-        )
-    rows.append(f'<tr><td><b>peak, by arithmetic</b></td><td class="size"><b>{gib(found.memory.peak)}</b></td></tr>')
+    parts = [
+        f'<div class="part" style="width:{100 * size / scale:.3f}%;background:{colour}" title="{meaning}"></div>'
+        for meaning, colour, size in bars(found)
+    ]
+    marks = [
+        f'<div class="mark{"" if name == "limit" else " compiled"}" style="left:{100 * size / scale:.3f}%">'
+        f"<span>{name}: {gib(size)}</span></div>"
+        for name, size in _marks(found)
+    ]
+    rows = [
+        f'<tr><td><span class="box" style="background:{colour}"></span> {meaning}</td>'
+        f'<td class="size">{gib(size)}</td><td class="size">{size / found.memory.peak:.1%}</td></tr>'
+        for meaning, colour, size in bars(found)
+    ]
     title, facts, said = map(html.escape, _head(found))
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
-        f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n"
-        f"<div>{facts}</div>\n<div><b>{said}</b></div>\n"
-        '<div class="bar">\n'
-        + "\n".join(drawn)
-        + "\n</div>\n<table>\n"
-        + "\n".join(rows)
-        + "\n</table>\n</body>\n</html>\n"
-    )
+    lines = [
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>',
+        f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n<div>{facts}</div>\n<div><b>{said}</b></div>",
+        *('<div class="bar">', *parts, *marks, "</div>", "<table>", *rows),
+        f'<tr><td><b>peak, by arithmetic</b></td><td class="size"><b>{gib(found.memory.peak)}</b></td></tr>',
+        "</table>\n</body>\n</html>\n",
+    ]
+    return "\n".join(lines)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from maxlm.config import (
@@ -21,7 +21,6 @@ from maxlm.config import (
     UserError,
     Zero,
 )
-from maxlm.config.layout_rules import broken_layout_rules
 from maxlm.config.serialize import flatten
 from maxlm.plan.analysis import Forecast, Json
 from maxlm.plan.machines import GpuMachine, Machine, TpuMachine, memory_limit
@@ -73,9 +72,8 @@ def search(config: RunConfig, target: Machine) -> Search:
             "GPUs, for example --target gpu:h200:8"
         )
     spaces = [MeshSpace(config, target, sharding) for sharding in layouts(config, target)]
-    size = sum(space.size for space in spaces) * len(optimizers(config.optimizer))
     ranked = sorted((one for space in spaces for one in space.best()), key=preference)
-    return Search(config=config, target=target, space=size, ranked=tuple(ranked))
+    return Search(config=config, target=target, space=sum(space.size for space in spaces), ranked=tuple(ranked))
 
 
 def fitting(configs: Iterable[RunConfig], target: Machine) -> Iterator[Forecast]:
@@ -124,8 +122,16 @@ class MeshSpace:
 
     @property
     def size(self) -> int:
-        """Configs with one optimizer."""
-        return len(self.zeros) * len(self.parts) * len(remats(self.config))
+        """Of the space."""
+        return math.prod(len(choices) for choices in self._choices)
+
+    def configs(self) -> Iterator[RunConfig]:
+        """All of them."""
+        return (self.choose(*one) for one in itertools.product(*self._choices))
+
+    @property
+    def _choices(self) -> tuple[Sequence[OptimizerConfig], Sequence[Zero], Sequence[int], Sequence[Remat]]:
+        return optimizers(self.config.optimizer), self.zeros, self.parts, remats(self.config)
 
     @property
     def zeros(self) -> list[Zero]:
@@ -139,13 +145,10 @@ class MeshSpace:
         most = rows if sharding.stage == 1 else MOST_ROUNDS * sharding.stage
         powers = {2**n for n in range(rows.bit_length()) if rows % 2**n == 0 and 2**n <= most}
         split = lambda parts: replace(self.config, sharding=sharding, train=replace(train, micro_batches=parts))
-        return [
-            parts
-            for parts in sorted(powers | {train.micro_batches})
-            if not broken_rules(split(parts), self.target.devices)
-        ]
+        allowed = lambda parts: not split(parts).broken_layout_rules(self.target.devices)
+        return [parts for parts in sorted(powers | {train.micro_batches}) if allowed(parts)]
 
-    def choose(self, zero: Zero, parts: int, remat: Remat, optimizer: OptimizerConfig) -> RunConfig:
+    def choose(self, optimizer: OptimizerConfig, zero: Zero, parts: int, remat: Remat) -> RunConfig:
         config = self.config
         return replace(
             config,
@@ -177,15 +180,15 @@ class MeshSpace:
             policies = remats(self.config)
             strongest = policies[-1]
             # The least memory there is: one micro-batch needs no room to add up gradients, many have few activations.
-            if not any(fits(self.choose(zero, self.parts[end], strongest, optimizer)) for end in (0, -1)):
+            if not any(fits(self.choose(optimizer, zero, self.parts[end], strongest)) for end in (0, -1)):
                 continue
             for parts in self.parts:
                 if not policies:
                     break
-                if not fits(self.choose(zero, parts, strongest, optimizer)):
+                if not fits(self.choose(optimizer, zero, parts, strongest)):
                     continue
                 for i, remat in enumerate(policies):
-                    if (one := Forecast(self.choose(zero, parts, remat, optimizer), self.target)).fits:
+                    if (one := Forecast(self.choose(optimizer, zero, parts, remat), self.target)).fits:
                         yield one
                         policies = policies[:i] if self.sharding.stage == 1 else policies
                         break
@@ -209,31 +212,28 @@ def optimizers(own: OptimizerConfig) -> list[OptimizerConfig]:
 
 def differences(config: RunConfig, original: RunConfig) -> tuple[str, ...]:
     """The keys that changed, as key = value; an axis or optimizer appears with all that comes with it."""
-    before = flatten(original)
-    after = flatten(config)
+    before, after = flatten(original), flatten(config)
     if type(config.optimizer) is not type(original.optimizer):
         after = {key: value for key, value in after.items() if not key.startswith("optimizer.")}
     return tuple(f"{key} = {value}" for key, value in after.items() if key not in before or before[key] != value)
 
 
-def search_json(found: Search, chosen: Forecast | None, peaks: Mapping[int, int], most: int = 100) -> dict[str, Json]:
-    """The ranking as plain values, cut after `most`; `peaks` by place are the compiler's."""
+def search_json(found: Search, chosen: Forecast | None, most: int = 100) -> dict[str, Json]:
+    """The ranking as plain values, cut after `most`."""
     return {
         "target": str(found.target),
         "devices": found.target.devices,
         "space": found.space,
         "fits": chosen is not None,
         "chosen": None if chosen is None else found.ranked.index(chosen),
-        "ranked": [
-            candidate_json(one, found.config) | ({"compiled_peak_bytes": peaks[i]} if i in peaks else {})
-            for i, one in enumerate(found.ranked[:most])
-        ],
+        "ranked": [candidate_json(one, found.config) for one in found.ranked[:most]],
     }
 
 
 def candidate_json(one: Forecast, original: RunConfig) -> dict[str, Json]:
     """A config of a search as plain values; sizes in bytes, times in seconds."""
     config, bound = one.config, one.time
+    compiled: dict[str, Json] = {} if one.compiled is None else {"compiled_peak_bytes": one.compiled.peak}
     return {
         "changes": differences(config, spelled_out(original, one.target)),
         "mesh": one.mesh,
@@ -242,12 +242,13 @@ def candidate_json(one: Forecast, original: RunConfig) -> dict[str, Json]:
         "zero": config.sharding.zero.value,
         "optimizer": type(config.optimizer).__name__,
         "peak_bytes": one.memory.peak,
-        "margin_bytes": one.margin,
+        "margin_bytes": one.analytic_margin,
         "step_seconds": bound.step_seconds,
         "mfu_ceiling": bound.mfu_ceiling,
         "limited_by": bound.limited_by,
         "device_seconds_per_token": one.cost,
         "sent_bytes": sum(axis.sent for axis in one.traffic),
+        **compiled,
     }
 
 
@@ -270,15 +271,6 @@ def preference(one: Forecast) -> tuple[float, float, int]:
     return bound.step_seconds, work, -one.margin
 
 
-def broken_rules(config: RunConfig, n_devices: int) -> list[str]:
-    """Of `config/layout_rules.py`."""
-    train = config.train
-    return broken_layout_rules(
-        config.model, config.sharding, config.execution, n_devices=n_devices, batch_size=train.batch_size,
-        seq_len=train.seq_len, micro_batches=train.micro_batches,
-    )  # fmt: skip
-
-
 def _suits_chip(fsdp: int, d_model: int, target: Machine) -> bool:
     """Where TPUs are slow with an fsdp axis: narrow shards, and the whole of a 3-D torus of 64 chips or more
     (docs/plan.md)."""
@@ -288,5 +280,4 @@ def _suits_chip(fsdp: int, d_model: int, target: Machine) -> bool:
 
 
 def _divisors(number: int) -> list[int]:
-    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
-    return sorted({*small, *(number // n for n in small)})
+    return [n for n in range(1, number + 1) if number % n == 0]

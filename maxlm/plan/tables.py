@@ -78,29 +78,20 @@ def print_changes(changes: Sequence[Change], console: Console) -> None:
             console.print("    this changes what is learned, not only how it is computed", style="dim")
 
 
-def print_search(
-    found: Search, chosen: Forecast | None, peaks: Mapping[int, int], console: Console, rows: int = 10
-) -> None:
-    """The ranking.
-
-    Args:
-        found: what the arithmetic ranked.
-        chosen: the one to take; None: nothing fits.
-        peaks: place in the ranking -> the compiler's peak there, in bytes.
-        console: where to.
-        rows: how many of them to show.
-    """
+def print_search(found: Search, chosen: Forecast | None, console: Console, rows: int = 10) -> None:
+    """So many of the ranking, those that were compiled, and the one to take; None: nothing fits."""
     console.print(f"{found.target}: of {found.space:,} configs the best of each mesh that fits, by arithmetic")
-    shown = [(i, one) for i, one in enumerate(found.ranked) if i < rows or one is chosen or i in peaks]
+    compiled = any(one.compiled for one in found.ranked)
+    shown = [(i, one) for i, one in enumerate(found.ranked) if i < rows or one is chosen or one.compiled]
     if not shown:
         console.print("[bold red]nothing fits[/]")
         return
     left_out = set() if console.width >= _WIDE else {"limited by"}
     if all(one.config.optimizer == found.config.optimizer for _, one in shown):
         left_out.add("optimizer")
-    if not peaks:
+    if not compiled:
         left_out.add(">compiler")
-    cells = [_candidate(f"{i + 1}{'*' if one is chosen else ''}", one, peaks.get(i)) for i, one in shown]
+    cells = [_candidate(f"{i + 1}{'*' if one is chosen else ''}", one) for i, one in shown]
     names = [name for name in cells[0] if name not in left_out]
     console.print(_table(names, ([row[name] for name in names] for row in cells), "mesh"))
     console.print(
@@ -214,11 +205,11 @@ def _overrides(what: Sequence[str]) -> str:
     return "; ".join([keys or "no overrides", *(f"in the file {one}() (--out writes such a file)" for one in classes)])
 
 
-def _candidate(place: str, one: Forecast, peak: int | None) -> dict[str, str]:
+def _candidate(place: str, one: Forecast) -> dict[str, str]:
     """Its cells by column."""
     config = one.config
     zero = {Zero.OPTIMIZER: "1", Zero.GRADIENTS: "2", Zero.PARAMETERS: "3"}[config.sharding.zero]
-    left = "" if peak is None or one.limit is None else f"{gib(one.limit - peak)} left"
+    left = f"{gib(one.margin)} left" if one.margin >= 0 else "does not fit"
     return {
         "": place,
         "mesh": mesh_text(one.mesh).replace(" x ", ", "),
@@ -226,12 +217,12 @@ def _candidate(place: str, one: Forecast, peak: int | None) -> dict[str, str]:
         "micro": str(config.train.micro_batches),
         "ZeRO": zero if config.sharding.fsdp > 1 else "-",
         "optimizer": optimizer_text(config.optimizer),
-        ">margin": gib(one.margin),
+        ">margin": gib(one.analytic_margin),
         ">step": seconds(one.time.step_seconds),
         ">MFU": f"{one.time.mfu_ceiling:.0%}",
         ">sends": giga(sum(axis.sent for axis in one.traffic)) + "B",
         "limited by": one.time.limited_by,
-        ">compiler": "does not fit" if peak is not None and one.limit is not None and peak > one.limit else left,
+        ">compiler": left if one.compiled else "",
     }
 
 

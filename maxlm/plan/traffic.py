@@ -16,6 +16,7 @@ from __future__ import annotations
 import enum
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import assert_never
@@ -23,18 +24,17 @@ from typing import assert_never
 from maxlm import shapes
 from maxlm.config import (
     MESH_AXES,
-    BlockConfig,
     Context,
     Experts,
     Remat,
     RunConfig,
     StatePart,
     Zero,
-    pipeline_ticks,
 )
 from maxlm.hardware import Switched, Torus
-from maxlm.plan.machines import CpuMachine, GpuMachine, Machine, TpuMachine
-from maxlm.shapes import FLOAT32, Array, Part, device_shape
+from maxlm.plan.machines import TPUS, GpuMachine, Machine, TpuMachine
+from maxlm.plan.work import LayerRuns, layer_runs, local_tokens, loss_tokens, turns
+from maxlm.shapes import FLOAT32, Array, Part, device_bytes, device_shape
 
 
 class Link(enum.Enum):
@@ -64,19 +64,6 @@ class AxisTraffic:
     """In words."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerRuns:
-    """How often a device runs the layers of one block config in a step, forward, and on how much each time."""
-
-    block: BlockConfig
-    runs: float
-    """Layers times micro-batches, or turns of the pipeline; those on empty micro-batches count."""
-    tokens: int
-    """Of a device, in each run."""
-    forwards: int
-    """2 where the pipeline runs its stages again for the backward pass; what `execution.remat` repeats is on top."""
-
-
 def estimate_traffic(config: RunConfig, target: Machine) -> list[AxisTraffic]:
     """Bytes and seconds of every axis longer than 1, in the order of MESH_AXES.
 
@@ -87,36 +74,16 @@ def estimate_traffic(config: RunConfig, target: Machine) -> list[AxisTraffic]:
         UserError: the sizes of the axes do not suit the number of devices.
     """
     sizes = config.sharding.sizes(target.devices)
-    ledger = _Ledger(sizes)
-    _count_parameters(ledger, config, doubled=whole_torus(target, sizes["fsdp"]))
+    ledger = _Ledger(sizes, doubled=whole_torus(target, sizes["fsdp"]))
+    _count_parameters(ledger, config)
     for layer in layer_runs(config, sizes):
         _count_tensor(ledger, config, layer)
         _count_context(ledger, config, layer)
         _count_experts(ledger, config, layer)
     _count_vocabulary(ledger, config)
     _count_stages(ledger, config)
-    inner = {axis: within(axis, config, target) for axis in MESH_AXES}
+    inner = _within(config, target)
     return [one for axis in MESH_AXES if sizes[axis] > 1 for one in _over_links(ledger, axis, inner, target)]
-
-
-def layer_runs(config: RunConfig, sizes: Mapping[str, int]) -> list[LayerRuns]:
-    """What a device runs of each block config. The layers before the pattern are in no pipeline."""
-    model, parts, stages = config.model, config.train.micro_batches, sizes["stage"]
-    tokens = local_tokens(config, sizes)
-    outside, runs, forwards = parts, float(parts * model.repeats), 1
-    if stages > 1:
-        groups = config.sharding.virtual_stages
-        outside, forwards = 1, 1 + config.sharding.remat_stages
-        runs = pipeline_ticks(stages, groups, parts) * model.repeats / (stages * groups)
-    first = [LayerRuns(block=one, runs=outside, tokens=tokens // outside, forwards=1) for one in model.first_blocks]
-    rows = tokens * stages // parts  # the stages share out a batch, but not a micro-batch
-    return first + [LayerRuns(block=one, runs=runs, tokens=rows, forwards=forwards) for one in model.blocks]
-
-
-def local_tokens(config: RunConfig, sizes: Mapping[str, int]) -> int:
-    """Tokens of a step that a device has outside of a pipeline."""
-    shards = math.prod(sizes[axis] for axis in ("data", "fsdp", "expert", "stage", "seq"))
-    return config.train.batch_size * config.train.seq_len // shards
 
 
 def gradient_bytes(config: RunConfig) -> int:
@@ -127,28 +94,25 @@ def gradient_bytes(config: RunConfig) -> int:
 def whole_torus(target: Machine, size: int) -> bool:
     """Whether an axis is a whole 3-D torus of 64 chips or more, where the TPU compiler (jax 0.10.2) makes a sum of
     whole arrays of each gather and each scatter: twice the bytes (docs/plan.md)."""
-    if not isinstance(target, TpuMachine) or len(_lengths(target)) < 3:
+    if not isinstance(target, TpuMachine) or len(target.sides) < 3:
         return False
-    return math.prod(_lengths(target)) >= 64 and size == target.devices // target.slices
+    return math.prod(target.sides) >= 64 and size == target.devices // target.slices
 
 
-def within(axis: str, config: RunConfig, target: Machine) -> int:
-    """Devices of an axis's group that share a slice or host with each other; the axis's size if it crosses none.
+def _within(config: RunConfig, target: Machine) -> dict[str, int]:
+    """Devices of each axis's group that share a slice or host with each other; the axis's size if it crosses none.
 
     Without `sharding.slices` GPUs are taken in their order, a host at a time, the last axis of MESH_AXES fastest.
     """
     sizes = config.sharding.sizes(target.devices)
-    slices = target.slices if isinstance(target, TpuMachine) else config.sharding.slices
+    slices, axis = config.sharding.slices, config.sharding.slices_axis.value
     if slices > 1:
-        return max(1, sizes[axis] // slices) if axis == config.sharding.slices_axis.value else sizes[axis]
-    match target:
-        case CpuMachine() | TpuMachine():
-            return sizes[axis]
-        case GpuMachine():
-            faster = math.prod(sizes[one] for one in MESH_AXES[MESH_AXES.index(axis) + 1 :])
-            return min(sizes[axis], max(1, target.per_host // faster))
-        case _:
-            assert_never(target)
+        return sizes | {axis: max(1, sizes[axis] // slices)}
+    if isinstance(target, GpuMachine):
+        room = target.per_host
+        for axis in reversed(MESH_AXES):
+            sizes[axis], room = min(sizes[axis], max(1, room)), room // sizes[axis]
+    return sizes
 
 
 class _Pattern(enum.Enum):
@@ -169,20 +133,26 @@ class _Ledger:
     """Bytes that a device sends along each axis, added up."""
 
     sizes: Mapping[str, int]
-    sent: dict[tuple[str, _Pattern], float] = field(default_factory=dict)
-    words: dict[str, list[str]] = field(default_factory=dict)
+    doubled: bool
+    """fsdp sums whole arrays to gather or scatter parameters: see `whole_torus`."""
+    sent: dict[tuple[str, _Pattern], float] = field(default_factory=lambda: defaultdict(float))
+    words: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
+    """Each once, in order."""
 
     def add(self, axis: str, sent: float, words: str, pattern: _Pattern = _Pattern.RING) -> None:
         if self.sizes[axis] == 1 or sent == 0:
             return
-        self.sent[axis, pattern] = self.sent.get((axis, pattern), 0) + sent
-        if words not in self.words.setdefault(axis, []):
-            self.words[axis].append(words)
+        self.sent[axis, pattern] += sent
+        self.words[axis][words] = None
 
     def gather(self, axis: str, size: float, words: str, pattern: _Pattern = _Pattern.RING) -> None:
         """Gather arrays of `size` bytes when whole; scattering or exchanging them sends as much."""
         n = self.sizes[axis]
         self.add(axis, size * (n - 1) / n, words, pattern)
+
+    def over_fsdp(self, size: float, words: str) -> None:
+        """Gather or scatter parameters, or their gradients, of `size` bytes when whole."""
+        self.gather("fsdp", size * (2 if self.doubled else 1), words)
 
     def sum(self, axes: Sequence[str], size: float, words: str) -> None:
         """Sum arrays of `size` bytes over all axes together, the fastest first."""
@@ -191,90 +161,61 @@ class _Ledger:
             size /= self.sizes[axis]
 
 
-def _count_parameters(ledger: _Ledger, config: RunConfig, *, doubled: bool) -> None:
+def _count_parameters(ledger: _Ledger, config: RunConfig) -> None:
     """Parameters to where they are used, gradients to where they are kept (ZeRO, arXiv:1910.02054).
 
     With ZeRO-3 each run of a layer gathers its parameters in the compute dtype, for the forward pass and again for the
     backward pass, and scatters their gradients. With ZeRO-1 and 2 the optimizer's float32 updates are gathered once.
     """
-    sizes, groups, parts = ledger.sizes, config.sharding.virtual_stages, config.train.micro_batches
-    staged = sizes["stage"] > 1
-    outside = 1 if staged else parts
-    inside = pipeline_ticks(sizes["stage"], groups, parts) / groups if staged else parts
     for array in shapes.arrays(config.model):
-        stacked = array.dims[0] == "layers"
-        found = _Parameter(
-            array=array,
-            size=math.prod(device_shape(array, sizes, Zero.OPTIMIZER)),
-            runs=inside if stacked else outside,
-            forwards=1 + (config.sharding.remat_stages and staged and stacked),
-            others=[
-                axis
-                for axis in ("data", "stage", "seq", "expert")
-                if not (axis == "stage" and stacked) and not (axis == "expert" and array.part is Part.EXPERTS)
-            ],
-            factor=2 if doubled else 1,
-        )
-        if array.part in (Part.EMBEDDING, Part.UNEMBEDDING):
-            _count_table(ledger, config, found)
-        else:
-            _count_matrix(ledger, config, found)
+        size = math.prod(device_shape(array, ledger.sizes, Zero.OPTIMIZER))  # numbers, as if the fsdp axis cut nothing
+        count = _count_table if array.part in (Part.EMBEDDING, Part.UNEMBEDDING) else _count_matrix
+        count(ledger, config, array, size)
         if "embed" in array.dims and config.sharding.zero is not Zero.PARAMETERS:
-            ledger.gather("fsdp", found.size * FLOAT32, "gathers updates")
+            ledger.gather("fsdp", size * FLOAT32, "gathers updates")
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Parameter:
-    """One array on its way."""
-
-    array: Array
-    size: int
-    """Numbers of a device's shard, as if the fsdp axis cut nothing."""
-    runs: float
-    """Times that it is used in a step; the pipeline's empty turns count."""
-    forwards: int
-    others: Sequence[str]
-    """The axes besides fsdp over which its gradient is a sum."""
-    factor: int
-    """2 where gathers and scatters are sums."""
-
-
-def _count_matrix(ledger: _Ledger, config: RunConfig, one: _Parameter) -> None:
+def _count_matrix(ledger: _Ledger, config: RunConfig, array: Array, size: int) -> None:
+    """Of a layer, or the final norm. Each run counts, the pipeline's empty turns too. A gradient is a sum over all axes
+    but those that cut the array."""
+    sizes, zero, stacked = ledger.sizes, config.sharding.zero, array.dims[0] == "layers"
+    others = ["data", "seq"] + ["stage"] * (not stacked) + ["expert"] * (array.part is not Part.EXPERTS)
+    runs = turns(config, sizes) if stacked else loss_tokens(config, sizes)[0]
     small, wide = config.execution.dtype.itemsize, gradient_bytes(config)
-    if "embed" not in one.array.dims or ledger.sizes["fsdp"] == 1 or config.sharding.zero is Zero.OPTIMIZER:
-        ledger.sum([*one.others, "fsdp"], one.size * wide * one.runs, "sums gradients")
+    if "embed" not in array.dims or sizes["fsdp"] == 1 or zero is Zero.OPTIMIZER:
+        ledger.sum([*others, "fsdp"], size * wide * runs, "sums gradients")
         return
-    if config.sharding.zero is Zero.PARAMETERS:
+    if zero is Zero.PARAMETERS:
+        forwards = 1 + (stacked and sizes["stage"] > 1 and config.sharding.remat_stages)
         # Products that take float32 parameters cast them again for the gradient, when the gathered ones are gone.
         backward = 2 if config.sharding.float32_gradients and config.execution.remat is not Remat.NONE else 1
-        ledger.gather(
-            "fsdp", one.factor * one.size * small * one.runs * (one.forwards + backward), "gathers parameters"
-        )
-    ledger.gather("fsdp", one.factor * one.size * wide * one.runs, "scatters gradients")
-    ledger.sum(one.others, one.size / ledger.sizes["fsdp"] * wide * one.runs, "sums gradients")
+        ledger.over_fsdp(size * small * runs * (forwards + backward), "gathers parameters")
+    ledger.over_fsdp(size * wide * runs, "scatters gradients")
+    ledger.sum(others, size / sizes["fsdp"] * wide * runs, "sums gradients")
 
 
-def _count_table(ledger: _Ledger, config: RunConfig, one: _Parameter) -> None:
+def _count_table(ledger: _Ledger, config: RunConfig, array: Array, size: int) -> None:
     """A table of the vocabulary. One that is looked up is float32, and its gradient; a tied one is gathered once."""
-    zero, sizes = config.sharding.zero, ledger.sizes
+    zero, sizes, others = config.sharding.zero, ledger.sizes, ["data", "seq", "stage", "expert"]
+    runs, _ = loss_tokens(config, sizes)
     if zero is Zero.PARAMETERS:
-        item = FLOAT32 if one.array.part is Part.EMBEDDING else config.execution.dtype.itemsize
-        ledger.gather("fsdp", one.factor * one.size * item * one.runs, "gathers parameters")
-    for use in (Part.EMBEDDING, Part.UNEMBEDDING) if config.model.tied else (one.array.part,):
-        size = one.size * (FLOAT32 if use is Part.EMBEDDING else gradient_bytes(config))
+        item = FLOAT32 if array.part is Part.EMBEDDING else config.execution.dtype.itemsize
+        ledger.over_fsdp(size * item * runs, "gathers parameters")
+    for use in (Part.EMBEDDING, Part.UNEMBEDDING) if config.model.tied else (array.part,):
+        sent = size * (FLOAT32 if use is Part.EMBEDDING else gradient_bytes(config))
         whole = sizes["fsdp"] == 1 or (use is Part.UNEMBEDDING and zero is Zero.OPTIMIZER)
-        if whole or (use is Part.EMBEDDING and any(sizes[axis] > 1 for axis in one.others if axis != "data")):
+        if whole or (use is Part.EMBEDDING and any(sizes[axis] > 1 for axis in others if axis != "data")):
             # Once, behind the loop over micro-batches. Of a lookup's gradient compilers make one sum over all axes
             # where fsdp is not the last of them.
-            ledger.sum([*one.others, "fsdp"], size, "sums gradients")
+            ledger.sum([*others, "fsdp"], sent, "sums gradients")
         elif use is Part.UNEMBEDDING:
             # training/losses.py sums over the other axes first, while the array is whole.
-            ledger.sum(one.others, size * one.runs, "sums gradients")
-            ledger.gather("fsdp", one.factor * size * one.runs, "scatters gradients")
+            ledger.sum(others, sent * runs, "sums gradients")
+            ledger.over_fsdp(sent * runs, "scatters gradients")
         else:
-            runs = 1 if zero is Zero.OPTIMIZER else one.runs
-            ledger.gather("fsdp", one.factor * size * runs, "scatters gradients")
-            ledger.sum(one.others, size / sizes["fsdp"] * runs, "sums gradients")
+            times = 1 if zero is Zero.OPTIMIZER else runs
+            ledger.over_fsdp(sent * times, "scatters gradients")
+            ledger.sum(others, sent / sizes["fsdp"] * times, "sums gradients")
 
 
 def _count_tensor(ledger: _Ledger, config: RunConfig, layer: LayerRuns) -> None:
@@ -295,21 +236,20 @@ def _count_tensor(ledger: _Ledger, config: RunConfig, layer: LayerRuns) -> None:
 
 def _count_vocabulary(ledger: _Ledger, config: RunConfig) -> None:
     """Looked-up rows and the gradient of the hidden states are summed over the parts of the vocabulary."""
-    size = local_tokens(config, ledger.sizes) * config.model.d_model * config.execution.dtype.itemsize
+    tokens = local_tokens(config, ledger.sizes)
+    size = tokens * config.model.d_model * config.execution.dtype.itemsize
     if config.sharding.sequence_parallel:
         ledger.gather("tensor", 3 * size, "gathers and scatters activations")  # rows, their gradient, hidden states
     else:
         ledger.sum(["tensor"], size, "sums activations")
     ledger.sum(["tensor"], size, "sums hidden states' gradient")
-    ledger.sum(["tensor"], 3 * FLOAT32 * local_tokens(config, ledger.sizes), "sums softmax")
+    ledger.sum(["tensor"], 3 * FLOAT32 * tokens, "sums softmax")
 
 
 def _count_context(ledger: _Ledger, config: RunConfig, layer: LayerRuns) -> None:
     """Keys and values over the parts of a sequence: gathered (arXiv:2407.21783, section 3.3.2), passed round
     (arXiv:2310.01889), or exchanged against heads (arXiv:2309.14509)."""
     n, attention, remat = ledger.sizes["seq"], layer.block.attention, config.execution.remat
-    if n == 1:
-        return
     of_head = layer.tokens * attention.head_dim / ledger.sizes["tensor"] * layer.runs
     keys, queries = of_head * attention.n_kv_heads, of_head * attention.n_heads
     small = config.execution.dtype.itemsize
@@ -340,7 +280,7 @@ def _count_experts(ledger: _Ledger, config: RunConfig, layer: LayerRuns) -> None
     """Tokens to their experts and back (GShard, arXiv:2006.16668): twice forward, backward and, but for remat "none",
     once more. What travels are whole buffers, full or not."""
     mlp, n = layer.block.mlp, ledger.sizes["expert"]
-    if not isinstance(mlp, Experts) or n == 1:
+    if not isinstance(mlp, Experts):
         return
     rows = mlp.buffer_rows(layer.tokens, seq_len=config.train.seq_len, devices=n)
     size = rows * config.model.d_model * config.execution.dtype.itemsize
@@ -351,19 +291,16 @@ def _count_experts(ledger: _Ledger, config: RunConfig, layer: LayerRuns) -> None
 def _count_stages(ledger: _Ledger, config: RunConfig) -> None:
     """Three activations a turn and direction: what goes on, what comes from its home, what goes home
     (models/pipeline.py). With virtual stages the float32 parameters go to their stages, and their gradients back."""
-    stages, groups, parts = ledger.sizes["stage"], config.sharding.virtual_stages, config.train.micro_batches
-    if stages == 1:
-        return
-    tokens = local_tokens(config, ledger.sizes) * stages / parts
+    sizes, groups = ledger.sizes, config.sharding.virtual_stages
+    tokens = local_tokens(config, sizes) * sizes["stage"] / config.train.micro_batches
     if config.sharding.sequence_parallel:
-        tokens /= ledger.sizes["tensor"]
-    size = tokens * config.model.d_model * config.execution.dtype.itemsize * pipeline_ticks(stages, groups, parts)
+        tokens /= sizes["tensor"]
+    size = tokens * config.model.d_model * config.execution.dtype.itemsize * turns(config, sizes) * groups
     ledger.add("stage", 2 * 3 * size, "passes activations on", _Pattern.CHAIN)
     if groups > 1:
-        arrays = (array for array in shapes.arrays(config.model) if array.dims[0] == "layers")
-        for array in arrays:
-            for part in (StatePart.PARAMETERS, StatePart.GRADIENTS):
-                size = FLOAT32 * math.prod(device_shape(array, ledger.sizes, config.sharding.zero, part))
+        for array in shapes.arrays(config.model):
+            for part in (StatePart.PARAMETERS, StatePart.GRADIENTS) if array.dims[0] == "layers" else ():
+                size = device_bytes(array, sizes, config.sharding.zero, part)
                 ledger.gather("stage", size, "brings parameters in order", _Pattern.EXCHANGE)
 
 
@@ -376,7 +313,7 @@ def _over_links(ledger: _Ledger, axis: str, inner: Mapping[str, int], target: Ma
     n, near = ledger.sizes[axis], inner[axis]
     far, close, seconds = 0.0, 0.0, 0.0
     for pattern in _Pattern:
-        sent = ledger.sent.get((axis, pattern), 0.0)
+        sent = ledger.sent[axis, pattern]
         match pattern:
             case _Pattern.RING:
                 share = (-(-n // near) - 1) / (n - 1)
@@ -386,21 +323,19 @@ def _over_links(ledger: _Ledger, axis: str, inner: Mapping[str, int], target: Ma
                 share = float(near < n)
         far, close = far + sent * share, close + sent * (1 - share)
         seconds += _ici_seconds(target, inner, axis, sent * (1 - share), pattern)
-    what = ", ".join(ledger.words.get(axis, ["nothing"]))
-    device = target.hardware
-    if device is None:
-        return [AxisTraffic(axis=axis, link=Link.LOCAL, sent=round(far + close), seconds=None, what=what)]
-    match device.network:
+    what = ", ".join(ledger.words[axis]) or "nothing"
+    match target.hardware and target.hardware.network:
+        case None:
+            return [AxisTraffic(axis=axis, link=Link.LOCAL, sent=round(far + close), seconds=None, what=what)]
         case Torus(between_slices=network):
             link = Link.ICI
         case Switched(within_host=within_host, between_hosts=network):
             link, seconds = Link.NVLINK, close / within_host
-    found = []
-    if round(close) or not round(far):
-        found.append(AxisTraffic(axis=axis, link=link, sent=round(close), seconds=seconds, what=what))
-    if round(far):
-        found.append(AxisTraffic(axis=axis, link=Link.NETWORK, sent=round(far), seconds=far / network, what=what))
-    return found
+    found = [
+        AxisTraffic(axis=axis, link=link, sent=round(close), seconds=seconds, what=what),
+        AxisTraffic(axis=axis, link=Link.NETWORK, sent=round(far), seconds=far / network, what=what),
+    ]
+    return [one for one in found if one.sent] or found[:1]
 
 
 def _ici_seconds(target: Machine, inner: Mapping[str, int], axis: str, sent: float, pattern: _Pattern) -> float:
@@ -409,11 +344,9 @@ def _ici_seconds(target: Machine, inner: Mapping[str, int], axis: str, sent: flo
     covers; an all-to-all over a ring of n takes n / 4 times as long a byte, since bytes cross n / 4 links on average;
     permutes use one link, the pipeline's one in each direction.
     """
-    device = target.hardware
-    if device is None or not isinstance(device.network, Torus) or not sent:
+    if not isinstance(target, TpuMachine) or not sent:
         return 0.0
-    dims = torus_dims(target, inner)[axis] or ((2, 1),)
-    link = device.network.link
+    dims, link = torus_dims(target, inner)[axis] or ((2, 1),), TPUS[target.chip].link
     every = sent / (link * sum(links for _, links in dims))
     match pattern:
         case _Pattern.RING:
@@ -434,14 +367,11 @@ def torus_dims(target: Machine, inner: Mapping[str, int]) -> dict[str, tuple[tup
     with two links, if its length is a multiple of `Torus.ring`. The two devices of a TPU 7x chip count as a dim
     of length 2.
     """
-    device = target.hardware
-    if device is None or not isinstance(device.network, Torus):
-        return dict.fromkeys(MESH_AXES, ())
-    ring, lengths = device.network.ring, _lengths(target)
-    left = [*lengths] + ([device.network.devices_per_chip] if device.network.devices_per_chip > 1 else [])
-    whole = [True] * len(left)
     found: dict[str, tuple[tuple[int, int], ...]] = dict.fromkeys(MESH_AXES, ())
-    unplaced = []
+    if not isinstance(target, TpuMachine):
+        return found
+    ring, left = TPUS[target.chip].ring, [*target.sides, TPUS[target.chip].devices_per_chip]
+    whole, unplaced = [True] * len(left), []
     for axis in reversed(MESH_AXES):
         places = [i for i, length in enumerate(left) if length > 1]
         subsets = [few for count in (4, 3, 2, 1) for few in itertools.combinations(places, count)]
@@ -459,8 +389,3 @@ def torus_dims(target: Machine, inner: Mapping[str, int]) -> dict[str, tuple[tup
                 found[axis] += ((part, 2 if is_ring else 1),)
                 left[i], whole[i], rest = length // part, False, rest // part
     return found
-
-
-def _lengths(target: Machine) -> list[int]:
-    """Of the dims of a slice's torus."""
-    return [int(size) for size in target.topology.split("x")] if isinstance(target, TpuMachine) else []

@@ -1,0 +1,51 @@
+"""What a device does in a step: how often it runs which layers, and the loss, and on how many tokens each time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from maxlm.config import ACTIVATION_DIMS, BlockConfig, RunConfig, pipeline_ticks
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRuns:
+    """How often a device runs the layers of one block config in a step, forward, and on how much each time."""
+
+    block: BlockConfig
+    runs: float
+    """Layers times micro-batches, or turns of the pipeline; those on empty micro-batches count."""
+    tokens: int
+    """Of a device, in each run."""
+    forwards: int
+    """2 where the pipeline runs its stages again for the backward pass; what `execution.remat` repeats is on top."""
+
+
+def layer_runs(config: RunConfig, sizes: Mapping[str, int]) -> list[LayerRuns]:
+    """What a device runs of each block config. The layers before the pattern are in no pipeline."""
+    model, stages = config.model, sizes["stage"]
+    outside, tokens = loss_tokens(config, sizes)
+    first = [LayerRuns(block=one, runs=outside, tokens=tokens, forwards=1) for one in model.first_blocks]
+    runs, forwards = turns(config, sizes) * model.repeats / stages, 1 + (stages > 1 and config.sharding.remat_stages)
+    rows = local_tokens(config, sizes) * stages // config.train.micro_batches  # stages share a batch out, not its parts
+    return first + [LayerRuns(block=one, runs=runs, tokens=rows, forwards=forwards) for one in model.blocks]
+
+
+def turns(config: RunConfig, sizes: Mapping[str, int]) -> float:
+    """How often a device runs each of its layers in a step: micro-batches, and the pipeline's empty turns."""
+    groups = config.sharding.virtual_stages
+    return pipeline_ticks(sizes["stage"], groups, config.train.micro_batches) / groups
+
+
+def local_tokens(config: RunConfig, sizes: Mapping[str, int]) -> int:
+    """Tokens of a step that a device has outside of a pipeline."""
+    shards = math.prod(sizes[axis] for dim in ("batch", "seq") for axis in ACTIVATION_DIMS[dim])
+    return config.train.batch_size * config.train.seq_len // shards
+
+
+def loss_tokens(config: RunConfig, sizes: Mapping[str, int]) -> tuple[int, int]:
+    """How often a device runs embedding and loss in a step, and on how many tokens: on all micro-batches of a pipeline
+    at one time, cut over its stages."""
+    parts = 1 if sizes["stage"] > 1 else config.train.micro_batches
+    return parts, local_tokens(config, sizes) // parts
