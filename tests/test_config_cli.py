@@ -58,6 +58,7 @@ def complaint(*argv: str) -> str:
         ("--model.blocks.0.attention.window=6.4e1", "model.blocks.0.attention.window", 64),
         ("--optimizer.learning_rate=1e-3", "optimizer.learning_rate", 1e-3),
         ("--optimizer.clip_norm=None", "optimizer.clip_norm", None),
+        ("--model.embedded_position=None", "model.embedded_position", None),
         ("--optimizer.schedule.warmup_steps=3", "optimizer.schedule.warmup_steps", 3),
         ("--execution.remat=dots", "execution.remat", "dots"),
         ("--model.head.tied=True", "model.head.tied", True),
@@ -392,3 +393,27 @@ def test_configs_are_frozen_and_named() -> None:
         attention.n_heads = 4  # type: ignore[misc]
     with pytest.raises(TypeError):
         GroupedQuery(2, 1, 4)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("words", [["--data.datasets.0.prepare", "None"], ["--data.datasets.0.prepare=None"]])
+def test_a_group_set_to_none_leaves_the_rest_alone(words: list[str]) -> None:
+    got = command(*TINY, "--train.steps", "3", *words, "--train.seed", "4").config
+    want = command(*TINY, "--train.steps=3", "--train.seed=4").config
+    (dataset,) = want.data.datasets
+    data = dataclasses.replace(want.data, datasets=(dataclasses.replace(dataset, prepare=None),))
+    assert got == dataclasses.replace(want, data=data)
+
+
+@pytest.mark.parametrize("group", ["optimizer", "model", "model.norm", "data.datasets", "data.datasets.1.prepare"])
+def test_a_group_that_must_be_there_cannot_be_none(group: str) -> None:
+    assert f"--{group}" in complaint(*TINY, f"--{group}=None")
+
+
+def test_an_output_that_is_no_longer_read_ends_a_command_quietly() -> None:
+    code = "from maxlm.config.cli import run_command\nrun_command(lambda argv: [print('x' * 80) for _ in range(9999)])"
+    done = subprocess.run(
+        ["bash", "-c", f'{sys.executable} -c "{code}" | head -1; echo ${{PIPESTATUS[0]}}'],
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.splitlines() == ["x" * 80, "141"] and not done.stderr

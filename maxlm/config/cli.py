@@ -9,6 +9,7 @@ import difflib
 import enum
 import functools
 import io
+import os
 import re
 import sys
 import traceback
@@ -40,6 +41,9 @@ _CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 EXIT_CTRL_C = 130
 """128 + SIGINT, as shells say it."""
+
+EXIT_BROKEN_PIPE = 141
+"""128 + SIGPIPE."""
 
 _TYRO = (tyro.conf.AvoidSubcommands, tyro.conf.EnumChoicesFromValues)
 
@@ -187,8 +191,45 @@ def parse_run(argv: Sequence[str], *, prog: str, description: str) -> Command:
         "--debug            Show tracebacks.\n\n"
     )
     usage += "Chosen in the file alone, as a class of maxlm.config:\n  " + "\n  ".join(_choices(file_config))
-    config = parse(RunConfig, new_options(overrides), prog=prog, description=usage, default=file_config)
+    default, words = _leave_out_groups(file_config, new_options(overrides))
+    config = parse(RunConfig, words, prog=prog, description=usage, default=default)
     return Command(config=config, file_config=file_config, print_config=options.print_config)
+
+
+def _leave_out_groups(config: RunConfig, words: Sequence[str]) -> tuple[RunConfig, list[str]]:
+    """The config without the groups that are set to None (`--data.datasets.0.prepare None`), which tyro takes for the
+    choice of a class; and the other words."""
+    rest, left = [], list(words)
+    while left:
+        word = left.pop(0)
+        key, equals, value = word.partition("=")
+        if not equals and left and word.startswith("--"):
+            value = left[0]
+        changed = _with_none(config, key.removeprefix("--").split(".")) if value == "None" else None
+        if changed is None:
+            rest.append(word)
+            continue
+        config = changed
+        if not equals:
+            left.pop(0)
+    return config, rest
+
+
+def _with_none(value: Any, path: Sequence[str]) -> Any:
+    """The value with None for the group at a path of names; None if there is no group, or it must be there."""
+    name, *inner = path
+    if isinstance(value, tuple):
+        place = int(name) if name.isdecimal() else len(value)
+        item = _with_none(value[place], inner) if inner and place < len(value) else None
+        return None if item is None else (*value[:place], item, *value[place + 1 :])
+    cls: type = type(value)
+    kinds = next((one.kinds for one in field_kinds(cls) if one.name == name), ()) if is_config(cls) else ()
+    if inner and kinds:
+        new = _with_none(getattr(value, name), inner)
+        return None if new is None else dataclasses.replace(value, **{name: new})
+    classes = {kind.cls for kind in kinds}
+    may_go = types.NoneType in classes and any(map(is_config, classes))
+    return dataclasses.replace(value, **{name: None}) if may_go else None
 
 
 def parse(
@@ -266,6 +307,7 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     if not overrides:
         return config
     words = new_options([word for key, value in overrides.items() for word in _option(key, value)])
+    config, words = _leave_out_groups(config, words)
     return parse(RunConfig, words, prog="python -m maxlm.train", description="", default=config)
 
 
@@ -317,6 +359,9 @@ def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
     argv = sys.argv[1:]
     try:
         sys.exit(main(argv) or 0)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest when it ends
+        sys.exit(EXIT_BROKEN_PIPE)
     except KeyboardInterrupt:
         if "--debug" in argv:
             traceback.print_exc()

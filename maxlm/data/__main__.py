@@ -127,7 +127,7 @@ class TokenizerReport:
 def main(argv: list[str]) -> None:
     arguments = [argument for argument in argv if argument != "--debug"]
     match arguments:
-        case [] | ["-h" | "--help"]:
+        case [] | ["-h" | "--help"] | ["tokenizer"] | ["tokenizer", "-h" | "--help"]:
             print(_USAGE)
         case ["prepare", *rest]:
             _prepare(rest)

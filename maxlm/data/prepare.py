@@ -7,6 +7,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import reprlib
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -98,9 +99,12 @@ def _check_same(config: PrepareConfig, there: PrepareConfig, out: Path) -> None:
     here, before = serialize.flatten(_deciding(config)), serialize.flatten(there)
     keys = [key for key in {**before, **here} if before.get(key) != here.get(key)]
     if keys:
-        changes = ", ".join(f"{key} = {before.get(key)!r} there and {here.get(key)!r} now" for key in keys)
+        show = reprlib.repr
+        changes = ", ".join(f"{key} = {show(before.get(key))} there and {show(here.get(key))} now" for key in keys[:3])
+        more = f", and {len(keys) - 3} keys more" if len(keys) > 3 else ""
         raise UserError(
-            f"{out}: was prepared with {changes}; name another folder, or delete this one to prepare it again"
+            f"{out}: was prepared with {changes}{more}; to train on it as it is, set the data set's prepare to None "
+            "(--data.datasets.0.prepare None); else name another folder, or delete this one to prepare it again"
         )
 
 
