@@ -58,7 +58,6 @@ def complaint(*argv: str) -> str:
         ("--model.blocks.0.attention.window=6.4e1", "model.blocks.0.attention.window", 64),
         ("--optimizer.learning_rate=1e-3", "optimizer.learning_rate", 1e-3),
         ("--optimizer.clip_norm=None", "optimizer.clip_norm", None),
-        ("--model.embedded_position=None", "model.embedded_position", None),
         ("--optimizer.schedule.warmup_steps=3", "optimizer.schedule.warmup_steps", 3),
         ("--execution.remat=dots", "execution.remat", "dots"),
         ("--model.head.tied=True", "model.head.tied", True),
@@ -402,6 +401,7 @@ def test_a_group_set_to_none_leaves_the_rest_alone(words: list[str]) -> None:
     (dataset,) = want.data.datasets
     data = dataclasses.replace(want.data, datasets=(dataclasses.replace(dataset, prepare=None),))
     assert got == dataclasses.replace(want, data=data)
+    assert command(*TINY, "--model.embedded_position", "None").config.model.embedded_position is None  # and was before
 
 
 @pytest.mark.parametrize("group", ["optimizer", "model", "model.norm", "data.datasets", "data.datasets.1.prepare"])
