@@ -80,8 +80,17 @@ _A100_BOARD = Switched(within_host=300e9, per_host=8, between_hosts=25e9)
 _HOPPER_BOARD = Switched(within_host=450e9, per_host=8, between_hosts=50e9)
 _B200_BOARD = Switched(within_host=900e9, per_host=8, between_hosts=50e9)
 
+# A workstation: GPUs on PCIe 4.0 or 5.0 x16 (31.5 and 63 GB/s, one way, by the standard), from one to the other through
+# the host's memory; and a network of 10 Gbit/s. Yours may differ.
+_PCIE_4 = Switched(within_host=31.5e9, per_host=8, between_hosts=1.25e9)
+_PCIE_5 = Switched(within_host=63e9, per_host=8, between_hosts=1.25e9)
+
 _A100 = Peak(312, 156, int8=624)  # A100 datasheet
 _HOPPER = Peak(989.4, 494.7, int8=1978.9, float8=1978.9)  # H100, H200 and GH200 datasheets, SXM
+_A10G = Peak(70, 35)  # Amazon's variant of the A10 with fewer units in use (EC2 G5 documentation)
+_L4 = Peak(121, 60)  # L4 datasheet
+# GA102 whitepaper; Ada whitepaper; RTX Blackwell whitepaper; float32 accumulation.
+_RTX_3090, _RTX_4090, _RTX_5090 = Peak(71, 35.6), Peak(165.2, 82.6), Peak(209.5, 104.8)
 _HOPPER_NVL = Peak(835.5, 417.5, int8=1670.5, float8=1670.5)
 
 # TPU: peaks, bandwidth of the memory, largest slices and the network's share of a chip from the chip's page under
@@ -135,6 +144,12 @@ CHIPS: Mapping[str, Chip] = {
         bandwidth=7.67232e12,
         network=_B200_BOARD,
     ),
+    # Memory and bandwidth by the same sources as the peaks; no compiler is told of these.
+    "rtx3090": Chip(peak=_RTX_3090, memory=24 * _GIB, bandwidth=936e9, network=_PCIE_4),
+    "rtx4090": Chip(peak=_RTX_4090, memory=24 * _GIB, bandwidth=1008e9, network=_PCIE_4),
+    "rtx5090": Chip(peak=_RTX_5090, memory=32 * _GIB, bandwidth=1792e9, network=_PCIE_5),
+    "l4": Chip(peak=_L4, memory=24 * _GIB, bandwidth=300e9, network=_PCIE_4),
+    "a10g": Chip(peak=_A10G, memory=24 * _GIB, bandwidth=600e9, network=_PCIE_4),
 }
 """Chips that can be planned for, by their names in targets."""
 
@@ -162,11 +177,9 @@ PEAKS: Mapping[str, Peak] = {
     "NVIDIA A100-SXM4-80GB": _A100,
     "NVIDIA A100-PCIE-40GB": _A100,
     "NVIDIA A100 80GB PCIe": _A100,
-    # A10 datasheet; the A10G is Amazon's variant with fewer units in use (EC2 G5 documentation).
-    "NVIDIA A10": Peak(125, 62.5),
-    "NVIDIA A10G": Peak(70, 35),
-    # GA102 whitepaper, float32 accumulation.
-    "NVIDIA GeForce RTX 3090": Peak(71, 35.6),
+    "NVIDIA A10": Peak(125, 62.5),  # A10 datasheet
+    "NVIDIA A10G": _A10G,
+    "NVIDIA GeForce RTX 3090": _RTX_3090,
     "NVIDIA RTX A6000": Peak(154.8, 77.4),
     "NVIDIA H100 80GB HBM3": _HOPPER,
     "NVIDIA H100 PCIe": Peak(756, 378),
@@ -177,9 +190,9 @@ PEAKS: Mapping[str, Peak] = {
     "NVIDIA GH200 120GB": _HOPPER,
     "NVIDIA B200": CHIPS["b200"].peak,
     "NVIDIA GB200": Peak(2500, 1250),  # GB200 NVL72 datasheet, per GPU
-    # L4 and L40S datasheets; Ada whitepaper, float32 accumulation.
-    "NVIDIA L4": Peak(121, 60),
-    "NVIDIA L40S": Peak(362, 183),
-    "NVIDIA GeForce RTX 4090": Peak(165.2, 82.6),
+    "NVIDIA L4": _L4,
+    "NVIDIA L40S": Peak(362, 183),  # L40S datasheet
+    "NVIDIA GeForce RTX 4090": _RTX_4090,
+    "NVIDIA GeForce RTX 5090": _RTX_5090,
 }
 """By `jax.Device.device_kind`."""

@@ -40,9 +40,11 @@ machine = lambda name: target_devices(parse_machine(name))
 
 
 def test_every_target_has_a_chip() -> None:
-    assert set(CHIPS) == {*TPUS, *GPUS}
-    assert all(isinstance(CHIPS[chip].network, Torus) for chip in TPUS)
-    assert all(isinstance(CHIPS[chip].network, Switched) for chip in GPUS)
+    """Those that no compiler is told of are for arithmetic."""
+    assert set(CHIPS) >= {*TPUS, *GPUS}
+    for chip in CHIPS:
+        assert isinstance(CHIPS[chip].network, Torus if chip in TPUS else Switched)
+        assert parse_machine(f"tpu:{chip}:{SMALLEST[chip].split(':')[-1]}" if chip in TPUS else f"gpu:{chip}:2")
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,7 @@ def test_gpu_bandwidths_are_wires_times_rate(
 def test_the_kernels_table_has_the_same_peaks() -> None:
     """Kernels import nothing of the rest, so their benchmark has a table of its own."""
     ours = {f"tpu_{chip}" if chip in TPUS else chip: CHIPS[chip].peak.bfloat16 for chip in CHIPS}
-    assert ours == contest._PEAK
+    assert {chip: peak for chip, peak in ours.items() if chip.startswith("tpu_") or chip in GPUS} == contest._PEAK
 
 
 def test_a_peak_is_written_once() -> None:

@@ -72,8 +72,16 @@ def test_compute_by_hand(remat: Remat) -> None:
     flops = 6 * (layers + 32_000 * 4096) + 2 * again * (layers - 32 * 4096 * 11_008) + products * 32 * 4096 * 2048
     assert found.compute_seconds == pytest.approx(64 * 2048 * flops / 8 / 989.4e12, rel=0.005)
     assert (found.limited_by, found.step_seconds) == ("compute", found.compute_seconds)
-    useful = 6 * (layers + 32_000 * 4096) + 12 * 32 * 4096 * 2048
+    useful = 6 * (layers + 32_000 * 4096) + 6 * 32 * 4096 * 2048  # the mask leaves half of attention's 12 L D T
     assert found.mfu_ceiling == pytest.approx(useful / flops, rel=0.005)
+
+
+@pytest.mark.parametrize("seq_len", [4096, 131_072])
+def test_the_ceiling_of_mfu_is_never_above_one(seq_len: int) -> None:
+    """Not even where attention is most of the work, and nothing is computed again."""
+    train = {"seq_len": seq_len}
+    found = bound(seven_b(model={"remat": Remat.NONE, "max_seq_len": seq_len}, train=train, fsdp=8), "gpu:h200:8")
+    assert 0.5 < found.mfu_ceiling <= 1
 
 
 def test_tokens_days_and_device_hours() -> None:

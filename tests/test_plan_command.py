@@ -20,6 +20,7 @@ from rich.console import Console
 from maxlm.config import RunConfig, UserError
 from maxlm.config.cli import load_config
 from maxlm.config.serialize import save
+from maxlm.hardware import CHIPS
 from maxlm.plan import __main__, machines
 from maxlm.plan.analysis import CompilerReport, analyse
 from maxlm.plan.machines import memory_limit, parse_machine
@@ -321,3 +322,34 @@ def test_a_search_asks_the_compiler_for_its_best() -> None:
     verified = [one for one in found["ranked"] if "compiled_peak_bytes" in one]
     assert len(verified) == 1
     assert found["ranked"][found["chosen"]]["compiled_peak_bytes"] > 0
+
+
+def test_targets_lists_every_chip_and_what_plans_for_it() -> None:
+    done = plan("--targets")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = {line.split(":")[1]: line for line in done.stdout.splitlines() if line.startswith(("tpu:", "gpu:"))}
+    assert set(lines) == set(CHIPS)
+    assert lines["h200"].rstrip().endswith("arithmetic, compiler") and lines["rtx4090"].rstrip().endswith("only")
+
+
+def test_a_consumer_gpu_is_for_arithmetic() -> None:
+    done = plan(*TINY, "--target", "gpu:rtx4090:1")
+    assert done.returncode == 0 and "75% of the 24.0 GiB of each rtx4090" in done.stdout
+    done = plan(*TINY, "--target", "gpu:rtx4090:1", "--compile")
+    assert done.returncode == 2 and "rtx4090 is planned for by arithmetic only" in done.stderr
+
+
+def test_what_breaks_is_told_when_asked() -> None:
+    asked = (*SEVEN_B, "--target", "tpu:v5p:4x4x4")
+    assert "breaks first" not in plan(*asked).stdout
+    assert plan(*asked, "--breaks").stdout.count("breaks first: on ") == 2
+
+
+def test_a_pipe_gets_whole_lines_and_no_empty_table() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "maxlm.plan", *SEVEN_B, "--target", "tpu:v5p:4x4x4", "--breaks"],
+        cwd=ROOT, capture_output=True, text=True, env={k: v for k, v in os.environ.items() if k != "COLUMNS"},
+    )  # fmt: skip
+    assert max(map(len, done.stdout.splitlines())) > 120
+    assert all(line.startswith("breaks first: on ") for line in done.stdout.splitlines() if "cannot be cut" in line)
+    assert not any(line.startswith("a step") for line in plan(*TINY, "--target", "cpu:1").stdout.splitlines())

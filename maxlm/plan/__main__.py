@@ -27,13 +27,16 @@ from maxlm.plan.breaks import what_breaks_first
 from maxlm.plan.machines import Machine, parse_machine, prepare_compiler
 from maxlm.plan.picture import check_picture, write_picture
 from maxlm.plan.search import Search, search, search_json
-from maxlm.plan.tables import print_changes, print_compiled, print_report, print_search, print_verdict
+from maxlm.plan.tables import print_changes, print_compiled, print_report, print_search, print_targets, print_verdict
 
 EXIT_DOES_NOT_FIT = 3
 
 VERIFIED = 3
 MOST_COMPILED = 10
 """Candidates that a search compiles at the most, when the best of its arithmetic do not fit after all."""
+
+_ENDLESS = 10_000
+"""Characters in a line of a file."""
 
 _EXAMPLES = {"--target": "gpu:h200:8", "--verify": "3", "--out": "my_run.json", "--picture": "memory.png"}
 """Of the options that take a value."""
@@ -47,7 +50,9 @@ _DESCRIPTION = """Before a machine is rented: does a run fit, what does it send,
 --verify N         With --search --compile: how many of the best must fit by the compiler, 1 to 10 (3).
 --out FILE.json    With --search: write the best as a config that --config takes.
 --picture FILE     Draw where memory goes, as FILE.png or FILE.html.
---json             Print one JSON object instead of tables."""
+--breaks           Also tell what stops this run from growing to 4,096 and to 65,536 devices.
+--json             Print one JSON object instead of tables.
+--targets          List the machines that there are, and nothing else."""
 
 
 def main(argv: list[str]) -> int:
@@ -55,7 +60,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for option in _EXAMPLES:
         parser.add_argument(option, type=int if option == "--verify" else str)
-    for option in ("--compile", "--search", "--json"):
+    for option in ("--compile", "--search", "--breaks", "--json", "--targets"):
         parser.add_argument(option, action="store_true")
     try:
         options, rest = parser.parse_known_args(argv)
@@ -63,6 +68,9 @@ def main(argv: list[str]) -> int:
         name = str(error.argument_name)
         example = f"{name} {_EXAMPLES.get(name, '')}".strip()
         raise UserError(f"{name}: {error.message}; write {example}") from None
+    if options.targets:
+        print_targets(_console())
+        return 0
     asked = parse_run(rest, prog="python -m maxlm.plan", description=_DESCRIPTION)
     if asked.print_config:
         print(describe_config(asked.config, asked.file_config))
@@ -79,8 +87,9 @@ def main(argv: list[str]) -> int:
 
 def _plan(config: RunConfig, target: Machine, options: argparse.Namespace) -> int:
     """One config, as it is."""
-    console = Console(highlight=False, quiet=options.json)
-    found, breaks = analyse(config, target), what_breaks_first(config, target)
+    console = _console(quiet=options.json)
+    found = analyse(config, target)
+    breaks = what_breaks_first(config, target) if options.breaks or options.json else []
     print_report(found, breaks, console)
     if options.compile:
         found = found.with_compiled(_ask_compiler(config, target, console))
@@ -101,7 +110,7 @@ def _search(config: RunConfig, target: Machine, options: argparse.Namespace) -> 
     found, failed, wanted = search(config, target), dict[int, str](), options.verify or VERIFIED
     if options.compile:
         # A program that reads the JSON may read what is written to standard error as a failure.
-        found, failed = _verify(found, wanted, Console(stderr=True, highlight=False, quiet=options.json))
+        found, failed = _verify(found, wanted, _console(stderr=True, quiet=options.json))
     compiled = [one for one in found.preferred if one.compiled is not None]
     fitting = [one for one in compiled if one.fits] if options.compile else found.preferred
     chosen = next(iter(fitting), None)
@@ -117,7 +126,7 @@ def _search(config: RunConfig, target: Machine, options: argparse.Namespace) -> 
             values["verified"] = {"wanted": wanted, "fit": len(fitting), "compiled": len(compiled), "failed": told}
         print(json.dumps(values, indent=1))
     else:
-        console = Console(highlight=False)
+        console = _console()
         print_search(found, chosen, console)
         if options.compile:
             console.print(f"verified {len(fitting)} of {wanted} by the compiler, which compiled {len(compiled)}")
@@ -170,6 +179,12 @@ def _ask_compiler(config: RunConfig, target: Machine, console: Console | None = 
     if console is not None:
         print_compiled(answer, console, cached=cached)
     return answer
+
+
+def _console(*, stderr: bool = False, quiet: bool = False) -> Console:
+    """As wide as the terminal. In a pipe or a file nobody wants lines cut: what reads it can."""
+    there = (sys.stderr if stderr else sys.stdout).isatty() or "COLUMNS" in os.environ
+    return Console(stderr=stderr, highlight=False, quiet=quiet, width=None if there else _ENDLESS)
 
 
 def _check(options: argparse.Namespace) -> None:

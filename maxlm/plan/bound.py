@@ -53,8 +53,8 @@ class TimeBound:
     limited_by: str
     """"compute", "memory", or "axis NAME over LINK"; of axes that share a link, the one that sends the longest."""
     mfu_ceiling: float
-    """At most, 0..1 (`shapes.mfu`). PaLM's count has attention's masked half in it, which our kernels do not
-    compute: with long sequences, and nothing recomputed, it may be above 1."""
+    """At most, 0..1 (`shapes.mfu`, of `FlopsPerToken.causal`): attention counts as its mask leaves it, which is what
+    our kernels compute. A run's own MFU counts it whole, by PaLM's rule."""
     intensity: float
     """FLOPs of a device for each byte to or from its memory."""
     tokens_per_day: float
@@ -99,7 +99,7 @@ def estimate_time(config: RunConfig, target: Machine, traffic: Sequence[AxisTraf
         bubble=bubble,
         step_seconds=step_seconds,
         limited_by=limited_by,
-        mfu_ceiling=mfu(flops_per_token=flops.total, tokens_per_s=tokens_per_s, n_devices=devices, peak_flops=peak),
+        mfu_ceiling=mfu(flops_per_token=flops.causal, tokens_per_s=tokens_per_s, n_devices=devices, peak_flops=peak),
         intensity=work / moved,
         tokens_per_day=tokens_per_s * _DAY,
         days=days,

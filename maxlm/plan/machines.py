@@ -2,7 +2,7 @@
 
 tpu:v5p:4x4x4      64 chips of TPU v5p as a 4 x 4 x 4 torus; v4, v5e, v6e and 7x are other chips
 tpu:v5p:4x4x4:2    two such slices
-gpu:h200:8         one host with 8 H200; gpu:h200:16x8 are 16 such hosts; a100, h100 and b200 are other chips
+gpu:h200:8         one host with 8 H200; gpu:h200:16x8 are 16 such hosts; `--targets` lists the other chips
 cpu:8              8 devices of this machine's processor, for a try
 """
 
@@ -157,7 +157,7 @@ LARGEST_SLICE = 4_096
 _N = "[1-9][0-9]{0,6}"
 _CPU = re.compile(f"cpu:({_N})")
 _TPU = re.compile(f"tpu:({'|'.join(TPUS)}):({_N}(?:x{_N})+)(?::({_N}))?")
-_GPU = re.compile(f"gpu:({'|'.join(GPUS)}):(?:({_N})x)?({_N})")
+_GPU = re.compile(f"gpu:({'|'.join(_HOSTS)}):(?:({_N})x)?({_N})")
 
 
 def parse_machine(text: str) -> Machine:
@@ -223,6 +223,17 @@ def memory_limit(target: Machine) -> int | None:
             return target.hardware.memory
         case GpuMachine():
             return int(target.hardware.memory * _gpu_fraction())
+
+
+def limit_rule(target: Machine) -> str | None:
+    """How the limit follows from the memory that a GPU has; None: a program may have all of it."""
+    if not isinstance(target, GpuMachine):
+        return None
+    share, memory = _gpu_fraction(), target.hardware.memory / 2**30
+    return (
+        f"{share:.0%} of the {memory:.1f} GiB of each {target.chip}, as jax takes for a program; "
+        "XLA_CLIENT_MEM_FRACTION sets another share"
+    )
 
 
 def _gpu_fraction() -> float:
@@ -337,6 +348,11 @@ def prepare_compiler(target: Machine) -> None:
     Raises:
         UserError: the compiler is not installed, or is of another jax.
     """
+    if isinstance(target, GpuMachine) and target.chip not in GPUS:
+        raise UserError(
+            f"--target {target}: {target.chip} is planned for by arithmetic only; leave out --compile, or name one of "
+            f"{', '.join(GPUS)}"
+        )
     if (advice := missing_compiler(target)) is not None:
         raise UserError(advice)
     os.environ.update(environment(target))
@@ -387,7 +403,7 @@ def _nearest(text: str) -> list[str]:
     known = ["cpu:8"]
     for chip, torus in TPUS.items():
         known += [f"tpu:{chip}:{size}" for size in (("2x2", "8x8") if torus.dims == 2 else ("2x2x1", "4x4x4"))]
-    known += [f"gpu:{chip}:{size}" for chip in GPUS for size in (8, "2x8")]
+    known += [f"gpu:{chip}:{size}" for chip in _HOSTS for size in (8, "2x8")]
     chips = CHIPS.keys() & text.lower().split(":")
     same_chip = [name for name in known if name.split(":")[1] in chips]
     return difflib.get_close_matches(text.lower(), same_chip or known, n=3, cutoff=0.4) or (same_chip or known)[:3]

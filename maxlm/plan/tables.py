@@ -11,8 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from maxlm.config import Adafactor, AdamW, Dtype, OptimizerConfig, Zero
+from maxlm.hardware import CHIPS
 from maxlm.plan.advice import Change
 from maxlm.plan.analysis import CompilerReport, Forecast, gib, mesh_text, warnings
+from maxlm.plan.machines import GPUS, TPUS, limit_rule
 from maxlm.plan.search import Search, differences, spelled_out
 
 _BAR = 16
@@ -23,12 +25,12 @@ _COMPILED_MEMORY = "a device: {arguments} state and batch, {temporary} temporary
 
 
 def print_report(found: Forecast, breaks: Sequence[str], console: Console) -> None:
-    """What arithmetic finds, and what breaks first when things grow."""
+    """What arithmetic finds, and what breaks first when things grow, if that was asked."""
     train, target = found.config.train, found.target
+    devices = f"{target.devices:,} device{'s' if target.devices > 1 else ''}"
     console.print(
-        f"{target}: {target.devices:,} devices as {mesh_text(found.mesh)}\n{train.batch_size:,} x {train.seq_len:,} "
-        f"tokens a step in {micro_batches(found)}, remat {found.config.execution.remat.value}, "
-        f"{optimizer_text(found.config.optimizer)}"
+        f"{target}: {devices} as {mesh_text(found.mesh)}\n{train.batch_size:,} x {train.seq_len:,} tokens a step in "
+        f"{micro_batches(found)}, remat {found.config.execution.remat.value}, {optimizer_text(found.config.optimizer)}"
     )
     console.print(_styled_verdict(found))
     sides = Table.grid(padding=(0, 4, 0, 0))
@@ -37,12 +39,15 @@ def print_report(found: Forecast, breaks: Sequence[str], console: Console) -> No
         _table(("memory of a device", ">size", ""), _memory(found)),
     )
     console.print(sides)
-    console.print(_table(("a step", ">time", ">sent", ""), _time(found)))
+    if explained := limit_rule(target):
+        console.print(f"limit: {explained}", style="dim")
+    if times := list(_time(found)):
+        console.print(_table(("a step", ">time", ">sent", ""), times))
     if (bound := found.bound) is not None:
         console.print(
             Text.assemble(
                 (f"at least {seconds(bound.step_seconds)} a step", "bold"),
-                f", limited by {bound.limited_by}; MFU at most {bound.mfu_ceiling:.0%}\n"
+                f", limited by {bound.limited_by}; MFU at most {bound.mfu_ceiling:.0%}, attention masked\n"
                 f"at most {giga(bound.tokens_per_day)} tokens a day; {train.steps:,} steps "
                 f"({giga(train.steps * found.tokens)} tokens) take {bound.days:,.1f} days, "
                 f"{bound.device_hours:,.0f} device-hours\n",
@@ -52,6 +57,18 @@ def print_report(found: Forecast, breaks: Sequence[str], console: Console) -> No
     for line in breaks:
         console.print(Text.assemble(("breaks first: ", "bold"), line))
     _print_warnings(found, console)
+
+
+def print_targets(console: Console) -> None:
+    """Every chip that can be planned for."""
+    names = ("target", ">memory", ">bfloat16 TFLOP/s", ">GB/s of memory", "planned by")
+    console.print(_table(names, map(_target, CHIPS)))
+    console.print(
+        "cpu:DEVICES: this machine's processor, whose memory and speed are not known\n"
+        "TOPOLOGY: chips along each side, as 4x4x4 (v4, v5p, 7x) or 8x8 (v5e, v6e); a further :2 for two such slices.\n"
+        "Every figure has its source in maxlm/hardware.py.",
+        markup=False,
+    )
 
 
 def print_verdict(found: Forecast, console: Console) -> None:
@@ -265,6 +282,13 @@ def _time(found: Forecast) -> Iterable[tuple[str, ...]]:
     for one in found.traffic:
         time = "?" if one.seconds is None else seconds(one.seconds)
         yield f"{one.axis} over {one.link.value}", time, f"{giga(one.sent)}B", one.what
+
+
+def _target(name: str) -> tuple[str, ...]:
+    chip = CHIPS[name]
+    form = f"tpu:{name}:TOPOLOGY" if name in TPUS else f"gpu:{name}:GPUS or HOSTSxGPUS"
+    tiers = "arithmetic, compiler" if name in TPUS or name in GPUS else "arithmetic only"
+    return form, gib(chip.memory), f"{chip.peak.bfloat16:,.4g}", f"{chip.bandwidth / 1e9:,.0f}", tiers
 
 
 def _runs(one: Mapping[str, Any]) -> str:
