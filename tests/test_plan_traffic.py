@@ -136,8 +136,11 @@ COMPILED = {
     "sequence parallel, TPU": (seven_b(tensor=4, sequence_parallel=True), "tpu:v5p:2x2x1", 1.0),
 }
 """Name -> config, target, and how much of the compiled program's bytes the estimate has."""
-LONG = {"data, TPU", "tensor, TPU", "sequence parallel, TPU", "the whole torus", "data x fsdp, TPU"}
-"""A minute each and more."""
+LONG = {
+    *("data, TPU", "tensor, TPU", "fsdp, TPU", "sequence parallel, TPU", "the whole torus", "data x fsdp, TPU"),
+    *("data, micro-batches", "tensor, nothing again", "seq, ring, names", "data x fsdp"),
+}
+"""TPU programs take a minute each and more; of the others, what has both its parts in cases beside it."""
 
 
 @pytest.mark.slow

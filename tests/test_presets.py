@@ -1,7 +1,5 @@
-"""Every file in configs/ on the machine that it names: by arithmetic each, by that machine's own compiler some.
-
-The others compile under the mark `nightly` (`make test-nightly`).
-"""
+"""Every file in configs/ on the machine that it names: by arithmetic; by that machine's own compiler under the mark
+`nightly` (`make test-nightly`), but for LLaMA 7B, which tests/test_plan_aot.py compiles always."""
 
 from __future__ import annotations
 
@@ -21,7 +19,6 @@ from maxlm.plan.analysis import analyse
 from maxlm.plan.machines import CpuMachine, GpuMachine, Machine, TpuMachine, parse_machine
 
 ROOT = Path(__file__).parent.parent
-COMPILED_ALWAYS = {"llama7b", "llama3_70b"}
 
 
 def preset(name: str) -> tuple[RunConfig, Machine]:
@@ -57,9 +54,8 @@ def compiled(target: Machine, *arguments: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [
-    name if name in COMPILED_ALWAYS else pytest.param(name, marks=pytest.mark.nightly) for name in PRESETS
-])  # fmt: skip
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", PRESETS)
 def test_each_preset_compiles_for_the_machine_that_it_names(name: str) -> None:
     _, target = preset(name)
     report = compiled(target, "--config", f"configs/{name}.py")
@@ -81,9 +77,10 @@ def test_llama7b_compiles_for_other_machines(target: str, arguments: tuple[str, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["cpu:8", "tpu:v5p:2x2x1", "gpu:h200:8", *(
+@pytest.mark.parametrize("target", ["cpu:8", "gpu:h200:8", *(
     pytest.param(target, marks=pytest.mark.nightly) for target in (
-        "tpu:v4:2x2x1", "tpu:v5e:2x2", "tpu:v6e:2x2", "tpu:7x:2x2x1", "gpu:a100:8", "gpu:h100:8", "gpu:b200:8",
+        "tpu:v5p:2x2x1", "tpu:v4:2x2x1", "tpu:v5e:2x2", "tpu:v6e:2x2", "tpu:7x:2x2x1", "gpu:a100:8", "gpu:h100:8",
+        "gpu:b200:8",
     )
 )])  # fmt: skip
 def test_tiny_compiles_for_every_chip(target: str) -> None:

@@ -72,6 +72,8 @@ CASES = {
     "tensor across": Case(ShardingConfig(data=2, fsdp=2, tensor=2), {"tensor"}, interleaved=True),
 }
 QUICK = {"data x fsdp"}
+RARE = {"stage 4, circular", "ulysses across"}
+"""For the nightly tests: what they send is that of "stage 2 across" and of "expert 2 across"."""
 
 
 def crossing(layout: Layout) -> set[str]:
@@ -123,7 +125,13 @@ def on_one_device(experts: bool) -> list[np.ndarray]:
     return leaves
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in CASES])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow] + [pytest.mark.nightly] * (n in RARE))
+        for n in CASES
+    ],
+)
 def test_a_layout_across_processes_equals_one_device(name: str, tmp_path: Path) -> None:
     leaves = on_one_device(CASES[name].experts)
     for found in in_two_processes(name, tmp_path):

@@ -398,6 +398,9 @@ def _one_line(complaint: str, known: list[str], prog: str) -> str:
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"; did you mean --{near[0]}?" if near else ""
         return f"unknown key --{key}{hint} {see_help}"
+    absent = words.partition(f"Missing from {prog}: ")[2]
+    if missing := re.findall(r"(--[\w.]+ \S+|[A-Z_]+) (.*?)\.? ?\(required\)", absent):
+        return f"missing: {'; '.join(f'{option}: {text}' for option, text in missing)} {see_help}"
     words = re.sub(r"^(Value error|Invalid choice|Missing argument|Required options) ", "", words)
     words = re.split(r" Argument helptext:| For full helptext", words)[0].strip()
     return f"{words} {see_help}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import assert_never
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,13 @@ def rope_frequencies(config: Rope, head_dim: int) -> np.ndarray:
         float32 [H / 2].
     """
     frequencies = config.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    if config.scaling is not None:
-        frequencies = _stretch(frequencies, config.scaling)
+    match config.scaling:
+        case Llama3RopeScaling() as scaling:
+            frequencies = _stretch(frequencies, scaling)
+        case None:
+            pass
+        case _:
+            assert_never(config.scaling)
     return frequencies.astype(np.float32)
 
 
