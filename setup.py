@@ -75,4 +75,7 @@ setup(
     package_data={"kernels_pallas": ["tuning/*.json"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
+    # An editable installation is a plain path. The other kind, a hook, loses to a folder of that name: beside a clone,
+    # Python would take the clone itself for a package.
+    options={"editable_wheel": {"mode": "compat"}},
 )

@@ -71,12 +71,7 @@ def main(argv: list[str]) -> None:
     enable_compilation_cache()
     run = load_run(Path(options.run), step=options.step, sharding=options.sharding)
     as_trained = run.config.train
-    rows, eval_batches = options.batch_size or as_trained.batch_size, as_trained.eval_batches or None
-    if eval_batches is not None:  # the same windows in batches of another size
-        eval_batches = math.ceil(eval_batches * as_trained.batch_size / rows)
-    train = dataclasses.replace(
-        as_trained, batch_size=rows, micro_batches=1, eval_batches=options.batches or eval_batches
-    )
+    train = dataclasses.replace(as_trained, batch_size=options.batch_size or as_trained.batch_size, micro_batches=1)
     config = dataclasses.replace(run.config, train=train)
     config.validate(run.layout.mesh.size)
     batches = open_batches(config.data, batch_size=train.batch_size, seq_len=train.seq_len, split=Split.VALIDATION)
@@ -85,8 +80,12 @@ def main(argv: list[str]) -> None:
             f"{config.data.datasets[0].path}: prepared with tokenizer {batches.tokenizer.fingerprint[:12]}..., the run "
             f"{options.run} uses {run.tokenizer.fingerprint[:12]}...; prepare the data with the run's tokenizer"
         )
-    assert batches.n_batches is not None, "a validation split has an end"
-    n_batches = batches.n_batches if options.whole else train.held_out_batches(batches.n_batches)
+    assert batches.n_batches is not None and batches.n_windows is not None, "a validation split has an end"
+    # The windows that training measured, in batches of any size; all of them, where it measured none.
+    windows = as_trained.batch_size * as_trained.held_out_batches(batches.n_windows // as_trained.batch_size)
+    n_batches = options.batches or max(1, windows // train.batch_size)
+    if options.whole or not (options.batches or windows):
+        n_batches = batches.n_batches
     trainer = make_trainer(config, run.layout)
     sharding = run.layout.sharding(run.layout.activation("batch", "seq"))
     with contextlib.closing(global_batches(batches, sharding, 0)) as feed:

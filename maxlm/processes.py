@@ -114,5 +114,7 @@ class Interruption:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
         self._asked = True
+        with contextlib.suppress(OSError):  # `print` is not safe inside a signal handler
+            os.write(2, b"stopping after this step, and saving; a second signal stops at once, without\n")
         for watched in self._before:
             signal.signal(watched, signal.SIG_DFL)

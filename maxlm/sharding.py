@@ -128,7 +128,8 @@ def all_devices() -> list[jax.Device]:
         ) from error
 
 
-_PLATFORMS = {"tpu": ("tpu", ("libtpu",)), "cuda": ("gpu", ("jax_cuda13_plugin", "jax_cuda12_plugin"))}
+_CUDA = "gpu", ("jax_cuda13_plugin", "jax_cuda12_plugin")
+_PLATFORMS = {"tpu": ("tpu", ("libtpu",)), "cuda": _CUDA, "gpu": _CUDA}
 """Platforms of jax beside the CPU: our extra, and the modules of which one is installed with it."""
 
 

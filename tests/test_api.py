@@ -27,7 +27,9 @@ import maxlm
 import maxlm.train
 from maxlm.config import (
     ByteTokenizer,
+    Capacity,
     DataConfig,
+    Experts,
     Files,
     ObserveConfig,
     PrepareConfig,
@@ -35,8 +37,10 @@ from maxlm.config import (
     SamplingConfig,
     ScalarHead,
     ShardingConfig,
+    TopKRouter,
     UserError,
     serialize,
+    with_experts,
 )
 from maxlm.config.cli import parse_run
 from maxlm.data.loader import open_batches
@@ -164,7 +168,7 @@ def test_an_override_changes_its_key_and_no_other(key: str, value: Any, found: A
         ("tinny", {}, r"--config tinny: no such file; did you mean tiny\w*"),
         ("configs/nothing.txt", {}, "--config configs/nothing.txt: no such file"),
         ("tiny", {"train.stepz": 3}, "unknown key --train.stepz; did you mean --train.steps?"),
-        ("tiny", {"train.steps": "three"}, "--train.steps: invalid literal for int"),
+        ("tiny", {"train.steps": "three"}, "--train.steps: .three. is not a whole number"),
         ("tiny", {"train.steps": 0}, "train.steps = 0 must be positive"),
     ],
 )
@@ -217,6 +221,17 @@ def test_logits_are_those_of_the_plain_decoder(sharding: ShardingConfig, devices
     assert logits.sharding.device_set <= set(jax.devices()[:devices])
     want = plain_logits(ids, jnp.broadcast_to(jnp.arange(9), (3, 9)))
     np.testing.assert_allclose(logits, want, atol=2e-5, rtol=1e-5)
+
+
+def test_a_token_sees_no_later_one_though_experts_have_little_room(run: LoadedRun) -> None:
+    """As in decoding, every choice is computed."""
+    experts = Experts(n_experts=4, d_ff=24, router=TopKRouter(top_k=2), dispatch=Capacity(factor=0.5, group_size=8))
+    config = dataclasses.replace(run.config, model=with_experts(BYTE_MODEL, experts))
+    full = dataclasses.replace(run, config=config, parameters=parameters_of(config)).model
+    ids = np.random.default_rng(1).integers(0, BYTE_MODEL.vocab_size, (2, 20))
+    other = np.where(np.arange(20) < 13, ids, ids[::-1])
+    np.testing.assert_allclose(full.logits(other)[:, :13], full.logits(ids)[:, :13], atol=1e-5)
+    np.testing.assert_allclose(full.logits(ids[:, :13]), full.logits(ids)[:, :13], atol=1e-5)
 
 
 def test_a_single_row_and_other_arrays(run: LoadedRun) -> None:
@@ -392,7 +407,7 @@ def test_the_examples_of_the_document_run(tmp_path: Path, monkeypatch: pytest.Mo
     names: dict[str, Any] = {}
     for number, block in enumerate(BLOCKS):
         exec(compile(block, f"docs/api.md, block {number}", "exec"), names)
-    rows = [json.loads(line) for line in Path("runs/tiny/metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in Path("runs/api/metrics.jsonl").read_text().splitlines()]
     np.testing.assert_allclose(names["losses"], [row["loss"] for row in rows], rtol=1e-6)  # the loop says so
     assert names["logits"].shape == (1, len(names["ids"]), 4096)
     assert Path("runs/tuned/config.json").exists() and math.isfinite(names["tuned"].loss)

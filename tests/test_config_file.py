@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from maxlm.config import UserError
 from maxlm.config.cli import load_config
+from maxlm.shapes import parameter_count
 
 ROOT = Path(__file__).parent.parent
 
@@ -162,3 +164,33 @@ def test_the_command_prints_one_line_or_with_debug_the_traceback(debug: bool, tm
         assert "Traceback" in done.stderr and "model=modell" in done.stderr and "NameError" in done.stderr
     else:
         assert done.stderr == f"error: {file}:9: NameError: modell is not defined; did you mean model?\n"
+
+
+def test_the_documents_config_is_one(tmp_path: Path) -> None:
+    before = (ROOT / "docs/configs.md").read_text().partition("## What is checked")[0]
+    (text,) = re.findall(r"^```python\n(.*?)^```$", before, re.M | re.S)
+    (tmp_path / "mine.py").write_text(text)
+    config = load_config(tmp_path / "mine.py")
+    config.validate(1)
+    assert parameter_count(config.model).total == 50_304 * 128 + 128 * 128 + 2 * (12 * 128**2 + 13 * 128) + 2 * 128
+
+
+def test_a_config_takes_its_siblings_and_nobody_elses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not those of another file's folder, nor of the folder one stands in, nor what they were before an edit."""
+    for place, steps in (("a", 11), ("b", 22)):
+        (tmp_path / place / "configs").mkdir(parents=True)
+        (tmp_path / place / "configs/tiny.py").write_text(WHOLE.replace("steps=10", f"steps={steps}"))
+        (tmp_path / place / "configs/x.py").write_text("from configs.tiny import get_config\n")
+    monkeypatch.chdir(ROOT)
+    before, path = set(sys.modules), list(sys.path)
+    found = [load_config(tmp_path / place / "configs/x.py").train.steps for place in ("a", "b", "a")]
+    assert found == [11, 22, 11]
+    (tmp_path / "a/configs/tiny.py").write_text(WHOLE.replace("steps=10", "steps=333"))
+    assert load_config(tmp_path / "a/configs/x.py").train.steps == 333
+    assert sys.path == path and not {name for name in set(sys.modules) - before if name.startswith("configs")}
+
+
+def test_a_config_that_exits_is_a_mistake(tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text("import sys\nsys.exit(3)\n")
+    with pytest.raises(UserError, match=r"x\.py:2: SystemExit: 3"):
+        load_config(tmp_path / "x.py")

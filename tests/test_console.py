@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import sys
 import time
 
 import pytest
@@ -103,3 +105,33 @@ def test_an_output_that_goes_away_silences_the_console_alone(capfd):
         for text in ("one", "two"):
             console.say(text)
     assert capfd.readouterr().err.count("no more output here") == 1
+
+
+def test_a_terminal_that_goes_away_silences_the_console_and_gives_standard_error_back(capfd):
+    """rich makes a SystemExit of a broken pipe, and holds standard error while there is a status line."""
+    read, write = os.pipe()
+    before = sys.stderr
+    with os.fdopen(write, "w") as gone:
+        terminal = rich.console.Console(file=gone, force_terminal=True, width=80, _environ={"TERM": "xterm"})
+        with Console(output=terminal) as console:
+            console.start(20, 4, ["header"])
+            os.close(read)
+            for step in (5, 6):
+                console.progress(step)
+                console.say("a row")
+            assert sys.stderr is before
+            print("a later message", file=sys.stderr)
+    told = capfd.readouterr().err
+    assert told.count("no more output here") == 1 and "a later message" in told
+
+
+def test_a_console_whose_output_is_gone_starts_and_stops():
+    read, write = os.pipe()
+    os.close(read)
+    gone = os.fdopen(write, "w")
+    terminal = rich.console.Console(file=gone, force_terminal=True, width=80, _environ={"TERM": "xterm"})
+    with Console(output=terminal) as console:
+        console.start(20, 0, [])
+        console.stop()
+    with contextlib.suppress(BrokenPipeError):  # what rich left in it
+        gone.close()

@@ -93,6 +93,10 @@ def test_evaluate_says_what_the_run_said(bench: Bench, capsys: pytest.CaptureFix
     assert (found["step"], found["tokens"]) == (said["step"], said["eval_tokens"])
     for key in ("loss", "perplexity", "bits_per_byte"):
         assert found[key] == pytest.approx(said[f"eval_{key}"], rel=1e-5)
+    for batch_size in ("1", "4", "16"):  # the same windows, 2 batches of 8
+        evaluate.main(["--run", str(bench.reference), "--json", "--batch_size", batch_size])
+        again = json.loads(capsys.readouterr().out)
+        assert again["tokens"] == found["tokens"] and again["loss"] == pytest.approx(found["loss"], rel=1e-5)
     evaluate.main(["--run", str(bench.reference), "--json", "--whole"])
     assert json.loads(capsys.readouterr().out)["tokens"] > found["tokens"]
 

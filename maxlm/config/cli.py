@@ -181,9 +181,9 @@ def parse_run(argv: Sequence[str], *, prog: str, description: str) -> Command:
     elif asks_help:
         file_config = _EXAMPLE
     else:
-        raise UserError(
-            "--config is missing; name a file, for example --config configs/tiny.py (--help lists all keys)"
-        )
+        named = next((word for word in overrides if word.endswith(_SUFFIXES) and not word.startswith("-")), None)
+        example = named or "configs/tiny.py"
+        raise UserError(f"--config is missing; name a file, for example --config {example} (--help lists all keys)")
     usage = (
         f"{description}\n\n--config FILE      Python file with get_config(), tiny for configs/tiny.py, or a saved "
         f"config.json; the defaults below are those of {options.config or 'a small example'}.\n"
@@ -291,8 +291,7 @@ def config_file(name: str | Path) -> Path:
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
     """The `get_config()` of a Python file, or what stands in a saved `config.json`, with some values changed.
 
-    The folder that holds the file's own folder is put on the import path, so that `configs/x.py` may say
-    `from configs.y import get_config`, wherever the command is run.
+    `configs/x.py` may say `from configs.y import get_config`: that is the file beside it, wherever the command is run.
 
     Args:
         path: see `config_file`.
@@ -339,9 +338,6 @@ def _load_file(path: str | Path) -> RunConfig:
             return load(RunConfig, file)
         except UserError as error:
             raise UserError(f"--config {error}") from error
-    root = str(file.resolve().parent.parent)
-    if root not in sys.path:
-        sys.path.append(root)
     return run_python_file(str(file))
 
 

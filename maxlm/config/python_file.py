@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import difflib
 import importlib.util
 import inspect
 import re
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
@@ -30,19 +31,41 @@ def run_python_file(path: str) -> RunConfig:
         raise UserError(f"--config {path}: neither a Python file nor a saved config.json")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise _told(error, path) from error
-    get_config = _get_config(module, path)
-    try:
-        config = get_config()
-    except Exception as error:
-        raise _told(error, path) from error
+    with _beside(Path(path).resolve()):
+        try:
+            spec.loader.exec_module(module)
+        except (Exception, SystemExit) as error:
+            raise _told(error, path) from error
+        get_config = _get_config(module, path)
+        try:
+            config = get_config()
+        except (Exception, SystemExit) as error:
+            raise _told(error, path) from error
     if not isinstance(config, RunConfig):
         found = "None; is its last line `return RunConfig(...)`?" if config is None else type(config).__name__
         raise UserError(f"{_place(get_config, path)}: get_config() must return a RunConfig, it returns {found}")
     return config
+
+
+@contextlib.contextmanager
+def _beside(file: Path) -> Iterator[None]:
+    """Lets `from configs.y import get_config` find the file beside this one, as it is now: not one of that name in the
+    current folder, nor what was imported under that name before."""
+    root, folder = str(file.parent.parent), file.parent.name
+    named = lambda: [name for name in sys.modules if name == folder or name.startswith(f"{folder}.")]
+    # A package with an __init__.py, such as maxlm itself, is no folder of configs.
+    others = {} if getattr(sys.modules.get(folder), "__file__", None) else {name: sys.modules[name] for name in named()}
+    for name in others:
+        del sys.modules[name]
+    sys.path.insert(0, root)
+    try:
+        yield
+    finally:
+        sys.path.remove(root)
+        if folder not in sys.modules or getattr(sys.modules[folder], "__file__", None) is None:
+            for name in named():
+                del sys.modules[name]
+        sys.modules.update(others)
 
 
 def _get_config(module: ModuleType, path: str) -> Any:
@@ -77,7 +100,7 @@ def _shown(filename: str, path: str) -> str:
     return str(Path(path).parent / Path(filename).name)
 
 
-def _told(error: Exception, path: str) -> UserError:
+def _told(error: BaseException, path: str) -> UserError:
     """The exception in one line that begins with its place: the innermost frame of the config file, or, where there is
     none, of a file beside it."""
     file = Path(path).resolve()
@@ -100,7 +123,7 @@ def _told(error: Exception, path: str) -> UserError:
 _KEYWORD = r"(\w+)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'"
 
 
-def _meant(error: Exception, frame: FrameType, file: Path) -> str | None:
+def _meant(error: BaseException, frame: FrameType, file: Path) -> str | None:
     """The exception's words with the nearest right names; None: no name is wrong."""
     here = {**vars(builtins), **frame.f_globals, **frame.f_locals}
     match error:

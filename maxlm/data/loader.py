@@ -50,10 +50,13 @@ class Batches:
                 raise _too_small(data, split, len(windows), seq_len, batch_size)
         self._firsts = np.cumsum([0] + [len(windows) for windows in self._windows])
         self._order = self._make_order(weights, seed)
+        self.n_windows: int | None = None
+        """Those that do not fill a batch are in none. None: without end."""
         self.n_batches: int | None = None
         """None: without end."""
         if split is Split.VALIDATION:
-            self.n_batches = len(self._order) // batch_size
+            self.n_windows = len(self._order)
+            self.n_batches = self.n_windows // batch_size
             if not self.n_batches:
                 raise _too_small(opened[0], split, len(self._order), seq_len, batch_size)
         self.tokens = sum(data.info.tokens(split) for data in opened)
@@ -206,7 +209,9 @@ def _too_small(data: Prepared, split: Split, windows: int, seq_len: int, batch_s
             f"{data.folder}: {tokens} tokens to train on are less than one window of train.seq_len = {seq_len} and the "
             f"token after it; prepare more text or use train.seq_len <= {max(1, tokens - 1)}"
         )
+    lone = data.info.documents(Split.TRAIN) == 1
+    remedy = "split the single document into several files" if lone else "raise prepare.validation_fraction"
     return UserError(
         f"{data.folder}: the {tokens} tokens held out make {windows} windows of train.seq_len = {seq_len}, less than "
-        f"train.batch_size = {batch_size}; raise prepare.validation_fraction, or set train.eval_batches = 0"
+        f"train.batch_size = {batch_size}; {remedy}, or set train.eval_batches = 0"
     )

@@ -103,8 +103,8 @@ def _check_same(config: PrepareConfig, there: PrepareConfig, out: Path) -> None:
         changes = ", ".join(f"{key} = {show(before.get(key))} there and {show(here.get(key))} now" for key in keys[:3])
         more = f", and {len(keys) - 3} keys more" if len(keys) > 3 else ""
         raise UserError(
-            f"{out}: was prepared with {changes}{more}; to train on it as it is, set the data set's prepare to None "
-            "(--data.datasets.0.prepare None); else name another folder, or delete this one to prepare it again"
+            f"{out}: was prepared with {changes}{more}; name another folder, or delete this one to prepare it again; "
+            "to train on it as it is, leave out how to prepare it (--data.datasets.0.prepare None)"
         )
 
 
@@ -142,6 +142,10 @@ def _taken(file: TextIO) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _warn(text: str) -> None:
+    Console(stderr=True).print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _tokenizer(config: PrepareConfig, out: Path) -> Tokenizer:
@@ -187,8 +191,13 @@ def _run(config: PrepareConfig, out: Path, tokenizer: Tokenizer) -> DatasetInfo:
             f"prepare.validation_fraction = {config.validation_fraction} leaves none of {documents} documents to "
             "train on; use a smaller one"
         )
+    if not validation and config.validation_fraction:
+        _warn(
+            "a single document: nothing is held out; split it into several files to measure a held-out loss, or train "
+            "with --train.eval_batches 0"
+        )
     if unreadable.count:
-        Console(stderr=True).print(unreadable.summary(), style="yellow", markup=False, highlight=False, soft_wrap=True)
+        _warn(unreadable.summary())
     return DatasetInfo(
         prepare=_deciding(config),
         tokenizer_fingerprint=tokenizer.fingerprint,

@@ -130,13 +130,13 @@ def _files(documents: Files) -> Iterator[Path]:
 
 
 def _walk(folder: Path, pattern: str, skip: set[str]) -> Iterator[Path]:
-    """Files below `folder` sorted by path, without hidden ones."""
+    """Files below `folder` sorted by path, without hidden ones and what Python compiled."""
 
     def refuse(error: OSError) -> None:
         raise _not_readable(Path(error.filename), error) from error
 
     for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if name not in skip and not name.startswith("."))
+        folders[:] = sorted(name for name in folders if name not in skip and not name.startswith((".", "__pycache__")))
         for name in sorted(names):
             if fnmatch.fnmatch(name, pattern) and not name.startswith("."):
                 yield Path(parent, name)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 import numpy.typing as npt
 
-from maxlm.config import LmHead, UserError
+from maxlm.config import BlockConfig, Dropless, ExpertChoiceRouter, Experts, LmHead, ModelConfig, UserError
 from maxlm.models import Execution, Tokens, bind, ops, parameter_dims
 from maxlm.sharding import decoding_layout
 
@@ -25,7 +26,7 @@ class LanguageModel:
         Raises:
             UserError: the model has no logits.
         """
-        self.config = run.config.model
+        self.config = _dropless(run.config.model)
         if not isinstance(self.config.head, LmHead):
             raise UserError(f"model.head = {type(self.config.head).__name__} gives no logits; use a run with an LmHead")
         # As for decoding: rows of any length, which a mesh with a seq or stage axis could not cut.
@@ -47,7 +48,8 @@ class LanguageModel:
 
         Args:
             tokens: integers [B, T] or, for a single row, [T]; ids from 0 to V - 1. Rows that are shorter are padded at
-                the end with any id: no token sees a later one, but through an ExpertChoiceRouter.
+                the end with any id: no token sees a later one, but through an
+                ExpertChoiceRouter. All other choices of experts are computed, as in decoding.
             positions: integers of the same shape, from 0 to model.max_seq_len - 1: where each token stands in its
                 document. None: 0, 1, ..., T - 1.
             segment_ids: integers of the same shape, not negative; tokens of different segments do not see each other.
@@ -94,6 +96,18 @@ class LanguageModel:
         model, tokens = bind(self.config, parameters), Tokens(positions, segment_ids)
         output = model(model.embeddings(ids, tokens, self._how), tokens, self._how)
         return self._layout.constrain(ops.logits(output.hidden, model.output_table), "batch", None, None)
+
+
+def _dropless(model: ModelConfig) -> ModelConfig:
+    """The same model, whose tokens do not compete for room: what becomes of one depends on no later one."""
+
+    def one(block: BlockConfig) -> BlockConfig:
+        if not isinstance(block.mlp, Experts) or isinstance(block.mlp.router, ExpertChoiceRouter):
+            return block
+        return dataclasses.replace(block, mlp=dataclasses.replace(block.mlp, dispatch=Dropless()))
+
+    first, blocks = (tuple(map(one, blocks)) for blocks in (model.first_blocks, model.blocks))
+    return dataclasses.replace(model, first_blocks=first, blocks=blocks)
 
 
 def _integers(name: str, values: npt.ArrayLike, end: int, reason: str) -> npt.NDArray[np.int32]:

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
 from types import TracebackType
 from typing import Self
@@ -23,6 +23,8 @@ from maxlm.observe.text import duration, gibibytes, short
 
 _ROW_WIDTH = 80
 """Columns of a row of metrics: what a terminal has, and a narrow window beside an editor."""
+_GONE = (OSError, ValueError, SystemExit)
+"""The reader is gone, the disk full, the file closed. rich makes a SystemExit of a broken pipe."""
 _WAIT_LINE_S = 30.0
 """Seconds between the lines that say, where there is no status line, that something still goes on."""
 
@@ -55,13 +57,14 @@ class Console:
         if first_step:
             self.say(f"continuing after step {first_step:,} of {total:,}")
         if self._enabled and self._output.is_terminal and not self._output.is_dumb_terminal:
-            self._live = rich.live.Live(
+            live = rich.live.Live(
                 get_renderable=self._status,
                 console=self._output,
                 refresh_per_second=2,
                 transient=True,
             )
-            self._live.start()
+            self._attempt(live.start)
+            self._live = live if self._enabled else None
 
     @contextlib.contextmanager
     def waiting(self, what: str) -> Iterator[None]:
@@ -96,7 +99,7 @@ class Console:
         self._latest, self._step = row, max(self._step, row["step"])
         self.say(self._row(row))
         if self._live is not None:
-            self._live.refresh()
+            self._attempt(self._live.refresh)
 
     def measured(self, text: str) -> None:
         """Print a measurement; its first line stands out."""
@@ -110,13 +113,10 @@ class Console:
         if not self._enabled:
             return
         text = _printable(text, self._output.encoding)
-        try:
-            if self._output.is_terminal:
-                self._output.print(Text(text, style=style))
-            else:  # rich would cut long lines to a width that a file does not have
-                print(text, file=self._output.file, flush=True)
-        except (OSError, ValueError) as error:  # the reader is gone, the disk full, the file closed
-            self._go_silent(error)
+        if self._output.is_terminal:
+            self._attempt(lambda: self._output.print(Text(text, style=style)))
+        else:  # rich would cut long lines to a width that a file does not have
+            self._attempt(lambda: print(text, file=self._output.file, flush=True))
 
     def warning(self, text: str) -> None:
         """Print a line that stands out."""
@@ -124,12 +124,22 @@ class Console:
 
     def stop(self) -> None:
         """Take the status line away."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        live, self._live = self._live, None
+        if live is not None:
+            self._attempt(live.stop)
 
-    def _go_silent(self, error: Exception) -> None:
-        self._enabled, self._live = False, None
+    def _attempt(self, write: Callable[[], None]) -> None:
+        """Write, or be silent from now on."""
+        try:
+            write()
+        except _GONE as error:
+            self._go_silent(error)
+
+    def _go_silent(self, error: BaseException) -> None:
+        was_enabled, self._enabled = self._enabled, False
+        self.stop()  # which gives standard error back
+        if not was_enabled:
+            return
         with contextlib.suppress(OSError, ValueError, AttributeError):
             # What is still buffered would fail again when Python ends, and change the exit code.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._output.file.fileno())

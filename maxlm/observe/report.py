@@ -20,6 +20,8 @@ from maxlm.observe.svg import Line, chart
 from maxlm.observe.text import gibibytes, short
 
 _SAMPLES_SHOWN = 5
+_LEAST_ROWS = 5
+"""Of a mean: a single batch says little."""
 _EXPERT_CURVES = {
     "moe_load_entropy": "Entropy of the experts' load (1: even), mean over layers",
     "moe_max_over_mean_load": "Load of the busiest expert over the mean, mean over layers",
@@ -100,11 +102,12 @@ def _summary(facts: Mapping[str, Any], metrics: Sequence[Row], evals: Sequence[R
     if metrics:
         tiles.append(("tokens trained", short(metrics[-1]["tokens"])))
     if losses := _known(metrics, "loss"):
-        tiles.append(("training loss, last 3 %", f"{statistics.fmean(losses[-math.ceil(0.03 * len(losses)) :]):.4f}"))
+        last = losses[-max(_LEAST_ROWS, math.ceil(0.03 * len(losses))) :]
+        tiles.append((f"training loss, last {len(last)} rows", f"{statistics.fmean(last):.4f}"))
     if evals:
-        last = evals[-1]
+        newest = evals[-1]
         names = {"eval_loss": "held-out loss", "eval_perplexity": "perplexity", "eval_bits_per_byte": "bits per byte"}
-        tiles += [(name, f"{last[key]:.4g}") for key, name in names.items() if last.get(key) is not None]
+        tiles += [(name, f"{newest[key]:.4g}") for key, name in names.items() if newest.get(key) is not None]
     if speeds := _known(metrics, "tokens_per_s"):
         tiles.append(("tokens per second", short(statistics.median(speeds))))
         tiles.append(("seconds per step", f"{statistics.median(_known(metrics, 'step_time_s')):.3g}"))

@@ -270,7 +270,7 @@ def _memory(found: Forecast) -> Iterable[Sequence[Any]]:
         yield "limit", gib(found.limit), ""
     other = "logits" if "working" in at_peak else "working"
     yield f"{other}, at other times", gib(getattr(memory, other)), "", "dim"
-    yield "key/value cache", gib(found.cache), "", "dim"
+    yield "cache, if it decoded", gib(found.cache), "", "dim"
 
 
 def _time(found: Forecast) -> Iterable[tuple[str, ...]]:
