@@ -175,7 +175,7 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
     )
     # For what runs once, and is mostly random numbers: not worth the compiler's best effort.
     in_haste = {"xla_backend_optimization_level": 1}
-    if layout.on_cpu:
+    if layout.on_cpu and jax.__version_info__ < (0, 12):  # later ones have no other emitter of loops
         in_haste["xla_cpu_use_fusion_emitters"] = False
     return Trainer(
         layout=layout,
