@@ -398,6 +398,7 @@ def test_a_finished_run_is_at_hand_without_reading_it(
 # Documents
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_document_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In small: the overrides of an example count, but for the sizes."""
     monkeypatch.chdir(tmp_path)

@@ -295,6 +295,7 @@ def test_verdicts() -> None:
     assert dataclasses.replace(goal, stretch=None).verdict(2.0) == "aim"
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_docs_run() -> None:
     """All of them in order, as a reader would type them."""
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "kernels.md").read_text(), re.DOTALL)

@@ -103,6 +103,7 @@ def test_decoding_holds_one_cache_whatever_its_length() -> None:
     assert long.memory_analysis().alias_size_in_bytes >= n_bytes  # the donated cache is the new one
 
 
+@pytest.mark.slow
 def test_a_layer_of_a_pattern_waits_for_no_other() -> None:
     """With full rematerialisation the pattern's length decides nothing about memory: each block is recomputed alone."""
 

@@ -196,6 +196,7 @@ def files_of(step: Path) -> list[Path]:
     return sorted(path for path in step.rglob("*") if path.is_file())
 
 
+@pytest.mark.slow
 def test_one_flipped_bit_anywhere_is_never_restored(run: Run) -> None:
     rng = random.Random(0)
     files = files_of(run.folder / "3")
@@ -217,6 +218,7 @@ def test_one_flipped_bit_anywhere_is_never_restored(run: Run) -> None:
     run.assert_restores(3)
 
 
+@pytest.mark.slow
 def test_every_file_truncated_or_deleted_or_added(run: Run) -> None:
     step = run.folder / "3"
     for path in files_of(step):

@@ -234,6 +234,7 @@ DECODERS = {
     "ulysses fsdp tensor": (ShardingConfig(data=1, fsdp=2, seq=2, tensor=2, context=Context.ULYSSES), {}),
     "ulysses stage": (ShardingConfig(data=2, seq=2, stage=2, context=Context.ULYSSES), {"micro_batches": 2}),
 }
+QUICK = {"ring fsdp tensor", "ulysses data"}
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +242,7 @@ def reference() -> Any:
     return loss_and_gradients(small_run(z_loss=1e-3), one_device())
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in DECODERS])
 def test_the_decoder_learns_the_same(name: str, reference: Any, capfd: pytest.CaptureFixture[str]) -> None:
     sharding, train = DECODERS[name]
     got = loss_and_gradients(small_run(sharding=sharding, z_loss=1e-3, **train), make_layout(sharding))

@@ -127,6 +127,7 @@ def test_no_table_is_wider_than_the_console(columns: str) -> None:
     assert max(map(len, done.stdout.splitlines())) <= int(columns)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_comes_with_changes_that_would() -> None:
     """Twelve bytes a parameter, whole on every device, are 75 GiB; a program has 59 of an H100."""
     words = (*SEVEN_B, "--target", "gpu:h100:8", "--sharding.fsdp", "1", "--train.batch_size", "64")
@@ -254,6 +255,7 @@ def test_a_search_goes_on_after_what_cannot_be_compiled(
     assert found["verified"] == {"wanted": 2, "fit": 2, "compiled": 3}
 
 
+@pytest.mark.slow
 def test_a_search_says_what_it_compiles_and_how_many_it_verified(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

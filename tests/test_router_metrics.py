@@ -176,6 +176,7 @@ def loads(sharding, n_devices, **seeds):
         ShardingConfig(data=1, seq=2, expert=2, fsdp=2, context=Context.RING),
     ],
 )
+@pytest.mark.slow
 def test_noise_is_the_same_on_every_mesh(sharding):
     want = loads(ShardingConfig(), 1, seeds=SEEDS)
     assert (want != loads(ShardingConfig(), 1)).any()

@@ -201,6 +201,7 @@ def test_adafactor_counts_the_layers_of_the_stack_alone():
     assert (31, 48) in shapes and (31, 32, 48) not in shapes
 
 
+@pytest.mark.slow
 def test_first_blocks_run_before_a_pipeline():
     wide = dataclasses.replace(small_model().blocks[0], mlp=GatedMlp(d_ff=64))
     model = small_model(n_layers=3, first_blocks=(wide,))

@@ -110,7 +110,7 @@ def loaded(model: ModelConfig, sharding: ShardingConfig, devices: int, parameter
     return LoadedRun(config=config, layout=layout, step=0, parameters=parameters, tokenizer=Bytes())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["tied", pytest.param("experts", marks=pytest.mark.slow)])
 def test_a_model_says_what_its_rounded_weights_say(name: str) -> None:
     model, sharding, devices = MODELS[name], ShardingConfig(data=1, fsdp=2, tensor=2), 4
     parameters = parameters_of(small_run(model))

@@ -70,8 +70,14 @@ def experts_model():
         pytest.param(
             Zero.OPTIMIZER, {"fsdp": 2, "stage": 2, "data": 2}, small_model(), id="stage", marks=pytest.mark.slow
         ),
-        pytest.param(Zero.PARAMETERS, {"fsdp": 2, "tensor": 2, "stage": 2}, small_model(), id="tensor and stage"),
-        pytest.param(Zero.PARAMETERS, {"fsdp": 4, "expert": 2}, experts_model(), id="expert"),
+        pytest.param(
+            Zero.PARAMETERS,
+            {"fsdp": 2, "tensor": 2, "stage": 2},
+            small_model(),
+            id="tensor and stage",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(Zero.PARAMETERS, {"fsdp": 4, "expert": 2}, experts_model(), id="expert", marks=pytest.mark.slow),
         pytest.param(Zero.PARAMETERS, {"fsdp": 2, "seq": 4}, small_model(), id="seq", marks=pytest.mark.slow),
     ],
 )
