@@ -7,7 +7,7 @@ position.py: RoPE, ALiBi, relative bias; embedded positions
 attention.py: heads, window, biases
 mlp.py: plain and gated MLP
 mixture.py: mixtures of experts: routers, dispatch
-execution.py: number format, remat, kernels
+execution.py: number formats, remat, kernels
 remat.py: which named results each remat policy keeps
 families.py: model families as functions from sizes to a model
 task.py: what a run learns
@@ -47,7 +47,7 @@ from maxlm.config.data import (
 )
 from maxlm.config.dims import ACTIVATION_DIMS, CUT_BY_FSDP, PARAMETER_DIMS, Axes, StatePart
 from maxlm.config.errors import UserError
-from maxlm.config.execution import Backend, Dtype, ExecutionConfig, GluSave, KernelConfig, Remat
+from maxlm.config.execution import Backend, Dtype, ExecutionConfig, GluSave, KernelConfig, Remat, WeightFormat
 from maxlm.config.families import llama, with_experts
 from maxlm.config.mixture import (
     Capacity,
@@ -97,7 +97,7 @@ from maxlm.config.position import (
     Sinusoidal,
 )
 from maxlm.config.run import CheckpointConfig, ObserveConfig, RunConfig, StepRange, TrainConfig
-from maxlm.config.sampling import SamplingConfig, WeightFormat
+from maxlm.config.sampling import SamplingConfig
 from maxlm.config.sharding import (
     MESH_AXES,
     Context,

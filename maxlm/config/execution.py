@@ -21,6 +21,16 @@ class Dtype(enum.Enum):
         return 2 if self is Dtype.BFLOAT16 else 4
 
 
+class WeightFormat(enum.Enum):
+    """How decoding holds weights. What the result of a product is in, is `execution.dtype` always."""
+
+    DTYPE = "dtype"
+    """In `execution.dtype`."""
+    INT8 = "int8"
+    """Products in 8 bits, with a float32 scale for each output (arXiv:2208.07339, section 2.1): a quarter of float32's
+    memory, half of bfloat16's, at the price of a little quality."""
+
+
 class Remat(enum.Enum):
     """What the backward pass finds saved, and what it computes again (activation checkpointing, arXiv:1604.06174)."""
 

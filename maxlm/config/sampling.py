@@ -1,21 +1,10 @@
-"""How a trained model runs to make text: the format of its weights, and how the next token is drawn."""
+"""How the next token is drawn from the model's distribution."""
 
 from __future__ import annotations
 
-import enum
 from typing import Annotated
 
 from maxlm.config.fields import Range, config
-
-
-class WeightFormat(enum.Enum):
-    """How decoding holds weights. What the result of a product is in, is `execution.dtype` always."""
-
-    DTYPE = "dtype"
-    """In `execution.dtype`."""
-    INT8 = "int8"
-    """Products in 8 bits, with a float32 scale for each output (arXiv:2208.07339, section 2.1): a quarter of float32's
-    memory, half of bfloat16's, at the price of a little quality."""
 
 
 @config("")
