@@ -332,6 +332,8 @@ def test_targets_lists_every_chip_and_what_plans_for_it() -> None:
     lines = {line.split(":")[1]: line for line in done.stdout.splitlines() if line.startswith(("tpu:", "gpu:"))}
     assert set(lines) == set(CHIPS)
     assert lines["h200"].rstrip().endswith("arithmetic, compiler") and lines["rtx4090"].rstrip().endswith("only")
+    done = plan("--targets", "--jsno")
+    assert (done.returncode, done.stderr) == (2, "error: --targets stands alone; leave out --jsno\n")
 
 
 def test_a_consumer_gpu_is_for_arithmetic() -> None:

@@ -69,6 +69,8 @@ def main(argv: list[str]) -> int:
         example = f"{name} {_EXAMPLES.get(name, '')}".strip()
         raise UserError(f"{name}: {error.message}; write {example}") from None
     if options.targets:
+        if others := [word for word in argv if word not in ("--targets", "--debug")]:
+            raise UserError(f"--targets stands alone; leave out {' '.join(others)}")
         print_targets(_console())
         return 0
     asked = parse_run(rest, prog="python -m maxlm.plan", description=_DESCRIPTION)
