@@ -11,7 +11,6 @@ evaluate.py: command: held-out loss
 inspect.py: command: list, verify, hash
 sharding.py: the mesh, and jax shardings of the table in config/dims.py
 hardware.py: every chip: FLOP/s, memory, links, with sources
-processes.py: joining several processes; stopping all at the same step
 compile_cache.py: compiled programs kept between runs
 """
 

@@ -16,13 +16,11 @@ from typing import TYPE_CHECKING
 
 from maxlm.config import RunConfig
 from maxlm.config.cli import describe_config, parse_run, run_command
+from maxlm.config.errors import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from maxlm.inference.load import LoadedRun
     from maxlm.training.loop import Result
-
-EXIT_INTERRUPTED = 75
-"""EX_TEMPFAIL of sysexits.h: try again later."""
 
 
 def main(config: RunConfig) -> Result[LoadedRun]:

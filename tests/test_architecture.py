@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sharding": {"config"},
     "models": {"config", "shapes", "sharding", KERNELS},
     "data": {"config", "sharding"},
-    "checkpoint": {"config", "sharding"},
+    "checkpoint": {"config", "sharding", "processes"},
     "hardware": {"config"},
     "observe": {"config", "shapes", "hardware"},
     "training": {"config", "shapes", "sharding", "models", "checkpoint", "observe", "processes", "compile_cache"},

@@ -12,13 +12,12 @@ from types import TracebackType
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from maxlm.checkpoint import manifest, retention
 from maxlm.checkpoint.store import Record, Store, Tree, describe_leaf, first_difference, named_leaves
 from maxlm.config.errors import UserError
 from maxlm.config.run import CheckpointConfig
+from maxlm.processes.joining import on_rank_0
 
 _LOG = logging.getLogger("maxlm.checkpoint")
 
@@ -242,23 +241,8 @@ class Checkpointer:
         return manifest.verify(self._folder / str(step), step, checksums=self._config.verify, skip=skip)
 
     def _agree(self, choose: Callable[[], int | None]) -> int | None:
-        """What process 0 chooses, on every process; if it fails there, all fail."""
-        if jax.process_count() == 1:
-            return choose()
-        none, failed = -1, -2
-        choice, error = failed, None
-        if jax.process_index() == 0:
-            try:
-                chosen = choose()
-                choice = none if chosen is None else chosen
-            except Exception as caught:  # told to the others first, or they would wait for ever
-                error = caught
-        choice = int(multihost_utils.broadcast_one_to_all(np.int32(choice)))
-        if error is not None:
-            raise error
-        if choice == failed:
-            raise UserError(f"{self._folder}: process 0 found no checkpoint that can be used; its message says why")
-        return None if choice == none else choice
+        """What rank 0 chooses, on every rank."""
+        return on_rank_0("choose a checkpoint", choose)
 
     def _restore(self, step: int, items: dict[str, Tree]) -> Restored:
         record = self._record(step)

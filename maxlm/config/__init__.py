@@ -96,7 +96,7 @@ from maxlm.config.position import (
     Rope,
     Sinusoidal,
 )
-from maxlm.config.run import CheckpointConfig, ObserveConfig, RunConfig, StepRange, TrainConfig
+from maxlm.config.run import CheckpointConfig, LimitsConfig, ObserveConfig, RunConfig, StepRange, TrainConfig
 from maxlm.config.sampling import SamplingConfig
 from maxlm.config.sharding import (
     MESH_AXES,
@@ -153,6 +153,7 @@ __all__ = [
     "KernelConfig",
     "LayerNorm",
     "Learned",
+    "LimitsConfig",
     "LinearSchedule",
     "Llama3RopeScaling",
     "LmHead",

@@ -12,6 +12,8 @@ import io
 import os
 import re
 import sys
+import threading
+import time
 import traceback
 import types
 import typing
@@ -44,6 +46,8 @@ EXIT_CTRL_C = 130
 
 EXIT_BROKEN_PIPE = 141
 """128 + SIGPIPE."""
+_LINGER_S = 5.0
+"""What is left to a process that has said its error."""
 
 _TYRO = (tyro.conf.AvoidSubcommands, tyro.conf.EnumChoicesFromValues)
 
@@ -373,7 +377,17 @@ def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
         else:
             message = " ".join(str(error).split())
             print(f"error: {type(error).__name__}: {message} (--debug shows the traceback)", file=sys.stderr)
-        sys.exit(error.exit_code if isinstance(error, UserError) else 1)
+        code = error.exit_code if isinstance(error, UserError) else 1
+        threading.Thread(target=_leave, args=(code,), daemon=True).start()
+        sys.exit(code)
+
+
+def _leave(code: int) -> None:
+    """Once the main thread has ended, end the process, for which Python would let any thread of a library wait."""
+    while threading.main_thread().is_alive():
+        time.sleep(0.1)
+    time.sleep(_LINGER_S)
+    os._exit(code)
 
 
 def _one_line(complaint: str, known: list[str], prog: str) -> str:

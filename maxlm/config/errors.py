@@ -19,3 +19,7 @@ class UserError(Exception):
 def pip_install(*packages: str) -> str:
     """The command that installs packages where this program runs, to be pasted into a shell."""
     return shlex.join([sys.executable, "-m", "pip", "install", *packages])
+
+
+EXIT_INTERRUPTED = 75
+"""A run was stopped by a signal, with everything saved: EX_TEMPFAIL of sysexits.h, try again later."""

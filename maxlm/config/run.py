@@ -117,6 +117,24 @@ class ObserveConfig:
     """Length of that sample; 0: none."""
 
 
+@config("limits.")
+class LimitsConfig:
+    """How long something may take before a run says so, or ends."""
+
+    join_s: Positive[float] | None = None
+    """Seconds until every process of the run must have come; None: 300, or 60 where all are on one machine."""
+    prepare_s: Positive[float] = 86400.0
+    """Seconds that the other processes wait for rank 0 to prepare the data, or to choose a checkpoint."""
+    silent_s: Positive[float] | None = None
+    """Seconds without a sign of life after which a process is given up, and with it the run; None: 10, or 60 over
+    several machines."""
+    step_s: Positive[float] | None = None
+    """Seconds of a step after which the stacks of all threads are printed; None: 20 times the median of the latest
+    steps, at least 60."""
+    end_stuck_run: bool = False
+    """End the run then, with exit code 1."""
+
+
 @config("")
 class RunConfig:
     """Everything that decides a training run."""
@@ -137,6 +155,8 @@ class RunConfig:
     """What is kept of it."""
     observe: ObserveConfig = field(default_factory=ObserveConfig)
     """What is told of it."""
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    """How long something may take."""
     task: Task = field(default_factory=Pretrain)
     """What is learned."""
     target: NotEmpty[str] | None = None

@@ -8,8 +8,6 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-
 from maxlm.config import ObserveConfig, Pretrain, RunConfig, UserError
 from maxlm.data.loader import Batches, global_batches, open_batches
 from maxlm.data.prepare import ensure_prepared
@@ -17,7 +15,7 @@ from maxlm.data.shards import Split
 from maxlm.evaluation.perplexity import held_out
 from maxlm.inference.load import LoadedRun
 from maxlm.observe.text import short
-from maxlm.processes import main_first
+from maxlm.processes.joining import on_rank_0
 from maxlm.sharding import Layout
 from maxlm.training.loop import Measure, Recipe
 from maxlm.training.objective import Batch, NextToken, Objective, make_evaluate
@@ -83,9 +81,7 @@ def batches(config: RunConfig, split: Split | str = Split.TRAIN) -> Batches:
     """
     if split not in (*Split, *(known.value for known in Split)):
         raise UserError(f"split = {split!r} must be {' or '.join(repr(known.value) for known in Split)}")
-    with main_first("prepare the data"):
-        if jax.process_index() == 0:
-            ensure_prepared(config.data)
+    on_rank_0("prepare the data", lambda: ensure_prepared(config.data))
     train = config.train
     return open_batches(config.data, batch_size=train.batch_size, seq_len=train.seq_len, split=Split(split))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -28,7 +29,10 @@ from maxlm.observe.kernel_choices import KernelChoices
 from maxlm.observe.profiler import ProfileWindow
 from maxlm.observe.report import SavedCheckpoint
 from maxlm.observe.run_log import Finished, RunLog
-from maxlm.processes import Interruption, initialize_distributed, main_first, main_says
+from maxlm.processes.interruption import Interruption
+from maxlm.processes.joining import joined, on_rank_0
+from maxlm.processes.same import code_fingerprint, require_same
+from maxlm.processes.watchdog import Watchdog
 from maxlm.sharding import Layout, all_devices, make_layout
 from maxlm.training.objective import Batch, Objective
 from maxlm.training.state import TrainState
@@ -131,20 +135,20 @@ def run(config: RunConfig, make_recipe: Callable[[RunConfig, Layout], Recipe[R]]
     """
     train, run_dir = config.train, Path(config.run_dir)
 
-    # ---- Devices, folder, recipe -------------------------------------------------------------------------------------
-    initialize_distributed()
-    devices = all_devices()
-    is_main = jax.process_index() == 0
-    config.validate(len(devices))
-    cache_folder = enable_compilation_cache()
-    layout = make_layout(config.sharding)
-
     with contextlib.ExitStack() as stack:
-        with main_first("open the run folder"):
-            if is_main:
-                stack.enter_context(lock_run(run_dir))
+        # ---- Devices, folder, recipe ---------------------------------------------------------------------------------
+        interruption = stack.enter_context(Interruption())
+        ranks = stack.enter_context(joined(config.limits))
+        require_same("settings and code", serialize.flatten(config) | code_fingerprint())
+        devices = all_devices()
+        is_main = jax.process_index() == 0
+        config.validate(len(devices))
+        cache_folder = enable_compilation_cache()
+        layout = make_layout(config.sharding)
+        on_rank_0("open the run folder", lambda: stack.enter_context(lock_run(run_dir)))
         recipe = make_recipe(config, layout)
         feed = stack.enter_context(contextlib.closing(recipe.feed))
+        require_same("data", _identity(recipe))
 
         # ---- State: from the newest intact checkpoint, or new --------------------------------------------------------
         trainer = make_trainer(config, layout, recipe.objective)
@@ -197,9 +201,11 @@ def run(config: RunConfig, make_recipe: Callable[[RunConfig, Layout], Recipe[R]]
             log.say(f"all {start:,} steps are done; a larger train.steps would go on from here")
 
         # ---- Train ---------------------------------------------------------------------------------------------------
-        interruption = stack.enter_context(Interruption())
+        watchdog = stack.enter_context(Watchdog(config.limits))
         profile = ProfileWindow(config.train.profile_steps, run_dir, log.say)
         tokens_per_step = train.batch_size * train.seq_len
+        ranks.meet("compile the train step")
+        interruption.loop_begins()
         log.start_clock(start, start * tokens_per_step)
         log.progress(start)
 
@@ -210,6 +216,7 @@ def run(config: RunConfig, make_recipe: Callable[[RunConfig, Layout], Recipe[R]]
             batch = feed.next(step, state)
             # The host runs one step ahead of the device, and looks at a step's figures while the next one is computed.
             before = output
+            watchdog.step(step)
             with profile.step(step, wait_for=state), jax.transfer_guard("disallow"):
                 state, output = step_program(state, batch)
             step += 1
@@ -219,16 +226,17 @@ def run(config: RunConfig, make_recipe: Callable[[RunConfig, Layout], Recipe[R]]
             saved.check()
 
             is_last = step == train.steps
-            interrupted = interruption.reached(step) and not is_last
+            interrupted = not is_last and interruption.reached(step, train.steps)
             if step == 1 or step % train.log_every == 0 or is_last or interrupted:
                 figures = {name: value.tolist() for name, value in jax.device_get(output.figures).items()}
                 log.step(step, step * tokens_per_step, figures)
             for measure in recipe.measures:
                 if measure.every and step % measure.every == 0 and not is_last:
-                    _measure(measure, log, step, state)
+                    with watchdog.off_duty():
+                        _measure(measure, log, step, state)
             if step % config.checkpoint.every == 0 or is_last or interrupted:
                 jax.block_until_ready(state)
-                with log.pause():
+                with log.pause(), watchdog.off_duty():
                     _stop_if_diverged(output, step, config, run_dir)
                     _save(saved, state, step, config, recipe, reference)
         profile.close(wait_for=state)
@@ -236,13 +244,16 @@ def run(config: RunConfig, make_recipe: Callable[[RunConfig, Layout], Recipe[R]]
         loss = None if output is None else float(output.figures["loss"])
         if interrupted:
             log.say(f"stopped by a signal after step {step:,}; all is saved, the same command goes on")
+            ranks.meet("end the run")
             return Result(step=step, interrupted=True, loss=loss, files=None, run=recipe.outcome(step, state))
 
         # ---- Last measurements and report ----------------------------------------------------------------------------
         for measure in recipe.measures:
-            if not main_says(log.has_measured(measure.name, step)):  # a run killed below comes here again
+            there = functools.partial(log.has_measured, measure.name, step)  # a run killed below comes here again
+            if not on_rank_0("look at earlier measurements", there):
                 _measure(measure, log, step, state)
         files = log.finish(_saved_checkpoints(checkpoints, saved)) if is_main else None
+        ranks.meet("end the run")
         return Result(step=step, interrupted=False, loss=loss, files=files, run=recipe.outcome(step, state))
 
 

@@ -1,0 +1,230 @@
+"""What the ranks of a run tell each other beside what their devices compute.
+
+Every rank holds one connection to rank 0, with JSON lines on it, and a thread that reads them. So an error on one rank
+ends all of them while their main threads wait inside a collective; a rank that was killed is noticed as its connection
+closes, and one that is stopped as its signs of life stay away. Waiting for rank 0 has a limit of its own, unlike a
+collective, which gives up after half a minute on CPUs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from maxlm.config import LimitsConfig, UserError
+from maxlm.processes.wire import BEAT_S, SILENT_S
+
+_GRACE_S = 2.0
+"""What a failing collective waits for, lest it hide the cause: the rank that broke it."""
+_FIRST_WORD_S, _NEXT_WORD_S = 10.0, 30.0
+"""When a line says what is being waited for."""
+
+
+class RankError(UserError):
+    """What went wrong on a rank, as every rank says it."""
+
+    def __init__(self, report: dict[str, Any]) -> None:
+        super().__init__(lines(report))
+        self.exit_code = int(report["code"])
+
+
+class Ranks:
+    """This rank's way to the others. Every rank must make the same calls of `say` and `meet`, in the same order.
+
+    A run of one process has a link too; nothing in it waits.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, limits: LimitsConfig | None = None) -> None:
+        self.rank, self.size = rank, size
+        self.host = socket.gethostname()
+        self.step = 0
+        """Steps done, for messages."""
+        self._limits = limits or LimitsConfig()
+        self._changed = threading.Condition()
+        self._calls = 0  # of `say` and `meet`
+        self._said: dict[int, Any] = {}
+        self._leaving = False
+        self._hold = False  # a rank wants to stop: those that come to the end of a step say where they are, and wait
+        self._final = False  # the step that is under way is the last one
+        self._stop_at: int | None = None
+        self._asked = False
+
+    # ---- What the main thread calls ----------------------------------------------------------------------------------
+
+    def say(self, what: str, value: Any = None) -> Any:
+        """On every rank what rank 0 passes, a value of JSON; the others wait for it.
+
+        Args:
+            what: that it does before it says so, for messages: "prepare the data".
+
+        Raises:
+            UserError: it takes longer than limits.prepare_s.
+        """
+        return value
+
+    def meet(self, what: str) -> None:
+        """Wait until every rank has come here.
+
+        Raises:
+            UserError: it takes longer than limits.prepare_s.
+        """
+
+    def stops_after(self, step: int, *, asked: bool, last: int) -> bool:
+        """Whether all ranks stop after `step` steps, since one was asked to; for every rank after every step before the
+        last. They stop at the same one: the furthest that any has come to."""
+        return asked
+
+    def report(self, error: BaseException) -> dict[str, Any]:
+        """An error as others are told of it."""
+        code, reason = _judge(error)
+        return {"rank": self.rank, "host": self.host, "step": self.step, "reason": reason, "code": code}
+
+    def tell(self, error: BaseException) -> None:
+        """End the other ranks, with the reason, and put this rank's name before it in `error`.
+
+        Raises:
+            RankError: for an `error` that is neither a UserError nor a signal.
+        """
+
+    def end(self, reason: str, code: int) -> NoReturn:
+        """End every rank at once, from any thread."""
+        leave(f"step {self.step}: {reason}", code)
+
+    # ---- For ranks that are several ----------------------------------------------------------------------------------
+
+    def _wait(self, ready: Callable[[], bool], what: str, missing: Callable[[], str], limit_s: float, key: str) -> None:
+        """Until others have done something, with a line now and then. `key`: of the limit.
+
+        Raises:
+            UserError: it takes longer.
+        """
+        began, word = time.monotonic(), _FIRST_WORD_S
+        with self._changed:
+            while not ready():
+                self._changed.wait(BEAT_S)
+                waited = time.monotonic() - began
+                if waited > limit_s:
+                    raise UserError(f"{missing()} did not {what} within {limit_s:g} s; look there, or raise {key}")
+                if waited > word:
+                    print(f"rank {self.rank}: waiting for {missing()} to {what} ... {waited:.0f} s", flush=True)
+                    word = waited + _NEXT_WORD_S
+
+    def _wait_for(self, what: str, ready: Callable[[], bool], missing: Callable[[], str]) -> None:
+        self._wait(ready, what, missing, self._limits.prepare_s, "limits.prepare_s")
+
+    def _end(self, report: dict[str, Any]) -> None:
+        """Leave at once, wherever the main thread is."""
+        with self._changed:
+            if self._leaving:
+                return
+            self._leaving = True
+        leave(lines(report), int(report["code"]))
+
+
+def leave(text: str, code: int) -> NoReturn:
+    """End this process with lines of error on standard error, from any thread."""
+    show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a status line hides it
+    lines = "".join(f"error: {line}\n" for line in text.splitlines())
+    with contextlib.suppress(OSError):
+        os.write(2, (show_cursor + lines).encode(errors="backslashreplace"))
+    os._exit(code)
+
+
+def lines(report: dict[str, Any]) -> str:
+    who = f"rank {report['rank']}, host {report['host']}, step {report['step']}"
+    return "\n".join(f"{who}: {line}" for line in report["reason"].splitlines())
+
+
+class Several(Ranks):
+    """One of several ranks."""
+
+    def __init__(self, rank: int, size: int, limits: LimitsConfig) -> None:
+        super().__init__(rank, size, limits)
+        self._silent_s = limits.silent_s or SILENT_S
+        self._failed: int | None = None
+
+    def _start(self) -> None:
+        threading.Thread(target=self._serve, name="ranks", daemon=True).start()
+
+    def _serve(self) -> None:
+        """Read what comes, say that this rank lives, and notice who does not."""
+        raise NotImplementedError
+
+    def _to_hub(self, message: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _to_all(self, message: dict[str, Any]) -> None:
+        """To every other rank, or to the one that passes it on."""
+        raise NotImplementedError
+
+    def at_exit(self) -> None:
+        """The last words of this process. After an error it does not wait for the others, as jax would."""
+        if self._failed is not None:
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError):
+                    stream.flush()
+            os._exit(self._failed)
+        self._to_all({"bye": True})
+
+    def stops_after(self, step: int, *, asked: bool, last: int) -> bool:
+        with self._changed:
+            self.step = step
+            if asked and not self._asked:
+                self._asked = True
+                self._to_hub({"stop": True})
+            if not self._hold:
+                self._final = step + 1 >= last
+                return False
+            if self._stop_at is None:
+                self._to_hub({"at": step})
+        self._wait_for("come to the end of its step", lambda: self._stop_at is not None, lambda: "another rank")
+        assert self._stop_at is not None
+        return step >= self._stop_at
+
+    def _held(self) -> None:
+        """Some rank wants to stop."""
+        with self._changed:
+            self._hold = True
+            if self._final:  # the main thread does not ask again
+                self._to_hub({"at": self.step + 1})
+
+    def end(self, reason: str, code: int) -> NoReturn:
+        report = self.report(UserError(reason)) | {"code": code}
+        self._to_all({"end": report})
+        leave(lines(report), code)
+
+    def tell(self, error: BaseException) -> None:
+        report = self.report(error)
+        if report["code"] == 1:  # a collective fails because another rank did: let that one speak
+            time.sleep(_GRACE_S)
+        with self._changed:
+            told, self._leaving = self._leaving, True
+        if told:
+            return
+        self._failed = report["code"]
+        if isinstance(error, RankError):  # all know
+            return
+        self._to_all({"end": report})
+        if isinstance(error, UserError):
+            error.args = (lines(report),)
+        elif isinstance(error, Exception):
+            raise RankError(report) from error
+
+
+def _judge(error: BaseException) -> tuple[int, str]:
+    """Exit code and reason."""
+    match error:
+        case UserError():
+            return error.exit_code, str(error)
+        case KeyboardInterrupt():
+            return 130, "interrupted"
+        case SystemExit():
+            return (error.code if isinstance(error.code, int) else 1), "stopped by a signal before the first step"
+        case _:
+            return 1, f"{type(error).__name__}: {' '.join(str(error).split())}"
