@@ -20,7 +20,7 @@ from maxlm.checkpoint.store import Store
 from maxlm.config import AdamW, CheckpointConfig, ConstantSchedule, ObserveConfig, RunConfig, UserError
 from maxlm.shapes.arrays import Array, Constant, Part, Role
 from maxlm.sharding import Layout
-from maxlm.training.loop import Recipe, Result, run
+from maxlm.training.loop import Diverged, Recipe, Result, run
 from maxlm.training.objective import Batch, BatchArray, Objective, Sums
 from maxlm.training.state import TrainState
 
@@ -169,9 +169,47 @@ def test_the_outcome_is_that_of_the_last_state(finished: Path, tmp_path: Path, m
     """Of a run that had nothing left to do, and of one that was asked to stop."""
     last = rows(finished, "distances")[-1]
     assert train(copy(finished, tmp_path / "done")).run == (STEPS, last["distance_l2"])
-    monkeypatch.setattr("maxlm.training.loop.Interruption.reached", lambda self, step: step == 4)
+    monkeypatch.setattr("maxlm.training.loop.Interruption.reached", lambda self, step, last: step == 4)
     stopped = train(tmp_path / "stopped")
     assert stopped.interrupted and stopped.run == (4, rows(finished, "distances")[0]["distance_l2"])
+
+
+# States that are not finite
+
+
+class WithUnused(Regression):
+    """One parameter more, of which one value is NaN, and which no loss sees."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__(layout, taught=False)
+        self.declared |= {"unused": Array("unused", (3,), (None,), Constant(0.0), Role.OTHER, Part.MLP)}
+
+    def init(self, key: jax.Array) -> Any:
+        return super().init(key) | {"unused": jnp.array([0.0, jnp.nan, 0.0])}
+
+
+def train_unused(run_dir: Path) -> Result:
+    def recipe(config: RunConfig, layout: Layout) -> Recipe:
+        objective = WithUnused(layout)
+        return Recipe(objective=objective, feed=Points(objective, layout, None))
+
+    return run(config(run_dir), recipe)
+
+
+def test_a_state_with_nan_is_neither_saved_nor_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = tmp_path / "run"
+    bad = r"parameters/unused \(1 of 3 values\)"
+    with pytest.raises(Diverged, match=f"step 5: the state is not finite and was not saved: {bad}"):
+        train_unused(run_dir)
+    assert not (run_dir / "checkpoints").exists() or not list((run_dir / "checkpoints").iterdir())
+
+    with monkeypatch.context() as patch:  # as if another program had written it
+        patch.setattr("maxlm.training.loop.not_finite", lambda tree: None)
+        train_unused(run_dir)
+    before = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    with pytest.raises(UserError, match=f"checkpoints/{STEPS}: not finite: {bad}.*{STEPS}.set-aside"):
+        train_unused(run_dir)
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == before
 
 
 # Frozen

@@ -157,6 +157,32 @@ def test_a_step_that_is_not_finite_changes_nothing(setting, name):
     assert_skipped(after, before, metrics, skipped=1, in_row=1)
 
 
+def test_an_update_that_is_not_finite_changes_nothing(setting, monkeypatch):
+    """Objective and gradient are finite, and what the optimizer makes of them is not."""
+    config, _, batch = setting
+    second_is_nan = lambda updates: jnp.where(updates == 1, jnp.nan, 1e-3)
+    monkeypatch.setattr("maxlm.training.step.learning_rate_schedule", lambda *_: second_is_nan)
+    trainer = make_trainer(config)
+    state, _ = trainer.step(trainer.init(), place(batch, trainer))
+    before = copied(state)
+    after, metrics = trainer.step(state, place(batch, trainer))
+    assert np.isfinite([metrics.figures["loss"], metrics.figures["grad_norm"]]).all()
+    assert np.isnan(metrics.figures["update_norm"])
+    assert_skipped(after, before, metrics, skipped=1, in_row=1)
+
+
+def test_the_update_norm_is_that_of_what_was_added(setting):
+    _, trainer, batch = setting
+    before = copied(trainer.init())
+    after, metrics = trainer.step(on_device(before, trainer), place(batch, trainer))
+    added = [
+        np.asarray(new, np.float64) - np.asarray(old, np.float64)
+        for new, old in zip(jax.tree.leaves(after.parameters), jax.tree.leaves(before.parameters), strict=True)
+    ]
+    norm = np.sqrt(sum((leaf**2).sum() for leaf in added))
+    np.testing.assert_allclose(metrics.figures["update_norm"], norm, rtol=1e-4)
+
+
 def test_skips_are_counted_and_the_learning_rate_waits(setting):
     config, trainer, batch = setting
     good, bad = place(batch, trainer), place(poison_mask(np.nan)(None, batch)[1], trainer)

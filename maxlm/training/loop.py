@@ -34,6 +34,7 @@ from maxlm.processes.joining import joined, on_rank_0
 from maxlm.processes.same import code_fingerprint, require_same
 from maxlm.processes.watchdog import Watchdog
 from maxlm.sharding import Layout, all_devices, make_layout
+from maxlm.training.finite import not_finite
 from maxlm.training.objective import Batch, Objective
 from maxlm.training.state import TrainState
 from maxlm.training.step import StepOutput, Trainer, make_trainer
@@ -118,7 +119,7 @@ class Result(Generic[R]):
 
 
 class Diverged(UserError):
-    """The loss or the gradient was not finite for too many steps in a row."""
+    """The loss, gradient or update was not finite for too many steps in a row, or the state is not."""
 
     exit_code = 1
 
@@ -131,7 +132,8 @@ def run(config: RunConfig, make_recipe: Callable[[RunConfig, Layout], Recipe[R]]
     Raises:
         UserError: the config does not fit the devices, the data, or what the run folder holds; the folder is in use or
             cannot be written; a checkpoint could not be written; or the recipe could not be made.
-        Diverged: train.max_skipped_steps steps in a row had a loss or gradient that is not finite.
+        Diverged: train.max_skipped_steps steps in a row had a loss, gradient or update that is not finite; or the state
+            is not when it is to be saved.
     """
     train, run_dir = config.train, Path(config.run_dir)
 
@@ -161,6 +163,14 @@ def run(config: RunConfig, make_recipe: Callable[[RunConfig, Layout], Recipe[R]]
             begin = recipe.start(trainer)
             state, origin = begin.state, f"starting from the parameters of step {begin.step:,}, with a new optimizer"
         start = int(state.step) if state is not None else 0
+        if state is not None and (bad := not_finite(_arrays(state))) is not None:
+            place = (
+                f"checkpoint.init_from = {config.checkpoint.init_from}" if not start else str(checkpoints / str(start))
+            )
+            raise UserError(
+                f"{place}: not finite: {bad}; name an earlier checkpoint, or rename this one to {start}.set-aside and "
+                "run the same command again to go on from the one before"
+            )
         if start > train.steps:
             raise UserError(
                 f"train.steps = {train.steps} is less than the {start} steps that {run_dir} has done; use at least "
@@ -302,9 +312,18 @@ def _optimizer_item(state: TrainState) -> dict[str, Any]:
     }
 
 
+def _arrays(state: TrainState) -> dict[str, Any]:
+    return {"parameters": state.parameters, "optimizer": state.optimizer}
+
+
 def _save(
     saved: Checkpointer, state: TrainState, step: int, config: RunConfig, recipe: Recipe, reference: Reference | None
 ) -> None:
+    if (bad := not_finite(_arrays(state))) is not None:
+        raise Diverged(
+            f"step {step}: the state is not finite and was not saved: {bad}; the checkpoints before are as they were; "
+            "lower optimizer.learning_rate, or look at the batches since the last of them"
+        )
     now = _identity(recipe)
     meta = {
         "data": {"next_batch": step, "fingerprint": now["data"]},
@@ -332,9 +351,10 @@ def _stop_if_diverged(output: StepOutput, step: int, config: RunConfig, run_dir:
     if jax.process_index() == 0:
         report.write_text(json.dumps(facts, indent=2) + "\n")
     raise Diverged(
-        f"step {step}: loss {values['loss']} or gradient norm {values['grad_norm']} was not finite for {in_row} steps "
-        f"in a row (train.max_skipped_steps = {config.train.max_skipped_steps}); parameters are as before them, the "
-        f"report is {report}; lower optimizer.learning_rate or look at the data from batch {step - in_row} on"
+        f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']} or update norm "
+        f"{values['update_norm']} was not finite for {in_row} steps in a row (train.max_skipped_steps = "
+        f"{config.train.max_skipped_steps}); parameters are as before them, the report is {report}; "
+        f"lower optimizer.learning_rate or look at the data from batch {step - in_row} on"
     )
 
 

@@ -30,8 +30,8 @@ class StepOutput(NamedTuple):
 
     figures: dict[str, jax.Array]
     """Everything to log: scalars, or one figure for each layer that has it. Always `loss`, `grad_norm` (the global L2
-    norm before clipping), `learning_rate` and `skipped_steps` (since the start, this one included); and each entry of
-    `Sums.means`, divided by the weight of the batch."""
+    norm before clipping), `update_norm` (of what is added to the parameters), `learning_rate` and `skipped_steps`
+    (since the start, this one included); and each entry of `Sums.means`, divided by the weight of the batch."""
     weight: jax.Array
     """`Sums.weight` of the batch."""
     skipped_in_row: jax.Array
@@ -142,8 +142,9 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
             updates, new_optimizer = optimizer.update(gradients, state.optimizer, state.parameters)
             new_parameters = optax.apply_updates(state.parameters, updates)
             new_parameters, figures = objective.settle(new_parameters, sums.router)
+            update_norm = optax.tree.norm(updates)
         # A bad step leaves no trace but its count.
-        good = jnp.isfinite(sums.objective) & jnp.isfinite(grad_norm)
+        good = jnp.isfinite(sums.objective) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
         keep = lambda new, old: jnp.where(good, new, old)
         new_state = TrainState(
             step=state.step + 1,
@@ -157,6 +158,7 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
         updates_made = state.step - state.skipped  # what the schedule counts
         figures = means | figures | {
             "grad_norm": grad_norm,
+            "update_norm": update_norm,
             "learning_rate": jnp.asarray(learning_rate(updates_made), jnp.float32),
             "skipped_steps": new_state.skipped,
         }  # fmt: skip
