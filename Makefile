@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 CODE   := setup.py maxlm kernels_pallas configs benchmarks
 
-.PHONY: help train test test-slow test-all test-nightly compilers lint types
+.PHONY: help train test test-slow test-all test-nightly faults compilers lint types
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -30,6 +30,9 @@ test-nightly: $(VENV)/compilers/.installed ## compile what takes minutes each: e
 	$(BIN)/python -m pytest -q -m nightly $(ARGS)
 
 compilers: $(VENV)/compilers/.installed ## compilers for TPU and GPU (1.4 GB), so that the tests compile for them; no chip is needed
+
+faults: $(STAMP) ## do what may go wrong to real commands, and print a table; an hour or so (ARGS="ranks" chooses)
+	JAX_PLATFORMS=cpu PYTHONPATH=tests $(BIN)/python -m faults.run $(ARGS)
 
 lint: $(STAMP) ## style: ruff's rules and its formatter
 	$(BIN)/ruff check .

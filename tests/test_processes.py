@@ -1,4 +1,4 @@
-"""The ranks of a run, as threads of this process: what they agree on, and what ends them; tests/faults has real ones."""
+"""The ranks of a run, as threads of one process: what they agree on, what ends them. tests/faults has real ones."""
 
 from __future__ import annotations
 

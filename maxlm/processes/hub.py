@@ -36,6 +36,7 @@ class Hub(Several):
         super().__init__(0, size, limits)
         self._listener = listener
         self._members: dict[int, Member] = {}
+        self._strangers: dict[socket.socket, Wire] = {}  # that have not said who they are
         self._own_at: int | None = None
         self._start()
 
@@ -90,35 +91,33 @@ class Hub(Several):
     def _serve(self) -> None:
         selector = selectors.DefaultSelector()
         selector.register(self._listener, selectors.EVENT_READ)
-        began = self._listener
-        strangers: dict[socket.socket, Wire] = {}
         ranks: dict[socket.socket, int] = {}
         beat = time.monotonic()
         while True:
             for key, _ in selector.select(BEAT_S):
                 connection = key.fileobj
                 assert isinstance(connection, socket.socket)
-                if connection is began:
+                if connection is self._listener:
                     with contextlib.suppress(OSError):
-                        new, _ = began.accept()
-                        strangers[new] = Wire(new)
+                        new, _ = self._listener.accept()
+                        self._strangers[new] = Wire(new)
                         selector.register(new, selectors.EVENT_READ)
                     continue
                 rank = ranks.get(connection)
-                wire = strangers[connection] if rank is None else self._members[rank].wire
+                wire = self._strangers[connection] if rank is None else self._members[rank].wire
                 messages = wire.receive()
                 for message in messages or ():
                     if rank is None:
                         rank = self._welcome(wire, message)
                         if rank is not None:
                             ranks[connection] = rank
-                            del strangers[connection]
+                            del self._strangers[connection]
                     else:
                         self._read(rank, message)
                 if messages is None:
                     selector.unregister(connection)
                     wire.close()
-                    strangers.pop(connection, None)
+                    self._strangers.pop(connection, None)
                     if rank is not None:
                         self._closed(rank)
             now = time.monotonic()
@@ -208,4 +207,6 @@ class Hub(Several):
     def _end_all(self, report: dict[str, Any]) -> None:
         if not self._leaving:
             self._to_all({"end": report})
+            for wire in list(self._strangers.values()):
+                wire.send({"end": report})
             self._end(report)

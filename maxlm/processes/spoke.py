@@ -7,7 +7,7 @@ import selectors
 import time
 from typing import Any
 
-from maxlm.config import LimitsConfig
+from maxlm.config import LimitsConfig, UserError
 from maxlm.processes.ranks import Several
 from maxlm.processes.wire import BEAT_S, OWN_PAUSE_S, SILENT_S, Wire
 
@@ -62,6 +62,8 @@ class Spoke(Several):
             if selector.select(BEAT_S):
                 messages = self._wire.receive()
             now = time.monotonic()
+            if messages is None and self._start_from is None:
+                self._end(self.report(UserError("rank 0 ended before all ranks had come; its own message says why")))
             if messages is None:
                 self._lost("ended without a word (killed, or out of memory?)")
                 return

@@ -1,7 +1,12 @@
-"""What may go wrong, done to real commands. `python tests/faults/run.py` (make faults) does all, and prints a table.
+"""What may go wrong, done to real commands. `make faults` does all of it, and prints a table.
 
 case.py: a case, and how one is judged
 tools.py: start a command as a user, wait for a line, kill; fill a disk; flip bytes; run ranks
+runs.py: a tiny run to do it to
+groups.py: all groups of cases
+ranks.py: several processes
+kills.py: SIGKILL at any moment
+operations.py: every file operation fails once
 run.py: all cases, with a bar and a table
 test_faults.py: those that every change must pass
 """

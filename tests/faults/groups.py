@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from faults import kills, operations, ranks
 from faults.case import Case
 
 
 def all_cases() -> Iterator[Case]:
     """Every case, group by group."""
-    yield from ()
+    yield from ranks.cases()
+    yield from kills.cases()
+    yield from operations.cases()
