@@ -374,6 +374,8 @@ def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
         elif isinstance(error, UserError):
             for line in str(error).splitlines():
                 print(f"error: {line}", file=sys.stderr)
+        elif isinstance(error, OSError) and error.filename:
+            print(f"error: {error.filename}: {error.strerror} (--debug shows the traceback)", file=sys.stderr)
         else:
             message = " ".join(str(error).split())
             print(f"error: {type(error).__name__}: {message} (--debug shows the traceback)", file=sys.stderr)

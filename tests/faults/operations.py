@@ -132,6 +132,8 @@ def in_a_child(config: str, run_dir: Path, failing: Failing | None) -> dict[str,
         outcome = "0"
     except UserError as error:
         outcome = f"{error.exit_code}: {error}"
+    except OSError as error:  # the command line says it with the file
+        outcome = f"1: {error}" if error.filename else traceback.format_exc()
     except BaseException:
         outcome = traceback.format_exc()
     answer = {"outcome": outcome, "count": failing.count if failing else 0, "where": failing.where if failing else ""}
@@ -149,7 +151,7 @@ def main(kind: str, config: str, folder: Path) -> int:
     went_on = ended = 0
     for n in itertools.count(1):
         run_dir = folder / str(n)
-        first = in_a_child(config, run_dir, failing := Failing(kind, n, run_dir))
+        first = in_a_child(config, run_dir, Failing(kind, n, run_dir))
         if first["count"] < n and first["outcome"] == "0":
             print(f"{n - 1} operations: {went_on} runs went on, {ended} ended in one line; same bits afterwards")
             return 0
