@@ -71,7 +71,8 @@ def main(argv: list[str]) -> None:
     enable_compilation_cache()
     run = load_run(Path(options.run), step=options.step, sharding=options.sharding)
     as_trained = run.config.train
-    train = dataclasses.replace(as_trained, batch_size=options.batch_size or as_trained.batch_size, micro_batches=1)
+    batch_size = options.batch_size or as_trained.batch_size
+    train = dataclasses.replace(as_trained, batch_size=batch_size, micro_batches=1, profile_steps=None)
     config = dataclasses.replace(run.config, train=train)
     config.validate(run.layout.mesh.size)
     batches = open_batches(config.data, batch_size=train.batch_size, seq_len=train.seq_len, split=Split.VALIDATION)

@@ -12,6 +12,7 @@ import sys
 if not __package__:  # run by its path: Python then looks in this file's folder first, where inspect.py is not its own
     sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}maxlm{os.sep}")[0]
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from maxlm.config import RunConfig
@@ -23,8 +24,12 @@ if TYPE_CHECKING:
     from maxlm.training.loop import Result
 
 
-def main(config: RunConfig) -> Result[LoadedRun]:
+def main(config: RunConfig, *, allow_change: Sequence[str] = ()) -> Result[LoadedRun]:
     """Run `config` to its last step, or until a signal; continues what `config.run_dir` holds. Also `maxlm.run`.
+
+    Args:
+        config: all of it.
+        allow_change: see `maxlm.training.loop.run`.
 
     Returns:
         How it ended; its `run` is the model in its last state, as `maxlm.load_run` would read it, from memory.
@@ -35,7 +40,7 @@ def main(config: RunConfig) -> Result[LoadedRun]:
     from maxlm.recipes import recipe  # jax is loaded only once there is something to run
     from maxlm.training.loop import run
 
-    return run(config, recipe)
+    return run(config, recipe, allow_change=allow_change)
 
 
 def command(argv: list[str]) -> int:
@@ -44,7 +49,7 @@ def command(argv: list[str]) -> int:
     if asked.print_config:
         print(describe_config(asked.config, asked.file_config))
         return 0
-    return EXIT_INTERRUPTED if main(asked.config).interrupted else 0
+    return EXIT_INTERRUPTED if main(asked.config, allow_change=asked.allow_change).interrupted else 0
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ from maxlm.config import (
     Zero,
     serialize,
 )
-from maxlm.config.cli import Command, describe_config, load_config, parse_run
+from maxlm.config.cli import Command, describe_config, load_config, parse, parse_run, run_command
+from maxlm.generate import GenerateOptions
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--config", str(ROOT / "configs" / "tiny.py"))
@@ -106,6 +107,8 @@ def test_print_config_marks_what_the_file_says_otherwise() -> None:
         ("--train-steps=7", "--train.steps?"),
         ("--optimiser.learning_rate=1", "--optimizer.learning_rate?"),
         ("--model.blocks.0.attention.n_headz=8", "--model.blocks.0.attention.n_heads?"),
+        ("--model.n_heads=8", "--model.blocks.0.attention.n_heads?"),
+        ("--n_layers=8", "--model.n_layers?"),
     ],
 )
 def test_a_mistyped_key_names_the_nearest(override: str, nearest: str) -> None:
@@ -407,6 +410,45 @@ def test_a_group_set_to_none_leaves_the_rest_alone(words: list[str]) -> None:
 @pytest.mark.parametrize("group", ["optimizer", "model", "model.norm", "data.datasets", "data.datasets.1.prepare"])
 def test_a_group_that_must_be_there_cannot_be_none(group: str) -> None:
     assert f"--{group}" in complaint(*TINY, f"--{group}=None")
+
+
+def test_a_bool_that_is_on_takes_a_value_in_small_commands() -> None:
+    words = ["--run", "x", "--sharding.remat_stages", "False", "--json"]
+    options = parse(GenerateOptions, words, prog="x", description="", flags=True)
+    assert not options.sharding.remat_stages and options.json and not options.debug
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("train.profile_steps", (2, 4), "train.profile_steps = (2, 4) must be StepRange(...) or None"),
+        ("train.steps", [3], "train.steps = (3,) must be a whole number"),
+        ("run_dir", b"x", "run_dir = b'x' must be a string"),
+    ],
+)
+def test_an_override_that_no_word_stands_for_is_checked_by_its_type(key: str, value: Any, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config("tiny", {key: value})
+    assert str(caught.value) == words
+
+
+def test_a_long_word_is_shown_in_part() -> None:
+    for key in ("train.steps", "execution.scan_layers", "execution.dtype", "optimizer.b1"):
+        with pytest.raises(UserError) as caught:
+            parse_run(["--config", "tiny", f"--{key}={'x' * 100_000}"], prog="x", description="")
+        assert key in str(caught.value) and len(str(caught.value)) < 300 and "---" not in str(caught.value)
+
+
+def test_a_pipe_that_rich_finds_broken_is_one() -> None:
+    def main(argv: list[str]) -> None:
+        try:
+            raise BrokenPipeError
+        except BrokenPipeError:
+            raise SystemExit(1)  # noqa: B904
+
+    with pytest.raises(SystemExit) as stop:
+        run_command(main)
+    assert stop.value.code == 141
 
 
 def test_an_output_that_is_no_longer_read_ends_a_command_quietly() -> None:

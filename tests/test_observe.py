@@ -39,7 +39,7 @@ from maxlm.observe.console import Console
 from maxlm.observe.metrics import Row, RowLog, Throughput, read_rows
 from maxlm.observe.plots import loss_curve, smooth
 from maxlm.observe.profiler import ProfileWindow
-from maxlm.observe.report import SavedCheckpoint, write_report
+from maxlm.observe.report import SavedCheckpoint, report_step, write_report
 from maxlm.observe.run_log import RunLog
 from maxlm.observe.svg import Line, chart
 from maxlm.observe.text import duration, gibibytes, short
@@ -312,12 +312,12 @@ def test_tensorboard_gets_finite_figures_and_purges_on_resume(tmp_path):
     assert scalars(tmp_path / "again" / "tensorboard")[0][:2] == ("restart", 3)
 
 
-def test_wandb_run_continues_under_its_id(tmp_path, monkeypatch):
+def test_wandb_run_continues_under_its_id(tmp_path):
     calls, logged = [], []
     run = types.SimpleNamespace(define_metric=lambda *a, **k: None, log=logged.append, finish=lambda: None)
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **k: calls.append(k) or run))
+    wandb = types.SimpleNamespace(init=lambda **k: calls.append(k) or run)
     for _ in range(2):
-        writer = WandbWriter("project", tmp_path, {"a": 1})
+        writer = WandbWriter(wandb, "project", tmp_path, {"a": 1})
         writer.write(3, {"train/loss": 1.0})
         writer.close()
     assert calls[0]["id"] == calls[1]["id"] == (tmp_path / "wandb_id").read_text().strip()
@@ -442,8 +442,12 @@ def test_report_stands_alone_and_escapes_what_a_model_writes(tmp_path):
 def test_report_of_an_empty_or_damaged_folder(tmp_path):
     _Page(write_report(tmp_path).read_text())
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json: not JSON"):
-        write_report(tmp_path)
+    (tmp_path / "run.json").mkdir()
+    (tmp_path / "metrics.jsonl").write_text("nonsense\n")
+    page = _Page(write_report(tmp_path, complete=3).read_text())
+    for words in ("not JSON", "Is a directory", "metrics.jsonl:1: 'nonsense' is not a row"):
+        assert words in page.text
+    assert report_step(tmp_path) == 3
 
 
 @pytest.mark.parametrize("values", [[1.0], [0.0, 0.0], [1e-9, 1e-9], [5.0, -3.0], [1e12, 2e12]])

@@ -122,6 +122,7 @@ def test_a_run_starts_from_the_newest_or_the_named_step_of_another(tmp_path: Pat
     for place_, step in ((config.run_dir, 2), (f"{config.run_dir}/checkpoints/1", 1)):
         begin = warm_start(place_, target.model, layout, trainer, Bytes().fingerprint)
         assert begin.step == step and int(begin.state.step) == 0
+        assert begin.changes == ("model.blocks.0.mlp: GatedMlp -> Experts",)
         parameters, source = begin.state.parameters, parameters_of(config, seed=step)
         np.testing.assert_array_equal(parameters["embed"], source["embed"])
         mlp = parameters["blocks"]["0"]["mlp"]

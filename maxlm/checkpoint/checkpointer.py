@@ -48,8 +48,10 @@ class Checkpointer:
         config: CheckpointConfig,
         *,
         warn: Callable[[str], None] = _LOG.warning,
+        sealed: Callable[[], None] | None = None,
     ) -> None:
         """`warn` gets one line for each refused step, each leftover removed, and a start without a finished step.
+        `sealed` is called on process 0, in the background, as soon as a step that was saved here is finished.
 
         Raises:
             UserError: `folder` is a URL.
@@ -61,6 +63,7 @@ class Checkpointer:
         self._folder = folder.absolute()
         self._config = config
         self._warn = warn
+        self._sealed = sealed
         self._store = Store()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[int, Future[None]] | None = None
@@ -135,11 +138,14 @@ class Checkpointer:
         """Finished steps in rising order, as this process sees the folder now."""
         return retention.finished(self._folder)
 
-    def restore_latest(self, *, params: Tree, optimizer: Tree) -> Restored | None:
+    def restore_latest(
+        self, *, params: Tree, optimizer: Tree, judge: Callable[[Path, dict[str, Any]], None] | None = None
+    ) -> Restored | None:
         """Restore the newest step that is intact, in the shardings of the given trees of `jax.ShapeDtypeStruct`.
 
         The mesh and the number of devices may differ from those that wrote it. Each damaged step is refused with a
-        warning. None: there is no finished step, so the run starts from the beginning.
+        warning. None: there is no finished step, so the run starts from the beginning. `judge` gets the step's folder
+        and `meta` before any array is looked at, and may raise.
 
         Raises:
             UserError: there are finished steps and none is intact; or the step holds other arrays than asked for.
@@ -148,6 +154,8 @@ class Checkpointer:
         step = self._agree(self._newest_intact)
         if step is None:
             return None
+        if judge is not None:
+            judge(self._folder / str(step), self._record(step).meta)
         restored = self._restore(step, {"params": params, "optimizer": optimizer})
         self._current = step
         return restored
@@ -187,6 +195,8 @@ class Checkpointer:
             return
         rule = {"keep_last": self._config.keep_last, "keep_every": self._config.keep_every}
         manifest.write(self._folder / str(step), step=step, **rule)
+        if self._sealed is not None:
+            self._sealed()
         finished = retention.finished(self._folder)
         kept = retention.kept(finished, **rule)
         for old in finished:

@@ -17,6 +17,7 @@ sharding.py: sizes of the mesh axes, ZeRO stages, presets
 dims.py: the table: which mesh axis cuts which dim of an array
 layout_rules.py: what must divide what
 sampling.py: temperature, top-k, top-p
+changes.py: what a run may go on with, and what it is told
 cli.py: --config, overrides, one-line errors
 python_file.py: a config file in Python, and mistakes in it
 serialize.py: configs as JSON and back

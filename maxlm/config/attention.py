@@ -6,12 +6,12 @@ from dataclasses import field
 
 from maxlm.config.earlier import renamed
 from maxlm.config.errors import UserError
-from maxlm.config.fields import Positive, config
+from maxlm.config.fields import Changes, Positive, config
 from maxlm.config.position import Position, Rope
 
 
 @renamed(rope="position")
-@config("model.blocks[].attention.")
+@config("model.blocks[].attention.", changes=Changes.IDENTITY)
 class GroupedQuery:
     """Causal self-attention: MHA (n_kv_heads = n_heads), GQA (fewer) or MQA (1)."""
 

@@ -24,11 +24,12 @@ from typing import Any, NoReturn, TypeVar
 
 import tyro
 
+from maxlm.config.changes import check_allowed
 from maxlm.config.data import DataConfig, Dataset
 from maxlm.config.earlier import new_options
 from maxlm.config.errors import UserError
 from maxlm.config.families import llama
-from maxlm.config.fields import field_kinds, help_of, is_config
+from maxlm.config.fields import field_kinds, help_of, is_config, require, shown
 from maxlm.config.python_file import run_python_file
 from maxlm.config.run import RunConfig, StepRange, TrainConfig
 from maxlm.config.serialize import flatten, load
@@ -62,10 +63,17 @@ def _step_range(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="{None}|FIRST:LAST",
-        instance_from_str=lambda words: None if words[0] == "None" else StepRange.parse(words[0]),
+        instance_from_str=lambda words: None if words[0] == "None" else _steps(words[0]),
         is_instance=lambda value: value is None or isinstance(value, StepRange),
         str_from_instance=lambda value: [str(value)],
     )
+
+
+def _steps(word: str) -> StepRange:
+    try:
+        return StepRange.parse(word)
+    except UserError as error:  # tyro adds the key
+        raise ValueError(str(error)) from None
 
 
 @_RULES.primitive_rule
@@ -85,7 +93,7 @@ def _number(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Prim
         try:
             return convert(word)
         except (ValueError, OverflowError):
-            raise ValueError(f"{word!r} is not {words}{' or None' if optional else ''}") from None
+            raise ValueError(f"{shown(word)} is not {words}{' or None' if optional else ''}") from None
 
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
@@ -126,7 +134,10 @@ def _config_class(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.S
         elif default is dataclasses.MISSING:
             default = tyro.constructors.MISSING_NONPROP
         text = functools.partial(_help, info.type, one.name, default)
-        fields.append(tyro.constructors.StructFieldSpec(one.name, hints[one.name], default, helptext=text))
+        hint = hints[one.name]
+        if default is True:  # no bare name could switch it off
+            hint = typing.Annotated[hint, tyro.conf.FlagConversionOff]
+        fields.append(tyro.constructors.StructFieldSpec(one.name, hint, default, helptext=text))
     return tyro.constructors.StructConstructorSpec(instantiate=info.type, fields=tuple(fields))
 
 
@@ -163,6 +174,8 @@ class Command:
     file_config: RunConfig
     """The config as the file has it, before overrides."""
     print_config: bool
+    allow_change: tuple[str, ...] = ()
+    """Keys and groups that may differ from what the run's checkpoint was trained with."""
 
 
 def parse_run(argv: Sequence[str], *, prog: str, description: str) -> Command:
@@ -175,10 +188,14 @@ def parse_run(argv: Sequence[str], *, prog: str, description: str) -> Command:
     parser.add_argument("--config")
     parser.add_argument("--print_config", action="store_true")
     parser.add_argument("--debug", action="store_true")
+    parser.add_argument("--allow_change", action="append", default=[])
     try:
         options, overrides = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
-        raise UserError(f"{error.argument_name}: {error.message}, for example --config configs/tiny.py") from None
+        example = "model.norm.eps" if error.argument_name == "--allow_change" else "configs/tiny.py"
+        raise UserError(
+            f"{error.argument_name}: {error.message}, for example {error.argument_name} {example}"
+        ) from None
     asks_help = "--help" in overrides or "-h" in overrides
     if options.config is not None:
         file_config = load_config(options.config)
@@ -192,12 +209,19 @@ def parse_run(argv: Sequence[str], *, prog: str, description: str) -> Command:
         f"{description}\n\n--config FILE      Python file with get_config(), tiny for configs/tiny.py, or a saved "
         f"config.json; the defaults below are those of {options.config or 'a small example'}.\n"
         "--print_config     Show the resolved config and what differs from the file, then stop.\n"
-        "--debug            Show tracebacks.\n\n"
+        "--debug            Show tracebacks.\n"
+        "--allow_change KEY Go on with another value of a key that a run may not change (docs/checkpoints.md).\n\n"
     )
     usage += "Chosen in the file alone, as a class of maxlm.config:\n  " + "\n  ".join(_choices(file_config))
     default, words = _leave_out_groups(file_config, new_options(overrides))
     config = parse(RunConfig, words, prog=prog, description=usage, default=default)
-    return Command(config=config, file_config=file_config, print_config=options.print_config)
+    check_allowed(config, options.allow_change)
+    return Command(
+        config=config,
+        file_config=file_config,
+        print_config=options.print_config,
+        allow_change=tuple(options.allow_change),
+    )
 
 
 def _leave_out_groups(config: RunConfig, words: Sequence[str]) -> tuple[RunConfig, list[str]]:
@@ -241,7 +265,8 @@ def parse(
 ) -> T:
     """An object of the dataclass `cls` from dotted options.
 
-    `flags`: a bool is switched on by its bare name (`--verify`), as small commands want; else it takes a value.
+    `flags`: a bool that is off is switched on by its bare name (`--verify`), as small commands want; else it takes a
+    value.
 
     Raises:
         UserError: an option is unknown, missing or of the wrong type.
@@ -309,9 +334,26 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     config = _load_file(path)
     if not overrides:
         return config
+    for key, value in overrides.items():
+        if not isinstance(value, str | int | float | enum.Enum | os.PathLike | StepRange | None):
+            _require_at(config, key, value)
     words = new_options([word for key, value in overrides.items() for word in _option(key, value)])
     config, words = _leave_out_groups(config, words)
     return parse(RunConfig, words, prog="python -m maxlm.train", description="", default=config)
+
+
+def _require_at(config: Any, key: str, value: Any) -> None:
+    """Compare a value that no word stands for with the annotation at a dotted key, if there is one.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    owner, (*groups, name) = config, key.split(".")
+    for group in groups:
+        known = isinstance(owner, tuple) and group.isdecimal() and int(group) < len(owner)
+        owner = owner[int(group)] if known else getattr(owner, group, None)
+    if is_config(type(owner)) and name in (hints := typing.get_type_hints(type(owner), include_extras=True)):
+        require(key, tuple(value) if isinstance(value, list) else value, hints[name])
 
 
 def _is_bare(file: Path) -> bool:
@@ -357,8 +399,14 @@ def describe_config(config: RunConfig, file_config: RunConfig) -> str:
 def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Call `main(argv)` and leave the process: its exit code, or one line for each mistake and a non-zero code."""
     argv = sys.argv[1:]
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that has not every character
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main(argv) or 0)
+    except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # rich makes one of the other
+            sys.exit(EXIT_BROKEN_PIPE)
+        raise
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest when it ends
         sys.exit(EXIT_BROKEN_PIPE)
@@ -395,7 +443,8 @@ def _leave(code: int) -> None:
 def _one_line(complaint: str, known: list[str], prog: str) -> str:
     """tyro's framed complaint as one line, with the nearest key for one that is not known."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", complaint)
-    words = " ".join(re.sub(r"[─-╿]", " ", plain).split())
+    words = " ".join(re.sub(r"[─-╿]|^[-+| ]*-{9}[-+| ]*$", " ", plain, flags=re.MULTILINE).split())
+    words = re.sub(r"(\S{40})(?:\S{60,}|\S{10,}(?: \S{60,}))(?: \S{60,})*", r"\1...", words)
     see_help = f"({prog} --help lists all keys)"
     if unknown := re.search(r"Unrecognized options: ([^\s=,]+)", words):
         word = unknown.group(1)
@@ -407,7 +456,10 @@ def _one_line(complaint: str, known: list[str], prog: str) -> str:
             return f"--{key} is a group; {remedy} {see_help}"
         if lacking := _past_the_end(key, known):
             return f"--{key}: {lacking} {see_help}"
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        alike = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+        near = difflib.get_close_matches(key, alike, n=1, cutoff=0) or difflib.get_close_matches(
+            key, known, n=1, cutoff=0.5
+        )
         hint = f"; did you mean --{near[0]}?" if near else ""
         return f"unknown key --{key}{hint} {see_help}"
     absent = words.partition(f"Missing from {prog}: ")[2]

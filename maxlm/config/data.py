@@ -5,15 +5,15 @@ from __future__ import annotations
 import enum
 from typing import Annotated
 
-from maxlm.config.fields import BelowOne, Filled, NotEmpty, PathName, Positive, Range, Seed, config
+from maxlm.config.fields import BelowOne, Changes, Filled, NotEmpty, PathName, Positive, Range, Seed, config
 
 
-@config("data.datasets[].prepare.tokenizer.")
+@config("data.datasets[].prepare.tokenizer.", changes=Changes.NOTHING)
 class ByteTokenizer:
     """UTF-8 bytes as ids 0..255, then the special ids. Needs no file."""
 
 
-@config("data.datasets[].prepare.tokenizer.")
+@config("data.datasets[].prepare.tokenizer.", changes=Changes.NOTHING)
 class SentencePieceTokenizer:
     """A sentencepiece model file."""
 
@@ -21,7 +21,7 @@ class SentencePieceTokenizer:
     """The file, which sentencepiece wrote."""
 
 
-@config("data.datasets[].prepare.tokenizer.")
+@config("data.datasets[].prepare.tokenizer.", changes=Changes.NOTHING)
 class HuggingFaceTokenizer:
     """A `tokenizer.json` as the `tokenizers` library writes it."""
 
@@ -36,7 +36,7 @@ class PieceModel(enum.Enum):
     UNIGRAM = "unigram"
 
 
-@config("data.datasets[].prepare.tokenizer.")
+@config("data.datasets[].prepare.tokenizer.", changes=Changes.NOTHING)
 class TrainSentencePiece:
     """Train a sentencepiece model on the documents before tokenising them."""
 
@@ -62,12 +62,12 @@ TokenizerConfig = ByteTokenizer | SentencePieceTokenizer | HuggingFaceTokenizer
 TokenizerSource = TokenizerConfig | TrainSentencePiece
 
 
-@config("data.datasets[].prepare.documents.")
+@config("data.datasets[].prepare.documents.", changes=Changes.NOTHING)
 class StandardLibrary:
     """The Python standard library's own sources on this machine: real text that needs no download."""
 
 
-@config("data.datasets[].prepare.documents.")
+@config("data.datasets[].prepare.documents.", changes=Changes.NOTHING)
 class Files:
     """Files and folders (searched recursively); the ending of a name says how it is read.
 
@@ -83,7 +83,7 @@ class Files:
     """Key or column of the text in JSON lines and parquet files."""
 
 
-@config("data.datasets[].prepare.documents.")
+@config("data.datasets[].prepare.documents.", changes=Changes.NOTHING)
 class HuggingFaceDataset:
     """A data set of the Hugging Face hub or a local one (extra `hub`)."""
 
@@ -100,7 +100,7 @@ class HuggingFaceDataset:
 Documents = StandardLibrary | Files | HuggingFaceDataset
 
 
-@config("data.datasets[].prepare.")
+@config("data.datasets[].prepare.", changes=Changes.NOTHING)
 class PrepareConfig:
     """From documents to tokenised shards."""
 
@@ -118,19 +118,19 @@ class PrepareConfig:
     """Stop at the first document that cannot be read, instead of counting it."""
 
 
-@config("data.datasets[].")
+@config("data.datasets[].", changes=Changes.NOTHING)
 class Dataset:
     """One prepared data set and its share of the mixture."""
 
     path: PathName
     """Folder that `python -m maxlm.data prepare` wrote."""
-    weight: Positive[float] = 1.0
+    weight: Annotated[Positive[float], Changes.IDENTITY] = 1.0
     """Share of the windows drawn from it, relative to the other data sets. Each one runs through its own epochs."""
     prepare: PrepareConfig | None = None
     """How to make the folder; training makes it first if it is not there."""
 
 
-@config("data.")
+@config("data.", changes=Changes.IDENTITY)
 class DataConfig:
     """What a run reads: batch number i is a function of this, train.batch_size, train.seq_len and i alone."""
 
@@ -138,5 +138,5 @@ class DataConfig:
     """The data sets to mix; more are added in the config file."""
     seed: Seed = 0
     """Shuffling and mixing."""
-    verify: bool = True
+    verify: Annotated[bool, Changes.NOTHING] = True
     """Compare every shard's checksum with the folder's record before the first step."""

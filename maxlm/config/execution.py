@@ -6,7 +6,7 @@ import enum
 from dataclasses import field
 
 from maxlm.config.errors import UserError
-from maxlm.config.fields import config
+from maxlm.config.fields import Changes, config
 
 
 class Dtype(enum.Enum):
@@ -75,7 +75,7 @@ class GluSave(enum.Enum):
     """Its input alone; the backward pass computes them again."""
 
 
-@config("execution.kernels.")
+@config("execution.kernels.", changes=Changes.TRAINING)
 class KernelConfig:
     """How the heavy operations of whole sequences run; a named backend that cannot do what the model needs is an error.
 
@@ -94,7 +94,7 @@ class KernelConfig:
             raise UserError("execution.kernels.glu = cudnn does not exist; use auto, xla, tpu or gpu")
 
 
-@config("execution.")
+@config("execution.", changes=Changes.TRAINING)
 class ExecutionConfig:
     """How the model runs. Nothing here changes what it is: parameters and checkpoints are the same for every value."""
 

@@ -1,13 +1,15 @@
 """What a field of a config takes: its annotation says it, one checker reads it whenever an object is made.
 
-    @config("train.")
+    @config("train.", changes=Changes.TRAINING)
     class TrainConfig:
         steps: Positive[int]
         \"\"\"Optimizer steps in all.\"\"\"
+        log_every: Annotated[Positive[int], Changes.NOTHING] = 10
+        \"\"\"Steps between rows.\"\"\"
 
 Types are those of the annotation, exactly: a float takes ints too, nothing else is converted. Ints fit 32 bits and
 floats are finite in float32, as that is what devices hold, unless a `Range` says otherwise. `--help` shows the text
-below a field, and its range.
+below a field, and its range. `Changes` says what another value does to a run that goes on.
 """
 
 from __future__ import annotations
@@ -103,6 +105,19 @@ class FileName(Filled):
 
 Rule = Range | Filled
 
+
+class Changes(enum.Enum):
+    """What another value of a field changes of a run that goes on. A class has one for its fields, a field may
+    have its own as a mark of its annotation; what is done about it is in `config/changes.py`."""
+
+    NOTHING = enum.auto()
+    """Nothing that is trained depends on it: paths, rhythms, limits."""
+    TRAINING = enum.auto()
+    """The rest of the training is another: told, and the earlier config is kept."""
+    IDENTITY = enum.auto()
+    """Another model, state or order of the data: refused, unless it is allowed by name."""
+
+
 Positive = Annotated[T, Range(gt=0)]
 NotNegative = Annotated[T, Range(ge=0)]
 Fraction = Annotated[float, Range(ge=0, le=1)]
@@ -113,11 +128,12 @@ PathName = Annotated[str, FileName()]
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
-def config(prefix: str, *, kw_only: bool = True) -> Callable[[type[T]], type[T]]:
+def config(prefix: str, *, changes: Changes | None = None, kw_only: bool = True) -> Callable[[type[T]], type[T]]:
     """A frozen dataclass whose values are checked, before its own `__post_init__`.
 
     Args:
         prefix: what stands before a field's name in messages: `train.`, or `--` for options of a small command.
+        changes: of every field without a mark of its own; None: the class is no part of a RunConfig.
         kw_only: as of `dataclass`.
     """
 
@@ -131,9 +147,24 @@ def config(prefix: str, *, kw_only: bool = True) -> Callable[[type[T]], type[T]]
 
         setattr(cls, "__post_init__", check_then_own)  # noqa: B010
         setattr(cls, "__config_prefix__", prefix)  # noqa: B010
+        setattr(cls, "__config_changes__", changes)  # noqa: B010
         return dataclass(frozen=True, kw_only=kw_only)(cls)
 
     return decorate
+
+
+@functools.cache
+def changes_of(cls: Any) -> dict[str, Changes | None]:
+    """Field of a `config` class -> what another value of it means; for a group of fields: another class, another number
+    of entries, or None."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {
+        one.name: next(
+            (mark for mark in getattr(hints[one.name], "__metadata__", ()) if isinstance(mark, Changes)),
+            cls.__config_changes__,
+        )
+        for one in dataclasses.fields(cls)
+    }
 
 
 def is_config(cls: Any) -> bool:
@@ -261,7 +292,7 @@ def _require(prefix: str, name: str, value: Any, kinds: tuple[Kind, ...], defaul
         must, advice = problem, "" if fitting.rule is None else fitting.rule.note
     if not advice and default is not None:
         advice = f"use for example {default}"
-    raise UserError(f"{prefix}{name} = {_shown(value)} must {must}{advice and f'; {advice}'}")
+    raise UserError(f"{prefix}{name} = {shown(value)} must {must}{advice and f'; {advice}'}")
 
 
 def _either(words: Iterable[str]) -> str:
@@ -269,7 +300,7 @@ def _either(words: Iterable[str]) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """In a word or two."""
     if isinstance(value, type):
         return value.__name__
@@ -289,7 +320,7 @@ def _advice(value: Any, kinds: tuple[Kind, ...]) -> str:
         if kind.cls is tuple and isinstance(value, list):
             return "write (a, b) or (a,) instead of [a, b]"
         if kind.cls is tuple and any(item.holds(value) for item in kind.items):
-            return f"write ({_shown(value)},)"
+            return f"write ({shown(value)},)"
         if kind.cls is value:
             return f"write {value.__name__}(...)"
         if kind.cls is int and isinstance(value, float) and value.is_integer() and abs(value) <= INT_MAX:
@@ -300,8 +331,8 @@ def _advice(value: Any, kinds: tuple[Kind, ...]) -> str:
             return "write it without quotes" if _is_number(value) else ""
         if kind.cls is str and isinstance(value, os.PathLike):
             return f"use {os.fspath(value)!r}"
-        if issubclass(kind.cls, enum.Enum) and value in [member.value for member in kind.cls]:
-            return f"use {kind.cls(value)}"
+        if issubclass(kind.cls, enum.Enum) and isinstance(value, str):
+            return f"use {kind.cls(value)}" if value in [member.value for member in kind.cls] else ""
     return ""
 
 

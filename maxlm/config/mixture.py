@@ -7,11 +7,11 @@ from dataclasses import field
 from typing import Annotated, assert_never
 
 from maxlm.config.errors import UserError
-from maxlm.config.fields import NotNegative, Positive, Range, config
+from maxlm.config.fields import Changes, NotNegative, Positive, Range, config
 from maxlm.config.mlp import Activation
 
 
-@config("model.blocks[].mlp.router.")
+@config("model.blocks[].mlp.router.", changes=Changes.IDENTITY)
 class TopKRouter:
     """Each token goes to the experts of its largest scores, softmax(x router) (Shazeer 2017, arXiv:1701.06538)."""
 
@@ -20,13 +20,13 @@ class TopKRouter:
     normalize: bool = True
     """The chosen gates sum to 1, which is a softmax after the choice (Mixtral, Qwen 3); False: they keep their share of
     the softmax over all experts, taken before the choice (Switch, DeepSeekMoE)."""
-    load_balance: NotNegative[float] = 0.01
+    load_balance: Annotated[NotNegative[float], Changes.TRAINING] = 0.01
     """Weight of E * sum_e f_e P_e, with f_e the share of choices and P_e the mean score of expert e; 1 when balanced
     (GShard, arXiv:2006.16668; Switch, section 2.2). Over the tokens of a
     micro-batch on all devices, so more `train.micro_batches` balance smaller sets."""
 
 
-@config("model.blocks[].mlp.router.")
+@config("model.blocks[].mlp.router.", changes=Changes.IDENTITY)
 class NoisyTopKRouter:
     """Top-k of x router + N(0, 1) * softplus(x noise), gates by softmax after the choice (Shazeer 2017, eq. 3-5).
 
@@ -35,13 +35,13 @@ class NoisyTopKRouter:
 
     top_k: Positive[int]
     """Experts of a token."""
-    importance_loss: NotNegative[float] = 0.1
+    importance_loss: Annotated[NotNegative[float], Changes.TRAINING] = 0.1
     """Weight of CV(sum of gates of each expert)^2 (eq. 6 and 7)."""
-    load_loss: NotNegative[float] = 0.1
+    load_loss: Annotated[NotNegative[float], Changes.TRAINING] = 0.1
     """Weight of CV(smooth number of tokens of each expert)^2 (appendix A)."""
 
 
-@config("model.blocks[].mlp.router.")
+@config("model.blocks[].mlp.router.", changes=Changes.IDENTITY)
 class SigmoidRouter:
     """Top-k of sigmoid(x router) + bias, where only the choice sees the bias; no auxiliary loss needed (DeepSeek-V3,
     arXiv:2412.19437, section 2.1.2; arXiv:2408.15664).
@@ -53,11 +53,11 @@ class SigmoidRouter:
     """Experts of a token."""
     normalize: bool = True
     """The chosen scores are divided by their sum."""
-    bias_rate: NotNegative[float] = 1e-3
+    bias_rate: Annotated[NotNegative[float], Changes.TRAINING] = 1e-3
     """How far a bias moves in each step."""
 
 
-@config("model.blocks[].mlp.router.")
+@config("model.blocks[].mlp.router.", changes=Changes.IDENTITY)
 class ExpertChoiceRouter:
     """Each expert takes the tokens of its largest scores, as many as `Capacity` gives it (Zhou et al. 2022,
     arXiv:2202.09368).
@@ -69,7 +69,7 @@ class ExpertChoiceRouter:
 Router = TopKRouter | NoisyTopKRouter | SigmoidRouter | ExpertChoiceRouter
 
 
-@config("model.blocks[].mlp.dispatch.")
+@config("model.blocks[].mlp.dispatch.", changes=Changes.IDENTITY)
 class Dropless:
     """Every choice is computed: tokens are sorted by expert and multiplied group by group (MegaBlocks,
     arXiv:2211.15841)."""
@@ -85,7 +85,7 @@ class Dropless:
         return worst if self.buffer is None else min(worst, self.buffer * choices / devices)
 
 
-@config("model.blocks[].mlp.dispatch.")
+@config("model.blocks[].mlp.dispatch.", changes=Changes.IDENTITY)
 class Capacity:
     """Each expert has room for a fixed number of each group's tokens; the rest is dropped, and passes through the
     residual alone (GShard, arXiv:2006.16668, algorithm 1). Decoding with a cache drops nothing."""
@@ -108,7 +108,7 @@ class Capacity:
 Dispatch = Dropless | Capacity
 
 
-@config("model.blocks[].mlp.")
+@config("model.blocks[].mlp.", changes=Changes.IDENTITY)
 class Experts:
     """A mixture of experts, all gated MLPs: shared(x) + routed_scaling * sum over chosen e of gate_e * expert_e(x)."""
 
@@ -124,7 +124,7 @@ class Experts:
     """Experts that every token uses, computed as one MLP of this many times d_ff (DeepSeekMoE, arXiv:2401.06066)."""
     routed_scaling: NotNegative[float] = 1.0
     """Factor of the chosen experts' sum, beside the shared ones."""
-    router_z_loss: NotNegative[float] = 0.0
+    router_z_loss: Annotated[NotNegative[float], Changes.TRAINING] = 0.0
     """Weight of the mean of logsumexp(x router)^2 (ST-MoE, arXiv:2202.08906, eq. 5)."""
     activation: Activation = Activation.SILU
     """Nonlinearity of the gate."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 
-from maxlm.config.fields import Positive, config
+from maxlm.config.fields import Changes, Positive, config
 
 
 class Activation(enum.Enum):
@@ -18,7 +18,7 @@ class Activation(enum.Enum):
     IDENTITY = "identity"
 
 
-@config("model.blocks[].mlp.")
+@config("model.blocks[].mlp.", changes=Changes.IDENTITY)
 class Mlp:
     """down(activation(up(x))) (Vaswani et al. 2017, arXiv:1706.03762, section 3.3, with ReLU; GPT-2 with GELU)."""
 
@@ -30,7 +30,7 @@ class Mlp:
     """Every projection adds a learned vector."""
 
 
-@config("model.blocks[].mlp.")
+@config("model.blocks[].mlp.", changes=Changes.IDENTITY)
 class GatedMlp:
     """down(activation(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202). SwiGLU with the default activation."""
 

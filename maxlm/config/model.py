@@ -12,29 +12,29 @@ from typing import Annotated, Any
 from maxlm.config.attention import Attention
 from maxlm.config.earlier import renamed
 from maxlm.config.errors import UserError
-from maxlm.config.fields import Filled, NotNegative, Positive, config
+from maxlm.config.fields import Changes, Filled, NotNegative, Positive, config
 from maxlm.config.mixture import ExpertChoiceRouter, Experts
 from maxlm.config.mlp import GatedMlp, Mlp
 from maxlm.config.norm import Norm, RmsNorm
 from maxlm.config.position import EmbeddedPosition
 
 
-@config("model.blocks[].residual.")
+@config("model.blocks[].residual.", changes=Changes.IDENTITY)
 class PreNorm:
     """x + attention(norm(x)), then x + mlp(norm(x)) (GPT-2, LLaMA)."""
 
 
-@config("model.blocks[].residual.")
+@config("model.blocks[].residual.", changes=Changes.IDENTITY)
 class PostNorm:
     """norm(x + attention(x)), then norm(x + mlp(x)) (Vaswani et al. 2017, arXiv:1706.03762; the first GPT)."""
 
 
-@config("model.blocks[].residual.")
+@config("model.blocks[].residual.", changes=Changes.IDENTITY)
 class Sandwich:
     """x + norm(attention(norm(x))), then x + norm(mlp(norm(x))) (CogView, arXiv:2105.13290, section 2.4; Gemma 2)."""
 
 
-@config("model.blocks[].residual.")
+@config("model.blocks[].residual.", changes=Changes.IDENTITY)
 class Parallel:
     """x + attention(norm(x)) + mlp(norm(x)): one sum over devices instead of two (GPT-J; PaLM, arXiv:2204.02311)."""
 
@@ -47,7 +47,7 @@ MlpConfig = Mlp | GatedMlp | Experts
 
 
 @renamed(ffn="mlp")
-@config("model.blocks[].")
+@config("model.blocks[].", changes=Changes.IDENTITY)
 class BlockConfig:
     """One layer of the decoder: attention and an MLP, joined to the residual stream as `residual` says."""
 
@@ -59,7 +59,7 @@ class BlockConfig:
     """Where the norms stand, and what is added to the residual stream."""
 
 
-@config("model.head.")
+@config("model.head.", changes=Changes.IDENTITY)
 class LmHead:
     """Logits over the vocabulary."""
 
@@ -67,7 +67,7 @@ class LmHead:
     """The embedding table is the output projection too (Press & Wolf 2017, arXiv:1608.05859)."""
 
 
-@config("model.head.")
+@config("model.head.", changes=Changes.IDENTITY)
 class ScalarHead:
     """One number for each position, as reward and value models have it (arXiv:2203.02155, section 3.5)."""
 
@@ -85,7 +85,7 @@ Head = LmHead | ScalarHead
     norm_eps=lambda eps: {"norm": RmsNorm(eps=eps)},
     tie_embeddings=lambda tied: {"head": LmHead(tied=tied)},
 )
-@config("model.")
+@config("model.", changes=Changes.IDENTITY)
 class ModelConfig:
     """A decoder-only language model."""
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from maxlm.config.fields import NotNegative, config
+from maxlm.config.fields import Changes, NotNegative, config
 
 
-@config("model.norm.")
+@config("model.norm.", changes=Changes.IDENTITY)
 class RmsNorm:
     """x / sqrt(mean(x^2) + eps) * scale (Zhang & Sennrich 2019, arXiv:1910.07467)."""
 
@@ -16,7 +16,7 @@ class RmsNorm:
     bias: ClassVar[bool] = False
 
 
-@config("model.norm.")
+@config("model.norm.", changes=Changes.IDENTITY)
 class LayerNorm:
     """(x - mean(x)) / sqrt(var(x) + eps) * scale + bias (Ba et al. 2016, arXiv:1607.06450)."""
 

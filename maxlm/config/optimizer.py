@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import field
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from maxlm.config.execution import Dtype
-from maxlm.config.fields import BelowOne, Fraction, NotNegative, Positive, config
+from maxlm.config.fields import BelowOne, Changes, Fraction, NotNegative, Positive, config
 
 
-@config("optimizer.schedule.")
+@config("optimizer.schedule.", changes=Changes.TRAINING)
 class CosineSchedule:
     """Linear warm-up, then half a cosine down to final_fraction of the peak at the end (LLaMA: 0.1)."""
 
@@ -20,7 +20,7 @@ class CosineSchedule:
     """Learning rate at the end, as a fraction of the peak."""
 
 
-@config("optimizer.schedule.")
+@config("optimizer.schedule.", changes=Changes.TRAINING)
 class LinearSchedule:
     """Linear warm-up, then a straight line down to final_fraction of the peak at the end."""
 
@@ -30,7 +30,7 @@ class LinearSchedule:
     """Learning rate at the end, as a fraction of the peak."""
 
 
-@config("optimizer.schedule.")
+@config("optimizer.schedule.", changes=Changes.TRAINING)
 class InverseSqrtSchedule:
     """Linear warm-up, then peak * sqrt(warmup_steps / step) (Vaswani et al. 2017)."""
 
@@ -38,7 +38,7 @@ class InverseSqrtSchedule:
     """Steps that rise in a straight line to the peak."""
 
 
-@config("optimizer.schedule.")
+@config("optimizer.schedule.", changes=Changes.TRAINING)
 class WsdSchedule:
     """Warm-up, stable, decay: constant at the peak, then linear over the last decay_steps (arXiv:2404.06395)."""
 
@@ -50,7 +50,7 @@ class WsdSchedule:
     """Learning rate at the end, as a fraction of the peak."""
 
 
-@config("optimizer.schedule.")
+@config("optimizer.schedule.", changes=Changes.TRAINING)
 class ConstantSchedule:
     """Linear warm-up, then the peak for ever."""
 
@@ -70,7 +70,7 @@ class OptimizerState(NamedTuple):
     """Bytes of the rest, which is small, so that every device has it whole."""
 
 
-@config("optimizer.")
+@config("optimizer.", changes=Changes.TRAINING)
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
 
@@ -88,7 +88,7 @@ class AdamW:
     """Share of the second moment that a step keeps."""
     eps: Positive[float] = 1e-8
     """Added to the root of the second moment, by which an update is divided."""
-    moment_dtype: Dtype = Dtype.FLOAT32
+    moment_dtype: Annotated[Dtype, Changes.IDENTITY] = Dtype.FLOAT32
     """Format in which the first moment is kept; bfloat16 saves 2 bytes a parameter. The second is float32 always: with
     b2 near 1 its steps are smaller than bfloat16 can tell apart."""
 
@@ -97,7 +97,7 @@ class AdamW:
         return OptimizerState((self.moment_dtype.itemsize, Dtype.FLOAT32.itemsize))
 
 
-@config("optimizer.")
+@config("optimizer.", changes=Changes.TRAINING)
 class Adafactor:
     """Adam with a factored second moment and no first one (Shazeer & Stern 2018, arXiv:1804.04235)."""
 
@@ -115,7 +115,7 @@ class Adafactor:
     """Largest RMS of one parameter's update before the learning rate."""
     scale_by_parameter: bool = True
     """Multiply an update by the RMS of the parameter that it changes."""
-    min_factored_dim: NotNegative[int] = 128
+    min_factored_dim: Annotated[NotNegative[int], Changes.IDENTITY] = 128
     """Parameters whose second largest dim is smaller keep a full second moment."""
 
     def smallest_factored(self, layers: int) -> int:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from maxlm.config.errors import UserError
-from maxlm.config.fields import Positive, config
+from maxlm.config.fields import Changes, Positive, config
 
 
-@config("model.blocks[].attention.position.scaling.")
+@config("model.blocks[].attention.position.scaling.", changes=Changes.IDENTITY)
 class Llama3RopeScaling:
     """Llama 3.1's stretching of the slow RoPE frequencies (arXiv:2407.21783; numbers from the released configs)."""
 
@@ -28,7 +28,7 @@ class Llama3RopeScaling:
             )
 
 
-@config("model.blocks[].attention.position.")
+@config("model.blocks[].attention.position.", changes=Changes.IDENTITY)
 class Rope:
     """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) on every head dimension."""
 
@@ -38,12 +38,12 @@ class Rope:
     """How a model learns longer contexts than those it began with; None: not at all."""
 
 
-@config("model.blocks[].attention.position.")
+@config("model.blocks[].attention.position.", changes=Changes.IDENTITY)
 class Alibi:
     """Scores fall with the distance, by a slope for each head (Press et al. 2022, arXiv:2108.12409). No parameters."""
 
 
-@config("model.blocks[].attention.position.")
+@config("model.blocks[].attention.position.", changes=Changes.IDENTITY)
 class RelativeBias:
     """T5's learned bias by bucket of the distance, for each head (Raffel et al. 2020, arXiv:1910.10683, section 2.1).
 
@@ -67,12 +67,12 @@ Position = Rope | Alibi | RelativeBias
 """What attention does with positions."""
 
 
-@config("model.embedded_position.")
+@config("model.embedded_position.", changes=Changes.IDENTITY)
 class Learned:
     """A learned vector for each of max_seq_len positions, added to the embedding (GPT-2)."""
 
 
-@config("model.embedded_position.")
+@config("model.embedded_position.", changes=Changes.IDENTITY)
 class Sinusoidal:
     """sin and cos of the position at wavelengths from 2 pi to 10,000 * 2 pi, added to the embedding (Vaswani et al.
     2017, arXiv:1706.03762, section 3.5). No parameters."""

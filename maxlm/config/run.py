@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import field
 from typing import Annotated
 
 from maxlm.config.data import DataConfig
 from maxlm.config.errors import UserError
 from maxlm.config.execution import ExecutionConfig
-from maxlm.config.fields import NotEmpty, NotNegative, PathName, Positive, Range, Seed, config
+from maxlm.config.fields import Changes, NotEmpty, NotNegative, PathName, Positive, Range, Seed, config, shown
 from maxlm.config.layout_rules import broken_layout_rules
 from maxlm.config.model import LmHead, ModelConfig
 from maxlm.config.optimizer import AdamW, OptimizerConfig
@@ -20,7 +21,7 @@ from maxlm.config.task import Pretrain, Task
 _HELD_OUT_TOKENS = 2**20
 
 
-@config("step range: ", kw_only=False)
+@config("step range: ", changes=Changes.NOTHING, kw_only=False)
 class StepRange:
     """The steps first, first + 1, ..., last - 1; written `first:last` on the command line."""
 
@@ -40,24 +41,24 @@ class StepRange:
         Raises:
             UserError: it is something else.
         """
-        first, _, last = text.partition(":")
-        if not (first.isdecimal() and last.isdecimal()):
-            raise UserError(f"step range {text!r} must be FIRST:LAST, for example 10:13")
-        return cls(int(first), int(last))
+        found = re.fullmatch(r"(\d{1,20}):(\d{1,20})", text, re.ASCII)
+        if found is None:
+            raise UserError(f"step range {shown(text)} must be FIRST:LAST, for example 10:13")
+        return cls(int(found[1]), int(found[2]))
 
     def __str__(self) -> str:
         return f"{self.first}:{self.last}"
 
 
-@config("train.")
+@config("train.", changes=Changes.TRAINING)
 class TrainConfig:
     """Length, batch and rhythm of training."""
 
     steps: Positive[int]
     """Optimizer steps in all."""
-    batch_size: Positive[int]
+    batch_size: Annotated[Positive[int], Changes.IDENTITY]
     """Sequences a step, over all devices and micro-batches."""
-    seq_len: Positive[int]
+    seq_len: Annotated[Positive[int], Changes.IDENTITY]
     """Tokens in a sequence."""
     micro_batches: Positive[int] = 1
     """Parts that a step's batch is cut into, one after the other, to save memory; the result is the same, but for the
@@ -68,16 +69,16 @@ class TrainConfig:
     """Weight of log(Z)^2 in the loss, which keeps the logits from drifting (PaLM, arXiv:2204.02311: 1e-4)."""
     loss_chunk: Positive[int] = 1024
     """Tokens, on one device, whose logits exist at one time."""
-    max_skipped_steps: Positive[int] = 10
+    max_skipped_steps: Annotated[Positive[int], Changes.NOTHING] = 10
     """Steps in a row with a loss or gradient that is not finite, and therefore skipped, before the run stops."""
-    log_every: Positive[int] = 10
+    log_every: Annotated[Positive[int], Changes.NOTHING] = 10
     """Steps between lines of the console and rows of metrics.jsonl."""
-    eval_every: Annotated[int, Range(ge=0, note="0 measures only at the end")] = 1000
+    eval_every: Annotated[int, Range(ge=0, note="0 measures only at the end"), Changes.NOTHING] = 1000
     """Steps between measurements of the held-out loss; 0: only at the end."""
-    eval_batches: Annotated[int, Range(ge=0, note="0 measures nothing")] | None = None
+    eval_batches: Annotated[Annotated[int, Range(ge=0, note="0 measures nothing")] | None, Changes.NOTHING] = None
     """Batches of each such measurement, the first ones of the validation split; None: the whole split, or as much of it
     as holds a million tokens; 0: no measurement at all."""
-    profile_steps: StepRange | None = None
+    profile_steps: Annotated[StepRange | None, Changes.NOTHING] = None
     """Steps to record with the profiler, as FIRST:LAST."""
 
     def held_out_batches(self, available: int) -> int:
@@ -87,7 +88,7 @@ class TrainConfig:
         return min(available, self.eval_batches)
 
 
-@config("checkpoint.")
+@config("checkpoint.", changes=Changes.NOTHING)
 class CheckpointConfig:
     """When the state is written, and what is kept of it. The last step is always written."""
 
@@ -99,13 +100,13 @@ class CheckpointConfig:
     """Keep every checkpoint whose step is a multiple of this, too; 0: none."""
     verify: bool = True
     """Compare checksums before restoring."""
-    init_from: PathName | None = None
+    init_from: Annotated[PathName | None, Changes.IDENTITY] = None
     """Run folder, or RUN_DIR/checkpoints/STEP, whose parameters a new run starts from, with a new optimizer; a dense
     MLP becomes every expert of a mixture of the same d_ff (arXiv:2212.05055). Not read once the run has a
     checkpoint."""
 
 
-@config("observe.")
+@config("observe.", changes=Changes.NOTHING)
 class ObserveConfig:
     """Where figures go, besides the console, metrics.jsonl and TensorBoard."""
 
@@ -117,7 +118,7 @@ class ObserveConfig:
     """Length of that sample; 0: none."""
 
 
-@config("limits.")
+@config("limits.", changes=Changes.NOTHING)
 class LimitsConfig:
     """How long something may take before a run says so, or ends."""
 
@@ -135,7 +136,7 @@ class LimitsConfig:
     """End the run then, with exit code 1."""
 
 
-@config("")
+@config("", changes=Changes.IDENTITY)
 class RunConfig:
     """Everything that decides a training run."""
 
@@ -159,9 +160,9 @@ class RunConfig:
     """How long something may take."""
     task: Task = field(default_factory=Pretrain)
     """What is learned."""
-    target: NotEmpty[str] | None = None
+    target: Annotated[NotEmpty[str] | None, Changes.NOTHING] = None
     """Machine that the config is meant for, as maxlm.plan names it (tpu:v5p:4x4x4); training does not read it."""
-    run_dir: PathName = "runs/default"
+    run_dir: Annotated[PathName, Changes.NOTHING] = "runs/default"
     """Folder of checkpoints, metrics and the report. The same command on the same folder continues the run."""
 
     def __post_init__(self) -> None:
@@ -202,5 +203,20 @@ class RunConfig:
                 f"observe.sample_tokens = {self.observe.sample_tokens} needs a model that can decode, but one with an "
                 "ExpertChoiceRouter looks at later tokens; use 0"
             )
+        if train.profile_steps is not None and train.profile_steps.last > train.steps:
+            failures.append(
+                f"train.profile_steps = {train.profile_steps} ends after train.steps = {train.steps}; use steps up to "
+                f"{train.steps}, or None"
+            )
         if failures:
             raise UserError("\n".join(failures))
+
+    def remarks(self) -> list[str]:
+        """A line for each choice that can be made and is seldom meant."""
+        warmup, steps = self.optimizer.schedule.warmup_steps, self.train.steps
+        if warmup < steps:
+            return []
+        return [
+            f"optimizer.schedule.warmup_steps = {warmup} leaves nothing of train.steps = {steps}: the learning rate "
+            "rises to the end"
+        ]

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Annotated, Any
 
 from maxlm.config.errors import UserError
-from maxlm.config.fields import Positive, Range, config
+from maxlm.config.fields import Changes, Positive, Range, config
 
 MESH_AXES = ("data", "fsdp", "stage", "seq", "tensor", "expert")
 """Every mesh axis, slowest network first. `maxlm/sharding.py` says which dims of which array each one cuts."""
@@ -50,7 +50,7 @@ class SlicesAxis(enum.Enum):
     batch, and each slice holds its own layers only."""
 
 
-@config("sharding.")
+@config("sharding.", changes=Changes.TRAINING)
 class ShardingConfig:
     """Sizes of the mesh axes; their product is the number of devices.
 

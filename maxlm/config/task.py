@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from maxlm.config.fields import config
+from maxlm.config.fields import Changes, config
 
 
-@config("task.")
+@config("task.", changes=Changes.IDENTITY)
 class Pretrain:
     """Predict the next token of running text."""
 

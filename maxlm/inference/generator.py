@@ -187,18 +187,10 @@ class Generator:
 
     def _check(self, prompts: list[list[int]], max_new_tokens: int, seed: int) -> int:
         """The longest prompt's length, if everything fits."""
-        longest, limit = max(map(len, prompts)), self._config.max_seq_len
+        longest = max(map(len, prompts))
         require("max_new_tokens", max_new_tokens, Positive[int])
         require("seed", seed, Seed)
-        if longest + max_new_tokens > limit:
-            remedies = [f"use max_new_tokens <= {limit - longest}"] if longest < limit else []
-            if max_new_tokens < limit:
-                remedies.append(f"shorten the prompt to at most {limit - max_new_tokens} tokens")
-            remedy = " or ".join(remedies) or "shorten both"
-            raise UserError(
-                f"the prompt's {longest} tokens and max_new_tokens = {max_new_tokens} make {longest + max_new_tokens}, "
-                f"more than model.max_seq_len = {limit}; {remedy}"
-            )
+        check_lengths(longest, max_new_tokens, self._config.max_seq_len)
         return longest
 
     def _prefill(
@@ -236,6 +228,25 @@ class Generator:
         if key not in self._programs:
             self._programs[key] = jax.jit(function, donate_argnums=donate, **options).lower(*arguments).compile()
         return self._programs[key]
+
+
+def check_lengths(
+    prompt: int, new: int, limit: int, *, key: str = "max_new_tokens", prompt_key: str = "the prompt"
+) -> None:
+    """
+    Raises:
+        UserError: so many tokens of a prompt and so many new ones are more than the model is meant for.
+    """
+    if prompt + new <= limit:
+        return
+    remedies = [f"use {key} <= {limit - prompt}"] if prompt < limit else []
+    if new < limit:
+        remedies.append(f"shorten {prompt_key} to at most {limit - new} tokens")
+    remedy = " or ".join(remedies) or "shorten both"
+    raise UserError(
+        f"{prompt_key}'s {prompt} tokens and {key} = {new} make {prompt + new}, more than model.max_seq_len = {limit}; "
+        f"{remedy}"
+    )
 
 
 class _Timer:

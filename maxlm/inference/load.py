@@ -35,8 +35,8 @@ class LoadedRun:
     """A model with what belongs to it. `load_run` reads one; training makes one of the state that it has."""
 
     config: RunConfig
-    """As in the run folder, except that `sharding` is the one in use; `load_run` also sets `execution.kernels` to the
-    default."""
+    """As in the run folder, except that `sharding` is the one in use. `load_run` also takes `model` and `execution`
+    from the checkpoint, as a run may have gone on with others, and sets `execution.kernels` to the default."""
     layout: Layout
     parameters: Any
     """Nested dicts of float32 arrays, like those of `maxlm.models.init_parameters`."""
@@ -119,7 +119,7 @@ def load_run(run_dir: str | Path, *, step: int | None = None, sharding: Sharding
     devices = _devices(sharding)
     sizes = sharding.sizes(len(devices))
     rows = math.prod(sizes[axis] for axis in ACTIVATION_DIMS["batch"])  # any batch that the mesh can cut
-    train = dataclasses.replace(saved.train, batch_size=rows, micro_batches=1)
+    train = dataclasses.replace(saved.train, batch_size=rows, micro_batches=1, profile_steps=None)
     dataclasses.replace(saved, sharding=sharding, train=train).validate(len(devices))
     # The kernels that the run was trained with need not exist on this device.
     execution = dataclasses.replace(saved.execution, kernels=KernelConfig())
@@ -127,6 +127,10 @@ def load_run(run_dir: str | Path, *, step: int | None = None, sharding: Sharding
     layout = make_layout(sharding, devices)
     with Checkpointer(run_dir / "checkpoints", config.checkpoint) as checkpointer:
         restored = checkpointer.restore_params(step, abstract_parameters(config.model, layout))
+    if trained := restored.meta.get("config"):  # of this very step
+        then = serialize.from_dict(RunConfig, trained)
+        execution = dataclasses.replace(then.execution, kernels=KernelConfig())
+        config = dataclasses.replace(config, model=then.model, execution=execution)
     trained_with = restored.meta.get("tokenizer")
     if trained_with != tokenizer.fingerprint:
         raise UserError(

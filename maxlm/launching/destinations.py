@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from maxlm.config import UserError
-from maxlm.config.fields import Positive, config
+from maxlm.config.fields import Positive, config, shown
 from maxlm.launching.tpu_slices import GENERATIONS, TpuSlice, tpu_slice
 
 SHARED = "/shared"
@@ -158,7 +158,7 @@ class SkyPilot:
         tpu = any(self.accelerator.startswith(f"{name}-") for generation in GENERATIONS for name in generation.names)
         if not tpu and not self.gpus_per_node:
             form = "a node's GPUs, such as H100:8, or a TPU slice, such as v6e-16"
-            raise UserError(f"--accelerator {self.accelerator!r} must be {form}")
+            raise UserError(f"--accelerator {shown(self.accelerator)} must be {form}")
         if self.slice is not None and self.nodes > 1:
             raise UserError(
                 f"--nodes {self.nodes}: SkyPilot rents one TPU slice a job; use a larger one, or --target gke"
@@ -195,9 +195,9 @@ def _name(key: str, value: str) -> None:
 
 def _matches(key: str, value: str, pattern: str, form: str) -> None:
     if not re.fullmatch(pattern, value, re.ASCII):
-        raise UserError(f"{key} {value!r} must be {form}")
+        raise UserError(f"{key} {shown(value)} must be {form}")
 
 
 def _no_control_characters(key: str, value: str) -> None:
     if not value.isprintable():
-        raise UserError(f"{key} {value!r} has a line break or another control character; leave it out")
+        raise UserError(f"{key} {shown(value)} has a line break or another control character; leave it out")

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 
 from maxlm.config import UserError
+from maxlm.config.fields import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,7 @@ def tpu_slice(accelerator: str, topology: str | None = None) -> TpuSlice:
     generation = next((g for g in GENERATIONS if prefix in g.names), None)
     if generation is None or not number.isdecimal():
         examples = ", ".join(f"{g.names[-1]}-{8 * g.counted_per_chip}" for g in GENERATIONS)
-        raise UserError(f"--accelerator {accelerator!r} is not a TPU that is known here; 8 chips are {examples}")
+        raise UserError(f"--accelerator {shown(accelerator)} is not a TPU that is known here; 8 chips are {examples}")
     count, per_chip = int(number), generation.counted_per_chip
     if topology is None:
         shape = _usual_topology(generation, count // per_chip)
@@ -97,7 +98,7 @@ def tpu_slice(accelerator: str, topology: str | None = None) -> TpuSlice:
         if len(shape) != generation.torus or math.prod(shape) * per_chip != count:
             form = "x".join("ABC"[: generation.torus])
             raise UserError(
-                f"--topology {topology!r} must be {form} with a product of {count // per_chip} chips for "
+                f"--topology {shown(topology)} must be {form} with a product of {count // per_chip} chips for "
                 f"--accelerator {accelerator}"
             )
     chips = math.prod(shape)

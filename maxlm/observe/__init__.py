@@ -4,6 +4,7 @@ run_log.py: the one object that the loop tells what happens
 metrics.py: rows of metrics.jsonl, throughput
 held_out.py: perplexity and bits per byte of a loss
 console.py: live status
+guard.py: what fails or hangs is switched off, and the run goes on
 writers.py: TensorBoard, Weights & Biases
 devices.py: peak FLOP/s of each device kind
 profiler.py: a window of profiled steps

@@ -112,7 +112,8 @@ class Console:
         """Print a line above the status line."""
         if not self._enabled:
             return
-        text = _printable(text, self._output.encoding)
+        # rich takes an output that it did not get by name for UTF-8.
+        text = _printable(text, getattr(self._output.file, "encoding", None) or "utf-8")
         if self._output.is_terminal:
             self._attempt(lambda: self._output.print(Text(text, style=style)))
         else:  # rich would cut long lines to a width that a file does not have

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -29,22 +30,27 @@ class RowLog:
     """Appends rows to a file, each flushed to the operating system, so that a killed process loses none.
 
     Opening it for a run that continues from `resume_step` drops the rows of later steps, which will be written again.
+    A file with other lines than rows is set aside as `NAME.damaged`; its rows go on.
     """
 
-    def __init__(self, path: Path, *, resume_step: int) -> None:
-        """
-        Raises:
-            UserError: the file holds something else than rows.
-        """
+    def __init__(self, path: Path, *, resume_step: int, warn: Callable[[str], None] = lambda text: None) -> None:
+        """`warn` gets a line if the file is damaged."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            kept = [row for row in read_rows(path) if row["step"] <= resume_step]
+        if path.is_file():  # a device or a pipe has no end
+            rows, problem = _read(path)
             part = path.with_name(path.name + ".part")
-            with part.open("w", encoding="utf-8") as file:
-                file.writelines(_line(row) for row in kept)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
+            try:
+                with part.open("w", encoding="utf-8") as file:
+                    file.writelines(_line(row) for row in rows if row["step"] <= resume_step)
+                    file.flush()
+                    os.fsync(file.fileno())
+                if problem is not None:
+                    aside = path.with_name(path.name + ".damaged")
+                    os.replace(path, aside)
+                    warn(f"{path}:{problem}; kept as {aside}, its other rows go on")
+                os.replace(part, path)
+            finally:
+                part.unlink(missing_ok=True)
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, row: Mapping[str, Any]) -> None:
@@ -61,22 +67,38 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         UserError: any other line is not an object with a step.
     """
-    if not path.exists():
+    rows, problem = _read(path)
+    if problem is not None:
+        raise UserError(f"{path}:{problem}; remove that line")
+    return rows
+
+
+def readable_rows(path: Path) -> list[Row]:
+    """What of a file are rows; none if it cannot be read."""
+    try:
+        return _read(path)[0]
+    except OSError:
         return []
+
+
+def _read(path: Path) -> tuple[list[Row], str | None]:
+    """The rows, and place and words of the first line that is none."""
+    if not path.is_file():
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        return [], None
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]  # what follows the last newline is torn
-    rows = []
+    rows, problem = [], None
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             row = None
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise UserError(
-                f"{path}:{number}: {line[:40]!r} is not a row, must be a JSON object with an integer step; "
-                "remove that line"
-            )
-        rows.append(row)
-    return rows
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            rows.append(row)
+        elif problem is None:
+            problem = f"{number}: {line[:40]!r} is not a row, must be a JSON object with an integer step"
+    return rows, problem
 
 
 class Throughput:

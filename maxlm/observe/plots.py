@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -67,5 +68,10 @@ def loss_curve(metrics: Sequence[Row], evals: Sequence[Row], path: Path) -> Path
     for axes in (loss, rate):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    part = path.with_suffix(".part")
+    try:
+        figure.savefig(part, dpi=150, format="png")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
     return path

@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from maxlm.config import UserError
+from maxlm.observe.guard import reason
 from maxlm.observe.metrics import Row, read_rows
 from maxlm.observe.plots import points, smooth
 from maxlm.observe.svg import Line, chart
 from maxlm.observe.text import gibibytes, short
+
+T = TypeVar("T")
 
 _SAMPLES_SHOWN = 5
 _LEAST_ROWS = 5
@@ -39,17 +43,35 @@ class SavedCheckpoint:
     saved: datetime
 
 
-def write_report(run_dir: Path, checkpoints: Sequence[SavedCheckpoint] = ()) -> Path:
+def write_report(
+    run_dir: Path,
+    checkpoints: Sequence[SavedCheckpoint] = (),
+    *,
+    switched_off: Mapping[str, str] | None = None,
+    complete: int | None = None,
+) -> Path:
     """Write `run_dir/report.html` from what lies in the folder: config.json, run.json, metrics.jsonl, evals.jsonl,
-    samples.jsonl. What is missing is left out.
+    samples.jsonl. What is missing is left out; what cannot be read too, and named.
 
-    Raises:
-        UserError: one of these files is damaged.
+    Args:
+        run_dir: the run folder.
+        checkpoints: to list.
+        switched_off: what the run could not write -> why.
+        complete: the step that the run is at with all measurements made, for `report_step`.
     """
-    metrics = read_rows(run_dir / "metrics.jsonl")
-    evals = read_rows(run_dir / "evals.jsonl")
-    samples = read_rows(run_dir / "samples.jsonl")
-    facts, config = _read_object(run_dir / "run.json"), _read_object(run_dir / "config.json")
+    problems = dict(switched_off or {})
+
+    def read(read_one: Callable[[Path], T], name: str, nothing: T) -> T:
+        try:
+            return read_one(run_dir / name)
+        except (OSError, UserError) as error:
+            problems.setdefault(str(run_dir / name), reason(error))
+            return nothing
+
+    none: list[Row] = []
+    metrics, evals, samples = (read(read_rows, f"{name}.jsonl", none) for name in ("metrics", "evals", "samples"))
+    empty: dict[str, Any] = {}
+    facts, config = (read(_read_object, f"{name}.json", empty) for name in ("run", "config"))
     body = [
         f"<h1>{escape(run_dir.resolve().name)}</h1>",
         f"<p class=sub>{escape(_subtitle(facts, metrics))}</p>",
@@ -58,26 +80,42 @@ def write_report(run_dir: Path, checkpoints: Sequence[SavedCheckpoint] = ()) -> 
         _section("Held-out text", _eval_table(evals)),
         _section("Samples", "".join(_sample(row) for row in samples[-_SAMPLES_SHOWN:])),
         _section("Checkpoints", _checkpoint_table(checkpoints)),
+        _section("Switched off, or not readable", _pairs(problems.items())),
         _section("Model and machine", _facts_table(facts)),
         _section("Config", _config_tables(config)),
     ]
-    page = _PAGE.format(title=escape(f"{run_dir.resolve().name} - maxlm run"), style=_STYLE, body="\n".join(body))
+    page = _PAGE.format(
+        title=escape(f"{run_dir.resolve().name} - maxlm run"), style=_STYLE, body="\n".join(body), complete=complete
+    )
     path = run_dir / "report.html"
     part = path.with_suffix(".part")
-    part.write_text(page, encoding="utf-8", errors="replace")
-    os.replace(part, path)
+    try:
+        part.write_text(page, encoding="utf-8", errors="replace")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
     return path
 
 
+def report_step(run_dir: Path) -> int | None:
+    """The step at which `write_report` was told that all is complete; None: it was not, or there is no report."""
+    try:
+        with (run_dir / "report.html").open("rb") as file:
+            found = re.search(rb'<meta name="complete" content="(\d+)">', file.read(1000))
+    except OSError:
+        return None
+    return int(found[1]) if found else None
+
+
 def _read_object(path: Path) -> dict[str, Any]:
-    if not path.exists():
+    if not path.exists() or path.is_char_device() or path.is_fifo():  # those have no end
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); the report needs it whole or not there") from error
+        raise UserError(f"not JSON ({error})") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a {type(value).__name__}, must hold a JSON object")
+        raise UserError(f"holds a {type(value).__name__}, must hold a JSON object")
     return value
 
 
@@ -99,8 +137,8 @@ def _summary(facts: Mapping[str, Any], metrics: Sequence[Row], evals: Sequence[R
     tiles = []
     if facts:
         tiles.append(("parameters", short(facts["parameters"]["total"])))
-    if metrics:
-        tiles.append(("tokens trained", short(metrics[-1]["tokens"])))
+    if tokens := _known(metrics, "tokens"):
+        tiles.append(("tokens trained", short(tokens[-1])))
     if losses := _known(metrics, "loss"):
         last = losses[-max(_LEAST_ROWS, math.ceil(0.03 * len(losses))) :]
         tiles.append((f"training loss, last {len(last)} rows", f"{statistics.fmean(last):.4f}"))
@@ -171,7 +209,11 @@ def _sample(row: Row) -> str:
 
 
 def _facts_table(facts: Mapping[str, Any]) -> str:
-    return _pairs((key, value) for key, value in _leaves(facts) if key not in ("started", "steps"))
+    return _pairs(
+        (key, value)
+        for key, value in _leaves(facts)
+        if key not in ("started", "steps") and not key.startswith("switched_off")
+    )
 
 
 def _config_tables(config: Mapping[str, Any]) -> str:
@@ -236,7 +278,8 @@ def _section(title: str, inner: str) -> str:
 
 
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<html lang="en"><head><meta charset="utf-8"><meta name="complete" content="{complete}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>{style}</style></head><body><main>
 {body}
 </main></body></html>

@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -19,22 +19,31 @@ from maxlm.config import Experts, RunConfig, UserError, pipeline_bubble
 from maxlm.config.serialize import flatten
 from maxlm.observe.console import Console
 from maxlm.observe.devices import Device, memory_in_use, peak_flops
-from maxlm.observe.metrics import COLUMNS, Row, RowLog, Throughput, read_rows
+from maxlm.observe.guard import Guarded
+from maxlm.observe.metrics import COLUMNS, Row, RowLog, Throughput, readable_rows
 from maxlm.observe.plots import loss_curve
 from maxlm.observe.report import SavedCheckpoint, write_report
 from maxlm.observe.text import short
-from maxlm.observe.writers import TensorBoardWriter, WandbWriter, Writer
+from maxlm.observe.writers import TensorBoardWriter, WandbWriter, Writer, import_wandb
 from maxlm.shapes import flops_per_token, mfu, parameter_count
 
+_PICTURE_S = 120.0
+"""Seconds for loss.png: matplotlib looks at every font when it is first imported."""
 _PACKAGES = ("maxlm", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """What `RunLog.finish` wrote."""
+    """What `RunLog.finish` wrote; None: it could not."""
 
-    report: Path
+    report: Path | None
     loss_png: Path | None
+
+    @classmethod
+    def found(cls, run_dir: Path) -> Finished:
+        """What an earlier call wrote."""
+        report, picture = run_dir / "report.html", run_dir / "loss.png"
+        return cls(report=report if report.is_file() else None, loss_png=picture if picture.is_file() else None)
 
 
 class RunLog:
@@ -50,7 +59,8 @@ class RunLog:
             log.measured("eval", step, {"eval_loss": ...}, line="held-out loss ...")
             log.finish(checkpoints=...)
 
-    Every process makes the same calls; only the main one writes or prints.
+    Every process makes the same calls; only the main one writes or prints. A file or service that fails, or does not
+    answer, is told once, switched off, and named in run.json and the report; nothing of it is raised here.
     """
 
     def __init__(
@@ -63,14 +73,15 @@ class RunLog:
         devices: Sequence[Device],
         console: Console | None = None,
         measures: Sequence[str] = (),
+        only_say: bool = False,
     ) -> None:
         """`resume_step`: steps that the restored checkpoint had done, 0 without one; later rows are dropped.
 
         `devices`: all of the run, as `jax.devices()` lists them. `measures`: names that `measured` will get, beside
-        "eval" and "sample".
+        "eval" and "sample". `only_say`: touch no file, as nothing will happen.
 
         Raises:
-            UserError: an earlier row file is damaged, or observe.wandb_project is set and wandb is absent.
+            UserError: observe.wandb_project is set and wandb is absent.
         """
         self._config, self._run_dir, self._is_main = config, run_dir, is_main
         self._throughput = Throughput()
@@ -81,26 +92,53 @@ class RunLog:
         self._flops = flops_per_token(config.model, config.train.seq_len, config.execution.remat, remat_stages=again)
         self._peak = peak_flops(kind, config.execution.dtype)
         self._console = console or Console(enabled=is_main)
-        self._writers: list[Writer] = []
-        self._files: dict[str, RowLog] = {}
+        self._writers: list[Guarded[Writer]] = []
+        self._files: dict[str, Guarded[RowLog]] = {}
+        self._run_json: Guarded[Path] | None = None
+        self._off: dict[str, str] = {}
         self._near_devices = [device for device in devices if device.process_index == 0]
         if not is_main:
             return
-        run_dir.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics", "evals", "samples", *(f"{measure}s" for measure in measures)):
-            if name not in self._files:
-                self._files[name] = RowLog(run_dir / f"{name}.jsonl", resume_step=resume_step)
-        self._writers.append(TensorBoardWriter(run_dir, resume_step=resume_step))
-        if config.observe.wandb_project is not None:
-            self._writers.append(WandbWriter(config.observe.wandb_project, run_dir, flatten(config)))
-        facts = self._facts(kind, 1 + max(device.process_index for device in devices))
-        (run_dir / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
+        self._facts = self._find_facts(kind, 1 + max(device.process_index for device in devices))
+        if not only_say:
+            self._open(resume_step, dict.fromkeys(["metrics", "evals", "samples", *(f"{name}s" for name in measures)]))
         self._console.start(
             config.train.steps,
             resume_step,
-            self._header(facts),
+            self._header(self._facts),
             memory_limit=memory_in_use(self._near_devices).limit,
         )
+
+    def _open(self, resume_step: int, names: Iterable[str]) -> None:
+        run_dir, project = self._run_dir, self._config.observe.wandb_project
+        wandb = None if project is None else import_wandb(project)
+        self._run_json = Guarded(str(run_dir / "run.json"), lambda: run_dir / "run.json", self.switched_off)
+
+        def rows(path: Path) -> Guarded[RowLog]:
+            make = lambda: RowLog(path, resume_step=resume_step, warn=self.warning)
+            return Guarded(str(path), make, self.switched_off)
+
+        self._files |= {name: rows(run_dir / f"{name}.jsonl") for name in names}
+        make_board = lambda: TensorBoardWriter(run_dir, resume_step=resume_step)
+        self._writers.append(Guarded(str(run_dir / "tensorboard"), make_board, self.switched_off))
+        if wandb is not None and project is not None:
+            make_wandb = lambda: WandbWriter(wandb, project, run_dir, flatten(self._config))
+            name = f"observe.wandb_project = {project!r}"
+            self._writers.append(Guarded(name, make_wandb, self.switched_off, wait=False))
+        self._write_facts()
+
+    def switched_off(self, name: str, reason: str) -> None:
+        """Say once that a file or service gets no more, as the run goes on without it; from any thread."""
+        if not self._is_main or name in self._off:
+            return
+        self._off[name] = reason
+        self.warning(f"{name}: {reason}; it is switched off, the run goes on without it")
+        self._write_facts()
+
+    def _write_facts(self) -> None:
+        if self._run_json is not None:
+            text = json.dumps({**self._facts, "switched_off": self._off}, indent=2) + "\n"
+            self._run_json(lambda path: path.write_text(text))
 
     def start_clock(self, step: int, tokens: int) -> None:
         """Begin to measure throughput, with `step` steps done and the device idle: after compilation."""
@@ -137,7 +175,7 @@ class RunLog:
         }
         row = {key: known[key] for key in (*COLUMNS, *known) if key in known}
         if self._is_main:
-            self._files["metrics"].append(row)
+            self._files["metrics"](lambda file: file.append(row))
             self._write(step, "train", row)
             self._console.log(row)
         return row
@@ -146,13 +184,13 @@ class RunLog:
         """Log a measurement: a row of `NAMEs.jsonl`, its numbers to writers as `NAME/...`, `line` to the console."""
         if not self._is_main:
             return
-        self._files[f"{name}s"].append({"step": step, **row})
+        self._files[f"{name}s"](lambda file: file.append({"step": step, **row}))
         self._write(step, name, {key.removeprefix(f"{name}_"): value for key, value in row.items()})
         self._console.measured(line)
 
     def has_measured(self, name: str, step: int) -> bool:
         """Whether `NAMEs.jsonl` has a row of the step."""
-        return any(row["step"] == step for row in read_rows(self._run_dir / f"{name}s.jsonl"))
+        return any(row["step"] == step for row in readable_rows(self._run_dir / f"{name}s.jsonl"))
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -162,21 +200,30 @@ class RunLog:
         """Print a line that stands out."""
         self._console.warning(text)
 
-    def finish(self, checkpoints: Sequence[SavedCheckpoint] = ()) -> Finished | None:
-        """Write loss.png and report.html and say where they are; None on the other processes."""
+    def finish(self, checkpoints: Sequence[SavedCheckpoint] = (), *, complete: int | None = None) -> Finished | None:
+        """Write loss.png and report.html and say where they are; None on the other processes.
+
+        `complete`: the step that the run is at, with all its measurements; the report then says so to `report_step`.
+        """
         if not self._is_main:
             return None
         self._console.stop()
-        loss_png = None
-        try:
-            loss_png = loss_curve(
-                read_rows(self._run_dir / "metrics.jsonl"),
-                read_rows(self._run_dir / "evals.jsonl"),
-                self._run_dir / "loss.png",
-            )
-        except UserError as error:
-            self.warning(str(error))
-        report = write_report(self._run_dir, checkpoints)
+        self._close_writers()  # so that the report names what fails as it ends
+
+        def draw(path: Path) -> Path | None:
+            metrics, evals = (readable_rows(self._run_dir / f"{name}.jsonl") for name in ("metrics", "evals"))
+            try:
+                return loss_curve(metrics, evals, path)
+            except UserError as error:  # matplotlib is absent
+                self.warning(str(error))
+                return None
+
+        def write(folder: Path) -> Path:
+            return write_report(folder, checkpoints, switched_off=self._off, complete=complete)
+
+        picture, page = self._run_dir / "loss.png", self._run_dir / "report.html"
+        loss_png = Guarded(str(picture), lambda: picture, self.switched_off, patience_s=_PICTURE_S)(draw)
+        report = Guarded(str(page), lambda: self._run_dir, self.switched_off)(write)
         for path in (loss_png, report):
             if path is not None:
                 self.say(f"wrote {path}")
@@ -185,10 +232,15 @@ class RunLog:
     def close(self) -> None:
         """Close files and writers."""
         self._console.stop()
+        self._close_writers()
         for file in self._files.values():
-            file.close()
-        for writer in self._writers:
-            writer.close()
+            file.close(lambda rows: rows.close())
+        if self._run_json is not None:
+            self._run_json.close()
+
+    def _close_writers(self) -> None:
+        while self._writers:
+            self._writers.pop().close(lambda writer: writer.close())
 
     def __enter__(self) -> Self:
         return self
@@ -222,9 +274,9 @@ class RunLog:
         }
         if named:
             for writer in self._writers:
-                writer.write(step, named)
+                writer(lambda to: to.write(step, named))
 
-    def _facts(self, kind: str, n_processes: int) -> dict[str, Any]:
+    def _find_facts(self, kind: str, n_processes: int) -> dict[str, Any]:
         """What run.json says: things that the config does not."""
         count, train = parameter_count(self._config.model), self._config.train
         versions = {"python": platform.python_version()}

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
-import tensorboardX
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from maxlm.config import UserError
 from maxlm.config.errors import pip_install
@@ -21,19 +25,46 @@ class Writer(Protocol):
 
 
 class TensorBoardWriter:
-    """Event files in `run_dir/tensorboard`. A resumed run hides the points after `resume_step` of its earlier lives."""
+    """Event files in `run_dir/tensorboard`. A resumed run hides the points after `resume_step` of its earlier lives.
+
+    Written as they come: tensorboardX's own SummaryWriter has a queue and a thread, and hangs once that has died of a
+    full disk.
+    """
 
     def __init__(self, run_dir: Path, *, resume_step: int) -> None:
-        self._writer = tensorboardX.SummaryWriter(
-            str(run_dir / "tensorboard"), purge_step=resume_step + 1, flush_secs=30
-        )
+        folder = run_dir / "tensorboard"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._events = EventsWriter(str(folder / "events"))
+        self._add(Event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START)))
+        self._events.flush()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        figures = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._add(Event(step=step, summary=Summary(value=figures)))
+        self._events.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        self._events.close()
+
+    def _add(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._events.write_event(event)
+
+
+def import_wandb(project: str) -> ModuleType:
+    """
+    Raises:
+        UserError: the package wandb is absent.
+    """
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            f"observe.wandb_project = {project!r} needs the package wandb, which is not installed; "
+            f"{pip_install('wandb')}, or leave observe.wandb_project at None"
+        ) from error
+    found: ModuleType = wandb
+    return found
 
 
 class WandbWriter:
@@ -43,18 +74,7 @@ class WandbWriter:
     WANDB_MODE=offline and wandb's other variables work as usual.
     """
 
-    def __init__(self, project: str, run_dir: Path, config: Mapping[str, Any]) -> None:
-        """
-        Raises:
-            UserError: the package wandb is absent.
-        """
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError(
-                f"observe.wandb_project = {project!r} needs the package wandb, which is not installed; "
-                f"{pip_install('wandb')}, or leave observe.wandb_project at None"
-            ) from error
+    def __init__(self, wandb: ModuleType, project: str, run_dir: Path, config: Mapping[str, Any]) -> None:
         id_file = run_dir / "wandb_id"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4) + "\n")

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from maxlm.config import ObserveConfig, Pretrain, RunConfig, UserError
+from maxlm.config.fields import shown
 from maxlm.data.loader import Batches, global_batches, open_batches
 from maxlm.data.prepare import ensure_prepared
 from maxlm.data.shards import Split
+from maxlm.data.tokenizers import Tokenizer
 from maxlm.evaluation.perplexity import held_out
+from maxlm.inference.generator import check_lengths
 from maxlm.inference.load import LoadedRun
 from maxlm.observe.text import short
 from maxlm.processes.joining import on_rank_0
@@ -28,7 +31,8 @@ def recipe(config: RunConfig, task: Pretrain, layout: Layout) -> Recipe[LoadedRu
     """Prepares the data first, if the config says how and nobody has.
 
     Raises:
-        UserError: the data is not there, is damaged, too small, or has more ids than the model.
+        UserError: the data is not there, is damaged, too small, or has more ids than the model; or the model cannot
+            draw the sample that is asked for at the end.
     """
     train, init_from = config.train, config.checkpoint.init_from
     data = batches(config)
@@ -52,6 +56,7 @@ def recipe(config: RunConfig, task: Pretrain, layout: Layout) -> Recipe[LoadedRu
     if train.eval_batches != 0:
         measures.append(HeldOutText(config, layout, objective))
     if config.observe.sample_tokens:
+        _check_sample(config, tokenizer)
         measures.append(Sample(observe=config.observe, loaded=loaded))
     return Recipe(
         objective=objective,
@@ -60,6 +65,27 @@ def recipe(config: RunConfig, task: Pretrain, layout: Layout) -> Recipe[LoadedRu
         start=None if init_from is None else from_other_run,
         tokenizer=tokenizer,
         outcome=loaded,
+    )
+
+
+def _check_sample(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Before the first step, not after the last.
+
+    Raises:
+        UserError: the prompt is no text, or too long together with the sample.
+    """
+    prompt = config.observe.sample_prompt
+    try:
+        ids = tokenizer.prompt_ids(prompt)
+    except Exception as error:  # whatever the tokenizer's package raises
+        why = type(error).__name__
+        raise UserError(f"observe.sample_prompt = {shown(prompt)} cannot be tokenised ({why}); use text") from error
+    check_lengths(
+        len(ids),
+        config.observe.sample_tokens,
+        config.model.max_seq_len,
+        key="observe.sample_tokens",
+        prompt_key="observe.sample_prompt",
     )
 
 

@@ -10,11 +10,11 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import jax
 
@@ -24,16 +24,19 @@ from maxlm.checkpoint.lock import lock_run
 from maxlm.checkpoint.reference import Reference, read_reference
 from maxlm.compile_cache import enable_compilation_cache, release_compiler_memory
 from maxlm.config import RunConfig, UserError, serialize
+from maxlm.config.changes import check_allowed
 from maxlm.observe.console import Console
+from maxlm.observe.guard import reason
 from maxlm.observe.kernel_choices import KernelChoices
 from maxlm.observe.profiler import ProfileWindow
-from maxlm.observe.report import SavedCheckpoint
+from maxlm.observe.report import SavedCheckpoint, report_step
 from maxlm.observe.run_log import Finished, RunLog
 from maxlm.processes.interruption import Interruption
 from maxlm.processes.joining import joined, on_rank_0
 from maxlm.processes.same import code_fingerprint, require_same
 from maxlm.processes.watchdog import Watchdog
 from maxlm.sharding import Layout, all_devices, make_layout
+from maxlm.training.config_file import ConfigFile
 from maxlm.training.finite import not_finite
 from maxlm.training.objective import Batch, Objective
 from maxlm.training.state import TrainState
@@ -124,24 +127,57 @@ class Diverged(UserError):
     exit_code = 1
 
 
-def run(config: RunConfig, make_recipe: Callable[[RunConfig, Layout], Recipe[R]]) -> Result[R]:
+class Failure(NamedTuple):
+    """Of a measurement."""
+
+    name: str
+    step: int
+    error: Exception
+
+    def __str__(self) -> str:
+        return f"{self.name} after step {self.step:,} failed: {reason(self.error)}"
+
+
+class Unmeasured(UserError):
+    """A measurement failed; the run was trained and saved all the same."""
+
+    def __init__(self, failure: Failure, steps: int) -> None:
+        self.exit_code = failure.error.exit_code if isinstance(failure.error, UserError) else 1
+        again = ", and the same command measures again" if failure.step == steps else ""
+        super().__init__(f"{failure}; all {steps:,} steps are trained and saved{again}")
+        self.__cause__ = failure.error
+
+
+def run(
+    config: RunConfig, make_recipe: Callable[[RunConfig, Layout], Recipe[R]], *, allow_change: Sequence[str] = ()
+) -> Result[R]:
     """Run `config` to its last step, or until SIGTERM or SIGINT.
 
-    The recipe is made once the devices are there and the run folder is locked.
+    The recipe is made once the devices are there and the run folder is locked. What only watches the run (metrics,
+    TensorBoard, a measurement) may fail without ending it; `RunLog` and `_measure` say how it is told.
+
+    Args:
+        config: all of it.
+        make_recipe: what the run is for.
+        allow_change: keys of the config, or groups of them, that may differ from what the checkpoint in the run folder
+            was trained with, whatever that does (docs/checkpoints.md).
 
     Raises:
         UserError: the config does not fit the devices, the data, or what the run folder holds; the folder is in use or
             cannot be written; a checkpoint could not be written; or the recipe could not be made.
         Diverged: train.max_skipped_steps steps in a row had a loss, gradient or update that is not finite; or the state
             is not when it is to be saved.
+        Unmeasured: all is trained and saved, but a measurement failed.
     """
+    check_allowed(config, allow_change)
     train, run_dir = config.train, Path(config.run_dir)
 
     with contextlib.ExitStack() as stack:
         # ---- Devices, folder, recipe ---------------------------------------------------------------------------------
         interruption = stack.enter_context(Interruption())
         ranks = stack.enter_context(joined(config.limits))
-        require_same("settings and code", serialize.flatten(config) | code_fingerprint())
+        allowed = {"--allow_change": list(allow_change)}
+        require_same("settings and code", serialize.flatten(config) | allowed | code_fingerprint())
         devices = all_devices()
         is_main = jax.process_index() == 0
         config.validate(len(devices))
@@ -156,11 +192,16 @@ def run(config: RunConfig, make_recipe: Callable[[RunConfig, Layout], Recipe[R]]
         trainer = make_trainer(config, layout, recipe.objective)
         console = Console(enabled=is_main)
         checkpoints = run_dir / "checkpoints"
-        saved = stack.enter_context(Checkpointer(checkpoints, config.checkpoint, warn=console.warning))
-        state, meta = _restore(saved, trainer, recipe, checkpoints)
+        file = ConfigFile(config, run_dir, allow_change, console.warning)
+        saved = stack.enter_context(
+            Checkpointer(checkpoints, config.checkpoint, warn=console.warning, sealed=file.sealed)
+        )
+        state, meta = _restore(saved, trainer, recipe, checkpoints, file, console.warning)
         origin = "not read, as the run has a checkpoint of its own"
         if recipe.start is not None and state is None:
             begin = recipe.start(trainer)
+            for change in begin.changes:
+                console.warning(f"checkpoint.init_from: another {change}")
             state, origin = begin.state, f"starting from the parameters of step {begin.step:,}, with a new optimizer"
         start = int(state.step) if state is not None else 0
         if state is not None and (bad := not_finite(_arrays(state))) is not None:
@@ -179,10 +220,12 @@ def run(config: RunConfig, make_recipe: Callable[[RunConfig, Layout], Recipe[R]]
         frozen, reference = None, None
         if recipe.frozen is not None:
             frozen, reference = read_reference(recipe.frozen, recipe.objective.frozen, meta.get("frozen"))
-        if is_main:
-            serialize.save(config, run_dir / "config.json")
+        file.say()
+        if is_main and not meta:
+            file.begin()
             if recipe.tokenizer is not None:
                 recipe.tokenizer.save(run_dir / "tokenizer")
+        done = on_rank_0("look at the report", lambda: start == train.steps and report_step(run_dir) == start)
         log = stack.enter_context(
             RunLog(
                 config,
@@ -192,9 +235,12 @@ def run(config: RunConfig, make_recipe: Callable[[RunConfig, Layout], Recipe[R]]
                 devices=devices,
                 console=console,
                 measures=[measure.name for measure in recipe.measures],
+                only_say=done,
             )
         )
         log.say(f"compiled programs are kept in {cache_folder}" if cache_folder else "compiled programs are not kept")
+        for line in config.remarks():
+            log.warning(line)
         if recipe.start is not None:
             log.say(f"checkpoint.init_from = {config.checkpoint.init_from}: {origin}")
 
@@ -212,7 +258,7 @@ def run(config: RunConfig, make_recipe: Callable[[RunConfig, Layout], Recipe[R]]
 
         # ---- Train ---------------------------------------------------------------------------------------------------
         watchdog = stack.enter_context(Watchdog(config.limits))
-        profile = ProfileWindow(config.train.profile_steps, run_dir, log.say)
+        profile = ProfileWindow(config.train.profile_steps, run_dir, log.say, log.switched_off)
         tokens_per_step = train.batch_size * train.seq_len
         ranks.meet("compile the train step")
         interruption.loop_begins()
@@ -221,6 +267,7 @@ def run(config: RunConfig, make_recipe: Callable[[RunConfig, Layout], Recipe[R]]
 
         output: StepOutput | None = None
         interrupted = False
+        failed: list[Failure] = []
         step = start
         while step < train.steps and not interrupted:
             batch = feed.next(step, state)
@@ -243,7 +290,7 @@ def run(config: RunConfig, make_recipe: Callable[[RunConfig, Layout], Recipe[R]]
             for measure in recipe.measures:
                 if measure.every and step % measure.every == 0 and not is_last:
                     with watchdog.off_duty():
-                        _measure(measure, log, step, state)
+                        _measure(measure, log, step, state, failed)
             if step % config.checkpoint.every == 0 or is_last or interrupted:
                 jax.block_until_ready(state)
                 with log.pause(), watchdog.off_duty():
@@ -258,42 +305,68 @@ def run(config: RunConfig, make_recipe: Callable[[RunConfig, Layout], Recipe[R]]
             return Result(step=step, interrupted=True, loss=loss, files=None, run=recipe.outcome(step, state))
 
         # ---- Last measurements and report ----------------------------------------------------------------------------
-        for measure in recipe.measures:
-            there = functools.partial(log.has_measured, measure.name, step)  # a run killed below comes here again
-            if not on_rank_0("look at earlier measurements", there):
-                _measure(measure, log, step, state)
-        files = log.finish(_saved_checkpoints(checkpoints, saved)) if is_main else None
+        files = Finished.found(run_dir) if is_main else None
+        if not done:
+            for measure in recipe.measures:
+                there = functools.partial(log.has_measured, measure.name, step)  # a run killed below comes here again
+                if not on_rank_0("look at earlier measurements", there):
+                    _measure(measure, log, step, state, failed, last=True)
+            complete = None if any(failure.step == step for failure in failed) else step
+            files = log.finish(_saved_checkpoints(checkpoints, saved), complete=complete) if is_main else None
+        if failed:
+            raise Unmeasured(failed[-1], step)
         ranks.meet("end the run")
         return Result(step=step, interrupted=False, loss=loss, files=files, run=recipe.outcome(step, state))
 
 
-def _measure(measure: Measure, log: RunLog, step: int, state: TrainState) -> None:
+def _measure(
+    measure: Measure, log: RunLog, step: int, state: TrainState, failed: list[Failure], *, last: bool = False
+) -> None:
+    """What fails is said at once, and once more when all is saved; the run goes on."""
     jax.block_until_ready(state)
     with log.pause():
-        row = measure(step, state)
+        try:
+            row = measure(step, state)
+        except Exception as error:
+            if jax.process_count() > 1 and not last:
+                raise  # the others may be in the midst of it
+            failed.append(Failure(measure.name, step, error))
+            log.warning(str(failed[-1]))
+            return
         log.measured(measure.name, step, row, measure.line(step, row))
 
 
 def _restore(
-    saved: Checkpointer, trainer: Trainer, recipe: Recipe, folder: Path
+    saved: Checkpointer,
+    trainer: Trainer,
+    recipe: Recipe,
+    folder: Path,
+    file: ConfigFile,
+    warn: Callable[[str], None],
 ) -> tuple[TrainState | None, dict[str, Any]]:
     """The state of the newest intact checkpoint, without what is frozen, and its `meta`; None and {} without one.
 
     Raises:
-        UserError: it was trained on other data or with another tokenizer, or holds another model.
+        UserError: it was trained with settings that may not change, on other data or with another tokenizer, or holds
+            another model.
     """
     shapes = trainer.state
-    restored = saved.restore_latest(params=shapes.parameters, optimizer=_optimizer_item(shapes))
+    restored = saved.restore_latest(params=shapes.parameters, optimizer=_optimizer_item(shapes), judge=file.compare)
     if restored is None:
         return None, {}
-    was, now = restored.meta, _identity(recipe)
-    for name, seen in {"tokenizer": was.get("tokenizer"), "data": was["data"]["fingerprint"]}.items():
-        if seen != now[name]:
+    was, now, place = restored.meta, _identity(recipe), folder / str(restored.step)
+    if was.get("tokenizer") != now["tokenizer"]:
+        raise UserError(
+            f"{place}: was trained with tokenizer {str(was.get('tokenizer'))[:12]}..., the config's data has "
+            f"{str(now['tokenizer'])[:12]}...; restore the data that the run began with, or set another run_dir"
+        )
+    if (seen := was["data"]["fingerprint"]) != now["data"]:
+        differ = f"{place}: was trained with data {seen[:12]}..., the config names data {str(now['data'])[:12]}..."
+        if not file.other_data():
             raise UserError(
-                f"{folder / str(restored.step)}: was trained with {name} {str(seen)[:12]}..., the config names {name} "
-                f"{str(now[name])[:12]}...; restore the data, data.seed, train.batch_size and train.seq_len that the "
-                "run began with, or set another run_dir"
+                f"{differ}; restore the data that the run began with, set another run_dir, or say --allow_change data"
             )
+        warn(f"{differ}, as --allow_change says; going on with batch {restored.step:,} of these")
     return TrainState(parameters=restored.params, **(restored.optimizer or {})), was
 
 

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from maxlm.checkpoint.checkpointer import Checkpointer
 from maxlm.checkpoint.reference import run_and_step
 from maxlm.config import ModelConfig, RunConfig, UserError, serialize
+from maxlm.config.changes import changes
 from maxlm.models import abstract_parameters
 from maxlm.models.upcycle import upcycle
 from maxlm.sharding import Layout
@@ -26,6 +27,8 @@ class WarmStart:
     state: TrainState
     step: int
     """Of the other run, its newest intact one where none was named."""
+    changes: tuple[str, ...]
+    """What the other run's model has otherwise: `key: old -> new`."""
 
 
 def warm_start(place: str, model: ModelConfig, layout: Layout, trainer: Trainer, tokenizer: str) -> WarmStart:
@@ -59,7 +62,13 @@ def warm_start(place: str, model: ModelConfig, layout: Layout, trainer: Trainer,
     state = trainer.init()
     shardings = jax.tree.map(lambda leaf: leaf.sharding, trainer.state.parameters)
     parameters = jax.jit(start, out_shardings=shardings, donate_argnums=1)(restored.params, state.parameters)
-    return WarmStart(state=dataclasses.replace(state, parameters=parameters), step=restored.step)
+    trained = restored.meta.get("config")  # of this very step
+    was = serialize.from_dict(RunConfig, trained).model if trained else source.model
+    return WarmStart(
+        state=dataclasses.replace(state, parameters=parameters),
+        step=restored.step,
+        changes=tuple(str(one) for one in changes(was, model, "model.")),
+    )
 
 
 def _source_shapes(model: ModelConfig, layout: Layout) -> dict[str, Any]:

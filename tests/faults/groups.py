@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from faults import kills, operations, ranks
+from faults import kills, operations, ranks, settings, values, writers
 from faults.case import Case
 
 
@@ -13,3 +13,6 @@ def all_cases() -> Iterator[Case]:
     yield from ranks.cases()
     yield from kills.cases()
     yield from operations.cases()
+    yield from settings.cases()
+    yield from values.cases()
+    yield from writers.cases()
