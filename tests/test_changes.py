@@ -71,6 +71,7 @@ def change(config: RunConfig, key: str, value: Any) -> RunConfig:
 
 BLOCK = "model.blocks.0"
 CONFIG = small_run()
+SAVED = serialize.from_dict(RunConfig, json.loads(json.dumps(serialize.to_dict(CONFIG))))
 TABLE: list[tuple[str, Any, Changes]] = [
     ("model.norm.eps", 0.1, IDENTITY),
     ("model.d_model", 64, IDENTITY),
@@ -117,9 +118,8 @@ TABLE: list[tuple[str, Any, Changes]] = [
 
 @pytest.mark.parametrize(("key", "value", "answer"), TABLE, ids=[f"{key}={value!r:.20}" for key, value, _ in TABLE])
 def test_a_change_is_found_at_its_key_alone(key: str, value: Any, answer: Changes) -> None:
-    before = serialize.from_dict(RunConfig, json.loads(json.dumps(serialize.to_dict(CONFIG))))
-    assert list(changes(before, CONFIG)) == []
-    (found,) = changes(before, change(CONFIG, key, value))
+    assert list(changes(SAVED, CONFIG)) == []
+    (found,) = changes(SAVED, change(CONFIG, key, value))
     assert (found.key, found.change) == (key, answer)
 
 

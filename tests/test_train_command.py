@@ -17,7 +17,7 @@ from train_runs import ROOT, STEPS, Bench, Ended, contents, inspect, losses, row
 
 from maxlm import evaluate
 from maxlm.checkpoint.lock import lock_run
-from maxlm.config import RunConfig, serialize
+from maxlm.config import RmsNorm, RunConfig, serialize
 from maxlm.config.cli import parse_run, run_command
 from maxlm.train import command, main
 from maxlm.training.loop import Result
@@ -99,6 +99,16 @@ def test_evaluate_says_what_the_run_said(bench: Bench, capsys: pytest.CaptureFix
         assert again["tokens"] == found["tokens"] and again["loss"] == pytest.approx(found["loss"], rel=1e-5)
     evaluate.main(["--run", str(bench.reference), "--json", "--whole"])
     assert json.loads(capsys.readouterr().out)["tokens"] > found["tokens"]
+
+
+def test_evaluate_takes_the_model_from_the_checkpoint(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever became of config.json."""
+    config = serialize.load(RunConfig, finished / "config.json")
+    model = dataclasses.replace(config.model, norm=RmsNorm(eps=10.0))
+    serialize.save(dataclasses.replace(config, model=model), finished / "config.json")
+    evaluate.main(["--run", str(finished), "--json"])
+    found, said = json.loads(capsys.readouterr().out), rows(finished, "evals")[-1]
+    assert found["loss"] == pytest.approx(said["eval_loss"], rel=1e-5)
 
 
 def test_the_same_command_on_a_finished_run_does_nothing_again(finished: Path, here: Here) -> None:

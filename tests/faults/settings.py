@@ -119,6 +119,4 @@ def cases() -> Iterator[Case]:
     yield Case(
         name="settings: more steps for a finished run", expected="trains on; the earlier config is kept", check=extended
     )
-    yield Case(
-        name="settings: --allow_change", expected="trains on, told; the same command goes on", check=allowed, short=True
-    )
+    yield Case(name="settings: --allow_change", expected="trains on, told; the same command goes on", check=allowed)
