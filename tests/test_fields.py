@@ -112,6 +112,9 @@ NONE_IS_A_CHOICE = {
     "Adafactor.clip_norm",
     "Adafactor.update_clip",
     "TrainConfig.eval_batches",
+    "LimitsConfig.join_s",
+    "LimitsConfig.silent_s",
+    "LimitsConfig.step_s",
 }
 MINUS_ONE_IS_WHAT_REMAINS = {f"ShardingConfig.{axis}" for axis in ("data", "fsdp", "stage", "seq", "tensor", "expert")}
 BELOW_ANOTHER = "Llama3RopeScaling.low_freq_factor"

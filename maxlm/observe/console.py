@@ -39,6 +39,7 @@ class Console:
     def __init__(self, *, enabled: bool = True, output: rich.console.Console | None = None) -> None:
         self._output = output or rich.console.Console(highlight=False)
         self._enabled = enabled
+        self._writing = threading.RLock()
         self._live: rich.live.Live | None = None
         self._total = 0
         self._latest: Row | None = None
@@ -117,7 +118,7 @@ class Console:
         if self._output.is_terminal:
             self._attempt(lambda: self._output.print(Text(text, style=style)))
         else:  # rich would cut long lines to a width that a file does not have
-            self._attempt(lambda: print(text, file=self._output.file, flush=True))
+            self._attempt(lambda: print(f"{text}\n", end="", file=self._output.file, flush=True))
 
     def warning(self, text: str) -> None:
         """Print a line that stands out."""
@@ -130,11 +131,12 @@ class Console:
             self._attempt(live.stop)
 
     def _attempt(self, write: Callable[[], None]) -> None:
-        """Write, or be silent from now on."""
-        try:
-            write()
-        except _GONE as error:
-            self._go_silent(error)
+        """Write, or be silent from now on; one thread at a time, so that lines stay whole."""
+        with self._writing:
+            try:
+                write()
+            except _GONE as error:
+                self._go_silent(error)
 
     def _go_silent(self, error: BaseException) -> None:
         was_enabled, self._enabled = self._enabled, False

@@ -61,11 +61,11 @@ def spoiled(place: Place, home: Path) -> str:
     return goes_on(run_dir, str(run_dir / place.name), place.override)
 
 
-def goes_on(run_dir: Path, name: str, *overrides: str, path: str | None = None) -> str:
+def goes_on(run_dir: Path, name: str, *overrides: str, path: str | None = None, step: int = 8) -> str:
     """Trains and saves, and says once that `name` is off."""
     environment = {} if path is None else {"PYTHONPATH": f"{path}:{os.environ['PYTHONPATH']}"}
     ended = train(run_dir, *overrides, environment=environment)
-    assert ended.code == 0 and is_saved(run_dir), (ended.code, ended.err)
+    assert ended.code == 0 and is_saved(run_dir, step), (ended.code, ended.err)
     lines = [line for line in ended.out.splitlines() if OFF in line]
     assert len(lines) == 1 and lines[0].startswith(f"warning: {name}: "), ended.out
     assert "Traceback" not in ended.err, ended.err
@@ -79,7 +79,7 @@ def goes_on(run_dir: Path, name: str, *overrides: str, path: str | None = None) 
 def full_tensorboard(home: Path) -> str:
     run_dir = home / "run"
     with small_disk(run_dir / "tensorboard", 4096):
-        return goes_on(run_dir, str(run_dir / "tensorboard"), "--train.log_every=1", "--train.steps=40")
+        return goes_on(run_dir, str(run_dir / "tensorboard"), "--train.log_every=1", "--train.steps=40", step=40)
 
 
 _WANDB = """\
