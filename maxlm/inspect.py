@@ -26,7 +26,7 @@ from maxlm.observe.text import gibibytes
 
 _DESCRIPTION = """List the checkpoints of a run, verify them, and hash their state.
 
-Reads only, and may be used while the run is training. Exit code 0: nothing damaged was found; 1: a checkpoint is
+Reads only, but for --seal, and may be used while the run is training. Exit code 0: nothing damaged was found; 1: a checkpoint is
 damaged, or there is none to hash; 2: the question was wrong (no such folder, no such step)."""
 
 
@@ -42,6 +42,9 @@ class InspectOptions:
     """Read every byte and compare it with the manifest."""
     hash: bool = False
     """Print the SHA-256 of the state (parameters, optimizer, step, data position) of the newest intact step."""
+    seal: NotNegative[int] | None = None
+    """Give this step, which has lost its manifest, a new one, first. Whether its bytes are those that were written, only
+    you can know; that every array opens is checked."""
     json: bool = False
     """Print one JSON object instead of a table."""
     debug: bool = False
@@ -56,6 +59,9 @@ class StepStatus(enum.Enum):
     OK = "ok"
     """Every file is what the manifest says."""
     UNFINISHED = "unfinished"
+    """Being written or deleted, or left so by a run that was stopped."""
+    UNSEALED = "unsealed"
+    """It has no manifest."""
     DAMAGED = "damaged"
 
 
@@ -79,6 +85,8 @@ def main(argv: list[str]) -> int:
     """
     options = parse(InspectOptions, argv, prog="python -m maxlm.inspect", description=_DESCRIPTION, flags=True)
     folder = Path(options.run_dir) / "checkpoints"
+    if options.seal is not None:
+        _seal(folder, options.seal)
     everything = _entries(folder)
     entries = [entry for entry in everything if options.step in (None, entry.step)]
     if not entries:
@@ -114,8 +122,9 @@ def _entries(folder: Path) -> list[InspectedStep]:
         raise UserError(f"RUN_DIR = {folder.parent}: no such folder; name the run_dir of a run")
     entries = [
         InspectedStep(step=retention.number(path), status=StepStatus.UNFINISHED)
-        for path in retention.unfinished(folder)
+        for path in retention.temporary(folder)
     ]
+    entries += [InspectedStep(step=step, status=StepStatus.UNSEALED) for step in retention.unsealed(folder)]
     entries += [_finished(folder, step) for step in retention.finished(folder)]
     if not entries:
         raise UserError(f"{folder}: no checkpoints; is {folder.parent} the run_dir of a run that has saved?")
@@ -156,6 +165,24 @@ def _newest_intact(folder: Path, entries: list[InspectedStep]) -> int | None:
         if entry.status is StepStatus.OK:
             return entry.step
     return None
+
+
+def _seal(folder: Path, step: int) -> None:
+    if step not in (there := retention.unsealed(folder)):
+        raise UserError(f"--seal {step}: {folder} has no step {step} without a manifest; there are {there or 'none'}")
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from maxlm.checkpoint.lock import lock_run
+    from maxlm.checkpoint.store import Store
+    from maxlm.config.run import CheckpointConfig
+
+    rule = CheckpointConfig()
+    with lock_run(folder.parent), contextlib.closing(Store()) as store:
+        try:
+            store.check(folder.absolute() / str(step))
+            manifest.write(folder / str(step), step=step, keep_last=rule.keep_last, keep_every=rule.keep_every)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            why = " ".join(str(error).split())[:200]
+            raise UserError(f"--seal {step}: {folder / str(step)} is not whole ({why}); use another step") from error
 
 
 def _hash(folder: Path, step: int) -> str:
@@ -203,6 +230,11 @@ def _remarks(entries: list[InspectedStep], report: dict[str, Any]) -> Iterator[s
             yield f"step {entry.step} is damaged: {problem}"
         if entry.status is StepStatus.UNFINISHED:
             yield f"step {entry.step} is unfinished: being written, or left by a run that was stopped; never restored"
+        if entry.status is StepStatus.UNSEALED:
+            yield (
+                f"step {entry.step} has no {manifest.NAME}, so nothing says that it is whole, and it is never restored; "
+                f"if you know that it is: --seal {entry.step}"
+            )
     for name in report["set_aside"]:
         yield f"{name}: set aside by a run that did not continue from it; delete it once you no longer want it"
     if any(entry.status is StepStatus.FINISHED for entry in entries):

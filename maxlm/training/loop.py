@@ -157,6 +157,9 @@ def run(config: RunConfig, make_recipe: Callable[[RunConfig, Layout], Recipe[R]]
         console = Console(enabled=is_main)
         checkpoints = run_dir / "checkpoints"
         saved = stack.enter_context(Checkpointer(checkpoints, config.checkpoint, warn=console.warning))
+        with main_first("prepare the folder of checkpoints"):
+            if is_main:
+                saved.prepare()
         state, meta = _restore(saved, trainer, recipe, checkpoints)
         origin = "not read, as the run has a checkpoint of its own"
         if recipe.start is not None and state is None:
@@ -360,7 +363,10 @@ def _stop_if_diverged(output: StepOutput, step: int, config: RunConfig, run_dir:
 
 def _saved_checkpoints(folder: Path, saved: Checkpointer) -> list[SavedCheckpoint]:
     """The finished checkpoints, as the report lists them."""
-    records = [manifest.load(folder / str(step)) for step in saved.steps()]
+    records = []
+    for step in saved.steps():
+        with contextlib.suppress(manifest.ManifestError):  # one that was passed over
+            records.append(manifest.load(folder / str(step)))
     return [
         SavedCheckpoint(step=record.step, n_bytes=record.total_bytes, saved=datetime.fromisoformat(record.written))
         for record in records
