@@ -121,8 +121,7 @@ def _entries(folder: Path) -> list[InspectedStep]:
     if not folder.parent.is_dir():
         raise UserError(f"RUN_DIR = {folder.parent}: no such folder; name the run_dir of a run")
     entries = [
-        InspectedStep(step=retention.number(path), status=StepStatus.UNFINISHED)
-        for path in retention.temporary(folder)
+        InspectedStep(step=retention.number(path), status=StepStatus.UNFINISHED) for path in retention.temporary(folder)
     ]
     entries += [InspectedStep(step=step, status=StepStatus.UNSEALED) for step in retention.unsealed(folder)]
     entries += [_finished(folder, step) for step in retention.finished(folder)]

@@ -29,7 +29,16 @@ _PROBE_BYTES = 1 << 16
 _CAUSES = tuple(
     map(
         os.strerror,
-        (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG, errno.EACCES),
+        (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EFBIG,
+            errno.EROFS,
+            errno.EIO,
+            errno.ESTALE,
+            errno.ENAMETOOLONG,
+            errno.EACCES,
+        ),
     )
 )
 """What file systems say, wherever it stands in a library's message."""
