@@ -472,7 +472,7 @@ def test_the_loss_reaches_every_router_that_is_accepted() -> None:
                 found = moe._route(one_device(), x, x @ router, None).gates
                 return (found * np.arange(found.size).reshape(found.shape)).mean()
 
-            assert np.abs(jax.grad(gates)(moe.router[...])).max() > 1e-3, config
+            assert np.abs(jax.jit(jax.grad(gates))(moe.router[...])).max() > 1e-3, config
     # One expert: all but SigmoidRouter's raw score. One choice: both normalized, and NoisyTopKRouter.
     assert Counter(refused) == {(1, 1): 5, (2, 1): 3}
 

@@ -10,9 +10,10 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from train_runs import Bench
+
 from faults.case import Case
 from faults.tools import Ended, command, flip_bit, small_disk
-from train_runs import Bench
 
 
 @functools.cache
