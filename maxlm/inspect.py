@@ -26,8 +26,8 @@ from maxlm.observe.text import gibibytes
 
 _DESCRIPTION = """List the checkpoints of a run, verify them, and hash their state.
 
-Reads only, but for --seal, and may be used while the run is training. Exit code 0: nothing damaged was found; 1: a checkpoint is
-damaged, or there is none to hash; 2: the question was wrong (no such folder, no such step)."""
+Reads only, but for --seal, and may be used while the run is training. Exit code 0: nothing damaged was found; 1: a
+checkpoint is damaged, or there is none to hash; 2: the question was wrong (no such folder, no such step)."""
 
 
 @config("--")
@@ -43,8 +43,8 @@ class InspectOptions:
     hash: bool = False
     """Print the SHA-256 of the state (parameters, optimizer, step, data position) of the newest intact step."""
     seal: NotNegative[int] | None = None
-    """Give this step, which has lost its manifest, a new one, first. Whether its bytes are those that were written, only
-    you can know; that every array opens is checked."""
+    """Give this step, which has lost its manifest, a new one, first. Whether its bytes are those that were written,
+    only you can know; that every array opens is checked."""
     json: bool = False
     """Print one JSON object instead of a table."""
     debug: bool = False
@@ -231,8 +231,8 @@ def _remarks(entries: list[InspectedStep], report: dict[str, Any]) -> Iterator[s
             yield f"step {entry.step} is unfinished: being written, or left by a run that was stopped; never restored"
         if entry.status is StepStatus.UNSEALED:
             yield (
-                f"step {entry.step} has no {manifest.NAME}, so nothing says that it is whole, and it is never restored; "
-                f"if you know that it is: --seal {entry.step}"
+                f"step {entry.step} has no {manifest.NAME}: nothing says that it is whole, and it is never restored; if "
+                f"you know that it is: --seal {entry.step}"
             )
     for name in report["set_aside"]:
         yield f"{name}: set aside by a run that did not continue from it; delete it once you no longer want it"

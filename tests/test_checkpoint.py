@@ -296,7 +296,7 @@ def test_without_any_manifest_nothing_starts_and_nothing_is_lost(run: Run) -> No
     with pytest.raises(UserError, match=r"--seal 3: .* has no step 3 without a manifest; there are \[1, 2\]"):
         inspect_main([str(run.folder.parent), "--seal", "3"])
     shutil.rmtree(run.folder / "2" / "params" / "d")
-    with pytest.raises(UserError, match="--seal 2: .* is not whole"):
+    with pytest.raises(UserError, match=r"--seal 2: .* is not whole"):
         inspect_main([str(run.folder.parent), "--seal", "2"])
 
 

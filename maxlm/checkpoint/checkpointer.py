@@ -27,19 +27,8 @@ _LOG = logging.getLogger("maxlm.checkpoint")
 
 _PROBE_BYTES = 1 << 16
 _CAUSES = tuple(
-    map(
-        os.strerror,
-        (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EFBIG,
-            errno.EROFS,
-            errno.EIO,
-            errno.ESTALE,
-            errno.ENAMETOOLONG,
-            errno.EACCES,
-        ),
-    )
+    os.strerror(number)
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG)
 )
 """What file systems say, wherever it stands in a library's message."""
 

@@ -143,8 +143,8 @@ class Experts:
                 )
             case TopKRouter() | NoisyTopKRouter() | ExpertChoiceRouter() if self.n_experts == 1:
                 raise UserError(
-                    f"model.blocks[].mlp.n_experts = 1: the one score of a {type(self.router).__name__} is always 1, so "
-                    "that it learns nothing from the loss; use 2 or more, or a GatedMlp"
+                    f"model.blocks[].mlp.n_experts = 1: the one score of a {type(self.router).__name__} is always 1, "
+                    "so that it learns nothing from the loss; use 2 or more, or a GatedMlp"
                 )
             case _:
                 pass
