@@ -23,6 +23,7 @@ from maxlm.config.cli import parse, run_command
 from maxlm.config.errors import UserError
 from maxlm.config.fields import NotNegative, PathName, config
 from maxlm.observe.text import gibibytes
+from maxlm.surroundings import console
 
 _DESCRIPTION = """List the checkpoints of a run, verify them, and hash their state.
 
@@ -206,7 +207,6 @@ def _json(entry: InspectedStep) -> dict[str, Any]:
 
 def _print_table(entries: list[InspectedStep]) -> None:
     from rich import box  # imported where a table is drawn: --help stays instant
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD)
@@ -220,7 +220,7 @@ def _print_table(entries: list[InspectedStep]) -> None:
             else ("-", "-", "-")
         )
         table.add_row(str(entry.step), written, size, files, entry.status.value, entry.kept or "-")
-    Console().print(table)
+    console().print(table)
 
 
 def _remarks(entries: list[InspectedStep], report: dict[str, Any]) -> Iterator[str]:
@@ -231,8 +231,8 @@ def _remarks(entries: list[InspectedStep], report: dict[str, Any]) -> Iterator[s
             yield f"step {entry.step} is unfinished: being written, or left by a run that was stopped; never restored"
         if entry.status is StepStatus.UNSEALED:
             yield (
-                f"step {entry.step} has no {manifest.NAME}: nothing says that it is whole, and it is never restored; if "
-                f"you know that it is: --seal {entry.step}"
+                f"step {entry.step} has no {manifest.NAME}: nothing says that it is whole, and it is never restored; "
+                f"if you know that it is: --seal {entry.step}"
             )
     for name in report["set_aside"]:
         yield f"{name}: set aside by a run that did not continue from it; delete it once you no longer want it"

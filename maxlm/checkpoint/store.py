@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from jax.tree_util import keystr, tree_flatten_with_path, tree_structure, tree_unflatten
 
 from maxlm.config.errors import UserError
@@ -123,7 +122,7 @@ class Store:
         for item, leaves in record.items.items():
             if not leaves:
                 continue
-            found = ocp.PyTreeCheckpointHandler().metadata(epath.Path(path / item)).tree
+            found = ocp.PyTreeCheckpointHandler().metadata(path / item).tree
             opened = {name: (str(jnp.dtype(leaf.dtype)), tuple(leaf.shape)) for name, leaf in found.items()}
             if difference := first_difference(item, opened, leaves):
                 raise ValueError(f"written, but not found again: {difference}")
