@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -157,9 +158,7 @@ def run(config: RunConfig, make_recipe: Callable[[RunConfig, Layout], Recipe[R]]
         console = Console(enabled=is_main)
         checkpoints = run_dir / "checkpoints"
         saved = stack.enter_context(Checkpointer(checkpoints, config.checkpoint, warn=console.warning))
-        with main_first("prepare the folder of checkpoints"):
-            if is_main:
-                saved.prepare()
+        on_rank_0("prepare the folder of checkpoints", saved.prepare)
         state, meta = _restore(saved, trainer, recipe, checkpoints)
         origin = "not read, as the run has a checkpoint of its own"
         if recipe.start is not None and state is None:
@@ -198,6 +197,8 @@ def run(config: RunConfig, make_recipe: Callable[[RunConfig, Layout], Recipe[R]]
             )
         )
         log.say(f"compiled programs are kept in {cache_folder}" if cache_folder else "compiled programs are not kept")
+        if (moved := _moved(meta, layout)) is not None:
+            log.say(moved)
         if recipe.start is not None:
             log.say(f"checkpoint.init_from = {config.checkpoint.init_from}: {origin}")
 
@@ -251,7 +252,7 @@ def run(config: RunConfig, make_recipe: Callable[[RunConfig, Layout], Recipe[R]]
                 jax.block_until_ready(state)
                 with log.pause(), watchdog.off_duty():
                     _stop_if_diverged(output, step, config, run_dir)
-                    _save(saved, state, step, config, recipe, reference)
+                    _save(saved, state, step, config, recipe, reference, _machine(layout))
         profile.close(wait_for=state)
         saved.wait()
         loss = None if output is None else float(output.figures["loss"])
@@ -319,8 +320,36 @@ def _arrays(state: TrainState) -> dict[str, Any]:
     return {"parameters": state.parameters, "optimizer": state.optimizer}
 
 
+def _machine(layout: Layout) -> dict[str, Any]:
+    """What decides, beside config and data, in which order numbers are summed: the same gives the same bits."""
+    devices = layout.mesh.devices.flat
+    return {
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "mesh": " x ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items() if size > 1) or "one device",
+        "processes": jax.process_count(),
+        # XLA:CPU cuts its work by them.
+        "cores": len(os.sched_getaffinity(0)) if jax.default_backend() == "cpu" else None,
+        "jax": jax.__version__,
+    }
+
+
+def _moved(meta: dict[str, Any], layout: Layout) -> str | None:
+    """What to say to who goes on elsewhere; None: nothing, or an earlier version wrote the checkpoint."""
+    was, now = meta.get("machine"), _machine(layout)
+    if was is None or was == now:
+        return None
+    changes = ", ".join(f"{name} {was.get(name)} -> {now[name]}" for name in now if was.get(name) != now[name])
+    return f"going on elsewhere ({changes}): from here on, numbers may differ in their last bits from a run that stayed"
+
+
 def _save(
-    saved: Checkpointer, state: TrainState, step: int, config: RunConfig, recipe: Recipe, reference: Reference | None
+    saved: Checkpointer,
+    state: TrainState,
+    step: int,
+    config: RunConfig,
+    recipe: Recipe,
+    reference: Reference | None,
+    machine: dict[str, Any],
 ) -> None:
     if (bad := not_finite(_arrays(state))) is not None:
         raise Diverged(
@@ -332,6 +361,7 @@ def _save(
         "data": {"next_batch": step, "fingerprint": now["data"]},
         "tokenizer": now["tokenizer"],
         "config": serialize.to_dict(config),
+        "machine": machine,
     }
     if reference is not None:
         meta["frozen"] = reference.to_json()

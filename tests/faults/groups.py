@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from faults import kills, operations, ranks
+from faults import checkpoints, environment, kills, operations, ranks
 from faults.case import Case
 
 
@@ -13,3 +13,5 @@ def all_cases() -> Iterator[Case]:
     yield from ranks.cases()
     yield from kills.cases()
     yield from operations.cases()
+    yield from checkpoints.cases()
+    yield from environment.cases()
