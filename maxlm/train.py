@@ -64,11 +64,7 @@ def _out_of_memory(config: RunConfig, error: Exception) -> str | None:
 
     if isinstance(error, UserError) or not is_exhausted(error):
         return None
-    import jax
-
-    from maxlm.plan.machines import Platform
-
-    return describe_exhausted(config, jax.device_count(), Platform(jax.default_backend()), error)
+    return describe_exhausted(config, error)
 
 
 if __name__ == "__main__":

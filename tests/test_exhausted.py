@@ -17,8 +17,8 @@ REFUSAL = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocati
 
 def test_the_largest_parts_come_first_each_with_its_keys() -> None:
     config = small_run()
-    line = describe_exhausted(config, 1, Platform.CPU, REFUSAL)
-    parts = estimate_memory(config, 1, Platform.CPU).at_peak
+    line = describe_exhausted(config, REFUSAL)
+    parts = estimate_memory(config, jax.device_count(), Platform.CPU).at_peak
     first, second, third = sorted(parts, key=lambda name: -parts[name])[:3]
     assert line.startswith("out of memory (Out of memory allocating 123 bytes. more)") and "\n" not in line
     assert 0 < line.index(f"for {first} ") < line.index(f"; {second} ") < line.index(f"; {third} ")
@@ -38,6 +38,6 @@ def test_the_command_ends_with_that_line_and_1(monkeypatch: pytest.MonkeyPatch) 
         raise REFUSAL
 
     monkeypatch.setattr(train, "main", run)
-    with pytest.raises(UserError, match="out of memory .*most of it for") as caught:
+    with pytest.raises(UserError, match=r"out of memory .*most of it for") as caught:
         train.command(["--config", "configs/tiny.py"])
     assert caught.value.exit_code == 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import jax
+
 from maxlm.config import RunConfig
 from maxlm.observe.text import gibibytes
 from maxlm.plan.machines import Platform
@@ -28,10 +30,10 @@ def is_exhausted(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or bool(re.search(r"RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)))
 
 
-def describe_exhausted(config: RunConfig, n_devices: int, platform: Platform, error: BaseException) -> str:
+def describe_exhausted(config: RunConfig, error: BaseException) -> str:
     """One line: what was asked for in vain, the largest parts of a step on a device, and the keys for them."""
     first = (" ".join(str(error).split()) or "MemoryError").removeprefix("RESOURCE_EXHAUSTED: ")[:200]
-    parts = estimate_memory(config, n_devices, platform).at_peak
+    parts = estimate_memory(config, jax.device_count(), Platform(jax.default_backend())).at_peak
     largest = sorted((name for name in parts if parts[name]), key=lambda name: -parts[name])[:_MOST]
     listed = "; ".join(f"{name} {gibibytes(parts[name])} (less with {_KEYS[name]})" for name in largest)
     return (
