@@ -44,7 +44,8 @@ def commands(folder: Path, environment: Mapping[str, str | None], prefix: tuple[
     yield command("maxlm.evaluate", "--run", str(run_dir), "--batches", "1", **how)
     yield command("maxlm.plan", "--config", str(bench().config), "--target", "gpu:h200:8", **how)
     texts = str(bench().folder / "texts")
-    yield command("maxlm.data", "prepare", texts, "--tokenizer", "bytes", "--out", str(folder / "data"), **how)
+    one = ("--tokenizer", "bytes", "--workers", "1")  # a second process takes an interpreter that this user may run
+    yield command("maxlm.data", "prepare", texts, *one, "--out", str(folder / "data"), **how)
 
 
 def works(folder: Path, environment: Mapping[str, str | None]) -> str:
