@@ -159,6 +159,8 @@ def _refusal(bodies: Mapping[str, ModuleType], name: str, problem: Problem, targ
     """Why a body cannot run this here, or None."""
     if target.family is Family.CPU and name in _STAND_INS:  # known without the module
         return f"target {target.name} is no {'TPU' if name == 'tpu' else 'NVIDIA Hopper'}"
+    if name in _STAND_INS and jax.config.values["jax_enable_x64"]:
+        return "it is written for 32 bits, and jax_enable_x64 is on"
     return bodies[name].unsupported(problem, target)
 
 

@@ -12,6 +12,7 @@ inspect.py: command: list, verify, hash
 sharding.py: the mesh, and jax shardings of the table in config/dims.py
 hardware.py: every chip: FLOP/s, memory, links, with sources
 compile_cache.py: compiled programs kept between runs
+surroundings.py: where caches lie, and terminals
 """
 
 from __future__ import annotations

@@ -4,30 +4,102 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import hashlib
+import importlib
+import inspect
 import os
+import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
+
+from maxlm import surroundings
 
 
 def enable_compilation_cache() -> Path | None:
     """Keep compiled programs in the user's cache folder and say where: `$XDG_CACHE_HOME/maxlm/jax`, or below ~/.cache.
 
-    A folder already set (JAX_COMPILATION_CACHE_DIR) is respected. None: the folder cannot be written, and nothing is
-    kept.
+    A folder already set (JAX_COMPILATION_CACHE_DIR) is respected. Each program is kept with its SHA-256: one whose
+    bytes have changed is dropped and compiled anew, where running it could end the process by a signal. None: the
+    folder cannot be written, or this version of jax does not let programs be checked, and nothing is kept.
     """
-    if (already_set := jax.config.values["jax_compilation_cache_dir"]) is not None:
-        return Path(already_set)
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maxlm" / "jax"
+    already_set = jax.config.values["jax_compilation_cache_dir"]
+    folder = Path(already_set) if already_set is not None else surroundings.cache_folder("jax")
+    if folder is None or not _is_writable(folder) or not _check_programs():
+        jax.config.update("jax_compilation_cache_dir", None)
+        return None
+    if already_set is None:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    return folder
+
+
+def _is_writable(folder: Path) -> bool:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return None
-    if not os.access(folder, os.W_OK):
-        return None
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    return folder
+        return False
+    return os.access(folder, os.W_OK)
+
+
+def _check_programs() -> bool:
+    """Make jax check what it reads; False where its cache is not as it is known here (of jax 0.10 to 0.12)."""
+    try:
+        cache = importlib.import_module("jax._src.compilation_cache")  # private, so it may be gone
+        if cache.LRUCache is not _checked_cache():
+            cache.LRUCache = _checked_cache()  # type: ignore[attr-defined]
+            cache.reset_cache()  # of another folder, or made before
+    except (ImportError, AttributeError, TypeError):
+        return False
+    return True
+
+
+@functools.cache
+def _checked_cache() -> type[Any]:
+    """jax's cache of files, with a SHA-256 before each program.
+
+    Raises:
+        ImportError, AttributeError, TypeError: it is not what it was.
+    """
+    LRUCache: Any = importlib.import_module("jax._src.lru_cache").LRUCache
+    for name, known in (("get", ["self", "key"]), ("put", ["self", "key", "value"])):
+        if list(inspect.signature(getattr(LRUCache, name)).parameters) != known:
+            raise TypeError(f"LRUCache.{name} takes other arguments")
+
+    class CheckedCache(LRUCache):
+        def get(self, key: str) -> bytes | None:
+            """The program, if it is there as it was put."""
+            found = super().get(_name(key))
+            if found is None or found[:32] == hashlib.sha256(found[32:]).digest():
+                return None if found is None else found[32:]
+            print(
+                f"note: the compiled program {key[:40]}... in {self._path} is damaged; compiled anew", file=sys.stderr
+            )
+            with contextlib.suppress(OSError):
+                Path(self._path, f"{_name(key)}-cache").unlink()
+            return None
+
+        def put(self, key: str, value: bytes) -> None:
+            """Keep a program: written beside, then renamed, so that other processes never see a part of it."""
+            stored = hashlib.sha256(value).digest() + value
+            if self.eviction_enabled:  # under a lock
+                super().put(_name(key), stored)
+                return
+            target = Path(self._path, f"{_name(key)}-cache")
+            with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+                beside = Path(folder, "program")
+                beside.write_bytes(stored)
+                beside.replace(target)
+
+    return CheckedCache
+
+
+def _name(key: str) -> str:
+    """Another than jax's own: programs of both may lie in one folder."""
+    return f"{key}-sha256"
 
 
 def release_compiler_memory() -> None:

@@ -23,11 +23,12 @@ from maxlm.config.cli import parse, run_command
 from maxlm.config.errors import UserError
 from maxlm.config.fields import NotNegative, PathName, config
 from maxlm.observe.text import gibibytes
+from maxlm.surroundings import console
 
 _DESCRIPTION = """List the checkpoints of a run, verify them, and hash their state.
 
-Reads only, and may be used while the run is training. Exit code 0: nothing damaged was found; 1: a checkpoint is
-damaged, or there is none to hash; 2: the question was wrong (no such folder, no such step)."""
+Reads only, but for --seal, and may be used while the run is training. Exit code 0: nothing damaged was found; 1: a
+checkpoint is damaged, or there is none to hash; 2: the question was wrong (no such folder, no such step)."""
 
 
 @config("--")
@@ -42,6 +43,9 @@ class InspectOptions:
     """Read every byte and compare it with the manifest."""
     hash: bool = False
     """Print the SHA-256 of the state (parameters, optimizer, step, data position) of the newest intact step."""
+    seal: NotNegative[int] | None = None
+    """Give this step, which has lost its manifest, a new one, first. Whether its bytes are those that were written,
+    only you can know; that every array opens is checked."""
     json: bool = False
     """Print one JSON object instead of a table."""
     debug: bool = False
@@ -56,6 +60,9 @@ class StepStatus(enum.Enum):
     OK = "ok"
     """Every file is what the manifest says."""
     UNFINISHED = "unfinished"
+    """Being written or deleted, or left so by a run that was stopped."""
+    UNSEALED = "unsealed"
+    """It has no manifest."""
     DAMAGED = "damaged"
 
 
@@ -79,6 +86,8 @@ def main(argv: list[str]) -> int:
     """
     options = parse(InspectOptions, argv, prog="python -m maxlm.inspect", description=_DESCRIPTION, flags=True)
     folder = Path(options.run_dir) / "checkpoints"
+    if options.seal is not None:
+        _seal(folder, options.seal)
     everything = _entries(folder)
     entries = [entry for entry in everything if options.step in (None, entry.step)]
     if not entries:
@@ -113,9 +122,9 @@ def _entries(folder: Path) -> list[InspectedStep]:
     if not folder.parent.is_dir():
         raise UserError(f"RUN_DIR = {folder.parent}: no such folder; name the run_dir of a run")
     entries = [
-        InspectedStep(step=retention.number(path), status=StepStatus.UNFINISHED)
-        for path in retention.unfinished(folder)
+        InspectedStep(step=retention.number(path), status=StepStatus.UNFINISHED) for path in retention.temporary(folder)
     ]
+    entries += [InspectedStep(step=step, status=StepStatus.UNSEALED) for step in retention.unsealed(folder)]
     entries += [_finished(folder, step) for step in retention.finished(folder)]
     if not entries:
         raise UserError(f"{folder}: no checkpoints; is {folder.parent} the run_dir of a run that has saved?")
@@ -158,6 +167,24 @@ def _newest_intact(folder: Path, entries: list[InspectedStep]) -> int | None:
     return None
 
 
+def _seal(folder: Path, step: int) -> None:
+    if step not in (there := retention.unsealed(folder)):
+        raise UserError(f"--seal {step}: {folder} has no step {step} without a manifest; there are {there or 'none'}")
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from maxlm.checkpoint.lock import lock_run
+    from maxlm.checkpoint.store import Store
+    from maxlm.config.run import CheckpointConfig
+
+    rule = CheckpointConfig()
+    with lock_run(folder.parent), contextlib.closing(Store()) as store:
+        try:
+            store.check(folder.absolute() / str(step))
+            manifest.write(folder / str(step), step=step, keep_last=rule.keep_last, keep_every=rule.keep_every)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            why = " ".join(str(error).split())[:200]
+            raise UserError(f"--seal {step}: {folder / str(step)} is not whole ({why}); use another step") from error
+
+
 def _hash(folder: Path, step: int) -> str:
     os.environ["JAX_PLATFORMS"] = "cpu"  # leave the accelerators to the run
     from maxlm.checkpoint.state_hash import state_hash  # imports jax: --help and listing stay instant
@@ -180,7 +207,6 @@ def _json(entry: InspectedStep) -> dict[str, Any]:
 
 def _print_table(entries: list[InspectedStep]) -> None:
     from rich import box  # imported where a table is drawn: --help stays instant
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD)
@@ -194,7 +220,7 @@ def _print_table(entries: list[InspectedStep]) -> None:
             else ("-", "-", "-")
         )
         table.add_row(str(entry.step), written, size, files, entry.status.value, entry.kept or "-")
-    Console().print(table)
+    console().print(table)
 
 
 def _remarks(entries: list[InspectedStep], report: dict[str, Any]) -> Iterator[str]:
@@ -203,6 +229,11 @@ def _remarks(entries: list[InspectedStep], report: dict[str, Any]) -> Iterator[s
             yield f"step {entry.step} is damaged: {problem}"
         if entry.status is StepStatus.UNFINISHED:
             yield f"step {entry.step} is unfinished: being written, or left by a run that was stopped; never restored"
+        if entry.status is StepStatus.UNSEALED:
+            yield (
+                f"step {entry.step} has no {manifest.NAME}: nothing says that it is whole, and it is never restored; "
+                f"if you know that it is: --seal {entry.step}"
+            )
     for name in report["set_aside"]:
         yield f"{name}: set aside by a run that did not continue from it; delete it once you no longer want it"
     if any(entry.status is StepStatus.FINISHED for entry in entries):

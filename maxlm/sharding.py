@@ -111,8 +111,15 @@ def all_devices() -> list[jax.Device]:
     """`jax.devices()`.
 
     Raises:
-        UserError: there are none of the platform that was asked for.
+        UserError: there are none of the platform that was asked for; or jax is set to compute something else than this
+            code says, or to refuse it.
     """
+    for setting, refused in _REFUSED_SETTINGS.items():
+        if jax.config.values.get(setting) in refused:
+            raise UserError(
+                f"{setting.upper()} = {jax.config.values[setting]}: this code does not run with that setting of jax; "
+                "unset the variable"
+            )
     try:
         return jax.devices()
     except (RuntimeError, AssertionError) as error:
@@ -128,6 +135,18 @@ def all_devices() -> list[jax.Device]:
         ) from error
 
 
+_STRICT = ("disallow", "disallow_explicit")
+_REFUSED_SETTINGS: dict[str, tuple[bool | str, ...]] = {
+    "jax_enable_x64": (True,),  # numbers of 64 bits, which no other checkpoint has
+    "jax_disable_jit": (True,),  # programs are compiled before they are called
+    "jax_check_tracer_leaks": (True,),  # jax finds one of its own in shard_map
+    "jax_numpy_rank_promotion": ("raise",),
+    "jax_numpy_dtype_promotion": ("strict",),
+    "jax_transfer_guard": _STRICT,
+    "jax_transfer_guard_host_to_device": _STRICT,
+    "jax_transfer_guard_device_to_host": _STRICT,
+    "jax_transfer_guard_device_to_device": _STRICT,
+}
 _CUDA = "gpu", ("jax_cuda13_plugin", "jax_cuda12_plugin")
 _PLATFORMS = {"tpu": ("tpu", ("libtpu",)), "cuda": _CUDA, "gpu": _CUDA}
 """Platforms of jax beside the CPU: our extra, and the modules of which one is installed with it."""

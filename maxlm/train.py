@@ -15,7 +15,7 @@ if not __package__:  # run by its path: Python then looks in this file's folder 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from maxlm.config import RunConfig
+from maxlm.config import RunConfig, UserError
 from maxlm.config.cli import describe_config, parse_run, run_command
 from maxlm.config.errors import EXIT_INTERRUPTED
 
@@ -49,7 +49,27 @@ def command(argv: list[str]) -> int:
     if asked.print_config:
         print(describe_config(asked.config, asked.file_config))
         return 0
-    return EXIT_INTERRUPTED if main(asked.config, allow_change=asked.allow_change).interrupted else 0
+    try:
+        return EXIT_INTERRUPTED if main(asked.config, allow_change=asked.allow_change).interrupted else 0
+    except Exception as error:
+        if (line := _out_of_memory(asked.config, error)) is None:
+            raise
+        raise OutOfMemory(line) from error
+
+
+class OutOfMemory(UserError):
+    """Of a device or of the host."""
+
+    exit_code = 1
+
+
+def _out_of_memory(config: RunConfig, error: Exception) -> str | None:
+    """What takes the most memory, and which keys make it less; None: that is not what happened."""
+    from maxlm.plan.exhausted import describe_exhausted, is_exhausted
+
+    if isinstance(error, UserError) or not is_exhausted(error):
+        return None
+    return describe_exhausted(config, error)
 
 
 if __name__ == "__main__":

@@ -23,18 +23,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "shapes": {"config"},
     "sharding": {"config"},
     "models": {"config", "shapes", "sharding", KERNELS},
-    "data": {"config", "sharding"},
+    "data": {"config", "sharding", "surroundings"},
     "checkpoint": {"config", "sharding", "processes"},
     "hardware": {"config"},
-    "observe": {"config", "shapes", "hardware"},
+    "observe": {"config", "shapes", "hardware", "surroundings"},
     "training": {"config", "shapes", "sharding", "models", "checkpoint", "observe", "processes", "compile_cache"},
-    "plan": {"config", "shapes", "hardware", "sharding", "models", "training", "observe"},
+    "plan": {"config", "shapes", "hardware", "sharding", "models", "training", "observe", "surroundings"},
     "inference": {"config", "shapes", "sharding", "models", "checkpoint", "data"},
     "evaluation": {"config", "sharding", "models", "observe", "data", "training", "inference"},
     "recipes": {"config", "sharding", "data", "training", "inference", "evaluation", "observe", "processes"},
     "launching": {"config", "hardware"},
     "processes": {"config"},
-    "compile_cache": set(),
+    "compile_cache": {"surroundings"},
+    "surroundings": set(),
 }
 """Room -> the rooms it may import: the table of docs/design.md."""
 
@@ -53,6 +54,7 @@ LAZY = {
     "maxlm/plan/picture.py": {"matplotlib"},
     "maxlm/observe/writers.py": {"wandb"},  # who logs to it installs it
     "maxlm/inspect.py": {"rich"},  # a listing as JSON starts without it
+    "maxlm/surroundings.py": {"rich"},
 }
 """Every other package is imported at the top of a file."""
 

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -14,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,12 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from xla_flags import xla_flags
 
-from maxlm.checkpoint import manifest, retention
+from maxlm.checkpoint import manifest, retention, store
 from maxlm.checkpoint.checkpointer import Checkpointer, Restored
 from maxlm.checkpoint.lock import lock_run
 from maxlm.checkpoint.state_hash import state_hash
 from maxlm.config import CheckpointConfig, UserError
+from maxlm.inspect import main as inspect_main
 
 ROOT = Path(__file__).parent.parent
 
@@ -268,10 +271,129 @@ def test_all_damaged_is_an_error_and_never_a_new_start(run: Run) -> None:
 
 def test_nothing_finished_is_a_new_start_that_is_said(tmp_path: Path, run: Run) -> None:
     assert Run(tmp_path / "empty").restore() is None
+    shutil.copytree(run.folder / "2", run.folder / "1.writing.orbax-checkpoint-tmp")
+    for step in (1, 2, 3):
+        shutil.rmtree(run.folder / str(step))
+    assert run.restore() is None
+    assert run.warnings == [
+        f"{run.folder}: no finished checkpoint, only 1.writing.orbax-checkpoint-tmp; starting from step 0"
+    ]
+    run.save(1)
+    assert [path.name for path in run.folder.iterdir()] == ["1"]
+
+
+def test_without_any_manifest_nothing_starts_and_nothing_is_lost(run: Run) -> None:
     for step in (1, 2, 3):
         (run.folder / str(step) / manifest.NAME).unlink()
-    assert run.restore() is None
-    assert run.warnings == [f"{run.folder}: no finished checkpoint, only 1, 2, 3; starting from step 0"]
+    before = files_of(run.folder)
+    with pytest.raises(UserError, match=r"\[1, 2, 3\] have no manifest.json.*--seal 3"):
+        run.restore()
+    with pytest.raises(UserError, match="--seal 3"):
+        run.checkpointer.restore_params(None, abstract(host_state(0, ADAMW)[0], run.sharding))
+    assert files_of(run.folder) == before
+    assert inspect_main([str(run.folder.parent), "--seal", "3", "--verify"]) == 0
+    run.assert_restores(3)
+    with pytest.raises(UserError, match=r"--seal 3: .* has no step 3 without a manifest; there are \[1, 2\]"):
+        inspect_main([str(run.folder.parent), "--seal", "3"])
+    shutil.rmtree(run.folder / "2" / "params" / "d")
+    with pytest.raises(UserError, match=r"--seal 2: .* is not whole"):
+        inspect_main([str(run.folder.parent), "--seal", "2"])
+
+
+def test_a_newest_step_without_a_manifest_is_named_and_kept(run: Run) -> None:
+    (run.folder / "3" / manifest.NAME).unlink()
+    run.assert_restores(2)
+    assert len(run.warnings) == 1 and f"{run.folder / '3'}: has no manifest.json" in run.warnings[0]
+    run.save(3)
+    assert sorted(path.name for path in run.folder.iterdir()) == ["1", "2", "3", "3.set-aside"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["exp[1]", "a*b?", "with space", "#1 %41 {x}", "new\nline", "ünï", "\udcff\udcfe", "a\\b", "-dash", "x" * 250],
+    ids=ascii,
+)
+def test_any_name_of_a_folder(tmp_path: Path, name: str) -> None:
+    run = Run(tmp_path / name / "checkpoints")
+    run.checkpointer.prepare()
+    run.save(1)
+    run.assert_restores(1)
+    assert not run.warnings
+    (tmp_path / "link").symlink_to(tmp_path / name)
+    Run(tmp_path / "link" / "checkpoints").assert_restores(1)
+    moved = (tmp_path / name).rename(tmp_path / "plain") / "checkpoints"
+    Run(moved).assert_restores(1)  # nothing in it knows where it was written
+    assert state_hash(moved, 1)
+
+
+def test_a_step_is_sealed_only_once_it_opens(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Orbax looks for its own files with glob, and finds none in such a folder."""
+    monkeypatch.setattr(store, "_PLAIN", re.compile(".*", re.DOTALL))
+    odd = Run(run.folder.parent / "exp[1]")
+    with pytest.raises(UserError, match="could not be written"):
+        odd.save(1)
+    assert odd.checkpointer.steps() == []
+
+
+def _folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def _deep(path: Path) -> None:
+    path.write_text("[" * 100_000)
+
+
+def _dangling(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nothing")
+
+
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("spoil", [_folder, _deep, _dangling, _pipe])
+@pytest.mark.parametrize("name", [manifest.NAME, "meta/metadata"])
+def test_what_is_not_a_file_any_more_is_damaged(run: Run, name: str, spoil: Callable[[Path], None]) -> None:
+    spoil(run.folder / "3" / name)
+    run.assert_restores(2)
+    assert len(run.warnings) == 1 and f"checkpoint refused: {name}: " in run.warnings[0]
+    assert inspect_main([str(run.folder.parent), "--verify"]) == 1
+    run.save(3)
+    assert (run.folder / "3.set-aside").exists()
+
+
+def test_the_folder_is_tried_before_the_first_step(tmp_path: Path) -> None:
+    def refused(folder: Path) -> str:
+        with pytest.raises(UserError, match="checkpoints cannot be written there") as caught:
+            Checkpointer(folder, CheckpointConfig()).prepare()
+        return str(caught.value)
+
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to("nothing")
+    assert "it is a file, or a link to nothing" in refused(tmp_path / "file")
+    assert "it is a file, or a link to nothing" in refused(tmp_path / "dangling")
+    assert "Not a directory" in refused(tmp_path / "file" / "checkpoints")
+    assert "File name too long" in refused(Path(str(tmp_path) + ("/" + "x" * 200) * 20))
+    resource_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource_limit[1]))
+        assert "File too large" in refused(tmp_path / "full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, resource_limit)
+    assert list((tmp_path / "full").iterdir()) == []
+
+
+def test_a_folder_that_was_replaced_is_not_written(run: Run) -> None:
+    run.checkpointer.prepare()
+    run.save(4)
+    moved = run.folder.parent.rename(run.folder.parent.with_name("moved"))
+    run.folder.mkdir(parents=True)
+    with pytest.raises(UserError, match="was removed or replaced while this run was using it"):
+        run.save(5)
+    assert list(run.folder.iterdir()) == [] and (moved / "checkpoints" / "4").exists()
 
 
 def test_other_trees_are_named_and_do_not_walk_back(run: Run) -> None:
@@ -322,14 +444,15 @@ def test_the_old_step_stays_until_the_new_one_is_sealed(tmp_path: Path, monkeypa
 
 
 def test_leftovers_of_a_kill_are_removed_by_the_next_save_only(run: Run) -> None:
-    (run.folder / "3" / manifest.NAME).unlink()  # killed while deleting, or before sealing
-    shutil.copytree(run.folder / "2", run.folder / "4.orbax-checkpoint-tmp")
+    (run.folder / "3").rename(run.folder / "3.writing")  # killed before it was sealed
+    shutil.copytree(run.folder / "2", run.folder / "4.writing.orbax-checkpoint-tmp")
+    shutil.copytree(run.folder / "2", run.folder / "0.deleting")
     (run.folder / "notes").mkdir()
     run.assert_restores(2)
-    assert (run.folder / "3").exists() and (run.folder / "4.orbax-checkpoint-tmp").exists()
+    assert len(list(run.folder.iterdir())) == 6 and run.warnings == []
     run.save(3)
     assert sorted(path.name for path in run.folder.iterdir()) == ["1", "2", "3", "notes"]
-    assert len(run.warnings) == 2 and all("unfinished checkpoint" in line for line in run.warnings)
+    assert len(run.warnings) == 3 and all("unfinished checkpoint" in line for line in run.warnings)
     run.assert_restores(3)
 
 
@@ -340,6 +463,13 @@ def test_a_damaged_newest_step_is_set_aside_and_replaced(run: Run) -> None:
     assert sorted(path.name for path in run.folder.iterdir()) == ["1", "2", "3", "3.set-aside"]
     run.assert_restores(3)
     assert "3.set-aside: checkpoint 3, which this run did not continue from" in run.warnings[-1]
+    first = (run.folder / "3.set-aside" / manifest.NAME).read_bytes()
+    (run.folder / "3" / "meta" / "metadata").write_text("{}")
+    again = Run(run.folder, keep_last=3)
+    again.assert_restores(2)
+    again.save(3)
+    assert [path.name for path in retention.set_aside(run.folder)] == ["3.set-aside", "3.set-aside-2"]
+    assert (run.folder / "3.set-aside" / manifest.NAME).read_bytes() == first
 
 
 def test_a_refused_step_is_set_aside_even_if_the_next_save_passes_it(run: Run) -> None:
@@ -398,6 +528,9 @@ def test_lock(tmp_path: Path) -> None:
             f"UserError: run_dir = {run_dir}: run folder in use by process {os.getpid()} on host {socket.gethostname()}"
         )
         assert wanted in other.stderr
+        (run_dir / "lock").unlink()
+        other = subprocess.run([sys.executable, "-c", code, str(run_dir)], cwd=ROOT, capture_output=True, text=True)
+        assert f"UserError: run_dir = {run_dir}: run folder in use by another process" in other.stderr
     with lock_run(run_dir), (run_dir / "lock").open() as file, pytest.raises(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     (tmp_path / "file").write_text("")

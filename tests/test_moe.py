@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -32,6 +34,7 @@ from maxlm.config import (
     Experts,
     NoisyTopKRouter,
     Remat,
+    Router,
     ShardingConfig,
     SigmoidRouter,
     TopKRouter,
@@ -442,10 +445,42 @@ def test_generation_keeps_routers_in_float32() -> None:
     assert mlp["gate_proj"].dtype == jnp.bfloat16
 
 
+def _routers(top_k: int) -> Iterator[Router | Callable[[], Router]]:
+    for normalize in (False, True):
+        yield TopKRouter(top_k=top_k, normalize=normalize, load_balance=0.0)
+        yield SigmoidRouter(top_k=top_k, normalize=normalize)
+    yield lambda: NoisyTopKRouter(top_k=top_k)
+    yield ExpertChoiceRouter()
+
+
+def test_the_loss_reaches_every_router_that_is_accepted() -> None:
+    """Through the gates: what they multiply, the loss has. And those that are refused are no more than these."""
+    refused = []
+    x, _ = inputs()
+    for n_experts, top_k in [(1, 1), (2, 1), (3, 2)]:
+        for make_router in _routers(top_k):
+            try:
+                router = make_router() if callable(make_router) else make_router
+                dispatch = Capacity(group_size=4) if isinstance(router, ExpertChoiceRouter) else Dropless()
+                config = Experts(n_experts=n_experts, d_ff=F, router=router, dispatch=dispatch)
+            except UserError:
+                refused.append((n_experts, top_k))
+                continue
+            moe = ExpertsLayer(config, small_model(d_model=D, init_std=0.4), Initializer(jax.random.key(3)))
+
+            def gates(router: jax.Array, moe: ExpertsLayer = moe) -> jax.Array:
+                found = moe._route(one_device(), x, x @ router, None).gates
+                return (found * np.arange(found.size).reshape(found.shape)).mean()
+
+            assert np.abs(jax.jit(jax.grad(gates))(moe.router[...])).max() > 1e-3, config
+    # One expert: all but SigmoidRouter's raw score. One choice: both normalized, and NoisyTopKRouter.
+    assert Counter(refused) == {(1, 1): 5, (2, 1): 3}
+
+
 def test_biases_go_against_the_load() -> None:
     block = small_model().blocks[0]
-    experts = dataclasses.replace(block, mlp=Experts(n_experts=3, d_ff=8, router=SigmoidRouter(top_k=1, bias_rate=0.5)))
-    others = dataclasses.replace(block, mlp=Experts(n_experts=3, d_ff=8, router=TopKRouter(top_k=1)))
+    experts = dataclasses.replace(block, mlp=Experts(n_experts=3, d_ff=8, router=SigmoidRouter(top_k=2, bias_rate=0.5)))
+    others = dataclasses.replace(block, mlp=Experts(n_experts=3, d_ff=8, router=TopKRouter(top_k=2)))
     model = small_model(blocks=(block, experts, others), n_layers=6)
     parameters = initial_parameters(model)
     load = jnp.array([[6.0, 3.0, 0.0], [1.0, 1.0, 1.0]])
@@ -463,7 +498,7 @@ def test_balancing_evens_out_a_skewed_router() -> None:
     """arXiv:2408.15664: the loads converge with no loss that says so."""
     block = dataclasses.replace(
         small_model().blocks[0],
-        mlp=Experts(n_experts=E, d_ff=F, router=SigmoidRouter(top_k=1, bias_rate=0.02)),
+        mlp=Experts(n_experts=E, d_ff=F, router=SigmoidRouter(top_k=1, normalize=False, bias_rate=0.02)),
     )
     model = small_model(blocks=(block,), n_layers=1, d_model=D)
     moe = make(block.mlp)

@@ -159,7 +159,7 @@ def test_optimizers_that_keep_less_move_less() -> None:
 
 def test_experts_read_all_weights_for_few_tokens() -> None:
     """With a token for each expert the weights are nearly all that moves."""
-    experts = Experts(n_experts=64, d_ff=1408, router=TopKRouter(top_k=1), dispatch=Dropless())
+    experts = Experts(n_experts=64, d_ff=1408, router=TopKRouter(top_k=1, normalize=False), dispatch=Dropless())
     config = seven_b(train={"batch_size": 1, "seq_len": 64})
     config = replace(config, model=with_experts(config.model, experts), train=replace(config.train, loss_chunk=64))
     dense = seven_b(train={"batch_size": 1, "seq_len": 64})

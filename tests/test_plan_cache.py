@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +88,23 @@ def test_a_damaged_file_is_written_anew(asked: list[str], damage: bytes) -> None
     assert list(cache.cache_folder().iterdir()) == [file]
 
 
+def test_another_digit_is_not_believed(asked: list[str]) -> None:
+    cache.cached_compile(small_run(), CpuMachine(8))
+    (file,) = cache.cache_folder().iterdir()
+    whole = file.read_text()
+    file.write_text(re.sub(r"(\d)(?=,)", lambda digit: str((int(digit[1]) + 1) % 10), whole, count=1))
+    assert file.read_text() != whole
+    assert cache.cached_compile(small_run(), CpuMachine(8)) == (STEP, False) and len(asked) == 2
+
+
 def test_an_answer_of_another_shape_is_asked_again(asked: list[str]) -> None:
     """As a file is that another version of this project wrote."""
     cache.cached_compile(small_run(), CpuMachine(8))
     (file,) = cache.cache_folder().iterdir()
     stored = json.loads(file.read_text())
-    del stored["kernels"]
-    file.write_text(json.dumps(stored | {"more": 1}))
+    del stored["kernels"], stored["sha256"]
+    stored["more"] = 1
+    file.write_text(json.dumps(stored | {"sha256": cache._checksum(stored)}))
     assert cache.cached_compile(small_run(), CpuMachine(8)) == (STEP, False) and len(asked) == 2
 
 
@@ -122,6 +133,9 @@ def test_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert cache.cache_folder() == tmp_path / "home" / ".cache" / "maxlm" / "plan"
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 12345)  # who has no name
+    assert cache.cache_folder() is None
 
 
 def key(config: Any = None, target: str = "cpu:8") -> str:

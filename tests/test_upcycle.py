@@ -57,7 +57,7 @@ def started(source, target, parameters):
 
 @pytest.mark.parametrize(
     ("every", "first_dense", "router"),
-    [(1, 0, TopKRouter(top_k=2)), (2, 0, SigmoidRouter(top_k=3)), (1, 2, TopKRouter(top_k=1))],
+    [(1, 0, TopKRouter(top_k=2)), (2, 0, SigmoidRouter(top_k=3)), (1, 2, TopKRouter(top_k=3))],
 )
 def test_an_upcycled_model_computes_what_the_dense_one_does(every, first_dense, router):
     dense = small_model(n_layers=4)

@@ -91,7 +91,7 @@ def _forward(problem: AttentionProblem, blocks: AttentionBlocks, operands: Opera
         total = jnp.where(total == 0, 1.0, total)
         return (acc / total[..., None]).astype(q.dtype), top + jnp.log(total)
 
-    out, lse = lax.map(query_block, (jnp.arange(q.shape[0]), q))
+    out, lse = lax.map(query_block, (jnp.arange(q.shape[0], dtype=jnp.int32), q))
     return _from_rows(problem, out), _from_rows(problem, lse[..., None])[..., 0].swapaxes(1, 2)
 
 
@@ -163,7 +163,7 @@ def _backward(
 
     table = operands.bias_table
     start = jnp.broadcast_to(zero, q.shape), None if table is None else jnp.broadcast_to(zero, table.shape)
-    (dq, d_table), (dk, dv) = lax.scan(key_block, start, (jnp.arange(k.shape[0]), k, v))
+    (dq, d_table), (dk, dv) = lax.scan(key_block, start, (jnp.arange(k.shape[0], dtype=jnp.int32), k, v))
     dq = _from_rows(problem, (dq * problem.scale).astype(q.dtype))
     return dq, _from_columns(dk, problem.S), _from_columns(dv, problem.S), None if d_table is None else d_table[None]
 
@@ -207,16 +207,16 @@ class _Tiles(NamedTuple):
         queries = self.q_offset[:, None, None] + i * self.q_size + jnp.arange(self.q_size)[:, None]
         return queries, j * self.k_size + jnp.arange(self.k_size)
 
-    def key_blocks(self, i: jax.Array) -> tuple[Place, Place]:
+    def key_blocks(self, i: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Key blocks [start, stop) that query block i needs, over all rows of the batch."""
         first = i * self.q_size
         last = first + self.q_size - 1
         start, stop = self.problem.mask.key_range(jnp.min(self.q_offset) + first, jnp.max(self.q_offset) + last)
         if self.furthest is not None:
             stop = jnp.clip(self.furthest[i], 0, stop)
-        return start // self.k_size, -(-jnp.minimum(stop, self.problem.S) // self.k_size)
+        return _bounds(start // self.k_size, -(-jnp.minimum(stop, self.problem.S) // self.k_size))
 
-    def query_blocks(self, j: jax.Array) -> tuple[Place, Place]:
+    def query_blocks(self, j: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Query blocks [start, stop) that need key block j, over all rows of the batch."""
         first = j * self.k_size
         last = jnp.minimum(first + self.k_size, self.problem.S) - 1
@@ -225,9 +225,9 @@ class _Tiles(NamedTuple):
         start = jnp.clip((start - jnp.max(self.q_offset)) // self.q_size, 0, n_blocks)
         stop = jnp.clip(-(-(stop - jnp.min(self.q_offset)) // self.q_size), 0, n_blocks)
         if self.furthest is None:
-            return start, stop
+            return _bounds(start, stop)
         first_reaching, after_reaching = first_and_last(self.furthest > first)
-        return jnp.maximum(start, first_reaching), jnp.minimum(stop, after_reaching)
+        return _bounds(jnp.maximum(start, first_reaching), jnp.minimum(stop, after_reaching))
 
     def seen(self, i: jax.Array, j: jax.Array) -> jax.Array:
         """Which keys the rows of the block see: boolean [B, 1, R, C]."""
@@ -295,6 +295,11 @@ def make_tiles(problem: AttentionProblem, q_size: int, k_size: int, operands: Op
         None if visible_to is None else _cut(visible_to, q_size),
         None if visible_to is None else least_and_most(visible_to, q_size)[1].max(0),
     )
+
+
+def _bounds(start: Place, stop: Place) -> tuple[jax.Array, jax.Array]:
+    """Of a loop, which takes two of one type: with jax_enable_x64 they are a mixture."""
+    return jnp.asarray(start, jnp.int32), jnp.asarray(stop, jnp.int32)
 
 
 def _zero(arrays: Any) -> jax.Array:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import re
+import shlex
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +24,13 @@ from maxlm.config.run import CheckpointConfig
 from maxlm.processes.joining import on_rank_0
 
 _LOG = logging.getLogger("maxlm.checkpoint")
+
+_PROBE_BYTES = 1 << 16
+_CAUSES = tuple(
+    os.strerror(number)
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG)
+)
+"""What file systems say, wherever it stands in a library's message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +78,7 @@ class Checkpointer:
         self._store = Store()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[int, Future[None]] | None = None
+        self._identity: tuple[int, int] | None = None  # of the run folder, once it is prepared
         self._current: int | None = None  # the newest step that this run wrote or continued from
 
     def __enter__(self) -> Checkpointer:
@@ -77,12 +89,35 @@ class Checkpointer:
     ) -> None:
         self.close()
 
+    def prepare(self) -> None:
+        """Make the folder and see that a step could be written there. A run's process 0 calls it before it computes.
+
+        Raises:
+            UserError: it is not a folder, or cannot be written (no right to, no space, a name too long).
+        """
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".probe-", dir=self._folder) as probe:
+                deepest = Path(probe, "params", "ocdbt.process_0", "d", "0" * 40)
+                deepest.parent.mkdir(parents=True)
+                with deepest.open("wb") as file:
+                    file.write(bytes(_PROBE_BYTES))
+                    file.flush()
+                    os.fsync(file.fileno())
+        except OSError as error:
+            why = "it is a file, or a link to nothing" if isinstance(error, FileExistsError) else error.strerror
+            raise UserError(
+                f"{self._folder}: checkpoints cannot be written there ({why}); mend that, or set another run_dir"
+            ) from error
+        self._identity = _identity(self._folder.parent)
+
     def save(self, step: int, *, params: Tree, optimizer: Tree, meta: dict[str, Any]) -> None:
         """Write a step in the background; returns once the arrays are copied to the host, so they may be donated.
 
         Leaves must be jax arrays that span all devices (scalars too, with several processes). Waits first for an
-        earlier save. Does nothing if this run just wrote or restored `step`. Finished steps newer than the one this run
-        continued from (refused as damaged, or left behind by going back) are set aside, not deleted.
+        earlier save. Does nothing if this run just wrote or restored `step`. Steps newer than the one this run
+        continued from (refused as damaged, or left behind by going back) are set aside, not deleted, and so are steps
+        without a manifest.
 
         Raises:
             UserError: this save could not begin, or the one before it failed.
@@ -90,9 +125,14 @@ class Checkpointer:
         self.wait()
         if step == self._current:
             return
-        path = self._folder / str(step)
+        path = retention.writing(self._folder, step)
         try:
             if jax.process_index() == 0:
+                if self._identity not in (None, _identity(self._folder.parent)):
+                    raise UserError(
+                        f"{self._folder.parent}: was removed or replaced while this run was using it, so nothing more "
+                        "is written there; run the same command again"
+                    )
                 self._folder.mkdir(parents=True, exist_ok=True)
                 self._clear_the_way(step)
             self._store.begin(path, {"params": params, "optimizer": optimizer}, meta)
@@ -189,12 +229,16 @@ class Checkpointer:
         return self._record(step).meta
 
     def _finish(self, step: int) -> None:
-        """In the background: wait for Orbax, seal the step with its manifest, then delete what the keep rule drops."""
+        """In the background: wait for Orbax, see that the step opens, seal it with its manifest and give it its name;
+        then delete what the keep rule drops."""
         self._store.wait()
         if jax.process_index() != 0:
             return
         rule = {"keep_last": self._config.keep_last, "keep_every": self._config.keep_every}
-        manifest.write(self._folder / str(step), step=step, **rule)
+        draft = retention.writing(self._folder, step)
+        self._store.check(draft)
+        manifest.write(draft, step=step, **rule)
+        retention.publish(self._folder, step)
         if self._sealed is not None:
             self._sealed()
         finished = retention.finished(self._folder)
@@ -204,13 +248,18 @@ class Checkpointer:
                 retention.remove(self._folder / str(old))
 
     def _clear_the_way(self, step: int) -> None:
-        """Remove what killed runs left, and set aside finished steps that are not of this run's past.
+        """Remove what killed runs left, and set aside steps that are not of this run's past or have no manifest.
 
         Those would be restored in place of the new step, or take the place of a good one in the keep rule.
         """
-        for path in retention.unfinished(self._folder):
+        for path in retention.temporary(self._folder):
             self._warn(f"{path}: unfinished checkpoint of a run that was stopped; removed")
             retention.remove(path)
+        for other in retention.unsealed(self._folder):
+            place = retention.move_aside(self._folder, other)
+            self._warn(f"{place}: checkpoint {other}, which has no {manifest.NAME}, was moved here; nothing reads it")
+        if os.path.lexists(target := self._folder / str(step)) and not target.is_dir():
+            self._warn(f"{retention.move_aside(self._folder, step)}: was {target}, which is no folder")
         past = step - 1 if self._current is None else min(self._current, step - 1)
         for other in retention.finished(self._folder):
             if other > past:
@@ -225,6 +274,12 @@ class Checkpointer:
         for step in reversed(finished):
             problems = self._problems(step, skip)
             if not problems:
+                for newer in retention.unsealed(self._folder):
+                    if newer > step:
+                        self._warn(
+                            f"{self._folder / str(newer)}: has no {manifest.NAME}, so nothing says that it is whole; "
+                            f"passed over for step {step} ({_seal(self._folder, newer)} if you know better)"
+                        )
                 return step
             more = f" (and {len(problems) - 1} more files)" if len(problems) > 1 else ""
             self._warn(f"{self._folder / str(step)}: checkpoint refused: {problems[0]}{more}; trying the one before")
@@ -233,7 +288,13 @@ class Checkpointer:
                 f"{self._folder}: checkpoints {finished} are all damaged; mend or restore one from a copy "
                 "(python -m maxlm.inspect RUN_DIR --verify lists the files), or set another run_dir to start anew"
             )
-        if leftovers := [p.name for p in (*retention.unfinished(self._folder), *retention.set_aside(self._folder))]:
+        if unsealed := retention.unsealed(self._folder):
+            raise UserError(
+                f"{self._folder}: checkpoints {unsealed} have no {manifest.NAME}, so nothing says that they are whole, "
+                f"and there is no other; bring the manifests back, or, if you know that a step is whole, make a new "
+                f"one: {_seal(self._folder, unsealed[-1])}; to start anew, set another run_dir"
+            )
+        if leftovers := [p.name for p in (*retention.temporary(self._folder), *retention.set_aside(self._folder))]:
             self._warn(f"{self._folder}: no finished checkpoint, only {', '.join(leftovers)}; starting from step 0")
         return None
 
@@ -295,10 +356,23 @@ class Checkpointer:
         )
 
 
+def _seal(folder: Path, step: int) -> str:
+    return f"python -m maxlm.inspect {shlex.quote(str(folder.parent))} --seal {step}"
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Which folder this is, whatever its name; None: there is none."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def _reason(error: Exception) -> str:
     """One line that names the cause, which libraries put anywhere in long messages."""
     text = " ".join(str(error).split())
-    for cause in ("No space left on device", "Disk quota exceeded", "File too large", "Read-only file system"):
+    for cause in _CAUSES:
         if cause in text:
             return cause
     return f"{type(error).__name__}: {text[:200]}"

@@ -15,38 +15,50 @@ from maxlm.config.errors import UserError
 
 @contextlib.contextmanager
 def lock_run(run_dir: Path) -> Iterator[None]:
-    """Hold `run_dir/lock` while the block runs; creates the folder.
+    """Hold `run_dir` while the block runs; creates the folder.
 
-    The lock belongs to the open file, so the kernel drops it when the process ends, however it ends. The file stays.
+    Both the folder and `run_dir/lock` are locked: the file where no folder can be (some network file systems), and the
+    folder because a file may be removed by hand, after which another process would lock a new one. A lock belongs to
+    what is open, so the kernel drops it when the process ends, however it ends. The file stays.
 
     Raises:
         UserError: another process holds it, or the folder cannot be made or written.
     """
-    path = run_dir / "lock"
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise UserError(
-            f"run_dir = {run_dir}: cannot be written ({error.strerror}); choose a folder that you may write to"
-        ) from error
-    try:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            folder = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, folder)
+            file = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            stack.callback(os.close, file)
+        except OSError as error:
+            raise UserError(
+                f"run_dir = {run_dir}: cannot be written ({error.strerror}); choose a folder that you may write to"
+            ) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock_folder(folder)
         except BlockingIOError as error:
             raise UserError(
-                f"run_dir = {run_dir}: run folder in use by {_holder(descriptor)}; wait for that process, stop it, or "
-                "choose another run_dir"
+                f"run_dir = {run_dir}: run folder in use by {_holder(file)}; wait for that process, stop it, or choose "
+                "another run_dir"
             ) from error
         except OSError as error:
             raise UserError(
                 f"run_dir = {run_dir}: its file system does not lock files ({error.strerror}); choose another run_dir"
             ) from error
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
+        os.ftruncate(file, 0)
+        os.pwrite(file, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
         yield
-    finally:
-        os.close(descriptor)
+
+
+def _lock_folder(descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:  # NFS turns the lock into one for writing, which a folder is not open for
+        return
 
 
 def _holder(descriptor: int) -> str:

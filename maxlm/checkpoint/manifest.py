@@ -7,9 +7,11 @@ one atomic rename, and removed first when a step is deleted.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -94,10 +96,15 @@ def load(folder: Path) -> Manifest:
     """Read the manifest of a step and check it against itself.
 
     Raises:
-        FileNotFoundError: there is none: the step is unfinished.
-        ManifestError: it is empty, cut off, changed, or of a format that this version does not know.
+        FileNotFoundError: there is none.
+        ManifestError: it cannot be read, is empty, cut off, changed, or of a format that this version does not know.
     """
-    raw = (folder / NAME).read_bytes()
+    if not exists(folder):
+        raise FileNotFoundError(folder / NAME)
+    try:
+        raw = _read(folder / NAME)
+    except OSError as error:
+        raise ManifestError(f"cannot be read ({error.strerror})") from error
     try:
         body: dict[str, Any] = json.loads(raw)
         if body["format"] != _FORMAT:
@@ -109,12 +116,23 @@ def load(folder: Path) -> Manifest:
             keep_every=body["keep_every"],
             files={name: FileRecord(**record) for name, record in body["files"].items()},
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ManifestError(f"not a manifest ({len(raw)} bytes; empty, cut off or changed)") from error
     # Encoding again must give the very bytes that were read: that covers the checksum inside and every byte around it.
     if _encode(manifest) != raw:
         raise ManifestError("has been changed (its own checksum does not match)")
     return manifest
+
+
+def exists(folder: Path) -> bool:
+    """Whether a step has a manifest, readable or not: then it was finished once."""
+    try:
+        os.lstat(folder / NAME)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:  # what cannot be looked at is damaged, not absent
+        return True
+    return True
 
 
 def verify(folder: Path, step: int, *, checksums: bool = True, skip: Collection[str] = ()) -> list[BrokenFile]:
@@ -124,7 +142,7 @@ def verify(folder: Path, step: int, *, checksums: bool = True, skip: Collection[
     step whose contents stay unread.
 
     Raises:
-        FileNotFoundError: the step has no manifest: it is unfinished.
+        FileNotFoundError: the step has no manifest.
     """
     try:
         manifest = load(folder)
@@ -138,9 +156,16 @@ def verify(folder: Path, step: int, *, checksums: bool = True, skip: Collection[
         problems.append(BrokenFile(file=name, reason="not in the manifest; delete it if it was put there by hand"))
     to_read = []
     for name in sorted(manifest.files.keys() & set(found)):
-        size, expected = (folder / name).stat().st_size, manifest.files[name].bytes
-        if size != expected:
-            problems.append(BrokenFile(file=name, reason=f"{size} bytes, expected {expected}"))
+        expected = manifest.files[name].bytes
+        try:
+            seen = (folder / name).stat()
+        except OSError as error:
+            problems.append(BrokenFile(file=name, reason=f"cannot be read ({error.strerror})"))
+            continue
+        if not stat.S_ISREG(seen.st_mode):
+            problems.append(BrokenFile(file=name, reason="not a file"))
+        elif seen.st_size != expected:
+            problems.append(BrokenFile(file=name, reason=f"{seen.st_size} bytes, expected {expected}"))
         elif checksums and name.split("/", 1)[0] not in skip:
             to_read.append(name)
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -165,6 +190,13 @@ def _files(folder: Path) -> list[str]:
     paths = (path for path in folder.rglob("*") if not path.is_dir())
     names = sorted(path.relative_to(folder).as_posix() for path in paths)
     return [name for name in names if name not in (NAME, f"{NAME}.tmp")]
+
+
+def _read(path: Path) -> bytes:
+    """What a file holds, and an OSError for anything else, such as a pipe, which would be waited for."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a file")
+    return path.read_bytes()
 
 
 def _record(path: Path, *, flush: bool = False) -> FileRecord:

@@ -7,8 +7,12 @@ arrays can be read without them.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
+import re
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Iterable, Mapping
@@ -17,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.tree_util import keystr, tree_flatten_with_path, tree_structure, tree_unflatten
@@ -63,6 +68,10 @@ Leaf = tuple[str, tuple[int, ...]]
 
 _FORMAT = 1
 
+_PLAIN = re.compile(r"[\w./ +=,@:-]{1,2000}", re.ASCII)
+"""Paths that go through Orbax as they are. It looks for files with glob, and TensorStore wants UTF-8 and reads `\\` as
+`/`: other folders are spoken of through a link."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
@@ -79,6 +88,8 @@ class Store:
 
     def __init__(self) -> None:
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._links: dict[Path, Path] = {}
+        self._stack = contextlib.ExitStack()
 
     def begin(self, path: Path, items: Mapping[str, Tree], meta: dict[str, Any]) -> None:
         """Start to write the step `path`; returns when the arrays have been copied and may be donated or changed."""
@@ -90,14 +101,31 @@ class Store:
         described = {item: {n: describe_leaf(leaf) for n, leaf in leaves.items()} for item, leaves in named.items()}
         body = {"format": _FORMAT, "items": described, "meta": meta}
         arrays = {item: ocp.args.PyTreeSave(leaves) for item, leaves in named.items() if leaves}  # Orbax refuses {}
-        self._orbax.save(path, args=ocp.args.Composite(meta=ocp.args.JsonSave(body), **arrays))
+        self._orbax.save(self._address(path), args=ocp.args.Composite(meta=ocp.args.JsonSave(body), **arrays))
 
     def wait(self) -> None:
         """Block until the step that was begun has its final name. Raises what went wrong in the background."""
         self._orbax.wait_until_finished()
 
     def close(self) -> None:
-        self._orbax.close()
+        with self._stack:
+            self._orbax.close()
+
+    def check(self, path: Path) -> None:
+        """Open every array of a finished step as `arrays` would, without reading it; needs no other process.
+
+        Raises:
+            OSError, ValueError: an array is not found, or has another shape or dtype than `begin` was given.
+            UserError: as of `record`.
+        """
+        record, path = self.record(path), self._address(path)
+        for item, leaves in record.items.items():
+            if not leaves:
+                continue
+            found = ocp.PyTreeCheckpointHandler().metadata(path / item).tree
+            opened = {name: (str(jnp.dtype(leaf.dtype)), tuple(leaf.shape)) for name, leaf in found.items()}
+            if difference := first_difference(item, opened, leaves):
+                raise ValueError(f"written, but not found again: {difference}")
 
     def record(self, path: Path) -> Record:
         """The JSON of a step.
@@ -105,7 +133,7 @@ class Store:
         Raises:
             UserError: another version of maxlm wrote it in a format that this one does not read.
         """
-        body = self._orbax.restore(path, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        body = json.loads((path / "meta" / "metadata").read_text("utf-8"))
         if body.get("format") != _FORMAT:
             raise UserError(f"{path}: has format {body.get('format')!r}, this version of maxlm reads {_FORMAT}")
         items = {
@@ -125,7 +153,7 @@ class Store:
             if leaves:
                 shardings = ocp.checkpoint_utils.construct_restore_args(leaves)
                 args[item] = ocp.args.PyTreeRestore(leaves, restore_args=shardings)
-        found = self._orbax.restore(path, args=ocp.args.Composite(**args)) if args else {}
+        found = self._orbax.restore(self._address(path), args=ocp.args.Composite(**args)) if args else {}
         trees = {}
         for item, tree in items.items():
             trees[item] = tree_unflatten(structures[item], [found[item][name] for name in named_leaves(tree)])
@@ -135,7 +163,19 @@ class Store:
         """Read some arrays of an item into host memory, without devices or shardings."""
         wanted = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
         args = ocp.args.PyTreeRestore(dict.fromkeys(wanted, 0), restore_args=wanted, partial_restore=True)
-        return self._orbax.restore(path, args=ocp.args.Composite(**{item: args}))[item]
+        return self._orbax.restore(self._address(path), args=ocp.args.Composite(**{item: args}))[item]
+
+    def _address(self, path: Path) -> Path:
+        """`path`, or where its folder is a name that Orbax does not take, the same place under a plain one."""
+        if _PLAIN.fullmatch(str(path)):
+            return path
+        if path.parent not in self._links:
+            place = tempfile.gettempdir()
+            inside = place if _PLAIN.fullmatch(place) else "/tmp"
+            link = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="maxlm-", dir=inside)), "steps")
+            link.symlink_to(path.parent, target_is_directory=True)
+            self._links[path.parent] = link
+        return self._links[path.parent] / path.name
 
 
 def named_leaves(tree: Tree) -> dict[str, Any]:

@@ -399,8 +399,9 @@ def describe_config(config: RunConfig, file_config: RunConfig) -> str:
 def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Call `main(argv)` and leave the process: its exit code, or one line for each mistake and a non-zero code."""
     argv = sys.argv[1:]
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that has not every character
-        sys.stdout.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # LC_ALL=C, and names of files that are no text, end no command
+            stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main(argv) or 0)
     except SystemExit as stop:

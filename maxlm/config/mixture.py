@@ -16,7 +16,7 @@ class TopKRouter:
     """Each token goes to the experts of its largest scores, softmax(x router) (Shazeer 2017, arXiv:1701.06538)."""
 
     top_k: Positive[int]
-    """Experts of a token; 1 with normalize=False is Switch (arXiv:2101.03961)."""
+    """Experts of a token; 1 needs normalize=False, which is Switch (arXiv:2101.03961)."""
     normalize: bool = True
     """The chosen gates sum to 1, which is a softmax after the choice (Mixtral, Qwen 3); False: they keep their share of
     the softmax over all experts, taken before the choice (Switch, DeepSeekMoE)."""
@@ -33,7 +33,7 @@ class NoisyTopKRouter:
     The noise is there in training alone, and is the same on every mesh.
     """
 
-    top_k: Positive[int]
+    top_k: Annotated[int, Range(ge=2, note="the softmax of one score is 1, and its gradient 0")]
     """Experts of a token."""
     importance_loss: Annotated[NotNegative[float], Changes.TRAINING] = 0.1
     """Weight of CV(sum of gates of each expert)^2 (eq. 6 and 7)."""
@@ -50,7 +50,7 @@ class SigmoidRouter:
     """
 
     top_k: Positive[int]
-    """Experts of a token."""
+    """Experts of a token; 1 needs normalize=False."""
     normalize: bool = True
     """The chosen scores are divided by their sum."""
     bias_rate: Annotated[NotNegative[float], Changes.TRAINING] = 1e-3
@@ -122,7 +122,7 @@ class Experts:
     """How tokens get to their experts, and which of them are dropped."""
     n_shared_experts: NotNegative[int] = 0
     """Experts that every token uses, computed as one MLP of this many times d_ff (DeepSeekMoE, arXiv:2401.06066)."""
-    routed_scaling: NotNegative[float] = 1.0
+    routed_scaling: Positive[float] = 1.0
     """Factor of the chosen experts' sum, beside the shared ones."""
     router_z_loss: Annotated[NotNegative[float], Changes.TRAINING] = 0.0
     """Weight of the mean of logsumexp(x router)^2 (ST-MoE, arXiv:2202.08906, eq. 5)."""
@@ -130,6 +130,24 @@ class Experts:
     """Nonlinearity of the gate."""
 
     def __post_init__(self) -> None:
+        """Refuse what cannot be computed, and routers whose gates are 1 whatever they say: the loss never reaches them.
+
+        Raises:
+            UserError: one of these.
+        """
+        match self.router:
+            case TopKRouter(top_k=1, normalize=True) | SigmoidRouter(top_k=1, normalize=True):
+                raise UserError(
+                    "model.blocks[].mlp.router.normalize = True with top_k = 1 makes every gate 1, so that the router "
+                    "learns nothing from the loss; use normalize = False, or top_k = 2 or more"
+                )
+            case TopKRouter() | NoisyTopKRouter() | ExpertChoiceRouter() if self.n_experts == 1:
+                raise UserError(
+                    f"model.blocks[].mlp.n_experts = 1: the one score of a {type(self.router).__name__} is always 1, "
+                    "so that it learns nothing from the loss; use 2 or more, or a GatedMlp"
+                )
+            case _:
+                pass
         match self.router:
             case ExpertChoiceRouter():
                 if not isinstance(self.dispatch, Capacity):

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from maxlm.config import DataConfig, PrepareConfig, TrainSentencePiece, UserError, serialize
@@ -24,6 +23,7 @@ from maxlm.data.sources import Unreadable, describe_documents, iterate_documents
 from maxlm.data.tokenizers import Tokenizer, load_tokenizer, open_tokenizer
 from maxlm.data.train_tokenizer import train_sentencepiece
 from maxlm.data.workers import tokenise_blocks
+from maxlm.surroundings import console
 
 _CONFIG, _PROGRESS, _LOCK = "prepare.json", "progress.json", ".lock"
 _SECONDS_BETWEEN_RECORDS = 5.0
@@ -145,7 +145,7 @@ def _taken(file: TextIO) -> bool:
 
 
 def _warn(text: str) -> None:
-    Console(stderr=True).print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    console(stderr=True).print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _tokenizer(config: PrepareConfig, out: Path) -> Tokenizer:
@@ -219,9 +219,9 @@ def _cores() -> int:
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[int, int, int], None]]:
     """A line on the terminal that a call with documents, tokens and unreadable documents brings up to date."""
-    console = Console(stderr=True)
+    terminal = console(stderr=True)
     columns = TextColumn("{task.fields[line]}"), TimeElapsedColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+    with Progress(*columns, console=terminal, disable=not terminal.is_terminal, transient=True) as progress:
         task = progress.add_task("", line="reading")
         began, tokens_before = time.monotonic(), None
 

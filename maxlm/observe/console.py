@@ -18,6 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from maxlm import surroundings
 from maxlm.observe.metrics import Row
 from maxlm.observe.text import duration, gibibytes, short
 
@@ -37,7 +38,7 @@ class Console:
     """
 
     def __init__(self, *, enabled: bool = True, output: rich.console.Console | None = None) -> None:
-        self._output = output or rich.console.Console(highlight=False)
+        self._output = output or surroundings.console(highlight=False)
         self._enabled = enabled
         self._writing = threading.RLock()
         self._live: rich.live.Live | None = None

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from maxlm import surroundings
 from maxlm.config import RunConfig, UserError
 from maxlm.config.cli import describe_config, parse_run, run_command
 from maxlm.config.serialize import save
@@ -186,7 +187,7 @@ def _ask_compiler(config: RunConfig, target: Machine, console: Console | None = 
 def _console(*, stderr: bool = False, quiet: bool = False) -> Console:
     """As wide as the terminal. In a pipe or a file nobody wants lines cut: what reads it can."""
     there = (sys.stderr if stderr else sys.stdout).isatty() or "COLUMNS" in os.environ
-    return Console(stderr=stderr, highlight=False, quiet=quiet, width=None if there else _ENDLESS)
+    return surroundings.console(stderr=stderr, highlight=False, quiet=quiet, width=None if there else _ENDLESS)
 
 
 def _check(options: argparse.Namespace) -> None:

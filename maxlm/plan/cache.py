@@ -18,6 +18,7 @@ from typing import Any
 import cattrs
 from cattrs.strategies import configure_tagged_union
 
+from maxlm import surroundings
 from maxlm.config import RunConfig
 from maxlm.config.serialize import to_dict
 from maxlm.plan.compiled import CompiledStep, compile_step
@@ -45,7 +46,9 @@ def cached_compile(config: RunConfig, target: Machine) -> tuple[CompiledStep | D
     Raises:
         UserError: as `compile_step`; mistakes are not kept.
     """
-    file = cache_folder() / f"{cache_key(ingredients(config, target))}.json"
+    if (folder := cache_folder()) is None:
+        return compile_step(config, target), False
+    file = folder / f"{cache_key(ingredients(config, target))}.json"
     if (known := _load(file)) is not None:
         return known, True
     found = compile_step(config, target)
@@ -54,11 +57,11 @@ def cached_compile(config: RunConfig, target: Machine) -> tuple[CompiledStep | D
     return found, False
 
 
-def cache_folder() -> Path:
-    """Where answers are kept."""
+def cache_folder() -> Path | None:
+    """Where answers are kept; None: nowhere, as this user has no home."""
     if chosen := os.environ.get("MAXLM_PLAN_CACHE"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maxlm" / "plan"
+    return surroundings.cache_folder("plan")
 
 
 def ingredients(config: RunConfig, target: Machine) -> dict[str, Any]:
@@ -89,15 +92,23 @@ def sources_hash(root: Path) -> str:
 
 def _load(file: Path) -> CompiledStep | DoesNotFit | None:
     try:
-        return _converter.structure(json.loads(file.read_text()), CompiledStep | DoesNotFit)  # type: ignore[arg-type]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, cattrs.BaseValidationError):
+        stored = json.loads(file.read_text())
+        if stored.pop("sha256") != _checksum(stored):
+            return None
+        return _converter.structure(stored, CompiledStep | DoesNotFit)  # type: ignore[arg-type]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, cattrs.BaseValidationError):
         return None
+
+
+def _checksum(answer: Any) -> str:
+    return hashlib.sha256(json.dumps(answer, sort_keys=True).encode()).hexdigest()
 
 
 def _store(file: Path, result: CompiledStep | DoesNotFit) -> None:
     """Write beside, then rename: another command never sees half a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    stored = json.dumps(_converter.unstructure(result, CompiledStep | DoesNotFit))
+    answer = _converter.unstructure(result, CompiledStep | DoesNotFit)
+    stored = json.dumps({**answer, "sha256": _checksum(json.loads(json.dumps(answer)))})
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         beside = Path(folder, file.name)
         beside.write_text(stored)

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -196,6 +197,7 @@ def run(
         saved = stack.enter_context(
             Checkpointer(checkpoints, config.checkpoint, warn=console.warning, sealed=file.sealed)
         )
+        on_rank_0("prepare the folder of checkpoints", saved.prepare)
         state, meta = _restore(saved, trainer, recipe, checkpoints, file, console.warning)
         origin = "not read, as the run has a checkpoint of its own"
         if recipe.start is not None and state is None:
@@ -239,6 +241,8 @@ def run(
             )
         )
         log.say(f"compiled programs are kept in {cache_folder}" if cache_folder else "compiled programs are not kept")
+        if (moved := _moved(meta, layout)) is not None:
+            log.say(moved)
         for line in config.remarks():
             log.warning(line)
         if recipe.start is not None:
@@ -295,7 +299,7 @@ def run(
                 jax.block_until_ready(state)
                 with log.pause(), watchdog.off_duty():
                     _stop_if_diverged(output, step, config, run_dir)
-                    _save(saved, state, step, config, recipe, reference)
+                    _save(saved, state, step, config, recipe, reference, _machine(layout))
         profile.close(wait_for=state)
         saved.wait()
         loss = None if output is None else float(output.figures["loss"])
@@ -389,8 +393,36 @@ def _arrays(state: TrainState) -> dict[str, Any]:
     return {"parameters": state.parameters, "optimizer": state.optimizer}
 
 
+def _machine(layout: Layout) -> dict[str, Any]:
+    """What decides, beside config and data, in which order numbers are summed: the same gives the same bits."""
+    devices = layout.mesh.devices.flat
+    return {
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "mesh": " x ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items() if size > 1) or "one device",
+        "processes": jax.process_count(),
+        # XLA:CPU cuts its work by them.
+        "cores": len(os.sched_getaffinity(0)) if jax.default_backend() == "cpu" else None,
+        "jax": jax.__version__,
+    }
+
+
+def _moved(meta: dict[str, Any], layout: Layout) -> str | None:
+    """What to say to who goes on elsewhere; None: nothing, or an earlier version wrote the checkpoint."""
+    was, now = meta.get("machine"), _machine(layout)
+    if was is None or was == now:
+        return None
+    changes = ", ".join(f"{name} {was.get(name)} -> {now[name]}" for name in now if was.get(name) != now[name])
+    return f"going on elsewhere ({changes}): from here on, numbers may differ in their last bits from a run that stayed"
+
+
 def _save(
-    saved: Checkpointer, state: TrainState, step: int, config: RunConfig, recipe: Recipe, reference: Reference | None
+    saved: Checkpointer,
+    state: TrainState,
+    step: int,
+    config: RunConfig,
+    recipe: Recipe,
+    reference: Reference | None,
+    machine: dict[str, Any],
 ) -> None:
     if (bad := not_finite(_arrays(state))) is not None:
         raise Diverged(
@@ -402,6 +434,7 @@ def _save(
         "data": {"next_batch": step, "fingerprint": now["data"]},
         "tokenizer": now["tokenizer"],
         "config": serialize.to_dict(config),
+        "machine": machine,
     }
     if reference is not None:
         meta["frozen"] = reference.to_json()
@@ -433,7 +466,10 @@ def _stop_if_diverged(output: StepOutput, step: int, config: RunConfig, run_dir:
 
 def _saved_checkpoints(folder: Path, saved: Checkpointer) -> list[SavedCheckpoint]:
     """The finished checkpoints, as the report lists them."""
-    records = [manifest.load(folder / str(step)) for step in saved.steps()]
+    records = []
+    for step in saved.steps():
+        with contextlib.suppress(manifest.ManifestError):  # one that was passed over
+            records.append(manifest.load(folder / str(step)))
     return [
         SavedCheckpoint(step=record.step, n_bytes=record.total_bytes, saved=datetime.fromisoformat(record.written))
         for record in records

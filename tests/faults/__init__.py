@@ -7,6 +7,8 @@ groups.py: all groups of cases
 ranks.py: several processes
 kills.py: SIGKILL at any moment
 operations.py: every file operation fails once
+checkpoints.py: names, manifests, locks, folders
+environment.py: variables, homes, caches, memory
 run.py: all cases, with a bar and a table
 test_faults.py: those that every change must pass
 """

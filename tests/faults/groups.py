@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from faults import kills, operations, ranks, settings, values, writers
+from faults import checkpoints, environment, kills, operations, ranks, settings, values, writers
 from faults.case import Case
 
 
@@ -16,3 +16,5 @@ def all_cases() -> Iterator[Case]:
     yield from settings.cases()
     yield from values.cases()
     yield from writers.cases()
+    yield from checkpoints.cases()
+    yield from environment.cases()
