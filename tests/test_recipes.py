@@ -204,7 +204,7 @@ def test_a_state_with_nan_is_neither_saved_nor_gone_on_from(tmp_path: Path, monk
     assert not (run_dir / "checkpoints").exists() or not list((run_dir / "checkpoints").iterdir())
 
     with monkeypatch.context() as patch:  # as if another program had written it
-        patch.setattr("maxlm.training.loop.not_finite", lambda tree: None)
+        patch.setattr("maxlm.training.keeper.not_finite", lambda tree: None)
         train_unused(run_dir)
     before = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     with pytest.raises(UserError, match=f"checkpoints/{STEPS}: not finite: {bad}.*{STEPS}.set-aside"):

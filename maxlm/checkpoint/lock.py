@@ -7,15 +7,19 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from maxlm.config.errors import UserError
 
+_SEEN_S = 10.0
+"""A network file system may show a new file late."""
+
 
 @contextlib.contextmanager
-def lock_run(run_dir: Path) -> Iterator[None]:
-    """Hold `run_dir` while the block runs; creates the folder.
+def lock_run(run_dir: Path) -> Iterator[str]:
+    """Hold `run_dir` while the block runs; creates the folder. What it gives stands in `run_dir/lock`: who holds it.
 
     Both the folder and `run_dir/lock` are locked: the file where no folder can be (some network file systems), and the
     folder because a file may be removed by hand, after which another process would lock a new one. A lock belongs to
@@ -48,8 +52,31 @@ def lock_run(run_dir: Path) -> Iterator[None]:
                 f"run_dir = {run_dir}: its file system does not lock files ({error.strerror}); choose another run_dir"
             ) from error
         os.ftruncate(file, 0)
-        os.pwrite(file, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
-        yield
+        holder = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()})
+        os.pwrite(file, holder.encode(), 0)
+        yield holder
+
+
+def require_seen(run_dir: Path, holder: str) -> None:
+    """See that another rank's `lock_run`, which gave `holder`, was in this very folder.
+
+    Raises:
+        UserError: this host has another folder there, or none.
+    """
+    began = time.monotonic()
+    while True:
+        try:
+            seen = (run_dir / "lock").read_text(encoding="utf-8")
+        except OSError:
+            seen = ""
+        if seen == holder:
+            return
+        if time.monotonic() - began > _SEEN_S:
+            raise UserError(
+                f"run_dir = {run_dir}: this host does not see the folder that rank 0 has locked; put it on a file "
+                "system that all hosts share"
+            )
+        time.sleep(0.2)
 
 
 def _lock_folder(descriptor: int) -> None:

@@ -3,6 +3,7 @@
 loop.py: a run of any recipe, top to bottom
 objective.py: what is minimised; next-token prediction, and the call of the model
 step.py: gradient, optimizer: one step
+keeper.py: the state of a run in its folder
 finite.py: no state with NaN is saved, or gone on from
 config_file.py: config.json, and other settings for a run that goes on
 router_metrics.py: load and drops of each mixture

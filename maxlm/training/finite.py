@@ -8,8 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from maxlm.checkpoint.store import named_leaves
+from maxlm.config import UserError
 
 _NAMED = 3
+
+
+class Diverged(UserError):
+    """The loss, gradient or update was not finite for too many steps in a row, or the state is not."""
+
+    exit_code = 1
 
 
 @jax.jit

@@ -9,20 +9,16 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import jax
 
-from maxlm.checkpoint import manifest
-from maxlm.checkpoint.checkpointer import Checkpointer
-from maxlm.checkpoint.lock import lock_run
-from maxlm.checkpoint.reference import Reference, read_reference
+from maxlm.checkpoint.lock import lock_run, require_seen
+from maxlm.checkpoint.reference import read_reference
 from maxlm.compile_cache import enable_compilation_cache, release_compiler_memory
 from maxlm.config import RunConfig, UserError, serialize
 from maxlm.config.changes import check_allowed
@@ -30,15 +26,15 @@ from maxlm.observe.console import Console
 from maxlm.observe.guard import reason
 from maxlm.observe.kernel_choices import KernelChoices
 from maxlm.observe.profiler import ProfileWindow
-from maxlm.observe.report import SavedCheckpoint, report_step
+from maxlm.observe.report import report_step
 from maxlm.observe.run_log import Finished, RunLog
 from maxlm.processes.interruption import Interruption
 from maxlm.processes.joining import joined, on_rank_0
 from maxlm.processes.same import code_fingerprint, require_same
 from maxlm.processes.watchdog import Watchdog
 from maxlm.sharding import Layout, all_devices, make_layout
-from maxlm.training.config_file import ConfigFile
-from maxlm.training.finite import not_finite
+from maxlm.training.finite import Diverged
+from maxlm.training.keeper import Keeper, require_finite
 from maxlm.training.objective import Batch, Objective
 from maxlm.training.state import TrainState
 from maxlm.training.step import StepOutput, Trainer, make_trainer
@@ -122,12 +118,6 @@ class Result(Generic[R]):
     """`Recipe.outcome` of the last state: a `maxlm.inference.load.LoadedRun`, where the task is about text."""
 
 
-class Diverged(UserError):
-    """The loss, gradient or update was not finite for too many steps in a row, or the state is not."""
-
-    exit_code = 1
-
-
 class Failure(NamedTuple):
     """Of a measurement."""
 
@@ -184,7 +174,8 @@ def run(
         config.validate(len(devices))
         cache_folder = enable_compilation_cache()
         layout = make_layout(config.sharding)
-        on_rank_0("open the run folder", lambda: stack.enter_context(lock_run(run_dir)))
+        holder = on_rank_0("open the run folder", lambda: stack.enter_context(lock_run(run_dir)))
+        require_seen(run_dir, holder)
         recipe = make_recipe(config, layout)
         feed = stack.enter_context(contextlib.closing(recipe.feed))
         require_same("data", _identity(recipe))
@@ -192,41 +183,24 @@ def run(
         # ---- State: from the newest intact checkpoint, or new --------------------------------------------------------
         trainer = make_trainer(config, layout, recipe.objective)
         console = Console(enabled=is_main)
-        checkpoints = run_dir / "checkpoints"
-        file = ConfigFile(config, run_dir, allow_change, console.warning)
-        saved = stack.enter_context(
-            Checkpointer(checkpoints, config.checkpoint, warn=console.warning, sealed=file.sealed)
+        keeper = stack.enter_context(
+            Keeper(config, layout, _identity(recipe), allow_change=allow_change, warn=console.warning)
         )
-        on_rank_0("prepare the folder of checkpoints", saved.prepare)
-        state, meta = _restore(saved, trainer, recipe, checkpoints, file, console.warning)
+        state = keeper.restore(trainer.state)
+        start = int(state.step) if state is not None else 0
         origin = "not read, as the run has a checkpoint of its own"
         if recipe.start is not None and state is None:
             begin = recipe.start(trainer)
             for change in begin.changes:
                 console.warning(f"checkpoint.init_from: another {change}")
             state, origin = begin.state, f"starting from the parameters of step {begin.step:,}, with a new optimizer"
-        start = int(state.step) if state is not None else 0
-        if state is not None and (bad := not_finite(_arrays(state))) is not None:
-            place = (
-                f"checkpoint.init_from = {config.checkpoint.init_from}" if not start else str(checkpoints / str(start))
-            )
-            raise UserError(
-                f"{place}: not finite: {bad}; name an earlier checkpoint, or rename this one to {start}.set-aside and "
-                "run the same command again to go on from the one before"
-            )
-        if start > train.steps:
-            raise UserError(
-                f"train.steps = {train.steps} is less than the {start} steps that {run_dir} has done; use at least "
-                f"{start}, or set another run_dir"
-            )
-        frozen, reference = None, None
+            require_finite(state, f"checkpoint.init_from = {config.checkpoint.init_from}", "name another checkpoint")
+        frozen = None
         if recipe.frozen is not None:
-            frozen, reference = read_reference(recipe.frozen, recipe.objective.frozen, meta.get("frozen"))
-        file.say()
-        if is_main and not meta:
-            file.begin()
-            if recipe.tokenizer is not None:
-                recipe.tokenizer.save(run_dir / "tokenizer")
+            frozen, keeper.reference = read_reference(recipe.frozen, recipe.objective.frozen, keeper.meta.get("frozen"))
+        keeper.begin()
+        if is_main and not keeper.meta and recipe.tokenizer is not None:
+            recipe.tokenizer.save(run_dir / "tokenizer")
         done = on_rank_0("look at the report", lambda: start == train.steps and report_step(run_dir) == start)
         log = stack.enter_context(
             RunLog(
@@ -241,8 +215,6 @@ def run(
             )
         )
         log.say(f"compiled programs are kept in {cache_folder}" if cache_folder else "compiled programs are not kept")
-        if (moved := _moved(meta, layout)) is not None:
-            log.say(moved)
         for line in config.remarks():
             log.warning(line)
         if recipe.start is not None:
@@ -284,7 +256,7 @@ def run(
             log.progress(step)
             if before is not None:
                 _stop_if_diverged(before, step - 1, config, run_dir)
-            saved.check()
+            keeper.check()
 
             is_last = step == train.steps
             interrupted = not is_last and interruption.reached(step, train.steps)
@@ -299,9 +271,9 @@ def run(
                 jax.block_until_ready(state)
                 with log.pause(), watchdog.off_duty():
                     _stop_if_diverged(output, step, config, run_dir)
-                    _save(saved, state, step, config, recipe, reference, _machine(layout))
+                    keeper.save(state, step)
         profile.close(wait_for=state)
-        saved.wait()
+        keeper.wait()
         loss = None if output is None else float(output.figures["loss"])
         if interrupted:
             log.say(f"stopped by a signal after step {step:,}; all is saved, the same command goes on")
@@ -316,7 +288,7 @@ def run(
                 if not on_rank_0("look at earlier measurements", there):
                     _measure(measure, log, step, state, failed, last=True)
             complete = None if any(failure.step == step for failure in failed) else step
-            files = log.finish(_saved_checkpoints(checkpoints, saved), complete=complete) if is_main else None
+            files = log.finish(keeper.listed(), complete=complete) if is_main else None
         if failed:
             raise Unmeasured(failed[-1], step)
         ranks.meet("end the run")
@@ -340,105 +312,9 @@ def _measure(
         log.measured(measure.name, step, row, measure.line(step, row))
 
 
-def _restore(
-    saved: Checkpointer,
-    trainer: Trainer,
-    recipe: Recipe,
-    folder: Path,
-    file: ConfigFile,
-    warn: Callable[[str], None],
-) -> tuple[TrainState | None, dict[str, Any]]:
-    """The state of the newest intact checkpoint, without what is frozen, and its `meta`; None and {} without one.
-
-    Raises:
-        UserError: it was trained with settings that may not change, on other data or with another tokenizer, or holds
-            another model.
-    """
-    shapes = trainer.state
-    restored = saved.restore_latest(params=shapes.parameters, optimizer=_optimizer_item(shapes), judge=file.compare)
-    if restored is None:
-        return None, {}
-    was, now, place = restored.meta, _identity(recipe), folder / str(restored.step)
-    if was.get("tokenizer") != now["tokenizer"]:
-        raise UserError(
-            f"{place}: was trained with tokenizer {str(was.get('tokenizer'))[:12]}..., the config's data has "
-            f"{str(now['tokenizer'])[:12]}...; restore the data that the run began with, or set another run_dir"
-        )
-    if (seen := was["data"]["fingerprint"]) != now["data"]:
-        differ = f"{place}: was trained with data {seen[:12]}..., the config names data {str(now['data'])[:12]}..."
-        if not file.other_data():
-            raise UserError(
-                f"{differ}; restore the data that the run began with, set another run_dir, or say --allow_change data"
-            )
-        warn(f"{differ}, as --allow_change says; going on with batch {restored.step:,} of these")
-    return TrainState(parameters=restored.params, **(restored.optimizer or {})), was
-
-
 def _identity(recipe: Recipe) -> dict[str, str | None]:
     tokenizer = None if recipe.tokenizer is None else recipe.tokenizer.fingerprint
     return {"tokenizer": tokenizer, "data": recipe.feed.fingerprint}
-
-
-def _optimizer_item(state: TrainState) -> dict[str, Any]:
-    """All of the state but the parameters: what inference never reads."""
-    return {
-        "step": state.step,
-        "optimizer": state.optimizer,
-        "skipped": state.skipped,
-        "skipped_in_row": state.skipped_in_row,
-    }
-
-
-def _arrays(state: TrainState) -> dict[str, Any]:
-    return {"parameters": state.parameters, "optimizer": state.optimizer}
-
-
-def _machine(layout: Layout) -> dict[str, Any]:
-    """What decides, beside config and data, in which order numbers are summed: the same gives the same bits."""
-    devices = layout.mesh.devices.flat
-    return {
-        "devices": f"{len(devices)} x {devices[0].device_kind}",
-        "mesh": " x ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items() if size > 1) or "one device",
-        "processes": jax.process_count(),
-        # XLA:CPU cuts its work by them.
-        "cores": len(os.sched_getaffinity(0)) if jax.default_backend() == "cpu" else None,
-        "jax": jax.__version__,
-    }
-
-
-def _moved(meta: dict[str, Any], layout: Layout) -> str | None:
-    """What to say to who goes on elsewhere; None: nothing, or an earlier version wrote the checkpoint."""
-    was, now = meta.get("machine"), _machine(layout)
-    if was is None or was == now:
-        return None
-    changes = ", ".join(f"{name} {was.get(name)} -> {now[name]}" for name in now if was.get(name) != now[name])
-    return f"going on elsewhere ({changes}): from here on, numbers may differ in their last bits from a run that stayed"
-
-
-def _save(
-    saved: Checkpointer,
-    state: TrainState,
-    step: int,
-    config: RunConfig,
-    recipe: Recipe,
-    reference: Reference | None,
-    machine: dict[str, Any],
-) -> None:
-    if (bad := not_finite(_arrays(state))) is not None:
-        raise Diverged(
-            f"step {step}: the state is not finite and was not saved: {bad}; the checkpoints before are as they were; "
-            "lower optimizer.learning_rate, or look at the batches since the last of them"
-        )
-    now = _identity(recipe)
-    meta = {
-        "data": {"next_batch": step, "fingerprint": now["data"]},
-        "tokenizer": now["tokenizer"],
-        "config": serialize.to_dict(config),
-        "machine": machine,
-    }
-    if reference is not None:
-        meta["frozen"] = reference.to_json()
-    saved.save(step, params=state.parameters, optimizer=_optimizer_item(state), meta=meta)
 
 
 def _stop_if_diverged(output: StepOutput, step: int, config: RunConfig, run_dir: Path) -> None:
@@ -462,15 +338,3 @@ def _stop_if_diverged(output: StepOutput, step: int, config: RunConfig, run_dir:
         f"{config.train.max_skipped_steps}); parameters are as before them, the report is {report}; "
         f"lower optimizer.learning_rate or look at the data from batch {step - in_row} on"
     )
-
-
-def _saved_checkpoints(folder: Path, saved: Checkpointer) -> list[SavedCheckpoint]:
-    """The finished checkpoints, as the report lists them."""
-    records = []
-    for step in saved.steps():
-        with contextlib.suppress(manifest.ManifestError):  # one that was passed over
-            records.append(manifest.load(folder / str(step)))
-    return [
-        SavedCheckpoint(step=record.step, n_bytes=record.total_bytes, saved=datetime.fromisoformat(record.written))
-        for record in records
-    ]

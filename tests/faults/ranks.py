@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import resource
 import shutil
 import signal
@@ -142,9 +143,20 @@ def differs(option: str, key: str, folder: Path) -> str:
         return end(both, (2, 2), key, "rank 1, host ")
 
 
-def other_code(folder: Path) -> str:
+def clone(folder: Path) -> None:
     for name in ("maxlm", "kernels_pallas", "configs"):
         shutil.copytree(ROOT / name, folder / "clone" / name, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def other_folder(folder: Path) -> str:
+    """The same relative run_dir, from another working directory: as on a host without the shared file system."""
+    clone(folder)
+    with two(Path(os.path.relpath(folder / "run", ROOT)), root_of_1=folder / "clone") as both:
+        return end(both, (2, 2), "rank 1, host ", "does not see the folder that rank 0 has locked")
+
+
+def other_code(folder: Path) -> str:
+    clone(folder)
     with (folder / "clone/maxlm/training/losses.py").open("a") as file:
         file.write("# changed\n")
     with two(folder / "run", root_of_1=folder / "clone") as both:
@@ -251,6 +263,7 @@ def cases() -> Iterator[Case]:
             short=option.startswith("--train.seed"),
         )
     yield Case(name="ranks: rank 1 has other source code", expected=both_end, check=other_code)
+    yield Case(name="ranks: rank 1 sees another run folder", expected="both exit 2", check=other_folder)
     yield Case(name="ranks: rank 1 has other data", expected=both_end, check=other_data)
     for rank in (0, 1):
         yield Case(

@@ -1,0 +1,190 @@
+"""The state of a run in its folder: restored where that is right, saved where it is sound."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+
+from maxlm.checkpoint import manifest
+from maxlm.checkpoint.checkpointer import Checkpointer
+from maxlm.checkpoint.reference import Reference
+from maxlm.config import RunConfig, UserError, serialize
+from maxlm.observe.report import SavedCheckpoint
+from maxlm.processes.joining import on_rank_0
+from maxlm.sharding import Layout
+from maxlm.training.config_file import ConfigFile
+from maxlm.training.finite import Diverged, not_finite
+from maxlm.training.state import TrainState
+
+
+class Keeper:
+    """Restores and saves the state of one run; keeps its config.json in step with that.
+
+    Every process makes the same calls. `check` and `wait` are those of `Checkpointer`.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        layout: Layout,
+        identity: Mapping[str, str | None],
+        *,
+        allow_change: Sequence[str],
+        warn: Callable[[str], None],
+    ) -> None:
+        """`identity`: fingerprints of "data" and "tokenizer", which a run keeps. The rest is as `loop.run` says."""
+        self._config, self._identity, self._warn = config, identity, warn
+        self._run_dir = Path(config.run_dir)
+        self._folder = self._run_dir / "checkpoints"
+        self._machine = _machine(layout)
+        self._file = ConfigFile(config, self._run_dir, allow_change, warn)
+        self._saved = Checkpointer(self._folder, config.checkpoint, warn=warn, sealed=self._file.sealed)
+        self.check, self.wait = self._saved.check, self._saved.wait
+        self.meta: dict[str, Any] = {}
+        """Of the checkpoint that the run goes on from; empty in a new run."""
+        self.reference: Reference | None = None
+        """To what is read and not trained, for later checkpoints."""
+
+    def __enter__(self) -> Keeper:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._saved.close()
+
+    def restore(self, shapes: TrainState) -> TrainState | None:
+        """The state of the newest intact checkpoint, without what is frozen; None without one.
+
+        Raises:
+            UserError: nothing can be written there; or the checkpoint was trained with settings that may not change, on
+                other data or with another tokenizer, holds another model, NaN, or more steps than train.steps.
+        """
+        on_rank_0("prepare the folder of checkpoints", self._saved.prepare)
+        restored = self._saved.restore_latest(
+            params=shapes.parameters, optimizer=_optimizer_item(shapes), judge=self._file.compare
+        )
+        if restored is None:
+            return None
+        self.meta, place = restored.meta, self._folder / str(restored.step)
+        self._compare_identity(place)
+        state = TrainState(parameters=restored.params, **(restored.optimizer or {}))
+        remedy = (
+            f"rename that folder to {restored.step}.set-aside and run the same command again to go on from the "
+            "checkpoint before"
+        )
+        require_finite(state, str(place), remedy)
+        if restored.step > self._config.train.steps:
+            raise UserError(
+                f"train.steps = {self._config.train.steps} is less than the {restored.step} steps that {self._run_dir} "
+                f"has done; use at least {restored.step}, or set another run_dir"
+            )
+        return state
+
+    def begin(self) -> None:
+        """Say what is not as it was; write config.json for a run without a checkpoint, on process 0."""
+        self._file.say()
+        was, now = self.meta.get("machine"), self._machine
+        if was is not None and was != now:
+            changes = [f"{name} {was.get(name)} -> {now[name]}" for name in now if was.get(name) != now[name]]
+            self._warn(
+                f"going on elsewhere ({', '.join(changes)}): from here on, numbers may differ in their last bits from "
+                "a run that stayed"
+            )
+        if not self.meta and jax.process_index() == 0:
+            self._file.begin()
+
+    def save(self, state: TrainState, step: int) -> None:
+        """Begin to write the state after so many steps; returns once it may be changed.
+
+        Raises:
+            Diverged: not every number in it is finite.
+            UserError: it cannot be written.
+        """
+        if (bad := not_finite(_arrays(state))) is not None:
+            raise Diverged(
+                f"step {step}: the state is not finite and was not saved: {bad}; the checkpoints before are as they "
+                "were; lower optimizer.learning_rate, or look at the batches since the last of them"
+            )
+        meta = {
+            "data": {"next_batch": step, "fingerprint": self._identity["data"]},
+            "tokenizer": self._identity["tokenizer"],
+            "config": serialize.to_dict(self._config),
+            "machine": self._machine,
+        }
+        if self.reference is not None:
+            meta["frozen"] = self.reference.to_json()
+        self._saved.save(step, params=state.parameters, optimizer=_optimizer_item(state), meta=meta)
+
+    def listed(self) -> list[SavedCheckpoint]:
+        """The finished checkpoints, as the report lists them."""
+        records = []
+        for step in self._saved.steps():
+            with contextlib.suppress(manifest.ManifestError):  # one that was passed over
+                records.append(manifest.load(self._folder / str(step)))
+        return [
+            SavedCheckpoint(step=record.step, n_bytes=record.total_bytes, saved=datetime.fromisoformat(record.written))
+            for record in records
+        ]
+
+    def _compare_identity(self, place: Path) -> None:
+        tokenizer, data = self.meta.get("tokenizer"), self.meta["data"]["fingerprint"]
+        if tokenizer != self._identity["tokenizer"]:
+            raise UserError(
+                f"{place}: was trained with tokenizer {str(tokenizer)[:12]}..., the config's data has "
+                f"{str(self._identity['tokenizer'])[:12]}...; restore the data that the run began with, or set another "
+                "run_dir"
+            )
+        if data != self._identity["data"]:
+            now = str(self._identity["data"])
+            differ = f"{place}: was trained with data {data[:12]}..., the config names data {now[:12]}..."
+            if not self._file.other_data():
+                raise UserError(
+                    f"{differ}; restore the data that the run began with, set another run_dir, or say "
+                    "--allow_change data"
+                )
+            self._warn(f"{differ}, as --allow_change says; going on with batch {int(place.name):,} of these")
+
+
+def require_finite(state: TrainState, place: str, remedy: str) -> None:
+    """Refuse a state that nothing can be trained from.
+
+    Raises:
+        UserError: a parameter, or a number of the optimizer's, is not finite.
+    """
+    if (bad := not_finite(_arrays(state))) is not None:
+        raise UserError(f"{place}: not finite: {bad}; {remedy}")
+
+
+def _arrays(state: TrainState) -> dict[str, Any]:
+    return {"parameters": state.parameters, "optimizer": state.optimizer}
+
+
+def _optimizer_item(state: TrainState) -> dict[str, Any]:
+    """All of the state but the parameters: what inference never reads."""
+    return {
+        "step": state.step,
+        "optimizer": state.optimizer,
+        "skipped": state.skipped,
+        "skipped_in_row": state.skipped_in_row,
+    }
+
+
+def _machine(layout: Layout) -> dict[str, Any]:
+    """What decides, beside config and data, in which order numbers are summed: the same gives the same bits."""
+    devices = layout.mesh.devices.flat
+    return {
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "mesh": " x ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items() if size > 1) or "one device",
+        "processes": jax.process_count(),
+        # XLA:CPU cuts its work by them.
+        "cores": len(os.sched_getaffinity(0)) if jax.default_backend() == "cpu" else None,
+        "jax": jax.__version__,
+    }
