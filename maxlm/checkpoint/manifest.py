@@ -19,6 +19,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from maxlm.config import UserError
+from maxlm.config.json_file import parse_object
+
 NAME = "manifest.json"
 _FORMAT = 1
 _THREADS = min(8, os.cpu_count() or 1)  # hashing releases the interpreter lock; beyond 8 the disk is the limit
@@ -106,7 +109,7 @@ def load(folder: Path) -> Manifest:
     except OSError as error:
         raise ManifestError(f"cannot be read ({error.strerror})") from error
     try:
-        body: dict[str, Any] = json.loads(raw)
+        body = parse_object(raw, folder / NAME)
         if body["format"] != _FORMAT:
             raise ManifestError(f"has format {body['format']!r}, this version reads {_FORMAT}")
         manifest = Manifest(
@@ -116,7 +119,7 @@ def load(folder: Path) -> Manifest:
             keep_every=body["keep_every"],
             files={name: FileRecord(**record) for name, record in body["files"].items()},
         )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ManifestError(f"not a manifest ({len(raw)} bytes; empty, cut off or changed)") from error
     # Encoding again must give the very bytes that were read: that covers the checksum inside and every byte around it.
     if _encode(manifest) != raw:

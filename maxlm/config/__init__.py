@@ -21,6 +21,7 @@ changes.py: what a run may go on with, and what it is told
 cli.py: --config, overrides, one-line errors
 python_file.py: a config file in Python, and mistakes in it
 serialize.py: configs as JSON and back
+json_file.py: JSON of ours, read with limits
 earlier.py: keys and classes of earlier formats
 fields.py: what a field takes, the checker of it, help
 errors.py: the exception that users see as a line

@@ -96,7 +96,7 @@ def newest_format(run: dict[str, Any]) -> dict[str, Any]:
         UserError: the format is not known, or the file has not the keys of its format.
     """
     found = run.get("format", 1)
-    if found not in range(1, FORMAT + 1):
+    if type(found) is not int or found not in range(1, FORMAT + 1):
         raise UserError(
             f"format = {found!r} is not one that this version of maxlm reads (1 to {FORMAT}); read it with the version "
             "that wrote it"

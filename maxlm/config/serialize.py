@@ -23,6 +23,7 @@ from cattrs.v import format_exception
 
 from maxlm.config.earlier import FORMAT, newest_format
 from maxlm.config.errors import UserError
+from maxlm.config.json_file import read_object
 from maxlm.config.run import RunConfig, StepRange
 
 T = TypeVar("T")
@@ -58,16 +59,9 @@ def load(cls: type[T], path: Path) -> T:
     """Read what `save` wrote.
 
     Raises:
-        UserError: the file is missing, is not JSON, or does not fit `cls`.
+        UserError: the file is missing, `read_object` refuses it, or it does not fit `cls`.
     """
-    try:
-        values = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); is this a run folder?") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: holds {type(values).__name__}, must be the object of a saved {cls.__name__}")
+    values = read_object(path, f"a saved {cls.__name__}; is this a run folder?")
     try:
         return from_dict(cls, values)
     except UserError as error:

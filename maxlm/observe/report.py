@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from maxlm.config import UserError
+from maxlm.config.json_file import read_object
 from maxlm.observe.guard import reason
 from maxlm.observe.metrics import Row, read_rows
 from maxlm.observe.plots import points, smooth
@@ -110,13 +111,7 @@ def report_step(run_dir: Path) -> int | None:
 def _read_object(path: Path) -> dict[str, Any]:
     if not path.exists() or path.is_char_device() or path.is_fifo():  # those have no end
         return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"holds a {type(value).__name__}, must hold a JSON object")
-    return value
+    return read_object(path)
 
 
 def _subtitle(facts: Mapping[str, Any], metrics: Sequence[Row]) -> str:
