@@ -49,7 +49,9 @@ ABOVE = COMMANDS | {"maxlm/__init__.py"}
 """They may import anything, and do so inside functions, after it is known what is wanted."""
 
 LAZY = {
-    "maxlm/data/sources.py": {"datasets", "pyarrow", "zstandard"},  # the extra `hub`: only who reads such files has it
+    "maxlm/data/sources.py": {"datasets"},  # the extra `hub`: only who reads such files has it
+    "maxlm/data/records.py": {"pyarrow"},
+    "maxlm/data/input_files.py": {"zstandard"},
     "maxlm/observe/plots.py": {"matplotlib"},  # the extra `viz`
     "maxlm/plan/picture.py": {"matplotlib"},
     "maxlm/observe/writers.py": {"wandb"},  # who logs to it installs it

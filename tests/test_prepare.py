@@ -32,9 +32,10 @@ from maxlm.config import (
 )
 from maxlm.data import dealing
 from maxlm.data.__main__ import main
+from maxlm.data.documents import Unreadable
 from maxlm.data.prepare import ensure_prepared, prepare
 from maxlm.data.shards import DatasetInfo, Shard, Split, open_prepared, token_dtype
-from maxlm.data.sources import Unreadable, iterate_documents
+from maxlm.data.sources import iterate_documents
 from maxlm.data.workers import DocumentBlock, text_hash, tokenise_blocks
 
 TEXTS = [f"document {i}: " + "lorem ipsum dolor " * (i * 7 % 40) + "\n" for i in range(300)]

@@ -19,7 +19,7 @@ from maxlm.config import (
     TrainSentencePiece,
     UserError,
 )
-from maxlm.data.sources import Document
+from maxlm.data.documents import Document
 from maxlm.data.tokenizers import Bytes, SentencePiece, Tokenizer, load_tokenizer, open_tokenizer
 from maxlm.data.train_tokenizer import measure, report, sample_lines, train_sentencepiece
 

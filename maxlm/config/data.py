@@ -27,6 +27,10 @@ class HuggingFaceTokenizer:
 
     path: PathName
     """The file."""
+    eos: NotEmpty[str] | None = None
+    """The token that ends a document, as the file spells it; None: found by its name, see docs/data.md."""
+    bos: str | None = None
+    """The token that begins a document; empty: none; None: found by its name."""
 
 
 class PieceModel(enum.Enum):
@@ -71,8 +75,9 @@ class StandardLibrary:
 class Files:
     """Files and folders (searched recursively); the ending of a name says how it is read.
 
-    `.jsonl`, `.jsonl.gz`, `.jsonl.zst`: one document a line under `text_key`. `.parquet` (extra `hub`): one a row.
-    Anything else: one UTF-8 document a file.
+    `.jsonl`, `.ndjson`: one document a line under `text_key`; `.json`: one an object. `.csv`, `.tsv`, and `.parquet`
+    (extra `hub`): one a row. Anything else: one UTF-8 document a file. All but parquet may be compressed: `.gz`,
+    `.bz2`, `.xz`, `.zst` (extra `hub`).
     """
 
     paths: Annotated[tuple[PathName, ...], Filled(note="name files or folders")]
@@ -80,7 +85,7 @@ class Files:
     pattern: NotEmpty[str] = "*"
     """Names taken from folders, as in the shell."""
     text_key: NotEmpty[str] = "text"
-    """Key or column of the text in JSON lines and parquet files."""
+    """Key or column of the text in JSON, CSV, TSV and parquet files."""
 
 
 @config("data.datasets[].prepare.documents.", changes=Changes.NOTHING)
@@ -109,7 +114,8 @@ class PrepareConfig:
     tokenizer: TokenizerSource
     """What makes tokens of it: a tokenizer, or how to train one on the documents first."""
     validation_fraction: BelowOne = 0.01
-    """Share of the documents held out; chosen by a hash of the text, so that it never changes."""
+    """Share of the documents held out; chosen by a hash of the text, so that it never changes. Of a single document
+    (or one longer than all others together, where none would be held out): of its text, at the end."""
     shard_tokens: Positive[int] = 1 << 26
     """Tokens in one shard file, about."""
     workers: Annotated[int, Range(ge=0, note="0 means one for each core")] = 0

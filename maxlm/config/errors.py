@@ -16,6 +16,12 @@ class UserError(Exception):
     exit_code = 2
 
 
+class Failure(UserError):
+    """What broke by itself, such as a disk or a process, and may go well when it is tried again."""
+
+    exit_code = 1
+
+
 def pip_install(*packages: str) -> str:
     """The command that installs packages where this program runs, to be pasted into a shell."""
     return shlex.join([sys.executable, "-m", "pip", "install", *packages])

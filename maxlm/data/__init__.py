@@ -4,6 +4,9 @@ Only `maxlm.data.loader` imports jax, so that preparing data stays light.
 
 __main__.py: command: prepare data, train tokenizers
 sources.py: documents from files, hubs and the standard library
+documents.py: a document, what is no text, what could not be read
+input_files.py: which files, their bytes decompressed
+records.py: JSON, CSV and parquet with many documents each
 tokenizers.py: bytes, sentencepiece, tokenizer.json
 train_tokenizer.py: training a tokenizer, compression report
 prepare.py: documents to shards

@@ -8,7 +8,7 @@ import sys
 if not __package__:  # run by its path: Python then looks in this file's folder first, where inspect.py is not its own
     sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}maxlm{os.sep}")[0]
 
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +24,7 @@ from maxlm.config import (
     SentencePieceTokenizer,
     StandardLibrary,
     TokenizerConfig,
+    TokenizerSource,
     TrainSentencePiece,
     UserError,
 )
@@ -31,6 +32,8 @@ from maxlm.config.cli import load_config, parse, run_command
 from maxlm.config.fields import BelowOne, NotEmpty, PathName, Positive, Range, config
 
 _PROG = "python -m maxlm.data"
+EXIT_UNREADABLE = 3
+"""What was asked for is done, but some documents could not be read and were passed over."""
 _USAGE = f"""From documents to prepared folders of tokens.
 
 {_PROG} prepare PATH... --out DIR        tokenise files and folders (--help lists all keys)
@@ -38,7 +41,9 @@ _USAGE = f"""From documents to prepared folders of tokens.
 {_PROG} tokenizer train PATH... --out DIR --vocab_size 32000
 {_PROG} tokenizer report PATH... --tokenizer DIR
 
-Without PATH the documents are the Python standard library's own sources. --debug shows tracebacks."""
+Without PATH the documents are the Python standard library's own sources. --debug shows tracebacks.
+Exit code: 0 all was read, {EXIT_UNREADABLE} done without the documents that cannot be read, 2 a mistake to mend, 1 a
+failure."""
 _TRAIN, _BYTES = "train", "bytes"
 
 
@@ -85,10 +90,14 @@ class Prepare:
     """Prepare the data sets of this run's config instead; no other key goes with it."""
     tokenizer: PathName = _TRAIN
     """`train`, `bytes`, a .model file, a tokenizer.json, or a folder that `tokenizer train` wrote."""
+    eos: NotEmpty[str] | None = None
+    """The token of a tokenizer.json that ends a document; None: found by its name."""
+    bos: str | None = None
+    """The token of a tokenizer.json that begins a document; empty: none; None: found by its name."""
     train: TrainSentencePiece = field(default_factory=TrainSentencePiece)
     """How the tokenizer is trained."""
     validation_fraction: BelowOne = PrepareConfig.validation_fraction
-    """Share of the documents held out; chosen by a hash of the text."""
+    """Share of the documents held out; chosen by a hash of the text. Of a single document: of its text, at the end."""
     shard_tokens: Positive[int] = PrepareConfig.shard_tokens
     """Tokens in one shard file, about."""
     workers: Annotated[int, Range(ge=0, note="0 means one for each core")] = PrepareConfig.workers
@@ -120,28 +129,39 @@ class TokenizerReport:
     tokenizer: PathName
     """`bytes`, a .model file, a tokenizer.json, or a folder with a tokenizer: one that `tokenizer train` wrote, or
     the folder `tokenizer` in prepared data."""
+    eos: NotEmpty[str] | None = None
+    """The token of a tokenizer.json that ends a document; None: found by its name."""
+    bos: str | None = None
+    """The token of a tokenizer.json that begins a document; empty: none; None: found by its name."""
     max_bytes: Positive[int] = 20_000_000
     """Text to measure, from the beginning of the input."""
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     arguments = [argument for argument in argv if argument != "--debug"]
     match arguments:
         case [] | ["-h" | "--help"] | ["tokenizer"] | ["tokenizer", "-h" | "--help"]:
             print(_USAGE)
+            return 0
         case ["prepare", *rest]:
-            _prepare(rest)
+            unreadable = _prepare(rest)
         case ["tokenizer", "train", *rest]:
-            _train(parse(Train, rest, prog=f"{_PROG} tokenizer train", description="Train a tokenizer.", flags=True))
+            description = "Train a tokenizer."
+            unreadable = _train(
+                parse(Train, rest, prog=f"{_PROG} tokenizer train", description=description, flags=True)
+            )
         case ["tokenizer", "report", *rest]:
             description = "Measure a tokenizer's compression."
-            _report(parse(TokenizerReport, rest, prog=f"{_PROG} tokenizer report", description=description, flags=True))
+            prog = f"{_PROG} tokenizer report"
+            unreadable = _report(parse(TokenizerReport, rest, prog=prog, description=description, flags=True))
         case _:
             words = " ".join(arguments[:2])
             raise UserError(f"unknown command {words!r}; use prepare, tokenizer train or tokenizer report")
+    return EXIT_UNREADABLE if unreadable else 0
 
 
-def _prepare(argv: list[str]) -> None:
+def _prepare(argv: list[str]) -> int:
+    """Prepare, and say how many documents could not be read."""
     command = parse(Prepare, argv, prog=f"{_PROG} prepare", description="Tokenise documents.", flags=True)
     from maxlm.data.prepare import ensure_prepared, prepare  # here, so that --help is instant
 
@@ -150,25 +170,23 @@ def _prepare(argv: list[str]) -> None:
             raise UserError(f"--config {command.config} says how to prepare the data; leave out all other keys")
         data = load_config(command.config).data
         ensure_prepared(data)
-        for dataset in data.datasets:
-            _show(Path(dataset.path))
-        return
+        return sum(_show(Path(dataset.path)) for dataset in data.datasets)
     if command.out is None:
         raise UserError("--out is missing; name the folder to write, for example --out data/mine")
     config = PrepareConfig(
         documents=command.input.documents(),
-        tokenizer=command.train if command.tokenizer == _TRAIN else _named_tokenizer(command.tokenizer),
+        tokenizer=_tokenizer_of(command),
         validation_fraction=command.validation_fraction,
         shard_tokens=command.shard_tokens,
         workers=command.workers,
         strict=command.strict,
     )
     prepare(config, Path(command.out))
-    _show(Path(command.out))
+    return _show(Path(command.out))
 
 
-def _show(folder: Path) -> None:
-    """The figures of a finished folder."""
+def _show(folder: Path) -> int:
+    """Print the figures of a finished folder, and return how many documents could not be read."""
     from maxlm.data.shards import Split, open_prepared
 
     info = open_prepared(folder, verify=False).info
@@ -177,51 +195,76 @@ def _show(folder: Path) -> None:
         tokens, documents, size = info.tokens(split), info.documents(split), info.text_bytes(split)
         ratio = f", {size / tokens:.3f} bytes/token" if tokens else ""
         print(f"  {split.value:<11}{documents:>12,} documents {tokens:>16,} tokens {size:>16,} bytes of text{ratio}")
+    if info.cut_document is not None:
+        print("  one document has most of the text: its end is what is held out")
     if info.unreadable or info.empty:
         print(f"  left out: {info.unreadable:,} unreadable and {info.empty:,} empty documents")
+    return info.unreadable
 
 
-def _train(command: Train) -> None:
-    from maxlm.data.sources import Unreadable, iterate_documents
+def _train(command: Train) -> int:
+    from maxlm.data.documents import Unreadable
+    from maxlm.data.sources import iterate_documents
     from maxlm.data.train_tokenizer import train_sentencepiece
 
     out, unreadable = Path(command.out), Unreadable()
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out}: is not empty; name a new folder")
-    texts = (document.text for document in iterate_documents(command.input.documents(), unreadable))
+    texts = (document.text for document in iterate_documents(command.input.documents(), unreadable, out))
     train_sentencepiece(command.train, texts, out)
     print(f"wrote {out}")
-    _report(TokenizerReport(input=command.input, tokenizer=command.out, max_bytes=command.max_bytes))
+    _report(TokenizerReport(input=command.input, tokenizer=command.out, max_bytes=command.max_bytes), except_for=out)
+    return unreadable.count
 
 
-def _report(command: TokenizerReport) -> None:
-    from maxlm.data.sources import Unreadable, first_bytes, iterate_documents
+def _report(command: TokenizerReport, except_for: Path | None = None) -> int:
+    from maxlm.data.documents import Unreadable
+    from maxlm.data.sources import first_bytes, iterate_documents
     from maxlm.data.tokenizers import open_tokenizer
     from maxlm.data.train_tokenizer import measure, report
 
-    tokenizer, unreadable = open_tokenizer(_named_tokenizer(command.tokenizer)), Unreadable()
-    documents = iterate_documents(command.input.documents(), unreadable)
+    named = _named_tokenizer(command.tokenizer, command.eos, command.bos)
+    tokenizer, unreadable = open_tokenizer(named), Unreadable()
+    documents = iterate_documents(command.input.documents(), unreadable, except_for)
     print(report(tokenizer, measure(tokenizer, first_bytes(documents, command.max_bytes))))
-    if unreadable.count:
-        print(unreadable.summary())
+    if summary := unreadable.summary():
+        print(summary, file=sys.stderr)
+    return unreadable.count
 
 
-def _named_tokenizer(name: str) -> TokenizerConfig:
+def _tokenizer_of(command: Prepare) -> TokenizerSource:
+    if command.tokenizer != _TRAIN:
+        return _named_tokenizer(command.tokenizer, command.eos, command.bos)
+    if command.eos is not None or command.bos is not None:
+        raise UserError(
+            "--eos and --bos name tokens of a tokenizer.json; name that with --tokenizer, or leave them out"
+        )
+    return command.train
+
+
+def _named_tokenizer(name: str, eos: str | None, bos: str | None) -> TokenizerConfig:
     """The tokenizer that a word on the command line means."""
     from maxlm.data.tokenizers import saved_tokenizer
 
     path = Path(name)
     if name == _BYTES:
-        return ByteTokenizer()
-    if path.is_dir():
-        return saved_tokenizer(path)
-    if path.suffix == ".json":
-        return HuggingFaceTokenizer(path=name)
-    if path.suffix == ".model":
-        return SentencePieceTokenizer(path=name)
-    raise UserError(
-        f"--tokenizer {name}: must be train, bytes, a .model file, a .json file or a folder with a tokenizer"
-    )
+        tokenizer: TokenizerConfig = ByteTokenizer()
+    elif path.is_dir():
+        tokenizer = saved_tokenizer(path)
+    elif path.suffix == ".json":
+        tokenizer = HuggingFaceTokenizer(path=name)
+    elif path.suffix == ".model":
+        tokenizer = SentencePieceTokenizer(path=name)
+    else:
+        raise UserError(
+            f"--tokenizer {name}: must be train, bytes, a .model file, a .json file or a folder with a tokenizer"
+        )
+    changes = {key: token for key, token in (("eos", eos), ("bos", bos)) if token is not None}
+    if not changes:
+        return tokenizer
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        raise UserError(f"--tokenizer {name}: has its own end of a document; leave out --eos and --bos")
+    return replace(tokenizer, **changes)
 
 
 if __name__ == "__main__":

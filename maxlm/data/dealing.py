@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from maxlm.config import PrepareConfig, UserError
+from maxlm.data.documents import Unreadable
 from maxlm.data.shards import ShardInfo, Split, token_dtype
-from maxlm.data.sources import Unreadable, describe_documents, iterate_documents
+from maxlm.data.sources import describe_documents, iterate_documents
 from maxlm.data.tokenizers import Tokenizer
 from maxlm.data.workers import DocumentBlock, Tokenised, tokenise
 from maxlm.data.writer import SplitWriter, Written
@@ -41,15 +44,21 @@ class Reader:
     """
 
     def __init__(
-        self, config: PrepareConfig, unreadable: Unreadable, state: State, take_back: Callable[[int, bytes], None]
+        self,
+        config: PrepareConfig,
+        out: Path,
+        unreadable: Unreadable,
+        state: State,
+        take_back: Callable[[int, bytes], None],
     ) -> None:
-        self._config, self._unreadable, self._state, self._take_back = config, unreadable, state, take_back
+        self._config, self._out, self._unreadable = config, out, unreadable
+        self._state, self._take_back = state, take_back
         self.digest = hashlib.sha256()
         self.empty = 0
 
     def blocks(self) -> Iterator[DocumentBlock]:
         number, texts, size = 0, list[bytes](), 0
-        for document in iterate_documents(self._config.documents, self._unreadable):
+        for document in iterate_documents(self._config.documents, self._unreadable, self._out):
             text = document.text.encode()
             if not text:
                 self.empty += 1
@@ -81,57 +90,78 @@ class Reader:
             )
 
 
+class _Reserve(NamedTuple):
+    number: int
+    text: bytes
+    tokenised: Tokenised
+
+
 class Splitter:
     """Deals documents to the two splits.
 
     While validation is empty, the document with the smallest hash so far is held back, so that at the end there is
-    one to hold out; a smaller one, or a document that belongs there, sends it to train.
+    one to hold out; a smaller one, or a document that belongs there, sends it to train. If it has more tokens than all
+    others together, as a single document has, it is cut: its end is held out. So the first document of all is held
+    back too, whatever its hash, until there is a second one.
     """
 
     def __init__(self, config: PrepareConfig, out: Path, tokenizer: Tokenizer, state: State) -> None:
         dtype = token_dtype(tokenizer.vocab_size)
         self._tokenizer = tokenizer
+        self._share = config.validation_fraction
         self._bound = int(config.validation_fraction * 2**64)
         self._train = SplitWriter(out, Split.TRAIN, config.shard_tokens, dtype, state.train)
         self._validation = SplitWriter(out, Split.VALIDATION, config.shard_tokens, dtype, state.validation)
-        self._reserve: tuple[int, Tokenised] | None = None
+        self._reserve: _Reserve | None = None
+        self.cut: int | None = None
+        """Number of the document that `finish` has cut, its beginning in train and its end in validation."""
 
     @property
     def tokens(self) -> int:
         """Tokens written so far."""
         return self._train.total_tokens + self._validation.total_tokens
 
-    def add(self, first: int, documents: Tokenised) -> None:
-        """Write documents, of which `first` is the number of the first one."""
+    def add(self, block: DocumentBlock, documents: Tokenised) -> None:
+        """Write the documents of a block."""
         held_out = documents.hashes < np.uint64(self._bound)
         trained_on = ~held_out
+        if self._reserve is not None and self._reserve.tokenised.hashes[0] < self._bound:
+            self._release(self._validation)
         if self._bound and not self._validation.total_tokens:
             smallest = int(documents.hashes.argmin())
-            if held_out[smallest]:
+            alone = block.first == 0 and len(documents.hashes) == 1
+            if held_out[smallest] and not alone:
                 self._release(self._train)
-            elif self._reserve is None or documents.hashes[smallest] < self._reserve[1].hashes[0]:
+            elif self._reserve is None or documents.hashes[smallest] < self._reserve.tokenised.hashes[0]:
                 self._release(self._train)
-                trained_on[smallest] = False
-                self._reserve = first + smallest, documents.where(np.arange(len(trained_on)) == smallest)
+                trained_on[smallest] = held_out[smallest] = False
+                only = documents.where(np.arange(len(trained_on)) == smallest)
+                self._reserve = _Reserve(block.first + smallest, block.texts[smallest], only)
         self._train.append(documents.where(trained_on))
         self._validation.append(documents.where(held_out))
 
     def take_back_reserve(self, number: int, text: bytes) -> None:
         """Hold back again the document that an earlier run held back."""
-        self._reserve = number, tokenise(self._tokenizer, [text])
+        self._reserve = _Reserve(number, text, tokenise(self._tokenizer, [text]))
 
     def state(self, documents: int, digest: str) -> State:
         """Bring everything to the disk and say where to continue after so many documents."""
         return State(
             documents=documents,
             digest=digest,
-            reserve=None if self._reserve is None else self._reserve[0],
+            reserve=None if self._reserve is None else self._reserve.number,
             train=self._train.sync(),
             validation=self._validation.sync(),
         )
 
     def finish(self) -> tuple[tuple[ShardInfo, ...], tuple[ShardInfo, ...]]:
         """Close all files; the shards of train and of validation."""
+        if (reserve := self._reserve) is not None:
+            most = len(reserve.tokenised.tokens) > self._train.total_tokens
+            if most and (begin := last_part(reserve.text, self._share)):
+                self._train.append(tokenise(self._tokenizer, [reserve.text[:begin]]))
+                self._validation.append(tokenise(self._tokenizer, [reserve.text[begin:]]))
+                self._reserve, self.cut = None, reserve.number
         self._release(self._validation if self._train.total_tokens else self._train)
         return self._train.finish(), self._validation.finish()
 
@@ -142,5 +172,17 @@ class Splitter:
 
     def _release(self, writer: SplitWriter) -> None:
         if self._reserve is not None:
-            writer.append(self._reserve[1])
+            writer.append(self._reserve.tokenised)
             self._reserve = None
+
+
+def last_part(text: bytes, share: float) -> int:
+    """Where the last part of a text begins, `share` of its bytes or a little more: with a line, if one begins near
+    there (so that the part becomes no more than a quarter larger), else with a character. 0: it cannot be cut."""
+    begin = len(text) - math.ceil(share * len(text))
+    line = text.rfind(b"\n", 0, begin) + 1
+    if line and begin - line <= (len(text) - begin) / 4:
+        return line
+    while begin > 0 and text[begin] & 0xC0 == 0x80:  # inside a character
+        begin -= 1
+    return begin

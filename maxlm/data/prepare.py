@@ -18,23 +18,25 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from maxlm.config import DataConfig, PrepareConfig, TrainSentencePiece, UserError, serialize
 from maxlm.data.dealing import Reader, Splitter, State
-from maxlm.data.shards import RECORD, TOKENIZER, DatasetInfo, not_finished, read_info, token_dtype
-from maxlm.data.sources import Unreadable, describe_documents, iterate_documents
+from maxlm.data.documents import Unreadable
+from maxlm.data.shards import RECORD, TOKENIZER, UNFINISHED, DatasetInfo, not_finished, read_info, token_dtype
+from maxlm.data.sources import describe_documents, iterate_documents
 from maxlm.data.tokenizers import Tokenizer, load_tokenizer, open_tokenizer
 from maxlm.data.train_tokenizer import train_sentencepiece
 from maxlm.data.workers import tokenise_blocks
 from maxlm.surroundings import console
 
-_CONFIG, _PROGRESS, _LOCK = "prepare.json", "progress.json", ".lock"
+_PROGRESS, _LOCK = "progress.json", ".lock"
 _SECONDS_BETWEEN_RECORDS = 5.0
-_BEGINNINGS = {_LOCK, _CONFIG + ".partial"}
+_BEGINNINGS = {_LOCK, UNFINISHED + ".partial"}
 
 
 def prepare(config: PrepareConfig, out: Path) -> DatasetInfo:
     """Tokenise all documents into shards in `out`; a finished `out` of the same config is returned as it is.
 
     A document belongs to the validation split if a hash of its text, as a fraction of all 64-bit numbers, is below
-    `validation_fraction`. If that takes none, the document with the smallest hash is held out, given two or more.
+    `validation_fraction`. If that takes none, the document with the smallest hash is held out; of one that has more
+    tokens than all others together, the last part.
 
     Killed at any moment and called again, it continues; the final bytes depend only on the documents and the config
     without `workers` and `strict`. Memory: a few blocks of a megabyte for each worker and the longest document; while
@@ -55,7 +57,7 @@ def prepare(config: PrepareConfig, out: Path) -> DatasetInfo:
             tokenizer = _tokenizer(config, out)
             info = _run(config, out, tokenizer)
             _write_atomically(out / RECORD, serialize.to_dict(info))
-            for name in (_PROGRESS, _CONFIG, _LOCK):
+            for name in (_PROGRESS, UNFINISHED, _LOCK):
                 (out / name).unlink(missing_ok=True)
             return info
     except OSError as error:
@@ -110,7 +112,7 @@ def _check_same(config: PrepareConfig, there: PrepareConfig, out: Path) -> None:
 
 def _refuse_foreign(out: Path) -> None:
     """Refuse a folder that holds anything but the beginnings of a data set."""
-    if not (out / _CONFIG).exists() and (foreign := sorted({path.name for path in out.iterdir()} - _BEGINNINGS)):
+    if not (out / UNFINISHED).exists() and (foreign := sorted({path.name for path in out.iterdir()} - _BEGINNINGS)):
         raise UserError(
             f"{out}: is not empty (it holds {foreign[0]}) and is no data set; name an empty or a new folder"
         )
@@ -119,10 +121,10 @@ def _refuse_foreign(out: Path) -> None:
 def _claim(config: PrepareConfig, out: Path) -> None:
     """Put the config down in `out`. Only an earlier one from which documents have been written stands against it."""
     if (out / _PROGRESS).exists():
-        _check_same(config, serialize.load(PrepareConfig, out / _CONFIG), out)
+        _check_same(config, serialize.load(PrepareConfig, out / UNFINISHED), out)
     else:  # nothing ties a tokenizer that is there to this config and this input
         shutil.rmtree(out / TOKENIZER, ignore_errors=True)
-    _write_atomically(out / _CONFIG, serialize.to_dict(_deciding(config)))
+    _write_atomically(out / UNFINISHED, serialize.to_dict(_deciding(config)))
 
 
 @contextlib.contextmanager
@@ -154,7 +156,7 @@ def _tokenizer(config: PrepareConfig, out: Path) -> Tokenizer:
     if isinstance(config.tokenizer, TrainSentencePiece):
         if folder.exists():
             return load_tokenizer(folder)
-        texts = (document.text for document in iterate_documents(config.documents, Unreadable(config.strict)))
+        texts = (document.text for document in iterate_documents(config.documents, Unreadable(config.strict), out))
         return train_sentencepiece(config.tokenizer, texts, folder)
     tokenizer = open_tokenizer(config.tokenizer)
     if not folder.exists():
@@ -170,11 +172,11 @@ def _run(config: PrepareConfig, out: Path, tokenizer: Tokenizer) -> DatasetInfo:
     state = serialize.load(State, out / _PROGRESS) if (out / _PROGRESS).exists() else State()
     unreadable = Unreadable(config.strict)
     with contextlib.closing(Splitter(config, out, tokenizer, state)) as splitter, _progress() as show:
-        reader = Reader(config, unreadable, state, splitter.take_back_reserve)
+        reader = Reader(config, out, unreadable, state, splitter.take_back_reserve)
         workers = config.workers or _cores()
         documents, recorded = state.documents, time.monotonic()
         for block, tokenised in tokenise_blocks(out / TOKENIZER, reader.blocks(), workers):
-            splitter.add(block.first, tokenised)
+            splitter.add(block, tokenised)
             documents = block.first + len(block.texts)
             show(documents, splitter.tokens, unreadable.count)
             if time.monotonic() - recorded >= _SECONDS_BETWEEN_RECORDS:
@@ -191,13 +193,19 @@ def _run(config: PrepareConfig, out: Path, tokenizer: Tokenizer) -> DatasetInfo:
             f"prepare.validation_fraction = {config.validation_fraction} leaves none of {documents} documents to "
             "train on; use a smaller one"
         )
+    n_train, n_validation = (sum(shard.tokens for shard in shards) for shards in (train, validation))
     if not validation and config.validation_fraction:
         _warn(
-            "a single document: nothing is held out; split it into several files to measure a held-out loss, or train "
-            "with --train.eval_batches 0"
+            "a single document of one character: nothing is held out; prepare more text, or train with "
+            "--train.eval_batches 0"
         )
-    if unreadable.count:
-        _warn(unreadable.summary())
+    if n_validation > n_train and config.validation_fraction < 0.5:
+        _warn(
+            f"few documents: those held out by their hash have {n_validation:,} tokens, more than the {n_train:,} to "
+            "train on; cut the documents into more files, or try another --validation_fraction"
+        )
+    if summary := unreadable.summary():
+        _warn(summary)
     return DatasetInfo(
         prepare=_deciding(config),
         tokenizer_fingerprint=tokenizer.fingerprint,
@@ -208,6 +216,9 @@ def _run(config: PrepareConfig, out: Path, tokenizer: Tokenizer) -> DatasetInfo:
         empty=reader.empty,
         train=train,
         validation=validation,
+        cut_document=splitter.cut,
+        tokens_in_all=n_train + n_validation,
+        documents_in_all=sum(shard.documents for shard in (*train, *validation)),
     )
 
 

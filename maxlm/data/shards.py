@@ -17,18 +17,28 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from maxlm.config import PrepareConfig, UserError, serialize
+from maxlm.config.errors import Failure
+from maxlm.config.fields import Range, config
 from maxlm.data.tokenizers import Tokenizer, load_tokenizer
 
 RECORD = "dataset.json"
+UNFINISHED = "prepare.json"
+"""Stands in a folder until the record is written: the config that it is made with."""
 TOKENIZER = "tokenizer"
 FORMAT_VERSION = 1
 _OFFSET = np.dtype("<i8")
+_REMEDY = "restore the file, or delete the folder and prepare it again"
+_STRIDE = 512
+"""Offsets of a file of which one is kept in memory; the ones between are read as needed: 4 KiB."""
+_OPEN_FILES = 256
+
+Count = Annotated[int, Range(ge=0, lt=2**63)]
 
 
 class Split(enum.Enum):
@@ -38,37 +48,52 @@ class Split(enum.Enum):
     VALIDATION = "validation"
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("")
 class ShardInfo:
     """Size and checksums of one pair of shard files."""
 
-    tokens: int
+    tokens: Count
     """With bos and eos."""
-    documents: int
-    text_bytes: int
+    documents: Count
+    """Documents that begin in it."""
+    text_bytes: Count
     """UTF-8 bytes of the documents' text."""
     tokens_sha256: str
+    """Of the token file, in hex."""
     offsets_sha256: str
+    """Of the offset file, in hex."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("")
 class DatasetInfo:
     """The record of a prepared folder."""
 
     format_version: int = FORMAT_VERSION
+    """Of the folder."""
     prepare: PrepareConfig
+    """What decided the bytes of the folder."""
     tokenizer_fingerprint: str
-    vocab_size: int
+    """As `Tokenizer.fingerprint`."""
+    vocab_size: Count
+    """Ids that the tokenizer has."""
     dtype: str
     """Of the token files: `uint16` or `uint32`."""
     text_sha256: str
     """Of all the documents read, in order, each after its length."""
-    unreadable: int
+    unreadable: Count
     """Documents passed over because they could not be read."""
-    empty: int
+    empty: Count
     """Documents without any text, left out."""
     train: tuple[ShardInfo, ...]
+    """In the order of their numbers."""
     validation: tuple[ShardInfo, ...]
+    """In the order of their numbers."""
+    cut_document: Count | None = None
+    """Number, from 0, of the document whose end alone is held out; None: documents are held out whole."""
+    tokens_in_all: Count | None = None
+    """Of all shards, to notice one that is no longer named here; None: an earlier version wrote this."""
+    documents_in_all: Count | None = None
+    """Of all shards."""
 
     def shards(self, split: Split) -> tuple[ShardInfo, ...]:
         """The shards of one split in the order of their numbers."""
@@ -132,29 +157,88 @@ def read_info(folder: Path) -> DatasetInfo | None:
         raise UserError(
             f"{file}: dtype = {info.dtype} does not go with vocab_size = {info.vocab_size}; prepare the data again"
         )
+    _check_complete(folder, info)
     return info
 
 
-class Shard:
-    """One pair of shard files, mapped into memory when first read. Pickles without the mapping."""
+def _check_complete(folder: Path, info: DatasetInfo) -> None:
+    """See that the record names all shards.
 
-    def __init__(self, folder: Path, split: Split, number: int, info: ShardInfo, dtype: np.dtype[Any]) -> None:
+    Raises:
+        UserError: there is another shard, or the sums are not those of the shards.
+    """
+    remedy = f"restore {RECORD}, or delete the folder and prepare it again"
+    for split in Split:
+        shards = info.shards(split)
+        for file in shard_files(folder, split, len(shards)):
+            if file.exists():
+                raise UserError(
+                    f"{folder / RECORD}: names {len(shards)} shards of {split.value}, but {file.name} is there; {remedy}"
+                )
+    for what, recorded, seen in (
+        ("tokens", info.tokens_in_all, sum(map(info.tokens, Split))),
+        ("documents", info.documents_in_all, sum(map(info.documents, Split))),
+    ):
+        if recorded not in (None, seen):
+            raise UserError(
+                f"{folder / RECORD}: {what}_in_all = {recorded}, but the shards that it names have {seen}; {remedy}"
+            )
+
+
+class Shard:
+    """One pair of shard files, read where needed. Not mapped into memory: a file cut while it is read would then end
+    the process by SIGBUS."""
+
+    def __init__(self, folder: Path, split: Split, number: int, info: ShardInfo, vocab_size: int) -> None:
         self.info = info
-        self._dtype = dtype
+        self._vocab_size = vocab_size
+        self._dtype = token_dtype(vocab_size)
         self._tokens_file, self._offsets_file = shard_files(folder, split, number)
 
-    @functools.cached_property
-    def tokens(self) -> npt.NDArray[np.unsignedinteger[Any]]:
-        """`[tokens]`: ids."""
-        return np.asarray(np.memmap(self._tokens_file, dtype=self._dtype, mode="r"))
+    def tokens(self, first: int, count: int) -> npt.NDArray[np.unsignedinteger[Any]]:
+        """`[count]`: ids from token number `first` on.
+
+        Raises:
+            UserError: one is not in the vocabulary, or the file has become shorter.
+            Failure: the disk fails.
+        """
+        ids = self._read(self._tokens_file, self._dtype, first, count)
+        if count and (largest := int(ids.max())) >= self._vocab_size:
+            raise UserError(
+                f"{self._tokens_file}: holds the id {largest} after token {first}, but the tokenizer has "
+                f"{self._vocab_size} ids; {_REMEDY}"
+            )
+        return ids
+
+    def begins(self, first: int, count: int) -> npt.NDArray[np.int64]:
+        """Which of the `count` tokens from number `first` on, counted from there, begin a document; in order.
+
+        Raises:
+            UserError: the offsets cannot be those of this shard, or the file has become shorter.
+            Failure: the disk fails.
+        """
+        low = max(0, int(self._some_offsets.searchsorted(first)) - 1) * _STRIDE
+        high = min(self.info.documents, int(self._some_offsets.searchsorted(first + count)) * _STRIDE)
+        offsets = self._read(self._offsets_file, _OFFSET, low, max(0, high - low))
+        inside = offsets[offsets.searchsorted(first) : offsets.searchsorted(first + count)] - first
+        if len(inside) and not (inside[0] >= 0 and inside[-1] < count and bool((np.diff(inside) > 0).all())):
+            raise UserError(f"{self._offsets_file}: its offsets do not rise; {_REMEDY}")
+        return inside
 
     @functools.cached_property
-    def offsets(self) -> npt.NDArray[np.int64]:
-        """`[documents]`: where each document starts in `tokens`."""
-        return np.asarray(np.memmap(self._offsets_file, dtype=_OFFSET, mode="r"))
+    def _some_offsets(self) -> npt.NDArray[np.int64]:
+        return self._read(self._offsets_file, _OFFSET, 0, self.info.documents)[::_STRIDE].copy()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("tokens", "offsets")}
+    def _read(self, file: Path, dtype: np.dtype[Any], first: int, count: int) -> npt.NDArray[Any]:
+        """`[count]` numbers of a file from number `first` on."""
+        size, begin = count * dtype.itemsize, first * dtype.itemsize
+        try:
+            content = os.pread(_open(self, file).number, size, begin)
+        except OSError as error:
+            raise Failure(f"{file}: cannot be read any more ({error.strerror}); run the same command again") from error
+        if len(content) < size:
+            raise UserError(f"{file}: ends after {begin + len(content)} bytes: it was cut while in use; {_REMEDY}")
+        return np.frombuffer(content, dtype)
 
     def check(self, verify: bool) -> None:
         """Compare sizes, and checksums where `verify`, with the record.
@@ -166,20 +250,37 @@ class Shard:
             (self._tokens_file, self.info.tokens * self._dtype.itemsize, self.info.tokens_sha256),
             (self._offsets_file, self.info.documents * _OFFSET.itemsize, self.info.offsets_sha256),
         ):
-            remedy = "restore the file, or delete the folder and prepare it again"
             try:
                 seen = os.stat(file).st_size
                 if seen != size:
-                    raise UserError(f"{file}: {seen} bytes, {RECORD} says {size}; {remedy}")
+                    raise UserError(f"{file}: {seen} bytes, {RECORD} says {size}; {_REMEDY}")
                 if verify and (digest := file_sha256(file)) != sha256:
                     raise UserError(
                         f"{file}: has changed: {size} bytes as expected, but SHA-256 {digest[:12]}..., "
-                        f"{RECORD} says {sha256[:12]}...; {remedy}"
+                        f"{RECORD} says {sha256[:12]}...; {_REMEDY}"
                     )
             except OSError as error:
                 raise UserError(
-                    f"{file}: cannot be read ({error.strerror}), {size} bytes expected; {remedy}"
+                    f"{file}: cannot be read ({error.strerror}), {size} bytes expected; {_REMEDY}"
                 ) from error
+
+
+class _OpenFile:
+    """A descriptor that is closed with the last reference to it."""
+
+    def __init__(self, file: Path) -> None:
+        self.number = os.open(file, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+@functools.lru_cache(_OPEN_FILES)
+def _open(shard: Shard, file: Path) -> _OpenFile:
+    """The file, opened for this shard: a folder that is made anew gets files of its own."""
+    del shard
+    return _OpenFile(file)
 
 
 class TokenStream:
@@ -196,15 +297,18 @@ class TokenStream:
         """Fill `tokens[n]` with the ids from position `start` on, and set `begins[n]` where a document begins.
 
         `begins` must be all False before.
+
+        Raises:
+            UserError: a shard holds what cannot be, or has become shorter since it was checked.
+            Failure: the disk fails.
         """
         number = int(np.searchsorted(self._starts, start, side="right")) - 1
         done = 0
         while done < len(tokens):
             shard, first = self._shards[number], start + done - int(self._starts[number])
             count = min(len(tokens) - done, shard.info.tokens - first)
-            tokens[done : done + count] = shard.tokens[first : first + count]
-            low, high = shard.offsets.searchsorted((first, first + count))
-            begins[shard.offsets[low:high] + (done - first)] = True
+            tokens[done : done + count] = shard.tokens(first, count)
+            begins[shard.begins(first, count) + done] = True
             done += count
             number += 1
 
@@ -252,5 +356,4 @@ def not_finished(folder: Path) -> UserError:
 
 
 def _shards(folder: Path, info: DatasetInfo, split: Split) -> list[Shard]:
-    dtype = token_dtype(info.vocab_size)
-    return [Shard(folder, split, number, shard, dtype) for number, shard in enumerate(info.shards(split))]
+    return [Shard(folder, split, number, shard, info.vocab_size) for number, shard in enumerate(info.shards(split))]

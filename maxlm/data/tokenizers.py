@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import enum
 import hashlib
 import json
+import os
 import re
 import shutil
-from collections.abc import Sequence
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 import tokenizers
 
 from maxlm.config import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, TokenizerConfig, UserError
+from maxlm.config.json_file import read_bytes, read_object
 
 _DESCRIPTOR = "config.json"
 _EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<eos>", "<|im_end|>", "[EOS]", "[SEP]")
 _BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "[BOS]", "[CLS]")
+_MORE_EOS_NAMES = (
+    "<｜end▁of▁sentence｜>", "<|end_of_sentence|>", "<|endofdocument|>", "<|eos|>", "<|end|>", "<|END_OF_TURN_TOKEN|>",
+    "<EOS_TOKEN>", "<|return|>", "[EOD]", "<eod>", "<|eod|>", "[eos]", "<EOS>", "<end_of_text>",
+)  # fmt: skip
+_MORE_BOS_NAMES = ("<｜begin▁of▁sentence｜>", "<|begin_of_sentence|>", "<BOS_TOKEN>", "<|bos|>", "[bos]", "<BOS>")
+_LIKELY = re.compile(r"eo[sdt]|end|stop|sep|/s|return", re.IGNORECASE)
+_MAX_DEFINITION = 1 << 30
 
 
 class TokenizerKind(enum.Enum):
@@ -50,6 +63,8 @@ class Tokenizer(abc.ABC):
 
     def __init__(self, definition: bytes) -> None:
         self._definition = definition
+        self._ends: dict[str, str] = {}
+        """Names of `eos` and `bos` where the definition does not say them."""
         self.fingerprint = hashlib.sha256(definition).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -83,6 +98,7 @@ class Tokenizer(abc.ABC):
         if file := _FILE.get(self.kind):
             (partial / file).write_bytes(self._definition)
         descriptor = {"kind": self.kind.value, "vocab_size": self.vocab_size, "fingerprint": self.fingerprint}
+        descriptor |= self._ends
         (partial / _DESCRIPTOR).write_text(json.dumps(descriptor, indent=2) + "\n")
         if folder.exists():
             shutil.rmtree(folder)
@@ -154,14 +170,23 @@ class SentencePiece(Tokenizer):
 
 
 class HuggingFace(Tokenizer):
-    """A `tokenizer.json` of the `tokenizers` library."""
+    """A `tokenizer.json` of the `tokenizers` library.
+
+    The end of a document is `eos` where it is given, else the first that the vocabulary has of: well known names, what
+    a `tokenizer_config.json` beside the file says, more names. The same for its beginning, which may be without a
+    token (`bos=""`).
+    """
 
     kind = TokenizerKind.HUGGING_FACE
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, eos: str | None = None, bos: str | None = None) -> None:
         super().__init__(_read(path, "a tokenizer.json"))
+        self._path = path
         try:
-            self._model = tokenizers.Tokenizer.from_buffer(self._definition)
+            with self._guarded(lambda: "when it reads the file"):
+                self._model = tokenizers.Tokenizer.from_buffer(self._definition)
+        except UserError:
+            raise
         except Exception as error:  # the library raises plain Exception
             reason = " ".join(str(error).split())
             raise UserError(f"{path}: not a tokenizer.json that the tokenizers library can read ({reason})") from error
@@ -171,20 +196,65 @@ class HuggingFace(Tokenizer):
         vocabulary = self._model.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         special = {token.content: i for i, token in self._model.get_added_tokens_decoder().items() if token.special}
-        eos = _first_known(_EOS_NAMES, special, vocabulary)
-        if eos is None:
-            raise UserError(f"{path}: has no end-of-document token; one of {', '.join(_EOS_NAMES)} must be in it")
-        self.eos_id = eos
-        self.bos_id = _first_known(_BOS_NAMES, special, vocabulary)
+        known = special, vocabulary
+        usual_eos, usual_bos = _first_known(_EOS_NAMES, *known), _first_known(_BOS_NAMES, *known)
+        said_eos, said_bos = _beside(path)
+        found_eos = usual_eos if eos is None else self._named("eos", eos, *known)
+        if found_eos is None:
+            found_eos = _first_known([*said_eos, *_MORE_EOS_NAMES], *known)
+        if found_eos is None:
+            raise UserError(
+                f"{path}: none of its tokens is known as the end of a document; name it with prepare.tokenizer.eos (on "
+                f"the command line --eos), such as {_choices(special)}"
+            )
+        self.eos_id = found_eos
+        if bos is not None:
+            self.bos_id = self._named("bos", bos, *known) if bos else None
+        else:
+            self.bos_id = usual_bos if usual_bos is not None else _first_known([*said_bos, *_MORE_BOS_NAMES], *known)
         self.byte_ids = frozenset(i for name, i in vocabulary.items() if re.fullmatch("<0x[0-9A-F]{2}>", name))
+        if (self.eos_id, self.bos_id) != (usual_eos, usual_bos):
+            # Beside the file itself, they decide what a document's ids are; and the saved copy lies alone.
+            self._ends = {
+                "eos": self._model.id_to_token(self.eos_id),
+                "bos": "" if self.bos_id is None else self._model.id_to_token(self.bos_id),
+            }
+            self.fingerprint = hashlib.sha256(self._definition + json.dumps(self._ends).encode()).hexdigest()
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         # The library's own batch call would start a thread for every core.
-        return [self._model.encode(text, add_special_tokens=False).ids for text in texts]
+        batch: list[list[int]] = []
+        with self._guarded(lambda: f"on a text that begins {texts[len(batch)][:40]!r}"):
+            for text in texts:
+                batch.append(self._model.encode(text, add_special_tokens=False).ids)
+        return batch
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._model.decode([int(i) for i in ids], skip_special_tokens=True)
         return text
+
+    def _named(self, key: str, name: str, *vocabularies: dict[str, int]) -> int:
+        found = _first_known([name], *vocabularies)
+        if found is None:
+            raise UserError(
+                f"{self._path}: prepare.tokenizer.{key} = {name!r} is not one of its tokens; use one, such as "
+                f"{_choices(vocabularies[0])}"
+            )
+        return found
+
+    @contextlib.contextmanager
+    def _guarded(self, doing: Callable[[], str]) -> Iterator[None]:
+        """Turn a panic of the library, of a regular expression that backtracks without end for one, into a line."""
+        try:
+            with _stderr_aside():
+                yield
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of pyo3, which gives it no module to import it from
+                raise
+            raise UserError(
+                f"{self._path}: the tokenizers library breaks {doing()} ({' '.join(str(error).split())}); mend the "
+                "file's regular expressions, or use another tokenizer"
+            ) from error
 
 
 def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
@@ -198,8 +268,8 @@ def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
             return Bytes()
         case SentencePieceTokenizer(path=path):
             return SentencePiece(Path(path))
-        case HuggingFaceTokenizer(path=path):
-            return HuggingFace(Path(path))
+        case HuggingFaceTokenizer(path=path, eos=eos, bos=bos):
+            return HuggingFace(Path(path), eos, bos)
 
 
 def saved_tokenizer(folder: Path) -> TokenizerConfig:
@@ -208,7 +278,7 @@ def saved_tokenizer(folder: Path) -> TokenizerConfig:
     Raises:
         UserError: the descriptor is missing or does not name a kind of tokenizer.
     """
-    return _config_of(TokenizerKind(_read_descriptor(folder)["kind"]), folder)
+    return _config_of(_read_descriptor(folder), folder)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -218,7 +288,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         UserError: a file is missing, or the tokenizer is not the one that was saved.
     """
     descriptor = _read_descriptor(folder)
-    config = _config_of(TokenizerKind(descriptor["kind"]), folder)
+    config = _config_of(descriptor, folder)
     tokenizer = open_tokenizer(config)
     if tokenizer.fingerprint != descriptor["fingerprint"]:
         file = folder / _FILE.get(tokenizer.kind, _DESCRIPTOR)
@@ -229,17 +299,60 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def _read_descriptor(folder: Path) -> dict[str, object]:
+def _read_descriptor(folder: Path) -> dict[str, Any]:
     file = folder / _DESCRIPTOR
-    definition = _read(file, "a saved tokenizer's descriptor")
-    try:
-        descriptor = json.loads(definition)
-        TokenizerKind(descriptor["kind"]), descriptor["fingerprint"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{file}: not a tokenizer's descriptor; its kind must be one of {[k.value for k in TokenizerKind]}"
-        ) from error
+    descriptor = read_object(file, "a folder with a saved tokenizer's descriptor")
+    kinds = [kind.value for kind in TokenizerKind]
+    for key, fits in (("kind", descriptor.get("kind") in kinds), ("fingerprint", True), ("eos", True), ("bos", True)):
+        value = descriptor.get(key, "" if key in ("eos", "bos") else None)
+        if not (fits and isinstance(value, str)):
+            allowed = f"one of {kinds}" if key == "kind" else "a string"
+            raise UserError(f"{file}: not a tokenizer's descriptor: its {key} = {value!r} must be {allowed}")
     return descriptor
+
+
+def _beside(path: Path) -> tuple[list[str], list[str]]:
+    """The names of the end and the beginning of a text that a `tokenizer_config.json` in the same folder gives."""
+    try:
+        values = read_object(path.with_name("tokenizer_config.json"))
+    except UserError:  # it is not ours, and may be missing
+        return [], []
+    found = []
+    for key in ("eos_token", "bos_token"):
+        value = values.get(key)
+        name = value.get("content") if isinstance(value, dict) else value
+        found.append([name] if isinstance(name, str) else [])
+    return found[0], found[1]
+
+
+@contextlib.contextmanager
+def _stderr_aside() -> Iterator[None]:
+    """Keep what is printed to descriptor 2, by code that is not Python's, and print it in the end.
+
+    Where that is an exception's end, it is not printed: a library that panics prints its stack there.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            aside = stack.enter_context(tempfile.TemporaryFile())
+            there = os.dup(2)
+        except OSError:  # no room for it, or no such descriptor: then it is printed as it comes
+            yield
+            return
+        sys.stderr.flush()
+        os.dup2(aside.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(there, 2)
+            os.close(there)
+        aside.seek(0)
+        sys.stderr.write(aside.read().decode(errors="replace"))
+
+
+def _choices(special: dict[str, int]) -> str:
+    """Special tokens, those first that sound like the end of a document."""
+    names = sorted(special, key=lambda name: (_LIKELY.search(name) is None, special[name]))
+    return ", ".join(map(repr, names[:8])) or "a token of its vocabulary (it has no special ones)"
 
 
 def _first_known(names: Sequence[str], *vocabularies: dict[str, int]) -> int | None:
@@ -247,18 +360,20 @@ def _first_known(names: Sequence[str], *vocabularies: dict[str, int]) -> int | N
     return next((known[name] for known in vocabularies for name in names if name in known), None)
 
 
-def _config_of(kind: TokenizerKind, folder: Path) -> TokenizerConfig:
+def _config_of(descriptor: dict[str, Any], folder: Path) -> TokenizerConfig:
+    kind = TokenizerKind(descriptor["kind"])
     match kind:
         case TokenizerKind.BYTES:
             return ByteTokenizer()
         case TokenizerKind.SENTENCEPIECE:
             return SentencePieceTokenizer(path=str(folder / _FILE[kind]))
         case TokenizerKind.HUGGING_FACE:
-            return HuggingFaceTokenizer(path=str(folder / _FILE[kind]))
+            ends = {key: descriptor.get(key) for key in ("eos", "bos")}
+            return HuggingFaceTokenizer(path=str(folder / _FILE[kind]), **ends)
 
 
 def _read(path: Path, what: str) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bytes(path, _MAX_DEFINITION)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); name {what}") from error

@@ -13,7 +13,7 @@ from pathlib import Path
 import sentencepiece
 
 from maxlm.config import TrainSentencePiece, UserError
-from maxlm.data.sources import Document
+from maxlm.data.documents import Document
 from maxlm.data.tokenizers import SentencePiece, Tokenizer
 
 _LINE = re.compile(r"[^\n]{1,4096}\n*|\n+")

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -26,9 +26,16 @@ import numpy as np
 import numpy.typing as npt
 
 from maxlm.config import UserError
+from maxlm.config.errors import Failure
 from maxlm.data.shards import token_dtype
 from maxlm.data.tokenizers import Tokenizer, load_tokenizer
 
+_LEAST_PATIENCE = 120
+"""Seconds for a block of any size."""
+_SLOWEST = 10_000
+"""Bytes of text in a second, of a slow tokenizer on a crowded machine."""
+_STOPPED_PATIENCE = 10
+"""Seconds."""
 _SERVE = "import sys; from maxlm.data.workers import serve; serve(int(sys.argv[1]), sys.argv[2])"
 
 
@@ -88,7 +95,8 @@ def tokenise_blocks(
     One worker means this process. At most three blocks for each worker are in memory at a time.
 
     Raises:
-        UserError: a process died.
+        UserError: the tokenizer fails on a text.
+        Failure: a process died, is stopped, or does not answer.
     """
     if workers == 1:
         tokenizer = load_tokenizer(folder)
@@ -106,17 +114,40 @@ def tokenise_blocks(
             idle.put(worker)
 
     with contextlib.ExitStack() as stack:
-        for _ in range(workers):
-            idle.put(stack.enter_context(contextlib.closing(_Worker(folder))))
+        processes = [stack.enter_context(contextlib.closing(_Worker(folder))) for _ in range(workers)]
+        for process in processes:
+            idle.put(process)
         threads = stack.enter_context(ThreadPoolExecutor(workers))
-        stack.callback(threads.shutdown, cancel_futures=True)
+        stack.callback(threads.shutdown, wait=False, cancel_futures=True)
+        for process in processes:  # first of all, so that no thread waits for an answer that does not come
+            stack.callback(process.kill)
         for block in blocks:
             waiting.append((block, threads.submit(ask, block)))
             if len(waiting) >= 3 * workers:
                 done, answer = waiting.popleft()
-                yield done, answer.result()
+                yield done, _answer(done, answer, processes)
         for done, answer in waiting:
-            yield done, answer.result()
+            yield done, _answer(done, answer, processes)
+
+
+def _answer(block: DocumentBlock, answer: Future[Tokenised], workers: Sequence[_Worker]) -> Tokenised:
+    """Wait for the oldest block. Seconds in which this process itself is stopped (Ctrl-Z) do not count."""
+    size = sum(map(len, block.texts))
+    limit, stopped = _LEAST_PATIENCE + size // _SLOWEST, 0
+    for _ in range(limit):
+        try:
+            return answer.result(timeout=1.0)
+        except TimeoutError:
+            stopped = stopped + 1 if any(worker.stopped() for worker in workers) else 0
+            if stopped >= _STOPPED_PATIENCE:
+                raise Failure(
+                    f"a tokenising process is stopped (SIGSTOP) and has not gone on for {stopped} s; run the same "
+                    "command again to continue"
+                ) from None
+    raise Failure(
+        f"a tokenising process has not answered for {limit} s to {size:,} bytes of text, and is given up; run the same "
+        "command again to continue, with a smaller prepare.workers if the machine is overloaded"
+    )
 
 
 class _Worker:
@@ -135,19 +166,34 @@ class _Worker:
     def ask(self, texts: list[bytes]) -> Tokenised:
         try:
             self._connection.send(texts)
-            answer: Tokenised | str = self._connection.recv()
+            answer: Tokenised | UserError | str = self._connection.recv()
         except (EOFError, OSError) as error:
-            raise UserError(
+            raise Failure(
                 f"a tokenising process died (exit code {self._process.wait()}), perhaps for want of memory; run the "
                 "same command again to continue, with a smaller prepare.workers if it happens again"
             ) from error
+        if isinstance(answer, UserError):
+            raise answer
         if isinstance(answer, str):
             raise RuntimeError(f"a tokenising process failed: {answer}")
         return answer
 
+    def stopped(self) -> bool:
+        """Whether somebody has stopped the process, as far as this system tells."""
+        if not hasattr(os, "waitid"):
+            return False
+        with contextlib.suppress(ChildProcessError):
+            return os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
+        return False
+
+    def kill(self) -> None:
+        """End the process, whatever it does; a call of `ask` ends too."""
+        self._process.kill()
+
     def close(self) -> None:
-        self._connection.close()  # the process ends when its pipe does
+        self._process.kill()
         self._process.wait()
+        self._connection.close()
 
 
 def serve(descriptor: int, folder: str) -> None:
@@ -159,5 +205,7 @@ def serve(descriptor: int, folder: str) -> None:
             texts = connection.recv()
             try:
                 connection.send(tokenise(tokenizer, texts))
+            except UserError as error:
+                connection.send(error)
             except (RuntimeError, ValueError, MemoryError) as error:
                 connection.send(f"{type(error).__name__}: {error}")
