@@ -4,7 +4,6 @@ import fcntl
 import gzip
 import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -34,7 +33,7 @@ from maxlm.data import dealing
 from maxlm.data.__main__ import main
 from maxlm.data.documents import Unreadable
 from maxlm.data.prepare import ensure_prepared, prepare
-from maxlm.data.shards import DatasetInfo, Shard, Split, open_prepared, token_dtype
+from maxlm.data.shards import Split, open_prepared, token_dtype
 from maxlm.data.sources import iterate_documents
 from maxlm.data.workers import DocumentBlock, text_hash, tokenise_blocks
 
@@ -139,12 +138,6 @@ def test_paths_that_hold_nothing(tmp_path: Path) -> None:
         read(Files(paths=(str(tmp_path / "missing"),)))
     with pytest.raises(UserError, match=r"holds no file named like '\*\.py'"):
         read(Files(paths=(str(tmp_path),), pattern="*.py"))
-    (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
-    with pytest.raises(UserError, match=r"a\.parquet: not a whole parquet file"):
-        read(Files(paths=(str(tmp_path / "a.parquet"),)))
-    pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"no column 'text', only \['body'\]"):
-        read(Files(paths=(str(tmp_path / "a.parquet"),)))
 
 
 def test_hugging_face_datasets_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,9 +193,12 @@ def test_validation_is_never_empty(count: int, tmp_path: Path, monkeypatch: pyte
     corpus = write_jsonl(tmp_path / "c.jsonl", TEXTS[:count])
     prepare(byte_config(corpus, validation_fraction=1e-6), tmp_path / "out")
     train, held_out = (texts_of(tmp_path / "out", split) for split in Split)
-    assert sorted(train + held_out) == sorted(TEXTS[:count])
+    assert sorted(train + held_out) == sorted(TEXTS[:count]) or count == 1
     smallest = min(TEXTS[:count], key=lambda text: text_hash(text.encode()))
-    assert held_out == ([] if count == 1 else [smallest])
+    if count == 1:  # its end is held out
+        assert train[0] + held_out[0] == TEXTS[0]
+    else:
+        assert held_out == [smallest]
 
 
 def test_nothing_held_out_on_request(corpus: Path, tmp_path: Path) -> None:
@@ -378,15 +374,6 @@ def test_damage_is_noticed(corpus: Path, tmp_path: Path, name: str) -> None:
     file.unlink()
     with pytest.raises(UserError, match=f"{name}: cannot be read .*, {len(whole)} bytes expected"):
         open_prepared(tmp_path / "out", verify=False)
-
-
-def test_shards_pickle_without_their_memory_map(corpus: Path, tmp_path: Path) -> None:
-    info: DatasetInfo = prepare(byte_config(corpus), tmp_path / "out")
-    shard = Shard(tmp_path / "out", Split.TRAIN, 0, info.train[0], token_dtype(258))
-    assert len(shard.tokens) == info.train[0].tokens
-    packed = pickle.dumps(shard)
-    assert len(packed) < 2_000
-    np.testing.assert_array_equal(pickle.loads(packed).tokens, shard.tokens)
 
 
 def test_missing_data_is_made_or_asked_for(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -236,9 +236,7 @@ def _tokenizer_of(command: Prepare) -> TokenizerSource:
     if command.tokenizer != _TRAIN:
         return _named_tokenizer(command.tokenizer, command.eos, command.bos)
     if command.eos is not None or command.bos is not None:
-        raise UserError(
-            "--eos and --bos name tokens of a tokenizer.json; name that with --tokenizer, or leave them out"
-        )
+        raise UserError("--eos and --bos name tokens of a tokenizer.json; name it by --tokenizer, or leave them out")
     return command.train
 
 

@@ -195,7 +195,7 @@ def _lines(stream: IO[bytes], file: str, unreadable: Unreadable, *, blank: bool 
             line = stream.readline(MAX_DOCUMENT_BYTES + 1)
             too_long = len(line) > MAX_DOCUMENT_BYTES
             if too_long:
-                _to_the_end(stream, line)
+                _to_the_end(stream, line, row)
         except DAMAGE as error:
             if (refused := damage(error, row)) is None:
                 raise
@@ -208,7 +208,7 @@ def _lines(stream: IO[bytes], file: str, unreadable: Unreadable, *, blank: bool 
             yield row, line
 
 
-def _to_the_end(stream: IO[bytes], line: bytes) -> None:
+def _to_the_end(stream: IO[bytes], line: bytes, row: int) -> None:
     """Pass over what remains of a line that is too long."""
     rest = 0
     while line and not line.endswith(b"\n"):

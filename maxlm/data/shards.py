@@ -173,7 +173,7 @@ def _check_complete(folder: Path, info: DatasetInfo) -> None:
         for file in shard_files(folder, split, len(shards)):
             if file.exists():
                 raise UserError(
-                    f"{folder / RECORD}: names {len(shards)} shards of {split.value}, but {file.name} is there; {remedy}"
+                    f"{folder / RECORD}: names {len(shards)} {split.value} shards, but {file.name} is there; {remedy}"
                 )
     for what, recorded, seen in (
         ("tokens", info.tokens_in_all, sum(map(info.tokens, Split))),

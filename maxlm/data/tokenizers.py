@@ -25,11 +25,9 @@ from maxlm.config.json_file import read_bytes, read_object
 _DESCRIPTOR = "config.json"
 _EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<eos>", "<|im_end|>", "[EOS]", "[SEP]")
 _BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "[BOS]", "[CLS]")
-_MORE_EOS_NAMES = (
-    "<｜end▁of▁sentence｜>", "<|end_of_sentence|>", "<|endofdocument|>", "<|eos|>", "<|end|>", "<|END_OF_TURN_TOKEN|>",
-    "<EOS_TOKEN>", "<|return|>", "[EOD]", "<eod>", "<|eod|>", "[eos]", "<EOS>", "<end_of_text>",
-)  # fmt: skip
-_MORE_BOS_NAMES = ("<｜begin▁of▁sentence｜>", "<|begin_of_sentence|>", "<BOS_TOKEN>", "<|bos|>", "[bos]", "<BOS>")
+_MORE_EOS_NAMES = ("<\uff5cend\u2581of\u2581sentence\uff5c>", "<EOS_TOKEN>", "<|eos|>", "<EOS>", "<eod>", "<|end|>")
+"""Of DeepSeek, Cohere and others."""
+_MORE_BOS_NAMES = ("<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<BOS_TOKEN>", "<|bos|>", "<BOS>")
 _LIKELY = re.compile(r"eo[sdt]|end|stop|sep|/s|return", re.IGNORECASE)
 _MAX_DEFINITION = 1 << 30
 
@@ -214,10 +212,11 @@ class HuggingFace(Tokenizer):
             self.bos_id = usual_bos if usual_bos is not None else _first_known([*said_bos, *_MORE_BOS_NAMES], *known)
         self.byte_ids = frozenset(i for name, i in vocabulary.items() if re.fullmatch("<0x[0-9A-F]{2}>", name))
         if (self.eos_id, self.bos_id) != (usual_eos, usual_bos):
+            names = {i: name for name, i in vocabulary.items()}
             # Beside the file itself, they decide what a document's ids are; and the saved copy lies alone.
             self._ends = {
-                "eos": self._model.id_to_token(self.eos_id),
-                "bos": "" if self.bos_id is None else self._model.id_to_token(self.bos_id),
+                "eos": names[self.eos_id],
+                "bos": "" if self.bos_id is None else names[self.bos_id],
             }
             self.fingerprint = hashlib.sha256(self._definition + json.dumps(self._ends).encode()).hexdigest()
 
