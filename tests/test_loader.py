@@ -181,15 +181,29 @@ def test_the_fingerprint_knows_what_decides_the_order(datasets: tuple[Dataset, D
     np.testing.assert_array_equal(moved.rows(7, [3])["inputs"], open_train(a, b).rows(7, [3])["inputs"])
 
 
+def test_held_out_text_of_less_than_a_batch_is_measured_all(datasets: tuple[Dataset, Dataset]) -> None:
+    config = DataConfig(datasets=datasets[:1])
+    single = open_batches(config, batch_size=1, seq_len=T, split=Split.VALIDATION)
+    padded = open_batches(config, batch_size=5000, seq_len=T, split=Split.VALIDATION)
+    assert padded.n_batches == 1
+    assert padded.n_windows == single.n_batches
+    batch = padded[0]
+    for key in batch:
+        singles = np.concatenate([single[i][key] for i in range(single.n_batches or 0)])
+        np.testing.assert_array_equal(batch[key][: len(singles)], singles, err_msg=key)
+    assert not batch["loss_mask"][single.n_batches :].any()
+    assert padded.rows(0, [4999])["loss_mask"].sum() == 0
+
+
 def test_data_that_does_not_fit(datasets: tuple[Dataset, Dataset], tmp_path: Path) -> None:
     a = datasets[0]
     config = DataConfig(datasets=(a,))
     with pytest.raises(UserError, match=r"less than one window of train\.seq_len = 100000"):
         open_batches(config, batch_size=1, seq_len=100_000, split=Split.TRAIN)
-    with pytest.raises(UserError, match=r"less than train\.batch_size = 5000"):
-        open_batches(config, batch_size=5000, seq_len=T, split=Split.VALIDATION)
+    with pytest.raises(UserError, match=r"tokens held out are .* use train.seq_len <= \d+, or set train.eval_batches"):
+        open_batches(config, batch_size=1, seq_len=100_000, split=Split.VALIDATION)
     nothing_held_out = make(tmp_path, "c", 50, 3, validation_fraction=0.0)
-    with pytest.raises(UserError, match="the 0 tokens held out make 0 windows"):
+    with pytest.raises(UserError, match=r"the 0 tokens held out are .* prepare\.validation_fraction > 0, or"):
         open_batches(DataConfig(datasets=(nothing_held_out,)), batch_size=1, seq_len=T, split=Split.VALIDATION)
     both = open_batches(DataConfig(datasets=(a, nothing_held_out)), batch_size=1, seq_len=T, split=Split.VALIDATION)
     assert both.tokens == open_batches(config, batch_size=1, seq_len=T, split=Split.VALIDATION).tokens

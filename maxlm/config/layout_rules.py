@@ -10,7 +10,7 @@ from maxlm.config.attention import GroupedQuery
 from maxlm.config.errors import UserError
 from maxlm.config.execution import Backend, ExecutionConfig
 from maxlm.config.mixture import Capacity, Experts
-from maxlm.config.model import BlockConfig, ModelConfig
+from maxlm.config.model import BlockConfig, ModelConfig, padded_vocabulary
 from maxlm.config.sharding import MESH_AXES, Context, ShardingConfig
 
 
@@ -60,7 +60,10 @@ class _Rules:
         yield from self._of_sequences()
         yield from self._of_layers()
         yield from self._axis_divides("fsdp", "model.d_model", self.model.d_model)
-        yield from self._axis_divides("tensor", "model.vocab_size", self.model.vocab_size)
+        vocab = self.model.vocab_size
+        for line in self._axis_divides("tensor", "model.vocab_size", vocab):
+            padded = padded_vocabulary(vocab, self.sizes["tensor"])
+            yield f"{line}; or use model.vocab_size = {padded}, whose last rows no id uses"
         for key, blocks in (("model.first_blocks", self.model.first_blocks), ("model.blocks", self.model.blocks)):
             for i, block in enumerate(blocks):
                 yield from self._of_block(f"{key}.{i}", block)

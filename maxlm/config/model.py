@@ -6,6 +6,7 @@ model runs is in `ExecutionConfig`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import InitVar, field
 from typing import Annotated, Any
 
@@ -151,3 +152,10 @@ class ModelConfig:
     def tied(self) -> bool:
         """Whether the embedding table multiplies hidden states too."""
         return isinstance(self.head, LmHead) and self.head.tied
+
+
+def padded_vocabulary(ids: int, parts: int = 1) -> int:
+    """The smallest `model.vocab_size` for so many ids that is a multiple of 128, the lanes of a TPU, and of `parts`.
+    No id uses the rows that this adds."""
+    multiple = math.lcm(128, parts)
+    return -(-ids // multiple) * multiple

@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from maxlm.config import PrepareConfig, UserError
+from maxlm.config.fields import config
 from maxlm.data.documents import Unreadable
-from maxlm.data.shards import ShardInfo, Split, token_dtype
+from maxlm.data.shards import Count, ShardInfo, Split, token_dtype
 from maxlm.data.sources import describe_documents, iterate_documents
 from maxlm.data.tokenizers import Tokenizer
 from maxlm.data.workers import DocumentBlock, Tokenised, tokenise
@@ -23,17 +24,20 @@ _BLOCK_BYTES = 1 << 20
 _BLOCK_DOCUMENTS = 4096
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("")
 class State:
     """Where a killed run is taken up: after so many documents, with the shards cut back to what is recorded here."""
 
-    documents: int = 0
+    documents: Count = 0
+    """Documents read."""
     digest: str = ""
     """Of all text up to there, to notice an input that has changed since."""
-    reserve: int | None = None
+    reserve: Count | None = None
     """Number of the document that is held back, see `Splitter`."""
     train: Written = field(default_factory=Written)
+    """How far it is written."""
     validation: Written = field(default_factory=Written)
+    """How far it is written."""
 
 
 class Reader:
@@ -45,20 +49,20 @@ class Reader:
 
     def __init__(
         self,
-        config: PrepareConfig,
+        prepare: PrepareConfig,
         out: Path,
         unreadable: Unreadable,
         state: State,
         take_back: Callable[[int, bytes], None],
     ) -> None:
-        self._config, self._out, self._unreadable = config, out, unreadable
+        self._prepare, self._out, self._unreadable = prepare, out, unreadable
         self._state, self._take_back = state, take_back
         self.digest = hashlib.sha256()
         self.empty = 0
 
     def blocks(self) -> Iterator[DocumentBlock]:
         number, texts, size = 0, list[bytes](), 0
-        for document in iterate_documents(self._config.documents, self._unreadable, self._out):
+        for document in iterate_documents(self._prepare.documents, self._unreadable, self._out):
             text = document.text.encode()
             if not text:
                 self.empty += 1
@@ -85,7 +89,7 @@ class Reader:
     def _check_unchanged(self) -> None:
         if self.digest.hexdigest() != self._state.digest:
             raise UserError(
-                f"{describe_documents(self._config.documents)}: has changed since this folder was begun, within the "
+                f"{describe_documents(self._prepare.documents)}: has changed since this folder was begun, within the "
                 f"first {self._state.documents} documents; delete the folder to begin again"
             )
 
@@ -105,13 +109,13 @@ class Splitter:
     back too, whatever its hash, until there is a second one.
     """
 
-    def __init__(self, config: PrepareConfig, out: Path, tokenizer: Tokenizer, state: State) -> None:
+    def __init__(self, prepare: PrepareConfig, out: Path, tokenizer: Tokenizer, state: State) -> None:
         dtype = token_dtype(tokenizer.vocab_size)
         self._tokenizer = tokenizer
-        self._share = config.validation_fraction
-        self._bound = int(config.validation_fraction * 2**64)
-        self._train = SplitWriter(out, Split.TRAIN, config.shard_tokens, dtype, state.train)
-        self._validation = SplitWriter(out, Split.VALIDATION, config.shard_tokens, dtype, state.validation)
+        self._share = prepare.validation_fraction
+        self._bound = int(prepare.validation_fraction * 2**64)
+        self._train = SplitWriter(out, Split.TRAIN, prepare.shard_tokens, dtype, state.train)
+        self._validation = SplitWriter(out, Split.VALIDATION, prepare.shard_tokens, dtype, state.validation)
         self._reserve: _Reserve | None = None
         self.cut: int | None = None
         """Number of the document that `finish` has cut, its beginning in train and its end in validation."""

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -47,18 +48,16 @@ class Batches:
         self._windows = [Windows(data.stream(split), seq_len) for data in opened]
         for data, windows in zip(opened, self._windows, strict=True):
             if not len(windows):
-                raise _too_small(data, split, len(windows), seq_len, batch_size)
+                raise _too_small(data, split, seq_len)
         self._firsts = np.cumsum([0] + [len(windows) for windows in self._windows])
         self._order = self._make_order(weights, seed)
         self.n_windows: int | None = None
-        """Those that do not fill a batch are in none. None: without end."""
+        """Those that do not fill a batch are in none, if there is a full one. None: without end."""
         self.n_batches: int | None = None
         """None: without end."""
         if split is Split.VALIDATION:
             self.n_windows = len(self._order)
-            self.n_batches = self.n_windows // batch_size
-            if not self.n_batches:
-                raise _too_small(opened[0], split, len(self._order), seq_len, batch_size)
+            self.n_batches = max(1, self.n_windows // batch_size)
         self.tokens = sum(data.info.tokens(split) for data in opened)
         """Tokens in the split, with bos and eos, over all data sets."""
         self.bytes_per_token = sum(
@@ -85,6 +84,8 @@ class Batches:
     def rows(self, step: int, rows: slice | Sequence[int]) -> Batch:
         """Some rows of batch number `step`: arrays `[len(rows), seq_len]`, see `maxlm.data.packing.pack`.
 
+        A validation split with fewer windows than a batch makes one batch, in which the last rows have no loss.
+
         Raises:
             IndexError: `step` or a row lies outside.
         """
@@ -93,13 +94,17 @@ class Batches:
         wanted = range(self.batch_size)[rows] if isinstance(rows, slice) else rows
         if any(not 0 <= row < self.batch_size for row in wanted):
             raise IndexError(f"rows {list(wanted)} of a batch of {self.batch_size}")
-        elements = np.array([self._order[step * self.batch_size + row] for row in wanted], np.int64)
+        numbers = [step * self.batch_size + row for row in wanted]
+        lacking = np.array([self.n_windows is not None and number >= self.n_windows for number in numbers], np.bool_)
+        elements = np.array([self._order[0 if no else n] for n, no in zip(numbers, lacking, strict=True)], np.int64)
         sources = np.searchsorted(self._firsts, elements, side="right") - 1
         tokens = np.empty((len(elements), self.seq_len + 1), np.int32)
         begins = np.zeros(tokens.shape, np.bool_)
         for row, (source, number) in enumerate(zip(sources, elements - self._firsts[sources], strict=True)):
             self._windows[source].fill(int(number), tokens[row], begins[row])
-        return pack(tokens, begins)
+        batch = pack(tokens, begins)
+        batch["loss_mask"][lacking] = 0
+        return batch
 
     def _make_order(self, weights: Sequence[float], seed: int) -> grain.MapDataset[int]:
         """The numbers of windows, counted through all data sets, in the order in which they are read."""
@@ -137,7 +142,7 @@ def open_batches(config: DataConfig, *, batch_size: int, seq_len: int, split: Sp
 
     Raises:
         UserError: a folder is not finished or damaged, the data sets' tokenizers differ, a split has fewer tokens than
-            a window, or validation has fewer windows than a batch.
+            a window.
     """
     opened = [open_prepared(Path(dataset.path), verify=config.verify, splits=[split]) for dataset in config.datasets]
     first = opened[0]
@@ -202,16 +207,23 @@ def _seed_of(seed: int, source: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {source}".encode()).digest()[:4], "little")
 
 
-def _too_small(data: Prepared, split: Split, windows: int, seq_len: int, batch_size: int) -> UserError:
-    tokens = data.info.tokens(split)
+def _too_small(data: Prepared, split: Split, seq_len: int) -> UserError:
+    info, tokens = data.info, data.info.tokens(split)
+    shorter = f"use train.seq_len <= {tokens - 1}" if tokens > 1 else ""
     if split is Split.TRAIN:
+        remedy = f"prepare more text or {shorter}" if shorter else "prepare more text"
         return UserError(
             f"{data.folder}: {tokens} tokens to train on are less than one window of train.seq_len = {seq_len} and the "
-            f"token after it; prepare more text or use train.seq_len <= {max(1, tokens - 1)}"
+            f"token after it; {remedy}"
         )
-    lone = data.info.documents(Split.TRAIN) == 1
-    remedy = "split the single document into several files" if lone else "raise prepare.validation_fraction"
+    remedies = [shorter] if shorter else []
+    needed, there = seq_len + 1, info.tokens(Split.TRAIN) + tokens
+    if info.cut_document is not None and 4 * needed < there:  # what is held out grows with the fraction
+        fraction = math.ceil(150 * needed / there) / 100
+        remedies.append(f"prepare it in another folder with prepare.validation_fraction = {fraction}")
+    elif not info.prepare.validation_fraction:
+        remedies.append("prepare it in another folder with prepare.validation_fraction > 0")
     return UserError(
-        f"{data.folder}: the {tokens} tokens held out make {windows} windows of train.seq_len = {seq_len}, less than "
-        f"train.batch_size = {batch_size}; {remedy}, or set train.eval_batches = 0"
+        f"{data.folder}: the {tokens} tokens held out are less than one window of train.seq_len = {seq_len} and the "
+        f"token after it; {', or '.join([*remedies, 'set train.eval_batches = 0'])}"
     )

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from maxlm.config import UserError
-from maxlm.data.shards import ShardInfo, Split, file_sha256, shard_files
+from maxlm.config.fields import config
+from maxlm.data.shards import Count, ShardInfo, Split, file_sha256, shard_files
 from maxlm.data.workers import Tokenised
 
 
-@dataclass(frozen=True, kw_only=True)
+@config("")
 class Written:
     """How far a split is written: its finished shards, and how much of the next one."""
 
     shards: tuple[ShardInfo, ...] = ()
-    tokens: int = 0
-    documents: int = 0
-    text_bytes: int = 0
+    """The finished ones."""
+    tokens: Count = 0
+    """Of the next one."""
+    documents: Count = 0
+    """Of the next one."""
+    text_bytes: Count = 0
+    """Of the next one."""
 
 
 class SplitWriter:

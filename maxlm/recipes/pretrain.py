@@ -10,6 +10,7 @@ from typing import Any
 
 from maxlm.config import ObserveConfig, Pretrain, RunConfig, UserError
 from maxlm.config.fields import shown
+from maxlm.config.model import padded_vocabulary
 from maxlm.data.loader import Batches, global_batches, open_batches
 from maxlm.data.prepare import ensure_prepared
 from maxlm.data.shards import Split
@@ -40,7 +41,8 @@ def recipe(config: RunConfig, task: Pretrain, layout: Layout) -> Recipe[LoadedRu
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"model.vocab_size = {config.model.vocab_size} is smaller than the {tokenizer.vocab_size} ids of the "
-            f"data's tokenizer ({config.data.datasets[0].path}); use at least {tokenizer.vocab_size}"
+            f"data's tokenizer ({config.data.datasets[0].path}); use at least {tokenizer.vocab_size}, best "
+            f"{padded_vocabulary(tokenizer.vocab_size)}: a multiple of 128, whose last rows no id uses"
         )
 
     def from_other_run(trainer: Trainer) -> WarmStart:
