@@ -114,8 +114,8 @@ class PrepareConfig:
     tokenizer: TokenizerSource
     """What makes tokens of it: a tokenizer, or how to train one on the documents first."""
     validation_fraction: BelowOne = 0.01
-    """Share of the documents held out; chosen by a hash of the text, so that it never changes. Of a single document
-    (or one longer than all others together, where none would be held out): of its text, at the end."""
+    """Share of the documents held out; chosen by a hash of the text, so that it never changes. Of a single document:
+    of its text, at the end."""
     shard_tokens: Positive[int] = 1 << 26
     """Tokens in one shard file, about."""
     workers: Annotated[int, Range(ge=0, note="0 means one for each core")] = 0

@@ -22,6 +22,8 @@ from maxlm.data.writer import SplitWriter, Written
 
 _BLOCK_BYTES = 1 << 20
 _BLOCK_DOCUMENTS = 4096
+_LEAST_PART = 16
+"""Bytes of a document's end that are worth holding out."""
 
 
 @config("")
@@ -104,9 +106,9 @@ class Splitter:
     """Deals documents to the two splits.
 
     While validation is empty, the document with the smallest hash so far is held back, so that at the end there is
-    one to hold out; a smaller one, or a document that belongs there, sends it to train. If it has more tokens than all
-    others together, as a single document has, it is cut: its end is held out. So the first document of all is held
-    back too, whatever its hash, until there is a second one.
+    one to hold out; a smaller one, or a document that belongs there, sends it to train. If it has nine tenths of all
+    tokens, as a single document has, it is cut: its end is held out. So the first document of all is held back too,
+    whatever its hash, until there is a second one.
     """
 
     def __init__(self, prepare: PrepareConfig, out: Path, tokenizer: Tokenizer, state: State) -> None:
@@ -161,7 +163,7 @@ class Splitter:
     def finish(self) -> tuple[tuple[ShardInfo, ...], tuple[ShardInfo, ...]]:
         """Close all files; the shards of train and of validation."""
         if (reserve := self._reserve) is not None:
-            most = len(reserve.tokenised.tokens) > self._train.total_tokens
+            most = len(reserve.tokenised.tokens) > 9 * self._train.total_tokens
             if most and (begin := last_part(reserve.text, self._share)):
                 self._train.append(tokenise(self._tokenizer, [reserve.text[:begin]]))
                 self._validation.append(tokenise(self._tokenizer, [reserve.text[begin:]]))
@@ -182,8 +184,10 @@ class Splitter:
 
 def last_part(text: bytes, share: float) -> int:
     """Where the last part of a text begins, `share` of its bytes or a little more: with a line, if one begins near
-    there (so that the part becomes no more than a quarter larger), else with a character. 0: it cannot be cut."""
+    there (so that the part becomes no more than a quarter larger), else with a character. 0: it is too short."""
     begin = len(text) - math.ceil(share * len(text))
+    if len(text) - begin < _LEAST_PART:
+        return 0
     line = text.rfind(b"\n", 0, begin) + 1
     if line and begin - line <= (len(text) - begin) / 4:
         return line

@@ -218,7 +218,8 @@ def _too_small(data: Prepared, split: Split, seq_len: int) -> UserError:
         )
     remedies = [shorter] if shorter else []
     needed, there = seq_len + 1, info.tokens(Split.TRAIN) + tokens
-    if info.cut_document is not None and 4 * needed < there:  # what is held out grows with the fraction
+    single = info.cut_document is not None or info.documents(Split.TRAIN) == 1
+    if single and 4 * needed < there:  # what is held out grows with the fraction
         fraction = math.ceil(150 * needed / there) / 100
         remedies.append(f"prepare it in another folder with prepare.validation_fraction = {fraction}")
     elif not info.prepare.validation_fraction:

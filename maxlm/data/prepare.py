@@ -35,8 +35,8 @@ def prepare(config: PrepareConfig, out: Path) -> DatasetInfo:
     """Tokenise all documents into shards in `out`; a finished `out` of the same config is returned as it is.
 
     A document belongs to the validation split if a hash of its text, as a fraction of all 64-bit numbers, is below
-    `validation_fraction`. If that takes none, the document with the smallest hash is held out; of one that has more
-    tokens than all others together, the last part.
+    `validation_fraction`. If that takes none, the document with the smallest hash is held out; of one that has nine
+    tenths of all tokens, the last part.
 
     Killed at any moment and called again, it continues; the final bytes depend only on the documents and the config
     without `workers` and `strict`. Memory: a few blocks of a megabyte for each worker and the longest document; while
@@ -196,8 +196,8 @@ def _run(config: PrepareConfig, out: Path, tokenizer: Tokenizer) -> DatasetInfo:
     n_train, n_validation = (sum(shard.tokens for shard in shards) for shards in (train, validation))
     if not validation and config.validation_fraction:
         _warn(
-            "a single document of one character: nothing is held out; prepare more text, or train with "
-            "--train.eval_batches 0"
+            "a single, short document: nothing is held out; prepare more text, use a larger --validation_fraction, or "
+            "train with --train.eval_batches 0"
         )
     if n_validation > n_train and config.validation_fraction < 0.5:
         _warn(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from faults import checkpoints, environment, kills, operations, ranks, settings, values, writers
+from faults import checkpoints, documents, environment, kills, operations, ranks, settings, values, writers
 from faults.case import Case
 
 
@@ -18,3 +18,4 @@ def all_cases() -> Iterator[Case]:
     yield from writers.cases()
     yield from checkpoints.cases()
     yield from environment.cases()
+    yield from documents.cases()
