@@ -220,24 +220,28 @@ class Shard:
         low = max(0, int(self._some_offsets.searchsorted(first)) - 1) * _STRIDE
         high = min(self.info.documents, int(self._some_offsets.searchsorted(first + count)) * _STRIDE)
         offsets = self._read(self._offsets_file, _OFFSET, low, max(0, high - low))
-        inside = offsets[offsets.searchsorted(first) : offsets.searchsorted(first + count)] - first
-        if len(inside) and not (inside[0] >= 0 and inside[-1] < count and bool((np.diff(inside) > 0).all())):
-            raise UserError(f"{self._offsets_file}: its offsets do not rise; {_REMEDY}")
-        return inside
+        return offsets[(offsets >= first) & (offsets < first + count)] - first
 
     @functools.cached_property
     def _some_offsets(self) -> npt.NDArray[np.int64]:
-        return self._read(self._offsets_file, _OFFSET, 0, self.info.documents)[::_STRIDE].copy()
+        offsets = self._read(self._offsets_file, _OFFSET, 0, self.info.documents)
+        rise = (
+            len(offsets) and offsets[0] == 0 and offsets[-1] < self.info.tokens and bool((np.diff(offsets) > 0).all())
+        )
+        if not rise:
+            raise UserError(f"{self._offsets_file}: its offsets do not rise from 0 below {self.info.tokens}; {_REMEDY}")
+        return offsets[::_STRIDE].copy()
 
     def _read(self, file: Path, dtype: np.dtype[Any], first: int, count: int) -> npt.NDArray[Any]:
         """`[count]` numbers of a file from number `first` on."""
         size, begin = count * dtype.itemsize, first * dtype.itemsize
         try:
             content = os.pread(_open(self, file).number, size, begin)
+            left = size if len(content) == size else os.stat(file).st_size
         except OSError as error:
             raise Failure(f"{file}: cannot be read any more ({error.strerror}); run the same command again") from error
         if len(content) < size:
-            raise UserError(f"{file}: ends after {begin + len(content)} bytes: it was cut while in use; {_REMEDY}")
+            raise UserError(f"{file}: was cut while in use: {left} bytes are left; {_REMEDY}")
         return np.frombuffer(content, dtype)
 
     def check(self, verify: bool) -> None:
