@@ -336,7 +336,7 @@ def test_json_of_ours_has_limits(tmp_path: Path) -> None:
         (b"\xef\xbb\xbf{}", None),
         (b'{"a": {"b": 1}}', None),
         (b"", "config.json: not JSON"),
-        (b"5", "config.json: holds int, must hold a JSON object"),
+        (b"5", "config.json: holds int, must be a JSON object"),
         (b"\xff", "config.json: not JSON"),
         (b'{"a": {"b": [0, ' + b"1" * 5000 + b"]}}", r"config\.json: a\.b\.1 is an integer of 5,000 digits"),
         (b'{"a": 1, "a": 2}', "config.json: not JSON .*'a' stands twice"),

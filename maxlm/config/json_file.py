@@ -19,6 +19,9 @@ MAX_DIGITS = 300
 """Of an integer."""
 
 
+_WHAT = "a JSON object that maxlm wrote"
+
+
 @dataclass(frozen=True)
 class _TooLong:
     """Stands where an integer had too many digits, until its key is known."""
@@ -51,12 +54,12 @@ def kind_of(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "a device")
 
 
-def read_object(path: Path, what: str = "a JSON object that maxlm wrote") -> dict[str, Any]:
+def read_object(path: Path, what: str = _WHAT) -> dict[str, Any]:
     """The object in a file.
 
     Args:
         path: the file.
-        what: what it should be, for the message where it cannot be read.
+        what: what it must be, for messages.
 
     Raises:
         UserError: the file cannot be read, or `parse_object` refuses it.
@@ -64,11 +67,11 @@ def read_object(path: Path, what: str = "a JSON object that maxlm wrote") -> dic
     try:
         content = read_bytes(path, MAX_BYTES)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); name {what}") from error
-    return parse_object(content, path)
+        raise UserError(f"{path}: cannot be read ({error.strerror}), must be {what}") from error
+    return parse_object(content, path, what)
 
 
-def parse_object(content: bytes, path: Path) -> dict[str, Any]:
+def parse_object(content: bytes, path: Path, what: str = _WHAT) -> dict[str, Any]:
     """The object that the bytes of a file spell. A byte order mark is passed over.
 
     Raises:
@@ -82,7 +85,7 @@ def parse_object(content: bytes, path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); restore the file") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}: holds {type(value).__name__}, must hold a JSON object; restore the file")
+        raise UserError(f"{path}: holds {type(value).__name__}, must be {what}")
     for key, depth, inner in _values(value):
         if depth > MAX_DEPTH:
             raise UserError(f"{path}: {_too_deep(key[:60])}")
@@ -95,7 +98,7 @@ def parse_object(content: bytes, path: Path) -> dict[str, Any]:
 
 
 def _too_deep(key: str) -> str:
-    return f"{key} is nested more than {MAX_DEPTH} deep; restore the file"
+    return f"not JSON that maxlm wrote: {key} is nested more than {MAX_DEPTH} deep; restore the file"
 
 
 def _integer(digits: str) -> int | _TooLong:

@@ -61,7 +61,8 @@ def load(cls: type[T], path: Path) -> T:
     Raises:
         UserError: the file is missing, `read_object` refuses it, or it does not fit `cls`.
     """
-    values = read_object(path, f"a saved {cls.__name__}; is this a run folder?")
+    hint = " (is this a run folder?)" if cls is RunConfig else ""
+    values = read_object(path, f"the object of a saved {cls.__name__}{hint}")
     try:
         return from_dict(cls, values)
     except UserError as error:

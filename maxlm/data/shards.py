@@ -225,11 +225,9 @@ class Shard:
     @functools.cached_property
     def _some_offsets(self) -> npt.NDArray[np.int64]:
         offsets = self._read(self._offsets_file, _OFFSET, 0, self.info.documents)
-        rise = (
-            len(offsets) and offsets[0] == 0 and offsets[-1] < self.info.tokens and bool((np.diff(offsets) > 0).all())
-        )
-        if not rise:
-            raise UserError(f"{self._offsets_file}: its offsets do not rise from 0 below {self.info.tokens}; {_REMEDY}")
+        last = self.info.tokens
+        if not (len(offsets) and offsets[0] == 0 and (np.diff(offsets, append=last) > 0).all()):
+            raise UserError(f"{self._offsets_file}: its offsets do not rise from 0 to less than {last}; {_REMEDY}")
         return offsets[::_STRIDE].copy()
 
     def _read(self, file: Path, dtype: np.dtype[Any], first: int, count: int) -> npt.NDArray[Any]:

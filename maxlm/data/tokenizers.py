@@ -300,7 +300,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 def _read_descriptor(folder: Path) -> dict[str, Any]:
     file = folder / _DESCRIPTOR
-    descriptor = read_object(file, "a folder with a saved tokenizer's descriptor")
+    descriptor = read_object(file, "a saved tokenizer's descriptor")
     kinds = [kind.value for kind in TokenizerKind]
     for key, fits in (("kind", descriptor.get("kind") in kinds), ("fingerprint", True), ("eos", True), ("bos", True)):
         value = descriptor.get(key, "" if key in ("eos", "bos") else None)
