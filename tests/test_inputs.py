@@ -332,6 +332,7 @@ def test_a_panic_of_the_tokenizers_library_is_one_line(tmp_path: Path) -> None:
 
 def test_json_of_ours_has_limits(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
+    deep = b'{"a": ' * (MAX_DEPTH + 1) + b"1" + b"}" * (MAX_DEPTH + 1)
     for content, words in (
         (b"\xef\xbb\xbf{}", None),
         (b'{"a": {"b": 1}}', None),
@@ -341,7 +342,7 @@ def test_json_of_ours_has_limits(tmp_path: Path) -> None:
         (b'{"a": {"b": [0, ' + b"1" * 5000 + b"]}}", r"config\.json: a\.b\.1 is an integer of 5,000 digits"),
         (b'{"a": 1, "a": 2}', "config.json: not JSON .*'a' stands twice"),
         (b"[" * 100_000, "config.json: .* nested more than 64 deep"),
-        (b'{"a": ' * (MAX_DEPTH + 1) + b"1" + b"}" * (MAX_DEPTH + 1), r"config\.json: .*a\.a.* nested more than 64 deep"),
+        (deep, r"config\.json: .*a\.a.* nested more than 64 deep"),
     ):
         file.write_bytes(content)
         if words is None:

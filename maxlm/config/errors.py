@@ -16,7 +16,7 @@ class UserError(Exception):
     exit_code = 2
 
 
-class Failure(UserError):
+class MachineFailure(UserError):
     """What broke by itself, such as a disk or a process, and may go well when it is tried again."""
 
     exit_code = 1

@@ -39,7 +39,8 @@ def read_bytes(path: Path, limit: int | None = None) -> bytes:
     Raises:
         OSError: it cannot be read, is no regular file, or has more bytes than `limit`.
     """
-    if not stat.S_ISREG(mode := path.stat().st_mode):
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # what opening a folder says is clear
         raise OSError(0, f"{kind_of(mode)}, not a file", str(path))
     with path.open("rb") as stream:
         content = stream.read() if limit is None else stream.read(limit + 1)
@@ -50,7 +51,7 @@ def read_bytes(path: Path, limit: int | None = None) -> bytes:
 
 def kind_of(mode: int) -> str:
     """What `st_mode` says a path is, where it is no regular file."""
-    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+    kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
     return kinds.get(stat.S_IFMT(mode), "a device")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from maxlm.config import Files, UserError
-from maxlm.config.errors import Failure, pip_install
+from maxlm.config.errors import MachineFailure, pip_install
 from maxlm.config.json_file import kind_of
 from maxlm.data.documents import RefusedInput, Unreadable, shown
 from maxlm.data.shards import RECORD, TOKENIZER, UNFINISHED
@@ -117,7 +117,7 @@ def counted(file: Path, unreadable: Unreadable) -> Iterator[None]:
     """Count what cannot be read of a file, and go on after it.
 
     Raises:
-        Failure: the disk or the network fails: what was read would depend on the day.
+        MachineFailure: the disk or the network fails: what was read would depend on the day.
     """
     try:
         yield
@@ -125,7 +125,9 @@ def counted(file: Path, unreadable: Unreadable) -> Iterator[None]:
         unreadable.report(shown(file), refused.row, refused.reason)
     except OSError as error:
         if error.errno not in _OF_THIS_FILE:
-            raise Failure(f"{shown(file)}: cannot be read ({error.strerror}); run the same command again") from error
+            raise MachineFailure(
+                f"{shown(file)}: cannot be read ({error.strerror}); run the same command again"
+            ) from error
         unreadable.report(shown(file), None, f"cannot be read ({error.strerror})")
 
 

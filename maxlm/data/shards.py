@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from maxlm.config import PrepareConfig, UserError, serialize
-from maxlm.config.errors import Failure
+from maxlm.config.errors import MachineFailure
 from maxlm.config.fields import Range, config
 from maxlm.data.tokenizers import Tokenizer, load_tokenizer
 
@@ -200,7 +200,7 @@ class Shard:
 
         Raises:
             UserError: one is not in the vocabulary, or the file has become shorter.
-            Failure: the disk fails.
+            MachineFailure: the disk fails.
         """
         ids = self._read(self._tokens_file, self._dtype, first, count)
         if count and (largest := int(ids.max())) >= self._vocab_size:
@@ -215,7 +215,7 @@ class Shard:
 
         Raises:
             UserError: the offsets cannot be those of this shard, or the file has become shorter.
-            Failure: the disk fails.
+            MachineFailure: the disk fails.
         """
         low = max(0, int(self._some_offsets.searchsorted(first)) - 1) * _STRIDE
         high = min(self.info.documents, int(self._some_offsets.searchsorted(first + count)) * _STRIDE)
@@ -237,7 +237,9 @@ class Shard:
             content = os.pread(_open(self, file).number, size, begin)
             left = size if len(content) == size else os.stat(file).st_size
         except OSError as error:
-            raise Failure(f"{file}: cannot be read any more ({error.strerror}); run the same command again") from error
+            raise MachineFailure(
+                f"{file}: cannot be read any more ({error.strerror}); run the same command again"
+            ) from error
         if len(content) < size:
             raise UserError(f"{file}: was cut while in use: {left} bytes are left; {_REMEDY}")
         return np.frombuffer(content, dtype)
@@ -302,7 +304,7 @@ class TokenStream:
 
         Raises:
             UserError: a shard holds what cannot be, or has become shorter since it was checked.
-            Failure: the disk fails.
+            MachineFailure: the disk fails.
         """
         number = int(np.searchsorted(self._starts, start, side="right")) - 1
         done = 0

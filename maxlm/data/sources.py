@@ -30,7 +30,7 @@ def iterate_documents(
 
     Raises:
         UserError: a path is missing, nothing is found at all, an extra is not installed, or `unreadable.strict`.
-        Failure: the disk fails.
+        MachineFailure: the disk fails.
     """
     match documents:
         case StandardLibrary():

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from maxlm.config import UserError
-from maxlm.config.errors import Failure
+from maxlm.config.errors import MachineFailure
 from maxlm.data.shards import token_dtype
 from maxlm.data.tokenizers import Tokenizer, load_tokenizer
 
@@ -96,7 +96,7 @@ def tokenise_blocks(
 
     Raises:
         UserError: the tokenizer fails on a text.
-        Failure: a process died, is stopped, or does not answer.
+        MachineFailure: a process died, is stopped, or does not answer.
     """
     if workers == 1:
         tokenizer = load_tokenizer(folder)
@@ -140,11 +140,11 @@ def _answer(block: DocumentBlock, answer: Future[Tokenised], workers: Sequence[_
         except TimeoutError:
             stopped = stopped + 1 if any(worker.stopped() for worker in workers) else 0
             if stopped >= _STOPPED_PATIENCE:
-                raise Failure(
+                raise MachineFailure(
                     f"a tokenising process is stopped (SIGSTOP) and has not gone on for {stopped} s; run the same "
                     "command again to continue"
                 ) from None
-    raise Failure(
+    raise MachineFailure(
         f"a tokenising process has not answered for {limit} s to {size:,} bytes of text, and is given up; run the same "
         "command again to continue, with a smaller prepare.workers if the machine is overloaded"
     )
@@ -168,7 +168,7 @@ class _Worker:
             self._connection.send(texts)
             answer: Tokenised | UserError | str = self._connection.recv()
         except (EOFError, OSError) as error:
-            raise Failure(
+            raise MachineFailure(
                 f"a tokenising process died (exit code {self._process.wait()}), perhaps for want of memory; run the "
                 "same command again to continue, with a smaller prepare.workers if it happens again"
             ) from error

@@ -111,7 +111,10 @@ def report_step(run_dir: Path) -> int | None:
 def _read_object(path: Path) -> dict[str, Any]:
     if not path.exists() or path.is_char_device() or path.is_fifo():  # those have no end
         return {}
-    return read_object(path)
+    try:
+        return read_object(path)
+    except UserError as error:  # the caller names the file
+        raise UserError(str(error).removeprefix(f"{path}: ")) from error
 
 
 def _subtitle(facts: Mapping[str, Any], metrics: Sequence[Row]) -> str:
