@@ -238,7 +238,7 @@ class Shard:
             left = size if len(content) == size else os.stat(file).st_size
         except OSError as error:
             raise MachineFailure(
-                f"{file}: cannot be read any more ({error.strerror}); run the same command again"
+                f"{file}: cannot be read any more ({error.strerror}); run the command again"
             ) from error
         if len(content) < size:
             raise UserError(f"{file}: was cut while in use: {left} bytes are left; {_REMEDY}")
