@@ -22,6 +22,7 @@ from maxlm.config import (
     ConstantSchedule,
     Context,
     Dropless,
+    ExecutionConfig,
     ExpertChoiceRouter,
     Experts,
     KernelConfig,
@@ -32,8 +33,11 @@ from maxlm.config import (
     SigmoidRouter,
     TopKRouter,
     UserError,
+    llama,
     with_experts,
 )
+from maxlm.config.layout_rules import broken_layout_rules
+from maxlm.config.model import padded_vocabulary
 from maxlm.sharding import make_layout
 from maxlm.training import make_trainer
 
@@ -244,3 +248,13 @@ def test_the_check_above_can_tell() -> None:
     ):
         assert can_run(small_run(small_model(), sharding)) == works == (not complaints(small_run(sharding=sharding), 8))
     assert np.prod(list(axis_sizes(ShardingConfig(data=1, tensor=8)).values())) == 8
+
+
+def test_a_vocabulary_may_be_padded() -> None:
+    model = llama(vocab_size=50_257, d_model=64, n_layers=2, n_heads=4, d_ff=128, max_seq_len=64)
+    sharding, sizes = ShardingConfig(data=1, tensor=4), {"batch_size": 8, "seq_len": 64, "micro_batches": 1}
+    (line,) = broken_layout_rules(model, sharding, ExecutionConfig(), n_devices=4, **sizes)
+    assert "sharding.tensor = 4 does not divide model.vocab_size = 50257" in line
+    assert "use model.vocab_size = 50304, whose last rows no id uses" in line
+    assert padded_vocabulary(50_304) == 50_304
+    assert padded_vocabulary(50_257, 3) == 50_304 == 131 * 384
