@@ -36,6 +36,7 @@ def left(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         raise AssertionError
 
     monkeypatch.setattr("maxlm.processes.ranks.leave", leave)
+    monkeypatch.setattr("maxlm.processes.ranks._UNWIND_S", 3600.0)  # the process goes on
     return seen
 
 

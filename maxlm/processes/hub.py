@@ -65,6 +65,13 @@ class Hub(Several):
         self._to_all({"call": self._calls, "value": value})
         return value
 
+    def begin_loop(self) -> None:
+        super().begin_loop()
+        with self._changed:
+            self._own_at = None
+            for member in self._members.values():
+                member.at = None
+
     def meet(self, what: str) -> None:
         self._calls += 1
 

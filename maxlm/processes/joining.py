@@ -183,7 +183,7 @@ def _join(limits: LimitsConfig) -> None:
         return
     if here.size == 1:
         return
-    on_this_machine = here.host in ("localhost", "127.0.0.1", "::1", socket.gethostname())
+    on_this_machine = here.host in ("localhost", "127.0.0.1", "::1")
     seconds = limits.join_s or (_JOIN_HERE_S if on_this_machine else _JOIN_S)
     if here.rank == 0:
         hub = Hub(_listen(here, seconds), here.size, limits)

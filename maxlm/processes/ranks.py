@@ -22,6 +22,8 @@ from maxlm.processes.wire import BEAT_S, SILENT_S
 
 _GRACE_S = 2.0
 """What a failing collective waits for, lest it hide the cause: the rank that broke it."""
+_UNWIND_S = 8.0
+"""What is left to a rank that has told its error: a save that waits for ranks which are gone would take minutes."""
 _FIRST_WORD_S, _NEXT_WORD_S = 10.0, 30.0
 """When a line says what is being waited for."""
 
@@ -74,6 +76,9 @@ class Ranks:
         Raises:
             UserError: it takes longer than limits.prepare_s.
         """
+
+    def begin_loop(self) -> None:
+        """Forget what an earlier run of these processes was asked; for every rank, between two calls of `meet`."""
 
     def stops_after(self, step: int, *, asked: bool, last: int) -> bool:
         """Whether all ranks stop after `step` steps, since one was asked to; for every rank after every step before the
@@ -187,6 +192,15 @@ class Several(Ranks):
         assert self._stop_at is not None
         return step >= self._stop_at
 
+    def _leave_anyway(self, report: dict[str, Any]) -> None:
+        time.sleep(_UNWIND_S)
+        leave(lines(report), int(report["code"]))
+
+    def begin_loop(self) -> None:
+        with self._changed:
+            self._hold = self._final = self._asked = False
+            self._stop_at = None
+
     def _held(self) -> None:
         """Some rank wants to stop."""
         with self._changed:
@@ -211,6 +225,7 @@ class Several(Ranks):
         if isinstance(error, RankError):  # all know
             return
         self._to_all({"end": report})
+        threading.Thread(target=self._leave_anyway, args=(report,), daemon=True).start()
         if isinstance(error, UserError):
             error.args = (lines(report),)
         elif isinstance(error, Exception):

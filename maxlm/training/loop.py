@@ -163,10 +163,9 @@ def run(
     check_allowed(config, allow_change)
     train, run_dir = config.train, Path(config.run_dir)
 
-    with contextlib.ExitStack() as stack:
+    # An error is told to the other ranks before anything is closed, which may wait for them.
+    with Interruption() as interruption, contextlib.ExitStack() as stack, joined(config.limits) as ranks:
         # ---- Devices, folder, recipe ---------------------------------------------------------------------------------
-        interruption = stack.enter_context(Interruption())
-        ranks = stack.enter_context(joined(config.limits))
         allowed = {"--allow_change": list(allow_change)}
         require_same("settings and code", serialize.flatten(config) | allowed | code_fingerprint())
         devices = all_devices()
@@ -236,6 +235,7 @@ def run(
         watchdog = stack.enter_context(Watchdog(config.limits))
         profile = ProfileWindow(config.train.profile_steps, run_dir, log.say, log.switched_off)
         tokens_per_step = train.batch_size * train.seq_len
+        ranks.begin_loop()
         ranks.meet("compile the train step")
         interruption.loop_begins()
         log.start_clock(start, start * tokens_per_step)

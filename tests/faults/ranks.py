@@ -104,7 +104,7 @@ def two(
         ]
 
 
-def end(running: list[Running], codes: tuple[int, ...], *words: str, within: float = 4 * SOON_S) -> str:
+def end(running: list[Running], codes: tuple[int, ...], *words: str, within: float = 8 * SOON_S) -> str:
     """All of them end with these codes, say these words in one line, and nothing that a C++ library has to say."""
     began = time.monotonic()
     ended = [one.end(timeout=within) for one in running]
