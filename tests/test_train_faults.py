@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import random
 import resource
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from train_runs import STEPS, Bench, Ended, Running, contents, final_hash, flip_byte, inspect, losses, rows
+from train_runs import STEPS, Bench, Ended, contents, final_hash, flip_byte, inspect, losses, rows
 
-from maxlm.checkpoint import retention as folders
 from maxlm.checkpoint.lock import lock_run
 from maxlm.checkpoint.store import Store
 from maxlm.data.prepare import prepare
@@ -161,38 +158,6 @@ def test_a_full_disk_ends_the_run_and_keeps_the_older_checkpoint(bench: Bench, t
     assert contents(run_dir / "checkpoints" / "40") == before
     assert bench.run(run_dir).code == 0
     assert_same_end(run_dir, bench.reference)
-
-
-@pytest.mark.slow
-def test_kills_at_any_moment_leave_no_trace(bench: Bench, tmp_path: Path) -> None:
-    # A state that takes as long to write as two steps take, so that saving never ends.
-    larger = "--model.d_model=128", "--checkpoint.every=2", f"--train.steps={STEPS}"
-    assert bench.run(tmp_path / "undisturbed", *larger).code == 0
-    run_dir = tmp_path / "killed"
-    rng = random.Random(0)
-    moments = ["starting", "training", "saving", "saving", "training"] * 2
-    for moment in moments:
-        with bench.start(run_dir, *larger) as running:
-            match moment:
-                case "starting":
-                    time.sleep(rng.uniform(0.0, 3.0))
-                case "training":
-                    running.read_steps(rng.randint(1, 6))
-                    time.sleep(rng.uniform(0.0, 0.05))
-                case "saving":
-                    running.read_steps(rng.randint(1, 3))
-                    _wait_for_a_save(running, run_dir)
-            running.send(signal.SIGKILL)
-            assert running.end().code == -signal.SIGKILL
-    assert bench.run(run_dir, *larger).code == 0
-    assert_same_end(run_dir, tmp_path / "undisturbed")
-    assert all(step["status"] == "ok" for step in inspect(run_dir, "--verify")["steps"])
-
-
-def _wait_for_a_save(running: Running, run_dir: Path) -> None:
-    """Read on until a checkpoint lies there unfinished."""
-    while not folders.unfinished(run_dir / "checkpoints"):
-        running.read_steps(1)
 
 
 # Other devices
