@@ -6,22 +6,12 @@ import functools
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from train_runs import Bench
-
 from faults.case import Case
-from faults.tools import Ended, command, flip_bit, small_disk
-
-
-@functools.cache
-def bench() -> Bench:
-    """Data, config and compiled programs of all cases here."""
-    folder = Path(tempfile.mkdtemp(prefix="faults-"))
-    folder.chmod(0o755)  # for the cases of another user
-    return Bench(folder)
+from faults.runs import bench
+from faults.tools import Ended, command, flip_bit, once, small_disk
 
 
 def train(run_dir: Path, steps: int = 4, *more: str, **how: object) -> Ended:
@@ -87,7 +77,7 @@ def any_name(folder: Path, name: str) -> str:
 # ---- Manifests -------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
+@once
 def trained() -> Path:
     """A run of steps 2, 4 and 6; copy it."""
     run_dir = bench().folder / "faults"

@@ -12,6 +12,7 @@ from train_runs import STEPS, Running, final_hash, inspect, losses
 
 from faults.case import Case
 from faults.runs import bench
+from faults.tools import once
 from maxlm.checkpoint import retention
 
 ROUNDS, KILLS = 10, 10
@@ -20,7 +21,7 @@ LARGER = "--model.d_model=128", "--checkpoint.every=2", f"--train.steps={STEPS}"
 MOMENTS = ("starting", "training", "saving")
 
 
-@functools.cache
+@once
 def undisturbed() -> Path:
     run_dir = bench().folder / "undisturbed"
     ended = bench().run(run_dir, *LARGER)
@@ -37,7 +38,7 @@ def wait_for(moment: str, running: Running, run_dir: Path, rng: random.Random) -
             time.sleep(rng.uniform(0.0, 0.05))
         case "saving":
             running.read_steps(1)
-            while running.process.poll() is None and not retention.unfinished(run_dir / "checkpoints"):
+            while running.process.poll() is None and not retention.temporary(run_dir / "checkpoints"):
                 running.read_steps(1)
 
 
@@ -50,8 +51,8 @@ def killed_again_and_again(seed: int, kills: int, folder: Path) -> str:
             wait_for(moments[-1], running, run_dir, rng)
             running.process.kill()
             running.process.communicate()
-        reached.append(inspect(run_dir)["latest"] if (run_dir / "checkpoints").exists() else 0)
-    assert reached == sorted(reached, key=lambda step: step or 0), f"a finished step was lost: {reached}"
+        reached.append(max(retention.finished(run_dir / "checkpoints"), default=0))
+    assert reached == sorted(reached), f"a finished step was lost: {reached}"
     ended = bench().run(run_dir, *LARGER)
     assert ended.code == 0, ended.err
     assert final_hash(run_dir) == final_hash(reference) and losses(run_dir) == losses(reference)

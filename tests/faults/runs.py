@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import atexit
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -10,13 +10,16 @@ from pathlib import Path
 
 from train_runs import Bench
 
-from faults.tools import Ended, command
+from faults.tools import Ended, command, once
 
 
-@functools.cache
+@once
 def bench() -> Bench:
-    """Made once a process."""
-    return Bench(Path(tempfile.mkdtemp(prefix="maxlm-faults-")) / "bench")
+    """Data, config and compiled programs, gone with this process."""
+    folder = Path(tempfile.mkdtemp(prefix="maxlm-faults-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder.chmod(0o755)  # for the cases of another user
+    return Bench(folder / "bench")
 
 
 def train(
@@ -35,7 +38,7 @@ def train(
     )
 
 
-@functools.cache
+@once
 def _finished() -> Path:
     run_dir = bench().folder / "finished"
     ended = train(run_dir)

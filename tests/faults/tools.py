@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+T = TypeVar("T")
 ROOT = Path(__file__).parent.parent.parent
+
+
+def once(make: Callable[[], T]) -> Callable[[], T]:
+    """Made at the first call, while cases in other threads wait."""
+    lock, made = threading.RLock(), list[T]()
+
+    @functools.wraps(make)
+    def get() -> T:
+        with lock:
+            if not made:
+                made.append(make())
+            return made[0]
+
+    return get
 
 
 @dataclass(frozen=True, kw_only=True)
