@@ -15,13 +15,24 @@ pass of the last layer, when everything still is saved and the gradients of all 
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import assert_never
+from typing import NamedTuple, assert_never
 
 from maxlm import shapes
-from maxlm.config import ACTIVATION_DIMS, BlockConfig, RunConfig, StatePart, Zero, pipeline_ticks
+from maxlm.config import (
+    ACTIVATION_DIMS,
+    BlockConfig,
+    Dtype,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    StatePart,
+    Zero,
+    pipeline_ticks,
+)
 from maxlm.plan.block_memory import BlockMemory, block_memory
 from maxlm.plan.machines import Platform
 from maxlm.plan.work import layer_runs, local_tokens, loss_tokens
@@ -92,6 +103,80 @@ def cache_bytes(config: RunConfig, n_devices: int) -> int:
     return 2 * rows * config.model.max_seq_len * numbers * config.execution.dtype.itemsize
 
 
+class _State(NamedTuple):
+    """Bytes of what has the size of parameters, whatever remat and micro-batches are; see `MemoryEstimate`."""
+
+    parameters: int
+    optimizer: int
+    gradients: int
+    """Of one micro-batch."""
+    moment: int
+    """Float32 numbers of every parameter, cut as the optimizer's."""
+    stacked: int
+    """The stacks of layers among the parameters."""
+    hoisted: int
+    """What XLA moves out of the loop over the layers, because it does not depend on the turn."""
+    gathered: tuple[int, ...]
+    """Weights of a layer of each block of the pattern that are there at one time, in the compute dtype."""
+
+
+@functools.cache  # a search asks for it with all remat policies and micro-batches
+def _state(
+    model: ModelConfig,
+    optimizer: OptimizerConfig,
+    sizes: tuple[tuple[str, int], ...],
+    zero: Zero,
+    dtype: Dtype,
+    platform: Platform,
+) -> _State:
+    arrays, axes, itemsize = shapes.arrays(model), dict(sizes), dtype.itemsize
+    stacks = [array for array in arrays if array.dims[0] == "layers"]
+
+    def cut(arrays: Iterable[Array], part: StatePart = StatePart.PARAMETERS, size: int = FLOAT32) -> int:
+        return sum(device_bytes(array, axes, zero, part, size) for array in arrays)
+
+    def kept(array: Array) -> int:
+        state = optimizer.state(array.shape, model.repeats)
+        return sum(cut([array], StatePart.OPTIMIZER, size) for size in state.like_parameter) + state.everywhere
+
+    match platform:
+        case Platform.CPU:
+            hoisted = cut(stacks)  # seen in every program, not explained
+        case Platform.TPU:
+            # Products take the compute dtype, and the cast of the whole stack is done once.
+            hoisted = 0 if itemsize == FLOAT32 else cut(stacks, size=itemsize)
+        case Platform.GPU:
+            # A gather needs its dim first: the float32 stack of what fsdp cuts along its last dim is turned round.
+            turned = zero is Zero.PARAMETERS and axes["fsdp"] > 1
+            hoisted = cut(array for array in stacks if array.dims[-1] == "embed") if turned else 0
+        case _:
+            assert_never(platform)
+    # Under ZeRO-2 TPUs scatter each layer's gradients at once, GPUs those of all layers after the loop.
+    gradients = StatePart.GRADIENTS if platform is Platform.TPU else StatePart.PARAMETERS
+    return _State(
+        parameters=cut(arrays),
+        optimizer=sum(map(kept, arrays)),
+        gradients=cut(arrays, gradients),
+        moment=cut(arrays, StatePart.OPTIMIZER),
+        stacked=cut(stacks),
+        hoisted=hoisted,
+        gathered=tuple(itemsize * _gathered(arrays, f"blocks/{i}/", axes, zero) for i in range(len(model.blocks))),
+    )
+
+
+def _gathered(arrays: Sequence[Array], prefix: str, sizes: Mapping[str, int], zero: Zero) -> int:
+    """Gathered weights of one layer that are there at one time: numbers."""
+    whole = {**sizes, "fsdp": 1, "stage": 1}
+    own = [array for array in arrays if array.name.startswith(prefix) and array.part is not Part.NORMS]
+    numbers = lambda array: math.prod(device_shape(array, whole, zero)) // array.stacked
+    attention = sum(numbers(array) for array in own if array.part is Part.ATTENTION)
+    mlp = [numbers(array) for array in own if array.part is not Part.ATTENTION]
+    if any(array.part is Part.EXPERTS for array in own):
+        # Experts are gathered by hand, all three matrices at once, and so are their gradients.
+        return 2 * sum(mlp)
+    return max(attention, 2 * max(mlp))
+
+
 @dataclass(frozen=True)
 class _Step:
     config: RunConfig
@@ -99,78 +184,53 @@ class _Step:
     platform: Platform
 
     def estimate(self) -> MemoryEstimate:
-        arrays = shapes.arrays(self.config.model)
-        bytes_of = lambda part: sum(device_bytes(array, self.sizes, self.zero, part) for array in arrays)
-        # Under ZeRO-2 TPUs scatter each layer's gradients at once, GPUs those of all layers after the loop.
-        tpu = self.platform is Platform.TPU
-        gradients, accumulated = bytes_of(StatePart.GRADIENTS if tpu else StatePart.PARAMETERS), 0
-        if self.sizes["stage"] > 1:
-            accumulated = self._stacked(arrays)  # the pipeline's turns add up, layer by layer
-        elif self.config.train.micro_batches > 1:
-            # Also under ZeRO-1: the compiler cuts the sum as the optimizer, its only reader, wants it.
-            accumulated = bytes_of(StatePart.OPTIMIZER)
-        moved = self._stacked(arrays) if self.config.sharding.virtual_stages > 1 else 0  # to the stages they run on
-        return MemoryEstimate(
-            parameters=bytes_of(StatePart.PARAMETERS),
-            optimizer=sum(self._optimizer(array) for array in arrays),
-            batch=5 * 4 * local_tokens(self.config, self.sizes),
-            gradients=gradients + accumulated,
-            accumulated=accumulated if self.sizes["stage"] == 1 else 0,
-            copies=self._hoisted(arrays) + moved,
-            activations=self._activations(),
-            logits=self._logits(),
-            working=self._working(arrays),
+        config, accumulated = self.config, 0
+        state = _state(
+            config.model,
+            config.optimizer,
+            tuple(self.sizes.items()),
+            config.sharding.zero,
+            config.execution.dtype,
+            self.platform,
         )
-
-    @property
-    def zero(self) -> Zero:
-        return self.config.sharding.zero
+        if self.sizes["stage"] > 1:
+            accumulated = state.stacked  # the pipeline's turns add up, layer by layer
+        elif config.train.micro_batches > 1:
+            # Also under ZeRO-1: the compiler cuts the sum as the optimizer, its only reader, wants it.
+            accumulated = state.moment
+        moved = state.stacked if config.sharding.virtual_stages > 1 else 0  # to the stages they run on
+        layers = self._layers(config.model.blocks)
+        return MemoryEstimate(
+            parameters=state.parameters,
+            optimizer=state.optimizer,
+            batch=5 * 4 * local_tokens(config, self.sizes),
+            gradients=state.gradients + accumulated,
+            accumulated=accumulated if self.sizes["stage"] == 1 else 0,
+            copies=state.hoisted + moved,
+            activations=self._activations(layers),
+            logits=self._logits(),
+            working=self._working(layers, state.gathered),
+        )
 
     @property
     def itemsize(self) -> int:
         """Of the compute dtype."""
         return self.config.execution.dtype.itemsize
 
-    @property
+    @functools.cached_property
     def tokens(self) -> int:
         """Of a micro-batch on a device, in the layers."""
         return layer_runs(self.config, self.sizes)[-1].tokens
 
-    @property
+    @functools.cached_property
     def loss_tokens(self) -> int:
         """Those that embedding and loss have at one time."""
         return loss_tokens(self.config, self.sizes)[1]
 
-    def _stacked(self, arrays: Sequence[Array], size: int = FLOAT32) -> int:
-        """Bytes of the stacks of layers among the parameters, with numbers of that size."""
-        stacks = [array for array in arrays if array.dims[0] == "layers"]
-        return sum(device_bytes(array, self.sizes, self.zero, StatePart.PARAMETERS, size) for array in stacks)
-
-    def _optimizer(self, array: Array) -> int:
-        state = self.config.optimizer.state(array.shape, self.config.model.repeats)
-        whole = lambda itemsize: device_bytes(array, self.sizes, self.zero, StatePart.OPTIMIZER, itemsize)
-        return sum(map(whole, state.like_parameter)) + state.everywhere
-
-    def _hoisted(self, arrays: Sequence[Array]) -> int:
-        """What XLA moves out of the loop over the layers, because it does not depend on the turn."""
-        match self.platform:
-            case Platform.CPU:
-                return self._stacked(arrays)  # seen in every program, not explained
-            case Platform.TPU:
-                # Products take the compute dtype, and the cast of the whole stack is done once.
-                return 0 if self.itemsize == FLOAT32 else self._stacked(arrays, self.itemsize)
-            case Platform.GPU:
-                # A gather needs its dim first: the float32 stack of what fsdp cuts along its last dim is turned round.
-                gathered = self.zero is Zero.PARAMETERS and self.sizes["fsdp"] > 1
-                return self._stacked([array for array in arrays if array.dims[-1] == "embed"]) if gathered else 0
-            case _:
-                assert_never(self.platform)
-
     # Saved for the backward pass.
 
-    def _activations(self) -> int:
-        model, sharding = self.config.model, self.config.sharding
-        layers, stages = self._layers(model.blocks), self.sizes["stage"]
+    def _activations(self, layers: Sequence[BlockMemory]) -> int:
+        model, sharding, stages = self.config.model, self.config.sharding, self.sizes["stage"]
         repeat = sum(layer.saved for layer in layers)
         first = sum(layer.saved for layer in self._layers(model.first_blocks))
         if stages == 1:
@@ -199,22 +259,9 @@ class _Step:
             logits = max(logits + gradient, gradient + table * model.d_model * FLOAT32)
         return tables + logits + hidden
 
-    def _working(self, arrays: Sequence[Array]) -> int:
+    def _working(self, layers: Sequence[BlockMemory], gathered: Sequence[int]) -> int:
         """Of the block whose backward pass needs most."""
         model = self.config.model
-        layers = enumerate(self._layers(model.blocks))
-        most = max(self._weights(arrays, f"blocks/{i}/") + self.tokens * layer.backward for i, layer in layers)
+        most = max(weights + self.tokens * one.backward for weights, one in zip(gathered, layers, strict=True))
         # The table's gradient waits, in the compute dtype, for devices to sum it up.
         return most + model.vocab_size * model.d_model // self.sizes["tensor"] * self.itemsize
-
-    def _weights(self, arrays: Sequence[Array], prefix: str) -> int:
-        """Gathered weights of one layer that are there at one time, in the compute dtype."""
-        whole = {**self.sizes, "fsdp": 1, "stage": 1}
-        own = [array for array in arrays if array.name.startswith(prefix) and array.part is not Part.NORMS]
-        numbers = lambda array: math.prod(device_shape(array, whole, self.zero)) // array.stacked
-        attention = sum(numbers(array) for array in own if array.part is Part.ATTENTION)
-        mlp = [numbers(array) for array in own if array.part is not Part.ATTENTION]
-        if any(array.part is Part.EXPERTS for array in own):
-            # Experts are gathered by hand, all three matrices at once, and so are their gradients.
-            return self.itemsize * 2 * sum(mlp)
-        return self.itemsize * max(attention, 2 * max(mlp))

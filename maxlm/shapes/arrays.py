@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -172,12 +173,12 @@ def norm(config: Norm, dim: str, size: int, part: Part = Part.NORMS) -> Iterator
         yield _array("bias", {dim: size}, Constant(0), Role.OTHER, part)
 
 
-def block(config: BlockConfig, model: ModelConfig) -> Iterator[Array]:
+@functools.cache
+def block(config: BlockConfig, model: ModelConfig) -> tuple[Array, ...]:
     """Of one layer."""
-    for name in block_norms(config):
-        yield from _inside(name, norm(model.norm, "vector", model.d_model))
-    yield from _inside("attention", attention(config.attention, model))
-    yield from _inside("mlp", mlp(config.mlp, model))
+    norms = [_inside(name, norm(model.norm, "vector", model.d_model)) for name in block_norms(config)]
+    own = (_inside("attention", attention(config.attention, model)), _inside("mlp", mlp(config.mlp, model)))
+    return tuple(itertools.chain(*norms, *own))
 
 
 def block_norms(config: BlockConfig) -> tuple[str, ...]:

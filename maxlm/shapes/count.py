@@ -12,6 +12,7 @@ no room count all the same, and padding and the moving of tokens do not.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import assert_never
@@ -83,6 +84,7 @@ class FlopsPerToken:
         return self.parameters_term + self.causal_attention_term
 
 
+@functools.cache
 def parameter_count(model: ModelConfig) -> ParameterCount:
     """Count the parameters of `model`."""
     found = arrays(model)
@@ -99,6 +101,7 @@ def parameter_count(model: ModelConfig) -> ParameterCount:
     )
 
 
+@functools.cache
 def flops_per_token(model: ModelConfig, seq_len: int, remat: Remat, *, remat_stages: bool = False) -> FlopsPerToken:
     """FLOPs of training `model` on one token of sequences of `seq_len` tokens.
 
