@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from maxlm.config import RunConfig
 from maxlm.plan.analysis import Forecast, Json
 from maxlm.plan.machines import Machine, larger
-from maxlm.plan.search import MeshSpace, differences, fitting, layouts, preference, search, spelled_out
+from maxlm.plan.search import MeshSpace, differences, fastest, fitting, layouts, optimizers, preference, spelled_out
 
 MOST_DOUBLES = 6
 """Of the target's devices; and halves of the batch or a sequence."""
@@ -105,11 +105,11 @@ def _elsewhere(config: RunConfig, target: Machine) -> Iterator[Forecast]:
 
 def _searched(config: RunConfig, target: Machine, already: bool) -> Iterator[Forecast]:
     """What takes seconds to find: the best here, and of the smallest larger machine that needs no other optimizer."""
-    if not already and (best := search(config, target).best) is not None:
-        yield best
-    found = (search(config, machine).best for machine in _larger_machines(target))
-    same = (one for one in found if one is not None and one.config.optimizer == config.optimizer)
-    yield from itertools.islice(same, 1)
+    own, *others = optimizers(config.optimizer)
+    here = (fastest(config, target, choices) for choices in ([own], others) if not already)
+    elsewhere = (fastest(config, machine, [own]) for machine in _larger_machines(target))
+    for found in (here, elsewhere):
+        yield from itertools.islice(filter(None, found), 1)
 
 
 def _larger_machines(target: Machine) -> Iterator[Machine]:

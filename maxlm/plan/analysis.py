@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TypeAlias
 
 from maxlm.config import RunConfig, ShardingConfig, UserError
-from maxlm.plan.bound import TimeBound, estimate_time, step_flops
+from maxlm.plan.bound import TimeBound, compute_time, estimate_time, step_flops
 from maxlm.plan.machines import CpuMachine, GpuMachine, Machine, TpuMachine, memory_limit
 from maxlm.plan.memory import MemoryEstimate, cache_bytes, estimate_memory
 from maxlm.plan.traffic import AxisTraffic, estimate_traffic
@@ -91,6 +91,11 @@ class Forecast:
     def bound(self) -> TimeBound | None:
         """None: the speed of the target's devices is not known."""
         return estimate_time(self.config, self.target, self.traffic)
+
+    @cached_property
+    def compute_time(self) -> float:
+        """Seconds: no bound is less than this, which is quickly counted. The speed of the devices is known."""
+        return compute_time(self.config, self.target)
 
     @property
     def time(self) -> TimeBound:

@@ -26,6 +26,7 @@ from maxlm.config import (
     Zero,
     pipeline_bubble,
 )
+from maxlm.hardware import Chip
 from maxlm.plan.machines import Machine
 from maxlm.plan.traffic import AxisTraffic, Link
 from maxlm.plan.work import LayerRuns, layer_runs, loss_tokens, turns
@@ -74,16 +75,10 @@ def estimate_time(config: RunConfig, target: Machine, traffic: Sequence[AxisTraf
     device = target.hardware
     if device is None:
         return None
-    peak = device.peak.of(config.execution.dtype)
-    if peak is None:
-        raise UserError(f"model.dtype = {config.execution.dtype.value}, but {target} has no unit for it; use float32")
     train, devices = config.train, target.devices
     sizes = config.sharding.sizes(devices)
-    tokens = train.batch_size * train.seq_len
-    flops = step_flops(config, sizes)
-    work = _flops_done(flops) * tokens / devices
-    moved = memory_bytes(config, sizes)
-    bubble = pipeline_bubble(sizes["stage"], config.sharding.virtual_stages, train.micro_batches)
+    peak, tokens = _peak(config, target, device), train.batch_size * train.seq_len
+    work, moved, bubble = _work(config, sizes, devices), memory_bytes(config, sizes), _bubble(config, sizes)
     limits = {"compute": work / peak / (1 - bubble), "memory": moved / device.bandwidth}
     limits |= _link_limits(traffic)
     limited_by, step_seconds = max(limits.items(), key=lambda pair: pair[1])
@@ -99,12 +94,21 @@ def estimate_time(config: RunConfig, target: Machine, traffic: Sequence[AxisTraf
         bubble=bubble,
         step_seconds=step_seconds,
         limited_by=limited_by,
-        mfu_ceiling=mfu(flops_per_token=flops.causal, tokens_per_s=tokens_per_s, n_devices=devices, peak_flops=peak),
+        mfu_ceiling=mfu(flops_per_token=step_flops(config, sizes).causal, tokens_per_s=tokens_per_s, n_devices=devices, peak_flops=peak),
         intensity=work / moved,
         tokens_per_day=tokens_per_s * _DAY,
         days=days,
         device_hours=days * 24 * devices,
     )
+
+
+def compute_time(config: RunConfig, target: Machine) -> float:
+    """Seconds of a step's products and of the bubble: its bound is this, if nothing takes longer. The target is no
+    processor."""
+    assert target.hardware is not None
+    sizes = config.sharding.sizes(target.devices)
+    work, peak = _work(config, sizes, target.devices), _peak(config, target, target.hardware)
+    return work / peak / (1 - _bubble(config, sizes))
 
 
 def step_flops(config: RunConfig, sizes: Mapping[str, int]) -> FlopsPerToken:
@@ -126,10 +130,27 @@ def memory_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
     return moved + _loss_bytes(config, sizes) + _state_bytes(config, sizes)
 
 
-def _flops_done(flops: FlopsPerToken) -> float:
-    """Multiplications a token as they are computed: flash attention's backward pass has five products of the size of
-    the scores, where 12 N H T has four (Dao 2023, arXiv:2307.08691, section 3.1)."""
-    return flops.causal + flops.causal_recompute + flops.causal_attention_term / 6
+def _work(config: RunConfig, sizes: Mapping[str, int], devices: int) -> float:
+    """FLOPs of a device in a step, as they are computed: flash attention's backward pass has five products of the size
+    of the scores, where 12 N H T has four (Dao 2023, arXiv:2307.08691, section 3.1)."""
+    flops = step_flops(config, sizes)
+    done = flops.causal + flops.causal_recompute + flops.causal_attention_term / 6
+    return done * (config.train.batch_size * config.train.seq_len) / devices
+
+
+def _peak(config: RunConfig, target: Machine, device: Chip) -> float:
+    """FLOP/s of the target's devices in the compute dtype.
+
+    Raises:
+        UserError: they have no unit for it.
+    """
+    if (peak := device.peak.of(config.execution.dtype)) is None:
+        raise UserError(f"model.dtype = {config.execution.dtype.value}, but {target} has no unit for it; use float32")
+    return peak
+
+
+def _bubble(config: RunConfig, sizes: Mapping[str, int]) -> float:
+    return pipeline_bubble(sizes["stage"], config.sharding.virtual_stages, config.train.micro_batches)
 
 
 def _link_limits(traffic: Sequence[AxisTraffic]) -> dict[str, float]:

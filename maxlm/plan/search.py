@@ -72,8 +72,18 @@ def search(config: RunConfig, target: Machine) -> Search:
             "GPUs, for example --target gpu:h200:8"
         )
     spaces = [MeshSpace(config, target, sharding) for sharding in layouts(config, target)]
-    ranked = sorted((one for space in spaces for one in space.best()), key=preference)
+    ranked = sorted((one for space in spaces for one in space.best(optimizers(config.optimizer))), key=preference)
     return Search(config=config, target=target, space=sum(space.size for space in spaces), ranked=tuple(ranked))
+
+
+def fastest(config: RunConfig, target: Machine, choices: Sequence[OptimizerConfig]) -> Forecast | None:
+    """The first that a search with these optimizers would rank; None: nothing fits. Nothing is counted of what cannot
+    be faster than what is found already: the meshes without a pipeline, and so without its bubble, come first."""
+    best: list[Forecast] = []
+    for sharding in layouts(config, target):
+        within = best[0].time.step_seconds if best else math.inf
+        best = sorted([*best, *MeshSpace(config, target, sharding).best(choices, within)], key=preference)[:1]
+    return best[0] if best else None
 
 
 def fitting(configs: Iterable[RunConfig], target: Machine) -> Iterator[Forecast]:
@@ -158,37 +168,41 @@ class MeshSpace:
             optimizer=optimizer,
         )
 
-    def best(self) -> list[Forecast]:
-        """The fastest with the config's optimizer, and with others where these are faster, because the config's needs
-        more micro-batches or recomputation to fit."""
+    def best(self, choices: Sequence[OptimizerConfig], within: float = math.inf) -> list[Forecast]:
+        """The fastest with the first optimizer, and with others where these are faster, because the first needs more
+        micro-batches or recomputation to fit; what takes more than `within` seconds a step may be left out."""
         found: list[Forecast] = []
-        for optimizer in optimizers(self.config.optimizer):
-            fastest = min(self._fitting(optimizer), key=preference, default=None)
-            if fastest is None or (found and found[-1].time.step_seconds <= fastest.time.step_seconds):
+        for optimizer in choices:
+            first = min(self._fitting(optimizer, within), key=preference, default=None)
+            if first is None or (found and found[-1].time.step_seconds <= first.time.step_seconds):
                 continue
-            found.append(fastest)
-            train, remat = fastest.config.train, fastest.config.execution.remat
+            found.append(first)
+            train, remat = first.config.train, first.config.execution.remat
             if train.micro_batches == self.parts[0] and remat is remats(self.config)[0]:
                 break  # it does as it likes
         return found
 
-    def _fitting(self, optimizer: OptimizerConfig) -> Iterator[Forecast]:
+    def _fitting(self, optimizer: OptimizerConfig, within: float) -> Iterator[Forecast]:
         """Of each ZeRO stage and number of micro-batches the one that recomputes least. Without a pipeline more
         micro-batches only take longer, so they must save something: recomputation."""
-        fits = lambda config: Forecast(config, self.target).fits
         for zero in self.zeros if self.parts else ():
             policies = remats(self.config)
-            strongest = policies[-1]
+            forecast = lambda parts, remat, zero=zero: Forecast(self.choose(optimizer, zero, parts, remat), self.target)
+            quick = [parts for parts in self.parts if forecast(parts, policies[0]).compute_time <= within]
+            strongest = functools.cache(lambda parts, remat=policies[-1]: forecast(parts, remat).fits)
             # The least memory there is: one micro-batch needs no room to add up gradients, many have few activations.
-            if not any(fits(self.choose(optimizer, zero, self.parts[end], strongest)) for end in (0, -1)):
+            if not quick or not any(strongest(self.parts[end]) for end in (0, -1)):
                 continue
-            for parts in self.parts:
+            for parts in quick:
                 if not policies:
                     break
-                if not fits(self.choose(optimizer, zero, parts, strongest)):
+                if not strongest(parts):
                     continue
                 for i, remat in enumerate(policies):
-                    if (one := Forecast(self.choose(optimizer, zero, parts, remat), self.target)).fits:
+                    one = forecast(parts, remat)
+                    if one.compute_time > within:
+                        break  # and so do those that recompute more
+                    if one.fits:
                         yield one
                         policies = policies[:i] if self.sharding.stage == 1 else policies
                         break
