@@ -80,14 +80,8 @@ def _on_this_machine(config: RunConfig, target: Machine) -> Iterator[Forecast]:
 def _fastest_meshes(config: RunConfig, machines: Iterable[Machine]) -> list[Forecast]:
     """The fastest that fits with everything else as it is, on the first of the machines that has one; one or none."""
     for machine in machines:
-        found = fitting(
-            (
-                replace(config, sharding=replace(sharding, zero=config.sharding.zero))
-                for sharding in layouts(config, machine)
-                if config.train.micro_batches in MeshSpace(config, machine, sharding).parts
-            ),
-            machine,
-        )
+        meshes = (replace(config, sharding=sharding) for sharding in layouts(config, machine))
+        found = fitting((one for one in meshes if not one.broken_layout_rules(machine.devices)), machine)
         if (fastest := min(found, key=preference, default=None)) is not None:
             return [fastest]
     return []

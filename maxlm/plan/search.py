@@ -121,6 +121,10 @@ def layouts(config: RunConfig, target: Machine) -> Iterator[ShardingConfig]:
         )
 
 
+_changed = functools.cache(replace)
+"""As `dataclasses.replace`, for parts of a config of which many configs have the same."""
+
+
 @dataclass(frozen=True)
 class MeshSpace:
     """What may be chosen on one mesh."""
@@ -154,7 +158,7 @@ class MeshSpace:
         rows = train.batch_size // (sharding.data * sharding.fsdp * sharding.expert)
         most = rows if sharding.stage == 1 else MOST_ROUNDS * sharding.stage
         powers = {2**n for n in range(rows.bit_length()) if rows % 2**n == 0 and 2**n <= most}
-        split = lambda parts: replace(self.config, sharding=sharding, train=replace(train, micro_batches=parts))
+        split = lambda parts: replace(self.config, sharding=sharding, train=_changed(train, micro_batches=parts))
         allowed = lambda parts: not split(parts).broken_layout_rules(self.target.devices)
         return [parts for parts in sorted(powers | {train.micro_batches}) if allowed(parts)]
 
@@ -162,9 +166,9 @@ class MeshSpace:
         config = self.config
         return replace(
             config,
-            execution=replace(config.execution, remat=remat),
-            train=replace(config.train, micro_batches=parts),
-            sharding=replace(self.sharding, zero=zero),
+            execution=_changed(config.execution, remat=remat),
+            train=_changed(config.train, micro_batches=parts),
+            sharding=_changed(self.sharding, zero=zero),
             optimizer=optimizer,
         )
 
@@ -185,23 +189,22 @@ class MeshSpace:
     def _fitting(self, optimizer: OptimizerConfig, within: float) -> Iterator[Forecast]:
         """Of each ZeRO stage and number of micro-batches the one that recomputes least. Without a pipeline more
         micro-batches only take longer, so they must save something: recomputation."""
-        for zero in self.zeros if self.parts else ():
+        forecast = lambda *choices: Forecast(self.choose(optimizer, *choices), self.target)
+        least, *_, most = remats(self.config)
+        quick = [one for one in self.parts if forecast(self.sharding.zero, one, least).compute_time <= within]
+        for zero in self.zeros if quick else ():
             policies = remats(self.config)
-            forecast = lambda parts, remat, zero=zero: Forecast(self.choose(optimizer, zero, parts, remat), self.target)
-            quick = [parts for parts in self.parts if forecast(parts, policies[0]).compute_time <= within]
-            strongest = functools.cache(lambda parts, remat=policies[-1]: forecast(parts, remat).fits)
             # The least memory there is: one micro-batch needs no room to add up gradients, many have few activations.
-            if not quick or not any(strongest(self.parts[end]) for end in (0, -1)):
+            if not any(forecast(zero, self.parts[end], most).fits for end in (0, -1)):
                 continue
             for parts in quick:
                 if not policies:
                     break
-                if not strongest(parts):
+                if not forecast(zero, parts, most).fits:
                     continue
                 for i, remat in enumerate(policies):
-                    one = forecast(parts, remat)
-                    if one.compute_time > within:
-                        break  # and so do those that recompute more
+                    if (one := forecast(zero, parts, remat)).compute_time > within:
+                        break  # and so of those that recompute more
                     if one.fits:
                         yield one
                         policies = policies[:i] if self.sharding.stage == 1 else policies
