@@ -80,10 +80,14 @@ def _on_this_machine(config: RunConfig, target: Machine) -> Iterator[Forecast]:
 def _fastest_meshes(config: RunConfig, machines: Iterable[Machine]) -> list[Forecast]:
     """The fastest that fits with everything else as it is, on the first of the machines that has one; one or none."""
     for machine in machines:
-        meshes = (replace(config, sharding=sharding) for sharding in layouts(config, machine))
-        found = fitting((one for one in meshes if not one.broken_layout_rules(machine.devices)), machine)
-        if (fastest := min(found, key=preference, default=None)) is not None:
-            return [fastest]
+        best: list[Forecast] = []
+        for sharding in layouts(config, machine):
+            one = Forecast(replace(config, sharding=sharding), machine)
+            slow = best and one.compute_time > best[0].time.step_seconds
+            if not slow and not one.config.broken_layout_rules(machine.devices) and one.fits:
+                best = sorted([*best, one], key=preference)[:1]
+        if best:
+            return best
     return []
 
 

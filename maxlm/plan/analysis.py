@@ -98,6 +98,11 @@ class Forecast:
         return compute_time(self.config, self.target)
 
     @property
+    def busiest_link(self) -> float:
+        """Seconds: no bound is less than this, which grows with micro-batches"""
+        return max((one.seconds or 0.0 for one in self.traffic), default=0.0)
+
+    @property
     def time(self) -> TimeBound:
         """`bound`, where it is known."""
         assert self.bound is not None

@@ -94,7 +94,12 @@ def estimate_time(config: RunConfig, target: Machine, traffic: Sequence[AxisTraf
         bubble=bubble,
         step_seconds=step_seconds,
         limited_by=limited_by,
-        mfu_ceiling=mfu(flops_per_token=step_flops(config, sizes).causal, tokens_per_s=tokens_per_s, n_devices=devices, peak_flops=peak),
+        mfu_ceiling=mfu(
+            flops_per_token=step_flops(config, sizes).causal,
+            tokens_per_s=tokens_per_s,
+            n_devices=devices,
+            peak_flops=peak,
+        ),
         intensity=work / moved,
         tokens_per_day=tokens_per_s * _DAY,
         days=days,

@@ -79,10 +79,12 @@ def search(config: RunConfig, target: Machine) -> Search:
 def fastest(config: RunConfig, target: Machine, choices: Sequence[OptimizerConfig]) -> Forecast | None:
     """The first that a search with these optimizers would rank; None: nothing fits. Nothing is counted of what cannot
     be faster than what is found already: the meshes without a pipeline, and so without its bubble, come first."""
-    best: list[Forecast] = []
+    best, within = list[Forecast](), math.inf
     for sharding in layouts(config, target):
-        within = best[0].time.step_seconds if best else math.inf
-        best = sorted([*best, *MeshSpace(config, target, sharding).best(choices, within)], key=preference)[:1]
+        space = MeshSpace(config, target, sharding)
+        if space.least_time <= within:
+            best = sorted([*best, *space.best(choices, within)], key=preference)[:1]
+            within = best[0].time.step_seconds if best else math.inf
     return best[0] if best else None
 
 
@@ -162,6 +164,13 @@ class MeshSpace:
         allowed = lambda parts: not split(parts).broken_layout_rules(self.target.devices)
         return [parts for parts in sorted(powers | {train.micro_batches}) if allowed(parts)]
 
+    @property
+    def least_time(self) -> float:
+        """Seconds that no step on this mesh can be faster than: of its products, done once, and the smallest bubble."""
+        own, most = self.config.train.micro_batches, MOST_ROUNDS * self.sharding.stage
+        choose = functools.partial(self.choose, self.config.optimizer, self.sharding.zero, remat=remats(self.config)[0])
+        return min(Forecast(choose(parts), self.target).compute_time for parts in (own, most))
+
     def choose(self, optimizer: OptimizerConfig, zero: Zero, parts: int, remat: Remat) -> RunConfig:
         config = self.config
         return replace(
@@ -191,16 +200,17 @@ class MeshSpace:
         micro-batches only take longer, so they must save something: recomputation."""
         forecast = lambda *choices: Forecast(self.choose(optimizer, *choices), self.target)
         least, *_, most = remats(self.config)
-        quick = [one for one in self.parts if forecast(self.sharding.zero, one, least).compute_time <= within]
-        for zero in self.zeros if quick else ():
+        for zero in self.zeros if self.parts else ():
             policies = remats(self.config)
+            if self.sharding.stage == 1 and forecast(zero, self.parts[0], least).busiest_link > within:
+                continue
             # The least memory there is: one micro-batch needs no room to add up gradients, many have few activations.
             if not any(forecast(zero, self.parts[end], most).fits for end in (0, -1)):
                 continue
-            for parts in quick:
+            for parts in self.parts:
                 if not policies:
                     break
-                if not forecast(zero, parts, most).fits:
+                if forecast(zero, parts, least).compute_time > within or not forecast(zero, parts, most).fits:
                     continue
                 for i, remat in enumerate(policies):
                     if (one := forecast(zero, parts, remat)).compute_time > within:
