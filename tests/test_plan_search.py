@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from maxlm.config import (
 )
 from maxlm.config.cli import load_config
 from maxlm.hardware import CHIPS
+from maxlm.plan import analysis
 from maxlm.plan.advice import cheapest_changes
 from maxlm.plan.analysis import Forecast
 from maxlm.plan.machines import memory_limit, parse_machine
@@ -34,6 +36,7 @@ from maxlm.plan.search import (
     MeshSpace,
     candidate_json,
     differences,
+    fastest,
     layouts,
     optimizers,
     preference,
@@ -105,8 +108,8 @@ def test_it_finds_the_best_of_each_mesh(experts: bool, share: float, monkeypatch
         if one.config.optimizer == config.optimizer
     }
     assert set(found) == set(best)
-    for mesh, fastest in best.items():  # step and work; margins may differ, where a policy recomputes no products
-        assert preference(found[mesh])[:2] == preference(fastest)[:2], (mesh, found[mesh].config, fastest.config)
+    for mesh, wanted in best.items():  # step and work; margins may differ, where a policy recomputes no products
+        assert preference(found[mesh])[:2] == preference(wanted)[:2], (mesh, found[mesh].config, wanted.config)
 
 
 def test_one_micro_batch_may_be_what_fits() -> None:
@@ -236,6 +239,54 @@ def test_where_nothing_fits_a_larger_machine_is_among_the_advice(monkeypatch: py
     assert not search(config, target).ranked
     changes = cheapest_changes(config, target)
     assert changes and all(one.candidate.target.devices > 2 for one in changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "changes", "most"),
+    [
+        ("llama3_70b", "tpu:v5p:8x8x8", {"data": 512}, 4_500),
+        ("deepseek_moe16b", "tpu:v6e:16x16", {"data": 32, "expert": 8}, 5_000),
+    ],
+)
+def test_advice_counts_few_of_all_configs(
+    name: str, target: str, changes: dict[str, int], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search of both machines, this one and the next, would count ten times as many, or more."""
+    config, machine = load_config(str(ROOT / f"configs/{name}.py")), parse_machine(target)
+    config = dataclasses.replace(config, sharding=ShardingConfig(**changes))
+    counted = Counter[str]()
+    for counting in ("estimate_memory", "estimate_traffic"):
+        whole = getattr(analysis, counting)
+        monkeypatch.setattr(
+            analysis, counting, lambda *args, counting=counting, whole=whole: counted.update([counting]) or whole(*args)
+        )
+    assert len(cheapest_changes(config, machine)) > 1
+    assert 1_000 < counted.total() < most
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "size", "with_own"),
+    [
+        ("llama7b", "tpu:v5e:4x4", None, True),
+        ("llama13b", "gpu:h100:2x8", 24e9, True),
+        ("llama13b", "gpu:h100:4", 40e9, False),
+        ("mixtral8x7b", "gpu:h100:2x8", None, False),
+        ("deepseek_moe16b", "tpu:v5p:2x2x2", None, True),
+        ("qwen3_30b_a3b", "gpu:h100:2x8", 40e9, False),
+        ("llama3_70b", "gpu:h100:2", None, None),
+    ],
+)
+def test_the_fastest_is_the_best_of_the_search(
+    name: str, target: str, size: float | None, with_own: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`with_own`: with the config's optimizer, with another one, or (None) not at all."""
+    config, machine = load_config(str(ROOT / f"configs/{name}.py")), parse_machine(target)
+    if size is not None:
+        limited_to(monkeypatch, int(size))
+    own, *others = optimizers(config.optimizer)
+    found = fastest(config, machine, [own]) or fastest(config, machine, others)
+    assert found == search(config, machine).best
+    assert (None if found is None else found.config.optimizer == own) is with_own
 
 
 def test_a_candidate_as_plain_values() -> None:

@@ -170,8 +170,9 @@ class RunConfig:
             object.__setattr__(self, "execution", dataclasses.replace(self.execution, **moved))
             object.__setattr__(self, "model", dataclasses.replace(self.model, moved=None))
 
-    def broken_layout_rules(self, n_devices: int) -> list[str]:
-        """A line for each broken rule of `layout_rules.py`, which hold between model, batch and mesh."""
+    def broken_layout_rules(self, n_devices: int, micro_batches: int | None = None) -> list[str]:
+        """A line for each broken rule of `layout_rules.py`, which hold between model, batch and mesh; of the config
+        with another number of micro-batches, if one is given."""
         return broken_layout_rules(
             self.model,
             self.sharding,
@@ -179,7 +180,7 @@ class RunConfig:
             n_devices=n_devices,
             batch_size=self.train.batch_size,
             seq_len=self.train.seq_len,
-            micro_batches=self.train.micro_batches,
+            micro_batches=micro_batches or self.train.micro_batches,
         )
 
     def validate(self, n_devices: int) -> None:

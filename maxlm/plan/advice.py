@@ -102,7 +102,7 @@ def _elsewhere(config: RunConfig, target: Machine) -> Iterator[Forecast]:
 
 
 def _searched(config: RunConfig, target: Machine, already: bool) -> Iterator[Forecast]:
-    """What takes seconds to find: the best here, and of the smallest larger machine that needs no other optimizer."""
+    """What takes longer to find: the best here, and of the smallest larger machine that needs no other optimizer."""
     own, *others = optimizers(config.optimizer)
     here = (fastest(config, target, choices) for choices in ([own], others) if not already)
     elsewhere = (fastest(config, machine, [own]) for machine in _larger_machines(target))

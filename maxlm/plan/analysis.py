@@ -94,12 +94,13 @@ class Forecast:
 
     @cached_property
     def compute_time(self) -> float:
-        """Seconds: no bound is less than this, which is quickly counted. The speed of the devices is known."""
+        """Seconds that the step's bound is not below, much faster to count. The speed of the devices is known."""
         return compute_time(self.config, self.target)
 
     @property
     def busiest_link(self) -> float:
-        """Seconds: no bound is less than this, which grows with micro-batches"""
+        """Seconds that the step's bound is not below, nor with more recomputation or, without a pipeline, with more
+        micro-batches."""
         return max((one.seconds or 0.0 for one in self.traffic), default=0.0)
 
     @property

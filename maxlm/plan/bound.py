@@ -82,7 +82,7 @@ def estimate_time(config: RunConfig, target: Machine, traffic: Sequence[AxisTraf
     limits = {"compute": work / peak / (1 - bubble), "memory": moved / device.bandwidth}
     limits |= _link_limits(traffic)
     limited_by, step_seconds = max(limits.items(), key=lambda pair: pair[1])
-    tokens_per_s = tokens / step_seconds
+    causal, tokens_per_s = step_flops(config, sizes).causal, tokens / step_seconds
     days = train.steps * step_seconds / _DAY
     by_axis: dict[str, float] = defaultdict(float)
     for one in traffic:
@@ -94,12 +94,7 @@ def estimate_time(config: RunConfig, target: Machine, traffic: Sequence[AxisTraf
         bubble=bubble,
         step_seconds=step_seconds,
         limited_by=limited_by,
-        mfu_ceiling=mfu(
-            flops_per_token=step_flops(config, sizes).causal,
-            tokens_per_s=tokens_per_s,
-            n_devices=devices,
-            peak_flops=peak,
-        ),
+        mfu_ceiling=mfu(flops_per_token=causal, tokens_per_s=tokens_per_s, n_devices=devices, peak_flops=peak),
         intensity=work / moved,
         tokens_per_day=tokens_per_s * _DAY,
         days=days,
@@ -108,8 +103,12 @@ def estimate_time(config: RunConfig, target: Machine, traffic: Sequence[AxisTraf
 
 
 def compute_time(config: RunConfig, target: Machine) -> float:
-    """Seconds of a step's products and of the bubble: its bound is this, if nothing takes longer. The target is no
-    processor."""
+    """Seconds of a step's products, bubble included: the first of the limits of `estimate_time`. The target is no
+    processor.
+
+    Raises:
+        UserError: the target has no unit for the config's compute dtype.
+    """
     assert target.hardware is not None
     sizes = config.sharding.sizes(target.devices)
     work, peak = _work(config, sizes, target.devices), _peak(config, target, target.hardware)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, assert_never
 
@@ -36,7 +36,7 @@ from maxlm.config import (
 from maxlm.plan.block_memory import BlockMemory, block_memory
 from maxlm.plan.machines import Platform
 from maxlm.plan.work import layer_runs, local_tokens, loss_tokens
-from maxlm.shapes import FLOAT32, Array, Part, device_bytes, device_shape
+from maxlm.shapes import FLOAT32, Array, Part, device_shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,35 +130,35 @@ def _state(
     platform: Platform,
 ) -> _State:
     arrays, axes, itemsize = shapes.arrays(model), dict(sizes), dtype.itemsize
-    stacks = [array for array in arrays if array.dims[0] == "layers"]
-
-    def cut(arrays: Iterable[Array], part: StatePart = StatePart.PARAMETERS, size: int = FLOAT32) -> int:
-        return sum(device_bytes(array, axes, zero, part, size) for array in arrays)
-
-    def kept(array: Array) -> int:
-        state = optimizer.state(array.shape, model.repeats)
-        return sum(cut([array], StatePart.OPTIMIZER, size) for size in state.like_parameter) + state.everywhere
-
+    numbers = {
+        part: [math.prod(device_shape(array, axes, zero, part)) for array in arrays]
+        for part in (StatePart.PARAMETERS, StatePart.GRADIENTS, StatePart.OPTIMIZER)
+    }
+    stacks = {a.name: n for a, n in zip(arrays, numbers[StatePart.PARAMETERS], strict=True) if a.dims[0] == "layers"}
+    stacked = FLOAT32 * sum(stacks.values())
     match platform:
         case Platform.CPU:
-            hoisted = cut(stacks)  # seen in every program, not explained
+            hoisted = stacked  # seen in every program, not explained
         case Platform.TPU:
             # Products take the compute dtype, and the cast of the whole stack is done once.
-            hoisted = 0 if itemsize == FLOAT32 else cut(stacks, size=itemsize)
+            hoisted = 0 if itemsize == FLOAT32 else itemsize * sum(stacks.values())
         case Platform.GPU:
             # A gather needs its dim first: the float32 stack of what fsdp cuts along its last dim is turned round.
             turned = zero is Zero.PARAMETERS and axes["fsdp"] > 1
-            hoisted = cut(array for array in stacks if array.dims[-1] == "embed") if turned else 0
+            embed = [array.name for array in arrays if array.dims[-1] == "embed"]
+            hoisted = FLOAT32 * sum(stacks.get(name, 0) for name in embed) if turned else 0
         case _:
             assert_never(platform)
+    kept = [optimizer.state(array.shape, model.repeats) for array in arrays]
+    moments = zip(kept, numbers[StatePart.OPTIMIZER], strict=True)
     # Under ZeRO-2 TPUs scatter each layer's gradients at once, GPUs those of all layers after the loop.
     gradients = StatePart.GRADIENTS if platform is Platform.TPU else StatePart.PARAMETERS
     return _State(
-        parameters=cut(arrays),
-        optimizer=sum(map(kept, arrays)),
-        gradients=cut(arrays, gradients),
-        moment=cut(arrays, StatePart.OPTIMIZER),
-        stacked=cut(stacks),
+        parameters=FLOAT32 * sum(numbers[StatePart.PARAMETERS]),
+        optimizer=sum(number * sum(state.like_parameter) + state.everywhere for state, number in moments),
+        gradients=FLOAT32 * sum(numbers[gradients]),
+        moment=FLOAT32 * sum(numbers[StatePart.OPTIMIZER]),
+        stacked=stacked,
         hoisted=hoisted,
         gathered=tuple(itemsize * _gathered(arrays, f"blocks/{i}/", axes, zero) for i in range(len(model.blocks))),
     )

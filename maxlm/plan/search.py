@@ -77,8 +77,11 @@ def search(config: RunConfig, target: Machine) -> Search:
 
 
 def fastest(config: RunConfig, target: Machine, choices: Sequence[OptimizerConfig]) -> Forecast | None:
-    """The first that a search with these optimizers would rank; None: nothing fits. Nothing is counted of what cannot
-    be faster than what is found already: the meshes without a pipeline, and so without its bubble, come first."""
+    """The first that a search with these optimizers alone would rank; None: nothing fits.
+
+    As nobody asks for the rest, little is counted of what is slower than the fastest so far. Layouts come with the
+    meshes first that have no pipeline, and so no bubble.
+    """
     best, within = list[Forecast](), math.inf
     for sharding in layouts(config, target):
         space = MeshSpace(config, target, sharding)
@@ -110,13 +113,15 @@ def layouts(config: RunConfig, target: Machine) -> Iterator[ShardingConfig]:
     }
     slices = target.slices if isinstance(target, TpuMachine) else 1
     for chosen in itertools.product(*allowed.values()):
-        sizes = dict(zip(allowed, chosen, strict=True))
         data, rest = divmod(devices, math.prod(chosen))
+        sizes = {"data": data, **dict(zip(allowed, chosen, strict=True))}
         if rest or train.batch_size % (data * sizes["fsdp"] * sizes["expert"]):
+            continue
+        if sizes[config.sharding.slices_axis.value] % slices:
             continue
         groups = config.sharding.virtual_stages if sizes["stage"] > 1 else 1
         yield replace(
-            config.sharding.with_sizes({"data": data, **sizes}),
+            config.sharding.with_sizes(sizes),
             virtual_stages=groups if model.repeats % (sizes["stage"] * groups) == 0 else 1,
             sequence_parallel=sizes["tensor"] > 1 and train.seq_len % (sizes["seq"] * sizes["tensor"]) == 0,
             slices=slices,
@@ -160,9 +165,9 @@ class MeshSpace:
         rows = train.batch_size // (sharding.data * sharding.fsdp * sharding.expert)
         most = rows if sharding.stage == 1 else MOST_ROUNDS * sharding.stage
         powers = {2**n for n in range(rows.bit_length()) if rows % 2**n == 0 and 2**n <= most}
-        split = lambda parts: replace(self.config, sharding=sharding, train=_changed(train, micro_batches=parts))
-        allowed = lambda parts: not split(parts).broken_layout_rules(self.target.devices)
-        return [parts for parts in sorted(powers | {train.micro_batches}) if allowed(parts)]
+        whole = replace(self.config, sharding=sharding)
+        broken = functools.partial(whole.broken_layout_rules, self.target.devices)
+        return [parts for parts in sorted(powers | {train.micro_batches}) if not broken(parts)]
 
     @property
     def least_time(self) -> float:
@@ -200,12 +205,13 @@ class MeshSpace:
         micro-batches only take longer, so they must save something: recomputation."""
         forecast = lambda *choices: Forecast(self.choose(optimizer, *choices), self.target)
         least, *_, most = remats(self.config)
-        for zero in self.zeros if self.parts else ():
+        # The least memory there is: many micro-batches have few activations, one needs no room to add up gradients.
+        room = lambda zero: any(forecast(zero, self.parts[end], most).fits for end in (-1, 0))
+        for zero in self.zeros if self.parts and room(self.zeros[-1]) else ():  # the last one cuts most
             policies = remats(self.config)
-            if self.sharding.stage == 1 and forecast(zero, self.parts[0], least).busiest_link > within:
+            if not room(zero):
                 continue
-            # The least memory there is: one micro-batch needs no room to add up gradients, many have few activations.
-            if not any(forecast(zero, self.parts[end], most).fits for end in (0, -1)):
+            if self.sharding.stage == 1 and forecast(zero, self.parts[0], least).busiest_link > within:
                 continue
             for parts in self.parts:
                 if not policies:

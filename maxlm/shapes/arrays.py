@@ -173,7 +173,7 @@ def norm(config: Norm, dim: str, size: int, part: Part = Part.NORMS) -> Iterator
         yield _array("bias", {dim: size}, Constant(0), Role.OTHER, part)
 
 
-@functools.cache
+@functools.cache  # as above
 def block(config: BlockConfig, model: ModelConfig) -> tuple[Array, ...]:
     """Of one layer."""
     norms = [_inside(name, norm(model.norm, "vector", model.d_model)) for name in block_norms(config)]
