@@ -7,12 +7,14 @@ Exit codes: 0 finished; 75 stopped by SIGTERM or SIGINT with everything saved (r
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 if not __package__:  # run by its path: Python then looks in this file's folder first, where inspect.py is not its own
     sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}maxlm{os.sep}")[0]
 
 from collections.abc import Sequence
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from maxlm.config import RunConfig, UserError
@@ -72,5 +74,12 @@ def _out_of_memory(config: RunConfig, error: Exception) -> str | None:
     return describe_exhausted(config, error)
 
 
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Of SIGTERM while Python loads jax, which takes seconds; `Interruption` takes over from here. An exception could
+    come up in one of jax's callbacks, which drop them."""
+    os._exit(EXIT_INTERRUPTED)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stop)
     run_command(command)
