@@ -7,7 +7,11 @@ groups.py: all groups of cases
 ranks.py: several processes
 kills.py: SIGKILL at any moment
 operations.py: every file operation fails once
+settings.py: going on with other settings
+values.py: every key with every kind of nonsense
+writers.py: what only watches a run
 checkpoints.py: names, manifests, locks, folders
+documents.py: documents of every ending, prepared data, JSON
 environment.py: variables, homes, caches, memory
 run.py: all cases, with a bar and a table
 test_faults.py: those that every change must pass
