@@ -322,6 +322,25 @@ def test_a_stuck_run_ends_where_that_is_asked_for(left: list[tuple[str, int]], m
     assert "limits.end_stuck_run" in words and code == 1
 
 
+def test_what_comes_after_the_last_step_may_take_its_time(
+    left: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog, "ranks", Ranks)
+    with watchdog.Watchdog(LimitsConfig(step_s=0.2, end_stuck_run=True)) as dog:
+        dog.step(4)
+        with dog.off_duty():
+            pass
+        dog.rest()
+        time.sleep(0.5)
+    assert left == []
+
+
+def test_a_single_process_knows_its_step() -> None:
+    here = Ranks()
+    assert not here.stops_after(4, asked=False, last=9)
+    assert here.report(UserError("x"))["step"] == 4
+
+
 def test_the_limit_follows_what_was_measured() -> None:
     dog = watchdog.Watchdog(LimitsConfig())
     assert dog.limit() == watchdog._FIRST_STEP_S

@@ -272,6 +272,7 @@ def run(
                 with log.pause(), watchdog.off_duty():
                     _stop_if_diverged(output, step, config, run_dir)
                     keeper.save(state, step)
+        watchdog.rest()
         profile.close(wait_for=state)
         keeper.wait()
         loss = None if output is None else float(output.figures["loss"])
