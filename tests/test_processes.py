@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
@@ -289,6 +290,17 @@ def test_a_contradictory_launcher_is_refused(
     environment(values)
     with pytest.raises(UserError, match=words):
         launched()
+
+
+def test_links_to_nothing_that_editors_leave_in_the_source_do_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(same, "_ROOT", tmp_path)
+    (tmp_path / "maxlm").mkdir()
+    (tmp_path / "maxlm" / "a.py").write_text("pass")
+    before = same.code_fingerprint.__wrapped__()
+    (tmp_path / "maxlm" / ".#a.py").symlink_to("me@here.1234")
+    assert same.code_fingerprint.__wrapped__() == before
 
 
 # Watchdog
