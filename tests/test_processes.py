@@ -182,6 +182,16 @@ def test_contradictions_between_ranks(rank: int, size: int, words: str, left: li
     assert all(words in text and code == 2 for text, code in left)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_another_run_at_the_same_port_is_sent_away(rank: int, left: list[tuple[str, int]]) -> None:
+    with together() as ranks:
+        Spoke(Wire(socket.create_connection(ranks[0]._listener.getsockname())), rank, 2, LimitsConfig())  # type: ignore[attr-defined]
+        wait_until(lambda: left)
+        assert on_each(ranks, lambda rank: rank.say("talk", rank.rank)) == [0] * SIZE
+    ((words, code),) = left
+    assert f"rank {rank}, host" in words and "another run is under way here" in words and code == 2
+
+
 def test_who_is_missing_is_named() -> None:
     listener = socket.create_server(("localhost", 0))
     hub = Hub(listener, 4, LimitsConfig())
