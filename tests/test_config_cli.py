@@ -459,3 +459,9 @@ def test_an_output_that_is_no_longer_read_ends_a_command_quietly() -> None:
         text=True,
     )
     assert done.stdout.splitlines() == ["x" * 80, "141"] and not done.stderr
+
+
+def test_a_command_without_standard_output_runs() -> None:
+    code = "import sys; from maxlm.config.cli import run_command\nrun_command(lambda argv: sys.stdout.isatty() and 5)"
+    done = subprocess.run(["bash", "-c", f'{sys.executable} -c "{code}" >&-'], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -153,6 +153,11 @@ def test_damaged_rows_are_set_aside(tmp_path: Path) -> None:
     assert "nonsense" in (tmp_path / "metrics.jsonl.damaged").read_text()
     (line,) = [line for line in output.getvalue().splitlines() if "warning" in line]
     assert line.startswith(f"warning: {tmp_path}/metrics.jsonl:2: 'nonsense' is not a row")
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write("more\n")
+    open_log(tmp_path, resume_step=6, output=output).close()
+    assert "nonsense" in (tmp_path / "metrics.jsonl.damaged").read_text()
+    assert "more" in (tmp_path / "metrics.jsonl.damaged-2").read_text()
 
 
 def go(run_dir: Path, *measures: Measure, **changed: Any) -> Result:

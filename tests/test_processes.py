@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
@@ -182,6 +183,16 @@ def test_contradictions_between_ranks(rank: int, size: int, words: str, left: li
     assert all(words in text and code == 2 for text, code in left)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_another_run_at_the_same_port_is_sent_away(rank: int, left: list[tuple[str, int]]) -> None:
+    with together() as ranks:
+        Spoke(Wire(socket.create_connection(ranks[0]._listener.getsockname())), rank, 2, LimitsConfig())  # type: ignore[attr-defined]
+        wait_until(lambda: left)
+        assert on_each(ranks, lambda rank: rank.say("talk", rank.rank)) == [0] * SIZE
+    ((words, code),) = left
+    assert f"rank {rank}, host" in words and "another run is under way here" in words and code == 2
+
+
 def test_who_is_missing_is_named() -> None:
     listener = socket.create_server(("localhost", 0))
     hub = Hub(listener, 4, LimitsConfig())
@@ -292,6 +303,17 @@ def test_a_contradictory_launcher_is_refused(
         launched()
 
 
+def test_links_to_nothing_that_editors_leave_in_the_source_do_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(same, "_ROOT", tmp_path)
+    (tmp_path / "maxlm").mkdir()
+    (tmp_path / "maxlm" / "a.py").write_text("pass")
+    before = same.code_fingerprint.__wrapped__()
+    (tmp_path / "maxlm" / ".#a.py").symlink_to("me@here.1234")
+    assert same.code_fingerprint.__wrapped__() == before
+
+
 # Watchdog
 
 
@@ -321,6 +343,25 @@ def test_a_stuck_run_ends_where_that_is_asked_for(left: list[tuple[str, int]], m
         wait_until(lambda: left)
     ((words, code),) = left
     assert "limits.end_stuck_run" in words and code == 1
+
+
+def test_what_comes_after_the_last_step_may_take_its_time(
+    left: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog, "ranks", Ranks)
+    with watchdog.Watchdog(LimitsConfig(step_s=0.2, end_stuck_run=True)) as dog:
+        dog.step(4)
+        with dog.off_duty():
+            pass
+        dog.rest()
+        time.sleep(0.5)
+    assert left == []
+
+
+def test_a_single_process_knows_its_step() -> None:
+    here = Ranks()
+    assert not here.stops_after(4, asked=False, last=9)
+    assert here.report(UserError("x"))["step"] == 4
 
 
 def test_the_limit_follows_what_was_measured() -> None:

@@ -51,9 +51,14 @@ def lock_run(run_dir: Path) -> Iterator[str]:
             raise UserError(
                 f"run_dir = {run_dir}: its file system does not lock files ({error.strerror}); choose another run_dir"
             ) from error
-        os.ftruncate(file, 0)
         holder = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()})
-        os.pwrite(file, holder.encode(), 0)
+        try:
+            os.ftruncate(file, 0)
+            os.pwrite(file, holder.encode(), 0)
+        except OSError as error:
+            raise UserError(
+                f"run_dir = {run_dir}: cannot be written ({error.strerror}); mend that, or choose another run_dir"
+            ) from error
         yield holder
 
 

@@ -399,6 +399,9 @@ def describe_config(config: RunConfig, file_config: RunConfig) -> str:
 def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Call `main(argv)` and leave the process: its exit code, or one line for each mistake and a non-zero code."""
     argv = sys.argv[1:]
+    # Without a standard output (`>&-`) Python has None, and the next file that is opened gets its number.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # LC_ALL=C, and names of files that are no text, end no command
             stream.reconfigure(errors="backslashreplace")

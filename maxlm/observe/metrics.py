@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import math
 import os
@@ -45,7 +46,7 @@ class RowLog:
                     file.flush()
                     os.fsync(file.fileno())
                 if problem is not None:
-                    aside = path.with_name(path.name + ".damaged")
+                    aside = _free(path.with_name(path.name + ".damaged"))
                     os.replace(path, aside)
                     warn(f"{path}:{problem}; kept as {aside}, its other rows go on")
                 os.replace(part, path)
@@ -59,6 +60,12 @@ class RowLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _free(path: Path) -> Path:
+    """`path`, or `path-2`, ... where that exists: what was kept once is not written over."""
+    names = (path if i == 1 else path.with_name(f"{path.name}-{i}") for i in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def read_rows(path: Path) -> list[Row]:

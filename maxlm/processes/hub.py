@@ -38,6 +38,7 @@ class Hub(Several):
         self._members: dict[int, Member] = {}
         self._strangers: dict[socket.socket, Wire] = {}  # that have not said who they are
         self._own_at: int | None = None
+        self._started = False
         self._start()
 
     def wait_for_all(self, seconds: float, place: str) -> None:
@@ -58,6 +59,7 @@ class Hub(Several):
 
     def start(self, port: int) -> None:
         """Tell the others that all are here, and the port of jax's own service."""
+        self._started = True
         self._to_all({"start": {"port": port, "host": self.host, "silent_s": self._silent_s}})
 
     def say(self, what: str, value: Any = None) -> Any:
@@ -143,6 +145,13 @@ class Hub(Several):
             return None
         rank, size = int(hello["rank"]), int(hello["size"])
         newcomer = Member(wire, hello)
+        if self._started:  # it belongs to another run, which must not end this one
+            reason = (
+                f"another run is under way here: its rank 0 is process {os.getpid()} on host {self.host}; choose "
+                "another port in JAX_COORDINATOR_ADDRESS, or stop that run"
+            )
+            wire.send({"end": {"rank": rank, "host": newcomer.host, "step": 0, "reason": reason, "code": 2}})
+            return None
         other = Member(wire, {"host": self.host, "pid": os.getpid()}) if rank == 0 else self._members.get(rank)
         if size != self.size:
             reason = f"rank {rank} on {newcomer} counts {size} processes, rank 0 counts {self.size}"

@@ -83,6 +83,7 @@ class Ranks:
     def stops_after(self, step: int, *, asked: bool, last: int) -> bool:
         """Whether all ranks stop after `step` steps, since one was asked to; for every rank after every step before the
         last. They stop at the same one: the furthest that any has come to."""
+        self.step = step
         return asked
 
     def report(self, error: BaseException) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def code_fingerprint() -> dict[str, str]:
     """Versions, and the SHA-256 of the program's own source files."""
     digest = hashlib.sha256()
     for package in ("maxlm", "kernels_pallas"):
-        for file in sorted((_ROOT / package).rglob("*.py")):
+        for file in sorted(path for path in (_ROOT / package).rglob("*.py") if path.is_file()):  # editors leave links
             digest.update(file.relative_to(_ROOT).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
     return {"source code": digest.hexdigest()[:12], "python": platform.python_version(), **versions}

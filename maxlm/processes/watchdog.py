@@ -30,6 +30,7 @@ class Watchdog:
         for ...:
             watchdog.step(done)         # between two steps
             with watchdog.off_duty():   # measuring, saving: may take as long as it takes
+        watchdog.rest()
     """
 
     def __init__(self, limits: LimitsConfig) -> None:
@@ -54,6 +55,10 @@ class Watchdog:
         if self._began is not None and done > self._step:
             self._seconds.append(now - self._began)
         self._step, self._began = done, now
+
+    def rest(self) -> None:
+        """The last step is done: what follows may take as long as it takes."""
+        self._began = None
 
     @contextlib.contextmanager
     def off_duty(self) -> Iterator[None]:

@@ -272,6 +272,7 @@ def run(
                 with log.pause(), watchdog.off_duty():
                     _stop_if_diverged(output, step, config, run_dir)
                     keeper.save(state, step)
+        watchdog.rest()
         profile.close(wait_for=state)
         keeper.wait()
         loss = None if output is None else float(output.figures["loss"])
@@ -330,11 +331,15 @@ def _stop_if_diverged(output: StepOutput, step: int, config: RunConfig, run_dir:
         "metrics_of_last_step": values,
         "config": serialize.to_dict(config),
     }
+    where = f"the report is {report}"
     if jax.process_index() == 0:
-        report.write_text(json.dumps(facts, indent=2) + "\n")
+        try:
+            report.write_text(json.dumps(facts, indent=2) + "\n")
+        except OSError as error:
+            where = f"the report {report} cannot be written ({error.strerror})"
     raise Diverged(
         f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']} or update norm "
         f"{values['update_norm']} was not finite for {in_row} steps in a row (train.max_skipped_steps = "
-        f"{config.train.max_skipped_steps}); parameters are as before them, the report is {report}; "
+        f"{config.train.max_skipped_steps}); parameters are as before them, {where}; "
         f"lower optimizer.learning_rate or look at the data from batch {step - in_row} on"
     )
