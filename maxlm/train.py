@@ -7,12 +7,12 @@ Exit codes: 0 finished; 75 stopped by SIGTERM or SIGINT with everything saved (r
 from __future__ import annotations
 
 import os
-import signal
 import sys
 
 if not __package__:  # run by its path: Python then looks in this file's folder first, where inspect.py is not its own
     sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}maxlm{os.sep}")[0]
 
+import signal
 from collections.abc import Sequence
 from types import FrameType
 from typing import TYPE_CHECKING

@@ -109,7 +109,7 @@ TABLE: list[tuple[str, Any, Changes]] = [
     ("execution.dtype", Dtype.BFLOAT16, TRAINING),
     ("execution.scan_layers", False, TRAINING),
     ("checkpoint.every", 5, NOTHING),
-    ("checkpoint.init_from", "runs/other", IDENTITY),
+    ("checkpoint.init_from", "runs/other", NOTHING),
     ("observe.sample_tokens", 3, NOTHING),
     ("target", "cpu:1", NOTHING),
     ("run_dir", "moved", NOTHING),
@@ -214,7 +214,6 @@ def test_what_changes_nothing_is_not_told(run_dir: Path, capsys: pytest.CaptureF
         ("model.norm.eps", 0.1, "was trained with 1e-05, the config says 0.1, which makes another model"),
         ("data.seed", 4, "was trained with 0, the config says 4, which makes another order of the data"),
         ("optimizer", Adafactor(), "was trained with AdamW, the config says Adafactor, which makes another state"),
-        ("checkpoint.init_from", "runs/x", "was trained with None, the config says 'runs/x'"),
     ],
 )
 def test_another_model_state_or_order_is_refused(run_dir: Path, key: str, value: Any, words: str) -> None:
@@ -301,3 +300,20 @@ def test_more_steps_extend_a_finished_run(run_dir: Path, capsys: pytest.CaptureF
     assert saved(run_dir, f"config.before-step-{STEPS}.json").train.steps == STEPS
     with pytest.raises(UserError, match=f"train.steps = {STEPS} is less than the {STEPS + 2} steps"):
         go(run_dir)
+
+
+def test_a_config_that_was_lost_comes_back(run_dir: Path) -> None:
+    (run_dir / "config.json").write_text("{")
+    with pytest.raises(InterruptedError):
+        go(run_dir, stop_at=5)
+    assert saved(run_dir).optimizer == small_config(run_dir).optimizer
+
+
+def test_a_finished_run_without_checkpoints_does_not_begin_anew(run_dir: Path) -> None:
+    go(run_dir)
+    shutil.rmtree(run_dir / "checkpoints")
+    (run_dir / "checkpoints").mkdir()
+    before = contents(run_dir)
+    with pytest.raises(UserError, match=f"holds the report of a run of {STEPS} steps and none of its checkpoints"):
+        go(run_dir)
+    assert contents(run_dir) == before

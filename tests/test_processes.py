@@ -333,7 +333,7 @@ def test_a_step_that_takes_too_long_shows_its_stacks_once(
 
 
 def _a_place_to_be_stuck() -> None:
-    time.sleep(0.8)
+    time.sleep(2.5)
 
 
 def test_a_stuck_run_ends_where_that_is_asked_for(left: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:

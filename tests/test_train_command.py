@@ -237,7 +237,6 @@ def test_a_tokenizer_larger_than_the_model(here: Here, tmp_path: Path) -> None:
             "'s 5 tokens and observe.sample_tokens = 60 make 65, more than model",
         ),
         ("--observe.sample_prompt=\udcff", "observe.sample_prompt = '\\udcff' cannot be tokenised"),
-        ("--train.batch_size=4096", "train.eval_batches = 0"),
     ],
 )
 def test_what_the_end_could_not_do_is_refused_at_the_beginning(

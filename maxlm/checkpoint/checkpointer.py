@@ -128,11 +128,8 @@ class Checkpointer:
         path = retention.writing(self._folder, step)
         try:
             if jax.process_index() == 0:
-                if self._identity not in (None, _identity(self._folder.parent)):
-                    raise UserError(
-                        f"{self._folder.parent}: was removed or replaced while this run was using it, so nothing more "
-                        "is written there; run the same command again"
-                    )
+                if (moved := self._was_moved()) is not None:
+                    raise moved
                 self._folder.mkdir(parents=True, exist_ok=True)
                 self._clear_the_way(step)
             self._store.begin(path, {"params": params, "optimizer": optimizer}, meta)
@@ -344,7 +341,18 @@ class Checkpointer:
                 "it to True to use the one before"
             ) from error
 
+    def _was_moved(self) -> UserError | None:
+        """What to say where the run folder is no longer the one that was prepared."""
+        if self._identity in (None, _identity(self._folder.parent)):
+            return None
+        return UserError(
+            f"{self._folder.parent}: was removed or replaced while this run was using it, so nothing more is written "
+            "there; run the same command again, with run_dir where the folder is now"
+        )
+
     def _failed(self, step: int, error: Exception) -> UserError:
+        if (moved := self._was_moved()) is not None:
+            return moved
         try:
             safe = retention.finished(self._folder)
         except OSError:

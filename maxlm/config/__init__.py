@@ -18,7 +18,8 @@ dims.py: the table: which mesh axis cuts which dim of an array
 layout_rules.py: what must divide what
 sampling.py: temperature, top-k, top-p
 changes.py: what a run may go on with, and what it is told
-cli.py: --config, overrides, one-line errors
+cli.py: --config, overrides, how a command ends
+complaints.py: mistakes on a command line, in one line
 python_file.py: a config file in Python, and mistakes in it
 serialize.py: configs as JSON and back
 json_file.py: JSON of ours, read with limits

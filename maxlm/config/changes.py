@@ -103,7 +103,8 @@ def go_on(trained: RunConfig, config: RunConfig, allowed: Sequence[str], checkpo
         raise UserError(
             "\n".join(
                 f"{one.key}: {checkpoint} was trained with {one.old}, the config says {one.new}, which makes another "
-                f"{_makes(one)}; go back to {one.old}, set another run_dir, or say --allow_change {one.key}"
+                f"{_makes(one)}; go back to {one.old}, set another run_dir, or, if no array changes its shape or "
+                f"dtype, say --allow_change {one.key}"
                 for one in refused
             )
         )

@@ -100,7 +100,7 @@ class CheckpointConfig:
     """Keep every checkpoint whose step is a multiple of this, too; 0: none."""
     verify: bool = True
     """Compare checksums before restoring."""
-    init_from: Annotated[PathName | None, Changes.IDENTITY] = None
+    init_from: PathName | None = None
     """Run folder, or RUN_DIR/checkpoints/STEP, whose parameters a new run starts from, with a new optimizer; a dense
     MLP becomes every expert of a mixture of the same d_ff (arXiv:2212.05055). Not read once the run has a
     checkpoint."""

@@ -354,8 +354,9 @@ def open_prepared(folder: Path, *, verify: bool, splits: Sequence[Split] = tuple
 
 def not_finished(folder: Path) -> UserError:
     """What to tell someone whose folder has no record."""
+    where = folder if folder.is_absolute() else f"{folder} (in the current folder, {Path.cwd()})"
     return UserError(
-        f"{folder}: holds no finished data set; make it with: python -m maxlm.data prepare PATH... --out {folder}"
+        f"{where}: holds no finished data set; make it with: python -m maxlm.data prepare PATH... --out {folder}"
     )
 
 

@@ -49,13 +49,18 @@ class ConfigFile:
             self._warn(f"changed after step {self._step:,}: {one}{allowed}")
 
     def begin(self) -> None:
-        """Write the file for a run without a checkpoint, before its first step.
+        """Write the file for a run without a checkpoint, before its first step; and what the checkpoint was trained
+        with, for one whose file is gone or cannot be read.
 
         Raises:
             UserError: it cannot be written.
         """
         try:
-            self._write("config.json", self._config)
+            if self._trained is None:
+                self._write("config.json", self._config)
+            elif not self._is_readable():
+                self._warn(f"{self._run_dir / 'config.json'}: was missing or unreadable; written anew, as trained")
+                self._write("config.json", self._trained)
         except OSError as error:
             raise UserError(f"{self._run_dir / 'config.json'}: cannot be written ({error.strerror})") from error
 
@@ -68,6 +73,13 @@ class ConfigFile:
             self._write("config.json", self._config)
         except OSError as error:
             self._warn(f"{self._run_dir / 'config.json'}: cannot be brought up to date ({error.strerror})")
+
+    def _is_readable(self) -> bool:
+        try:
+            serialize.load(RunConfig, self._run_dir / "config.json")
+        except UserError:
+            return False
+        return True
 
     def _write(self, name: str, config: RunConfig) -> None:
         """In one rename, unless the file says that already."""

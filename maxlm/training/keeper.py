@@ -16,7 +16,7 @@ from maxlm.checkpoint import manifest
 from maxlm.checkpoint.checkpointer import Checkpointer
 from maxlm.checkpoint.reference import Reference
 from maxlm.config import RunConfig, UserError, serialize
-from maxlm.observe.report import SavedCheckpoint
+from maxlm.observe.report import SavedCheckpoint, report_step
 from maxlm.processes.joining import on_rank_0
 from maxlm.sharding import Layout
 from maxlm.training.config_file import ConfigFile
@@ -72,6 +72,11 @@ class Keeper:
             params=shapes.parameters, optimizer=_optimizer_item(shapes), judge=self._file.compare
         )
         if restored is None:
+            if (done := report_step(self._run_dir)) is not None:
+                raise UserError(
+                    f"{self._run_dir}: holds the report of a run of {done:,} steps and none of its checkpoints; bring "
+                    "them back, set another run_dir, or remove report.html to begin anew here"
+                )
             return None
         self.meta, place = restored.meta, self._folder / str(restored.step)
         self._compare_identity(place)
@@ -89,7 +94,8 @@ class Keeper:
         return state
 
     def begin(self) -> None:
-        """Say what is not as it was; write config.json for a run without a checkpoint, on process 0."""
+        """Say what is not as it was; write config.json, on process 0, for a run without a checkpoint or one that has
+        lost it."""
         self._file.say()
         was, now = self.meta.get("machine"), self._machine
         if was is not None and was != now:
@@ -98,7 +104,7 @@ class Keeper:
                 f"going on elsewhere ({', '.join(changes)}): from here on, numbers may differ in their last bits from "
                 "a run that stayed"
             )
-        if not self.meta and jax.process_index() == 0:
+        if jax.process_index() == 0:
             self._file.begin()
 
     def save(self, state: TrainState, step: int) -> None:

@@ -198,7 +198,7 @@ def run(
         if recipe.frozen is not None:
             frozen, keeper.reference = read_reference(recipe.frozen, recipe.objective.frozen, keeper.meta.get("frozen"))
         keeper.begin()
-        if is_main and not keeper.meta and recipe.tokenizer is not None:
+        if is_main and recipe.tokenizer is not None and not (keeper.meta and (run_dir / "tokenizer").exists()):
             recipe.tokenizer.save(run_dir / "tokenizer")
         done = on_rank_0("look at the report", lambda: start == train.steps and report_step(run_dir) == start)
         log = stack.enter_context(

@@ -35,7 +35,6 @@ REFUSED = (
     Row("train.batch_size", "4", "8"),
     Row("train.seq_len", "16", "32"),
     Row("optimizer.moment_dtype", "bfloat16", "float32"),
-    Row("checkpoint.init_from", "runs/other", "None"),
 )
 TOLD = (
     Row("optimizer.learning_rate", "0.001", "0.003 -> 0.001"),
