@@ -40,7 +40,7 @@ def run(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-@pytest.mark.parametrize("limit", ["-1", "100000000"])
+@pytest.mark.parametrize("limit", ["-1", pytest.param("100000000", marks=pytest.mark.nightly)])
 def test_a_program_whose_bytes_have_changed_is_compiled_anew(tmp_path: Path, limit: str) -> None:
     bounded = {"JAX_COMPILATION_CACHE_MAX_SIZE": limit}
     assert "hits 0" in run(tmp_path, **bounded).stdout

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from train_runs import STEPS, Bench, Ended, contents, final_hash, flip_byte, inspect, losses, rows
 
-from maxlm.checkpoint.lock import lock_run
 from maxlm.checkpoint.store import Store
 from maxlm.data.prepare import prepare
 from maxlm.data.shards import read_info
@@ -114,7 +113,7 @@ def test_a_signal_while_data_is_prepared(number: signal.Signals, bench: Bench, t
     assert contents(tmp_path / "run") == {}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_ctrl_c_while_compiling(bench: Bench, tmp_path: Path) -> None:
     with bench.start(tmp_path / "run", environment={"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}) as running:
         running.read_until("compiled programs are kept in")
@@ -167,7 +166,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_older_checkpoint(bench: Bench, t
 @pytest.mark.parametrize(
     ("devices", "mesh"),
     [
-        (4, ["--sharding.data=1", "--sharding.fsdp=4"]),
+        pytest.param(4, ["--sharding.data=1", "--sharding.fsdp=4"], marks=pytest.mark.nightly),
         (8, ["--sharding.data=1", "--sharding.fsdp=2", "--sharding.tensor=4"]),
     ],
 )
@@ -216,13 +215,3 @@ def test_two_processes_train_stop_and_go_on_as_one(bench: Bench, tmp_path: Path)
         assert loss == pytest.approx(expected, abs=1e-5)
     assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
     assert inspect(tmp_path / "two", "--verify")["steps"][-1]["status"] == "ok"
-
-
-@pytest.mark.slow
-def test_a_mistake_seen_by_the_first_process_ends_both(bench: Bench, tmp_path: Path) -> None:
-    with lock_run(tmp_path / "run"), contextlib.ExitStack() as stack:
-        ended = [running.end() for running in bench.start_two(stack, tmp_path / "run")]
-    assert [one.code for one in ended] == [2, 2]
-    assert ["in use by process" in one.errors[0] for one in ended] == [True, True]
-    assert [one.errors[0].startswith("error: rank 0, host ") for one in ended] == [True, True]
-    assert [len(one.errors) for one in ended] == [1, 1]

@@ -14,7 +14,8 @@ from helpers import one_device, packed_batch, place, small_run
 from maxlm.config import Adafactor, AdamW, ConstantSchedule, LinearSchedule, ShardingConfig, UserError
 from maxlm.shapes import parameter_count
 from maxlm.sharding import make_layout
-from maxlm.training import loop, make_trainer
+from maxlm.training import make_trainer
+from maxlm.training.keeper import machine_facts, moved_words
 from maxlm.training.objective import NextToken
 
 WARMUP, STEPS = 4, 80
@@ -314,7 +315,8 @@ def test_a_model_that_is_not_what_was_counted_is_refused():
 
 def test_going_on_elsewhere_is_said() -> None:
     one, two = (make_layout(ShardingConfig(data=n), jax.devices()[:n]) for n in (1, 2))
-    assert loop._moved({}, one) is None  # of an earlier version
-    assert loop._moved({"machine": loop._machine(one)}, one) is None
-    said = loop._moved({"machine": {**loop._machine(one), "jax": "0.1"}}, two)
+    here = machine_facts(one)
+    assert moved_words(None, here) is None  # of an earlier version
+    assert moved_words(here, here) is None
+    said = moved_words(here | {"jax": "0.1"}, machine_facts(two))
     assert said is not None and "devices 1 x cpu -> 2 x cpu, mesh one device -> data 2, jax 0.1 -> " in said

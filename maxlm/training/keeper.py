@@ -43,7 +43,7 @@ class Keeper:
         self._config, self._identity, self._warn = config, identity, warn
         self._run_dir = Path(config.run_dir)
         self._folder = self._run_dir / "checkpoints"
-        self._machine = _machine(layout)
+        self._machine = machine_facts(layout)
         self._file = ConfigFile(config, self._run_dir, allow_change, warn)
         self._saved = Checkpointer(self._folder, config.checkpoint, warn=warn, sealed=self._file.sealed)
         self.check, self.wait = self._saved.check, self._saved.wait
@@ -97,13 +97,8 @@ class Keeper:
         """Say what is not as it was; write config.json, on process 0, for a run without a checkpoint or one that has
         lost it."""
         self._file.say()
-        was, now = self.meta.get("machine"), self._machine
-        if was is not None and was != now:
-            changes = [f"{name} {was.get(name)} -> {now[name]}" for name in now if was.get(name) != now[name]]
-            self._warn(
-                f"going on elsewhere ({', '.join(changes)}): from here on, numbers may differ in their last bits from "
-                "a run that stayed"
-            )
+        if (moved := moved_words(self.meta.get("machine"), self._machine)) is not None:
+            self._warn(moved)
         if jax.process_index() == 0:
             self._file.begin()
 
@@ -183,7 +178,7 @@ def _optimizer_item(state: TrainState) -> dict[str, Any]:
     }
 
 
-def _machine(layout: Layout) -> dict[str, Any]:
+def machine_facts(layout: Layout) -> dict[str, Any]:
     """What decides, beside config and data, in which order numbers are summed: the same gives the same bits."""
     devices = layout.mesh.devices.flat
     return {
@@ -194,3 +189,11 @@ def _machine(layout: Layout) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if jax.default_backend() == "cpu" else None,
         "jax": jax.__version__,
     }
+
+
+def moved_words(was: dict[str, Any] | None, now: dict[str, Any]) -> str | None:
+    """What to say to who goes on elsewhere; None: nothing, or an earlier version wrote the checkpoint."""
+    if was is None or was == now:
+        return None
+    changes = ", ".join(f"{name} {was.get(name)} -> {now[name]}" for name in now if was.get(name) != now[name])
+    return f"going on elsewhere ({changes}): from here on, numbers may differ in their last bits from a run that stayed"

@@ -63,12 +63,6 @@ def killed_again_and_again(seed: int, kills: int, folder: Path) -> str:
 
 
 def cases() -> Iterator[Case]:
-    yield Case(
-        name="kills: 2 at random moments",
-        expected="the same command ends with the same bits",
-        check=functools.partial(killed_again_and_again, 77, 2),
-        short=True,
-    )
     for number in range(ROUNDS):
         yield Case(
             name=f"kills: {KILLS} at random moments, round {number + 1}",

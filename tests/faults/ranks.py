@@ -21,6 +21,7 @@ from xla_flags import xla_flags
 from faults.case import Case
 from faults.runs import bench
 from faults.tools import ROOT, command, variables
+from maxlm.checkpoint.lock import lock_run
 
 SOON_S = 15.0
 """What both may take, on a machine that does nothing else; cases that share one take a few times as long."""
@@ -246,6 +247,11 @@ def preparation_limit(folder: Path) -> str:
         return end(both, (2, 2), "rank 1, host ", "did not prepare the data within 3 s", "limits.prepare_s")
 
 
+def in_use(folder: Path) -> str:
+    with lock_run(folder / "run"), two(folder / "run") as both:
+        return end(both, (2, 2), "rank 0, host ", "in use by process")
+
+
 def slurm_without_srun(folder: Path) -> str:
     slurm = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
     ended = command("maxlm.train", *bench().arguments(folder / "run"), environment=slurm, timeout=30)
@@ -264,6 +270,7 @@ def cases() -> Iterator[Case]:
         )
     yield Case(name="ranks: rank 1 has other source code", expected=both_end, check=other_code)
     yield Case(name="ranks: rank 1 sees another run folder", expected="both exit 2", check=other_folder)
+    yield Case(name="ranks: the run folder is in use", expected="both exit 2, for one reason", check=in_use)
     yield Case(name="ranks: rank 1 has other data", expected=both_end, check=other_data)
     for rank in (0, 1):
         yield Case(

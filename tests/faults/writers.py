@@ -154,7 +154,6 @@ def cases() -> Iterator[Case]:
             name=f"writers: {place.name}, {place.spoil.__name__}",
             expected=on,
             check=lambda home, place=place: spoiled(place, home),
-            short=place == PLACES[1],
         )
     yield Case(name="writers: tensorboard on a full disk", expected=on, check=full_tensorboard)
     for where in ("init", "log", "finish"):
