@@ -144,23 +144,24 @@ def differs(option: str, key: str, folder: Path) -> str:
         return end(both, (2, 2), key, "rank 1, host ")
 
 
-def clone(folder: Path) -> None:
+def clone(place: Path) -> Path:
     for name in ("maxlm", "kernels_pallas", "configs"):
-        shutil.copytree(ROOT / name, folder / "clone" / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return place
 
 
 def other_folder(folder: Path) -> str:
     """The same relative run_dir, from another working directory: as on a host without the shared file system."""
-    clone(folder)
-    with two(Path(os.path.relpath(folder / "run", ROOT)), root_of_1=folder / "clone") as both:
+    elsewhere = clone(folder / Path(*["deeper"] * len(ROOT.parts)))  # where the same way up leads to another place
+    with two(Path(os.path.relpath(folder / "run", ROOT)), root_of_1=elsewhere) as both:
         return end(both, (2, 2), "rank 1, host ", "does not see the folder that rank 0 has locked")
 
 
 def other_code(folder: Path) -> str:
-    clone(folder)
-    with (folder / "clone/maxlm/training/losses.py").open("a") as file:
+    other = clone(folder / "clone")
+    with (other / "maxlm/training/losses.py").open("a") as file:
         file.write("# changed\n")
-    with two(folder / "run", root_of_1=folder / "clone") as both:
+    with two(folder / "run", root_of_1=other) as both:
         return end(both, (2, 2), "source code", "rank 1, host ")
 
 
@@ -220,8 +221,9 @@ def doubled(rank: int, folder: Path) -> str:
         all_of_them = []
         for number in numbers:
             environment = variables_of(number, port, size=3)
-            all_of_them.append(stack.enter_context(start(folder / "run", environment, "--limits.join_s=60")))
-        return end(all_of_them, (2, 2, 2), f"two processes are rank {rank}")
+            all_of_them.append(stack.enter_context(start(folder / "run", environment, "--limits.join_s=10")))
+        # One that comes after the others have ended finds nobody.
+        return end(all_of_them, (2, 2, 2), f"rank {rank}")
 
 
 def asleep_in_a_step(folder: Path) -> str:
