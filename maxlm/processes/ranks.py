@@ -8,6 +8,7 @@ collective, which gives up after half a minute on CPUs.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import os
 import socket
@@ -147,7 +148,7 @@ def lines(report: dict[str, Any]) -> str:
     return "\n".join(f"{who}: {line}" for line in report["reason"].splitlines())
 
 
-class Several(Ranks):
+class Several(Ranks, abc.ABC):
     """One of several ranks."""
 
     def __init__(self, rank: int, size: int, limits: LimitsConfig) -> None:
@@ -158,16 +159,17 @@ class Several(Ranks):
     def _start(self) -> None:
         threading.Thread(target=self._serve, name="ranks", daemon=True).start()
 
+    @abc.abstractmethod
     def _serve(self) -> None:
         """Read what comes, say that this rank lives, and notice who does not."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _to_hub(self, message: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """To rank 0."""
 
+    @abc.abstractmethod
     def _to_all(self, message: dict[str, Any]) -> None:
         """To every other rank, or to the one that passes it on."""
-        raise NotImplementedError
 
     def at_exit(self) -> None:
         """The last words of this process. After an error it does not wait for the others, as jax would."""
