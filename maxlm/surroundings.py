@@ -1,14 +1,23 @@
-"""What the user's environment decides: where things may be kept, and whether somebody looks at a terminal."""
+"""What the user's environment decides: where things may be kept, and who reads what a command says."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import rich.console
+
+READER_S = 1.0
+"""How long who reads what a command says may look away before the command goes on without."""
+_PIECE = 4096
+"""PIPE_BUF: what a pipe that takes anything takes as a whole."""
 
 
 def cache_folder(name: str) -> Path | None:
@@ -32,3 +41,32 @@ def console(*, stderr: bool = False, **options: Any) -> rich.console.Console:
     return rich.console.Console(
         stderr=stderr, force_terminal=there, force_interactive=None if there else False, **options
     )
+
+
+def tell(text: str) -> None:
+    """Write to standard error from anywhere, as a signal handler or a thread beside one that hangs, and never wait for
+    a reader who has stopped reading: what does not go is lost."""
+    data = text.encode(errors="backslashreplace")
+    with contextlib.suppress(OSError, ValueError):
+        for begin in range(0, len(data), _PIECE):
+            if not select.select([], [2], [], READER_S)[1]:
+                return
+            os.write(2, data[begin : begin + _PIECE])
+
+
+def flush_output() -> bool:
+    """Write what is still buffered for standard output and error; whether their readers took it."""
+    return all(patiently(stream.flush) for stream in (sys.stdout, sys.stderr))
+
+
+def patiently(write: Callable[[], Any]) -> bool:
+    """Write to standard output or error, but do not wait long for a reader; whether it took all, or is gone."""
+
+    def attempt() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            write()
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(READER_S)
+    return not thread.is_alive()

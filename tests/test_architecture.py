@@ -19,7 +19,7 @@ KERNELS = "kernels_pallas"
 
 MAY_IMPORT: dict[str, set[str]] = {
     KERNELS: set(),
-    "config": set(),
+    "config": {"surroundings"},
     "shapes": {"config"},
     "sharding": {"config"},
     "models": {"config", "shapes", "sharding", KERNELS},
@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": {"config", "sharding", "models", "observe", "data", "training", "inference"},
     "recipes": {"config", "sharding", "data", "training", "inference", "evaluation", "observe", "processes"},
     "launching": {"config", "hardware"},
-    "processes": {"config"},
+    "processes": {"config", "surroundings"},
     "compile_cache": {"surroundings"},
     "surroundings": set(),
 }

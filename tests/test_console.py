@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import os
 import sys
@@ -11,6 +12,7 @@ import time
 import pytest
 import rich.console
 
+from maxlm import surroundings
 from maxlm.observe.console import Console
 
 
@@ -135,3 +137,26 @@ def test_a_console_whose_output_is_gone_starts_and_stops():
         console.stop()
     with contextlib.suppress(BrokenPipeError):  # what rich left in it
         gone.close()
+
+
+@pytest.mark.skipif(not hasattr(fcntl, "F_SETPIPE_SZ"), reason="only Linux makes a pipe of a chosen size")
+def test_who_reads_on_later_gets_what_was_kept_for_him(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(surroundings, "READER_S", 0.1)
+    reading, writing = os.pipe()
+    console = Console(output=rich.console.Console(file=os.fdopen(writing, "w"), width=100))
+    pending = 1000
+    room = fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    began = time.monotonic()
+    for i in range(2 * pending):
+        console.say(f"line {i:_>90}")
+    assert time.monotonic() - began < 5  # one wait, not two thousand
+    with os.fdopen(reading) as reader:
+        shown = [reader.readline() for _ in range(pending)]
+        console.say("the last")
+        while "the last" not in shown[-1]:
+            shown.append(reader.readline())
+    *lines, gap, last = shown
+    assert lines == [f"line {i:_>90}\n" for i in range(len(lines))]
+    assert pending < len(lines) <= pending + 1 + room // 90
+    assert gap == f"... {2 * pending - len(lines):,} lines are missing here, as nobody read on\n"
+    assert last == "the last\n"

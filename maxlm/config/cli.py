@@ -34,6 +34,7 @@ from maxlm.config.fields import field_kinds, help_of, is_config, require, shown
 from maxlm.config.python_file import run_python_file
 from maxlm.config.run import RunConfig, StepRange, TrainConfig
 from maxlm.config.serialize import flatten, load
+from maxlm.surroundings import flush_output, patiently
 
 T = TypeVar("T")
 
@@ -407,34 +408,37 @@ def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):  # LC_ALL=C, and names of files that are no text, end no command
             stream.reconfigure(errors="backslashreplace")
     try:
-        sys.exit(main(argv) or 0)
+        code: int | str | None = main(argv)
     except SystemExit as stop:
-        if isinstance(stop.__context__, BrokenPipeError):  # rich makes one of the other
-            sys.exit(EXIT_BROKEN_PIPE)
-        raise
+        # rich makes one of the other
+        code = EXIT_BROKEN_PIPE if isinstance(stop.__context__, BrokenPipeError) else stop.code
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest when it ends
-        sys.exit(EXIT_BROKEN_PIPE)
-    except KeyboardInterrupt:
-        if "--debug" in argv:
-            traceback.print_exc()
-        else:
-            print("error: interrupted", file=sys.stderr)
-        sys.exit(EXIT_CTRL_C)
+        code = EXIT_BROKEN_PIPE
+    except KeyboardInterrupt as error:
+        _complain(error, ["interrupted"], argv)
+        code = EXIT_CTRL_C
     except Exception as error:
-        if "--debug" in argv:
-            traceback.print_exc()
-        elif isinstance(error, UserError):
-            for line in str(error).splitlines():
-                print(f"error: {line}", file=sys.stderr)
+        if isinstance(error, UserError):
+            lines = str(error).splitlines()
         elif isinstance(error, OSError) and error.filename:
-            print(f"error: {error.filename}: {error.strerror} (--debug shows the traceback)", file=sys.stderr)
+            lines = [f"{error.filename}: {error.strerror} (--debug shows the traceback)"]
         else:
             message = " ".join(str(error).split())
-            print(f"error: {type(error).__name__}: {message} (--debug shows the traceback)", file=sys.stderr)
+            lines = [f"{type(error).__name__}: {message} (--debug shows the traceback)"]
+        _complain(error, lines, argv)
         code = error.exit_code if isinstance(error, UserError) else 1
         threading.Thread(target=_leave, args=(code,), daemon=True).start()
-        sys.exit(code)
+    if not flush_output():  # Python would wait for the thread that still writes, and then crash
+        os._exit(code if isinstance(code, int) else int(code is not None))
+    sys.exit(code)
+
+
+def _complain(error: BaseException, lines: list[str], argv: list[str]) -> None:
+    if "--debug" in argv:
+        patiently(lambda: traceback.print_exception(error))
+    else:
+        patiently(lambda: print("\n".join(f"error: {line}" for line in lines), file=sys.stderr))
 
 
 def _leave(code: int) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from statistics import fmean
 from types import TracebackType
 from typing import Self
@@ -26,6 +28,8 @@ _ROW_WIDTH = 80
 """Columns of a row of metrics: what a terminal has, and a narrow window beside an editor."""
 _GONE = (OSError, ValueError, SystemExit)
 """The reader is gone, the disk full, the file closed. rich makes a SystemExit of a broken pipe."""
+_PENDING = 1000
+"""Lines kept for a reader who has stopped reading."""
 _WAIT_LINE_S = 30.0
 """Seconds between the lines that say, where there is no status line, that something still goes on."""
 
@@ -34,13 +38,16 @@ class Console:
     """Rows of metrics on standard output; a status line too where that is a terminal, no control codes where it is not.
 
     A console with `enabled` off (every process but 0) takes the same calls and prints nothing. One whose output goes
-    away (`| head`) says so once on standard error and is silent from then on: no run ends for it.
+    away (`| head`) says so once on standard error and is silent from then on: no run ends for it. Nor does one wait for
+    an output that takes no more (Ctrl-S, a pipe that nobody reads): what comes meanwhile is shown once it does, as far
+    as it is not too much.
     """
 
     def __init__(self, *, enabled: bool = True, output: rich.console.Console | None = None) -> None:
         self._output = output or surroundings.console(highlight=False)
         self._enabled = enabled
-        self._writing = threading.RLock()
+        self._writer = _Writer()
+        self._lost = 0
         self._live: rich.live.Live | None = None
         self._total = 0
         self._latest: Row | None = None
@@ -114,12 +121,15 @@ class Console:
         """Print a line above the status line."""
         if not self._enabled:
             return
+        if self._lost:
+            text = f"... {self._lost:,} lines are missing here, as nobody read on\n{text}"
         # rich takes an output that it did not get by name for UTF-8.
         text = _printable(text, getattr(self._output.file, "encoding", None) or "utf-8")
         if self._output.is_terminal:
-            self._attempt(lambda: self._output.print(Text(text, style=style)))
+            taken = self._attempt(lambda: self._output.print(Text(text, style=style)))
         else:  # rich would cut long lines to a width that a file does not have
-            self._attempt(lambda: print(f"{text}\n", end="", file=self._output.file, flush=True))
+            taken = self._attempt(lambda: print(f"{text}\n", end="", file=self._output.file, flush=True))
+        self._lost = 0 if taken else self._lost + 1
 
     def warning(self, text: str) -> None:
         """Print a line that stands out."""
@@ -131,13 +141,16 @@ class Console:
         if live is not None:
             self._attempt(live.stop)
 
-    def _attempt(self, write: Callable[[], None]) -> None:
-        """Write, or be silent from now on; one thread at a time, so that lines stay whole."""
-        with self._writing:
+    def _attempt(self, write: Callable[[], None]) -> bool:
+        """Write, in the order of the calls, or be silent from now on; false: too much waits to be written."""
+
+        def attempt() -> None:
             try:
                 write()
             except _GONE as error:
                 self._go_silent(error)
+
+        return self._writer(attempt)
 
     def _go_silent(self, error: BaseException) -> None:
         was_enabled, self._enabled = self._enabled, False
@@ -213,6 +226,48 @@ class Console:
         whole.add_row(first)
         whole.add_row(Text(" | ".join(figures), style="cyan"))
         return whole
+
+
+class _Writer:
+    """Makes calls in a daemon thread, in order. Each is waited for, but not for longer than a reader may look away; and
+    then none, until all are made."""
+
+    def __init__(self) -> None:
+        self._calls: queue.Queue[tuple[Callable[[], None], Future[None]]] = queue.Queue(_PENDING)
+        self._thread: threading.Thread | None = None
+        self._behind = False
+
+    def __call__(self, call: Callable[[], None]) -> bool:
+        """Whether it is made, or will be."""
+        if self._thread is threading.current_thread():
+            call()
+            return True
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="console", daemon=True)
+            self._thread.start()
+        made: Future[None] = Future()
+        try:
+            self._calls.put_nowait((call, made))
+        except queue.Full:
+            return False
+        if not self._behind:
+            try:
+                made.result(surroundings.READER_S)
+            except TimeoutError:
+                self._behind = True
+        return True
+
+    def _work(self) -> None:
+        while True:
+            call, made = self._calls.get()
+            try:
+                call()
+            except BaseException as error:
+                made.set_exception(error)
+            else:
+                made.set_result(None)
+            if self._calls.empty():
+                self._behind = False
 
 
 def _printable(text: str, encoding: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import threading
@@ -12,6 +11,7 @@ from typing import Any
 
 from maxlm.config.errors import EXIT_INTERRUPTED
 from maxlm.processes.joining import ranks
+from maxlm.surroundings import tell
 
 _UNWIND_S = 3.0
 """What is left to a run that is stopped before its first step: a compiler cannot be interrupted."""
@@ -56,18 +56,12 @@ class Interruption:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         for watched in self._before:
             signal.signal(watched, signal.SIG_DFL)
-        # `print` is not safe inside a signal handler
         if not self._in_loop:
-            _write("stopped before the first step: there is nothing to save\n")
+            tell("stopped before the first step: there is nothing to save\n")
             threading.Thread(target=_leave_soon, daemon=True).start()
             raise SystemExit(EXIT_INTERRUPTED)
         self._asked = True
-        _write("stopping after this step, and saving; a second signal stops at once, without\n")
-
-
-def _write(text: str) -> None:
-    with contextlib.suppress(OSError):
-        os.write(2, text.encode())
+        tell("stopping after this step, and saving; a second signal stops at once, without\n")
 
 
 def _leave_soon() -> None:

@@ -9,7 +9,6 @@ collective, which gives up after half a minute on CPUs.
 from __future__ import annotations
 
 import abc
-import contextlib
 import os
 import socket
 import sys
@@ -20,6 +19,7 @@ from typing import Any, NoReturn
 
 from maxlm.config import LimitsConfig, UserError
 from maxlm.processes.wire import BEAT_S, SILENT_S
+from maxlm.surroundings import flush_output, tell
 
 _GRACE_S = 2.0
 """What a failing collective waits for, lest it hide the cause: the rank that broke it."""
@@ -138,8 +138,7 @@ def leave(text: str, code: int) -> NoReturn:
     """End this process with lines of error on standard error, from any thread."""
     show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a status line hides it
     lines = "".join(f"error: {line}\n" for line in text.splitlines())
-    with contextlib.suppress(OSError):
-        os.write(2, (show_cursor + lines).encode(errors="backslashreplace"))
+    tell(show_cursor + lines)
     os._exit(code)
 
 
@@ -174,9 +173,7 @@ class Several(Ranks, abc.ABC):
     def at_exit(self) -> None:
         """The last words of this process. After an error it does not wait for the others, as jax would."""
         if self._failed is not None:
-            for stream in (sys.stdout, sys.stderr):
-                with contextlib.suppress(OSError, ValueError):
-                    stream.flush()
+            flush_output()
             os._exit(self._failed)
         self._to_all({"bye": True})
 

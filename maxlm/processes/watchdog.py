@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import faulthandler
+import itertools
 import statistics
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Iterator
 from types import TracebackType
 
 from maxlm.config import LimitsConfig
 from maxlm.processes.joining import ranks
+from maxlm.surroundings import tell
 
 _FIRST_STEP_S = 1800.0
 """For steps of which nothing is known yet: an accelerator may still be loading programs."""
@@ -21,6 +23,8 @@ _MEASURED, _TIMES_MEDIAN, _LEAST_S = 5, 20, 60.0
 """The default limit, from so many steps on: so many times the median of the latest, and no less than so many
 seconds."""
 _REMEMBERED = 64
+_DEEPEST = 100
+"""Calls shown of a thread."""
 
 
 class Watchdog:
@@ -89,7 +93,21 @@ class Watchdog:
             here = ranks()
             who = f"rank {here.rank}, host {here.host}, " if here.size > 1 else ""
             reason = f"this step has taken more than {limit:g} s (limits.step_s)"
-            print(f"warning: {who}step {step + 1}: {reason}; what each thread is doing:", file=sys.stderr, flush=True)
-            faulthandler.dump_traceback(file=2, all_threads=True)
+            tell(f"warning: {who}step {step + 1}: {reason}; what each thread is doing:\n{_stacks()}")
             if self._limits.end_stuck_run:
                 here.end(f"{reason}; ended, as limits.end_stuck_run asks; the same command continues", 1)
+
+
+def _stacks() -> str:
+    """Of all threads, the innermost call first.
+
+    `faulthandler` would stop the whole process where standard error is not read, and `traceback` reads the sources, on
+    a disk that may be what hangs.
+    """
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    lines = []
+    for ident, frame in sys._current_frames().items():
+        lines.append(f"thread {names.get(ident, ident)}:")
+        calls = itertools.islice(traceback.walk_stack(frame), _DEEPEST)
+        lines += [f'  File "{call.f_code.co_filename}", line {line}, in {call.f_code.co_name}' for call, line in calls]
+    return "\n".join(lines) + "\n"

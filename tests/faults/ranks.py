@@ -232,7 +232,7 @@ def asleep_in_a_step(folder: Path) -> str:
     with two(folder / "run", *LONG, *limits, first={1: FORGETS}) as both:
         ended = [one.end(timeout=90) for one in both]
     assert [one.code for one in ended] == [1, 1], ended
-    assert any("what each thread is doing" in one.err and "Thread 0x" in one.err for one in ended)
+    assert any("what each thread is doing" in one.err and "thread MainThread:" in one.err for one in ended)
     return "(1, 1), stacks printed"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -121,6 +122,31 @@ def ascii_output(home: Path) -> str:
     return "every line"
 
 
+_UNREAD = """\
+import fcntl, os, subprocess, sys
+_, w = os.pipe()
+fcntl.fcntl(w, fcntl.F_SETPIPE_SZ, 4096)
+os.write(w, b"x" * int(sys.argv[2]))
+sys.exit(subprocess.call(sys.argv[3:], stdout=w, stderr=w if sys.argv[1] == "both" else None))
+"""
+"""The words behind the first two, into a pipe of one page that nobody reads and that holds so many bytes already."""
+
+
+def unread(streams: str, home: Path) -> str:
+    run_dir = home / "run"
+    prefix = (sys.executable, "-c", _UNREAD, streams, "0")
+    ended = train(run_dir, "--train.log_every=1", "--train.steps=60", prefix=prefix)
+    assert ended.code == 0 and is_saved(run_dir, 60) and (run_dir / "report.html").exists(), (ended.code, ended.err)
+    assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 60
+    return f"saved, exit 0 after {ended.seconds:.0f} s"
+
+
+def unread_error(home: Path) -> str:
+    ended = train(home / "run", "--train.steps=-1", prefix=(sys.executable, "-c", _UNREAD, "both", "4096"))
+    assert ended.code == 2, (ended.code, ended.err)
+    return f"exit 2 after {ended.seconds:.0f} s"
+
+
 def damaged_rows(home: Path) -> str:
     run_dir = finished(home)
     metrics = run_dir / "metrics.jsonl"
@@ -162,6 +188,11 @@ def cases() -> Iterator[Case]:
             yield Case(name=f"writers: wandb {how} at {where}", expected=on, check=check)
     yield Case(name="writers: wandb is absent", expected="exit 2 before the first step", check=no_wandb)
     yield Case(name="writers: an output of ASCII alone", expected="every line, exit 0", check=ascii_output)
+    for streams in ("output", "both"):
+        name = f"writers: nobody reads standard output{' and error' if streams == 'both' else ''}"
+        check = lambda home, streams=streams: unread(streams, home)
+        yield Case(name=name, expected="trained, saved, exit 0", check=check)
+    yield Case(name="writers: nobody reads an error", expected="exit 2", check=unread_error)
     yield Case(name="writers: damaged rows of an earlier life", expected="set aside; goes on", check=damaged_rows)
     for name, (overrides, words) in TOO_LATE.items():
         check = lambda home, overrides=overrides, words=words: before_the_first_step(overrides, words, home)
