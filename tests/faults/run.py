@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -17,6 +17,9 @@ from rich.table import Table
 
 from faults.case import Case
 from faults.groups import all_cases
+
+
+_PLAIN: dict[str, Any] = {"markup": False, "highlight": False}
 
 
 class Outcome(NamedTuple):
@@ -53,17 +56,30 @@ def main(words: list[str]) -> int:
             for done in concurrent.futures.as_completed([pool.submit(judge, case) for case in chosen]):
                 outcomes.append(outcome := done.result())
                 progress.update(task, advance=1, description=outcome.case.name)
-                if not outcome.holds:
-                    console.print(f"BROKEN {outcome.case.name}: {outcome.seen}", markup=False, highlight=False)
+                if not (outcome.holds and console.is_terminal):  # a log has the rows of a harness that is stopped
+                    console.print(f"{_verdict(outcome)} {outcome.case.name}: {outcome.seen}", **_PLAIN)
     table = Table("case", "expected", "seen", "s", title="What was done, and what came of it")
     order = {case.name: number for number, case in enumerate(chosen)}
     for outcome in sorted(outcomes, key=lambda one: order[one.case.name]):
         seen = outcome.seen[:100] if outcome.holds else f"BROKEN {outcome.seen[:200]}"
         table.add_row(outcome.case.name, outcome.case.expected, seen, f"{outcome.seconds:.1f}")
-    console.print(table, markup=False, highlight=False)
+    console.print(table, **_PLAIN)
+    groups: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault(outcome.case.name.split(":")[0], []).append(outcome)
+    for group, members in sorted(groups.items()):
+        console.print(f"{group}: {_summary(members)}", **_PLAIN)
+    console.print(f"in all: {_summary(outcomes)}", **_PLAIN)
+    return 0 if all(outcome.holds for outcome in outcomes) else 1
+
+
+def _verdict(outcome: Outcome) -> str:
+    return "holds" if outcome.holds else "BROKEN"
+
+
+def _summary(outcomes: list[Outcome]) -> str:
     broken = sum(not outcome.holds for outcome in outcomes)
-    console.print(f"{len(outcomes)} cases, {broken} broken", highlight=False)
-    return 1 if broken else 0
+    return f"{len(outcomes)} cases, {broken} broken, {sum(outcome.seconds for outcome in outcomes):.0f} s"
 
 
 if __name__ == "__main__":
