@@ -3,43 +3,55 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 import numpy.typing as npt
 
-from maxlm.config import BlockConfig, Dropless, ExpertChoiceRouter, Experts, LmHead, ModelConfig, UserError
+from maxlm.config import (
+    BlockConfig,
+    Dropless,
+    ExecutionConfig,
+    ExpertChoiceRouter,
+    Experts,
+    LmHead,
+    ModelConfig,
+    UserError,
+)
 from maxlm.models import Execution, Tokens, bind, ops, parameter_dims
-from maxlm.sharding import decoding_layout
-
-if TYPE_CHECKING:
-    from maxlm.inference.load import LoadedRun
+from maxlm.sharding import Layout, decoding_layout
 
 
 class LanguageModel:
-    """The model of a run. Uses the run's own parameters, in float32, and computes in its `execution.dtype`."""
+    """A model with its parameters, in float32; it computes in `execution.dtype`."""
 
-    def __init__(self, run: LoadedRun) -> None:
+    def __init__(self, model: ModelConfig, execution: ExecutionConfig, layout: Layout, parameters: Any) -> None:
         """Compiles nothing yet.
+
+        Args:
+            model: what it is.
+            execution: its dtype counts.
+            layout: where the parameters lie.
+            parameters: nested dicts of float32 arrays, as `maxlm.models.init_parameters` makes them.
 
         Raises:
             UserError: the model has no logits.
         """
-        self.config = _dropless(run.config.model)
+        self.config = _dropless(model)
         if not isinstance(self.config.head, LmHead):
             raise UserError(f"model.head = {type(self.config.head).__name__} gives no logits; use a run with an LmHead")
         # As for decoding: rows of any length, which a mesh with a seq or stage axis could not cut.
-        self._layout = decoding_layout(run.layout, self.config.d_model)
-        self._how = Execution.of(run.config, run.layout).decoding(self._layout)
-        self._parameters = jax.device_put(run.parameters, self._layout.shardings(parameter_dims(self.config)))
+        self._layout = decoding_layout(layout, self.config.d_model)
+        self._how = Execution(layout, execution).decoding(self._layout)
+        self.parameters = jax.device_put(parameters, self._layout.shardings(parameter_dims(self.config)))
         self._compiled = jax.jit(self._compute)
 
     def logits(
         self,
         tokens: npt.ArrayLike,
-        positions: npt.ArrayLike | None = None,
         segment_ids: npt.ArrayLike | None = None,
+        positions: npt.ArrayLike | None = None,
     ) -> jax.Array:
         """Unnormalised log-probabilities of the token that follows each token, given it and those before it.
 
@@ -50,10 +62,10 @@ class LanguageModel:
             tokens: integers [B, T] or, for a single row, [T]; ids from 0 to V - 1. Rows that are shorter are padded at
                 the end with any id: no token sees a later one, but through an
                 ExpertChoiceRouter. All other choices of experts are computed, as in decoding.
-            positions: integers of the same shape, from 0 to model.max_seq_len - 1: where each token stands in its
-                document. None: 0, 1, ..., T - 1.
             segment_ids: integers of the same shape, not negative; tokens of different segments do not see each other.
                 None: a row is one document.
+            positions: integers of the same shape, from 0 to model.max_seq_len - 1: where each token stands in its
+                document. None: 0, 1, ..., T - 1.
 
         Returns:
             float32 [B, T, V], or [T, V] for a single row, on the run's devices, rows over those that share the batch
@@ -81,9 +93,11 @@ class LanguageModel:
             jax.tree.map(self._whole_shards, (ids, places, segments)),
             self._layout.sharding(self._layout.activation("batch", None)),
         )
-        logits = self._compiled(self._parameters, *arguments)
+        logits = self._compiled(self.parameters, *arguments)
         logits = logits if len(logits) == rows else logits[:rows]
         return logits[0] if ids.ndim == 1 else logits
+
+    __call__ = logits
 
     def _whole_shards(self, values: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """[B, T], with rows of zeros added until the mesh can cut them."""

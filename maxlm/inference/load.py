@@ -14,13 +14,16 @@ from maxlm.checkpoint.checkpointer import Checkpointer
 from maxlm.config import (
     ACTIVATION_DIMS,
     MESH_AXES,
+    ExecutionConfig,
     KernelConfig,
+    ModelConfig,
     RunConfig,
     SamplingConfig,
     ShardingConfig,
     UserError,
     serialize,
 )
+from maxlm.config.layout_rules import broken_layout_rules
 from maxlm.data.tokenizers import Tokenizer, load_tokenizer
 from maxlm.inference.generator import Generation, Generator
 from maxlm.inference.language_model import LanguageModel
@@ -51,7 +54,7 @@ class LoadedRun:
         Raises:
             UserError: the model has no logits.
         """
-        return LanguageModel(self)
+        return LanguageModel(self.config.model, self.config.execution, self.layout, self.parameters)
 
     @functools.cached_property
     def generator(self) -> Generator:
@@ -117,8 +120,7 @@ def load_run(run_dir: str | Path, *, step: int | None = None, sharding: Sharding
     saved = serialize.load(RunConfig, run_dir / "config.json")
     tokenizer = load_tokenizer(run_dir / "tokenizer")
     devices = _devices(sharding)
-    sizes = sharding.sizes(len(devices))
-    rows = math.prod(sizes[axis] for axis in ACTIVATION_DIMS["batch"])  # any batch that the mesh can cut
+    rows = _rows(sharding, len(devices))
     train = dataclasses.replace(saved.train, batch_size=rows, micro_batches=1, profile_steps=None)
     dataclasses.replace(saved, sharding=sharding, train=train).validate(len(devices))
     # The kernels that the run was trained with need not exist on this device.
@@ -138,6 +140,33 @@ def load_run(run_dir: str | Path, *, step: int | None = None, sharding: Sharding
             f"trained with {str(trained_with)[:12]}...; restore the tokenizer that the run was started with"
         )
     return LoadedRun(config=config, layout=layout, parameters=restored.params, tokenizer=tokenizer, step=restored.step)
+
+
+def layout_for(model: ModelConfig, sharding: ShardingConfig) -> Layout:
+    """Of a model that is not trained, on the first devices, as many as `sharding` multiplies to.
+
+    Raises:
+        UserError: they do not fit each other.
+    """
+    devices = _devices(sharding)
+    failures = broken_layout_rules(
+        model,
+        sharding,
+        ExecutionConfig(),
+        n_devices=len(devices),
+        batch_size=_rows(sharding, len(devices)),
+        seq_len=model.max_seq_len,
+        micro_batches=1,
+    )
+    if failures:
+        raise UserError("\n".join(failures))
+    return make_layout(sharding, devices)
+
+
+def _rows(sharding: ShardingConfig, n_devices: int) -> int:
+    """The smallest batch that the mesh can cut."""
+    sizes = sharding.sizes(n_devices)
+    return math.prod(sizes[axis] for axis in ACTIVATION_DIMS["batch"])
 
 
 def _devices(sharding: ShardingConfig) -> list[jax.Device]:

@@ -1,0 +1,10 @@
+"""Published models in and out: Hugging Face folders, one table of names and one builder a family.
+
+models.py: load_model and save_model
+folder.py: a folder as a model's arrays, and back
+families/: the families, by model_type
+family.py: what a family is
+names.py: how our arrays lie in published tensors
+published.py: config.json, key by key
+tensor_files.py: safetensors files, tensor by tensor
+"""

@@ -1,0 +1,27 @@
+"""What a family of published models is: how its config.json reads and what its tensors are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from maxlm.config import ModelConfig
+from maxlm.hub.names import Names
+from maxlm.hub.published import Published
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One `model_type` of Hugging Face's transformers."""
+
+    model_type: str
+    """As config.json has it."""
+    architecture: str
+    """The class of transformers that reads it, for `architectures` in config.json."""
+    read: Callable[[Published], ModelConfig]
+    """The model that a config.json describes."""
+    write: Callable[[ModelConfig], dict[str, Any]]
+    """The other way: keys of config.json without model_type and architectures. It need not look whether the family can
+    say all of the model: what it wrote is read again and compared."""
+    names: Names

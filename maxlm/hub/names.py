@@ -1,0 +1,232 @@
+"""How the arrays of a model lie in the tensors of a published checkpoint: by name, order of dims, and what is joined.
+
+A family's table maps each of their names to what it holds of ours:
+
+    "self_attn.q_proj.weight": "attention/q_proj"          one array
+    "qkv_proj.weight": Rows("attention/q_proj", ...)       several, one below another
+    "query_key_value.weight": Heads(q, k, v)               several, group of heads by group
+    "c_fc.weight": Transposed("mlp/up_proj")               the same, with inputs first
+
+Theirs are matrices [outputs, inputs] (PyTorch's Linear), ours have a dim for each thing that is counted; which dims are
+inputs stands in the declaration (`Array.inputs`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, assert_never
+
+import numpy as np
+import numpy.typing as npt
+
+from maxlm import shapes
+from maxlm.config import ModelConfig, UserError
+from maxlm.shapes import Array, Role
+
+
+@dataclass(frozen=True, init=False)
+class Rows:
+    """Arrays one below another, along the outputs."""
+
+    parts: tuple[str, ...]
+
+    def __init__(self, *parts: str) -> None:
+        object.__setattr__(self, "parts", parts)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Queries, keys and values by group: the queries that share a key, then the key, then the value (GPT-NeoX, BLOOM,
+    Falcon)."""
+
+    q: str
+    k: str
+    v: str
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return self.q, self.k, self.v
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """Inputs first: the Conv1D of GPT-2."""
+
+    inner: str | Rows
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return (self.inner,) if isinstance(self.inner, str) else self.inner.parts
+
+
+Layout = str | Rows | Heads | Transposed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Names:
+    """The table of a family. An entry whose arrays a model does not have is passed over."""
+
+    top: Mapping[str, Layout]
+    """Outside of the layers."""
+    block: Mapping[str, Layout]
+    """Of one layer, below `layers`; a `{}` in a name counts the experts."""
+    layers: str = "model.layers.{}."
+    """What stands before them, with the layer's number."""
+    ignored: tuple[str, ...] = ()
+    """Ends of names of tensors that hold nothing learned, or nothing that is used."""
+
+
+class Part(NamedTuple):
+    """Where a piece of a tensor lies in our arrays."""
+
+    array: Array
+    index: tuple[int, ...]
+    """Layer in the stack, and expert, where it is of one."""
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """Of the piece: name and size."""
+        return dict(list(zip(self.array.dims, self.array.shape, strict=True))[len(self.index) :])
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return ("embed",) if self.array.role is Role.ROUTER else self.array.inputs
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return tuple(dim for dim in self.dims if dim not in self.inputs)
+
+    def size(self, dims: Sequence[str]) -> int:
+        return math.prod(self.dims[dim] for dim in dims)
+
+    @property
+    def is_matrix(self) -> bool:
+        return bool(self.inputs)
+
+    @property
+    def rows(self) -> int:
+        return self.size(self.outputs)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a checkpoint of this model."""
+
+    name: str
+    layout: Layout
+    parts: tuple[Part, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As the file has it."""
+        first = self.parts[0]
+        rows = sum(part.rows for part in self.parts)
+        if first.is_matrix:
+            shape = rows, first.size(first.inputs)
+            return shape[::-1] if isinstance(self.layout, Transposed) else shape
+        if first.array.role is Role.TABLE:
+            return tuple(first.dims.values())
+        return (rows,)
+
+    def split(self, values: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+        """The pieces, in our dims, of a tensor of `shape`."""
+        if not self.parts[0].is_matrix:
+            if self.parts[0].array.role is Role.TABLE:
+                return [values]
+            values = values[:, None]
+        if isinstance(self.layout, Transposed):
+            values = values.T
+        pieces: list[npt.NDArray[Any]]
+        match self.layout:
+            case Heads():
+                groups, sizes = self._groups()
+                grouped = values.reshape(groups, sum(sizes), -1)
+                pieces = np.split(grouped, np.cumsum(sizes)[:-1], axis=1)
+            case str() | Rows() | Transposed():
+                pieces = np.split(values, np.cumsum([part.rows for part in self.parts])[:-1])
+            case _:
+                assert_never(self.layout)
+        return [_to_ours(piece, part) for piece, part in zip(pieces, self.parts, strict=True)]
+
+    def join(self, pieces: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+        """The tensor of pieces in our dims."""
+        if not self.parts[0].is_matrix and self.parts[0].array.role is Role.TABLE:
+            return pieces[0]
+        theirs = [_to_theirs(piece, part) for piece, part in zip(pieces, self.parts, strict=True)]
+        match self.layout:
+            case Heads():
+                groups, sizes = self._groups()
+                cut = [one.reshape(groups, size, -1) for one, size in zip(theirs, sizes, strict=True)]
+                values = np.concatenate(cut, axis=1).reshape(-1, theirs[0].shape[1])
+            case str() | Rows() | Transposed():
+                values = theirs[0] if len(theirs) == 1 else np.concatenate(theirs)
+            case _:
+                assert_never(self.layout)
+        if isinstance(self.layout, Transposed):
+            values = values.T
+        return values if self.parts[0].is_matrix else values[:, 0]
+
+    def _groups(self) -> tuple[int, list[int]]:
+        """How many groups of heads, and rows of each part in one."""
+        groups = self.parts[1].dims["kv_heads"]
+        return groups, [part.rows // groups for part in self.parts]
+
+
+def _to_ours(rows: npt.NDArray[Any], part: Part) -> npt.NDArray[Any]:
+    order = part.outputs + part.inputs
+    values = rows.reshape([part.dims[dim] for dim in order])
+    return values.transpose([order.index(dim) for dim in part.dims])
+
+
+def _to_theirs(values: npt.NDArray[Any], part: Part) -> npt.NDArray[Any]:
+    dims = list(part.dims)
+    order = part.outputs + part.inputs
+    return values.transpose([dims.index(dim) for dim in order]).reshape(part.rows, -1)
+
+
+def tensors(model: ModelConfig, names: Names) -> tuple[Tensor, ...]:
+    """Every tensor of a checkpoint of `model`.
+
+    Raises:
+        UserError: an array of the model has no name in the table.
+    """
+    ours = {array.name: array for array in shapes.arrays(model)}
+    found = [
+        Tensor(name, layout, tuple(Part(ours[part], ()) for part in _parts(layout)))
+        for name, layout in names.top.items()
+        if all(part in ours for part in _parts(layout))
+    ]
+    for number in range(model.n_layers):
+        found += _of_layer(number, model, names, ours)
+    named = {part.array.name for tensor in found for part in tensor.parts}
+    if nameless := sorted(ours.keys() - named):
+        raise UserError(f"model: its {nameless[0]} has no name in this family's checkpoints; choose another family")
+    return tuple(found)
+
+
+def _of_layer(number: int, model: ModelConfig, names: Names, ours: Mapping[str, Array]) -> Iterator[Tensor]:
+    first = len(model.first_blocks)
+    slot: tuple[int, ...]
+    if number < first:
+        prefix, slot = f"first_blocks/{number}/", ()
+    else:
+        prefix, slot = f"blocks/{(number - first) % len(model.blocks)}/", ((number - first) // len(model.blocks),)
+    for name, layout in names.block.items():
+        parts = [prefix + part for part in _parts(layout)]
+        if not all(part in ours for part in parts):
+            continue
+        arrays = [ours[part] for part in parts]
+        if ("experts" in arrays[0].dims) != ("{}" in name):
+            continue  # a dense MLP has the names of its experts
+        if "{}" not in name:
+            yield Tensor(names.layers.format(number) + name, layout, tuple(Part(array, slot) for array in arrays))
+            continue
+        for expert in range(arrays[0].shape[len(slot)]):
+            at = tuple(Part(array, (*slot, expert)) for array in arrays)
+            yield Tensor(names.layers.format(number) + name.format(expert), layout, at)
+
+
+def _parts(layout: Layout) -> tuple[str, ...]:
+    return (layout,) if isinstance(layout, str) else layout.parts
