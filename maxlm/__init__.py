@@ -7,6 +7,7 @@ __main__.py: command: list the commands
 train.py: command: train
 launch.py: command: train somewhere else
 generate.py: command: continue a text
+convert.py: command: published models to run folders, and back
 evaluate.py: command: held-out loss
 inspect.py: command: list, verify, hash
 sharding.py: the mesh, and jax shardings of the table in config/dims.py

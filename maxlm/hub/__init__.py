@@ -1,6 +1,7 @@
 """Published models in and out: Hugging Face folders, one table of names and one builder a family.
 
-models.py: load_model and save_model
+models.py: load_model, save_model, and a folder as a run to talk to
+converting.py: what the command maxlm.convert does
 folder.py: a folder as a model's arrays, and back
 families/: the families, by model_type
 family.py: what a family is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import itertools
 import json
@@ -15,16 +16,14 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from maxlm import shapes
 from maxlm.config import ModelConfig, UserError
-from maxlm.config.json_file import read_object
+from maxlm.config.changes import changes
+from maxlm.config.fields import Changes
 from maxlm.hub.families import FAMILIES
 from maxlm.hub.family import Family
 from maxlm.hub.names import Part, Tensor, tensors
 from maxlm.hub.published import Published
 from maxlm.hub.tensor_files import DTYPES, Spec, TensorFolder, write_tensors
-from maxlm.models import abstract_parameters
-from maxlm.sharding import Layout
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -59,26 +58,26 @@ class ModelFolder:
         self._homes: dict[str, dict[tuple[int, ...], tuple[Tensor, int]]] = {}
         for tensor in self._tensors:
             for number, part in enumerate(tensor.parts):
-                self._homes.setdefault(part.array.name, {})[part.index] = tensor, number
+                self._homes.setdefault(part.array.name, {})[part.at] = tensor, number
 
-    def parameters(self, layout: Layout) -> Any:
-        """All arrays as `maxlm.models.init_parameters` has them, float32, each device with its part alone.
+    def parameters(self, wanted: Any) -> Any:
+        """All arrays, float32, in the shardings of `wanted` (as `maxlm.models.abstract_parameters` makes it).
 
-        On the host there is one array of a model at a time, or the part of it that a device gets, and one tensor.
+        The host has one array at a time, or the part of it that a device gets, and one tensor.
         """
 
         def read(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
             name = "/".join(str(key.key) for key in path)
-            return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: self.array(name, index))
+            return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: self.array(name, index or ()))
 
-        return jax.tree_util.tree_map_with_path(read, abstract_parameters(self.model, layout))
+        return jax.tree_util.tree_map_with_path(read, wanted)
 
     def array(self, name: str, index: tuple[slice, ...] = ()) -> npt.NDArray[np.float32]:
         """One array of the model, or the part of it that `index` says."""
         homes = self._homes[name]
         part = next(tensor.parts[number] for tensor, number in homes.values())
         index = index or (slice(None),) * len(part.array.shape)
-        n_places = len(part.index)
+        n_places = len(part.at)
         ranges = [range(*one.indices(size)) for one, size in zip(index, part.array.shape[:n_places], strict=False)]
         inner = index[n_places:]
         shape = [len(one) for one in ranges]
@@ -90,7 +89,7 @@ class ModelFolder:
 
     def piece(self, part: Part) -> npt.NDArray[Any]:
         """What one tensor has of an array, in the number format of the file."""
-        tensor, number = self._homes[part.array.name][part.index]
+        tensor, number = self._homes[part.array.name][part.at]
         return tensor.split(self._files.read(tensor.name))[number]
 
     @property
@@ -148,6 +147,11 @@ def _family(published: Published) -> Family:
     return FAMILIES[name]
 
 
+def _layer_by_layer(model: ModelConfig) -> ModelConfig:
+    """The same model without the pattern in which its layers are stacked."""
+    return dataclasses.replace(model, blocks=model.layers, first_blocks=())
+
+
 def family_of(model: ModelConfig) -> tuple[Family, dict[str, Any]]:
     """The first family that can say all of a model, and its config.json.
 
@@ -157,14 +161,17 @@ def family_of(model: ModelConfig) -> tuple[Family, dict[str, Any]]:
     for family in FAMILIES.values():
         try:
             values = {"architectures": [family.architecture], "model_type": family.model_type} | family.write(model)
-            if family.read(Published(values, "config.json")) == model:
+            said = family.read(Published(values, "config.json"))
+            if not any(
+                one.change is Changes.IDENTITY for one in changes(_layer_by_layer(model), _layer_by_layer(said))
+            ):
                 tensors(model, family.names)
                 return family, values
         except (UserError, AssertionError, AttributeError):  # it has no words for a part of the model
             continue
     raise UserError(
-        f"model: no family of {', '.join(FAMILIES)} can say all of it, so that it cannot be written for other programs; "
-        "see docs/hub.md for what each can"
+        f"model: none of the families {', '.join(FAMILIES)} can say all of it, so that other programs cannot read it; "
+        "docs/hub.md says what each can"
     )
 
 

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from maxlm.config import Dtype, ExecutionConfig, ModelConfig, ShardingConfig, UserError
+from maxlm.config import (
+    DataConfig,
+    Dataset,
+    Dtype,
+    ExecutionConfig,
+    HuggingFaceTokenizer,
+    ModelConfig,
+    RunConfig,
+    SentencePieceTokenizer,
+    ShardingConfig,
+    TrainConfig,
+    UserError,
+)
+from maxlm.data.tokenizers import Tokenizer, open_tokenizer
 from maxlm.hub.folder import ModelFolder, write_folder
 from maxlm.hub.names import Part
 from maxlm.hub.tensor_files import DTYPES
 from maxlm.inference.language_model import LanguageModel
-from maxlm.inference.load import ONE_DEVICE, layout_for
+from maxlm.inference.load import ONE_DEVICE, LoadedRun, layout_for
+from maxlm.models import abstract_parameters
 
 
 def load_model(
@@ -39,7 +52,49 @@ def load_model(
     folder = ModelFolder(Path(path))
     layout = layout_for(folder.model, sharding)
     execution = ExecutionConfig(dtype=Dtype(dtype))
-    return LanguageModel(folder.model, execution, layout, folder.parameters(layout)), folder.model
+    parameters = folder.parameters(abstract_parameters(folder.model, layout))
+    return LanguageModel(folder.model, execution, layout, parameters), folder.model
+
+
+def load_folder(folder: Path, *, dtype: Dtype, sharding: ShardingConfig) -> LoadedRun:
+    """A published model as `maxlm.load_run` gives a run.
+
+    Raises:
+        UserError: as `maxlm.load_model`; or the folder has no tokenizer.
+    """
+    tokenizer = find_tokenizer(folder)
+    if tokenizer is None:
+        raise UserError(f"{folder}: has no tokenizer.json and no tokenizer.model; put that of the model there")
+    files = ModelFolder(folder)
+    layout = layout_for(files.model, sharding)
+    return LoadedRun(
+        config=untrained(files.model, dtype=dtype, sharding=sharding),
+        layout=layout,
+        parameters=files.parameters(abstract_parameters(files.model, layout)),
+        tokenizer=tokenizer,
+        step=0,
+    )
+
+
+def untrained(model: ModelConfig, *, dtype: Dtype, sharding: ShardingConfig, run_dir: str = "runs/none") -> RunConfig:
+    """A config around a model that was not trained here; its data and lengths say nothing."""
+    return RunConfig(
+        model=model,
+        data=DataConfig(datasets=(Dataset(path="data/none"),)),
+        train=TrainConfig(steps=1, batch_size=1, seq_len=min(model.max_seq_len, 2048)),
+        execution=ExecutionConfig(dtype=dtype),
+        sharding=sharding,
+        run_dir=run_dir,
+    )
+
+
+def find_tokenizer(folder: Path) -> Tokenizer | None:
+    """That of a folder's `tokenizer.json` or, without one, `tokenizer.model`."""
+    if (folder / "tokenizer.json").is_file():
+        return open_tokenizer(HuggingFaceTokenizer(path=str(folder / "tokenizer.json")))
+    if (folder / "tokenizer.model").is_file():
+        return open_tokenizer(SentencePieceTokenizer(path=str(folder / "tokenizer.model")))
+    return None
 
 
 def save_model(
@@ -86,6 +141,6 @@ def pieces_of(parameters: Any) -> Any:
         node = parameters
         for key in part.array.name.split("/"):
             node = node[key]
-        return np.asarray(node[part.index])
+        return np.asarray(node[part.at])
 
     return piece

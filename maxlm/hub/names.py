@@ -82,13 +82,13 @@ class Part(NamedTuple):
     """Where a piece of a tensor lies in our arrays."""
 
     array: Array
-    index: tuple[int, ...]
+    at: tuple[int, ...]
     """Layer in the stack, and expert, where it is of one."""
 
     @property
     def dims(self) -> dict[str, int]:
         """Of the piece: name and size."""
-        return dict(list(zip(self.array.dims, self.array.shape, strict=True))[len(self.index) :])
+        return dict(list(zip(self.array.dims, self.array.shape, strict=True))[len(self.at) :])
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -107,8 +107,7 @@ def write_rope(rope: Rope) -> dict[str, Any]:
             return {"rope_theta": rope.theta, "rope_scaling": values}
 
 
-def pattern(layers: Iterable[BlockConfig], first: int = 0) -> dict[str, tuple[BlockConfig, ...]]:
-    """`first_blocks` and `blocks` of a ModelConfig with these layers: after the first ones, the shortest that repeats."""
-    before, rest = tuple(layers)[:first], tuple(layers)[first:]
-    lengths = (n for n in range(1, len(rest) + 1) if len(rest) % n == 0 and rest == rest[:n] * (len(rest) // n))
-    return {"first_blocks": before, "blocks": rest[: next(lengths)]}
+def pattern(layers: Sequence[BlockConfig]) -> tuple[BlockConfig, ...]:
+    """The shortest row of blocks whose repetition is all of `layers`."""
+    lengths = (n for n in range(1, len(layers) + 1) if len(layers) % n == 0)
+    return tuple(layers[: next(n for n in lengths if list(layers) == list(layers[:n]) * (len(layers) // n))])

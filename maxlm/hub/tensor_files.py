@@ -112,7 +112,7 @@ def _files(folder: Path) -> dict[str, set[str]]:
             raise UserError(f"{folder / INDEX}: weight_map must be an object with a file for each tensor")
         files: dict[str, set[str]] = {}
         for key, name in index.items():
-            if not isinstance(name, str) or Path(name).name != name or name.startswith("."):
+            if not isinstance(name, str) or not name or Path(name).name != name or name.startswith("."):
                 raise UserError(
                     f"{folder / INDEX}: weight_map.{key} = {name!r} must be the name of a file in this folder"
                 )
@@ -157,9 +157,11 @@ def write_tensors(
                 assert (tensor.shape, tensor.dtype) == spec, f"{key}: {tensor.shape} {tensor.dtype}, announced {spec}"
                 stream.write(np.ascontiguousarray(tensor).view(np.uint8).data)
     if n > 1:
-        index = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        total = sum(spec.n_bytes for spec in specs.values())
-        (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2) + "\n")
+        index = {
+            "metadata": {"total_size": sum(spec.n_bytes for spec in specs.values())},
+            "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _header(shard: Mapping[str, Spec]) -> bytes:

@@ -20,6 +20,7 @@ from maxlm.inference.generator import check_lengths
 from maxlm.inference.load import LoadedRun
 from maxlm.observe.text import short
 from maxlm.processes.joining import on_rank_0
+from maxlm.recipes.starting import open_source
 from maxlm.sharding import Layout
 from maxlm.training.loop import Measure, Recipe
 from maxlm.training.objective import Batch, NextToken, Objective, make_evaluate
@@ -47,7 +48,7 @@ def recipe(config: RunConfig, task: Pretrain, layout: Layout) -> Recipe[LoadedRu
 
     def from_other_run(trainer: Trainer) -> WarmStart:
         assert init_from is not None
-        return warm_start(init_from, config.model, layout, trainer, tokenizer.fingerprint)
+        return warm_start(init_from, open_source, config.model, layout, trainer, tokenizer.fingerprint)
 
     objective = NextToken(config, layout)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 from jax.sharding import PartitionSpec
@@ -31,43 +32,91 @@ class WarmStart:
     """What the other run's model has otherwise: `key: old -> new`."""
 
 
-def warm_start(place: str, model: ModelConfig, layout: Layout, trainer: Trainer, tokenizer: str) -> WarmStart:
-    """A new state of `trainer` with the parameters of another run, mapped to `model` by `upcycle`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Parameters of another model, and what came with them."""
+
+    parameters: Any
+    """As the shapes say that they were asked for with."""
+    model: ModelConfig
+    """As it was trained."""
+    tokenizer: str | None
+    """Fingerprint of the tokenizer that it was trained with; None: not known."""
+    step: int = 0
+
+
+class Source(Protocol):
+    """Where parameters come from."""
+
+    model: ModelConfig
+    """Whose arrays it has."""
+
+    def read(self, shapes: dict[str, Any]) -> Origin:
+        """The parameters, in the shardings of these `jax.ShapeDtypeStruct`s of all arrays."""
+        ...
+
+
+class RunSource:
+    """A run folder, or one of its checkpoints, RUN_DIR/checkpoints/STEP."""
+
+    def __init__(self, place: str) -> None:
+        self._path, self._step = run_and_step(place)
+        self._config = serialize.load(RunConfig, self._path / "config.json")
+        self.model = self._config.model
+
+    def read(self, shapes: dict[str, Any]) -> Origin:
+        with Checkpointer(self._path / "checkpoints", self._config.checkpoint) as checkpointer:
+            restored = checkpointer.restore_params(self._step, shapes)
+        trained = restored.meta.get("config")  # of this very step
+        return Origin(
+            parameters=restored.params,
+            model=serialize.from_dict(RunConfig, trained).model if trained else self.model,
+            tokenizer=restored.meta["tokenizer"],
+            step=restored.step,
+        )
+
+
+def warm_start(
+    place: str,
+    open_source: Callable[[str], Source],
+    model: ModelConfig,
+    layout: Layout,
+    trainer: Trainer,
+    tokenizer: str,
+) -> WarmStart:
+    """A new state of `trainer` with the parameters of another model, mapped to `model` by `upcycle`.
 
     Args:
-        place: a run folder, or one of its checkpoints, RUN_DIR/checkpoints/STEP.
+        place: of the other one.
+        open_source: what finds it there, as RunSource does.
         model: of this run.
         layout: of this run; the other one's does not matter.
         trainer: of this run.
         tokenizer: fingerprint of this run's.
 
     Raises:
-        UserError: no such run or checkpoint, it is damaged, has another tokenizer, or does not fit the model.
+        UserError: there is nothing, it is damaged, has another tokenizer, or does not fit the model.
     """
-    path, step = run_and_step(place)
     try:
-        source = serialize.load(RunConfig, path / "config.json")
+        source = open_source(place)
         shapes = _source_shapes(source.model, layout)
         start = functools.partial(upcycle, source.model, model)
         jax.eval_shape(start, shapes, trainer.state.parameters)  # what does not fit is said before anything is read
-        with Checkpointer(path / "checkpoints", source.checkpoint) as checkpointer:
-            restored = checkpointer.restore_params(step, shapes)
+        origin = source.read(shapes)
     except UserError as error:
         raise UserError(f"checkpoint.init_from = {place}: {error}") from error
-    if restored.meta["tokenizer"] != tokenizer:
+    if origin.tokenizer is not None and origin.tokenizer != tokenizer:
         raise UserError(
-            f"checkpoint.init_from = {place}: was trained with tokenizer {restored.meta['tokenizer'][:12]}..., the "
-            f"data has {tokenizer[:12]}...; prepare the data with that run's tokenizer"
+            f"checkpoint.init_from = {place}: was trained with tokenizer {origin.tokenizer[:12]}..., the data has "
+            f"{tokenizer[:12]}...; prepare the data with that model's tokenizer"
         )
     state = trainer.init()
     shardings = jax.tree.map(lambda leaf: leaf.sharding, trainer.state.parameters)
-    parameters = jax.jit(start, out_shardings=shardings, donate_argnums=1)(restored.params, state.parameters)
-    trained = restored.meta.get("config")  # of this very step
-    was = serialize.from_dict(RunConfig, trained).model if trained else source.model
+    parameters = jax.jit(start, out_shardings=shardings, donate_argnums=1)(origin.parameters, state.parameters)
     return WarmStart(
         state=dataclasses.replace(state, parameters=parameters),
-        step=restored.step,
-        changes=tuple(str(one) for one in changes(was, model, "model.")),
+        step=origin.step,
+        changes=tuple(str(one) for one in changes(origin.model, model, "model.")),
     )
 
 

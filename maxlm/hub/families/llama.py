@@ -1,4 +1,4 @@
-"""LLaMA and those built like it: RMSNorm before attention and a gated MLP, RoPE, grouped heads; dense or with experts."""
+"""LLaMA and those built like it: RMSNorm, RoPE, grouped heads, gated MLPs; dense or with experts."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ IGNORED = ("rotary_emb.inv_freq",)
 """Old exports have the frequencies of RoPE among their tensors."""
 
 
-def read(config: Published, *, biases: str = "", qk_norm: bool = False, window: bool = False) -> ModelConfig:
+def read(
+    config: Published, *, biases: str = "", qk_norm: bool = False, window: bool = False, theta: float = 10_000.0
+) -> ModelConfig:
     """A dense or mixed model of this build.
 
     Args:
@@ -61,6 +63,7 @@ def read(config: Published, *, biases: str = "", qk_norm: bool = False, window: 
         biases: of which projections, where `attention_bias` does not say: some of "qkvo".
         qk_norm: whether query and key heads are normalised.
         window: whether `sliding_window` counts.
+        theta: of RoPE, where nothing says it.
     """
     D, N = (config.get(key, Positive[int]) for key in ("hidden_size", "num_attention_heads"))
     L = config.get("num_hidden_layers", Positive[int])
@@ -72,7 +75,7 @@ def read(config: Published, *, biases: str = "", qk_norm: bool = False, window: 
             n_heads=N,
             n_kv_heads=config.get("num_key_value_heads", Positive[int], N),
             head_dim=config.get("head_dim", Positive[int], D // N),
-            position=read_rope(config),
+            position=read_rope(config, theta),
             window=reach if _slides(config, number) else None,
             qkv_bias="q" in biases,
             out_bias="o" in biases,
@@ -83,7 +86,7 @@ def read(config: Published, *, biases: str = "", qk_norm: bool = False, window: 
         vocab_size=config.get("vocab_size", Positive[int]),
         d_model=D,
         n_layers=L,
-        **pattern(layers),
+        blocks=pattern(layers),
         max_seq_len=config.get("max_position_embeddings", Positive[int]),
         norm=RmsNorm(eps=config.get("rms_norm_eps", NotNegative[float], 1e-6)),
         head=LmHead(tied=config.get("tie_word_embeddings", bool, False)),
@@ -131,7 +134,7 @@ def write(model: ModelConfig, *, window: bool = False) -> dict[str, Any]:
     block = model.layers[-1]
     attention = block.attention
     assert isinstance(attention, GroupedQuery)
-    values = {
+    values: dict[str, Any] = {
         "hidden_size": model.d_model,
         "num_hidden_layers": model.n_layers,
         "num_attention_heads": attention.n_heads,
@@ -152,7 +155,7 @@ def write(model: ModelConfig, *, window: bool = False) -> dict[str, Any]:
         case GatedMlp() as mlp:
             values |= {"intermediate_size": mlp.d_ff, "hidden_act": _word(mlp.activation), "mlp_bias": mlp.bias}
         case Experts(router=TopKRouter() as router) as experts:
-            balance = router.load_balance * model.n_layers / router.top_k
+            balance = round(router.load_balance * model.n_layers / router.top_k, 12)
             values |= {
                 "intermediate_size": experts.d_ff,
                 "hidden_act": _word(experts.activation),
@@ -183,7 +186,8 @@ def _write_layers(model: ModelConfig) -> dict[str, Any]:
             "mlp_only_layers": dense,
             "decoder_sparse_step": 1,
         }
-        values["intermediate_size"] = next((b.mlp.d_ff for b in model.layers if isinstance(b.mlp, GatedMlp)), experts.d_ff)
+        widths = [block.mlp.d_ff for block in model.layers if isinstance(block.mlp, GatedMlp)]
+        values["intermediate_size"] = widths[0] if widths else experts.d_ff
     return values
 
 
@@ -198,8 +202,9 @@ _NAMES = Names(top=TOP, block=NORMS | ATTENTION | MLP, ignored=IGNORED)
 
 def _experts(router: str, expert: str, gate: str, up: str, down: str) -> dict[str, str]:
     """Names of a router and of each expert's matrices."""
-    named = {f"{expert}.{{}}.{theirs}.weight": f"mlp/{ours}_proj" for theirs, ours in ((gate, "gate"), (up, "up"), (down, "down"))}
-    return {f"{router}.weight": "mlp/router"} | named
+    names = {"gate_proj": gate, "up_proj": up, "down_proj": down}
+    each = {f"{expert}.{{}}.{theirs}.weight": f"mlp/{ours}" for ours, theirs in names.items()}
+    return {f"{router}.weight": "mlp/router"} | each
 
 
 LLAMA = Family(model_type="llama", architecture="LlamaForCausalLM", read=read, write=write, names=_NAMES)
@@ -238,7 +243,7 @@ QWEN3_MOE = Family(
 MIXTRAL = Family(
     model_type="mixtral",
     architecture="MixtralForCausalLM",
-    read=partial(read, window=True),
+    read=partial(read, window=True, theta=1e6),
     write=_write_mixtral,
     names=Names(
         top=TOP,

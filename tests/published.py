@@ -1,0 +1,132 @@
+"""Tiny published models with weights that every machine makes alike, and what transformers says of them.
+
+`python tests/published.py` asks transformers (extra `parity`) for the logits and stores them in published_logits.npz.
+Its loader is told to name every tensor that is missing or left over, so that names are its own and not only ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maxlm.hub.families import FAMILIES
+from maxlm.hub.names import tensors
+from maxlm.hub.published import Published
+from maxlm.hub.tensor_files import Spec, write_tensors
+
+LOGITS = Path(__file__).with_name("published_logits.npz")
+V, T = 64, 12
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+}
+_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.02}
+
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", **_SIZES},
+    "llama 3.1": {
+        "model_type": "llama",
+        **_SIZES,
+        "rope_theta": 5e5,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "llama, biases, tied": {
+        "model_type": "llama",
+        **_SIZES,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": True,
+    },
+    "mistral": {"model_type": "mistral", **_SIZES, "sliding_window": 5, "head_dim": 16},
+    "mixtral": {"model_type": "mixtral", **_SIZES, **_EXPERTS, "num_local_experts": 4},
+    "qwen2": {"model_type": "qwen2", **_SIZES, "tie_word_embeddings": True},
+    "qwen2, window": {
+        "model_type": "qwen2",
+        **_SIZES,
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "max_window_layers": 1,
+    },
+    "qwen3": {"model_type": "qwen3", **_SIZES, "head_dim": 16},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        **_SIZES,
+        **_EXPERTS,
+        "head_dim": 16,
+        "moe_intermediate_size": 24,
+        "num_experts": 4,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [1],
+    },
+}
+"""config.json of each."""
+
+
+def ids() -> np.ndarray:
+    """[2, T]."""
+    return np.random.default_rng(7).integers(0, V, (2, T))
+
+
+def write_model(config: dict[str, Any], folder: Path) -> None:
+    """Random weights around the values that a norm has, under the names of the family."""
+    family = FAMILIES[config["model_type"]]
+    listed = tensors(family.read(Published(config, "config.json")), family.names)
+    folder.mkdir(parents=True, exist_ok=True)
+    specs = {one.name: Spec(one.shape, np.dtype(np.float32)) for one in listed}
+    write_tensors(folder, specs, (values(one.name, one.shape) for one in listed))
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def values(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Of a tensor, decided by its name."""
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+    drawn = np.random.default_rng(seed).standard_normal(shape, np.float32) * np.float32(0.2)
+    return drawn + np.float32(1) if "norm" in name and name.endswith("weight") else drawn
+
+
+def logits_of_transformers(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    """Of a folder, with every tensor of it used and none made up."""
+    import torch
+    import transformers
+
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens)).logits.numpy()
+
+
+def main() -> None:
+    found = {}
+    for name, config in MODELS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            write_model(config, Path(folder))
+            found[name] = logits_of_transformers(Path(folder), ids())
+        print(f"{name}: up to {np.abs(found[name]).max():.2f}")
+    np.savez_compressed(LOGITS, **found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
