@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -35,6 +36,14 @@ _SIZES: dict[str, Any] = {
     "hidden_act": "silu",
 }
 _EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.02}
+_GPT: dict[str, Any] = {
+    "vocab_size": V,
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 32,
+    "layer_norm_epsilon": 1e-5,
+}
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **_SIZES},
@@ -79,6 +88,16 @@ MODELS: dict[str, dict[str, Any]] = {
         "decoder_sparse_step": 1,
         "mlp_only_layers": [1],
     },
+    "gpt2": {"model_type": "gpt2", **_GPT, "activation_function": "gelu_new"},
+    "openai-gpt": {"model_type": "openai-gpt", **_GPT, "afn": "gelu"},
+    "starcoder2": {
+        "model_type": "starcoder2",
+        **_SIZES,
+        "norm_epsilon": 1e-5,
+        "hidden_act": "gelu_pytorch_tanh",
+        "sliding_window": 6,
+        "tie_word_embeddings": True,
+    },
 }
 """config.json of each."""
 
@@ -102,7 +121,7 @@ def values(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Of a tensor, decided by its name."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
     drawn = np.random.default_rng(seed).standard_normal(shape, np.float32) * np.float32(0.2)
-    return drawn + np.float32(1) if "norm" in name and name.endswith("weight") else drawn
+    return drawn + np.float32(1) if re.search(r"norm|ln_", name) and name.endswith("weight") else drawn
 
 
 def logits_of_transformers(folder: Path, tokens: np.ndarray) -> np.ndarray:

@@ -113,9 +113,8 @@ def test_there_and_back_is_the_same_bit_for_bit(name: str, tmp_path: Path) -> No
 
 
 def test_sixteen_bits_survive(folder: Path, tmp_path: Path) -> None:
-    halves = {
-        key: value.astype(ml_dtypes.bfloat16) for key, value in safetensors.numpy.load_file(folder / SINGLE).items()
-    }
+    there = safetensors.numpy.load_file(folder / SINGLE)
+    halves = {key: value.astype(ml_dtypes.bfloat16) for key, value in there.items()}
     write_tensors(folder, {key: Spec(value.shape, value.dtype) for key, value in halves.items()}, halves.values())
     save_model(load_model(folder)[0], tmp_path / "out", "bfloat16")
     with safetensors.safe_open(tmp_path / "out" / SINGLE, "np") as file:
@@ -194,7 +193,7 @@ def test_heads_by_group_and_inputs_first() -> None:
         ({"hidden_size": "32"}, r"config.json: hidden_size = '32' must be a whole number"),
         ({"num_hidden_layers": 10**400}, r"num_hidden_layers is an integer of 401 digits"),
         ({"hidden_act": "sine"}, r"hidden_act = 'sine' is not supported; it may be gelu, .*silu"),
-        ({"rope_scaling": {"rope_type": "spiral"}}, r"rope_type = 'spiral' is not supported; it may be default, llama3"),
+        ({"rope_scaling": {"rope_type": "spiral"}}, r"rope_type = 'spiral' is not supported; it may be "),
         ({"rms_norm_eps": -1}, r"rms_norm_eps = -1 must"),
         ({"num_hidden_layers": 2}, r"model.layers.2.input_layernorm.weight is not expected"),
         ({"num_hidden_layers": 4}, r"model.layers.3.input_layernorm.weight is missing\n(.*\n){4}\.\.\. and 4 more"),
@@ -233,13 +232,13 @@ def test_files_that_are_not_right(folder: Path) -> None:
         with pytest.raises(UserError, match=r"model.safetensors: no safetensors file \(.*\); download it again"):
             load_model(folder)
     (folder / SINGLE).unlink()
-    with pytest.raises(UserError, match="holds no model.safetensors"):
+    with pytest.raises(UserError, match=r"holds no model\.safetensors"):
         load_model(folder)
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04")
     with pytest.raises(UserError, match=r"pytorch_model.bin: pickled weights, .* are not; take the safetensors files"):
         load_model(folder)
     shutil.rmtree(folder)
-    with pytest.raises(UserError, match="has no config.json; name the folder of a downloaded model"):
+    with pytest.raises(UserError, match=r"has no config\.json; name the folder of a downloaded model"):
         load_model(folder)
 
 
@@ -255,7 +254,7 @@ def test_an_index_of_files_that_lack_something(folder: Path) -> None:
     with pytest.raises(UserError, match=f"lacks more, which {INDEX} says it has"):
         load_model(folder)
     (folder / INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": "gone.safetensors"}}))
-    with pytest.raises(UserError, match="gone.safetensors: no safetensors file"):
+    with pytest.raises(UserError, match=r"gone\.safetensors: no safetensors file"):
         load_model(folder)
 
 
@@ -266,5 +265,5 @@ def test_an_output_table_beside_a_tied_one(tmp_path: Path) -> None:
     change_tensors(tmp_path, **{"lm_head.weight": table})
     load_model(tmp_path)
     change_tensors(tmp_path, **{"lm_head.weight": table + np.float32(1)})
-    with pytest.raises(UserError, match="lm_head.weight is not expected"):
+    with pytest.raises(UserError, match=r"lm_head\.weight is not expected"):
         load_model(tmp_path)

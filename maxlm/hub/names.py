@@ -14,7 +14,7 @@ inputs stands in the declaration (`Array.inputs`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, assert_never
 
@@ -226,6 +226,22 @@ def _of_layer(number: int, model: ModelConfig, names: Names, ours: Mapping[str, 
         for expert in range(arrays[0].shape[len(slot)]):
             at = tuple(Part(array, (*slot, expert)) for array in arrays)
             yield Tensor(names.layers.format(number) + name.format(expert), layout, at)
+
+
+def linear(theirs: str, *ours: str, layout: Callable[[Any], Layout] | None = None) -> dict[str, Layout]:
+    """Weight and bias of one of their projections: `linear("self_attn.q_proj", "attention/q")`; several of ours lie in
+    it as Rows, unless `layout` says how."""
+    table: dict[str, Layout] = {}
+    for name, ending in (("weight", "proj"), ("bias", "bias")):
+        parts = [f"{one}_{ending}" for one in ours]
+        joined: Layout = parts[0] if len(parts) == 1 else Rows(*parts)
+        table[f"{theirs}.{name}"] = layout(joined) if layout is not None and ending == "proj" else joined
+    return table
+
+
+def norm(theirs: str, ours: str) -> dict[str, Layout]:
+    """Weight and bias of one of their norms: `norm("input_layernorm", "attention_norm")`."""
+    return {f"{theirs}.weight": f"{ours}/scale", f"{theirs}.bias": f"{ours}/bias"}
 
 
 def _parts(layout: Layout) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from maxlm.config import BlockConfig, Llama3RopeScaling, Rope, UserError
+from maxlm.config import Activation, BlockConfig, Llama3RopeScaling, Rope, UserError
 from maxlm.config.fields import Positive, require
 from maxlm.config.json_file import read_object
 
@@ -52,16 +52,32 @@ class Published:
         if value is not None and value not in allowed:
             raise UserError(f"{self.place}: {key} = {value!r} is not supported ({why}); must be {allowed[0]!r}")
 
-    def choose(self, key: str, choices: Mapping[str, Any], default: str) -> Any:
-        """What a word means.
 
-        Raises:
-            UserError: it is none of these.
-        """
-        word = self.get(key, str, default)
-        if word not in choices:
-            raise UserError(f"{self.place}: {key} = {word!r} is not supported; it may be {', '.join(sorted(choices))}")
-        return choices[word]
+ACTIVATIONS = {
+    "silu": Activation.SILU,
+    "swish": Activation.SILU,
+    "gelu": Activation.GELU,
+    "gelu_new": Activation.GELU_TANH,
+    "gelu_pytorch_tanh": Activation.GELU_TANH,
+    "gelu_fast": Activation.GELU_TANH,
+    "relu": Activation.RELU,
+}
+"""Words of a published config; the first of a kind is written."""
+
+
+def read_activation(
+    config: Published, key: str, default: str, words: Mapping[str, Activation] = ACTIVATIONS
+) -> Activation:
+    """Raises UserError where a word is not known."""
+    word = config.get(key, str, default)
+    if word not in words:
+        raise UserError(f"{config.place}: {key} = {word!r} is not supported; it may be {', '.join(sorted(words))}")
+    return words[word]
+
+
+def write_activation(activation: Activation, words: Mapping[str, Activation] = ACTIVATIONS) -> str | None:
+    """None: there is no word for it."""
+    return next((word for word, known in words.items() if known is activation), None)
 
 
 def read_rope(config: Published, theta: float = 10_000.0) -> Rope:

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 from maxlm.config import (
-    Activation,
     BlockConfig,
     Experts,
     GatedMlp,
@@ -20,34 +19,30 @@ from maxlm.config import (
 )
 from maxlm.config.fields import NotNegative, Positive
 from maxlm.hub.family import Family
-from maxlm.hub.names import Names
-from maxlm.hub.published import Published, pattern, read_rope, write_rope
+from maxlm.hub.names import Layout, Names, linear, norm
+from maxlm.hub.published import Published, pattern, read_activation, read_rope, write_activation, write_rope
 
-ACTIVATIONS = {
-    "silu": Activation.SILU,
-    "swish": Activation.SILU,
-    "gelu": Activation.GELU,
-    "gelu_new": Activation.GELU_TANH,
-    "gelu_pytorch_tanh": Activation.GELU_TANH,
-    "relu": Activation.RELU,
-}
-"""Words of `hidden_act`; the first of a kind is written."""
-
-TOP = {
+TOP: dict[str, Layout] = {
     "model.embed_tokens.weight": "embed",
-    "model.norm.weight": "final_norm/scale",
+    **norm("model.norm", "final_norm"),
     "lm_head.weight": "unembed",
 }
-ATTENTION = {
-    f"self_attn.{theirs}": f"attention/{ours}"
-    for name in "qkvo"
-    for theirs, ours in ((f"{name}_proj.weight", f"{name}_proj"), (f"{name}_proj.bias", f"{name}_bias"))
-} | {"self_attn.q_norm.weight": "attention/q_norm/scale", "self_attn.k_norm.weight": "attention/k_norm/scale"}
-NORMS = {"input_layernorm.weight": "attention_norm/scale", "post_attention_layernorm.weight": "mlp_norm/scale"}
-MLP = {
-    f"mlp.{name}_proj.{theirs}": f"mlp/{name}_{ours}"
-    for name in ("gate", "up", "down")
-    for theirs, ours in (("weight", "proj"), ("bias", "bias"))
+ATTENTION: dict[str, Layout] = {
+    **linear("self_attn.q_proj", "attention/q"),
+    **linear("self_attn.k_proj", "attention/k"),
+    **linear("self_attn.v_proj", "attention/v"),
+    **linear("self_attn.o_proj", "attention/o"),
+    **norm("self_attn.q_norm", "attention/q_norm"),
+    **norm("self_attn.k_norm", "attention/k_norm"),
+}
+NORMS: dict[str, Layout] = {
+    **norm("input_layernorm", "attention_norm"),
+    **norm("post_attention_layernorm", "mlp_norm"),
+}
+MLP: dict[str, Layout] = {
+    **linear("mlp.gate_proj", "mlp/gate"),
+    **linear("mlp.up_proj", "mlp/up"),
+    **linear("mlp.down_proj", "mlp/down"),
 }
 IGNORED = ("rotary_emb.inv_freq",)
 """Old exports have the frequencies of RoPE among their tensors."""
@@ -104,7 +99,7 @@ def _slides(config: Published, number: int) -> bool:
 
 
 def _read_mlp(config: Published, number: int) -> MlpConfig:
-    activation = config.choose("hidden_act", ACTIVATIONS, "silu")
+    activation = read_activation(config, "hidden_act", "silu")
     n_experts = next((config.values[key] for key in ("num_local_experts", "num_experts") if key in config.values), None)
     every, dense = config.get("decoder_sparse_step", Positive[int], 1), config.get("mlp_only_layers", list, [])
     if not n_experts or number in dense or (number + 1) % every:
@@ -153,20 +148,20 @@ def write(model: ModelConfig, *, window: bool = False) -> dict[str, Any]:
         values["sliding_window"] = attention.window
     match block.mlp:
         case GatedMlp() as mlp:
-            values |= {"intermediate_size": mlp.d_ff, "hidden_act": _word(mlp.activation), "mlp_bias": mlp.bias}
+            values |= {
+                "intermediate_size": mlp.d_ff,
+                "hidden_act": write_activation(mlp.activation),
+                "mlp_bias": mlp.bias,
+            }
         case Experts(router=TopKRouter() as router) as experts:
             balance = round(router.load_balance * model.n_layers / router.top_k, 12)
             values |= {
                 "intermediate_size": experts.d_ff,
-                "hidden_act": _word(experts.activation),
+                "hidden_act": write_activation(experts.activation),
                 "num_experts_per_tok": router.top_k,
                 "router_aux_loss_coef": balance,
             }
     return values
-
-
-def _word(activation: Activation) -> str | None:
-    return next((word for word, known in ACTIVATIONS.items() if known is activation), None)
 
 
 def _write_layers(model: ModelConfig) -> dict[str, Any]:
@@ -200,10 +195,10 @@ def _write_mixtral(model: ModelConfig) -> dict[str, Any]:
 _NAMES = Names(top=TOP, block=NORMS | ATTENTION | MLP, ignored=IGNORED)
 
 
-def _experts(router: str, expert: str, gate: str, up: str, down: str) -> dict[str, str]:
+def _experts(router: str, expert: str, gate: str, up: str, down: str) -> dict[str, Layout]:
     """Names of a router and of each expert's matrices."""
     names = {"gate_proj": gate, "up_proj": up, "down_proj": down}
-    each = {f"{expert}.{{}}.{theirs}.weight": f"mlp/{ours}" for ours, theirs in names.items()}
+    each: dict[str, Layout] = {f"{expert}.{{}}.{theirs}.weight": f"mlp/{ours}" for ours, theirs in names.items()}
     return {f"{router}.weight": "mlp/router"} | each
 
 
