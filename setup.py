@@ -34,6 +34,10 @@ HUB = [
     "zstandard>=0.25.0",  # .jsonl.zst files
 ]
 
+WEIGHTS = [
+    "safetensors>=0.8.0",  # published weights: one format that runs nothing when it is read
+]
+
 VIZ = [
     "matplotlib>=3.11.2",  # loss.png
 ]
@@ -48,11 +52,13 @@ EXTRAS = {
     "gpu": [f"jax[cuda13]{JAX}"],
     "hub": HUB,
     "viz": VIZ,
+    "weights": WEIGHTS,
     "parity": PARITY,
     "dev": [
         "pyarrow>=26.0.1",  # the tests of the readers
         "zstandard>=0.25.0",
         *VIZ,  # the test of the plot
+        *WEIGHTS,  # those of the hub
         "pytest>=9.2.0",
         "pytest-xdist>=3.8.0",  # two test processes
         "hypothesis>=6.170.15",  # properties instead of examples

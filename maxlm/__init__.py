@@ -1,6 +1,7 @@
 """maxlm: language models in JAX, from text to a served model, for TPUs, GPUs and one's own laptop.
 
-From Python: `maxlm.load_config`, `run`, `load_run`, `batches`, `make_trainer`; docs/api.md has an example of each.
+From Python: `maxlm.load_config`, `run`, `load_run`, `load_model`, `save_model`, `batches`,
+`make_trainer`; docs/api.md has an example of each.
 Nothing is loaded before its name is used.
 
 __main__.py: command: list the commands
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from maxlm.config import RunConfig, SamplingConfig, ShardingConfig, UserError
     from maxlm.config.cli import load_config
+    from maxlm.hub.models import load_model, save_model
     from maxlm.inference.load import LoadedRun, load_run
     from maxlm.recipes.pretrain import batches
     from maxlm.train import main as run
@@ -42,9 +44,11 @@ __all__ = [
     "UserError",
     "batches",
     "load_config",
+    "load_model",
     "load_run",
     "make_trainer",
     "run",
+    "save_model",
 ]
 
 _HOMES = {
@@ -57,9 +61,11 @@ _HOMES = {
     "UserError": "maxlm.config.UserError",
     "batches": "maxlm.recipes.pretrain.batches",
     "load_config": "maxlm.config.cli.load_config",
+    "load_model": "maxlm.hub.models.load_model",
     "load_run": "maxlm.inference.load.load_run",
     "make_trainer": "maxlm.training.step.make_trainer",
     "run": "maxlm.train.main",
+    "save_model": "maxlm.hub.models.save_model",
 }
 """Where each name is at home."""
 

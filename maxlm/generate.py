@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from maxlm.config import SamplingConfig, ShardingConfig, WeightFormat
+from maxlm.config import SamplingConfig, ShardingConfig, UserError, WeightFormat
 from maxlm.config.cli import parse, run_command
 from maxlm.config.fields import NotNegative, PathName, Positive, Seed, config
 
@@ -34,8 +34,10 @@ after max_new_tokens. Exit code 2: one line says what was wrong."""
 class GenerateOptions:
     """What to continue, with which model, and how."""
 
-    run: Annotated[PathName, tyro.conf.arg(metavar="RUN_DIR")]
-    """Folder of the training run."""
+    run: Annotated[PathName | None, tyro.conf.arg(metavar="RUN_DIR")] = None
+    """Folder of a training run."""
+    hf: Annotated[PathName | None, tyro.conf.arg(metavar="DIR")] = None
+    """Or the folder of a published model: config.json, safetensors files, tokenizer.json."""
     prompt: str = ""
     """What the text starts with; empty: the beginning of a document."""
     max_new_tokens: Positive[int] = 128
@@ -47,13 +49,19 @@ class GenerateOptions:
     weights: WeightFormat = WeightFormat.DTYPE
     """Format in which weights are held: that of execution.dtype, or 8 bits."""
     step: NotNegative[int] | None = None
-    """Checkpoint to use; None: the newest intact one."""
+    """Checkpoint of the run to use; None: the newest intact one."""
     sharding: ShardingConfig = field(default_factory=lambda: ShardingConfig(data=1))
     """One device by default; --sharding.tensor=-1 cuts the model over all of them."""
     json: bool = False
     """Print one JSON object at the end: text, tokens (the ids), tokens_per_s."""
     debug: bool = False
     """Show tracebacks."""
+
+    def __post_init__(self) -> None:
+        if (self.run is None) == (self.hf is None):
+            raise UserError("name one model: --run RUN_DIR, a training run, or --hf DIR, a published model")
+        if self.hf is not None and self.step is not None:
+            raise UserError(f"--step {self.step} is of a training run; leave it out with --hf")
 
 
 def main(argv: list[str]) -> None:
@@ -65,11 +73,16 @@ def main(argv: list[str]) -> None:
     options = parse(GenerateOptions, argv, prog="python -m maxlm.generate", description=_DESCRIPTION, flags=True)
 
     from maxlm.compile_cache import enable_compilation_cache  # these import jax: --help stays instant
+    from maxlm.hub.models import load_folder
     from maxlm.inference.generator import Generator
     from maxlm.inference.load import load_run
 
     enable_compilation_cache()
-    run = load_run(Path(options.run), step=options.step, sharding=options.sharding)
+    if options.hf is not None:
+        run = load_folder(Path(options.hf), sharding=options.sharding)
+    else:
+        assert options.run is not None
+        run = load_run(Path(options.run), step=options.step, sharding=options.sharding)
     generator = Generator(run, weights=options.weights)
     stream = generator.stream(
         options.prompt, max_new_tokens=options.max_new_tokens, sampling=options.sampling, seed=options.seed

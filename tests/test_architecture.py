@@ -31,7 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": {"config", "shapes", "hardware", "sharding", "models", "training", "observe", "surroundings"},
     "inference": {"config", "shapes", "sharding", "models", "checkpoint", "data"},
     "evaluation": {"config", "sharding", "models", "observe", "data", "training", "inference"},
-    "recipes": {"config", "sharding", "data", "training", "inference", "evaluation", "observe", "processes"},
+    "recipes": {"config", "sharding", "data", "training", "inference", "evaluation", "observe", "processes", "hub"},
+    "hub": {"config", "shapes", "sharding", "models", "checkpoint", "data", "inference"},
     "launching": {"config", "hardware"},
     "processes": {"config", "surroundings"},
     "compile_cache": {"surroundings"},
@@ -41,7 +42,17 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 COMMANDS = {
     f"maxlm/{name}.py"
-    for name in ("__main__", "train", "generate", "evaluate", "inspect", "launch", "data/__main__", "plan/__main__")
+    for name in (
+        "__main__",
+        "train",
+        "generate",
+        "convert",
+        "evaluate",
+        "inspect",
+        "launch",
+        "data/__main__",
+        "plan/__main__",
+    )
 }
 """Command lines."""
 
@@ -55,6 +66,8 @@ LAZY = {
     "maxlm/observe/plots.py": {"matplotlib"},  # the extra `viz`
     "maxlm/plan/picture.py": {"matplotlib"},
     "maxlm/observe/writers.py": {"wandb"},  # who logs to it installs it
+    "maxlm/hub/tensor_files.py": {"safetensors"},  # the extra `weights`
+    "maxlm/hub/converting.py": {"torch", "transformers"},  # a comparison for who has them
     "maxlm/inspect.py": {"rich"},  # a listing as JSON starts without it
     "maxlm/surroundings.py": {"rich"},
 }

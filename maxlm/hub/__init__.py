@@ -9,3 +9,7 @@ names.py: how our arrays lie in published tensors
 published.py: config.json, key by key
 tensor_files.py: safetensors files, tensor by tensor
 """
+
+from maxlm.hub.models import load_model, save_model
+
+__all__ = ["load_model", "save_model"]

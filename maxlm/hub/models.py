@@ -56,8 +56,8 @@ def load_model(
     return LanguageModel(folder.model, execution, layout, parameters), folder.model
 
 
-def load_folder(folder: Path, *, dtype: Dtype, sharding: ShardingConfig) -> LoadedRun:
-    """A published model as `maxlm.load_run` gives a run.
+def load_folder(folder: Path, *, sharding: ShardingConfig) -> LoadedRun:
+    """A published model as `maxlm.load_run` gives a run; computes in float32 on CPUs, in bfloat16 elsewhere.
 
     Raises:
         UserError: as `maxlm.load_model`; or the folder has no tokenizer.
@@ -68,7 +68,7 @@ def load_folder(folder: Path, *, dtype: Dtype, sharding: ShardingConfig) -> Load
     files = ModelFolder(folder)
     layout = layout_for(files.model, sharding)
     return LoadedRun(
-        config=untrained(files.model, dtype=dtype, sharding=sharding),
+        config=untrained(files.model, dtype=Dtype.FLOAT32 if layout.on_cpu else Dtype.BFLOAT16, sharding=sharding),
         layout=layout,
         parameters=files.parameters(abstract_parameters(files.model, layout)),
         tokenizer=tokenizer,

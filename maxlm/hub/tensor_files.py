@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, Self
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
-import safetensors
 
 from maxlm.config import UserError
 from maxlm.config.json_file import read_object
@@ -88,6 +87,12 @@ class TensorFolder:
 
     def _opened(self, name: str) -> Any:
         if name not in self._open:
+            try:
+                import safetensors
+            except ImportError as error:
+                raise UserError(
+                    f"{self.folder / name}: needs the package safetensors; install it: pip install -e '.[weights]'"
+                ) from error
             try:
                 self._open[name] = safetensors.safe_open(self.folder / name, framework="np").__enter__()
             except (safetensors.SafetensorError, OSError) as error:
