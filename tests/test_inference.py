@@ -30,6 +30,7 @@ from maxlm.config import (
     Learned,
     LmHead,
     ModelConfig,
+    QkNorm,
     RelativeBias,
     SamplingConfig,
     ShardingConfig,
@@ -55,7 +56,9 @@ MODELS = {
     "mha": with_attention(small_model(), n_kv_heads=4),
     "gqa": small_model(),
     "window": with_attention(small_model(), window=5),
-    "biases_norms": with_attention(small_model(head=LmHead(tied=True)), qkv_bias=True, out_bias=True, qk_norm=True),
+    "biases_norms": with_attention(
+        small_model(head=LmHead(tied=True)), qkv_bias=True, out_bias=True, qk_norm=QkNorm.HEADS
+    ),
     "pattern": small_model(n_layers=4, blocks=with_attention(small_model(), window=3).blocks + small_model().blocks),
     "gpt2": with_attention(small_model(norm=LayerNorm(), embedded_position=Learned()), position=None),
     "alibi": with_attention(small_model(), position=Alibi(), soft_cap=2.0),

@@ -22,7 +22,7 @@ from helpers import (
     with_attention,
 )
 
-from maxlm.config import Adafactor, AdamW, ConstantSchedule, Dtype, Remat, ShardingConfig, UserError, Zero
+from maxlm.config import Adafactor, AdamW, ConstantSchedule, Dtype, QkNorm, Remat, ShardingConfig, UserError, Zero
 from maxlm.sharding import make_layout
 from maxlm.training import make_trainer
 
@@ -154,7 +154,9 @@ def test_pure_data_parallelism_gathers_nothing():
 
 
 def test_window_and_biases_on_a_mesh():
-    model = with_attention(small_model(tie_embeddings=True), window=7, qkv_bias=True, out_bias=True, qk_norm=True)
+    model = with_attention(
+        small_model(tie_embeddings=True), window=7, qkv_bias=True, out_bias=True, qk_norm=QkNorm.HEADS
+    )
     want = loss_and_gradients(small_run(model), one_device())
     sharding = ShardingConfig(data=1, fsdp=2, seq=2, tensor=2)
     assert_close(loss_and_gradients(small_run(model, sharding), make_layout(sharding)), want, 1e-5)

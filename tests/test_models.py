@@ -39,6 +39,7 @@ from maxlm.config import (
     Parallel,
     PostNorm,
     PreNorm,
+    QkNorm,
     RelativeBias,
     RmsNorm,
     Rope,
@@ -225,7 +226,7 @@ def pattern_of_two():
     """Local layers of narrow heads with everything on, then global ones without position embedding."""
     local = BlockConfig(
         attention=GroupedQuery(
-            n_heads=6, n_kv_heads=3, head_dim=4, window=5, qkv_bias=True, out_bias=True, qk_norm=True
+            n_heads=6, n_kv_heads=3, head_dim=4, window=5, qkv_bias=True, out_bias=True, qk_norm=QkNorm.HEADS
         ),
         mlp=GatedMlp(d_ff=20, activation=Activation.GELU, bias=True),
     )
@@ -239,7 +240,9 @@ MODELS = {
     "llama": small_model(),
     "multi_head_tied": with_attention(small_model(head=LmHead(tied=True)), n_kv_heads=4),
     "multi_query_unrolled": with_attention(small_model(n_layers=3), n_kv_heads=1),
-    "qwen": with_attention(small_model(norm=RmsNorm(eps=1e-2)), qkv_bias=True, qk_norm=True, position=Rope(theta=1e6)),
+    "qwen": with_attention(
+        small_model(norm=RmsNorm(eps=1e-2)), qkv_bias=True, qk_norm=QkNorm.HEADS, position=Rope(theta=1e6)
+    ),
     "llama31": with_attention(
         small_model(), position=Rope(theta=100.0, scaling=Llama3RopeScaling(factor=4.0, original_max_len=60))
     ),
@@ -255,7 +258,8 @@ MODELS = {
     ),
     "gemma2": with_block(with_attention(small_model(), soft_cap=2.0, window=6), residual=Sandwich()),
     "alibi_parallel": with_block(
-        with_attention(small_model(norm=LayerNorm(bias=False)), position=Alibi(), qk_norm=True), residual=Parallel()
+        with_attention(small_model(norm=LayerNorm(bias=False)), position=Alibi(), qk_norm=QkNorm.HEADS),
+        residual=Parallel(),
     ),
     "t5_bias_parallel_two_norms": with_block(
         with_attention(small_model(init_std=0.4), position=RelativeBias(buckets=8, max_distance=16)),

@@ -17,7 +17,7 @@ from maxlm.config.fields import Changes, Filled, NotNegative, Positive, config
 from maxlm.config.mixture import ExpertChoiceRouter, Experts
 from maxlm.config.mlp import GatedMlp, Mlp
 from maxlm.config.norm import Norm, RmsNorm
-from maxlm.config.position import EmbeddedPosition
+from maxlm.config.position import DynamicNtkScaling, EmbeddedPosition, Rope
 
 
 @config("model.blocks[].residual.", changes=Changes.IDENTITY)
@@ -143,10 +143,20 @@ class ModelConfig:
 
     @property
     def decodes(self) -> bool:
-        """Whether a token depends on earlier ones alone: not where experts choose among the tokens of a group."""
-        return not any(
-            isinstance(block.mlp, Experts) and isinstance(block.mlp.router, ExpertChoiceRouter) for block in self.blocks
-        )
+        """Whether a token depends on earlier ones alone."""
+        return self.looks_ahead is None
+
+    @property
+    def looks_ahead(self) -> str | None:
+        """What makes a token depend on later ones, as key = value; None: nothing."""
+        for block in self.first_blocks + self.blocks:
+            if isinstance(block.mlp, Experts) and isinstance(block.mlp.router, ExpertChoiceRouter):
+                return "model.blocks[].mlp.router = ExpertChoiceRouter"  # experts choose among the tokens of a group
+            scaling = block.attention.position.scaling if isinstance(block.attention.position, Rope) else None
+            if isinstance(scaling, DynamicNtkScaling) and self.max_seq_len > scaling.original_max_len:
+                above = f"model.max_seq_len = {self.max_seq_len} above its original_max_len"
+                return f"model.blocks[].attention.position.scaling = DynamicNtkScaling and {above}"
+        return None
 
     @property
     def tied(self) -> bool:
