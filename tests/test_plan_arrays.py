@@ -16,6 +16,7 @@ from maxlm.config import (
     Experts,
     GatedMlp,
     GroupedQuery,
+    Learned,
     LmHead,
     ModelConfig,
     NoisyTopKRouter,
@@ -56,6 +57,9 @@ ODD = {
         qkv_bias=True,
         out_bias=True,
         qk_norm=QkNorm.HEADS,
+    ),
+    "sinks, norms of all heads and an offset": with_attention(
+        small_model(embedded_position=Learned(offset=2)), sinks=True, qk_norm=QkNorm.WHOLE, position=None
     ),
     "noisy": experts(NoisyTopKRouter(top_k=2)),
     "sigmoid": experts(SigmoidRouter(top_k=2), n_shared_experts=1),
