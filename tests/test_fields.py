@@ -109,6 +109,7 @@ NONE_IS_A_CHOICE = {
     "GroupedQuery.scale",
     "GroupedQuery.log_length",
     "Rope.dims",
+    "Rope.decay",
     "YarnScaling.attention_factor",
     "LongRopeScaling.attention_factor",
     "Dropless.buffer",

@@ -68,6 +68,7 @@ MODELS = {
     "gpt2": with_attention(small_model(norm=LayerNorm(), embedded_position=Learned()), position=None),
     "opt": with_attention(small_model(norm=LayerNorm(), embedded_position=Learned(offset=2)), position=None),
     "gpt_j": with_attention(small_model(), position=Rope(dims=4, interleaved=True), scale=0.8),
+    "xpos": with_attention(small_model(), position=Rope(decay=4.0)),
     "yarn_sinks": with_attention(
         small_model(), position=Rope(theta=100.0, scaling=YarnScaling(factor=4.0, original_max_len=8)), sinks=True
     ),

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import operator
+import re
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,7 @@ from maxlm.config import (
     Rope,
     Sandwich,
     Sinusoidal,
+    UserError,
     YarnScaling,
 )
 from maxlm.models import Decoder, Execution, Tokens, bind, init_parameters, parameter_dims
@@ -178,7 +180,15 @@ def attend(model, config, p, x, positions, segments):
         seen = [s for s in range(first, t + 1) if segments[s] == segments[t]]
         for n in range(config.n_heads):
             group = n * config.n_kv_heads // config.n_heads
-            scores = k[seen, group] @ q[t, n] * (config.scale or 1 / math.sqrt(config.head_dim))
+            products = k[seen, group] * q[t, n]
+            if isinstance(config.position, Rope) and config.position.decay is not None:
+                # Written for each dim of every product, where the model scales queries and keys.
+                H = config.head_dim
+                dims = np.arange(H) // 2 if config.position.interleaved else np.arange(H) % (H // 2)
+                products = products * ((2 * dims / H + 0.4) / 1.4) ** (
+                    (t - np.array(seen))[:, None] / config.position.decay
+                )
+            scores = products.sum(-1) * (config.scale or 1 / math.sqrt(config.head_dim))
             if config.soft_cap is not None:
                 scores = config.soft_cap * np.tanh(scores / config.soft_cap)
             distances = t - np.array(seen)
@@ -320,6 +330,8 @@ MODELS = {
         with_attention(small_model(norm=LayerNorm()), position=Rope(dims=4, interleaved=True)), residual=Parallel()
     ),
     "interleaved": with_attention(small_model(), position=Rope(theta=50.0, interleaved=True)),
+    "xpos": with_attention(small_model(), position=Rope(theta=100.0, decay=4.0)),
+    "xpos_interleaved": with_attention(small_model(), position=Rope(theta=100.0, decay=4.0, interleaved=True)),
     "linear": with_attention(small_model(), position=Rope(theta=100.0, scaling=LinearScaling(factor=3.0))),
     "ntk": with_attention(small_model(), position=Rope(theta=100.0, dims=6, scaling=NtkScaling(factor=5.0))),
     "dynamic_ntk": with_attention(
@@ -473,6 +485,40 @@ def test_rotation_depends_on_distance_alone():
     assert abs(near - at(q, 7) @ at(k, 4)) > 1e-2
     np.testing.assert_allclose(np.linalg.norm(at(q, 50)), np.linalg.norm(q), rtol=1e-6)
     np.testing.assert_array_equal(at(q, 0), np.ravel(q))
+
+
+REFUSED = {
+    "attention.position.dims = 3 is odd": lambda: Rope(dims=3),
+    "theta = 1.0 must be more than 1, as Yarn": lambda: Rope(
+        theta=1.0, scaling=YarnScaling(factor=2.0, original_max_len=8)
+    ),
+    "beta_fast = 1.0 must be more than beta_slow = 1.0": lambda: YarnScaling(
+        factor=2.0, original_max_len=8, beta_fast=1.0
+    ),
+    "long_factors has 1 numbers, short_factors 2": lambda: LongRopeScaling(
+        short_factors=(1.0, 2.0), long_factors=(1.0,), original_max_len=8
+    ),
+    "attention.position.dims = 10 is more than head_dim = 8": lambda: with_attention(
+        small_model(), position=Rope(dims=10)
+    ),
+    "attention.head_dim = 7 is odd, but RoPE rotates pairs; use 8": lambda: with_attention(small_model(), head_dim=7),
+    "scaling = NtkScaling stretches the slower of several pairs, but 2 dims": lambda: with_attention(
+        small_model(), position=Rope(dims=2, scaling=NtkScaling(factor=2.0))
+    ),
+    "short_factors has 4 numbers, but the 6 rotated dims are 3 pairs": lambda: with_attention(
+        small_model(), position=Rope(dims=6, scaling=long_rope())
+    ),
+    "position.decay = 0.5 is too fast for model.max_seq_len = 64": lambda: with_attention(
+        small_model(), position=Rope(decay=0.5)
+    ),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_rotations_that_cannot_be_are_refused(words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        REFUSED[words]()
+    assert with_attention(small_model(), head_dim=7, position=Rope(dims=6))
 
 
 # ---- what may reach what ----

@@ -121,6 +121,15 @@ class ModelConfig:
         for i, block in enumerate(self.first_blocks):
             if isinstance(block.mlp, Experts):
                 raise UserError(f"model.first_blocks.{i}.mlp has Experts; use a GatedMlp or an Mlp")
+        for block in self.first_blocks + self.blocks:
+            decay = block.attention.position.decay if isinstance(block.attention.position, Rope) else None
+            # Queries grow by up to 1.4 / 0.4 = e^1.26 for each `decay` positions, and bfloat16 ends at e^88.
+            if decay is not None and self.max_seq_len > 64 * decay:
+                raise UserError(
+                    f"model.blocks[].attention.position.decay = {decay} is too fast for model.max_seq_len = "
+                    f"{self.max_seq_len}, over which scores would pass the largest number; use at least "
+                    f"{self.max_seq_len / 64}"
+                )
         first, entries = len(self.first_blocks), len(self.blocks)
         repeats, rest = divmod(self.n_layers - first, entries)
         if rest or repeats < 1:

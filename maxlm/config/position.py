@@ -144,6 +144,10 @@ class Rope:
     interleaved: bool = False
     """Dims (2i, 2i + 1) are a pair, as in the paper, GPT-J and GLM; False: (i, i + half), as in GPT-NeoX and LLaMA."""
 
+    decay: Positive[float] | None = None
+    """xPos (Sun et al. 2022, arXiv:2212.10554, section 3, where it is 512): what pair i of R/2 adds to the score of a
+    key n tokens back shrinks by ((2i / R + 0.4) / 1.4)^(n / decay); None: it does not."""
+
     def __post_init__(self) -> None:
         if self.dims is not None and self.dims % 2:
             raise UserError(

@@ -15,7 +15,7 @@ from maxlm.models import ops
 from maxlm.models.execution import Execution
 from maxlm.models.norms import NormLayer
 from maxlm.models.parameters import Initializer
-from maxlm.models.positions import alibi_slopes, log_length_factors, rope_angles, rotate, rotation
+from maxlm.models.positions import alibi_slopes, decay_factors, log_length_factors, rope_angles, rotate, rotation
 from maxlm.models.tokens import Tokens
 
 
@@ -115,7 +115,9 @@ class GroupedQueryLayer(nnx.Module):
         if isinstance(rope := config.position, Rope):
             frequencies, factor = rotation(rope, config.head_dim, self.max_seq_len)
             angles = rope_angles(rope, frequencies, tokens)
-            q, k = (rotate(x, angles, factor, interleaved=rope.interleaved) for x in (q, k))
+            decay = decay_factors(rope, len(frequencies), tokens.positions, self.max_seq_len)
+            of_q, of_k = (factor, factor) if decay is None else (factor * decay, factor / decay)
+            q, k = (rotate(x, angles, of, interleaved=rope.interleaved) for x, of in ((q, of_q), (k, of_k)))
         if config.log_length is not None:
             q = (q * log_length_factors(tokens.positions, config.log_length)[..., None, None]).astype(q.dtype)
         return q, k

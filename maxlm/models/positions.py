@@ -66,6 +66,16 @@ def rope_angles(config: Rope, frequencies: np.ndarray, tokens: Tokens) -> jax.Ar
             return angles
 
 
+def decay_factors(config: Rope, pairs: int, positions: jax.Array, max_seq_len: int) -> jax.Array | None:
+    """What the pairs of a query are multiplied by, and those of a key divided by, of xPos (arXiv:2212.10554, section
+    3): float32 [B, T, pairs]; None: nothing."""
+    if config.decay is None:
+        return None
+    logarithms = np.log((np.arange(pairs) / pairs + 0.4) / 1.4) / config.decay
+    # Counted from the middle, which changes no product, as both ends are then far from the largest number.
+    return jnp.exp((positions - max_seq_len / 2)[..., None].astype(jnp.float32) * logarithms.astype(np.float32))
+
+
 def _document_lengths(tokens: Tokens) -> jax.Array:
     """Of each token's document, in any order of the columns: int32 [B, T], or [B, 1] where a row is one document."""
     if tokens.segment_ids is None:
@@ -119,13 +129,13 @@ def _stretch(frequencies: np.ndarray, scaling: Llama3RopeScaling) -> np.ndarray:
     return keep * frequencies + (1 - keep) * frequencies / scaling.factor
 
 
-def rotate(x: jax.Array, angles: jax.Array, factor: float = 1.0, *, interleaved: bool = False) -> jax.Array:
-    """Rotate pair i of the first R dims of a head by angles[..., i], and multiply them by the factor.
+def rotate(x: jax.Array, angles: jax.Array, factor: float | jax.Array = 1.0, *, interleaved: bool = False) -> jax.Array:
+    """Rotate pair i of the first R dims of a head by angles[..., i], and multiply it by the factor.
 
     Args:
         x: [B, T, heads, H].
         angles: float32 [B, T, R / 2], position times frequency.
-        factor: of `Rotation`.
+        factor: of all pairs; or of each, float32 [B, T, R / 2].
         interleaved: pair i is dims (2i, 2i + 1); else (i, i + R/2), the pairing of Hugging Face's LLaMA weights.
 
     Returns:
@@ -133,7 +143,9 @@ def rotate(x: jax.Array, angles: jax.Array, factor: float = 1.0, *, interleaved:
     """
     R = 2 * angles.shape[-1]
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-    if factor != 1:
+    if isinstance(factor, jax.Array):
+        factor = factor[:, :, None]
+    if not isinstance(factor, float) or factor != 1:
         cos, sin = cos * factor, sin * factor
     rotated = x[..., :R].astype(jnp.float32)
     if interleaved:
