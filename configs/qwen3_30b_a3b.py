@@ -25,6 +25,7 @@ from maxlm.config import (
     Dropless,
     Experts,
     GroupedQuery,
+    QkNorm,
     Rope,
     RunConfig,
     ShardingConfig,
@@ -39,7 +40,7 @@ def get_config() -> RunConfig:
     dense = llama(
         vocab_size=151_936, d_model=2048, n_layers=48, n_heads=32, d_ff=6144, max_seq_len=32_768, norm_eps=1e-6
     )
-    attention = GroupedQuery(n_heads=32, n_kv_heads=4, head_dim=128, qk_norm=True, position=Rope(theta=1e6))
+    attention = GroupedQuery(n_heads=32, n_kv_heads=4, head_dim=128, qk_norm=QkNorm.HEADS, position=Rope(theta=1e6))
     experts = Experts(
         n_experts=128, d_ff=768, router=TopKRouter(top_k=8, load_balance=0.001), dispatch=Dropless(buffer=2.0)
     )

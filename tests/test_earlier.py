@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -10,9 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import small_run
+from helpers import small_model, small_run, with_attention
 
-from maxlm.config import RunConfig, UserError, earlier, serialize
+from maxlm.config import Llama3RopeScaling, QkNorm, Rope, RunConfig, UserError, earlier, serialize
 from maxlm.config.cli import load_config, parse_run
 from maxlm.inference.load import load_run
 from maxlm.observe.metrics import read_rows
@@ -76,6 +77,45 @@ def test_each_old_name_is_told_once(
         assert note in notes
 
 
+def test_norms_of_heads_that_were_a_switch_are_a_choice(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(earlier, "_told", set())
+    key = "--model.blocks.0.attention.qk_norm"
+    norms = lambda *argv: [
+        block.attention.qk_norm
+        for block in parse_run(["--config", "config.py", *argv], prog="", description="").config.model.blocks
+    ]
+    assert norms() == [None, QkNorm.HEADS]  # of the file, which says True
+    assert norms(f"{key}=True") == norms(key, "True") == norms(f"{key}=heads") == [QkNorm.HEADS] * 2
+    assert norms(key, "whole") == [QkNorm.WHOLE, QkNorm.HEADS]
+    assert norms(f"{key}=False") == norms(key, "None") == [None, QkNorm.HEADS]
+    notes = capsys.readouterr().err
+    assert notes.count(f"note: {key}=True is now {key}=heads\n") == 1
+    assert notes.count("note: GroupedQuery(qk_norm=True) is now GroupedQuery(qk_norm=QkNorm.HEADS)\n") == 1
+
+
+def test_the_second_format_is_read() -> None:
+    """Its norms of heads were switched on and off, and the one kind of scaling had no name."""
+    scaled = Rope(scaling=Llama3RopeScaling(factor=2.0))
+    plain, normed = small_model(), with_attention(small_model(), qk_norm=QkNorm.HEADS, position=scaled)
+    config = small_run(dataclasses.replace(plain, n_layers=3, blocks=normed.blocks, first_blocks=plain.blocks))
+    saved = serialize.to_dict(config)
+    first, block = saved["model"]["first_blocks"][0]["attention"], saved["model"]["blocks"][0]["attention"]
+    assert (first["qk_norm"], block["qk_norm"]) == (None, "heads")
+    first["qk_norm"], block["qk_norm"] = False, True
+    assert block["position"]["scaling"].pop("kind") == "Llama3RopeScaling"
+    for attention in (first, block):
+        for new in ("scale", "sinks", "log_length"):
+            del attention[new]
+        for new in ("dims", "interleaved"):
+            del attention["position"][new]
+    assert serialize.from_dict(RunConfig, saved | {"format": 2}) == config
+    with pytest.raises(UserError, match="format 2 lacks or misuses 'qk_norm'"):
+        del block["qk_norm"]
+        serialize.from_dict(RunConfig, saved | {"format": 2})
+
+
 def test_every_key_of_the_first_format_has_a_name_today() -> None:
     """Those that a command line could set."""
     saved = json.loads((FORMATS / "1/run/config.json").read_text())
@@ -93,7 +133,7 @@ def test_every_key_of_the_first_format_has_a_name_today() -> None:
     ] == []
 
 
-@pytest.mark.parametrize("number", [0, 3, "2", None, 1.5])
+@pytest.mark.parametrize("number", [0, 4, "2", None, 1.5])
 def test_a_format_that_is_not_known_is_refused(number: object) -> None:
     saved = serialize.to_dict(small_run()) | {"format": number}
     with pytest.raises(UserError, match=r"format = .* is not one that this version of maxlm reads"):

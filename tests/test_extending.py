@@ -21,13 +21,13 @@ from maxlm import train
 from maxlm.config import *
 from maxlm.config import Activation
 from maxlm.config.norm import ScaleNorm
-from maxlm.config.position import Interpolation
+from maxlm.config.position import FastPairs
 from maxlm.config.optimizer import ExponentialSchedule, Lion
 from maxlm.config.task import Continue
 from maxlm.config.data import Sqlite
 
 model = llama(vocab_size=260, d_model=16, n_layers=1, n_heads=2, d_ff=24, max_seq_len=16)
-attention = dataclasses.replace(model.blocks[0].attention, position=Rope(scaling=Interpolation(factor=4.0)))
+attention = dataclasses.replace(model.blocks[0].attention, position=Rope(scaling=FastPairs(share=0.5)))
 block = dataclasses.replace(model.blocks[0], attention=attention, mlp=Mlp(d_ff=24, activation=Activation.RELU_SQUARED))
 documents = Sqlite(path="texts.db", query="select text from texts order by text")
 config = RunConfig(

@@ -106,6 +106,12 @@ def numbers() -> list[Number]:
 NONE_IS_A_CHOICE = {
     "GroupedQuery.window",
     "GroupedQuery.soft_cap",
+    "GroupedQuery.scale",
+    "GroupedQuery.log_length",
+    "Rope.dims",
+    "Rope.decay",
+    "YarnScaling.attention_factor",
+    "LongRopeScaling.attention_factor",
     "Dropless.buffer",
     "Capacity.group_size",
     "AdamW.clip_norm",
@@ -117,8 +123,8 @@ NONE_IS_A_CHOICE = {
     "LimitsConfig.step_s",
 }
 MINUS_ONE_IS_WHAT_REMAINS = {f"ShardingConfig.{axis}" for axis in ("data", "fsdp", "stage", "seq", "tensor", "expert")}
-BELOW_ANOTHER = "Llama3RopeScaling.low_freq_factor"
-"""Of high_freq_factor, whose name a message begins with where this one is too large."""
+BELOW_ANOTHER = {"Llama3RopeScaling.low_freq_factor", "YarnScaling.beta_slow"}
+"""Of high_freq_factor and beta_fast, whose names a message begins with where these are too large."""
 AT_MOST_ONE = {
     "PrepareConfig.validation_fraction",
     "AdamW.b1",
@@ -137,7 +143,7 @@ def accepted(number: Number, value: Any) -> bool:
         case -1:
             return number.key in MINUS_ONE_IS_WHAT_REMAINS
         case int() if value == 10**30:  # float32 holds it, and how large is too large only an experiment knows
-            return number.kind is float and number.key not in AT_MOST_ONE | {BELOW_ANOTHER}
+            return number.kind is float and number.key not in AT_MOST_ONE | BELOW_ANOTHER
         case _:
             return False
 
@@ -171,7 +177,7 @@ def test_nonsense_is_refused_in_one_line_that_names_the_key(number: Number) -> N
             change(number.cls, number.name, value)
         message = str(caught.value)
         keys = {f"{path}{number.name} = " for path in PATHS[number.cls]}
-        between = number.key == BELOW_ANOTHER and value == 10**30
+        between = number.key in BELOW_ANOTHER and value == 10**30
         assert number.cls is StepRange or between or any(message.startswith(key) for key in keys), message
         assert number.name in message and " must " in message
         assert "\n" not in message and len(message) < 200

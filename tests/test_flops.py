@@ -19,6 +19,7 @@ from maxlm.config import (
     GroupedQuery,
     ModelConfig,
     NoisyTopKRouter,
+    QkNorm,
     Remat,
     SigmoidRouter,
     TopKRouter,
@@ -68,7 +69,13 @@ def test_biases_and_head_norms_against_a_tree_of_shapes():
     blocks = tuple(
         BlockConfig(
             attention=GroupedQuery(
-                n_heads=n, n_kv_heads=k, head_dim=h, qkv_bias=bias, out_bias=bias, qk_norm=bias, window=window
+                n_heads=n,
+                n_kv_heads=k,
+                head_dim=h,
+                qkv_bias=bias,
+                out_bias=bias,
+                qk_norm=QkNorm.HEADS if bias else None,
+                window=window,
             ),
             mlp=GatedMlp(d_ff=f, bias=bias),
         )

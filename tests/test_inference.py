@@ -23,19 +23,25 @@ from maxlm.config import (
     Capacity,
     Context,
     Dtype,
+    DynamicNtkScaling,
     ExecutionConfig,
     ExpertChoiceRouter,
     Experts,
     LayerNorm,
     Learned,
     LmHead,
+    LongRopeScaling,
     ModelConfig,
+    NtkScaling,
+    QkNorm,
     RelativeBias,
+    Rope,
     SamplingConfig,
     ShardingConfig,
     TopKRouter,
     TrainSentencePiece,
     UserError,
+    YarnScaling,
     Zero,
     with_experts,
 )
@@ -55,9 +61,31 @@ MODELS = {
     "mha": with_attention(small_model(), n_kv_heads=4),
     "gqa": small_model(),
     "window": with_attention(small_model(), window=5),
-    "biases_norms": with_attention(small_model(head=LmHead(tied=True)), qkv_bias=True, out_bias=True, qk_norm=True),
+    "biases_norms": with_attention(
+        small_model(head=LmHead(tied=True)), qkv_bias=True, out_bias=True, qk_norm=QkNorm.HEADS
+    ),
     "pattern": small_model(n_layers=4, blocks=with_attention(small_model(), window=3).blocks + small_model().blocks),
     "gpt2": with_attention(small_model(norm=LayerNorm(), embedded_position=Learned()), position=None),
+    "opt": with_attention(small_model(norm=LayerNorm(), embedded_position=Learned(offset=2)), position=None),
+    "gpt_j": with_attention(small_model(), position=Rope(dims=4, interleaved=True), scale=0.8),
+    "xpos": with_attention(small_model(), position=Rope(decay=4.0)),
+    "yarn_sinks": with_attention(
+        small_model(), position=Rope(theta=100.0, scaling=YarnScaling(factor=4.0, original_max_len=8)), sinks=True
+    ),
+    "long_rope_whole_norm": with_attention(
+        small_model(),
+        position=Rope(
+            theta=100.0,
+            scaling=LongRopeScaling(short_factors=(1.0,) * 4, long_factors=(1.5, 2.0, 4.0, 9.0), original_max_len=8),
+        ),
+        qk_norm=QkNorm.WHOLE,
+    ),
+    "ntk_log_length": with_attention(
+        small_model(), position=Rope(theta=100.0, scaling=NtkScaling(factor=4.0)), log_length=5, sinks=True, window=5
+    ),
+    "dynamic_up_to_its_length": with_attention(
+        small_model(), position=Rope(scaling=DynamicNtkScaling(factor=4.0, original_max_len=64))
+    ),
     "alibi": with_attention(small_model(), position=Alibi(), soft_cap=2.0),
     "t5_bias": with_attention(small_model(), position=RelativeBias(buckets=8, max_distance=16)),
     "dense_then_experts": with_experts(
@@ -241,6 +269,16 @@ def test_a_model_whose_experts_choose_cannot_decode() -> None:
     config = dataclasses.replace(run.config, model=with_experts(run.config.model, experts))
     with pytest.raises(UserError, match="looks at later tokens and cannot decode"):
         Generator(dataclasses.replace(run, config=config))
+
+
+def test_a_model_that_stretches_with_the_length_cannot_decode() -> None:
+    model = with_attention(BYTE_MODEL, position=Rope(scaling=DynamicNtkScaling(factor=2.0, original_max_len=8)))
+    run = loaded()
+    words = "DynamicNtkScaling and model.max_seq_len = .* above its original_max_len: such a model looks at later"
+    with pytest.raises(UserError, match=words):
+        Generator(dataclasses.replace(run, config=dataclasses.replace(run.config, model=model)))
+    with pytest.raises(ValueError, match="has no cache"):
+        bind(model, parameters_of(small_run(model))).empty_cache(1, 8, plainly())
 
 
 def test_the_seed_decides_and_the_chunk_does_not(generator: Generator) -> None:

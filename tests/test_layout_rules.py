@@ -174,8 +174,8 @@ def test_a_model_that_cannot_decode_must_not_sample() -> None:
     experts = Experts(n_experts=4, d_ff=48, router=ExpertChoiceRouter(), dispatch=Capacity(factor=2.0))
     config = small_run(with_experts(small_model(), experts))
     assert complaints(config, 1) == [
-        "observe.sample_tokens = 64 needs a model that can decode, but one with an ExpertChoiceRouter looks at later "
-        "tokens; use 0"
+        "observe.sample_tokens = 64 needs a model that can decode, but with model.blocks[].mlp.router = "
+        "ExpertChoiceRouter it looks at later tokens; use 0"
     ]
     assert not complaints(dataclasses.replace(config, observe=ObserveConfig(sample_tokens=0)), 1)
 

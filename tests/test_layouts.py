@@ -22,7 +22,23 @@ from helpers import (
     with_attention,
 )
 
-from maxlm.config import Adafactor, AdamW, ConstantSchedule, Dtype, Remat, ShardingConfig, UserError, Zero
+from maxlm.config import (
+    Adafactor,
+    AdamW,
+    ConstantSchedule,
+    Context,
+    Dtype,
+    DynamicNtkScaling,
+    LayerNorm,
+    Learned,
+    QkNorm,
+    Remat,
+    Rope,
+    ShardingConfig,
+    UserError,
+    YarnScaling,
+    Zero,
+)
 from maxlm.sharding import make_layout
 from maxlm.training import make_trainer
 
@@ -154,10 +170,37 @@ def test_pure_data_parallelism_gathers_nothing():
 
 
 def test_window_and_biases_on_a_mesh():
-    model = with_attention(small_model(tie_embeddings=True), window=7, qkv_bias=True, out_bias=True, qk_norm=True)
+    model = with_attention(
+        small_model(tie_embeddings=True), window=7, qkv_bias=True, out_bias=True, qk_norm=QkNorm.HEADS
+    )
     want = loss_and_gradients(small_run(model), one_device())
     sharding = ShardingConfig(data=1, fsdp=2, seq=2, tensor=2)
     assert_close(loss_and_gradients(small_run(model, sharding), make_layout(sharding)), want, 1e-5)
+
+
+CHOICES = {
+    "gpt-oss": with_attention(
+        small_model(),
+        sinks=True,
+        scale=0.5,
+        position=Rope(theta=100.0, dims=4, interleaved=True, scaling=YarnScaling(factor=4.0, original_max_len=16)),
+    ),
+    "whole norms, stretched by length": with_attention(
+        small_model(norm=LayerNorm()),
+        qk_norm=QkNorm.WHOLE,
+        log_length=4,
+        position=Rope(theta=100.0, scaling=DynamicNtkScaling(factor=3.0, original_max_len=5)),
+    ),
+    "offset": with_attention(small_model(embedded_position=Learned(offset=2)), position=None, sinks=True),
+}
+
+
+@pytest.mark.parametrize("context", Context)
+@pytest.mark.parametrize("name", CHOICES)
+def test_choices_of_attention_on_a_mesh(name, context):
+    sharding = ShardingConfig(data=1, fsdp=2, seq=2, tensor=2, context=context)
+    want = loss_and_gradients(small_run(CHOICES[name]), one_device())
+    assert_close(loss_and_gradients(small_run(CHOICES[name], sharding), make_layout(sharding)), want, 1e-5)
 
 
 def test_impossible_meshes_are_all_reported():

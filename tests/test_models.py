@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import operator
+import re
 
 import jax
 import jax.numpy as jnp
@@ -29,24 +30,31 @@ from maxlm.config import (
     Alibi,
     BlockConfig,
     Dtype,
+    DynamicNtkScaling,
     GatedMlp,
     GroupedQuery,
     LayerNorm,
     Learned,
+    LinearScaling,
     Llama3RopeScaling,
     LmHead,
+    LongRopeScaling,
     Mlp,
+    NtkScaling,
     Parallel,
     PostNorm,
     PreNorm,
+    QkNorm,
     RelativeBias,
     RmsNorm,
     Rope,
     Sandwich,
     Sinusoidal,
+    UserError,
+    YarnScaling,
 )
 from maxlm.models import Decoder, Execution, Tokens, bind, init_parameters, parameter_dims
-from maxlm.models.positions import rope_frequencies, rotate
+from maxlm.models.positions import rope_angles, rotate, rotation
 
 # ---- the model, from the papers ----
 
@@ -83,14 +91,56 @@ def llama31_frequency(f, scaling):
     return (1 - smooth) * f / scaling.factor + smooth * f
 
 
-def rope(x, positions, config):
-    """Each pair (i, i + H/2) is a complex number that turns by position * frequency. x: [T, heads, H]."""
-    H = x.shape[-1]
-    frequencies = [config.theta ** (-2 * i / H) for i in range(H // 2)]
-    if config.scaling is not None:
-        frequencies = [llama31_frequency(f, config.scaling) for f in frequencies]
-    turned = (x[..., : H // 2] + 1j * x[..., H // 2 :]) * np.exp(1j * np.outer(positions, frequencies))[:, None]
-    return np.concatenate([turned.real, turned.imag], -1)
+def yarn(config, scaling, R):
+    """arXiv:2309.00071 as its authors wrote it down: the frequency of each pair, and the factor of its dims."""
+    place = lambda turns: R * math.log(scaling.original_max_len / (turns * 2 * math.pi)) / (2 * math.log(config.theta))
+    low, high = place(scaling.beta_fast), place(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, R - 1)
+    frequencies = []
+    for i in range(R // 2):
+        ramp = min(1, max(0, (i - low) / (high - low)))
+        frequencies.append(config.theta ** (-2 * i / R) * ((1 - ramp) + ramp / scaling.factor))
+    return frequencies, scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1
+
+
+def pairs(config, R, length, max_seq_len):
+    """Frequency of each pair in a document of this length, and the factor of its dims."""
+    plain = [config.theta ** (-2 * i / R) for i in range(R // 2)]
+    with_theta = lambda theta: [theta ** (-2 * i / R) for i in range(R // 2)]
+    match config.scaling:
+        case None:
+            return plain, 1
+        case Llama3RopeScaling() as scaling:
+            return [llama31_frequency(f, scaling) for f in plain], 1
+        case LinearScaling(factor=factor):
+            return [f / factor for f in plain], 1
+        case NtkScaling(factor=factor):
+            return with_theta(config.theta * factor ** (R / (R - 2))), 1
+        case DynamicNtkScaling(factor=factor, original_max_len=known):
+            grown = factor * max(length, known) / known - (factor - 1)
+            return with_theta(config.theta * grown ** (R / (R - 2))), 1
+        case YarnScaling() as scaling:
+            return yarn(config, scaling, R)
+        case LongRopeScaling() as scaling:
+            longer = max_seq_len / scaling.original_max_len
+            slower = scaling.long_factors if longer > 1 else scaling.short_factors
+            factor = math.sqrt(1 + math.log(longer) / math.log(scaling.original_max_len)) if longer > 1 else 1
+            return [f / slow for f, slow in zip(plain, slower, strict=True)], scaling.attention_factor or factor
+
+
+def rope(x, positions, segments, config, max_seq_len):
+    """Each pair is a complex number that turns by position * frequency. x: [T, heads, H]."""
+    R, y = config.dims or x.shape[-1], x.copy()
+    for t, (position, segment) in enumerate(zip(positions, segments, strict=True)):
+        length = 1 + max(p for p, other in zip(positions, segments, strict=True) if other == segment)
+        frequencies, factor = pairs(config, R, length, max_seq_len)
+        for i, frequency in enumerate(frequencies):
+            one, two = (2 * i, 2 * i + 1) if config.interleaved else (i, i + R // 2)
+            turned = (x[t, :, one] + 1j * x[t, :, two]) * factor * np.exp(1j * position * frequency)
+            y[t, :, one], y[t, :, two] = turned.real, turned.imag
+    return y
 
 
 def t5_bucket(distance, n, furthest):
@@ -107,23 +157,38 @@ def sinusoid(position, D):
     return np.array([f(angle) for angle in angles for f in (math.sin, math.cos)])
 
 
-def attend(config, p, x, positions, segments, norms):
+def attend(model, config, p, x, positions, segments):
     """One sequence, x: [T, D]."""
     project = lambda w: np.tensordot(x, w, 1)
     q, k, v = project(p["q_proj"]), project(p["k_proj"]), project(p["v_proj"])
     if config.qkv_bias:
         q, k, v = q + p["q_bias"], k + p["k_bias"], v + p["v_bias"]
-    if config.qk_norm:
-        q, k = norm(norms, p["q_norm"], q), norm(norms, p["k_norm"], k)
+    if config.qk_norm is QkNorm.HEADS:
+        q, k = norm(model.norm, p["q_norm"], q), norm(model.norm, p["k_norm"], k)
+    if config.qk_norm is QkNorm.WHOLE:
+        q, k = (
+            norm(model.norm, p[name], y.reshape(len(x), -1)).reshape(y.shape)
+            for name, y in (("q_norm", q), ("k_norm", k))
+        )
     if isinstance(config.position, Rope):
-        q, k = rope(q, positions, config.position), rope(k, positions, config.position)
+        q, k = (rope(y, positions, segments, config.position, model.max_seq_len) for y in (q, k))
+    if config.log_length is not None:
+        q = q * np.array([max(1, math.log(t + 1, config.log_length)) for t in positions])[:, None, None]
     out = np.zeros_like(q)
     for t in range(len(x)):
         first = 0 if config.window is None else max(0, t - config.window + 1)
         seen = [s for s in range(first, t + 1) if segments[s] == segments[t]]
         for n in range(config.n_heads):
             group = n * config.n_kv_heads // config.n_heads
-            scores = k[seen, group] @ q[t, n] / math.sqrt(config.head_dim)
+            products = k[seen, group] * q[t, n]
+            if isinstance(config.position, Rope) and config.position.decay is not None:
+                # Written for each dim of every product, where the model scales queries and keys.
+                H = config.head_dim
+                dims = np.arange(H) // 2 if config.position.interleaved else np.arange(H) % (H // 2)
+                products = products * ((2 * dims / H + 0.4) / 1.4) ** (
+                    (t - np.array(seen))[:, None] / config.position.decay
+                )
+            scores = products.sum(-1) * (config.scale or 1 / math.sqrt(config.head_dim))
             if config.soft_cap is not None:
                 scores = config.soft_cap * np.tanh(scores / config.soft_cap)
             distances = t - np.array(seen)
@@ -132,8 +197,9 @@ def attend(config, p, x, positions, segments, norms):
             if isinstance(config.position, RelativeBias):
                 rule = config.position.buckets, config.position.max_distance
                 scores = scores + p["relative_bias"][n, [t5_bucket(d, *rule) for d in distances]]
+            sink = np.exp(p["sinks"][n] - scores.max()) if config.sinks else 0
             weights = np.exp(scores - scores.max())
-            out[t, n] = weights / weights.sum() @ v[seen, group]
+            out[t, n] = weights / (weights.sum() + sink) @ v[seen, group]
     y = np.tensordot(out, p["o_proj"], 2)
     return y + p["o_bias"] if config.out_bias else y
 
@@ -157,8 +223,8 @@ def forward(model, parameters, inputs, positions, segments):
     for ids, where, document in zip(inputs, positions, segments, strict=True):
         x = parameters["embed"][ids]
         match model.embedded_position:
-            case Learned():
-                x = x + parameters["embedded_position"][where]
+            case Learned(offset=offset):
+                x = x + parameters["embedded_position"][offset + where]
             case Sinusoidal():
                 x = x + np.stack([sinusoid(position, model.d_model) for position in where])
         for layer in range(model.n_layers):
@@ -166,7 +232,7 @@ def forward(model, parameters, inputs, positions, segments):
             block, p = model.blocks[entry], jax.tree.map(operator.itemgetter(repeat), parameters["blocks"][str(entry)])
             normed = lambda name, x, p=p: norm(model.norm, p[name], x)
             attention = lambda x, p=p, block=block, where=where, document=document: attend(
-                block.attention, p["attention"], x, where, document, model.norm
+                model, block.attention, p["attention"], x, where, document
             )
             feed = lambda x, p=p, block=block: mlp(block.mlp, p["mlp"], x)
             match block.residual:
@@ -225,7 +291,7 @@ def pattern_of_two():
     """Local layers of narrow heads with everything on, then global ones without position embedding."""
     local = BlockConfig(
         attention=GroupedQuery(
-            n_heads=6, n_kv_heads=3, head_dim=4, window=5, qkv_bias=True, out_bias=True, qk_norm=True
+            n_heads=6, n_kv_heads=3, head_dim=4, window=5, qkv_bias=True, out_bias=True, qk_norm=QkNorm.HEADS
         ),
         mlp=GatedMlp(d_ff=20, activation=Activation.GELU, bias=True),
     )
@@ -239,7 +305,9 @@ MODELS = {
     "llama": small_model(),
     "multi_head_tied": with_attention(small_model(head=LmHead(tied=True)), n_kv_heads=4),
     "multi_query_unrolled": with_attention(small_model(n_layers=3), n_kv_heads=1),
-    "qwen": with_attention(small_model(norm=RmsNorm(eps=1e-2)), qkv_bias=True, qk_norm=True, position=Rope(theta=1e6)),
+    "qwen": with_attention(
+        small_model(norm=RmsNorm(eps=1e-2)), qkv_bias=True, qk_norm=QkNorm.HEADS, position=Rope(theta=1e6)
+    ),
     "llama31": with_attention(
         small_model(), position=Rope(theta=100.0, scaling=Llama3RopeScaling(factor=4.0, original_max_len=60))
     ),
@@ -255,8 +323,54 @@ MODELS = {
     ),
     "gemma2": with_block(with_attention(small_model(), soft_cap=2.0, window=6), residual=Sandwich()),
     "alibi_parallel": with_block(
-        with_attention(small_model(norm=LayerNorm(bias=False)), position=Alibi(), qk_norm=True), residual=Parallel()
+        with_attention(small_model(norm=LayerNorm(bias=False)), position=Alibi(), qk_norm=QkNorm.HEADS),
+        residual=Parallel(),
     ),
+    "gpt_j": with_block(
+        with_attention(small_model(norm=LayerNorm()), position=Rope(dims=4, interleaved=True)), residual=Parallel()
+    ),
+    "interleaved": with_attention(small_model(), position=Rope(theta=50.0, interleaved=True)),
+    "xpos": with_attention(small_model(), position=Rope(theta=100.0, decay=4.0)),
+    "xpos_interleaved": with_attention(small_model(), position=Rope(theta=100.0, decay=4.0, interleaved=True)),
+    "linear": with_attention(small_model(), position=Rope(theta=100.0, scaling=LinearScaling(factor=3.0))),
+    "ntk": with_attention(small_model(), position=Rope(theta=100.0, dims=6, scaling=NtkScaling(factor=5.0))),
+    "dynamic_ntk": with_attention(
+        small_model(), position=Rope(theta=100.0, scaling=DynamicNtkScaling(factor=3.0, original_max_len=5))
+    ),
+    "yarn": with_attention(
+        small_model(), position=Rope(theta=100.0, scaling=YarnScaling(factor=4.0, original_max_len=300, beta_fast=16.0))
+    ),
+    "yarn_exact_ends": with_attention(
+        small_model(),
+        position=Rope(
+            theta=100.0,
+            interleaved=True,
+            scaling=YarnScaling(factor=4.0, original_max_len=300, truncate=False, attention_factor=0.8),
+        ),
+    ),
+    "long_rope": with_attention(
+        small_model(),
+        position=Rope(
+            theta=100.0,
+            dims=4,
+            scaling=LongRopeScaling(short_factors=(1.0, 1.5), long_factors=(2.0, 7.0), original_max_len=16),
+        ),
+    ),
+    "long_rope_short": with_attention(
+        small_model(),
+        position=Rope(
+            dims=4,
+            scaling=LongRopeScaling(
+                short_factors=(1.5, 4.0), long_factors=(2.0, 7.0), original_max_len=64, attention_factor=1.3
+            ),
+        ),
+    ),
+    "scaled_scores": with_attention(small_model(), scale=0.9, soft_cap=2.0),
+    "gpt_oss": with_attention(small_model(), sinks=True, window=6, qkv_bias=True, out_bias=True),
+    "olmo2": with_block(with_attention(small_model(), qk_norm=QkNorm.WHOLE, n_kv_heads=4), residual=Sandwich()),
+    "grouped_whole_norm": with_attention(small_model(norm=LayerNorm()), qk_norm=QkNorm.WHOLE),
+    "opt": with_attention(small_model(norm=LayerNorm(), embedded_position=Learned(offset=2)), position=None),
+    "qwen_1": with_attention(small_model(), log_length=4, qkv_bias=True),
     "t5_bias_parallel_two_norms": with_block(
         with_attention(small_model(init_std=0.4), position=RelativeBias(buckets=8, max_distance=16)),
         residual=Parallel(two_norms=True),
@@ -274,11 +388,12 @@ def test_logits_equal_the_papers(name):
 
 
 def test_rope_frequencies():
-    plain = rope_frequencies(Rope(theta=10_000.0), 8)
-    np.testing.assert_allclose(plain, [1, 0.1, 0.01, 0.001], rtol=1e-6)
+    plain = rotation(Rope(theta=10_000.0), 8, 64)
+    np.testing.assert_allclose(plain.frequencies, [1, 0.1, 0.01, 0.001], rtol=1e-6)
+    assert plain.factor == 1
 
     scaling = Llama3RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_len=8192)
-    got = rope_frequencies(Rope(theta=500_000.0, scaling=scaling), 128)
+    got = rotation(Rope(theta=500_000.0, scaling=scaling), 128, 131_072).frequencies
     before = [500_000.0 ** (-2 * i / 128) for i in range(64)]
     want = [llama31_frequency(f, scaling) for f in before]
     np.testing.assert_allclose(got, want, rtol=1e-6)
@@ -287,16 +402,123 @@ def test_rope_frequencies():
     assert (ratio < 1.001).sum() > 20 and (ratio > 7.999).sum() > 20 and ((ratio > 1.01) & (ratio < 7.9)).any()
 
 
+def long_rope(**changes):
+    return LongRopeScaling(
+        short_factors=(1.0, 1.1, 1.2, 1.5), long_factors=(1.5, 2.0, 8.0, 30.0), original_max_len=4096, **changes
+    )
+
+
+@pytest.mark.parametrize(
+    ("position", "head_dim", "max_seq_len", "frequencies", "factor"),
+    [
+        (Rope(scaling=LinearScaling(factor=4.0)), 8, 4096, [0.25, 0.025, 0.0025, 0.00025], 1),
+        (Rope(dims=8, scaling=LinearScaling(factor=4.0)), 16, 4096, [0.25, 0.025, 0.0025, 0.00025], 1),
+        (
+            Rope(scaling=YarnScaling(factor=4.0, original_max_len=4096)), 16, 16_384,
+            [1.0, 0.3162278, 0.1, 0.02569351, 0.00625, 0.001383497, 0.00025, 7.905695e-05], 1.138629436111989,
+        ),
+        (
+            Rope(scaling=YarnScaling(factor=4.0, original_max_len=4096, truncate=False)), 16, 16_384,
+            [1.0, 0.3162278, 0.1, 0.02861361, 0.006556971, 0.001285632, 0.00025, 7.905695e-05], 1.138629436111989,
+        ),
+        (  # DeepSeek-V3's
+            Rope(scaling=YarnScaling(factor=40.0, original_max_len=4096, mscale=1.0, mscale_all_dim=1.0)), 64, 163_840,
+            [
+                1.0, 0.7498942, 0.5623413, 0.4216965, 0.3162278, 0.2371374, 0.1778279, 0.1333521, 0.1, 0.07498942,
+                0.05623413, 0.03900693, 0.02687936, 0.01837814, 0.01244796, 0.008334509, 0.0055, 0.003561997,
+                0.002249365, 0.001370513, 0.0007905694, 0.0004149904, 0.0001778279, 3.333803e-05, 2.5e-05,
+                1.874735e-05, 1.405853e-05, 1.054241e-05, 7.905694e-06, 5.928434e-06, 4.445698e-06, 3.333804e-06,
+            ],
+            1,
+        ),
+        (
+            Rope(
+                theta=1000.0,
+                scaling=YarnScaling(
+                    factor=8.0, original_max_len=1024, mscale=0.707, mscale_all_dim=0.5, beta_fast=16.0, beta_slow=2.0
+                ),
+            ),
+            16, 8192, [1.0, 0.4216965, 0.1778279, 0.05858548, 0.01778781, 0.00458398, 0.0007029267, 0.0002964217],
+            1.0389905150739585,
+        ),
+        (  # gpt-oss's stretching
+            Rope(
+                theta=150_000.0,
+                scaling=YarnScaling(factor=32.0, original_max_len=4096, truncate=False, attention_factor=1.25),
+            ),
+            16, 16_384,
+            [1.0, 0.225418, 0.05081327, 0.006794959, 0.0004564839, 1.818834e-05, 4.099978e-06, 9.24209e-07], 1.25,
+        ),
+        (Rope(scaling=long_rope()), 8, 131_072, [0.6666667, 0.05, 0.00125, 3.333333e-05], 1.1902380714238083),
+        (Rope(scaling=long_rope()), 8, 4096, [1.0, 0.09090909, 0.008333333, 0.0006666667], 1),
+        (Rope(scaling=long_rope(attention_factor=1.1)), 8, 131_072, [0.6666667, 0.05, 0.00125, 3.333333e-05], 1.1),
+    ],
+)  # fmt: skip
+def test_stretched_frequencies_are_those_of_transformers(position, head_dim, max_seq_len, frequencies, factor):
+    """As ROPE_INIT_FUNCTIONS of transformers 5.24 gave them, in float32."""
+    got = rotation(position, head_dim, max_seq_len)
+    np.testing.assert_allclose(got.frequencies, frequencies, rtol=1e-6)
+    assert got.factor == pytest.approx(factor, rel=1e-12)
+
+
+def test_dynamic_frequencies_are_those_of_transformers():
+    """As its `dynamic` gives them for 64 positions and for 100, of two documents in one row."""
+    config = Rope(scaling=DynamicNtkScaling(factor=2.0, original_max_len=64))
+    tokens = Tokens(
+        np.concatenate([np.arange(100), np.arange(64)])[None].astype(np.int32), np.repeat([[1, 2]], [100, 64], axis=1)
+    )
+    angles = np.asarray(rope_angles(config, rotation(config, 8, 128).frequencies, tokens))[0]
+    np.testing.assert_allclose(angles[1], [1.0, 0.07778222, 0.006050074, 0.0004705882], rtol=2e-6)
+    np.testing.assert_allclose(angles[99], 99 * angles[1], rtol=2e-6)
+    np.testing.assert_allclose(angles[101], [1.0, 0.1, 0.01, 0.001], rtol=2e-6)
+    alone = rope_angles(config, rotation(config, 8, 128).frequencies, Tokens(tokens.positions[:, :100]))
+    np.testing.assert_array_equal(alone[0], angles[:100])
+
+
 def test_rotation_depends_on_distance_alone():
     rng = np.random.default_rng(0)
     q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
-    frequencies = rope_frequencies(Rope(), 8)
+    frequencies = rotation(Rope(), 8, 64).frequencies
     at = lambda x, position: np.asarray(rotate(x, jnp.full((1, 1, 1), position, jnp.float32) * frequencies)).ravel()
     near, far = at(q, 7) @ at(k, 3), at(q, 107) @ at(k, 103)
     np.testing.assert_allclose(near, far, rtol=1e-4)
     assert abs(near - at(q, 7) @ at(k, 4)) > 1e-2
     np.testing.assert_allclose(np.linalg.norm(at(q, 50)), np.linalg.norm(q), rtol=1e-6)
     np.testing.assert_array_equal(at(q, 0), np.ravel(q))
+
+
+REFUSED = {
+    "attention.position.dims = 3 is odd": lambda: Rope(dims=3),
+    "theta = 1.0 must be more than 1, as Yarn": lambda: Rope(
+        theta=1.0, scaling=YarnScaling(factor=2.0, original_max_len=8)
+    ),
+    "beta_fast = 1.0 must be more than beta_slow = 1.0": lambda: YarnScaling(
+        factor=2.0, original_max_len=8, beta_fast=1.0
+    ),
+    "long_factors has 1 numbers, short_factors 2": lambda: LongRopeScaling(
+        short_factors=(1.0, 2.0), long_factors=(1.0,), original_max_len=8
+    ),
+    "attention.position.dims = 10 is more than head_dim = 8": lambda: with_attention(
+        small_model(), position=Rope(dims=10)
+    ),
+    "attention.head_dim = 7 is odd, but RoPE rotates pairs; use 8": lambda: with_attention(small_model(), head_dim=7),
+    "scaling = NtkScaling stretches the slower of several pairs, but 2 dims": lambda: with_attention(
+        small_model(), position=Rope(dims=2, scaling=NtkScaling(factor=2.0))
+    ),
+    "short_factors has 4 numbers, but the 6 rotated dims are 3 pairs": lambda: with_attention(
+        small_model(), position=Rope(dims=6, scaling=long_rope())
+    ),
+    "position.decay = 0.5 is too fast for model.max_seq_len = 64": lambda: with_attention(
+        small_model(), position=Rope(decay=0.5)
+    ),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_rotations_that_cannot_be_are_refused(words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        REFUSED[words]()
+    assert with_attention(small_model(), head_dim=7, position=Rope(dims=6))
 
 
 # ---- what may reach what ----

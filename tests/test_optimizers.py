@@ -11,7 +11,7 @@ import optax
 import pytest
 from helpers import small_model, with_attention
 
-from maxlm.config import Adafactor, AdamW, Dtype, GatedMlp
+from maxlm.config import Adafactor, AdamW, Dtype, GatedMlp, QkNorm
 from maxlm.models import declared, init_parameters
 from maxlm.shapes import Array, Constant, Part, Role
 from maxlm.training.optimizers import make_optimizer
@@ -221,7 +221,7 @@ def test_adafactor_keeps_small_state():
 @pytest.fixture(scope="module")
 def full_model():
     """A decoder with every kind of parameter: two blocks, biases, head norms, an output table of its own."""
-    model = with_attention(small_model(n_layers=4), qkv_bias=True, out_bias=True, qk_norm=True)
+    model = with_attention(small_model(n_layers=4), qkv_bias=True, out_bias=True, qk_norm=QkNorm.HEADS)
     block = dataclasses.replace(model.blocks[0], mlp=GatedMlp(d_ff=48, bias=True))
     model = dataclasses.replace(model, blocks=(block, block))
     return declared(model), jax.jit(lambda: init_parameters(model, jax.random.key(0)))()

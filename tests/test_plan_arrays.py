@@ -16,9 +16,11 @@ from maxlm.config import (
     Experts,
     GatedMlp,
     GroupedQuery,
+    Learned,
     LmHead,
     ModelConfig,
     NoisyTopKRouter,
+    QkNorm,
     ShardingConfig,
     SigmoidRouter,
     StatePart,
@@ -54,7 +56,10 @@ ODD = {
         small_model(blocks=(replace(small_model().blocks[0], mlp=GatedMlp(d_ff=24, bias=True)),)),
         qkv_bias=True,
         out_bias=True,
-        qk_norm=True,
+        qk_norm=QkNorm.HEADS,
+    ),
+    "sinks, norms of all heads and an offset": with_attention(
+        small_model(embedded_position=Learned(offset=2)), sinks=True, qk_norm=QkNorm.WHOLE, position=None
     ),
     "noisy": experts(NoisyTopKRouter(top_k=2)),
     "sigmoid": experts(SigmoidRouter(top_k=2), n_shared_experts=1),

@@ -22,6 +22,7 @@ from maxlm.config import (
     Dtype,
     Experts,
     GatedMlp,
+    QkNorm,
     Remat,
     ShardingConfig,
     TopKRouter,
@@ -97,7 +98,8 @@ def saved_by_the_loop(config) -> int:
 WIDE = replace(small_model(), d_model=64, n_layers=3, compute_dtype=Dtype.BFLOAT16)
 LAYERS = {
     "dense": WIDE,
-    "norms of heads": with_attention(WIDE, qk_norm=True),
+    "norms of heads": with_attention(WIDE, qk_norm=QkNorm.HEADS),
+    "norms of all heads": with_attention(WIDE, qk_norm=QkNorm.WHOLE),
     "wide mlp": replace(WIDE, blocks=(replace(WIDE.blocks[0], mlp=GatedMlp(d_ff=256)),)),
     "experts": with_experts(WIDE, Experts(n_experts=4, d_ff=48, n_shared_experts=1, router=TopKRouter(top_k=2))),
     "capacity": with_experts(

@@ -31,7 +31,7 @@ errors.py: the exception that users see as a line
 from typing import Any
 
 from maxlm.config import earlier
-from maxlm.config.attention import Attention, GroupedQuery
+from maxlm.config.attention import Attention, GroupedQuery, QkNorm
 from maxlm.config.data import (
     ByteTokenizer,
     DataConfig,
@@ -91,13 +91,19 @@ from maxlm.config.optimizer import (
 )
 from maxlm.config.position import (
     Alibi,
+    DynamicNtkScaling,
     EmbeddedPosition,
     Learned,
+    LinearScaling,
     Llama3RopeScaling,
+    LongRopeScaling,
+    NtkScaling,
     Position,
     RelativeBias,
     Rope,
+    RopeScaling,
     Sinusoidal,
+    YarnScaling,
 )
 from maxlm.config.run import CheckpointConfig, LimitsConfig, ObserveConfig, RunConfig, StepRange, TrainConfig
 from maxlm.config.sampling import SamplingConfig
@@ -141,6 +147,7 @@ __all__ = [
     "Documents",
     "Dropless",
     "Dtype",
+    "DynamicNtkScaling",
     "EmbeddedPosition",
     "ExecutionConfig",
     "ExpertChoiceRouter",
@@ -157,14 +164,17 @@ __all__ = [
     "LayerNorm",
     "Learned",
     "LimitsConfig",
+    "LinearScaling",
     "LinearSchedule",
     "Llama3RopeScaling",
     "LmHead",
+    "LongRopeScaling",
     "Mlp",
     "MlpConfig",
     "ModelConfig",
     "NoisyTopKRouter",
     "Norm",
+    "NtkScaling",
     "ObserveConfig",
     "OptimizerConfig",
     "Parallel",
@@ -174,11 +184,13 @@ __all__ = [
     "PreNorm",
     "PrepareConfig",
     "Pretrain",
+    "QkNorm",
     "RelativeBias",
     "Remat",
     "Residual",
     "RmsNorm",
     "Rope",
+    "RopeScaling",
     "Router",
     "RunConfig",
     "SamplingConfig",
@@ -202,6 +214,7 @@ __all__ = [
     "UserError",
     "WeightFormat",
     "WsdSchedule",
+    "YarnScaling",
     "Zero",
     "dp",
     "fsdp",

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import field
+from typing import Annotated
 
-from maxlm.config.earlier import renamed
+from maxlm.config.earlier import renamed, revalued
 from maxlm.config.errors import UserError
-from maxlm.config.fields import Changes, Positive, config
-from maxlm.config.position import Position, Rope
+from maxlm.config.fields import Changes, Positive, Range, config
+from maxlm.config.position import DynamicNtkScaling, LongRopeScaling, NtkScaling, Position, Rope
 
 
+class QkNorm(enum.Enum):
+    """Over what `model.norm` goes of queries, and of keys."""
+
+    HEADS = "heads"
+    """Over each head by itself, with one scale for all of them (Qwen 3, arXiv:2505.09388)."""
+    WHOLE = "whole"
+    """Over all heads together, with a scale for each of their dims (OLMo 2, arXiv:2501.00656)."""
+
+
+@revalued(qk_norm={True: QkNorm.HEADS, False: None})
 @renamed(rope="position")
 @config("model.blocks[].attention.", changes=Changes.IDENTITY)
 class GroupedQuery:
@@ -31,8 +43,17 @@ class GroupedQuery:
     """The projections to queries, keys and values add a learned vector."""
     out_bias: bool = False
     """The projection back to the residual stream adds a learned vector."""
-    qk_norm: bool = False
-    """`model.norm` over each query and key head before RoPE (as in Qwen 3)."""
+    qk_norm: QkNorm | None = None
+    """`model.norm` over queries and over keys, before RoPE; None: no such norm."""
+    scale: Positive[float] | None = None
+    """Products of queries and keys are multiplied by it (1 in GPT-Neo; in Gemma 2, arXiv:2408.00118, a number of its
+    own); None: by head_dim^-0.5."""
+    sinks: bool = False
+    """Each query head has a learned score that takes part in the softmax and has no value (gpt-oss, arXiv:2508.10925;
+    arXiv:2309.17453)."""
+    log_length: Annotated[int, Range(ge=2)] | None = None
+    """The query at position p is multiplied by log(p + 1) / log(log_length) where that is more than 1 (Su 2021; Qwen,
+    arXiv:2309.16609, section 2.3); None: by nothing."""
 
     def __post_init__(self) -> None:
         if self.n_heads % self.n_kv_heads:
@@ -41,11 +62,36 @@ class GroupedQuery:
                 f"model.blocks[].attention.n_kv_heads = {self.n_kv_heads} does not divide n_heads = {self.n_heads}; "
                 f"use one of {allowed}"
             )
-        if isinstance(self.position, Rope) and self.head_dim % 2:
+        if isinstance(self.position, Rope):
+            self._fits(self.position)
+
+    def _fits(self, rope: Rope) -> None:
+        """RoPE can rotate these heads.
+
+        Raises:
+            UserError: it cannot.
+        """
+        key = "model.blocks[].attention."
+        if rope.dims is None and self.head_dim % 2:
+            raise UserError(f"{key}head_dim = {self.head_dim} is odd, but RoPE rotates pairs; use {self.head_dim + 1}")
+        rotated = self.head_dim if rope.dims is None else rope.dims
+        if rotated > self.head_dim:
             raise UserError(
-                f"model.blocks[].attention.head_dim = {self.head_dim} is odd, but RoPE rotates pairs; "
-                f"use {self.head_dim + 1}"
+                f"{key}position.dims = {rotated} is more than head_dim = {self.head_dim}; use an even number up to that"
             )
+        match rope.scaling:
+            case NtkScaling() | DynamicNtkScaling() if rotated < 4:
+                raise UserError(
+                    f"{key}position.scaling = {type(rope.scaling).__name__} stretches the slower of several pairs, but "
+                    f"{rotated} dims are rotated; use at least 4, or LinearScaling"
+                )
+            case LongRopeScaling(short_factors=factors) if len(factors) != rotated // 2:
+                raise UserError(
+                    f"{key}position.scaling.short_factors has {len(factors)} numbers, but the {rotated} rotated dims "
+                    f"are {rotated // 2} pairs; give one for each pair"
+                )
+            case _:
+                pass
 
 
 Attention = GroupedQuery

@@ -33,6 +33,8 @@ _KEYS = (
     (r"(model\.(?:first_)?blocks\.\d+)\.ffn((?:\.\w+)*)", r"\1.mlp\2"),
     (r"(model\.(?:first_)?blocks\.\d+\.attention)\.rope((?:\.\w+)*)", r"\1.position\2"),
 )
+_VALUES = ((r"model\.(?:first_)?blocks\.\d+\.attention\.qk_norm", {"True": "heads", "False": "None"}),)
+"""Of the command line: key -> old word for a value -> its word today."""
 _told: set[str] = set()
 
 
@@ -52,17 +54,27 @@ def new_key(key: str) -> str:
 
 
 def new_options(argv: Sequence[str]) -> list[str]:
-    """The words of a command line with today's keys, and a line for each that was an old one."""
-    words = []
+    """The words of a command line with today's keys and values, and a line for each that was an old one."""
+    words: list[str] = []
     for word in argv:
         option, equals, value = word.partition("=")
-        key = option.removeprefix("--")
-        renamed_key = new_key(key) if option.startswith("--") else key
-        if renamed_key != key:
-            tell(f"--{key}", f"--{renamed_key}")
-            word = f"--{renamed_key}{equals}{value}"
-        words.append(word)
+        if not option.startswith("--"):
+            words.append(_new_word(words[-1], word) if words else word)
+            continue
+        renamed_option = f"--{new_key(option.removeprefix('--'))}"
+        if renamed_option != option:
+            tell(option, renamed_option)
+        words.append(f"{renamed_option}{equals}{_new_word(renamed_option, value)}")
     return words
+
+
+def _new_word(option: str, word: str) -> str:
+    """Today's word for a value of the option before it."""
+    for key, words in _VALUES:
+        if word in words and re.fullmatch(f"--{key}", option):
+            tell(f"{option}={word}", f"{option}={words[word]}")
+            return words[word]
+    return word
 
 
 def _second_format(run: dict[str, Any]) -> dict[str, Any]:
@@ -84,9 +96,25 @@ def _second_format(run: dict[str, Any]) -> dict[str, Any]:
     return run | {"model": model, "execution": execution}
 
 
-FORMAT = 2
+def _third_format(run: dict[str, Any]) -> dict[str, Any]:
+    """Format 2 to 3: a choice where query and key norms were switched on, and one kind of RoPE's scaling."""
+
+    def block(old: dict[str, Any]) -> dict[str, Any]:
+        attention = dict(old["attention"])
+        attention["qk_norm"] = {True: "heads", False: None}[attention["qk_norm"]]
+        position = attention["position"]
+        if position is not None and position.get("scaling") is not None:
+            scaling = {"kind": "Llama3RopeScaling"} | position["scaling"]
+            attention["position"] = position | {"scaling": scaling}
+        return old | {"attention": attention}
+
+    model = {key: [block(old) for old in run["model"].get(key, ())] for key in ("blocks", "first_blocks")}
+    return run | {"model": run["model"] | model}
+
+
+FORMAT = 3
 """Of saved run configs. One that has no number is of format 1."""
-_NEXT = {1: _second_format}
+_NEXT = {1: _second_format, 2: _third_format}
 
 
 def newest_format(run: dict[str, Any]) -> dict[str, Any]:
@@ -139,6 +167,27 @@ def renamed(
                 tell(f"{cls.__name__}({old}=...)", moved[old])
                 values["moved"] = (values.get("moved") or {}) | {moved[old].rpartition(".")[2]: values.pop(old)}
             init(self, **values)
+
+        type.__setattr__(cls, "__init__", accept)
+        return cls
+
+    return decorate
+
+
+def revalued(**values: dict[Any, Any]) -> Callable[[type[T]], type[T]]:
+    """A class decorator that lets old values of keyword arguments in: keyword -> bool of old -> today's value."""
+
+    def decorate(cls: type[T]) -> type[T]:
+        init = cls.__init__
+
+        @functools.wraps(init)
+        def accept(self: T, **given: Any) -> None:
+            for key in values.keys() & given.keys():
+                if isinstance(given[key], bool):
+                    new = values[key][given[key]]
+                    tell(f"{cls.__name__}({key}={given[key]})", f"{cls.__name__}({key}={new})")
+                    given[key] = new
+            init(self, **given)
 
         type.__setattr__(cls, "__init__", accept)
         return cls

@@ -17,7 +17,7 @@ from maxlm.config.fields import Changes, Filled, NotNegative, Positive, config
 from maxlm.config.mixture import ExpertChoiceRouter, Experts
 from maxlm.config.mlp import GatedMlp, Mlp
 from maxlm.config.norm import Norm, RmsNorm
-from maxlm.config.position import EmbeddedPosition
+from maxlm.config.position import DynamicNtkScaling, EmbeddedPosition, Rope
 
 
 @config("model.blocks[].residual.", changes=Changes.IDENTITY)
@@ -121,6 +121,15 @@ class ModelConfig:
         for i, block in enumerate(self.first_blocks):
             if isinstance(block.mlp, Experts):
                 raise UserError(f"model.first_blocks.{i}.mlp has Experts; use a GatedMlp or an Mlp")
+        for block in self.first_blocks + self.blocks:
+            decay = block.attention.position.decay if isinstance(block.attention.position, Rope) else None
+            # Queries grow by up to 1.4 / 0.4 = e^1.26 for each `decay` positions, and bfloat16 ends at e^88.
+            if decay is not None and self.max_seq_len > 64 * decay:
+                raise UserError(
+                    f"model.blocks[].attention.position.decay = {decay} is too fast for model.max_seq_len = "
+                    f"{self.max_seq_len}, over which scores would pass the largest number; use at least "
+                    f"{self.max_seq_len / 64}"
+                )
         first, entries = len(self.first_blocks), len(self.blocks)
         repeats, rest = divmod(self.n_layers - first, entries)
         if rest or repeats < 1:
@@ -143,10 +152,20 @@ class ModelConfig:
 
     @property
     def decodes(self) -> bool:
-        """Whether a token depends on earlier ones alone: not where experts choose among the tokens of a group."""
-        return not any(
-            isinstance(block.mlp, Experts) and isinstance(block.mlp.router, ExpertChoiceRouter) for block in self.blocks
-        )
+        """Whether a token depends on earlier ones alone."""
+        return self.looks_ahead is None
+
+    @property
+    def looks_ahead(self) -> str | None:
+        """What makes a token depend on later ones, as key = value; None: nothing."""
+        for block in self.first_blocks + self.blocks:
+            if isinstance(block.mlp, Experts) and isinstance(block.mlp.router, ExpertChoiceRouter):
+                return "model.blocks[].mlp.router = ExpertChoiceRouter"  # experts choose among the tokens of a group
+            scaling = block.attention.position.scaling if isinstance(block.attention.position, Rope) else None
+            if isinstance(scaling, DynamicNtkScaling) and self.max_seq_len > scaling.original_max_len:
+                above = f"model.max_seq_len = {self.max_seq_len} above its original_max_len"
+                return f"model.blocks[].attention.position.scaling = DynamicNtkScaling and {above}"
+        return None
 
     @property
     def tied(self) -> bool:

@@ -201,8 +201,8 @@ class RunConfig:
             )
         if self.observe.sample_tokens and not model.decodes:
             failures.append(
-                f"observe.sample_tokens = {self.observe.sample_tokens} needs a model that can decode, but one with an "
-                "ExpertChoiceRouter looks at later tokens; use 0"
+                f"observe.sample_tokens = {self.observe.sample_tokens} needs a model that can decode, but with "
+                f"{model.looks_ahead} it looks at later tokens; use 0"
             )
         if train.profile_steps is not None and train.profile_steps.last > train.steps:
             failures.append(

@@ -75,7 +75,7 @@ class Generator:
             )
         if not self._config.decodes:
             raise UserError(
-                "model.blocks[].mlp.router = ExpertChoiceRouter: such a model looks at later tokens and cannot decode; "
+                f"{self._config.looks_ahead}: such a model looks at later tokens and cannot decode; "
                 "measure it with python -m maxlm.evaluate"
             )
         self._layout = decoding_layout(run.layout, self._config.d_model)

@@ -10,12 +10,12 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from maxlm import shapes
-from maxlm.config import Alibi, GroupedQuery, ModelConfig, RelativeBias, Rope
+from maxlm.config import Alibi, GroupedQuery, ModelConfig, QkNorm, RelativeBias, Rope
 from maxlm.models import ops
 from maxlm.models.execution import Execution
 from maxlm.models.norms import NormLayer
 from maxlm.models.parameters import Initializer
-from maxlm.models.positions import alibi_slopes, rope_frequencies, rotate
+from maxlm.models.positions import alibi_slopes, decay_factors, log_length_factors, rope_angles, rotate, rotation
 from maxlm.models.tokens import Tokens
 
 
@@ -42,13 +42,15 @@ class GroupedQueryLayer(nnx.Module):
     v_bias: nnx.Param
     o_bias: nnx.Param
     relative_bias: nnx.Param
+    sinks: nnx.Param
+    q_norm: NormLayer
+    k_norm: NormLayer
 
     def __init__(self, config: GroupedQuery, model: ModelConfig, init: Initializer):
-        self.config = config
+        self.config, self.max_seq_len = config, model.max_seq_len
         init.declare(self, shapes.attention(config, model))
-        if config.qk_norm:
-            self.q_norm = NormLayer(model.norm, "head_dim", config.head_dim, init)
-            self.k_norm = NormLayer(model.norm, "head_dim", config.head_dim, init)
+        for name, dim, size in shapes.head_norms(config):
+            setattr(self, name, NormLayer(model.norm, dim, size, init))
 
     def __call__(
         self, x: jax.Array, tokens: Tokens, how: Execution, cache: Contiguous | None, layer: jax.Array
@@ -71,12 +73,7 @@ class GroupedQueryLayer(nnx.Module):
         q = ops.project(layout, "btd,dnh->btnh", x, self.q_proj[...], biases[0])
         k = ops.project(layout, "btd,dkh->btkh", x, self.k_proj[...], biases[1])
         v = ops.project(layout, "btd,dkh->btkh", x, self.v_proj[...], biases[2])
-        if config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if isinstance(config.position, Rope):
-            frequencies = rope_frequencies(config.position, config.head_dim)
-            angles = tokens.positions[..., None].astype(jnp.float32) * frequencies
-            q, k = rotate(q, angles), rotate(k, angles)
+        q, k = self._placed(*self._normed(q, k), tokens)
         q, k, v = (checkpoint_name(y, name) for y, name in ((q, "query"), (k, "key"), (v, "value")))
 
         if cache is None:
@@ -99,6 +96,32 @@ class GroupedQueryLayer(nnx.Module):
         out_bias = self.o_bias[...] if config.out_bias else None
         return ops.project(layout, "btnh,nhd->btd", out, self.o_proj[...], out_bias), cache
 
+    def _normed(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Queries and keys, after their norms."""
+        match self.config.qk_norm:
+            case None:
+                return q, k
+            case QkNorm.HEADS:
+                return self.q_norm(q), self.k_norm(k)
+            case QkNorm.WHOLE:
+                together = lambda norm, x: norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
+                return together(self.q_norm, q), together(self.k_norm, k)
+            case _:
+                assert_never(self.config.qk_norm)
+
+    def _placed(self, q: jax.Array, k: jax.Array, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
+        """Queries and keys that know where they stand, if their own values tell it."""
+        config = self.config
+        if isinstance(rope := config.position, Rope):
+            frequencies, factor = rotation(rope, config.head_dim, self.max_seq_len)
+            angles = rope_angles(rope, frequencies, tokens)
+            decay = decay_factors(rope, len(frequencies), tokens.positions, self.max_seq_len)
+            of_q, of_k = (factor, factor) if decay is None else (factor * decay, factor / decay)
+            q, k = (rotate(x, angles, of, interleaved=rope.interleaved) for x, of in ((q, of_q), (k, of_k)))
+        if config.log_length is not None:
+            q = (q * log_length_factors(tokens.positions, config.log_length)[..., None, None]).astype(q.dtype)
+        return q, k
+
     def _scores(self) -> ops.Scores:
         """All that shapes the scores, beside queries and keys."""
         config = self.config
@@ -113,7 +136,12 @@ class GroupedQueryLayer(nnx.Module):
             case _:
                 assert_never(config.position)
         return ops.Scores(
-            mask=ops.causal(config.window), soft_cap=config.soft_cap, alibi_slopes=slopes, relative_bias=bias
+            mask=ops.causal(config.window),
+            scale=config.scale,
+            soft_cap=config.soft_cap,
+            alibi_slopes=slopes,
+            relative_bias=bias,
+            sinks=self.sinks[...] if config.sinks else None,
         )
 
 

@@ -89,8 +89,9 @@ class Decoder(nnx.Module):
         with jax.named_scope("embed"):
             x = ops.embed(how.layout, self.embed[...], ids, how.dtype)
             match self.config.embedded_position:
-                case Learned():
-                    x += self.embedded_position[...][tokens.positions].astype(x.dtype)
+                case Learned(offset=offset):
+                    places = tokens.positions + offset if offset else tokens.positions
+                    x += self.embedded_position[...][places].astype(x.dtype)
                 case Sinusoidal():
                     x += sinusoids(tokens.positions, self.config.d_model).astype(x.dtype)
                 case None:
@@ -161,7 +162,13 @@ class Decoder(nnx.Module):
         return jnp.einsum("btd,d->bt", hidden, score, preferred_element_type=jnp.float32)
 
     def empty_cache(self, batch: int, length: int, how: Execution) -> Cache:
-        """Room for at least `length` positions of `batch` sequences, in the compute dtype."""
+        """Room for at least `length` positions of `batch` sequences, in the compute dtype.
+
+        Raises:
+            ValueError: the model looks at later tokens.
+        """
+        if not self.config.decodes:
+            raise ValueError(f"{self.config.looks_ahead}: such a model looks at later tokens and has no cache")
         room = ops.cache_room(length)
 
         def zeros(block: BlockConfig, layers: int) -> jax.Array:

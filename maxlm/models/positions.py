@@ -3,30 +3,123 @@
 from __future__ import annotations
 
 import math
-from typing import assert_never
+from typing import NamedTuple, TypeVar, assert_never
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maxlm.config import Llama3RopeScaling, Rope
+from maxlm.config import (
+    DynamicNtkScaling,
+    LinearScaling,
+    Llama3RopeScaling,
+    LongRopeScaling,
+    NtkScaling,
+    Rope,
+    YarnScaling,
+)
+from maxlm.models.tokens import Tokens
+
+Numbers = TypeVar("Numbers", np.ndarray, jax.Array)
 
 
-def rope_frequencies(config: Rope, head_dim: int) -> np.ndarray:
-    """Radians per position of each pair of head dims: theta^(-2i / H) for i = 0 .. H/2 - 1, stretched if asked.
+class Rotation(NamedTuple):
+    """What RoPE does to the first R dims of a head."""
 
-    Returns:
-        float32 [H / 2].
-    """
-    frequencies = config.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    frequencies: np.ndarray
+    """float32 [R / 2]: radians per position of each pair."""
+    factor: float = 1.0
+    """What these dims are multiplied by, of queries and of keys."""
+
+
+def rotation(config: Rope, head_dim: int, max_seq_len: int) -> Rotation:
+    """theta^(-2i / R) for pairs i = 0 .. R/2 - 1, stretched if asked, for a model with this max_seq_len; with
+    DynamicNtkScaling before a document's length stretches it."""
+    R = head_dim if config.dims is None else config.dims
+    frequencies, factor = config.theta ** (-np.arange(0, R, 2, dtype=np.float64) / R), 1.0
     match config.scaling:
+        case LinearScaling(factor=slower):
+            frequencies = frequencies / slower
+        case NtkScaling(factor=slower):
+            frequencies = frequencies * _ntk(np.array([slower]), R)
+        case YarnScaling() as scaling:
+            frequencies, factor = _yarn(frequencies, scaling, config.theta)
+        case LongRopeScaling() as scaling:
+            frequencies, factor = _long_rope(frequencies, scaling, max_seq_len)
         case Llama3RopeScaling() as scaling:
             frequencies = _stretch(frequencies, scaling)
-        case None:
+        case DynamicNtkScaling() | None:
             pass
         case _:
             assert_never(config.scaling)
-    return frequencies.astype(np.float32)
+    return Rotation(frequencies.astype(np.float32), factor)
+
+
+def rope_angles(config: Rope, frequencies: np.ndarray, tokens: Tokens) -> jax.Array:
+    """Position times frequency, float32 [B, T, R / 2], of a whole row; `frequencies` are those of `rotation`."""
+    angles = tokens.positions[..., None].astype(jnp.float32) * frequencies
+    match config.scaling:
+        case DynamicNtkScaling(factor=factor, original_max_len=known):
+            beyond = jnp.maximum(_document_lengths(tokens) / known, 1) - 1
+            return angles * _ntk((1 + factor * beyond)[..., None], 2 * len(frequencies))
+        case _:
+            return angles
+
+
+def decay_factors(config: Rope, pairs: int, positions: jax.Array, max_seq_len: int) -> jax.Array | None:
+    """What the pairs of a query are multiplied by, and those of a key divided by, of xPos (arXiv:2212.10554, section
+    3): float32 [B, T, pairs]; None: nothing."""
+    if config.decay is None:
+        return None
+    logarithms = np.log((np.arange(pairs) / pairs + 0.4) / 1.4) / config.decay
+    # Counted from the middle, which changes no product, as both ends are then far from the largest number.
+    return jnp.exp((positions - max_seq_len / 2)[..., None].astype(jnp.float32) * logarithms.astype(np.float32))
+
+
+def _document_lengths(tokens: Tokens) -> jax.Array:
+    """Of each token's document, in any order of the columns: int32 [B, T], or [B, 1] where a row is one document."""
+    if tokens.segment_ids is None:
+        return 1 + tokens.positions.max(1, keepdims=True)
+    same = tokens.segment_ids[:, :, None] == tokens.segment_ids[:, None]
+    return 1 + jnp.where(same, tokens.positions[:, None], 0).max(2)
+
+
+def _ntk(stretch: Numbers, R: int) -> Numbers:
+    """What frequencies [..., R / 2] are multiplied by where theta grows by stretch^(R / (R - 2)): stretch is [..., 1].
+
+    (theta s^(R / (R - 2)))^(-2i / R) = theta^(-2i / R) s^(-2i / (R - 2)).
+    """
+    return stretch ** (-np.arange(0, R, 2) / (R - 2))
+
+
+def _yarn(frequencies: np.ndarray, scaling: YarnScaling, theta: float) -> tuple[np.ndarray, float]:
+    """Frequencies and factor of arXiv:2309.00071, sections 3.2 and 3.4."""
+    pairs = len(frequencies)
+
+    def pair(turns: float) -> float:
+        """The pair, a fraction of one too, that turns so often over the original context."""
+        return pairs * math.log(scaling.original_max_len / (2 * math.pi * turns)) / math.log(theta)
+
+    begin, end = pair(scaling.beta_fast), pair(scaling.beta_slow)
+    if scaling.truncate:
+        begin, end = math.floor(begin), math.ceil(end)
+    begin, end = max(begin, 0), min(end, 2 * pairs - 1)
+    slow = np.clip((np.arange(pairs) - begin) / (end - begin or 0.001), 0, 1)  # a step where there is no ramp
+    factor = scaling.attention_factor
+    if factor is None:
+        log = max(0.0, math.log(scaling.factor))
+        factor = (0.1 * scaling.mscale * log + 1) / (0.1 * scaling.mscale_all_dim * log + 1)
+    return frequencies * (1 - slow + slow / scaling.factor), factor
+
+
+def _long_rope(frequencies: np.ndarray, scaling: LongRopeScaling, max_seq_len: int) -> tuple[np.ndarray, float]:
+    """Frequencies and factor of arXiv:2402.13753, for a model with this max_seq_len."""
+    longer = max_seq_len / scaling.original_max_len
+    slower = scaling.long_factors if longer > 1 else scaling.short_factors
+    factor = scaling.attention_factor
+    if factor is None:
+        factor = math.sqrt(1 + math.log(max(1.0, longer)) / math.log(scaling.original_max_len))
+    return frequencies / np.array(slower), factor
 
 
 def _stretch(frequencies: np.ndarray, scaling: Llama3RopeScaling) -> np.ndarray:
@@ -36,19 +129,41 @@ def _stretch(frequencies: np.ndarray, scaling: Llama3RopeScaling) -> np.ndarray:
     return keep * frequencies + (1 - keep) * frequencies / scaling.factor
 
 
-def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Rotate head dims (i, i + H/2) by angles[..., i], the pairing of Hugging Face's LLaMA weights.
+def rotate(x: jax.Array, angles: jax.Array, factor: float | jax.Array = 1.0, *, interleaved: bool = False) -> jax.Array:
+    """Rotate pair i of the first R dims of a head by angles[..., i], and multiply it by the factor.
 
     Args:
         x: [B, T, heads, H].
-        angles: float32 [B, T, H / 2], position times frequency.
+        angles: float32 [B, T, R / 2], position times frequency.
+        factor: of all pairs; or of each, float32 [B, T, R / 2].
+        interleaved: pair i is dims (2i, 2i + 1); else (i, i + R/2), the pairing of Hugging Face's LLaMA weights.
 
     Returns:
-        [B, T, heads, H] in x's dtype.
+        [B, T, heads, H] in x's dtype; dims from R on are as they were.
     """
+    R = 2 * angles.shape[-1]
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    if isinstance(factor, jax.Array):
+        factor = factor[:, :, None]
+    if not isinstance(factor, float) or factor != 1:
+        cos, sin = cos * factor, sin * factor
+    rotated = x[..., :R].astype(jnp.float32)
+    if interleaved:
+        first, second = rotated[..., ::2], rotated[..., 1::2]
+    else:
+        first, second = jnp.split(rotated, 2, axis=-1)
+    turned = first * cos - second * sin, second * cos + first * sin
+    if interleaved:
+        y = jnp.stack(turned, axis=-1).reshape(rotated.shape).astype(x.dtype)
+    else:
+        y = jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    return y if x.shape[-1] == R else jnp.concatenate([y, x[..., R:]], axis=-1)
+
+
+def log_length_factors(positions: jax.Array, log_length: int) -> jax.Array:
+    """max(1, log(position + 1) / log(log_length)), by which queries beyond it are longer, so that attention is as sharp
+    among more keys (Qwen, arXiv:2309.16609, section 2.3): int32 [B, T] -> float32 [B, T]."""
+    return jnp.maximum(1.0, jnp.log1p(positions.astype(jnp.float32)) / math.log(log_length))
 
 
 def alibi_slopes(n_heads: int) -> np.ndarray:

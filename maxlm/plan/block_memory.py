@@ -38,7 +38,7 @@ def block_memory(
     own = width // (tensor if config.sharding.sequence_parallel else 1)
     head = attention.head_dim * itemsize
     query, key = attention.n_heads * head // tensor, attention.n_kv_heads * head // tensor
-    qk_norm = query + key if attention.qk_norm else 0
+    qk_norm = 0 if attention.qk_norm is None else query + key
     # Of the MLP that every token uses: what its last product reads, and what is multiplied to that, a gate or not.
     dense = shared_experts(mlp) if isinstance(mlp, Experts) else mlp
     hidden = 0 if dense is None else dense.d_ff * itemsize // tensor

@@ -31,6 +31,7 @@ from maxlm.config import (
     Parallel,
     PostNorm,
     PreNorm,
+    QkNorm,
     RelativeBias,
     Sandwich,
     ScalarHead,
@@ -143,8 +144,8 @@ def embedding(model: ModelConfig) -> Iterator[Array]:
     uses = 1.0 if model.tied else 0.0
     yield _array("embed", {"vocab": model.vocab_size} | D, rows, Role.TABLE, Part.EMBEDDING, uses, inputs=D)
     match model.embedded_position:
-        case Learned():
-            dims = {"positions": model.max_seq_len} | D
+        case Learned(offset=offset):
+            dims = {"positions": offset + model.max_seq_len} | D
             yield _array("embedded_position", dims, rows, Role.TABLE, Part.EMBEDDING, 0.0)
         case Sinusoidal() | None:
             pass
@@ -209,14 +210,29 @@ def attention(config: Attention, model: ModelConfig) -> Iterator[Array]:
                     yield _array(f"{name}_bias", cut, Constant(0), Role.OTHER, part)
             if config.out_bias:
                 yield _array("o_bias", {"vector": model.d_model}, Constant(0), Role.OTHER, part)
-            if config.qk_norm:
-                for name in ("q_norm", "k_norm"):
-                    yield from _inside(name, norm(model.norm, "head_dim", config.head_dim, part))
+            for name, dim, size in head_norms(config):
+                yield from _inside(name, norm(model.norm, dim, size, part))
+            if config.sinks:
+                yield _array("sinks", {"heads": config.n_heads}, Normal(model.init_std), Role.OTHER, part)
             if isinstance(config.position, RelativeBias):
                 dims = {"heads": config.n_heads, "buckets": config.position.buckets}
                 yield _array("relative_bias", dims, Normal(model.init_std), Role.OTHER, part)
         case _:
             assert_never(config)
+
+
+def head_norms(config: Attention) -> tuple[tuple[str, str, int], ...]:
+    """Name, dim and size of the norms of queries and of keys."""
+    match config.qk_norm:
+        case None:
+            return ()
+        case QkNorm.HEADS:
+            return ("q_norm", "head_dim", config.head_dim), ("k_norm", "head_dim", config.head_dim)
+        case QkNorm.WHOLE:  # heads after one another, so that a device has the dims of its own
+            query, key = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+            return ("q_norm", "heads", query), ("k_norm", "kv_heads", key)
+        case _:
+            assert_never(config.qk_norm)
 
 
 def mlp(config: MlpConfig, model: ModelConfig) -> Iterator[Array]:
