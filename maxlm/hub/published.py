@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, assert_never, get_args
 
-from maxlm.config import Activation, BlockConfig, Llama3RopeScaling, Rope, UserError
-from maxlm.config.fields import Positive, require
+from maxlm.config import (
+    Activation,
+    BlockConfig,
+    DynamicNtkScaling,
+    LinearScaling,
+    Llama3RopeScaling,
+    LongRopeScaling,
+    NtkScaling,
+    Rope,
+    RopeScaling,
+    UserError,
+    YarnScaling,
+)
+from maxlm.config.fields import NotNegative, Positive, require
 from maxlm.config.json_file import read_object
 
 _REQUIRED: Any = object()
@@ -80,47 +92,132 @@ def write_activation(activation: Activation, words: Mapping[str, Activation] = A
     return next((word for word, known in words.items() if known is activation), None)
 
 
-def read_rope(config: Published, theta: float = 10_000.0) -> Rope:
-    """From either spelling: `rope_parameters`, or `rope_theta` and `rope_scaling`.
+def read_rope(config: Published, head_dim: int, *, theta: float = 10_000.0, interleaved: bool = False) -> Rope:
+    """From either spelling: `rope_parameters`, or `rope_theta`, `rope_scaling` and `partial_rotary_factor`.
+
+    Args:
+        config: of the model.
+        head_dim: of its heads.
+        theta: where nothing says it.
+        interleaved: as `Rope.interleaved`.
 
     Raises:
         UserError: a type of scaling that is not supported.
     """
-    values: dict[str, Any] = {}
+    values = {key: config.values.get(key) for key in ("rope_theta", "partial_rotary_factor")}
     for key in ("rope_scaling", "rope_parameters"):
         values |= config.get(key, dict, {})
-    said = Published({"rope_theta": config.values.get("rope_theta")} | values, f"{config.place}: rope_parameters")
-    theta = said.get("rope_theta", Positive[float], theta)
+    said = Published(values, f"{config.place}: rope_parameters")
+    dims = int(head_dim * said.get("partial_rotary_factor", Positive[float], 1.0))
+    return Rope(
+        theta=said.get("rope_theta", Positive[float], theta),
+        scaling=_read_scaling(said, config),
+        dims=None if dims == head_dim else dims,
+        interleaved=interleaved,
+    )
+
+
+def _read_scaling(said: Published, config: Published) -> RopeScaling | None:
     kind = said.get("rope_type", str, said.get("type", str, "default"))
+    longest = config.get("max_position_embeddings", Positive[int], None)
+    original = said.get(
+        "original_max_position_embeddings",
+        Positive[int],
+        config.get("original_max_position_embeddings", Positive[int], longest),
+    )
     match kind:
         case "default":
-            return Rope(theta=theta)
+            return None
+        case "linear":
+            return LinearScaling(factor=said.get("factor", Positive[float]))
+        case "dynamic":
+            return DynamicNtkScaling(factor=said.get("factor", Positive[float]), original_max_len=original)
         case "llama3":
-            scaling = Llama3RopeScaling(
+            return Llama3RopeScaling(
                 factor=said.get("factor", Positive[float]),
                 low_freq_factor=said.get("low_freq_factor", Positive[float]),
                 high_freq_factor=said.get("high_freq_factor", Positive[float]),
-                original_max_len=said.get("original_max_position_embeddings", Positive[int]),
+                original_max_len=original,
             )
-            return Rope(theta=theta, scaling=scaling)
+        case "yarn":
+            mscale, of_all = (said.get(key, NotNegative[float], 0.0) for key in ("mscale", "mscale_all_dim"))
+            both = bool(mscale and of_all)  # transformers passes over one alone
+            return YarnScaling(
+                factor=said.get("factor", Positive[float]),
+                original_max_len=original,
+                beta_fast=said.get("beta_fast", Positive[float], 32.0),
+                beta_slow=said.get("beta_slow", Positive[float], 1.0),
+                truncate=said.get("truncate", bool, True),
+                attention_factor=said.get("attention_factor", Positive[float], None),
+                mscale=mscale if both else 1.0,
+                mscale_all_dim=of_all if both else 0.0,
+            )
+        case "longrope" | "su":
+            short, long = (tuple(said.get(key, list)) for key in ("short_factor", "long_factor"))
+            return LongRopeScaling(
+                short_factors=short,
+                long_factors=long,
+                original_max_len=original,
+                attention_factor=said.get("attention_factor", Positive[float], None),
+            )
         case _:
-            raise UserError(f"{said.place}.rope_type = {kind!r} is not supported; it may be default, llama3")
+            raise UserError(
+                f"{said.place}.rope_type = {kind!r} is not supported; it may be default, dynamic, linear, llama3, "
+                "longrope, yarn"
+            )
 
 
-def write_rope(rope: Rope) -> dict[str, Any]:
+def write_rope(rope: Rope, head_dim: int) -> dict[str, Any]:
     """The published spelling, which every version of transformers reads."""
-    match rope.scaling:
-        case None:
-            return {"rope_theta": rope.theta}
-        case Llama3RopeScaling() as scaling:
-            values = {
+    values: dict[str, Any] = {"rope_theta": rope.theta}
+    if rope.dims is not None:
+        values["partial_rotary_factor"] = rope.dims / head_dim
+    if rope.scaling is not None:
+        values["rope_scaling"] = _write_scaling(rope.scaling)
+    return values
+
+
+def _write_scaling(scaling: RopeScaling) -> dict[str, Any]:
+    match scaling:
+        case LinearScaling(factor=factor):
+            return {"rope_type": "linear", "factor": factor}
+        case DynamicNtkScaling(factor=factor, original_max_len=original):
+            return {"rope_type": "dynamic", "factor": factor, "original_max_position_embeddings": original}
+        case Llama3RopeScaling():
+            return {
                 "rope_type": "llama3",
                 "factor": scaling.factor,
                 "low_freq_factor": scaling.low_freq_factor,
                 "high_freq_factor": scaling.high_freq_factor,
                 "original_max_position_embeddings": scaling.original_max_len,
             }
-            return {"rope_theta": rope.theta, "rope_scaling": values}
+        case YarnScaling():
+            both = scaling.mscale_all_dim > 0
+            values = {
+                "rope_type": "yarn",
+                "factor": scaling.factor,
+                "original_max_position_embeddings": scaling.original_max_len,
+                "beta_fast": scaling.beta_fast,
+                "beta_slow": scaling.beta_slow,
+                "truncate": scaling.truncate,
+                "attention_factor": scaling.attention_factor,
+                "mscale": scaling.mscale if both else None,
+                "mscale_all_dim": scaling.mscale_all_dim if both else None,
+            }
+            return {key: value for key, value in values.items() if value is not None}
+        case LongRopeScaling():
+            values = {
+                "rope_type": "longrope",
+                "short_factor": list(scaling.short_factors),
+                "long_factor": list(scaling.long_factors),
+                "original_max_position_embeddings": scaling.original_max_len,
+                "attention_factor": scaling.attention_factor,
+            }
+            return {key: value for key, value in values.items() if value is not None}
+        case NtkScaling():
+            return {"rope_type": "ntk"}  # they have no word for it: what reads it again refuses it
+        case _:
+            assert_never(scaling)
 
 
 def pattern(layers: Sequence[BlockConfig]) -> tuple[BlockConfig, ...]:

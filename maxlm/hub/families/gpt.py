@@ -123,7 +123,7 @@ def _read_starcoder2(config: Published) -> ModelConfig:
         n_heads=N,
         n_kv_heads=config.get("num_key_value_heads", Positive[int], N),
         head_dim=D // N,
-        position=read_rope(config),
+        position=read_rope(config, D // N),
         window=config.get("sliding_window", Positive[int], None),
         qkv_bias=bias,
         out_bias=bias,
@@ -149,7 +149,7 @@ def _write_starcoder2(model: ModelConfig) -> dict[str, Any]:
     (block,) = model.blocks
     attention, mlp = block.attention, block.mlp
     assert isinstance(mlp, Mlp) and isinstance(attention.position, Rope)
-    return write_rope(attention.position) | {
+    return write_rope(attention.position, attention.head_dim) | {
         "hidden_size": model.d_model,
         "num_attention_heads": attention.n_heads,
         "num_key_value_heads": attention.n_kv_heads,

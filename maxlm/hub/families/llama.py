@@ -13,6 +13,7 @@ from maxlm.config import (
     LmHead,
     MlpConfig,
     ModelConfig,
+    QkNorm,
     RmsNorm,
     Rope,
     TopKRouter,
@@ -64,17 +65,18 @@ def read(
     L = config.get("num_hidden_layers", Positive[int])
     biases = "qkvo" if config.get("attention_bias", bool, False) else biases
     reach = config.get("sliding_window", Positive[int], None) if window else None
+    head_dim = config.get("head_dim", Positive[int], D // N)
     layers = []
     for number in range(L):
         attention = GroupedQuery(
             n_heads=N,
             n_kv_heads=config.get("num_key_value_heads", Positive[int], N),
-            head_dim=config.get("head_dim", Positive[int], D // N),
-            position=read_rope(config, theta),
+            head_dim=head_dim,
+            position=read_rope(config, head_dim, theta=theta),
             window=reach if _slides(config, number) else None,
             qkv_bias="q" in biases,
             out_bias="o" in biases,
-            qk_norm=qk_norm,
+            qk_norm=QkNorm.HEADS if qk_norm else None,
         )
         layers.append(BlockConfig(attention=attention, mlp=_read_mlp(config, number)))
     return ModelConfig(
@@ -143,7 +145,7 @@ def write(model: ModelConfig, *, window: bool = False) -> dict[str, Any]:
         "attention_bias": attention.qkv_bias and attention.out_bias,
     }
     if isinstance(attention.position, Rope):
-        values |= write_rope(attention.position)
+        values |= write_rope(attention.position, attention.head_dim)
     if window:
         values["sliding_window"] = attention.window
     match block.mlp:
