@@ -247,7 +247,7 @@ def test_positions_and_segments_of_packed_rows(run: LoadedRun) -> None:
     """Their loss is the one that training would have."""
     config = dataclasses.replace(run.config, train=dataclasses.replace(run.config.train, batch_size=4))
     batch = packed_batch(config)
-    logits = np.asarray(run.model.logits(batch["inputs"], batch["positions"], batch["segment_ids"]), np.float64)
+    logits = np.asarray(run.model.logits(batch["inputs"], batch["segment_ids"], batch["positions"]), np.float64)
     log_z = np.log(np.exp(logits).sum(-1))
     nats = log_z - np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
     trainer = make_trainer(config, run.layout)
@@ -285,11 +285,11 @@ LIMIT = BYTE_MODEL.max_seq_len
         ((3,), r"tokens have the shape \[\]"),
         (([[[3]]],), r"tokens have the shape \[1, 1, 1\]"),
         ((np.zeros((1, LIMIT + 1), int),), f"{LIMIT + 1} columns, more than model.max_seq_len = {LIMIT}; use at most"),
-        (([1, 2], [0]), r"positions have the shape \[1\]; must be that of the tokens, \[2\]"),
-        (([1], [LIMIT]), rf"positions hold {LIMIT}; must lie in \[0, {LIMIT}\), as model.max_seq_len says"),
-        (([1], [0.5]), "positions are float64"),
-        (([1], None, [[1]]), r"segment_ids have the shape \[1, 1\]"),
-        (([1], None, [-1]), "segment_ids hold -1"),
+        (([1, 2], None, [0]), r"positions have the shape \[1\]; must be that of the tokens, \[2\]"),
+        (([1], None, [LIMIT]), rf"positions hold {LIMIT}; must lie in \[0, {LIMIT}\), as model.max_seq_len says"),
+        (([1], None, [0.5]), "positions are float64"),
+        (([1], [[1]]), r"segment_ids have the shape \[1, 1\]"),
+        (([1], [-1]), "segment_ids hold -1"),
     ],
 )
 def test_wrong_tokens_are_one_line(run: LoadedRun, arguments: tuple[Any, ...], complaint: str) -> None:

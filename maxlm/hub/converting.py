@@ -18,7 +18,7 @@ from maxlm.config import CheckpointConfig, Dtype, ExecutionConfig, ModelConfig, 
 from maxlm.data.tokenizers import Tokenizer
 from maxlm.hub.folder import ModelFolder, appearing, copy_tokenizer, write_folder
 from maxlm.hub.models import find_tokenizer, number_format, pieces_of, untrained
-from maxlm.hub.names import Part
+from maxlm.hub.names import Piece
 from maxlm.inference.language_model import LanguageModel
 from maxlm.inference.load import ONE_DEVICE, load_run
 from maxlm.models import abstract_parameters
@@ -35,7 +35,7 @@ class Opened:
     """A model to be written somewhere."""
 
     model: ModelConfig
-    piece: Callable[[Part], npt.NDArray[Any]]
+    piece: Callable[[Piece], npt.NDArray[Any]]
     """A part of one array."""
     array: Callable[[str], npt.NDArray[Any]]
     """One array, by its name, in float32."""
@@ -85,7 +85,7 @@ def open_run(place: Path) -> Opened:
     return Opened(
         model=run.config.model,
         piece=piece,
-        array=lambda name: piece(Part(named[name], ())),
+        array=lambda name: piece(Piece(named[name], ())),
         parameters=lambda: run.parameters,
         dtype="float32",
         tokenizer=run.tokenizer,

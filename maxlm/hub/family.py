@@ -12,7 +12,7 @@ from maxlm.hub.published import Published
 
 
 @dataclass(frozen=True, kw_only=True)
-class Family:
+class ModelFamily:
     """One `model_type` of Hugging Face's transformers."""
 
     model_type: str

@@ -20,8 +20,8 @@ from maxlm.config import ModelConfig, UserError
 from maxlm.config.changes import changes
 from maxlm.config.fields import Changes
 from maxlm.hub.families import FAMILIES
-from maxlm.hub.family import Family
-from maxlm.hub.names import Part, Tensor, tensors
+from maxlm.hub.family import ModelFamily
+from maxlm.hub.names import Piece, Tensor, tensors
 from maxlm.hub.published import Published
 from maxlm.hub.tensor_files import DTYPES, Spec, TensorFolder, write_tensors
 
@@ -87,7 +87,7 @@ class ModelFolder:
             found[to] = self.piece(homes[at][0].parts[homes[at][1]])[inner]
         return found
 
-    def piece(self, part: Part) -> npt.NDArray[Any]:
+    def piece(self, part: Piece) -> npt.NDArray[Any]:
         """What one tensor has of an array, in the number format of the file."""
         tensor, number = self._homes[part.array.name][part.at]
         return tensor.split(self._files.read(tensor.name))[number]
@@ -136,7 +136,7 @@ class ModelFolder:
         return np.array_equal(self._files.read(name), self._files.read(embed))
 
 
-def _family(published: Published) -> Family:
+def _family(published: Published) -> ModelFamily:
     name = published.get("model_type", str)
     if name not in FAMILIES:
         near = difflib.get_close_matches(name, FAMILIES, 1, 0.0)[0]
@@ -152,7 +152,7 @@ def _layer_by_layer(model: ModelConfig) -> ModelConfig:
     return dataclasses.replace(model, blocks=model.layers, first_blocks=())
 
 
-def family_of(model: ModelConfig) -> tuple[Family, dict[str, Any]]:
+def family_of(model: ModelConfig) -> tuple[ModelFamily, dict[str, Any]]:
     """The first family that can say all of a model, and its config.json.
 
     Raises:
@@ -177,12 +177,12 @@ def family_of(model: ModelConfig) -> tuple[Family, dict[str, Any]]:
 
 def write_folder(
     model: ModelConfig,
-    piece: Callable[[Part], npt.NDArray[Any]],
+    piece: Callable[[Piece], npt.NDArray[Any]],
     folder: Path,
     *,
     dtype: np.dtype[Any],
     tokenizer: Path | None = None,
-) -> Family:
+) -> ModelFamily:
     """Write a model for `transformers` and other programs; the folder appears when all is in it.
 
     Args:

@@ -23,7 +23,7 @@ from maxlm.config import (
 )
 from maxlm.data.tokenizers import Tokenizer, open_tokenizer
 from maxlm.hub.folder import ModelFolder, write_folder
-from maxlm.hub.names import Part
+from maxlm.hub.names import Piece
 from maxlm.hub.tensor_files import DTYPES
 from maxlm.inference.language_model import LanguageModel
 from maxlm.inference.load import ONE_DEVICE, LoadedRun, layout_for
@@ -137,7 +137,7 @@ def number_format(name: str) -> np.dtype[Any]:
 def pieces_of(parameters: Any) -> Any:
     """The part of an array that a tensor holds, from the tree of parameters."""
 
-    def piece(part: Part) -> npt.NDArray[Any]:
+    def piece(part: Piece) -> npt.NDArray[Any]:
         node = parameters
         for key in part.array.name.split("/"):
             node = node[key]

@@ -61,16 +61,16 @@ class Transposed:
         return (self.inner,) if isinstance(self.inner, str) else self.inner.parts
 
 
-Layout = str | Rows | Heads | Transposed
+Arrangement = str | Rows | Heads | Transposed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Names:
     """The table of a family. An entry whose arrays a model does not have is passed over."""
 
-    top: Mapping[str, Layout]
+    top: Mapping[str, Arrangement]
     """Outside of the layers."""
-    block: Mapping[str, Layout]
+    block: Mapping[str, Arrangement]
     """Of one layer, below `layers`; a `{}` in a name counts the experts."""
     layers: str = "model.layers.{}."
     """What stands before them, with the layer's number."""
@@ -78,7 +78,7 @@ class Names:
     """Ends of names of tensors that hold nothing learned, or nothing that is used."""
 
 
-class Part(NamedTuple):
+class Piece(NamedTuple):
     """Where a piece of a tensor lies in our arrays."""
 
     array: Array
@@ -115,8 +115,8 @@ class Tensor:
     """One tensor of a checkpoint of this model."""
 
     name: str
-    layout: Layout
-    parts: tuple[Part, ...]
+    layout: Arrangement
+    parts: tuple[Piece, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -174,13 +174,13 @@ class Tensor:
         return groups, [part.rows // groups for part in self.parts]
 
 
-def _to_ours(rows: npt.NDArray[Any], part: Part) -> npt.NDArray[Any]:
+def _to_ours(rows: npt.NDArray[Any], part: Piece) -> npt.NDArray[Any]:
     order = part.outputs + part.inputs
     values = rows.reshape([part.dims[dim] for dim in order])
     return values.transpose([order.index(dim) for dim in part.dims])
 
 
-def _to_theirs(values: npt.NDArray[Any], part: Part) -> npt.NDArray[Any]:
+def _to_theirs(values: npt.NDArray[Any], part: Piece) -> npt.NDArray[Any]:
     dims = list(part.dims)
     order = part.outputs + part.inputs
     return values.transpose([dims.index(dim) for dim in order]).reshape(part.rows, -1)
@@ -194,7 +194,7 @@ def tensors(model: ModelConfig, names: Names) -> tuple[Tensor, ...]:
     """
     ours = {array.name: array for array in shapes.arrays(model)}
     found = [
-        Tensor(name, layout, tuple(Part(ours[part], ()) for part in _parts(layout)))
+        Tensor(name, layout, tuple(Piece(ours[part], ()) for part in _parts(layout)))
         for name, layout in names.top.items()
         if all(part in ours for part in _parts(layout))
     ]
@@ -221,28 +221,28 @@ def _of_layer(number: int, model: ModelConfig, names: Names, ours: Mapping[str, 
         if ("experts" in arrays[0].dims) != ("{}" in name):
             continue  # a dense MLP has the names of its experts
         if "{}" not in name:
-            yield Tensor(names.layers.format(number) + name, layout, tuple(Part(array, slot) for array in arrays))
+            yield Tensor(names.layers.format(number) + name, layout, tuple(Piece(array, slot) for array in arrays))
             continue
         for expert in range(arrays[0].shape[len(slot)]):
-            at = tuple(Part(array, (*slot, expert)) for array in arrays)
+            at = tuple(Piece(array, (*slot, expert)) for array in arrays)
             yield Tensor(names.layers.format(number) + name.format(expert), layout, at)
 
 
-def linear(theirs: str, *ours: str, layout: Callable[[Any], Layout] | None = None) -> dict[str, Layout]:
+def linear(theirs: str, *ours: str, layout: Callable[[Any], Arrangement] | None = None) -> dict[str, Arrangement]:
     """Weight and bias of one of their projections: `linear("self_attn.q_proj", "attention/q")`; several of ours lie in
     it as Rows, unless `layout` says how."""
-    table: dict[str, Layout] = {}
+    table: dict[str, Arrangement] = {}
     for name, ending in (("weight", "proj"), ("bias", "bias")):
         parts = [f"{one}_{ending}" for one in ours]
-        joined: Layout = parts[0] if len(parts) == 1 else Rows(*parts)
+        joined: Arrangement = parts[0] if len(parts) == 1 else Rows(*parts)
         table[f"{theirs}.{name}"] = layout(joined) if layout is not None and ending == "proj" else joined
     return table
 
 
-def norm(theirs: str, ours: str) -> dict[str, Layout]:
+def norm(theirs: str, ours: str) -> dict[str, Arrangement]:
     """Weight and bias of one of their norms: `norm("input_layernorm", "attention_norm")`."""
     return {f"{theirs}.weight": f"{ours}/scale", f"{theirs}.bias": f"{ours}/bias"}
 
 
-def _parts(layout: Layout) -> tuple[str, ...]:
+def _parts(layout: Arrangement) -> tuple[str, ...]:
     return (layout,) if isinstance(layout, str) else layout.parts

@@ -33,7 +33,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class Entry(NamedTuple):
+class TensorEntry(NamedTuple):
     """A tensor of a folder."""
 
     file: str
@@ -52,7 +52,7 @@ class TensorFolder:
             UserError: there are no such files, one is damaged or missing, or the index leads out of the folder.
         """
         self.folder = folder
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, TensorEntry] = {}
         self._open: dict[str, Any] = {}
         for name, listed in _files(folder).items():
             for key, entry in self._read_header(name).items():
@@ -100,12 +100,12 @@ class TensorFolder:
                 raise UserError(f"{self.folder / name}: no safetensors file ({reason}); download it again") from error
         return self._open[name]
 
-    def _read_header(self, name: str) -> dict[str, Entry]:
+    def _read_header(self, name: str) -> dict[str, TensorEntry]:
         file = self._opened(name)
         found = {}
         for key in file.keys():  # noqa: SIM118  it is no dict
             part = file.get_slice(key)
-            found[key] = Entry(name, tuple(part.get_shape()), part.get_dtype())
+            found[key] = TensorEntry(name, tuple(part.get_shape()), part.get_dtype())
         return found
 
 

@@ -1,6 +1,7 @@
 """One file a task: a function from a config to a Recipe, which `maxlm/training/loop.py` runs.
 
 pretrain.py: next token of prepared text
+starting.py: what a new run may start from: another run, or a published model
 """
 
 from __future__ import annotations

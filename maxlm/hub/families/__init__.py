@@ -5,9 +5,9 @@ llama.py: LLaMA, Mistral, Mixtral, Qwen 2 and 3
 """
 
 from maxlm.hub.families import gpt, llama
-from maxlm.hub.family import Family
+from maxlm.hub.family import ModelFamily
 
-FAMILIES: dict[str, Family] = {
+FAMILIES: dict[str, ModelFamily] = {
     family.model_type: family
     for family in (
         llama.LLAMA,

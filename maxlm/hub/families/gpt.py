@@ -20,8 +20,8 @@ from maxlm.config import (
 )
 from maxlm.config.fields import NotNegative, Positive
 from maxlm.hub.families.llama import ATTENTION, NORMS, TOP
-from maxlm.hub.family import Family
-from maxlm.hub.names import Layout, Names, Transposed, linear, norm
+from maxlm.hub.family import ModelFamily
+from maxlm.hub.names import Arrangement, Names, Transposed, linear, norm
 from maxlm.hub.published import Published, read_activation, read_rope, write_activation, write_rope
 
 _WORDS_OF_GPT = {"gelu": Activation.GELU_TANH, "relu": Activation.RELU, "silu": Activation.SILU}
@@ -69,7 +69,7 @@ def _write(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-_BLOCK: dict[str, Layout] = {
+_BLOCK: dict[str, Arrangement] = {
     **linear("attn.c_attn", "attention/q", "attention/k", "attention/v", layout=Transposed),
     **linear("attn.c_proj", "attention/o", layout=Transposed),
     **linear("mlp.c_fc", "mlp/up", layout=Transposed),
@@ -78,7 +78,7 @@ _BLOCK: dict[str, Layout] = {
     **norm("ln_2", "mlp_norm"),
 }
 
-GPT2 = Family(
+GPT2 = ModelFamily(
     model_type="gpt2",
     architecture="GPT2LMHeadModel",
     read=lambda config: _read(config, PreNorm(), read_activation(config, "activation_function", "gelu_new")),
@@ -97,7 +97,7 @@ GPT2 = Family(
 )
 """Radford et al. 2019. Old exports have the causal mask among their tensors."""
 
-GPT = Family(
+GPT = ModelFamily(
     model_type="openai-gpt",
     architecture="OpenAIGPTLMHeadModel",
     read=lambda config: _read(config, PostNorm(), read_activation(config, "afn", "gelu", _WORDS_OF_GPT)),
@@ -166,7 +166,7 @@ def _write_starcoder2(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-STARCODER2 = Family(
+STARCODER2 = ModelFamily(
     model_type="starcoder2",
     architecture="Starcoder2ForCausalLM",
     read=_read_starcoder2,

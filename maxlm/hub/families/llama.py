@@ -19,16 +19,16 @@ from maxlm.config import (
     TopKRouter,
 )
 from maxlm.config.fields import NotNegative, Positive
-from maxlm.hub.family import Family
-from maxlm.hub.names import Layout, Names, linear, norm
+from maxlm.hub.family import ModelFamily
+from maxlm.hub.names import Arrangement, Names, linear, norm
 from maxlm.hub.published import Published, pattern, read_activation, read_rope, write_activation, write_rope
 
-TOP: dict[str, Layout] = {
+TOP: dict[str, Arrangement] = {
     "model.embed_tokens.weight": "embed",
     **norm("model.norm", "final_norm"),
     "lm_head.weight": "unembed",
 }
-ATTENTION: dict[str, Layout] = {
+ATTENTION: dict[str, Arrangement] = {
     **linear("self_attn.q_proj", "attention/q"),
     **linear("self_attn.k_proj", "attention/k"),
     **linear("self_attn.v_proj", "attention/v"),
@@ -36,11 +36,11 @@ ATTENTION: dict[str, Layout] = {
     **norm("self_attn.q_norm", "attention/q_norm"),
     **norm("self_attn.k_norm", "attention/k_norm"),
 }
-NORMS: dict[str, Layout] = {
+NORMS: dict[str, Arrangement] = {
     **norm("input_layernorm", "attention_norm"),
     **norm("post_attention_layernorm", "mlp_norm"),
 }
-MLP: dict[str, Layout] = {
+MLP: dict[str, Arrangement] = {
     **linear("mlp.gate_proj", "mlp/gate"),
     **linear("mlp.up_proj", "mlp/up"),
     **linear("mlp.down_proj", "mlp/down"),
@@ -197,36 +197,36 @@ def _write_mixtral(model: ModelConfig) -> dict[str, Any]:
 _NAMES = Names(top=TOP, block=NORMS | ATTENTION | MLP, ignored=IGNORED)
 
 
-def _experts(router: str, expert: str, gate: str, up: str, down: str) -> dict[str, Layout]:
+def _experts(router: str, expert: str, gate: str, up: str, down: str) -> dict[str, Arrangement]:
     """Names of a router and of each expert's matrices."""
     names = {"gate_proj": gate, "up_proj": up, "down_proj": down}
-    each: dict[str, Layout] = {f"{expert}.{{}}.{theirs}.weight": f"mlp/{ours}" for ours, theirs in names.items()}
+    each: dict[str, Arrangement] = {f"{expert}.{{}}.{theirs}.weight": f"mlp/{ours}" for ours, theirs in names.items()}
     return {f"{router}.weight": "mlp/router"} | each
 
 
-LLAMA = Family(model_type="llama", architecture="LlamaForCausalLM", read=read, write=write, names=_NAMES)
-MISTRAL = Family(
+LLAMA = ModelFamily(model_type="llama", architecture="LlamaForCausalLM", read=read, write=write, names=_NAMES)
+MISTRAL = ModelFamily(
     model_type="mistral",
     architecture="MistralForCausalLM",
     read=partial(read, window=True),
     write=partial(write, window=True),
     names=_NAMES,
 )
-QWEN2 = Family(
+QWEN2 = ModelFamily(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
     read=partial(read, biases="qkv", window=True),
     write=_write_layers,
     names=_NAMES,
 )
-QWEN3 = Family(
+QWEN3 = ModelFamily(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
     read=partial(read, qk_norm=True, window=True),
     write=_write_layers,
     names=_NAMES,
 )
-QWEN3_MOE = Family(
+QWEN3_MOE = ModelFamily(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
     read=partial(read, qk_norm=True, window=True),
@@ -237,7 +237,7 @@ QWEN3_MOE = Family(
         ignored=IGNORED,
     ),
 )
-MIXTRAL = Family(
+MIXTRAL = ModelFamily(
     model_type="mixtral",
     architecture="MixtralForCausalLM",
     read=partial(read, window=True, theta=1e6),
