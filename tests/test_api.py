@@ -54,7 +54,7 @@ from maxlm.training.step import make_trainer
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/api.md").read_text(), re.M | re.S)
-COMMANDS = ("train", "generate", "evaluate", "inspect", "launch", "data", "plan")
+COMMANDS = ("train", "convert", "generate", "evaluate", "inspect", "launch", "data", "plan")
 SMALL = {
     "model.d_model": 32,
     "model.n_layers": 1,
