@@ -12,13 +12,16 @@ from helpers import PRESETS, small_model, with_attention
 from maxlm.config import (
     BlockConfig,
     Capacity,
+    DeepNorm,
     ExpertChoiceRouter,
     Experts,
     GatedMlp,
     GroupedQuery,
+    LayerNorm,
     LmHead,
     ModelConfig,
     NoisyTopKRouter,
+    OutputNorm,
     ShardingConfig,
     SigmoidRouter,
     StatePart,
@@ -55,6 +58,15 @@ ODD = {
         qkv_bias=True,
         out_bias=True,
         qk_norm=True,
+    ),
+    "a bias and more norms": small_model(
+        norm=LayerNorm(scale=False),
+        embedding_norm=True,
+        head=LmHead(tied=True, bias=True, normalized=True),
+        blocks=(replace(small_model().blocks[0], residual=DeepNorm()),),
+    ),
+    "no numbers in norms": small_model(
+        norm=LayerNorm(scale=False, bias=False), blocks=(replace(small_model().blocks[0], residual=OutputNorm()),)
     ),
     "noisy": experts(NoisyTopKRouter(top_k=2)),
     "sigmoid": experts(SigmoidRouter(top_k=2), n_shared_experts=1),

@@ -28,8 +28,9 @@ from maxlm.data.tokenizers import Bytes
 from maxlm.inference.generator import Generator
 from maxlm.inference.load import LoadedRun
 from maxlm.inference.steps import decode_logits, prefill_logits
-from maxlm.models import bind, ops
+from maxlm.models import Unembedding, bind, ops
 from maxlm.models.linear import Int8
+from maxlm.models.unembedding import unit_rows
 from maxlm.sharding import make_layout
 
 RNG = np.random.default_rng(0)
@@ -59,6 +60,7 @@ def test_products_take_them() -> None:
     draw = lambda *shape: RNG.normal(size=shape).astype(np.float32)
     x, heads, bias = draw(B, T, D), draw(B, T, N, H), draw(N, H)
     into, back, gate, up, table = draw(D, N, H), draw(N, H, D), draw(D, F), draw(D, F), draw(V, D)
+    shift, rows = draw(V), by_hand(table, 1)
     held = lambda w, *axes: Int8.of(jnp.asarray(w), axes)
     ids = RNG.integers(0, V, (B, T)).astype(np.int32)
 
@@ -72,7 +74,11 @@ def test_products_take_them() -> None:
                 activation=Activation.RELU,
             ),
             ops.embed(layout, held(table, 1), jnp.asarray(ids), jnp.float32),
-            ops.logits(jnp.asarray(x[:, 0]), held(table, 1)),
+            ops.logits(jnp.asarray(x[:, 0]), Unembedding(held(table, 1))),
+            ops.logits(
+                jnp.asarray(x[:, 0]),
+                Unembedding(unit_rows(held(table, 1)), jnp.asarray(shift), scale=3.0, soft_cap=2.0),
+            ),
         )  # fmt: skip
 
     gates = np.maximum(np.einsum("btd,df->btf", x, by_hand(gate, 0)), 0)
@@ -82,6 +88,7 @@ def test_products_take_them() -> None:
         gates * np.einsum("btd,df->btf", x, by_hand(up, 0)),
         by_hand(table, 1)[ids],
         x[:, 0] @ by_hand(table, 1).T,
+        2 * np.tanh((3 * x[:, 0] @ (rows / np.linalg.norm(rows, axis=1, keepdims=True)).T + shift) / 2),
     )
     for got, exact in zip(all_of_them(), want, strict=True):
         np.testing.assert_allclose(got, exact, atol=2e-5, rtol=1e-5)

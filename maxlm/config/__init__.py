@@ -66,10 +66,12 @@ from maxlm.config.mixture import (
 from maxlm.config.mlp import Activation, GatedMlp, Mlp
 from maxlm.config.model import (
     BlockConfig,
+    DeepNorm,
     Head,
     LmHead,
     MlpConfig,
     ModelConfig,
+    OutputNorm,
     Parallel,
     PostNorm,
     PreNorm,
@@ -137,6 +139,7 @@ __all__ = [
     "CosineSchedule",
     "DataConfig",
     "Dataset",
+    "DeepNorm",
     "Dispatch",
     "Documents",
     "Dropless",
@@ -167,6 +170,7 @@ __all__ = [
     "Norm",
     "ObserveConfig",
     "OptimizerConfig",
+    "OutputNorm",
     "Parallel",
     "PieceModel",
     "Position",

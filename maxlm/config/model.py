@@ -31,6 +31,35 @@ class PostNorm:
 
 
 @config("model.blocks[].residual.", changes=Changes.IDENTITY)
+class OutputNorm:
+    """x + norm(attention(x)), then x + norm(mlp(x)) (Swin v2, arXiv:2111.09883, section 3.2: "res-post-norm";
+    OLMo 2, arXiv:2501.00656)."""
+
+
+@config("model.blocks[].residual.", changes=Changes.IDENTITY)
+class DeepNorm:
+    """norm(alpha * x + attention(x)), then norm(alpha * x + mlp(x)) (Wang et al. 2022, arXiv:2203.00555).
+
+    If one block has it, all have the same. The standard deviation of v_proj, o_proj and the matrices of MLPs is
+    beta * init_std, without the 1 / sqrt(2L) of other models. In the paper beta is the gain of Xavier's initialisation,
+    which has sqrt(2 / (inputs + outputs)) of each matrix where we have init_std for all; it says that others will do.
+    """
+
+    alpha: Positive[float] | None = None
+    """Factor of the residual stream; None: (2L)^(1/4), as the paper has it for decoders (figure 2)."""
+    beta: Positive[float] | None = None
+    """Factor of the standard deviations above; None: (8L)^(-1/4), from the same figure."""
+
+    def alpha_of(self, n_layers: int) -> float:
+        """In a model of so many layers."""
+        return (2 * n_layers) ** 0.25 if self.alpha is None else self.alpha
+
+    def beta_of(self, n_layers: int) -> float:
+        """In a model of so many layers."""
+        return (8 * n_layers) ** -0.25 if self.beta is None else self.beta
+
+
+@config("model.blocks[].residual.", changes=Changes.IDENTITY)
 class Sandwich:
     """x + norm(attention(norm(x))), then x + norm(mlp(norm(x))) (CogView, arXiv:2105.13290, section 2.4; Gemma 2)."""
 
@@ -43,7 +72,7 @@ class Parallel:
     """A norm for each of the two, as in GPT-NeoX (arXiv:2204.06745); False: they share one."""
 
 
-Residual = PreNorm | PostNorm | Sandwich | Parallel
+Residual = PreNorm | PostNorm | OutputNorm | DeepNorm | Sandwich | Parallel
 MlpConfig = Mlp | GatedMlp | Experts
 
 
@@ -62,10 +91,22 @@ class BlockConfig:
 
 @config("model.head.", changes=Changes.IDENTITY)
 class LmHead:
-    """Logits over the vocabulary."""
+    """Logits over the vocabulary: cap(scale * hidden @ table.T + bias), where cap(x) = soft_cap * tanh(x / soft_cap).
+
+    All but the product is computed in float32, in training, evaluation and generation alike.
+    """
 
     tied: bool = False
     """The embedding table is the output projection too (Press & Wolf 2017, arXiv:1608.05859)."""
+    bias: bool = False
+    """Adds a learned number for each id, as GPT-J and Phi do."""
+    scale: Positive[float] | None = None
+    """Factor of the product, as Cohere's logit_scale and muP's output multiplier (arXiv:2203.03466); None: none."""
+    soft_cap: Positive[float] | None = None
+    """Keeps logits between -soft_cap and soft_cap (Gemma 2, arXiv:2408.00118, section 2); None: no cap."""
+    normalized: bool = False
+    """Each row of the table is divided by its length before the product (Baichuan 2's NormHead, arXiv:2309.10305);
+    where a tied table is looked up it is not."""
 
 
 @config("model.head.", changes=Changes.IDENTITY)
@@ -102,6 +143,11 @@ class ModelConfig:
     """Longest context, in tokens, that the model is meant for; decoding refuses to pass it."""
     norm: Norm = field(default_factory=RmsNorm)
     """Every norm of the model."""
+    embedding_norm: bool = False
+    """Normalise what enters the first layer, embedded positions added (BLOOM, arXiv:2211.05100, section 3.2.3)."""
+    embedding_scale: Positive[float] | None = None
+    """Factor of each token's embedding, before positions are added; None: none. Gemma has sqrt(d_model), and rounds it
+    to the compute dtype before it multiplies; so do we."""
     final_norm: bool = True
     """Normalise what leaves the last layer; post-norm models have done it by then."""
     embedded_position: EmbeddedPosition | None = None
@@ -109,7 +155,8 @@ class ModelConfig:
     head: Head = field(default_factory=LmHead)
     """What is made of the hidden states that leave the last norm."""
     init_std: NotNegative[float] = 0.02
-    """Standard deviation of every weight matrix; those that write to the residual stream get init_std / sqrt(2L)."""
+    """Standard deviation of every weight matrix; those that write to the residual stream get init_std / sqrt(2L).
+    DeepNorm says what it is with itself."""
     first_blocks: tuple[BlockConfig, ...] = ()
     """Layers before the pattern, each used once, without experts (the dense first layer of DeepSeekMoE). They count in
     n_layers; in a pipeline they run before its first stage, on all devices."""
@@ -121,6 +168,12 @@ class ModelConfig:
         for i, block in enumerate(self.first_blocks):
             if isinstance(block.mlp, Experts):
                 raise UserError(f"model.first_blocks.{i}.mlp has Experts; use a GatedMlp or an Mlp")
+        residuals = {block.residual for block in self.first_blocks + self.blocks}
+        if self.deep_norm is not None and len(residuals) > 1:
+            raise UserError(
+                "model.blocks and model.first_blocks have DeepNorm beside another residual; its constants are those of "
+                "a whole model: use one DeepNorm for all"
+            )
         first, entries = len(self.first_blocks), len(self.blocks)
         repeats, rest = divmod(self.n_layers - first, entries)
         if rest or repeats < 1:
@@ -140,6 +193,12 @@ class ModelConfig:
     def layers(self) -> tuple[BlockConfig, ...]:
         """The block of every layer, in their order."""
         return self.first_blocks + self.blocks * self.repeats
+
+    @property
+    def deep_norm(self) -> DeepNorm | None:
+        """What every block has as its residual, if that is a DeepNorm."""
+        kinds = [block.residual for block in self.first_blocks + self.blocks]
+        return next((kind for kind in kinds if isinstance(kind, DeepNorm)), None)
 
     @property
     def decodes(self) -> bool:

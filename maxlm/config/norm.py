@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from maxlm.config.fields import Changes, NotNegative, config
 
 
@@ -13,7 +11,8 @@ class RmsNorm:
 
     eps: NotNegative[float] = 1e-5
     """Keeps a vector of zeros from being divided by zero."""
-    bias: ClassVar[bool] = False
+    one_plus: bool = False
+    """What is stored is the scale's difference from 1, which begins as 0, as in Gemma's code (arXiv:2403.08295)."""
 
 
 @config("model.norm.", changes=Changes.IDENTITY)
@@ -22,8 +21,10 @@ class LayerNorm:
 
     eps: NotNegative[float] = 1e-5
     """Keeps a constant vector from being divided by zero."""
+    scale: bool = True
+    """A learned scale; OLMo 1 has neither it nor a bias (arXiv:2402.00838, section 2.1)."""
     bias: bool = True
-    """Without one as in PaLM (arXiv:2204.02311) and MPT."""
+    """A learned bias; none in PaLM (arXiv:2204.02311) and MPT."""
 
 
 Norm = RmsNorm | LayerNorm

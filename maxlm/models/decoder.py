@@ -18,12 +18,14 @@ from maxlm.models import ops
 from maxlm.models.attention import Contiguous
 from maxlm.models.block import Block
 from maxlm.models.execution import Execution
+from maxlm.models.linear import Weight
 from maxlm.models.moe import RouterStats
 from maxlm.models.norms import NormLayer
 from maxlm.models.parameters import Initializer
 from maxlm.models.pipeline import pipelined
 from maxlm.models.positions import sinusoids
 from maxlm.models.tokens import Tokens
+from maxlm.models.unembedding import Unembedding, unit_rows
 from maxlm.sharding import Layout
 
 Cache = tuple[Contiguous, ...]
@@ -65,6 +67,7 @@ class Decoder(nnx.Module):
     embed: nnx.Param
     embedded_position: nnx.Param
     unembed: nnx.Param
+    unembed_bias: nnx.Param
     score: nnx.Param
 
     def __init__(self, config: ModelConfig, key: jax.Array):
@@ -77,6 +80,8 @@ class Decoder(nnx.Module):
             return nnx.Dict({str(i): Block(block, config, inits[i]) for i, block in enumerate(blocks)})
 
         init.declare(self, shapes.embedding(config))
+        if config.embedding_norm:
+            self.embedding_norm = NormLayer(config.norm, "vector", config.d_model, init)
         self.blocks = make(config.blocks, block_keys[: len(config.blocks)], config.repeats)
         if config.first_blocks:
             self.first_blocks = make(config.first_blocks, block_keys[len(config.blocks) :], None)
@@ -88,6 +93,8 @@ class Decoder(nnx.Module):
         """What the layers begin with: int32 [B, T] token ids -> [B, T, D] in the compute dtype."""
         with jax.named_scope("embed"):
             x = ops.embed(how.layout, self.embed[...], ids, how.dtype)
+            if self.config.embedding_scale is not None:
+                x *= jnp.asarray(self.config.embedding_scale, x.dtype)
             match self.config.embedded_position:
                 case Learned():
                     x += self.embedded_position[...][tokens.positions].astype(x.dtype)
@@ -97,10 +104,11 @@ class Decoder(nnx.Module):
                     pass
                 case _:
                     assert_never(self.config.embedded_position)
+            x = self.embedding_norm(x) if self.config.embedding_norm else x
             return how.layout.constrain(x, "batch", "residual_seq", "embed")
 
     def __call__(self, x: jax.Array, tokens: Tokens, how: Execution, cache: Cache | None = None) -> DecoderOutput:
-        """Final hidden states; multiply by `output_table` for logits.
+        """Final hidden states; `unembedding` makes logits of them.
 
         Args:
             x: [B, T, D], from `embeddings`, or made of other inputs. With ring attention over the seq axis, all columns
@@ -145,11 +153,14 @@ class Decoder(nnx.Module):
         return pipelined(how.layout, run, repeats, item, micro_batches=how.micro_batches)
 
     @property
-    def output_table(self) -> jax.Array:
-        """float32 [V, D]; logits are hidden @ output_table.T. With an LmHead."""
+    def unembedding(self) -> Unembedding:
+        """What makes logits of hidden states. With an LmHead."""
         match self.config.head:
-            case LmHead(tied=tied):
-                return self.embed[...] if tied else self.unembed[...]
+            case LmHead() as head:
+                table: Weight = self.embed[...] if head.tied else self.unembed[...]
+                table = unit_rows(table) if head.normalized else table
+                bias = self.unembed_bias[...] if head.bias else None
+                return Unembedding(table, bias, head.scale, head.soft_cap)
             case ScalarHead():
                 raise ValueError("a model with a ScalarHead has no logits; its results are `scalars`")
             case _:

@@ -17,10 +17,12 @@ from typing import assert_never
 from maxlm.config import (
     Attention,
     BlockConfig,
+    DeepNorm,
     ExpertChoiceRouter,
     Experts,
     GatedMlp,
     GroupedQuery,
+    LayerNorm,
     Learned,
     LmHead,
     Mlp,
@@ -28,10 +30,12 @@ from maxlm.config import (
     ModelConfig,
     NoisyTopKRouter,
     Norm,
+    OutputNorm,
     Parallel,
     PostNorm,
     PreNorm,
     RelativeBias,
+    RmsNorm,
     Sandwich,
     ScalarHead,
     SigmoidRouter,
@@ -128,8 +132,8 @@ class Array:
 def arrays(model: ModelConfig) -> tuple[Array, ...]:
     """Every array of the model, in the order of its tree's leaves (dicts sorted by key)."""
     found = [*embedding(model), *head(model)]
-    if model.final_norm:
-        found += _inside("final_norm", norm(model.norm, "vector", model.d_model))
+    for name, there in (("embedding_norm", model.embedding_norm), ("final_norm", model.final_norm)):
+        found += _inside(name, norm(model.norm, "vector", model.d_model)) if there else ()
     for i, config in enumerate(model.blocks):
         found += _inside(f"blocks/{i}", block(config, model), repeats=model.repeats)
     for i, config in enumerate(model.first_blocks):
@@ -156,10 +160,12 @@ def head(model: ModelConfig) -> Iterator[Array]:
     """What turns the last hidden states into results."""
     init, D = Normal(model.init_std), {"embed": model.d_model}
     match model.head:
-        case LmHead(tied=True):
-            pass
-        case LmHead():
-            yield _array("unembed", {"vocab": model.vocab_size} | D, init, Role.PRODUCT, Part.UNEMBEDDING, inputs=D)
+        case LmHead(tied=tied, bias=bias):
+            V = {"vocab": model.vocab_size}
+            if not tied:
+                yield _array("unembed", V | D, init, Role.PRODUCT, Part.UNEMBEDDING, inputs=D)
+            if bias:
+                yield _array("unembed_bias", V, Constant(0), Role.OTHER, Part.UNEMBEDDING)
         case ScalarHead():
             yield _array("score", D, init, Role.PRODUCT, Part.UNEMBEDDING)
         case _:
@@ -168,9 +174,17 @@ def head(model: ModelConfig) -> Iterator[Array]:
 
 def norm(config: Norm, dim: str, size: int, part: Part = Part.NORMS) -> Iterator[Array]:
     """Of one norm over a dim of this name and size."""
-    yield _array("scale", {dim: size}, Constant(1), Role.OTHER, part)
-    if config.bias:
-        yield _array("bias", {dim: size}, Constant(0), Role.OTHER, part)
+    vector = lambda name, value: _array(name, {dim: size}, Constant(value), Role.OTHER, part)
+    match config:
+        case RmsNorm(one_plus=one_plus):
+            yield vector("scale", 0 if one_plus else 1)
+        case LayerNorm(scale=scale, bias=bias):
+            if scale:
+                yield vector("scale", 1)
+            if bias:
+                yield vector("bias", 0)
+        case _:
+            assert_never(config)
 
 
 @functools.cache  # as above
@@ -184,8 +198,10 @@ def block(config: BlockConfig, model: ModelConfig) -> tuple[Array, ...]:
 def block_norms(config: BlockConfig) -> tuple[str, ...]:
     """Names of a layer's norms of the residual stream."""
     match config.residual:
-        case PreNorm() | PostNorm() | Parallel(two_norms=True):
+        case PreNorm() | PostNorm() | DeepNorm() | Parallel(two_norms=True):
             return ("attention_norm", "mlp_norm")
+        case OutputNorm():
+            return ("attention_out_norm", "mlp_out_norm")
         case Sandwich():
             return ("attention_norm", "attention_out_norm", "mlp_norm", "mlp_out_norm")
         case Parallel():
@@ -201,8 +217,9 @@ def attention(config: Attention, model: ModelConfig) -> Iterator[Array]:
             H = {"head_dim": config.head_dim}
             heads, kv_heads = {"heads": config.n_heads} | H, {"kv_heads": config.n_kv_heads} | H
             D, part = {"embed": model.d_model}, Part.ATTENTION
-            for name, cut in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
-                yield _array(f"{name}_proj", D | cut, Normal(model.init_std), Role.PRODUCT, part, inputs=D)
+            plain = Normal(model.init_std)
+            for name, cut, init in (("q", heads, plain), ("k", kv_heads, plain), ("v", kv_heads, _deep(model))):
+                yield _array(f"{name}_proj", D | cut, init, Role.PRODUCT, part, inputs=D)
             yield _array("o_proj", heads | D, _to_residual(model), Role.PRODUCT, part, inputs=heads)
             if config.qkv_bias:
                 for name, cut in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
@@ -261,13 +278,19 @@ def shared_experts(config: Experts) -> GatedMlp | None:
 def _projections(gated: bool, d_ff: int, model: ModelConfig, part: Part) -> Iterator[Array]:
     D, F = {"embed": model.d_model}, {"mlp": d_ff}
     for name in ("gate_proj", "up_proj") if gated else ("up_proj",):
-        yield _array(name, D | F, Normal(model.init_std), Role.PRODUCT, part, inputs=D)
+        yield _array(name, D | F, _deep(model), Role.PRODUCT, part, inputs=D)
     yield _array("down_proj", F | D, _to_residual(model), Role.PRODUCT, part, inputs=F)
+
+
+def _deep(model: ModelConfig) -> Normal:
+    """Of a value projection, or a matrix into an MLP: what DeepNorm makes smaller."""
+    deep = model.deep_norm
+    return Normal(model.init_std * (1.0 if deep is None else deep.beta_of(model.n_layers)))
 
 
 def _to_residual(model: ModelConfig) -> Normal:
     """Of what writes to the residual stream, so that the sum of all 2L keeps its size (GPT-2, section 2.3)."""
-    return Normal(model.init_std * (2 * model.n_layers) ** -0.5)
+    return Normal(model.init_std * (2 * model.n_layers) ** -0.5) if model.deep_norm is None else _deep(model)
 
 
 def _array(

@@ -14,6 +14,7 @@ from kernels_pallas.glu import activations
 from maxlm.config import Activation, GluSave, KernelConfig
 from maxlm.models.linear import Int8, Weight
 from maxlm.models.ops.backends import blaming
+from maxlm.models.unembedding import Unembedding
 from maxlm.sharding import Layout
 
 
@@ -130,16 +131,16 @@ def embed(layout: Layout, table: Weight, ids: jax.Array, dtype: jnp.dtype) -> ja
     return local(table, ids)
 
 
-def logits(hidden: jax.Array, table: Weight) -> jax.Array:
-    """hidden @ table.T: [..., D] in the compute dtype and [V, D] -> float32 [..., V]. Not for training."""
+def logits(hidden: jax.Array, unembedding: Unembedding) -> jax.Array:
+    """[..., D] in the compute dtype -> float32 [..., V]. Not for training."""
     product = functools.partial(jnp.einsum, "...d,vd->...v", hidden, preferred_element_type=jnp.float32)
-    match table:
+    match unembedding.table:
         case Int8(values=values, scales=scales):
-            return product(values.astype(hidden.dtype)) * scales[:, 0]
-        case jax.Array():
-            return product(table.astype(hidden.dtype))
+            return unembedding.finish(product(values.astype(hidden.dtype)) * scales[:, 0])
+        case jax.Array() as table:
+            return unembedding.finish(product(table.astype(hidden.dtype)))
         case _:
-            assert_never(table)
+            assert_never(unembedding.table)
 
 
 def dense(layout: Layout, w: Weight, dtype: jnp.dtype) -> jax.Array:
