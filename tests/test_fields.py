@@ -106,6 +106,11 @@ def numbers() -> list[Number]:
 NONE_IS_A_CHOICE = {
     "GroupedQuery.window",
     "GroupedQuery.soft_cap",
+    "DeepNorm.alpha",
+    "DeepNorm.beta",
+    "LmHead.scale",
+    "LmHead.soft_cap",
+    "ModelConfig.embedding_scale",
     "Dropless.buffer",
     "Capacity.group_size",
     "AdamW.clip_norm",
@@ -360,7 +365,7 @@ def test_help_tells_every_key_with_its_text_and_range(name: str, capsys: pytest.
         "(at least 1, or -1) (default: -1)",
         "(in [0, 1)) (default: 0.95)",
         "optimizer = AdamW, or Adafactor",
-        "model.blocks.0.residual = PreNorm, or PostNorm, Sandwich, Parallel",
+        "model.blocks.0.residual = PreNorm, or PostNorm, OutputNorm, DeepNorm, Sandwich, Parallel",
         "model.embedded_position = None, or Learned, Sinusoidal",
         "What is trained. ModelConfig: A decoder-only language model.",
     ):

@@ -176,7 +176,7 @@ def head_arguments(bias, scale, soft_cap, rows=B, columns=T, vocabulary=V):
 
 
 def head_formula(hidden, head, targets, d_log_probs, d_entropy, d_z_squared):
-    """Log-probabilities, entropies and log(Z)^2 of each token; gradients of their weighted sum for hidden, table, bias."""
+    """Of each token log-probability, entropy and log(Z)^2; of their weighted sum gradients for hidden, table, bias."""
     exact = lambda x: np.asarray(x, np.float64)
     scale, cap = head.scale or 1.0, head.soft_cap
     product = scale * exact(hidden) @ exact(head.table).T + (0 if head.bias is None else exact(head.bias))

@@ -30,7 +30,6 @@ from maxlm.inference.load import LoadedRun
 from maxlm.inference.steps import decode_logits, prefill_logits
 from maxlm.models import Unembedding, bind, ops
 from maxlm.models.linear import Int8
-from maxlm.models.unembedding import unit_rows
 from maxlm.sharding import make_layout
 
 RNG = np.random.default_rng(0)
@@ -77,7 +76,7 @@ def test_products_take_them() -> None:
             ops.logits(jnp.asarray(x[:, 0]), Unembedding(held(table, 1))),
             ops.logits(
                 jnp.asarray(x[:, 0]),
-                Unembedding(unit_rows(held(table, 1)), jnp.asarray(shift), scale=3.0, soft_cap=2.0),
+                Unembedding(ops.unit_rows(held(table, 1)), jnp.asarray(shift), scale=3.0, soft_cap=2.0),
             ),
         )  # fmt: skip
 

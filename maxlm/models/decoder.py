@@ -25,7 +25,7 @@ from maxlm.models.parameters import Initializer
 from maxlm.models.pipeline import pipelined
 from maxlm.models.positions import sinusoids
 from maxlm.models.tokens import Tokens
-from maxlm.models.unembedding import Unembedding, unit_rows
+from maxlm.models.unembedding import Unembedding
 from maxlm.sharding import Layout
 
 Cache = tuple[Contiguous, ...]
@@ -158,7 +158,7 @@ class Decoder(nnx.Module):
         match self.config.head:
             case LmHead() as head:
                 table: Weight = self.embed[...] if head.tied else self.unembed[...]
-                table = unit_rows(table) if head.normalized else table
+                table = ops.unit_rows(table) if head.normalized else table
                 bias = self.unembed_bias[...] if head.bias else None
                 return Unembedding(table, bias, head.scale, head.soft_cap)
             case ScalarHead():

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import assert_never
 
 import jax
 import jax.numpy as jnp
 
-from maxlm.models.linear import Int8, Weight
+from maxlm.models.linear import Weight
 
 
 @jax.tree_util.register_dataclass
@@ -31,16 +30,3 @@ class Unembedding:
         logits = product if self.scale is None else self.scale * product
         logits = logits if self.bias is None else logits + self.bias
         return logits if self.soft_cap is None else self.soft_cap * jnp.tanh(logits / self.soft_cap)
-
-
-def unit_rows(table: Weight) -> Weight:
-    """Each row divided by its length (PyTorch's `normalize`, with its 1e-12 for rows of zeros), in float32."""
-    match table:
-        case Int8(values=values):  # a row's scale is its length's too
-            length = jnp.linalg.norm(values.astype(jnp.float32), axis=1, keepdims=True)
-            return Int8(values, 1 / jnp.maximum(length, 1))
-        case jax.Array():
-            wide = table.astype(jnp.float32)
-            return wide * jax.lax.rsqrt(jnp.maximum(jnp.sum(wide * wide, axis=1, keepdims=True), 1e-24))
-        case _:
-            assert_never(table)

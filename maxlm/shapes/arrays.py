@@ -22,7 +22,6 @@ from maxlm.config import (
     Experts,
     GatedMlp,
     GroupedQuery,
-    LayerNorm,
     Learned,
     LmHead,
     Mlp,
@@ -35,7 +34,6 @@ from maxlm.config import (
     PostNorm,
     PreNorm,
     RelativeBias,
-    RmsNorm,
     Sandwich,
     ScalarHead,
     SigmoidRouter,
@@ -175,16 +173,10 @@ def head(model: ModelConfig) -> Iterator[Array]:
 def norm(config: Norm, dim: str, size: int, part: Part = Part.NORMS) -> Iterator[Array]:
     """Of one norm over a dim of this name and size."""
     vector = lambda name, value: _array(name, {dim: size}, Constant(value), Role.OTHER, part)
-    match config:
-        case RmsNorm(one_plus=one_plus):
-            yield vector("scale", 0 if one_plus else 1)
-        case LayerNorm(scale=scale, bias=bias):
-            if scale:
-                yield vector("scale", 1)
-            if bias:
-                yield vector("bias", 0)
-        case _:
-            assert_never(config)
+    if config.initial_scale is not None:
+        yield vector("scale", config.initial_scale)
+    if config.bias:
+        yield vector("bias", 0)
 
 
 @functools.cache  # as above

@@ -143,6 +143,19 @@ def logits(hidden: jax.Array, unembedding: Unembedding) -> jax.Array:
             assert_never(unembedding.table)
 
 
+def unit_rows(table: Weight) -> Weight:
+    """Each row divided by its length (PyTorch's `normalize`, with its 1e-12 for rows of zeros), in float32."""
+    match table:
+        case Int8(values=values):  # a row's scale is its length's too
+            length = jnp.linalg.norm(values.astype(jnp.float32), axis=1, keepdims=True)
+            return Int8(values, 1 / jnp.maximum(length, 1))
+        case jax.Array():
+            wide = table.astype(jnp.float32)
+            return wide * jax.lax.rsqrt(jnp.maximum(jnp.sum(wide * wide, axis=1, keepdims=True), 1e-24))
+        case _:
+            assert_never(table)
+
+
 def dense(layout: Layout, w: Weight, dtype: jnp.dtype) -> jax.Array:
     """A weight as one array, for products that run as kernels; the gradient of a float32 one is summed over devices in
     the same dtype. What is quantised is unpacked."""
