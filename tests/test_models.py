@@ -44,6 +44,7 @@ from maxlm.config import (
     PostNorm,
     PreNorm,
     RelativeBias,
+    ResidualInit,
     RmsNorm,
     Rope,
     Sandwich,
@@ -549,6 +550,29 @@ def test_initial_values_of_deep_norm():
                 assert abs(value.std() / std - 1) < 5 / math.sqrt(2 * value.size), (name, value.std())
 
 
+@pytest.mark.parametrize("rule", ResidualInit)
+def test_initial_values_by_depth(rule):
+    """Of a pattern of two after a first layer: entry 1 of the second repeat is layer 5."""
+    model = MODELS["pattern_of_two"]
+    model = dataclasses.replace(model, d_model=96, n_layers=5, first_blocks=model.blocks[:1], residual_init=rule)
+    parameters = initial_parameters(model)
+    layers = {1: jax.tree.map(np.asarray, parameters["first_blocks"]["0"])}
+    for entry, repeat in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        layers[2 + entry + 2 * repeat] = jax.tree.map(
+            lambda x, repeat=repeat: np.asarray(x[repeat]), parameters["blocks"][str(entry)]
+        )
+    for place, layer in layers.items():
+        divisor = {
+            ResidualInit.ALL_LAYERS: math.sqrt(10), ResidualInit.LAYERS_SO_FAR: math.sqrt(2 * place),
+            ResidualInit.NONE: 1,
+        }[rule]  # fmt: skip
+        for part, name in (("attention", "o_proj"), ("mlp", "down_proj")):
+            value = layer[part][name]
+            assert abs(value.std() * divisor / 0.2 - 1) < 4 / math.sqrt(2 * value.size), (place, name)
+        for part, name in (("attention", "v_proj"), ("mlp", "up_proj")):
+            assert abs(layer[part][name].std() / 0.2 - 1) < 4 / math.sqrt(2 * layer[part][name].size), (place, name)
+
+
 def test_deep_norm_is_for_a_whole_model():
     model = small_model(n_layers=4, blocks=small_model().blocks * 2)
     mixed = (model.blocks[0], dataclasses.replace(model.blocks[1], residual=DeepNorm()))
@@ -556,6 +580,8 @@ def test_deep_norm_is_for_a_whole_model():
         dataclasses.replace(model, blocks=mixed)
     with pytest.raises(UserError, match="use one DeepNorm for all"):
         dataclasses.replace(with_block(model, residual=DeepNorm()), first_blocks=model.blocks)
+    with pytest.raises(UserError, match=r"residual_init = .* no meaning with DeepNorm"):
+        dataclasses.replace(with_block(model, residual=DeepNorm()), residual_init=ResidualInit.NONE)
 
 
 def test_new_norms_begin_as_plain_ones():

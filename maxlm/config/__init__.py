@@ -76,6 +76,7 @@ from maxlm.config.model import (
     PostNorm,
     PreNorm,
     Residual,
+    ResidualInit,
     Sandwich,
     ScalarHead,
 )
@@ -181,6 +182,7 @@ __all__ = [
     "RelativeBias",
     "Remat",
     "Residual",
+    "ResidualInit",
     "RmsNorm",
     "Rope",
     "Router",

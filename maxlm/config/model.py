@@ -6,6 +6,7 @@ model runs is in `ExecutionConfig`.
 
 from __future__ import annotations
 
+import enum
 import math
 from dataclasses import InitVar, field
 from typing import Annotated, Any
@@ -70,6 +71,18 @@ class Parallel:
 
     two_norms: bool = False
     """A norm for each of the two, as in GPT-NeoX (arXiv:2204.06745); False: they share one."""
+
+
+class ResidualInit(enum.Enum):
+    """What init_std is divided by for the matrices that write to the residual stream, o_proj and down_proj."""
+
+    ALL_LAYERS = "all_layers"
+    """sqrt(2L), so that the sum of all 2L keeps its size (GPT-2, section 2.3)."""
+    LAYERS_SO_FAR = "layers_so_far"
+    """sqrt(2l) in layer l, counted from 1, so that every partial sum does (torchtitan, and OLMo 1's code; as DS-Init,
+    arXiv:1908.11365, section 4, which divides all matrices of a layer by sqrt(l))."""
+    NONE = "none"
+    """1: they begin as all others."""
 
 
 Residual = PreNorm | PostNorm | OutputNorm | DeepNorm | Sandwich | Parallel
@@ -155,8 +168,9 @@ class ModelConfig:
     head: Head = field(default_factory=LmHead)
     """What is made of the hidden states that leave the last norm."""
     init_std: NotNegative[float] = 0.02
-    """Standard deviation of every weight matrix; those that write to the residual stream get init_std / sqrt(2L).
-    DeepNorm says what it is with itself."""
+    """Standard deviation of every weight matrix, but for what residual_init and DeepNorm make smaller."""
+    residual_init: ResidualInit = ResidualInit.ALL_LAYERS
+    """How much smaller what writes to the residual stream begins; DeepNorm has a rule of its own."""
     first_blocks: tuple[BlockConfig, ...] = ()
     """Layers before the pattern, each used once, without experts (the dense first layer of DeepSeekMoE). They count in
     n_layers; in a pipeline they run before its first stage, on all devices."""
@@ -173,6 +187,11 @@ class ModelConfig:
             raise UserError(
                 "model.blocks and model.first_blocks have DeepNorm beside another residual; its constants are those of "
                 "a whole model: use one DeepNorm for all"
+            )
+        if self.deep_norm is not None and self.residual_init is not ResidualInit.ALL_LAYERS:
+            raise UserError(
+                f"model.residual_init = {self.residual_init} has no meaning with DeepNorm, whose beta says how its "
+                "matrices begin; use the default"
             )
         first, entries = len(self.first_blocks), len(self.blocks)
         repeats, rest = divmod(self.n_layers - first, entries)

@@ -75,16 +75,19 @@ class Decoder(nnx.Module):
         outer_key, *block_keys = jax.random.split(key, 1 + len(config.blocks) + len(config.first_blocks))
         init = Initializer(outer_key)
 
-        def make(blocks: tuple[BlockConfig, ...], keys: list[jax.Array], repeats: int | None) -> nnx.Dict:
-            inits = [Initializer(key, repeats) for key in keys]
+        def make(blocks: tuple[BlockConfig, ...], inits: list[Initializer]) -> nnx.Dict:
             return nnx.Dict({str(i): Block(block, config, inits[i]) for i, block in enumerate(blocks)})
 
         init.declare(self, shapes.embedding(config))
         if config.embedding_norm:
             self.embedding_norm = NormLayer(config.norm, "vector", config.d_model, init)
-        self.blocks = make(config.blocks, block_keys[: len(config.blocks)], config.repeats)
+        first, entries = len(config.first_blocks), len(config.blocks)
+        places = [range(first + i + 1, config.n_layers + 1, entries) for i in range(entries)]
+        stacks = zip(block_keys[:entries], places, strict=True)
+        self.blocks = make(config.blocks, [Initializer(key, layers, stacked=True) for key, layers in stacks])
         if config.first_blocks:
-            self.first_blocks = make(config.first_blocks, block_keys[len(config.blocks) :], None)
+            singles = enumerate(block_keys[entries:], start=1)
+            self.first_blocks = make(config.first_blocks, [Initializer(key, (place,)) for place, key in singles])
         if config.final_norm:
             self.final_norm = NormLayer(config.norm, "vector", config.d_model, init)
         init.declare(self, shapes.head(config))

@@ -34,6 +34,7 @@ from maxlm.config import (
     PostNorm,
     PreNorm,
     RelativeBias,
+    ResidualInit,
     Sandwich,
     ScalarHead,
     SigmoidRouter,
@@ -47,6 +48,8 @@ class Normal:
     """Normally distributed around 0."""
 
     std: float
+    by_layer: bool = False
+    """In layer l, counted from 1, divided by sqrt(2l)."""
 
 
 @dataclass(frozen=True)
@@ -281,8 +284,18 @@ def _deep(model: ModelConfig) -> Normal:
 
 
 def _to_residual(model: ModelConfig) -> Normal:
-    """Of what writes to the residual stream, so that the sum of all 2L keeps its size (GPT-2, section 2.3)."""
-    return Normal(model.init_std * (2 * model.n_layers) ** -0.5) if model.deep_norm is None else _deep(model)
+    """Of what writes to the residual stream."""
+    if model.deep_norm is not None:
+        return _deep(model)
+    match model.residual_init:
+        case ResidualInit.ALL_LAYERS:
+            return Normal(model.init_std * (2 * model.n_layers) ** -0.5)
+        case ResidualInit.LAYERS_SO_FAR:
+            return Normal(model.init_std, by_layer=True)
+        case ResidualInit.NONE:
+            return Normal(model.init_std)
+        case _:
+            assert_never(model.residual_init)
 
 
 def _array(
