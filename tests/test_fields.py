@@ -111,6 +111,7 @@ NONE_IS_A_CHOICE = {
     "LmHead.scale",
     "LmHead.soft_cap",
     "ModelConfig.embedding_scale",
+    "ModelConfig.mup_base_width",
     "Dropless.buffer",
     "Capacity.group_size",
     "AdamW.clip_norm",

@@ -171,6 +171,11 @@ class ModelConfig:
     """Standard deviation of every weight matrix, but for what residual_init and DeepNorm make smaller."""
     residual_init: ResidualInit = ResidualInit.ALL_LAYERS
     """How much smaller what writes to the residual stream begins; DeepNorm has a rule of its own."""
+    mup_base_width: Positive[int] | None = None
+    """d_model of a narrower model for which init_std and the learning rate were found; None: they are this model's own.
+    muP for Adam (arXiv:2203.03466, table 8): with m = d_model / mup_base_width, matrices between hidden vectors begin
+    smaller by sqrt(m), routers and scores by m, and both learn slower by m, weight decay included; logits are divided
+    by m. d_ff and the heads are to be wider by m too, head_dim is to stay, so that the scale of scores may."""
     first_blocks: tuple[BlockConfig, ...] = ()
     """Layers before the pattern, each used once, without experts (the dense first layer of DeepSeekMoE). They count in
     n_layers; in a pipeline they run before its first stage, on all devices."""
@@ -187,6 +192,11 @@ class ModelConfig:
             raise UserError(
                 "model.blocks and model.first_blocks have DeepNorm beside another residual; its constants are those of "
                 "a whole model: use one DeepNorm for all"
+            )
+        if self.mup_base_width is not None and isinstance(self.head, LmHead) and self.head.normalized:
+            raise UserError(
+                "model.mup_base_width has no rule for model.head.normalized = True, whose rows have one length at any "
+                "width; use one of the two"
             )
         if self.deep_norm is not None and self.residual_init is not ResidualInit.ALL_LAYERS:
             raise UserError(
@@ -212,6 +222,11 @@ class ModelConfig:
     def layers(self) -> tuple[BlockConfig, ...]:
         """The block of every layer, in their order."""
         return self.first_blocks + self.blocks * self.repeats
+
+    @property
+    def wider(self) -> float:
+        """How much wider it is than the model of mup_base_width; 1 without one."""
+        return 1.0 if self.mup_base_width is None else self.d_model / self.mup_base_width
 
     @property
     def deep_norm(self) -> DeepNorm | None:

@@ -163,7 +163,8 @@ class Decoder(nnx.Module):
                 table: Weight = self.embed[...] if head.tied else self.unembed[...]
                 table = ops.unit_rows(table) if head.normalized else table
                 bias = self.unembed_bias[...] if head.bias else None
-                return Unembedding(table, bias, head.scale, head.soft_cap)
+                scale = head.scale if self.config.wider == 1 else (head.scale or 1.0) / self.config.wider
+                return Unembedding(table, bias, scale, head.soft_cap)
             case ScalarHead():
                 raise ValueError("a model with a ScalarHead has no logits; its results are `scalars`")
             case _:

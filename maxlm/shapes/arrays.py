@@ -118,6 +118,9 @@ class Array:
     inputs: tuple[str, ...] = ()
     """The dims that a product with activations sums over; none if there is no product, or one that is never rounded."""
 
+    learning_rate: float = 1.0
+    """Factor of the optimizer's, in the list of a whole model; see `ModelConfig.mup_base_width`."""
+
     @property
     def size(self) -> int:
         """How many numbers it has."""
@@ -139,6 +142,9 @@ def arrays(model: ModelConfig) -> tuple[Array, ...]:
         found += _inside(f"blocks/{i}", block(config, model), repeats=model.repeats)
     for i, config in enumerate(model.first_blocks):
         found += _inside(f"first_blocks/{i}", block(config, model))
+    if model.mup_base_width is not None:
+        slower = lambda array: array.role in (Role.PRODUCT, Role.ROUTER) and "vocab" not in array.dims
+        found = [replace(array, learning_rate=1 / model.wider) if slower(array) else array for array in found]
     return tuple(sorted(found, key=lambda array: array.name.split("/")))
 
 
@@ -168,7 +174,7 @@ def head(model: ModelConfig) -> Iterator[Array]:
             if bias:
                 yield _array("unembed_bias", V, Constant(0), Role.OTHER, Part.UNEMBEDDING)
         case ScalarHead():
-            yield _array("score", D, init, Role.PRODUCT, Part.UNEMBEDDING)
+            yield _array("score", D, _to_few(model), Role.PRODUCT, Part.UNEMBEDDING)
         case _:
             assert_never(model.head)
 
@@ -212,7 +218,7 @@ def attention(config: Attention, model: ModelConfig) -> Iterator[Array]:
             H = {"head_dim": config.head_dim}
             heads, kv_heads = {"heads": config.n_heads} | H, {"kv_heads": config.n_kv_heads} | H
             D, part = {"embed": model.d_model}, Part.ATTENTION
-            plain = Normal(model.init_std)
+            plain = _hidden(model)
             for name, cut, init in (("q", heads, plain), ("k", kv_heads, plain), ("v", kv_heads, _deep(model))):
                 yield _array(f"{name}_proj", D | cut, init, Role.PRODUCT, part, inputs=D)
             yield _array("o_proj", heads | D, _to_residual(model), Role.PRODUCT, part, inputs=heads)
@@ -243,14 +249,14 @@ def mlp(config: MlpConfig, model: ModelConfig) -> Iterator[Array]:
         case Experts():
             E = config.n_experts
             scores = {"embed": model.d_model, "router": E}
-            yield _array("router", scores, Normal(model.init_std), Role.ROUTER, Part.MLP)
+            yield _array("router", scores, _to_few(model), Role.ROUTER, Part.MLP)
             for one in _projections(True, config.d_ff, model, Part.EXPERTS):
                 dims = {"experts": E} | dict(zip(one.dims, one.shape, strict=True))
                 uses = config.experts_per_token / E
                 yield _array(one.name, dims, one.init, one.role, one.part, uses, inputs=one.inputs)
             match config.router:
                 case NoisyTopKRouter():
-                    yield _array("router_noise", scores, Normal(model.init_std), Role.ROUTER, Part.MLP)
+                    yield _array("router_noise", scores, _to_few(model), Role.ROUTER, Part.MLP)
                 case SigmoidRouter():
                     yield _array("router_bias", {"router": E}, Constant(0), Role.OTHER, Part.MLP)
                 case TopKRouter() | ExpertChoiceRouter():
@@ -277,10 +283,20 @@ def _projections(gated: bool, d_ff: int, model: ModelConfig, part: Part) -> Iter
     yield _array("down_proj", F | D, _to_residual(model), Role.PRODUCT, part, inputs=F)
 
 
+def _hidden(model: ModelConfig) -> Normal:
+    """Of a matrix between vectors that are as wide as the model."""
+    return Normal(model.init_std * model.wider**-0.5)
+
+
+def _to_few(model: ModelConfig) -> Normal:
+    """Of what sums a hidden vector up in a few numbers, however wide the model is."""
+    return Normal(model.init_std / model.wider)
+
+
 def _deep(model: ModelConfig) -> Normal:
     """Of a value projection, or a matrix into an MLP: what DeepNorm makes smaller."""
     deep = model.deep_norm
-    return Normal(model.init_std * (1.0 if deep is None else deep.beta_of(model.n_layers)))
+    return Normal(_hidden(model).std * (1.0 if deep is None else deep.beta_of(model.n_layers)))
 
 
 def _to_residual(model: ModelConfig) -> Normal:
@@ -289,11 +305,11 @@ def _to_residual(model: ModelConfig) -> Normal:
         return _deep(model)
     match model.residual_init:
         case ResidualInit.ALL_LAYERS:
-            return Normal(model.init_std * (2 * model.n_layers) ** -0.5)
+            return Normal(_hidden(model).std * (2 * model.n_layers) ** -0.5)
         case ResidualInit.LAYERS_SO_FAR:
-            return Normal(model.init_std, by_layer=True)
+            return Normal(_hidden(model).std, by_layer=True)
         case ResidualInit.NONE:
-            return Normal(model.init_std)
+            return _hidden(model)
         case _:
             assert_never(model.residual_init)
 
