@@ -214,9 +214,16 @@ def activation(act: str, x: _Array) -> tuple[_Array, _Array]:
         return 0.5 * x * (1 + t), 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * c * (1 + 3 * 0.044715 * x * x)
     if act == "relu":
         return np.maximum(x, 0), (x > 0).astype(float)
+    if act == "relu2":
+        return np.where(x > 0, x**2, 0), np.where(x > 0, 2 * x, 0)
+    if act == "quick_gelu":
+        s = 1 / (1 + np.exp(-1.702 * x))
+        return x * s, s + x * 1.702 * s * (1 - s)
     if act == "identity":
         return x, np.ones_like(x)
-    raise ValueError(f"act = {act!r} is unknown; use silu, sigmoid, gelu, gelu_tanh, relu or identity")
+    raise ValueError(
+        f"act = {act!r} is unknown; use silu, sigmoid, gelu, gelu_tanh, relu, relu2, quick_gelu or identity"
+    )
 
 
 class Glu(NamedTuple):

@@ -31,6 +31,7 @@ from maxlm.config import (
     DataConfig,
     Experts,
     Files,
+    LmHead,
     ObserveConfig,
     PrepareConfig,
     RunConfig,
@@ -221,6 +222,25 @@ def test_logits_are_those_of_the_plain_decoder(sharding: ShardingConfig, devices
     assert logits.sharding.device_set <= set(jax.devices()[:devices])
     want = plain_logits(ids, jnp.broadcast_to(jnp.arange(9), (3, 9)))
     np.testing.assert_allclose(logits, want, atol=2e-5, rtol=1e-5)
+
+
+def test_logits_go_through_the_whole_head() -> None:
+    """In float64 from the plain decoder's hidden states: normalised rows, a factor, a bias, a cap; on a mesh."""
+    sharding = ShardingConfig(data=1, fsdp=2, tensor=2)
+    model = dataclasses.replace(BYTE_MODEL, head=LmHead(bias=True, scale=0.5, soft_cap=3.0, normalized=True))
+    config = dataclasses.replace(small_run(model=model, sharding=sharding), execution=FLOAT32)
+    bias = np.random.default_rng(1).normal(size=model.vocab_size).astype(np.float32)
+    parameters = {**parameters_of(config), "unembed_bias": jnp.asarray(bias)}
+    ids = np.random.default_rng(0).integers(0, model.vocab_size, (4, 9))
+    positions = jnp.broadcast_to(jnp.arange(9), ids.shape)
+    hidden = run_decoder(model, parameters, plainly(), jnp.asarray(ids), Tokens(positions)).hidden
+    table = np.asarray(parameters["unembed"], np.float64)
+    table /= np.sqrt((table**2).sum(1, keepdims=True))
+    want = 3 * np.tanh((0.5 * np.asarray(hidden, np.float64) @ table.T + bias) / 3)
+    run = LoadedRun(
+        config=config, layout=make_layout(sharding, jax.devices()[:4]), step=0, parameters=parameters, tokenizer=Bytes()
+    )
+    np.testing.assert_allclose(run.model.logits(ids), want, atol=2e-5, rtol=1e-5)
 
 
 def test_a_token_sees_no_later_one_though_experts_have_little_room(run: LoadedRun) -> None:

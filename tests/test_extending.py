@@ -28,7 +28,7 @@ from maxlm.config.data import Sqlite
 
 model = llama(vocab_size=260, d_model=16, n_layers=1, n_heads=2, d_ff=24, max_seq_len=16)
 attention = dataclasses.replace(model.blocks[0].attention, position=Rope(scaling=FastPairs(share=0.5)))
-block = dataclasses.replace(model.blocks[0], attention=attention, mlp=Mlp(d_ff=24, activation=Activation.RELU_SQUARED))
+block = dataclasses.replace(model.blocks[0], attention=attention, mlp=Mlp(d_ff=24, activation=Activation.TANH))
 documents = Sqlite(path="texts.db", query="select text from texts order by text")
 config = RunConfig(
     model=dataclasses.replace(model, norm=ScaleNorm(), blocks=(block,)),

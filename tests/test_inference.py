@@ -22,6 +22,7 @@ from maxlm.config import (
     Alibi,
     Capacity,
     Context,
+    DeepNorm,
     Dtype,
     DynamicNtkScaling,
     ExecutionConfig,
@@ -33,10 +34,14 @@ from maxlm.config import (
     LongRopeScaling,
     ModelConfig,
     NtkScaling,
+    OutputNorm,
     QkNorm,
     RelativeBias,
+    Residual,
+    RmsNorm,
     Rope,
     SamplingConfig,
+    Sandwich,
     ShardingConfig,
     TopKRouter,
     TrainSentencePiece,
@@ -52,10 +57,16 @@ from maxlm.inference.load import LoadedRun
 from maxlm.inference.sampling import sample
 from maxlm.inference.steps import decode_logits, prefill_logits
 from maxlm.inference.text_stream import TextStream
-from maxlm.models import Execution, Tokens, bind
+from maxlm.models import Execution, Tokens, bind, ops
 from maxlm.sharding import decoding_layout, make_layout
 
 GREEDY = SamplingConfig(temperature=0)
+
+
+def with_residual(model: ModelConfig, residual: Residual) -> ModelConfig:
+    blocks = tuple(dataclasses.replace(block, residual=residual) for block in model.blocks)
+    return dataclasses.replace(model, blocks=blocks)
+
 
 MODELS = {
     "mha": with_attention(small_model(), n_kv_heads=4),
@@ -88,6 +99,11 @@ MODELS = {
     ),
     "alibi": with_attention(small_model(), position=Alibi(), soft_cap=2.0),
     "t5_bias": with_attention(small_model(), position=RelativeBias(buckets=8, max_distance=16)),
+    "gemma": with_residual(
+        small_model(norm=RmsNorm(one_plus=True), embedding_scale=6.0, head=LmHead(tied=True, soft_cap=3.0)), Sandwich()
+    ),
+    "output_norm": with_residual(small_model(head=LmHead(bias=True, scale=0.5)), OutputNorm()),
+    "deep_norm": with_residual(small_model(embedding_norm=True, head=LmHead(normalized=True)), DeepNorm()),
     "dense_then_experts": with_experts(
         small_model(n_layers=3), Experts(n_experts=4, d_ff=24, router=TopKRouter(top_k=2)), first_dense=1
     ),
@@ -100,7 +116,7 @@ def full_logits(config: ModelConfig, parameters: Any, tokens: Sequence[int]) -> 
     @jax.jit
     def forward(parameters: Any, ids: jax.Array) -> jax.Array:
         hidden = run_decoder(config, parameters, plainly(), ids, Tokens(jnp.arange(ids.shape[1])[None])).hidden
-        return hidden.astype(jnp.float32) @ bind(config, parameters).output_table.T
+        return ops.logits(hidden, bind(config, parameters).unembedding)
 
     return np.asarray(forward(parameters, jnp.asarray([tokens], jnp.int32)))[0]
 

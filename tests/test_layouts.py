@@ -27,12 +27,16 @@ from maxlm.config import (
     AdamW,
     ConstantSchedule,
     Context,
+    DeepNorm,
     Dtype,
     DynamicNtkScaling,
     LayerNorm,
     Learned,
+    LmHead,
+    OutputNorm,
     QkNorm,
     Remat,
+    RmsNorm,
     Rope,
     ShardingConfig,
     UserError,
@@ -201,6 +205,48 @@ def test_choices_of_attention_on_a_mesh(name, context):
     sharding = ShardingConfig(data=1, fsdp=2, seq=2, tensor=2, context=context)
     want = loss_and_gradients(small_run(CHOICES[name]), one_device())
     assert_close(loss_and_gradients(small_run(CHOICES[name], sharding), make_layout(sharding)), want, 1e-5)
+
+
+def with_residual(model, residual):
+    return dataclasses.replace(
+        model, blocks=tuple(dataclasses.replace(block, residual=residual) for block in model.blocks)
+    )
+
+
+NORMS_AND_HEADS = {
+    "gemma": with_residual(
+        small_model(
+            norm=RmsNorm(one_plus=True),
+            embedding_scale=32**0.5,
+            head=LmHead(tied=True, bias=True, scale=0.5, soft_cap=3.0),
+        ),
+        OutputNorm(),
+    ),
+    "deep": with_residual(
+        small_model(norm=LayerNorm(scale=False), embedding_norm=True, head=LmHead(normalized=True, bias=True)),
+        DeepNorm(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NORMS_AND_HEADS)
+@pytest.mark.parametrize(
+    "sharding",
+    [
+        ShardingConfig(data=1, fsdp=2, seq=2, tensor=2, sequence_parallel=True),
+        ShardingConfig(data=2, tensor=2, stage=2),
+    ],
+    ids=["cut", "pipeline"],
+)
+def test_norms_residuals_and_heads_on_a_mesh(name, sharding):
+    """In a pipeline too, whose first and last stage they are not part of."""
+    model, micro_batches = NORMS_AND_HEADS[name], 2
+    want = loss_and_gradients(small_run(model, z_loss=1e-3), one_device())
+    config = small_run(model, sharding, z_loss=1e-3, micro_batches=micro_batches)
+    got = loss_and_gradients(config, make_layout(sharding))
+    assert_close(got, want, 1e-5)
+    assert max(float(abs(leaf).max()) for leaf in jax.tree.leaves(got[1])) > 1e-2, "gradients too small to compare"
+    assert float(abs(got[1]["unembed_bias"]).max()) > 1e-3
 
 
 def test_impossible_meshes_are_all_reported():

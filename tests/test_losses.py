@@ -11,6 +11,7 @@ import pytest
 from helpers import hlo_shapes, one_device
 
 from maxlm.config import ShardingConfig
+from maxlm.models import Unembedding
 from maxlm.sharding import make_layout
 from maxlm.training.losses import cross_entropy_sums, token_log_probs, token_scores
 
@@ -37,7 +38,7 @@ def formula(hidden, table, targets, mask, z_loss=0.0):
 @functools.partial(jax.jit, static_argnames=("z_loss", "chunk"))
 def sums_and_gradients(hidden, table, targets, mask, *, z_loss=0.0, chunk=1024):
     def objective(hidden, table):
-        sums = cross_entropy_sums(one_device(), hidden, table, targets, mask, z_loss=z_loss, chunk=chunk)
+        sums = cross_entropy_sums(one_device(), hidden, Unembedding(table), targets, mask, z_loss=z_loss, chunk=chunk)
         return sums.objective, sums
 
     (_, sums), gradients = jax.value_and_grad(objective, (0, 1), has_aux=True)(hidden, table)
@@ -71,7 +72,9 @@ def test_sums_and_gradients_equal_the_formula(chunk, z_loss):
 
 def test_sums_are_the_same_without_a_gradient():
     """The forward pass alone runs other code than the one that also forms the gradient."""
-    sums = jax.jit(lambda *a: cross_entropy_sums(one_device(), *a, z_loss=0.1, chunk=7))(*arguments())
+    sums = jax.jit(lambda h, w, *a: cross_entropy_sums(one_device(), h, Unembedding(w), *a, z_loss=0.1, chunk=7))(
+        *arguments()
+    )
     np.testing.assert_array_equal(sums, sums_and_gradients(*arguments(), z_loss=0.1, chunk=7)[0])
 
 
@@ -112,7 +115,8 @@ def test_gradient_scales_with_the_cotangent_and_reaches_a_tied_table():
     ids = jnp.asarray(np.random.default_rng(3).integers(0, V, (B, T)))
 
     def tied(table):
-        return 3.0 * cross_entropy_sums(one_device(), hidden * table[ids], table, targets, mask, chunk=7).objective
+        sums = cross_entropy_sums(one_device(), hidden * table[ids], Unembedding(table), targets, mask, chunk=7)
+        return 3.0 * sums.objective
 
     got = jax.jit(jax.grad(tied))(table)
     _, d_input, d_output = formula(hidden * table[ids], table, targets, mask)
@@ -152,6 +156,84 @@ def test_no_array_of_all_tokens_by_the_vocabulary():
     assert logits(jax.jit(jax.grad(dense, (0, 1))).lower(*shapes).compile().as_text()) == tokens * vocabulary
 
 
+# Heads with more than a table
+
+
+HEADS = {
+    "bias": (True, None, None),
+    "scale": (False, 0.3, None),
+    "soft_cap": (False, None, 2.0),
+    "all": (True, 1.5, 3.0),
+}
+
+
+def head_arguments(bias, scale, soft_cap, rows=B, columns=T, vocabulary=V):
+    rng = np.random.default_rng(6)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, vocabulary, (rows, columns)), jnp.int32)
+    head = Unembedding(draw(vocabulary, D), draw(vocabulary) if bias else None, scale, soft_cap)
+    return draw(rows, columns, D), head, targets, draw(rows, columns), draw(rows, columns)
+
+
+def head_formula(hidden, head, targets, d_log_probs, d_entropy, d_z_squared):
+    """Of each token log-probability, entropy and log(Z)^2; of their weighted sum gradients for hidden, table, bias."""
+    exact = lambda x: np.asarray(x, np.float64)
+    scale, cap = head.scale or 1.0, head.soft_cap
+    product = scale * exact(hidden) @ exact(head.table).T + (0 if head.bias is None else exact(head.bias))
+    logits = product if cap is None else cap * np.tanh(product / cap)
+    log_z = np.log(np.exp(logits).sum(-1))
+    log_p = logits - log_z[..., None]
+    p, onehot = np.exp(log_p), np.eye(logits.shape[-1])[np.asarray(targets)]
+    entropy = -(p * log_p).sum(-1)
+    weight = lambda x: exact(x)[..., None]
+    d_logits = weight(d_log_probs) * (onehot - p) - weight(d_entropy) * p * (log_p + entropy[..., None])
+    d_logits += weight(d_z_squared) * 2 * log_z[..., None] * p
+    d = d_logits if cap is None else d_logits / np.cosh(product / cap) ** 2
+    gradients = scale * d @ exact(head.table), scale * np.einsum("btv,btd->vd", d, exact(hidden)), d.sum((0, 1))
+    return ((log_p * onehot).sum(-1), entropy, log_z**2), gradients
+
+
+def assert_head_gradients(got, want, head):
+    d_hidden, d_head = got
+    assert d_head.bias is None or head.bias is not None
+    np.testing.assert_allclose(d_hidden, want[0], atol=1e-5, rtol=2e-5)
+    np.testing.assert_allclose(d_head.table, want[1], atol=1e-5, rtol=2e-5)
+    if head.bias is not None:
+        np.testing.assert_allclose(d_head.bias, want[2], atol=1e-5, rtol=2e-5)
+
+
+ON = {"one device": None, "vocabulary cut": ShardingConfig(fsdp=2, tensor=2, seq=2)}
+
+
+@pytest.mark.parametrize("mesh", ON)
+@pytest.mark.parametrize("name", HEADS)
+def test_every_head_equals_the_formula(name, mesh):
+    """The objective with z-loss, and scores of tokens; both with their gradients."""
+    layout = one_device() if ON[mesh] is None else make_layout(ON[mesh])
+    hidden, head, targets, *weights = head_arguments(*HEADS[name], rows=4, columns=6, vocabulary=40)
+    mask, zero = jnp.abs(weights[0]), np.zeros(targets.shape)
+
+    def objective(hidden, head):
+        return cross_entropy_sums(layout, hidden, head, targets, mask, z_loss=0.1, chunk=5).objective
+
+    got, gradients = jax.jit(jax.value_and_grad(objective, (0, 1)))(hidden, head)
+    (log_p, _, z_squared), want = head_formula(hidden, head, targets, -mask, zero, 0.1 * mask)
+    np.testing.assert_allclose(got, (mask * (0.1 * z_squared - log_p)).sum(), rtol=2e-6)
+    assert_head_gradients(gradients, want, head)
+    alone = jax.jit(objective)(hidden, head)  # without a gradient it is another program
+    np.testing.assert_allclose(alone, got, rtol=1e-6)
+
+    def weighted(hidden, head):
+        scores = token_scores(layout, hidden, head, targets, chunk=5)
+        return (scores.log_probs * weights[0] + scores.entropy * weights[1]).sum(), scores
+
+    gradients, scores = jax.jit(jax.grad(weighted, (0, 1), has_aux=True))(hidden, head)
+    (log_p, entropy, _), want = head_formula(hidden, head, targets, *weights, zero)
+    np.testing.assert_allclose(scores.log_probs, log_p, atol=1e-5, rtol=2e-5)
+    np.testing.assert_allclose(scores.entropy, entropy, atol=1e-5, rtol=2e-5)
+    assert_head_gradients(gradients, want, head)
+
+
 # Log-probabilities of single tokens
 
 
@@ -172,7 +254,7 @@ def token_formula(hidden, table, targets, d_log_probs, d_entropy):
 
 def scores_and_gradients(layout, hidden, table, targets, d_log_probs, d_entropy, chunk):
     def weighted(hidden, table):
-        scores = token_scores(layout, hidden, table, targets, chunk=chunk)
+        scores = token_scores(layout, hidden, Unembedding(table), targets, chunk=chunk)
         return (scores.log_probs * d_log_probs + scores.entropy * d_entropy).sum(), scores
 
     gradients, scores = jax.jit(jax.grad(weighted, (0, 1), has_aux=True))(hidden, table)
@@ -222,7 +304,7 @@ def test_token_log_probs_never_hold_the_logits_of_all_tokens():
         jax.ShapeDtypeStruct((vocabulary, D), jnp.float32),
         jax.ShapeDtypeStruct((2, tokens // 2), jnp.int32),
     )
-    summed = lambda *a: token_log_probs(one_device(), *a, chunk=chunk).sum()
+    summed = lambda h, w, ids: token_log_probs(one_device(), h, Unembedding(w), ids, chunk=chunk).sum()
     for program in (summed, jax.grad(summed, (0, 1))):
         compiled = jax.jit(program).lower(*shapes).compile()
         assert compiled.memory_analysis().temp_size_in_bytes < 0.15 * 4 * tokens * vocabulary

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from helpers import (
     FLOAT32,
+    initial_parameters,
     loss_function,
     one_device,
     packed_batch,
@@ -29,8 +30,10 @@ from maxlm.config import (
     Activation,
     Alibi,
     BlockConfig,
+    DeepNorm,
     Dtype,
     DynamicNtkScaling,
+    Experts,
     GatedMlp,
     GroupedQuery,
     LayerNorm,
@@ -41,19 +44,22 @@ from maxlm.config import (
     LongRopeScaling,
     Mlp,
     NtkScaling,
+    OutputNorm,
     Parallel,
     PostNorm,
     PreNorm,
     QkNorm,
     RelativeBias,
+    ResidualInit,
     RmsNorm,
     Rope,
     Sandwich,
     Sinusoidal,
+    TopKRouter,
     UserError,
     YarnScaling,
 )
-from maxlm.models import Decoder, Execution, Tokens, bind, init_parameters, parameter_dims
+from maxlm.models import Decoder, Execution, Tokens, bind, init_parameters, ops, parameter_dims
 from maxlm.models.positions import rope_angles, rotate, rotation
 
 # ---- the model, from the papers ----
@@ -62,9 +68,11 @@ from maxlm.models.positions import rope_angles, rotate, rotation
 def norm(config, p, x):
     match config:
         case RmsNorm():
-            return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.eps) * p["scale"]
+            scale = 1 + p["scale"] if config.one_plus else p["scale"]
+            return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.eps) * scale
         case LayerNorm():
-            y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + config.eps) * p["scale"]
+            y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + config.eps)
+            y = y * p["scale"] if config.scale else y
             return y + p["bias"] if config.bias else y
 
 
@@ -205,7 +213,13 @@ def attend(model, config, p, x, positions, segments):
 
 
 def mlp(config, p, x):
-    functions = {Activation.SILU: silu, Activation.GELU: gelu, Activation.RELU: lambda x: np.maximum(x, 0)}
+    functions = {
+        Activation.SILU: silu,
+        Activation.GELU: gelu,
+        Activation.RELU: lambda x: np.maximum(x, 0),
+        Activation.RELU2: lambda x: np.maximum(x, 0) ** 2,
+        Activation.QUICK_GELU: lambda x: x / (1 + np.exp(-1.702 * x)),
+    }
     if isinstance(config, Mlp):
         h = functions[config.activation](x @ p["up_proj"] + (p["up_bias"] if config.bias else 0))
         return h @ p["down_proj"] + (p["down_bias"] if config.bias else 0)
@@ -221,16 +235,18 @@ def forward(model, parameters, inputs, positions, segments):
     parameters = jax.tree.map(lambda x: np.asarray(x, np.float64), parameters)
     logits = []
     for ids, where, document in zip(inputs, positions, segments, strict=True):
-        x = parameters["embed"][ids]
+        x = parameters["embed"][ids] * (model.embedding_scale or 1)
         match model.embedded_position:
             case Learned(offset=offset):
                 x = x + parameters["embedded_position"][offset + where]
             case Sinusoidal():
                 x = x + np.stack([sinusoid(position, model.d_model) for position in where])
+        if model.embedding_norm:
+            x = norm(model.norm, parameters["embedding_norm"], x)
         for layer in range(model.n_layers):
             repeat, entry = divmod(layer, len(model.blocks))
             block, p = model.blocks[entry], jax.tree.map(operator.itemgetter(repeat), parameters["blocks"][str(entry)])
-            normed = lambda name, x, p=p: norm(model.norm, p[name], x)
+            normed = lambda name, x, p=p: norm(model.norm, p.get(name), x)
             attention = lambda x, p=p, block=block, where=where, document=document: attend(
                 model, block.attention, p["attention"], x, where, document
             )
@@ -242,6 +258,13 @@ def forward(model, parameters, inputs, positions, segments):
                 case PostNorm():
                     x = normed("attention_norm", x + attention(x))
                     x = normed("mlp_norm", x + feed(x))
+                case OutputNorm():
+                    x = x + normed("attention_out_norm", attention(x))
+                    x = x + normed("mlp_out_norm", feed(x))
+                case DeepNorm(alpha=alpha):
+                    alpha = (2 * model.n_layers) ** (1 / 4) if alpha is None else alpha
+                    x = normed("attention_norm", alpha * x + attention(x))
+                    x = normed("mlp_norm", alpha * x + feed(x))
                 case Sandwich():
                     x = x + normed("attention_out_norm", attention(normed("attention_norm", x)))
                     x = x + normed("mlp_out_norm", feed(normed("mlp_norm", x)))
@@ -249,9 +272,18 @@ def forward(model, parameters, inputs, positions, segments):
                     first = normed("attention_norm", x)
                     x = x + attention(first) + feed(normed("mlp_norm", x) if two else first)
         if model.final_norm:
-            x = norm(model.norm, parameters["final_norm"], x)
-        logits.append(x @ parameters["embed" if model.tied else "unembed"].T)
+            x = norm(model.norm, parameters.get("final_norm"), x)
+        logits.append(unembed(model.head, parameters, x))
     return np.stack(logits)
+
+
+def unembed(head, parameters, x):
+    table = parameters["embed" if head.tied else "unembed"]
+    if head.normalized:
+        table = table / np.sqrt((table**2).sum(1, keepdims=True))
+    logits = x @ table.T * (head.scale or 1)
+    logits = logits + parameters["unembed_bias"] if head.bias else logits
+    return head.soft_cap * np.tanh(logits / head.soft_cap) if head.soft_cap else logits
 
 
 # ---- ours ----
@@ -272,7 +304,7 @@ def logits_function(model, execution=FLOAT32):
     @jax.jit
     def logits(parameters, inputs, positions, segments):
         hidden = run_decoder(model, parameters, how, inputs, Tokens(positions, segments)).hidden
-        return hidden.astype(jnp.float32) @ bind(model, parameters).output_table.T
+        return ops.logits(hidden, bind(model, parameters).unembedding)
 
     return logits
 
@@ -375,6 +407,30 @@ MODELS = {
         with_attention(small_model(init_std=0.4), position=RelativeBias(buckets=8, max_distance=16)),
         residual=Parallel(two_norms=True),
     ),
+    "gemma": with_block(
+        small_model(
+            norm=RmsNorm(one_plus=True), embedding_scale=32**0.5, head=LmHead(tied=True, soft_cap=3.0), init_std=0.3
+        ),
+        residual=Sandwich(),
+    ),
+    "olmo1": small_model(norm=LayerNorm(scale=False, bias=False), head=LmHead(scale=0.5)),
+    "olmo2": with_block(with_attention(small_model(), qk_norm=True), residual=OutputNorm()),
+    "phi_nemotron": with_block(
+        small_model(norm=LayerNorm(), head=LmHead(bias=True, soft_cap=4.0)),
+        mlp=Mlp(d_ff=40, activation=Activation.RELU2, bias=True),
+        residual=Parallel(),
+    ),
+    "deep_norm": with_block(
+        with_attention(
+            small_model(norm=LayerNorm(scale=False), embedding_norm=True, embedded_position=Learned()), position=None
+        ),
+        mlp=GatedMlp(d_ff=40, activation=Activation.QUICK_GELU),
+        residual=DeepNorm(),
+    ),
+    "deep_norm_given_norm_head": with_block(
+        small_model(n_layers=3, head=LmHead(normalized=True, scale=3.0, bias=True)), residual=DeepNorm(alpha=3.0)
+    ),
+    "norm_head_tied": small_model(head=LmHead(tied=True, normalized=True), embedding_scale=0.3, embedding_norm=True),
 }
 
 
@@ -694,6 +750,79 @@ def test_initial_values():
     # No two matrices, layers or block entries start from the same numbers.
     correlation = np.corrcoef([array[:100] for array in seen]) - np.eye(len(seen))
     assert np.abs(correlation).max() < 0.6
+
+
+def test_initial_values_of_deep_norm():
+    """beta of the standard deviation where the paper has it, and no 1 / sqrt(2L)."""
+    experts = Experts(n_experts=4, d_ff=96, router=TopKRouter(top_k=2))
+    blocks = tuple(
+        BlockConfig(attention=GroupedQuery(n_heads=4, n_kv_heads=4, head_dim=16), mlp=mlp, residual=DeepNorm())
+        for mlp in (GatedMlp(d_ff=96), Mlp(d_ff=96), experts)
+    )
+    model = small_model(d_model=64, n_layers=6, blocks=blocks, init_std=0.02)
+    given = with_block(model, residual=DeepNorm(beta=0.3))
+    for one, beta in ((model, 48**-0.25), (given, 0.3)):
+        parameters = initial_parameters(one)
+        for path, value in jax.tree_util.tree_leaves_with_path(parameters):
+            name, value = path[-1].key, np.asarray(value)
+            if value.ndim > (2 if path[0].key == "blocks" else 1):
+                plain = name in ("q_proj", "k_proj", "embed", "unembed", "router")
+                std = 0.02 * (1 if plain else beta)
+                assert abs(value.std() / std - 1) < 5 / math.sqrt(2 * value.size), (name, value.std())
+
+
+@pytest.mark.parametrize("rule", ResidualInit)
+def test_initial_values_by_depth(rule):
+    """Of a pattern of two after a first layer: entry 1 of the second repeat is layer 5."""
+    model = MODELS["pattern_of_two"]
+    model = dataclasses.replace(model, d_model=96, n_layers=5, first_blocks=model.blocks[:1], residual_init=rule)
+    parameters = initial_parameters(model)
+    layers = {1: jax.tree.map(np.asarray, parameters["first_blocks"]["0"])}
+    for entry, repeat in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        layers[2 + entry + 2 * repeat] = jax.tree.map(
+            lambda x, repeat=repeat: np.asarray(x[repeat]), parameters["blocks"][str(entry)]
+        )
+    for place, layer in layers.items():
+        divisor = {
+            ResidualInit.ALL_LAYERS: math.sqrt(10), ResidualInit.LAYERS_SO_FAR: math.sqrt(2 * place),
+            ResidualInit.NONE: 1,
+        }[rule]  # fmt: skip
+        for part, name in (("attention", "o_proj"), ("mlp", "down_proj")):
+            value = layer[part][name]
+            assert abs(value.std() * divisor / 0.2 - 1) < 4 / math.sqrt(2 * value.size), (place, name)
+        for part, name in (("attention", "v_proj"), ("mlp", "up_proj")):
+            assert abs(layer[part][name].std() / 0.2 - 1) < 4 / math.sqrt(2 * layer[part][name].size), (place, name)
+
+
+def test_deep_norm_is_for_a_whole_model():
+    model = small_model(n_layers=4, blocks=small_model().blocks * 2)
+    mixed = (model.blocks[0], dataclasses.replace(model.blocks[1], residual=DeepNorm()))
+    with pytest.raises(UserError, match=r"DeepNorm beside another residual; .* use one DeepNorm for all"):
+        dataclasses.replace(model, blocks=mixed)
+    with pytest.raises(UserError, match="use one DeepNorm for all"):
+        dataclasses.replace(with_block(model, residual=DeepNorm()), first_blocks=model.blocks)
+    with pytest.raises(UserError, match=r"residual_init = .* no meaning with DeepNorm"):
+        dataclasses.replace(with_block(model, residual=DeepNorm()), residual_init=ResidualInit.NONE)
+
+
+def test_new_norms_begin_as_plain_ones():
+    parameters = init_parameters(small_model(norm=RmsNorm(one_plus=True)), jax.random.key(0))
+    assert (parameters["final_norm"]["scale"] == 0).all() and (
+        parameters["blocks"]["0"]["mlp_norm"]["scale"] == 0
+    ).all()
+    bare = init_parameters(small_model(norm=LayerNorm(scale=False, bias=False)), jax.random.key(0))
+    assert "final_norm" not in bare and "mlp_norm" not in bare["blocks"]["0"]
+
+
+def test_the_embeddings_factor_is_rounded_as_gemma_rounds_it():
+    """sqrt(3072) is 55.4256..., and 55.5 in bfloat16; the product is rounded once more."""
+    model = small_model(embedding_scale=3072**0.5)
+    parameters = initial_parameters(model)
+    ids = np.arange(8, dtype=np.int32)[None]
+    how = Execution(one_device(), dataclasses.replace(FLOAT32, dtype=Dtype.BFLOAT16))
+    got = jax.jit(lambda p: bind(model, p).embeddings(ids, Tokens(ids), how))(parameters)
+    rows = np.asarray(parameters["embed"][:8].astype(jnp.bfloat16), np.float64)
+    np.testing.assert_array_equal(got[0], jnp.asarray(55.5 * rows, jnp.float32).astype(jnp.bfloat16))
 
 
 def test_initial_values_follow_the_key():

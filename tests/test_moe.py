@@ -394,7 +394,7 @@ def test_decoding_equals_reading_the_whole(mlp: Experts) -> None:
     tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 64)
     positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
     hidden = jax.jit(lambda p: run_decoder(config, p, how, tokens, Tokens(positions)).hidden)(parameters)
-    want = hidden @ model.output_table.T
+    want = hidden @ model.unembedding.table.T
     logits, cache = jax.jit(lambda model: prefill_logits(model, how, tokens[:, :8], jnp.array([8, 8]), 12))(model)
     np.testing.assert_allclose(logits, want[:, 7], atol=1e-5, rtol=0)
     step = jax.jit(lambda *arguments: decode_logits(arguments[0], how, *arguments[1:]))

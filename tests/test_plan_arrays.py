@@ -12,14 +12,17 @@ from helpers import PRESETS, small_model, with_attention
 from maxlm.config import (
     BlockConfig,
     Capacity,
+    DeepNorm,
     ExpertChoiceRouter,
     Experts,
     GatedMlp,
     GroupedQuery,
+    LayerNorm,
     Learned,
     LmHead,
     ModelConfig,
     NoisyTopKRouter,
+    OutputNorm,
     QkNorm,
     ShardingConfig,
     SigmoidRouter,
@@ -60,6 +63,15 @@ ODD = {
     ),
     "sinks, norms of all heads and an offset": with_attention(
         small_model(embedded_position=Learned(offset=2)), sinks=True, qk_norm=QkNorm.WHOLE, position=None
+    ),
+    "a bias and more norms": small_model(
+        norm=LayerNorm(scale=False),
+        embedding_norm=True,
+        head=LmHead(tied=True, bias=True, normalized=True),
+        blocks=(replace(small_model().blocks[0], residual=DeepNorm()),),
+    ),
+    "no numbers in norms": small_model(
+        norm=LayerNorm(scale=False, bias=False), blocks=(replace(small_model().blocks[0], residual=OutputNorm()),)
     ),
     "noisy": experts(NoisyTopKRouter(top_k=2)),
     "sigmoid": experts(SigmoidRouter(top_k=2), n_shared_experts=1),

@@ -19,11 +19,16 @@ from maxlm.config import (
     Adafactor,
     AdamW,
     Capacity,
+    DeepNorm,
     Dtype,
     Experts,
     GatedMlp,
+    OutputNorm,
+    Parallel,
+    PostNorm,
     QkNorm,
     Remat,
+    Sandwich,
     ShardingConfig,
     TopKRouter,
     Zero,
@@ -106,6 +111,11 @@ LAYERS = {
         WIDE, Experts(n_experts=4, d_ff=48, router=TopKRouter(top_k=2), dispatch=Capacity(factor=1.0))
     ),
 }
+RESIDUALS = (PostNorm(), OutputNorm(), DeepNorm(), Sandwich(), Parallel(), Parallel(two_norms=True))
+for residual in RESIDUALS:
+    of_residual = replace(WIDE, blocks=(replace(WIDE.blocks[0], residual=residual),))
+    LAYERS[f"{residual}"] = of_residual
+    LAYERS[f"{residual} experts"] = with_experts(of_residual, Experts(n_experts=4, d_ff=48, router=TopKRouter(top_k=2)))
 
 
 @pytest.mark.parametrize("remat", [remat for remat in Remat if remat is not Remat.OFFLOAD])

@@ -67,6 +67,18 @@ def _relu(a: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.maximum(a, 0.0), jnp.where(a > 0, jnp.ones_like(a), jnp.zeros_like(a))
 
 
+def _relu2(a: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """So et al. 2021, arXiv:2109.08668, section 4.2."""
+    positive = jnp.maximum(a, 0.0)
+    return positive * positive, 2 * positive
+
+
+def _quick_gelu(a: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The sigmoid approximation of Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2."""
+    s = lax.logistic(1.702 * a)
+    return a * s, s * (1 + 1.702 * a * (1 - s))
+
+
 def _sigmoid(a: jax.Array) -> tuple[jax.Array, jax.Array]:
     s = lax.logistic(a)
     return s, s * (1 - s)
@@ -81,6 +93,8 @@ _FORMULAS: dict[str, Callable[[jax.Array], tuple[jax.Array, jax.Array]]] = {
     "gelu": _gelu,
     "gelu_tanh": _gelu_tanh,
     "relu": _relu,
+    "relu2": _relu2,
+    "quick_gelu": _quick_gelu,
     "sigmoid": _sigmoid,
     "identity": _identity,
 }

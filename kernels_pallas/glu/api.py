@@ -49,7 +49,8 @@ def fused_glu(
         x: [..., D] float32, bfloat16 or float16 (float64 with XLA).
         w_gate, w_up: [D, F], of any floating dtype.
         b_gate, b_up: [F], both or neither.
-        act: one of "silu", "gelu" (exact), "gelu_tanh", "relu", "sigmoid", "identity".
+        act: one of "silu", "gelu" (exact), "gelu_tanh", "relu", "relu2", "quick_gelu",
+            "sigmoid", "identity".
         save: beside x and the weights, "ag" keeps both products for the backward pass, 2 * M * F elements for the M
             rows of x; "none" keeps nothing and computes them again, one more forward pass of FLOPs.
         backend: "xla", "tpu" or "gpu" (Hopper); "auto" follows the table recorded for the chip. The compiler cannot

@@ -14,6 +14,10 @@ class Activation(enum.Enum):
     GELU = "gelu"
     GELU_TANH = "gelu_tanh"
     RELU = "relu"
+    RELU2 = "relu2"
+    """relu(x)^2 (Primer, So et al. 2021, arXiv:2109.08668, section 4.2)."""
+    QUICK_GELU = "quick_gelu"
+    """x sigmoid(1.702 x) (arXiv:1606.08415, section 2; CLIP)."""
     SIGMOID = "sigmoid"
     IDENTITY = "identity"
 

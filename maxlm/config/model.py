@@ -6,6 +6,7 @@ model runs is in `ExecutionConfig`.
 
 from __future__ import annotations
 
+import enum
 import math
 from dataclasses import InitVar, field
 from typing import Annotated, Any
@@ -31,6 +32,35 @@ class PostNorm:
 
 
 @config("model.blocks[].residual.", changes=Changes.IDENTITY)
+class OutputNorm:
+    """x + norm(attention(x)), then x + norm(mlp(x)) (Swin v2, arXiv:2111.09883, section 3.2: "res-post-norm";
+    OLMo 2, arXiv:2501.00656)."""
+
+
+@config("model.blocks[].residual.", changes=Changes.IDENTITY)
+class DeepNorm:
+    """norm(alpha * x + attention(x)), then norm(alpha * x + mlp(x)) (Wang et al. 2022, arXiv:2203.00555).
+
+    If one block has it, all have the same. The standard deviation of v_proj, o_proj and the matrices of MLPs is
+    beta * init_std, without the 1 / sqrt(2L) of other models. In the paper beta is the gain of Xavier's initialisation,
+    which has sqrt(2 / (inputs + outputs)) of each matrix where we have init_std for all; it says that others will do.
+    """
+
+    alpha: Positive[float] | None = None
+    """Factor of the residual stream; None: (2L)^(1/4), as the paper has it for decoders (figure 2)."""
+    beta: Positive[float] | None = None
+    """Factor of the standard deviations above; None: (8L)^(-1/4), from the same figure."""
+
+    def alpha_of(self, n_layers: int) -> float:
+        """In a model of so many layers."""
+        return (2 * n_layers) ** 0.25 if self.alpha is None else self.alpha
+
+    def beta_of(self, n_layers: int) -> float:
+        """In a model of so many layers."""
+        return (8 * n_layers) ** -0.25 if self.beta is None else self.beta
+
+
+@config("model.blocks[].residual.", changes=Changes.IDENTITY)
 class Sandwich:
     """x + norm(attention(norm(x))), then x + norm(mlp(norm(x))) (CogView, arXiv:2105.13290, section 2.4; Gemma 2)."""
 
@@ -43,7 +73,19 @@ class Parallel:
     """A norm for each of the two, as in GPT-NeoX (arXiv:2204.06745); False: they share one."""
 
 
-Residual = PreNorm | PostNorm | Sandwich | Parallel
+class ResidualInit(enum.Enum):
+    """What init_std is divided by for the matrices that write to the residual stream, o_proj and down_proj."""
+
+    ALL_LAYERS = "all_layers"
+    """sqrt(2L), so that the sum of all 2L keeps its size (GPT-2, section 2.3)."""
+    LAYERS_SO_FAR = "layers_so_far"
+    """sqrt(2l) in layer l, counted from 1, so that every partial sum does (torchtitan, and OLMo 1's code; as DS-Init,
+    arXiv:1908.11365, section 4, which divides all matrices of a layer by sqrt(l))."""
+    NONE = "none"
+    """1: they begin as all others."""
+
+
+Residual = PreNorm | PostNorm | OutputNorm | DeepNorm | Sandwich | Parallel
 MlpConfig = Mlp | GatedMlp | Experts
 
 
@@ -62,10 +104,22 @@ class BlockConfig:
 
 @config("model.head.", changes=Changes.IDENTITY)
 class LmHead:
-    """Logits over the vocabulary."""
+    """Logits over the vocabulary: cap(scale * hidden @ table.T + bias), where cap(x) = soft_cap * tanh(x / soft_cap).
+
+    All but the product is computed in float32, in training, evaluation and generation alike.
+    """
 
     tied: bool = False
     """The embedding table is the output projection too (Press & Wolf 2017, arXiv:1608.05859)."""
+    bias: bool = False
+    """Adds a learned number for each id, as GPT-J and Phi do."""
+    scale: Positive[float] | None = None
+    """Factor of the product, as Cohere's logit_scale and muP's output multiplier (arXiv:2203.03466); None: none."""
+    soft_cap: Positive[float] | None = None
+    """Keeps logits between -soft_cap and soft_cap (Gemma 2, arXiv:2408.00118, section 2); None: no cap."""
+    normalized: bool = False
+    """Each row of the table is divided by its length before the product (Baichuan 2's NormHead, arXiv:2309.10305);
+    where a tied table is looked up it is not."""
 
 
 @config("model.head.", changes=Changes.IDENTITY)
@@ -102,6 +156,11 @@ class ModelConfig:
     """Longest context, in tokens, that the model is meant for; decoding refuses to pass it."""
     norm: Norm = field(default_factory=RmsNorm)
     """Every norm of the model."""
+    embedding_norm: bool = False
+    """Normalise what enters the first layer, embedded positions added (BLOOM, arXiv:2211.05100, section 3.2.3)."""
+    embedding_scale: Positive[float] | None = None
+    """Factor of each token's embedding, before positions are added; None: none. Gemma has sqrt(d_model), and rounds it
+    to the compute dtype before it multiplies; so do we."""
     final_norm: bool = True
     """Normalise what leaves the last layer; post-norm models have done it by then."""
     embedded_position: EmbeddedPosition | None = None
@@ -109,7 +168,14 @@ class ModelConfig:
     head: Head = field(default_factory=LmHead)
     """What is made of the hidden states that leave the last norm."""
     init_std: NotNegative[float] = 0.02
-    """Standard deviation of every weight matrix; those that write to the residual stream get init_std / sqrt(2L)."""
+    """Standard deviation of every weight matrix, but for what residual_init and DeepNorm make smaller."""
+    residual_init: ResidualInit = ResidualInit.ALL_LAYERS
+    """How much smaller what writes to the residual stream begins; DeepNorm has a rule of its own."""
+    mup_base_width: Positive[int] | None = None
+    """d_model of a narrower model for which init_std and the learning rate were found; None: they are this model's own.
+    muP for Adam (arXiv:2203.03466, table 8): with m = d_model / mup_base_width, matrices between hidden vectors begin
+    smaller by sqrt(m), routers and scores by m, and both learn slower by m, weight decay included; logits are divided
+    by m. d_ff and the heads are to be wider by m too, head_dim is to stay, so that the scale of scores may."""
     first_blocks: tuple[BlockConfig, ...] = ()
     """Layers before the pattern, each used once, without experts (the dense first layer of DeepSeekMoE). They count in
     n_layers; in a pipeline they run before its first stage, on all devices."""
@@ -130,6 +196,22 @@ class ModelConfig:
                     f"{self.max_seq_len}, over which scores would pass the largest number; use at least "
                     f"{self.max_seq_len / 64}"
                 )
+        residuals = {block.residual for block in self.first_blocks + self.blocks}
+        if self.deep_norm is not None and len(residuals) > 1:
+            raise UserError(
+                "model.blocks and model.first_blocks have DeepNorm beside another residual; its constants are those of "
+                "a whole model: use one DeepNorm for all"
+            )
+        if self.mup_base_width is not None and isinstance(self.head, LmHead) and self.head.normalized:
+            raise UserError(
+                "model.mup_base_width has no rule for model.head.normalized = True, whose rows have one length at any "
+                "width; use one of the two"
+            )
+        if self.deep_norm is not None and self.residual_init is not ResidualInit.ALL_LAYERS:
+            raise UserError(
+                f"model.residual_init = {self.residual_init} has no meaning with DeepNorm, whose beta says how its "
+                "matrices begin; use the default"
+            )
         first, entries = len(self.first_blocks), len(self.blocks)
         repeats, rest = divmod(self.n_layers - first, entries)
         if rest or repeats < 1:
@@ -149,6 +231,17 @@ class ModelConfig:
     def layers(self) -> tuple[BlockConfig, ...]:
         """The block of every layer, in their order."""
         return self.first_blocks + self.blocks * self.repeats
+
+    @property
+    def wider(self) -> float:
+        """How much wider it is than the model of mup_base_width; 1 without one."""
+        return 1.0 if self.mup_base_width is None else self.d_model / self.mup_base_width
+
+    @property
+    def deep_norm(self) -> DeepNorm | None:
+        """What every block has as its residual, if that is a DeepNorm."""
+        kinds = [block.residual for block in self.first_blocks + self.blocks]
+        return next((kind for kind in kinds if isinstance(kind, DeepNorm)), None)
 
     @property
     def decodes(self) -> bool:

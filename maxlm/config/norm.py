@@ -13,7 +13,14 @@ class RmsNorm:
 
     eps: NotNegative[float] = 1e-5
     """Keeps a vector of zeros from being divided by zero."""
+    one_plus: bool = False
+    """What is stored is the scale's difference from 1, which begins as 0, as in Gemma's code (arXiv:2403.08295)."""
     bias: ClassVar[bool] = False
+
+    @property
+    def initial_scale(self) -> float | None:
+        """What every number of the scale's array begins with; None: there is no such array."""
+        return 0.0 if self.one_plus else 1.0
 
 
 @config("model.norm.", changes=Changes.IDENTITY)
@@ -22,8 +29,15 @@ class LayerNorm:
 
     eps: NotNegative[float] = 1e-5
     """Keeps a constant vector from being divided by zero."""
+    scale: bool = True
+    """A learned scale; OLMo 1 has neither it nor a bias (arXiv:2402.00838, section 2.1)."""
     bias: bool = True
-    """Without one as in PaLM (arXiv:2204.02311) and MPT."""
+    """A learned bias; none in PaLM (arXiv:2204.02311) and MPT."""
+
+    @property
+    def initial_scale(self) -> float | None:
+        """As of RmsNorm."""
+        return 1.0 if self.scale else None
 
 
 Norm = RmsNorm | LayerNorm

@@ -199,6 +199,11 @@ class RunConfig:
             failures.append(
                 f"model.head = {type(model.head).__name__} gives no logits, which task = Pretrain learns; use LmHead"
             )
+        if model.mup_base_width is not None and not isinstance(self.optimizer, AdamW):
+            failures.append(
+                f"model.mup_base_width = {model.mup_base_width} has rules for AdamW alone, not for "
+                f"{type(self.optimizer).__name__}; use AdamW, or None"
+            )
         if self.observe.sample_tokens and not model.decodes:
             failures.append(
                 f"observe.sample_tokens = {self.observe.sample_tokens} needs a model that can decode, but with "

@@ -109,7 +109,7 @@ class LanguageModel:
     ) -> jax.Array:
         model, tokens = bind(self.config, parameters), Tokens(positions, segment_ids)
         output = model(model.embeddings(ids, tokens, self._how), tokens, self._how)
-        return self._layout.constrain(ops.logits(output.hidden, model.output_table), "batch", None, None)
+        return self._layout.constrain(ops.logits(output.hidden, model.unembedding), "batch", None, None)
 
 
 def _dropless(model: ModelConfig) -> ModelConfig:

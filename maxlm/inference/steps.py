@@ -118,4 +118,4 @@ def decode_chunk(
 
 def _logits(model: Decoder, how: Execution, hidden: jax.Array) -> jax.Array:
     """[B, D] -> float32 [B, V], whole on every device that has the row: choosing needs the row's whole vocabulary."""
-    return how.layout.constrain(ops.logits(hidden, model.output_table), "batch", None)
+    return how.layout.constrain(ops.logits(hidden, model.unembedding), "batch", None)

@@ -13,6 +13,7 @@ positions.py: RoPE
 moe.py: routers, their losses and statistics; a mixture of experts
 pipeline.py: stages and micro-batches as one scan
 upcycle.py: a dense model's parameters for a mixture
+unembedding.py: hidden states to logits
 linear.py: what a product takes as its weight: a plain array, or 8 bits
 parameters.py: parameters as maxlm/shapes declares them
 execution.py: mesh, number format, remat and kernels of a call
@@ -29,11 +30,13 @@ from maxlm.models.decoder import (
 )
 from maxlm.models.execution import Execution
 from maxlm.models.tokens import Tokens
+from maxlm.models.unembedding import Unembedding
 
 __all__ = [
     "Decoder",
     "Execution",
     "Tokens",
+    "Unembedding",
     "abstract_parameters",
     "bind",
     "declared",

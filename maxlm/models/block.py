@@ -5,16 +5,19 @@ from __future__ import annotations
 from typing import assert_never
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from maxlm import shapes
 from maxlm.config import (
     BlockConfig,
+    DeepNorm,
     Experts,
     GatedMlp,
     GroupedQuery,
     Mlp,
     ModelConfig,
+    OutputNorm,
     Parallel,
     PostNorm,
     PreNorm,
@@ -38,7 +41,7 @@ class Block(nnx.Module):
     mlp_out_norm: NormLayer
 
     def __init__(self, config: BlockConfig, model: ModelConfig, init: Initializer):
-        self.config = config
+        self.config, self.n_layers = config, model.n_layers
         for name in shapes.block_norms(config):
             setattr(self, name, NormLayer(model.norm, "vector", model.d_model, init))
         match config.attention:
@@ -101,6 +104,13 @@ class Block(nnx.Module):
             case PostNorm():
                 x = self.attention_norm(add(x, attention(x)))
                 x = self.mlp_norm(add(x, mlp(x)))
+            case OutputNorm():
+                x = add(x, self.attention_out_norm(attention(x)))
+                x = add(x, self.mlp_out_norm(mlp(x)))
+            case DeepNorm() as deep:
+                alpha = jnp.float32(deep.alpha_of(self.n_layers))
+                x = self.attention_norm(add((alpha * x).astype(x.dtype), attention(x)))
+                x = self.mlp_norm(add((alpha * x).astype(x.dtype), mlp(x)))
             case Sandwich():
                 x = add(x, self.attention_out_norm(attention(self.attention_norm(x))))
                 x = add(x, self.mlp_out_norm(mlp(self.mlp_norm(x))))

@@ -18,12 +18,14 @@ from maxlm.models import ops
 from maxlm.models.attention import Contiguous
 from maxlm.models.block import Block
 from maxlm.models.execution import Execution
+from maxlm.models.linear import Weight
 from maxlm.models.moe import RouterStats
 from maxlm.models.norms import NormLayer
 from maxlm.models.parameters import Initializer
 from maxlm.models.pipeline import pipelined
 from maxlm.models.positions import sinusoids
 from maxlm.models.tokens import Tokens
+from maxlm.models.unembedding import Unembedding
 from maxlm.sharding import Layout
 
 Cache = tuple[Contiguous, ...]
@@ -65,6 +67,7 @@ class Decoder(nnx.Module):
     embed: nnx.Param
     embedded_position: nnx.Param
     unembed: nnx.Param
+    unembed_bias: nnx.Param
     score: nnx.Param
 
     def __init__(self, config: ModelConfig, key: jax.Array):
@@ -72,14 +75,19 @@ class Decoder(nnx.Module):
         outer_key, *block_keys = jax.random.split(key, 1 + len(config.blocks) + len(config.first_blocks))
         init = Initializer(outer_key)
 
-        def make(blocks: tuple[BlockConfig, ...], keys: list[jax.Array], repeats: int | None) -> nnx.Dict:
-            inits = [Initializer(key, repeats) for key in keys]
+        def make(blocks: tuple[BlockConfig, ...], inits: list[Initializer]) -> nnx.Dict:
             return nnx.Dict({str(i): Block(block, config, inits[i]) for i, block in enumerate(blocks)})
 
         init.declare(self, shapes.embedding(config))
-        self.blocks = make(config.blocks, block_keys[: len(config.blocks)], config.repeats)
+        if config.embedding_norm:
+            self.embedding_norm = NormLayer(config.norm, "vector", config.d_model, init)
+        first, entries = len(config.first_blocks), len(config.blocks)
+        places = [range(first + i + 1, config.n_layers + 1, entries) for i in range(entries)]
+        stacks = zip(block_keys[:entries], places, strict=True)
+        self.blocks = make(config.blocks, [Initializer(key, layers, stacked=True) for key, layers in stacks])
         if config.first_blocks:
-            self.first_blocks = make(config.first_blocks, block_keys[len(config.blocks) :], None)
+            singles = enumerate(block_keys[entries:], start=1)
+            self.first_blocks = make(config.first_blocks, [Initializer(key, (place,)) for place, key in singles])
         if config.final_norm:
             self.final_norm = NormLayer(config.norm, "vector", config.d_model, init)
         init.declare(self, shapes.head(config))
@@ -88,6 +96,8 @@ class Decoder(nnx.Module):
         """What the layers begin with: int32 [B, T] token ids -> [B, T, D] in the compute dtype."""
         with jax.named_scope("embed"):
             x = ops.embed(how.layout, self.embed[...], ids, how.dtype)
+            if self.config.embedding_scale is not None:
+                x *= jnp.asarray(self.config.embedding_scale, x.dtype)
             match self.config.embedded_position:
                 case Learned(offset=offset):
                     places = tokens.positions + offset if offset else tokens.positions
@@ -98,10 +108,11 @@ class Decoder(nnx.Module):
                     pass
                 case _:
                     assert_never(self.config.embedded_position)
+            x = self.embedding_norm(x) if self.config.embedding_norm else x
             return how.layout.constrain(x, "batch", "residual_seq", "embed")
 
     def __call__(self, x: jax.Array, tokens: Tokens, how: Execution, cache: Cache | None = None) -> DecoderOutput:
-        """Final hidden states; multiply by `output_table` for logits.
+        """Final hidden states; `unembedding` makes logits of them.
 
         Args:
             x: [B, T, D], from `embeddings`, or made of other inputs. With ring attention over the seq axis, all columns
@@ -146,11 +157,15 @@ class Decoder(nnx.Module):
         return pipelined(how.layout, run, repeats, item, micro_batches=how.micro_batches)
 
     @property
-    def output_table(self) -> jax.Array:
-        """float32 [V, D]; logits are hidden @ output_table.T. With an LmHead."""
+    def unembedding(self) -> Unembedding:
+        """What makes logits of hidden states. With an LmHead."""
         match self.config.head:
-            case LmHead(tied=tied):
-                return self.embed[...] if tied else self.unembed[...]
+            case LmHead() as head:
+                table: Weight = self.embed[...] if head.tied else self.unembed[...]
+                table = ops.unit_rows(table) if head.normalized else table
+                bias = self.unembed_bias[...] if head.bias else None
+                scale = head.scale if self.config.wider == 1 else (head.scale or 1.0) / self.config.wider
+                return Unembedding(table, bias, scale, head.soft_cap)
             case ScalarHead():
                 raise ValueError("a model with a ScalarHead has no logits; its results are `scalars`")
             case _:

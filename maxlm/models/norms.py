@@ -27,12 +27,14 @@ class NormLayer(nnx.Module):
         """[..., size] in and out, in x's dtype; computed in float32."""
         wide = x.astype(jnp.float32)
         match self.config:
-            case RmsNorm(eps=eps):
-                y = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps) * self.scale[...]
-            case LayerNorm(eps=eps, bias=bias):
+            case RmsNorm(eps=eps, one_plus=one_plus):
+                scale = 1 + self.scale[...] if one_plus else self.scale[...]
+                y = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps) * scale
+            case LayerNorm(eps=eps, scale=has_scale, bias=has_bias):
                 centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-                y = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps) * self.scale[...]
-                y = y + self.bias[...] if bias else y
+                y = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
+                y = y * self.scale[...] if has_scale else y
+                y = y + self.bias[...] if has_bias else y
             case _:
                 assert_never(self.config)
         return y.astype(x.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import assert_never
 
 import jax
@@ -15,12 +15,13 @@ from maxlm.shapes import Array, Constant, Normal
 class Initializer:
     """Makes the parameters of a module and of those inside it, each random one from a key of its own.
 
-    With `repeats`, every parameter is a stack over that many layers, with a leading "layers" dim; a loop hands each
-    layer its slice. The values are the same for a key on every mesh.
+    With `stacked`, every parameter is a stack over `layers`, with a leading "layers" dim; a loop hands each layer its
+    slice. The values are the same for a key on every mesh.
     """
 
-    def __init__(self, key: jax.Array, repeats: int | None = None):
-        self._key, self._count, self._repeats = key, 0, repeats
+    def __init__(self, key: jax.Array, layers: Sequence[int] = (1,), *, stacked: bool = False):
+        """`layers`: the places in the model, counted from 1, of the layer or the stack."""
+        self._key, self._count, self._layers, self._stacked = key, 0, layers, stacked
 
     def declare(self, module: nnx.Module, arrays: Iterable[Array]) -> None:
         """Give `module` its own arrays; those of a module inside it have a path for a name, and are its to ask for."""
@@ -30,12 +31,15 @@ class Initializer:
 
     def _parameter(self, array: Array) -> nnx.Param:
         shape, dims = array.shape, array.dims
-        if self._repeats is not None:
-            shape, dims = (self._repeats, *shape), ("layers", *dims)
+        if self._stacked:
+            shape, dims = (len(self._layers), *shape), ("layers", *dims)
         match array.init:
-            case Normal(std):
+            case Normal(std, by_layer=by_layer):
                 self._count += 1
                 value = std * jax.random.normal(jax.random.fold_in(self._key, self._count), shape, jnp.float32)
+                if by_layer:
+                    factors = (2 * jnp.array(self._layers, jnp.float32)) ** -0.5
+                    value *= factors.reshape(-1, *[1] * (len(shape) - 1))
             case Constant(number):
                 value = jnp.full(shape, number, jnp.float32)
             case _:

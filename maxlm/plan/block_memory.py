@@ -7,9 +7,22 @@ compares the two; what is at work is the compilers' choice, learnt from the buff
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
-from maxlm.config import BlockConfig, Context, Experts, Mlp, Remat, RunConfig
+from maxlm.config import (
+    BlockConfig,
+    Context,
+    DeepNorm,
+    Experts,
+    Mlp,
+    OutputNorm,
+    Parallel,
+    PostNorm,
+    PreNorm,
+    Remat,
+    RunConfig,
+    Sandwich,
+)
 from maxlm.config.remat import SAVED_NAMES
 from maxlm.plan.machines import Platform
 from maxlm.shapes import FLOAT32, block_norms, shared_experts
@@ -43,6 +56,16 @@ def block_memory(
     dense = shared_experts(mlp) if isinstance(mlp, Experts) else mlp
     hidden = 0 if dense is None else dense.d_ff * itemsize // tensor
     gate_up = hidden if isinstance(dense, Mlp) else 2 * hidden
+    # Last products of attention and MLP that a norm reads, alone or in a sum; that of routed experts is made again.
+    match block.residual:
+        case Parallel():
+            sums = 0
+        case PreNorm():
+            sums = 1
+        case PostNorm() | OutputNorm() | DeepNorm() | Sandwich():
+            sums = 1 if dense is None else 2
+        case _:
+            assert_never(block.residual)
     unnamed, gate_up_all, products, moved = 0, gate_up, gate_up, 0
     if isinstance(mlp, Experts):
         # Rows of the buffer that a device's experts read, for each of the device's tokens (`ops/experts.py`).
@@ -67,16 +90,16 @@ def block_memory(
         "attention_lse": FLOAT32 * attention.n_heads // tensor,
         "glu_gate": hidden,
         "glu_up": gate_up - hidden,
-        "grouped_out": own + qk_norm + products,  # with all products that only Remat.DOTS keeps
+        "grouped_out": sums * own + qk_norm + products,  # with all products that only Remat.DOTS keeps
     }
     kept = lambda policy: sum(named[name] for name in SAVED_NAMES[policy])
     match remat:
         case Remat.NONE:
-            # Of each norm its input, the normalised input, both in float32, and its output; of attention the named
-            # arrays; of the MLP gate, up and what the last product reads.
+            # Of each norm its input, the normalised input, both in float32, and its output, twice where attention and
+            # the MLP share it; of attention the named arrays; of the MLP gate, up and what the last product reads.
             norms = len(block_norms(block))
             inputs = 2 * FLOAT32 * (norms * own + qk_norm) // itemsize
-            saved = inputs + norms * width + kept(Remat.NAMES) + gate_up + hidden + unnamed
+            saved = inputs + max(norms, 2) * width + kept(Remat.NAMES) + gate_up + hidden + unnamed
         case Remat.OFFLOAD:
             saved = own
         case _:

@@ -169,15 +169,16 @@ def _count_parameters(ledger: _Ledger, config: RunConfig) -> None:
     """
     for array in shapes.arrays(config.model):
         size = math.prod(device_shape(array, ledger.sizes, Zero.OPTIMIZER))  # numbers, as if the fsdp axis cut nothing
-        count = _count_table if array.part in (Part.EMBEDDING, Part.UNEMBEDDING) else _count_matrix
+        table = array.part in (Part.EMBEDDING, Part.UNEMBEDDING) and "embed" in array.dims
+        count = _count_table if table else _count_matrix
         count(ledger, config, array, size)
         if "embed" in array.dims and config.sharding.zero is not Zero.PARAMETERS:
             ledger.gather("fsdp", size * FLOAT32, "gathers updates")
 
 
 def _count_matrix(ledger: _Ledger, config: RunConfig, array: Array, size: int) -> None:
-    """Of a layer, or the final norm. Each run counts, the pipeline's empty turns too. A gradient is a sum over all axes
-    but those that cut the array."""
+    """Of a layer, or a norm or bias outside of them. Each run counts, the pipeline's empty turns too. A gradient is a
+    sum over all axes but those that cut the array."""
     sizes, zero, stacked = ledger.sizes, config.sharding.zero, array.dims[0] == "layers"
     others = ["data", "seq"] + ["stage"] * (not stacked) + ["expert"] * (array.part is not Part.EXPERTS)
     runs = turns(config, sizes) if stacked else loss_tokens(config, sizes)[0]

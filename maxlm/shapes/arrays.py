@@ -17,6 +17,7 @@ from typing import assert_never
 from maxlm.config import (
     Attention,
     BlockConfig,
+    DeepNorm,
     ExpertChoiceRouter,
     Experts,
     GatedMlp,
@@ -28,11 +29,13 @@ from maxlm.config import (
     ModelConfig,
     NoisyTopKRouter,
     Norm,
+    OutputNorm,
     Parallel,
     PostNorm,
     PreNorm,
     QkNorm,
     RelativeBias,
+    ResidualInit,
     Sandwich,
     ScalarHead,
     SigmoidRouter,
@@ -46,6 +49,8 @@ class Normal:
     """Normally distributed around 0."""
 
     std: float
+    by_layer: bool = False
+    """In layer l, counted from 1, divided by sqrt(2l)."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,9 @@ class Array:
     inputs: tuple[str, ...] = ()
     """The dims that a product with activations sums over; none if there is no product, or one that is never rounded."""
 
+    learning_rate: float = 1.0
+    """Factor of the optimizer's, in the list of a whole model; see `ModelConfig.mup_base_width`."""
+
     @property
     def size(self) -> int:
         """How many numbers it has."""
@@ -129,12 +137,15 @@ class Array:
 def arrays(model: ModelConfig) -> tuple[Array, ...]:
     """Every array of the model, in the order of its tree's leaves (dicts sorted by key)."""
     found = [*embedding(model), *head(model)]
-    if model.final_norm:
-        found += _inside("final_norm", norm(model.norm, "vector", model.d_model))
+    for name, there in (("embedding_norm", model.embedding_norm), ("final_norm", model.final_norm)):
+        found += _inside(name, norm(model.norm, "vector", model.d_model)) if there else ()
     for i, config in enumerate(model.blocks):
         found += _inside(f"blocks/{i}", block(config, model), repeats=model.repeats)
     for i, config in enumerate(model.first_blocks):
         found += _inside(f"first_blocks/{i}", block(config, model))
+    if model.mup_base_width is not None:
+        slower = lambda array: array.role in (Role.PRODUCT, Role.ROUTER) and "vocab" not in array.dims
+        found = [replace(array, learning_rate=1 / model.wider) if slower(array) else array for array in found]
     return tuple(sorted(found, key=lambda array: array.name.split("/")))
 
 
@@ -157,21 +168,25 @@ def head(model: ModelConfig) -> Iterator[Array]:
     """What turns the last hidden states into results."""
     init, D = Normal(model.init_std), {"embed": model.d_model}
     match model.head:
-        case LmHead(tied=True):
-            pass
-        case LmHead():
-            yield _array("unembed", {"vocab": model.vocab_size} | D, init, Role.PRODUCT, Part.UNEMBEDDING, inputs=D)
+        case LmHead(tied=tied, bias=bias):
+            V = {"vocab": model.vocab_size}
+            if not tied:
+                yield _array("unembed", V | D, init, Role.PRODUCT, Part.UNEMBEDDING, inputs=D)
+            if bias:
+                yield _array("unembed_bias", V, Constant(0), Role.OTHER, Part.UNEMBEDDING)
         case ScalarHead():
-            yield _array("score", D, init, Role.PRODUCT, Part.UNEMBEDDING)
+            yield _array("score", D, _to_few(model), Role.PRODUCT, Part.UNEMBEDDING)
         case _:
             assert_never(model.head)
 
 
 def norm(config: Norm, dim: str, size: int, part: Part = Part.NORMS) -> Iterator[Array]:
     """Of one norm over a dim of this name and size."""
-    yield _array("scale", {dim: size}, Constant(1), Role.OTHER, part)
+    vector = lambda name, value: _array(name, {dim: size}, Constant(value), Role.OTHER, part)
+    if config.initial_scale is not None:
+        yield vector("scale", config.initial_scale)
     if config.bias:
-        yield _array("bias", {dim: size}, Constant(0), Role.OTHER, part)
+        yield vector("bias", 0)
 
 
 @functools.cache  # as above
@@ -185,8 +200,10 @@ def block(config: BlockConfig, model: ModelConfig) -> tuple[Array, ...]:
 def block_norms(config: BlockConfig) -> tuple[str, ...]:
     """Names of a layer's norms of the residual stream."""
     match config.residual:
-        case PreNorm() | PostNorm() | Parallel(two_norms=True):
+        case PreNorm() | PostNorm() | DeepNorm() | Parallel(two_norms=True):
             return ("attention_norm", "mlp_norm")
+        case OutputNorm():
+            return ("attention_out_norm", "mlp_out_norm")
         case Sandwich():
             return ("attention_norm", "attention_out_norm", "mlp_norm", "mlp_out_norm")
         case Parallel():
@@ -202,8 +219,9 @@ def attention(config: Attention, model: ModelConfig) -> Iterator[Array]:
             H = {"head_dim": config.head_dim}
             heads, kv_heads = {"heads": config.n_heads} | H, {"kv_heads": config.n_kv_heads} | H
             D, part = {"embed": model.d_model}, Part.ATTENTION
-            for name, cut in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
-                yield _array(f"{name}_proj", D | cut, Normal(model.init_std), Role.PRODUCT, part, inputs=D)
+            plain = _hidden(model)
+            for name, cut, init in (("q", heads, plain), ("k", kv_heads, plain), ("v", kv_heads, _deep(model))):
+                yield _array(f"{name}_proj", D | cut, init, Role.PRODUCT, part, inputs=D)
             yield _array("o_proj", heads | D, _to_residual(model), Role.PRODUCT, part, inputs=heads)
             if config.qkv_bias:
                 for name, cut in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
@@ -247,14 +265,14 @@ def mlp(config: MlpConfig, model: ModelConfig) -> Iterator[Array]:
         case Experts():
             E = config.n_experts
             scores = {"embed": model.d_model, "router": E}
-            yield _array("router", scores, Normal(model.init_std), Role.ROUTER, Part.MLP)
+            yield _array("router", scores, _to_few(model), Role.ROUTER, Part.MLP)
             for one in _projections(True, config.d_ff, model, Part.EXPERTS):
                 dims = {"experts": E} | dict(zip(one.dims, one.shape, strict=True))
                 uses = config.experts_per_token / E
                 yield _array(one.name, dims, one.init, one.role, one.part, uses, inputs=one.inputs)
             match config.router:
                 case NoisyTopKRouter():
-                    yield _array("router_noise", scores, Normal(model.init_std), Role.ROUTER, Part.MLP)
+                    yield _array("router_noise", scores, _to_few(model), Role.ROUTER, Part.MLP)
                 case SigmoidRouter():
                     yield _array("router_bias", {"router": E}, Constant(0), Role.OTHER, Part.MLP)
                 case TopKRouter() | ExpertChoiceRouter():
@@ -277,13 +295,39 @@ def shared_experts(config: Experts) -> GatedMlp | None:
 def _projections(gated: bool, d_ff: int, model: ModelConfig, part: Part) -> Iterator[Array]:
     D, F = {"embed": model.d_model}, {"mlp": d_ff}
     for name in ("gate_proj", "up_proj") if gated else ("up_proj",):
-        yield _array(name, D | F, Normal(model.init_std), Role.PRODUCT, part, inputs=D)
+        yield _array(name, D | F, _deep(model), Role.PRODUCT, part, inputs=D)
     yield _array("down_proj", F | D, _to_residual(model), Role.PRODUCT, part, inputs=F)
 
 
+def _hidden(model: ModelConfig) -> Normal:
+    """Of a matrix between vectors that are as wide as the model."""
+    return Normal(model.init_std * model.wider**-0.5)
+
+
+def _to_few(model: ModelConfig) -> Normal:
+    """Of what sums a hidden vector up in a few numbers, however wide the model is."""
+    return Normal(model.init_std / model.wider)
+
+
+def _deep(model: ModelConfig) -> Normal:
+    """Of a value projection, or a matrix into an MLP: what DeepNorm makes smaller."""
+    deep = model.deep_norm
+    return Normal(_hidden(model).std * (1.0 if deep is None else deep.beta_of(model.n_layers)))
+
+
 def _to_residual(model: ModelConfig) -> Normal:
-    """Of what writes to the residual stream, so that the sum of all 2L keeps its size (GPT-2, section 2.3)."""
-    return Normal(model.init_std * (2 * model.n_layers) ** -0.5)
+    """Of what writes to the residual stream."""
+    if model.deep_norm is not None:
+        return _deep(model)
+    match model.residual_init:
+        case ResidualInit.ALL_LAYERS:
+            return Normal(_hidden(model).std * (2 * model.n_layers) ** -0.5)
+        case ResidualInit.LAYERS_SO_FAR:
+            return Normal(_hidden(model).std, by_layer=True)
+        case ResidualInit.NONE:
+            return _hidden(model)
+        case _:
+            assert_never(model.residual_init)
 
 
 def _array(

@@ -29,7 +29,7 @@ class ParameterCount:
     embedding: int
     """Input table [V, D], and that of learned positions."""
     unembedding: int
-    """Output projection [V, D]; 0 when it is the input table."""
+    """Output projection [V, D], which is not counted where it is the input table, and its bias."""
     attention: int
     """Projections, their biases, position tables, and the norms of query and key heads."""
     mlp: int

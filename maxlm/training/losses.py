@@ -7,13 +7,16 @@ either keep all of them ([B, T, V] float32) or compute them twice.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from maxlm.config import ACTIVATION_DIMS, StatePart
+from maxlm.models import Unembedding
 from maxlm.sharding import Layout
 
 _TOKEN_AXES = (*ACTIVATION_DIMS["batch"], *ACTIVATION_DIMS["seq"])  # the mesh axes that share out a batch's tokens
@@ -38,45 +41,46 @@ class _Options(NamedTuple):
 def cross_entropy_sums(
     layout: Layout,
     hidden: jax.Array,
-    table: jax.Array,
+    unembedding: Unembedding,
     targets: jax.Array,
     mask: jax.Array,
     *,
     z_loss: float = 0.0,
     chunk: int = 1024,
 ) -> LossSums:
-    """Sum over tokens of mask * (logsumexp(logits) - logits[target]), with logits = hidden @ table.T in float32.
+    """Sum over tokens of mask * (logsumexp(logits) - logits[target]), with logits in float32.
 
     The z-loss term, mask * logsumexp(logits)^2, is that of PaLM (arXiv:2204.02311, section 5).
 
     Args:
         layout: the mesh; the vocabulary may be cut over the tensor axis.
         hidden: [B, T, D] in the compute dtype.
-        table: float32 [V, D].
+        unembedding: what makes logits of them; its arrays are float32.
         targets: int32 [B, T].
         mask: float [B, T], weight of each token.
         z_loss: weight of the z-loss in the objective.
         chunk: tokens on each device whose logits exist at one time.
     """
-    return _sums(_Options(layout, z_loss, chunk), hidden, table, targets, mask.astype(jnp.float32))
+    return _sums(_Options(layout, z_loss, chunk), hidden, unembedding, targets, mask.astype(jnp.float32))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sums(options: _Options, hidden: jax.Array, table: jax.Array, targets: jax.Array, mask: jax.Array) -> LossSums:
-    return _on_mesh(options, hidden, table, targets, mask, with_gradient=False)[0]
+def _sums(
+    options: _Options, hidden: jax.Array, unembedding: Unembedding, targets: jax.Array, mask: jax.Array
+) -> LossSums:
+    return _on_mesh(options, hidden, unembedding, targets, mask, with_gradient=False)[0]
 
 
 def _sums_fwd(
-    options: _Options, hidden: jax.Array, table: jax.Array, targets: jax.Array, mask: jax.Array
-) -> tuple[LossSums, tuple[jax.Array, jax.Array]]:
-    sums, d_hidden, d_table = _on_mesh(options, hidden, table, targets, mask, with_gradient=True)
-    return sums, (d_hidden, d_table)
+    options: _Options, hidden: jax.Array, unembedding: Unembedding, targets: jax.Array, mask: jax.Array
+) -> tuple[LossSums, tuple[jax.Array, Unembedding]]:
+    sums, d_hidden, d_unembedding = _on_mesh(options, hidden, unembedding, targets, mask, with_gradient=True)
+    return sums, (d_hidden, d_unembedding)
 
 
-def _sums_bwd(options: _Options, gradients: tuple[jax.Array, jax.Array], d_sums: LossSums) -> tuple:
-    d_hidden, d_table = gradients
+def _sums_bwd(options: _Options, gradients: tuple[jax.Array, Unembedding], d_sums: LossSums) -> tuple:
     scale = d_sums.objective
-    return d_hidden * scale.astype(d_hidden.dtype), d_table * scale, None, None
+    return *jax.tree.map(lambda d: d * scale.astype(d.dtype), gradients), None, None
 
 
 _sums.defvjp(_sums_fwd, _sums_bwd)
@@ -85,47 +89,51 @@ _sums.defvjp(_sums_fwd, _sums_bwd)
 def _on_mesh(
     options: _Options,
     hidden: jax.Array,
-    table: jax.Array,
+    unembedding: Unembedding,
     targets: jax.Array,
     mask: jax.Array,
     *,
     with_gradient: bool,
 ) -> tuple:
-    """LossSums, d_hidden in hidden's dtype and d_table in float32; the latter two None without gradient."""
+    """LossSums, d_hidden in hidden's dtype and d_unembedding in float32; the latter two None without gradient."""
     layout = options.layout
     tokens = layout.activation("batch", "seq")
-    d_table_spec = layout.parameter(("vocab", "embed"), StatePart.GRADIENTS)
 
     @functools.partial(
         layout.shard_map,
-        in_specs=(layout.activation("batch", "seq", None), layout.activation("vocab", None), tokens, tokens),
+        in_specs=(layout.activation("batch", "seq", None), _whole(layout, unembedding), tokens, tokens),
         out_specs=(
             layout.activation(),
             layout.activation("batch", "seq", None) if with_gradient else None,
-            d_table_spec if with_gradient else None,
+            _of_gradients(layout, unembedding) if with_gradient else None,
         ),
         check_vma=False,
     )
-    def local(hidden: jax.Array, table: jax.Array, targets: jax.Array, mask: jax.Array) -> tuple:
-        sums, d_hidden, d_table = _in_chunks(options, hidden, table, targets, mask, with_gradient)
+    def local(hidden: jax.Array, unembedding: Unembedding, targets: jax.Array, mask: jax.Array) -> tuple:
+        sums, d_hidden, d_unembedding = _in_chunks(options, hidden, unembedding, targets, mask, with_gradient)
         sums = LossSums(*jax.lax.psum(tuple(sums), _TOKEN_AXES))
         if with_gradient:
-            d_table = _sum_over_tokens(layout, d_table, hidden.dtype)
-        return sums, d_hidden, d_table
+            d_unembedding = _sum_over_tokens(layout, d_unembedding, hidden.dtype)
+        return sums, d_hidden, d_unembedding
 
-    return local(hidden, table.astype(hidden.dtype), targets, mask)
+    return local(hidden, _narrow(unembedding, hidden.dtype), targets, mask)
 
 
 def _in_chunks(
-    options: _Options, hidden: jax.Array, table: jax.Array, targets: jax.Array, mask: jax.Array, with_gradient: bool
+    options: _Options,
+    hidden: jax.Array,
+    unembedding: Unembedding,
+    targets: jax.Array,
+    mask: jax.Array,
+    with_gradient: bool,
 ) -> tuple:
     """One device's share: all its tokens, and its part of the vocabulary."""
-    chunks = _cut(options.chunk, hidden, _local_ids(table, targets), mask)
+    chunks = _cut(options.chunk, hidden, _local_ids(unembedding, targets), mask)
 
     def one_chunk(carry: tuple, tokens: tuple) -> tuple:
-        objective, cross_entropy, log_z_squared, d_table = carry
+        objective, cross_entropy, log_z_squared, d_unembedding = carry
         x, target, weight = tokens
-        logits, is_target, exp, total, log_z = _scores(x, table, target)
+        logits, is_target, exp, total, log_z, pull = _scores(x, unembedding, target)
         target_logit = jax.lax.psum(jnp.where(is_target, logits, 0).sum(-1), "tensor")
         nll = weight @ (log_z - target_logit)
         z_squared = weight @ (log_z * log_z)
@@ -134,24 +142,49 @@ def _in_chunks(
             # d(objective)/d(logits) = weight * (softmax * (1 + 2 * z_loss * log_z) - onehot)
             d_softmax = weight * (1 + 2 * options.z_loss * log_z) / total
             d_logits = exp * d_softmax[:, None] - jnp.where(is_target, weight[:, None], 0)
-            d_logits = d_logits.astype(x.dtype)
-            d_x = jax.lax.psum(jnp.einsum("tv,vd->td", d_logits, table), "tensor")
-            d_table += jnp.einsum("tv,td->vd", d_logits, x, preferred_element_type=jnp.float32)
+            d_x, d_unembedding = pull(d_logits, d_unembedding)
         objective += nll + options.z_loss * z_squared
-        return (objective, cross_entropy + nll, log_z_squared + z_squared, d_table), d_x
+        return (objective, cross_entropy + nll, log_z_squared + z_squared, d_unembedding), d_x
 
     zero = jnp.float32(0)
-    start = zero, zero, zero, jnp.zeros(table.shape, jnp.float32) if with_gradient else None
+    start = zero, zero, zero, _zeros(unembedding) if with_gradient else None
     scanned: tuple = jax.lax.scan(one_chunk, start, chunks)
-    (*sums, d_table), d_hidden = scanned
+    (*sums, d_unembedding), d_hidden = scanned
     if not with_gradient:
         return LossSums(*sums), None, None
-    return LossSums(*sums), _uncut(d_hidden, hidden.shape), d_table
+    return LossSums(*sums), _uncut(d_hidden, hidden.shape), d_unembedding
 
 
-def _local_ids(table: jax.Array, targets: jax.Array) -> jax.Array:
+def _with(unembedding: Unembedding, table: Any, bias: Any) -> Unembedding:
+    """The same with other arrays, or with what is to be said of each of its arrays."""
+    return dataclasses.replace(unembedding, table=table, bias=None if unembedding.bias is None else bias)
+
+
+def _whole(layout: Layout, unembedding: Unembedding) -> Unembedding:
+    """How the loss has them: cut along the vocabulary alone."""
+    return _with(unembedding, layout.activation("vocab", None), layout.activation("vocab"))
+
+
+def _of_gradients(layout: Layout, unembedding: Unembedding) -> Unembedding:
+    """How their gradients are kept."""
+    spec = lambda *dims: layout.parameter(dims, StatePart.GRADIENTS)
+    return _with(unembedding, spec("vocab", "embed"), spec("vocab"))
+
+
+def _narrow(unembedding: Unembedding, dtype: jnp.dtype) -> Unembedding:
+    """With its table in the compute dtype."""
+    assert isinstance(unembedding.table, jax.Array)  # 8 bits are for decoding
+    return dataclasses.replace(unembedding, table=unembedding.table.astype(dtype))
+
+
+def _zeros(unembedding: Unembedding) -> Unembedding:
+    """What gradients are added to."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), unembedding)
+
+
+def _local_ids(unembedding: Unembedding, targets: jax.Array) -> jax.Array:
     """Rows of this device's part of the table; others lie outside of it."""
-    return targets - jax.lax.axis_index("tensor") * table.shape[0]
+    return targets - jax.lax.axis_index("tensor") * unembedding.table.shape[0]
 
 
 def _cut(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -168,27 +201,50 @@ def _uncut(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return x.reshape(-1, *shape[2:])[: shape[0] * shape[1]].reshape(shape)
 
 
-def _scores(x: jax.Array, table: jax.Array, target: jax.Array) -> tuple[jax.Array, ...]:
-    """Of a chunk, in float32: logits, whether it is the target, exp(logit - top), their sum, log(Z); the latter two
-    over the whole vocabulary."""
-    logits = jnp.einsum("td,vd->tv", x, table, preferred_element_type=jnp.float32)
+class _Scores(NamedTuple):
+    """Of a chunk, float32."""
+
+    logits: jax.Array
+    is_target: jax.Array
+    exp: jax.Array  # of logit - top
+    total: jax.Array  # their sum over the whole vocabulary
+    log_z: jax.Array  # over the whole vocabulary
+    pull: Callable[[jax.Array, Unembedding], tuple[jax.Array, Unembedding]]
+    """d_logits and d_unembedding of earlier chunks -> d_x, and d_unembedding with that of this chunk added."""
+
+
+def _scores(x: jax.Array, unembedding: Unembedding, target: jax.Array) -> _Scores:
+    table = unembedding.table
+    product = jnp.einsum("td,vd->tv", x, table, preferred_element_type=jnp.float32)
+    finish = lambda product, bias: _with(unembedding, table, bias).finish(product)
+    logits, d_finish = jax.vjp(finish, product, unembedding.bias)
+
+    def pull(d_logits: jax.Array, before: Unembedding) -> tuple[jax.Array, Unembedding]:
+        d_product, d_bias = d_finish(d_logits)
+        d_product = d_product.astype(x.dtype)
+        d_x = jax.lax.psum(jnp.einsum("tv,vd->td", d_product, table), "tensor")
+        d_table = jnp.einsum("tv,td->vd", d_product, x, preferred_element_type=jnp.float32)
+        return d_x, jax.tree.map(jnp.add, before, _with(unembedding, d_table, d_bias))
+
     is_target = jnp.arange(table.shape[0]) == target[:, None]
     top = jax.lax.pmax(logits.max(-1), "tensor")
     exp = jnp.exp(logits - top[:, None])
     total = jax.lax.psum(exp.sum(-1), "tensor")
-    return logits, is_target, exp, total, top + jnp.log(total)
+    return _Scores(logits, is_target, exp, total, top + jnp.log(total), pull)
 
 
-def _sum_over_tokens(layout: Layout, d_table: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The gradient of this device's part of the table from the tokens of all devices, in float32 and in the layout of
-    gradients; on the way in `dtype`, unless the config says float32."""
-    d_table = d_table if layout.config.float32_gradients else d_table.astype(dtype)
+def _sum_over_tokens(layout: Layout, d_unembedding: Unembedding, dtype: jnp.dtype) -> Unembedding:
+    """The gradient of this device's part of the vocabulary from the tokens of all devices, in float32 and in the layout
+    of gradients; on the way in `dtype`, unless the config says float32."""
+    cast = lambda x: x if layout.config.float32_gradients else x.astype(dtype)
+    d_table, d_bias = jax.tree.map(cast, (d_unembedding.table, d_unembedding.bias))
     if layout.parameter(("vocab", "embed"), StatePart.GRADIENTS)[1] == "fsdp":
         d_table = jax.lax.psum(d_table, tuple(axis for axis in _TOKEN_AXES if axis != "fsdp"))
         d_table = jax.lax.psum_scatter(d_table, "fsdp", scatter_dimension=1, tiled=True)
     else:
         d_table = jax.lax.psum(d_table, _TOKEN_AXES)
-    return d_table.astype(jnp.float32)
+    d_bias = jax.lax.psum(d_bias, _TOKEN_AXES)
+    return jax.tree.map(lambda x: x.astype(jnp.float32), _with(d_unembedding, d_table, d_bias))
 
 
 class TokenScores(NamedTuple):
@@ -201,16 +257,16 @@ class TokenScores(NamedTuple):
 
 
 def token_log_probs(
-    layout: Layout, hidden: jax.Array, table: jax.Array, targets: jax.Array, *, chunk: int = 1024
+    layout: Layout, hidden: jax.Array, unembedding: Unembedding, targets: jax.Array, *, chunk: int = 1024
 ) -> jax.Array:
-    """log softmax(hidden @ table.T)[targets], float32 [B, T]: arguments, memory and gradient as of `token_scores`."""
-    return token_scores(layout, hidden, table, targets, chunk=chunk).log_probs
+    """log softmax(logits)[targets], float32 [B, T]: arguments, memory and gradient as of `token_scores`."""
+    return token_scores(layout, hidden, unembedding, targets, chunk=chunk).log_probs
 
 
 def token_scores(
-    layout: Layout, hidden: jax.Array, table: jax.Array, targets: jax.Array, *, chunk: int = 1024
+    layout: Layout, hidden: jax.Array, unembedding: Unembedding, targets: jax.Array, *, chunk: int = 1024
 ) -> TokenScores:
-    """Log-probability of each target and entropy of each distribution, both differentiable for hidden and table.
+    """Log-probability of each target and entropy of each distribution, both differentiable for hidden and unembedding.
 
     Unlike `cross_entropy_sums`, nobody knows the gradient's weights yet when the logits are there; the backward pass
     computes them again, `chunk` tokens at a time, as the forward pass does.
@@ -218,73 +274,72 @@ def token_scores(
     Args:
         layout: the mesh; the vocabulary may be cut over the tensor axis.
         hidden: [B, T, D] in the compute dtype.
-        table: float32 [V, D].
+        unembedding: what makes logits of them; its arrays are float32.
         targets: int32 [B, T].
         chunk: tokens on each device whose logits exist at one time.
     """
-    return _token_scores(_Options(layout, 0.0, chunk), hidden, table, targets)
+    return _token_scores(_Options(layout, 0.0, chunk), hidden, unembedding, targets)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _token_scores(options: _Options, hidden: jax.Array, table: jax.Array, targets: jax.Array) -> TokenScores:
+def _token_scores(options: _Options, hidden: jax.Array, unembedding: Unembedding, targets: jax.Array) -> TokenScores:
     layout = options.layout
     tokens = layout.activation("batch", "seq")
 
     @functools.partial(
         layout.shard_map,
-        in_specs=(layout.activation("batch", "seq", None), layout.activation("vocab", None), tokens),
+        in_specs=(layout.activation("batch", "seq", None), _whole(layout, unembedding), tokens),
         out_specs=(tokens, tokens),
         check_vma=False,
     )
-    def local(hidden: jax.Array, table: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
+    def local(hidden: jax.Array, unembedding: Unembedding, targets: jax.Array) -> tuple[jax.Array, ...]:
         def one_chunk(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            logits, is_target, exp, total, log_z = _scores(chunk[0], table, chunk[1])
+            logits, is_target, exp, total, log_z, _ = _scores(chunk[0], unembedding, chunk[1])
             target_logit = jax.lax.psum(jnp.where(is_target, logits, 0).sum(-1), "tensor")
             log_probs = logits - log_z[:, None]
             entropy = -jax.lax.psum((exp * log_probs).sum(-1), "tensor") / total
             return target_logit - log_z, entropy
 
-        scores = jax.lax.map(one_chunk, _cut(options.chunk, hidden, _local_ids(table, targets)))
+        scores = jax.lax.map(one_chunk, _cut(options.chunk, hidden, _local_ids(unembedding, targets)))
         return tuple(_uncut(x, targets.shape) for x in scores)
 
-    return TokenScores(*local(hidden, table.astype(hidden.dtype), targets))
+    return TokenScores(*local(hidden, _narrow(unembedding, hidden.dtype), targets))
 
 
 def _token_scores_fwd(
-    options: _Options, hidden: jax.Array, table: jax.Array, targets: jax.Array
-) -> tuple[TokenScores, tuple[jax.Array, ...]]:
-    scores = _token_scores(options, hidden, table, targets)
-    return scores, (hidden, table, targets, scores.entropy)
+    options: _Options, hidden: jax.Array, unembedding: Unembedding, targets: jax.Array
+) -> tuple[TokenScores, tuple]:
+    scores = _token_scores(options, hidden, unembedding, targets)
+    return scores, (hidden, unembedding, targets, scores.entropy)
 
 
-def _token_scores_bwd(options: _Options, saved: tuple[jax.Array, ...], d_scores: TokenScores) -> tuple:
+def _token_scores_bwd(options: _Options, saved: tuple, d_scores: TokenScores) -> tuple:
     layout = options.layout
-    hidden, table, targets, entropy = saved
+    hidden, unembedding, targets, entropy = saved
     wide, tokens = layout.activation("batch", "seq", None), layout.activation("batch", "seq")
 
     @functools.partial(
         layout.shard_map,
-        in_specs=(wide, layout.activation("vocab", None), *[tokens] * 4),
-        out_specs=(wide, layout.parameter(("vocab", "embed"), StatePart.GRADIENTS)),
+        in_specs=(wide, _whole(layout, unembedding), *[tokens] * 4),
+        out_specs=(wide, _of_gradients(layout, unembedding)),
         check_vma=False,
     )
-    def local(hidden: jax.Array, table: jax.Array, targets: jax.Array, *weights: jax.Array) -> tuple:
-        def one_chunk(d_table: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    def local(hidden: jax.Array, unembedding: Unembedding, targets: jax.Array, *weights: jax.Array) -> tuple:
+        def one_chunk(d_unembedding: Unembedding, chunk: tuple[jax.Array, ...]) -> tuple[Unembedding, jax.Array]:
             x, target, entropy, d_log_prob, d_entropy = chunk
-            logits, is_target, exp, total, log_z = _scores(x, table, target)
+            logits, is_target, exp, total, log_z, pull = _scores(x, unembedding, target)
             # d log p(target) / d logit = onehot - p;  d entropy / d logit = -p (log p + entropy)
             log_probs = logits - log_z[:, None]
             per_p = d_log_prob[:, None] + d_entropy[:, None] * (log_probs + entropy[:, None])
             d_logits = jnp.where(is_target, d_log_prob[:, None], 0) - exp / total[:, None] * per_p
-            d_logits = d_logits.astype(x.dtype)
-            d_table += jnp.einsum("tv,td->vd", d_logits, x, preferred_element_type=jnp.float32)
-            return d_table, jax.lax.psum(jnp.einsum("tv,vd->td", d_logits, table), "tensor")
+            d_x, d_unembedding = pull(d_logits, d_unembedding)
+            return d_unembedding, d_x
 
-        chunks = _cut(options.chunk, hidden, _local_ids(table, targets), *weights)
-        d_table, d_hidden = jax.lax.scan(one_chunk, jnp.zeros(table.shape, jnp.float32), chunks)
-        return _uncut(d_hidden, hidden.shape), _sum_over_tokens(layout, d_table, hidden.dtype)
+        chunks = _cut(options.chunk, hidden, _local_ids(unembedding, targets), *weights)
+        d_unembedding, d_hidden = jax.lax.scan(one_chunk, _zeros(unembedding), chunks)
+        return _uncut(d_hidden, hidden.shape), _sum_over_tokens(layout, d_unembedding, hidden.dtype)
 
-    return *local(hidden, table.astype(hidden.dtype), targets, entropy, *d_scores), None
+    return *local(hidden, _narrow(unembedding, hidden.dtype), targets, entropy, *d_scores), None
 
 
 _token_scores.defvjp(_token_scores_fwd, _token_scores_bwd)

@@ -117,7 +117,7 @@ class NextToken(Objective):
             sums = cross_entropy_sums(
                 layout,
                 output.hidden,
-                model.output_table,
+                model.unembedding,
                 batch["targets"],
                 batch["loss_mask"],
                 z_loss=train.z_loss,

@@ -15,6 +15,7 @@ def make_optimizer(
     config: OptimizerConfig, learning_rate: optax.Schedule, declared: Any, *, layers: int
 ) -> optax.GradientTransformation:
     """Clipping by global norm, then the optimizer; weight decay as each array's role says, times the learning rate.
+    The learning rate is that of the config times the array's own factor.
 
     Stacked layers are optimised as if each had its arrays to itself. In an Adafactor parameter with more than two dims
     the two largest are factored, for each index of the others (the layer, the head): q_proj [L, D, N, H] keeps
@@ -44,6 +45,10 @@ def make_optimizer(
             update = _adafactor(config, learning_rate, dims, decays, layers)
         case _:
             assert_never(config)
+    factors = jax.tree.map(lambda array: array.learning_rate, declared)
+    if set(jax.tree.leaves(factors)) - {1.0}:
+        slower = optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, factors))
+        return optax.chain(clip, update, slower)
     return optax.chain(clip, update)
 
 

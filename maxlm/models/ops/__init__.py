@@ -14,7 +14,7 @@ backends.py: kernels named in the config
 from kernels_pallas import DistanceBias, Scores, cache_room
 from maxlm.models.ops.attention import attention, causal
 from maxlm.models.ops.decoding import attention_to_cache
-from maxlm.models.ops.dense import activate, dense, embed, glu, logits, project
+from maxlm.models.ops.dense import activate, dense, embed, glu, logits, project, unit_rows
 from maxlm.models.ops.experts import (
     EXPERT_IN_DIMS,
     EXPERT_OUT_DIMS,
@@ -45,4 +45,5 @@ __all__ = [
     "picked_experts",
     "project",
     "top_k",
+    "unit_rows",
 ]

@@ -14,6 +14,7 @@ from kernels_pallas.glu import activations
 from maxlm.config import Activation, GluSave, KernelConfig
 from maxlm.models.linear import Int8, Weight
 from maxlm.models.ops.backends import blaming
+from maxlm.models.unembedding import Unembedding
 from maxlm.sharding import Layout
 
 
@@ -130,14 +131,27 @@ def embed(layout: Layout, table: Weight, ids: jax.Array, dtype: jnp.dtype) -> ja
     return local(table, ids)
 
 
-def logits(hidden: jax.Array, table: Weight) -> jax.Array:
-    """hidden @ table.T: [..., D] in the compute dtype and [V, D] -> float32 [..., V]. Not for training."""
+def logits(hidden: jax.Array, unembedding: Unembedding) -> jax.Array:
+    """[..., D] in the compute dtype -> float32 [..., V]. Not for training."""
     product = functools.partial(jnp.einsum, "...d,vd->...v", hidden, preferred_element_type=jnp.float32)
-    match table:
+    match unembedding.table:
         case Int8(values=values, scales=scales):
-            return product(values.astype(hidden.dtype)) * scales[:, 0]
+            return unembedding.finish(product(values.astype(hidden.dtype)) * scales[:, 0])
+        case jax.Array() as table:
+            return unembedding.finish(product(table.astype(hidden.dtype)))
+        case _:
+            assert_never(unembedding.table)
+
+
+def unit_rows(table: Weight) -> Weight:
+    """Each row divided by its length (PyTorch's `normalize`, with its 1e-12 for rows of zeros), in float32."""
+    match table:
+        case Int8(values=values):  # a row's scale is its length's too
+            length = jnp.linalg.norm(values.astype(jnp.float32), axis=1, keepdims=True)
+            return Int8(values, 1 / jnp.maximum(length, 1))
         case jax.Array():
-            return product(table.astype(hidden.dtype))
+            wide = table.astype(jnp.float32)
+            return wide * jax.lax.rsqrt(jnp.maximum(jnp.sum(wide * wide, axis=1, keepdims=True), 1e-24))
         case _:
             assert_never(table)
 

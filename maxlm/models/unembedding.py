@@ -1,0 +1,32 @@
+"""What makes logits of hidden states: one object for training, evaluation and generation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+
+from maxlm.models.linear import Weight
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Unembedding:
+    """Logits are cap(scale * hidden @ table.T + bias), with cap(x) = soft_cap * tanh(x / soft_cap), as `LmHead` has it.
+
+    `ops.logits` and `training/losses.py` make the product, each in its own way, and leave the rest to `finish`.
+    """
+
+    table: Weight
+    """[V, D]; where rows are normalised, they are so here."""
+    bias: jax.Array | None = None
+    """float32 [V]."""
+    scale: float | None = field(default=None, metadata={"static": True})
+    soft_cap: float | None = field(default=None, metadata={"static": True})
+
+    def finish(self, product: jax.Array) -> jax.Array:
+        """hidden @ table.T -> logits, both float32 [..., V], or the same part of V that bias is."""
+        logits = product if self.scale is None else self.scale * product
+        logits = logits if self.bias is None else logits + self.bias
+        return logits if self.soft_cap is None else self.soft_cap * jnp.tanh(logits / self.soft_cap)
