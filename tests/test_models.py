@@ -399,7 +399,7 @@ MODELS = {
     ),
     "scaled_scores": with_attention(small_model(), scale=0.9, soft_cap=2.0),
     "gpt_oss": with_attention(small_model(), sinks=True, window=6, qkv_bias=True, out_bias=True),
-    "olmo2": with_block(with_attention(small_model(), qk_norm=QkNorm.WHOLE, n_kv_heads=4), residual=Sandwich()),
+    "olmo2": with_block(with_attention(small_model(), qk_norm=QkNorm.WHOLE, n_kv_heads=4), residual=OutputNorm()),
     "grouped_whole_norm": with_attention(small_model(norm=LayerNorm()), qk_norm=QkNorm.WHOLE),
     "opt": with_attention(small_model(norm=LayerNorm(), embedded_position=Learned(offset=2)), position=None),
     "qwen_1": with_attention(small_model(), log_length=4, qkv_bias=True),
@@ -414,7 +414,6 @@ MODELS = {
         residual=Sandwich(),
     ),
     "olmo1": small_model(norm=LayerNorm(scale=False, bias=False), head=LmHead(scale=0.5)),
-    "olmo2": with_block(with_attention(small_model(), qk_norm=True), residual=OutputNorm()),
     "phi_nemotron": with_block(
         small_model(norm=LayerNorm(), head=LmHead(bias=True, soft_cap=4.0)),
         mlp=Mlp(d_ff=40, activation=Activation.RELU2, bias=True),
