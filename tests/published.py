@@ -44,6 +44,33 @@ _GPT: dict[str, Any] = {
     "n_positions": 32,
     "layer_norm_epsilon": 1e-5,
 }
+_GEMMA: dict[str, Any] = {
+    **_SIZES,
+    "head_dim": 16,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+}
+_FALCON: dict[str, Any] = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "ffn_hidden_size": 48,
+    "max_position_embeddings": 32,
+    "layer_norm_epsilon": 1e-5,
+    "alibi": False,
+}
+_OPT: dict[str, Any] = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "ffn_dim": 48,
+    "max_position_embeddings": 32,
+    "word_embed_proj_dim": 32,
+    "activation_function": "relu",
+}
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **_SIZES},
@@ -88,8 +115,67 @@ MODELS: dict[str, dict[str, Any]] = {
         "decoder_sparse_step": 1,
         "mlp_only_layers": [1],
     },
+    "phi3": {
+        "model_type": "phi3",
+        **_SIZES,
+        "original_max_position_embeddings": 8,
+        "partial_rotary_factor": 0.5,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.1], "long_factor": [1.5, 3.0]},
+        "pad_token_id": 0,
+    },
+    "llama, yarn": {
+        "model_type": "llama",
+        **_SIZES,
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
+    },
+    "llama, linear": {"model_type": "llama", **_SIZES, "rope_scaling": {"type": "linear", "factor": 2.0}},
+    "olmo": {"model_type": "olmo", **_SIZES, "pad_token_id": 0},
+    "olmo2": {"model_type": "olmo2", **_SIZES, "pad_token_id": 0},
+    "cohere": {"model_type": "cohere", **_SIZES, "layer_norm_eps": 1e-5, "logit_scale": 0.25, "pad_token_id": 0},
+    "glm": {"model_type": "glm", **_SIZES, "head_dim": 8, "attention_bias": True, "pad_token_id": 0},
+    "glm4": {"model_type": "glm4", **_SIZES, "head_dim": 8, "attention_bias": False, "pad_token_id": 0},
+    "gemma": {"model_type": "gemma", **_GEMMA, "hidden_act": "gelu"},
+    "gemma2": {
+        "model_type": "gemma2",
+        **_GEMMA,
+        "sliding_window": 5,
+        "query_pre_attn_scalar": 12,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 4.0,
+    },
+    "gemma3_text": {
+        "model_type": "gemma3_text",
+        **_GEMMA,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": 5,
+        "query_pre_attn_scalar": 12,
+        "rope_theta": 1e5,
+        "rope_local_base_freq": 1e3,
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+    },
     "gpt2": {"model_type": "gpt2", **_GPT, "activation_function": "gelu_new"},
     "openai-gpt": {"model_type": "openai-gpt", **_GPT, "afn": "gelu"},
+    "gptj": {"model_type": "gptj", **_GPT, "activation_function": "gelu_new", "rotary_dim": 4},
+    "gpt_neox": {"model_type": "gpt_neox", **_SIZES, "layer_norm_eps": 1e-5, "rotary_pct": 0.5, "hidden_act": "gelu"},
+    "gpt_neox, in sequence": {
+        "model_type": "gpt_neox",
+        **_SIZES,
+        "layer_norm_eps": 1e-5,
+        "use_parallel_residual": False,
+        "rotary_emb_base": 500,
+        "hidden_act": "gelu",
+    },
+    "phi": {"model_type": "phi", **_SIZES, "layer_norm_eps": 1e-5, "hidden_act": "gelu_new"},
+    "falcon": {"model_type": "falcon", **_FALCON, "multi_query": True},
+    "falcon, new": {"model_type": "falcon", **_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon, in sequence": {
+        "model_type": "falcon",
+        **_FALCON,
+        "multi_query": False,
+        "parallel_attn": False,
+        "bias": True,
+    },
     "starcoder2": {
         "model_type": "starcoder2",
         **_SIZES,
@@ -97,6 +183,17 @@ MODELS: dict[str, dict[str, Any]] = {
         "hidden_act": "gelu_pytorch_tanh",
         "sliding_window": 6,
         "tie_word_embeddings": True,
+    },
+    "opt": {"model_type": "opt", **_OPT},
+    "opt, norms after": {"model_type": "opt", **_OPT, "do_layer_norm_before": False},
+    "bloom": {
+        "model_type": "bloom",
+        "vocab_size": V,
+        "hidden_size": 32,
+        "n_layer": 3,
+        "n_head": 4,
+        "seq_length": 32,
+        "layer_norm_epsilon": 1e-5,
     },
 }
 """config.json of each."""
@@ -110,7 +207,8 @@ def ids() -> np.ndarray:
 def write_model(config: dict[str, Any], folder: Path) -> None:
     """Random weights around the values that a norm has, under the names of the family."""
     family = FAMILIES[config["model_type"]]
-    listed = tensors(family.read(Published(config, "config.json")), family.names)
+    model = family.read(Published(config, "config.json"))
+    listed = tensors(model, family.names_of(model))
     folder.mkdir(parents=True, exist_ok=True)
     specs = {one.name: Spec(one.shape, np.dtype(np.float32)) for one in listed}
     write_tensors(folder, specs, (values(one.name, one.shape) for one in listed))

@@ -24,4 +24,8 @@ class ModelFamily:
     write: Callable[[ModelConfig], dict[str, Any]]
     """The other way: keys of config.json without model_type and architectures. It need not look whether the family can
     say all of the model: what it wrote is read again and compared."""
-    names: Names
+    names: Names | Callable[[ModelConfig], Names]
+    """A table, or one for each kind of model."""
+
+    def names_of(self, model: ModelConfig) -> Names:
+        return self.names if isinstance(self.names, Names) else self.names(model)

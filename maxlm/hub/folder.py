@@ -52,7 +52,8 @@ class ModelFolder:
         published = Published.read(folder)
         self.family = _family(published)
         self.model = self.family.read(published)
-        self._tensors = tensors(self.model, self.family.names)
+        self._names = self.family.names_of(self.model)
+        self._tensors = tensors(self.model, self._names)
         self._files = TensorFolder(folder)
         self._compare()
         self._homes: dict[str, dict[tuple[int, ...], tuple[Tensor, int]]] = {}
@@ -102,9 +103,7 @@ class ModelFolder:
 
     def _compare(self) -> None:
         there = {
-            name: entry.shape
-            for name, entry in self._files.entries.items()
-            if not name.endswith(self.family.names.ignored)
+            name: entry.shape for name, entry in self._files.entries.items() if not name.endswith(self._names.ignored)
         }
         wanted = {tensor.name: tensor.shape for tensor in self._tensors}
         problems = [f"{name} is missing" for name in wanted if name not in there]
@@ -129,7 +128,7 @@ class ModelFolder:
 
     def _is_tied(self, name: str) -> bool:
         """Whether it is an output table that is there although it is the embedding table."""
-        top = self.family.names.top
+        top = self._names.top
         if not self.model.tied or top.get(name) != "unembed":
             return False
         embed = next(theirs for theirs, ours in top.items() if ours == "embed")
@@ -165,7 +164,7 @@ def family_of(model: ModelConfig) -> tuple[ModelFamily, dict[str, Any]]:
             if not any(
                 one.change is Changes.IDENTITY for one in changes(_layer_by_layer(model), _layer_by_layer(said))
             ):
-                tensors(model, family.names)
+                tensors(model, family.names_of(model))
                 return family, values
         except (UserError, AssertionError, AttributeError):  # it has no words for a part of the model
             continue
@@ -196,7 +195,7 @@ def write_folder(
         UserError: there is something at `folder`; no family can say all of the model; or it cannot be written.
     """
     family, values = family_of(model)
-    listed = tensors(model, family.names)
+    listed = tensors(model, family.names_of(model))
     specs = {tensor.name: Spec(tensor.shape, dtype) for tensor in listed}
 
     with appearing(folder) as partial:

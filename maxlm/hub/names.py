@@ -14,7 +14,7 @@ inputs stands in the declaration (`Array.inputs`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, assert_never
 
@@ -200,8 +200,9 @@ def tensors(model: ModelConfig, names: Names) -> tuple[Tensor, ...]:
     ]
     for number in range(model.n_layers):
         found += _of_layer(number, model, names, ours)
-    named = {part.array.name for tensor in found for part in tensor.parts}
-    if nameless := sorted(ours.keys() - named):
+    places = [(piece.array.name, piece.at) for tensor in found for piece in tensor.parts]
+    assert len(set(places)) == len(places), "a table has two names for one array"
+    if nameless := sorted(ours.keys() - {name for name, _ in places}):
         raise UserError(f"model: its {nameless[0]} has no name in this family's checkpoints; choose another family")
     return tuple(found)
 
@@ -228,14 +229,17 @@ def _of_layer(number: int, model: ModelConfig, names: Names, ours: Mapping[str, 
             yield Tensor(names.layers.format(number) + name.format(expert), layout, at)
 
 
-def linear(theirs: str, *ours: str, layout: Callable[[Any], Arrangement] | None = None) -> dict[str, Arrangement]:
-    """Weight and bias of one of their projections: `linear("self_attn.q_proj", "attention/q")`; several of ours lie in
-    it as Rows, unless `layout` says how."""
+def linear(theirs: str, *ours: str, arrange: type[Heads] | type[Transposed] | None = None) -> dict[str, Arrangement]:
+    """Weight and bias of one of their projections: `linear("self_attn.q_proj", "attention/q")`. Several of ours lie in
+    it as Rows, unless `arrange` says how."""
     table: dict[str, Arrangement] = {}
     for name, ending in (("weight", "proj"), ("bias", "bias")):
         parts = [f"{one}_{ending}" for one in ours]
-        joined: Arrangement = parts[0] if len(parts) == 1 else Rows(*parts)
-        table[f"{theirs}.{name}"] = layout(joined) if layout is not None and ending == "proj" else joined
+        if arrange is Heads:
+            table[f"{theirs}.{name}"] = Heads(*parts)
+            continue
+        joined = parts[0] if len(parts) == 1 else Rows(*parts)
+        table[f"{theirs}.{name}"] = Transposed(joined) if arrange is Transposed and name == "weight" else joined
     return table
 
 

@@ -92,13 +92,16 @@ def write_activation(activation: Activation, words: Mapping[str, Activation] = A
     return next((word for word, known in words.items() if known is activation), None)
 
 
-def read_rope(config: Published, head_dim: int, *, theta: float = 10_000.0, interleaved: bool = False) -> Rope:
+def read_rope(
+    config: Published, head_dim: int, *, theta: float = 10_000.0, share: float | None = None, interleaved: bool = False
+) -> Rope:
     """From either spelling: `rope_parameters`, or `rope_theta`, `rope_scaling` and `partial_rotary_factor`.
 
     Args:
         config: of the model.
         head_dim: of its heads.
         theta: where nothing says it.
+        share: of the dims that are rotated, where nothing says it; None: this family rotates all.
         interleaved: as `Rope.interleaved`.
 
     Raises:
@@ -108,7 +111,9 @@ def read_rope(config: Published, head_dim: int, *, theta: float = 10_000.0, inte
     for key in ("rope_scaling", "rope_parameters"):
         values |= config.get(key, dict, {})
     said = Published(values, f"{config.place}: rope_parameters")
-    dims = int(head_dim * said.get("partial_rotary_factor", Positive[float], 1.0))
+    if share is None:
+        said.refuse("partial_rotary_factor", 1.0, why="this family rotates all dims")
+    dims = int(head_dim * said.get("partial_rotary_factor", Positive[float], share or 1.0))
     return Rope(
         theta=said.get("rope_theta", Positive[float], theta),
         scaling=_read_scaling(said, config),

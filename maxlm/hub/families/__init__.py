@@ -1,10 +1,11 @@
-"""The families of published models, one table and one builder each.
+"""The families of published models: for each a builder of its config.json and a table of its names.
 
-gpt.py: GPT, GPT-2, StarCoder 2
-llama.py: LLaMA, Mistral, Mixtral, Qwen 2 and 3
+llama.py: LLaMA, Mistral, Mixtral, Qwen 2 and 3, Phi-3, OLMo, Command R, GLM-4
+gpt.py: GPT, GPT-2, GPT-J, GPT-NeoX, Phi, Falcon, StarCoder 2, OPT, BLOOM
+gemma.py: Gemma 1 to 3
 """
 
-from maxlm.hub.families import gpt, llama
+from maxlm.hub.families import gemma, gpt, llama
 from maxlm.hub.family import ModelFamily
 
 FAMILIES: dict[str, ModelFamily] = {
@@ -16,9 +17,24 @@ FAMILIES: dict[str, ModelFamily] = {
         llama.QWEN3,
         llama.MIXTRAL,
         llama.QWEN3_MOE,
+        llama.PHI3,
+        llama.OLMO,
+        llama.OLMO2,
+        llama.COHERE,
+        llama.GLM,
+        llama.GLM4,
+        gemma.GEMMA,
+        gemma.GEMMA2,
+        gemma.GEMMA3,
         gpt.GPT2,
         gpt.GPT,
+        gpt.GPTJ,
+        gpt.GPT_NEOX,
+        gpt.PHI,
+        gpt.FALCON,
         gpt.STARCODER2,
+        gpt.OPT,
+        gpt.BLOOM,
     )
 }
 """By `model_type`. A model is written as the first that can say all of it."""
