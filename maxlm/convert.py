@@ -57,14 +57,17 @@ def main(argv: list[str]) -> None:
     source_kind, source = _place("--from", options.source)
     target_kind, target = _place("--to", options.target)
 
-    from maxlm.hub import converting  # imports jax: --help stays instant
+    if target_kind == "run" and options.dtype is not None:
+        raise UserError("--dtype is of files of hf:DIR; a run folder has float32: leave it out")
 
+    from maxlm.hub import converting  # imports jax: --help stays instant
+    from maxlm.hub.folder import require_new
+
+    require_new(target)
     model = converting.open_published(source) if source_kind == "hf" else converting.open_run(source)
     if target_kind == "hf":
         converting.write_published(model, target, None if options.dtype is None else options.dtype.value)
     else:
-        if options.dtype is not None:
-            raise UserError("--dtype is of files of hf:DIR; a run folder has float32: leave it out")
         converting.write_run(model, target)
     print(f"{options.target} is written")
     if "hf" in (source_kind, target_kind):

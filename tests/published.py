@@ -199,6 +199,12 @@ MODELS: dict[str, dict[str, Any]] = {
 """config.json of each."""
 
 
+def logits(name: str) -> np.ndarray:
+    """What transformers says of a model and `ids`: [2, T, V]."""
+    with np.load(LOGITS, allow_pickle=False) as file:
+        return file[name]
+
+
 def ids() -> np.ndarray:
     """[2, T]."""
     return np.random.default_rng(7).integers(0, V, (2, T))

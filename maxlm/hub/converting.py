@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ from maxlm.checkpoint.checkpointer import Checkpointer
 from maxlm.checkpoint.reference import run_and_step
 from maxlm.config import CheckpointConfig, Dtype, ExecutionConfig, ModelConfig, RunConfig, UserError, serialize
 from maxlm.data.tokenizers import Tokenizer
+from maxlm.hub.families import FAMILIES
+from maxlm.hub.family import ModelFamily
 from maxlm.hub.folder import ModelFolder, appearing, copy_tokenizer, write_folder
 from maxlm.hub.models import find_tokenizer, number_format, pieces_of, untrained
 from maxlm.hub.names import Piece
+from maxlm.hub.published import Published
 from maxlm.inference.language_model import LanguageModel
-from maxlm.inference.load import ONE_DEVICE, load_run
+from maxlm.inference.load import ONE_DEVICE, layout_for, load_run
 from maxlm.models import abstract_parameters
-from maxlm.sharding import make_layout
 
 PUBLISHED = "published"
 """Folder of a run with the tokenizer's files, chat template and config.json of the model that it was made from."""
@@ -44,6 +47,8 @@ class Opened:
     dtype: str
     """Number format that loses nothing."""
     tokenizer: Tokenizer | None
+    family: ModelFamily | None
+    """That it came from."""
     files: Path
     """Where its tokenizer's files lie, if anywhere."""
     config: RunConfig
@@ -58,7 +63,8 @@ def open_published(folder: Path) -> Opened:
         UserError: as `ModelFolder`.
     """
     files = ModelFolder(folder)
-    layout = make_layout(ONE_DEVICE)
+    layout = layout_for(files.model, ONE_DEVICE)
+    dtype = Dtype.FLOAT32 if files.dtype.itemsize > 2 else Dtype.BFLOAT16
     return Opened(
         model=files.model,
         piece=files.piece,
@@ -66,8 +72,9 @@ def open_published(folder: Path) -> Opened:
         parameters=lambda: files.parameters(abstract_parameters(files.model, layout)),
         dtype=files.dtype.name,
         tokenizer=find_tokenizer(folder),
+        family=files.family,
         files=folder,
-        config=untrained(files.model, dtype=Dtype.BFLOAT16, sharding=ONE_DEVICE),
+        config=untrained(files.model, dtype=dtype, sharding=ONE_DEVICE),
         step=0,
     )
 
@@ -89,6 +96,7 @@ def open_run(place: Path) -> Opened:
         parameters=lambda: run.parameters,
         dtype="float32",
         tokenizer=run.tokenizer,
+        family=_family_of_origin(folder / PUBLISHED),
         files=folder / PUBLISHED if (folder / PUBLISHED).is_dir() else folder / "tokenizer",
         config=run.config,
         step=run.step,
@@ -107,6 +115,7 @@ def write_published(opened: Opened, folder: Path, dtype: str | None) -> None:
         folder,
         dtype=number_format(dtype or opened.dtype),
         tokenizer=opened.files,
+        prefer=opened.family,
     )
 
 
@@ -124,6 +133,10 @@ def write_run(opened: Opened, folder: Path) -> None:
         opened.tokenizer.save(partial / "tokenizer")
         (partial / PUBLISHED).mkdir()
         copy_tokenizer(opened.files, partial / PUBLISHED)
+        if opened.family is not None:
+            (partial / PUBLISHED / "config.json").write_text(
+                json.dumps({"model_type": opened.family.model_type}) + "\n"
+            )
         meta = {
             "tokenizer": opened.tokenizer.fingerprint,
             "config": serialize.to_dict(config),
@@ -131,6 +144,13 @@ def write_run(opened: Opened, folder: Path) -> None:
         }
         with Checkpointer(partial / "checkpoints", CheckpointConfig()) as checkpointer:
             checkpointer.save(opened.step, params=opened.parameters(), optimizer={}, meta=meta)
+
+
+def _family_of_origin(folder: Path) -> ModelFamily | None:
+    """Of a run that was made of a published model."""
+    if not (folder / "config.json").is_file():
+        return None
+    return FAMILIES.get(str(Published.read(folder).values.get("model_type")))
 
 
 def report(opened: Opened, published: Path) -> Iterator[str]:
@@ -157,7 +177,7 @@ def _compare_logits(opened: Opened, published: Path) -> str:
     except ImportError:
         return "logits: not compared, as the packages torch and transformers are not installed"
     ids = np.arange(_PROBE)[None] * 7919 % opened.model.vocab_size
-    layout = make_layout(ONE_DEVICE)
+    layout = layout_for(opened.model, ONE_DEVICE)
     ours = np.asarray(LanguageModel(opened.model, ExecutionConfig(), layout, opened.parameters())(ids))
     model = transformers.AutoModelForCausalLM.from_pretrained(published, dtype=torch.float32)
     with torch.no_grad():

@@ -151,15 +151,16 @@ def _layer_by_layer(model: ModelConfig) -> ModelConfig:
     return dataclasses.replace(model, blocks=model.layers, first_blocks=())
 
 
-def family_of(model: ModelConfig) -> tuple[ModelFamily, dict[str, Any]]:
-    """The first family that can say all of a model, and its config.json.
+def family_of(model: ModelConfig, prefer: ModelFamily | None = None) -> tuple[ModelFamily, dict[str, Any]]:
+    """The first family that can say all of a model, `prefer` before all, and its config.json.
 
     Raises:
         UserError: there is none.
     """
-    for family in FAMILIES.values():
+    for family in [*([] if prefer is None else [prefer]), *FAMILIES.values()]:
         try:
             values = {"architectures": [family.architecture], "model_type": family.model_type} | family.write(model)
+            values["pad_token_id"] = None  # of some families it would be an id that the model may not have
             said = family.read(Published(values, "config.json"))
             if not any(
                 one.change is Changes.IDENTITY for one in changes(_layer_by_layer(model), _layer_by_layer(said))
@@ -181,6 +182,7 @@ def write_folder(
     *,
     dtype: np.dtype[Any],
     tokenizer: Path | None = None,
+    prefer: ModelFamily | None = None,
 ) -> ModelFamily:
     """Write a model for `transformers` and other programs; the folder appears when all is in it.
 
@@ -190,11 +192,12 @@ def write_folder(
         folder: new.
         dtype: number format of the files.
         tokenizer: a folder whose tokenizer files go along.
+        prefer: the family that it came from.
 
     Raises:
         UserError: there is something at `folder`; no family can say all of the model; or it cannot be written.
     """
-    family, values = family_of(model)
+    family, values = family_of(model, prefer)
     listed = tensors(model, family.names_of(model))
     specs = {tensor.name: Spec(tensor.shape, dtype) for tensor in listed}
 
@@ -215,6 +218,12 @@ def copy_tokenizer(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
+def require_new(folder: Path) -> None:
+    """Raises UserError where there is something already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: is there already; name a new folder")
+
+
 @contextlib.contextmanager
 def appearing(folder: Path) -> Iterator[Path]:
     """A folder beside `folder` that takes its place when all is written, and is gone when that fails.
@@ -222,8 +231,7 @@ def appearing(folder: Path) -> Iterator[Path]:
     Raises:
         UserError: there is something at `folder`, or no room for it.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: is there already; name a new folder")
+    require_new(folder)
     partial = folder.with_name(f"{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)

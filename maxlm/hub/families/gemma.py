@@ -77,7 +77,7 @@ def _write(model: ModelConfig, *, version: int) -> dict[str, Any]:
     if version > 1:
         assert attention.scale is not None and isinstance(model.head, LmHead)
         values |= layer_types(model) | {
-            "query_pre_attn_scalar": round(attention.scale**-2, 6),
+            "query_pre_attn_scalar": round(attention.scale**-2),  # transformers takes integers alone
             "attn_logit_softcapping": attention.soft_cap,
             "final_logit_softcapping": model.head.soft_cap,
         }
