@@ -18,7 +18,6 @@ from rich.table import Table
 from faults.case import Case
 from faults.groups import all_cases
 
-
 _PLAIN: dict[str, Any] = {"markup": False, "highlight": False}
 
 
