@@ -436,9 +436,10 @@ def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
 
 def _complain(error: BaseException, lines: list[str], argv: list[str]) -> None:
     if "--debug" in argv:
-        surroundings.patiently(lambda: traceback.print_exception(error))
+        write = functools.partial(traceback.print_exception, error)
     else:
-        surroundings.patiently(lambda: print("\n".join(f"error: {line}" for line in lines), file=sys.stderr))
+        write = functools.partial(print, "\n".join(f"error: {line}" for line in lines), file=sys.stderr)
+    surroundings.patiently(write, _LINGER_S)
 
 
 def _leave(code: int) -> None:
