@@ -59,9 +59,8 @@ def tell(text: str) -> None:
             os.write(2, data[begin : begin + _PIECE])
 
 
-def patiently(write: Callable[[], Any], limit_s: float | None = None) -> bool:
-    """Write to standard output or error, and wait for a reader, but not for ever (None: PATIENCE_S); whether it took
-    all, or is gone."""
+def patiently(write: Callable[[], Any], limit_s: float) -> bool:
+    """Write to standard output or error, and wait so long for a reader; whether it took all, or is gone."""
     global unread
 
     def attempt() -> None:
@@ -70,7 +69,7 @@ def patiently(write: Callable[[], Any], limit_s: float | None = None) -> bool:
 
     thread = threading.Thread(target=attempt, daemon=True)
     thread.start()
-    thread.join(PATIENCE_S if limit_s is None else limit_s)
+    thread.join(limit_s)
     unread = unread or thread.is_alive()
     return not thread.is_alive()
 
