@@ -31,7 +31,7 @@ test-nightly: $(VENV)/compilers/.installed ## compile what takes minutes each: e
 
 compilers: $(VENV)/compilers/.installed ## compilers for TPU and GPU (1.4 GB), so that the tests compile for them; no chip is needed
 
-faults: $(STAMP) ## do what may go wrong to real commands, and print a table; long (ARGS="ranks" chooses)
+faults: $(STAMP) ## do what may go wrong to real commands, and print a table, in about 40 minutes (ARGS="ranks" chooses)
 	JAX_PLATFORMS=cpu PYTHONPATH=tests $(BIN)/python -m faults.run $(ARGS)
 
 lint: $(STAMP) ## style: ruff's rules and its formatter

@@ -14,10 +14,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import rich.console
 
-READER_S = 1.0
-"""How long who reads what a command says may look away before the command goes on without."""
+PATIENCE_S = 20.0
+"""How long who reads what a command says may look away before the command goes on without. Collectives of other ranks
+give up after 30 s on CPUs."""
+_AT_ONCE_S = 1.0
+"""The same, where a command must not wait."""
 _PIECE = 4096
 """PIPE_BUF: what a pipe that takes anything takes as a whole."""
+unread = False
+"""Whether something waits in vain for who reads standard output or error. Python would wait for it at its end too."""
 
 
 def cache_folder(name: str) -> Path | None:
@@ -49,18 +54,14 @@ def tell(text: str) -> None:
     data = text.encode(errors="backslashreplace")
     with contextlib.suppress(OSError, ValueError):
         for begin in range(0, len(data), _PIECE):
-            if not select.select([], [2], [], READER_S)[1]:
+            if not select.select([], [2], [], _AT_ONCE_S)[1]:
                 return
             os.write(2, data[begin : begin + _PIECE])
 
 
-def flush_output() -> bool:
-    """Write what is still buffered for standard output and error; whether their readers took it."""
-    return all(patiently(stream.flush) for stream in (sys.stdout, sys.stderr))
-
-
-def patiently(write: Callable[[], Any]) -> bool:
-    """Write to standard output or error, but do not wait long for a reader; whether it took all, or is gone."""
+def patiently(write: Callable[[], Any], limit_s: float) -> bool:
+    """Write to standard output or error, and wait so long for a reader; whether it took all, or is gone."""
+    global unread
 
     def attempt() -> None:
         with contextlib.suppress(OSError, ValueError):
@@ -68,5 +69,11 @@ def patiently(write: Callable[[], Any]) -> bool:
 
     thread = threading.Thread(target=attempt, daemon=True)
     thread.start()
-    thread.join(READER_S)
+    thread.join(limit_s)
+    unread = unread or thread.is_alive()
     return not thread.is_alive()
+
+
+def flush_at_once() -> bool:
+    """Write what is still buffered for standard output and error; whether their readers took it without a wait."""
+    return all(patiently(stream.flush, _AT_ONCE_S) for stream in (sys.stdout, sys.stderr))

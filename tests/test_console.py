@@ -141,7 +141,7 @@ def test_a_console_whose_output_is_gone_starts_and_stops():
 
 @pytest.mark.skipif(not hasattr(fcntl, "F_SETPIPE_SZ"), reason="only Linux makes a pipe of a chosen size")
 def test_who_reads_on_later_gets_what_was_kept_for_him(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(surroundings, "READER_S", 0.1)
+    monkeypatch.setattr(surroundings, "PATIENCE_S", 0.1)
     reading, writing = os.pipe()
     console = Console(output=rich.console.Console(file=os.fdopen(writing, "w"), width=100))
     pending = 1000

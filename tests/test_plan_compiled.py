@@ -79,8 +79,18 @@ def test_a_step_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert step.spills is None and step.kernels == ()
     assert step.warnings == ("Some donated buffers were not usable: f32[4].",)
     assert "the compiler warns: Some donated" in printed(step)
-    sources = {one.source for one in step.largest if one.source}
-    assert any(source.startswith("maxlm/models/") for source in sources)
+
+
+def test_the_largest_arrays_have_a_line_of_the_model(tmp_path: Path) -> None:
+    """In a process of its own, as for a user: jax keeps what it has traced, and with it the lines that it was traced
+    from, and XLA what it has compiled."""
+    words = ["--config", "tiny", "--train.loss_chunk=8", "--target", "cpu:1", "--compile", "--json"]
+    environment = os.environ | {"MAXLM_PLAN_CACHE": str(tmp_path), "XLA_FLAGS": ""}
+    command = [sys.executable, "-m", "maxlm.plan", *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    sources = {one["source"] for one in json.loads(done.stdout)["largest"] if one["source"]}
+    assert any(source.startswith("maxlm/models/") for source in sources), done.stdout
     for source in sources:
         file, line = source.split(":")
         assert len((ROOT / file).read_text().splitlines()) >= int(line)

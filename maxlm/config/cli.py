@@ -24,6 +24,7 @@ from typing import Any, NoReturn, TypeVar
 
 import tyro
 
+from maxlm import surroundings
 from maxlm.config.changes import check_allowed
 from maxlm.config.complaints import one_line, option_names
 from maxlm.config.data import DataConfig, Dataset
@@ -34,7 +35,6 @@ from maxlm.config.fields import field_kinds, help_of, is_config, require, shown
 from maxlm.config.python_file import run_python_file
 from maxlm.config.run import RunConfig, StepRange, TrainConfig
 from maxlm.config.serialize import flatten, load
-from maxlm.surroundings import flush_output, patiently
 
 T = TypeVar("T")
 
@@ -429,16 +429,17 @@ def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
         _complain(error, lines, argv)
         code = error.exit_code if isinstance(error, UserError) else 1
         threading.Thread(target=_leave, args=(code,), daemon=True).start()
-    if not flush_output():  # Python would wait for the thread that still writes, and then crash
+    if surroundings.unread and not surroundings.flush_at_once():  # Python would crash
         os._exit(code if isinstance(code, int) else int(code is not None))
     sys.exit(code)
 
 
 def _complain(error: BaseException, lines: list[str], argv: list[str]) -> None:
     if "--debug" in argv:
-        patiently(lambda: traceback.print_exception(error))
+        write = functools.partial(traceback.print_exception, error)
     else:
-        patiently(lambda: print("\n".join(f"error: {line}" for line in lines), file=sys.stderr))
+        write = functools.partial(print, "\n".join(f"error: {line}" for line in lines), file=sys.stderr)
+    surroundings.patiently(write, _LINGER_S)
 
 
 def _leave(code: int) -> None:

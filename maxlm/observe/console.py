@@ -39,8 +39,8 @@ class Console:
 
     A console with `enabled` off (every process but 0) takes the same calls and prints nothing. One whose output goes
     away (`| head`) says so once on standard error and is silent from then on: no run ends for it. Nor does one wait for
-    an output that takes no more (Ctrl-S, a pipe that nobody reads): what comes meanwhile is shown once it does, as far
-    as it is not too much.
+    ever for an output that takes no more (Ctrl-S, a pipe that nobody reads): what comes meanwhile is shown once it
+    does, as far as it is not too much.
     """
 
     def __init__(self, *, enabled: bool = True, output: rich.console.Console | None = None) -> None:
@@ -252,9 +252,9 @@ class _Writer:
             return False
         if not self._behind:
             try:
-                made.result(surroundings.READER_S)
+                made.result(surroundings.PATIENCE_S)
             except TimeoutError:
-                self._behind = True
+                self._behind = surroundings.unread = True
         return True
 
     def _work(self) -> None:
@@ -266,8 +266,8 @@ class _Writer:
                 made.set_exception(error)
             else:
                 made.set_result(None)
-            if self._calls.empty():
-                self._behind = False
+            if self._behind and self._calls.empty():
+                self._behind = surroundings.unread = False
 
 
 def _printable(text: str, encoding: str) -> str:

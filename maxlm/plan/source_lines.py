@@ -28,18 +28,24 @@ class SourceLines:
                 table[int(row.group(1))] = row.group(2)
             elif line.startswith(("%", "ENTRY")):  # the instructions begin
                 break
+        self._tables, self._root = tables, root
         self._lines: dict[int, str] = {}
-        for frame, row_text in sorted(tables.get("StackFrames", {}).items()):
-            location = tables["FileLocations"][_number("file_location_id", row_text)]
-            file = tables["FileNames"][_number("file_name_id", location)].strip('"')
-            # XLA prints the caller's number plus one; callers stand before those they call.
-            caller = self._lines.get(_number("parent_frame_id", row_text) - 1, "")
-            own = f"{file.removeprefix(f'{root}/')}:{_number('line', location)}"
-            self._lines[frame] = own if own.startswith("maxlm/") else caller
 
     def of(self, attributes: str) -> str:
         """The innermost line of an instruction, given the text behind it, as maxlm/models/block.py:49; or empty."""
-        return self._lines.get(_number("stack_frame_id", attributes), "")
+        return self._line(_number("stack_frame_id", attributes))
+
+    def _line(self, frame: int) -> str:
+        if frame not in self._lines:
+            self._lines[frame] = ""  # also for a frame that is its own caller
+            if row := self._tables.get("StackFrames", {}).get(frame):
+                location = self._tables["FileLocations"][_number("file_location_id", row)]
+                file = self._tables["FileNames"][_number("file_name_id", location)].strip('"')
+                own = f"{file.removeprefix(f'{self._root}/')}:{_number('line', location)}"
+                # XLA prints the caller's number plus one.
+                caller = _number("parent_frame_id", row) - 1
+                self._lines[frame] = own if own.startswith("maxlm/") else self._line(caller)
+        return self._lines[frame]
 
 
 def _number(key: str, text: str) -> int:

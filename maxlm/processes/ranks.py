@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from maxlm.config import LimitsConfig, UserError
 from maxlm.processes.wire import BEAT_S, SILENT_S
-from maxlm.surroundings import flush_output, tell
+from maxlm.surroundings import flush_at_once, tell
 
 _GRACE_S = 2.0
 """What a failing collective waits for, lest it hide the cause: the rank that broke it."""
@@ -173,7 +173,7 @@ class Several(Ranks, abc.ABC):
     def at_exit(self) -> None:
         """The last words of this process. After an error it does not wait for the others, as jax would."""
         if self._failed is not None:
-            flush_output()
+            flush_at_once()
             os._exit(self._failed)
         self._to_all({"bye": True})
 

@@ -451,8 +451,10 @@ def _a_worker(what: signal.Signals, place: Path) -> str:
     ) as process:
         try:
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            serves = lambda pid: b"maxlm.data.workers" in Path(f"/proc/{pid}/cmdline").read_bytes()
             until = time.monotonic() + 60
-            while not (there := children.read_text().split()) and time.monotonic() < until:
+            # Before it is that program, Popen itself waits for it.
+            while not ((there := children.read_text().split()) and serves(there[0])) and time.monotonic() < until:
                 time.sleep(0.01)
             os.kill(int(there[0]), what)
             _, err = process.communicate(timeout=100)

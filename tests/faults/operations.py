@@ -141,6 +141,7 @@ def in_a_child(config: str, run_dir: Path, failing: Failing | None) -> dict[str,
     answer = {"outcome": outcome, "count": 0, "where": "", "hash": ""}
     if failing is not None:
         answer |= {"count": failing.count, "where": failing.where}
+        failing.kind = ""  # what follows is not the run's
     with contextlib.suppress(UserError):
         answer["hash"] = state_hash((run_dir / "checkpoints").absolute(), LAST)
     os.write(writing, json.dumps(answer).encode())

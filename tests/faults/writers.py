@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from faults.case import Case
 from faults.runs import finished, is_saved, train
-from faults.tools import small_disk
+from faults.tools import command, small_disk
 
 OFF = "it is switched off, the run goes on without it"
 
@@ -169,8 +169,15 @@ TOO_LATE = {
     "a sample longer than the model": (("--observe.sample_tokens=64",), "observe.sample_tokens <= 59"),
     "a prompt that is no text": (("--observe.sample_prompt=\udcff",), "observe.sample_prompt = "),
     "a profile after the last step": (("--train.profile_steps=6:9",), "train.profile_steps = 6:9"),
-    "a validation split without a batch": (("--train.batch_size=4096",), "train.eval_batches = 0"),
 }
+
+
+def nothing_held_out(home: Path) -> str:
+    (home / "text.txt").write_text("all of it is trained on. " * 200)
+    words = ("prepare", str(home / "text.txt"), "--out", str(home / "data"), "--tokenizer=bytes")
+    assert command("maxlm.data", *words, "--validation_fraction=0").code == 0
+    data = ("--data.datasets.0.path", str(home / "data"), "--data.datasets.0.prepare=None")
+    return before_the_first_step(data, "train.eval_batches = 0", home)
 
 
 def cases() -> Iterator[Case]:
@@ -197,3 +204,5 @@ def cases() -> Iterator[Case]:
     for name, (overrides, words) in TOO_LATE.items():
         check = lambda home, overrides=overrides, words=words: before_the_first_step(overrides, words, home)
         yield Case(name=f"writers: {name}", expected="exit 2 before the first step", check=check)
+    name = "writers: a validation split of nothing"
+    yield Case(name=name, expected="exit 2 before the first step", check=nothing_held_out)
