@@ -1,7 +1,8 @@
 """Every command block of the README and the docs, as somebody pastes it into a new clone.
 
 The word after a block's language says what it needs: `fast` (tried here), `slow` (tried in the nightly tests, with an
-environment of its own), `needs-hardware` and `needs-download` (not tried). `exit=N`: it ends so. A command must not stand anywhere else.
+environment of its own), `needs-hardware` and `needs-download` (not tried). `exit=N`: it ends so. A command must not
+stand anywhere else.
 """
 
 from __future__ import annotations
