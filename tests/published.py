@@ -72,6 +72,20 @@ _OPT: dict[str, Any] = {
     "activation_function": "relu",
 }
 
+_DEEPSEEK: dict[str, Any] = {
+    **_SIZES,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-6,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "moe_intermediate_size": 24,
+    "num_experts_per_tok": 2,
+}
+
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **_SIZES},
     "llama 3.1": {
@@ -194,6 +208,39 @@ MODELS: dict[str, dict[str, Any]] = {
         "n_head": 4,
         "seq_length": 32,
         "layer_norm_epsilon": 1e-5,
+    },
+    "deepseek_v2": {
+        "model_type": "deepseek_v2",
+        **_DEEPSEEK,
+        "q_lora_rank": None,
+        "n_shared_experts": 2,
+        "topk_method": "group_limited_greedy",
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 1.5,
+        "aux_loss_alpha": 0.003,
+        "norm_topk_prob": False,
+    },
+    "deepseek_v3": {
+        "model_type": "deepseek_v3",
+        **_DEEPSEEK,
+        "q_lora_rank": 20,
+        "n_shared_experts": 1,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 2.5,
+        "norm_topk_prob": True,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 8,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
     },
 }
 """config.json of each."""

@@ -31,7 +31,7 @@ errors.py: the exception that users see as a line
 from typing import Any
 
 from maxlm.config import earlier
-from maxlm.config.attention import Attention, GroupedQuery, QkNorm
+from maxlm.config.attention import Attention, GroupedQuery, LatentAttention, QkNorm
 from maxlm.config.data import (
     ByteTokenizer,
     DataConfig,
@@ -57,6 +57,7 @@ from maxlm.config.mixture import (
     Dispatch,
     Dropless,
     ExpertChoiceRouter,
+    ExpertGroups,
     Experts,
     NoisyTopKRouter,
     Router,
@@ -155,6 +156,7 @@ __all__ = [
     "EmbeddedPosition",
     "ExecutionConfig",
     "ExpertChoiceRouter",
+    "ExpertGroups",
     "Experts",
     "Files",
     "GatedMlp",
@@ -165,6 +167,7 @@ __all__ = [
     "HuggingFaceTokenizer",
     "InverseSqrtSchedule",
     "KernelConfig",
+    "LatentAttention",
     "LayerNorm",
     "Learned",
     "LimitsConfig",

@@ -1,10 +1,10 @@
-"""Self-attention."""
+"""Self-attention: keys and values for groups of queries, or made from one latent vector a token."""
 
 from __future__ import annotations
 
 import enum
 from dataclasses import field
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from maxlm.config.earlier import renamed, revalued
 from maxlm.config.errors import UserError
@@ -63,36 +63,81 @@ class GroupedQuery:
                 f"use one of {allowed}"
             )
         if isinstance(self.position, Rope):
-            self._fits(self.position)
+            _require_pairs(self.position, "head_dim", self.head_dim)
 
-    def _fits(self, rope: Rope) -> None:
-        """RoPE can rotate these heads.
-
-        Raises:
-            UserError: it cannot.
-        """
-        key = "model.blocks[].attention."
-        if rope.dims is None and self.head_dim % 2:
-            raise UserError(f"{key}head_dim = {self.head_dim} is odd, but RoPE rotates pairs; use {self.head_dim + 1}")
-        rotated = self.head_dim if rope.dims is None else rope.dims
-        if rotated > self.head_dim:
-            raise UserError(
-                f"{key}position.dims = {rotated} is more than head_dim = {self.head_dim}; use an even number up to that"
-            )
-        match rope.scaling:
-            case NtkScaling() | DynamicNtkScaling() if rotated < 4:
-                raise UserError(
-                    f"{key}position.scaling = {type(rope.scaling).__name__} stretches the slower of several pairs, but "
-                    f"{rotated} dims are rotated; use at least 4, or LinearScaling"
-                )
-            case LongRopeScaling(short_factors=factors) if len(factors) != rotated // 2:
-                raise UserError(
-                    f"{key}position.scaling.short_factors has {len(factors)} numbers, but the {rotated} rotated dims "
-                    f"are {rotated // 2} pairs; give one for each pair"
-                )
-            case _:
-                pass
+    @property
+    def value_head_dim(self) -> int:
+        """Numbers in a head's value."""
+        return self.head_dim
 
 
-Attention = GroupedQuery
+@config("model.blocks[].attention.", changes=Changes.IDENTITY)
+class LatentAttention:
+    """Causal self-attention whose keys and values are made from one vector a token, its latent, shared by all heads
+    (MLA; DeepSeek-V2, arXiv:2405.04434, section 2.1; DeepSeek-V3, arXiv:2412.19437, section 2.1.1).
+
+    RoPE has dims of its own: of each query, and of one key that all heads share. Decoding keeps kv_rank +
+    rope_head_dim numbers of a token.
+    """
+
+    n_heads: Positive[int]
+    """Heads, of queries as of keys and values."""
+    kv_rank: Positive[int]
+    """Numbers in the latent of keys and values, which `model.norm` normalises."""
+    query_rank: Positive[int] | None = None
+    """Numbers in a latent of the queries, normalised as well; None: queries are made from the hidden state itself."""
+    content_head_dim: Positive[int]
+    """Numbers in a head's query and key that know no position."""
+    rope_head_dim: Positive[int]
+    """Numbers in a head's query, and in the key of all heads, that RoPE rotates."""
+    value_head_dim: Positive[int]
+    """Numbers in a head's value."""
+    position: Rope = field(default_factory=Rope)
+    """How these are rotated."""
+    scale: Positive[float] | None = None
+    """Products of queries and keys are multiplied by it; None: by (content_head_dim + rope_head_dim)^-0.5."""
+    window: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        _require_pairs(self.position, "rope_head_dim", self.rope_head_dim)
+
+    @property
+    def head_dim(self) -> int:
+        """Numbers in a head's query or key."""
+        return self.content_head_dim + self.rope_head_dim
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Key and value heads, where they are made from the latents."""
+        return self.n_heads
+
+
+Attention = GroupedQuery | LatentAttention
 """Every kind of attention."""
+
+
+def _require_pairs(rope: Rope, name: str, width: int) -> None:
+    """RoPE can rotate heads of this width, which is called so.
+
+    Raises:
+        UserError: it cannot.
+    """
+    key = "model.blocks[].attention."
+    if rope.dims is None and width % 2:
+        raise UserError(f"{key}{name} = {width} is odd, but RoPE rotates pairs; use {width + 1}")
+    rotated = width if rope.dims is None else rope.dims
+    if rotated > width:
+        raise UserError(f"{key}position.dims = {rotated} is more than {name} = {width}; use an even number up to that")
+    match rope.scaling:
+        case NtkScaling() | DynamicNtkScaling() if rotated < 4:
+            raise UserError(
+                f"{key}position.scaling = {type(rope.scaling).__name__} stretches the slower of several pairs, but "
+                f"{rotated} dims are rotated; use at least 4, or LinearScaling"
+            )
+        case LongRopeScaling(short_factors=factors) if len(factors) != rotated // 2:
+            raise UserError(
+                f"{key}position.scaling.short_factors has {len(factors)} numbers, but the {rotated} rotated dims "
+                f"are {rotated // 2} pairs; give one for each pair"
+            )
+        case _:
+            pass

@@ -20,6 +20,8 @@ PARAMETER_DIMS: dict[str, Axes] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
+    "latent": (),  # of what keys and values are made from
+    "from_latent": ("fsdp",),  # the same, where it is what a weight multiplies
     "mlp": ("tensor",),
     "experts": ("expert",),
     "router": (),  # a router's scores of all experts: small, so everywhere

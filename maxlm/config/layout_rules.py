@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import assert_never
 
-from maxlm.config.attention import GroupedQuery
+from maxlm.config.attention import Attention, GroupedQuery, LatentAttention
 from maxlm.config.errors import UserError
 from maxlm.config.execution import Backend, ExecutionConfig
 from maxlm.config.mixture import Capacity, Experts
@@ -129,7 +130,15 @@ class _Rules:
     def _of_block(self, key: str, block: BlockConfig) -> Iterator[str]:
         attention = block.attention
         yield from self._axis_divides("tensor", f"{key}.attention.n_heads", attention.n_heads)
-        yield from self._axis_divides("tensor", f"{key}.attention.n_kv_heads", attention.n_kv_heads)
+        match attention:
+            case GroupedQuery(n_kv_heads=n_kv_heads):
+                yield from self._axis_divides("tensor", f"{key}.attention.n_kv_heads", n_kv_heads)
+            case LatentAttention(kv_rank=kv_rank, query_rank=query_rank):
+                yield from self._axis_divides("fsdp", f"{key}.attention.kv_rank", kv_rank)
+                if query_rank is not None:
+                    yield from self._axis_divides("fsdp", f"{key}.attention.query_rank", query_rank)
+            case _:
+                assert_never(attention)
         yield from self._axis_divides("tensor", f"{key}.mlp.d_ff", block.mlp.d_ff)
         if self.sharding.context is Context.ULYSSES:
             yield from self._ulysses(key, attention)
@@ -138,7 +147,7 @@ class _Rules:
             if isinstance(block.mlp.dispatch, Capacity):
                 yield from self._groups(f"{key}.mlp.dispatch.group_size", block.mlp.dispatch)
 
-    def _ulysses(self, key: str, attention: GroupedQuery) -> Iterator[str]:
+    def _ulysses(self, key: str, attention: Attention) -> Iterator[str]:
         """Each device takes whole heads, of the queries and of the keys."""
         heads, kv_heads = (max(1, n // self.sizes["tensor"]) for n in (attention.n_heads, attention.n_kv_heads))
         fits = lambda seq: heads % seq == 0 and (kv_heads % seq == 0 or seq % kv_heads == 0)

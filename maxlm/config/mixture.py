@@ -11,6 +11,24 @@ from maxlm.config.fields import Changes, NotNegative, Positive, Range, config
 from maxlm.config.mlp import Activation
 
 
+@config("model.blocks[].mlp.router.groups.", changes=Changes.IDENTITY)
+class ExpertGroups:
+    """Consecutive experts are groups; a token chooses among those of its best groups, so that it travels to as few
+    devices or nodes (DeepSeek-V2, arXiv:2405.04434, section 2.2.2; DeepSeek-V3, arXiv:2412.19437, section 2.1.2)."""
+
+    n_groups: Annotated[int, Range(ge=2)]
+    """Groups, all of one size."""
+    top_groups: Positive[int]
+    """Groups that a token may choose experts of."""
+
+    def __post_init__(self) -> None:
+        if self.top_groups > self.n_groups:
+            raise UserError(
+                f"model.blocks[].mlp.router.groups.top_groups = {self.top_groups} is more than n_groups = "
+                f"{self.n_groups}; use at most {self.n_groups}"
+            )
+
+
 @config("model.blocks[].mlp.router.", changes=Changes.IDENTITY)
 class TopKRouter:
     """Each token goes to the experts of its largest scores, softmax(x router) (Shazeer 2017, arXiv:1701.06538)."""
@@ -24,6 +42,8 @@ class TopKRouter:
     """Weight of E * sum_e f_e P_e, with f_e the share of choices and P_e the mean score of expert e; 1 when balanced
     (GShard, arXiv:2006.16668; Switch, section 2.2). Over the tokens of a
     micro-batch on all devices, so more `train.micro_batches` balance smaller sets."""
+    groups: ExpertGroups | None = None
+    """Choose among the experts of a few groups, those whose best expert scores most; None: among all."""
 
 
 @config("model.blocks[].mlp.router.", changes=Changes.IDENTITY)
@@ -55,6 +75,8 @@ class SigmoidRouter:
     """The chosen scores are divided by their sum."""
     bias_rate: Annotated[NotNegative[float], Changes.TRAINING] = 1e-3
     """How far a bias moves in each step."""
+    groups: ExpertGroups | None = None
+    """Choose among the experts of a few groups, those whose two best score most, bias included; None: among all."""
 
 
 @config("model.blocks[].mlp.router.", changes=Changes.IDENTITY)
@@ -158,6 +180,24 @@ class Experts:
                         f"model.blocks[].mlp.router.top_k = {self.router.top_k} is more than n_experts = "
                         f"{self.n_experts}; use at most {self.n_experts}"
                     )
+        if isinstance(self.router, TopKRouter | SigmoidRouter) and self.router.groups is not None:
+            self._groups_fit(self.router.groups, self.router.top_k)
+
+    def _groups_fit(self, groups: ExpertGroups, top_k: int) -> None:
+        """Raises UserError where experts cannot be cut into them, or those of a token are too few."""
+        key = "model.blocks[].mlp.router.groups."
+        each, rest = divmod(self.n_experts, groups.n_groups)
+        if rest or each < 2:
+            works = [n for n in range(2, self.n_experts // 2 + 1) if self.n_experts % n == 0]
+            raise UserError(
+                f"{key}n_groups = {groups.n_groups} does not cut n_experts = {self.n_experts} into groups of two or "
+                f"more; use one of {works}, or groups = None"
+            )
+        if groups.top_groups * each < top_k:
+            raise UserError(
+                f"{key}top_groups = {groups.top_groups} groups of {each} experts have fewer than router.top_k = "
+                f"{top_k}; use at least {-(-top_k // each)}"
+            )
 
     @property
     def top_k(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import fnmatch
 import itertools
 import json
 import shutil
@@ -23,7 +24,8 @@ from maxlm.hub.families import FAMILIES
 from maxlm.hub.family import ModelFamily
 from maxlm.hub.names import Piece, Tensor, tensors
 from maxlm.hub.published import Published
-from maxlm.hub.tensor_files import DTYPES, Spec, TensorFolder, write_tensors
+from maxlm.hub.quantized import Dequantised
+from maxlm.hub.tensor_files import DTYPES, Spec, write_tensors
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -54,7 +56,7 @@ class ModelFolder:
         self.model = self.family.read(published)
         self._names = self.family.names_of(self.model)
         self._tensors = tensors(self.model, self._names)
-        self._files = TensorFolder(folder)
+        self._files = Dequantised(folder, published)
         self._compare()
         self._homes: dict[str, dict[tuple[int, ...], tuple[Tensor, int]]] = {}
         for tensor in self._tensors:
@@ -101,10 +103,13 @@ class ModelFolder:
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + int(np.prod(entry.shape))
         return DTYPES.get(max(sizes, key=lambda name: sizes[name]), np.dtype(np.float32))
 
+    @property
+    def ignored(self) -> list[str]:
+        """Names of tensors that the model does not use."""
+        return sorted(filter(self._is_ignored, self._files.entries))
+
     def _compare(self) -> None:
-        there = {
-            name: entry.shape for name, entry in self._files.entries.items() if not name.endswith(self._names.ignored)
-        }
+        there = {name: entry.shape for name, entry in self._files.entries.items() if not self._is_ignored(name)}
         wanted = {tensor.name: tensor.shape for tensor in self._tensors}
         problems = [f"{name} is missing" for name in wanted if name not in there]
         problems += [
@@ -125,6 +130,9 @@ class ModelFolder:
                     ]
                 )
             )
+
+    def _is_ignored(self, name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, one) for one in self._names.ignored)
 
     def _is_tied(self, name: str) -> bool:
         """Whether it is an output table that is there although it is the embedding table."""

@@ -36,18 +36,14 @@ class Rows:
         object.__setattr__(self, "parts", parts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Heads:
-    """Queries, keys and values by group: the queries that share a key, then the key, then the value (GPT-NeoX, BLOOM,
-    Falcon)."""
+    """Arrays by group of heads: the queries that share a key, then the key, then the value (GPT-NeoX, BLOOM, Falcon)."""
 
-    q: str
-    k: str
-    v: str
+    parts: tuple[str, ...]
 
-    @property
-    def parts(self) -> tuple[str, ...]:
-        return self.q, self.k, self.v
+    def __init__(self, *parts: str) -> None:
+        object.__setattr__(self, "parts", parts)
 
 
 @dataclass(frozen=True)
@@ -75,7 +71,7 @@ class Names:
     layers: str = "model.layers.{}."
     """What stands before them, with the layer's number."""
     ignored: tuple[str, ...] = ()
-    """Ends of names of tensors that hold nothing learned, or nothing that is used."""
+    """Patterns (as of file names) of tensors that hold nothing learned, or nothing that is used."""
 
 
 class Piece(NamedTuple):
@@ -170,7 +166,7 @@ class Tensor:
 
     def _groups(self) -> tuple[int, list[int]]:
         """How many groups of heads, and rows of each part in one."""
-        groups = self.parts[1].dims["kv_heads"]
+        groups = min(size for part in self.parts for dim, size in part.dims.items() if dim in ("heads", "kv_heads"))
         return groups, [part.rows // groups for part in self.parts]
 
 

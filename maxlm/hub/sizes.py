@@ -16,6 +16,7 @@ from maxlm.config import (
     Mlp,
     ModelConfig,
     Norm,
+    UserError,
 )
 from maxlm.config.fields import NotNegative, Positive
 from maxlm.hub.published import ACTIVATIONS, Published, read_activation, write_activation
@@ -126,3 +127,15 @@ class Keys:
             "tie_word_embeddings": model.tied,
         }
         return {key: value for key, value in values.items() if key is not None}
+
+
+def grouped_query(model: ModelConfig) -> GroupedQuery:
+    """The attention of the last layer; no family but its own says of another kind what it has.
+
+    Raises:
+        UserError: it is of another kind.
+    """
+    attention = model.layers[-1].attention
+    if not isinstance(attention, GroupedQuery):
+        raise UserError(f"model.blocks[].attention = {type(attention).__name__} is not of this family")
+    return attention

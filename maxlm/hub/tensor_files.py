@@ -80,10 +80,21 @@ class TensorFolder:
         place = f"{self.folder / entry.file}: {name}"
         if entry.dtype not in DTYPES:
             raise UserError(f"{place} is in {entry.dtype}; must be one of {', '.join(DTYPES)}: convert it first")
-        values: npt.NDArray[Any] = self._opened(entry.file).get_tensor(name)
+        return self._finite(name, self._opened(entry.file).get_tensor(name))
+
+    def _finite(self, name: str, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         if not np.isfinite(values).all():
-            raise UserError(f"{place} holds numbers that are not finite; take another copy of the model")
+            place = self.folder / self.entries[name].file
+            raise UserError(f"{place}: {name} holds numbers that are not finite; take another copy of the model")
         return values
+
+    def read_bytes(self, name: str, file: str) -> npt.NDArray[np.uint8]:
+        """The bytes of a tensor in a file that `entries` have, or had, read where its header says."""
+        with (self.folder / file).open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            begin, end = json.loads(stream.read(length))[name]["data_offsets"]
+            stream.seek(8 + length + begin)
+            return np.frombuffer(stream.read(end - begin), np.uint8)
 
     def _opened(self, name: str) -> Any:
         if name not in self._open:

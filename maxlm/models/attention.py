@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, assert_never
+from typing import assert_never
 
 import jax
 import jax.numpy as jnp
@@ -12,22 +12,12 @@ from jax.ad_checkpoint import checkpoint_name
 from maxlm import shapes
 from maxlm.config import Alibi, GroupedQuery, ModelConfig, QkNorm, RelativeBias, Rope
 from maxlm.models import ops
+from maxlm.models.cache import Contiguous, LayerCache
 from maxlm.models.execution import Execution
 from maxlm.models.norms import NormLayer
 from maxlm.models.parameters import Initializer
-from maxlm.models.positions import alibi_slopes, decay_factors, log_length_factors, rope_angles, rotate, rotation
+from maxlm.models.positions import alibi_slopes, log_length_factors, rotate_both
 from maxlm.models.tokens import Tokens
-
-
-class Contiguous(NamedTuple):
-    """Keys and values of L' equal layers, slot s for position s. Layers change it in place: it is never taken apart."""
-
-    k: jax.Array  # [L', B, K, S, H]
-    v: jax.Array  # [L', B, K, S, H]
-
-    def add(self, layer: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array) -> Contiguous:
-        """With keys and values [B, T, K, H] of one layer, row b from slot first[b] on."""
-        return Contiguous(_write(self.k, layer, k, first), _write(self.v, layer, v, first))
 
 
 class GroupedQueryLayer(nnx.Module):
@@ -53,8 +43,8 @@ class GroupedQueryLayer(nnx.Module):
             setattr(self, name, NormLayer(model.norm, dim, size, init))
 
     def __call__(
-        self, x: jax.Array, tokens: Tokens, how: Execution, cache: Contiguous | None, layer: jax.Array
-    ) -> tuple[jax.Array, Contiguous | None]:
+        self, x: jax.Array, tokens: Tokens, how: Execution, cache: LayerCache | None, layer: jax.Array
+    ) -> tuple[jax.Array, LayerCache | None]:
         """Attend within the sequence, or to a cache.
 
         Args:
@@ -88,6 +78,7 @@ class GroupedQueryLayer(nnx.Module):
                 backend=how.kernels.attention,
             )
         else:
+            assert isinstance(cache, Contiguous)
             first = tokens.positions[:, 0]
             cache = cache.add(layer, k, v, first)
             out = ops.attention_to_cache(
@@ -113,11 +104,7 @@ class GroupedQueryLayer(nnx.Module):
         """Queries and keys that know where they stand, if their own values tell it."""
         config = self.config
         if isinstance(rope := config.position, Rope):
-            frequencies, factor = rotation(rope, config.head_dim, self.max_seq_len)
-            angles = rope_angles(rope, frequencies, tokens)
-            decay = decay_factors(rope, len(frequencies), tokens.positions, self.max_seq_len)
-            of_q, of_k = (factor, factor) if decay is None else (factor * decay, factor / decay)
-            q, k = (rotate(x, angles, of, interleaved=rope.interleaved) for x, of in ((q, of_q), (k, of_k)))
+            q, k = rotate_both(rope, config.head_dim, self.max_seq_len, tokens, q, k)
         if config.log_length is not None:
             q = (q * log_length_factors(tokens.positions, config.log_length)[..., None, None]).astype(q.dtype)
         return q, k
@@ -143,18 +130,3 @@ class GroupedQueryLayer(nnx.Module):
             relative_bias=bias,
             sinks=self.sinks[...] if config.sinks else None,
         )
-
-
-def _write(cache: jax.Array, layer: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
-    """Put new [B, T, K, H] into one layer of a cache [L', B, K, S, H], row b from slot first[b] on."""
-    # Rows are a batching dim, so that devices that each have some of the rows write their own.
-    dims = jax.lax.ScatterDimensionNumbers(
-        update_window_dims=(1, 2, 3),
-        inserted_window_dims=(0,),
-        scatter_dims_to_operand_dims=(0, 3),
-        operand_batching_dims=(1,),
-        scatter_indices_batching_dims=(0,),
-    )
-    places = jnp.stack([jnp.broadcast_to(layer, first.shape), first], -1)
-    new = new.swapaxes(1, 2).astype(cache.dtype)
-    return jax.lax.scatter(cache, places, new, dims, unique_indices=True, mode=jax.lax.GatherScatterMode.CLIP)

@@ -15,6 +15,7 @@ from maxlm.config import (
     Experts,
     GatedMlp,
     GroupedQuery,
+    LatentAttention,
     Mlp,
     ModelConfig,
     OutputNorm,
@@ -23,8 +24,10 @@ from maxlm.config import (
     PreNorm,
     Sandwich,
 )
-from maxlm.models.attention import Contiguous, GroupedQueryLayer
+from maxlm.models.attention import GroupedQueryLayer
+from maxlm.models.cache import LayerCache
 from maxlm.models.execution import Execution
+from maxlm.models.latent_attention import LatentAttentionLayer
 from maxlm.models.mlp import MlpLayer
 from maxlm.models.moe import ExpertsLayer, RouterStats
 from maxlm.models.norms import NormLayer
@@ -46,7 +49,11 @@ class Block(nnx.Module):
             setattr(self, name, NormLayer(model.norm, "vector", model.d_model, init))
         match config.attention:
             case GroupedQuery():
-                self.attention = GroupedQueryLayer(config.attention, model, init)
+                self.attention: GroupedQueryLayer | LatentAttentionLayer = GroupedQueryLayer(
+                    config.attention, model, init
+                )
+            case LatentAttention():
+                self.attention = LatentAttentionLayer(config.attention, model, init)
             case _:
                 assert_never(config.attention)
         match config.mlp:
@@ -62,10 +69,10 @@ class Block(nnx.Module):
         x: jax.Array,
         tokens: Tokens,
         how: Execution,
-        cache: Contiguous | None,
+        cache: LayerCache | None,
         layer: jax.Array,
         keys: jax.Array | None,
-    ) -> tuple[jax.Array, Contiguous | None, RouterStats | None]:
+    ) -> tuple[jax.Array, LayerCache | None, RouterStats | None]:
         """[B, T, D] -> [B, T, D], the cache with this layer's keys, and what its router did if it has one.
 
         Arguments as in GroupedQueryLayer, and keys: a random key [B] for each row, for noise in training; None: no

@@ -15,8 +15,8 @@ from maxlm import shapes
 from maxlm.config import BlockConfig, Learned, LmHead, ModelConfig, Remat, ScalarHead, Sinusoidal
 from maxlm.config.remat import SAVED_NAMES
 from maxlm.models import ops
-from maxlm.models.attention import Contiguous
 from maxlm.models.block import Block
+from maxlm.models.cache import Cache, LayerCache, empty_cache
 from maxlm.models.execution import Execution
 from maxlm.models.linear import Weight
 from maxlm.models.moe import RouterStats
@@ -27,9 +27,6 @@ from maxlm.models.positions import sinusoids
 from maxlm.models.tokens import Tokens
 from maxlm.models.unembedding import Unembedding
 from maxlm.sharding import Layout
-
-Cache = tuple[Contiguous, ...]
-"""One for each of the first blocks, L' = 1, then one for each entry of the block pattern, of all its repeats."""
 
 
 class DecoderOutput(NamedTuple):
@@ -177,23 +174,8 @@ class Decoder(nnx.Module):
         return jnp.einsum("btd,d->bt", hidden, score, preferred_element_type=jnp.float32)
 
     def empty_cache(self, batch: int, length: int, how: Execution) -> Cache:
-        """Room for at least `length` positions of `batch` sequences, in the compute dtype.
-
-        Raises:
-            ValueError: the model looks at later tokens.
-        """
-        if not self.config.decodes:
-            raise ValueError(f"{self.config.looks_ahead}: such a model looks at later tokens and has no cache")
-        room = ops.cache_room(length)
-
-        def zeros(block: BlockConfig, layers: int) -> jax.Array:
-            shape = (layers, batch, block.attention.n_kv_heads, room, block.attention.head_dim)
-            return how.layout.constrain(jnp.zeros(shape, how.dtype), None, "batch", "kv_heads", None, None)
-
-        kinds = [(block, 1) for block in self.config.first_blocks]
-        kinds += [(block, self.config.repeats) for block in self.config.blocks]
-        # Two arrays for each, as one that is donated twice would be refused.
-        return tuple(Contiguous(zeros(*kind), zeros(*kind)) for kind in kinds)
+        """Of this model; see `maxlm.models.cache.empty_cache`."""
+        return empty_cache(self.config, batch, length, how)
 
 
 @functools.cache
@@ -257,9 +239,9 @@ def _pattern(
         parameters: Any,
         x: jax.Array,
         tokens: Tokens,
-        cache: Contiguous | None,
+        cache: LayerCache | None,
         number: jax.Array,
-    ) -> tuple[jax.Array, Contiguous | None, RouterStats | None]:
+    ) -> tuple[jax.Array, LayerCache | None, RouterStats | None]:
         keys = None if tokens.seeds is None else _row_keys(tokens.seeds, number * len(graphs) + i)
         return nnx.merge(graph, parameters)(x, tokens, how, cache, number, keys)
 

@@ -20,6 +20,7 @@ from maxlm.config import (
     Dispatch,
     Dropless,
     ExpertChoiceRouter,
+    ExpertGroups,
     Experts,
     ModelConfig,
     NoisyTopKRouter,
@@ -202,7 +203,8 @@ def top_k_routing(layout: Layout, router: TopKRouter, logits: jax.Array) -> _Cho
     f_e is the share of choices that fell on expert e, without a gradient, and P_e the mean of its softmax over tokens
     (arXiv:2006.16668, algorithm 1; arXiv:2101.03961, eq. 4 to 6, where k = 1).
     """
-    best, choices = ops.top_k(layout, logits, logits, router.top_k)
+    among = logits if router.groups is None else _of_best_groups(layout, logits, router.groups, best_of=1)
+    best, choices = ops.top_k(layout, among, logits, router.top_k)
     log_sum = jax.nn.logsumexp(best if router.normalize else logits, -1, keepdims=True)
     gates = jnp.exp(best - log_sum)
     load = _load(choices, logits.shape[-1])
@@ -245,6 +247,8 @@ def noisy_top_k_routing(
 def sigmoid_routing(layout: Layout, router: SigmoidRouter, logits: jax.Array, bias: jax.Array) -> _Choices:
     """Top-k of sigmoid(logits) + bias, gates the sigmoids alone (arXiv:2412.19437, eq. 13 to 16); no loss."""
     biased = jax.nn.sigmoid(logits) + bias
+    if router.groups is not None:
+        biased = _of_best_groups(layout, biased, router.groups, best_of=2)
     log_scores, choices = ops.top_k(layout, biased, jax.nn.log_sigmoid(logits), router.top_k)
     # softmax(log s) is s / sum s, also where all of them underflow.
     gates = jax.nn.softmax(log_scores) if router.normalize else jnp.exp(log_scores)
@@ -283,6 +287,16 @@ def balance_biases(
             bias = mlp["router_bias"] + block.mlp.router.bias_rate * jnp.sign(error)
             blocks[str(i)] = {**blocks[str(i)], "mlp": {**mlp, "router_bias": bias}}
     return {**parameters, "blocks": blocks}
+
+
+def _of_best_groups(layout: Layout, scores: jax.Array, groups: ExpertGroups, *, best_of: int) -> jax.Array:
+    """The scores [B, T, E] of the experts of a token's best groups, and minus infinity for the others. A group is as
+    good as its `best_of` best experts together."""
+    by_group = scores.reshape(*scores.shape[:2], groups.n_groups, -1)
+    of_group = ops.top_k(layout, by_group, by_group, best_of)[0].sum(-1)
+    _, best = ops.top_k(layout, of_group, of_group, groups.top_groups)
+    chosen = jax.nn.one_hot(best, groups.n_groups, dtype=bool).any(-2)
+    return jnp.where(chosen[..., None], by_group, -jnp.inf).reshape(scores.shape)
 
 
 def _load(choices: jax.Array, E: int) -> jax.Array:

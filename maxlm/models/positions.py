@@ -32,6 +32,19 @@ class Rotation(NamedTuple):
     """What these dims are multiplied by, of queries and of keys."""
 
 
+def rotate_both(
+    config: Rope, head_dim: int, max_seq_len: int, tokens: Tokens, q: jax.Array, k: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Queries [B, T, N, H] and keys [B, T, K, H], rotated by the positions of their tokens."""
+    frequencies, factor = rotation(config, head_dim, max_seq_len)
+    angles = rope_angles(config, frequencies, tokens)
+    decay = decay_factors(config, len(frequencies), tokens.positions, max_seq_len)
+    of_q, of_k = (factor, factor) if decay is None else (factor * decay, factor / decay)
+    return rotate(q, angles, of_q, interleaved=config.interleaved), rotate(
+        k, angles, of_k, interleaved=config.interleaved
+    )
+
+
 def rotation(config: Rope, head_dim: int, max_seq_len: int) -> Rotation:
     """theta^(-2i / R) for pairs i = 0 .. R/2 - 1, stretched if asked, for a model with this max_seq_len; with
     DynamicNtkScaling before a document's length stretches it."""

@@ -14,6 +14,8 @@ from maxlm.config import (
     Context,
     DeepNorm,
     Experts,
+    GroupedQuery,
+    LatentAttention,
     Mlp,
     OutputNorm,
     Parallel,
@@ -49,9 +51,16 @@ def block_memory(
     gathered = sizes["seq"] if config.sharding.context is Context.ALL_GATHER else 1  # every device needs all keys
     width = config.model.d_model * itemsize
     own = width // (tensor if config.sharding.sequence_parallel else 1)
-    head = attention.head_dim * itemsize
-    query, key = attention.n_heads * head // tensor, attention.n_kv_heads * head // tensor
-    qk_norm = 0 if attention.qk_norm is None else query + key
+    heads, kv_heads = (n * itemsize // tensor for n in (attention.n_heads, attention.n_kv_heads))
+    query, key = heads * attention.head_dim, kv_heads * attention.head_dim
+    out, value = heads * attention.value_head_dim, kv_heads * attention.value_head_dim
+    match attention:  # what norms of it read
+        case GroupedQuery(qk_norm=qk_norm):
+            normed, latents = 0 if qk_norm is None else query + key, 0
+        case LatentAttention(kv_rank=kv_rank, query_rank=query_rank):
+            normed = latents = (kv_rank + (query_rank or 0)) * itemsize
+        case _:
+            assert_never(attention)
     # Of the MLP that every token uses: what its last product reads, and what is multiplied to that, a gate or not.
     dense = shared_experts(mlp) if isinstance(mlp, Experts) else mlp
     hidden = 0 if dense is None else dense.d_ff * itemsize // tensor
@@ -85,12 +94,12 @@ def block_memory(
     named = {
         "query": query * copies,
         "key": key * copies,
-        "value": key * copies,
-        "attention_out": query,
+        "value": value * copies,
+        "attention_out": out,
         "attention_lse": FLOAT32 * attention.n_heads // tensor,
         "glu_gate": hidden,
         "glu_up": gate_up - hidden,
-        "grouped_out": sums * own + qk_norm + products,  # with all products that only Remat.DOTS keeps
+        "grouped_out": sums * own + normed + products,  # with all products that only Remat.DOTS keeps
     }
     kept = lambda policy: sum(named[name] for name in SAVED_NAMES[policy])
     match remat:
@@ -98,7 +107,7 @@ def block_memory(
             # Of each norm its input, the normalised input, both in float32, and its output, twice where attention and
             # the MLP share it; of attention the named arrays; of the MLP gate, up and what the last product reads.
             norms = len(block_norms(block))
-            inputs = 2 * FLOAT32 * (norms * own + qk_norm) // itemsize
+            inputs = 2 * FLOAT32 * (norms * own + normed) // itemsize + latents
             saved = inputs + max(norms, 2) * width + kept(Remat.NAMES) + gate_up + hidden + unnamed
         case Remat.OFFLOAD:
             saved = own
@@ -110,7 +119,7 @@ def block_memory(
     if tpu:
         # Our kernels read and write the arrays as they are; elsewhere attention turns its operands round, and sums
         # gradients in float32, and experts' rows have their gradients beside them.
-        backward = gate_up_all * times + moved + 2 * query + 2 * key * gathered
+        backward = gate_up_all * times + moved + query + out + (key + value) * gathered
     else:
-        backward = products * times + 2 * moved + 5 * query + 4 * key * gathered
+        backward = products * times + 2 * moved + 4 * query + out + 2 * (key + value) * gathered
     return BlockMemory(input=own, saved=saved, backward=backward + 4 * own)

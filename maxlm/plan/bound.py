@@ -180,8 +180,8 @@ def _layer_bytes(config: RunConfig, sizes: Mapping[str, int], layer: LayerRuns) 
             buffer = mlp.buffer_rows(layer.tokens, seq_len=config.train.seq_len, devices=sizes["expert"])
             rows, matrices = min(rows * mlp.experts_per_token, buffer), mlp.n_experts // sizes["expert"]
         numbers += weights + rows * (D + weights / matrices / D)  # one side of each is the residual stream
-    heads = 2 * (attention.n_heads + attention.n_kv_heads)  # what attention reads and writes
-    numbers += layer.tokens * heads * attention.head_dim / sizes["tensor"]
+    heads = attention.n_heads + attention.n_kv_heads  # what attention reads and writes
+    numbers += layer.tokens * heads * (attention.head_dim + attention.value_head_dim) / sizes["tensor"]
     passes = layer.forwards + _repeated(config) + 2
     return numbers * config.execution.dtype.itemsize * layer.runs * passes
 

@@ -91,16 +91,17 @@ def estimate_memory(config: RunConfig, n_devices: int, platform: Platform) -> Me
 
 
 def cache_bytes(config: RunConfig, n_devices: int) -> int:
-    """Keys and values of `train.batch_size` sequences of `model.max_seq_len` tokens on a device, in the compute dtype.
+    """What decoding keeps of `train.batch_size` sequences of `model.max_seq_len` tokens, on a device, in bytes.
 
-    As `Decoder.empty_cache` makes them: rows cut as a batch, heads over tensor; the seq axis cuts nothing.
+    As `maxlm.models.cache.empty_cache` makes it: in the compute dtype, rows cut as a batch, heads over
+    tensor; the seq axis cuts nothing.
     """
     sizes = config.sharding.sizes(n_devices)
     cut = lambda size, dim: math.ceil(size / math.prod(sizes[axis] for axis in ACTIVATION_DIMS[dim]))
-    attentions = [block.attention for block in config.model.layers]
-    numbers = sum(cut(attention.n_kv_heads, "kv_heads") * attention.head_dim for attention in attentions)
+    found = [kept for block in config.model.layers for kept in shapes.kept(block.attention)]
+    numbers = sum((kept.heads if kept.dim is None else cut(kept.heads, kept.dim)) * kept.width for kept in found)
     rows = cut(config.train.batch_size, "batch")
-    return 2 * rows * config.model.max_seq_len * numbers * config.execution.dtype.itemsize
+    return rows * config.model.max_seq_len * numbers * config.execution.dtype.itemsize
 
 
 class _State(NamedTuple):

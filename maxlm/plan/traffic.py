@@ -251,14 +251,14 @@ def _count_context(ledger: _Ledger, config: RunConfig, layer: LayerRuns) -> None
     """Keys and values over the parts of a sequence: gathered (arXiv:2407.21783, section 3.3.2), passed round
     (arXiv:2310.01889), or exchanged against heads (arXiv:2309.14509)."""
     n, attention, remat = ledger.sizes["seq"], layer.block.attention, config.execution.remat
-    of_head = layer.tokens * attention.head_dim / ledger.sizes["tensor"] * layer.runs
-    keys, queries = of_head * attention.n_kv_heads, of_head * attention.n_heads
+    of_head = layer.tokens * (attention.head_dim + attention.value_head_dim) / ledger.sizes["tensor"] * layer.runs
+    for_keys, for_queries = of_head * attention.n_kv_heads, of_head * attention.n_heads  # with values, and with outputs
     small = config.execution.dtype.itemsize
     again = 0 if remat is Remat.NONE else 1
     match config.sharding.context:
         case Context.ALL_GATHER:
             passes = layer.forwards + again + 1  # the last one scatters gradients
-            ledger.gather("seq", 2 * n * keys * small * passes, "gathers keys and values, scatters their gradients")
+            ledger.gather("seq", n * for_keys * small * passes, "gathers keys and values, scatters their gradients")
         case Context.RING:
             again = remat in (Remat.FULL, Remat.QKV)  # the others keep attention's output, and need not go round again
             chunk = config.train.seq_len // (2 * n)
@@ -266,12 +266,12 @@ def _count_context(ledger: _Ledger, config: RunConfig, layer: LayerRuns) -> None
             short = 2 * reach + 1 < n
             stops = 2 * reach if short else n - 1
             hops = stops + short  # to the first stop
-            ledger.add("seq", 2 * keys * small * hops * (layer.forwards + again + 1), "passes keys and values round",
+            ledger.add("seq", for_keys * small * hops * (layer.forwards + again + 1), "passes keys and values round",
                        _Pattern.SHIFT)  # fmt: skip
             # Sums for keys follow them to every stop, the first one too, and then go home.
-            ledger.add("seq", 2 * keys * FLOAT32 * (stops + 2), "and their gradients in float32", _Pattern.SHIFT)
+            ledger.add("seq", for_keys * FLOAT32 * (stops + 2), "and their gradients in float32", _Pattern.SHIFT)
         case Context.ULYSSES:
-            size = 2 * (queries + keys) * small * (layer.forwards + again + 1)
+            size = (for_queries + for_keys) * small * (layer.forwards + again + 1)
             ledger.gather("seq", size, "exchanges heads for tokens", _Pattern.EXCHANGE)
         case _:
             assert_never(config.sharding.context)

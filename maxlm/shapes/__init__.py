@@ -1,6 +1,6 @@
 """Every array of a model, declared once, without jax: what builds models, counts bytes and FLOPs, and names weights.
 
-arrays.py: name, shape, dims, initial value, role of each array
+arrays.py: name, shape, dims, initial value, role of each array; what decoding keeps of each token
 count.py: parameters and FLOPs, counted from them
 device.py: a device's part of each
 """
@@ -9,6 +9,7 @@ from maxlm.shapes.arrays import (
     Array,
     Constant,
     Init,
+    Kept,
     Normal,
     Part,
     Role,
@@ -19,6 +20,7 @@ from maxlm.shapes.arrays import (
     embedding,
     head,
     head_norms,
+    kept,
     mlp,
     norm,
     shared_experts,
@@ -32,6 +34,7 @@ __all__ = [
     "Constant",
     "FlopsPerToken",
     "Init",
+    "Kept",
     "Normal",
     "ParameterCount",
     "Part",
@@ -46,6 +49,7 @@ __all__ = [
     "flops_per_token",
     "head",
     "head_norms",
+    "kept",
     "mfu",
     "mlp",
     "norm",

@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import assert_never
+from typing import NamedTuple, assert_never
 
 from maxlm.config import (
     Attention,
@@ -22,6 +22,7 @@ from maxlm.config import (
     Experts,
     GatedMlp,
     GroupedQuery,
+    LatentAttention,
     Learned,
     LmHead,
     Mlp,
@@ -235,22 +236,76 @@ def attention(config: Attention, model: ModelConfig) -> Iterator[Array]:
             if isinstance(config.position, RelativeBias):
                 dims = {"heads": config.n_heads, "buckets": config.position.buckets}
                 yield _array("relative_bias", dims, Normal(model.init_std), Role.OTHER, part)
+        case LatentAttention():
+            yield from _latent_attention(config, model)
+            for name, dim, size in head_norms(config):
+                yield from _inside(name, norm(model.norm, dim, size, Part.ATTENTION))
         case _:
             assert_never(config)
 
 
+def _latent_attention(config: LatentAttention, model: ModelConfig) -> Iterator[Array]:
+    heads, D, part = {"heads": config.n_heads}, {"embed": model.d_model}, Part.ATTENTION
+    content, rope, value = (
+        {"head_dim": size} for size in (config.content_head_dim, config.rope_head_dim, config.value_head_dim)
+    )
+    latent, plain = {"from_latent": config.kv_rank}, _hidden(model)
+
+    def product(name: str, inputs: dict[str, int], outputs: dict[str, int], init: Normal = plain) -> Array:
+        return _array(f"{name}_proj", inputs | outputs, init, Role.PRODUCT, part, inputs=inputs)
+
+    of_queries = D
+    if config.query_rank is not None:
+        yield product("q_down", D, {"latent": config.query_rank})
+        of_queries = {"from_latent": config.query_rank}
+    yield product("q", of_queries, heads | {"head_dim": config.head_dim})
+    yield product("kv_down", D, {"latent": config.kv_rank})
+    yield product("k_rope", D, rope)
+    yield product("k", latent, heads | content)
+    yield product("v", latent, heads | value, _deep(model))
+    yield product("o", heads | value, D, _to_residual(model))
+
+
 def head_norms(config: Attention) -> tuple[tuple[str, str, int], ...]:
-    """Name, dim and size of the norms of queries and of keys."""
-    match config.qk_norm:
-        case None:
+    """Name, dim and size of the norms of queries and of keys, or of what they are made from."""
+    match config:
+        case LatentAttention(kv_rank=kv_rank, query_rank=query_rank):
+            of_queries = () if query_rank is None else (("q_norm", "vector", query_rank),)
+            return (*of_queries, ("kv_norm", "vector", kv_rank))
+        case GroupedQuery(qk_norm=None):
             return ()
-        case QkNorm.HEADS:
+        case GroupedQuery(qk_norm=QkNorm.HEADS):
             return ("q_norm", "head_dim", config.head_dim), ("k_norm", "head_dim", config.head_dim)
-        case QkNorm.WHOLE:  # heads after one another, so that a device has the dims of its own
+        case GroupedQuery():  # over all heads, which lie one after another, so that a device has the dims of its own
             query, key = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
             return ("q_norm", "heads", query), ("k_norm", "kv_heads", key)
         case _:
-            assert_never(config.qk_norm)
+            assert_never(config)
+
+
+class Kept(NamedTuple):
+    """An array that decoding keeps of the tokens before: so many numbers for each of some heads."""
+
+    heads: int
+    width: int
+    dim: str | None
+    """By which dim of `ACTIVATION_DIMS` devices share the heads; None: all have them."""
+
+    @property
+    def size(self) -> int:
+        """Numbers of a token."""
+        return self.heads * self.width
+
+
+def kept(config: Attention) -> tuple[Kept, ...]:
+    """Of one layer."""
+    match config:
+        case GroupedQuery():
+            return (Kept(config.n_kv_heads, config.head_dim, "kv_heads"),) * 2
+        case LatentAttention():
+            return (Kept(1, config.kv_rank + config.rope_head_dim, None),)
+        case _:
+            assert_never(config)
 
 
 def mlp(config: MlpConfig, model: ModelConfig) -> Iterator[Array]:

@@ -15,9 +15,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import assert_never
 
-from maxlm.config import BlockConfig, GroupedQuery, ModelConfig, Remat
+from maxlm.config import Attention, BlockConfig, ModelConfig, Remat
 from maxlm.config.remat import SAVED_NAMES
 from maxlm.shapes.arrays import Array, Part, Role, arrays, block
 
@@ -111,11 +110,11 @@ def flops_per_token(model: ModelConfig, seq_len: int, remat: Remat, *, remat_sta
     attention, causal, recompute, causal_recompute = 0, 0.0, 0.0, 0.0
     kinds = [*((block, 1) for block in model.first_blocks), *((block, model.repeats) for block in model.blocks)]
     for config, times in kinds:
-        heads = config.attention.n_heads * config.attention.head_dim
+        per_key = 3 * _flops_of_a_key(config.attention)
         reach = min(seq_len, config.attention.window or seq_len)
         visible = _mean_visible_keys(seq_len, reach)
-        attention += times * 12 * heads * reach
-        causal += times * 12 * heads * visible
+        attention += times * per_key * reach
+        causal += times * per_key * visible
         recompute += times * _recomputed(model, config, remat, reach, remat_stages)
         causal_recompute += times * _recomputed(model, config, remat, visible, remat_stages)
     return FlopsPerToken(
@@ -143,11 +142,7 @@ def _mean_visible_keys(seq_len: int, reach: int) -> float:
 def _recomputed(model: ModelConfig, config: BlockConfig, remat: Remat, keys: float, stage: bool) -> float:
     """Multiplications of one block that the backward pass does again, in FLOPs a token that sees so many keys; with
     `stage` those of a second forward pass too."""
-    match config.attention:
-        case GroupedQuery(n_heads=n_heads, head_dim=head_dim):
-            scores = 4 * n_heads * head_dim * keys
-        case _:
-            assert_never(config.attention)
+    scores = _flops_of_a_key(config.attention) * keys
     own = [array for array in block(config, model) if array.part is not Part.NORMS]
     out = _flops(array for array in own if array.name == "attention/o_proj")
     qkv = _flops(array for array in own if array.part is Part.ATTENTION and array.role is Role.PRODUCT) - out
@@ -162,6 +157,11 @@ def _recomputed(model: ModelConfig, config: BlockConfig, remat: Remat, keys: flo
     saved = SAVED_NAMES[remat]
     again = [qkv] * ("query" not in saved) + [scores] * ("attention_out" not in saved) + [out, mlp]
     return forward + sum(again) - ("glu_gate" in saved) * gate_and_up
+
+
+def _flops_of_a_key(attention: Attention) -> int:
+    """Of a query's scores of one key, and of that key's value, all heads, forward."""
+    return 2 * attention.n_heads * (attention.head_dim + attention.value_head_dim)
 
 
 def _flops(found: Iterable[Array]) -> float:

@@ -12,7 +12,7 @@ from maxlm.hub.families.llama import ATTENTION, MLP, NORMS, TOP, layer_types, sl
 from maxlm.hub.family import ModelFamily
 from maxlm.hub.names import Names, norm
 from maxlm.hub.published import ACTIVATIONS, Published, pattern, read_rope, write_rope
-from maxlm.hub.sizes import Keys
+from maxlm.hub.sizes import Keys, grouped_query
 
 _KEYS = Keys(activation="hidden_activation", act="gelu_pytorch_tanh", least=1e-6, tied=True)
 _KEYS_1 = dataclasses.replace(_KEYS, activation="hidden_act", words=ACTIVATIONS | {"gelu": Activation.GELU_TANH})
@@ -65,7 +65,7 @@ def _read_rope(config: Published, head_dim: int, *, local: bool) -> Rope:
 
 
 def _write(model: ModelConfig, *, version: int) -> dict[str, Any]:
-    attention = model.layers[-1].attention
+    attention = grouped_query(model)
     values = (_KEYS_1 if version == 1 else _KEYS).write(model) | {"attention_bias": attention.qkv_bias}
     ropes = {block.attention.window is None: block.attention.position for block in model.layers}
     written = {whole: write_rope(rope, attention.head_dim) for whole, rope in ropes.items() if isinstance(rope, Rope)}

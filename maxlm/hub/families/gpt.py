@@ -24,7 +24,7 @@ from maxlm.hub.families.llama import ATTENTION, NORMS, QKV, TOP
 from maxlm.hub.family import ModelFamily
 from maxlm.hub.names import Arrangement, Heads, Names, Transposed, linear, norm
 from maxlm.hub.published import Published, read_rope, write_rope
-from maxlm.hub.sizes import Keys
+from maxlm.hub.sizes import Keys, grouped_query
 
 # ---- GPT, GPT-2 ----
 
@@ -80,7 +80,7 @@ GPT2 = ModelFamily(
         },
         block=_GPT_BLOCK,
         layers="transformer.h.{}.",
-        ignored=(".attn.bias", ".attn.masked_bias"),
+        ignored=("*.attn.bias", "*.attn.masked_bias"),
     ),
 )
 """Radford et al. 2019. Old exports have the causal mask among their tensors."""
@@ -98,7 +98,7 @@ GPT = ModelFamily(
         },
         block=_GPT_BLOCK,
         layers="transformer.h.{}.",
-        ignored=(".attn.bias",),
+        ignored=("*.attn.bias",),
     ),
 )
 """Radford et al. 2018: norms after the sums."""
@@ -142,7 +142,7 @@ GPTJ = ModelFamily(
             **norm("ln_1", "attention_norm"),
         },
         layers="transformer.h.{}.",
-        ignored=(".attn.bias", ".attn.masked_bias"),
+        ignored=("*.attn.bias", "*.attn.masked_bias"),
     ),
 )
 
@@ -163,14 +163,15 @@ def _read_neox(config: Published) -> ModelConfig:
 
 def _write_neox(model: ModelConfig) -> dict[str, Any]:
     (block,) = model.blocks
-    rope, head_dim = _rope(model), block.attention.head_dim
+    attention, rope = grouped_query(model), _rope(model)
+    head_dim = attention.head_dim
     return (
         _NEOX_KEYS.write(model)
         | write_rope(rope, head_dim)
         | {
             "rotary_emb_base": rope.theta,
             "rotary_pct": (rope.dims or head_dim) / head_dim,
-            "attention_bias": block.attention.qkv_bias,
+            "attention_bias": attention.qkv_bias,
             "use_parallel_residual": isinstance(block.residual, Parallel),
         }
     )
@@ -195,7 +196,7 @@ GPT_NEOX = ModelFamily(
             **NORMS,
         },
         layers="gpt_neox.layers.{}.",
-        ignored=(".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"),
+        ignored=("*.attention.bias", "*.attention.masked_bias", "*.rotary_emb.inv_freq"),
     ),
 )
 """Also Pythia."""
@@ -216,7 +217,7 @@ PHI = ModelFamily(
     model_type="phi",
     architecture="PhiForCausalLM",
     read=_read_phi,
-    write=lambda model: _PHI_KEYS.write(model) | write_rope(_rope(model), model.blocks[0].attention.head_dim),
+    write=lambda model: _PHI_KEYS.write(model) | write_rope(_rope(model), grouped_query(model).head_dim),
     names=Names(
         top={
             "model.embed_tokens.weight": "embed",
@@ -267,7 +268,7 @@ def _read_falcon(config: Published) -> ModelConfig:
 
 def _write_falcon(model: ModelConfig) -> dict[str, Any]:
     (block,) = model.blocks
-    attention, residual = block.attention, block.residual
+    attention, residual = grouped_query(model), block.residual
     newer = isinstance(residual, Parallel) and (residual.two_norms or 1 < attention.n_kv_heads < attention.n_heads)
     return (
         _FALCON_KEYS.write(model)
@@ -323,9 +324,9 @@ def _read_starcoder2(config: Published) -> ModelConfig:
 
 
 def _write_starcoder2(model: ModelConfig) -> dict[str, Any]:
-    (block,) = model.blocks
-    more = {"sliding_window": block.attention.window, "use_bias": block.attention.qkv_bias}
-    return _STARCODER2_KEYS.write(model) | write_rope(_rope(model), block.attention.head_dim) | more
+    attention = grouped_query(model)
+    more = {"sliding_window": attention.window, "use_bias": attention.qkv_bias}
+    return _STARCODER2_KEYS.write(model) | write_rope(_rope(model), attention.head_dim) | more
 
 
 STARCODER2 = ModelFamily(
@@ -372,7 +373,7 @@ def _write_opt(model: ModelConfig) -> dict[str, Any]:
     return _OPT_KEYS.write(model) | {
         "word_embed_proj_dim": model.d_model,
         "do_layer_norm_before": isinstance(block.residual, PreNorm),
-        "enable_bias": block.attention.qkv_bias,
+        "enable_bias": grouped_query(model).qkv_bias,
     }
 
 

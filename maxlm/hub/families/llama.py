@@ -27,7 +27,7 @@ from maxlm.config.fields import NotNegative, Positive
 from maxlm.hub.family import ModelFamily
 from maxlm.hub.names import Arrangement, Names, linear, norm
 from maxlm.hub.published import Published, pattern, read_rope, write_rope
-from maxlm.hub.sizes import Keys, Sizes
+from maxlm.hub.sizes import Keys, Sizes, grouped_query
 
 TOP: dict[str, Arrangement] = {
     "model.embed_tokens.weight": "embed",
@@ -54,7 +54,7 @@ MLP: dict[str, Arrangement] = {
     **linear("mlp.up_proj", "mlp/up"),
     **linear("mlp.down_proj", "mlp/down"),
 }
-IGNORED = ("rotary_emb.inv_freq",)
+IGNORED = ("*rotary_emb.inv_freq",)
 """Old exports have the frequencies of RoPE among their tensors."""
 
 _KEYS = Keys(least=1e-6)
@@ -136,12 +136,12 @@ def _read_mlp(config: Published, sizes: Sizes, number: int) -> MlpConfig:
 def _write(model: ModelConfig, *, window: bool = False) -> dict[str, Any]:
     """As `_read` reads it."""
     block = model.layers[-1]
-    position = block.attention.position
-    assert isinstance(position, Rope)
-    values = _KEYS.write(model) | write_rope(position, block.attention.head_dim)
-    values["attention_bias"] = block.attention.qkv_bias and block.attention.out_bias
+    attention = grouped_query(model)
+    assert isinstance(attention.position, Rope)
+    values = _KEYS.write(model) | write_rope(attention.position, attention.head_dim)
+    values["attention_bias"] = attention.qkv_bias and attention.out_bias
     if window:
-        values["sliding_window"] = block.attention.window
+        values["sliding_window"] = attention.window
     match block.mlp:
         case GatedMlp() as mlp:
             values["mlp_bias"] = mlp.bias
@@ -302,7 +302,7 @@ def _read_cohere(config: Published) -> ModelConfig:
 
 
 def _write_cohere(model: ModelConfig) -> dict[str, Any]:
-    attention = model.layers[-1].attention
+    attention = grouped_query(model)
     assert isinstance(attention.position, Rope) and isinstance(model.head, LmHead)
     more = {"logit_scale": model.head.scale, "attention_bias": attention.qkv_bias}
     return _COHERE_KEYS.write(model) | write_rope(attention.position, attention.head_dim) | more
@@ -327,7 +327,7 @@ def _read_glm(config: Published, *, sandwich: bool) -> ModelConfig:
 
 
 def _write_glm(model: ModelConfig) -> dict[str, Any]:
-    attention = model.layers[-1].attention
+    attention = grouped_query(model)
     return _write(model) | {"attention_bias": attention.qkv_bias}
 
 

@@ -13,7 +13,7 @@ backends.py: kernels named in the config
 
 from kernels_pallas import DistanceBias, Scores, cache_room
 from maxlm.models.ops.attention import attention, causal
-from maxlm.models.ops.decoding import attention_to_cache
+from maxlm.models.ops.decoding import attention_to_cache, attention_to_keys, reads_in_place
 from maxlm.models.ops.dense import activate, dense, embed, glu, logits, project, unit_rows
 from maxlm.models.ops.experts import (
     EXPERT_IN_DIMS,
@@ -34,6 +34,7 @@ __all__ = [
     "activate",
     "attention",
     "attention_to_cache",
+    "attention_to_keys",
     "cache_room",
     "capacity_experts",
     "causal",
@@ -44,6 +45,7 @@ __all__ = [
     "logits",
     "picked_experts",
     "project",
+    "reads_in_place",
     "top_k",
     "unit_rows",
 ]
