@@ -38,7 +38,7 @@ class Rows:
 
 @dataclass(frozen=True, init=False)
 class Heads:
-    """Arrays by group of heads: the queries that share a key, then the key, then the value (GPT-NeoX, BLOOM, Falcon)."""
+    """Arrays by group of heads: queries that share a key, then the key, then the value (GPT-NeoX, BLOOM, Falcon)."""
 
     parts: tuple[str, ...]
 

@@ -29,6 +29,7 @@ from maxlm.hub.sizes import Keys
 
 _KEYS = Keys(n_kv_heads=None, head_dim=None, least=1e-6)
 
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _EXPERTS: dict[str, Arrangement] = {
     "mlp.gate.weight": "mlp/router",
     "mlp.gate.e_score_correction_bias": "mlp/router_bias",
