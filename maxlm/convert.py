@@ -18,7 +18,8 @@ from maxlm.config import UserError
 from maxlm.config.cli import parse, run_command
 from maxlm.config.fields import config
 
-_DESCRIPTION = """Convert a model between a published folder (config.json and safetensors) and a run folder, or from a GGUF file.
+_DESCRIPTION = """Convert a model between a published folder (config.json and safetensors) and a run folder, or from a
+GGUF file to either.
 
 It ends with what it wrote: the number of parameters, a checksum of all of them and, where the package transformers is
 installed, the largest difference of its logits to ours."""

@@ -1,7 +1,7 @@
 """GGUF files of llama.cpp: metadata and tensors, read where they lie in a mapped file.
 
-The `gguf` package knows the formats of numbers and dequantises them. Its reader believes each length that a file says (a
-list of 2^60 numbers keeps it busy for ever), so the header is read here, and every length held against the file's end.
+The `gguf` package knows the formats of numbers and dequantises them. Its reader believes each length that a file says
+(a list of 2^60 numbers keeps it busy for ever), so the header is read here, each length held against the file's end.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
 """
@@ -40,7 +40,7 @@ class _Place(NamedTuple):
 
 
 class GgufFile:
-    """A file with its metadata, and its tensors as float32. Their dims are in numpy's order, the file's turned round."""
+    """A file with its metadata, and its tensors as float32. Their dims are in numpy's order, the reverse of its own."""
 
     def __init__(self, path: Path) -> None:
         """Reads the header alone.
