@@ -37,6 +37,7 @@ HUB = [
 
 WEIGHTS = [
     "safetensors>=0.8.0",  # published weights: one format that runs nothing when it is read
+    "gguf>=0.19.0",  # and llama.cpp's: its formats of numbers, its names of tensors
 ]
 
 VIZ = [

@@ -38,6 +38,8 @@ class GenerateOptions:
     """Folder of a training run."""
     hf: Annotated[PathName | None, tyro.conf.arg(metavar="DIR")] = None
     """Or the folder of a published model: config.json, safetensors files, tokenizer.json."""
+    gguf: Annotated[PathName | None, tyro.conf.arg(metavar="FILE")] = None
+    """Or the GGUF file of a published model."""
     prompt: str = ""
     """What the text starts with; empty: the beginning of a document."""
     max_new_tokens: Positive[int] = 128
@@ -58,10 +60,12 @@ class GenerateOptions:
     """Show tracebacks."""
 
     def __post_init__(self) -> None:
-        if (self.run is None) == (self.hf is None):
-            raise UserError("name one model: --run RUN_DIR, a training run, or --hf DIR, a published model")
-        if self.hf is not None and self.step is not None:
-            raise UserError(f"--step {self.step} is of a training run; leave it out with --hf")
+        if [self.run, self.hf, self.gguf].count(None) != 2:
+            raise UserError(
+                "name one model: --run RUN_DIR, a training run, or a published model, --hf DIR or --gguf FILE"
+            )
+        if self.run is None and self.step is not None:
+            raise UserError(f"--step {self.step} is of a training run; leave it out with --hf and --gguf")
 
 
 def main(argv: list[str]) -> None:
@@ -73,16 +77,16 @@ def main(argv: list[str]) -> None:
     options = parse(GenerateOptions, argv, prog="python -m maxlm.generate", description=_DESCRIPTION, flags=True)
 
     from maxlm.compile_cache import enable_compilation_cache  # these import jax: --help stays instant
-    from maxlm.hub.models import load_folder
+    from maxlm.hub.models import KINDS, load_published
     from maxlm.inference.generator import Generator
     from maxlm.inference.load import load_run
 
     enable_compilation_cache()
-    if options.hf is not None:
-        run = load_folder(Path(options.hf), sharding=options.sharding)
-    else:
-        assert options.run is not None
+    if options.run is not None:
         run = load_run(Path(options.run), step=options.step, sharding=options.sharding)
+    else:
+        kind, place = next((kind, place) for kind in KINDS if (place := getattr(options, kind)) is not None)
+        run = load_published(KINDS[kind](Path(place)), sharding=options.sharding)
     generator = Generator(run, weights=options.weights)
     stream = generator.stream(
         options.prompt, max_new_tokens=options.max_new_tokens, sampling=options.sampling, seed=options.seed

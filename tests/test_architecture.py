@@ -66,7 +66,8 @@ LAZY = {
     "maxlm/observe/plots.py": {"matplotlib"},  # the extra `viz`
     "maxlm/plan/picture.py": {"matplotlib"},
     "maxlm/observe/writers.py": {"wandb"},  # who logs to it installs it
-    "maxlm/hub/tensor_files.py": {"safetensors"},  # the extra `weights`
+    "maxlm/hub/gguf_file.py": {"gguf"},  # the extra `weights`
+    "maxlm/hub/tensor_files.py": {"safetensors"},  # the same
     "maxlm/hub/converting.py": {"torch", "transformers"},  # a comparison for who has them
     "maxlm/inspect.py": {"rich"},  # a listing as JSON starts without it
     "maxlm/surroundings.py": {"rich"},

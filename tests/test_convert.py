@@ -16,9 +16,8 @@ from tokenizers import Tokenizer, models
 from maxlm import convert, generate
 from maxlm.config import UserError
 from maxlm.data.tokenizers import load_tokenizer
-from maxlm.hub import converting
 from maxlm.hub.families import FAMILIES
-from maxlm.hub.models import load_model
+from maxlm.hub.models import find_tokenizer, load_model
 from maxlm.hub.published import Published
 from maxlm.hub.tensor_files import SINGLE
 from maxlm.inference.load import load_run
@@ -98,7 +97,7 @@ def test_text_of_a_published_model(folder: Path, capsys: pytest.CaptureFixture[s
     generate.main(["--hf", str(folder), "--prompt", "abc", "--max_new_tokens", "5", "--temperature", "0", "--json"])
     found = json.loads(capsys.readouterr().out)["tokens"]
     model, _ = load_model(folder)
-    ids = converting.find_tokenizer(folder).prompt_ids("abc")
+    ids = find_tokenizer(folder).prompt_ids("abc")
     for token in found:  # greedy, without a cache
         assert token == int(np.asarray(model([ids]))[0, -1].argmax())
         ids = [*ids, token]
@@ -111,7 +110,7 @@ def test_training_begins_from_it(folder: Path) -> None:
     config = small_run(FAMILIES[NAME].read(Published(published.MODELS[NAME], "")))
     layout = make_layout(config.sharding)
     trainer = make_trainer(config, layout)
-    tokenizer = converting.find_tokenizer(folder)
+    tokenizer = find_tokenizer(folder)
     place = f"hf:{folder}"
     start = warm_start(place, open_source, config.model, layout, trainer, tokenizer.fingerprint)
     model, _ = load_model(folder)

@@ -101,7 +101,7 @@ class CheckpointConfig:
     verify: bool = True
     """Compare checksums before restoring."""
     init_from: PathName | None = None
-    """Run folder, RUN_DIR/checkpoints/STEP, or hf:DIR for the folder of a published model, whose parameters a new run
+    """Run folder, RUN_DIR/checkpoints/STEP, or a published model, hf:DIR or gguf:FILE, whose parameters a new run
     starts from, with a new optimizer; a dense MLP becomes every expert of a mixture of the same d_ff
     (arXiv:2212.05055). Not read once the run has a checkpoint."""
 

@@ -1,8 +1,12 @@
-"""Published models in and out: Hugging Face folders, one table of names and one builder a family.
+"""Published models in and out: Hugging Face folders, GGUF files; one table of names and one builder a family.
 
-models.py: load_model, save_model, and a folder as a run to talk to
+models.py: load_model, save_model, and a published model as a run to talk to
 converting.py: what the command maxlm.convert does
-folder.py: a folder as a model's arrays, and back
+weights.py: a published model's arrays, from whatever kind of file
+folder.py: a Hugging Face folder, read and written
+gguf_weights.py: what a GGUF file says of a model, in the words of a family
+gguf_file.py: its metadata and tensors
+gguf_tokenizer.py: its vocabulary as a tokenizer.json
 families/: the families, by model_type
 family.py: what a family is
 names.py: how our arrays lie in published tensors

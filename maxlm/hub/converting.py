@@ -1,4 +1,4 @@
-"""What `python -m maxlm.convert` does: a model read part by part from one kind of folder, written to another."""
+"""What `python -m maxlm.convert` does: a model read part by part from one kind of file, written to another."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ import numpy.typing as npt
 from maxlm import shapes
 from maxlm.checkpoint.checkpointer import Checkpointer
 from maxlm.checkpoint.reference import run_and_step
-from maxlm.config import CheckpointConfig, Dtype, ExecutionConfig, ModelConfig, RunConfig, UserError, serialize
+from maxlm.config import CheckpointConfig, Dtype, ExecutionConfig, ModelConfig, RunConfig, serialize
 from maxlm.data.tokenizers import Tokenizer
 from maxlm.hub.families import FAMILIES
 from maxlm.hub.family import ModelFamily
-from maxlm.hub.folder import ModelFolder, appearing, copy_tokenizer, write_folder
-from maxlm.hub.models import find_tokenizer, number_format, pieces_of, untrained
+from maxlm.hub.folder import appearing, copy_tokenizer, write_folder
+from maxlm.hub.models import PublishedModel, no_tokenizer, number_format, pieces_of, untrained
 from maxlm.hub.names import Piece
 from maxlm.hub.published import Published
 from maxlm.inference.language_model import LanguageModel
@@ -49,32 +50,34 @@ class Opened:
     tokenizer: Tokenizer | None
     family: ModelFamily | None
     """That it came from."""
-    files: Path
-    """Where its tokenizer's files lie, if anywhere."""
+    copy_tokenizer: Callable[[Path], None]
+    """Writes its tokenizer's files into a folder, as far as there are any."""
+    place: Path
     config: RunConfig
     step: int
     """Optimizer steps that it has seen."""
 
 
-def open_published(folder: Path) -> Opened:
-    """A Hugging Face folder.
+def open_published(published: PublishedModel) -> Opened:
+    """A model of `maxlm.hub.models.KINDS`.
 
     Raises:
-        UserError: as `ModelFolder`.
+        UserError: it does not fit on one device, or its tokenizer is damaged.
     """
-    files = ModelFolder(folder)
-    layout = layout_for(files.model, ONE_DEVICE)
-    dtype = Dtype.FLOAT32 if files.dtype.itemsize > 2 else Dtype.BFLOAT16
+    weights = published.weights
+    layout = layout_for(weights.model, ONE_DEVICE)
+    dtype = Dtype.FLOAT32 if weights.dtype.itemsize > 2 else Dtype.BFLOAT16
     return Opened(
-        model=files.model,
-        piece=files.piece,
-        array=files.array,
-        parameters=lambda: files.parameters(abstract_parameters(files.model, layout)),
-        dtype=files.dtype.name,
-        tokenizer=find_tokenizer(folder),
-        family=files.family,
-        files=folder,
-        config=untrained(files.model, dtype=dtype, sharding=ONE_DEVICE),
+        model=weights.model,
+        piece=weights.piece,
+        array=weights.array,
+        parameters=lambda: weights.parameters(abstract_parameters(weights.model, layout)),
+        dtype=weights.dtype.name,
+        tokenizer=published.find_tokenizer(),
+        family=weights.family,
+        copy_tokenizer=published.copy_tokenizer,
+        place=weights.place,
+        config=untrained(weights.model, dtype=dtype, sharding=ONE_DEVICE),
         step=0,
     )
 
@@ -87,6 +90,7 @@ def open_run(place: Path) -> Opened:
     """
     folder, step = run_and_step(str(place))
     run = load_run(folder, step=step)
+    published = folder / PUBLISHED
     piece = pieces_of(run.parameters)
     named = {array.name: array for array in shapes.arrays(run.config.model)}
     return Opened(
@@ -96,8 +100,9 @@ def open_run(place: Path) -> Opened:
         parameters=lambda: run.parameters,
         dtype="float32",
         tokenizer=run.tokenizer,
-        family=_family_of_origin(folder / PUBLISHED),
-        files=folder / PUBLISHED if (folder / PUBLISHED).is_dir() else folder / "tokenizer",
+        family=_family_of_origin(published),
+        copy_tokenizer=partial(copy_tokenizer, published if published.is_dir() else folder / "tokenizer"),
+        place=folder,
         config=run.config,
         step=run.step,
     )
@@ -114,7 +119,7 @@ def write_published(opened: Opened, folder: Path, dtype: str | None) -> None:
         opened.piece,
         folder,
         dtype=number_format(dtype or opened.dtype),
-        tokenizer=opened.files,
+        tokenizer=opened.copy_tokenizer,
         prefer=opened.family,
     )
 
@@ -126,23 +131,21 @@ def write_run(opened: Opened, folder: Path) -> None:
         UserError: there is no tokenizer, something is at `folder`, or it cannot be written.
     """
     if opened.tokenizer is None:
-        raise UserError(f"{opened.files}: has no tokenizer.json and no tokenizer.model; put that of the model there")
+        raise no_tokenizer(opened.place)
     config = dataclasses.replace(opened.config, run_dir=str(folder))
-    with appearing(folder) as partial:
-        serialize.save(config, partial / "config.json")
-        opened.tokenizer.save(partial / "tokenizer")
-        (partial / PUBLISHED).mkdir()
-        copy_tokenizer(opened.files, partial / PUBLISHED)
+    with appearing(folder) as place:
+        serialize.save(config, place / "config.json")
+        opened.tokenizer.save(place / "tokenizer")
+        (place / PUBLISHED).mkdir()
+        opened.copy_tokenizer(place / PUBLISHED)
         if opened.family is not None:
-            (partial / PUBLISHED / "config.json").write_text(
-                json.dumps({"model_type": opened.family.model_type}) + "\n"
-            )
+            (place / PUBLISHED / "config.json").write_text(json.dumps({"model_type": opened.family.model_type}) + "\n")
         meta = {
             "tokenizer": opened.tokenizer.fingerprint,
             "config": serialize.to_dict(config),
             "data": {"next_batch": 0, "fingerprint": "none: not trained here"},
         }
-        with Checkpointer(partial / "checkpoints", CheckpointConfig()) as checkpointer:
+        with Checkpointer(place / "checkpoints", CheckpointConfig()) as checkpointer:
             checkpointer.save(opened.step, params=opened.parameters(), optimizer={}, meta=meta)
 
 
@@ -153,12 +156,12 @@ def _family_of_origin(folder: Path) -> ModelFamily | None:
     return FAMILIES.get(str(Published.read(folder).values.get("model_type")))
 
 
-def report(opened: Opened, published: Path) -> Iterator[str]:
+def report(opened: Opened, folder: Path | None) -> Iterator[str]:
     """What was converted, in lines.
 
     Args:
         opened: what was read.
-        published: the published folder, source or target.
+        folder: the Hugging Face folder, source or target, whose logits are compared; None: there is none.
     """
     arrays = shapes.arrays(opened.model)
     digest = hashlib.sha256()
@@ -166,10 +169,11 @@ def report(opened: Opened, published: Path) -> Iterator[str]:
         digest.update(array.name.encode())
         digest.update(np.ascontiguousarray(opened.array(array.name)).data)
     yield f"{sum(array.size for array in arrays):,} parameters, SHA-256 of all in float32 {digest.hexdigest()}"
-    yield _compare_logits(opened, published)
+    if folder is not None:
+        yield _compare_logits(opened, folder)
 
 
-def _compare_logits(opened: Opened, published: Path) -> str:
+def _compare_logits(opened: Opened, folder: Path) -> str:
     """With transformers, where it is installed."""
     try:
         import torch
@@ -179,7 +183,7 @@ def _compare_logits(opened: Opened, published: Path) -> str:
     ids = np.arange(_PROBE)[None] * 7919 % opened.model.vocab_size
     layout = layout_for(opened.model, ONE_DEVICE)
     ours = np.asarray(LanguageModel(opened.model, ExecutionConfig(), layout, opened.parameters())(ids))
-    model = transformers.AutoModelForCausalLM.from_pretrained(published, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         theirs = model(torch.from_numpy(ids)).logits.numpy()
     difference, largest = np.abs(ours - theirs).max(), np.abs(theirs).max()

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
-import fnmatch
-import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import numpy.typing as npt
 
@@ -22,10 +18,11 @@ from maxlm.config.changes import changes
 from maxlm.config.fields import Changes
 from maxlm.hub.families import FAMILIES
 from maxlm.hub.family import ModelFamily
-from maxlm.hub.names import Piece, Tensor, tensors
+from maxlm.hub.names import Piece, tensors
 from maxlm.hub.published import Published
 from maxlm.hub.quantized import Dequantised
-from maxlm.hub.tensor_files import DTYPES, Spec, write_tensors
+from maxlm.hub.tensor_files import Spec, write_tensors
+from maxlm.hub.weights import PublishedWeights
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -37,121 +34,16 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 """What goes along with a model as it is; the chat template stands in tokenizer_config.json or in a file of its own."""
-_SHOWN = 5
 
 
-class ModelFolder:
-    """The weights of a folder under the names of this project, each read when it is asked for."""
+def open_folder(folder: Path) -> PublishedWeights:
+    """The weights of a Hugging Face folder.
 
-    def __init__(self, folder: Path) -> None:
-        """Looks at config.json and at the names and shapes of all tensors.
-
-        Raises:
-            UserError: the family is not known, or has not been told all that config.json says; a tensor is missing, of
-                another shape, or not expected: all are listed.
-        """
-        self.folder = folder
-        published = Published.read(folder)
-        self.family = _family(published)
-        self.model = self.family.read(published)
-        self._names = self.family.names_of(self.model)
-        self._tensors = tensors(self.model, self._names)
-        self._files = Dequantised(folder, published)
-        self._compare()
-        self._homes: dict[str, dict[tuple[int, ...], tuple[Tensor, int]]] = {}
-        for tensor in self._tensors:
-            for number, part in enumerate(tensor.parts):
-                self._homes.setdefault(part.array.name, {})[part.at] = tensor, number
-
-    def parameters(self, wanted: Any) -> Any:
-        """All arrays, float32, in the shardings of `wanted` (as `maxlm.models.abstract_parameters` makes it).
-
-        The host has one array at a time, or the part of it that a device gets, and one tensor.
-        """
-
-        def read(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
-            name = "/".join(str(key.key) for key in path)
-            return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: self.array(name, index or ()))
-
-        return jax.tree_util.tree_map_with_path(read, wanted)
-
-    def array(self, name: str, index: tuple[slice, ...] = ()) -> npt.NDArray[np.float32]:
-        """One array of the model, or the part of it that `index` says."""
-        homes = self._homes[name]
-        part = next(tensor.parts[number] for tensor, number in homes.values())
-        index = index or (slice(None),) * len(part.array.shape)
-        n_places = len(part.at)
-        ranges = [range(*one.indices(size)) for one, size in zip(index, part.array.shape[:n_places], strict=False)]
-        inner = index[n_places:]
-        shape = [len(one) for one in ranges]
-        shape += [len(range(*one.indices(size))) for one, size in zip(inner, part.dims.values(), strict=True)]
-        found = np.empty(shape, np.float32)
-        for to, at in zip(np.ndindex(*shape[:n_places]), itertools.product(*ranges), strict=True):
-            found[to] = self.piece(homes[at][0].parts[homes[at][1]])[inner]
-        return found
-
-    def piece(self, part: Piece) -> npt.NDArray[Any]:
-        """What one tensor has of an array, in the number format of the file."""
-        tensor, number = self._homes[part.array.name][part.at]
-        return tensor.split(self._files.read(tensor.name))[number]
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The number format of most of the numbers."""
-        sizes: dict[str, int] = {}
-        for entry in self._files.entries.values():
-            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + int(np.prod(entry.shape))
-        return DTYPES.get(max(sizes, key=lambda name: sizes[name]), np.dtype(np.float32))
-
-    @property
-    def ignored(self) -> list[str]:
-        """Names of tensors that the model does not use."""
-        return sorted(filter(self._is_ignored, self._files.entries))
-
-    def _compare(self) -> None:
-        there = {name: entry.shape for name, entry in self._files.entries.items() if not self._is_ignored(name)}
-        wanted = {tensor.name: tensor.shape for tensor in self._tensors}
-        problems = [f"{name} is missing" for name in wanted if name not in there]
-        problems += [
-            f"{name} has the shape {list(there[name])}, config.json says {list(shape)}"
-            for name, shape in wanted.items()
-            if name in there and there[name] != shape
-        ]
-        problems += [f"{name} is not expected" for name in there if name not in wanted and not self._is_tied(name)]
-        if problems:
-            more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-            raise UserError(
-                "\n".join(
-                    [
-                        f"{self.folder}: the tensors are not those of the {self.family.model_type} that config.json "
-                        "describes; take both from one place:",
-                        *problems[:_SHOWN],
-                        *more,
-                    ]
-                )
-            )
-
-    def _is_ignored(self, name: str) -> bool:
-        return any(fnmatch.fnmatchcase(name, one) for one in self._names.ignored)
-
-    def _is_tied(self, name: str) -> bool:
-        """Whether it is an output table that is there although it is the embedding table."""
-        top = self._names.top
-        if not self.model.tied or top.get(name) != "unembed":
-            return False
-        embed = next(theirs for theirs, ours in top.items() if ours == "embed")
-        return np.array_equal(self._files.read(name), self._files.read(embed))
-
-
-def _family(published: Published) -> ModelFamily:
-    name = published.get("model_type", str)
-    if name not in FAMILIES:
-        near = difflib.get_close_matches(name, FAMILIES, 1, 0.0)[0]
-        raise UserError(
-            f"{published.place}: model_type = {name!r} is not supported; the nearest that is: {near!r} (all: "
-            f"{', '.join(sorted(FAMILIES))})"
-        )
-    return FAMILIES[name]
+    Raises:
+        UserError: as `PublishedWeights`; or a file is missing or damaged.
+    """
+    published = Published.read(folder)
+    return PublishedWeights(folder, published, Dequantised(folder, published))
 
 
 def _layer_by_layer(model: ModelConfig) -> ModelConfig:
@@ -189,7 +81,7 @@ def write_folder(
     folder: Path,
     *,
     dtype: np.dtype[Any],
-    tokenizer: Path | None = None,
+    tokenizer: Callable[[Path], None] | None = None,
     prefer: ModelFamily | None = None,
 ) -> ModelFamily:
     """Write a model for `transformers` and other programs; the folder appears when all is in it.
@@ -199,7 +91,7 @@ def write_folder(
         piece: the part of an array that a tensor holds.
         folder: new.
         dtype: number format of the files.
-        tokenizer: a folder whose tokenizer files go along.
+        tokenizer: what writes the tokenizer's files into the folder, as `copy_tokenizer`.
         prefer: the family that it came from.
 
     Raises:
@@ -215,7 +107,7 @@ def write_folder(
         values |= {"dtype": dtype.name, "torch_dtype": dtype.name}
         (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
         if tokenizer is not None:
-            copy_tokenizer(tokenizer, partial)
+            tokenizer(partial)
     return family
 
 

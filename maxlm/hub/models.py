@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,21 +24,49 @@ from maxlm.config import (
     UserError,
 )
 from maxlm.data.tokenizers import Tokenizer, open_tokenizer
-from maxlm.hub.folder import ModelFolder, write_folder
+from maxlm.hub import gguf_tokenizer
+from maxlm.hub.folder import copy_tokenizer, open_folder, write_folder
+from maxlm.hub.gguf_file import GgufFile
+from maxlm.hub.gguf_weights import open_weights
 from maxlm.hub.names import Piece
 from maxlm.hub.tensor_files import DTYPES
+from maxlm.hub.weights import PublishedWeights
 from maxlm.inference.language_model import LanguageModel
 from maxlm.inference.load import ONE_DEVICE, LoadedRun, layout_for
 from maxlm.models import abstract_parameters
 
 
+class PublishedModel(NamedTuple):
+    """A published model as the commands want it, from whatever kind of file."""
+
+    weights: PublishedWeights
+    find_tokenizer: Callable[[], Tokenizer | None]
+    copy_tokenizer: Callable[[Path], None]
+    """Writes its tokenizer's files, and its chat template, into a folder."""
+
+
+def _open_folder(folder: Path) -> PublishedModel:
+    return PublishedModel(open_folder(folder), partial(find_tokenizer, folder), partial(copy_tokenizer, folder))
+
+
+def _open_gguf(path: Path) -> PublishedModel:
+    file = GgufFile(path)
+    return PublishedModel(
+        open_weights(file), partial(gguf_tokenizer.find_tokenizer, file), partial(gguf_tokenizer.write_tokenizer, file)
+    )
+
+
+KINDS: dict[str, Callable[[Path], PublishedModel]] = {"hf": _open_folder, "gguf": _open_gguf}
+"""What opens each kind of published model, `KIND:PATH` on a command line. All raise UserError as `PublishedWeights`."""
+
+
 def load_model(
     path: str | Path, dtype: str = "float32", *, sharding: ShardingConfig = ONE_DEVICE
 ) -> tuple[LanguageModel, ModelConfig]:
-    """A model of a Hugging Face folder. Also `maxlm.load_model`.
+    """A published model. Also `maxlm.load_model`.
 
     Args:
-        path: folder with config.json and safetensors files.
+        path: folder with config.json and safetensors files; or a GGUF file.
         dtype: number format of products and activations; the parameters stay as they are, in float32.
         sharding: how to lay the model out, as for `maxlm.load_run`.
 
@@ -49,28 +79,25 @@ def load_model(
     """
     if dtype not in [known.value for known in Dtype]:
         raise UserError(f"dtype = {dtype!r} must be {' or '.join(repr(known.value) for known in Dtype)}")
-    folder = ModelFolder(Path(path))
-    layout = layout_for(folder.model, sharding)
+    weights = KINDS["gguf" if Path(path).is_file() else "hf"](Path(path)).weights
+    layout = layout_for(weights.model, sharding)
     execution = ExecutionConfig(dtype=Dtype(dtype))
-    parameters = folder.parameters(abstract_parameters(folder.model, layout))
-    return LanguageModel(folder.model, execution, layout, parameters), folder.model
+    parameters = weights.parameters(abstract_parameters(weights.model, layout))
+    return LanguageModel(weights.model, execution, layout, parameters), weights.model
 
 
-def load_folder(folder: Path, *, sharding: ShardingConfig) -> LoadedRun:
+def load_published(published: PublishedModel, *, sharding: ShardingConfig) -> LoadedRun:
     """A published model as `maxlm.load_run` gives a run; computes in float32 on CPUs, in bfloat16 elsewhere.
 
     Raises:
-        UserError: as `maxlm.load_model`; or the folder has no tokenizer.
+        UserError: it has no tokenizer, its numbers are not right, or the layout does not fit.
     """
-    tokenizer = find_tokenizer(folder)
-    if tokenizer is None:
-        raise UserError(f"{folder}: has no tokenizer.json and no tokenizer.model; put that of the model there")
-    files = ModelFolder(folder)
-    layout = layout_for(files.model, sharding)
+    weights, tokenizer = published.weights, require_tokenizer(published)
+    layout = layout_for(weights.model, sharding)
     return LoadedRun(
-        config=untrained(files.model, dtype=Dtype.FLOAT32 if layout.on_cpu else Dtype.BFLOAT16, sharding=sharding),
+        config=untrained(weights.model, dtype=Dtype.FLOAT32 if layout.on_cpu else Dtype.BFLOAT16, sharding=sharding),
         layout=layout,
-        parameters=files.parameters(abstract_parameters(files.model, layout)),
+        parameters=weights.parameters(abstract_parameters(weights.model, layout)),
         tokenizer=tokenizer,
         step=0,
     )
@@ -86,6 +113,21 @@ def untrained(model: ModelConfig, *, dtype: Dtype, sharding: ShardingConfig, run
         sharding=sharding,
         run_dir=run_dir,
     )
+
+
+def require_tokenizer(published: PublishedModel) -> Tokenizer:
+    """Raises UserError where there is none."""
+    tokenizer = published.find_tokenizer()
+    if tokenizer is None:
+        raise no_tokenizer(published.weights.place)
+    return tokenizer
+
+
+def no_tokenizer(place: Path) -> UserError:
+    """What to say of a model without one."""
+    if place.is_dir():
+        return UserError(f"{place}: has no tokenizer.json and no tokenizer.model; put that of the model there")
+    return UserError(f"{place}: has no tokenizer; take a GGUF file that has one")
 
 
 def find_tokenizer(folder: Path) -> Tokenizer | None:
@@ -118,7 +160,7 @@ def save_model(
         pieces_of(model.parameters),
         Path(path),
         dtype=number_format(dtype),
-        tokenizer=None if tokenizer is None else Path(tokenizer),
+        tokenizer=None if tokenizer is None else partial(copy_tokenizer, Path(tokenizer)),
     )
 
 

@@ -11,7 +11,7 @@ import math
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import ml_dtypes
 import numpy as np
@@ -40,6 +40,16 @@ class TensorEntry(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
     """As safetensors calls it."""
+
+
+class TensorSource(Protocol):
+    """Tensors by name, from whatever kind of file."""
+
+    entries: dict[str, TensorEntry]
+
+    def read(self, name: str) -> npt.NDArray[Any]:
+        """A tensor of its entry's shape; all its numbers are finite."""
+        ...
 
 
 class TensorFolder:
@@ -83,10 +93,7 @@ class TensorFolder:
         return self._finite(name, self._opened(entry.file).get_tensor(name))
 
     def _finite(self, name: str, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        if not np.isfinite(values).all():
-            place = self.folder / self.entries[name].file
-            raise UserError(f"{place}: {name} holds numbers that are not finite; take another copy of the model")
-        return values
+        return require_finite(f"{self.folder / self.entries[name].file}: {name}", values)
 
     def read_bytes(self, name: str, file: str) -> npt.NDArray[np.uint8]:
         """The bytes of a tensor in a file that `entries` have, or had, read where its header says."""
@@ -118,6 +125,13 @@ class TensorFolder:
             part = file.get_slice(key)
             found[key] = TensorEntry(name, tuple(part.get_shape()), part.get_dtype())
         return found
+
+
+def require_finite(place: str, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The same values. Raises UserError where a number is not finite."""
+    if not np.isfinite(values).all():
+        raise UserError(f"{place} holds numbers that are not finite; take another copy of the model")
+    return values
 
 
 def _files(folder: Path) -> dict[str, set[str]]:

@@ -5,29 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from maxlm.hub.folder import ModelFolder
-from maxlm.hub.models import find_tokenizer
+from maxlm.hub.models import KINDS, PublishedModel
 from maxlm.training.warm_start import Origin, RunSource, Source
-
-PUBLISHED = "hf:"
 
 
 def open_source(place: str) -> Source:
-    """`hf:` and the folder of a published model, or a run."""
-    return PublishedSource(Path(place.removeprefix(PUBLISHED))) if place.startswith(PUBLISHED) else RunSource(place)
+    """A published model, as `hf:DIR` or `gguf:FILE`, or a run."""
+    kind, _, path = place.partition(":")
+    return PublishedSource(KINDS[kind](Path(path))) if kind in KINDS else RunSource(place)
 
 
 class PublishedSource:
-    """The folder of a published model."""
+    """A published model."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = ModelFolder(folder)
-        self.model = self._folder.model
+    def __init__(self, published: PublishedModel) -> None:
+        self._published = published
+        self.model = published.weights.model
 
     def read(self, shapes: dict[str, Any]) -> Origin:
-        tokenizer = find_tokenizer(self._folder.folder)
+        tokenizer = self._published.find_tokenizer()
         return Origin(
-            parameters=self._folder.parameters(shapes),
+            parameters=self._published.weights.parameters(shapes),
             model=self.model,
             tokenizer=None if tokenizer is None else tokenizer.fingerprint,
         )
