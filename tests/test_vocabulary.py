@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from maxlm.config import UserError
-from maxlm.hub.vocabularies import Edited, Vocabulary
+from maxlm.hub.vocabularies import Vocabulary
 
 ENGLISH = ["the cat sat on the mat, and the dog saw that", "a house is a place where people live together"] * 8
 OTHER = ["дом и кошка на крыше", "привет мир и до встречи", "кошка и собака живут дома"] * 8
@@ -124,9 +122,7 @@ def test_new_tokens_come_after_the_old_ones(kind: str) -> None:
     old = size(vocabulary)
     assert edited.sources[:old] == tuple((i,) for i in range(old)) and len(edited.sources) > old + 20
     for text in ENGLISH[:2]:
-        assert ids(edited.definition, vocabulary.is_json, text) == ids(
-            vocabulary.definition, vocabulary.is_json, text
-        )
+        assert ids(edited.definition, vocabulary.is_json, text) == ids(vocabulary.definition, vocabulary.is_json, text)
     for text in OTHER[:3]:
         before, after = (ids(one, vocabulary.is_json, text) for one in (vocabulary.definition, edited.definition))
         if kind == "unigram":  # it knew none of the letters, and spells in no bytes

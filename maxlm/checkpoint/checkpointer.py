@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import logging
 import os
 import re
@@ -16,9 +18,10 @@ from types import TracebackType
 from typing import Any
 
 import jax
+import numpy as np
 
 from maxlm.checkpoint import manifest, retention
-from maxlm.checkpoint.store import Record, Store, Tree, describe_leaf, first_difference, named_leaves
+from maxlm.checkpoint.store import Deferred, Record, Store, Tree, describe_leaf, first_difference, named_leaves
 from maxlm.config.errors import UserError
 from maxlm.config.run import CheckpointConfig
 from maxlm.processes.joining import on_rank_0
@@ -197,8 +200,10 @@ class Checkpointer:
         self._current = step
         return restored
 
-    def restore_params(self, step: int | None, params: Tree) -> Restored:
+    def restore_params(self, step: int | None, params: Tree, *, deferred: bool = False) -> Restored:
         """Restore only the parameters of `step`, or of the newest intact step if None; `optimizer` is None.
+
+        With `deferred` each array is a `Deferred`, read into host memory when it is asked for, also later.
 
         Raises:
             UserError: there is no such step, it is damaged, or it holds other parameters than asked for.
@@ -213,6 +218,8 @@ class Checkpointer:
 
         chosen = self._agree(choose)
         assert chosen is not None
+        if deferred:
+            return self._open_params(chosen, params)
         return self._restore(chosen, {"params": params})
 
     def read_meta(self, step: int) -> dict[str, Any]:
@@ -312,7 +319,22 @@ class Checkpointer:
         """What rank 0 chooses, on every rank."""
         return on_rank_0("choose a checkpoint", choose)
 
-    def _restore(self, step: int, items: dict[str, Tree]) -> Restored:
+    def _open_params(self, step: int, params: Tree) -> Restored:
+        record, path = self._matching_record(step, {"params": params}), self._folder / str(step)
+
+        def read(name: str) -> np.ndarray:
+            with contextlib.closing(Store()) as store:
+                return store.numpy(path, "params", [name])[name]
+
+        leaves = [
+            Deferred(shape=leaf.shape, dtype=np.dtype(leaf.dtype), read=functools.partial(read, name))
+            for name, leaf in named_leaves(params).items()
+        ]
+        tree = jax.tree.unflatten(jax.tree.structure(params), leaves)
+        return Restored(step=step, params=tree, optimizer=None, meta=record.meta)
+
+    def _matching_record(self, step: int, items: dict[str, Tree]) -> Record:
+        """Of a step that has these arrays."""
         record = self._record(step)
         for item, tree in items.items():
             wanted = {name: describe_leaf(leaf) for name, leaf in named_leaves(tree).items()}
@@ -321,6 +343,10 @@ class Checkpointer:
                     f"{self._folder / str(step)}: {difference}; use the config that wrote it (model and optimizer), or "
                     "another run_dir"
                 )
+        return record
+
+    def _restore(self, step: int, items: dict[str, Tree]) -> Restored:
+        record = self._matching_record(step, items)
         trees = self._read(step, lambda path: self._store.arrays(path, items))
         return Restored(step=step, params=trees["params"], optimizer=trees.get("optimizer"), meta=record.meta)
 

@@ -7,6 +7,7 @@ arrays can be read without them.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def _quiet_failures() -> None:
 _quiet_failures()
 
 Tree = Any
-"""Any pytree whose leaves are jax arrays, or jax.ShapeDtypeStructs with a sharding."""
+"""Any pytree whose leaves are jax arrays, `Deferred` ones, or jax.ShapeDtypeStructs with a sharding."""
 Leaf = tuple[str, tuple[int, ...]]
 """dtype and shape."""
 
@@ -83,6 +84,30 @@ class Record:
     """What the caller gave to `begin`."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Deferred:
+    """An array that is made when it is needed, so that not all of a tree are in memory at a time."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    read: Callable[[], np.ndarray]
+    """Makes it, each time it is called."""
+
+
+class _DeferredHandler(ocp.type_handlers.NumpyHandler):
+    """Writes one array after the other, each to its end."""
+
+    async def serialize(self, values: Any, infos: Any, args: Any = None) -> list[Any]:
+        for value, info, how in zip(values, infos, args, strict=True):
+            for written in await super().serialize([value.read()], [info], [how]):
+                await asyncio.to_thread(written.result)
+        return []
+
+
+_CHUNK_BYTES, _FILE_BYTES = 1 << 25, 1 << 26
+"""Of a deferred array: what is compressed at a time, and what a file holds, which waits in memory until it is full."""
+
+
 class Store:
     """Asynchronous writing and reading of steps; every process of a run must make the same calls."""
 
@@ -92,16 +117,43 @@ class Store:
         self._stack = contextlib.ExitStack()
 
     def begin(self, path: Path, items: Mapping[str, Tree], meta: dict[str, Any]) -> None:
-        """Start to write the step `path`; returns when the arrays have been copied and may be donated or changed."""
+        """Start to write the step `path`; returns when the arrays have been copied and may be donated or changed.
+
+        Where leaves are `Deferred`, all of them are, and it returns when they are written.
+        """
         named = {item: named_leaves(tree) for item, tree in items.items()}
         for item, leaves in named.items():
             for name, leaf in leaves.items():
-                if not isinstance(leaf, jax.Array):
+                if not isinstance(leaf, jax.Array | Deferred):
                     raise TypeError(f"{item} leaf {name} is a {type(leaf).__name__}; only jax arrays can be saved")
         described = {item: {n: describe_leaf(leaf) for n, leaf in leaves.items()} for item, leaves in named.items()}
         body = {"format": _FORMAT, "items": described, "meta": meta}
-        arrays = {item: ocp.args.PyTreeSave(leaves) for item, leaves in named.items() if leaves}  # Orbax refuses {}
+        named = {item: leaves for item, leaves in named.items() if leaves}  # Orbax refuses {}
+        if any(isinstance(leaf, Deferred) for leaves in named.values() for leaf in leaves.values()):
+            self._write_deferred(path, named, body)
+            return
+        arrays = {item: ocp.args.PyTreeSave(leaves) for item, leaves in named.items()}
         self._orbax.save(self._address(path), args=ocp.args.Composite(meta=ocp.args.JsonSave(body), **arrays))
+
+    def _write_deferred(self, path: Path, items: Mapping[str, Mapping[str, Deferred]], body: dict[str, Any]) -> None:
+        kinds = ocp.type_handlers.create_type_handler_registry(
+            (Deferred, _DeferredHandler(deepcopy_host_arrays=False)),
+            (jax.Array, ocp.type_handlers.ArrayHandler()),  # Orbax warns where it has none
+        )
+        handlers = {item: ocp.PyTreeCheckpointHandler(type_handler_registry=kinds) for item in items}
+        arrays = {
+            item: ocp.args.PyTreeSave(
+                leaves,
+                save_args=dict.fromkeys(leaves, ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)),
+                ocdbt_target_data_file_size=_FILE_BYTES,
+            )
+            for item, leaves in items.items()
+        }
+        with contextlib.closing(
+            ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(meta=ocp.JsonCheckpointHandler(), **handlers))
+        ) as writer:
+            writer.save(self._address(path), args=ocp.args.Composite(meta=ocp.args.JsonSave(body), **arrays))
+            writer.wait_until_finished()
 
     def wait(self) -> None:
         """Block until the step that was begun has its final name. Raises what went wrong in the background."""

@@ -5,28 +5,30 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import numpy.typing as npt
 
 from maxlm import shapes
 from maxlm.checkpoint.checkpointer import Checkpointer
 from maxlm.checkpoint.reference import run_and_step
+from maxlm.checkpoint.store import Deferred
 from maxlm.config import CheckpointConfig, Dtype, ExecutionConfig, ModelConfig, RunConfig, serialize
 from maxlm.data.tokenizers import Tokenizer
 from maxlm.hub.families import FAMILIES
 from maxlm.hub.family import ModelFamily
-from maxlm.hub.folder import appearing, copy_tokenizer, write_folder
+from maxlm.hub.folder import Pieces, appearing, copy_tokenizer, write_folder
 from maxlm.hub.models import PublishedModel, no_tokenizer, number_format, pieces_of, untrained
 from maxlm.hub.names import Piece
 from maxlm.hub.published import Published
 from maxlm.inference.language_model import LanguageModel
-from maxlm.inference.load import ONE_DEVICE, layout_for, load_run
-from maxlm.models import abstract_parameters
+from maxlm.inference.load import ONE_DEVICE, deferred_run, layout_for, load_run
+from maxlm.models import abstract_parameters, declared
 
 PUBLISHED = "published"
 """Folder of a run with the tokenizer's files, chat template and config.json of the model that it was made from."""
@@ -39,10 +41,10 @@ class Opened:
     """A model to be written somewhere."""
 
     model: ModelConfig
-    piece: Callable[[Piece], npt.NDArray[Any]]
-    """A part of one array."""
-    array: Callable[[str], npt.NDArray[Any]]
-    """One array, by its name, in float32."""
+    pieces: Pieces
+    """Parts of arrays, in the number format that they are in."""
+    layer: Callable[[shapes.Array, int | None], npt.NDArray[Any]]
+    """One layer of an array that is a stack; or an array that is none, whole."""
     parameters: Callable[[], Any]
     """All arrays, on one device."""
     dtype: str
@@ -69,8 +71,8 @@ def open_published(published: PublishedModel) -> Opened:
     dtype = Dtype.FLOAT32 if weights.dtype.itemsize > 2 else Dtype.BFLOAT16
     return Opened(
         model=weights.model,
-        piece=weights.piece,
-        array=weights.array,
+        pieces=lambda parts: [weights.piece(part) for part in parts],
+        layer=weights.layer,
         parameters=lambda: weights.parameters(abstract_parameters(weights.model, layout)),
         dtype=weights.dtype.name,
         tokenizer=published.find_tokenizer(),
@@ -89,15 +91,13 @@ def open_run(place: Path) -> Opened:
         UserError: as `load_run`.
     """
     folder, step = run_and_step(str(place))
-    run = load_run(folder, step=step)
-    published = folder / PUBLISHED
-    piece = pieces_of(run.parameters)
-    named = {array.name: array for array in shapes.arrays(run.config.model)}
+    run = deferred_run(folder, step=step)
+    published, pieces = folder / PUBLISHED, pieces_of(run.parameters)
     return Opened(
         model=run.config.model,
-        piece=piece,
-        array=lambda name: piece(Piece(named[name], ())),
-        parameters=lambda: run.parameters,
+        pieces=pieces,
+        layer=lambda array, number: pieces([Piece(array, () if number is None else (number,))])[0],
+        parameters=lambda: load_run(folder, step=run.step).parameters,
         dtype="float32",
         tokenizer=run.tokenizer,
         family=_family_of_origin(published),
@@ -116,7 +116,7 @@ def write_published(opened: Opened, folder: Path, dtype: str | None) -> None:
     """
     write_folder(
         opened.model,
-        opened.piece,
+        opened.pieces,
         folder,
         dtype=number_format(dtype or opened.dtype),
         tokenizer=opened.copy_tokenizer,
@@ -146,7 +146,25 @@ def write_run(opened: Opened, folder: Path) -> None:
             "data": {"next_batch": 0, "fingerprint": "none: not trained here"},
         }
         with Checkpointer(place / "checkpoints", CheckpointConfig()) as checkpointer:
-            checkpointer.save(opened.step, params=opened.parameters(), optimizer={}, meta=meta)
+            checkpointer.save(opened.step, params=_deferred(opened), optimizer={}, meta=meta)
+
+
+def _layers(array: shapes.Array) -> Iterable[int | None]:
+    """What `Opened.layer` has of an array."""
+    return range(array.stacked) if array.dims[0] == "layers" else (None,)
+
+
+def _deferred(opened: Opened) -> Any:
+    """The tree of parameters, of which each is made when it is written."""
+
+    def read(array: shapes.Array) -> npt.NDArray[Any]:
+        found = np.empty(array.shape, np.float32)
+        for number in _layers(array):
+            found[... if number is None else number] = opened.layer(array, number)
+        return found
+
+    make = lambda one: Deferred(shape=one.shape, dtype=np.dtype(np.float32), read=partial(read, one))
+    return jax.tree.map(make, declared(opened.model))
 
 
 def _family_of_origin(folder: Path) -> ModelFamily | None:
@@ -167,7 +185,8 @@ def report(opened: Opened, folder: Path | None) -> Iterator[str]:
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(array.name.encode())
-        digest.update(np.ascontiguousarray(opened.array(array.name)).data)
+        for number in _layers(array):
+            digest.update(np.ascontiguousarray(opened.layer(array, number), np.float32).data)
     yield f"{sum(array.size for array in arrays):,} parameters, SHA-256 of all in float32 {digest.hexdigest()}"
     if folder is not None:
         yield _compare_logits(opened, folder)

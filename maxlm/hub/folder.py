@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from maxlm.hub.quantized import Dequantised
 from maxlm.hub.tensor_files import Spec, write_tensors
 from maxlm.hub.weights import PublishedWeights
 
+Pieces = Callable[[Sequence[Piece]], list[npt.NDArray[Any]]]
+"""Gives the parts of arrays that a tensor holds."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -77,7 +79,7 @@ def family_of(model: ModelConfig, prefer: ModelFamily | None = None) -> tuple[Mo
 
 def write_folder(
     model: ModelConfig,
-    piece: Callable[[Piece], npt.NDArray[Any]],
+    pieces: Pieces,
     folder: Path,
     *,
     dtype: np.dtype[Any],
@@ -88,7 +90,8 @@ def write_folder(
 
     Args:
         model: what it is.
-        piece: the part of an array that a tensor holds.
+        pieces: the parts of arrays that a tensor holds, asked for array by array, so that one may stay in memory for
+            all its layers.
         folder: new.
         dtype: number format of the files.
         tokenizer: what writes the tokenizer's files into the folder, as `copy_tokenizer`.
@@ -98,11 +101,12 @@ def write_folder(
         UserError: there is something at `folder`; no family can say all of the model; or it cannot be written.
     """
     family, values = family_of(model, prefer)
-    listed = tensors(model, family.names_of(model))
+    by_array = lambda tensor: [part.array.name for part in tensor.parts]
+    listed = sorted(tensors(model, family.names_of(model)), key=by_array)
     specs = {tensor.name: Spec(tensor.shape, dtype) for tensor in listed}
 
     with appearing(folder) as partial:
-        joined = (tensor.join([piece(part) for part in tensor.parts]).astype(dtype) for tensor in listed)
+        joined = (tensor.join(pieces(tensor.parts)).astype(dtype, copy=False) for tensor in listed)
         write_tensors(partial, specs, joined)
         values |= {"dtype": dtype.name, "torch_dtype": dtype.name}
         (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from maxlm.checkpoint.store import Deferred
 from maxlm.config import (
     DataConfig,
     Dataset,
@@ -25,7 +27,7 @@ from maxlm.config import (
 )
 from maxlm.data.tokenizers import Tokenizer, open_tokenizer
 from maxlm.hub import gguf_tokenizer
-from maxlm.hub.folder import copy_tokenizer, open_folder, write_folder
+from maxlm.hub.folder import Pieces, copy_tokenizer, open_folder, write_folder
 from maxlm.hub.gguf_file import GgufFile
 from maxlm.hub.gguf_weights import open_weights
 from maxlm.hub.names import Piece
@@ -176,13 +178,19 @@ def number_format(name: str) -> np.dtype[Any]:
     return found[name]
 
 
-def pieces_of(parameters: Any) -> Any:
-    """The part of an array that a tensor holds, from the tree of parameters."""
+def pieces_of(parameters: Any) -> Pieces:
+    """From the tree of parameters, which may be `Deferred`: then those that the last tensor had parts of are kept."""
+    kept: dict[str, Any] = {}
 
-    def piece(part: Piece) -> npt.NDArray[Any]:
-        node = parameters
-        for key in part.array.name.split("/"):
-            node = node[key]
-        return np.asarray(node[part.at])
+    def read(name: str) -> Any:
+        node = functools.reduce(lambda place, key: place[key], name.split("/"), parameters)
+        return node.read() if isinstance(node, Deferred) else node
 
-    return piece
+    def pieces(parts: Sequence[Piece]) -> list[npt.NDArray[Any]]:
+        names = {part.array.name for part in parts}
+        for name in kept.keys() - names:
+            del kept[name]
+        kept.update({name: read(name) for name in names - kept.keys()})
+        return [np.asarray(kept[part.array.name][part.at]) for part in parts]
+
+    return pieces

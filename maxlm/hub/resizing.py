@@ -87,7 +87,9 @@ class Resizing:
         try:
             lines = listed.read_text().split("\n")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{listed}: cannot be read ({error}); name a text file with a token on each line") from error
+            raise UserError(
+                f"{listed}: cannot be read ({error}); name a text file with a token on each line"
+            ) from error
         return set(range(self.tokenizer.vocab_size)) - self.vocabulary.ids_of(filter(None, lines))
 
     def _with(self, edited: Edited, sources: Sequence[Source]) -> Opened:
@@ -98,6 +100,10 @@ class Resizing:
         def changed(name: str, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
             """An array, or a part of it, of which the vocabulary is the first dim if it has that dim."""
             return self._rows(values, sources, size) if "vocab" in old[name].dims else values
+
+        def pieces(parts: Sequence[Piece]) -> list[npt.NDArray[Any]]:
+            found = opened.pieces([Piece(old[part.array.name], part.at) for part in parts])
+            return [changed(part.array.name, values) for part, values in zip(parts, found, strict=True)]
 
         def parameters() -> Any:
             def one(path: tuple[jax.tree_util.DictKey, ...], leaf: Any) -> Any:
@@ -110,8 +116,8 @@ class Resizing:
         return dataclasses.replace(
             opened,
             model=model,
-            piece=lambda part: changed(part.array.name, opened.piece(Piece(old[part.array.name], part.at))),
-            array=lambda name: changed(name, opened.array(name)),
+            pieces=pieces,
+            layer=lambda array, number: changed(array.name, opened.layer(old[array.name], number)),
             parameters=parameters,
             tokenizer=find_tokenizer(self._after),
             copy_tokenizer=partial(copy_tokenizer, self._after),

@@ -64,6 +64,7 @@ class TensorFolder:
         self.folder = folder
         self.entries: dict[str, TensorEntry] = {}
         self._open: dict[str, Any] = {}
+        self._headers: dict[str, tuple[int, dict[str, Any]]] = {}
         for name, listed in _files(folder).items():
             for key, entry in self._read_header(name).items():
                 if key in self.entries:
@@ -90,18 +91,24 @@ class TensorFolder:
         place = f"{self.folder / entry.file}: {name}"
         if entry.dtype not in DTYPES:
             raise UserError(f"{place} is in {entry.dtype}; must be one of {', '.join(DTYPES)}: convert it first")
-        return self._finite(name, self._opened(entry.file).get_tensor(name))
+        values = self.read_bytes(name, entry.file).view(DTYPES[entry.dtype]).reshape(entry.shape)
+        return self._finite(name, values)
 
     def _finite(self, name: str, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return require_finite(f"{self.folder / self.entries[name].file}: {name}", values)
 
     def read_bytes(self, name: str, file: str) -> npt.NDArray[np.uint8]:
-        """The bytes of a tensor in a file that `entries` have, or had, read where its header says."""
+        """The bytes of a tensor in a file that `entries` have, or had, where its header says that they are.
+
+        The package, which has checked the header, would map the whole file into memory.
+        """
         with (self.folder / file).open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            begin, end = json.loads(stream.read(length))[name]["data_offsets"]
-            stream.seek(8 + length + begin)
-            return np.frombuffer(stream.read(end - begin), np.uint8)
+            if file not in self._headers:
+                length = int.from_bytes(stream.read(8), "little")
+                self._headers[file] = 8 + length, json.loads(stream.read(length))
+            start, header = self._headers[file]
+            begin, end = header[name]["data_offsets"]
+            return np.fromfile(stream, np.uint8, end - begin, offset=start + begin - stream.tell())
 
     def _opened(self, name: str) -> Any:
         if name not in self._open:

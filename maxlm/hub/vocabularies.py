@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import sentencepiece
 import tokenizers
-from sentencepiece import sentencepiece_model_pb2
+from sentencepiece import sentencepiece_model_pb2 as format_  # made by protobuf
 
 from maxlm.config import UserError
 
@@ -155,11 +155,13 @@ class Vocabulary:
     # ---- sentencepiece ----
 
     def _model(self) -> Any:
-        model = sentencepiece_model_pb2.ModelProto()
+        model = format_.ModelProto()  # type: ignore[attr-defined]
         try:
             model.ParseFromString(self.definition)
         except Exception as error:  # DecodeError, of a package that is not ours to name
-            raise UserError(f"{self.file}: not a sentencepiece model; name the .model that its trainer wrote") from error
+            raise UserError(
+                f"{self.file}: not a sentencepiece model; name the .model that its trainer wrote"
+            ) from error
         if model.trainer_spec.model_type not in (_UNIGRAM, _BPE):
             raise UserError(f"{self.file}: only sentencepiece models of type unigram or bpe can be changed")
         return model
@@ -167,7 +169,9 @@ class Vocabulary:
     def _extended_pieces(self, other: Vocabulary) -> Edited:
         model, more = self._model(), other._model()
         if model.trainer_spec.model_type != more.trainer_spec.model_type:
-            raise UserError(f"{other.file}: one of the two models is bpe, the other unigram; train one of the same type")
+            raise UserError(
+                f"{other.file}: one of the two models is bpe, the other unigram; train one of the same type"
+            )
         speller, old = _speller(model), {piece.piece for piece in model.pieces}
         new = [piece for piece in more.pieces if piece.type == _NORMAL and piece.piece not in old]
         lowest = min((piece.score for piece in model.pieces), default=0.0)
@@ -271,7 +275,7 @@ def _move_ids(processor: Any, place: dict[int, int]) -> None:
 
 def _speller(model: Any) -> Any:
     """A processor that takes a piece as it stands, without a normaliser."""
-    plain = sentencepiece_model_pb2.ModelProto()
+    plain = format_.ModelProto()  # type: ignore[attr-defined]
     plain.CopyFrom(model)
     plain.normalizer_spec.Clear()
     plain.normalizer_spec.add_dummy_prefix = False

@@ -20,6 +20,7 @@ from maxlm.hub.family import ModelFamily
 from maxlm.hub.names import Names, Piece, Tensor, tensors
 from maxlm.hub.published import Published
 from maxlm.hub.tensor_files import DTYPES, TensorSource
+from maxlm.shapes import Array
 
 _SHOWN = 5
 
@@ -87,6 +88,13 @@ class PublishedWeights:
         found = np.empty(shape, np.float32)
         for to, at in zip(np.ndindex(*shape[:n_places]), itertools.product(*ranges), strict=True):
             found[to] = self.piece(homes[at][0].parts[homes[at][1]])[inner]
+        return found
+
+    def layer(self, array: Array, number: int | None) -> npt.NDArray[np.float32]:
+        """One layer of an array that is a stack; or an array that is none, whole."""
+        if number is None:
+            return self.array(array.name)
+        (found,) = self.array(array.name, (slice(number, number + 1), *[slice(None)] * (len(array.shape) - 1)))
         return found
 
     def piece(self, part: Piece) -> npt.NDArray[Any]:

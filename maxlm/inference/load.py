@@ -114,7 +114,15 @@ def load_run(run_dir: str | Path, *, step: int | None = None, sharding: Sharding
         UserError: not a run folder; no finished checkpoint, or not the one asked for; the tokenizer is not the one that
             the model was trained with; or the layout does not fit the model or the devices.
     """
-    run_dir = Path(run_dir)
+    return _load_run(Path(run_dir), step, sharding, deferred=False)
+
+
+def deferred_run(run_dir: Path, *, step: int | None = None) -> LoadedRun:
+    """As `load_run`, with parameters that are `maxlm.checkpoint.store.Deferred`: none is in memory yet."""
+    return _load_run(run_dir, step, ONE_DEVICE, deferred=True)
+
+
+def _load_run(run_dir: Path, step: int | None, sharding: ShardingConfig, *, deferred: bool) -> LoadedRun:
     if not (run_dir / "config.json").is_file():
         raise UserError(f"{run_dir}: not a run folder (it has no config.json); name the run_dir of a training run")
     saved = serialize.load(RunConfig, run_dir / "config.json")
@@ -128,7 +136,7 @@ def load_run(run_dir: str | Path, *, step: int | None = None, sharding: Sharding
     config = dataclasses.replace(saved, sharding=sharding, execution=execution)
     layout = make_layout(sharding, devices)
     with Checkpointer(run_dir / "checkpoints", config.checkpoint) as checkpointer:
-        restored = checkpointer.restore_params(step, abstract_parameters(config.model, layout))
+        restored = checkpointer.restore_params(step, abstract_parameters(config.model, layout), deferred=deferred)
     if trained := restored.meta.get("config"):  # of this very step
         then = serialize.from_dict(RunConfig, trained)
         execution = dataclasses.replace(then.execution, kernels=KernelConfig())
