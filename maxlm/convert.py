@@ -9,20 +9,24 @@ if not __package__:  # run by its path: Python then looks in this file's folder 
     sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}maxlm{os.sep}")[0]
 
 import enum
+import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from maxlm.config import UserError
+from maxlm.config import Files, UserError
 from maxlm.config.cli import parse, run_command
-from maxlm.config.fields import config
+from maxlm.config.fields import PathName, Positive, config
+
+if TYPE_CHECKING:
+    from maxlm.hub.converting import Opened
 
 _DESCRIPTION = """Convert a model between a published folder (config.json and safetensors) and a run folder, or from a
 GGUF file to either.
 
 It ends with what it wrote: the number of parameters, a checksum of all of them and, where the package transformers is
-installed, the largest difference of its logits to ours."""
+installed, the largest difference of its logits to ours. On the way the vocabulary may grow or shrink."""
 
 
 _TARGETS = {"hf": "hf:DIR (a published model)", "run": "run:DIR (a run folder)"}
@@ -37,6 +41,15 @@ class FileDtype(enum.Enum):
     FLOAT16 = "float16"
 
 
+class NewRows(enum.Enum):
+    """What the rows of new tokens begin as."""
+
+    SUBWORDS = "subwords"
+    """The mean of the rows that spelled the token before (Gee et al. 2022, arXiv:2402.09977)."""
+    MEAN = "mean"
+    """The mean of all rows (Hewitt 2021)."""
+
+
 @config("--")
 class ConvertOptions:
     """From where, to where, and in which number format."""
@@ -49,8 +62,25 @@ class ConvertOptions:
     dtype: FileDtype | None = None
     """Number format of the files of hf:DIR; None: that of the source, where float32 loses nothing of a run
     or of quantised weights."""
+    add_tokens_of: PathName | None = None
+    """Add the tokens that another tokenizer has and the model's has not, after those that are there: a tokenizer.json,
+    a sentencepiece .model, or a folder with one."""
+    new_rows: NewRows = NewRows.SUBWORDS
+    """What their rows begin as."""
+    keep_tokens_of: tyro.conf.UseAppendAction[tuple[PathName, ...]] = ()
+    """Keep the tokens of these texts alone, beside special ones and single bytes: a file or folder, as maxlm.data reads
+    it. Give it once for each."""
+    drop_tokens: PathName | None = None
+    """Or keep all tokens but those of this file, one a line, as the tokenizer's file spells them."""
+    vocab_multiple: Positive[int] = 1
+    """Where tokens change, fill the tables up to a multiple of it with rows that no id uses."""
     debug: bool = False
     """Show tracebacks."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("add_tokens_of", "keep_tokens_of", "drop_tokens") if getattr(self, name)]
+        if len(given) > 1:
+            raise UserError(f"--{given[0]} and --{given[1]} change the vocabulary both; do one after the other")
 
 
 def main(argv: list[str]) -> None:
@@ -75,15 +105,45 @@ def main(argv: list[str]) -> None:
         model = converting.open_run(source)
     else:
         model = converting.open_published(KINDS[source_kind](source))
-    if target_kind == "hf":
-        converting.write_published(model, target, None if options.dtype is None else options.dtype.value)
+    with tempfile.TemporaryDirectory() as scratch:
+        model = _with_tokens(options, model, Path(scratch))
+        if target_kind == "hf":
+            converting.write_published(model, target, None if options.dtype is None else options.dtype.value)
+        else:
+            converting.write_run(model, target)
+        print(f"{options.target} is written")
+        if (source_kind, target_kind) != ("run", "run"):
+            folder = target if target_kind == "hf" else source if source_kind == "hf" else None
+            for line in converting.report(model, folder):
+                print(line)
+
+
+def _with_tokens(options: ConvertOptions, model: Opened, scratch: Path) -> Opened:
+    """The model with the vocabulary that is asked for."""
+    if not (options.add_tokens_of or options.keep_tokens_of or options.drop_tokens):
+        return model
+
+    from maxlm.data.documents import Unreadable
+    from maxlm.data.sources import iterate_documents
+    from maxlm.hub.resizing import Resizing
+
+    resizing = Resizing(model, scratch, multiple=options.vocab_multiple)
+    if options.add_tokens_of is not None:
+        changed = resizing.extended(Path(options.add_tokens_of), mean_rows=options.new_rows is NewRows.MEAN)
+    elif options.drop_tokens is not None:
+        changed = resizing.pruned(resizing.all_but(Path(options.drop_tokens)))
     else:
-        converting.write_run(model, target)
-    print(f"{options.target} is written")
-    if (source_kind, target_kind) != ("run", "run"):
-        folder = target if target_kind == "hf" else source if source_kind == "hf" else None
-        for line in converting.report(model, folder):
-            print(line)
+        unreadable = Unreadable()
+        documents = iterate_documents(Files(paths=options.keep_tokens_of), unreadable)
+        changed = resizing.pruned(resizing.used_in(document.text for document in documents))
+        if said := unreadable.summary():
+            print(said)
+    assert changed.tokenizer is not None
+    print(
+        f"{resizing.tokenizer.vocab_size:,} tokens before, {changed.tokenizer.vocab_size:,} now; "
+        f"{changed.model.vocab_size:,} rows"
+    )
+    return changed
 
 
 def _place(option: str, text: str, kinds: dict[str, str]) -> tuple[str, Path]:

@@ -1,15 +1,21 @@
-"""Tokenizers with more or fewer tokens: what texts become, by the libraries that tokenise."""
+"""More or fewer tokens: what texts become, by the libraries that tokenise, and what a model says of them."""
 
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
+import numpy as np
+import published
 import pytest
 import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from maxlm import convert
+from maxlm.config import UserError
+from maxlm.hub.models import load_model
 from maxlm.hub.vocabularies import Vocabulary
 
 ENGLISH = ["the cat sat on the mat, and the dog saw that", "a house is a place where people live together"] * 8
@@ -132,3 +138,103 @@ def test_new_tokens_come_after_the_old_ones(kind: str) -> None:
         assert decode(edited.definition, vocabulary.is_json, after) == text
         if kind == "bytes":
             assert [i for one in after for i in edited.sources[one]] == before
+
+
+def tiny(folder: Path, *, tied: bool = False, rows: int = 330) -> tuple[Path, Vocabulary]:
+    """A model with more rows than its tokenizer has ids, and files beside it that name ids."""
+    published.write_model({**published.MODELS["llama"], "vocab_size": rows, "tie_word_embeddings": tied}, folder)
+    tokenizer = byte_level(ENGLISH + OTHER, 320)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    eos = tokenizer.token_to_id("</s>")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [eos], "bos_token_id": 0, "top_k": 7}))
+    added = {str(eos): {"content": "</s>", "special": True}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added, "eos_token": "</s>"}))
+    return folder, as_vocabulary(tokenizer)
+
+
+def change(folder: Path, target: Path, *words: str) -> None:
+    convert.main(["--from", f"hf:{folder}", "--to", f"hf:{target}", *words])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_pruned_model_says_the_same_among_what_is_left(tied: bool, tmp_path: Path) -> None:
+    folder, vocabulary = tiny(tmp_path / "hf", tied=tied)
+    (tmp_path / "text.txt").write_text("\n".join(ENGLISH[:2]))
+    change(folder, tmp_path / "less", "--keep_tokens_of", str(tmp_path / "text.txt"))
+    less = (tmp_path / "less/tokenizer.json").read_bytes()
+    before = np.array(ids(vocabulary.definition, True, ENGLISH[0]))
+    after = np.array(ids(less, True, ENGLISH[0]))
+    names = {i: token for token, i in tokenizers.Tokenizer.from_buffer(less).get_vocab().items()}
+    kept = [tokenizers.Tokenizer.from_buffer(vocabulary.definition).token_to_id(names[i]) for i in range(len(names))]
+    assert len(kept) < 310 and [kept[i] for i in after] == before.tolist()
+    old, new = load_model(folder)[0], load_model(tmp_path / "less")[0]
+    np.testing.assert_array_equal(new(after), np.asarray(old(before))[:, kept])
+    eos = kept.index(tokenizers.Tokenizer.from_buffer(vocabulary.definition).token_to_id("</s>"))
+    assert json.loads((tmp_path / "less/generation_config.json").read_text()) == {
+        "eos_token_id": [eos], "bos_token_id": kept.index(0), "top_k": 7
+    }  # fmt: skip
+    assert list(json.loads((tmp_path / "less/tokenizer_config.json").read_text())["added_tokens_decoder"]) == [str(eos)]
+
+
+def test_listed_tokens_go(tmp_path: Path) -> None:
+    folder, vocabulary = tiny(tmp_path / "hf")
+    token = tokenizers.Tokenizer.from_buffer(vocabulary.definition).id_to_token(319)  # the last merge: part of no other
+    (tmp_path / "list").write_text(f"{token}\n")
+    change(folder, tmp_path / "less", "--drop_tokens", str(tmp_path / "list"), "--vocab_multiple", "64")
+    left = tokenizers.Tokenizer.from_file(str(tmp_path / "less/tokenizer.json"))
+    assert left.get_vocab_size() == 319 and left.token_to_id(token) is None
+    assert load_model(tmp_path / "less")[1].vocab_size == 320
+    (tmp_path / "list").write_text("no such token\n")
+    with pytest.raises(UserError, match="has no token 'no such token'"):
+        change(folder, tmp_path / "none", "--drop_tokens", str(tmp_path / "list"))
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("rows", ["subwords", "mean"])
+def test_a_grown_model_says_the_same_with_new_rows(rows: str, tmp_path: Path) -> None:
+    folder, vocabulary = tiny(tmp_path / "hf")
+    byte_level(["новые слова для модели и для словаря"] * 8, 330).save(str(tmp_path / "more.json"))
+    change(folder, tmp_path / "more", "--add_tokens_of", str(tmp_path / "more.json"), "--new_rows", rows)
+    (old, _), (new, config) = load_model(folder), load_model(tmp_path / "more")
+    grown = tokenizers.Tokenizer.from_file(str(tmp_path / "more/tokenizer.json"))
+    assert config.vocab_size == grown.get_vocab_size() > 330
+    text = np.array(ids(vocabulary.definition, True, ENGLISH[0]))
+    assert grown.encode(ENGLISH[0]).ids == text.tolist()
+    np.testing.assert_allclose(np.asarray(new(text))[:, :320], np.asarray(old(text))[:, :320], atol=5e-6)
+    for name in ("embed", "unembed"):
+        before, after = (np.asarray(model.parameters[name], np.float64) for model in (old, new))
+        np.testing.assert_array_equal(after[:320], before[:320])
+        for i in range(320, config.vocab_size):
+            spelled = vocabulary_spelling(vocabulary, grown.id_to_token(i))
+            want = before[spelled if rows == "subwords" else slice(0, 320)].mean(0)
+            np.testing.assert_allclose(after[i], want, rtol=1e-6, atol=1e-7)
+
+
+def vocabulary_spelling(vocabulary: Vocabulary, token: str) -> list[int]:
+    """By the library's own encoding of the text, where the token is whole characters; else of its bytes by merging."""
+    tokenizer = tokenizers.Tokenizer.from_buffer(vocabulary.definition)
+    return [one.id for one in tokenizer.model.tokenize(token)]
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    folder, _ = tiny(tmp_path / "hf", rows=300)
+    (tmp_path / "text.txt").write_text(ENGLISH[0])
+    with pytest.raises(UserError, match="its tokenizer has ids up to 319, the model 300 rows"):
+        change(folder, tmp_path / "less", "--keep_tokens_of", str(tmp_path / "text.txt"))
+    folder, _ = tiny(tmp_path / "good")
+    (tmp_path / "other.model").write_bytes(pieces(ENGLISH, 330, "bpe"))
+    for add, message in (
+        ("other.model", "is of another kind"),
+        ("text.txt", "is no tokenizer.json, no sentencepiece .model"),
+    ):
+        with pytest.raises(UserError, match=message):
+            change(folder, tmp_path / "more", "--add_tokens_of", str(tmp_path / add))
+    with pytest.raises(UserError, match="--add_tokens_of and --drop_tokens change the vocabulary both"):
+        change(folder, tmp_path / "more", "--add_tokens_of", "x", "--drop_tokens", "y")
+    unigram(OTHER, 90).save(str(tmp_path / "unigram.json"))
+    with pytest.raises(UserError, match="train one of the same kind, with the same pre-tokenizer"):
+        change(folder, tmp_path / "more", "--add_tokens_of", str(tmp_path / "unigram.json"))
+    (tmp_path / "broken.model").write_bytes(b"\xff\xff\xff no protobuf")
+    with pytest.raises(UserError, match="not a sentencepiece model"):
+        Vocabulary.read(tmp_path / "broken.model").kept(set())
+    assert not list(tmp_path.glob("more*/")) and not list(tmp_path.glob("less*/"))
