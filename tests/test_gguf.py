@@ -320,7 +320,7 @@ def test_files_that_are_cut_short_or_none(tmp_path: Path) -> None:
     ("values", "match"),
     [
         ({"llama.block_count": 10**9}, r"llama\.block_count = 1,000,000,000 must be at most 30, for the tensors"),
-        ({"llama.expert_count": 2**31 - 1}, r"llama\.expert_count = 2,147,483,647 must be at most 65,536"),
+        ({"llama.expert_count": 2**31 - 1}, r"llama\.expert_count = 2,147,483,647 must be at most 4,096"),
         ({"llama.attention.head_count": 0}, r"attention\.head_count = 0 must be "),
         ({"llama.attention.head_count": "many"}, r"attention\.head_count = 'many' must be a whole number"),
         ({"llama.attention.head_count": [4, 4, 4]}, r"attention\.head_count = \[4, 4, 4\] must be a whole number"),

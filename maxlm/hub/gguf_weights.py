@@ -64,7 +64,7 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 """What would make another model of it: the values that are allowed, and why no others."""
 _IGNORED = ("rope_freqs.weight", "rope_factors_*.weight", "blk.*.attn_rot_embd.weight")
 """Factors of RoPE's frequencies are part of the config."""
-_MAX_EXPERTS = 1 << 16
+_MAX_EXPERTS = 4096
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 """Of every model that Llama 3.1's scaling was published with; a file has its effect alone."""
 
