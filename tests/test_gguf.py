@@ -181,6 +181,16 @@ def test_gemma_scales_by_the_size_of_a_head(tmp_path: Path) -> None:
     assert isinstance(attention, GroupedQuery) and attention.scale == 16**-0.5
 
 
+@pytest.mark.parametrize("pattern", [2, [1, 0, 1, 0]])
+def test_windows_every_so_many_layers(pattern: int | list[int], tmp_path: Path) -> None:
+    def change(writer: gguf.GGUFWriter, tensors: dict[str, np.ndarray]) -> None:
+        del writer.kv_data[0]["gemma3.attention.sliding_window_pattern"]
+        writer.add_sliding_window_pattern(pattern)
+
+    folder, path = both("gemma3_text", tmp_path, change=change)
+    assert opened(path).model == open_folder(folder).model
+
+
 # --- The commands ---
 
 

@@ -245,15 +245,16 @@ def _config(file: GgufFile, said: Published, architecture: Architecture) -> dict
 
 def _windows(said: Published, n_layers: int) -> dict[str, Any]:
     """Which layers have the window, where the metadata says; else as the family does."""
-    pattern = said.values.get("attention.sliding_window_pattern")
-    if isinstance(pattern, list):
-        if len(pattern) < n_layers:
-            raise UserError(
-                f"{said.place}.attention.sliding_window_pattern has {len(pattern)} layers, block_count = {n_layers}"
-            )
-        kinds = {True: "sliding_attention", False: "full_attention"}
-        return {"layer_types": [kinds[bool(slides)] for slides in pattern[:n_layers]]}
-    return {} if pattern is None else {"sliding_window_pattern": pattern}
+    key = "attention.sliding_window_pattern"
+    pattern = said.values.get(key)
+    if pattern is None:
+        return {}
+    if not isinstance(pattern, list):  # every so many layers one sees everything
+        every = said.get(key, Positive[int])
+        pattern = [(number + 1) % every > 0 for number in range(n_layers)]
+    if len(pattern) < n_layers:
+        raise UserError(f"{said.place}.{key} has {len(pattern)} layers, block_count = {n_layers}; take {BETTER}")
+    return {"layer_types": ["sliding_attention" if slides else "full_attention" for slides in pattern[:n_layers]]}
 
 
 def _is_tied(file: GgufFile) -> bool:
