@@ -200,8 +200,8 @@ def _compare_logits(opened: Opened, folder: Path) -> str:
     except ImportError:
         return "logits: not compared, as the packages torch and transformers are not installed"
     ids = np.arange(_PROBE)[None] * 7919 % opened.model.vocab_size
-    layout = layout_for(opened.model, ONE_DEVICE)
-    ours = np.asarray(LanguageModel(opened.model, ExecutionConfig(), layout, opened.parameters())(ids))
+    layout, execution = layout_for(opened.model, ONE_DEVICE), ExecutionConfig(dtype=Dtype.FLOAT32)
+    ours = np.asarray(LanguageModel(opened.model, execution, layout, opened.parameters())(ids))
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         theirs = model(torch.from_numpy(ids)).logits.numpy()

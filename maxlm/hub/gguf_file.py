@@ -26,6 +26,8 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 """Kinds of values, as `struct` writes them."""
 _FLOAT, _STRING, _LIST = 6, 8, 9
 _MAX_DIMS = 4
+BETTER = "another GGUF file of the model, of a newer llama.cpp"
+"""What to take where something is missing."""
 _LEAST_VALUE, _LEAST_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8
 """Bytes of the shortest value with its key, and of the shortest entry of a tensor."""
 

@@ -21,7 +21,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from maxlm.config import HuggingFaceTokenizer, UserError
 from maxlm.config.fields import NotNegative
 from maxlm.data.tokenizers import Tokenizer, open_tokenizer
-from maxlm.hub.gguf_file import GgufFile
+from maxlm.hub.gguf_file import BETTER, GgufFile
 from maxlm.hub.published import Published
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
@@ -84,7 +84,7 @@ def find_tokenizer(file: GgufFile) -> Tokenizer | None:
         return None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.json"
-        path.write_text(vocabulary.definition())
+        path.write_text(vocabulary.definition(), encoding="utf-8")
         bos = (vocabulary.special("bos") or "") if vocabulary.adds_bos else ""
         return open_tokenizer(HuggingFaceTokenizer(path=str(path), eos=vocabulary.special("eos"), bos=bos))
 
@@ -98,7 +98,7 @@ def write_tokenizer(file: GgufFile, folder: Path) -> None:
     vocabulary = _vocabulary(file)
     if vocabulary is None:
         return
-    (folder / "tokenizer.json").write_text(vocabulary.definition())
+    (folder / "tokenizer.json").write_text(vocabulary.definition(), encoding="utf-8")
     names = {f"{end}_token": vocabulary.special(end) for end in ("bos", "eos", "unknown", "padding")}
     renamed = {"unknown_token": "unk_token", "padding_token": "pad_token"}
     config: dict[str, Any] = {renamed.get(key, key): name for key, name in names.items() if name is not None}
@@ -108,11 +108,11 @@ def write_tokenizer(file: GgufFile, folder: Path) -> None:
     _write_json(folder / "generation_config.json", {key: value for key, value in ids.items() if value is not None})
     template = file.metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
-        (folder / "chat_template.jinja").write_text(template)
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _vocabulary(file: GgufFile) -> _Vocabulary | None:
@@ -135,7 +135,7 @@ class _Vocabulary:
     def __init__(self, file: GgufFile, *, adds_bos: bool) -> None:
         prefix = "tokenizer.ggml."
         values = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
-        self.said = Published(values, f"{file.path}: tokenizer.ggml")
+        self.said = Published(values, f"{file.path}: tokenizer.ggml", BETTER)
         self.tokens: list[str] = self.listed("tokens", str)
         self.ids = {token: i for i, token in enumerate(self.tokens)}
         n_types = len(self.said.get("token_type", list, []))
@@ -143,6 +143,9 @@ class _Vocabulary:
         self.adds_bos = self.said.get("add_bos_token", bool, adds_bos)
         if len(self.types) != len(self.tokens):
             raise self.wrong(f"token_type has {len(self.types)} entries, tokens {len(self.tokens)}")
+        table = file.entries.get("token_embd.weight")
+        if table is not None and len(self.tokens) > table.shape[0]:
+            raise self.wrong(f"it has {len(self.tokens)} tokens, token_embd.weight {table.shape[0]}")
 
     def model(self) -> models.BPE:
         raise NotImplementedError

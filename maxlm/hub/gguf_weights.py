@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from maxlm.config import UserError
 from maxlm.config.fields import NotNegative, Positive
-from maxlm.hub.gguf_file import GgufFile, as_written, import_gguf
+from maxlm.hub.gguf_file import BETTER, GgufFile, as_written, import_gguf
 from maxlm.hub.names import Arrangement, Names, Transposed
 from maxlm.hub.published import Published
 from maxlm.hub.tensor_files import TensorEntry
@@ -46,7 +46,6 @@ _KEYS = {
     "expert_weights_norm": "norm_topk_prob",
 }
 """Metadata, without the architecture that stands before it, and the key of config.json."""
-_REQUIRED = ("context_length", "embedding_length", "block_count", "attention.head_count")
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "attention.clamp_kqv": ((0.0,), "queries, keys and values are not clipped"),
     "attention.causal": ((True,), "attention is causal"),
@@ -65,7 +64,7 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 """What would make another model of it: the values that are allowed, and why no others."""
 _IGNORED = ("rope_freqs.weight", "rope_factors_*.weight", "blk.*.attn_rot_embd.weight")
 """Factors of RoPE's frequencies are part of the config."""
-_MAX_EXPERTS = 1 << 16
+_MAX_EXPERTS = 4096
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 """Of every model that Llama 3.1's scaling was published with; a file has its effect alone."""
 
@@ -138,11 +137,12 @@ def open_weights(file: GgufFile) -> PublishedWeights:
     said = Published(
         {key.removeprefix(f"{name}."): value for key, value in file.metadata.items() if key.startswith(f"{name}.")},
         f"{file.path}: {name}",
+        BETTER,
     )
     values = _config(file, said, architecture)
     return PublishedWeights(
         file.path,
-        Published(values, str(file.path)),
+        Published(values, str(file.path), BETTER),
         _Tensors(file, architecture, values["head_dim"], values.get("num_experts", 0)),
         rename=partial(_rename, file=file, architecture=name),
         said_by="its metadata",
@@ -200,13 +200,13 @@ class _Tensors:
 
 def _config(file: GgufFile, said: Published, architecture: Architecture) -> dict[str, Any]:
     """What config.json would say, with head_dim always."""
-    for key in _REQUIRED:
-        if key not in said.values:
-            raise UserError(f"{said.place}.{key} is missing; take a file that a newer llama.cpp has written")
     for key, (allowed, why) in _REFUSED.items():
         said.refuse(key, *allowed, why=why)
-    d_model, n_heads = (said.get(key, Positive[int]) for key in ("embedding_length", "attention.head_count"))
-    n_layers, n_experts = said.get("block_count", Positive[int]), said.get("expert_count", NotNegative[int], 0)
+    d_model, n_heads, n_layers, longest = (
+        said.get(key, Positive[int])
+        for key in ("embedding_length", "attention.head_count", "block_count", "context_length")
+    )
+    n_experts = said.get("expert_count", NotNegative[int], 0)
     for key, count, most in (
         ("block_count", n_layers, len(file.entries)),
         ("expert_count", n_experts, _MAX_EXPERTS),
@@ -238,22 +238,23 @@ def _config(file: GgufFile, said: Published, architecture: Architecture) -> dict
         square = d_model / n_heads if n_layers == architecture.scale_by_width_at else head_dim
         scale = said.get("attention.scale", Positive[float], None)
         values["query_pre_attn_scalar"] = square if scale is None else as_written(scale**-2)
-    if (scaling := _scaling(file, said, values, dims)) is not None:
+    if (scaling := _scaling(file, said, dims, longest)) is not None:
         values["rope_scaling"] = scaling
     return values
 
 
 def _windows(said: Published, n_layers: int) -> dict[str, Any]:
     """Which layers have the window, where the metadata says; else as the family does."""
-    pattern = said.values.get("attention.sliding_window_pattern")
-    if isinstance(pattern, list):
-        if len(pattern) < n_layers:
-            raise UserError(
-                f"{said.place}.attention.sliding_window_pattern has {len(pattern)} layers, block_count = {n_layers}"
-            )
-        kinds = {True: "sliding_attention", False: "full_attention"}
-        return {"layer_types": [kinds[bool(slides)] for slides in pattern[:n_layers]]}
-    return {} if pattern is None else {"sliding_window_pattern": pattern}
+    key = "attention.sliding_window_pattern"
+    pattern = said.values.get(key)
+    if pattern is None:
+        return {}
+    if not isinstance(pattern, list):  # every so many layers one sees everything
+        every = said.get(key, Positive[int])
+        pattern = [(number + 1) % every > 0 for number in range(n_layers)]
+    if len(pattern) < n_layers:
+        raise UserError(f"{said.place}.{key} has {len(pattern)} layers, block_count = {n_layers}; take {BETTER}")
+    return {"layer_types": ["sliding_attention" if slides else "full_attention" for slides in pattern[:n_layers]]}
 
 
 def _is_tied(file: GgufFile) -> bool:
@@ -265,14 +266,13 @@ def _is_tied(file: GgufFile) -> bool:
     return bool(np.array_equal(table[:some], output[:some]) and np.array_equal(table, output))
 
 
-def _scaling(file: GgufFile, said: Published, values: Mapping[str, Any], dims: int) -> dict[str, Any] | None:
-    """`rope_scaling` of config.json."""
+def _scaling(file: GgufFile, said: Published, dims: int, longest: int) -> dict[str, Any] | None:
+    """`rope_scaling` of config.json, for `dims` that are turned and a context of `longest`."""
     factors = {
         name: [as_written(value) for value in file.read(f"{tensor}.weight").ravel().tolist()]
         for name, tensor in (("short", "rope_factors_short"), ("long", "rope_factors_long"), ("all", "rope_freqs"))
         if f"{tensor}.weight" in file.entries
     }
-    longest = said.get("context_length", Positive[int])
     original = said.get("rope.scaling.original_context_length", Positive[int], longest)
     if "short" in factors and "long" in factors:
         scaling = {"rope_type": "longrope", "short_factor": factors["short"], "long_factor": factors["long"]}

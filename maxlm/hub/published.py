@@ -28,9 +28,11 @@ _REQUIRED: Any = object()
 class Published:
     """Values of a published config. A key that is not there, or null, has the default that its family gives it."""
 
-    def __init__(self, values: Mapping[str, Any], place: str) -> None:
-        """`place`: the file, for messages."""
-        self.values, self.place = values, place
+    def __init__(
+        self, values: Mapping[str, Any], place: str, better: str = "the config.json that the model came with"
+    ) -> None:
+        """`place`: the file; `better`: what to take where it lacks something. Both for messages."""
+        self.values, self.place, self._better = values, place, better
 
     @staticmethod
     def read(folder: Path) -> Published:
@@ -49,7 +51,7 @@ class Published:
         value = self.values.get(key)
         if value is None:
             if default is _REQUIRED:
-                raise UserError(f"{self.place}: has no {key}; take the config.json that the model came with")
+                raise UserError(f"{self.place}: has no {key}; take {self._better}")
             return default
         require(f"{self.place}: {key}", value, kind)
         return float(value) if float in (kind, *get_args(kind)) else value
