@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 from maxlm.config.earlier import renamed, revalued
 from maxlm.config.errors import UserError
 from maxlm.config.fields import Changes, Positive, Range, config
-from maxlm.config.position import DynamicNtkScaling, LongRopeScaling, NtkScaling, Position, Rope
+from maxlm.config.position import DynamicNtkScaling, LongRopeScaling, NtkScaling, Position, RelativeSinusoids, Rope
 
 
 class QkNorm(enum.Enum):
@@ -66,6 +66,11 @@ class GroupedQuery:
             _require_pairs(self.position, "head_dim", self.head_dim)
 
     @property
+    def key_head_dim(self) -> int:
+        """Numbers in a head's query or key as scores see it."""
+        return self.head_dim + (self.position.dims if isinstance(self.position, RelativeSinusoids) else 0)
+
+    @property
     def value_head_dim(self) -> int:
         """Numbers in a head's value."""
         return self.head_dim
@@ -102,7 +107,7 @@ class LatentAttention:
         _require_pairs(self.position, "rope_head_dim", self.rope_head_dim)
 
     @property
-    def head_dim(self) -> int:
+    def key_head_dim(self) -> int:
         """Numbers in a head's query or key."""
         return self.content_head_dim + self.rope_head_dim
 

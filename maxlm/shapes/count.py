@@ -161,7 +161,7 @@ def _recomputed(model: ModelConfig, config: BlockConfig, remat: Remat, keys: flo
 
 def _flops_of_a_key(attention: Attention) -> int:
     """Of a query's scores of one key, and of that key's value, all heads, forward."""
-    return 2 * attention.n_heads * (attention.head_dim + attention.value_head_dim)
+    return 2 * attention.n_heads * (attention.key_head_dim + attention.value_head_dim)
 
 
 def _flops(found: Iterable[Array]) -> float:
