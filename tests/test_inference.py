@@ -28,6 +28,7 @@ from maxlm.config import (
     ExecutionConfig,
     ExpertChoiceRouter,
     Experts,
+    FixedPattern,
     LayerNorm,
     Learned,
     LmHead,
@@ -44,6 +45,7 @@ from maxlm.config import (
     SamplingConfig,
     Sandwich,
     ShardingConfig,
+    StridedPattern,
     TopKRouter,
     TrainSentencePiece,
     UserError,
@@ -100,6 +102,8 @@ MODELS = {
     ),
     "alibi": with_attention(small_model(), position=Alibi(), soft_cap=2.0),
     "t5_bias": with_attention(small_model(), position=RelativeBias(buckets=8, max_distance=16)),
+    "strided": with_attention(small_model(), pattern=StridedPattern(stride=5)),
+    "fixed": with_attention(small_model(), pattern=FixedPattern(chunk=6, summary=1)),
     "transformer_xl": with_attention(
         small_model(init_std=0.3), position=RelativeSinusoids(dims=32), qk_norm=QkNorm.HEADS
     ),

@@ -34,6 +34,7 @@ from maxlm.config import (
     Dtype,
     DynamicNtkScaling,
     Experts,
+    FixedPattern,
     GatedMlp,
     GroupedQuery,
     LayerNorm,
@@ -56,6 +57,7 @@ from maxlm.config import (
     Rope,
     Sandwich,
     Sinusoidal,
+    StridedPattern,
     TopKRouter,
     UserError,
     YarnScaling,
@@ -172,6 +174,13 @@ def halves_of_sinusoid(distance, R):
     return np.array([*map(math.sin, angles), *map(math.cos, angles)])
 
 
+PATTERNS = {  # arXiv:1904.10509, section 4.2: A(1) or A(2)
+    type(None): lambda _, t, s: True,
+    StridedPattern: lambda p, t, s: t - s < p.stride or (t - s) % p.stride == 0,
+    FixedPattern: lambda p, t, s: t // p.chunk == s // p.chunk or s % p.chunk in range(p.chunk - p.summary, p.chunk),
+}
+
+
 def attend(model, config, p, x, positions, segments):
     """One sequence, x: [T, D]."""
     project = lambda w: np.tensordot(x, w, 1)
@@ -192,7 +201,8 @@ def attend(model, config, p, x, positions, segments):
     out = np.zeros_like(q)
     for t in range(len(x)):
         first = 0 if config.window is None else max(0, t - config.window + 1)
-        seen = [s for s in range(first, t + 1) if segments[s] == segments[t]]
+        sees = PATTERNS[type(config.pattern)]
+        seen = [s for s in range(first, t + 1) if segments[s] == segments[t] and sees(config.pattern, t, s)]
         for n in range(config.n_heads):
             group = n * config.n_kv_heads // config.n_heads
             products = k[seen, group] * q[t, n]
@@ -365,6 +375,8 @@ MODELS = {
         mlp=Mlp(d_ff=40, activation=Activation.RELU),
         residual=PostNorm(),
     ),
+    "strided": with_attention(small_model(), pattern=StridedPattern(stride=3)),
+    "fixed": with_attention(small_model(), pattern=FixedPattern(chunk=4, summary=2), n_kv_heads=4),
     "transformer_xl": with_attention(small_model(init_std=0.4), position=RelativeSinusoids(dims=6)),
     "gemma2": with_block(with_attention(small_model(), soft_cap=2.0, window=6), residual=Sandwich()),
     "alibi_parallel": with_block(

@@ -140,7 +140,7 @@ class GroupedQueryLayer(nnx.Module):
             case _:
                 assert_never(config.position)
         return ops.Scores(
-            mask=ops.causal(config.window),
+            mask=ops.causal(config.window, config.pattern),
             scale=config.scale or config.head_dim**-0.5,
             soft_cap=config.soft_cap,
             alibi_slopes=slopes,
