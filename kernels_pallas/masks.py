@@ -7,6 +7,10 @@ a block of keys needs, and whether a block needs testing at all; all exact, in i
     causal & local(1023, 0)      a sliding window of 1024 keys, the query's own included
     causal | prefix(100)         a prefix LM: all see the first 100 positions
     causal & chunked(8192)       causal within chunks of 8192 positions
+    causal & (local(127, 0) | strided(128))    the last 128, and every 128th before
+
+Of an interval a mask may leave out all but some stripes. They decide single elements alone: a block that an interval
+touches is computed, whatever the stripes leave of it.
 """
 
 from __future__ import annotations
@@ -46,11 +50,26 @@ class Bound:
 
 
 @dataclass(frozen=True)
+class Stripes:
+    """Keys a multiple of `step` away from the query; or, with `last`, the last so many of each `step` positions."""
+
+    step: int
+    last: int | None = None
+
+    def has(self, q: jax.Array, k: jax.Array) -> jax.Array:
+        """Elementwise. Divides both: give them the smaller shapes, [T, 1] and [1, S]."""
+        place = k % self.step
+        return place == q % self.step if self.last is None else place >= self.step - self.last
+
+
+@dataclass(frozen=True)
 class Interval:
-    """Keys from the largest of `starts` up to the smallest of `stops`; open at a side that names none."""
+    """Keys from the largest of `starts` up to the smallest of `stops`, open at a side that names none; of these, those
+    in all of `stripes`."""
 
     starts: tuple[Bound, ...] = ()
     stops: tuple[Bound, ...] = ()
+    stripes: tuple[Stripes, ...] = ()
 
     def start(self, q: Place) -> Place:
         return _max([0, *(bound.at(q) for bound in self.starts)])
@@ -67,7 +86,11 @@ class Mask:
     name: str
 
     def __and__(self, other: Mask) -> Mask:
-        both = (Interval(a.starts + b.starts, a.stops + b.stops) for a in self.intervals for b in other.intervals)
+        both = (
+            Interval(a.starts + b.starts, a.stops + b.stops, a.stripes + b.stripes)
+            for a in self.intervals
+            for b in other.intervals
+        )
         return Mask(tuple(both), f"({self.name} & {other.name})")
 
     def __or__(self, other: Mask) -> Mask:
@@ -78,7 +101,11 @@ class Mask:
         everything = (q == q) & (k == k)
         tests = (
             functools.reduce(
-                jnp.logical_and, [k >= b.at(q) for b in i.starts] + [k < b.at(q) for b in i.stops], everything
+                jnp.logical_and,
+                [k >= b.at(q) for b in i.starts]
+                + [k < b.at(q) for b in i.stops]
+                + [one.has(q, k) for one in i.stripes],
+                everything,
             )
             for i in self.intervals
         )
@@ -92,8 +119,10 @@ class Mask:
 
     def covers(self, first_q: Place, last_q: Place, first_k: Place, last_k: Place) -> jax.Array | bool:
         """Whether every query in first_q .. last_q sees every key in first_k .. last_k; True is certain."""
+        none: jax.Array | bool = False
+        whole = [i for i in self.intervals if not i.stripes]
         return functools.reduce(
-            lambda x, y: x | y, ((i.start(last_q) <= first_k) & (i.stop(first_q) > last_k) for i in self.intervals)
+            lambda x, y: x | y, ((i.start(last_q) <= first_k) & (i.stop(first_q) > last_k) for i in whole), none
         )
 
     def key_range(self, first_q: Place, last_q: Place) -> tuple[Place, Place]:
@@ -111,15 +140,15 @@ class Mask:
 
     def opened(self) -> Mask:
         """Without what hides keys from above: every interval from its start on."""
-        starts = tuple(dict.fromkeys(i.starts for i in self.intervals))
-        if () in starts:
-            starts = ((),)
-        return Mask(tuple(Interval(bounds) for bounds in starts), f"({self.name}, open above)")
+        kinds = tuple(dict.fromkeys((i.starts, i.stripes) for i in self.intervals))
+        if ((), ()) in kinds:
+            kinds = (((), ()),)
+        return Mask(tuple(Interval(starts, (), stripes) for starts, stripes in kinds), f"({self.name}, open above)")
 
     def as_window(self) -> tuple[int | None, int | None] | None:
         """(left, right) when this mask is `local(left, right)`, however it was written; None when it is another."""
         (interval, *others) = self.intervals
-        if others or any(bound.step != 1 for bound in interval.starts + interval.stops):
+        if others or interval.stripes or any(bound.step != 1 for bound in interval.starts + interval.stops):
             return None
         return (
             min((-bound.offset for bound in interval.starts), default=None),
@@ -179,9 +208,32 @@ def chunked(size: int) -> Mask:
     return Mask((Interval((Bound(0, size),), (Bound(size, size),)),), f"chunked({size})")
 
 
+def strided(step: int) -> Mask:
+    """Keys a multiple of `step` positions from the query ("strided" attention, arXiv:1904.10509, section 4.2).
+
+    Raises:
+        ValueError: step is no positive integer.
+    """
+    if not (isinstance(step, int) and step > 0):
+        raise ValueError(f"strided: step = {step!r} must be a positive integer")
+    return Mask((Interval(stripes=(Stripes(step),)),), f"strided({step})")
+
+
+def summaries(size: int, last: int) -> Mask:
+    """The last `last` keys of each chunk of `size` positions ("fixed" attention, arXiv:1904.10509, section 4.2).
+
+    Raises:
+        ValueError: not 0 < last <= size, in integers.
+    """
+    if not (isinstance(size, int) and isinstance(last, int) and 0 < last <= size):
+        raise ValueError(f"summaries: size = {size!r}, last = {last!r} must be integers with 0 < last <= size")
+    return Mask((Interval(stripes=(Stripes(size, last),)),), f"summaries({size}, {last})")
+
+
 @functools.cache
 def count_visible(mask: Mask, n_queries: int, n_keys: int, q_offset: int = 0) -> int:
-    """How many of n_queries x n_keys scores are visible; the first query has position q_offset."""
+    """How many of n_queries x n_keys scores are visible, stripes not counted off; the first query has position
+    q_offset."""
     total = 0
     for q in range(q_offset, q_offset + n_queries):
         reached = 0

@@ -14,7 +14,7 @@ import numpy as np
 _Array = np.ndarray
 Words = str | tuple
 """A mask in words: "full", "causal", ("local", left, right) with None for no limit, ("prefix", n), ("chunked", size),
-("and", words, words) or ("or", words, words)."""
+("strided", step), ("summaries", size, last), ("and", words, words) or ("or", words, words)."""
 
 
 def mask_matrix(words: Words, q_positions: _Array, k_positions: _Array, above: bool = True) -> _Array:
@@ -45,10 +45,17 @@ def mask_matrix(words: Words, q_positions: _Array, k_positions: _Array, above: b
     if word == "chunked":
         of_q, of_k = np.floor_divide(q, arguments[0]), np.floor_divide(k, arguments[0])
         return of_q == of_k if above else of_q <= of_k
+    if word == "strided":
+        return (k - q) % arguments[0] == 0
+    if word == "summaries":
+        size, last = arguments
+        return np.broadcast_to(k % size >= size - last, (len(q_positions), len(k_positions)))
     if word in ("and", "or"):
         one, other = (mask_matrix(part, q_positions, k_positions, above) for part in arguments)
         return one & other if word == "and" else one | other
-    raise ValueError(f"mask: {word!r} is unknown; use full, causal, local, prefix, chunked, and, or")
+    raise ValueError(
+        f"mask: {word!r} is unknown; use full, causal, local, prefix, chunked, strided, summaries, and, or"
+    )
 
 
 def t5_bucket(distance: int, n: int, max_distance: int, bidirectional: bool) -> int:

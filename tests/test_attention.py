@@ -141,6 +141,20 @@ def test_edges(name):
     check(Options(words=words), arrays, d_out, d_lse, least=1.0)
 
 
+@both
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("or", ("local", 20, 0), ("and", "causal", ("strided", 21))),
+        ("and", "causal", ("or", ("chunked", 41), ("summaries", 41, 3))),
+    ],
+)
+def test_stripes(words, backend):
+    arrays, d_out, d_lse = random_arrays(2, 130, 200, 4, 2, 16)
+    arrays["q_offset"] = jnp.array([60, -15])
+    check(Options(backend, words), arrays, d_out, d_lse, least=1.0)
+
+
 @settings(max_examples=20, deadline=None, derandomize=True, database=None)
 @given(
     words=st.sampled_from(["causal", ("or", ("local", 30, 60), ("prefix", 20))]),

@@ -403,7 +403,7 @@ def test_what_cannot_be_is_said_in_the_configs_words() -> None:
     ):
         shape = Shape(4, heads=(6, 2))
         compute(Context.ULYSSES, shape, arrays_of(shape))
-    with pytest.raises(UserError, match=r"mask causal & chunked\(8\) counts from .*; use all_gather or ulysses"):
+    with pytest.raises(UserError, match=r"mask causal & chunked\(8\) is no window.*; use all_gather or ulysses"):
         make_ring(masks.causal & masks.chunked(8), 4, 8, "auto")
     config = small_run(with_attention(small_model()), ShardingConfig(data=1, seq=8, context=Context.RING), seq_len=24)
     with pytest.raises(UserError, match=r"train.seq_len = 24 is not a multiple of 16 .*use 16"):

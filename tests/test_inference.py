@@ -28,6 +28,7 @@ from maxlm.config import (
     ExecutionConfig,
     ExpertChoiceRouter,
     Experts,
+    FixedPattern,
     LayerNorm,
     Learned,
     LmHead,
@@ -37,12 +38,14 @@ from maxlm.config import (
     OutputNorm,
     QkNorm,
     RelativeBias,
+    RelativeSinusoids,
     Residual,
     RmsNorm,
     Rope,
     SamplingConfig,
     Sandwich,
     ShardingConfig,
+    StridedPattern,
     TopKRouter,
     TrainSentencePiece,
     UserError,
@@ -99,6 +102,11 @@ MODELS = {
     ),
     "alibi": with_attention(small_model(), position=Alibi(), soft_cap=2.0),
     "t5_bias": with_attention(small_model(), position=RelativeBias(buckets=8, max_distance=16)),
+    "strided": with_attention(small_model(), pattern=StridedPattern(stride=5)),
+    "fixed": with_attention(small_model(), pattern=FixedPattern(chunk=6, summary=1)),
+    "transformer_xl": with_attention(
+        small_model(init_std=0.3), position=RelativeSinusoids(dims=32), qk_norm=QkNorm.HEADS
+    ),
     "gemma": with_residual(
         small_model(norm=RmsNorm(one_plus=True), embedding_scale=6.0, head=LmHead(tied=True, soft_cap=3.0)), Sandwich()
     ),

@@ -50,6 +50,11 @@ ATTENTION = {
     "attention, a union of masks": replace(
         CAUSAL, mask=(masks.causal & masks.chunked(300)) | masks.prefix(70), segments=True, soft_cap=20.0
     ),
+    "attention, strided": replace(CAUSAL, mask=masks.local(63, 0) | (masks.causal & masks.strided(64))),
+    "attention, summaries of chunks": replace(
+        CAUSAL, mask=masks.causal & (masks.chunked(300) | masks.summaries(300, 8)), segments=True
+    ),
+    "attention, keys wider than values": replace(CAUSAL, K=32, H=192),
     "attention, ends of its own": replace(CAUSAL, mask=masks.causal.opened(), visible_to=True),
     "attention, a window, ends and segments": replace(
         CAUSAL, mask=masks.local(1023, 0).opened(), visible_to=True, segments=True

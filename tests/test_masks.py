@@ -91,11 +91,18 @@ ATOMS = st.one_of(
     st.tuples(st.just("chunked"), st.integers(1, 20)),
 )
 WORDS = st.recursive(ATOMS, lambda inner: st.tuples(st.sampled_from(["and", "or"]), inner, inner), max_leaves=4)
+STRIPES = st.one_of(
+    st.tuples(st.just("strided"), st.integers(1, 20)),
+    st.integers(1, 20).flatmap(lambda size: st.tuples(st.just("summaries"), st.just(size), st.integers(1, size))),
+)
+STRIPED = st.recursive(
+    ATOMS | STRIPES, lambda inner: st.tuples(st.sampled_from(["and", "or"]), inner, inner), max_leaves=4
+)
 FAST = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 
 
 @FAST
-@given(words=WORDS, q_offset=st.integers(-60, 60))
+@given(words=STRIPED, q_offset=st.integers(-60, 60))
 def test_masks_show_what_their_words_say(words, q_offset):
     q, k = np.arange(50) + q_offset, np.arange(60)
     want = oracle.mask_matrix(words, q, k)
@@ -104,7 +111,7 @@ def test_masks_show_what_their_words_say(words, q_offset):
 
 @FAST
 @given(
-    words=WORDS,
+    words=STRIPED,
     first_q=st.integers(-60, 60),
     n_q=st.integers(1, 40),
     first_k=st.integers(0, 60),
@@ -156,7 +163,7 @@ def test_simple_masks_skip_all_they_can(words, first_q, n_q, first_k, n_k):
 
 
 @FAST
-@given(words=WORDS)
+@given(words=STRIPED)
 def test_masks_that_are_windows(words):
     window = mask_of(words).as_window()
     q, k = np.arange(-50, 100), np.arange(100)
@@ -182,8 +189,16 @@ def test_counting_what_is_visible(words, T, S, q_offset):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: masks.local(-1, 0), lambda: masks.local(0, -2), lambda: masks.prefix(0), lambda: masks.chunked(0)]
+    "make",
+    [
+        lambda: masks.local(-1, 0),
+        lambda: masks.local(0, -2),
+        lambda: masks.prefix(0),
+        lambda: masks.chunked(0),
+        lambda: masks.strided(0),
+        lambda: masks.summaries(4, 0),
+    ],
 )
 def test_masks_of_nothing_are_refused(make):
-    with pytest.raises(ValueError, match=r"= -?\d+ must be"):
+    with pytest.raises(ValueError, match=r"= -?\d+(, last = 0)? must be"):
         make()

@@ -34,6 +34,7 @@ from maxlm.config import (
     Dtype,
     DynamicNtkScaling,
     Experts,
+    FixedPattern,
     GatedMlp,
     GroupedQuery,
     LayerNorm,
@@ -50,11 +51,13 @@ from maxlm.config import (
     PreNorm,
     QkNorm,
     RelativeBias,
+    RelativeSinusoids,
     ResidualInit,
     RmsNorm,
     Rope,
     Sandwich,
     Sinusoidal,
+    StridedPattern,
     TopKRouter,
     UserError,
     YarnScaling,
@@ -165,6 +168,19 @@ def sinusoid(position, D):
     return np.array([f(angle) for angle in angles for f in (math.sin, math.cos)])
 
 
+def halves_of_sinusoid(distance, R):
+    """Sines and then cosines, as arXiv:1901.02860 has the R of its equations."""
+    angles = [distance / 10_000 ** (2 * i / R) for i in range(R // 2)]
+    return np.array([*map(math.sin, angles), *map(math.cos, angles)])
+
+
+PATTERNS = {  # arXiv:1904.10509, section 4.2: A(1) or A(2)
+    type(None): lambda _, t, s: True,
+    StridedPattern: lambda p, t, s: t - s < p.stride or (t - s) % p.stride == 0,
+    FixedPattern: lambda p, t, s: t // p.chunk == s // p.chunk or s % p.chunk in range(p.chunk - p.summary, p.chunk),
+}
+
+
 def attend(model, config, p, x, positions, segments):
     """One sequence, x: [T, D]."""
     project = lambda w: np.tensordot(x, w, 1)
@@ -185,7 +201,8 @@ def attend(model, config, p, x, positions, segments):
     out = np.zeros_like(q)
     for t in range(len(x)):
         first = 0 if config.window is None else max(0, t - config.window + 1)
-        seen = [s for s in range(first, t + 1) if segments[s] == segments[t]]
+        sees = PATTERNS[type(config.pattern)]
+        seen = [s for s in range(first, t + 1) if segments[s] == segments[t] and sees(config.pattern, t, s)]
         for n in range(config.n_heads):
             group = n * config.n_kv_heads // config.n_heads
             products = k[seen, group] * q[t, n]
@@ -196,10 +213,15 @@ def attend(model, config, p, x, positions, segments):
                 products = products * ((2 * dims / H + 0.4) / 1.4) ** (
                     (t - np.array(seen))[:, None] / config.position.decay
                 )
+            distances = t - np.array(seen)
+            if isinstance(config.position, RelativeSinusoids):
+                products = k[seen, group] * (q[t, n] + p["content_bias"][n])
+                of_distance = (q[t, n] + p["distance_bias"][n]) @ p["distance_proj"][n]
+                vectors = [halves_of_sinusoid(d, config.position.dims) for d in distances]
+                products = np.column_stack([products, np.array(vectors) * of_distance])
             scores = products.sum(-1) * (config.scale or 1 / math.sqrt(config.head_dim))
             if config.soft_cap is not None:
                 scores = config.soft_cap * np.tanh(scores / config.soft_cap)
-            distances = t - np.array(seen)
             if isinstance(config.position, Alibi):  # a power of two heads: 2^(-8/N), 2^(-16/N), ...
                 scores = scores - 2.0 ** (-8 * (n + 1) / config.n_heads) * distances
             if isinstance(config.position, RelativeBias):
@@ -353,6 +375,9 @@ MODELS = {
         mlp=Mlp(d_ff=40, activation=Activation.RELU),
         residual=PostNorm(),
     ),
+    "strided": with_attention(small_model(), pattern=StridedPattern(stride=3)),
+    "fixed": with_attention(small_model(), pattern=FixedPattern(chunk=4, summary=2), n_kv_heads=4),
+    "transformer_xl": with_attention(small_model(init_std=0.4), position=RelativeSinusoids(dims=6)),
     "gemma2": with_block(with_attention(small_model(), soft_cap=2.0, window=6), residual=Sandwich()),
     "alibi_parallel": with_block(
         with_attention(small_model(norm=LayerNorm(bias=False)), position=Alibi(), qk_norm=QkNorm.HEADS),

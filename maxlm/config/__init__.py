@@ -31,7 +31,7 @@ errors.py: the exception that users see as a line
 from typing import Any
 
 from maxlm.config import earlier
-from maxlm.config.attention import Attention, GroupedQuery, LatentAttention, QkNorm
+from maxlm.config.attention import Attention, FixedPattern, GroupedQuery, LatentAttention, QkNorm, StridedPattern
 from maxlm.config.data import (
     ByteTokenizer,
     DataConfig,
@@ -104,6 +104,7 @@ from maxlm.config.position import (
     NtkScaling,
     Position,
     RelativeBias,
+    RelativeSinusoids,
     Rope,
     RopeScaling,
     Sinusoidal,
@@ -159,6 +160,7 @@ __all__ = [
     "ExpertGroups",
     "Experts",
     "Files",
+    "FixedPattern",
     "GatedMlp",
     "GluSave",
     "GroupedQuery",
@@ -194,6 +196,7 @@ __all__ = [
     "Pretrain",
     "QkNorm",
     "RelativeBias",
+    "RelativeSinusoids",
     "Remat",
     "Residual",
     "ResidualInit",
@@ -214,6 +217,7 @@ __all__ = [
     "StandardLibrary",
     "StatePart",
     "StepRange",
+    "StridedPattern",
     "Task",
     "TokenizerConfig",
     "TokenizerSource",

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 from maxlm.config.earlier import renamed, revalued
 from maxlm.config.errors import UserError
 from maxlm.config.fields import Changes, Positive, Range, config
-from maxlm.config.position import DynamicNtkScaling, LongRopeScaling, NtkScaling, Position, Rope
+from maxlm.config.position import DynamicNtkScaling, LongRopeScaling, NtkScaling, Position, RelativeSinusoids, Rope
 
 
 class QkNorm(enum.Enum):
@@ -19,6 +19,36 @@ class QkNorm(enum.Enum):
     """Over each head by itself, with one scale for all of them (Qwen 3, arXiv:2505.09388)."""
     WHOLE = "whole"
     """Over all heads together, with a scale for each of their dims (OLMo 2, arXiv:2501.00656)."""
+
+
+@config("model.blocks[].attention.pattern.", changes=Changes.IDENTITY)
+class StridedPattern:
+    """A query sees the last `stride` keys, and of those before every `stride`-th, counted from itself (Child et al.
+    2019, arXiv:1904.10509, section 4.2, both heads in one)."""
+
+    stride: Annotated[int, Range(ge=2)]
+    """The square root of the sequence's length makes least work."""
+
+
+@config("model.blocks[].attention.pattern.", changes=Changes.IDENTITY)
+class FixedPattern:
+    """Sequences are cut into chunks; a query sees those before it in its own, and the last few keys of each earlier one
+    ("fixed" attention, arXiv:1904.10509, section 4.2, both heads in one).
+
+    Chunks are counted in a row of the batch: documents that share a row are cut elsewhere than alone.
+    """
+
+    chunk: Annotated[int, Range(ge=2)]
+    """Positions of a chunk."""
+    summary: Positive[int]
+    """Keys of a chunk, the last ones, that all later queries see."""
+
+    def __post_init__(self) -> None:
+        if self.summary > self.chunk:
+            raise UserError(
+                f"model.blocks[].attention.pattern.summary = {self.summary} is more than chunk = {self.chunk}; use at "
+                f"most {self.chunk}"
+            )
 
 
 @revalued(qk_norm={True: QkNorm.HEADS, False: None})
@@ -36,7 +66,10 @@ class GroupedQuery:
     position: Position | None = field(default_factory=Rope)
     """How scores know positions; None: from the causal mask alone (NoPE)."""
     window: Positive[int] | None = None
-    """Keys a query may see, itself included; None: all earlier ones."""
+    """Keys a query may see, itself included; None: all earlier ones. GPT-3 has it in every other layer."""
+    pattern: StridedPattern | FixedPattern | None = None
+    """Of all earlier keys a query sees some alone, near and far; None: all. Fewer scores count, but our kernels compute
+    all of them."""
     soft_cap: Positive[float] | None = None
     """Scores become soft_cap * tanh(scores / soft_cap) (Gemma 2, arXiv:2408.00118)."""
     qkv_bias: bool = False
@@ -64,6 +97,16 @@ class GroupedQuery:
             )
         if isinstance(self.position, Rope):
             _require_pairs(self.position, "head_dim", self.head_dim)
+        if self.pattern is not None and self.window is not None:
+            raise UserError(
+                f"model.blocks[].attention.window = {self.window} and pattern = {type(self.pattern).__name__} both say "
+                "which keys are near; use one of the two"
+            )
+
+    @property
+    def key_head_dim(self) -> int:
+        """Numbers in a head's query or key as scores see it."""
+        return self.head_dim + (self.position.dims if isinstance(self.position, RelativeSinusoids) else 0)
 
     @property
     def value_head_dim(self) -> int:
@@ -102,7 +145,7 @@ class LatentAttention:
         _require_pairs(self.position, "rope_head_dim", self.rope_head_dim)
 
     @property
-    def head_dim(self) -> int:
+    def key_head_dim(self) -> int:
         """Numbers in a head's query or key."""
         return self.content_head_dim + self.rope_head_dim
 

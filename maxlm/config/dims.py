@@ -27,6 +27,7 @@ PARAMETER_DIMS: dict[str, Axes] = {
     "router": (),  # a router's scores of all experts: small, so everywhere
     "positions": (),
     "buckets": (),  # of a learned bias by distance
+    "sinusoids": (),  # of a distance
     "vector": (),  # norm scales and biases of the residual stream: small, so everywhere
 }
 """Dim of a parameter -> the mesh axes that cut it. The fsdp axis counts only as far as `ShardingConfig.zero` says."""

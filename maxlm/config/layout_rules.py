@@ -131,8 +131,13 @@ class _Rules:
         attention = block.attention
         yield from self._axis_divides("tensor", f"{key}.attention.n_heads", attention.n_heads)
         match attention:
-            case GroupedQuery(n_kv_heads=n_kv_heads):
+            case GroupedQuery(n_kv_heads=n_kv_heads, pattern=pattern):
                 yield from self._axis_divides("tensor", f"{key}.attention.n_kv_heads", n_kv_heads)
+                if pattern is not None and self.sizes["seq"] > 1 and self.sharding.context is Context.RING:
+                    yield (
+                        f"{key}.attention.pattern = {type(pattern).__name__} is no window, and sharding.context = ring "
+                        "cuts windows alone; use sharding.context = all_gather or ulysses"
+                    )
             case LatentAttention(kv_rank=kv_rank, query_rank=query_rank):
                 yield from self._axis_divides("fsdp", f"{key}.attention.kv_rank", kv_rank)
                 if query_rank is not None:

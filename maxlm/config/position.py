@@ -186,7 +186,25 @@ class RelativeBias:
             )
 
 
-Position = Rope | Alibi | RelativeBias
+@config("model.blocks[].attention.position.", changes=Changes.IDENTITY)
+class RelativeSinusoids:
+    """Transformer-XL's scores (q + u) k + (q + v) W r(n) of a key n tokens back, with u, v and W learned for each head
+    and r(n) the sinusoids of n (Dai et al. 2019, arXiv:1901.02860, section 3.3; Gopher, arXiv:2112.11446).
+
+    Each layer has its own u and v; Transformer-XL shares them.
+    """
+
+    dims: Annotated[int, Range(ge=2)]
+    """Numbers in r(n), half of them sines; d_model in Transformer-XL. Queries and keys are longer by as many."""
+
+    def __post_init__(self) -> None:
+        if self.dims % 2:
+            raise UserError(
+                f"model.blocks[].attention.position.dims = {self.dims} is odd, but half are sines; use {self.dims + 1}"
+            )
+
+
+Position = Rope | Alibi | RelativeBias | RelativeSinusoids
 """What attention does with positions."""
 
 

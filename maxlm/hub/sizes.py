@@ -118,7 +118,7 @@ class Keys:
             self.n_layers: model.n_layers,
             self.n_heads: attention.n_heads,
             self.n_kv_heads: attention.n_kv_heads,
-            self.head_dim: attention.head_dim,
+            self.head_dim: attention.value_head_dim,
             self.d_ff: mlp.d_ff,
             self.activation: write_activation(mlp.activation, self.words),
             self.max_seq_len: model.max_seq_len,

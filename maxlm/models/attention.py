@@ -10,14 +10,15 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from maxlm import shapes
-from maxlm.config import Alibi, GroupedQuery, ModelConfig, QkNorm, RelativeBias, Rope
+from maxlm.config import Alibi, GroupedQuery, ModelConfig, QkNorm, RelativeBias, RelativeSinusoids, Rope
 from maxlm.models import ops
 from maxlm.models.execution import Execution
 from maxlm.models.kv_cache import Contiguous, LayerCache
 from maxlm.models.norms import NormLayer
 from maxlm.models.parameters import Initializer
-from maxlm.models.positions import alibi_slopes, log_length_factors, rotate_both
+from maxlm.models.positions import alibi_slopes, log_length_factors, relative_sinusoids, rotate_both
 from maxlm.models.tokens import Tokens
+from maxlm.sharding import Layout
 
 
 class GroupedQueryLayer(nnx.Module):
@@ -32,6 +33,9 @@ class GroupedQueryLayer(nnx.Module):
     v_bias: nnx.Param
     o_bias: nnx.Param
     relative_bias: nnx.Param
+    content_bias: nnx.Param
+    distance_bias: nnx.Param
+    distance_proj: nnx.Param
     sinks: nnx.Param
     q_norm: NormLayer
     k_norm: NormLayer
@@ -63,7 +67,7 @@ class GroupedQueryLayer(nnx.Module):
         q = ops.project(layout, "btd,dnh->btnh", x, self.q_proj[...], biases[0])
         k = ops.project(layout, "btd,dkh->btkh", x, self.k_proj[...], biases[1])
         v = ops.project(layout, "btd,dkh->btkh", x, self.v_proj[...], biases[2])
-        q, k = self._placed(*self._normed(q, k), tokens)
+        q, k = self._placed(*self._normed(q, k), tokens, layout)
         q, k, v = (checkpoint_name(y, name) for y, name in ((q, "query"), (k, "key"), (v, "value")))
 
         if cache is None:
@@ -100,11 +104,24 @@ class GroupedQueryLayer(nnx.Module):
             case _:
                 assert_never(self.config.qk_norm)
 
-    def _placed(self, q: jax.Array, k: jax.Array, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
+    def _placed(self, q: jax.Array, k: jax.Array, tokens: Tokens, layout: Layout) -> tuple[jax.Array, jax.Array]:
         """Queries and keys that know where they stand, if their own values tell it."""
         config = self.config
-        if isinstance(rope := config.position, Rope):
-            q, k = rotate_both(rope, config.head_dim, self.max_seq_len, tokens, q, k)
+        match config.position:
+            case Rope() as rope:
+                q, k = rotate_both(rope, config.head_dim, self.max_seq_len, tokens, q, k)
+            case RelativeSinusoids():
+                biased = q + self.distance_bias[...].astype(q.dtype)
+                weights = ops.dense(layout, self.distance_proj[...], q.dtype)
+                weights = jnp.einsum("btnh,nhs->btns", biased, weights.astype(q.dtype))
+                of_q, of_k = relative_sinusoids(weights, tokens.positions)
+                of_k = jnp.broadcast_to(of_k[:, :, None], (*k.shape[:-1], of_k.shape[-1]))
+                q = jnp.concatenate([q + self.content_bias[...].astype(q.dtype), of_q], axis=-1)
+                k = jnp.concatenate([k, of_k], axis=-1)
+            case Alibi() | RelativeBias() | None:  # in the scores
+                pass
+            case _:
+                assert_never(config.position)
         if config.log_length is not None:
             q = (q * log_length_factors(tokens.positions, config.log_length)[..., None, None]).astype(q.dtype)
         return q, k
@@ -118,13 +135,13 @@ class GroupedQueryLayer(nnx.Module):
                 slopes = jnp.asarray(alibi_slopes(config.n_heads))
             case RelativeBias(max_distance=max_distance):
                 bias = ops.DistanceBias(self.relative_bias[...], max_distance=max_distance)
-            case Rope() | None:
+            case Rope() | RelativeSinusoids() | None:
                 pass
             case _:
                 assert_never(config.position)
         return ops.Scores(
-            mask=ops.causal(config.window),
-            scale=config.scale,
+            mask=ops.causal(config.window, config.pattern),
+            scale=config.scale or config.head_dim**-0.5,
             soft_cap=config.soft_cap,
             alibi_slopes=slopes,
             relative_bias=bias,

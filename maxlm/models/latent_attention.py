@@ -127,4 +127,4 @@ class LatentAttentionLayer(nnx.Module):
 
     def _scores(self) -> ops.Scores:
         config = self.config
-        return ops.Scores(mask=ops.causal(None), scale=config.scale or config.head_dim**-0.5)
+        return ops.Scores(mask=ops.causal(), scale=config.scale or config.key_head_dim**-0.5)

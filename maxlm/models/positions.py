@@ -194,6 +194,31 @@ def alibi_slopes(n_heads: int) -> np.ndarray:
     return np.concatenate([slopes, between]).astype(np.float32)
 
 
+def relative_sinusoids(weights: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What queries and keys are longer by, so that their products gain weights . r(n) for a key n positions back.
+
+    r(n) is sin(n f) and then cos(n f), for frequencies f from 1 down to 1 / 10,000 (arXiv:1901.02860, section 3.3).
+    With n = i - j these are sums of products of sines and cosines of i and of j: a sum over r that depends on the
+    distance alone becomes a product of what the query at i knows and what the key at j knows.
+
+    Args:
+        weights: [B, T, N, R], of each query: W^T (q + v).
+        positions: int32 [B, T].
+
+    Returns:
+        [B, T, N, R] for the queries, [B, T, R] for the keys of all heads; in the dtype of weights.
+    """
+    R = weights.shape[-1]
+    frequencies = 10_000.0 ** (-np.arange(0, R, 2, dtype=np.float64) / R)
+    angles = positions[..., None].astype(jnp.float32) * frequencies.astype(np.float32)
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    of_sin, of_cos = jnp.split(weights.astype(jnp.float32), 2, axis=-1)
+    to_cos = of_sin * sin[:, :, None] + of_cos * cos[:, :, None]
+    to_sin = of_cos * sin[:, :, None] - of_sin * cos[:, :, None]
+    both = jnp.concatenate([to_cos, to_sin], axis=-1), jnp.concatenate([cos, sin], axis=-1)
+    return both[0].astype(weights.dtype), both[1].astype(weights.dtype)
+
+
 def sinusoids(positions: jax.Array, d_model: int) -> jax.Array:
     """sin of positions at wavelengths 2 pi 10,000^(2i / D) in even dims, cos in odd ones (arXiv:1706.03762, section
     3.5): int32 [B, T] -> float32 [B, T, D]."""

@@ -52,7 +52,7 @@ def block_memory(
     width = config.model.d_model * itemsize
     own = width // (tensor if config.sharding.sequence_parallel else 1)
     heads, kv_heads = (n * itemsize // tensor for n in (attention.n_heads, attention.n_kv_heads))
-    query, key = heads * attention.head_dim, kv_heads * attention.head_dim
+    query, key = heads * attention.key_head_dim, kv_heads * attention.key_head_dim
     out, value = heads * attention.value_head_dim, kv_heads * attention.value_head_dim
     match attention:  # what norms of it read
         case GroupedQuery(qk_norm=qk_norm):

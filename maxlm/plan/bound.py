@@ -181,7 +181,7 @@ def _layer_bytes(config: RunConfig, sizes: Mapping[str, int], layer: LayerRuns) 
             rows, matrices = min(rows * mlp.experts_per_token, buffer), mlp.n_experts // sizes["expert"]
         numbers += weights + rows * (D + weights / matrices / D)  # one side of each is the residual stream
     heads = attention.n_heads + attention.n_kv_heads  # what attention reads and writes
-    numbers += layer.tokens * heads * (attention.head_dim + attention.value_head_dim) / sizes["tensor"]
+    numbers += layer.tokens * heads * (attention.key_head_dim + attention.value_head_dim) / sizes["tensor"]
     passes = layer.forwards + _repeated(config) + 2
     return numbers * config.execution.dtype.itemsize * layer.runs * passes
 

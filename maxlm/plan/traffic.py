@@ -251,7 +251,7 @@ def _count_context(ledger: _Ledger, config: RunConfig, layer: LayerRuns) -> None
     """Keys and values over the parts of a sequence: gathered (arXiv:2407.21783, section 3.3.2), passed round
     (arXiv:2310.01889), or exchanged against heads (arXiv:2309.14509)."""
     n, attention, remat = ledger.sizes["seq"], layer.block.attention, config.execution.remat
-    of_head = layer.tokens * (attention.head_dim + attention.value_head_dim) / ledger.sizes["tensor"] * layer.runs
+    of_head = layer.tokens * (attention.key_head_dim + attention.value_head_dim) / ledger.sizes["tensor"] * layer.runs
     for_keys, for_queries = of_head * attention.n_kv_heads, of_head * attention.n_heads  # with values, and with outputs
     small = config.execution.dtype.itemsize
     again = 0 if remat is Remat.NONE else 1

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, assert_never
 
 from maxlm.config import (
+    Alibi,
     Attention,
     BlockConfig,
     DeepNorm,
@@ -36,7 +37,9 @@ from maxlm.config import (
     PreNorm,
     QkNorm,
     RelativeBias,
+    RelativeSinusoids,
     ResidualInit,
+    Rope,
     Sandwich,
     ScalarHead,
     SigmoidRouter,
@@ -233,9 +236,18 @@ def attention(config: Attention, model: ModelConfig) -> Iterator[Array]:
                 yield from _inside(name, norm(model.norm, dim, size, part))
             if config.sinks:
                 yield _array("sinks", {"heads": config.n_heads}, Normal(model.init_std), Role.OTHER, part)
-            if isinstance(config.position, RelativeBias):
-                dims = {"heads": config.n_heads, "buckets": config.position.buckets}
-                yield _array("relative_bias", dims, Normal(model.init_std), Role.OTHER, part)
+            match config.position:
+                case RelativeBias(buckets=buckets):
+                    dims = {"heads": config.n_heads, "buckets": buckets}
+                    yield _array("relative_bias", dims, Normal(model.init_std), Role.OTHER, part)
+                case RelativeSinusoids(dims=sinusoids):
+                    for name in ("content_bias", "distance_bias"):
+                        yield _array(name, heads, Normal(model.init_std), Role.OTHER, part)
+                    yield _array("distance_proj", heads | {"sinusoids": sinusoids}, plain, Role.PRODUCT, part)
+                case Rope() | Alibi() | None:
+                    pass
+                case _:
+                    assert_never(config.position)
         case LatentAttention():
             yield from _latent_attention(config, model)
             for name, dim, size in head_norms(config):
@@ -258,7 +270,7 @@ def _latent_attention(config: LatentAttention, model: ModelConfig) -> Iterator[A
     if config.query_rank is not None:
         yield product("q_down", D, {"latent": config.query_rank})
         of_queries = {"from_latent": config.query_rank}
-    yield product("q", of_queries, heads | {"head_dim": config.head_dim})
+    yield product("q", of_queries, heads | {"head_dim": config.key_head_dim})
     yield product("kv_down", D, {"latent": config.kv_rank})
     yield product("k_rope", D, rope)
     yield product("k", latent, heads | content)
@@ -301,7 +313,9 @@ def kept(config: Attention) -> tuple[Kept, ...]:
     """Of one layer."""
     match config:
         case GroupedQuery():
-            return (Kept(config.n_kv_heads, config.head_dim, "kv_heads"),) * 2
+            return tuple(
+                Kept(config.n_kv_heads, width, "kv_heads") for width in (config.key_head_dim, config.value_head_dim)
+            )
         case LatentAttention():
             return (Kept(1, config.kv_rank + config.rope_head_dim, None),)
         case _:

@@ -15,8 +15,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import assert_never
 
-from maxlm.config import Attention, BlockConfig, ModelConfig, Remat
+from maxlm.config import (
+    Attention,
+    BlockConfig,
+    FixedPattern,
+    GroupedQuery,
+    ModelConfig,
+    Remat,
+    StridedPattern,
+)
 from maxlm.config.remat import SAVED_NAMES
 from maxlm.shapes.arrays import Array, Part, Role, arrays, block
 
@@ -63,9 +72,11 @@ class FlopsPerToken:
     parameters_term: int
     """6N."""
     attention_term: int
-    """12*N_heads*H*min(T, window), summed over the layers: scores and weighted values over every key in reach."""
+    """12*N_heads*H*min(T, window), summed over the layers: scores and weighted values over every key in reach. Of
+    attention with a pattern every key that it leaves."""
     causal_attention_term: float
-    """The same with only the keys that a causal mask leaves: (T + 1) / 2 on average without a window."""
+    """The same with only the keys that a causal mask leaves: (T + 1) / 2 on average without a window. With a pattern as
+    without, as our kernels compute all those scores."""
     recompute: int
     """What the remat policy computes a second time. In no other figure here, and never in MFU: it is work, but not of
     use. Kernels that recompute scores, and a loss that recomputes logits, come on top."""
@@ -113,7 +124,7 @@ def flops_per_token(model: ModelConfig, seq_len: int, remat: Remat, *, remat_sta
         per_key = 3 * _flops_of_a_key(config.attention)
         reach = min(seq_len, config.attention.window or seq_len)
         visible = _mean_visible_keys(seq_len, reach)
-        attention += times * per_key * reach
+        attention += times * per_key * _of_pattern(config.attention, seq_len, reach)
         causal += times * per_key * visible
         recompute += times * _recomputed(model, config, remat, reach, remat_stages)
         causal_recompute += times * _recomputed(model, config, remat, visible, remat_stages)
@@ -139,6 +150,20 @@ def _mean_visible_keys(seq_len: int, reach: int) -> float:
     return reach - reach * (reach - 1) / (2 * seq_len)
 
 
+def _of_pattern(attention: Attention, seq_len: int, reach: int) -> int:
+    """Keys within reach of a query that its pattern leaves, at most."""
+    pattern = attention.pattern if isinstance(attention, GroupedQuery) else None
+    match pattern:
+        case StridedPattern(stride=stride):
+            return min(seq_len, stride + seq_len // stride)
+        case FixedPattern(chunk=chunk, summary=summary):
+            return min(seq_len, chunk + summary * (seq_len // chunk))
+        case None:
+            return reach
+        case _:
+            assert_never(pattern)
+
+
 def _recomputed(model: ModelConfig, config: BlockConfig, remat: Remat, keys: float, stage: bool) -> float:
     """Multiplications of one block that the backward pass does again, in FLOPs a token that sees so many keys; with
     `stage` those of a second forward pass too."""
@@ -161,7 +186,7 @@ def _recomputed(model: ModelConfig, config: BlockConfig, remat: Remat, keys: flo
 
 def _flops_of_a_key(attention: Attention) -> int:
     """Of a query's scores of one key, and of that key's value, all heads, forward."""
-    return 2 * attention.n_heads * (attention.head_dim + attention.value_head_dim)
+    return 2 * attention.n_heads * (attention.key_head_dim + attention.value_head_dim)
 
 
 def _flops(found: Iterable[Array]) -> float:

@@ -104,7 +104,7 @@ def _scale(attention: LatentAttention) -> float | None:
     if not isinstance(scaling, YarnScaling) or not scaling.mscale_all_dim:
         return None
     sharper = 0.1 * scaling.mscale_all_dim * max(0.0, math.log(scaling.factor)) + 1
-    return float(attention.head_dim**-0.5 * sharper**2)
+    return float(attention.key_head_dim**-0.5 * sharper**2)
 
 
 def _read_router(config: Published, version: int) -> Router:

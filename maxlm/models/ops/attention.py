@@ -9,7 +9,7 @@ import jax
 
 from kernels_pallas import Scores, flash_attention, masks
 from kernels_pallas.masks import Mask
-from maxlm.config import Backend, Context
+from maxlm.config import Backend, Context, FixedPattern, StridedPattern
 from maxlm.models.ops.backends import blaming
 from maxlm.models.ops.ring import make_ring, ring_attention
 from maxlm.models.ops.ulysses import ulysses_attention
@@ -71,9 +71,17 @@ def attention(
         return on_mesh(q, k, v, segment_ids, visible_to, scores)
 
 
-def causal(window: int | None) -> Mask:
-    """Who sees whom: keys a query sees, itself included; None: all earlier ones."""
-    return masks.causal if window is None else masks.local(window - 1, 0)
+def causal(window: int | None = None, pattern: StridedPattern | FixedPattern | None = None) -> Mask:
+    """Who sees whom: keys a query sees, itself included; None: all earlier ones. Or those of the pattern."""
+    match pattern:
+        case None:
+            return masks.causal if window is None else masks.local(window - 1, 0)
+        case StridedPattern(stride=stride):
+            return masks.local(stride - 1, 0) | (masks.causal & masks.strided(stride))
+        case FixedPattern(chunk=chunk, summary=summary):
+            return masks.causal & (masks.chunked(chunk) | masks.summaries(chunk, summary))
+        case _:
+            assert_never(pattern)
 
 
 def _to_all_keys(

@@ -199,8 +199,8 @@ def make_ring(mask: Mask, devices: int, length: int, backend: str, visible_to: b
     window = (mask.opened() if visible_to else mask).as_window()
     if window is None:
         raise UserError(
-            f"the mask {mask} counts from the sequence's start, and with sharding.context = {Context.RING.value} only "
-            f"windows can be cut; use {Context.ALL_GATHER.value} or {Context.ULYSSES.value}"
+            f"the mask {mask} is no window, and with sharding.context = {Context.RING.value} only windows can be cut; "
+            f"use {Context.ALL_GATHER.value} or {Context.ULYSSES.value}"
         )
     left, right = window
     chunk = length // 2
