@@ -30,6 +30,7 @@ from maxlm.hub.tensor_files import DTYPES, Spec, write_tensors
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
+    "qwen.tiktoken",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
