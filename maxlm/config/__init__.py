@@ -51,7 +51,7 @@ from maxlm.config.data import (
 from maxlm.config.dims import ACTIVATION_DIMS, CUT_BY_FSDP, PARAMETER_DIMS, Axes, StatePart
 from maxlm.config.errors import UserError
 from maxlm.config.execution import Backend, Dtype, ExecutionConfig, GluSave, KernelConfig, Remat, WeightFormat
-from maxlm.config.families import llama, with_experts
+from maxlm.config.families import llama, palm, with_experts
 from maxlm.config.mixture import (
     Capacity,
     Dispatch,
@@ -234,6 +234,7 @@ __all__ = [
     "fsdp_tp",
     "fsdp_tp_sp",
     "llama",
+    "palm",
     "pipeline_bubble",
     "pipeline_ticks",
     "with_experts",

@@ -23,7 +23,7 @@ class SentencePieceTokenizer:
 
 @config("data.datasets[].prepare.tokenizer.", changes=Changes.NOTHING)
 class HuggingFaceTokenizer:
-    """A `tokenizer.json` as the `tokenizers` library writes it."""
+    """A `tokenizer.json` as the `tokenizers` library writes it, or the `qwen.tiktoken` of Qwen 1."""
 
     path: PathName
     """The file."""

@@ -9,8 +9,8 @@ from maxlm.config.errors import UserError
 from maxlm.config.fields import Positive, require
 from maxlm.config.mixture import Experts
 from maxlm.config.mlp import GatedMlp
-from maxlm.config.model import BlockConfig, LmHead, ModelConfig
-from maxlm.config.norm import RmsNorm
+from maxlm.config.model import BlockConfig, LmHead, ModelConfig, Parallel
+from maxlm.config.norm import LayerNorm, RmsNorm
 from maxlm.config.position import Rope
 
 
@@ -59,6 +59,41 @@ def llama(
         max_seq_len=max_seq_len,
         norm=RmsNorm(eps=norm_eps),
         head=LmHead(tied=tie_embeddings),
+        init_std=init_std,
+    )
+
+
+def palm(
+    *,
+    vocab_size: int,
+    d_model: int,
+    n_layers: int,
+    n_heads: int,
+    head_dim: int,
+    max_seq_len: int,
+    d_ff: int | None = None,
+    init_std: float = 0.02,
+) -> ModelConfig:
+    """PaLM (arXiv:2204.02311, section 2): attention and a SwiGLU MLP side by side behind one LayerNorm, one key and
+    value head for all queries, RoPE over all dims, one table for input and output, no biases.
+
+    Logits are divided by sqrt(d_model) (section 5), `d_ff` defaults to 4 d_model. In the paper embeddings begin with a
+    standard deviation of 1 and matrices with that of 1 / sqrt(inputs); here all have `init_std`.
+
+    Raises:
+        UserError: head_dim is odd, as RoPE rotates pairs; or a value out of its range.
+    """
+    require("palm(): d_model", d_model, Positive[int])
+    attention = GroupedQuery(n_heads=n_heads, n_kv_heads=1, head_dim=head_dim)
+    mlp = GatedMlp(d_ff=4 * d_model if d_ff is None else d_ff)
+    return ModelConfig(
+        vocab_size=vocab_size,
+        d_model=d_model,
+        n_layers=n_layers,
+        blocks=(BlockConfig(attention=attention, mlp=mlp, residual=Parallel()),),
+        max_seq_len=max_seq_len,
+        norm=LayerNorm(bias=False),
+        head=LmHead(tied=True, scale=d_model**-0.5),
         init_std=init_std,
     )
 

@@ -40,6 +40,9 @@ class DynamicNtkScaling:
     """How fast the stretching grows with the length; at factor 1 it is the length over original_max_len."""
     original_max_len: Positive[int]
     """Longest document, in tokens, that is not stretched."""
+    doubling: bool = False
+    """T counts as the next of original_max_len times 1, 2, 4, ...: between two of them nothing changes (the released
+    code of Qwen, arXiv:2309.16609, with factor 2)."""
 
 
 @config("model.blocks[].attention.position.scaling.", changes=Changes.IDENTITY)

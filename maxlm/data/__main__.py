@@ -89,7 +89,7 @@ class Prepare:
     config: PathName | None = None
     """Prepare the data sets of this run's config instead; no other key goes with it."""
     tokenizer: PathName = _TRAIN
-    """`train`, `bytes`, a .model file, a tokenizer.json, or a folder that `tokenizer train` wrote."""
+    """`train`, `bytes`, a .model file, a tokenizer.json, qwen.tiktoken, or a folder that `tokenizer train` wrote."""
     eos: NotEmpty[str] | None = None
     """The token of a tokenizer.json that ends a document; None: found by its name."""
     bos: str | None = None
@@ -249,13 +249,14 @@ def _named_tokenizer(name: str, eos: str | None, bos: str | None) -> TokenizerCo
         tokenizer: TokenizerConfig = ByteTokenizer()
     elif path.is_dir():
         tokenizer = saved_tokenizer(path)
-    elif path.suffix == ".json":
+    elif path.suffix in (".json", ".tiktoken"):
         tokenizer = HuggingFaceTokenizer(path=name)
     elif path.suffix == ".model":
         tokenizer = SentencePieceTokenizer(path=name)
     else:
         raise UserError(
-            f"--tokenizer {name}: must be train, bytes, a .model file, a .json file or a folder with a tokenizer"
+            f"--tokenizer {name}: must be train, bytes, a .model file, a .json file, qwen.tiktoken or a folder with a "
+            "tokenizer"
         )
     changes = {key: token for key, token in (("eos", eos), ("bos", bos)) if token is not None}
     if not changes:

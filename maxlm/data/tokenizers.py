@@ -21,6 +21,7 @@ import tokenizers
 
 from maxlm.config import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, TokenizerConfig, UserError
 from maxlm.config.json_file import read_bytes, read_object
+from maxlm.data.tiktoken import to_json
 
 _DESCRIPTOR = "config.json"
 _EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<eos>", "<|im_end|>", "[EOS]", "[SEP]")
@@ -168,7 +169,7 @@ class SentencePiece(Tokenizer):
 
 
 class HuggingFace(Tokenizer):
-    """A `tokenizer.json` of the `tokenizers` library.
+    """A `tokenizer.json` of the `tokenizers` library, or a `.tiktoken` file, which becomes one.
 
     The end of a document is `eos` where it is given, else the first that the vocabulary has of: well known names, what
     a `tokenizer_config.json` beside the file says, more names. The same for its beginning, which may be without a
@@ -178,7 +179,8 @@ class HuggingFace(Tokenizer):
     kind = TokenizerKind.HUGGING_FACE
 
     def __init__(self, path: Path, eos: str | None = None, bos: str | None = None) -> None:
-        super().__init__(_read(path, "a tokenizer.json"))
+        definition = _read(path, "a tokenizer.json")
+        super().__init__(to_json(path, definition) if path.suffix == ".tiktoken" else definition)
         self._path = path
         try:
             with self._guarded(lambda: "when it reads the file"):

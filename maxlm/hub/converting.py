@@ -193,7 +193,13 @@ def report(opened: Opened, folder: Path | None) -> Iterator[str]:
 
 
 def _compare_logits(opened: Opened, folder: Path) -> str:
-    """With transformers, where it is installed."""
+    """With transformers, where it is installed and has the family."""
+    family = _family_of_origin(folder)
+    if family is not None and family.needs_code:
+        return (
+            f"logits: not compared, as transformers reads {family.model_type} only with code that comes with the "
+            "model, which is not run here; docs/hub.md says how other programs read the folder"
+        )
     try:
         import torch
         import transformers
@@ -202,7 +208,7 @@ def _compare_logits(opened: Opened, folder: Path) -> str:
     ids = np.arange(_PROBE)[None] * 7919 % opened.model.vocab_size
     layout, execution = layout_for(opened.model, ONE_DEVICE), ExecutionConfig(dtype=Dtype.FLOAT32)
     ours = np.asarray(LanguageModel(opened.model, execution, layout, opened.parameters())(ids))
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
     with torch.no_grad():
         theirs = model(torch.from_numpy(ids)).logits.numpy()
     difference, largest = np.abs(ours - theirs).max(), np.abs(theirs).max()

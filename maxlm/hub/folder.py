@@ -29,6 +29,7 @@ Pieces = Callable[[Sequence[Piece]], list[npt.NDArray[Any]]]
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
+    "qwen.tiktoken",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",

@@ -133,9 +133,10 @@ def no_tokenizer(place: Path) -> UserError:
 
 
 def find_tokenizer(folder: Path) -> Tokenizer | None:
-    """That of a folder's `tokenizer.json` or, without one, `tokenizer.model`."""
-    if (folder / "tokenizer.json").is_file():
-        return open_tokenizer(HuggingFaceTokenizer(path=str(folder / "tokenizer.json")))
+    """That of a folder's `tokenizer.json` or, without one, `qwen.tiktoken` or `tokenizer.model`."""
+    for name in ("tokenizer.json", "qwen.tiktoken"):
+        if (folder / name).is_file():
+            return open_tokenizer(HuggingFaceTokenizer(path=str(folder / name)))
     if (folder / "tokenizer.model").is_file():
         return open_tokenizer(SentencePieceTokenizer(path=str(folder / "tokenizer.model")))
     return None

@@ -64,7 +64,8 @@ class Published:
         """
         value = self.values.get(key)
         if value is not None and value not in allowed:
-            raise UserError(f"{self.place}: {key} = {value!r} is not supported ({why}); must be {allowed[0]!r}")
+            must = repr(allowed[0]) if allowed else "absent"
+            raise UserError(f"{self.place}: {key} = {value!r} is not supported ({why}); must be {must}")
 
 
 ACTIVATIONS = {

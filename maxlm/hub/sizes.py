@@ -68,6 +68,7 @@ class Sizes:
 class Keys:
     """Where a family's config.json has these, and what is meant where it has not."""
 
+    vocab_size: str = "vocab_size"
     d_model: str = "hidden_size"
     n_layers: str = "num_hidden_layers"
     n_heads: str = "num_attention_heads"
@@ -94,7 +95,7 @@ class Keys:
         D, N = config.get(self.d_model, Positive[int]), config.get(self.n_heads, Positive[int])
         longest = {} if self.longest is None else {"default": self.longest}
         return Sizes(
-            vocab_size=config.get("vocab_size", Positive[int]),
+            vocab_size=config.get(self.vocab_size, Positive[int]),
             d_model=D,
             n_layers=config.get(self.n_layers, Positive[int]),
             n_heads=N,
@@ -113,7 +114,7 @@ class Keys:
         attention = model.layers[-1].attention
         mlp = next((block.mlp for block in model.layers if not isinstance(block.mlp, Experts)), model.layers[-1].mlp)
         values = {
-            "vocab_size": model.vocab_size,
+            self.vocab_size: model.vocab_size,
             self.d_model: model.d_model,
             self.n_layers: model.n_layers,
             self.n_heads: attention.n_heads,

@@ -72,8 +72,8 @@ def rope_angles(config: Rope, frequencies: np.ndarray, tokens: Tokens) -> jax.Ar
     """Position times frequency, float32 [B, T, R / 2], of a whole row; `frequencies` are those of `rotation`."""
     angles = tokens.positions[..., None].astype(jnp.float32) * frequencies
     match config.scaling:
-        case DynamicNtkScaling(factor=factor, original_max_len=known):
-            beyond = jnp.maximum(_document_lengths(tokens) / known, 1) - 1
+        case DynamicNtkScaling(factor=factor) as scaling:
+            beyond = _times_longer(_document_lengths(tokens), scaling) - 1
             return angles * _ntk((1 + factor * beyond)[..., None], 2 * len(frequencies))
         case _:
             return angles
@@ -95,6 +95,16 @@ def _document_lengths(tokens: Tokens) -> jax.Array:
         return 1 + tokens.positions.max(1, keepdims=True)
     same = tokens.segment_ids[:, :, None] == tokens.segment_ids[:, None]
     return 1 + jnp.where(same, tokens.positions[:, None], 0).max(2)
+
+
+def _times_longer(lengths: jax.Array, scaling: DynamicNtkScaling) -> jax.Array:
+    """How many times original_max_len a document counts as, at least 1: float32, of the shape of the lengths."""
+    known = scaling.original_max_len
+    if not scaling.doubling:
+        return jnp.maximum(lengths / known, 1)
+    # Counted in integers: log2 of a power of two may come out above it.
+    limits = np.array([known << n for n in range(31) if known << n < 2**31], np.int32)
+    return jnp.left_shift(1, (lengths[..., None] > limits).sum(-1)).astype(jnp.float32)
 
 
 def _ntk(stretch: Numbers, R: int) -> Numbers:
