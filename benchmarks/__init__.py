@@ -7,6 +7,7 @@ steps.py: what the benchmarks of training steps share; no command
 data_throughput.py: tokens a second from prepared shards
 decode.py: milliseconds a token and temporary bytes of decoding
 checkpoint.py: seconds to save and restore
+conversion.py: seconds and memory of maxlm.convert
 guards.py: what a step pays for what watches over it
 kernels_compiled.py: what the TPU compiler says of kernels and of what they replace
 context_memory.py: memory as a sequence and the seq axis grow together

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from maxlm.models import abstract_parameters, declared
 
 PUBLISHED = "published"
 """Folder of a run with the tokenizer's files, chat template and config.json of the model that it was made from."""
+_SHOWN = 3
 _PROBE = 16
 """Tokens of the text that logits are compared on."""
 
@@ -58,6 +59,8 @@ class Opened:
     config: RunConfig
     step: int
     """Optimizer steps that it has seen."""
+    ignored: Sequence[str] = ()
+    """Tensors in the files that are no part of the model."""
 
 
 def open_published(published: PublishedModel) -> Opened:
@@ -81,6 +84,7 @@ def open_published(published: PublishedModel) -> Opened:
         place=weights.place,
         config=untrained(weights.model, dtype=dtype, sharding=ONE_DEVICE),
         step=0,
+        ignored=weights.ignored,
     )
 
 
@@ -187,6 +191,9 @@ def report(opened: Opened, folder: Path | None) -> Iterator[str]:
         digest.update(array.name.encode())
         for number in _layers(array):
             digest.update(np.ascontiguousarray(opened.layer(array, number), np.float32).data)
+    if opened.ignored:
+        shown = ", ".join(opened.ignored[:_SHOWN]) + (", ..." if len(opened.ignored) > _SHOWN else "")
+        yield f"{len(opened.ignored)} tensors that are no part of the model were passed over: {shown}"
     yield f"{sum(array.size for array in arrays):,} parameters, SHA-256 of all in float32 {digest.hexdigest()}"
     if folder is not None:
         yield _compare_logits(opened, folder)
