@@ -2,14 +2,15 @@
 
     python -m benchmarks.conversion [PYTHON]
 
-Prints one line of JSON. The model is of TinyLlama's sizes, random, in bfloat16 (2.2 GB), made in a temporary folder, which
-needs 12 GB. PYTHON is an interpreter with torch and transformers (extra `parity`), for its own load and save. Memory is the
-most that a process had resident, of a process of its own for each.
+Prints one line of JSON. The model is of TinyLlama's sizes, random, in bfloat16 (2.2 GB), in a temporary folder, which needs
+12 GB. PYTHON is an interpreter with torch and transformers (extra `parity`), for its own load and save. Memory is the most
+that a process had resident, of a process of its own for each.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -21,12 +22,13 @@ import ml_dtypes
 import numpy as np
 from tokenizers import Tokenizer, models
 
+from benchmarks.steps import cpu_name
 from maxlm.hub.families import FAMILIES
 from maxlm.hub.names import tensors
 from maxlm.hub.published import Published
 from maxlm.hub.tensor_files import Spec, write_tensors
 
-_CONFIG = {
+_CONFIG: dict[str, Any] = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": 32_000,
@@ -91,7 +93,7 @@ def main(argv: list[str]) -> None:
         }
         if argv:
             result["transformers"] = measured(argv[0], "-c", _THEIRS, f"{place}/hf", f"{place}/theirs")
-        result |= {"python": platform.python_version(), "machine": platform.processor() or platform.machine()}
+        result |= {"python": platform.python_version(), "cpu": cpu_name(), "cores": os.cpu_count()}
     print(json.dumps(result))
 
 
