@@ -2,9 +2,9 @@
 
     python -m benchmarks.conversion [PYTHON]
 
-Prints one line of JSON. The model is of TinyLlama's sizes, random, in bfloat16 (2.2 GB), in a temporary folder, which needs
-12 GB. PYTHON is an interpreter with torch and transformers (extra `parity`), for its own load and save. Memory is the most
-that a process had resident, of a process of its own for each.
+Prints one line of JSON. The model is of TinyLlama's sizes, random, in bfloat16 (2.2 GB), in a temporary folder,
+which needs 12 GB. PYTHON is an interpreter with torch and transformers (extra `parity`), for its own load and save.
+Memory is the most that a process had resident, of a process of its own for each.
 """
 
 from __future__ import annotations
