@@ -218,15 +218,18 @@ def mlp(config, p, x):
         Activation.GELU: gelu,
         Activation.RELU: lambda x: np.maximum(x, 0),
         Activation.RELU2: lambda x: np.maximum(x, 0) ** 2,
-        Activation.QUICK_GELU: lambda x: x / (1 + np.exp(-1.702 * x)),
     }
+    act = functions.get(config.activation)
+    if isinstance(config.activation, Swish):
+        beta = p["swish_beta"] if config.activation.beta is None else config.activation.beta
+        act = lambda x: x / (1 + np.exp(-beta * x))
     if isinstance(config, Mlp):
-        h = functions[config.activation](x @ p["up_proj"] + (p["up_bias"] if config.bias else 0))
+        h = act(x @ p["up_proj"] + (p["up_bias"] if config.bias else 0))
         return h @ p["down_proj"] + (p["down_bias"] if config.bias else 0)
     gate, up = x @ p["gate_proj"], x @ p["up_proj"]
     if config.bias:
         gate, up = gate + p["gate_bias"], up + p["up_bias"]
-    h = functions[config.activation](gate) * up
+    h = act(gate) * up
     return h @ p["down_proj"] + (p["down_bias"] if config.bias else 0)
 
 
@@ -423,7 +426,7 @@ MODELS = {
         with_attention(
             small_model(norm=LayerNorm(scale=False), embedding_norm=True, embedded_position=Learned()), position=None
         ),
-        mlp=GatedMlp(d_ff=40, activation=Activation.QUICK_GELU),
+        mlp=GatedMlp(d_ff=40, activation=Swish(beta=1.702)),
         residual=DeepNorm(),
     ),
     "deep_norm_given_norm_head": with_block(

@@ -203,7 +203,7 @@ def test_what_overflows_a_buffer_is_dropped_and_counted(buffer: float) -> None:
     weights = ops.ExpertWeights(
         *(rng.normal(size=(E, *shape)).astype(np.float32) / 5 for shape in ((D, F), (D, F), (F, D)))
     )
-    options = {"activation": Activation.SIGMOID, "config": Dropless(buffer=buffer)}
+    options = {"unit": ops.GatedUnit(Activation.SIGMOID), "config": Dropless(buffer=buffer)}
     y, computed = jax.jit(lambda *a: ops.dropless_experts(layout, *a, **options))(x, choices, gates, weights)
 
     # By hand: each device has one row; of what it has for a device, sorted by expert, the first `room` go.

@@ -64,7 +64,7 @@ from maxlm.config.mixture import (
     SigmoidRouter,
     TopKRouter,
 )
-from maxlm.config.mlp import Activation, GatedMlp, Mlp
+from maxlm.config.mlp import Activation, GatedMlp, Mlp, Nonlinearity, Swish
 from maxlm.config.model import (
     BlockConfig,
     DeepNorm,
@@ -180,6 +180,7 @@ __all__ = [
     "MlpConfig",
     "ModelConfig",
     "NoisyTopKRouter",
+    "Nonlinearity",
     "Norm",
     "NtkScaling",
     "ObserveConfig",
@@ -214,6 +215,7 @@ __all__ = [
     "StandardLibrary",
     "StatePart",
     "StepRange",
+    "Swish",
     "Task",
     "TokenizerConfig",
     "TokenizerSource",
