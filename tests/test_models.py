@@ -55,6 +55,7 @@ from maxlm.config import (
     Rope,
     Sandwich,
     Sinusoidal,
+    Swish,
     TopKRouter,
     UserError,
     YarnScaling,
@@ -431,6 +432,13 @@ MODELS = {
     ),
     "deep_norm_given_norm_head": with_block(
         small_model(n_layers=3, head=LmHead(normalized=True, scale=3.0, bias=True)), residual=DeepNorm(alpha=3.0)
+    ),
+    "learned_swish": small_model(
+        n_layers=4,
+        blocks=(
+            dataclasses.replace(small_model().blocks[0], mlp=Mlp(d_ff=40, activation=Swish(), bias=True)),
+            dataclasses.replace(small_model().blocks[0], mlp=GatedMlp(d_ff=40, activation=Swish(), bias=True)),
+        ),
     ),
     "norm_head_tied": small_model(head=LmHead(tied=True, normalized=True), embedding_scale=0.3, embedding_norm=True),
 }

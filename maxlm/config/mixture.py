@@ -157,7 +157,7 @@ class Experts:
     clamp: Positive[float] | None = None
     """The routed experts' gates are at most this, before the nonlinearity, and what they multiply is between minus this
     and this (gpt-oss, arXiv:2508.10925); None: not so."""
-    up_offset: float = 0.0
+    up_offset: NotNegative[float] = 0.0
     """Added to what the routed experts' gates multiply; gpt-oss: 1."""
 
     def __post_init__(self) -> None:

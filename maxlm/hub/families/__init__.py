@@ -4,9 +4,10 @@ llama.py: LLaMA, Mistral, Mixtral, Qwen 2 and 3, Phi-3, OLMo, Command R, GLM-4
 gpt.py: GPT, GPT-2, GPT-J, GPT-NeoX, Phi, Falcon, StarCoder 2, OPT, BLOOM
 gemma.py: Gemma 1 to 3
 deepseek.py: DeepSeek-V2 and V3
+gpt_oss.py: gpt-oss
 """
 
-from maxlm.hub.families import deepseek, gemma, gpt, llama
+from maxlm.hub.families import deepseek, gemma, gpt, gpt_oss, llama
 from maxlm.hub.family import ModelFamily
 
 FAMILIES: dict[str, ModelFamily] = {
@@ -38,6 +39,7 @@ FAMILIES: dict[str, ModelFamily] = {
         gpt.BLOOM,
         deepseek.DEEPSEEK_V2,
         deepseek.DEEPSEEK_V3,
+        gpt_oss.GPT_OSS,
     )
 }
 """By `model_type`. A model is written as the first that can say all of it."""
