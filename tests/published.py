@@ -306,6 +306,21 @@ def pack_experts(folder: Path) -> None:
     safetensors.numpy.save_file(found, folder / SINGLE, {"format": "pt"})
 
 
+def unpack_experts(folder: Path) -> None:
+    """What `pack_experts` left, in float32 and as transformers unpacks it."""
+    import torch
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    found = safetensors.numpy.load_file(folder / SINGLE)
+    for name in [name.removesuffix("_blocks") for name in found if name.endswith("_blocks")]:
+        blocks, scales = (torch.from_numpy(found.pop(f"{name}_{part}")) for part in ("blocks", "scales"))
+        found[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).numpy()
+    safetensors.numpy.save_file(found, folder / SINGLE, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]  # with it their loader wants accelerate, and to unpack by itself
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def values(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Of a tensor, decided by its name."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
@@ -331,6 +346,8 @@ def main() -> None:
     for name, config in (MODELS | MXFP4).items():
         with tempfile.TemporaryDirectory() as folder:
             write_model(config, Path(folder))
+            if name in MXFP4:
+                unpack_experts(Path(folder))
             found[name] = logits_of_transformers(Path(folder), ids())
         print(f"{name}: up to {np.abs(found[name]).max():.2f}")
     np.savez_compressed(LOGITS, **found)

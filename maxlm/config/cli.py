@@ -139,7 +139,9 @@ def _config_class(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.S
         text = functools.partial(_help, info.type, one.name, default)
         hint = hints[one.name]
         if hint == Nonlinearity:
-            hint = type(default)  # words become other words here, and numbers other numbers; a class is chosen in a file
+            hint = type(
+                default
+            )  # words become other words here, and numbers other numbers; a class is chosen in a file
         if default is True:  # no bare name could switch it off
             hint = typing.Annotated[hint, tyro.conf.FlagConversionOff]
         fields.append(tyro.constructors.StructFieldSpec(one.name, hint, default, helptext=text))

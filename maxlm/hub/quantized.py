@@ -55,7 +55,9 @@ class Dequantised(TensorFolder):
         numbers, factors = (self.entries.pop(one) for one in names)
         entry = self._kind.entry(numbers, factors)
         if entry is None:
-            said = [f"{key} is {one.dtype} {list(one.shape)}" for key, one in zip(names, (numbers, factors), strict=True)]
+            said = [
+                f"{key} is {one.dtype} {list(one.shape)}" for key, one in zip(names, (numbers, factors), strict=True)
+            ]
             raise UserError(f"{self.folder}: {', '.join(said)}; they must be {self._kind}: download the model again")
         self.entries[name], self._packed[name] = entry, (numbers, factors)
 

@@ -38,7 +38,9 @@ class MlpLayer(nnx.Module):
             case GatedMlp():
                 gate_bias = self.gate_bias[...] if config.bias else None
                 weights = self.gate_proj[...], self.up_proj[...]
-                h = ops.glu(layout, how.kernels, x, *weights, gate_bias, up_bias, activation=config.activation, swish_beta=beta)
+                h = ops.glu(
+                    layout, how.kernels, x, *weights, gate_bias, up_bias, activation=config.activation, swish_beta=beta
+                )
             case Mlp():
                 h = ops.project(layout, "btd,df->btf", x, self.up_proj[...], up_bias)
                 h = ops.activate(h, config.activation, beta)

@@ -68,15 +68,20 @@ def _write(model: ModelConfig) -> dict[str, Any]:
     assert isinstance(attention.position, Rope) and isinstance(experts, Experts)
     assert isinstance(experts.router, TopKRouter) and isinstance(experts.activation, Swish)
     values = {"rope_scaling": {"rope_type": "default"}} | write_rope(attention.position, attention.head_dim)
-    return _KEYS.write(model) | values | layer_types(model) | {
-        "hidden_act": "silu",
-        "attention_bias": attention.qkv_bias,
-        "num_local_experts": experts.n_experts,
-        "num_experts_per_tok": experts.router.top_k,
-        "router_aux_loss_coef": round(experts.router.load_balance * model.n_layers / experts.router.top_k, 12),
-        "swiglu_alpha": experts.activation.beta,
-        "swiglu_limit": experts.clamp,
-    }
+    return (
+        _KEYS.write(model)
+        | values
+        | layer_types(model)
+        | {
+            "hidden_act": "silu",
+            "attention_bias": attention.qkv_bias,
+            "num_local_experts": experts.n_experts,
+            "num_experts_per_tok": experts.router.top_k,
+            "router_aux_loss_coef": round(experts.router.load_balance * model.n_layers / experts.router.top_k, 12),
+            "swiglu_alpha": experts.activation.beta,
+            "swiglu_limit": experts.clamp,
+        }
+    )
 
 
 GPT_OSS = ModelFamily(
@@ -86,7 +91,9 @@ GPT_OSS = ModelFamily(
     write=_write,
     names=Names(
         top=TOP,
-        block=NORMS | ATTENTION | {
+        block=NORMS
+        | ATTENTION
+        | {
             "self_attn.sinks": "attention/sinks",
             "mlp.router.weight": "mlp/router",
             "mlp.router.bias": "mlp/score_bias",
