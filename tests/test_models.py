@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import operator
 import re
@@ -451,6 +452,22 @@ def test_logits_equal_the_papers(name):
     got, want = logits_function(model)(parameters, *batch), forward(model, parameters, *batch)
     assert want.std() > 0.5
     np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
+
+
+def test_the_gradient_of_a_learned_swish_is_that_of_finite_differences():
+    model = MODELS["learned_swish"]
+    parameters, batch = random_parameters(model), documents(model, B=1, T=12)
+    logits, weights = logits_function(model), np.random.default_rng(3).normal(size=(1, 12, model.vocab_size))
+    found = jax.grad(lambda p: (logits(p, *batch) * weights).sum())(parameters)
+    exact = jax.tree.map(lambda p: np.asarray(p, np.float64), parameters)
+    for block, repeat in itertools.product(("0", "1"), range(2)):
+        beta, sums = exact["blocks"][block]["mlp"]["swish_beta"], []
+        for step in (1e-5, -2e-5):
+            beta[repeat] += step
+            sums.append((forward(model, exact, *batch) * weights).sum())
+        beta[repeat] += 1e-5
+        got = found["blocks"][block]["mlp"]["swish_beta"][repeat, 0]
+        assert got == pytest.approx((sums[0] - sums[1]) / 2e-5, rel=1e-3) and abs(got) > 0.01
 
 
 def test_rope_frequencies():

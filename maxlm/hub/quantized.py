@@ -1,6 +1,6 @@
 """Tensors that a published model has in few bits, as the numbers that they stand for.
 
-fp8     F8_E4M3 numbers `NAME`, and a float32 factor for each block of them in `NAME_scale_inv` (DeepSeek-V3,
+fp8     F8_E4M3 numbers `NAME`, and a wider factor for each block of them in `NAME_scale_inv` (DeepSeek-V3,
         arXiv:2412.19437, section 3.3.2)
 mxfp4   FP4 numbers, two in a byte, 16 bytes in a block, in `NAME_blocks`, and a power of two for each block in
         `NAME_scales` (gpt-oss, arXiv:2508.10925, section 2.1; OCP Microscaling Formats 1.0, sections 5.3 and 5.4)
@@ -87,7 +87,7 @@ class _Fp8:
         return cls(blocks)
 
     def __str__(self) -> str:
-        return f"F8_E4M3 [rows, columns], and F32 with a factor for each block of {self._blocks}"
+        return f"F8_E4M3 [rows, columns], and F32 or BF16 with a factor for each block of {self._blocks}"
 
     def whole(self, key: str, entry: TensorEntry) -> str | None:
         """The name of the tensor that these numbers or factors are of."""
@@ -97,7 +97,7 @@ class _Fp8:
         """Of the tensor; None: they are none."""
         wanted = tuple(-(-size // block) for size, block in zip(numbers.shape, self._blocks, strict=False))
         fits = len(numbers.shape) == 2 and factors.shape == wanted
-        fits = fits and (numbers.dtype, factors.dtype) == ("F8_E4M3", "F32")
+        fits = fits and numbers.dtype == "F8_E4M3" and factors.dtype in ("F32", "BF16")
         return numbers._replace(dtype="F32") if fits else None
 
     def values(self, packed: npt.NDArray[np.uint8], factors: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -105,7 +105,7 @@ class _Fp8:
         rows, columns = self._blocks
         values = packed.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
         for i, of_row in enumerate(factors):
-            values[i * rows : (i + 1) * rows] *= np.repeat(of_row, columns)[: values.shape[1]]
+            values[i * rows : (i + 1) * rows] *= np.repeat(of_row.astype(np.float32), columns)[: values.shape[1]]
         return values
 
 
