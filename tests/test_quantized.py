@@ -88,7 +88,7 @@ FACTORS = np.ones((3, 3), np.float32)
         (
             MXFP4,
             {"w_blocks": ("U8", BLOCKS), "w_scales": ("U8", SCALES[:, :5])},
-            r"w_blocks is U8 \[2, 6, 3, 16\], w_scales is U8 \[2, 5, 3\]; they must be U8 \[experts, outputs, blocks, 16\]",
+            r"w_blocks is U8 \[2, 6, 3, 16\], w_scales is U8 \[2, 5, 3\]; they must be U8 \[experts, outputs, ",
         ),
         (MXFP4, {"w_blocks": ("U8", BLOCKS[..., :8]), "w_scales": ("U8", SCALES)}, r"w_blocks is U8 \[2, 6, 3, 8\]"),
         (MXFP4, {"w_blocks": ("U8", BLOCKS[0]), "w_scales": ("U8", SCALES[0])}, r"w_blocks is U8 \[6, 3, 16\]"),

@@ -22,8 +22,8 @@ class Activation(enum.Enum):
 
 @config("model.blocks[].mlp.activation.", changes=Changes.IDENTITY)
 class Swish:
-    """x sigmoid(beta x) (Ramachandran et al. 2017, arXiv:1710.05941). With beta = 1 it is SILU, with 1.702 the quick GELU
-    of CLIP and gpt-oss (arXiv:1606.08415, section 2)."""
+    """x sigmoid(beta x) (Ramachandran et al. 2017, arXiv:1710.05941). With beta = 1 it is SILU, with 1.702 the quick
+    GELU of CLIP and gpt-oss (arXiv:1606.08415, section 2)."""
 
     beta: Positive[float] | None = None
     """Its number; None: learned, one for each layer, which begins at 1."""

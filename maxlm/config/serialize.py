@@ -1,8 +1,8 @@
 """Configs as plain JSON values and back.
 
 Where a field is a union, its object carries `"kind"`, the class's name; only the classes of that union are accepted,
-so a file can never name anything else to be built. Where words of an enum are in the union, they are strings. A run config carries the number of its format; older ones are
-brought up to date as they are read.
+so a file can never name anything else to be built. Words of an enum that are in the union are strings. A run config
+carries the number of its format; older ones are brought up to date as they are read.
 """
 
 from __future__ import annotations
@@ -162,8 +162,8 @@ def _words(union: Any) -> list[type[enum.Enum]]:
 
 
 def _unions(annotation: Any, seen: set[Any]) -> list[Any]:
-    """Every union of two or more dataclasses, or of one and an enum, that is reachable from `annotation`, the inner ones
-    first."""
+    """Every union of two or more dataclasses, or of one and an enum, that is reachable from `annotation`, the inner
+    ones first."""
     if annotation in seen:
         return []
     seen.add(annotation)

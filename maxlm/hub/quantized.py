@@ -27,8 +27,8 @@ class Dequantised(TensorFolder):
     as if they were not."""
 
     def __init__(self, folder: Path, published: Published) -> None:
-        """Raises UserError as `TensorFolder`; and where the kind is not supported, numbers have no factors or factors no
-        numbers, or their shapes or dtypes do not fit."""
+        """Raises UserError as `TensorFolder`; and where the kind is not supported, numbers have no factors or factors
+        no numbers, or their shapes or dtypes do not fit."""
         super().__init__(folder)
         self._packed: dict[str, tuple[TensorEntry, TensorEntry]] = {}
         config = published.get("quantization_config", dict, None)
@@ -43,8 +43,9 @@ class Dequantised(TensorFolder):
                 self._kind = _Mxfp4()
             case method:
                 raise UserError(f"{said.place}.quant_method = {method!r} is not supported; it may be fp8 or mxfp4")
-        for name in sorted({self._kind.whole(key, entry) for key, entry in self.entries.items()} - {None}):
-            self._join(str(name))
+        wholes = (self._kind.whole(key, entry) for key, entry in self.entries.items())
+        for name in sorted({name for name in wholes if name is not None}):
+            self._join(name)
 
     def _join(self, name: str) -> None:
         """Make one entry of a tensor's numbers and factors."""

@@ -158,7 +158,7 @@ class ExpertsLayer(nnx.Module):
         self, layout: Layout, x: jax.Array, routing: _Choices, dispatch: Dispatch
     ) -> tuple[jax.Array, jax.Array]:
         """[B, T, D], and bool [B, T, k]: which choices were computed."""
-        config, gates = self.config, routing.gates * self.config.routed_scaling
+        gates = routing.gates * self.config.routed_scaling
         arguments = layout, x, routing.experts, gates, self._experts(layout, x.dtype)
         match dispatch:
             case Dropless() as dropless:
@@ -171,9 +171,13 @@ class ExpertsLayer(nnx.Module):
 
     def _experts(self, layout: Layout, dtype: jnp.dtype) -> ops.ExpertWeights:
         weights = self.gate_proj[...], self.up_proj[...], self.down_proj[...]
-        biases = (self.gate_bias[...], self.up_bias[...], self.down_bias[...]) if self.config.bias else (None,) * 3
-        beta = self.swish_beta[...] if self.config.activation == Swish(beta=None) else None
-        return ops.ExpertWeights(*(ops.dense(layout, w, dtype) for w in weights), *biases, beta)
+        experts = ops.ExpertWeights(*(ops.dense(layout, w, dtype) for w in weights))
+        if self.config.bias:
+            gate, up, down = self.gate_bias[...], self.up_bias[...], self.down_bias[...]
+            experts = experts._replace(gate_bias=gate, up_bias=up, down_bias=down)
+        if self.config.activation == Swish(beta=None):
+            experts = experts._replace(swish_beta=self.swish_beta[...])
+        return experts
 
     @property
     def _unit(self) -> ops.GatedUnit:

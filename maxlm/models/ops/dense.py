@@ -58,8 +58,9 @@ def formula(activation: Nonlinearity, swish_beta: jax.Array | None) -> tuple[str
         case Swish(beta=None):
             assert swish_beta is not None
             return "swish", swish_beta
-        case Swish(beta=beta):
-            return "swish", beta
+        case Swish():
+            assert activation.beta is not None
+            return "swish", activation.beta
         case _:
             assert_never(activation)
 

@@ -340,10 +340,12 @@ def _exchange(x: jax.Array, split: int, concat: int) -> jax.Array:
     return jax.lax.all_to_all(x, "expert", split, concat, tiled=True)
 
 
-def _weight_specs(layout: Layout) -> Any:
-    dims = EXPERT_IN_DIMS, EXPERT_OUT_DIMS, EXPERT_IN_BIAS_DIMS, EXPERT_OUT_BIAS_DIMS, ("vector",)
-    cut_in, cut_out, bias_in, bias_out, everywhere = map(layout.parameter, dims)
-    return ExpertWeights(cut_in, cut_in, cut_out, bias_in, bias_in, bias_out, everywhere)
+def _weight_specs(layout: Layout) -> ExpertWeights:
+    """The spec of each, also of those that are not there."""
+    matrices = EXPERT_IN_DIMS, EXPERT_IN_DIMS, EXPERT_OUT_DIMS
+    biases = EXPERT_IN_BIAS_DIMS, EXPERT_IN_BIAS_DIMS, EXPERT_OUT_BIAS_DIMS
+    specs: list[Any] = [layout.parameter(dims) for dims in (*matrices, *biases, ("vector",))]
+    return ExpertWeights(*specs)
 
 
 def _whole(layout: Layout, experts: ExpertWeights) -> ExpertWeights:
