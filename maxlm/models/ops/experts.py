@@ -308,11 +308,28 @@ def _grouped_mlp(rows: jax.Array, experts: ExpertWeights, sizes: jax.Array, unit
 
     def product(x: jax.Array, w: jax.Array, bias: jax.Array | None) -> jax.Array:
         y = grouped_matmul(x, w, sizes)
-        # A product, whose gradient sums the rows of an expert in one order, as that of a gather would not.
-        return y if bias is None else y + mixed_einsum("me,ef->mf", own.astype(y.dtype), bias)
+        return y if bias is None else y + _of_group(bias, own).astype(y.dtype)
 
     gate, up = product(rows, experts.gate_proj, experts.gate_bias), product(rows, experts.up_proj, experts.up_bias)
     return product(unit(gate, up, experts.swish_beta), experts.down_proj, _of_one_part(experts.down_bias))
+
+
+@jax.custom_vjp
+def _of_group(values: jax.Array, own: jax.Array) -> jax.Array:
+    """For each row the values [E, F] of its group, own bool [M, E]; a row of none has any. The gradient is a product,
+    which sums the rows of a group in one order, as a scatter-add would not."""
+    return values[own.argmax(1)]
+
+
+def _of_group_fwd(values: jax.Array, own: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return values[own.argmax(1)], own
+
+
+def _of_group_bwd(own: jax.Array, d: jax.Array) -> tuple[jax.Array, None]:
+    return jnp.einsum("me,mf->ef", own.astype(d.dtype), d), None
+
+
+_of_group.defvjp(_of_group_fwd, _of_group_bwd)
 
 
 def _batched_mlp(rows: jax.Array, experts: ExpertWeights, unit: GatedUnit, X: int) -> jax.Array:
