@@ -97,7 +97,7 @@ def _second_format(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _third_format(run: dict[str, Any]) -> dict[str, Any]:
-    """Format 2 to 3: a choice where there were one attention, norms of queries and keys or none, and one stretched RoPE."""
+    """Format 2 to 3: a choice where there were one attention, norms of queries and keys or none, and one stretching."""
 
     def block(old: dict[str, Any]) -> dict[str, Any]:
         attention = dict(old["attention"])
