@@ -200,15 +200,15 @@ def _sigmoid(x: _Array) -> _Array:
     return 0.5 * (1 + np.tanh(0.5 * x))
 
 
-def activation(act: str, x: _Array) -> tuple[_Array, _Array]:
-    """The activation of x and its slope.
+def activation(act: str, x: _Array, beta: float = 1.0) -> tuple[_Array, _Array]:
+    """The activation of x and its slope; `beta` is that of "swish", 1 for the others.
 
     Raises:
         ValueError: unknown activation.
     """
-    if act == "silu":
-        s = _sigmoid(x)
-        return x * s, s + x * s * (1 - s)
+    if act in ("silu", "swish"):
+        s = _sigmoid(beta * x)
+        return x * s, s + beta * x * s * (1 - s)
     if act == "sigmoid":
         s = _sigmoid(x)
         return s, s * (1 - s)
@@ -223,14 +223,9 @@ def activation(act: str, x: _Array) -> tuple[_Array, _Array]:
         return np.maximum(x, 0), (x > 0).astype(float)
     if act == "relu2":
         return np.where(x > 0, x**2, 0), np.where(x > 0, 2 * x, 0)
-    if act == "quick_gelu":
-        s = 1 / (1 + np.exp(-1.702 * x))
-        return x * s, s + x * 1.702 * s * (1 - s)
     if act == "identity":
         return x, np.ones_like(x)
-    raise ValueError(
-        f"act = {act!r} is unknown; use silu, sigmoid, gelu, gelu_tanh, relu, relu2, quick_gelu or identity"
-    )
+    raise ValueError(f"act = {act!r} is unknown; use silu, swish, sigmoid, gelu, gelu_tanh, relu, relu2 or identity")
 
 
 class Glu(NamedTuple):
@@ -248,21 +243,23 @@ class Glu(NamedTuple):
     db_up: _Array
 
 
-def glu(x: Any, w_gate: Any, w_up: Any, dh: Any, b_gate: Any = 0.0, b_up: Any = 0.0, *, act: str = "silu") -> Glu:
+def glu(
+    x: Any, w_gate: Any, w_up: Any, dh: Any, b_gate: Any = 0.0, b_up: Any = 0.0, *, act: str = "silu", beta: float = 1.0
+) -> Glu:
     """act(x w_gate + b_gate) * (x w_up + b_up) and its gradients.
 
     Args:
         x, dh: [..., D] and the cotangent [..., F].
         w_gate, w_up: [D, F].
         b_gate, b_up: [F].
-        act: a word of `activation`.
+        act, beta: as of `activation`.
 
     Raises:
         ValueError: unknown activation.
     """
     x, w_gate, w_up, dh, b_gate, b_up = (np.asarray(y, np.float64) for y in (x, w_gate, w_up, dh, b_gate, b_up))
     a, g = x @ w_gate + b_gate, x @ w_up + b_up
-    value, slope = activation(act, a)
+    value, slope = activation(act, a, beta)
     da, dg = dh * g * slope, dh * value
     rows = lambda y: y.reshape(-1, y.shape[-1])
     return Glu(

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 
 from maxlm.hub.families import FAMILIES
 from maxlm.hub.names import tensors
 from maxlm.hub.published import Published
-from maxlm.hub.tensor_files import Spec, write_tensors
+from maxlm.hub.tensor_files import SINGLE, Spec, write_tensors
 
 LOGITS = Path(__file__).with_name("published_logits.npz")
 V, T = 64, 12
@@ -84,6 +85,27 @@ _DEEPSEEK: dict[str, Any] = {
     "n_routed_experts": 8,
     "moe_intermediate_size": 24,
     "num_experts_per_tok": 2,
+}
+
+_GPT_OSS: dict[str, Any] = {
+    **{key: value for key, value in _SIZES.items() if key != "hidden_act"},
+    "model_type": "gpt_oss",
+    "intermediate_size": 64,
+    "head_dim": 16,
+    "num_hidden_layers": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 5,
+    "swiglu_limit": 0.7,
+    "rope_theta": 1.5e5,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 8,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+    },
 }
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -242,8 +264,11 @@ MODELS: dict[str, dict[str, Any]] = {
             "mscale_all_dim": 1.0,
         },
     },
+    "gpt_oss": _GPT_OSS,
 }
 """config.json of each."""
+MXFP4 = {"gpt_oss, mxfp4": {**_GPT_OSS, "quantization_config": {"quant_method": "mxfp4"}}}
+"""The same of models with packed experts, which are written unpacked."""
 
 
 def logits(name: str) -> np.ndarray:
@@ -265,6 +290,34 @@ def write_model(config: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     specs = {one.name: Spec(one.shape, np.dtype(np.float32)) for one in listed}
     write_tensors(folder, specs, (values(one.name, one.shape) for one in listed))
+    (folder / "config.json").write_text(json.dumps(config))
+    if "quantization_config" in config:
+        pack_experts(folder)
+
+
+def pack_experts(folder: Path) -> None:
+    """Random bytes in the place of the experts' matrices [E, inputs, outputs]: MXFP4, of numbers up to 1.5."""
+    found = safetensors.numpy.load_file(folder / SINGLE)
+    for name in [name for name in found if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = found.pop(name).shape
+        rng = np.random.default_rng(len(found))
+        found[f"{name}_blocks"] = rng.integers(0, 256, (experts, outputs, inputs // 32, 16), np.uint8)
+        found[f"{name}_scales"] = rng.integers(121, 126, (experts, outputs, inputs // 32), np.uint8)
+    safetensors.numpy.save_file(found, folder / SINGLE, {"format": "pt"})
+
+
+def unpack_experts(folder: Path) -> None:
+    """What `pack_experts` left, in float32 and as transformers unpacks it."""
+    import torch
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    found = safetensors.numpy.load_file(folder / SINGLE)
+    for name in [name.removesuffix("_blocks") for name in found if name.endswith("_blocks")]:
+        blocks, scales = (torch.from_numpy(found.pop(f"{name}_{part}")) for part in ("blocks", "scales"))
+        found[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).numpy()
+    safetensors.numpy.save_file(found, folder / SINGLE, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]  # with it their loader wants accelerate, and to unpack by itself
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -290,9 +343,11 @@ def logits_of_transformers(folder: Path, tokens: np.ndarray) -> np.ndarray:
 
 def main() -> None:
     found = {}
-    for name, config in MODELS.items():
+    for name, config in (MODELS | MXFP4).items():
         with tempfile.TemporaryDirectory() as folder:
             write_model(config, Path(folder))
+            if name in MXFP4:
+                unpack_experts(Path(folder))
             found[name] = logits_of_transformers(Path(folder), ids())
         print(f"{name}: up to {np.abs(found[name]).max():.2f}")
     np.savez_compressed(LOGITS, **found)

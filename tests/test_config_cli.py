@@ -17,12 +17,16 @@ from hypothesis import strategies as st
 
 from maxlm.config import (
     MESH_AXES,
+    Activation,
     AdamW,
+    GatedMlp,
     GroupedQuery,
+    Nonlinearity,
     Remat,
     RunConfig,
     ShardingConfig,
     StepRange,
+    Swish,
     UserError,
     Zero,
     serialize,
@@ -309,6 +313,44 @@ def test_json_keeps_enums_unions_and_ranges() -> None:
     assert saved["execution"]["remat"] == Remat.NONE.value
     assert saved["train"]["profile_steps"] == "2:4"
     assert serialize.from_dict(RunConfig, saved) == run
+
+
+def with_activation(run: RunConfig, activation: Nonlinearity) -> RunConfig:
+    (block,) = run.model.blocks
+    assert isinstance(block.mlp, GatedMlp)
+    block = dataclasses.replace(block, mlp=dataclasses.replace(block.mlp, activation=activation))
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, blocks=(block,)))
+
+
+@pytest.mark.parametrize(
+    ("activation", "saved"),
+    [
+        (Activation.RELU, "relu"),
+        (Swish(beta=2.0), {"kind": "Swish", "beta": 2.0}),
+        (Swish(), {"kind": "Swish", "beta": None}),
+    ],
+)
+def test_an_activation_is_a_word_or_an_object(activation: Nonlinearity, saved: Any, tmp_path: Path) -> None:
+    run = with_activation(small_run(), activation)
+    values = json.loads(json.dumps(serialize.to_dict(run)))
+    mlp = values["model"]["blocks"][0]["mlp"]
+    assert mlp["activation"] == saved and serialize.from_dict(RunConfig, values) == run
+    for wrong in ("quick", {"kind": "Mish"}, {"beta": 2.0}, None, 3):
+        mlp["activation"] = wrong
+        with pytest.raises(
+            UserError, match=r"must be one of silu, gelu, .*, or an object of kind Swish @ \$\.model\.bl"
+        ):
+            serialize.from_dict(RunConfig, values)
+
+
+def test_words_and_numbers_of_an_activation_are_overrides(tmp_path: Path) -> None:
+    serialize.save(with_activation(small_run(), Swish()), tmp_path / "swish.json")
+    serialize.save(small_run(), tmp_path / "silu.json")
+    key = "model.blocks.0.mlp.activation"
+    for name, words, value in (("silu", key, Activation.RELU), ("swish", f"{key}.beta", Swish(beta=0.5))):
+        word = "relu" if name == "silu" else "0.5"
+        found = parse_run(["--config", str(tmp_path / f"{name}.json"), f"--{words}={word}"], prog="x", description="")
+        assert found.config == with_activation(small_run(), value)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -104,6 +104,10 @@ def numbers() -> list[Number]:
 
 
 NONE_IS_A_CHOICE = {
+    "Experts.clamp",
+    "LatentAttention.query_rank",
+    "LatentAttention.scale",
+    "Swish.beta",
     "GroupedQuery.window",
     "GroupedQuery.soft_cap",
     "GroupedQuery.scale",

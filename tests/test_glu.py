@@ -52,11 +52,11 @@ def arguments(dtype: str = "float32", *, lead: tuple[int, ...] = LEAD, biases: b
     return Arguments(draw(*lead, D), w_gate, w_up, w_down, b_gate, b_up, draw(*lead, F), draw(*lead, D))
 
 
-def formula(values: Arguments, act: str, mlp: bool) -> dict[str, np.ndarray]:
+def formula(values: Arguments, act: str, mlp: bool, beta: float = 1.0) -> dict[str, np.ndarray]:
     """The result and all gradients, in float64."""
     exact = (np.asarray(0.0 if v is None else v, np.float64) for v in values)
     x, w_gate, w_up, w_down, b_gate, b_up, dh, dy = exact
-    r = oracle.glu(x, w_gate, w_up, dy @ w_down.T if mlp else dh, b_gate, b_up, act=act)
+    r = oracle.glu(x, w_gate, w_up, dy @ w_down.T if mlp else dh, b_gate, b_up, act=act, beta=beta)
     found = {"x": r.dx, "w_gate": r.dw_gate, "w_up": r.dw_up, "b_gate": r.db_gate, "b_up": r.db_up}
     if not mlp:
         return {"out": r.h, **found}
@@ -87,14 +87,18 @@ def assert_close(found: dict[str, jax.Array], wanted: dict[str, np.ndarray], dty
         assert error <= (value if name == "out" else gradient), (name, error)
 
 
+BETAS = {"swish": 1.702}
+
+
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_activations_and_slopes(act: str) -> None:
     a = np.concatenate([np.linspace(-12, 12, 4001), [-0.0, 60.0, -60.0]]).astype(np.float32)
-    value, slope = activate_with_slope(act, jnp.asarray(a))
-    wanted_value, wanted_slope = oracle.activation(act, a.astype(np.float64))
+    beta = BETAS.get(act, 1.0)
+    value, slope = activate_with_slope(act, jnp.asarray(a), beta)
+    wanted_value, wanted_slope = oracle.activation(act, a.astype(np.float64), beta)
     np.testing.assert_allclose(value, wanted_value, rtol=2e-6, atol=1e-6)
     np.testing.assert_allclose(slope, wanted_slope, rtol=2e-6, atol=1e-6)
-    np.testing.assert_array_equal(activate(act, jnp.asarray(a)), value)
+    np.testing.assert_array_equal(activate(act, jnp.asarray(a), beta), value)
 
 
 def test_gelu_keeps_the_digits_of_its_tail() -> None:
@@ -108,8 +112,8 @@ def test_gelu_keeps_the_digits_of_its_tail() -> None:
 @pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("body", BODIES)
 def test_every_activation(body: str, act: str, mlp: bool) -> None:
-    values = arguments()
-    assert_close(measured(values, mlp, act=act, **BODIES[body]), formula(values, act, mlp))
+    values, beta = arguments(), BETAS.get(act, 1.0)
+    assert_close(measured(values, mlp, act=act, beta=beta, **BODIES[body]), formula(values, act, mlp, beta))
 
 
 @pytest.mark.parametrize("mlp", [False, True], ids=["glu", "mlp"])
@@ -326,7 +330,8 @@ X, W, B = jnp.ones((4, 16)), jnp.ones((16, 8)), jnp.ones(8)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: fused_glu(X, W, W, act="swish"), r"act = 'swish' is unknown; use one of \['gelu'"),
+        (lambda: fused_glu(X, W, W, act="mish"), r"act = 'mish' is unknown; use one of \['gelu'"),
+        (lambda: fused_glu(X, W, W, beta=2.0), r"beta = 2.0 is the number of act = 'swish', but act = 'silu'"),
         (
             lambda: fused_glu(X, W, W, save="all"),  # type: ignore[arg-type]
             "save = 'all' is unknown; use 'ag'",

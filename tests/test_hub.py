@@ -14,15 +14,18 @@ import numpy as np
 import published
 import pytest
 import safetensors.numpy
+from helpers import plainly
 
 from maxlm import shapes
-from maxlm.config import Experts, ScalarHead, ShardingConfig, TopKRouter, UserError
+from maxlm.config import Experts, Rope, ScalarHead, ShardingConfig, TopKRouter, UserError, YarnScaling
 from maxlm.hub.families import FAMILIES
 from maxlm.hub.folder import family_of
 from maxlm.hub.models import load_model, save_model
 from maxlm.hub.names import Heads, Piece, Rows, Tensor, Transposed
 from maxlm.hub.published import Published
 from maxlm.hub.tensor_files import INDEX, SINGLE, Spec, write_tensors
+from maxlm.inference.steps import decode_logits, prefill_logits
+from maxlm.models import bind
 
 
 @pytest.fixture
@@ -175,6 +178,54 @@ def test_heads_by_group_and_inputs_first() -> None:
     up = rng.standard_normal((D, 48))
     np.testing.assert_array_equal(found["turned"].join([up]), up)
     assert found["turned"].shape == (D, 48)
+
+
+def test_experts_one_after_another_and_their_gates_in_turn(tmp_path: Path) -> None:
+    """As modeling_gpt_oss.py reads them: gate_up[..., ::2] and gate_up[..., 1::2], inputs first."""
+    published.write_model(published.MODELS["gpt_oss"], tmp_path)
+    files = safetensors.numpy.load_file(tmp_path / SINGLE)
+    model, config = load_model(tmp_path)
+    (D, F), E = (32, 64), 4
+    assert len(config.blocks) == 2 and config.blocks[0].attention.window == 5 and not config.blocks[1].attention.window
+    for number in range(config.n_layers):
+        mlp = model.parameters["blocks"][str(number % 2)]["mlp"]
+        theirs = {key: files[f"model.layers.{number}.mlp.experts.{key}"] for key in ("gate_up_proj", "down_proj")}
+        biases = {key: files[f"model.layers.{number}.mlp.experts.{key}_bias"] for key in theirs}
+        ours = {key: np.asarray(value[number // 2]) for key, value in mlp.items()}
+        assert theirs["gate_up_proj"].shape == (E, D, 2 * F)
+        for e, f in np.ndindex(E, F):
+            np.testing.assert_array_equal(ours["gate_proj"][e, :, f], theirs["gate_up_proj"][e, :, 2 * f])
+            np.testing.assert_array_equal(ours["up_proj"][e, :, f], theirs["gate_up_proj"][e, :, 2 * f + 1])
+            assert ours["gate_bias"][e, f] == biases["gate_up_proj"][e, 2 * f]
+            assert ours["up_bias"][e, f] == biases["gate_up_proj"][e, 2 * f + 1]
+        np.testing.assert_array_equal(ours["down_proj"], theirs["down_proj"])
+        np.testing.assert_array_equal(ours["down_bias"], biases["down_proj"])
+
+
+def test_gpt_oss_decodes_as_it_reads(tmp_path: Path) -> None:
+    """Over the edge of the window, with sinks."""
+    published.write_model(published.MODELS["gpt_oss"], tmp_path)
+    loaded, config = load_model(tmp_path)
+    model, how, ids = bind(config, loaded.parameters), plainly(), published.ids()
+    read = jax.jit(lambda model: prefill_logits(model, how, ids[:, :4], np.array([4, 4]), published.T))
+    step = jax.jit(lambda model, *arguments: decode_logits(model, how, *arguments))
+    logits, cache = read(model)
+    for t in range(4, published.T + 1):
+        np.testing.assert_allclose(logits, published.logits("gpt_oss")[:, t - 1], atol=2e-5)
+        if t < published.T:
+            logits, cache = step(model, ids[:, t], np.full(2, t, np.int32), cache)
+
+
+def test_what_gpt_oss_means_where_nothing_is_said() -> None:
+    """The defaults of configuration_gpt_oss.py."""
+    bare = {key: value for key, value in published.MODELS["gpt_oss"].items() if not key.startswith("rope_")}
+    model = FAMILIES["gpt_oss"].read(Published(bare | {"sliding_window": None}, "config.json"))
+    assert [block.attention.window for block in model.layers] == [128, None] * 2
+    rope = model.blocks[0].attention.position
+    assert isinstance(rope, Rope) and rope.theta == 150_000.0
+    assert rope.scaling == YarnScaling(factor=32.0, original_max_len=4096, truncate=False)
+    with pytest.raises(UserError, match=r"config.json: layer_types must have .* for each of the 4 layers"):
+        FAMILIES["gpt_oss"].read(Published(bare | {"layer_types": ["full_attention"] * 3}, "config.json"))
 
 
 # --- What is refused ---

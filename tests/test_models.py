@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import operator
 import re
@@ -58,6 +59,7 @@ from maxlm.config import (
     Sandwich,
     Sinusoidal,
     StridedPattern,
+    Swish,
     TopKRouter,
     UserError,
     YarnScaling,
@@ -240,15 +242,18 @@ def mlp(config, p, x):
         Activation.GELU: gelu,
         Activation.RELU: lambda x: np.maximum(x, 0),
         Activation.RELU2: lambda x: np.maximum(x, 0) ** 2,
-        Activation.QUICK_GELU: lambda x: x / (1 + np.exp(-1.702 * x)),
     }
+    act = functions.get(config.activation)
+    if isinstance(config.activation, Swish):
+        beta = p["swish_beta"] if config.activation.beta is None else config.activation.beta
+        act = lambda x: x / (1 + np.exp(-beta * x))
     if isinstance(config, Mlp):
-        h = functions[config.activation](x @ p["up_proj"] + (p["up_bias"] if config.bias else 0))
+        h = act(x @ p["up_proj"] + (p["up_bias"] if config.bias else 0))
         return h @ p["down_proj"] + (p["down_bias"] if config.bias else 0)
     gate, up = x @ p["gate_proj"], x @ p["up_proj"]
     if config.bias:
         gate, up = gate + p["gate_bias"], up + p["up_bias"]
-    h = functions[config.activation](gate) * up
+    h = act(gate) * up
     return h @ p["down_proj"] + (p["down_bias"] if config.bias else 0)
 
 
@@ -448,11 +453,18 @@ MODELS = {
         with_attention(
             small_model(norm=LayerNorm(scale=False), embedding_norm=True, embedded_position=Learned()), position=None
         ),
-        mlp=GatedMlp(d_ff=40, activation=Activation.QUICK_GELU),
+        mlp=GatedMlp(d_ff=40, activation=Swish(beta=1.702)),
         residual=DeepNorm(),
     ),
     "deep_norm_given_norm_head": with_block(
         small_model(n_layers=3, head=LmHead(normalized=True, scale=3.0, bias=True)), residual=DeepNorm(alpha=3.0)
+    ),
+    "learned_swish": small_model(
+        n_layers=4,
+        blocks=(
+            dataclasses.replace(small_model().blocks[0], mlp=Mlp(d_ff=40, activation=Swish(), bias=True)),
+            dataclasses.replace(small_model().blocks[0], mlp=GatedMlp(d_ff=40, activation=Swish(), bias=True)),
+        ),
     ),
     "norm_head_tied": small_model(head=LmHead(tied=True, normalized=True), embedding_scale=0.3, embedding_norm=True),
 }
@@ -465,6 +477,22 @@ def test_logits_equal_the_papers(name):
     got, want = logits_function(model)(parameters, *batch), forward(model, parameters, *batch)
     assert want.std() > 0.5
     np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
+
+
+def test_the_gradient_of_a_learned_swish_is_that_of_finite_differences():
+    model = MODELS["learned_swish"]
+    parameters, batch = random_parameters(model), documents(model, B=1, T=12)
+    logits, weights = logits_function(model), np.random.default_rng(3).normal(size=(1, 12, model.vocab_size))
+    found = jax.grad(lambda p: (logits(p, *batch) * weights).sum())(parameters)
+    exact = jax.tree.map(lambda p: np.asarray(p, np.float64), parameters)
+    for block, repeat in itertools.product(("0", "1"), range(2)):
+        beta, sums = exact["blocks"][block]["mlp"]["swish_beta"], []
+        for step in (1e-5, -2e-5):
+            beta[repeat] += step
+            sums.append((forward(model, exact, *batch) * weights).sum())
+        beta[repeat] += 1e-5
+        got = found["blocks"][block]["mlp"]["swish_beta"][repeat, 0]
+        assert got == pytest.approx((sums[0] - sums[1]) / 2e-5, rel=1e-3) and abs(got) > 0.01
 
 
 def test_rope_frequencies():

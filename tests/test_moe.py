@@ -33,10 +33,12 @@ from maxlm.config import (
     ExpertChoiceRouter,
     Experts,
     NoisyTopKRouter,
+    Nonlinearity,
     Remat,
     Router,
     ShardingConfig,
     SigmoidRouter,
+    Swish,
     TopKRouter,
     UserError,
     WeightFormat,
@@ -70,6 +72,17 @@ CASES = {
         n_experts=E, d_ff=F, router=ROUTERS["sigmoid"], n_shared_experts=2, routed_scaling=2.5,
         activation=Activation.GELU_TANH,
     ),
+    "gpt_oss": Experts(
+        n_experts=E, d_ff=F, router=TopKRouter(top_k=2, bias=True), activation=Swish(beta=1.702), bias=True, clamp=0.8,
+        up_offset=1.0,
+    ),
+    "learned_swish-capacity": Experts(
+        n_experts=E, d_ff=F, router=ROUTERS["top2"], activation=Swish(), bias=True, n_shared_experts=1,
+        dispatch=DISPATCHES["capacity"],
+    ),
+    "expert_choice_biased": Experts(
+        n_experts=E, d_ff=F, router=ExpertChoiceRouter(), dispatch=Capacity(), activation=Swish(), bias=True, clamp=1.0
+    ),
     "expert_choice_scaled": Experts(
         n_experts=E, d_ff=F, router=ExpertChoiceRouter(), dispatch=Capacity(), n_shared_experts=1, routed_scaling=0.5
     ),
@@ -81,6 +94,11 @@ def make(config: Experts) -> ExpertsLayer:
     moe = ExpertsLayer(config, small_model(d_model=D, init_std=0.4), Initializer(jax.random.key(3)))
     if isinstance(config.router, SigmoidRouter):
         moe.router_bias[...] = jnp.linspace(-0.3, 0.3, E)
+    for layer in (moe, moe.shared_experts) if config.n_shared_experts else (moe,):
+        for name in ("gate_bias", "up_bias", "down_bias", "score_bias", "swish_beta"):
+            if hasattr(layer, name):  # as they begin they are 0, and 1
+                value = getattr(layer, name)
+                value[...] += jax.random.normal(jax.random.key(len(name)), value.shape) * 0.3
     return moe
 
 
@@ -109,8 +127,10 @@ def softmax(a: np.ndarray) -> np.ndarray:
     return e / e.sum()
 
 
-def activation(kind: Activation, a: np.ndarray) -> np.ndarray:
+def activation(kind: Nonlinearity, a: np.ndarray, p: Any) -> np.ndarray:
     match kind:
+        case Swish(beta=beta):
+            return a / (1 + np.exp(-(p["swish_beta"] if beta is None else beta) * a))
         case Activation.SILU:
             return a / (1 + np.exp(-a))
         case Activation.GELU_TANH:
@@ -118,8 +138,16 @@ def activation(kind: Activation, a: np.ndarray) -> np.ndarray:
     raise NotImplementedError
 
 
-def mlp(kind: Activation, x: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> np.ndarray:
-    return (activation(kind, x @ gate) * (x @ up)) @ down
+def mlp(config: Experts, p: Any, x: np.ndarray, expert: int | None) -> np.ndarray:
+    """Of one token and one expert; None: of the shared ones, which are neither clamped nor offset."""
+    of = (lambda name: p[name]) if expert is None else (lambda name: p[name][expert])
+    bias = (lambda name: of(f"{name}_bias")) if config.bias else (lambda name: 0)
+    gate, up = x @ of("gate_proj") + bias("gate"), x @ of("up_proj") + bias("up")
+    if expert is not None:
+        if config.clamp is not None:  # modeling_gpt_oss.py: gate.clamp(min=None, max=limit), up on both sides
+            gate, up = np.minimum(gate, config.clamp), np.maximum(np.minimum(up, config.clamp), -config.clamp)
+        up = up + config.up_offset
+    return (activation(config.activation, gate, p) * up) @ of("down_proj") + bias("down")
 
 
 def normal_cdf(z: float) -> float:
@@ -142,7 +170,7 @@ class Truth:
 
 def token_choices(config: Experts, p: Any, x: np.ndarray, noise: np.ndarray) -> list[tuple[int, float]]:
     """(expert, gate) of one token, best first."""
-    logits = x @ p["router"]
+    logits = x @ p["router"] + p.get("score_bias", 0)
     match config.router:
         case TopKRouter(top_k=k, normalize=normalize):
             best = sorted(range(E), key=lambda e: -logits[e])[:k]
@@ -163,7 +191,7 @@ def token_choices(config: Experts, p: Any, x: np.ndarray, noise: np.ndarray) -> 
 
 def losses(config: Experts, p: Any, x: np.ndarray, noise: np.ndarray, gate: np.ndarray, load: np.ndarray) -> float:
     """Mean over tokens, weighted; gate [tokens, E] as chosen, whether computed or not."""
-    logits = x @ p["router"]
+    logits = x @ p["router"] + p.get("score_bias", 0)
     total = config.router_z_loss * np.mean([np.log(np.exp(row).sum()) ** 2 for row in logits])
     match config.router:
         case TopKRouter(top_k=k, load_balance=weight):
@@ -220,12 +248,9 @@ def oracle(config: Experts, parameters: Any, x: jax.Array, keys: jax.Array | Non
         for t in range(T):
             for e in range(E):
                 if gate[b, t, e]:
-                    weights = p["gate_proj"][e], p["up_proj"][e], p["down_proj"][e]
-                    y[b, t] += config.routed_scaling * gate[b, t, e] * mlp(config.activation, x[b, t], *weights)
+                    y[b, t] += config.routed_scaling * gate[b, t, e] * mlp(config, p, x[b, t], e)
             if config.n_shared_experts:
-                shared = p["shared_experts"]
-                weights = shared["gate_proj"], shared["up_proj"], shared["down_proj"]
-                y[b, t] += mlp(config.activation, x[b, t], *weights)
+                y[b, t] += mlp(config, p["shared_experts"], x[b, t], None)
     flat = lambda a: a.reshape(B * T, -1)
     loss = losses(config, p, flat(x), flat(noise), flat(as_chosen), load)
     return Truth(y, gate, chosen, load, int((chosen & ~computed).sum()), loss * B * T)
@@ -250,7 +275,7 @@ def test_a_dropped_token_gets_exactly_nothing() -> None:
 
 def dense(config: Experts, truth: Truth, noise: np.ndarray, p: Any, x: jax.Array) -> jax.Array:
     """The same layer as all experts on all tokens, with who is chosen and computed given; and its losses."""
-    logits = x @ p["router"]
+    logits = x @ p["router"] + p.get("score_bias", 0)
     chosen, computed = jnp.asarray(truth.chosen), jnp.asarray(truth.gate != 0)
     loss = config.router_z_loss * (jax.nn.logsumexp(logits, -1) ** 2).mean()
     share = lambda a: jax.nn.softmax(jnp.where(chosen, a, -jnp.inf))
@@ -272,12 +297,25 @@ def dense(config: Experts, truth: Truth, noise: np.ndarray, p: Any, x: jax.Array
             gate = gate / gate.sum(-1, keepdims=True) if normalize else gate
         case ExpertChoiceRouter():
             gate = jax.nn.softmax(logits)
-    act = jax.nn.silu if config.activation is Activation.SILU else jax.nn.gelu
-    hidden = act(jnp.einsum("btd,edf->btef", x, p["gate_proj"])) * jnp.einsum("btd,edf->btef", x, p["up_proj"])
-    y = config.routed_scaling * jnp.einsum("btef,efd,bte->btd", hidden, p["down_proj"], gate * computed)
+
+    def act(a: jax.Array, p: Any) -> jax.Array:
+        if isinstance(config.activation, Swish):
+            return a * jax.nn.sigmoid(
+                (p["swish_beta"] if config.activation.beta is None else config.activation.beta) * a
+            )
+        return jax.nn.silu(a) if config.activation is Activation.SILU else jax.nn.gelu(a)
+
+    bias = lambda p, name: p[f"{name}_bias"] if config.bias else 0
+    pre, up = (jnp.einsum("btd,edf->btef", x, p[f"{one}_proj"]) + bias(p, one) for one in ("gate", "up"))
+    if config.clamp is not None:
+        pre, up = jnp.where(pre < config.clamp, pre, config.clamp), jnp.clip(up, -config.clamp, config.clamp)
+    hidden = act(pre, p) * (up + config.up_offset)
+    each = jnp.einsum("btef,efd->bted", hidden, p["down_proj"]) + bias(p, "down")
+    y = config.routed_scaling * jnp.einsum("bted,bte->btd", each, gate * computed)
     if config.n_shared_experts:
         shared = p["shared_experts"]
-        y += (act(x @ shared["gate_proj"]) * (x @ shared["up_proj"])) @ shared["down_proj"]
+        pre, up = (x @ shared[f"{one}_proj"] + bias(shared, one) for one in ("gate", "up"))
+        y += (act(pre, shared) * up) @ shared["down_proj"] + bias(shared, "down")
     return (y * pattern()).sum() + loss * (B * T)
 
 

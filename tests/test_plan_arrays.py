@@ -27,6 +27,7 @@ from maxlm.config import (
     ShardingConfig,
     SigmoidRouter,
     StatePart,
+    Swish,
     TopKRouter,
     Zero,
     llama,
@@ -75,6 +76,10 @@ ODD = {
     ),
     "noisy": experts(NoisyTopKRouter(top_k=2)),
     "sigmoid": experts(SigmoidRouter(top_k=2), n_shared_experts=1),
+    "gpt-oss": experts(TopKRouter(top_k=2, bias=True), bias=True, activation=Swish(), n_shared_experts=1),
+    "a learned Swish": small_model(
+        blocks=(replace(small_model().blocks[0], mlp=GatedMlp(d_ff=24, activation=Swish())),)
+    ),
     "expert choice": experts(ExpertChoiceRouter(), dispatch=Capacity(factor=2.0)),
     "pattern of two": pattern_of_two(),
 }

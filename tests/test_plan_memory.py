@@ -30,6 +30,7 @@ from maxlm.config import (
     Remat,
     Sandwich,
     ShardingConfig,
+    Swish,
     TopKRouter,
     Zero,
     with_experts,
@@ -109,6 +110,12 @@ LAYERS = {
     "experts": with_experts(WIDE, Experts(n_experts=4, d_ff=48, n_shared_experts=1, router=TopKRouter(top_k=2))),
     "capacity": with_experts(
         WIDE, Experts(n_experts=4, d_ff=48, router=TopKRouter(top_k=2), dispatch=Capacity(factor=1.0))
+    ),
+    "clamped experts with biases": with_experts(
+        WIDE, Experts(n_experts=4, d_ff=48, router=TopKRouter(top_k=2, bias=True), bias=True, clamp=1.0, up_offset=1.0)
+    ),
+    "a learned Swish": replace(
+        WIDE, blocks=(replace(WIDE.blocks[0], mlp=GatedMlp(d_ff=96, activation=Swish(), bias=True)),)
     ),
 }
 RESIDUALS = (PostNorm(), OutputNorm(), DeepNorm(), Sandwich(), Parallel(), Parallel(two_norms=True))

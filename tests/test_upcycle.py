@@ -60,9 +60,12 @@ def started(source, target, parameters):
     [(1, 0, TopKRouter(top_k=2)), (2, 0, SigmoidRouter(top_k=3)), (1, 2, TopKRouter(top_k=3))],
 )
 def test_an_upcycled_model_computes_what_the_dense_one_does(every, first_dense, router):
-    dense = small_model(n_layers=4)
-    sparse = with_experts(dense, dataclasses.replace(EXPERTS, router=router), every=every, first_dense=first_dense)
-    parameters = initial_parameters(dense, seed=1)
+    biased = first_dense > 0
+    block = small_model().blocks[0]
+    dense = small_model(n_layers=4, blocks=(dataclasses.replace(block, mlp=GatedMlp(d_ff=48, bias=biased)),))
+    experts = dataclasses.replace(EXPERTS, router=router, bias=biased)
+    sparse = with_experts(dense, experts, every=every, first_dense=first_dense)
+    parameters = jax.tree.map(lambda leaf: leaf + 0.01, initial_parameters(dense, seed=1))  # biases begin at 0
     upcycled = started(dense, sparse, parameters)
     want = hidden(dense, parameters)
     np.testing.assert_allclose(hidden(sparse, upcycled), want, atol=1e-5)

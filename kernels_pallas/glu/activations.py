@@ -10,20 +10,22 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def activate(act: str, a: jax.Array) -> jax.Array:
-    """act(a): any shape, float32 or wider; `act` is one of `ACTIVATIONS`."""
-    return _FORMULAS[act](a)[0]  # compilers drop the slope that nobody reads
+def activate(act: str, a: jax.Array, beta: float | jax.Array = 1.0) -> jax.Array:
+    """act(a): any shape, float32 or wider; `act` is one of `ACTIVATIONS`, `beta` the number of "swish"."""
+    return activate_with_slope(act, a, beta)[0]  # compilers drop the slope that nobody reads
 
 
-def activate_with_slope(act: str, a: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(act(a), act'(a)): any shape, float32 or wider; `act` is one of `ACTIVATIONS`."""
-    return _FORMULAS[act](a)
+def activate_with_slope(act: str, a: jax.Array, beta: float | jax.Array = 1.0) -> tuple[jax.Array, jax.Array]:
+    """(act(a), act'(a)): any shape, float32 or wider; arguments as of `activate`."""
+    return _swish(a, beta) if act == "swish" else _FORMULAS[act](a)
 
 
-def _silu(a: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Elfwing et al. 2017, arXiv:1702.03118."""
-    s = lax.logistic(a)
-    return a * s, s * (1 + a * (1 - s))
+def _swish(a: jax.Array, beta: float | jax.Array = 1.0) -> tuple[jax.Array, jax.Array]:
+    """a sigmoid(beta a) (Ramachandran et al. 2017, arXiv:1710.05941); 1: SiLU (Elfwing et al. 2017, arXiv:1702.03118);
+    1.702: nearly GELU (arXiv:1606.08415, section 2)."""
+    scaled = beta * a
+    s = lax.logistic(scaled)
+    return a * s, s * (1 + scaled * (1 - s))
 
 
 def _gelu(a: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -73,12 +75,6 @@ def _relu2(a: jax.Array) -> tuple[jax.Array, jax.Array]:
     return positive * positive, 2 * positive
 
 
-def _quick_gelu(a: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The sigmoid approximation of Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2."""
-    s = lax.logistic(1.702 * a)
-    return a * s, s * (1 + 1.702 * a * (1 - s))
-
-
 def _sigmoid(a: jax.Array) -> tuple[jax.Array, jax.Array]:
     s = lax.logistic(a)
     return s, s * (1 - s)
@@ -89,12 +85,12 @@ def _identity(a: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 _FORMULAS: dict[str, Callable[[jax.Array], tuple[jax.Array, jax.Array]]] = {
-    "silu": _silu,
+    "silu": _swish,
+    "swish": _swish,
     "gelu": _gelu,
     "gelu_tanh": _gelu_tanh,
     "relu": _relu,
     "relu2": _relu2,
-    "quick_gelu": _quick_gelu,
     "sigmoid": _sigmoid,
     "identity": _identity,
 }

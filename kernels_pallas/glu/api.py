@@ -31,6 +31,7 @@ def fused_glu(
     b_gate: jax.Array | None = None,
     b_up: jax.Array | None = None,
     act: str = "silu",
+    beta: float = 1.0,
     save: Save = "none",
     backend: str = "auto",
     blocks: GluBlocks | None = None,
@@ -49,8 +50,8 @@ def fused_glu(
         x: [..., D] float32, bfloat16 or float16 (float64 with XLA).
         w_gate, w_up: [D, F], of any floating dtype.
         b_gate, b_up: [F], both or neither.
-        act: one of "silu", "gelu" (exact), "gelu_tanh", "relu", "relu2", "quick_gelu",
-            "sigmoid", "identity".
+        act: one of "silu", "swish", "gelu" (exact), "gelu_tanh", "relu", "relu2", "sigmoid", "identity".
+        beta: of act = "swish", a sigmoid(beta a); the others have none.
         save: beside x and the weights, "ag" keeps both products for the backward pass, 2 * M * F elements for the M
             rows of x; "none" keeps nothing and computes them again, one more forward pass of FLOPs.
         backend: "xla", "tpu" or "gpu" (Hopper); "auto" follows the table recorded for the chip. The compiler cannot
@@ -64,7 +65,7 @@ def fused_glu(
     Raises:
         ValueError: arguments do not fit each other, or the named backend cannot do this.
     """
-    problem = _problem(x, w_gate, w_up, None, b_gate, b_up, act, save)
+    problem = _problem(x, w_gate, w_up, None, b_gate, b_up, act, beta, save)
     plan = dispatch.decide("fused_glu", problem, backend=backend, blocks=blocks, interpret=interpret)
     h = _glu(_Call.of(plan, interpret), _rows(plan, x), _Gates(w_gate, w_up, b_gate, b_up))
     return h.reshape(*x.shape[:-1], h.shape[-1])
@@ -79,6 +80,7 @@ def fused_glu_mlp(
     b_gate: jax.Array | None = None,
     b_up: jax.Array | None = None,
     act: str = "silu",
+    beta: float = 1.0,
     save: Save = "none",
     backend: str = "auto",
     blocks: GluBlocks | None = None,
@@ -99,7 +101,7 @@ def fused_glu_mlp(
     Raises:
         ValueError: as `fused_glu`; and with save="none" the kernels need Dout = D.
     """
-    problem = _problem(x, w_gate, w_up, w_down, b_gate, b_up, act, save)
+    problem = _problem(x, w_gate, w_up, w_down, b_gate, b_up, act, beta, save)
     plan = dispatch.decide("fused_glu_mlp", problem, backend=backend, blocks=blocks, interpret=interpret)
     y = _glu_mlp(_Call.of(plan, interpret), _rows(plan, x), _Gates(w_gate, w_up, b_gate, b_up), w_down)
     return y.reshape(*x.shape[:-1], y.shape[-1])
@@ -113,6 +115,7 @@ def plan_glu(
     b_gate: Shaped | None = None,
     b_up: Shaped | None = None,
     act: str = "silu",
+    beta: float = 1.0,
     save: Save = "none",
     backend: str = "auto",
     blocks: GluBlocks | None = None,
@@ -127,7 +130,7 @@ def plan_glu(
     Raises:
         ValueError: as `fused_glu`.
     """
-    problem = _problem(x, w_gate, w_up, None, b_gate, b_up, act, save)
+    problem = _problem(x, w_gate, w_up, None, b_gate, b_up, act, beta, save)
     target = current_target(device)
     return dispatch.choose("fused_glu", problem, target, backend=backend, blocks=blocks, interpret=interpret)
 
@@ -140,10 +143,13 @@ def _problem(
     b_gate: Shaped | None,
     b_up: Shaped | None,
     act: str,
+    beta: float,
     save: Save,
 ) -> GluProblem:
     if act not in ACTIVATIONS:
         raise ValueError(f"act = {act!r} is unknown; use one of {sorted(ACTIVATIONS)}")
+    if act != "swish" and beta != 1:
+        raise ValueError(f"beta = {beta} is the number of act = 'swish', but act = {act!r}; leave it out")
     if save not in ("ag", "none"):
         raise ValueError(f"save = {save!r} is unknown; use 'ag' to keep both products or 'none' to compute them again")
     if x.ndim == 0 or not jnp.issubdtype(x.dtype, jnp.floating):
@@ -171,6 +177,7 @@ def _problem(
         F=F,
         dtype=jnp.dtype(x.dtype),
         act=act,
+        beta=float(beta),
         save=save,
         biases=b_gate is not None,
         down=None if w_down is None else w_down.shape[1],

@@ -131,7 +131,7 @@ def forward(
     """
 
     def finish(a: jax.Array, g: jax.Array) -> tuple[jax.Array, ...]:
-        h = activate(problem.act, a) * g
+        h = activate(problem.act, a, problem.beta) * g
         return (h, a, g) if problem.save == "ag" else (h,)
 
     products = [_Product(0, w_gate), _Product(0, w_up)]
@@ -154,7 +154,7 @@ def pre_gradients(
     """(da, dg) from dh [M, F]; a and g are made again and never leave the chip. Arguments as in `forward`."""
 
     def finish(a: jax.Array, g: jax.Array, dh: jax.Array) -> tuple[jax.Array, ...]:
-        value, slope = activate_with_slope(problem.act, a)
+        value, slope = activate_with_slope(problem.act, a, problem.beta)
         return dh * g * slope, dh * value
 
     products = [_Product(0, w_gate), _Product(0, w_up)]
@@ -180,7 +180,7 @@ def mlp_pre_gradients(
     """
 
     def finish(a: jax.Array, g: jax.Array, dh: jax.Array) -> tuple[jax.Array, ...]:
-        value, slope = activate_with_slope(problem.act, a)
+        value, slope = activate_with_slope(problem.act, a, problem.beta)
         return dh * g * slope, dh * value, value * g
 
     products = [_Product(0, w_gate), _Product(0, w_up), _Product(1, w_down, transposed=True)]

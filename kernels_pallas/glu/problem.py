@@ -38,3 +38,5 @@ class GluProblem:
     biases: bool = False
     down: int | None = None
     """Columns of the down projection when it belongs to the call (`fused_glu_mlp`)."""
+    beta: float = 1.0
+    """Of act = "swish"."""

@@ -80,7 +80,7 @@ def forward(
     """(h,) or, with problem.save == "ag", (h, a, g): [M, F] each, in x's dtype."""
 
     def finish(a: jax.Array, g: jax.Array) -> tuple[jax.Array, ...]:
-        h = activate(problem.act, a) * g
+        h = activate(problem.act, a, problem.beta) * g
         return (h, a, g) if problem.save == "ag" else (h,)
 
     inputs = _Inputs(x, w_gate, w_up, _row(b_gate), _row(b_up))
@@ -103,7 +103,7 @@ def pre_gradients(
     """Gradients (da, dg) for the cotangent dh [M, F], with a and g computed again: [M, F] each, in x's dtype."""
 
     def finish(a: jax.Array, g: jax.Array, dh: jax.Array) -> tuple[jax.Array, ...]:
-        value, slope = activate_with_slope(problem.act, a)
+        value, slope = activate_with_slope(problem.act, a, problem.beta)
         return dh * g * slope, dh * value
 
     inputs = _Inputs(x, w_gate, w_up, _row(b_gate), _row(b_up), dh=dh)
@@ -126,7 +126,7 @@ def mlp_pre_gradients(
     """(da, dg, h) for the cotangent dy [M, D] of h @ w_down [F, D]: [M, F] each, in x's dtype."""
 
     def finish(a: jax.Array, g: jax.Array, dh: jax.Array) -> tuple[jax.Array, ...]:
-        value, slope = activate_with_slope(problem.act, a)
+        value, slope = activate_with_slope(problem.act, a, problem.beta)
         return dh * g * slope, dh * value, value * g
 
     inputs = _Inputs(x, w_gate, w_up, _row(b_gate), _row(b_up), dy=dy, w_down=w_down)

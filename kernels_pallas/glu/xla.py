@@ -84,13 +84,13 @@ def project(x: jax.Array, w: jax.Array, over: int = 0) -> jax.Array:
 def gated(problem: GluProblem, a: jax.Array, g: jax.Array) -> jax.Array:
     """act(a) * g, in float32 or wider and rounded once to the dtype of a."""
     wide = jnp.promote_types(a.dtype, jnp.float32)
-    return (activate(problem.act, a.astype(wide)) * g.astype(wide)).astype(a.dtype)
+    return (activate(problem.act, a.astype(wide), problem.beta) * g.astype(wide)).astype(a.dtype)
 
 
 def gated_gradients(problem: GluProblem, a: jax.Array, g: jax.Array, dh: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The gradients of `gated` for the cotangent dh, each rounded once."""
     wide = jnp.promote_types(a.dtype, jnp.float32)
-    value, slope = activate_with_slope(problem.act, a.astype(wide))
+    value, slope = activate_with_slope(problem.act, a.astype(wide), problem.beta)
     dh = dh.astype(wide)
     return (dh * g.astype(wide) * slope).astype(a.dtype), (dh * value).astype(a.dtype)
 

@@ -64,7 +64,7 @@ from maxlm.config.mixture import (
     SigmoidRouter,
     TopKRouter,
 )
-from maxlm.config.mlp import Activation, GatedMlp, Mlp
+from maxlm.config.mlp import Activation, GatedMlp, Mlp, Nonlinearity, Swish
 from maxlm.config.model import (
     BlockConfig,
     DeepNorm,
@@ -182,6 +182,7 @@ __all__ = [
     "MlpConfig",
     "ModelConfig",
     "NoisyTopKRouter",
+    "Nonlinearity",
     "Norm",
     "NtkScaling",
     "ObserveConfig",
@@ -218,6 +219,7 @@ __all__ = [
     "StatePart",
     "StepRange",
     "StridedPattern",
+    "Swish",
     "Task",
     "TokenizerConfig",
     "TokenizerSource",

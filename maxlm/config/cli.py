@@ -32,6 +32,7 @@ from maxlm.config.earlier import new_options
 from maxlm.config.errors import UserError
 from maxlm.config.families import llama
 from maxlm.config.fields import field_kinds, help_of, is_config, require, shown
+from maxlm.config.mlp import Nonlinearity
 from maxlm.config.python_file import run_python_file
 from maxlm.config.run import RunConfig, StepRange, TrainConfig
 from maxlm.config.serialize import flatten, load
@@ -137,6 +138,10 @@ def _config_class(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.S
             default = tyro.constructors.MISSING_NONPROP
         text = functools.partial(_help, info.type, one.name, default)
         hint = hints[one.name]
+        if hint == Nonlinearity:
+            hint = type(
+                default
+            )  # words become other words here, and numbers other numbers; a class is chosen in a file
         if default is True:  # no bare name could switch it off
             hint = typing.Annotated[hint, tyro.conf.FlagConversionOff]
         fields.append(tyro.constructors.StructFieldSpec(one.name, hint, default, helptext=text))

@@ -97,7 +97,7 @@ def _second_format(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _third_format(run: dict[str, Any]) -> dict[str, Any]:
-    """Format 2 to 3: a choice where query and key norms were switched on, and one kind of RoPE's scaling."""
+    """Format 2 to 3: a choice where there were one attention, norms of queries and keys or none, and one stretching."""
 
     def block(old: dict[str, Any]) -> dict[str, Any]:
         attention = dict(old["attention"])
@@ -106,7 +106,7 @@ def _third_format(run: dict[str, Any]) -> dict[str, Any]:
         if position is not None and position.get("scaling") is not None:
             scaling = {"kind": "Llama3RopeScaling"} | position["scaling"]
             attention["position"] = position | {"scaling": scaling}
-        return old | {"attention": attention}
+        return old | {"attention": {"kind": "GroupedQuery"} | attention}
 
     model = {key: [block(old) for old in run["model"].get(key, ())] for key in ("blocks", "first_blocks")}
     return run | {"model": run["model"] | model}

@@ -8,7 +8,7 @@ from typing import Annotated, assert_never
 
 from maxlm.config.errors import UserError
 from maxlm.config.fields import Changes, NotNegative, Positive, Range, config
-from maxlm.config.mlp import Activation
+from maxlm.config.mlp import Activation, Nonlinearity
 
 
 @config("model.blocks[].mlp.router.groups.", changes=Changes.IDENTITY)
@@ -44,6 +44,8 @@ class TopKRouter:
     micro-batch on all devices, so more `train.micro_batches` balance smaller sets."""
     groups: ExpertGroups | None = None
     """Choose among the experts of a few groups, those whose best expert scores most; None: among all."""
+    bias: bool = False
+    """The scores are x router + a learned vector (gpt-oss)."""
 
 
 @config("model.blocks[].mlp.router.", changes=Changes.IDENTITY)
@@ -148,8 +150,15 @@ class Experts:
     """Factor of the chosen experts' sum, beside the shared ones."""
     router_z_loss: Annotated[NotNegative[float], Changes.TRAINING] = 0.0
     """Weight of the mean of logsumexp(x router)^2 (ST-MoE, arXiv:2202.08906, eq. 5)."""
-    activation: Activation = Activation.SILU
+    activation: Nonlinearity = Activation.SILU
     """Nonlinearity of the gate."""
+    bias: bool = False
+    """Every projection of every expert adds a learned vector."""
+    clamp: Positive[float] | None = None
+    """The routed experts' gates are at most this, before the nonlinearity, and what they multiply is between minus this
+    and this (gpt-oss, arXiv:2508.10925); None: not so."""
+    up_offset: NotNegative[float] = 0.0
+    """Added to what the routed experts' gates multiply; gpt-oss: 1."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be computed, and routers whose gates are 1 whatever they say: the loss never reaches them.

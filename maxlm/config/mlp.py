@@ -8,7 +8,7 @@ from maxlm.config.fields import Changes, Positive, config
 
 
 class Activation(enum.Enum):
-    """The nonlinearity of an MLP, or of the gate of a gated one."""
+    """The nonlinearity of an MLP, or of the gate of a gated one, that has no number."""
 
     SILU = "silu"
     GELU = "gelu"
@@ -16,10 +16,20 @@ class Activation(enum.Enum):
     RELU = "relu"
     RELU2 = "relu2"
     """relu(x)^2 (Primer, So et al. 2021, arXiv:2109.08668, section 4.2)."""
-    QUICK_GELU = "quick_gelu"
-    """x sigmoid(1.702 x) (arXiv:1606.08415, section 2; CLIP)."""
     SIGMOID = "sigmoid"
     IDENTITY = "identity"
+
+
+@config("model.blocks[].mlp.activation.", changes=Changes.IDENTITY)
+class Swish:
+    """x sigmoid(beta x) (Ramachandran et al. 2017, arXiv:1710.05941). With beta = 1 it is SILU, with 1.702 the quick
+    GELU of CLIP and gpt-oss (arXiv:1606.08415, section 2)."""
+
+    beta: Positive[float] | None = None
+    """Its number; None: learned, one for each layer, which begins at 1."""
+
+
+Nonlinearity = Activation | Swish
 
 
 @config("model.blocks[].mlp.", changes=Changes.IDENTITY)
@@ -28,7 +38,7 @@ class Mlp:
 
     d_ff: Positive[int]
     """Width of the hidden layer."""
-    activation: Activation = Activation.GELU
+    activation: Nonlinearity = Activation.GELU
     """Nonlinearity of the hidden layer."""
     bias: bool = False
     """Every projection adds a learned vector."""
@@ -40,7 +50,7 @@ class GatedMlp:
 
     d_ff: Positive[int]
     """Width of the hidden layer."""
-    activation: Activation = Activation.SILU
+    activation: Nonlinearity = Activation.SILU
     """Nonlinearity of the gate."""
     bias: bool = False
     """Every projection adds a learned vector."""

@@ -1,8 +1,8 @@
 """Configs as plain JSON values and back.
 
 Where a field is a union, its object carries `"kind"`, the class's name; only the classes of that union are accepted,
-so a file can never name anything else to be built. A run config carries the number of its format; older ones are
-brought up to date as they are read.
+so a file can never name anything else to be built. Words of an enum that are in the union are strings. A run config
+carries the number of its format; older ones are brought up to date as they are read.
 """
 
 from __future__ import annotations
@@ -120,6 +120,8 @@ def _converter(cls: type) -> cattrs.Converter:
 
 def _register(converter: cattrs.Converter, union: Any) -> None:
     """Let the converter tell members of the union apart, and from None where that is one."""
+    if _words(union):
+        return _register_words(converter, union)
     some = functools.reduce(operator.or_, (kind for kind in typing.get_args(union) if kind is not types.NoneType))
     configure_tagged_union(some, converter, tag_name="kind")
     if some != union:
@@ -131,14 +133,44 @@ def _register(converter: cattrs.Converter, union: Any) -> None:
         )
 
 
+def _register_words(converter: cattrs.Converter, union: Any) -> None:
+    """As above, of an enum and classes; there is no None."""
+    (words,) = _words(union)
+    classes = {kind.__name__: kind for kind in typing.get_args(union) if kind is not words}
+
+    def write(value: Any) -> Any:
+        if isinstance(value, words):
+            return value.value
+        return {"kind": type(value).__name__} | converter.unstructure(value, unstructure_as=type(value))
+
+    def read(value: Any, _: Any) -> Any:
+        if isinstance(value, dict) and value.get("kind") in classes:
+            rest = {key: one for key, one in value.items() if key != "kind"}
+            return converter.structure(rest, classes[value["kind"]])
+        known = [word.value for word in words]
+        if value in known:
+            return words(value)
+        raise UserError(f"{value!r} must be one of {', '.join(known)}, or an object of kind {' or '.join(classes)}")
+
+    converter.register_unstructure_hook(union, write)
+    converter.register_structure_hook(union, read)
+
+
+def _words(union: Any) -> list[type[enum.Enum]]:
+    """The enums of a union."""
+    return [kind for kind in typing.get_args(union) if isinstance(kind, type) and issubclass(kind, enum.Enum)]
+
+
 def _unions(annotation: Any, seen: set[Any]) -> list[Any]:
-    """Every union of two or more dataclasses that is reachable from `annotation`, the inner ones first."""
+    """Every union of two or more dataclasses, or of one and an enum, that is reachable from `annotation`, the inner
+    ones first."""
     if annotation in seen:
         return []
     seen.add(annotation)
     args = typing.get_args(annotation)
     found = [union for arg in args for union in _unions(arg, seen)]
-    if isinstance(annotation, types.UnionType) and len([a for a in args if dataclasses.is_dataclass(a)]) > 1:
+    classes = [arg for arg in args if dataclasses.is_dataclass(arg)]
+    if isinstance(annotation, types.UnionType) and classes and len(classes) + len(_words(annotation)) > 1:
         found.append(annotation)
     if dataclasses.is_dataclass(annotation):
         found += [union for hint in typing.get_type_hints(annotation).values() for union in _unions(hint, seen)]

@@ -6,6 +6,7 @@ A family's table maps each of their names to what it holds of ours:
     "qkv_proj.weight": Rows("attention/q_proj", ...)       several, one below another
     "query_key_value.weight": Heads(q, k, v)               several, group of heads by group
     "c_fc.weight": Transposed("mlp/up_proj")               the same, with inputs first
+    "experts.down_proj": Stacked(Transposed("mlp/down_proj"))   of all experts, one after another
 
 Theirs are matrices [outputs, inputs] (PyTorch's Linear), ours have a dim for each thing that is counted; which dims are
 inputs stands in the declaration (`Array.inputs`).
@@ -46,18 +47,39 @@ class Heads:
         object.__setattr__(self, "parts", parts)
 
 
+@dataclass(frozen=True, init=False)
+class Interleaved:
+    """Arrays output by output: the first of each, then the second of each (gpt-oss)."""
+
+    parts: tuple[str, ...]
+
+    def __init__(self, *parts: str) -> None:
+        object.__setattr__(self, "parts", parts)
+
+
 @dataclass(frozen=True)
 class Transposed:
     """Inputs first: the Conv1D of GPT-2."""
 
-    inner: str | Rows
+    inner: str | Rows | Interleaved
 
     @property
     def parts(self) -> tuple[str, ...]:
-        return (self.inner,) if isinstance(self.inner, str) else self.inner.parts
+        return _parts(self.inner)
 
 
-Arrangement = str | Rows | Heads | Transposed
+@dataclass(frozen=True)
+class Stacked:
+    """All experts, in a first dim of their own; each as `inner` (gpt-oss)."""
+
+    inner: str | Rows | Interleaved | Transposed
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return _parts(self.inner)
+
+
+Arrangement = str | Rows | Heads | Interleaved | Transposed | Stacked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +139,8 @@ class Tensor:
     @property
     def shape(self) -> tuple[int, ...]:
         """As the file has it."""
+        if isinstance(self.layout, Stacked):
+            return (self._experts, *self._of_one.shape)
         first = self.parts[0]
         rows = sum(part.rows for part in self.parts)
         if first.is_matrix:
@@ -128,6 +152,8 @@ class Tensor:
 
     def split(self, values: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
         """The pieces, in our dims, of a tensor of `shape`."""
+        if isinstance(self.layout, Stacked):
+            return [np.stack(of_all) for of_all in zip(*map(self._of_one.split, values), strict=True)]
         if not self.parts[0].is_matrix:
             if self.parts[0].array.role is Role.TABLE:
                 return [values]
@@ -135,37 +161,57 @@ class Tensor:
         if isinstance(self.layout, Transposed):
             values = values.T
         pieces: list[npt.NDArray[Any]]
-        match self.layout:
-            case Heads():
+        match rows := self._rows:
+            case Heads() | Interleaved():
                 groups, sizes = self._groups()
                 grouped = values.reshape(groups, sum(sizes), -1)
                 pieces = np.split(grouped, np.cumsum(sizes)[:-1], axis=1)
-            case str() | Rows() | Transposed():
+            case str() | Rows():
                 pieces = np.split(values, np.cumsum([part.rows for part in self.parts])[:-1])
             case _:
-                assert_never(self.layout)
+                assert_never(rows)
         return [_to_ours(piece, part) for piece, part in zip(pieces, self.parts, strict=True)]
 
     def join(self, pieces: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
         """The tensor of pieces in our dims."""
+        if isinstance(self.layout, Stacked):
+            return np.stack([self._of_one.join(of_one) for of_one in zip(*pieces, strict=True)])
         if not self.parts[0].is_matrix and self.parts[0].array.role is Role.TABLE:
             return pieces[0]
         theirs = [_to_theirs(piece, part) for piece, part in zip(pieces, self.parts, strict=True)]
-        match self.layout:
-            case Heads():
+        match rows := self._rows:
+            case Heads() | Interleaved():
                 groups, sizes = self._groups()
                 cut = [one.reshape(groups, size, -1) for one, size in zip(theirs, sizes, strict=True)]
                 values = np.concatenate(cut, axis=1).reshape(-1, theirs[0].shape[1])
-            case str() | Rows() | Transposed():
+            case str() | Rows():
                 values = theirs[0] if len(theirs) == 1 else np.concatenate(theirs)
             case _:
-                assert_never(self.layout)
+                assert_never(rows)
         if isinstance(self.layout, Transposed):
             values = values.T
         return values if self.parts[0].is_matrix else values[:, 0]
 
+    @property
+    def _rows(self) -> str | Rows | Heads | Interleaved:
+        """How the parts lie along the outputs."""
+        assert not isinstance(self.layout, Stacked)
+        return self.layout.inner if isinstance(self.layout, Transposed) else self.layout
+
+    @property
+    def _experts(self) -> int:
+        return self.parts[0].dims["experts"]
+
+    @property
+    def _of_one(self) -> Tensor:
+        """As a tensor of the first expert alone would be."""
+        assert isinstance(self.layout, Stacked)
+        return Tensor(self.name, self.layout.inner, tuple(Piece(part.array, (*part.at, 0)) for part in self.parts))
+
     def _groups(self) -> tuple[int, list[int]]:
-        """How many groups of heads, and rows of each part in one."""
+        """How many groups of rows, and rows of each part in one."""
+        if isinstance(self._rows, Interleaved):
+            return self.parts[0].rows, [1] * len(self.parts)
         groups = min(size for part in self.parts for dim, size in part.dims.items() if dim in ("heads", "kv_heads"))
         return groups, [part.rows // groups for part in self.parts]
 
@@ -215,7 +261,7 @@ def _of_layer(number: int, model: ModelConfig, names: Names, ours: Mapping[str, 
         if not all(part in ours for part in parts):
             continue
         arrays = [ours[part] for part in parts]
-        if ("experts" in arrays[0].dims) != ("{}" in name):
+        if ("experts" in arrays[0].dims) != (isinstance(layout, Stacked) or "{}" in name):
             continue  # a dense MLP has the names of its experts
         if "{}" not in name:
             yield Tensor(names.layers.format(number) + name, layout, tuple(Piece(array, slot) for array in arrays))

@@ -13,9 +13,11 @@ from maxlm.config import (
     LinearScaling,
     Llama3RopeScaling,
     LongRopeScaling,
+    Nonlinearity,
     NtkScaling,
     Rope,
     RopeScaling,
+    Swish,
     UserError,
     YarnScaling,
 )
@@ -68,7 +70,7 @@ class Published:
             raise UserError(f"{self.place}: {key} = {value!r} is not supported ({why}); must be {must}")
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Nonlinearity] = {
     "silu": Activation.SILU,
     "swish": Activation.SILU,
     "gelu": Activation.GELU,
@@ -76,13 +78,14 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": Activation.GELU_TANH,
     "gelu_fast": Activation.GELU_TANH,
     "relu": Activation.RELU,
+    "quick_gelu": Swish(beta=1.702),
 }
 """Words of a published config; the first of a kind is written."""
 
 
 def read_activation(
-    config: Published, key: str, default: str, words: Mapping[str, Activation] = ACTIVATIONS
-) -> Activation:
+    config: Published, key: str, default: str, words: Mapping[str, Nonlinearity] = ACTIVATIONS
+) -> Nonlinearity:
     """Raises UserError where a word is not known."""
     word = config.get(key, str, default)
     if word not in words:
@@ -90,9 +93,9 @@ def read_activation(
     return words[word]
 
 
-def write_activation(activation: Activation, words: Mapping[str, Activation] = ACTIVATIONS) -> str | None:
+def write_activation(activation: Nonlinearity, words: Mapping[str, Nonlinearity] = ACTIVATIONS) -> str | None:
     """None: there is no word for it."""
-    return next((word for word, known in words.items() if known is activation), None)
+    return next((word for word, known in words.items() if known == activation), None)
 
 
 def read_rope(

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from maxlm.config import (
-    Activation,
     BlockConfig,
     Experts,
     GatedMlp,
@@ -15,6 +14,7 @@ from maxlm.config import (
     LmHead,
     Mlp,
     ModelConfig,
+    Nonlinearity,
     Norm,
     UserError,
 )
@@ -33,7 +33,7 @@ class Sizes:
     n_kv_heads: int
     head_dim: int
     d_ff: int
-    activation: Activation
+    activation: Nonlinearity
     max_seq_len: int
     eps: float
     init_std: float
@@ -89,7 +89,7 @@ class Keys:
     least: float = 1e-5
     """Value of eps that is meant."""
     tied: bool = False
-    words: Mapping[str, Activation] = field(default_factory=lambda: ACTIVATIONS)
+    words: Mapping[str, Nonlinearity] = field(default_factory=lambda: ACTIVATIONS)
 
     def read(self, config: Published) -> Sizes:
         D, N = config.get(self.d_model, Positive[int]), config.get(self.n_heads, Positive[int])

@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from maxlm import shapes
-from maxlm.config import GatedMlp, Mlp, ModelConfig
+from maxlm.config import GatedMlp, Mlp, ModelConfig, Swish
 from maxlm.models import ops
 from maxlm.models.execution import Execution
 from maxlm.models.parameters import Initializer
@@ -23,6 +23,7 @@ class MlpLayer(nnx.Module):
     gate_bias: nnx.Param
     up_bias: nnx.Param
     down_bias: nnx.Param
+    swish_beta: nnx.Param
 
     def __init__(self, config: Mlp | GatedMlp, model: ModelConfig, init: Initializer):
         self.config = config
@@ -32,14 +33,17 @@ class MlpLayer(nnx.Module):
         """[B, T, D] -> [B, T, D]."""
         config, layout = self.config, how.layout
         up_bias = self.up_bias[...] if config.bias else None
+        beta = self.swish_beta[...] if config.activation == Swish(beta=None) else None
         match config:
             case GatedMlp():
                 gate_bias = self.gate_bias[...] if config.bias else None
                 weights = self.gate_proj[...], self.up_proj[...]
-                h = ops.glu(layout, how.kernels, x, *weights, gate_bias, up_bias, activation=config.activation)
+                h = ops.glu(
+                    layout, how.kernels, x, *weights, gate_bias, up_bias, activation=config.activation, swish_beta=beta
+                )
             case Mlp():
                 h = ops.project(layout, "btd,df->btf", x, self.up_proj[...], up_bias)
-                h = ops.activate(h, config.activation)
+                h = ops.activate(h, config.activation, beta)
             case _:
                 assert_never(config)
         h = layout.constrain(h, "batch", "seq", "mlp")

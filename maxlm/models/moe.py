@@ -25,6 +25,7 @@ from maxlm.config import (
     ModelConfig,
     NoisyTopKRouter,
     SigmoidRouter,
+    Swish,
     TopKRouter,
     UserError,
 )
@@ -84,6 +85,11 @@ class ExpertsLayer(nnx.Module):
     gate_proj: nnx.Param
     up_proj: nnx.Param
     down_proj: nnx.Param
+    gate_bias: nnx.Param
+    up_bias: nnx.Param
+    down_bias: nnx.Param
+    score_bias: nnx.Param
+    swish_beta: nnx.Param
 
     def __init__(self, config: Experts, model: ModelConfig, init: Initializer):
         self.config = config
@@ -112,6 +118,8 @@ class ExpertsLayer(nnx.Module):
         config, layout, (B, T, _) = self.config, how.layout, x.shape
         with jax.named_scope("router"):
             logits = _scores(layout, x, self.router[...])
+            if isinstance(config.router, TopKRouter) and config.router.bias:
+                logits += self.score_bias[...]
             z_loss = config.router_z_loss * jnp.square(jax.nn.logsumexp(logits, -1)).mean()
             routing = self._route(layout, x, logits, keys)
         with jax.named_scope("experts"):
@@ -121,8 +129,7 @@ class ExpertsLayer(nnx.Module):
                     dropped = jnp.sum(~computed, dtype=jnp.float32)
                 case _Picks(tokens=tokens, gates=gates):
                     gates *= config.routed_scaling
-                    experts = self._experts(layout, x.dtype)
-                    y = ops.picked_experts(layout, x, tokens, gates, experts, activation=config.activation)
+                    y = ops.picked_experts(layout, x, tokens, gates, self._experts(layout, x.dtype), unit=self._unit)
                     load = jnp.full(config.n_experts, tokens.size // config.n_experts, jnp.float32)
                     loss = dropped = jnp.zeros((), jnp.float32)
                 case _:
@@ -151,21 +158,30 @@ class ExpertsLayer(nnx.Module):
         self, layout: Layout, x: jax.Array, routing: _Choices, dispatch: Dispatch
     ) -> tuple[jax.Array, jax.Array]:
         """[B, T, D], and bool [B, T, k]: which choices were computed."""
-        config, gates = self.config, routing.gates * self.config.routed_scaling
-        experts, activation = self._experts(layout, x.dtype), config.activation
-        arguments = layout, x, routing.experts, gates, experts
+        gates = routing.gates * self.config.routed_scaling
+        arguments = layout, x, routing.experts, gates, self._experts(layout, x.dtype)
         match dispatch:
             case Dropless() as dropless:
-                return ops.dropless_experts(*arguments, activation=activation, config=dropless)
+                return ops.dropless_experts(*arguments, unit=self._unit, config=dropless)
             case Capacity():
                 group, room = self._groups(layout, x.shape[1], choices=gates.shape[-1])
-                return ops.capacity_experts(*arguments, activation=activation, group=group, room=room)
+                return ops.capacity_experts(*arguments, unit=self._unit, group=group, room=room)
             case _:
                 assert_never(dispatch)
 
     def _experts(self, layout: Layout, dtype: jnp.dtype) -> ops.ExpertWeights:
         weights = self.gate_proj[...], self.up_proj[...], self.down_proj[...]
-        return ops.ExpertWeights(*(ops.dense(layout, w, dtype) for w in weights))
+        experts = ops.ExpertWeights(*(ops.dense(layout, w, dtype) for w in weights))
+        if self.config.bias:
+            gate, up, down = self.gate_bias[...], self.up_bias[...], self.down_bias[...]
+            experts = experts._replace(gate_bias=gate, up_bias=up, down_bias=down)
+        if self.config.activation == Swish(beta=None):
+            experts = experts._replace(swish_beta=self.swish_beta[...])
+        return experts
+
+    @property
+    def _unit(self) -> ops.GatedUnit:
+        return ops.GatedUnit(self.config.activation, self.config.clamp, self.config.up_offset)
 
     def _noise(self, layout: Layout, keys: jax.Array, T: int) -> jax.Array:
         """Standard normal [B, T, E]; a row's depends on its key alone, a token's on its place in the row."""

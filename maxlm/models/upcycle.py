@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from maxlm.config import Experts, GatedMlp, ModelConfig, UserError
 
-_EXPERTS = ("mlp/gate_proj", "mlp/up_proj", "mlp/down_proj")
-_ROUTER = ("mlp/router", "mlp/router_noise", "mlp/router_bias")
+_EXPERTS = tuple(f"mlp/{name}_{kind}" for kind in ("proj", "bias") for name in ("gate", "up", "down"))
+_ROUTER = ("mlp/router", "mlp/router_noise", "mlp/router_bias", "mlp/score_bias")
 
 Named = dict[str, jax.Array]
 """Arrays by their path in a nested dict."""
@@ -46,7 +46,8 @@ def upcycle(
 
 def _as_experts(old: Named, new: Named) -> Named:
     """A dense layer's MLP as that of every expert as wide, and the routers that it has not."""
-    fits = [name for name in _EXPERTS if old[name].shape == new[name].shape[1:]]
+    there = [name for name in _EXPERTS if name in old and name in new]
+    fits = [name for name in there if old[name].shape == new[name].shape[1:]]
     experts = {name: jnp.broadcast_to(old[name], new[name].shape) for name in fits}
     return experts | {name: new[name] for name in _ROUTER if name in new}
 

@@ -84,9 +84,9 @@ def block_memory(
         products = gate_up_all + round(rows * width) + FLOAT32 * mlp.n_experts
         # On the way to experts and back: the rows that leave, that arrive, that return, and each choice's.
         moved = round((2 * rows + mlp.top_k) * width)
-        # Their gated unit is plain float32: five arrays of it and what the last product reads, the rows, the router's
-        # input, and every choice's result.
-        unit = (5 * FLOAT32 + itemsize) * mlp.d_ff // tensor
+        # Their gated unit is plain float32: five arrays of it, or eight with a clamp, and what the last product reads,
+        # the rows, the router's input, and every choice's result.
+        unit = ((5 if mlp.clamp is None else 8) * FLOAT32 + itemsize) * mlp.d_ff // tensor
         unnamed = round(rows * (unit + width)) + FLOAT32 * config.model.d_model * (1 + mlp.top_k)
 
     # XLA for GPUs computes queries, keys and values wherever keys are needed.

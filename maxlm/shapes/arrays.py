@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, assert_never
 
 from maxlm.config import (
+    Activation,
     Alibi,
     Attention,
     BlockConfig,
@@ -30,6 +31,7 @@ from maxlm.config import (
     MlpConfig,
     ModelConfig,
     NoisyTopKRouter,
+    Nonlinearity,
     Norm,
     OutputNorm,
     Parallel,
@@ -44,6 +46,7 @@ from maxlm.config import (
     ScalarHead,
     SigmoidRouter,
     Sinusoidal,
+    Swish,
     TopKRouter,
 )
 
@@ -328,22 +331,25 @@ def mlp(config: MlpConfig, model: ModelConfig) -> Iterator[Array]:
         case Mlp() | GatedMlp():
             yield from _projections(isinstance(config, GatedMlp), config.d_ff, model, Part.MLP)
             if config.bias:
-                for name in ("gate_bias", "up_bias") if isinstance(config, GatedMlp) else ("up_bias",):
-                    yield _array(name, {"mlp": config.d_ff}, Constant(0), Role.OTHER, Part.MLP)
-                yield _array("down_bias", {"vector": model.d_model}, Constant(0), Role.OTHER, Part.MLP)
+                yield from _biases(isinstance(config, GatedMlp), config.d_ff, model, Part.MLP)
+            yield from _swish_beta(config.activation, config.d_ff)
         case Experts():
             E = config.n_experts
             scores = {"embed": model.d_model, "router": E}
             yield _array("router", scores, _to_few(model), Role.ROUTER, Part.MLP)
-            for one in _projections(True, config.d_ff, model, Part.EXPERTS):
+            biases = _biases(True, config.d_ff, model, Part.EXPERTS) if config.bias else ()
+            for one in (*_projections(True, config.d_ff, model, Part.EXPERTS), *biases):
                 dims = {"experts": E} | dict(zip(one.dims, one.shape, strict=True))
                 uses = config.experts_per_token / E
                 yield _array(one.name, dims, one.init, one.role, one.part, uses, inputs=one.inputs)
+            yield from _swish_beta(config.activation, config.d_ff * config.experts_per_token)
             match config.router:
                 case NoisyTopKRouter():
                     yield _array("router_noise", scores, _to_few(model), Role.ROUTER, Part.MLP)
                 case SigmoidRouter():
                     yield _array("router_bias", {"router": E}, Constant(0), Role.OTHER, Part.MLP)
+                case TopKRouter(bias=True):
+                    yield _array("score_bias", {"router": E}, Constant(0), Role.OTHER, Part.MLP)
                 case TopKRouter() | ExpertChoiceRouter():
                     pass
                 case _:
@@ -358,7 +364,7 @@ def shared_experts(config: Experts) -> GatedMlp | None:
     """The experts that every token uses, as the one MLP that they are."""
     if not config.n_shared_experts:
         return None
-    return GatedMlp(d_ff=config.n_shared_experts * config.d_ff, activation=config.activation)
+    return GatedMlp(d_ff=config.n_shared_experts * config.d_ff, activation=config.activation, bias=config.bias)
 
 
 def _projections(gated: bool, d_ff: int, model: ModelConfig, part: Part) -> Iterator[Array]:
@@ -366,6 +372,23 @@ def _projections(gated: bool, d_ff: int, model: ModelConfig, part: Part) -> Iter
     for name in ("gate_proj", "up_proj") if gated else ("up_proj",):
         yield _array(name, D | F, _deep(model), Role.PRODUCT, part, inputs=D)
     yield _array("down_proj", F | D, _to_residual(model), Role.PRODUCT, part, inputs=F)
+
+
+def _biases(gated: bool, d_ff: int, model: ModelConfig, part: Part) -> Iterator[Array]:
+    for name in ("gate_bias", "up_bias") if gated else ("up_bias",):
+        yield _array(name, {"mlp": d_ff}, Constant(0), Role.OTHER, part)
+    yield _array("down_bias", {"vector": model.d_model}, Constant(0), Role.OTHER, part)
+
+
+def _swish_beta(activation: Nonlinearity, width: float) -> Iterator[Array]:
+    """The one number of a layer, which multiplies so many values of a token."""
+    match activation:
+        case Swish(beta=None):
+            yield _array("swish_beta", {"vector": 1}, Constant(1), Role.OTHER, Part.MLP, width)
+        case Swish() | Activation():
+            pass
+        case _:
+            assert_never(activation)
 
 
 def _hidden(model: ModelConfig) -> Normal:

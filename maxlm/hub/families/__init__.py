@@ -4,10 +4,11 @@ llama.py: LLaMA, Mistral, Mixtral, Qwen 2 and 3, Phi-3, OLMo, Command R, GLM-4
 gpt.py: GPT, GPT-2, GPT-J, GPT-NeoX, Phi, Falcon, StarCoder 2, OPT, BLOOM
 gemma.py: Gemma 1 to 3
 deepseek.py: DeepSeek-V2 and V3
+gpt_oss.py: gpt-oss
 remote.py: Qwen 1, Baichuan, ChatGLM 2 and 3, which transformers has not
 """
 
-from maxlm.hub.families import deepseek, gemma, gpt, llama, remote
+from maxlm.hub.families import deepseek, gemma, gpt, gpt_oss, llama, remote
 from maxlm.hub.family import ModelFamily
 
 FAMILIES: dict[str, ModelFamily] = {
@@ -39,6 +40,7 @@ FAMILIES: dict[str, ModelFamily] = {
         gpt.BLOOM,
         deepseek.DEEPSEEK_V2,
         deepseek.DEEPSEEK_V3,
+        gpt_oss.GPT_OSS,
         remote.QWEN,
         remote.BAICHUAN,
         remote.CHATGLM,

@@ -8,10 +8,11 @@ from typing import Literal, assert_never
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas import fused_glu, mixed_einsum, plan_glu
 from kernels_pallas.glu import activations
-from maxlm.config import Activation, GluSave, KernelConfig
+from maxlm.config import Activation, GluSave, KernelConfig, Nonlinearity, Swish
 from maxlm.models.linear import Int8, Weight
 from maxlm.models.ops.backends import blaming
 from maxlm.models.unembedding import Unembedding
@@ -43,9 +44,25 @@ def _product(layout: Layout, subscripts: str, x: jax.Array, w: jax.Array) -> jax
     return y.reshape(*rows, *out)
 
 
-def activate(x: jax.Array, activation: Activation) -> jax.Array:
-    """activation(x) in x's dtype, computed in float32."""
-    return activations.activate(activation.value, x.astype(jnp.float32)).astype(x.dtype)
+def activate(x: jax.Array, activation: Nonlinearity, swish_beta: jax.Array | None = None) -> jax.Array:
+    """activation(x) in x's dtype, computed in float32; `swish_beta` [1] is that of a Swish that learns it."""
+    act, beta = formula(activation, swish_beta)
+    return activations.activate(act, x.astype(jnp.float32), beta).astype(x.dtype)
+
+
+def formula(activation: Nonlinearity, swish_beta: jax.Array | None) -> tuple[str, float | jax.Array]:
+    """What kernels_pallas calls it, and its number."""
+    match activation:
+        case Activation():
+            return activation.value, 1.0
+        case Swish(beta=None):
+            assert swish_beta is not None
+            return "swish", swish_beta
+        case Swish():
+            assert activation.beta is not None
+            return "swish", activation.beta
+        case _:
+            assert_never(activation)
 
 
 def glu(
@@ -57,9 +74,18 @@ def glu(
     b_gate: jax.Array | None,
     b_up: jax.Array | None,
     *,
-    activation: Activation,
+    activation: Nonlinearity,
+    swish_beta: jax.Array | None = None,
 ) -> jax.Array:
-    """activation(x w_gate + b_gate) * (x w_up + b_up): x [B, T, D], weights [D, F], biases [F] -> [B, T, F]."""
+    """activation(x w_gate + b_gate) * (x w_up + b_up): x [B, T, D], weights [D, F], biases [F] -> [B, T, F].
+
+    With a learned `swish_beta` [1] it is plain products whatever `kernels.glu` says: kernels know fixed numbers alone.
+    """
+    act, beta = formula(activation, swish_beta)
+    if isinstance(beta, jax.Array):
+        gate, up = (project(layout, "btd,df->btf", x, w, b) for w, b in ((w_gate, b_gate), (w_up, b_up)))
+        gate, up = checkpoint_name(gate, "glu_gate"), checkpoint_name(up, "glu_up")
+        return checkpoint_name(_swish_gated(gate, up, beta), "glu_out")
     w_gate, w_up = dense(layout, w_gate, x.dtype), dense(layout, w_up, x.dtype)
     save: Literal["ag", "none"] = "ag" if kernels.glu_save is GluSave.AG else "none"
 
@@ -73,7 +99,8 @@ def glu(
                 w_up,
                 b_gate=b_gate,
                 b_up=b_up,
-                act=activation.value,
+                act=act,
+                beta=beta,
                 save=save,
                 backend=kernels.glu.value,
             )
@@ -90,7 +117,7 @@ def glu(
         plan = plan_glu(
             here(x, rows), here(w_gate, cut), here(w_up, cut),
             b_gate=None if b_gate is None else here(b_gate, bias), b_up=None if b_up is None else here(b_up, bias),
-            act=activation.value, save=save, backend=kernels.glu.value, device=layout.mesh.devices.flat[0],
+            act=act, beta=beta, save=save, backend=kernels.glu.value, device=layout.mesh.devices.flat[0],
         )  # fmt: skip
     # The compiler splits plain products over devices better than we do by hand; a kernel it cannot split.
     if plan.backend != "xla":
@@ -98,6 +125,13 @@ def glu(
     if _takes_matrices(layout, x.dtype):
         return run(x.reshape(-1, x.shape[-1]), w_gate, w_up, b_gate, b_up).reshape(*x.shape[:2], -1)
     return run(x, w_gate, w_up, b_gate, b_up)
+
+
+@jax.checkpoint
+def _swish_gated(gate: jax.Array, up: jax.Array, beta: jax.Array) -> jax.Array:
+    """The unit alone; the backward pass makes it again of the two products, as that of the kernels does."""
+    wide = activations.activate("swish", gate.astype(jnp.float32), beta) * up.astype(jnp.float32)
+    return wide.astype(gate.dtype)
 
 
 def _takes_matrices(layout: Layout, dtype: jnp.dtype) -> bool:

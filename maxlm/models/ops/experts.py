@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,21 +26,50 @@ from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas import grouped_matmul, mixed_einsum
 from kernels_pallas.glu.activations import activate
-from maxlm.config import Activation, Dropless
+from maxlm.config import Dropless, Nonlinearity
+from maxlm.models.ops.dense import formula
 from maxlm.sharding import Layout
 
 EXPERT_IN_DIMS = ("experts", "embed", "mlp")
 EXPERT_OUT_DIMS = ("experts", "mlp", "embed")
+EXPERT_IN_BIAS_DIMS = ("experts", "mlp")
+EXPERT_OUT_BIAS_DIMS = ("experts", "vector")
 
 
 class ExpertWeights(NamedTuple):
-    """Weights of gated MLPs, as `dense` gives them."""
+    """Parameters of gated MLPs: matrices as `dense` gives them, biases in float32."""
 
     gate_proj: jax.Array
     """[E, D, F], dims EXPERT_IN_DIMS, as up_proj."""
     up_proj: jax.Array
     down_proj: jax.Array
     """[E, F, D], dims EXPERT_OUT_DIMS."""
+    gate_bias: jax.Array | None = None
+    """[E, F], dims EXPERT_IN_BIAS_DIMS, as up_bias; all three or none."""
+    up_bias: jax.Array | None = None
+    down_bias: jax.Array | None = None
+    """[E, D], dims EXPERT_OUT_BIAS_DIMS."""
+    swish_beta: jax.Array | None = None
+    """[1]: of all experts, where the activation learns it."""
+
+
+class GatedUnit(NamedTuple):
+    """activation(min(gate, clamp)) * (min(max(up, -clamp), clamp) + up_offset), elementwise."""
+
+    activation: Nonlinearity
+    clamp: float | None = None
+    """None: neither is cut off."""
+    up_offset: float = 0.0
+
+    def __call__(self, gate: jax.Array, up: jax.Array, swish_beta: jax.Array | None) -> jax.Array:
+        """In float32; of one shape and dtype, which the result has."""
+        wide_gate, wide_up = gate.astype(jnp.float32), up.astype(jnp.float32)
+        if self.clamp is not None:
+            wide_gate, wide_up = jnp.minimum(wide_gate, self.clamp), jnp.clip(wide_up, -self.clamp, self.clamp)
+        if self.up_offset:
+            wide_up += self.up_offset
+        act, beta = formula(self.activation, swish_beta)
+        return (activate(act, wide_gate, beta) * wide_up).astype(gate.dtype)
 
 
 class _Slots(NamedTuple):
@@ -75,7 +104,7 @@ def dropless_experts(
     gates: jax.Array,
     experts: ExpertWeights,
     *,
-    activation: Activation,
+    unit: GatedUnit,
     config: Dropless,
 ) -> tuple[jax.Array, jax.Array]:
     """The sum of each token's chosen experts, each times its gate (MegaBlocks, arXiv:2211.15841).
@@ -90,7 +119,7 @@ def dropless_experts(
         choices: int32 [B, T, k], the experts of each token, all different.
         gates: float32 [B, T, k], their weights.
         experts: all experts' weights.
-        activation: of the gate.
+        unit: of gate and up.
         config: rows that a device can receive, as a multiple of n k, its even share, or whatever comes. Of what a
             device has for another, the experts of higher number are dropped first.
 
@@ -105,7 +134,7 @@ def dropless_experts(
         slots, counts = _assign(choices[None], E, experts_in_window=E // X, room=room if X > 1 else n * k)
         rows = _move(k, x, slots.choice_in, slots.of_choice)
         if X == 1:
-            return _grouped_mlp(rows, experts, counts[0], activation), slots
+            return _grouped_mlp(rows, experts, counts[0], unit), slots
         counts = counts.reshape(X, E // X)
         sent = jnp.clip(room - (jnp.cumsum(counts, 1) - counts), 0, counts)
         received = _exchange(sent, 0, 0)  # [X, E / X]: rows from each device for each expert here
@@ -114,7 +143,7 @@ def dropless_experts(
         order = jnp.argsort(expert, stable=True)
         inverse = jnp.argsort(order)
         rows = _move(1, _exchange(rows, 0, 0), order, inverse)
-        rows = _grouped_mlp(rows, experts, received.sum(0), activation)
+        rows = _grouped_mlp(rows, experts, received.sum(0), unit)
         return _exchange(_move(1, rows, inverse, order), 0, 0), slots
 
     return _routed(layout, dispatch, x, choices, gates, experts)
@@ -127,7 +156,7 @@ def capacity_experts(
     gates: jax.Array,
     experts: ExpertWeights,
     *,
-    activation: Activation,
+    unit: GatedUnit,
     group: int,
     room: int,
 ) -> tuple[jax.Array, jax.Array]:
@@ -142,13 +171,13 @@ def capacity_experts(
         k = choices.shape[-1]
         slots, _ = _assign(choices.reshape(-1, group, k), E, experts_in_window=1, room=room)
         rows = _move(k, x, slots.choice_in, slots.of_choice).reshape(E, -1, x.shape[-1])
-        return _batched_mlp(rows, experts, activation, X).reshape(-1, x.shape[-1]), slots
+        return _batched_mlp(rows, experts, unit, X).reshape(-1, x.shape[-1]), slots
 
     return _routed(layout, dispatch, x, choices, gates, experts)
 
 
 def picked_experts(
-    layout: Layout, x: jax.Array, picks: jax.Array, gates: jax.Array, experts: ExpertWeights, *, activation: Activation
+    layout: Layout, x: jax.Array, picks: jax.Array, gates: jax.Array, experts: ExpertWeights, *, unit: GatedUnit
 ) -> jax.Array:
     """The sum over the experts that picked a token, each times its gate (expert choice, arXiv:2202.09368).
 
@@ -159,14 +188,14 @@ def picked_experts(
             the group.
         gates: float32 [B, G, E, C], their weights.
         experts: all experts' weights.
-        activation: of the gate.
+        unit: of gate and up.
 
     Returns:
         [B, T, D] in x's dtype.
     """
     E, X, group = experts.gate_proj.shape[0], layout.mesh.shape["expert"], x.shape[1] // picks.shape[1]
 
-    def local(x: jax.Array, picks: jax.Array, gates: jax.Array, *weights: jax.Array) -> jax.Array:
+    def local(x: jax.Array, picks: jax.Array, gates: jax.Array, experts: ExpertWeights) -> jax.Array:
         D, groups = x.shape[-1], picks.shape[0] * picks.shape[1]
         by_expert = lambda table: table.reshape(groups, E, -1).swapaxes(0, 1).reshape(E, -1)
         first = group * jnp.arange(groups)[:, None, None]
@@ -174,17 +203,17 @@ def picked_experts(
         flat = x.reshape(-1, D)
         # float32: the gradient adds up what all experts that picked a token say.
         rows = flat.astype(jnp.float32)[tokens].astype(x.dtype)
-        out = _batched_mlp(rows, _whole(layout, *weights), activation, X)
+        out = _batched_mlp(rows, _whole(layout, experts), unit, X)
         y = jnp.zeros(flat.shape, jnp.float32).at[tokens].add(out.astype(jnp.float32) * gates[..., None])
         return y.astype(x.dtype).reshape(1, *x.shape)
 
     spec = layout.activation("batch", "seq", None, None)
     parts = layout.shard_map(
         local,
-        in_specs=(layout.activation("batch", "seq", None), spec, spec, *_weight_specs(layout)),
+        in_specs=(layout.activation("batch", "seq", None), spec, spec, _weight_specs(layout)),
         out_specs=layout.activation("mlp", "batch", "seq", None),
         check_vma=False,
-    )(x, picks, gates, *experts)
+    )(x, picks, gates, experts)
     return _sum_of_parts(parts)
 
 
@@ -198,9 +227,11 @@ def _routed(
 ) -> tuple[jax.Array, jax.Array]:
     """On each device: `dispatch` its tokens [n, D] with choices [n, k] to slots [M, D], then sum what comes back."""
 
-    def local(x: jax.Array, choices: jax.Array, gates: jax.Array, *weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def local(
+        x: jax.Array, choices: jax.Array, gates: jax.Array, experts: ExpertWeights
+    ) -> tuple[jax.Array, jax.Array]:
         (*_, D), k = x.shape, choices.shape[-1]
-        out, slots = dispatch(x.reshape(-1, D), choices.reshape(-1, k), _whole(layout, *weights))
+        out, slots = dispatch(x.reshape(-1, D), choices.reshape(-1, k), _whole(layout, experts))
         back = _move(1, out, slots.of_choice, slots.choice_in).reshape(*choices.shape, D)
         y = (back.astype(jnp.float32) * gates[..., None]).sum(-2).astype(x.dtype)
         return y[None], (slots.of_choice < out.shape[0]).reshape(choices.shape)
@@ -208,10 +239,10 @@ def _routed(
     tokens = layout.activation("batch", "seq", None)
     parts, computed = layout.shard_map(
         local,
-        in_specs=(tokens, tokens, tokens, *_weight_specs(layout)),
+        in_specs=(tokens, tokens, tokens, _weight_specs(layout)),
         out_specs=(layout.activation("mlp", "batch", "seq", None), tokens),
         check_vma=False,
-    )(x, choices, gates, *experts)
+    )(x, choices, gates, experts)
     return _sum_of_parts(parts), computed
 
 
@@ -269,25 +300,56 @@ def _move_bwd(copies: int, target: jax.Array, d: jax.Array) -> tuple[jax.Array, 
 _move.defvjp(_move_fwd, _move_bwd)
 
 
-def _grouped_mlp(rows: jax.Array, experts: ExpertWeights, sizes: jax.Array, activation: Activation) -> jax.Array:
+def _grouped_mlp(rows: jax.Array, experts: ExpertWeights, sizes: jax.Array, unit: GatedUnit) -> jax.Array:
     """Rows [M, D] sorted by expert, sizes int32 [E] -> [M, D]: this device's part of the sum over d_ff."""
-    gate, up = (grouped_matmul(rows, w, sizes) for w in (experts.gate_proj, experts.up_proj))
-    return grouped_matmul(_gated(gate, up, activation), experts.down_proj, sizes)
+    ends = jnp.cumsum(sizes)
+    place = jnp.arange(rows.shape[0])[:, None]
+    own = (place >= ends - sizes) & (place < ends)  # bool [M, E]: the expert of each row
+
+    def product(x: jax.Array, w: jax.Array, bias: jax.Array | None) -> jax.Array:
+        y = grouped_matmul(x, w, sizes)
+        return y if bias is None else y + _of_group(bias, own).astype(y.dtype)
+
+    gate, up = product(rows, experts.gate_proj, experts.gate_bias), product(rows, experts.up_proj, experts.up_bias)
+    return product(unit(gate, up, experts.swish_beta), experts.down_proj, _of_one_part(experts.down_bias))
 
 
-def _batched_mlp(rows: jax.Array, experts: ExpertWeights, activation: Activation, X: int) -> jax.Array:
+@jax.custom_vjp
+def _of_group(values: jax.Array, own: jax.Array) -> jax.Array:
+    """For each row the values [E, F] of its group, own bool [M, E]; a row of none has any. The gradient is a product,
+    which sums the rows of a group in one order, as a scatter-add would not."""
+    return values[own.argmax(1)]
+
+
+def _of_group_fwd(values: jax.Array, own: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return values[own.argmax(1)], own
+
+
+def _of_group_bwd(own: jax.Array, d: jax.Array) -> tuple[jax.Array, None]:
+    return jnp.einsum("me,mf->ef", own.astype(d.dtype), d), None
+
+
+_of_group.defvjp(_of_group_fwd, _of_group_bwd)
+
+
+def _batched_mlp(rows: jax.Array, experts: ExpertWeights, unit: GatedUnit, X: int) -> jax.Array:
     """Slots [E, c, D] of this device's tokens for all experts -> [E, c, D], by way of the experts' devices."""
     if X > 1:
         rows = _exchange(rows, 0, 1)  # [E / X, X c, D]: everybody's tokens for the experts here
-    # The name of grouped_matmul's results: remat policies need not know how tokens come to experts.
-    product = lambda *arguments: checkpoint_name(mixed_einsum(*arguments), "grouped_out")
-    gate, up = (product("ecd,edf->ecf", rows, w) for w in (experts.gate_proj, experts.up_proj))
-    out = product("ecf,efd->ecd", _gated(gate, up, activation), experts.down_proj)
+
+    def product(x: jax.Array, w: jax.Array, bias: jax.Array | None) -> jax.Array:
+        # The name of grouped_matmul's results: remat policies need not know how tokens come to experts.
+        y = checkpoint_name(mixed_einsum("ecd,edf->ecf", x, w), "grouped_out")
+        return y if bias is None else y + bias[:, None].astype(y.dtype)
+
+    gate, up = product(rows, experts.gate_proj, experts.gate_bias), product(rows, experts.up_proj, experts.up_bias)
+    out = product(unit(gate, up, experts.swish_beta), experts.down_proj, _of_one_part(experts.down_bias))
     return _exchange(out, 1, 0) if X > 1 else out
 
 
-def _gated(gate: jax.Array, up: jax.Array, activation: Activation) -> jax.Array:
-    return (activate(activation.value, gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)
+def _of_one_part(bias: jax.Array | None) -> jax.Array | None:
+    """What is added to a device's part of a sum over d_ff: to the first part the bias, to the others 0."""
+    return None if bias is None else jnp.where(jax.lax.axis_index("tensor") == 0, bias, 0)
 
 
 def _exchange(x: jax.Array, split: int, concat: int) -> jax.Array:
@@ -295,12 +357,15 @@ def _exchange(x: jax.Array, split: int, concat: int) -> jax.Array:
     return jax.lax.all_to_all(x, "expert", split, concat, tiled=True)
 
 
-def _weight_specs(layout: Layout) -> tuple:
-    cut_in = layout.parameter(EXPERT_IN_DIMS)
-    return cut_in, cut_in, layout.parameter(EXPERT_OUT_DIMS)
+def _weight_specs(layout: Layout) -> ExpertWeights:
+    """The spec of each, also of those that are not there."""
+    matrices = EXPERT_IN_DIMS, EXPERT_IN_DIMS, EXPERT_OUT_DIMS
+    biases = EXPERT_IN_BIAS_DIMS, EXPERT_IN_BIAS_DIMS, EXPERT_OUT_BIAS_DIMS
+    specs: list[Any] = [layout.parameter(dims) for dims in (*matrices, *biases, ("vector",))]
+    return ExpertWeights(*specs)
 
 
-def _whole(layout: Layout, gate: jax.Array, up: jax.Array, down: jax.Array) -> ExpertWeights:
+def _whole(layout: Layout, experts: ExpertWeights) -> ExpertWeights:
     """The weights with their embed dim gathered. The transpose leaves each device the sum of its shard's gradient."""
 
     def gather(w: jax.Array, dims: tuple[str, ...]) -> jax.Array:
@@ -310,4 +375,8 @@ def _whole(layout: Layout, gate: jax.Array, up: jax.Array, down: jax.Array) -> E
             return w
         return jax.lax.all_gather(w, cut, axis=dim, tiled=True)
 
-    return ExpertWeights(gather(gate, EXPERT_IN_DIMS), gather(up, EXPERT_IN_DIMS), gather(down, EXPERT_OUT_DIMS))
+    return experts._replace(
+        gate_proj=gather(experts.gate_proj, EXPERT_IN_DIMS),
+        up_proj=gather(experts.up_proj, EXPERT_IN_DIMS),
+        down_proj=gather(experts.down_proj, EXPERT_OUT_DIMS),
+    )
