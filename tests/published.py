@@ -1,7 +1,7 @@
 """Tiny published models with weights that every machine makes alike, and what transformers says of them.
 
-`python tests/published.py` asks transformers (extra `parity`) and stores its logits in published_logits.npz, what else it
-says (`Depth`) in published_depth.npz. Its loader is told to name every tensor that is missing or left over, so
+`python tests/published.py` asks transformers (extra `parity`), and stores its logits in published_logits.npz, what else
+it says (`Depth`) in published_depth.npz. Its loader is told to name every tensor that is missing or left over, so
 that names are its own and not only ours.
 """
 
