@@ -112,7 +112,7 @@ def ropes(draw: st.DrawFn, width: int) -> Rope:
 
 @st.composite
 def grouped_queries(draw: st.DrawFn) -> GroupedQuery:
-    kv_heads, head_dim = draw(some(1, 2, 2, 3)), draw(some(4, 5, 8))
+    kv_heads, head_dim = draw(some(2, 2, 1, 3)), draw(some(8, 4, 5))
     relative = st.builds(RelativeBias, buckets=some(2, 6), max_distance=some(4, 20))
     return GroupedQuery(
         n_heads=kv_heads * draw(some(1, 2)),
@@ -134,9 +134,9 @@ def grouped_queries(draw: st.DrawFn) -> GroupedQuery:
 def latent_attentions(draw: st.DrawFn) -> LatentAttention:
     rope = draw(some(2, 4, 6))
     return LatentAttention(
-        n_heads=draw(some(1, 2, 4)),
-        kv_rank=draw(some(3, 8, 12)),
-        query_rank=draw(some(None, 5, 8)),
+        n_heads=draw(some(2, 4, 1)),
+        kv_rank=draw(some(8, 12, 3)),
+        query_rank=draw(some(None, 8, 5)),
         content_head_dim=draw(some(3, 6)),
         rope_head_dim=rope,
         value_head_dim=draw(some(2, 7, 12)),
@@ -213,8 +213,8 @@ def models(draw: st.DrawFn) -> ModelConfig:
     found = draw(st.one_of(head, head, head, head, st.builds(ScalarHead)))
     normalized = isinstance(found, LmHead) and found.normalized
     return ModelConfig(
-        vocab_size=draw(some(31, 32)),
-        d_model=draw(some(15, 16, 24)),
+        vocab_size=draw(some(32, 32, 31)),
+        d_model=draw(some(16, 24, 15)),
         n_layers=len(first) + len(pattern) * draw(some(1, 2)),
         blocks=pattern,
         max_seq_len=LONGEST,
