@@ -20,7 +20,7 @@ from maxlm.config import Experts, ScalarHead, ShardingConfig, TopKRouter, UserEr
 from maxlm.hub.families import FAMILIES
 from maxlm.hub.folder import family_of
 from maxlm.hub.models import load_model, save_model
-from maxlm.hub.names import Heads, Names, Rows, Transposed, tensors
+from maxlm.hub.names import Heads, Piece, Rows, Tensor, Transposed
 from maxlm.hub.published import Published
 from maxlm.hub.tensor_files import INDEX, SINGLE, Spec, write_tensors
 
@@ -135,19 +135,12 @@ def test_heads_by_group_and_inputs_first() -> None:
     """As GPT-NeoX and GPT-2 have them, by loops."""
     model = FAMILIES["llama"].read(Published(published.MODELS["llama"], ""))
     ours = {array.name: array for array in shapes.arrays(model)}
-    every = dict.fromkeys(ours, "")
-    q, k, v = (f"attention/{name}_proj" for name in "qkv")
-    names = Names(
-        top={name: name for name in every if not name.startswith("blocks/")},
-        block={
-            "grouped": Heads(q, k, v),
-            "rows": Rows(q, k, v),
-            "turned": Transposed("mlp/up_proj"),
-            **{name.removeprefix("blocks/0/"): name.removeprefix("blocks/0/") for name in every if "blocks/0/" in name},
-        },
-        layers="{}.",
-    )
-    found = {tensor.name: tensor for tensor in tensors(model, names)}
+    q, k, v = (f"blocks/0/attention/{name}_proj" for name in "qkv")
+    layouts = {"grouped": Heads(q, k, v), "rows": Rows(q, k, v), "turned": Transposed("blocks/0/mlp/up_proj")}
+    found = {
+        name: Tensor(name, layout, tuple(Piece(ours[part], (1,)) for part in layout.parts))
+        for name, layout in layouts.items()
+    }
     rng = np.random.default_rng(0)
     D, N, K, H = 32, 4, 2, 8
     pieces = [rng.standard_normal((D, heads, H)) for heads in (N, K, K)]
@@ -156,17 +149,17 @@ def test_heads_by_group_and_inputs_first() -> None:
         for heads, per_group in zip(pieces, (N // K, 1, 1), strict=True):
             for head in range(group * per_group, (group + 1) * per_group):
                 by_loops += [heads[:, head, i] for i in range(H)]
-    joined = found["1.grouped"].join(pieces)
+    joined = found["grouped"].join(pieces)
     np.testing.assert_array_equal(joined, by_loops)
-    assert joined.shape == found["1.grouped"].shape
-    rows = found["1.rows"].join(pieces)
+    assert joined.shape == found["grouped"].shape
+    rows = found["rows"].join(pieces)
     np.testing.assert_array_equal(rows, np.concatenate([piece.reshape(D, -1).T for piece in pieces]))
-    for tensor, values in (("1.grouped", joined), ("1.rows", rows)):
+    for tensor, values in (("grouped", joined), ("rows", rows)):
         for piece, back in zip(pieces, found[tensor].split(values), strict=True):
             np.testing.assert_array_equal(piece, back)
     up = rng.standard_normal((D, 48))
-    np.testing.assert_array_equal(found["1.turned"].join([up]), up)
-    assert found["1.turned"].shape == (D, 48)
+    np.testing.assert_array_equal(found["turned"].join([up]), up)
+    assert found["turned"].shape == (D, 48)
 
 
 # --- What is refused ---

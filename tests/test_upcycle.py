@@ -39,7 +39,7 @@ from maxlm.models import Tokens, init_parameters
 from maxlm.models.upcycle import upcycle
 from maxlm.sharding import make_layout
 from maxlm.training import make_trainer
-from maxlm.training.warm_start import warm_start
+from maxlm.training.warm_start import RunSource, warm_start
 
 EXPERTS = Experts(n_experts=4, d_ff=48, router=TopKRouter(top_k=2))
 
@@ -120,7 +120,7 @@ def test_a_run_starts_from_the_newest_or_the_named_step_of_another(tmp_path: Pat
     layout = make_layout(target.sharding)
     trainer = make_trainer(target, layout)
     for place_, step in ((config.run_dir, 2), (f"{config.run_dir}/checkpoints/1", 1)):
-        begin = warm_start(place_, target.model, layout, trainer, Bytes().fingerprint)
+        begin = warm_start(place_, RunSource, target.model, layout, trainer, Bytes().fingerprint)
         assert begin.step == step and int(begin.state.step) == 0
         assert begin.changes == ("model.blocks.0.mlp: GatedMlp -> Experts",)
         parameters, source = begin.state.parameters, parameters_of(config, seed=step)
@@ -141,7 +141,7 @@ def test_a_stack_that_the_stages_cannot_cut_is_still_a_start(tmp_path: Path):
     target = dataclasses.replace(config, model=model, sharding=ShardingConfig(fsdp=2, stage=2, tensor=2))
     target.validate(8)
     layout = make_layout(target.sharding)
-    begin = warm_start(config.run_dir, model, layout, make_trainer(target, layout), Bytes().fingerprint)
+    begin = warm_start(config.run_dir, RunSource, model, layout, make_trainer(target, layout), Bytes().fingerprint)
     q_proj = begin.state.parameters["blocks"]["0"]["attention"]["q_proj"]
     assert q_proj.addressable_shards[0].data.shape == (1, 16, 2, 8)
     np.testing.assert_array_equal(q_proj, parameters["blocks"]["0"]["attention"]["q_proj"][1:])
@@ -155,7 +155,7 @@ def test_another_tokenizer_a_damaged_or_missing_step_and_a_missing_run_are_refus
 
     def complaint(place_: str, tokenizer: str = Bytes().fingerprint) -> str:
         with pytest.raises(UserError) as caught:
-            warm_start(place_, target.model, layout, trainer, tokenizer)
+            warm_start(place_, RunSource, target.model, layout, trainer, tokenizer)
         assert str(caught.value).startswith(f"checkpoint.init_from = {place_}: ")
         return str(caught.value)
 

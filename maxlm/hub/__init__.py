@@ -7,7 +7,9 @@ families/: the families, by model_type
 family.py: what a family is
 names.py: how our arrays lie in published tensors
 published.py: config.json, key by key
+sizes.py: what every family says in it, under one key or another
 tensor_files.py: safetensors files, tensor by tensor
+quantized.py: those with few bits, as the numbers that they stand for
 """
 
 from maxlm.hub.models import load_model, save_model

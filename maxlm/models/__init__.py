@@ -8,7 +8,7 @@ decoder.py: embed, loop over the blocks, norm, unembed
 block.py: norm + attention, norm + MLP or experts
 attention.py: queries, keys and values, their norms and positions
 latent_attention.py: the same, of keys and values made from latents
-cache.py: what decoding keeps of the tokens before
+kv_cache.py: what decoding keeps of the tokens before
 mlp.py: gated MLP
 norms.py: RMSNorm
 positions.py: RoPE

@@ -12,8 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 from maxlm import shapes
 from maxlm.config import Alibi, GroupedQuery, ModelConfig, QkNorm, RelativeBias, Rope
 from maxlm.models import ops
-from maxlm.models.cache import Contiguous, LayerCache
 from maxlm.models.execution import Execution
+from maxlm.models.kv_cache import Contiguous, LayerCache
 from maxlm.models.norms import NormLayer
 from maxlm.models.parameters import Initializer
 from maxlm.models.positions import alibi_slopes, log_length_factors, rotate_both

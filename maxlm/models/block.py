@@ -25,8 +25,8 @@ from maxlm.config import (
     Sandwich,
 )
 from maxlm.models.attention import GroupedQueryLayer
-from maxlm.models.cache import LayerCache
 from maxlm.models.execution import Execution
+from maxlm.models.kv_cache import LayerCache
 from maxlm.models.latent_attention import LatentAttentionLayer
 from maxlm.models.mlp import MlpLayer
 from maxlm.models.moe import ExpertsLayer, RouterStats

@@ -16,8 +16,8 @@ from maxlm.config import BlockConfig, Learned, LmHead, ModelConfig, Remat, Scala
 from maxlm.config.remat import SAVED_NAMES
 from maxlm.models import ops
 from maxlm.models.block import Block
-from maxlm.models.cache import Cache, LayerCache, empty_cache
 from maxlm.models.execution import Execution
+from maxlm.models.kv_cache import Cache, LayerCache, empty_cache
 from maxlm.models.linear import Weight
 from maxlm.models.moe import RouterStats
 from maxlm.models.norms import NormLayer
@@ -174,7 +174,7 @@ class Decoder(nnx.Module):
         return jnp.einsum("btd,d->bt", hidden, score, preferred_element_type=jnp.float32)
 
     def empty_cache(self, batch: int, length: int, how: Execution) -> Cache:
-        """Of this model; see `maxlm.models.cache.empty_cache`."""
+        """Of this model; see `maxlm.models.kv_cache.empty_cache`."""
         return empty_cache(self.config, batch, length, how)
 
 

@@ -10,8 +10,8 @@ from jax.ad_checkpoint import checkpoint_name
 from maxlm import shapes
 from maxlm.config import LatentAttention, ModelConfig
 from maxlm.models import ops
-from maxlm.models.cache import Latents, LayerCache
 from maxlm.models.execution import Execution
+from maxlm.models.kv_cache import Latents, LayerCache
 from maxlm.models.norms import NormLayer
 from maxlm.models.parameters import Initializer
 from maxlm.models.positions import rotate_both

@@ -93,7 +93,7 @@ def estimate_memory(config: RunConfig, n_devices: int, platform: Platform) -> Me
 def cache_bytes(config: RunConfig, n_devices: int) -> int:
     """What decoding keeps of `train.batch_size` sequences of `model.max_seq_len` tokens, on a device, in bytes.
 
-    As `maxlm.models.cache.empty_cache` makes it: in the compute dtype, rows cut as a batch, heads over
+    As `maxlm.models.kv_cache.empty_cache` makes it: in the compute dtype, rows cut as a batch, heads over
     tensor; the seq axis cuts nothing.
     """
     sizes = config.sharding.sizes(n_devices)

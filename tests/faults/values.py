@@ -42,6 +42,9 @@ VALUES = (
 
 _KNOWN = {"accelerator": "v5e-8", "bucket": "gs://mine"}
 
+_ONE_OF_SEVERAL: dict[type, dict[str, Any]] = {GenerateOptions: {"run": "runs/x"}}
+"""Of options that are optional each, and not all of them."""
+
 SMALL = (GenerateOptions, EvaluateOptions, InspectOptions, Prepare, Train, TokenizerReport, *DESTINATIONS.values())
 
 
@@ -79,7 +82,8 @@ def an(cls: type) -> Any:
     """An object of the class."""
     hints = typing.get_type_hints(cls)
     fields = [one for one in dataclasses.fields(cls) if one.default is one.default_factory]  # both missing
-    return cls(**{one.name: _KNOWN.get(one.name) or some(hints[one.name]) for one in fields})
+    needed = {one.name: _KNOWN.get(one.name) or some(hints[one.name]) for one in fields}
+    return cls(**needed | _ONE_OF_SEVERAL.get(cls, {}))
 
 
 def refusal(attempt: Callable[[], Any], key: str, value: str) -> Any:
