@@ -25,8 +25,6 @@ from maxlm.inference.language_model import LanguageModel
 from maxlm.inference.steps import Choice, DecodeState, decode_chunk, prefill_logits, row_keys
 from maxlm.models import bind
 
-each_model = pytest.mark.parametrize("name", published.MODELS)
-
 
 def quick(names: Collection[str]) -> pytest.MarkDecorator:
     """Every model, but the others among the slow tests."""
@@ -55,7 +53,7 @@ def loaded(name: str) -> LanguageModel:
         return load_model(folder)[0]
 
 
-@each_model
+@quick(FIRST_OF_A_FAMILY)
 def test_padding_on_either_side_and_packing_change_nothing(name: str) -> None:
     """All in one call, which is one program. transformers pads on the left."""
     model, (first, second), pad = loaded(name), published.ids(), T

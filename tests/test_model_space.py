@@ -85,14 +85,14 @@ def check_declared(model: ModelConfig) -> None:
         assert sum(4 * leaf.size for leaf in jax.tree.leaves(cache)) * model.max_seq_len == cache_bytes(run, 1) * room
 
 
-@quick(25)
+@quick(15)
 @given(model=models())
 def test_a_model_is_what_it_declares_and_survives_a_file(model: ModelConfig) -> None:
     check_declared(model)
 
 
 @pytest.mark.nightly
-@many(1500)
+@many(500)
 @given(model=models())
 def test_many_models_are_what_they_declare(model: ModelConfig) -> None:
     check_declared(model)
@@ -199,7 +199,7 @@ def test_every_way_of_running_a_model_says_the_same(model: ModelConfig) -> None:
 
 
 @pytest.mark.nightly
-@many(150)
+@many(100)
 @given(model=models())
 def test_every_way_of_running_many_models_says_the_same(model: ModelConfig) -> None:
     check_computed(model, gradients=True)
@@ -234,14 +234,14 @@ def by_layer(model: ModelConfig, parameters: Any) -> tuple[Any, list[Any]]:
     return outside, singles
 
 
-@quick(40)
+@quick(25)
 @given(model=nearly_published())
 def test_a_family_says_all_of_a_model_or_refuses(model: ModelConfig) -> None:
     check_published(model)
 
 
 @pytest.mark.nightly
-@many(1500)
+@many(1000)
 @given(model=nearly_published())
 def test_families_say_all_of_many_models_or_refuse(model: ModelConfig) -> None:
     check_published(model)
