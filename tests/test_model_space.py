@@ -35,8 +35,10 @@ from maxlm.hub.models import load_model, pieces_of
 from maxlm.inference.language_model import LanguageModel
 from maxlm.inference.steps import decode_logits, prefill_logits
 from maxlm.models import Tokens, bind, declared, init_parameters, ops, parameter_dims
-from maxlm.plan.machines import Platform
+from maxlm.plan.bound import estimate_time
+from maxlm.plan.machines import Platform, parse_machine
 from maxlm.plan.memory import cache_bytes, estimate_memory
+from maxlm.plan.traffic import estimate_traffic
 from maxlm.shapes import arrays, parameter_count
 from maxlm.sharding import make_layout
 
@@ -79,13 +81,15 @@ def check_declared(model: ModelConfig) -> None:
     run = dataclasses.replace(small_run(model), observe=ObserveConfig(sample_tokens=0))
     assert serialize.from_dict(RunConfig, json.loads(json.dumps(serialize.to_dict(run)))) == run
     assert estimate_memory(run, 1, Platform.CPU).peak > 4 * sum(array.size for array in arrays(model))
+    machine = parse_machine("gpu:h200:1")
+    assert estimate_time(run, machine, estimate_traffic(run, machine)) is not None
     if model.decodes:
         cache = jax.eval_shape(lambda: bind(model, tree).empty_cache(8, model.max_seq_len, plainly()))
         room = ops.cache_room(model.max_seq_len)
         assert sum(4 * leaf.size for leaf in jax.tree.leaves(cache)) * model.max_seq_len == cache_bytes(run, 1) * room
 
 
-@quick(15)
+@quick(10)
 @given(model=models())
 def test_a_model_is_what_it_declares_and_survives_a_file(model: ModelConfig) -> None:
     check_declared(model)
@@ -192,7 +196,7 @@ def check_gradients(model: ModelConfig, parameters: Any) -> None:
         assert_close(found[1], found[0], 3e-5 * largest)
 
 
-@quick(6)
+@quick(4)
 @given(model=models())
 def test_every_way_of_running_a_model_says_the_same(model: ModelConfig) -> None:
     check_computed(model, gradients=False)
