@@ -196,7 +196,7 @@ def check_gradients(model: ModelConfig, parameters: Any) -> None:
         assert_close(found[1], found[0], 3e-5 * largest)
 
 
-@quick(4)
+@quick(6)
 @given(model=models())
 def test_every_way_of_running_a_model_says_the_same(model: ModelConfig) -> None:
     check_computed(model, gradients=False)
