@@ -123,6 +123,9 @@ def test_what_no_family_can_say_is_not_written(folder: Path, tmp_path: Path) -> 
     model, config = load_model(folder)
     with pytest.raises(UserError, match=r"none of the families llama, .* can say all of it"):
         family_of(dataclasses.replace(config, head=ScalarHead()))
+    several_kinds = FAMILIES["gemma2"].read(Published(published.MODELS["gemma2"], ""))
+    with pytest.raises(UserError, match=r"none of the families"):
+        family_of(dataclasses.replace(several_kinds, embedding_norm=True))
     with pytest.raises(UserError, match="is there already; name a new folder"):
         save_model(model, folder)
     assert not list(tmp_path.glob("*.partial"))
