@@ -20,6 +20,7 @@ from maxlm.config import (
     ExecutionConfig,
     GatedMlp,
     GroupedQuery,
+    LatentAttention,
     ModelConfig,
     Remat,
     Rope,
@@ -53,6 +54,16 @@ def small_model(**changes: Any) -> ModelConfig:
         init_std=0.2,
     )
     return dataclasses.replace(model, **changes)
+
+
+def latent_model(model: ModelConfig | None = None, **attention: Any) -> ModelConfig:
+    """A model, or the small one, whose keys and values are made from latents; no two sizes in it are the same."""
+    values: dict[str, Any] = {"n_heads": 4, "kv_rank": 12, "content_head_dim": 6, "rope_head_dim": 4}
+    made = LatentAttention(**{**values, "value_head_dim": 10, "position": Rope(theta=100.0), **attention})
+    model = model or small_model()
+    return dataclasses.replace(
+        model, blocks=tuple(dataclasses.replace(block, attention=made) for block in model.blocks)
+    )
 
 
 def with_attention(model: ModelConfig, **changes: Any) -> ModelConfig:

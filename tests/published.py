@@ -1,18 +1,20 @@
 """Tiny published models with weights that every machine makes alike, and what transformers says of them.
 
-`python tests/published.py` asks transformers (extra `parity`) for the logits and stores them in published_logits.npz.
-Its loader is told to name every tensor that is missing or left over, so that names are its own and not only ours.
+`python tests/published.py` asks transformers (extra `parity`), and stores its logits in published_logits.npz, what else
+it says (`Depth`) in published_depth.npz. Its loader is told to name every tensor that is missing or left over, so
+that names are its own and not only ours.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import re
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.numpy
@@ -23,7 +25,10 @@ from maxlm.hub.published import Published
 from maxlm.hub.tensor_files import SINGLE, Spec, write_tensors
 
 LOGITS = Path(__file__).with_name("published_logits.npz")
+DEPTH = Path(__file__).with_name("published_depth.npz")
 V, T = 64, 12
+SHORT, NEW = 8, 8
+"""Tokens of the second row where rows are padded, and of each continuation."""
 
 _SIZES: dict[str, Any] = {
     "vocab_size": V,
@@ -271,15 +276,41 @@ MXFP4 = {"gpt_oss, mxfp4": {**_GPT_OSS, "quantization_config": {"quant_method": 
 """The same of models with packed experts, which are written unpacked."""
 
 
+class Depth(NamedTuple):
+    """Of a batch of all of the first row of `ids`, and the first SHORT tokens of the second, which is padded."""
+
+    padded: np.ndarray
+    """float32 [SHORT, V]: logits of the short row, padded on the left."""
+    continuations: np.ndarray
+    """int8 [2, NEW]: the likeliest token, again and again."""
+    loss: np.ndarray
+    """[]: mean cross-entropy of all next tokens."""
+    gradients: np.ndarray
+    """float32 [tensors, 3]: `sketch` of the loss's gradient in each tensor, in the order of their names."""
+
+
 def logits(name: str) -> np.ndarray:
     """What transformers says of a model and `ids`: [2, T, V]."""
     with np.load(LOGITS, allow_pickle=False) as file:
         return file[name]
 
 
+def depth(name: str) -> Depth:
+    """What else it says of a model."""
+    with np.load(DEPTH, allow_pickle=False) as file:
+        return Depth(*(file[f"{name}/{field}"] for field in Depth._fields))
+
+
 def ids() -> np.ndarray:
     """[2, T]."""
     return np.random.default_rng(7).integers(0, V, (2, T))
+
+
+def sketch(name: str, values: np.ndarray) -> np.ndarray:
+    """[3]: two random sums of all numbers of a tensor, which no error in any of them leaves as they are, and its
+    length, which is about what such a sum is."""
+    wide = values.astype(np.float64).ravel()
+    return np.append(np.random.default_rng(_seed(name)).standard_normal((2, wide.size)) @ wide, np.linalg.norm(wide))
 
 
 def write_model(config: dict[str, Any], folder: Path) -> None:
@@ -323,12 +354,15 @@ def unpack_experts(folder: Path) -> None:
 
 def values(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Of a tensor, decided by its name."""
-    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-    drawn = np.random.default_rng(seed).standard_normal(shape, np.float32) * np.float32(0.2)
+    drawn = np.random.default_rng(_seed(name)).standard_normal(shape, np.float32) * np.float32(0.2)
     return drawn + np.float32(1) if re.search(r"norm|ln_", name) and name.endswith("weight") else drawn
 
 
-def logits_of_transformers(folder: Path, tokens: np.ndarray) -> np.ndarray:
+def _seed(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+
+
+def open_in_transformers(folder: Path) -> Any:
     """Of a folder, with every tensor of it used and none made up."""
     import torch
     import transformers
@@ -337,20 +371,77 @@ def logits_of_transformers(folder: Path, tokens: np.ndarray) -> np.ndarray:
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
+    return model
+
+
+def logits_of_transformers(model: Any, tokens: np.ndarray) -> np.ndarray:
+    """[B, T, V]."""
+    import torch
+
     with torch.no_grad():
         return model(torch.from_numpy(tokens)).logits.numpy()
 
 
+def depth_of_transformers(model: Any, folder: Path) -> Depth:
+    """`folder` is that of the model; the model is spoiled."""
+    import torch
+
+    first, second = torch.from_numpy(ids())
+    rows, pad = (first, second[:SHORT]), torch.zeros(T - SHORT, dtype=torch.long)
+
+    def batch(left: bool) -> dict[str, Any]:
+        whole = lambda row, fill: torch.cat([fill, row] if left else [row, fill])
+        tokens = torch.stack([rows[0], whole(rows[1], pad)])
+        return {"input_ids": tokens, "attention_mask": torch.stack([pad.new_ones(T), whole(pad.new_ones(SHORT), pad)])}
+
+    def positions(mask: Any) -> dict[str, Any]:
+        """As `generate` counts them, which not every model takes."""
+        takes = "position_ids" in inspect.signature(model.forward).parameters
+        return {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if takes else {}
+
+    with torch.no_grad():
+        on_the_left, on_the_right = (
+            model(**one, **positions(one["attention_mask"])).logits[1].numpy() for one in (batch(True), batch(False))
+        )
+        padded = on_the_left[-SHORT:]
+        np.testing.assert_allclose(padded, on_the_right[:SHORT], atol=1e-5)
+        said = model.generate(
+            **batch(True), do_sample=False, max_new_tokens=NEW, eos_token_id=None, pad_token_id=0,
+            output_scores=True, return_dict_in_generate=True,
+        )  # fmt: skip
+    best = torch.stack(said.scores).topk(2).values
+    assert (best[..., 0] - best[..., 1]).min() > 1e-3, "two tokens are as likely"
+
+    model.get_input_embeddings().padding_idx = None  # else the row of id 0, where it is that of padding, learns nothing
+    short = batch(False)
+    loss = model(**short, labels=short["input_ids"].masked_fill(short["attention_mask"] == 0, -100)).loss
+    loss.backward()
+    with torch.no_grad():
+        for one in (*model.parameters(), *model.buffers()):  # as a checkpoint: saving knows the names of the files
+            one.data = torch.zeros_like(one) if one.grad is None else one.grad
+    model.save_pretrained(folder / "gradients")
+    found = safetensors.numpy.load_file(folder / "gradients" / SINGLE)
+    assert found.keys() == safetensors.numpy.load_file(folder / SINGLE).keys()
+    sketches = np.stack([sketch(name, found[name]) for name in sorted(found)])
+    return Depth(padded, said.sequences[:, T:].numpy().astype(np.int8), loss.detach().numpy(), sketches.astype("f4"))
+
+
 def main() -> None:
-    found = {}
+    found, deep = {}, {}
     for name, config in (MODELS | MXFP4).items():
         with tempfile.TemporaryDirectory() as folder:
             write_model(config, Path(folder))
             if name in MXFP4:
                 unpack_experts(Path(folder))
-            found[name] = logits_of_transformers(Path(folder), ids())
-        print(f"{name}: up to {np.abs(found[name]).max():.2f}")
+            model = open_in_transformers(Path(folder))
+            found[name] = logits_of_transformers(model, ids())
+            if name in MXFP4:
+                continue
+            of_model = depth_of_transformers(model, Path(folder))
+        deep |= {f"{name}/{field}": value for field, value in of_model._asdict().items()}
+        print(f"{name}: logits up to {np.abs(found[name]).max():.2f}, loss {of_model.loss:.4f}")
     np.savez_compressed(LOGITS, **found)
+    np.savez_compressed(DEPTH, **deep)
 
 
 if __name__ == "__main__":

@@ -424,7 +424,7 @@ def test_the_examples_of_the_document_run(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     load = maxlm.load_config
     monkeypatch.setattr(maxlm, "load_config", lambda name, overrides=None: load(name, {**(overrides or {}), **SMALL}))
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
     names: dict[str, Any] = {}
     for number, block in enumerate(BLOCKS):
         exec(compile(block, f"docs/api.md, block {number}", "exec"), names)

@@ -58,21 +58,6 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(model(published.ids()), published.logits(name), atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["llama 3.1", "mistral", "mixtral"])
-def test_padding_on_either_side_and_packing_change_nothing(name: str, tmp_path: Path) -> None:
-    published.write_model(published.MODELS[name], tmp_path)
-    model, _ = load_model(tmp_path)
-    ids, T = published.ids(), published.T
-    pad = np.zeros((2, 3), int)
-    right = model(np.concatenate([ids, pad], 1))[:, :T]
-    places = np.concatenate([pad, np.broadcast_to(np.arange(T), ids.shape)], 1)
-    documents = np.concatenate([pad, np.ones_like(ids)], 1)
-    left = model(np.concatenate([pad, ids], 1), documents, places)[:, 3:]
-    packed = model(ids.reshape(1, -1), np.repeat([[1, 2]], T, 1), np.tile(np.arange(T), 2)[None]).reshape(2, T, -1)
-    for found in (right, left, packed):
-        np.testing.assert_allclose(found, published.logits(name), atol=2e-5)
-
-
 def test_a_mesh_reads_its_parts_alone_and_computes_the_same(tmp_path: Path) -> None:
     published.write_model(published.MODELS["qwen3_moe"], tmp_path)
     model, _ = load_model(tmp_path, sharding=ShardingConfig(data=1, fsdp=2, tensor=2))
@@ -141,6 +126,9 @@ def test_what_no_family_can_say_is_not_written(folder: Path, tmp_path: Path) -> 
     model, config = load_model(folder)
     with pytest.raises(UserError, match=r"none of the families llama, .* can say all of it"):
         family_of(dataclasses.replace(config, head=ScalarHead()))
+    several_kinds = FAMILIES["gemma2"].read(Published(published.MODELS["gemma2"], ""))
+    with pytest.raises(UserError, match=r"none of the families"):
+        family_of(dataclasses.replace(several_kinds, embedding_norm=True))
     with pytest.raises(UserError, match="is there already; name a new folder"):
         save_model(model, folder)
     assert not list(tmp_path.glob("*.partial"))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from helpers import FLOAT32, one_device, plainly, run_decoder, small_model, small_run, with_attention
+from helpers import FLOAT32, latent_model, one_device, plainly, run_decoder, small_model, small_run, with_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_folder import BYTE_MODEL, parameters_of
@@ -112,6 +112,7 @@ MODELS = {
     ),
     "output_norm": with_residual(small_model(head=LmHead(bias=True, scale=0.5)), OutputNorm()),
     "deep_norm": with_residual(small_model(embedding_norm=True, head=LmHead(normalized=True)), DeepNorm()),
+    "latents": latent_model(query_rank=8),
     "dense_then_experts": with_experts(
         small_model(n_layers=3), Experts(n_experts=4, d_ff=24, router=TopKRouter(top_k=2)), first_dense=1
     ),
@@ -152,6 +153,28 @@ def test_prefill_and_decode_give_the_full_forward_pass(name: str) -> None:
     for row, (tokens, length) in enumerate(zip(rows, lengths, strict=True)):
         want = full_logits(config, parameters, tokens)[length - 1 :]
         np.testing.assert_allclose(np.stack([x[row] for x in got]), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gqa", "window", "latents"])
+def test_a_long_prompt_reads_as_the_full_forward_pass(name: str) -> None:
+    """More tokens at once than those that read the cache in place, in two parts."""
+    config, cut = MODELS[name], 20
+    parameters, tokens = parameters_of(small_run(config)), np.random.default_rng(1).integers(0, 64, (2, 40))
+    assert not ops.reads_in_place(cut)
+
+    @jax.jit
+    def read(parameters: Any, ids: jax.Array) -> jax.Array:
+        model, found = bind(config, parameters), []
+        cache = model.empty_cache(2, 40, plainly())
+        for part in (slice(0, cut), slice(cut, 40)):
+            tokens = Tokens(jnp.broadcast_to(jnp.arange(40)[part], (2, cut)))
+            hidden, cache, _ = model(model.embeddings(ids[:, part], tokens, plainly()), tokens, plainly(), cache)
+            found.append(ops.logits(hidden, model.unembedding))
+        return jnp.concatenate(found, 1)
+
+    got = read(parameters, tokens.astype(np.int32))
+    for row, ids in zip(got, tokens, strict=True):
+        np.testing.assert_allclose(row, full_logits(config, parameters, ids), atol=1e-5, rtol=1e-5)
 
 
 def reference_distribution(logits: np.ndarray, config: SamplingConfig) -> np.ndarray:

@@ -14,6 +14,7 @@ import pytest
 from helpers import (
     gradient_function,
     initial_parameters,
+    latent_model,
     one_device,
     packed_batch,
     place,
@@ -195,6 +196,7 @@ CHOICES = {
         log_length=4,
         position=Rope(theta=100.0, scaling=DynamicNtkScaling(factor=3.0, original_max_len=5)),
     ),
+    "latents": latent_model(query_rank=8),
     "offset": with_attention(small_model(embedded_position=Learned(offset=2)), position=None, sinks=True),
 }
 

@@ -16,6 +16,7 @@ import pytest
 from helpers import (
     FLOAT32,
     initial_parameters,
+    latent_model,
     loss_function,
     one_device,
     packed_batch,
@@ -38,6 +39,7 @@ from maxlm.config import (
     FixedPattern,
     GatedMlp,
     GroupedQuery,
+    LatentAttention,
     LayerNorm,
     Learned,
     LinearScaling,
@@ -183,8 +185,29 @@ PATTERNS = {  # arXiv:1904.10509, section 4.2: A(1) or A(2)
 }
 
 
+def attend_to_latents(model, config, p, x, positions, segments):
+    """arXiv:2405.04434, equations 9 to 19, with norms of the compressed vectors (section 3.1.2)."""
+    rotated = lambda y: rope(y, positions, segments, config.position, model.max_seq_len)
+    latents = norm(model.norm, p["kv_norm"], x @ p["kv_down_proj"])
+    compressed = x if config.query_rank is None else norm(model.norm, p["q_norm"], x @ p["q_down_proj"])
+    q, k, v = np.tensordot(compressed, p["q_proj"], 1), *(np.tensordot(latents, p[f"{y}_proj"], 1) for y in "kv")
+    q_content, q_rope = np.split(q, [config.content_head_dim], -1)
+    q_rope, k_rope = rotated(q_rope), rotated((x @ p["k_rope_proj"])[:, None])[:, 0]
+    out = np.zeros_like(v)
+    for t in range(len(x)):
+        seen = [s for s in range(t + 1) if segments[s] == segments[t]]
+        for n in range(config.n_heads):
+            products = k[seen, n] @ q_content[t, n] + k_rope[seen] @ q_rope[t, n]
+            scores = products * (config.scale or 1 / math.sqrt(config.content_head_dim + config.rope_head_dim))
+            weights = np.exp(scores - scores.max())
+            out[t, n] = weights / weights.sum() @ v[seen, n]
+    return np.tensordot(out, p["o_proj"], 2)
+
+
 def attend(model, config, p, x, positions, segments):
     """One sequence, x: [T, D]."""
+    if isinstance(config, LatentAttention):
+        return attend_to_latents(model, config, p, x, positions, segments)
     project = lambda w: np.tensordot(x, w, 1)
     q, k, v = project(p["q_proj"]), project(p["k_proj"]), project(p["v_proj"])
     if config.qkv_bias:
@@ -465,6 +488,13 @@ MODELS = {
             dataclasses.replace(small_model().blocks[0], mlp=Mlp(d_ff=40, activation=Swish(), bias=True)),
             dataclasses.replace(small_model().blocks[0], mlp=GatedMlp(d_ff=40, activation=Swish(), bias=True)),
         ),
+    ),
+    "latents": latent_model(),
+    "latents_of_queries_too": latent_model(
+        small_model(norm=LayerNorm()),
+        query_rank=8,
+        scale=0.5,
+        position=Rope(theta=100.0, interleaved=True, scaling=YarnScaling(factor=4.0, original_max_len=300)),
     ),
     "norm_head_tied": small_model(head=LmHead(tied=True, normalized=True), embedding_scale=0.3, embedding_norm=True),
 }

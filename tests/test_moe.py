@@ -31,6 +31,7 @@ from maxlm.config import (
     Capacity,
     Dropless,
     ExpertChoiceRouter,
+    ExpertGroups,
     Experts,
     NoisyTopKRouter,
     Nonlinearity,
@@ -46,7 +47,7 @@ from maxlm.config import (
 from maxlm.inference.generator import _held
 from maxlm.inference.steps import decode_logits, prefill_logits
 from maxlm.models import Decoder, Execution, Tokens, bind, init_parameters
-from maxlm.models.moe import ExpertsLayer, RouterStats, balance_biases
+from maxlm.models.moe import ExpertsLayer, RouterStats, balance_biases, sigmoid_routing, top_k_routing
 from maxlm.models.parameters import Initializer
 from maxlm.sharding import make_layout
 
@@ -59,6 +60,8 @@ ROUTERS = {
     "noisy": NoisyTopKRouter(top_k=2, importance_loss=0.3, load_loss=0.2),
     "sigmoid": SigmoidRouter(top_k=2),
     "sigmoid_raw": SigmoidRouter(top_k=3, normalize=False),
+    "grouped": TopKRouter(top_k=2, normalize=False, load_balance=0.3, groups=ExpertGroups(n_groups=3, top_groups=1)),
+    "sigmoid_grouped": SigmoidRouter(top_k=3, groups=ExpertGroups(n_groups=3, top_groups=2)),
 }
 DISPATCHES = {"dropless": Dropless(), "capacity": Capacity(factor=1.0, group_size=4)}
 CASES = {
@@ -168,12 +171,25 @@ class Truth:
     auxiliary: float
 
 
+def allowed(groups: ExpertGroups | None, scores: np.ndarray, best_of: int) -> list[int]:
+    """Experts of the groups with the largest sums of their best scores, the first of equal groups before the others
+    (arXiv:2405.04434, section 2.2.2, with the best one; arXiv:2412.19437, section 2.1.2, where for K / M experts of M
+    nodes it takes the best K / M: two in the released model)."""
+    if groups is None:
+        return list(range(len(scores)))
+    size = len(scores) // groups.n_groups
+    members = [range(g * size, (g + 1) * size) for g in range(groups.n_groups)]
+    worth = [sum(sorted((scores[e] for e in group), reverse=True)[:best_of]) for group in members]
+    best = sorted(range(groups.n_groups), key=lambda g: -worth[g])[: groups.top_groups]
+    return [e for g in sorted(best) for e in members[g]]
+
+
 def token_choices(config: Experts, p: Any, x: np.ndarray, noise: np.ndarray) -> list[tuple[int, float]]:
     """(expert, gate) of one token, best first."""
     logits = x @ p["router"] + p.get("score_bias", 0)
     match config.router:
-        case TopKRouter(top_k=k, normalize=normalize):
-            best = sorted(range(E), key=lambda e: -logits[e])[:k]
+        case TopKRouter(top_k=k, normalize=normalize, groups=groups):
+            best = sorted(allowed(groups, softmax(logits), 1), key=lambda e: -logits[e])[:k]
             shares = softmax(logits)
             total = sum(shares[e] for e in best) if normalize else 1.0
             return [(e, shares[e] / total) for e in best]
@@ -181,9 +197,10 @@ def token_choices(config: Experts, p: Any, x: np.ndarray, noise: np.ndarray) -> 
             H = logits + noise * np.log1p(np.exp(x @ p["router_noise"]))
             best = sorted(range(E), key=lambda e: -H[e])[:k]
             return list(zip(best, softmax(H[best]), strict=True))
-        case SigmoidRouter(top_k=k, normalize=normalize):
+        case SigmoidRouter(top_k=k, normalize=normalize, groups=groups):
             scores = 1 / (1 + np.exp(-logits))
-            best = sorted(range(E), key=lambda e: -(scores[e] + p["router_bias"][e]))[:k]
+            biased = scores + p["router_bias"]
+            best = sorted(allowed(groups, biased, 2), key=lambda e: -biased[e])[:k]
             total = sum(scores[e] for e in best) if normalize else 1.0
             return [(e, scores[e] / total) for e in best]
     raise NotImplementedError
@@ -352,6 +369,30 @@ def test_layer_equals_the_loops_and_its_gradients_all_experts_on_all_tokens(name
         name = jax.tree_util.keystr(path)
         assert "router_bias" in name or np.abs(w).max() > 1e-2, name
         np.testing.assert_allclose(g, w, atol=1e-5, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("make", [TopKRouter, SigmoidRouter])
+def test_groups_of_experts_are_chosen_one_by_one_where_scores_are_equal(make: Callable[..., Router]) -> None:
+    """Of numbers that are few, so that experts and groups often score the same."""
+    n_experts, groups = 12, ExpertGroups(n_groups=4, top_groups=2)
+    logits = np.random.default_rng(0).integers(0, 2, (4, 64, n_experts)).astype(np.float32)
+    bias = np.float32([0.5, 0, 0] * 4)
+    match make(top_k=4, normalize=False, groups=groups):
+        case TopKRouter() as router:
+            found = jax.jit(lambda x: top_k_routing(one_device(), router, x))(logits)
+            scores, best_of = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True), 1
+            by = logits
+        case SigmoidRouter() as router:
+            found = jax.jit(lambda x: sigmoid_routing(one_device(), router, x, jnp.asarray(bias)))(logits)
+            scores = 1 / (1 + np.exp(-logits))
+            by, best_of = scores + bias, 2
+    np.testing.assert_allclose(found.gates, np.take_along_axis(scores, np.asarray(found.experts), -1), rtol=1e-5)
+    tied = 0
+    for row, choices in zip(by.reshape(-1, n_experts), np.asarray(found.experts).reshape(-1, 4), strict=True):
+        among = allowed(groups, row, best_of)
+        assert choices.tolist() == sorted(among, key=lambda e: -row[e])[:4]
+        tied += allowed(groups, row[::-1], best_of) != sorted(n_experts - 1 - e for e in among)
+    assert tied > 50, "few of them had equal groups"
 
 
 @pytest.mark.parametrize("router", [TopKRouter(top_k=2), SigmoidRouter(top_k=3)])

@@ -26,6 +26,7 @@ from maxlm.config import (
     Context,
     Dropless,
     ExpertChoiceRouter,
+    ExpertGroups,
     Experts,
     ModelConfig,
     NoisyTopKRouter,
@@ -72,6 +73,12 @@ DROPLESS = Experts(
 NOISY = Experts(n_experts=8, d_ff=16, router=NoisyTopKRouter(top_k=2))
 CAPACITY = Experts(
     n_experts=8, d_ff=16, router=SigmoidRouter(top_k=2), dispatch=Capacity(factor=1.0, group_size=4), routed_scaling=2.0
+)
+GROUPED = Experts(
+    n_experts=8, d_ff=16, router=TopKRouter(top_k=2, normalize=False, groups=ExpertGroups(n_groups=4, top_groups=2))
+)
+SIGMOID_GROUPED = Experts(
+    n_experts=8, d_ff=16, router=SigmoidRouter(top_k=3, groups=ExpertGroups(n_groups=4, top_groups=2))
 )
 EXPERT_CHOICE = Experts(
     n_experts=8, d_ff=16, router=ExpertChoiceRouter(), dispatch=Capacity(factor=2.0, group_size=4), router_z_loss=0.01
@@ -127,7 +134,11 @@ def reference(moes: tuple[Experts, ...], micro_batches: int) -> Any:
     return sums_and_gradients(small_run(moe_model(*moes), micro_batches=micro_batches), one_device())
 
 
-PATTERNS = {"dropless_capacity": (DROPLESS, CAPACITY), "noisy_ec": (NOISY, EXPERT_CHOICE)}
+PATTERNS = {
+    "dropless_capacity": (DROPLESS, CAPACITY),
+    "noisy_ec": (NOISY, EXPERT_CHOICE),
+    "groups": (GROUPED, SIGMOID_GROUPED),
+}
 QUICK = {"fsdp2_tensor2_expert2_sp"}
 # Routers differ where tokens are cut or go through experts elsewhere; the other layouts have the first pattern alone.
 BOTH = {"data8", "expert8", "fsdp2_tensor2_expert2_sp", "ring2_expert4", "stage2_fsdp2_expert2", "data2_seq2_tensor2"}
@@ -168,7 +179,9 @@ def some_x() -> np.ndarray:
     return np.random.default_rng(0).normal(size=(8, 16, 32)).astype(np.float32)
 
 
-@pytest.mark.parametrize("config", [DROPLESS, NOISY, CAPACITY, EXPERT_CHOICE], ids=["topk", "noisy", "sigmoid", "ec"])
+@pytest.mark.parametrize(
+    "config", [DROPLESS, NOISY, CAPACITY, EXPERT_CHOICE, GROUPED], ids=["topk", "noisy", "sigmoid", "ec", "groups"]
+)
 def test_who_goes_where_is_the_same_on_every_mesh(config: Experts) -> None:
     """Choices and gates; noise included, to the last bit."""
 

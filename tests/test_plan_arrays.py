@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import jax
 import pytest
-from helpers import PRESETS, small_model, with_attention
+from helpers import PRESETS, latent_model, small_model, with_attention
 
 from maxlm.config import (
     BlockConfig,
@@ -74,6 +74,7 @@ ODD = {
     "no numbers in norms": small_model(
         norm=LayerNorm(scale=False, bias=False), blocks=(replace(small_model().blocks[0], residual=OutputNorm()),)
     ),
+    "latents": latent_model(small_model(norm=LayerNorm()), query_rank=8),
     "noisy": experts(NoisyTopKRouter(top_k=2)),
     "sigmoid": experts(SigmoidRouter(top_k=2), n_shared_experts=1),
     "gpt-oss": experts(TopKRouter(top_k=2, bias=True), bias=True, activation=Swish(), n_shared_experts=1),

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from helpers import loss_function, one_device, small_model, small_run, with_attention
+from helpers import latent_model, loss_function, one_device, small_model, small_run, with_attention
 
 from benchmarks import plan_memory
 from maxlm.config import (
@@ -106,6 +106,8 @@ LAYERS = {
     "dense": WIDE,
     "norms of heads": with_attention(WIDE, qk_norm=QkNorm.HEADS),
     "norms of all heads": with_attention(WIDE, qk_norm=QkNorm.WHOLE),
+    "latents": latent_model(WIDE),
+    "latents of queries too": latent_model(WIDE, query_rank=8),
     "wide mlp": replace(WIDE, blocks=(replace(WIDE.blocks[0], mlp=GatedMlp(d_ff=256)),)),
     "experts": with_experts(WIDE, Experts(n_experts=4, d_ff=48, n_shared_experts=1, router=TopKRouter(top_k=2))),
     "capacity": with_experts(
@@ -184,9 +186,10 @@ def test_parts_make_the_peak():
     assert set(memory.at_peak) > {"parameters", "optimizer", "batch", "activations", "gradients"}
 
 
+@pytest.mark.parametrize("model", [small_model(), latent_model()], ids=["heads", "latents"])
 @pytest.mark.parametrize("axes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 4, "seq": 2}], ids=str)
-def test_cache_is_that_of_the_decoder(axes):
-    config = small_run(sharding=ShardingConfig(**axes))
+def test_cache_is_that_of_the_decoder(axes, model):
+    config = small_run(model, sharding=ShardingConfig(**axes))
     how, train, model = Execution.of(config, make_layout(config.sharding)), config.train, config.model
     decoder = nnx.eval_shape(lambda: Decoder(model, jax.random.key(0)))
     empty = jax.jit(lambda: decoder.empty_cache(train.batch_size, model.max_seq_len, how))

@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from maxlm import convert
 from maxlm.config import UserError
 from maxlm.hub.models import load_model
-from maxlm.hub.vocabularies import Vocabulary
+from maxlm.hub.token_sets import TokenSet
 
 ENGLISH = ["the cat sat on the mat, and the dog saw that", "a house is a place where people live together"] * 8
 OTHER = ["дом и кошка на крыше", "привет мир и до встречи", "кошка и собака живут дома"] * 8
@@ -56,10 +56,10 @@ def pieces(texts: list[str], size: int, kind: str) -> bytes:
     return model.getvalue()
 
 
-def as_vocabulary(tokenizer: tokenizers.Tokenizer | bytes, name: str = "tokenizer") -> Vocabulary:
+def as_vocabulary(tokenizer: tokenizers.Tokenizer | bytes, name: str = "tokenizer") -> TokenSet:
     if isinstance(tokenizer, bytes):
-        return Vocabulary(Path(f"{name}.model"), tokenizer)
-    return Vocabulary(Path(f"{name}.json"), tokenizer.to_str().encode())
+        return TokenSet(Path(f"{name}.model"), tokenizer)
+    return TokenSet(Path(f"{name}.json"), tokenizer.to_str().encode())
 
 
 def encode(definition: bytes, is_json: bool, text: str) -> list[str]:
@@ -81,7 +81,7 @@ def decode(definition: bytes, is_json: bool, tokens: list[int]) -> str:
     return sentencepiece.SentencePieceProcessor(model_proto=definition).decode(tokens)
 
 
-def size(vocabulary: Vocabulary) -> int:
+def size(vocabulary: TokenSet) -> int:
     if vocabulary.is_json:
         return tokenizers.Tokenizer.from_buffer(vocabulary.definition).get_vocab_size()
     return sentencepiece.SentencePieceProcessor(model_proto=vocabulary.definition).vocab_size()
@@ -140,7 +140,7 @@ def test_new_tokens_come_after_the_old_ones(kind: str) -> None:
             assert [i for one in after for i in edited.sources[one]] == before
 
 
-def tiny(folder: Path, *, tied: bool = False, rows: int = 330) -> tuple[Path, Vocabulary]:
+def tiny(folder: Path, *, tied: bool = False, rows: int = 330) -> tuple[Path, TokenSet]:
     """A model with more rows than its tokenizer has ids, and files beside it that name ids."""
     published.write_model({**published.MODELS["llama"], "vocab_size": rows, "tie_word_embeddings": tied}, folder)
     tokenizer = byte_level(ENGLISH + OTHER, 320)
@@ -210,7 +210,7 @@ def test_a_grown_model_says_the_same_with_new_rows(rows: str, tmp_path: Path) ->
             np.testing.assert_allclose(after[i], want, rtol=1e-6, atol=1e-7)
 
 
-def vocabulary_spelling(vocabulary: Vocabulary, token: str) -> list[int]:
+def vocabulary_spelling(vocabulary: TokenSet, token: str) -> list[int]:
     """By the library's own encoding of the text, where the token is whole characters; else of its bytes by merging."""
     tokenizer = tokenizers.Tokenizer.from_buffer(vocabulary.definition)
     return [one.id for one in tokenizer.model.tokenize(token)]
@@ -236,5 +236,5 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         change(folder, tmp_path / "more", "--add_tokens_of", str(tmp_path / "unigram.json"))
     (tmp_path / "broken.model").write_bytes(b"\xff\xff\xff no protobuf")
     with pytest.raises(UserError, match="not a sentencepiece model"):
-        Vocabulary.read(tmp_path / "broken.model").kept(set())
+        TokenSet.read(tmp_path / "broken.model").kept(set())
     assert not list(tmp_path.glob("more*/")) and not list(tmp_path.glob("less*/"))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import one_device, small_model, small_run, with_attention
+from helpers import latent_model, one_device, small_model, small_run, with_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_folder import parameters_of
@@ -96,6 +96,7 @@ def test_products_take_them() -> None:
 SUMMED = {
     "embed": (1,), "unembed": (1,), "q_proj": (-3,), "k_proj": (-3,), "v_proj": (-3,), "o_proj": (-3, -2),
     "gate_proj": (-2,), "up_proj": (-2,), "down_proj": (-2,),
+    "q_down_proj": (-2,), "kv_down_proj": (-2,), "k_rope_proj": (-2,),
 }  # fmt: skip
 """Axes that each product sums over. No other array is held in 8 bits: norms, biases, routers."""
 
@@ -110,6 +111,7 @@ MODELS = {
         vocab_size=264, head=LmHead(tied=True, normalized=True, bias=True, soft_cap=3.0), embedding_scale=2.0
     ),
     "experts": EXPERTS,
+    "latents": latent_model(small_model(vocab_size=264), query_rank=8),
 }
 
 
@@ -119,7 +121,7 @@ def loaded(model: ModelConfig, sharding: ShardingConfig, devices: int, parameter
     return LoadedRun(config=config, layout=layout, step=0, parameters=parameters, tokenizer=Bytes())
 
 
-@pytest.mark.parametrize("name", ["tied", "norm head", pytest.param("experts", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["tied", "norm head", "latents", pytest.param("experts", marks=pytest.mark.slow)])
 def test_a_model_says_what_its_rounded_weights_say(name: str) -> None:
     model, sharding, devices = MODELS[name], ShardingConfig(data=1, fsdp=2, tensor=2), 4
     parameters = parameters_of(small_run(model))
@@ -131,7 +133,8 @@ def test_a_model_says_what_its_rounded_weights_say(name: str) -> None:
     exact = Generator(loaded(model, sharding, devices, jax.tree_util.tree_map_with_path(rounded, parameters)))
     held = Generator(loaded(model, sharding, devices, parameters), weights=WeightFormat.INT8)
     rng = np.random.default_rng(1)
-    tokens, lengths = rng.integers(0, 264, (2, 16)).astype(np.int32), np.array([16, 9], np.int32)
+    T = 16 + 8 * (name == "latents")  # which are read in another way where they are many
+    tokens, lengths = rng.integers(0, 264, (2, T)).astype(np.int32), np.array([T, 9], np.int32)
     then = rng.integers(0, 264, 2).astype(np.int32)  # the likeliest may be two different ones
 
     def read(generator: Generator, parameters: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -140,7 +143,7 @@ def test_a_model_says_what_its_rounded_weights_say(name: str) -> None:
         @jax.jit
         def program(parameters: Any) -> tuple[jax.Array, jax.Array]:
             model, how = bind(generator._config, parameters), generator._how
-            logits, cache = prefill_logits(model, how, tokens, lengths, 24)
+            logits, cache = prefill_logits(model, how, tokens, lengths, T + 8)
             return logits, decode_logits(model, how, jnp.asarray(then), jnp.asarray(lengths), cache)[0]
 
         after, later = program(parameters)

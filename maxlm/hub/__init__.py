@@ -4,6 +4,8 @@ models.py: load_model, save_model, and a published model as a run to talk to
 converting.py: what the command maxlm.convert does
 weights.py: a published model's arrays, from whatever kind of file
 folder.py: a Hugging Face folder, read and written
+resizing.py: a model for a vocabulary with more or fewer tokens
+token_sets.py: the definitions of tokenizers, changed
 gguf_weights.py: what a GGUF file says of a model, in the words of a family
 gguf_file.py: its metadata and tensors
 gguf_tokenizer.py: its vocabulary as a tokenizer.json

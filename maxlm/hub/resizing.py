@@ -21,9 +21,9 @@ from maxlm.hub.converting import Opened
 from maxlm.hub.folder import copy_tokenizer
 from maxlm.hub.models import find_tokenizer, no_tokenizer
 from maxlm.hub.names import Piece
-from maxlm.hub.vocabularies import JSON, SENTENCEPIECE, Edited, Vocabulary
+from maxlm.hub.token_sets import JSON, SENTENCEPIECE, Edited, TokenSet
 
-Source = tuple[int, ...] | None
+RowSource = tuple[int, ...] | None
 """Old rows whose mean a new row is; None: that of all."""
 
 
@@ -45,7 +45,7 @@ class Resizing:
         for folder in (self._before, self._after):
             folder.mkdir()
             opened.copy_tokenizer(folder)
-        self.vocabulary = Vocabulary.read(self._before)
+        self.vocabulary = TokenSet.read(self._before)
         if self.tokenizer.vocab_size > opened.model.vocab_size:
             raise UserError(
                 f"{opened.place}: its tokenizer has ids up to {self.tokenizer.vocab_size - 1}, the model "
@@ -53,15 +53,15 @@ class Resizing:
             )
 
     def extended(self, other: Path, *, mean_rows: bool) -> Opened:
-        """With the tokens of another tokenizer that the model's own lacks; see `Vocabulary.extended`.
+        """With the tokens of another tokenizer that the model's own lacks; see `TokenSet.extended`.
 
         Args:
             other: a tokenizer of the same kind, or the folder that it lies in.
             mean_rows: new rows are the mean of all, so that new tokens are as likely as others on average (Hewitt
                 2021); else of those that spelled the token before (Gee et al. 2022, arXiv:2402.09977).
         """
-        edited = self.vocabulary.extended(Vocabulary.read(other))
-        sources: list[Source] = list(edited.sources)
+        edited = self.vocabulary.extended(TokenSet.read(other))
+        sources: list[RowSource] = list(edited.sources)
         if mean_rows:
             sources[self.tokenizer.vocab_size :] = [None] * (len(sources) - self.tokenizer.vocab_size)
         # Rows that the model had for no token stay behind the new ones, as far as there were more of them.
@@ -69,7 +69,7 @@ class Resizing:
         return self._with(edited, sources)
 
     def pruned(self, used: set[int]) -> Opened:
-        """Without the tokens that are not used; see `Vocabulary.kept`. What the model says of a text of used tokens,
+        """Without the tokens that are not used; see `TokenSet.kept`. What the model says of a text of used tokens,
         among these, does not change."""
         edited = self.vocabulary.kept(used)
         return self._with(edited, edited.sources)
@@ -92,7 +92,7 @@ class Resizing:
             ) from error
         return set(range(self.tokenizer.vocab_size)) - self.vocabulary.ids_of(filter(None, lines))
 
-    def _with(self, edited: Edited, sources: Sequence[Source]) -> Opened:
+    def _with(self, edited: Edited, sources: Sequence[RowSource]) -> Opened:
         opened, size = self._opened, -(-len(sources) // self._multiple) * self._multiple
         model = dataclasses.replace(opened.model, vocab_size=size)
         old = {array.name: array for array in shapes.arrays(opened.model)}
@@ -124,7 +124,7 @@ class Resizing:
             config=dataclasses.replace(opened.config, model=model),
         )
 
-    def _rows(self, values: Any, sources: Sequence[Source], size: int) -> npt.NDArray[Any]:
+    def _rows(self, values: Any, sources: Sequence[RowSource], size: int) -> npt.NDArray[Any]:
         """Of a table [V, ...], in its number format; zeros where `multiple` asks for more rows."""
         values = np.asarray(values)
         found = np.zeros((size, *values.shape[1:]), values.dtype)

@@ -140,3 +140,14 @@ def grouped_query(model: ModelConfig) -> GroupedQuery:
     if not isinstance(attention, GroupedQuery):
         raise UserError(f"model.blocks[].attention = {type(attention).__name__} is not of this family")
     return attention
+
+
+def only_block(model: ModelConfig) -> BlockConfig:
+    """What every layer is.
+
+    Raises:
+        UserError: they are of several kinds.
+    """
+    if len(set(model.layers)) > 1:
+        raise UserError(f"model.blocks has {len(model.layers)} layers of several kinds; this family has one")
+    return model.layers[0]

@@ -24,7 +24,7 @@ from maxlm.hub.families.llama import ATTENTION, NORMS, QKV, TOP
 from maxlm.hub.family import ModelFamily
 from maxlm.hub.names import Arrangement, Heads, Names, Transposed, linear, norm
 from maxlm.hub.published import Published, read_rope, write_rope
-from maxlm.hub.sizes import Keys, grouped_query
+from maxlm.hub.sizes import Keys, grouped_query, only_block
 
 # ---- GPT, GPT-2 ----
 
@@ -162,7 +162,7 @@ def _read_neox(config: Published) -> ModelConfig:
 
 
 def _write_neox(model: ModelConfig) -> dict[str, Any]:
-    block = model.layers[-1]
+    block = only_block(model)
     attention, rope = grouped_query(model), _rope(model)
     head_dim = attention.head_dim
     return (
@@ -267,7 +267,7 @@ def _read_falcon(config: Published) -> ModelConfig:
 
 
 def _write_falcon(model: ModelConfig) -> dict[str, Any]:
-    block = model.layers[-1]
+    block = only_block(model)
     attention, residual = grouped_query(model), block.residual
     newer = isinstance(residual, Parallel) and (residual.two_norms or 1 < attention.n_kv_heads < attention.n_heads)
     return (
@@ -369,7 +369,7 @@ def _read_opt(config: Published) -> ModelConfig:
 
 
 def _write_opt(model: ModelConfig) -> dict[str, Any]:
-    block = model.layers[-1]
+    block = only_block(model)
     return _OPT_KEYS.write(model) | {
         "word_embed_proj_dim": model.d_model,
         "do_layer_norm_before": isinstance(block.residual, PreNorm),
@@ -451,7 +451,7 @@ BLOOM = ModelFamily(
 
 
 def _rope(model: ModelConfig) -> Rope:
-    """Of the last layer."""
-    block = model.layers[-1]
-    assert isinstance(block.attention.position, Rope)
-    return block.attention.position
+    """Of the model's only kind of layer."""
+    position = only_block(model).attention.position
+    assert isinstance(position, Rope)
+    return position

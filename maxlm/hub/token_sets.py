@@ -30,14 +30,14 @@ class Edited(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class TokenSet:
     """A definition that can be changed; the file that it is from decides its kind."""
 
     file: Path
     definition: bytes
 
     @staticmethod
-    def read(place: Path) -> Vocabulary:
+    def read(place: Path) -> TokenSet:
         """Of a file, or of the folder that has one.
 
         Raises:
@@ -47,13 +47,13 @@ class Vocabulary:
         file = inside[0] if inside else place
         if not file.is_file() or file.suffix not in (".json", ".model"):
             raise UserError(f"{place}: is no {JSON}, no sentencepiece .model, and no folder with one of them")
-        return Vocabulary(file, file.read_bytes())
+        return TokenSet(file, file.read_bytes())
 
     @property
     def is_json(self) -> bool:
         return self.file.suffix == ".json"
 
-    def extended(self, other: Vocabulary) -> Edited:
+    def extended(self, other: TokenSet) -> Edited:
         """With the tokens of another vocabulary that this one lacks, after all others, in their order.
 
         Texts without them keep their ids, as far as no new token spells a part of them: the merges of BPE that make new
@@ -98,7 +98,7 @@ class Vocabulary:
             raise UserError(f"{self.file}: model.type = {kind!r} cannot be changed; must be 'BPE' or 'Unigram'")
         return values
 
-    def _extended_json(self, other: Vocabulary) -> Edited:
+    def _extended_json(self, other: TokenSet) -> Edited:
         values, more = self._json(), other._json()
         model, theirs = values["model"], more["model"]
         if model["type"] != theirs["type"] or _is_byte_level(values) != _is_byte_level(more):
@@ -166,7 +166,7 @@ class Vocabulary:
             raise UserError(f"{self.file}: only sentencepiece models of type unigram or bpe can be changed")
         return model
 
-    def _extended_pieces(self, other: Vocabulary) -> Edited:
+    def _extended_pieces(self, other: TokenSet) -> Edited:
         model, more = self._model(), other._model()
         if model.trainer_spec.model_type != more.trainer_spec.model_type:
             raise UserError(
