@@ -29,6 +29,7 @@ from maxlm.config import (
     ExpertChoiceRouter,
     Experts,
     FixedPattern,
+    GlmRope,
     LayerNorm,
     Learned,
     LmHead,
@@ -104,6 +105,7 @@ MODELS = {
     "t5_bias": with_attention(small_model(), position=RelativeBias(buckets=8, max_distance=16)),
     "strided": with_attention(small_model(), pattern=StridedPattern(stride=5)),
     "fixed": with_attention(small_model(), pattern=FixedPattern(chunk=6, summary=1)),
+    "glm": with_attention(small_model(), position=GlmRope(theta=50.0)),
     "transformer_xl": with_attention(
         small_model(init_std=0.3), position=RelativeSinusoids(dims=32), qk_norm=QkNorm.HEADS
     ),

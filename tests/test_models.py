@@ -38,6 +38,7 @@ from maxlm.config import (
     Experts,
     FixedPattern,
     GatedMlp,
+    GlmRope,
     GroupedQuery,
     LatentAttention,
     LayerNorm,
@@ -221,6 +222,13 @@ def attend(model, config, p, x, positions, segments):
         )
     if isinstance(config.position, Rope):
         q, k = (rope(y, positions, segments, config.position, model.max_seq_len) for y in (q, k))
+    if isinstance(config.position, GlmRope):  # of a document that is one block after an empty context
+        turn = Rope(theta=config.position.theta)
+        halves = lambda y: np.split(y, 2, axis=-1)
+        q, k = (
+            np.concatenate([first, rope(second, [t + 1 for t in positions], segments, turn, 0)], axis=-1)
+            for first, second in (halves(q), halves(k))
+        )
     if config.log_length is not None:
         q = q * np.array([max(1, math.log(t + 1, config.log_length)) for t in positions])[:, None, None]
     out = np.zeros_like(q)
@@ -405,6 +413,11 @@ MODELS = {
     ),
     "strided": with_attention(small_model(), pattern=StridedPattern(stride=3)),
     "fixed": with_attention(small_model(), pattern=FixedPattern(chunk=4, summary=2), n_kv_heads=4),
+    "glm_130b": with_block(
+        with_attention(small_model(norm=LayerNorm(), embedding_norm=True, final_norm=False), position=GlmRope()),
+        mlp=GatedMlp(d_ff=40, activation=Activation.GELU, bias=True),
+        residual=DeepNorm(alpha=2.0),
+    ),
     "transformer_xl": with_attention(small_model(init_std=0.4), position=RelativeSinusoids(dims=6)),
     "gemma2": with_block(with_attention(small_model(), soft_cap=2.0, window=6), residual=Sandwich()),
     "alibi_parallel": with_block(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "baichuan, 13B": _BAICHUAN | {"model_max_length": 32},
     "baichuan 2, 7B": _BAICHUAN | {"max_position_embeddings": 32, "model_max_length": 32, "z_loss_weight": 0},
     "baichuan 2, 13B": _BAICHUAN | {"model_max_length": 32, "z_loss_weight": 0},
+    "chatglm-6b": {
+        "model_type": "chatglm",
+        "vocab_size": V,
+        "hidden_size": D,
+        "num_layers": 3,
+        "num_attention_heads": N,
+        "inner_hidden_size": F,
+        "max_sequence_length": 32,
+        "layernorm_epsilon": 1e-5,
+        "position_encoding_2d": True,
+        "quantization_bit": 0,
+        "pre_seq_len": None,
+    },
     "chatglm2": _CHATGLM,
     "chatglm3, 32k": _CHATGLM | {"rope_ratio": 50},
     "chatglm, otherwise": _CHATGLM | {"rmsnorm": False, "add_bias_linear": True, "post_layer_norm": False},
@@ -107,25 +120,34 @@ def silu(x: np.ndarray) -> np.ndarray:
     return x / (1 + np.exp(-x))
 
 
-def rotary(x: np.ndarray, base: float, dims: int, *, neighbours: bool) -> np.ndarray:
+def rotary(
+    x: np.ndarray, base: float, dims: int, *, neighbours: bool, positions: Sequence[int] | None = None
+) -> np.ndarray:
     """Complex numbers of two dims each, neighbours or half of `dims` apart, turn with the position: [T, heads, H]."""
     y = x.copy()
-    for t in range(len(x)):
+    for row, t in enumerate(range(len(x)) if positions is None else positions):
         for i in range(dims // 2):
             a, b = (2 * i, 2 * i + 1) if neighbours else (i, i + dims // 2)
-            turned = (x[t, :, a] + 1j * x[t, :, b]) * np.exp(1j * t / base ** (2 * i / dims))
-            y[t, :, a], y[t, :, b] = turned.real, turned.imag
+            turned = (x[row, :, a] + 1j * x[row, :, b]) * np.exp(1j * t / base ** (2 * i / dims))
+            y[row, :, a], y[row, :, b] = turned.real, turned.imag
     return y
 
 
-def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, slopes: np.ndarray | None = None) -> np.ndarray:
+def attend(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    slopes: np.ndarray | None = None,
+    seen: np.ndarray | None = None,
+) -> np.ndarray:
     """q: [T, N, H], k and v: [T, K, H] -> [T, N H]. The slopes multiply the number of the key, as in BLOOM's code."""
     T, heads, size = q.shape
     k, v = (np.repeat(one, heads // k.shape[1], axis=1) for one in (k, v))
     scores = np.einsum("tnh,snh->nts", q, k) / math.sqrt(size)
     if slopes is not None:
         scores = scores + slopes[:, None, None] * np.arange(T)
-    weights = np.exp(scores - scores.max(-1, keepdims=True)) * np.tril(np.ones((T, T)))
+    seen = np.tril(np.ones((T, T))) if seen is None else seen
+    weights = np.exp(scores - scores.max(-1, keepdims=True)) * seen
     return np.einsum("nts,snh->tnh", weights / weights.sum(-1, keepdims=True), v).reshape(T, -1)
 
 
@@ -198,9 +220,37 @@ def chatglm(config: Mapping[str, Any], p: Tensors, ids: np.ndarray) -> np.ndarra
     return linear(p, "transformer.output_layer", x)
 
 
+def chatglm_6b(config: Mapping[str, Any], p: Tensors, ids: np.ndarray, places: np.ndarray | None = None) -> np.ndarray:
+    """`places`: [T, 2], position ids and block position ids as its code makes them."""
+    T, L, eps = len(ids), config["num_layers"], config["layernorm_epsilon"]
+    places = np.array([(0, t + 1) for t in range(T)]) if places is None else places
+    context = places[:, 1] == 0
+    seen = np.tril(np.ones((T, T))) + context[:, None] * context[None] > 0
+    norm = lambda name, x: layer_norm(x, p[f"{name}.weight"], p[f"{name}.bias"], eps)
+    gelu = lambda x: 0.5 * x * (1 + np.tanh(0.7978845608028654 * x * (1 + 0.044715 * x * x)))
+
+    def turned(x: np.ndarray) -> np.ndarray:
+        halves = zip(np.split(x, 2, axis=-1), places.T, strict=True)
+        return np.concatenate([rotary(y, 1e4, H // 2, neighbours=False, positions=t) for y, t in halves], axis=-1)
+
+    x = p["transformer.word_embeddings.weight"][ids]
+    for layer in range(L):
+        at = f"transformer.layers.{layer}."
+        normed = norm(f"{at}input_layernorm", x)
+        fused = linear(p, f"{at}attention.query_key_value", normed).reshape(T, N, 3 * H)
+        q, k, v = np.split(fused, 3, axis=-1)
+        attended = linear(p, f"{at}attention.dense", attend(turned(q), turned(k), v, seen=seen))
+        normed = norm(f"{at}post_attention_layernorm", normed * math.sqrt(2 * L) + attended)
+        x = linear(p, f"{at}mlp.dense_4h_to_h", gelu(linear(p, f"{at}mlp.dense_h_to_4h", normed)))
+        x = x + normed * math.sqrt(2 * L)
+    return linear(p, "lm_head", norm("transformer.final_layernorm", x))
+
+
 def expected(config: Mapping[str, Any], folder: Path, ids: np.ndarray) -> np.ndarray:
     """Logits of rows of ids, in float64."""
     code = {"qwen": qwen, "baichuan": baichuan, "chatglm": chatglm}[config["model_type"]]
+    if config.get("position_encoding_2d"):
+        code = chatglm_6b
     tensors = {name: value.astype(np.float64) for name, value in safetensors.numpy.load_file(folder / SINGLE).items()}
     return np.stack([code(config, tensors, row) for row in ids])
 
@@ -289,6 +339,30 @@ LAYERS: dict[str, dict[str, tuple[int, ...]]] = {
         "model.norm.weight": (D,),
         "lm_head.weight": (V, D),
     },
+    "chatglm-6b": {
+        **{
+            f"transformer.layers.{layer}.{name}": shape
+            for layer in (1, 2)
+            for name, shape in {
+                "input_layernorm.weight": (D,),
+                "input_layernorm.bias": (D,),
+                "attention.query_key_value.weight": (3 * D, D),
+                "attention.query_key_value.bias": (3 * D,),
+                "attention.dense.weight": (D, D),
+                "attention.dense.bias": (D,),
+                "post_attention_layernorm.weight": (D,),
+                "post_attention_layernorm.bias": (D,),
+                "mlp.dense_h_to_4h.weight": (F, D),
+                "mlp.dense_h_to_4h.bias": (F,),
+                "mlp.dense_4h_to_h.weight": (D, F),
+                "mlp.dense_4h_to_h.bias": (D,),
+            }.items()
+        },
+        "transformer.word_embeddings.weight": (V, D),
+        "transformer.final_layernorm.weight": (D,),
+        "transformer.final_layernorm.bias": (D,),
+        "lm_head.weight": (V, D),
+    },
     "chatglm2": {
         "transformer.encoder.layers.1.input_layernorm.weight": (D,),
         "transformer.encoder.layers.1.self_attention.query_key_value.weight": ((N + 2 * 2) * H, D),
@@ -309,6 +383,26 @@ def test_tensors_are_called_and_shaped_as_published(name: str, folders: dict[str
     found = safetensors.numpy.load_file(folders[name] / SINGLE)
     of_others = {key for key in found if ".0." in key}
     assert {key: found[key].shape for key in found.keys() - of_others} == LAYERS[name]
+
+
+def test_contexts_see_themselves_whole_and_blocks_count_apart(folders: dict[str, Path]) -> None:
+    """As ChatGLM-6B reads a prompt: position and block ids of its code, two prompts in one row, and each alone."""
+    config, folder = CONFIGS["chatglm-6b"], folders["chatglm-6b"]
+    tensors = {name: value.astype(np.float64) for name, value in safetensors.numpy.load_file(folder / SINGLE).items()}
+    model, _ = load_model(folder)
+
+    def prompt(context: int, written: int) -> np.ndarray:
+        """The block goes to the mask, the token before the last of the context."""
+        return np.array([(t, 0) for t in range(context)] + [(context - 2, 1 + i) for i in range(written)])
+
+    places = [prompt(6, 5), prompt(4, 3)]
+    ids = np.random.default_rng(3).integers(0, V, 18)
+    want = [chatglm_6b(config, tensors, ids[:11], places[0]), chatglm_6b(config, tensors, ids[11:], places[1])]
+    np.testing.assert_allclose(model(ids[:11], positions=places[0]), want[0], atol=1e-4)
+    packed = model(ids[None], np.repeat([0, 1], [11, 7])[None], np.concatenate(places)[None])
+    np.testing.assert_allclose(packed[0], np.concatenate(want), atol=1e-4)
+    causal = chatglm_6b(config, tensors, ids[:11])
+    assert np.abs(causal - want[0]).max() > 0.1
 
 
 def test_old_files_may_have_the_frequencies_of_rope(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -361,7 +455,7 @@ def test_the_stretching_doubles_as_in_qwens_code() -> None:
 @pytest.mark.parametrize(
     ("name", "values", "match"),
     [
-        ("chatglm2", {"position_encoding_2d": True}, r"position_encoding_2d = True is not supported \(ChatGLM-6B"),
+        ("chatglm-6b", {"quantization_bit": 4}, r"quantization_bit = 4 is not supported .*; must be 0"),
         ("chatglm2", {"multi_query_attention": False}, r"multi_query_attention = False is not supported"),
         ("chatglm2", {"quantization_bit": 4}, r"quantization_bit = 4 is not supported .*; must be 0"),
         ("chatglm2", {"vision_config": {}}, r"vision_config = \{\} is not supported .*; must be absent"),

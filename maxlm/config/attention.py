@@ -9,7 +9,15 @@ from typing import Annotated, ClassVar
 from maxlm.config.earlier import renamed, revalued
 from maxlm.config.errors import UserError
 from maxlm.config.fields import Changes, Positive, Range, config
-from maxlm.config.position import DynamicNtkScaling, LongRopeScaling, NtkScaling, Position, RelativeSinusoids, Rope
+from maxlm.config.position import (
+    DynamicNtkScaling,
+    GlmRope,
+    LongRopeScaling,
+    NtkScaling,
+    Position,
+    RelativeSinusoids,
+    Rope,
+)
 
 
 class QkNorm(enum.Enum):
@@ -95,8 +103,16 @@ class GroupedQuery:
                 f"model.blocks[].attention.n_kv_heads = {self.n_kv_heads} does not divide n_heads = {self.n_heads}; "
                 f"use one of {allowed}"
             )
-        if isinstance(self.position, Rope):
-            _require_pairs(self.position, "head_dim", self.head_dim)
+        match self.position:
+            case Rope() as rope:
+                _require_pairs(rope, "head_dim", self.head_dim)
+            case GlmRope() if self.head_dim % 4:
+                raise UserError(
+                    f"model.blocks[].attention.head_dim = {self.head_dim} has no two halves of pairs, which GlmRope "
+                    f"rotates; use {-(-self.head_dim // 4) * 4}"
+                )
+            case _:
+                pass
         if self.pattern is not None and self.window is not None:
             raise UserError(
                 f"model.blocks[].attention.window = {self.window} and pattern = {type(self.pattern).__name__} both say "

@@ -207,7 +207,21 @@ class RelativeSinusoids:
             )
 
 
-Position = Rope | Alibi | RelativeBias | RelativeSinusoids
+@config("model.blocks[].attention.position.", changes=Changes.IDENTITY)
+class GlmRope:
+    """RoPE in two dims (Du et al. 2021, arXiv:2103.10360, section 2.3; ChatGLM-6B's code): the first half of a head's
+    dims is rotated by the position in the context, the second by the place in the block that is being written.
+
+    A context sees itself whole; its tokens have place 0. Those of a block have places 1, 2, ..., all at the position in
+    the context where the block goes, and see what is before them. `Tokens.places` has both numbers; without them a
+    document is one block after an empty context, at position 0.
+    """
+
+    theta: Positive[float] = 10_000.0
+    """Base of the geometric series of wavelengths, in each half."""
+
+
+Position = Rope | GlmRope | Alibi | RelativeBias | RelativeSinusoids
 """What attention does with positions."""
 
 

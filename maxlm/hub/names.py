@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, assert_never
 
 import numpy as np
@@ -92,6 +92,10 @@ class Names:
     """Of one layer, below `layers`; a `{}` in a name counts the experts."""
     layers: str = "model.layers.{}."
     """What stands before them, with the layer's number."""
+    after: Mapping[str, Arrangement] = field(default_factory=dict)
+    """Of one layer too, but called as if of the layer after it."""
+    last: Mapping[str, Arrangement] = field(default_factory=dict)
+    """The same of the last layer, outside of the layers."""
     ignored: tuple[str, ...] = ()
     """Patterns (as of file names) of tensors that hold nothing learned, or nothing that is used."""
 
@@ -256,7 +260,14 @@ def _of_layer(number: int, model: ModelConfig, names: Names, ours: Mapping[str, 
         prefix, slot = f"first_blocks/{number}/", ()
     else:
         prefix, slot = f"blocks/{(number - first) % len(model.blocks)}/", ((number - first) // len(model.blocks),)
-    for name, layout in names.block.items():
+    this, following = (names.layers.format(n) for n in (number, number + 1))
+    listed = {this + name: layout for name, layout in names.block.items()}
+    listed |= (
+        names.last
+        if number + 1 == model.n_layers
+        else {following + name: layout for name, layout in names.after.items()}
+    )
+    for name, layout in listed.items():
         parts = [prefix + part for part in _parts(layout)]
         if not all(part in ours for part in parts):
             continue
@@ -264,11 +275,11 @@ def _of_layer(number: int, model: ModelConfig, names: Names, ours: Mapping[str, 
         if ("experts" in arrays[0].dims) != (isinstance(layout, Stacked) or "{}" in name):
             continue  # a dense MLP has the names of its experts
         if "{}" not in name:
-            yield Tensor(names.layers.format(number) + name, layout, tuple(Piece(array, slot) for array in arrays))
+            yield Tensor(name, layout, tuple(Piece(array, slot) for array in arrays))
             continue
         for expert in range(arrays[0].shape[len(slot)]):
             at = tuple(Piece(array, (*slot, expert)) for array in arrays)
-            yield Tensor(names.layers.format(number) + name.format(expert), layout, at)
+            yield Tensor(name.format(expert), layout, at)
 
 
 def linear(theirs: str, *ours: str, arrange: type[Heads] | type[Transposed] | None = None) -> dict[str, Arrangement]:

@@ -15,6 +15,7 @@ from maxlm.config import (
     ExecutionConfig,
     ExpertChoiceRouter,
     Experts,
+    GlmRope,
     LmHead,
     ModelConfig,
     UserError,
@@ -65,7 +66,9 @@ class LanguageModel:
             segment_ids: integers of the same shape, not negative; tokens of different segments do not see each other.
                 None: a row is one document.
             positions: integers of the same shape, from 0 to model.max_seq_len - 1: where each token stands in its
-                document. None: 0, 1, ..., T - 1.
+                document. None: 0, 1, ..., T - 1. Of a model with `GlmRope` they may be [B, T, 2], or [T, 2]: the
+                position in the context, and the place in the block, which is 0 for all tokens of a context; a
+                document's context sees itself whole.
 
         Returns:
             float32 [B, T, V], or [T, V] for a single row, on the run's devices, rows over those that share the batch
@@ -84,13 +87,19 @@ class LanguageModel:
             )
         if positions is None:
             positions = np.broadcast_to(np.arange(ids.shape[-1]), ids.shape)
-        places = _like("positions", _integers("positions", positions, limit, "model.max_seq_len"), ids)
-        segments = None
+        where = _integers("positions", positions, limit, "model.max_seq_len")
+        segments = places = visible_to = None
         if segment_ids is not None:
             segments = _like("segment_ids", _integers("segment_ids", segment_ids, 2**31, "int32"), ids)
-        rows = np.atleast_2d(ids).shape[0]
+        if where.shape == (*ids.shape, 2) and self._counts_in_two:
+            places, where = where, np.broadcast_to(np.arange(ids.shape[-1], dtype=np.int32), ids.shape)
+            visible_to = _ends(places, segments)
+        asked: Any = ids, (_like("positions", where, ids), segments, visible_to, places)
+        rows = 1 if ids.ndim == 1 else len(ids)
+        if ids.ndim == 1:
+            asked = jax.tree.map(lambda x: x[None], asked)
         arguments = jax.device_put(
-            jax.tree.map(self._whole_shards, (ids, places, segments)),
+            jax.tree.map(self._whole_shards, asked),
             self._layout.sharding(self._layout.activation("batch", None)),
         )
         logits = self._compiled(self.parameters, *arguments)
@@ -99,15 +108,18 @@ class LanguageModel:
 
     __call__ = logits
 
-    def _whole_shards(self, values: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        """[B, T], with rows of zeros added until the mesh can cut them."""
-        values = np.atleast_2d(values)
-        return np.pad(values, ((0, -len(values) % self._layout.batch_shards), (0, 0)))
+    @property
+    def _counts_in_two(self) -> bool:
+        return any(isinstance(block.attention.position, GlmRope) for block in self.config.layers)
 
-    def _compute(
-        self, parameters: Any, ids: jax.Array, positions: jax.Array, segment_ids: jax.Array | None
-    ) -> jax.Array:
-        model, tokens = bind(self.config, parameters), Tokens(positions, segment_ids)
+    def _whole_shards(self, values: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """[B, T, ...], with rows of zeros added until the mesh can cut them."""
+        return np.pad(values, ((0, -len(values) % self._layout.batch_shards), *[(0, 0)] * (values.ndim - 1)))
+
+    def _compute(self, parameters: Any, ids: jax.Array, known: tuple[jax.Array | None, ...]) -> jax.Array:
+        positions, segment_ids, visible_to, places = known
+        assert positions is not None
+        model, tokens = bind(self.config, parameters), Tokens(positions, segment_ids, visible_to, places)
         output = model(model.embeddings(ids, tokens, self._how), tokens, self._how)
         return self._layout.constrain(ops.logits(output.hidden, model.unembedding), "batch", None, None)
 
@@ -122,6 +134,16 @@ def _dropless(model: ModelConfig) -> ModelConfig:
 
     first, blocks = (tuple(map(one, blocks)) for blocks in (model.first_blocks, model.blocks))
     return dataclasses.replace(model, first_blocks=first, blocks=blocks)
+
+
+def _ends(places: npt.NDArray[np.int32], segments: npt.NDArray[np.int32] | None) -> npt.NDArray[np.int32]:
+    """Where the columns end that each token sees: those of a context at its end, others at themselves."""
+    T = places.shape[-2]
+    own = np.zeros(places.shape[:-1], np.int32) if segments is None else segments
+    context = places[..., 1] == 0
+    of_context = (own[..., :, None] == own[..., None, :]) & context[..., None, :]
+    ends = np.where(of_context, np.arange(1, T + 1), 0).max(-1)
+    return np.where(context, ends, np.arange(1, T + 1)).astype(np.int32)
 
 
 def _integers(name: str, values: npt.ArrayLike, end: int, reason: str) -> npt.NDArray[np.int32]:

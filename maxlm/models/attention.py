@@ -10,13 +10,13 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from maxlm import shapes
-from maxlm.config import Alibi, GroupedQuery, ModelConfig, QkNorm, RelativeBias, RelativeSinusoids, Rope
+from maxlm.config import Alibi, GlmRope, GroupedQuery, ModelConfig, QkNorm, RelativeBias, RelativeSinusoids, Rope
 from maxlm.models import ops
 from maxlm.models.execution import Execution
 from maxlm.models.kv_cache import Contiguous, LayerCache
 from maxlm.models.norms import NormLayer
 from maxlm.models.parameters import Initializer
-from maxlm.models.positions import alibi_slopes, log_length_factors, relative_sinusoids, rotate_both
+from maxlm.models.positions import alibi_slopes, log_length_factors, relative_sinusoids, rotate_both, rotate_halves
 from maxlm.models.tokens import Tokens
 from maxlm.sharding import Layout
 
@@ -110,6 +110,8 @@ class GroupedQueryLayer(nnx.Module):
         match config.position:
             case Rope() as rope:
                 q, k = rotate_both(rope, config.head_dim, self.max_seq_len, tokens, q, k)
+            case GlmRope() as rope:
+                q, k = rotate_halves(rope, tokens, q, k)
             case RelativeSinusoids():
                 biased = q + self.distance_bias[...].astype(q.dtype)
                 weights = ops.dense(layout, self.distance_proj[...], q.dtype)
@@ -135,7 +137,7 @@ class GroupedQueryLayer(nnx.Module):
                 slopes = jnp.asarray(alibi_slopes(config.n_heads))
             case RelativeBias(max_distance=max_distance):
                 bias = ops.DistanceBias(self.relative_bias[...], max_distance=max_distance)
-            case Rope() | RelativeSinusoids() | None:
+            case Rope() | GlmRope() | RelativeSinusoids() | None:
                 pass
             case _:
                 assert_never(config.position)

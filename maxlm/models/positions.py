@@ -11,6 +11,7 @@ import numpy as np
 
 from maxlm.config import (
     DynamicNtkScaling,
+    GlmRope,
     LinearScaling,
     Llama3RopeScaling,
     LongRopeScaling,
@@ -43,6 +44,21 @@ def rotate_both(
     return rotate(q, angles, of_q, interleaved=config.interleaved), rotate(
         k, angles, of_k, interleaved=config.interleaved
     )
+
+
+def rotate_halves(config: GlmRope, tokens: Tokens, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Queries [B, T, N, H] and keys [B, T, K, H], each half of a head's dims rotated by one of the two places."""
+    half = q.shape[-1] // 2
+    frequencies = rotation(Rope(theta=config.theta), half, 0).frequencies
+    zeros = jnp.zeros_like(tokens.positions)
+    context, block = (zeros, tokens.positions + 1) if tokens.places is None else jnp.unstack(tokens.places, axis=-1)
+    angles = [place[..., None].astype(jnp.float32) * frequencies for place in (context, block)]
+
+    def both(x: jax.Array) -> jax.Array:
+        first, second = jnp.split(x, 2, axis=-1)
+        return jnp.concatenate([rotate(first, angles[0]), rotate(second, angles[1])], axis=-1)
+
+    return both(q), both(k)
 
 
 def rotation(config: Rope, head_dim: int, max_seq_len: int) -> Rotation:

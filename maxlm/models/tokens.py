@@ -17,5 +17,8 @@ class Tokens(NamedTuple):
     visible_to: jax.Array | None = None
     """int32 [B, T]: the end of the columns that a token may see, in place of itself; None: itself. Tokens of a prefix
     that sees itself whole (prefix LM, images) have the prefix's end here. With a cache, its slots are the columns."""
+    places: jax.Array | None = None
+    """int32 [B, T, 2], for `GlmRope`: the position in the context, and the place in the block. None: 0, and one more
+    than `positions`."""
     seeds: jax.Array | None = None
     """uint32 [B], of the noise of each row's routers; None: no noise."""

@@ -23,6 +23,7 @@ from maxlm.config import (
     ExpertChoiceRouter,
     Experts,
     GatedMlp,
+    GlmRope,
     GroupedQuery,
     LatentAttention,
     Learned,
@@ -247,7 +248,7 @@ def attention(config: Attention, model: ModelConfig) -> Iterator[Array]:
                     for name in ("content_bias", "distance_bias"):
                         yield _array(name, heads, Normal(model.init_std), Role.OTHER, part)
                     yield _array("distance_proj", heads | {"sinusoids": sinusoids}, plain, Role.PRODUCT, part)
-                case Rope() | Alibi() | None:
+                case Rope() | GlmRope() | Alibi() | None:
                     pass
                 case _:
                     assert_never(config.position)

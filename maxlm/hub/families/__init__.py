@@ -5,7 +5,7 @@ gpt.py: GPT, GPT-2, GPT-J, GPT-NeoX, Phi, Falcon, StarCoder 2, OPT, BLOOM
 gemma.py: Gemma 1 to 3
 deepseek.py: DeepSeek-V2 and V3
 gpt_oss.py: gpt-oss
-remote.py: Qwen 1, Baichuan, ChatGLM 2 and 3, which transformers has not
+remote.py: Qwen 1, Baichuan, ChatGLM 1 to 3, which transformers has not
 """
 
 from maxlm.hub.families import deepseek, gemma, gpt, gpt_oss, llama, remote

@@ -1,4 +1,4 @@
-"""Families that transformers has no class for: Qwen 1, Baichuan 1 and 2, ChatGLM 2 and 3.
+"""Families that transformers has no class for: Qwen 1, Baichuan 1 and 2, ChatGLM 1 to 3.
 
 Their models come with code of their own, named by `auto_map` in config.json. It is never run; what it computes is said
 here in the parts that all families share.
@@ -7,13 +7,16 @@ here in the parts that all families share.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from maxlm.config import (
     Activation,
     Alibi,
     BlockConfig,
+    DeepNorm,
     DynamicNtkScaling,
+    GlmRope,
     LayerNorm,
     LmHead,
     ModelConfig,
@@ -24,7 +27,7 @@ from maxlm.config import (
 from maxlm.config.fields import Positive
 from maxlm.hub.families.llama import IGNORED, MLP, NORMS, TOP
 from maxlm.hub.family import ModelFamily
-from maxlm.hub.names import Names, linear, norm
+from maxlm.hub.names import Heads, Names, linear, norm
 from maxlm.hub.published import Published
 from maxlm.hub.sizes import Keys, grouped_query
 
@@ -178,7 +181,8 @@ _THETA = 10_000.0
 
 
 def _read_chatglm(config: Published) -> ModelConfig:
-    config.refuse("position_encoding_2d", False, why="ChatGLM-6B, which counts in two dims and sees its prompt whole")
+    if config.get("position_encoding_2d", bool, False):
+        return _read_first_chatglm(config)
     config.refuse("vision_config", why="images are not read")
     config.refuse("pre_seq_len", why="there is no trained prefix")
     config.refuse("quantization_bit", 0, why="its numbers are packed")
@@ -209,6 +213,8 @@ def _read_chatglm(config: Published) -> ModelConfig:
 
 def _write_chatglm(model: ModelConfig) -> dict[str, Any]:
     attention = grouped_query(model)
+    if isinstance(attention.position, GlmRope):
+        return _FIRST_KEYS.write(model) | {"position_encoding_2d": True, "architectures": ["ChatGLMModel"]}
     assert isinstance(attention.position, Rope)
     return _CHATGLM_KEYS.write(model) | {
         "multi_query_attention": True,
@@ -221,27 +227,80 @@ def _write_chatglm(model: ModelConfig) -> dict[str, Any]:
     }
 
 
+_CHATGLM_NAMES = Names(
+    top={
+        "transformer.embedding.word_embeddings.weight": "embed",
+        **norm("transformer.encoder.final_layernorm", "final_norm"),
+        "transformer.output_layer.weight": "unembed",
+    },
+    block={
+        **NORMS,
+        **linear("self_attention.query_key_value", "attention/q", "attention/k", "attention/v"),
+        **linear("self_attention.dense", "attention/o"),
+        **linear("mlp.dense_h_to_4h", "mlp/gate", "mlp/up"),
+        **linear("mlp.dense_4h_to_h", "mlp/down"),
+    },
+    layers="transformer.encoder.layers.{}.",
+    ignored=("transformer.rotary_pos_emb.inv_freq",),
+)
+
+# ---- ChatGLM-6B ----
+
+_FIRST_KEYS = Keys(
+    n_layers="num_layers",
+    n_kv_heads=None,
+    head_dim=None,
+    d_ff="inner_hidden_size",
+    max_seq_len="max_sequence_length",
+    longest=2048,
+    eps="layernorm_epsilon",
+    words={"gelu": Activation.GELU_TANH},  # its code has no other
+    act="gelu",
+)
+
+
+def _read_first_chatglm(config: Published) -> ModelConfig:
+    """Its layers add to sqrt(2L) times their normalised input. A norm before a layer is thus the norm after what the
+    layer before it added: a post-norm model with DeepNorm's factor, and with a norm of the embeddings."""
+    config.refuse("pre_seq_len", why="there is no trained prefix")
+    config.refuse("quantization_bit", 0, why="its numbers are packed")
+    sizes = _FIRST_KEYS.read(config)
+    attention = sizes.attention(position=GlmRope(), qkv_bias=True, out_bias=True)
+    residual = DeepNorm(alpha=math.sqrt(2 * sizes.n_layers))
+    block = BlockConfig(attention=attention, mlp=sizes.plain(bias=True), residual=residual)
+    return sizes.model((block,), LayerNorm(eps=sizes.eps), embedding_norm=True, final_norm=False)
+
+
+_FIRST_NAMES = Names(
+    top={
+        "transformer.word_embeddings.weight": "embed",
+        **norm("transformer.layers.0.input_layernorm", "embedding_norm"),
+        "lm_head.weight": "unembed",
+    },
+    block={
+        **linear("attention.query_key_value", "attention/q", "attention/k", "attention/v", arrange=Heads),
+        **linear("attention.dense", "attention/o"),
+        **norm("post_attention_layernorm", "attention_norm"),
+        **linear("mlp.dense_h_to_4h", "mlp/up"),
+        **linear("mlp.dense_4h_to_h", "mlp/down"),
+    },
+    after=norm("input_layernorm", "mlp_norm"),
+    last=norm("transformer.final_layernorm", "mlp_norm"),
+    layers="transformer.layers.{}.",
+    ignored=("*.rotary_emb.inv_freq",),
+)
+
+
+def _chatglm_names(model: ModelConfig) -> Names:
+    return _FIRST_NAMES if isinstance(grouped_query(model).position, GlmRope) else _CHATGLM_NAMES
+
+
 CHATGLM = ModelFamily(
     model_type="chatglm",
     architecture="ChatGLMModel",
     read=_read_chatglm,
     write=_write_chatglm,
-    names=Names(
-        top={
-            "transformer.embedding.word_embeddings.weight": "embed",
-            **norm("transformer.encoder.final_layernorm", "final_norm"),
-            "transformer.output_layer.weight": "unembed",
-        },
-        block={
-            **NORMS,
-            **linear("self_attention.query_key_value", "attention/q", "attention/k", "attention/v"),
-            **linear("self_attention.dense", "attention/o"),
-            **linear("mlp.dense_h_to_4h", "mlp/gate", "mlp/up"),
-            **linear("mlp.dense_4h_to_h", "mlp/down"),
-        },
-        layers="transformer.encoder.layers.{}.",
-        ignored=("transformer.rotary_pos_emb.inv_freq",),
-    ),
+    names=_chatglm_names,
     needs_code=True,
 )
-"""Also GLM-4-9B as it was published first."""
+"""ChatGLM-6B, ChatGLM 2 and 3, and GLM-4-9B as it was published first."""
