@@ -20,7 +20,7 @@ from helpers import FLOAT32, initial_parameters, one_device
 from maxlm.config import DynamicNtkScaling, GroupedQuery, Rope, UserError, palm
 from maxlm.hub import converting
 from maxlm.hub.families import FAMILIES
-from maxlm.hub.models import load_model, save_model
+from maxlm.hub.models import KINDS, load_model, save_model
 from maxlm.hub.published import Published
 from maxlm.hub.tensor_files import SINGLE
 from maxlm.inference.language_model import LanguageModel
@@ -300,7 +300,7 @@ def test_converting_keeps_the_family_and_every_bit_and_no_code(
     """transformers is not asked, as it would want to run the code."""
     source = folders[name]
     (source / "modeling.py").write_text("raise SystemExit('this has run')")
-    opened = converting.open_published(source)
+    opened = converting.open_published(KINDS["hf"](source))
     converting.write_published(opened, tmp_path / "out", None)
     before, after = (safetensors.numpy.load_file(place / SINGLE) for place in (source, tmp_path / "out"))
     assert before.keys() == after.keys() and all(before[key].tobytes() == after[key].tobytes() for key in before)
@@ -416,7 +416,7 @@ def test_old_files_may_have_the_frequencies_of_rope(folders: dict[str, Path], tm
         (place / "config.json").write_text(json.dumps(CONFIGS[name]))
         tensors = safetensors.numpy.load_file(folders[name] / SINGLE)
         safetensors.numpy.save_file(tensors | {tensor: np.ones(4, np.float32)}, place / SINGLE)
-        converting.open_published(place)
+        converting.open_published(KINDS["hf"](place))
 
 
 @pytest.mark.parametrize("T", [17, 32])
