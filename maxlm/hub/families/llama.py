@@ -12,6 +12,7 @@ from maxlm.config import (
     GatedMlp,
     LayerNorm,
     LmHead,
+    LongRopeScaling,
     MlpConfig,
     ModelConfig,
     OutputNorm,
@@ -249,7 +250,8 @@ def _original_length(model: ModelConfig) -> dict[str, Any]:
     """Phi-3 says it beside `rope_scaling`."""
     position = model.layers[-1].attention.position
     scaling = position.scaling if isinstance(position, Rope) else None
-    return {"original_max_position_embeddings": getattr(scaling, "original_max_len", model.max_seq_len)}
+    length = scaling.original_max_len if isinstance(scaling, LongRopeScaling) else model.max_seq_len
+    return {"original_max_position_embeddings": length}
 
 
 def _read_olmo2(config: Published) -> ModelConfig:
