@@ -120,10 +120,10 @@ def test_loss_and_gradients_are_those_of_transformers(name: str) -> None:
     want = published.depth(name)
     assert found == pytest.approx(float(want.loss), rel=1e-5)
 
-    family, piece = FAMILIES[published.MODELS[name]["model_type"]], pieces_of(jax.tree.map(np.asarray, gradient))
+    family, pieces = FAMILIES[published.MODELS[name]["model_type"]], pieces_of(jax.tree.map(np.asarray, gradient))
     listed = sorted(tensors(model, family.names_of(model)), key=lambda tensor: tensor.name)
     whole = np.linalg.norm(want.gradients[:, 2])
     for tensor, (*sums, length) in zip(listed, want.gradients, strict=True):
-        got = published.sketch(tensor.name, tensor.join([piece(part) for part in tensor.parts]))
+        got = published.sketch(tensor.name, tensor.join(pieces(tensor.parts)))
         # Some are nothing but rounding: a bias of keys moves all scores of a query alike.
         np.testing.assert_allclose(got, [*sums, length], rtol=0, atol=1e-4 * length + 1e-6 * whole, err_msg=tensor.name)
