@@ -66,6 +66,11 @@ class Tokenizer(abc.ABC):
         """Names of `eos` and `bos` where the definition does not say them."""
         self.fingerprint = hashlib.sha256(definition).hexdigest()
 
+    @property
+    def text_size(self) -> int:
+        """One more than the highest id that `encode` may give: special tokens may come after all that texts are of."""
+        return self.vocab_size
+
     def encode(self, text: str) -> list[int]:
         """The ids of `text` alone: no bos, no eos, and names of special tokens inside the text are plain text."""
         return self.encode_batch([text])[0]
@@ -213,6 +218,7 @@ class HuggingFace(Tokenizer):
         else:
             self.bos_id = usual_bos if usual_bos is not None else _first_known([*said_bos, *_MORE_BOS_NAMES], *known)
         self.byte_ids = frozenset(i for name, i in vocabulary.items() if re.fullmatch("<0x[0-9A-F]{2}>", name))
+        self._text_size = max((i for name, i in vocabulary.items() if name not in special), default=-1) + 1
         if (self.eos_id, self.bos_id) != (usual_eos, usual_bos):
             names = {i: name for name, i in vocabulary.items()}
             # Beside the file itself, they decide what a document's ids are; and the saved copy lies alone.
@@ -221,6 +227,10 @@ class HuggingFace(Tokenizer):
                 "bos": "" if self.bos_id is None else names[self.bos_id],
             }
             self.fingerprint = hashlib.sha256(self._definition + json.dumps(self._ends).encode()).hexdigest()
+
+    @property
+    def text_size(self) -> int:
+        return self._text_size
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         # The library's own batch call would start a thread for every core.

@@ -19,6 +19,7 @@ from maxlm.checkpoint.checkpointer import Checkpointer
 from maxlm.checkpoint.reference import run_and_step
 from maxlm.checkpoint.store import Deferred
 from maxlm.config import CheckpointConfig, Dtype, ExecutionConfig, ModelConfig, RunConfig, serialize
+from maxlm.data.text_ends import PUBLISHED
 from maxlm.data.tokenizers import Tokenizer
 from maxlm.hub.families import FAMILIES
 from maxlm.hub.family import ModelFamily
@@ -30,8 +31,6 @@ from maxlm.inference.language_model import LanguageModel
 from maxlm.inference.load import ONE_DEVICE, deferred_run, layout_for, load_run
 from maxlm.models import abstract_parameters, declared
 
-PUBLISHED = "published"
-"""Folder of a run with the tokenizer's files, chat template and config.json of the model that it was made from."""
 _SHOWN = 3
 _PROBE = 16
 """Tokens of the text that logits are compared on."""

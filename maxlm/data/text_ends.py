@@ -1,0 +1,86 @@
+"""Where the texts that a model goes on with begin and end.
+
+Of a run that is how documents begin and end in its data. Of a published model its folder says it, which may be another
+token than the end of a document: a model that answers ends its turn with one of its own, or with one of several.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tokenizers
+
+from maxlm.config import UserError
+from maxlm.config.json_file import read_object
+from maxlm.data.tokenizers import Tokenizer
+
+PUBLISHED = "published"
+"""Folder of a run that was made from a published model: with its tokenizer's files, chat template and family."""
+
+
+class TextEnds(NamedTuple):
+    """Ids around a text."""
+
+    first: tuple[int, ...]
+    """Before a prompt."""
+    last: tuple[int, ...]
+    """Each of them ends a text; never empty."""
+
+    @staticmethod
+    def of_documents(tokenizer: Tokenizer) -> TextEnds:
+        """As in data that is prepared with it."""
+        return TextEnds(() if tokenizer.bos_id is None else (tokenizer.bos_id,), (tokenizer.eos_id,))
+
+    def prompt_ids(self, tokenizer: Tokenizer, text: str) -> list[int]:
+        """What a continuation of `text` starts from; never empty, as `Tokenizer.prompt_ids` says."""
+        return [*self.first, *tokenizer.encode(text)] or [tokenizer.eos_id]
+
+
+def published_ends(folder: Path, tokenizer: Tokenizer) -> TextEnds:
+    """What the folder of a published model says, as transformers reads it.
+
+    A text ends with any `eos_token_id` of generation_config.json (without that file, of config.json), and with the
+    `eos_token` of tokenizer_config.json. It begins with what tokenizer.json puts before a text, or with `bos_token`
+    where `add_bos_token` says so. What nothing is said of is as in documents.
+
+    Raises:
+        UserError: such a file is damaged, or its ids are no whole numbers.
+    """
+    usual = TextEnds.of_documents(tokenizer)
+    definition = folder / "tokenizer.json"
+    model = tokenizers.Tokenizer.from_file(str(definition)) if definition.is_file() else None
+    said = _object(folder / "tokenizer_config.json")
+
+    def id_of(key: str) -> int | None:
+        token = said.get(key)
+        name = token.get("content") if isinstance(token, dict) else token
+        return model.token_to_id(name) if model is not None and isinstance(name, str) else None
+
+    source = next((name for name in ("generation_config.json", "config.json") if (folder / name).is_file()), None)
+    last = [] if source is None else _ids(folder / source, "eos_token_id")
+    last += [i for i in [id_of("eos_token")] if i is not None and i not in last]
+
+    bos, adds_bos = id_of("bos_token"), said.get("add_bos_token")
+    if adds_bos is False:
+        first: tuple[int, ...] = ()
+    elif adds_bos is True and bos is not None:
+        first = (bos,)
+    elif model is not None:
+        text = model.encode("a")
+        first = tuple(text.ids[: text.special_tokens_mask.index(0)]) if 0 in text.special_tokens_mask else ()
+    else:
+        first = usual.first
+    return TextEnds(first, tuple(last) or usual.last)
+
+
+def _object(file: Path) -> dict[str, Any]:
+    return read_object(file, "an object, as the model came with it") if file.is_file() else {}
+
+
+def _ids(file: Path, key: str) -> list[int]:
+    value = _object(file).get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(i) is int for i in ids):
+        raise UserError(f"{file}: {key} = {value!r} must be a whole number or a list of them; restore the file")
+    return list(ids)
