@@ -23,7 +23,7 @@ from maxlm.data.text_ends import PUBLISHED
 from maxlm.data.tokenizers import Tokenizer
 from maxlm.hub.families import FAMILIES
 from maxlm.hub.family import ModelFamily
-from maxlm.hub.folder import Pieces, appearing, copy_tokenizer, write_folder
+from maxlm.hub.folder import Pieces, appearing, copy_tokenizer, write_ends, write_folder
 from maxlm.hub.models import PublishedModel, no_tokenizer, number_format, pieces_of, untrained
 from maxlm.hub.names import Piece
 from maxlm.hub.published import Published
@@ -96,6 +96,14 @@ def open_run(place: Path) -> Opened:
     folder, step = run_and_step(str(place))
     run = deferred_run(folder, step=step)
     published, pieces = folder / PUBLISHED, pieces_of(run.parameters)
+
+    def copy(target: Path) -> None:
+        if published.is_dir():
+            copy_tokenizer(published, target)
+        else:
+            copy_tokenizer(folder / "tokenizer", target)
+            write_ends(target, {"bos_token_id": run.tokenizer.bos_id, "eos_token_id": run.tokenizer.eos_id})
+
     return Opened(
         model=run.config.model,
         pieces=pieces,
@@ -104,7 +112,7 @@ def open_run(place: Path) -> Opened:
         dtype="float32",
         tokenizer=run.tokenizer,
         family=_family_of_origin(published),
-        copy_tokenizer=partial(copy_tokenizer, published if published.is_dir() else folder / "tokenizer"),
+        copy_tokenizer=copy,
         place=folder,
         config=run.config,
         step=run.step,

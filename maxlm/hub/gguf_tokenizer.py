@@ -22,6 +22,7 @@ from maxlm.config import HuggingFaceTokenizer, UserError
 from maxlm.config.fields import NotNegative
 from maxlm.data.text_ends import TextEnds
 from maxlm.data.tokenizers import Tokenizer, open_tokenizer
+from maxlm.hub.folder import write_ends
 from maxlm.hub.gguf_file import BETTER, GgufFile
 from maxlm.hub.published import Published
 
@@ -113,7 +114,7 @@ def write_tokenizer(file: GgufFile, folder: Path) -> None:
     _write_json(folder / "tokenizer_config.json", config)
     last, bos = vocabulary.last_ids(), vocabulary.special_id("bos")
     ids = {"bos_token_id": bos, "eos_token_id": last[0] if len(last) == 1 else last or None}
-    _write_json(folder / "generation_config.json", {key: value for key, value in ids.items() if value is not None})
+    write_ends(folder, ids)
     template = file.metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from maxlm import shapes
 from maxlm.config import UserError
-from maxlm.config.json_file import read_object
+from maxlm.config.json_file import parse_object
 from maxlm.data.tokenizers import Tokenizer
 from maxlm.hub.converting import Opened
 from maxlm.hub.folder import copy_tokenizer
@@ -45,7 +45,8 @@ class Resizing:
         for folder in (self._before, self._after):
             folder.mkdir()
             opened.copy_tokenizer(folder)
-        self.vocabulary = TokenSet.read(self._before)
+        found = TokenSet.read(self._before)
+        self.vocabulary = dataclasses.replace(found, file=opened.place / found.file.name)  # for messages
         if self.tokenizer.vocab_size > opened.model.vocab_size:
             raise UserError(
                 f"{opened.place}: its tokenizer has ids up to {self.tokenizer.vocab_size - 1}, the model "
@@ -147,15 +148,23 @@ class Resizing:
                 place.setdefault(old[0], new)  # a new token that one old one spells comes after that one
         for name in ("tokenizer_config.json", "generation_config.json", "added_tokens.json"):
             if (self._after / name).is_file():
-                values = read_object(self._after / name)
-                if name == "added_tokens.json":
-                    values = {token: place[i] for token, i in values.items() if i in place}
-                text = json.dumps(_moved(values, place), ensure_ascii=False, indent=2)
-                (self._after / name).write_text(text + "\n")
+                source = self._opened.place / name  # for messages
+                values = parse_object((self._after / name).read_bytes(), source, "an object, as the model came with it")
+                try:
+                    if name == "added_tokens.json":
+                        values = {token: place[i] for token, i in values.items() if i in place}
+                    values = _moved(values, place)
+                except (AttributeError, TypeError, ValueError) as error:
+                    raise UserError(f"{source}: its ids must be whole numbers ({error}); restore the file") from error
+                (self._after / name).write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n")
 
 
 def _moved(values: dict[str, Any], place: dict[int, int]) -> dict[str, Any]:
-    """With ids as they are now: keys of `added_tokens_decoder`, values of NAME_token_id and of lists of tokens."""
+    """With ids as they are now: keys of `added_tokens_decoder`, values of NAME_token_id and of lists of tokens.
+
+    Raises:
+        AttributeError, TypeError, ValueError: these are of other kinds.
+    """
     found = dict(values)
     for key, value in values.items():
         if key == "added_tokens_decoder":

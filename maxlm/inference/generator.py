@@ -73,7 +73,8 @@ class Generator:
         needed = max([self._tokenizer.text_size, *(i + 1 for i in self._ends.first)])
         if needed > self._config.vocab_size:
             raise UserError(
-                f"model.vocab_size = {self._config.vocab_size} is less than the tokenizer's {needed}; use the tokenizer that the model was trained with"
+                f"model.vocab_size = {self._config.vocab_size} is less than the tokenizer's {needed}; use the "
+                "tokenizer that the model was trained with"
             )
         if not self._config.decodes:
             raise UserError(

@@ -101,7 +101,7 @@ def decode_chunk(
     """Up to `min(limit, chunk)` new tokens in each row; stops when every row is done.
 
     Returns:
-        The state after them; int32 [B, chunk] tokens, of which the first n are set, and the first end in rows that were done
+        The state after them; int32 [B, chunk] tokens, of which the first n are set, and an end in rows that were done
         before; int32 n.
     """
 
