@@ -111,7 +111,7 @@ def write_folder(
     specs = {tensor.name: Spec(tensor.shape, dtype) for tensor in listed}
 
     with appearing(folder) as partial:
-        joined = (as_format(one.name, one.join(pieces(one.parts)), dtype) for one in listed)
+        joined = (as_format(f"{folder}: {one.name}", one.join(pieces(one.parts)), dtype) for one in listed)
         write_tensors(partial, specs, joined)
         if tokenizer is not None:
             tokenizer(partial)
@@ -166,13 +166,12 @@ def appearing(folder: Path) -> Iterator[Path]:
     require_new(folder)
     folder = folder.resolve()
     partial = folder.with_name(f"{folder.name}.partial")
-    try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-    except FileExistsError as error:
+    if os.path.lexists(partial):
         raise UserError(
             f"{partial}: is there already; remove it, if it is of a conversion that did not end, or name another folder"
-        ) from error
+        )
+    try:
+        partial.mkdir(parents=True)
     except OSError as error:
         raise _unwritable(error, folder) from error
     try:

@@ -151,7 +151,7 @@ def as_format(place: str, values: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt
         largest = np.abs(values[~np.isfinite(found)]).max()
         raise UserError(
             f"{place} holds {largest:g}, more than {dtype.name} has room for, {float(ml_dtypes.finfo(dtype).max):g}; "
-            "take a format with a wider range, such as bfloat16"
+            "take a format with a wider range, or another copy of the model"
         )
     return found
 
