@@ -31,6 +31,8 @@ from maxlm.inference.language_model import LanguageModel
 from maxlm.inference.load import ONE_DEVICE, deferred_run, layout_for, load_run
 from maxlm.models import abstract_parameters, declared
 
+_SETTLE_S = 2.0
+"""tensorstore, which writes checkpoints, tries again for a moment after a full disk, and makes folders anew."""
 _SHOWN = 3
 _PROBE = 16
 """Tokens of the text that logits are compared on."""
@@ -144,7 +146,7 @@ def write_run(opened: Opened, folder: Path) -> None:
     if opened.tokenizer is None:
         raise no_tokenizer(opened.place)
     config = dataclasses.replace(opened.config, run_dir=str(folder))
-    with appearing(folder) as place:
+    with appearing(folder, settle_s=_SETTLE_S) as place:
         serialize.save(config, place / "config.json")
         opened.tokenizer.save(place / "tokenizer")
         (place / PUBLISHED).mkdir()

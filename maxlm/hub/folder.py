@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -157,8 +158,12 @@ def require_new(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def appearing(folder: Path) -> Iterator[Path]:
+def appearing(folder: Path, *, settle_s: float = 0.0) -> Iterator[Path]:
     """A folder beside `folder` that takes its place when all is written, and is gone when that fails.
+
+    Args:
+        folder: new.
+        settle_s: how long after a failure threads may still write there.
 
     Raises:
         UserError: there is something at `folder`, or at the place beside it, or no room for it.
@@ -182,7 +187,12 @@ def appearing(folder: Path) -> Iterator[Path]:
     except OSError as error:
         raise _unwritable(error, folder) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial.exists():
+            until = time.monotonic() + settle_s
+            shutil.rmtree(partial, ignore_errors=True)
+            while time.monotonic() < until:
+                time.sleep(0.05)
+                shutil.rmtree(partial, ignore_errors=True)
 
 
 def _unwritable(error: OSError, folder: Path) -> UserError:
