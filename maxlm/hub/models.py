@@ -28,7 +28,7 @@ from maxlm.config import (
 from maxlm.data.text_ends import TextEnds, published_ends
 from maxlm.data.tokenizers import Tokenizer, open_tokenizer
 from maxlm.hub import gguf_tokenizer
-from maxlm.hub.folder import Pieces, copy_tokenizer, open_folder, write_folder
+from maxlm.hub.folder import TOKENIZER_FILES, Pieces, copy_tokenizer, open_folder, write_folder
 from maxlm.hub.gguf_file import GgufFile
 from maxlm.hub.gguf_weights import open_weights
 from maxlm.hub.names import Piece
@@ -168,8 +168,10 @@ def save_model(
 
     Raises:
         UserError: no family of published models can say all of this one, there is something at `path`, it cannot be
-            written, or there is no such format.
+            written, there is no such format, or no tokenizer.
     """
+    if tokenizer is not None and not any((Path(tokenizer) / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(f"tokenizer = {str(tokenizer)!r}: has none of {', '.join(TOKENIZER_FILES)}; name their folder")
     write_folder(
         model.config,
         pieces_of(model.parameters),
