@@ -24,7 +24,7 @@ from maxlm.hub.names import Piece
 from maxlm.hub.token_sets import JSON, SENTENCEPIECE, Edited, TokenSet
 
 RowSource = tuple[int, ...] | None
-"""Old rows whose mean a new row is; None: that of all."""
+"""Old rows whose mean a new row is; none: that of all."""
 
 
 class Resizing:
@@ -35,7 +35,7 @@ class Resizing:
         `vocab_size` is a multiple of it.
 
         Raises:
-            UserError: the model has no tokenizer, or one with more ids than it has rows.
+            UserError: the model has no tokenizer, one that cannot be changed, or with more ids than it has rows.
         """
         if opened.tokenizer is None:
             raise no_tokenizer(opened.place)
@@ -45,6 +45,11 @@ class Resizing:
         for folder in (self._before, self._after):
             folder.mkdir()
             opened.copy_tokenizer(folder)
+        if not any((self._before / name).is_file() for name in (JSON, SENTENCEPIECE)):
+            raise UserError(
+                f"{opened.place}: its tokenizer is neither a {JSON} nor a sentencepiece {SENTENCEPIECE}, which can be "
+                "changed; name a model with one of them"
+            )
         found = TokenSet.read(self._before)
         self.vocabulary = dataclasses.replace(found, file=opened.place / found.file.name)  # for messages
         if self.tokenizer.vocab_size > opened.model.vocab_size:
@@ -86,7 +91,7 @@ class Resizing:
             UserError: it cannot be read, or lists what is no token.
         """
         try:
-            lines = listed.read_text().split("\n")
+            lines = listed.read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"{listed}: cannot be read ({error}); name a text file with a token on each line"
@@ -131,7 +136,7 @@ class Resizing:
         found = np.zeros((size, *values.shape[1:]), values.dtype)
         of_all = values[: self.tokenizer.vocab_size].mean(0, dtype=np.float64)
         for i, source in enumerate(sources):
-            if source is None:
+            if not source:  # or nothing spelled it
                 found[i] = of_all
             else:
                 found[i] = values[source[0]] if len(source) == 1 else values[list(source)].mean(0, dtype=np.float64)

@@ -93,7 +93,7 @@ class TensorFolder:
             raise UserError(f"{place} is in {entry.dtype}; must be one of {', '.join(DTYPES)}: convert it first")
         values = self.read_bytes(name, entry.file).view(DTYPES[entry.dtype]).reshape(entry.shape)
         if entry.dtype == "F64":  # every parameter is float32
-            as_format(place, self._finite(name, values), np.dtype(np.float32))
+            as_format(place, values, np.dtype(np.float32))
         return self._finite(name, values)
 
     def _finite(self, name: str, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -144,10 +144,11 @@ def require_finite(place: str, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def as_format(place: str, values: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """Finite values in another number format. Raises UserError where one is too large for it."""
+    """The same values in a number format. Raises UserError where one is not finite, or too large for it."""
     with np.errstate(over="ignore"):
         found = values.astype(dtype, copy=False)
     if not np.isfinite(found).all():
+        require_finite(place, values)
         largest = np.abs(values[~np.isfinite(found)]).max()
         raise UserError(
             f"{place} holds {largest:g}, more than {dtype.name} has room for, {float(ml_dtypes.finfo(dtype).max):g}; "
