@@ -18,6 +18,9 @@ from maxlm.data.tokenizers import Tokenizer
 PUBLISHED = "published"
 """Folder of a run that was made from a published model: with its tokenizer's files, chat template and family."""
 
+_ANY = "aA1. \n\u4e00"
+"""Some of it is an ordinary token of any vocabulary."""
+
 
 class TextEnds(NamedTuple):
     """Ids around a text."""
@@ -67,7 +70,7 @@ def published_ends(folder: Path, tokenizer: Tokenizer) -> TextEnds:
     elif adds_bos is True and bos is not None:
         first = (bos,)
     elif model is not None:
-        text = model.encode("a")
+        text = model.encode(_ANY)
         first = tuple(text.ids[: text.special_tokens_mask.index(0)]) if 0 in text.special_tokens_mask else ()
     else:
         first = usual.first
