@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Tokenizer, models, processors
 from maxlm import convert, generate
 from maxlm.config import SamplingConfig, UserError
 from maxlm.data.text_ends import TextEnds, published_ends
+from maxlm.data.tokenizers import load_tokenizer
 from maxlm.hub.folder import appearing
 from maxlm.hub.models import find_tokenizer, load_model, save_model
 from maxlm.hub.tensor_files import SINGLE
@@ -71,7 +72,7 @@ GENERATION, CONFIG, TOKENS = "generation_config.json", "config.json", "tokenizer
         ({}, [], [V - 1]),
         ({GENERATION: {"eos_token_id": [7, V - 2]}}, [], [7, V - 2]),
         ({GENERATION: {"eos_token_id": 7}, CONFIG: {"eos_token_id": 8}}, [], [7]),
-        ({CONFIG: {"eos_token_id": 8}}, [], [8]),
+        ({CONFIG: {"eos_token_id": 8}, GENERATION: {"top_p": 0.8}}, [], [8]),
         ({TOKENS: {"eos_token": "<|im_end|>"}}, [], [V - 2]),
         ({GENERATION: {"eos_token_id": 7}, TOKENS: {"eos_token": {"content": "<|im_end|>"}}}, [], [7, V - 2]),
         ({TOKENS: {"add_bos_token": True, "bos_token": "<s>"}}, [V - 3], [V - 1]),
@@ -88,6 +89,19 @@ def test_ends_are_those_of_the_folder(files: dict[str, Any], first: list[int], l
     tokenizer = find_tokenizer(folder)
     assert tokenizer is not None and tokenizer.fingerprint == before.fingerprint
     assert published_ends(folder, tokenizer) == TextEnds(tuple(first), tuple(last))
+
+
+def test_the_only_word_on_an_end_is_an_id(folder: Path) -> None:
+    Tokenizer(models.BPE(vocab={chr(33 + i): i for i in range(V)}, merges=[])).save(str(folder / "tokenizer.json"))
+    with pytest.raises(
+        UserError, match=r"none of its tokens is known as the end .* or with eos_token in a tokenizer_c"
+    ):
+        find_tokenizer(folder)
+    say(folder, CONFIG, eos_token_id=[7, 8])
+    tokenizer = find_tokenizer(folder)
+    assert tokenizer is not None and tokenizer.eos_id == 7
+    tokenizer.save(folder.parent / "saved")
+    assert load_tokenizer(folder.parent / "saved").eos_id == 7
 
 
 def test_what_the_tokenizer_puts_before_a_text(folder: Path) -> None:
@@ -118,11 +132,13 @@ def test_a_text_stops_at_any_of_its_ends(folder: Path, capsys: pytest.CaptureFix
     whole = tokens("--hf", str(folder))
     end = next(i for i in range(1, 6) if whole[i] not in whole[:i])
     say(folder, CONFIG, eos_token_id=[V - 1, whole[end]])
+    say(folder, GENERATION, top_p=0.8)
     assert tokens("--hf", str(folder)) == whole[: end + 1]
     run(f"hf:{folder}", f"run:{folder.parent}/run")
     run(f"run:{folder.parent}/run", f"hf:{folder.parent}/back")
     for name in (CONFIG, GENERATION):
         assert said(folder.parent / "back", name)["eos_token_id"] == [V - 1, whole[end]]
+    assert said(folder.parent / "back", GENERATION)["top_p"] == 0.8
     loaded = load_run(folder.parent / "run")
     assert loaded.ends == TextEnds((), (V - 1, whole[end]))
     first, second = loaded.generate(["abc", "AB"], max_new_tokens=6, sampling=SamplingConfig(temperature=0))

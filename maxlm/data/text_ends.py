@@ -7,13 +7,12 @@ token than the end of a document: a model that answers ends its turn with one of
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import tokenizers
 
-from maxlm.config import UserError
 from maxlm.config.json_file import read_object
-from maxlm.data.tokenizers import Tokenizer
+from maxlm.data.tokenizers import Tokenizer, eos_ids_beside
 
 PUBLISHED = "published"
 """Folder of a run that was made from a published model: with its tokenizer's files, chat template and family."""
@@ -43,7 +42,7 @@ class TextEnds(NamedTuple):
 def published_ends(folder: Path, tokenizer: Tokenizer) -> TextEnds:
     """What the folder of a published model says, as transformers reads it.
 
-    A text ends with any `eos_token_id` of generation_config.json (without that file, of config.json), and with the
+    A text ends with any `eos_token_id` of generation_config.json (if it says none, of config.json), and with the
     `eos_token` of tokenizer_config.json. It begins with what tokenizer.json puts before a text, or with `bos_token`
     where `add_bos_token` says so. What nothing is said of is as in documents.
 
@@ -53,16 +52,15 @@ def published_ends(folder: Path, tokenizer: Tokenizer) -> TextEnds:
     usual = TextEnds.of_documents(tokenizer)
     definition = folder / "tokenizer.json"
     model = tokenizers.Tokenizer.from_file(str(definition)) if definition.is_file() else None
-    said = _object(folder / "tokenizer_config.json")
+    file = folder / "tokenizer_config.json"
+    said = read_object(file, "an object, as the model came with it") if file.is_file() else {}
 
     def id_of(key: str) -> int | None:
         token = said.get(key)
         name = token.get("content") if isinstance(token, dict) else token
         return model.token_to_id(name) if model is not None and isinstance(name, str) else None
 
-    source = next((name for name in ("generation_config.json", "config.json") if (folder / name).is_file()), None)
-    last = [] if source is None else _ids(folder / source, "eos_token_id")
-    last += [i for i in [id_of("eos_token")] if i is not None and i not in last]
+    last = [i for i in dict.fromkeys([*eos_ids_beside(folder), id_of("eos_token")]) if i is not None]
 
     bos, adds_bos = id_of("bos_token"), said.get("add_bos_token")
     if adds_bos is False:
@@ -75,15 +73,3 @@ def published_ends(folder: Path, tokenizer: Tokenizer) -> TextEnds:
     else:
         first = usual.first
     return TextEnds(first, tuple(last) or usual.last)
-
-
-def _object(file: Path) -> dict[str, Any]:
-    return read_object(file, "an object, as the model came with it") if file.is_file() else {}
-
-
-def _ids(file: Path, key: str) -> list[int]:
-    value = _object(file).get(key)
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(i) is int for i in ids):
-        raise UserError(f"{file}: {key} = {value!r} must be a whole number or a list of them; restore the file")
-    return list(ids)

@@ -124,27 +124,38 @@ def write_folder(
 def copy_tokenizer(source: Path, target: Path) -> None:
     """The files of a tokenizer, as far as there are any.
 
-    Without a generation_config.json it gets one with what the config.json says of it, as our config.json says less.
+    What a generation_config.json does not say of the ends of a text, and the config.json does, is added to it.
+
+    Raises:
+        UserError: a file is a link to nothing, or damaged.
     """
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
         elif (source / name).is_symlink():
             raise UserError(f"{source / name}: is a link to nothing; download it again")
-    if not (target / GENERATION).exists() and (ids := _ids_of_ends(source / "config.json")):
-        write_ends(target, ids)
+    write_ends(target, _ids_of_ends(source / "config.json") | _ids_of_ends(target / GENERATION))
 
 
 def write_ends(folder: Path, ids: Mapping[str, int | list[int] | None]) -> None:
-    """The generation_config.json of `bos_token_id` and `eos_token_id`."""
-    said = {key: value for key, value in ids.items() if value is not None}
-    (folder / GENERATION).write_text(json.dumps(said, indent=2) + "\n")
+    """`bos_token_id` and `eos_token_id`, as far as there are any, in the generation_config.json."""
+    said = _said(folder / GENERATION)
+    whole = said | {key: value for key, value in ids.items() if value is not None}
+    if whole != said:
+        (folder / GENERATION).write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _ids_of_ends(file: Path) -> dict[str, Any]:
     """`bos_token_id` and `eos_token_id`, as far as a file is there and says them."""
-    said = read_object(file, "an object, as the model came with it") if file.is_file() else {}
-    return {key: said[key] for key in ("bos_token_id", "eos_token_id") if said.get(key) is not None}
+    return {
+        key: value
+        for key, value in _said(file).items()
+        if key in ("bos_token_id", "eos_token_id") and value is not None
+    }
+
+
+def _said(file: Path) -> dict[str, Any]:
+    return read_object(file, "an object, as the model came with it") if file.is_file() else {}
 
 
 def require_new(folder: Path) -> None:
