@@ -264,7 +264,7 @@ def maxlm_decoding(rows: int) -> Figures:
     how = Execution(make_layout(ShardingConfig(), jax.devices()[:1]), ExecutionConfig(dtype=Dtype.FLOAT32))
     how = how.decoding(how.layout)
     config, parameters = layers_apart(config, jax.jit(lambda: init_parameters(config, jax.random.key(0)))())
-    choose = Choice(SamplingConfig(temperature=0.0), VOCAB, -1)  # no id ends a text
+    choose = Choice(SamplingConfig(temperature=0.0), VOCAB, (-1,))  # no id ends a text
 
     def prefill(parameters: Any, tokens: jax.Array) -> DecodeState:
         lengths = jnp.full((rows,), PROMPT, jnp.int32)

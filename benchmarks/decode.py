@@ -59,7 +59,7 @@ def decoding(layout: Layout, batch: int, length: int, at: int) -> dict[str, Any]
     empty = jax.jit(lambda: bind(config, parameters).empty_cache(batch, length, how))
 
     def run(parameters: Any, state: DecodeState, keys: jax.Array, limit: jax.Array) -> tuple:
-        choose = Choice(SamplingConfig(temperature=0.0), 256, -1)
+        choose = Choice(SamplingConfig(temperature=0.0), 256, (-1,))
         return decode_chunk(bind(config, parameters), how, state, keys, limit, chunk=TOKENS, choose=choose)
 
     def state() -> DecodeState:

@@ -86,7 +86,7 @@ def _decode_program(config: ModelConfig, length: int) -> tuple[jax.stages.Compil
     row = jax.ShapeDtypeStruct((2,), jnp.int32)
 
     def run(parameters: dict, state: DecodeState) -> tuple:
-        choose = Choice(SamplingConfig(temperature=0), config.vocab_size, -1)
+        choose = Choice(SamplingConfig(temperature=0), config.vocab_size, (-1,))
         keys = row_keys(jnp.uint32(0), 2)
         return decode_chunk(bind(config, parameters), how, state, keys, jnp.int32(4), chunk=4, choose=choose)
 

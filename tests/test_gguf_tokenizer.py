@@ -15,6 +15,7 @@ import sentencepiece
 import tokenizers
 
 from maxlm.config import UserError
+from maxlm.data.text_ends import published_ends
 from maxlm.hub import gguf_tokenizer
 from maxlm.hub.gguf_file import GgufFile
 
@@ -47,7 +48,7 @@ def test_ids_of_sentencepiece(prefix: bool, tmp_path: Path) -> None:
     file = vocabulary_file(
         tmp_path / "model.gguf", tokenizer_model="llama", token_list=[model.id_to_piece(i) for i in n],
         token_scores=[model.get_score(i) for i in n], token_types=kinds, bos_token_id=1, eos_token_id=2,
-        unk_token_id=0, add_space_prefix=prefix,
+        unk_token_id=0, add_space_prefix=prefix, eot_token_id=3,
     )  # fmt: skip
     tokenizer = gguf_tokenizer.find_tokenizer(file)
     assert tokenizer is not None
@@ -57,6 +58,10 @@ def test_ids_of_sentencepiece(prefix: bool, tmp_path: Path) -> None:
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 2, model.vocab_size())
     assert tokenizer.byte_ids == {i for i in n if model.is_byte(i)}
     assert tokenizer.prompt_ids("a") == [1, *model.encode("a")]
+    assert gguf_tokenizer.find_ends(file, tokenizer) == ((1,), (2, 3))
+    (tmp_path / "written").mkdir()
+    gguf_tokenizer.write_tokenizer(file, tmp_path / "written")
+    assert published_ends(tmp_path / "written", tokenizer) == ((1,), (2, 3))
 
 
 def byte_level(pre: tokenizers.pre_tokenizers.PreTokenizer) -> tokenizers.Tokenizer:

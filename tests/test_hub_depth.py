@@ -71,7 +71,7 @@ def test_the_likeliest_tokens_are_those_of_transformers(name: str) -> None:
     """Prompts of two lengths are read into a cache, and continued from there."""
     model, lengths = loaded(name), np.array([T, SHORT], np.int32)
     prompts = np.where(np.arange(T) < lengths[:, None], published.ids(), 0).astype(np.int32)
-    choose = Choice(SamplingConfig(temperature=0), V, eos_id=V)  # which no token is
+    choose = Choice(SamplingConfig(temperature=0), V, ends=(V,))  # which no token is
 
     @jax.jit
     def continued(parameters: Any, prompts: jax.Array, lengths: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 
 from maxlm.config import ShardingConfig, UserError
-from maxlm.hub.folder import ModelFolder
+from maxlm.hub.folder import open_folder
 from maxlm.hub.models import load_model
 from maxlm.hub.published import Published
 from maxlm.hub.quantized import Dequantised
@@ -94,7 +94,7 @@ FACTORS = np.ones((3, 3), np.float32)
         (MXFP4, {"w_blocks": ("U8", BLOCKS[0]), "w_scales": ("U8", SCALES[0])}, r"w_blocks is U8 \[6, 3, 16\]"),
         (MXFP4, {"w_blocks": ("I8", BLOCKS), "w_scales": ("U8", SCALES)}, r"w_blocks is I8"),
         ({"quant_method": "awq"}, {}, r"quant_method = 'awq' is not supported; it may be fp8 or mxfp4"),
-        ({}, {}, r"quantization_config: has no quant_method"),
+        ({"load_in_4bit": True}, {}, r"quant_method = 'none' is not supported.* take the model as it was"),
     ],
 )
 def test_numbers_and_factors_that_do_not_fit(
@@ -142,7 +142,7 @@ def test_a_packed_model_is_that_of_transformers(tmp_path: Path) -> None:
     published.write_model(published.MXFP4[name], tmp_path)
     model, _ = load_model(tmp_path, sharding=ShardingConfig(data=1, tensor=2, expert=2))
     np.testing.assert_allclose(model(published.ids()), published.logits(name), atol=2e-5)
-    assert ModelFolder(tmp_path).dtype == ml_dtypes.bfloat16  # of most numbers, which lose nothing there
+    assert open_folder(tmp_path).dtype == ml_dtypes.bfloat16  # of most numbers, which lose nothing there
     found = safetensors.numpy.load_file(tmp_path / SINGLE)
     lost = found.pop("model.layers.1.mlp.experts.down_proj_scales")
     assert lost.shape == (4, 32, 2)

@@ -66,6 +66,11 @@ class Tokenizer(abc.ABC):
         """Names of `eos` and `bos` where the definition does not say them."""
         self.fingerprint = hashlib.sha256(definition).hexdigest()
 
+    @property
+    def text_size(self) -> int:
+        """One more than the highest id that `encode` may give: special tokens may come after all that texts are of."""
+        return self.vocab_size
+
     def encode(self, text: str) -> list[int]:
         """The ids of `text` alone: no bos, no eos, and names of special tokens inside the text are plain text."""
         return self.encode_batch([text])[0]
@@ -172,8 +177,8 @@ class HuggingFace(Tokenizer):
     """A `tokenizer.json` of the `tokenizers` library, or a `.tiktoken` file, which becomes one.
 
     The end of a document is `eos` where it is given, else the first that the vocabulary has of: well known names, what
-    a `tokenizer_config.json` beside the file says, more names. The same for its beginning, which may be without a
-    token (`bos=""`).
+    a `tokenizer_config.json` beside the file says, more names, `eos_token_id` beside the file. The same for its
+    beginning, but for the last, which may be without a token (`bos=""`).
     """
 
     kind = TokenizerKind.HUGGING_FACE
@@ -203,9 +208,13 @@ class HuggingFace(Tokenizer):
         if found_eos is None:
             found_eos = _first_known([*said_eos, *_MORE_EOS_NAMES], *known)
         if found_eos is None:
+            said_ids = eos_ids_beside(path.parent)
+            found_eos = next((i for i in said_ids if i in vocabulary.values()), None)
+        if found_eos is None:
             raise UserError(
                 f"{path}: none of its tokens is known as the end of a document; name it with prepare.tokenizer.eos (on "
-                f"the command line --eos), such as {_choices(special)}"
+                "the command line --eos), or with eos_token in a tokenizer_config.json beside it, such as "
+                f"{_choices(special)}"
             )
         self.eos_id = found_eos
         if bos is not None:
@@ -213,6 +222,7 @@ class HuggingFace(Tokenizer):
         else:
             self.bos_id = usual_bos if usual_bos is not None else _first_known([*said_bos, *_MORE_BOS_NAMES], *known)
         self.byte_ids = frozenset(i for name, i in vocabulary.items() if re.fullmatch("<0x[0-9A-F]{2}>", name))
+        self._text_size = max((i for name, i in vocabulary.items() if name not in special), default=-1) + 1
         if (self.eos_id, self.bos_id) != (usual_eos, usual_bos):
             names = {i: name for name, i in vocabulary.items()}
             # Beside the file itself, they decide what a document's ids are; and the saved copy lies alone.
@@ -221,6 +231,10 @@ class HuggingFace(Tokenizer):
                 "bos": "" if self.bos_id is None else names[self.bos_id],
             }
             self.fingerprint = hashlib.sha256(self._definition + json.dumps(self._ends).encode()).hexdigest()
+
+    @property
+    def text_size(self) -> int:
+        return self._text_size
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         # The library's own batch call would start a thread for every core.
@@ -324,6 +338,24 @@ def _beside(path: Path) -> tuple[list[str], list[str]]:
         name = value.get("content") if isinstance(value, dict) else value
         found.append([name] if isinstance(name, str) else [])
     return found[0], found[1]
+
+
+def eos_ids_beside(folder: Path) -> list[int]:
+    """All `eos_token_id` of the generation_config.json of a published model; if it says none, of its config.json.
+
+    Raises:
+        UserError: the file is damaged, or they are no whole numbers.
+    """
+    for file in (folder / "generation_config.json", folder / "config.json"):
+        said = read_object(file, "an object, as the model came with it") if file.is_file() else {}
+        if (value := said.get("eos_token_id")) is not None:
+            ids: list[int] = value if isinstance(value, list) else [value]
+            if not all(type(i) is int for i in ids):
+                raise UserError(
+                    f"{file}: eos_token_id = {value!r} must be a whole number or a list of them; restore the file"
+                )
+            return ids
+    return []
 
 
 @contextlib.contextmanager

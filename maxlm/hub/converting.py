@@ -19,10 +19,11 @@ from maxlm.checkpoint.checkpointer import Checkpointer
 from maxlm.checkpoint.reference import run_and_step
 from maxlm.checkpoint.store import Deferred
 from maxlm.config import CheckpointConfig, Dtype, ExecutionConfig, ModelConfig, RunConfig, serialize
+from maxlm.data.text_ends import PUBLISHED
 from maxlm.data.tokenizers import Tokenizer
 from maxlm.hub.families import FAMILIES
 from maxlm.hub.family import ModelFamily
-from maxlm.hub.folder import Pieces, appearing, copy_tokenizer, write_folder
+from maxlm.hub.folder import Pieces, appearing, copy_tokenizer, write_ends, write_folder
 from maxlm.hub.models import PublishedModel, no_tokenizer, number_format, pieces_of, untrained
 from maxlm.hub.names import Piece
 from maxlm.hub.published import Published
@@ -30,8 +31,8 @@ from maxlm.inference.language_model import LanguageModel
 from maxlm.inference.load import ONE_DEVICE, deferred_run, layout_for, load_run
 from maxlm.models import abstract_parameters, declared
 
-PUBLISHED = "published"
-"""Folder of a run with the tokenizer's files, chat template and config.json of the model that it was made from."""
+_SETTLE_S = 2.0
+"""tensorstore, which writes checkpoints, tries again for a moment after a full disk, and makes folders anew."""
 _SHOWN = 3
 _PROBE = 16
 """Tokens of the text that logits are compared on."""
@@ -97,6 +98,14 @@ def open_run(place: Path) -> Opened:
     folder, step = run_and_step(str(place))
     run = deferred_run(folder, step=step)
     published, pieces = folder / PUBLISHED, pieces_of(run.parameters)
+
+    def copy(target: Path) -> None:
+        if published.is_dir():
+            copy_tokenizer(published, target)
+        else:
+            copy_tokenizer(folder / "tokenizer", target)
+            write_ends(target, {"bos_token_id": run.tokenizer.bos_id, "eos_token_id": run.tokenizer.eos_id})
+
     return Opened(
         model=run.config.model,
         pieces=pieces,
@@ -105,7 +114,7 @@ def open_run(place: Path) -> Opened:
         dtype="float32",
         tokenizer=run.tokenizer,
         family=_family_of_origin(published),
-        copy_tokenizer=partial(copy_tokenizer, published if published.is_dir() else folder / "tokenizer"),
+        copy_tokenizer=copy,
         place=folder,
         config=run.config,
         step=run.step,
@@ -137,7 +146,7 @@ def write_run(opened: Opened, folder: Path) -> None:
     if opened.tokenizer is None:
         raise no_tokenizer(opened.place)
     config = dataclasses.replace(opened.config, run_dir=str(folder))
-    with appearing(folder) as place:
+    with appearing(folder, settle_s=_SETTLE_S) as place:
         serialize.save(config, place / "config.json")
         opened.tokenizer.save(place / "tokenizer")
         (place / PUBLISHED).mkdir()
@@ -200,7 +209,7 @@ def report(opened: Opened, folder: Path | None) -> Iterator[str]:
 
 
 def _compare_logits(opened: Opened, folder: Path) -> str:
-    """With transformers, where it is installed and has the family."""
+    """With transformers, where it is installed, has the family and reads the folder."""
     family = _family_of_origin(folder)
     if family is not None and family.needs_code:
         return (
@@ -215,9 +224,13 @@ def _compare_logits(opened: Opened, folder: Path) -> str:
     ids = np.arange(_PROBE)[None] * 7919 % opened.model.vocab_size
     layout, execution = layout_for(opened.model, ONE_DEVICE), ExecutionConfig(dtype=Dtype.FLOAT32)
     ours = np.asarray(LanguageModel(opened.model, execution, layout, opened.parameters())(ids))
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
-    with torch.no_grad():
-        theirs = model(torch.from_numpy(ids)).logits.numpy()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+        with torch.no_grad():
+            theirs = model(torch.from_numpy(ids)).logits.numpy()
+    except Exception as error:  # quantised weights want packages and devices of their own, to name one
+        reason = " ".join(str(error).split())
+        return f"logits: not compared, as transformers {transformers.__version__} cannot run the folder ({reason})"
     difference, largest = np.abs(ours - theirs).max(), np.abs(theirs).max()
     return (
         f"logits of {_PROBE} tokens: at most {difference:.1e} from those of transformers {transformers.__version__}, "

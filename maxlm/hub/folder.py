@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,18 @@ import numpy.typing as npt
 from maxlm.config import ModelConfig, UserError
 from maxlm.config.changes import changes
 from maxlm.config.fields import Changes
+from maxlm.config.json_file import read_object
 from maxlm.hub.families import FAMILIES
 from maxlm.hub.family import ModelFamily
 from maxlm.hub.names import Piece, tensors
 from maxlm.hub.published import Published
 from maxlm.hub.quantized import Dequantised
-from maxlm.hub.tensor_files import Spec, write_tensors
+from maxlm.hub.tensor_files import Spec, as_format, write_tensors
 from maxlm.hub.weights import PublishedWeights
 
 Pieces = Callable[[Sequence[Piece]], list[npt.NDArray[Any]]]
 """Gives the parts of arrays that a tensor holds."""
+GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -33,7 +37,7 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "generation_config.json",
+    GENERATION,
     "chat_template.jinja",
 )
 """What goes along with a model as it is; the chat template stands in tokenizer_config.json or in a file of its own."""
@@ -99,7 +103,8 @@ def write_folder(
         prefer: the family that it came from.
 
     Raises:
-        UserError: there is something at `folder`; no family can say all of the model; or it cannot be written.
+        UserError: there is something at `folder`; no family can say all of the model; a number is too large for
+            `dtype`; or it cannot be written.
     """
     family, values = family_of(model, prefer)
     by_array = lambda tensor: [part.array.name for part in tensor.parts]
@@ -107,47 +112,101 @@ def write_folder(
     specs = {tensor.name: Spec(tensor.shape, dtype) for tensor in listed}
 
     with appearing(folder) as partial:
-        joined = (tensor.join(pieces(tensor.parts)).astype(dtype, copy=False) for tensor in listed)
+        joined = (as_format(f"{folder}: {one.name}", one.join(pieces(one.parts)), dtype) for one in listed)
         write_tensors(partial, specs, joined)
-        values |= {"dtype": dtype.name, "torch_dtype": dtype.name}
-        (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer(partial)
+        values |= {"dtype": dtype.name, "torch_dtype": dtype.name} | _ids_of_ends(partial / GENERATION)
+        (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     return family
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """The files of a tokenizer, as far as there are any."""
+    """The files of a tokenizer, as far as there are any.
+
+    What a generation_config.json does not say of the ends of a text, and the config.json does, is added to it.
+
+    Raises:
+        UserError: a file is a link to nothing, or damaged.
+    """
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+        elif (source / name).is_symlink():
+            raise UserError(f"{source / name}: is a link to nothing; download it again")
+    write_ends(target, _ids_of_ends(source / "config.json") | _ids_of_ends(target / GENERATION))
+
+
+def write_ends(folder: Path, ids: Mapping[str, int | list[int] | None]) -> None:
+    """`bos_token_id` and `eos_token_id`, as far as there are any, in the generation_config.json."""
+    said = _said(folder / GENERATION)
+    whole = said | {key: value for key, value in ids.items() if value is not None}
+    if whole != said:
+        (folder / GENERATION).write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _ids_of_ends(file: Path) -> dict[str, Any]:
+    """`bos_token_id` and `eos_token_id`, as far as a file is there and says them."""
+    return {
+        key: value
+        for key, value in _said(file).items()
+        if key in ("bos_token_id", "eos_token_id") and value is not None
+    }
+
+
+def _said(file: Path) -> dict[str, Any]:
+    return read_object(file, "an object, as the model came with it") if file.is_file() else {}
 
 
 def require_new(folder: Path) -> None:
-    """Raises UserError where there is something already."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: is there already; name a new folder")
+    """Raises UserError where there is something already; an empty folder is nothing, a link leads to none."""
+    try:
+        there = os.path.lexists(folder)
+        if there and (folder.is_symlink() or not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder}: is there already; name a new folder")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be looked at ({error.strerror}); name another folder") from error
 
 
 @contextlib.contextmanager
-def appearing(folder: Path) -> Iterator[Path]:
+def appearing(folder: Path, *, settle_s: float = 0.0) -> Iterator[Path]:
     """A folder beside `folder` that takes its place when all is written, and is gone when that fails.
 
+    Args:
+        folder: new.
+        settle_s: how long after a failure threads may still write there.
+
     Raises:
-        UserError: there is something at `folder`, or no room for it.
+        UserError: there is something at `folder`, or at the place beside it, or no room for it.
     """
     require_new(folder)
+    folder = folder.resolve()
     partial = folder.with_name(f"{folder.name}.partial")
+    if os.path.lexists(partial):
+        raise UserError(
+            f"{partial}: is there already; remove it, if it is of a conversion that did not end, or name another folder"
+        )
     try:
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+    except OSError as error:
+        raise _unwritable(error, folder) from error
+    try:
         yield partial
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)
     except OSError as error:
-        raise UserError(
-            f"{error.filename or folder}: cannot be written ({error.strerror}); make room or name another folder"
-        ) from error
+        raise _unwritable(error, folder) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial.exists():
+            until = time.monotonic() + settle_s
+            shutil.rmtree(partial, ignore_errors=True)
+            while time.monotonic() < until:
+                time.sleep(0.05)
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def _unwritable(error: OSError, folder: Path) -> UserError:
+    return UserError(
+        f"{error.filename or folder}: cannot be written ({error.strerror}); make room or name another folder"
+    )

@@ -20,7 +20,9 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from maxlm.config import HuggingFaceTokenizer, UserError
 from maxlm.config.fields import NotNegative
+from maxlm.data.text_ends import TextEnds
 from maxlm.data.tokenizers import Tokenizer, open_tokenizer
+from maxlm.hub.folder import write_ends
 from maxlm.hub.gguf_file import BETTER, GgufFile
 from maxlm.hub.published import Published
 
@@ -89,6 +91,12 @@ def find_tokenizer(file: GgufFile) -> Tokenizer | None:
         return open_tokenizer(HuggingFaceTokenizer(path=str(path), eos=vocabulary.special("eos"), bos=bos))
 
 
+def find_ends(file: GgufFile, tokenizer: Tokenizer) -> TextEnds:
+    """Raises UserError as `find_tokenizer`."""
+    usual, vocabulary = TextEnds.of_documents(tokenizer), _vocabulary(file)
+    return usual if vocabulary is None else usual._replace(last=tuple(vocabulary.last_ids()) or usual.last)
+
+
 def write_tokenizer(file: GgufFile, folder: Path) -> None:
     """tokenizer.json, tokenizer_config.json, generation_config.json and chat_template.jinja, as far as it has them.
 
@@ -104,8 +112,9 @@ def write_tokenizer(file: GgufFile, folder: Path) -> None:
     config: dict[str, Any] = {renamed.get(key, key): name for key, name in names.items() if name is not None}
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": vocabulary.adds_bos}
     _write_json(folder / "tokenizer_config.json", config)
-    ids = {f"{end}_token_id": vocabulary.special_id(end) for end in ("bos", "eos")}
-    _write_json(folder / "generation_config.json", {key: value for key, value in ids.items() if value is not None})
+    last, bos = vocabulary.last_ids(), vocabulary.special_id("bos")
+    ids = {"bos_token_id": bos, "eos_token_id": last[0] if len(last) == 1 else last or None}
+    write_ends(folder, ids)
     template = file.metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
@@ -183,6 +192,11 @@ class _Vocabulary:
         """The token of that name, such as "bos"."""
         number = self.special_id(end)
         return None if number is None else self.tokens[number]
+
+    def last_ids(self) -> list[int]:
+        """Ids that end a text: of a document, of a turn, of a message that asks for a tool."""
+        found = [self.special_id(end) for end in ("eos", "eot", "eom")]
+        return list(dict.fromkeys(i for i in found if i is not None))
 
     def listed(self, key: str, kind: type) -> list[Any]:
         values: list[Any] = self.said.get(key, list)

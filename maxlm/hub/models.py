@@ -25,9 +25,10 @@ from maxlm.config import (
     TrainConfig,
     UserError,
 )
+from maxlm.data.text_ends import TextEnds, published_ends
 from maxlm.data.tokenizers import Tokenizer, open_tokenizer
 from maxlm.hub import gguf_tokenizer
-from maxlm.hub.folder import Pieces, copy_tokenizer, open_folder, write_folder
+from maxlm.hub.folder import TOKENIZER_FILES, Pieces, copy_tokenizer, open_folder, write_folder
 from maxlm.hub.gguf_file import GgufFile
 from maxlm.hub.gguf_weights import open_weights
 from maxlm.hub.names import Piece
@@ -43,18 +44,28 @@ class PublishedModel(NamedTuple):
 
     weights: PublishedWeights
     find_tokenizer: Callable[[], Tokenizer | None]
+    find_ends: Callable[[Tokenizer], TextEnds]
+    """Where its texts begin and end."""
     copy_tokenizer: Callable[[Path], None]
     """Writes its tokenizer's files, and its chat template, into a folder."""
 
 
 def _open_folder(folder: Path) -> PublishedModel:
-    return PublishedModel(open_folder(folder), partial(find_tokenizer, folder), partial(copy_tokenizer, folder))
+    return PublishedModel(
+        open_folder(folder),
+        partial(find_tokenizer, folder),
+        partial(published_ends, folder),
+        partial(copy_tokenizer, folder),
+    )
 
 
 def _open_gguf(path: Path) -> PublishedModel:
     file = GgufFile(path)
     return PublishedModel(
-        open_weights(file), partial(gguf_tokenizer.find_tokenizer, file), partial(gguf_tokenizer.write_tokenizer, file)
+        open_weights(file),
+        partial(gguf_tokenizer.find_tokenizer, file),
+        partial(gguf_tokenizer.find_ends, file),
+        partial(gguf_tokenizer.write_tokenizer, file),
     )
 
 
@@ -102,6 +113,7 @@ def load_published(published: PublishedModel, *, sharding: ShardingConfig) -> Lo
         parameters=weights.parameters(abstract_parameters(weights.model, layout)),
         tokenizer=tokenizer,
         step=0,
+        ends=published.find_ends(tokenizer),
     )
 
 
@@ -156,8 +168,10 @@ def save_model(
 
     Raises:
         UserError: no family of published models can say all of this one, there is something at `path`, it cannot be
-            written, or there is no such format.
+            written, there is no such format, or no tokenizer.
     """
+    if tokenizer is not None and not any((Path(tokenizer) / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(f"tokenizer = {str(tokenizer)!r}: has none of {', '.join(TOKENIZER_FILES)}; name their folder")
     write_folder(
         model.config,
         pieces_of(model.parameters),

@@ -25,6 +25,8 @@ from maxlm.config.fields import NotNegative, Positive, require
 from maxlm.config.json_file import read_object
 
 _REQUIRED: Any = object()
+_MOST = 10_000
+"""Layers, heads or experts."""
 
 
 class Published:
@@ -57,6 +59,17 @@ class Published:
             return default
         require(f"{self.place}: {key}", value, kind)
         return float(value) if float in (kind, *get_args(kind)) else value
+
+    def count(self, key: str, default: Any = _REQUIRED) -> Any:
+        """As `get`, of layers, heads or experts: of each of them there are tensors or rows, all of which are listed.
+
+        Raises:
+            UserError: as `get`; or no model has as many.
+        """
+        found = self.get(key, Positive[int], default)
+        if found is not None and found > _MOST:
+            raise UserError(f"{self.place}: {key} = {found} must be at most {_MOST:,}; take {self._better}")
+        return found
 
     def refuse(self, key: str, *allowed: Any, why: str) -> None:
         """Refuse a value that changes the model in a way that is not supported; absent and null are allowed.
@@ -116,6 +129,11 @@ def read_rope(
     values = {key: config.values.get(key) for key in ("rope_theta", "partial_rotary_factor")}
     for key in ("rope_scaling", "rope_parameters"):
         values |= config.get(key, dict, {})
+    if nested := [key for key, value in values.items() if isinstance(value, dict)]:
+        raise UserError(
+            f"{config.place}: rope_parameters.{nested[0]} = {values[nested[0]]!r} is not supported (this family has "
+            "one RoPE in all layers); must be absent"
+        )
     said = Published(values, f"{config.place}: rope_parameters")
     if share is None:
         said.refuse("partial_rotary_factor", 1.0, why="this family rotates all dims")
@@ -129,7 +147,7 @@ def read_rope(
 
 
 def _read_scaling(said: Published, config: Published) -> RopeScaling | None:
-    kind = said.get("rope_type", str, said.get("type", str, "default"))
+    kind = said.get("rope_type", str, said.get("type", str, None if "factor" in said.values else "default"))
     longest = config.get("max_position_embeddings", Positive[int], None)
     original = said.get(
         "original_max_position_embeddings",
@@ -171,6 +189,8 @@ def _read_scaling(said: Published, config: Published) -> RopeScaling | None:
                 original_max_len=original,
                 attention_factor=said.get("attention_factor", Positive[float], None),
             )
+        case None:
+            raise UserError(f"{said.place}: has a factor and no rope_type, which says what it is of; add rope_type")
         case _:
             raise UserError(
                 f"{said.place}.rope_type = {kind!r} is not supported; it may be default, dynamic, linear, llama3, "

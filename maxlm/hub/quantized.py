@@ -36,13 +36,16 @@ class Dequantised(TensorFolder):
             return
         said = Published(config, f"{published.place}: quantization_config")
         self._kind: _Fp8 | _Mxfp4
-        match said.get("quant_method", str):
+        match said.get("quant_method", str, "none"):  # of an old bitsandbytes
             case "fp8":
                 self._kind = _Fp8.read(said)
             case "mxfp4":
                 self._kind = _Mxfp4()
             case method:
-                raise UserError(f"{said.place}.quant_method = {method!r} is not supported; it may be fp8 or mxfp4")
+                raise UserError(
+                    f"{said.place}.quant_method = {method!r} is not supported; it may be fp8 or mxfp4: take the model "
+                    "as it was before, in bfloat16, or write it so with transformers (dequantize, save_pretrained)"
+                )
         wholes = (self._kind.whole(key, entry) for key, entry in self.entries.items())
         for name in sorted({name for name in wholes if name is not None}):
             self._join(name)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from maxlm import shapes
 from maxlm.config import UserError
-from maxlm.config.json_file import read_object
+from maxlm.config.json_file import parse_object
 from maxlm.data.tokenizers import Tokenizer
 from maxlm.hub.converting import Opened
 from maxlm.hub.folder import copy_tokenizer
@@ -24,7 +24,7 @@ from maxlm.hub.names import Piece
 from maxlm.hub.token_sets import JSON, SENTENCEPIECE, Edited, TokenSet
 
 RowSource = tuple[int, ...] | None
-"""Old rows whose mean a new row is; None: that of all."""
+"""Old rows whose mean a new row is; none: that of all."""
 
 
 class Resizing:
@@ -35,7 +35,7 @@ class Resizing:
         `vocab_size` is a multiple of it.
 
         Raises:
-            UserError: the model has no tokenizer, or one with more ids than it has rows.
+            UserError: the model has no tokenizer, one that cannot be changed, or with more ids than it has rows.
         """
         if opened.tokenizer is None:
             raise no_tokenizer(opened.place)
@@ -45,7 +45,13 @@ class Resizing:
         for folder in (self._before, self._after):
             folder.mkdir()
             opened.copy_tokenizer(folder)
-        self.vocabulary = TokenSet.read(self._before)
+        if not any((self._before / name).is_file() for name in (JSON, SENTENCEPIECE)):
+            raise UserError(
+                f"{opened.place}: its tokenizer is neither a {JSON} nor a sentencepiece {SENTENCEPIECE}, which can be "
+                "changed; name a model with one of them"
+            )
+        found = TokenSet.read(self._before)
+        self.vocabulary = dataclasses.replace(found, file=opened.place / found.file.name)  # for messages
         if self.tokenizer.vocab_size > opened.model.vocab_size:
             raise UserError(
                 f"{opened.place}: its tokenizer has ids up to {self.tokenizer.vocab_size - 1}, the model "
@@ -85,7 +91,7 @@ class Resizing:
             UserError: it cannot be read, or lists what is no token.
         """
         try:
-            lines = listed.read_text().split("\n")
+            lines = listed.read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"{listed}: cannot be read ({error}); name a text file with a token on each line"
@@ -130,7 +136,7 @@ class Resizing:
         found = np.zeros((size, *values.shape[1:]), values.dtype)
         of_all = values[: self.tokenizer.vocab_size].mean(0, dtype=np.float64)
         for i, source in enumerate(sources):
-            if source is None:
+            if not source:  # or nothing spelled it
                 found[i] = of_all
             else:
                 found[i] = values[source[0]] if len(source) == 1 else values[list(source)].mean(0, dtype=np.float64)
@@ -147,15 +153,23 @@ class Resizing:
                 place.setdefault(old[0], new)  # a new token that one old one spells comes after that one
         for name in ("tokenizer_config.json", "generation_config.json", "added_tokens.json"):
             if (self._after / name).is_file():
-                values = read_object(self._after / name)
-                if name == "added_tokens.json":
-                    values = {token: place[i] for token, i in values.items() if i in place}
-                text = json.dumps(_moved(values, place), ensure_ascii=False, indent=2)
-                (self._after / name).write_text(text + "\n")
+                source = self._opened.place / name  # for messages
+                values = parse_object((self._after / name).read_bytes(), source, "an object, as the model came with it")
+                try:
+                    if name == "added_tokens.json":
+                        values = {token: place[i] for token, i in values.items() if i in place}
+                    values = _moved(values, place)
+                except (AttributeError, TypeError, ValueError) as error:
+                    raise UserError(f"{source}: its ids must be whole numbers ({error}); restore the file") from error
+                (self._after / name).write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n")
 
 
 def _moved(values: dict[str, Any], place: dict[int, int]) -> dict[str, Any]:
-    """With ids as they are now: keys of `added_tokens_decoder`, values of NAME_token_id and of lists of tokens."""
+    """With ids as they are now: keys of `added_tokens_decoder`, values of NAME_token_id and of lists of tokens.
+
+    Raises:
+        AttributeError, TypeError, ValueError: these are of other kinds.
+    """
     found = dict(values)
     for key, value in values.items():
         if key == "added_tokens_decoder":

@@ -92,12 +92,12 @@ class Keys:
     words: Mapping[str, Nonlinearity] = field(default_factory=lambda: ACTIVATIONS)
 
     def read(self, config: Published) -> Sizes:
-        D, N = config.get(self.d_model, Positive[int]), config.get(self.n_heads, Positive[int])
+        D, N = config.get(self.d_model, Positive[int]), config.count(self.n_heads)
         longest = {} if self.longest is None else {"default": self.longest}
         return Sizes(
             vocab_size=config.get(self.vocab_size, Positive[int]),
             d_model=D,
-            n_layers=config.get(self.n_layers, Positive[int]),
+            n_layers=config.count(self.n_layers),
             n_heads=N,
             n_kv_heads=N if self.n_kv_heads is None else config.get(self.n_kv_heads, Positive[int], N),
             head_dim=D // N if self.head_dim is None else config.get(self.head_dim, Positive[int], D // N),

@@ -92,6 +92,8 @@ class TensorFolder:
         if entry.dtype not in DTYPES:
             raise UserError(f"{place} is in {entry.dtype}; must be one of {', '.join(DTYPES)}: convert it first")
         values = self.read_bytes(name, entry.file).view(DTYPES[entry.dtype]).reshape(entry.shape)
+        if entry.dtype == "F64":  # every parameter is float32
+            as_format(place, values, np.dtype(np.float32))
         return self._finite(name, values)
 
     def _finite(self, name: str, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -139,6 +141,20 @@ def require_finite(place: str, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     if not np.isfinite(values).all():
         raise UserError(f"{place} holds numbers that are not finite; take another copy of the model")
     return values
+
+
+def as_format(place: str, values: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """The same values in a number format. Raises UserError where one is not finite, or too large for it."""
+    with np.errstate(over="ignore"):
+        found = values.astype(dtype, copy=False)
+    if not np.isfinite(found).all():
+        require_finite(place, values)
+        largest = np.abs(values[~np.isfinite(found)]).max()
+        raise UserError(
+            f"{place} holds {largest:g}, more than {dtype.name} has room for, {float(ml_dtypes.finfo(dtype).max):g}; "
+            "take a format with a wider range, or another copy of the model"
+        )
+    return found
 
 
 def _files(folder: Path) -> dict[str, set[str]]:

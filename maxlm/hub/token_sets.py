@@ -47,7 +47,14 @@ class TokenSet:
         file = inside[0] if inside else place
         if not file.is_file() or file.suffix not in (".json", ".model"):
             raise UserError(f"{place}: is no {JSON}, no sentencepiece .model, and no folder with one of them")
-        return TokenSet(file, file.read_bytes())
+        found = TokenSet(file, file.read_bytes())
+        if found.is_json:
+            try:
+                tokenizers.Tokenizer.from_buffer(found.definition)
+            except Exception as error:  # the library raises plain Exception
+                reason = " ".join(str(error).split())
+                raise UserError(f"{file}: no tokenizer.json that the tokenizers library can read ({reason})") from error
+        return found
 
     @property
     def is_json(self) -> bool:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from maxlm.config import UserError
+from maxlm.config import ModelConfig, UserError
 from maxlm.hub.families import FAMILIES
 from maxlm.hub.family import ModelFamily
 from maxlm.hub.names import Names, Piece, Tensor, tensors
@@ -52,7 +52,7 @@ class PublishedWeights:
         """
         self.place = place
         self.family = _family(published)
-        self.model = self.family.read(published)
+        self.model = _model(self.family, published)
         self._names = rename(self.family.names_of(self.model))
         self._tensors = tensors(self.model, self._names)
         self._files = files
@@ -121,13 +121,17 @@ class PublishedWeights:
     def _compare(self) -> None:
         there = {name: entry.shape for name, entry in self._files.entries.items() if not self._is_ignored(name)}
         wanted = {tensor.name: tensor.shape for tensor in self._tensors}
-        problems = [f"{name} is missing" for name in wanted if name not in there]
+        problems = [f"{name} is missing{self._hint(name)}" for name in wanted if name not in there]
         problems += [
             f"{name} has the shape {list(there[name])}, {self._said_by} says {list(shape)}"
             for name, shape in wanted.items()
             if name in there and there[name] != shape
         ]
-        problems += [f"{name} is not expected" for name in there if name not in wanted and not self._is_tied(name)]
+        problems += [
+            f"{name} is not expected{self._hint(name)}"
+            for name in there
+            if name not in wanted and not self._is_tied(name)
+        ]
         if problems:
             more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
             raise UserError(
@@ -146,11 +150,31 @@ class PublishedWeights:
 
     def _is_tied(self, name: str) -> bool:
         """Whether it is an output table that is there although it is the embedding table."""
-        top = self._names.top
-        if not self.model.tied or top.get(name) != "unembed":
+        embed = next((theirs for theirs, ours in self._names.top.items() if ours == "embed"), None)
+        if not self.model.tied or self._names.top.get(name) != "unembed" or embed not in self._files.entries:
             return False
-        embed = next(theirs for theirs, ours in top.items() if ours == "embed")
         return np.array_equal(self._files.read(name), self._files.read(embed))
+
+    def _hint(self, name: str) -> str:
+        """What to do about an output table that is missing, or that is not the embedding table."""
+        if self._names.top.get(name) != "unembed":
+            return ""
+        if self.model.tied:
+            return (
+                f", as {self._said_by} ties it to the embedding table, which it differs from; if it is right, set "
+                "tie_word_embeddings = false"
+            )
+        return f"; if it is the embedding table, set tie_word_embeddings = true in {self._said_by}"
+
+
+def _model(family: ModelFamily, published: Published) -> ModelConfig:
+    """Raises UserError, which names the place of the config."""
+    try:
+        return family.read(published)
+    except UserError as error:
+        if str(error).startswith(published.place):
+            raise
+        raise UserError(f"{published.place}: {error}") from error
 
 
 def _family(published: Published) -> ModelFamily:

@@ -15,6 +15,7 @@ import numpy as np
 
 from maxlm.config import ModelConfig, SamplingConfig, UserError, WeightFormat
 from maxlm.config.fields import Positive, Seed, require
+from maxlm.data.text_ends import TextEnds
 from maxlm.inference.steps import Choice, DecodeState, decode_chunk, prefill_logits, row_keys
 from maxlm.inference.text_stream import TextStream
 from maxlm.models import Execution, bind, declared, parameter_dims
@@ -35,7 +36,7 @@ class Generation:
     text: str
     """The continuation alone, without the prompt."""
     tokens: list[int]
-    """Its ids; the last one is the end-of-document id if the model ended the text itself."""
+    """Its ids; the last one is one that ends a text if the model ended it itself."""
     tokens_per_s: float | None
     """Tokens of this text for each second of decoding. Reading the prompt, which also gives the first token, and
     compilation do not count. None: there was nothing to decode after the first token."""
@@ -65,13 +66,15 @@ class Generator:
             chunk: tokens decoded between two looks from outside. It changes how text streams, never the text.
 
         Raises:
-            UserError: the tokenizer has ids that the model does not know, or the model cannot decode.
+            UserError: texts have ids that the model does not know, or the model cannot decode.
         """
         self._config, self._tokenizer, self._chunk = run.config.model, run.tokenizer, chunk
-        if self._tokenizer.vocab_size > self._config.vocab_size:
+        self._ends = run.ends or TextEnds.of_documents(run.tokenizer)
+        needed = max([self._tokenizer.text_size, *(i + 1 for i in self._ends.first)])
+        if needed > self._config.vocab_size:
             raise UserError(
-                f"model.vocab_size = {self._config.vocab_size} is less than the tokenizer's "
-                f"{self._tokenizer.vocab_size}; use the tokenizer that the model was trained with"
+                f"model.vocab_size = {self._config.vocab_size} is less than the tokenizer's {needed}; use the "
+                "tokenizer that the model was trained with"
             )
         if not self._config.decodes:
             raise UserError(
@@ -101,7 +104,7 @@ class Generator:
             UserError: a prompt and its new tokens do not fit model.max_seq_len, `max_new_tokens` or the seed is out of
                 range, or the model's output is not finite.
         """
-        ids = [self._tokenizer.prompt_ids(prompt) for prompt in prompts]
+        ids = [self._prompt_ids(prompt) for prompt in prompts]
         streams = [TextStream(self._tokenizer, row) for row in ids]
         tokens: list[list[int]] = [[] for _ in ids]
         timers = [_Timer() for _ in ids]
@@ -126,7 +129,7 @@ class Generator:
         Raises:
             UserError: as `generate`, at the first piece.
         """
-        ids = self._tokenizer.prompt_ids(prompt)
+        ids = self._prompt_ids(prompt)
         stream, tokens, timer = TextStream(self._tokenizer, ids), list[int](), _Timer()
         for chunk in self._chunks([ids], max_new_tokens, sampling, seed):
             tokens += chunk.rows[0]
@@ -146,7 +149,7 @@ class Generator:
         limit, cut = self._config.max_seq_len, self._layout.batch_shards
         B, T = -(-len(prompts) // cut) * cut, _bucket(longest, limit)
         cache_length = _bucket(longest + max_new_tokens, limit)
-        choose = Choice(sampling, self._tokenizer.vocab_size, self._tokenizer.eos_id)
+        choose = Choice(sampling, min(self._tokenizer.vocab_size, self._config.vocab_size), self._ends.last)
 
         padded, lengths = np.zeros((B, T), np.int32), np.ones(B, np.int32)
         for row, prompt in enumerate(prompts):
@@ -165,7 +168,7 @@ class Generator:
         rows = [[int(token)] for token in np.asarray(state.token)[: len(prompts)]]
         yield _Chunk(rows, 0.0)
 
-        ended, left = [row[-1] == choose.eos_id for row in rows], max_new_tokens - 1
+        ended, left = [row[-1] in choose.ends for row in rows], max_new_tokens - 1
         everywhere = self._layout.sharding()
         while left and not all(ended):
             count = jax.device_put(np.int32(left), everywhere)
@@ -180,10 +183,13 @@ class Generator:
             state, new, n = decode(self._parameters, state, np_seed, count)
             new = np.asarray(new)[:, : int(n)]
             seconds = time.perf_counter() - start
-            rows = [[] if end else _until(row, choose.eos_id) for row, end in zip(new.tolist(), ended, strict=False)]
+            rows = [[] if end else _until(row, choose.ends) for row, end in zip(new.tolist(), ended, strict=False)]
             yield _Chunk(rows, seconds)
-            ended = [end or row[-1] == choose.eos_id for row, end in zip(rows, ended, strict=True)]
+            ended = [end or row[-1] in choose.ends for row, end in zip(rows, ended, strict=True)]
             left -= int(n)
+
+    def _prompt_ids(self, prompt: str) -> list[int]:
+        return self._ends.prompt_ids(self._tokenizer, prompt)
 
     def _check(self, prompts: list[list[int]], max_new_tokens: int, seed: int) -> int:
         """The longest prompt's length, if everything fits."""
@@ -206,7 +212,7 @@ class Generator:
     ) -> tuple[DecodeState, jax.Array]:
         logits, cache = prefill_logits(bind(self._config, parameters), self._how, tokens, lengths, cache_length)
         token = self._replicated(choose(logits, lengths, row_keys(seed, tokens.shape[0])))
-        done = self._replicated(idle | (token == choose.eos_id))
+        done = self._replicated(idle | choose.ended(token))
         finite = self._replicated(jnp.isfinite(logits).all())
         return DecodeState(cache, token, self._replicated(lengths), done), finite
 
@@ -306,6 +312,6 @@ def _bucket(length: int, limit: int) -> int:
     return min(limit, max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length()))
 
 
-def _until(row: list[int], eos_id: int) -> list[int]:
-    """`row` up to its first eos, which is included."""
-    return row[: row.index(eos_id) + 1] if eos_id in row else row
+def _until(row: list[int], ends: tuple[int, ...]) -> list[int]:
+    """`row` up to the first token that ends it, which is included."""
+    return row[: next((i + 1 for i, token in enumerate(row) if token in ends), None)]

@@ -24,6 +24,7 @@ from maxlm.config import (
     serialize,
 )
 from maxlm.config.layout_rules import broken_layout_rules
+from maxlm.data.text_ends import PUBLISHED, TextEnds, published_ends
 from maxlm.data.tokenizers import Tokenizer, load_tokenizer
 from maxlm.inference.generator import Generation, Generator
 from maxlm.inference.language_model import LanguageModel
@@ -46,6 +47,8 @@ class LoadedRun:
     tokenizer: Tokenizer
     step: int
     """Optimizer steps that the parameters have seen."""
+    ends: TextEnds | None = None
+    """Where texts begin and end; None: where documents do."""
 
     @functools.cached_property
     def model(self) -> LanguageModel:
@@ -147,7 +150,15 @@ def _load_run(run_dir: Path, step: int | None, sharding: ShardingConfig, *, defe
             f"{run_dir / 'tokenizer'}: fingerprint {tokenizer.fingerprint[:12]}..., but checkpoint {restored.step} was "
             f"trained with {str(trained_with)[:12]}...; restore the tokenizer that the run was started with"
         )
-    return LoadedRun(config=config, layout=layout, parameters=restored.params, tokenizer=tokenizer, step=restored.step)
+    published = run_dir / PUBLISHED
+    return LoadedRun(
+        config=config,
+        layout=layout,
+        parameters=restored.params,
+        tokenizer=tokenizer,
+        step=restored.step,
+        ends=published_ends(published, tokenizer) if published.is_dir() else None,
+    )
 
 
 def layout_for(model: ModelConfig, sharding: ShardingConfig) -> Layout:

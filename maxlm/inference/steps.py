@@ -36,12 +36,17 @@ class Choice(NamedTuple):
     sampling: SamplingConfig
     vocab_size: int
     """Ids from here on are padding of the model's table: never chosen."""
-    eos_id: int
+    ends: tuple[int, ...]
+    """Each ends a text."""
 
     def __call__(self, logits: jax.Array, position: jax.Array, row_keys: jax.Array) -> jax.Array:
         """The token at `position` int32 [B], from float32 [B, V]. Its randomness depends on row and position alone."""
         keys = jax.vmap(jax.random.fold_in)(row_keys, position)
         return sample(logits[:, : self.vocab_size], keys, self.sampling)
+
+    def ended(self, token: jax.Array) -> jax.Array:
+        """Whether each int32 [B] ends its text."""
+        return jnp.isin(token, jnp.array(self.ends))
 
 
 def row_keys(seed: jax.Array, rows: int) -> jax.Array:
@@ -96,7 +101,7 @@ def decode_chunk(
     """Up to `min(limit, chunk)` new tokens in each row; stops when every row is done.
 
     Returns:
-        The state after them; int32 [B, chunk] tokens, of which the first n are set, and eos in rows that were done
+        The state after them; int32 [B, chunk] tokens, of which the first n are set, and an end in rows that were done
         before; int32 n.
     """
 
@@ -108,11 +113,11 @@ def decode_chunk(
         state, tokens, n = carry
         logits, cache = decode_logits(model, how, state.token, state.position, state.cache)
         position = jnp.where(state.done, state.position, state.position + 1)
-        token = jnp.where(state.done, choose.eos_id, choose(logits, position, keys))
+        token = jnp.where(state.done, choose.ends[0], choose(logits, position, keys))
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], n, 1)
-        return DecodeState(cache, token, position, state.done | (token == choose.eos_id)), tokens, n + 1
+        return DecodeState(cache, token, position, state.done | choose.ended(token)), tokens, n + 1
 
-    tokens = jnp.full((state.token.shape[0], chunk), choose.eos_id, jnp.int32)
+    tokens = jnp.full((state.token.shape[0], chunk), choose.ends[0], jnp.int32)
     return jax.lax.while_loop(unfinished, step, (state, tokens, jnp.int32(0)))
 
 

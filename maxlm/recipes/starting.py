@@ -10,8 +10,10 @@ from maxlm.training.warm_start import Origin, RunSource, Source
 
 
 def open_source(place: str) -> Source:
-    """A published model, as `hf:DIR` or `gguf:FILE`, or a run."""
+    """A published model, as `hf:DIR` or `gguf:FILE`, or a run, which may be `run:DIR`, as in maxlm.convert."""
     kind, _, path = place.partition(":")
+    if kind == "run":
+        return RunSource(path)
     return PublishedSource(KINDS[kind](Path(path))) if kind in KINDS else RunSource(place)
 
 

@@ -81,7 +81,7 @@ def _read(config: Published, *, version: int) -> ModelConfig:
     )
     attention = dataclasses.replace(attention, scale=_scale(attention))
     n_dense = config.get("first_k_dense_replace", NotNegative[int], 0)
-    n_experts = config.get("n_routed_experts", Positive[int], None)
+    n_experts = config.count("n_routed_experts", None)
     dense = BlockConfig(attention=attention, mlp=sizes.gated(bias=config.get("mlp_bias", bool, False)))
     if n_experts is None or n_dense >= sizes.n_layers:
         return sizes.model((dense,), RmsNorm(eps=sizes.eps))

@@ -37,7 +37,7 @@ def _read(config: Published) -> ModelConfig:
     )
     top_k = config.get("num_experts_per_tok", Positive[int], config.get("experts_per_token", Positive[int], 4))
     experts = Experts(
-        n_experts=config.get("num_local_experts", Positive[int], 128),
+        n_experts=config.count("num_local_experts", 128),
         d_ff=sizes.d_ff,
         # As of `llama.py`, transformers' loss is over all layers together.
         router=TopKRouter(

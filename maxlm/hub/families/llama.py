@@ -115,7 +115,9 @@ def layer_types(model: ModelConfig) -> dict[str, Any]:
 
 
 def _read_mlp(config: Published, sizes: Sizes, number: int) -> MlpConfig:
-    n_experts = config.get("num_local_experts", Positive[int], config.get("num_experts", NotNegative[int], 0))
+    n_experts = config.count("num_local_experts", None)
+    if n_experts is None and config.get("num_experts", NotNegative[int], 0):
+        n_experts = config.count("num_experts")
     every, dense = config.get("decoder_sparse_step", Positive[int], 1), config.get("mlp_only_layers", list, [])
     if not n_experts or number in dense or (number + 1) % every:
         return sizes.gated(bias=config.get("mlp_bias", bool, False))
