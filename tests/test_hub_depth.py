@@ -27,8 +27,8 @@ from maxlm.models import bind
 
 
 def quick(names: Collection[str]) -> pytest.MarkDecorator:
-    """Every model, but the others among the slow tests."""
-    marks = lambda name: [] if name in names else [pytest.mark.slow]
+    """Every model, but the others among the nightly tests."""
+    marks = lambda name: [] if name in names else [pytest.mark.nightly]
     return pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in published.MODELS])
 
 

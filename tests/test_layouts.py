@@ -201,8 +201,14 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize("context", Context)
-@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize(
+    ("name", "context"),
+    [
+        pytest.param(name, one, marks=[] if name == "latents" or one is Context.RING else pytest.mark.nightly)
+        for name in CHOICES
+        for one in Context
+    ],
+)
 def test_choices_of_attention_on_a_mesh(name, context):
     sharding = ShardingConfig(data=1, fsdp=2, seq=2, tensor=2, context=context)
     want = loss_and_gradients(small_run(CHOICES[name]), one_device())

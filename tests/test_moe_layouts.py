@@ -144,10 +144,16 @@ QUICK = {"fsdp2_tensor2_expert2_sp"}
 BOTH = {"data8", "expert8", "fsdp2_tensor2_expert2_sp", "ring2_expert4", "stage2_fsdp2_expert2", "data2_seq2_tensor2"}
 
 
+def when(name: str, pattern: str) -> list[pytest.MarkDecorator]:
+    if pattern == "groups" and name != "ring2_expert4":  # they differ from other routers in the choice alone
+        return [pytest.mark.nightly]
+    return [] if name in QUICK and pattern == "dropless_capacity" else [pytest.mark.slow]
+
+
 @pytest.mark.parametrize(
     ("name", "pattern"),
     [
-        pytest.param(name, pattern, marks=[] if name in QUICK and pattern == "dropless_capacity" else pytest.mark.slow)
+        pytest.param(name, pattern, marks=when(name, pattern))
         for pattern in PATTERNS
         for name in LAYOUTS
         if name in BOTH or pattern == "dropless_capacity"
