@@ -8,6 +8,7 @@ Facts: src/llama-vocab.cpp of llama.cpp; the expressions are those of the models
 
 from __future__ import annotations
 
+import abc
 import json
 import tempfile
 from collections.abc import Sequence
@@ -135,7 +136,7 @@ def _vocabulary(file: GgufFile) -> _Vocabulary | None:
     return _KINDS[model](file)
 
 
-class _Vocabulary:
+class _Vocabulary(abc.ABC):
     """What both kinds have."""
 
     byte_level: bool
@@ -156,12 +157,13 @@ class _Vocabulary:
         if table is not None and len(self.tokens) > table.shape[0]:
             raise self.wrong(f"it has {len(self.tokens)} tokens, token_embd.weight {table.shape[0]}")
 
+    @abc.abstractmethod
     def model(self) -> models.BPE:
-        raise NotImplementedError
+        """What merges letters to tokens."""
 
+    @abc.abstractmethod
     def finish(self, tokenizer: tokenizers.Tokenizer) -> None:
-        """What is done before and after the model."""
-        raise NotImplementedError
+        """Add what is done before and after the model."""
 
     def definition(self) -> str:
         """Of a tokenizer.json."""
