@@ -336,7 +336,7 @@ def _read_descriptor(folder: Path) -> dict[str, Any]:
     for key, fits in (("kind", descriptor.get("kind") in kinds), ("fingerprint", True), ("eos", True), ("bos", True)):
         value = descriptor.get(key, "" if key in ("eos", "bos") else None)
         if not (fits and isinstance(value, str)):
-            allowed = f"one of {kinds}" if key == "kind" else "a string"
+            allowed = f"one of {kinds}; of a published model name the file itself" if key == "kind" else "a string"
             raise UserError(f"{file}: not a tokenizer's descriptor: its {key} = {value!r} must be {allowed}")
     return descriptor
 
