@@ -79,6 +79,8 @@ def test_mistakes_are_one_line(run_dir: Path, option: list[str], message: str) -
 def test_folders_that_are_no_run(run_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"not a run folder \(no such folder\)"):
         load_run(tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"checkpoints/2: not a run folder .*; name .*/run and --step 2"):
+        load_run(run_dir / "checkpoints/2")
     shutil.copytree(run_dir, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     with pytest.raises(UserError, match="no finished checkpoint"):
