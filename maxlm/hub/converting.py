@@ -105,6 +105,7 @@ def open_run(place: Path) -> Opened:
         else:
             copy_tokenizer(folder / "tokenizer", target)
             write_ends(target, {"bos_token_id": run.tokenizer.bos_id, "eos_token_id": run.tokenizer.eos_id})
+            _write_tokenizer_config(run.tokenizer, target)
 
     return Opened(
         model=run.config.model,
@@ -119,6 +120,21 @@ def open_run(place: Path) -> Opened:
         config=run.config,
         step=run.step,
     )
+
+
+def _write_tokenizer_config(tokenizer: Tokenizer, folder: Path) -> None:
+    """What no other file says: how texts begin, and that the ids are those of the file.
+
+    Without a class transformers takes that of the family, which cuts a text in its own way and adds tokens of its own.
+    """
+    bos = None if tokenizer.bos_id is None else tokenizer.name_of(tokenizer.bos_id)
+    eos = tokenizer.name_of(tokenizer.eos_id)
+    if eos is None:  # it has no file
+        return
+    said = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": bos is not None, "eos_token": eos}
+    said |= {} if bos is None else {"bos_token": bos}
+    text = json.dumps(said, indent=2, ensure_ascii=False) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
 
 def write_published(opened: Opened, folder: Path, dtype: str | None) -> None:
