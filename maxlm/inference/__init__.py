@@ -4,6 +4,8 @@ load.py: a run folder as a model
 generator.py: prompts to text
 language_model.py: tokens to logits
 steps.py: prefill, decode loop
+settings.py: what each request asks for, as arrays
+logits_rules.py: biases, penalties, bans
 sampling.py: one token from logits
 text_stream.py: tokens to characters, never taken back
 """
