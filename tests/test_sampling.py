@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import decoding_rules
 import hypothesis
 import jax
 import numpy as np
@@ -17,7 +18,6 @@ from maxlm.config import SamplingConfig, UserError
 from maxlm.inference.logits_rules import History
 from maxlm.inference.sampling import COLDEST, TOP, LogProbs, choose, draw, fewest, log_probs, noise, processed
 from maxlm.inference.settings import MAX_EDITS, MAX_WORD, MAX_WORDS, Settings, mask_words, settings_row, take
-from tests import decoding_rules
 
 GREEDY = SamplingConfig(temperature=0)
 R, V, M = 8, 131, 40
