@@ -41,7 +41,7 @@ WEIGHTS = [
 ]
 
 SERVE = [
-    "llguidance>=1.3,<2",  # text that fits a JSON schema, a regular expression or a grammar
+    "llguidance>=1.9.1,<2",  # text that fits a JSON schema, a regular expression or a grammar
 ]
 
 VIZ = [

@@ -129,10 +129,10 @@ def _repeating(logits: jax.Array, rows: Settings, history: History) -> jax.Array
     first = jnp.where(rows.dry_range > 0, jnp.maximum(history.length - rows.dry_range, 0), 0)
     in_range = jnp.minimum(jnp.minimum(repeated, dry[:, None]), place - first[:, None])
     in_range = jnp.where(history.known & ~breaks, in_range, 0)
-    longest = _scattered(jnp.zeros(logits.shape, jnp.int32), history.tokens).max(in_range, mode="drop")
-    over = longest - rows.dry_allowed_length[:, None]
+    over = in_range - rows.dry_allowed_length[:, None]
     penalty = rows.dry_multiplier[:, None] * jnp.power(rows.dry_base[:, None], jnp.maximum(over, 0))
-    logits = jnp.where((longest > 0) & (over >= 0), logits - jnp.minimum(penalty, _MOST), logits)
+    penalty = jnp.where((in_range > 0) & (over >= 0), jnp.minimum(penalty, _MOST), 0)
+    logits -= _scattered(jnp.zeros_like(logits), history.tokens).max(penalty, mode="drop")
     return _marked(logits, history.tokens, history.known & (repeated >= context[:, None]) & (context >= 0)[:, None])
 
 

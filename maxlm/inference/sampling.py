@@ -328,8 +328,9 @@ def sample(logits: jax.Array, keys: jax.Array, config: SamplingConfig) -> jax.Ar
     Raises:
         UserError: the config asks for more than that.
     """
-    if dataclasses.replace(config, temperature=1.0, top_k=0, top_p=1.0) != SamplingConfig():
-        raise UserError(f"{config}: only temperature, top_k and top_p can be asked for here; leave out the others")
+    others = dataclasses.replace(config, temperature=1.0, top_k=0, top_p=1.0)
+    if others != SamplingConfig():
+        raise UserError("sampling: only temperature, top_k and top_p work here; leave the other settings out")
     if config.temperature == 0:
         return jnp.argmax(logits, -1).astype(jnp.int32)
     logits = (logits - logits.max(-1, keepdims=True)) / max(config.temperature, COLDEST)

@@ -151,7 +151,7 @@ class Constraints:
                 assert_never(grammar)
 
 
-_VERSIONS = "1.3 to 1.x"
+_VERSIONS = "1.x"
 _JSON = {"whitespace_flexible": False, "lenient": False}
 """A model that may put blanks between values may go on with blanks for ever."""
 
