@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import FLOAT32, one_device, plainly, small_model, small_run
+from maxlm.inference.steps import Choice, DecodeState, decode_chunk, row_keys
 
 from kernels_pallas import DistanceBias, Scores, cached_attention, masks, oracle
 from kernels_pallas.masks import Mask
 from maxlm.config import GatedMlp, ModelConfig, Remat, SamplingConfig
-from maxlm.inference.steps import Choice, DecodeState, decode_chunk, row_keys
 from maxlm.models import abstract_parameters, bind, ops
 from maxlm.training import make_trainer
 

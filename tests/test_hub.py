@@ -15,6 +15,7 @@ import published
 import pytest
 import safetensors.numpy
 from helpers import plainly
+from maxlm.inference.steps import decode_logits, prefill_logits
 
 from maxlm import shapes
 from maxlm.config import Experts, Rope, ScalarHead, ShardingConfig, TopKRouter, UserError, YarnScaling
@@ -24,7 +25,6 @@ from maxlm.hub.models import load_model, save_model
 from maxlm.hub.names import Heads, Piece, Rows, Tensor, Transposed
 from maxlm.hub.published import Published
 from maxlm.hub.tensor_files import INDEX, SINGLE, Spec, write_tensors
-from maxlm.inference.steps import decode_logits, prefill_logits
 from maxlm.models import bind
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import published
 import pytest
 from helpers import loss_function, one_device, plainly, small_run
+from maxlm.inference.steps import Choice, DecodeState, decode_chunk, prefill_logits, row_keys
 from published import NEW, SHORT, T, V
 
 from maxlm.config import Experts, ModelConfig, SamplingConfig, TopKRouter
@@ -22,7 +23,6 @@ from maxlm.hub.families import FAMILIES
 from maxlm.hub.models import load_model, pieces_of
 from maxlm.hub.names import tensors
 from maxlm.inference.language_model import LanguageModel
-from maxlm.inference.steps import Choice, DecodeState, decode_chunk, prefill_logits, row_keys
 from maxlm.models import bind
 
 

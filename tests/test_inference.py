@@ -16,6 +16,7 @@ import tokenizers
 from helpers import FLOAT32, latent_model, one_device, plainly, run_decoder, small_model, small_run, with_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from maxlm.inference.steps import decode_logits, prefill_logits
 from run_folder import BYTE_MODEL, parameters_of
 
 from maxlm.config import (
@@ -59,7 +60,6 @@ from maxlm.data.train_tokenizer import train_sentencepiece
 from maxlm.inference.generator import Generator, layers_apart
 from maxlm.inference.load import LoadedRun
 from maxlm.inference.sampling import sample
-from maxlm.inference.steps import decode_logits, prefill_logits
 from maxlm.inference.text_stream import TextStream
 from maxlm.models import Execution, Tokens, bind, ops
 from maxlm.sharding import decoding_layout, make_layout

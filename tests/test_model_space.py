@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from helpers import FLOAT32, gradient_function, one_device, packed_batch, plainly, run_decoder, small_run
 from hypothesis import HealthCheck, given, settings
+from maxlm.inference.steps import decode_logits, prefill_logits
 from model_space import models, nearly_published
 from test_layouts import assert_close
 
@@ -33,7 +34,6 @@ from maxlm.config.layout_rules import broken_layout_rules
 from maxlm.hub.folder import write_folder
 from maxlm.hub.models import load_model, pieces_of
 from maxlm.inference.language_model import LanguageModel
-from maxlm.inference.steps import decode_logits, prefill_logits
 from maxlm.models import Tokens, bind, declared, init_parameters, ops, parameter_dims
 from maxlm.plan.bound import estimate_time
 from maxlm.plan.machines import Platform, parse_machine

@@ -25,6 +25,7 @@ from helpers import (
     small_run,
 )
 from jax.scipy.stats import norm
+from maxlm.inference.steps import decode_logits, prefill_logits
 
 from maxlm.config import (
     Activation,
@@ -45,7 +46,6 @@ from maxlm.config import (
     WeightFormat,
 )
 from maxlm.inference.generator import _held
-from maxlm.inference.steps import decode_logits, prefill_logits
 from maxlm.models import Decoder, Execution, Tokens, bind, init_parameters
 from maxlm.models.moe import ExpertsLayer, RouterStats, balance_biases, sigmoid_routing, top_k_routing
 from maxlm.models.parameters import Initializer

@@ -11,6 +11,7 @@ import pytest
 from helpers import latent_model, one_device, small_model, small_run, with_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from maxlm.inference.steps import decode_logits, prefill_logits
 from run_folder import parameters_of
 
 from maxlm.config import (
@@ -27,7 +28,6 @@ from maxlm.config import (
 from maxlm.data.tokenizers import Bytes
 from maxlm.inference.generator import Generator
 from maxlm.inference.load import LoadedRun
-from maxlm.inference.steps import decode_logits, prefill_logits
 from maxlm.models import Unembedding, bind, ops
 from maxlm.models.linear import Int8
 from maxlm.sharding import make_layout
