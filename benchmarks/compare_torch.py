@@ -252,10 +252,10 @@ def maxlm_decoding(rows: int) -> Figures:
     import jax
     import jax.numpy as jnp
     import numpy as np
+    from maxlm.inference.steps import Choice, DecodeState, decode_chunk, prefill_logits, row_keys
 
     from maxlm.config import Dtype, ExecutionConfig, SamplingConfig, ShardingConfig, llama
     from maxlm.inference.generator import layers_apart
-    from maxlm.inference.steps import Choice, DecodeState, decode_chunk, prefill_logits, row_keys
     from maxlm.models import bind, init_parameters
     from maxlm.models.execution import Execution
     from maxlm.sharding import make_layout

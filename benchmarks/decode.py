@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from maxlm.inference.steps import Choice, DecodeState, decode_chunk, row_keys
 
 from benchmarks.steps import cpu_name
 from maxlm.config import (
@@ -37,7 +38,6 @@ from maxlm.config import (
     llama,
 )
 from maxlm.config.sharding import ShardingConfig
-from maxlm.inference.steps import Choice, DecodeState, decode_chunk, row_keys
 from maxlm.models import Execution, bind, init_parameters
 from maxlm.sharding import Layout, make_layout
 from maxlm.training import make_trainer
