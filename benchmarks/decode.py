@@ -3,9 +3,9 @@
     python -m benchmarks.decode [--json FILE]
 
 A decoder of 8 layers, d_model 64, float32. First the engine's step alone: 16 tokens of each text, one after the other,
-from position 64 of a cache with room for more and more, so that what grows with the room is what the cache costs and not
-attention; a second row has them at the cache's end. Temporaries are those of the compiled program beyond its arguments,
-of which the cache is donated. Then the whole engine, with what it does for each text between steps.
+from position 64 of a cache with room for more and more, so that what grows with the room is what the cache costs and
+not attention; a second row has them at the cache's end. Temporaries are those of the compiled program beyond its
+arguments, of which the cache is donated. Then the whole engine, with what it does for each text between steps.
 
 The last table has the temporaries of a gradient of 12 equal layers with remat = full, written as a pattern of 1 block
 and as one of 6: they should not differ by more than the work of one block.
@@ -93,7 +93,7 @@ def decoding(layout: Layout, batch: int, length: int, at: int) -> dict[str, Any]
     }
 
 
-def engine(layout: Layout, batch: int) -> dict[str, Any]:
+def whole_engine(layout: Layout, batch: int) -> dict[str, Any]:
     """Median milliseconds of a token of each text, from requests to their last tokens; prompts of one token."""
     run = RunConfig(
         model=model(8, LENGTHS[0]),
@@ -152,7 +152,7 @@ def main() -> None:
             f"cache {row['cache_bytes'] / 2**20:7.2f} MiB",
             flush=True,
         )
-    engines = [engine(layout, batch) for batch in BATCHES]
+    engines = [whole_engine(layout, batch) for batch in BATCHES]
     for row in engines:
         print(
             f"batch {row['batch']}  the whole engine, {row['new_tokens']} tokens  {row['ms_per_token']:8.3f} ms/token"
