@@ -77,6 +77,8 @@ from maxlm.models import Execution
 from maxlm.models.kv_cache import empty_cache
 from maxlm.sharding import decoding_layout, make_layout
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
+
 GREEDY = SamplingConfig(temperature=0)
 
 

@@ -116,7 +116,7 @@ class Decoder(nnx.Module):
                 are in `ops.ring.zigzag_order`, as those of `tokens`.
             tokens: what the model knows of them.
             how: mesh, number format, rematerialisation, kernels.
-            cache: from `kv_cache.empty_cache`; then every row is one token, T = 1, which continues the text in its slot.
+            cache: from `empty_cache`; then every row is one token, T = 1, which continues the text in its slot.
         """
         n_first = len(self.config.first_blocks)
         first_cache, cache = (None, None) if cache is None else (cache[:n_first], cache[n_first:])
