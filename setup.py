@@ -42,6 +42,10 @@ WEIGHTS = [
     "gguf>=0.19.0",  # and llama.cpp's: its formats of numbers, its names of tensors
 ]
 
+SERVE = [
+    "llguidance>=1.9.1,<2",  # text that fits a JSON schema, a regular expression or a grammar
+]
+
 VIZ = [
     "matplotlib>=3.11.2",  # loss.png
 ]
@@ -57,12 +61,15 @@ EXTRAS = {
     "hub": HUB,
     "viz": VIZ,
     "weights": WEIGHTS,
+    "serve": SERVE,
     "parity": PARITY,
     "dev": [
         "pyarrow>=26.0.1",  # the tests of the readers
         "zstandard>=0.25.0",
         *VIZ,  # the test of the plot
         *WEIGHTS,  # those of the hub
+        *SERVE,  # those of grammars
+        "jsonschema>=4.26.0",  # another reader of schemas
         "pytest>=9.2.0",
         "pytest-xdist>=3.8.0",  # two test processes
         "hypothesis>=6.170.15",  # properties instead of examples

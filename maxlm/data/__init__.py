@@ -8,6 +8,7 @@ documents.py: a document, what is no text, what could not be read
 input_files.py: which files, their bytes decompressed
 records.py: JSON, CSV and parquet with many documents each
 tokenizers.py: bytes, sentencepiece, tokenizer.json
+token_bytes.py: what a token of a tokenizer.json adds to a text
 text_ends.py: where texts of a model begin and end
 tiktoken.py: a .tiktoken file as a tokenizer.json
 train_tokenizer.py: training a tokenizer, compression report

@@ -22,6 +22,7 @@ import tokenizers
 from maxlm.config import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, TokenizerConfig, UserError
 from maxlm.config.json_file import read_bytes, read_object
 from maxlm.data.tiktoken import to_json
+from maxlm.data.token_bytes import spelled
 
 _DESCRIPTOR = "config.json"
 _EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<eos>", "<|im_end|>", "[EOS]", "[SEP]")
@@ -87,6 +88,14 @@ class Tokenizer(abc.ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`. Special ids give nothing; bytes that are not UTF-8 give U+FFFD."""
 
+    @abc.abstractmethod
+    def token_bytes(self) -> list[bytes | None]:
+        """What each id adds to a text that has begun; None: nothing, as of special ids.
+
+        Raises:
+            UserError: that depends on the ids around it.
+        """
+
     def document_ids(self, ids: list[int]) -> list[int]:
         """`ids` between bos (where there is one) and eos, as in the training data."""
         return [*([] if self.bos_id is None else [self.bos_id]), *ids, self.eos_id]
@@ -133,6 +142,9 @@ class Bytes(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+    def token_bytes(self) -> list[bytes | None]:
+        return [*(bytes([i]) for i in range(256)), None, None]
 
 
 class SentencePiece(Tokenizer):
@@ -182,6 +194,17 @@ class SentencePiece(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._model.decode([int(i) for i in ids])
         return text
+
+    def token_bytes(self) -> list[bytes | None]:
+        def spelling(i: int) -> bytes | None:
+            piece: str = self._model.id_to_piece(i)
+            if self._model.is_byte(i):
+                return bytes([int(piece[3:5], 16)])
+            if self._model.is_control(i) or self._model.is_unknown(i) or self._model.is_unused(i):
+                return None
+            return piece.replace("\u2581", " ").encode()
+
+        return [spelling(i) for i in range(self.vocab_size)]
 
 
 class HuggingFace(Tokenizer):
@@ -262,6 +285,16 @@ class HuggingFace(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._model.decode([int(i) for i in ids], skip_special_tokens=True)
         return text
+
+    def token_bytes(self) -> list[bytes | None]:
+        decoder = json.loads(self._definition).get("decoder")
+        found: list[bytes | None] = [None] * self.vocab_size
+        for name, i in self._model.get_vocab(with_added_tokens=True).items():
+            found[i] = spelled(name, decoder)
+        for i, token in self._model.get_added_tokens_decoder().items():
+            if token.special:
+                found[i] = None
+        return found
 
     def _named(self, key: str, name: str, *vocabularies: dict[str, int]) -> int:
         found = _first_known([name], *vocabularies)

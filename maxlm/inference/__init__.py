@@ -10,9 +10,10 @@ blocks.py: who uses which block of the cache
 programs.py: what runs on the device, compiled at the start
 step.py: the compiled step
 held.py: parameters as decoding holds them
-sampling.py: logits to one token
-logits_rules.py: rules over the tokens before
-settings.py: of many requests, as arrays
+settings.py: what each request asks for, as arrays
+logits_rules.py: biases, penalties, bans
+sampling.py: one token from logits
+structured.py: which tokens a grammar allows
 text_stream.py: tokens to characters, never taken back
 language_model.py: tokens to logits, without a cache
 """
