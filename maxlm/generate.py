@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from maxlm.config import SamplingConfig, ShardingConfig, UserError, WeightFormat
+from maxlm.config import EngineConfig, SamplingConfig, ShardingConfig, UserError, WeightFormat
 from maxlm.config.cli import parse, run_command
 from maxlm.config.fields import NotNegative, PathName, Positive, Seed, config
 
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> None:
     else:
         kind, place = next((kind, place) for kind in KINDS if (place := getattr(options, kind)) is not None)
         run = load_published(KINDS[kind](Path(place)), sharding=options.sharding)
-    generator = Generator(run, weights=options.weights)
+    generator = Generator(run, weights=options.weights, engine=EngineConfig(slots=1))
     stream = generator.stream(
         options.prompt, max_new_tokens=options.max_new_tokens, sampling=options.sampling, seed=options.seed
     )

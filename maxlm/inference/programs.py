@@ -67,7 +67,7 @@ class Programs:
         self._texts = jax.jit(make, out_shardings=everywhere)()
         width = -(-model.max_seq_len // config.block_size)
         self.put_tables({window: np.zeros((config.slots * self._n_shards, width), np.int32) for window in blocks})
-        one = jax.tree.map(lambda x: np.asarray(x[0]), self._texts)
+        one = jax.tree.map(lambda x: np.asarray(x)[0], self._texts)
         change = functools.partial(jax.jit, donate_argnums=0, in_shardings=everywhere, out_shardings=everywhere)
         self._begin = change(begin).lower(self._texts, np.int32(0), one).compile()
         self._allow = change(allow).lower(self._texts, np.int32(0), one.settings.allowed).compile()
