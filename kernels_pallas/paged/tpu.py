@@ -25,7 +25,7 @@ from kernels_pallas.targets import Family, Target
 _LANES = 128
 _SCALAR_BYTES = 2**19
 """Half of a chip's scalar memory, for tables."""
-_SPARE_BYTES = 2**20
+_SPARE_BYTES = 2**18
 
 
 def unsupported(problem: PagedProblem, target: Target) -> str | None:
@@ -35,6 +35,11 @@ def unsupported(problem: PagedProblem, target: Target) -> str | None:
         return f"target {target.name} is no TPU; the Mosaic TPU kernel needs one"
     if p.dtype not in (jnp.float32, jnp.bfloat16):
         return f"dtype {p.dtype} is rejected by Mosaic TPU; use bfloat16 or float32"
+    if wrong := [width for width in (p.H, p.Hv) if width % _LANES]:
+        return (
+            f"a cache of width {wrong[0]} is stored otherwise than Mosaic TPU has it, and all of it would be copied; "
+            f"give q, k and v zeros up to {_lanes(wrong[0])}"
+        )
     if p.C % _sublanes(p):
         return f"blocks of {p.C} positions do not fill the chip's rows of {_sublanes(p)}; use a multiple"
     if (needed := 4 * (p.S * p.M + 6 * p.T)) > _SCALAR_BYTES:
@@ -61,9 +66,7 @@ def on_chip_bytes(problem: PagedProblem, blocks: PagedBlocks) -> int:
     return tiles + sums + row + per_head + scores + _SPARE_BYTES
 
 
-def forward(
-    problem: PagedProblem, blocks: PagedBlocks, operands: PagedOperands, *, interpret: Any = None
-) -> jax.Array:
+def forward(problem: PagedProblem, blocks: PagedBlocks, operands: PagedOperands, *, interpret: Any = None) -> jax.Array:
     """[T, N, Hv] in q's dtype.
 
     Args:
@@ -210,17 +213,16 @@ def _copies(
     act: Callable[[Any], None],
 ) -> None:
     """Start, or wait for, the copies of those blocks of a row's tile that it may see."""
-    for i in range(n_blocks):
-        entry = scalars["first"][row] + tile * n_blocks + i
+    begin = scalars["first"][row] + tile * n_blocks
 
-        @pl.when(entry < scalars["last"][row])
-        def _one(i: int = i, entry: Any = entry) -> None:
-            block = scalars["tables"][scalars["slots"][row] * p.M + entry]
-            for name in ("k", "v"):
-                if name in inputs:
-                    source = inputs[name].at[scalars["layer"][0], block]
-                    target = scratch[name].at[place, :, pl.ds(i * p.C, p.C)]
-                    act(pltpu.make_async_copy(source, target, scratch["arrived"].at[place]))
+    @pl.loop(0, jnp.minimum(scalars["last"][row] - begin, n_blocks))
+    def _one(i: jax.Array) -> None:
+        block = scalars["tables"][scalars["slots"][row] * p.M + begin + i]
+        for name in ("k", "v"):
+            if name in inputs:
+                source = inputs[name].at[scalars["layer"][0], block]
+                target = scratch[name].at[place, :, pl.ds(pl.multiple_of(i * p.C, p.C), p.C)]
+                act(pltpu.make_async_copy(source, target, scratch["arrived"].at[place]))
 
 
 def _scores(p: PagedProblem, products: jax.Array, distance: jax.Array, inputs: dict[str, Any]) -> jax.Array:
@@ -255,8 +257,8 @@ def _padded(x: jax.Array, rows: int) -> jax.Array:
 
 
 def _rows_of_a_head(problem: PagedProblem) -> int:
-    """Query heads of a key head, in whole sublanes."""
-    return pl.cdiv(problem.group, _sublanes(problem)) * _sublanes(problem)
+    """Query heads of a key head, in whole rows of float32: the scores of fewer would be copied to be joined."""
+    return pl.cdiv(problem.group, 8) * 8
 
 
 def _sublanes(problem: PagedProblem) -> int:
