@@ -41,7 +41,7 @@ WEIGHTS = [
 ]
 
 SERVE = [
-    "fastapi>=0.165.0",  # routes of the server
+    "starlette>=1.10.0",  # routes of the server
     "uvicorn>=0.54.0",  # its sockets
     "jinja2>=3.1.6",  # chat templates; older ones can be broken out of
     "pydantic>=2.13.0",  # what a request may hold

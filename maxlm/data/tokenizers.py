@@ -98,6 +98,10 @@ class Tokenizer(abc.ABC):
         raise UserError(f"a tokenizer of {self.kind.value} has no names of control tokens; a chat needs tokenizer.json")
 
     @abc.abstractmethod
+    def token_bytes(self, i: int) -> bytes:
+        """What an id stands for in a text, which may be part of a character; of a special token, its name."""
+
+    @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`. Special ids give nothing; bytes that are not UTF-8 give U+FFFD."""
 
@@ -141,6 +145,9 @@ class Bytes(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(text.encode()) for text in texts]
+
+    def token_bytes(self, i: int) -> bytes:
+        return bytes([i]) if i < 256 else {self.bos_id: b"<bos>", self.eos_id: b"<eos>"}.get(i, b"")
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
@@ -186,6 +193,15 @@ class SentencePiece(Tokenizer):
         first, *rest = (self._model.encode(part, out_type=int) for part in text.split("\u2581"))
         return [*first, *(i for part in rest for i in (*spelling, *part))]
 
+    def token_bytes(self, i: int) -> bytes:
+        if not 0 <= i < self.vocab_size:
+            return b""
+        piece: str = self._model.id_to_piece(i)
+        if i in self.byte_ids:
+            return bytes([int(piece[3:-1], 16)])
+        name = self._model.is_control(i) or self._model.is_unknown(i)
+        return (piece if name else piece.replace("\u2581", " ")).encode()
+
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._model.decode([int(i) for i in ids])
         return text
@@ -220,6 +236,7 @@ class HuggingFace(Tokenizer):
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         special = {token.content: i for i, token in self._model.get_added_tokens_decoder().items() if token.special}
         self._specials = special
+        self._added = frozenset(self._model.get_added_tokens_decoder())
         known = special, vocabulary
         usual_eos, usual_bos = _first_known(_EOS_NAMES, *known), _first_known(_BOS_NAMES, *known)
         said_eos, said_bos = _beside(path)
@@ -273,6 +290,21 @@ class HuggingFace(Tokenizer):
             found = model.encode(text, add_special_tokens=False)
         return found.ids, found.offsets
 
+    def token_bytes(self, i: int) -> bytes:
+        name: str = self._model.id_to_token(i) or ""
+        if i in self.byte_ids:
+            return bytes([int(name[3:-1], 16)])
+        if i in self._added:
+            return name.encode()
+        if self._bytewise:
+            return bytes(byte for character in name for byte in _BYTES.get(character, character.encode()))
+        return name.replace("\u2581", " ").encode()
+
+    @functools.cached_property
+    def _bytewise(self) -> bool:
+        """Whether a character of a token's name stands for a byte, as GPT-2 has it."""
+        return "ByteLevel" in json.dumps(json.loads(self._model.to_str()).get("decoder"))
+
     @functools.cached_property
     def _obeying(self) -> tokenizers.Tokenizer:
         """The same, but that a name of a special token in a text is that token."""
@@ -306,6 +338,16 @@ class HuggingFace(Tokenizer):
                 f"{self._path}: the tokenizers library breaks {doing()} ({' '.join(str(error).split())}); mend the "
                 "file's regular expressions, or use another tokenizer"
             ) from error
+
+
+def _byte_names() -> dict[str, bytes]:
+    """The character that GPT-2 writes for each byte: itself where it can be seen, else one after U+00FF in order."""
+    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    unseen = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): bytes([byte]) for byte in seen} | {chr(256 + i): bytes([b]) for i, b in enumerate(unseen)}
+
+
+_BYTES = _byte_names()
 
 
 def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
