@@ -129,6 +129,8 @@ class FakeLoop:
         for stop in request.stop:
             if (at := final.find(stop)) >= 0:
                 final, finish, reason = final[:at], Finish.STOP, stop
+        if finish is None and request.stop:  # it may begin at the end
+            final = final[: 1 - max(map(len, request.stop))]
         text, ticket.shown = final[ticket.shown :], max(len(final), ticket.shown)
         return Delta(
             tokens=(token,),

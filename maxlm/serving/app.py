@@ -295,7 +295,9 @@ class _Guard:
             raise ApiError(403, words, code="unknown_host")
         if service.api_key is not None and path not in _OPEN_PATHS:
             kind, _, key = request.headers.get("authorization", "").partition(" ")
-            if kind.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), service.api_key.encode()):
+            if kind.lower() != "bearer" or not hmac.compare_digest(
+                key.strip().encode("latin-1"), service.api_key.encode()
+            ):
                 words = "the API key is missing or wrong; send the header Authorization: Bearer KEY"
                 raise ApiError(401, words, code="invalid_api_key")
         if service.draining and path not in _OPEN_PATHS:

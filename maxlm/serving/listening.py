@@ -72,8 +72,8 @@ def listen(host: str, port: int) -> socket.socket:
         found.listen(_BACKLOG)
     except OSError as error:
         raise UserError(
-            f"--host {host} --port {port}: cannot listen there ({error.strerror}); use an address of this machine and a "
-            "free port, or --port 0 for any"
+            f"--host {host} --port {port}: cannot listen there ({error.strerror}); use an address of this machine and "
+            "a free port, or --port 0 for any"
         ) from error
     return found
 
