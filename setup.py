@@ -93,7 +93,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["maxlm", "maxlm.*", "kernels_pallas", "kernels_pallas.*"]),
-    package_data={"kernels_pallas": ["tuning/*.json"]},
+    package_data={"kernels_pallas": ["tuning/*.json"], "maxlm.serving": ["chat_page.html"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     # An editable installation is a plain path. The other kind, a hook, loses to a folder of that name: beside a clone,

@@ -55,6 +55,7 @@ class FakeLoop:
         self.tokenizer, self.queue, self.pause_s = tokenizer, queue, pause_s
         self.says: Callable[[Request], str] = lambda request: "Hello, w\u00f6rld! \U0001f600 <tag> & more"
         self.fails: Finish | None = None
+        self.failure: str | None = None
         self.seen: list[Request] = []
         self.cancelled = 0
         self._stats, self._tickets = FakeStats(), list[FakeTicket]()
@@ -81,6 +82,7 @@ class FakeLoop:
                 self._tickets.remove(ticket)
                 self.cancelled += 1
 
+    @property
     def stats(self) -> FakeStats:
         return dataclasses.replace(self._stats, running=len(self._tickets))
 

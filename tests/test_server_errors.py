@@ -189,7 +189,7 @@ def test_what_is_wrong_is_said(url: str, served: Served) -> None:
         assert not found
         for path, body in GOOD.items():
             assert client.post(path, json=body).status_code == 200
-    assert served.loop.stats().running == 0
+    assert served.loop.stats.running == 0
 
 
 def test_bodies_that_are_none(url: str) -> None:
@@ -267,8 +267,8 @@ def test_an_answer_that_nobody_reads(url: str, served: Served, monkeypatch: pyte
         f"POST {TEXT} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     unread.sendall((head + body).encode())
-    assert wait_until(lambda: loop.stats().running == 8)
-    assert wait_until(lambda: loop.stats().running == 0)
+    assert wait_until(lambda: loop.stats.running == 8)
+    assert wait_until(lambda: loop.stats.running == 0)
     unread.close()
     assert httpx.post(f"{url}{TEXT}", json=GOOD[TEXT]).status_code == 200
 
@@ -312,7 +312,7 @@ def test_clients_that_leave_are_forgotten(clients: int, tmp_path: Path) -> None:
 
     with fake_engine.running_server(service) as (url, _):
         asyncio.run(all_of_them(url))
-        assert wait_until(lambda: loop.stats().running == 0 and service.busy == 0)
+        assert wait_until(lambda: loop.stats.running == 0 and service.busy == 0)
         assert loop.cancelled > clients / 4
         assert httpx.post(f"{url}{TEXT}", json={**GOOD[TEXT], "max_tokens": 5}).json()["choices"][0]["text"] == "xxxxx"
     loop.stop()
@@ -329,7 +329,7 @@ def test_the_server_ends_its_work_before_it_ends(tmp_path: Path) -> None:
     ):
         assert kept.get("/health").status_code == 200
         asked = pool.submit(httpx.post, f"{url}{TEXT}", json={**GOOD[TEXT], "max_tokens": 60})
-        assert wait_until(lambda: loop.stats().running == 1)
+        assert wait_until(lambda: loop.stats.running == 1)
         server.handle_exit(15, None)
         answer = kept.post(TEXT, json=GOOD[TEXT])
         assert answer.status_code == 503 and error_of(answer)["code"] == "shutting_down"

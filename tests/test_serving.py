@@ -146,7 +146,7 @@ def test_the_best_of_several(client: openai.OpenAI, loop: FakeLoop) -> None:
     loop.says = lambda request: "!" if request.seed == 12 else "~"  # ! is the likelier
     found = client.completions.create(model=NAME, prompt=["p", "q"], best_of=4, n=1, seed=10)
     assert [(choice.index, choice.text) for choice in found.choices] == [(0, "!"), (1, "!")]
-    assert [request.seed for request in loop.seen] == [10, 11, 12, 13] * 2
+    assert sorted(request.seed for request in loop.seen) == [10, 10, 11, 11, 12, 12, 13, 13]
     assert found.usage is not None and found.usage.completion_tokens == 16 and found.usage.prompt_tokens == 2
 
 
@@ -362,6 +362,10 @@ def test_an_engine_that_fails_is_an_error(client: openai.OpenAI, loop: FakeLoop)
             list(client.completions.create(model=NAME, prompt="x", stream=True))
     loop.fails = None
     assert client.completions.create(model=NAME, prompt="x").choices[0].text
+    loop.failure = "no device"
+    answer = httpx.get(f"{client.base_url}".replace("/v1/", "/health"))
+    loop.failure = None
+    assert answer.status_code == 500 and "the engine of little failed: no device" in answer.text
 
 
 def test_a_model_without_a_template(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from maxlm.checkpoint.store import Deferred
 from maxlm.config import (
+    ChosenModel,
     DataConfig,
     Dataset,
     Dtype,
@@ -36,7 +37,7 @@ from maxlm.hub.names import Piece
 from maxlm.hub.tensor_files import DTYPES
 from maxlm.hub.weights import PublishedWeights
 from maxlm.inference.language_model import LanguageModel
-from maxlm.inference.load import ONE_DEVICE, LoadedRun, layout_for
+from maxlm.inference.load import ONE_DEVICE, LoadedRun, layout_for, load_run
 from maxlm.models import abstract_parameters
 
 
@@ -121,6 +122,18 @@ def load_published(published: PublishedModel, *, sharding: ShardingConfig) -> Lo
         ends=published.find_ends(tokenizer),
         chat=published.find_chat(),
     )
+
+
+def load_chosen(chosen: ChosenModel) -> LoadedRun:
+    """What a command line names.
+
+    Raises:
+        UserError: as `load_run` or `load_published`, or such a published model cannot be opened.
+    """
+    if chosen.run is not None:
+        return load_run(chosen.run, step=chosen.step, sharding=chosen.sharding)
+    kind, place = next((kind, Path(one)) for kind in KINDS if (one := getattr(chosen, kind)) is not None)
+    return load_published(KINDS[kind](place), sharding=chosen.sharding)
 
 
 def untrained(model: ModelConfig, *, dtype: Dtype, sharding: ShardingConfig, run_dir: str = "runs/none") -> RunConfig:

@@ -1,6 +1,7 @@
 """An HTTP server that speaks as OpenAI's does, over an engine.
 
 served.py: a model as the server needs it
+loading.py: a loaded model as one that is served
 schema.py: what a request may hold
 api_errors.py: errors as clients read them
 chat_format.py: conversations for a template, tool calls out of text

@@ -50,14 +50,14 @@ def of_user_error(error: UserError, param: str | None = None) -> ApiError:
         case QueueFull():
             return ApiError(429, str(error), type="rate_limit_error", code="queue_full")
         case Draining():
-            return draining()
+            return draining(str(error))
         case _:
             return ApiError(400, str(error), param=param)
 
 
-def draining() -> ApiError:
-    """The server is about to end."""
-    return ApiError(503, "the server is shutting down; ask another one", type="server_error", code="shutting_down")
+def draining(message: str = "the server is shutting down; ask another one") -> ApiError:
+    """Nothing new is taken."""
+    return ApiError(503, message, type="server_error", code="shutting_down")
 
 
 def broken(message: str = "the server failed at this request; its log says why") -> ApiError:

@@ -121,9 +121,9 @@ async def _answered(service: Service, request: Request, asked: Generating, job: 
     running = Running(job, service.metrics)
     if asked.stream:
         with_usage = asked.stream_options is not None and asked.stream_options.include_usage
+        await running.begin()  # what the engine refuses is an answer with a status of its own
         return EventStream(_pieces(running, answer, with_usage))
-    texts = await unless_left(request, collect(running))
-    return JSONResponse(answer.whole(texts))
+    return JSONResponse(answer.whole(await unless_left(request, collect(running))))
 
 
 async def _pieces(running: Running, answer: Answer, with_usage: bool) -> AsyncGenerator[dict[str, Any], None]:
@@ -212,12 +212,16 @@ def _described(served: Served) -> dict[str, Any]:
         "created": served.created,
         "owned_by": "maxlm",
         "max_model_len": served.max_length,
+        "chat": served.chat is not None,
     }
 
 
 async def _health(service: Service, request: Request) -> Response:
     if service.draining:
-        return failed(api_errors.draining())
+        raise api_errors.draining()
+    for served in service.models.values():
+        if served.loop.failure is not None:
+            raise api_errors.broken(f"the engine of {served.name} failed: {served.loop.failure}")
     return JSONResponse({"status": "ok"})
 
 

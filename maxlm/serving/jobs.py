@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import dataclasses
 import secrets
+import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from maxlm.config import SamplingConfig, UserError
@@ -18,6 +20,7 @@ from maxlm.serving.schema import ChatRequest, CompletionRequest, Generating
 from maxlm.serving.served import Served
 from maxlm.serving.server_metrics import ServerMetrics
 
+_WAITING = ThreadPoolExecutor(64, "submit")
 _DEFAULT_TOKENS = 16
 """Of a completion that does not say how long it may be, as OpenAI has it."""
 
@@ -154,38 +157,50 @@ def _too_long(prompt: int, wanted: int, limit: int, which: str | None) -> ApiErr
 
 
 class Running:
-    """A job in the engine. Made and used on the thread of the event loop."""
+    """A job in the engine. For the thread of the event loop it was made on."""
 
     def __init__(self, job: Job, metrics: ServerMetrics) -> None:
-        """
+        self.job, self._metrics = job, metrics
+        self._events, self._queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Delta]]()
+        self._lock, self._ended = threading.Lock(), False
+        self._tickets: dict[int, Any] = {}
+        self._began = time.monotonic()
+
+    async def begin(self) -> None:
+        """Hand it to the engine, which may be in the middle of a step: one thread waits for each text.
+
         Raises:
             ApiError: the engine did not take all of it; it then has none.
         """
-        self.job, self._metrics = job, metrics
-        self._queue: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
-        self._tickets: dict[int, Any] = {}
-        self._began = time.monotonic()
-        events = asyncio.get_running_loop()
-
-        def receiver(index: int) -> Callable[[Delta], None]:
-            def receive(delta: Delta) -> None:  # on the engine's thread
-                with contextlib.suppress(RuntimeError):  # the event loop has ended
-                    events.call_soon_threadsafe(self._queue.put_nowait, (index, delta))
-
-            return receive
-
+        submit = lambda i: self._events.run_in_executor(_WAITING, self._submit, i)
         try:
-            for i, request in enumerate(job.requests):
-                self._tickets[i] = job.served.loop.submit(request, receiver(i))
+            await asyncio.gather(*(submit(i) for i in range(len(self.job.requests))))
         except UserError as error:
             self.cancel()
             raise of_user_error(error) from error
+        except BaseException:
+            self.cancel()
+            raise
+
+    def _submit(self, i: int) -> None:
+        def receive(delta: Delta) -> None:  # on the engine's thread
+            with contextlib.suppress(RuntimeError):  # the event loop has ended
+                self._events.call_soon_threadsafe(self._queue.put_nowait, (i, delta))
+
+        ticket = self.job.served.loop.submit(self.job.requests[i], receive)
+        with self._lock:
+            if not self._ended:
+                self._tickets[i] = ticket
+                return
+        self.job.served.loop.cancel(ticket)  # the client left in the meantime
 
     def cancel(self) -> None:
         """End what has not ended."""
-        for ticket in self._tickets.values():
+        with self._lock:
+            self._ended, tickets = True, list(self._tickets.values())
+            self._tickets.clear()
+        for ticket in tickets:
             self.job.served.loop.cancel(ticket)
-        self._tickets.clear()
 
     async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
         """What each text grows by, until all have ended.
@@ -259,8 +274,9 @@ async def collect(running: Running) -> list[Text]:
     """All texts, whole.
 
     Raises:
-        ApiError: as `Running.deltas`.
+        ApiError: as `Running.begin` and `Running.deltas`.
     """
+    await running.begin()
     texts = [Text() for _ in running.job.requests]
     async for i, delta in running.deltas():
         texts[i].add(delta)

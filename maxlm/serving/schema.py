@@ -23,16 +23,16 @@ _IGNORED = (
 )  # fmt: skip
 
 Probability = Annotated[float, Field(gt=0, le=1)]
-Tokens = list[int]
+Ids = list[int]
 
 
-class Record(BaseModel):
+class Exact(BaseModel):
     """Exact types, no infinite numbers, no unknown fields."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
 
 
-class Lenient(Record):
+class Lenient(Exact):
     """What clients send back as they got it: fields without a use here are passed over."""
 
     model_config = ConfigDict(extra="ignore")
@@ -121,7 +121,7 @@ ToolChoice = Annotated[str | NamedTool | None, BeforeValidator(_tool_choice)]
 Variables = Annotated[dict[str, Any], BeforeValidator(_variables)]
 Stops = Annotated[list[str], BeforeValidator(_stops)]
 Biases = Annotated[dict[int, float], BeforeValidator(_biases)]
-Prompts = Annotated[list[str | Tokens], BeforeValidator(_prompts)]
+Prompts = Annotated[list[str | Ids], BeforeValidator(_prompts)]
 Content = Annotated[str | None, BeforeValidator(_content)]
 
 
@@ -135,7 +135,7 @@ class JsonSchema(Lenient):
     strict: bool | None = None
 
 
-class ResponseFormat(Record):
+class ResponseFormat(Exact):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
@@ -152,7 +152,7 @@ class Function(Lenient):
     parameters: dict[str, Any] | None = None
 
 
-class Tool(Record):
+class Tool(Exact):
     type: Literal["function"]
     function: Function
 
@@ -183,7 +183,7 @@ class Message(Lenient):
         return self
 
 
-class Generating(Record):
+class Generating(Exact):
     """What all that generate text take."""
 
     model: str
@@ -270,7 +270,7 @@ class ChatRequest(Generating):
         return self
 
 
-class EmbeddingRequest(Record):
+class EmbeddingRequest(Exact):
     """Of /v1/embeddings."""
 
     model: str
@@ -281,7 +281,7 @@ class EmbeddingRequest(Record):
     user: Any = None
 
 
-class TokenizeRequest(Record):
+class TokenizeRequest(Exact):
     """Of /tokenize: a prompt, or messages."""
 
     model: str | None = None
@@ -298,8 +298,8 @@ class TokenizeRequest(Record):
         return self
 
 
-class DetokenizeRequest(Record):
+class DetokenizeRequest(Exact):
     """Of /detokenize."""
 
     model: str | None = None
-    tokens: Tokens
+    tokens: Ids

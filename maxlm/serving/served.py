@@ -40,11 +40,14 @@ class Stats(Protocol):
 
 
 class Loop(Protocol):
-    """Of `maxlm.inference.engine_loop.EngineLoop`, what the server calls, from any thread."""
+    """Of `maxlm.inference.loop.EngineLoop`, what the server calls, from any thread. `submit` may wait for a step."""
 
     def submit(self, request: Request, on_delta: Callable[[Delta], None]) -> Any: ...
     def cancel(self, ticket: Any) -> None: ...
+    @property
     def stats(self) -> Stats: ...
+    @property
+    def failure(self) -> str | None: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

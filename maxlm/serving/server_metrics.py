@@ -24,7 +24,7 @@ class _Engines(Collector):
     def collect(self) -> Iterator[Metric]:
         """As the library wants it."""
         loops = {id(served.loop): served for served in self._models.values()}  # adapters share their model's
-        stats = {served.name: served.loop.stats() for served in loops.values()}
+        stats = {served.name: served.loop.stats for served in loops.values()}
         used = lambda s: (s.blocks - s.free_blocks) / s.blocks if s.blocks else 0.0
         gauges = (
             ("vllm:num_requests_running", "Texts that are being decoded", lambda s: s.running),
