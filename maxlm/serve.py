@@ -43,6 +43,8 @@ class ServeOptions:
     MAXLM_API_KEY."""
     allow_host: tuple[str, ...] = ()
     """More names by which clients may call a server that listens on this machine alone."""
+    embeddings: bool = False
+    """Give vectors of texts too; the parameters then stay in memory in float32, beside the engine's."""
     max_body_mb: Positive[int] = 32
     """Largest request, in MiB."""
     drain_s: NotNegative[float] = 30.0
@@ -72,7 +74,7 @@ def main(argv: list[str]) -> None:
     from maxlm.hub.models import load_chosen
     from maxlm.serving.app import Service
     from maxlm.serving.listening import DrainingServer, is_loopback, listen
-    from maxlm.serving.model import serve_model
+    from maxlm.serving.loading import serve_model
 
     loopback = is_loopback(options.host)
     hosts = ("localhost", "127.0.0.1", "::1", options.host, *options.allow_host) if loopback else ()

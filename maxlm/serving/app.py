@@ -146,25 +146,19 @@ async def _embeddings(service: Service, request: Request) -> Response:
     asked = await read(request, EmbeddingRequest, service.max_body)
     served = service.find(asked.model)
     if served.embed is None:
-        raise ApiError(400, "this server gives no embeddings", code="unsupported")
+        raise ApiError(400, "this server gives no embeddings; start it with --embeddings", code="unsupported")
     ids = [prompt_ids(served, text, f"input.{i}") for i, text in enumerate(asked.input)]
     for i, one in enumerate(ids):
         if len(one) > served.max_length:
             words = f"input.{i} has {len(one)} tokens, must have at most {served.max_length}"
             raise ApiError(400, words, param="input", code="context_length_exceeded")
-    vectors = await _in_thread(_embedded, served, ids, asked.pooling or "mean")
+    vectors = await _in_thread(served.embed, ids, asked.pooling or "mean")
     as_bytes = lambda vector: base64.b64encode(np.asarray(vector, "<f4").tobytes()).decode()
     of = as_bytes if asked.encoding_format == "base64" else list
     data = [{"object": "embedding", "index": i, "embedding": of(vector)} for i, vector in enumerate(vectors)]
     n = sum(map(len, ids))
     used = {"prompt_tokens": n, "total_tokens": n}
     return JSONResponse({"object": "list", "data": data, "model": asked.model, "usage": used})
-
-
-def _embedded(served: Served, ids: list[list[int]], pooling: str) -> list[list[float]]:
-    assert served.embed is not None
-    with served.embedding:
-        return served.embed(ids, pooling)
 
 
 async def _tokenize(service: Service, request: Request) -> Response:

@@ -9,11 +9,21 @@ from maxlm.data.text_ends import TextEnds
 from maxlm.inference.engine import Engine
 from maxlm.inference.load import LoadedRun
 from maxlm.inference.loop import EngineLoop
+from maxlm.serving.embedding import Embedder
 from maxlm.serving.served import Served
 
 
-def serve_model(run: LoadedRun, name: str, config: EngineConfig, weights: WeightFormat) -> Served:
+def serve_model(
+    run: LoadedRun, name: str, config: EngineConfig, weights: WeightFormat, *, embeddings: bool = False
+) -> Served:
     """Place the weights, compile, and start the engine's thread.
+
+    Args:
+        run: the model.
+        name: what requests call it.
+        config: how much at once.
+        weights: the format in which the engine holds them.
+        embeddings: whether it is also asked for vectors, for which its float32 parameters stay in memory.
 
     Raises:
         UserError: as `Engine`.
@@ -28,4 +38,5 @@ def serve_model(run: LoadedRun, name: str, config: EngineConfig, weights: Weight
         vocab_size=run.config.model.vocab_size,
         created=int(time.time()),
         chat=run.chat,
+        embed=Embedder(run.model) if embeddings else None,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -68,6 +67,4 @@ class Served:
     json_grammar: Callable[[Mapping[str, Any]], Grammar] | None = None
     """From a JSON schema. It raises UserError where it cannot keep to the schema."""
     embed: Callable[[list[list[int]], str], list[list[float]]] | None = None
-    """Texts as vectors of unit length; the second is `mean` or `last`."""
-    embedding: threading.Lock = dataclasses.field(default_factory=threading.Lock)
-    """Held by who calls `embed`."""
+    """Texts as vectors of unit length; the second is `mean` or `last`. From any thread."""
