@@ -73,17 +73,16 @@ def main(argv: list[str]) -> None:
     from maxlm.compile_cache import enable_compilation_cache  # these import jax: --help stays instant
     from maxlm.hub.models import load_chosen
     from maxlm.serving.app import Service
-    from maxlm.serving.listening import DrainingServer, is_loopback, listen
+    from maxlm.serving.listening import DrainingServer, bind_address, is_loopback
     from maxlm.serving.loading import serve_model
 
     loopback = is_loopback(options.host)
     hosts = ("localhost", "127.0.0.1", "::1", options.host, *options.allow_host) if loopback else ()
-    listener = listen(options.host, options.port)  # before a model is loaded for nothing
+    listener = bind_address(options.host, options.port)  # before a model is loaded for nothing
     enable_compilation_cache()
     run = load_chosen(options.model)
-    served = serve_model(
-        run, options.name or Path(options.model.place).resolve().stem, options.engine, options.model.weights
-    )
+    name = options.name or Path(options.model.place).resolve().stem
+    served = serve_model(run, name, options.engine, options.model.weights, embeddings=options.embeddings)
     key = options.api_key or os.environ.get(_KEY) or None
     service = Service(
         models={served.name: served},

@@ -18,7 +18,7 @@ from maxlm.data.text_ends import TextEnds
 from maxlm.data.tokenizers import Tokenizer, open_tokenizer
 from maxlm.inference.request import BadRequest, Delta, Finish, QueueFull, Request, TokenScore
 from maxlm.serving.app import Service
-from maxlm.serving.listening import DrainingServer, listen
+from maxlm.serving.listening import DrainingServer, bind_address
 from maxlm.serving.served import Served
 
 NAME = "little"
@@ -189,7 +189,7 @@ def make_served(folder: Path, template: str | None = chats.QWEN, **loop: Any) ->
 def running_server(service: Service, *, drain_s: float = 5.0) -> Iterator[tuple[str, DrainingServer]]:
     """Its address, and itself."""
     server = DrainingServer(service, drain_s=drain_s)
-    listener = listen("127.0.0.1", 0)
+    listener = bind_address("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     while not server.started:

@@ -22,7 +22,7 @@ from maxlm.config import UserError
 from maxlm.inference.request import Request
 from maxlm.serving import connection
 from maxlm.serving.app import Service
-from maxlm.serving.listening import is_loopback, listen
+from maxlm.serving.listening import bind_address, is_loopback
 from maxlm.serving.served import Served
 
 MAX_BODY = 20_000
@@ -361,10 +361,11 @@ def test_a_mistake_of_the_server_is_an_answer_and_tells_nothing(
 
 def test_where_to_listen() -> None:
     taken = r"--port \d+: cannot listen there \(Address already in use\)"
-    with listen("127.0.0.1", 0) as there, pytest.raises(UserError, match=taken):
-        listen("127.0.0.1", there.getsockname()[1])
+    with bind_address("127.0.0.1", 0) as there, pytest.raises(UserError, match=taken):
+        there.listen()
+        bind_address("127.0.0.1", there.getsockname()[1])
     with pytest.raises(UserError, match=r"--host 203.0.113.1 --port 0: cannot listen there"):
-        listen("203.0.113.1", 0)
+        bind_address("203.0.113.1", 0)
     assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "example.org")] == [
         True, True, True, False, False,
     ]  # fmt: skip

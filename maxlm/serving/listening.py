@@ -13,7 +13,6 @@ from maxlm.config import UserError
 from maxlm.serving.app import Service, make_app
 
 _KEEP_ALIVE_S = 30
-_BACKLOG = 2048
 
 
 class DrainingServer(uvicorn.Server):
@@ -58,8 +57,8 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that nobody answers yet.
+def bind_address(host: str, port: int) -> socket.socket:
+    """A socket that refuses clients until a server listens at it.
 
     Raises:
         UserError: there is no such address here, it is taken, or one must not have it.
@@ -69,7 +68,6 @@ def listen(host: str, port: int) -> socket.socket:
         found = socket.socket(family, kind, protocol)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
-        found.listen(_BACKLOG)
     except OSError as error:
         raise UserError(
             f"--host {host} --port {port}: cannot listen there ({error.strerror}); use an address of this machine and "
