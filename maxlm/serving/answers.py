@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import codecs
 import time
 import uuid
 from collections.abc import Sequence
@@ -24,6 +25,20 @@ def token_name(tokenizer: Tokenizer, i: int) -> str:
         return found.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
+
+
+class _Places:
+    """Where each token begins in the text of all, in characters. One that ends a character begins where that does."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self._at = tokenizer, 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def next(self, token: int) -> int:
+        at = self._at
+        if self._tokenizer.decode([token]):  # a special one shows nothing
+            self._at += len(self._decoder.decode(self._tokenizer.token_bytes(token)))
+        return at
 
 
 class Answer(abc.ABC):
@@ -73,7 +88,7 @@ class CompletionAnswer(Answer):
 
     def __init__(self, job: Job, model: str) -> None:
         super().__init__(job, model)
-        self._offsets = [0] * len(job.requests)
+        self._places = [_Places(job.served.tokenizer) for _ in job.requests]
         self._begun = [False] * len(job.requests)
 
     def _grown(self, i: int, delta: Delta) -> list[dict[str, Any]]:
@@ -91,7 +106,7 @@ class CompletionAnswer(Answer):
         kept = "" if self.job.prompt_only else text.text
         asked = i // self.job.n * self.job.per_prompt
         scores = () if self.job.prompt_only else scores_of(text)
-        logprobs = self._logprobs(asked, text.prompt_scores, scores, start=0) if self.job.scores else None
+        logprobs = self._logprobs(asked, text.prompt_scores, scores) if self.job.scores else None
         reason = self._reason(text.finish)
         return {"index": i, "text": self._prompt(asked) + kept, "logprobs": logprobs, "finish_reason": reason}
 
@@ -102,20 +117,13 @@ class CompletionAnswer(Answer):
         """That of request i, if the answer repeats it."""
         return self.job.prompts[i // self.job.per_prompt] if self.job.prompts else ""
 
-    def _logprobs(
-        self, i: int, of_prompt: Sequence[TokenScore], scores: Sequence[TokenScore], start: int | None = None
-    ) -> dict[str, Any]:
+    def _logprobs(self, i: int, of_prompt: Sequence[TokenScore], scores: Sequence[TokenScore]) -> dict[str, Any]:
         """OpenAI's four lists. A prompt's first token has no probability."""
         tokenizer, request = self.job.served.tokenizer, self.job.requests[i]
         rows: list[tuple[int, TokenScore | None]] = []
         if of_prompt:
             rows = [(request.prompt[0], None), *((score.token, score) for score in of_prompt)]
         rows += [(score.token, score) for score in scores]
-        at, offsets = self._offsets[i] if start is None else start, []
-        for token, _ in rows:
-            offsets.append(at)
-            at += len(tokenizer.decode([token]))
-        self._offsets[i] = at
         return {
             "tokens": [token_name(tokenizer, token) for token, _ in rows],
             "token_logprobs": [None if score is None else _finite(score.logprob) for _, score in rows],
@@ -125,7 +133,7 @@ class CompletionAnswer(Answer):
             ]
             if request.logprobs
             else None,
-            "text_offset": offsets,
+            "text_offset": [self._places[i].next(token) for token, _ in rows],
         }
 
 

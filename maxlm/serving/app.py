@@ -286,7 +286,7 @@ class _Guard:
         Raises:
             ApiError: this client may not ask this now.
         """
-        service, path = self._service, request.url.path
+        service, path = self._service, request.scope["path"]
         host = request.headers.get("host", "").rpartition("]")[0] or request.headers.get("host", "").partition(":")[0]
         if service.hosts and host.strip("[]").lower() not in service.hosts:
             words = f"the host {api_errors.shown(host)} is not one of this server's; start it with --allow_host"
