@@ -66,7 +66,8 @@ class ServerMetrics:
         if first:
             self._first.labels(model).observe(seconds)
         else:
-            self._between.labels(model).observe(seconds / n)
+            for _ in range(n):
+                self._between.labels(model).observe(seconds / n)
 
     def ended(self, model: str, seconds: float) -> None:
         """A request, so long after it came."""
