@@ -22,6 +22,7 @@ import tokenizers
 
 from maxlm.config import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, TokenizerConfig, UserError
 from maxlm.config.json_file import read_bytes, read_object
+from maxlm.data.byte_names import bytes_of
 from maxlm.data.tiktoken import to_json
 
 _DESCRIPTOR = "config.json"
@@ -75,6 +76,10 @@ class Tokenizer(abc.ABC):
     def encode(self, text: str) -> list[int]:
         """The ids of `text` alone: no bos, no eos, and names of special tokens inside the text are plain text."""
         return self.encode_batch([text])[0]
+
+    @abc.abstractmethod
+    def name_of(self, token: int) -> str | None:
+        """How the tokenizer's file spells a token; None: there is no file."""
 
     @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -143,6 +148,9 @@ class Bytes(Tokenizer):
     def __init__(self) -> None:
         super().__init__(b"bytes 0..255, bos 256, eos 257")
 
+    def name_of(self, token: int) -> str | None:
+        return None
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(text.encode()) for text in texts]
 
@@ -180,6 +188,10 @@ class SentencePiece(Tokenizer):
         probe = "a\u2581a"  # a model without bytes, or that puts a space before every text, is left as it is
         if not set(spelling) <= self.byte_ids or self.decode(self._encode_with_lower_block(probe, spelling)) != probe:
             self._lower_block = None
+
+    def name_of(self, token: int) -> str | None:
+        name: str = self._model.id_to_piece(token)
+        return name
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         batch: list[list[int]] = self._model.encode(list(texts), out_type=int, num_threads=1)
@@ -272,6 +284,10 @@ class HuggingFace(Tokenizer):
     def text_size(self) -> int:
         return self._text_size
 
+    def name_of(self, token: int) -> str | None:
+        name: str | None = self._model.id_to_token(token)
+        return name
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         # The library's own batch call would start a thread for every core.
         batch: list[list[int]] = []
@@ -297,7 +313,7 @@ class HuggingFace(Tokenizer):
         if i in self._added:
             return name.encode()
         if self._bytewise:
-            return bytes(byte for character in name for byte in _BYTES.get(character, character.encode()))
+            return bytes_of(name)
         return name.replace("\u2581", " ").encode()
 
     @functools.cached_property
@@ -338,16 +354,6 @@ class HuggingFace(Tokenizer):
                 f"{self._path}: the tokenizers library breaks {doing()} ({' '.join(str(error).split())}); mend the "
                 "file's regular expressions, or use another tokenizer"
             ) from error
-
-
-def _byte_names() -> dict[str, bytes]:
-    """The character that GPT-2 writes for each byte: itself where it can be seen, else one after U+00FF in order."""
-    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    unseen = [byte for byte in range(256) if byte not in seen]
-    return {chr(byte): bytes([byte]) for byte in seen} | {chr(256 + i): bytes([b]) for i, b in enumerate(unseen)}
-
-
-_BYTES = _byte_names()
 
 
 def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
@@ -399,7 +405,7 @@ def _read_descriptor(folder: Path) -> dict[str, Any]:
     for key, fits in (("kind", descriptor.get("kind") in kinds), ("fingerprint", True), ("eos", True), ("bos", True)):
         value = descriptor.get(key, "" if key in ("eos", "bos") else None)
         if not (fits and isinstance(value, str)):
-            allowed = f"one of {kinds}" if key == "kind" else "a string"
+            allowed = f"one of {kinds}; of a published model name the file itself" if key == "kind" else "a string"
             raise UserError(f"{file}: not a tokenizer's descriptor: its {key} = {value!r} must be {allowed}")
     return descriptor
 

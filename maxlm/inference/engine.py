@@ -123,8 +123,8 @@ class Engine:
         self._shards = [
             Scheduler(
                 slots=config.slots,
-                tokens_per_step=most,
-                rows_per_step=self._programs.scored_rows(most),
+                tokens_per_step=self._programs.widths[-1],
+                rows_per_step=self._programs.scored_rows(self._programs.widths[-1]),
                 block_size=config.block_size,
                 pools=pools,
                 max_length=model.max_seq_len,
@@ -145,7 +145,7 @@ class Engine:
             QueueFull: as many wait as may.
             BadRequest: an id, a number or a length is out of range.
         """
-        if sum(len(shard.waiting) for shard in self._shards) >= self.config.queue * len(self._shards):
+        if self.full:
             raise QueueFull(f"{self.config.queue} requests wait already, as engine.queue says; try again later")
         self.check(request)
         sequence = Sequence(request, next(self._numbers), list(request.prompt))
@@ -181,6 +181,23 @@ class Engine:
             self._settings(request)
         except UserError as error:
             raise BadRequest(str(error)) from error
+
+    def prompt_ids(self, text: str) -> tuple[int, ...]:
+        """What a continuation of a text starts from, as texts of this model begin.
+
+        Raises:
+            BadRequest: it is not UTF-8.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # bytes of a command line that are not UTF-8 arrive as half characters
+            raise BadRequest(f"prompt = {text[:40]!r}: character {error.start} is not UTF-8; give UTF-8") from error
+        return tuple(self.ends.prompt_ids(self.tokenizer, text))
+
+    @property
+    def full(self) -> bool:
+        """As many requests wait as may."""
+        return sum(len(shard.waiting) for shard in self._shards) >= self.config.queue * len(self._shards)
 
     @property
     def idle(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections.abc
 import dataclasses
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,7 @@ class Generator:
             UserError: as `Engine`.
         """
         self.engine = Engine(run, engine, weights=weights)
+        self._inbox: dict[Ticket, deque[Delta]] = {}
 
     def generate(
         self,
@@ -63,23 +65,26 @@ class Generator:
         A text's randomness is a function of the seed, the prompt's place among the prompts and the token's position.
 
         Raises:
-            UserError: a prompt and its new tokens do not fit model.max_seq_len, `max_new_tokens` or the seed is out of
-                range, or the model's output is not finite.
+            UserError: a prompt is not UTF-8, it and its new tokens do not fit model.max_seq_len, `max_new_tokens` or
+                the seed is out of range, or the model's output is not finite.
         """
         requests = [self._request(prompt, max_new_tokens, sampling, seed, n) for n, prompt in enumerate(prompts)]
         for request in requests:  # all of them, before the first has begun
             self.engine.check(request)
-        texts = [_Text() for _ in requests]
-        places: dict[Ticket, int] = {}
-        waiting = list(enumerate(requests))[::-1]
-        while waiting or places:
-            while waiting and len(places) < self.engine.config.queue:
-                n, request = waiting.pop()
-                places[self.engine.submit(request)] = n
-            for ticket, delta in self.engine.step():
-                texts[places[ticket]].add(delta)
-                if delta.finish is not None:
-                    del places[ticket]
+        texts, waiting = [_Text() for _ in requests], list(zip(requests, range(len(requests)), strict=True))[::-1]
+        running: dict[Ticket, _Text] = {}
+        while waiting or running:
+            while waiting and not self.engine.full:
+                request, n = waiting.pop()
+                running[self._submit(request)] = texts[n]
+            self._step()
+            for ticket in list(running):
+                while self._inbox[ticket]:
+                    delta = self._inbox[ticket].popleft()
+                    running[ticket].add(delta)
+                    if delta.finish is not None:
+                        del running[ticket], self._inbox[ticket]
+                        break
         return [text.generation for text in texts]
 
     def stream(
@@ -102,7 +107,7 @@ class Generator:
     def _request(self, prompt: str, max_new_tokens: int, sampling: SamplingConfig, seed: int, n: int) -> Request:
         engine = self.engine
         return Request(
-            prompt=tuple(engine.ends.prompt_ids(engine.tokenizer, prompt)),
+            prompt=engine.prompt_ids(prompt),
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             seed=nth_seed(seed, n),
@@ -110,15 +115,29 @@ class Generator:
         )
 
     def _deltas(self, request: Request) -> Iterator[Delta]:
-        ticket = self.engine.submit(request)
+        ticket = self._submit(request)
         try:
             while True:
-                for _, delta in self.engine.step():
+                while self._inbox[ticket]:
+                    delta = self._inbox[ticket].popleft()
                     yield delta
                     if delta.finish is not None:
                         return
+                self._step()
         finally:  # whoever listens may go before the end
             self.engine.cancel(ticket)
+            del self._inbox[ticket]
+
+    def _submit(self, request: Request) -> Ticket:
+        ticket = self.engine.submit(request)
+        self._inbox[ticket] = deque()
+        return ticket
+
+    def _step(self) -> None:
+        """Of all texts that are on their way: several streams may be read in turns."""
+        for ticket, delta in self.engine.step():
+            if ticket in self._inbox:
+                self._inbox[ticket].append(delta)
 
 
 class _Text:

@@ -1,6 +1,7 @@
 """Which tokens the next step reads: texts come and go, blocks are found for them, and taken away again.
 
-The rules. Who came first is served first. A text that has begun gets at least one token in every step. If blocks run
+The rules. Who came first is served first. A text that has begun gets at least one token in every step; where a step has
+fewer rows than there are texts, they take turns. If blocks run
 out, the youngest text gives all of its own back and waits at the head of the queue; what it had is computed again, or
 found again in blocks that nobody has needed since. The oldest text can always go on: a request that does not fit the
 whole cache is refused when it comes. Blocks are found first, and tokens counted afterwards.
@@ -51,6 +52,8 @@ class Sequence:
     """Of its full blocks, as far as they were asked for."""
     held: int = 0
     """Full blocks whose content the pools know."""
+    served: int = 0
+    """The last step that it had a row in, where texts take turns."""
     begun: bool = False
     """The device knows the text in the slot."""
 
@@ -116,15 +119,15 @@ class Scheduler:
         """
         Args:
             slots: texts at once.
-            tokens_per_step: of all texts, at least `slots`.
-            rows_per_step: tokens of a step whose logits are computed, at least `slots`.
+            tokens_per_step: of all texts.
+            rows_per_step: tokens of a step whose logits are computed.
             block_size: C.
             pools: window -> blocks, of which the first is nobody's.
             max_length: tokens of a text.
             decode_steps: tokens that are drawn one after the other when nobody waits.
         """
         self._tokens_per_step, self._rows, self._block_size = tokens_per_step, rows_per_step, block_size
-        self._decode_steps = decode_steps
+        self._decode_steps, self._takes_turns = decode_steps, tokens_per_step < slots
         self.pools = {window: BlockPool(size) for window, size in pools.items()}
         width = -(-max_length // block_size)
         self.tables: dict[int, npt.NDArray[np.int32]] = {window: np.zeros((slots, width), np.int32) for window in pools}
@@ -135,7 +138,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         """In order of arrival."""
         self._slots = list(range(slots))[::-1]
-        self.preemptions = 0
+        self._steps_launched = self.preemptions = 0
 
     def fits(self, length: int) -> bool:
         """Whether a text of so many tokens can be decoded when it is alone."""
@@ -160,10 +163,13 @@ class Scheduler:
         """The next step; None: there is nothing to do. Nothing counts as computed before `launched`."""
         chunks: list[Chunk] = []
         budget, rows = self._tokens_per_step, self._rows
-        for n_before, sequence in enumerate(list(self.running)):
-            if sequence.stage is not Stage.RUNNING or sequence.length >= sequence.end:
+        ready = sorted((one for one in self.running if one.length < one.end), key=lambda one: (one.served, one.number))
+        for n_before, sequence in enumerate(ready):
+            if not min(budget, rows):
+                break
+            if sequence.stage is not Stage.RUNNING:
                 continue
-            others = len(self.running) - n_before - 1
+            others = len(ready) - n_before - 1
             count = min(sequence.to_read, max(budget - others, 1), self._scored(sequence, rows - others))
             self._grow(sequence, sequence.computed + count)
             if sequence.stage is Stage.RUNNING:
@@ -184,8 +190,10 @@ class Scheduler:
 
     def launched(self, plan: Plan) -> None:
         """The step runs: what it computes may be counted on by all that come later."""
+        self._steps_launched += 1
         for chunk in plan.chunks:
             sequence = chunk.sequence
+            sequence.served = self._steps_launched if self._takes_turns else 0
             n_steps = min(plan.n_steps, sequence.end - sequence.length)
             sequence.computed += chunk.count + n_steps - 1 if chunk.samples else chunk.count
             sequence.ahead += n_steps if chunk.samples else 0
@@ -232,7 +240,13 @@ class Scheduler:
         """How many tokens each text draws in this step."""
         sequences = [chunk.sequence for chunk in chunks]
         decoding = all(chunk.samples and chunk.count == 1 for chunk in chunks)
-        if self.waiting or not decoding or any(sequence.request.grammar is not None for sequence in sequences):
+        left_out = sum(one.length < one.end for one in self.running) > len(chunks)
+        if (
+            self.waiting
+            or left_out
+            or not decoding
+            or any(sequence.request.grammar is not None for sequence in sequences)
+        ):
             return 1
         n_steps = min(self._decode_steps, max(sequence.end - sequence.length for sequence in sequences))
         try:
