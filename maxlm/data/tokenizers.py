@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import enum
+import functools
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import tokenizers
 
 from maxlm.config import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, TokenizerConfig, UserError
 from maxlm.config.json_file import read_bytes, read_object
+from maxlm.data.byte_names import bytes_of
 from maxlm.data.tiktoken import to_json
 from maxlm.data.token_bytes import spelled
 
@@ -84,6 +86,27 @@ class Tokenizer(abc.ABC):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of every text, on one core."""
 
+    @property
+    def specials(self) -> Mapping[str, int]:
+        """Names of special tokens, which a text may spell without meaning them, and their ids."""
+        return {}
+
+    def encode_places(self, text: str, *, specials: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of `text` and where each lies in it: start and stop, in characters.
+
+        Args:
+            text: any.
+            specials: whether names of special tokens in it are those tokens, and not text.
+
+        Raises:
+            UserError: this kind of tokenizer cannot say it.
+        """
+        raise UserError(f"a tokenizer of {self.kind.value} has no names of control tokens; a chat needs tokenizer.json")
+
+    @abc.abstractmethod
+    def token_bytes(self, i: int) -> bytes:
+        """What an id stands for in a text, which may be part of a character; of a special token, its name."""
+
     @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`. Special ids give nothing; bytes that are not UTF-8 give U+FFFD."""
@@ -140,6 +163,9 @@ class Bytes(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(text.encode()) for text in texts]
 
+    def token_bytes(self, i: int) -> bytes:
+        return bytes([i]) if i < 256 else {self.bos_id: b"<bos>", self.eos_id: b"<eos>"}.get(i, b"")
+
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
@@ -191,6 +217,15 @@ class SentencePiece(Tokenizer):
         first, *rest = (self._model.encode(part, out_type=int) for part in text.split("\u2581"))
         return [*first, *(i for part in rest for i in (*spelling, *part))]
 
+    def token_bytes(self, i: int) -> bytes:
+        if not 0 <= i < self.vocab_size:
+            return b""
+        piece: str = self._model.id_to_piece(i)
+        if i in self.byte_ids:
+            return bytes([int(piece[3:-1], 16)])
+        name = self._model.is_control(i) or self._model.is_unknown(i)
+        return (piece if name else piece.replace("\u2581", " ")).encode()
+
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._model.decode([int(i) for i in ids])
         return text
@@ -235,6 +270,8 @@ class HuggingFace(Tokenizer):
         vocabulary = self._model.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         special = {token.content: i for i, token in self._model.get_added_tokens_decoder().items() if token.special}
+        self._specials = special
+        self._added = frozenset(self._model.get_added_tokens_decoder())
         known = special, vocabulary
         usual_eos, usual_bos = _first_known(_EOS_NAMES, *known), _first_known(_BOS_NAMES, *known)
         said_eos, said_bos = _beside(path)
@@ -281,6 +318,38 @@ class HuggingFace(Tokenizer):
             for text in texts:
                 batch.append(self._model.encode(text, add_special_tokens=False).ids)
         return batch
+
+    @property
+    def specials(self) -> Mapping[str, int]:
+        return self._specials
+
+    def encode_places(self, text: str, *, specials: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        model = self._obeying if specials else self._model
+        with self._guarded(lambda: f"on a text that begins {text[:40]!r}"):
+            found = model.encode(text, add_special_tokens=False)
+        return found.ids, found.offsets
+
+    def token_bytes(self, i: int) -> bytes:
+        name: str = self._model.id_to_token(i) or ""
+        if i in self.byte_ids:
+            return bytes([int(name[3:-1], 16)])
+        if i in self._added:
+            return name.encode()
+        if self._bytewise:
+            return bytes_of(name)
+        return name.replace("\u2581", " ").encode()
+
+    @functools.cached_property
+    def _bytewise(self) -> bool:
+        """Whether a character of a token's name stands for a byte, as GPT-2 has it."""
+        return "ByteLevel" in json.dumps(json.loads(self._model.to_str()).get("decoder"))
+
+    @functools.cached_property
+    def _obeying(self) -> tokenizers.Tokenizer:
+        """The same, but that a name of a special token in a text is that token."""
+        model = tokenizers.Tokenizer.from_str(self._model.to_str())
+        model.encode_special_tokens = False
+        return model
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._model.decode([int(i) for i in ids], skip_special_tokens=True)
