@@ -1,4 +1,4 @@
-"""`python -m maxlm.evaluate --run RUN_DIR`: held-out loss, perplexity and bits per byte of a trained model."""
+"""`python -m maxlm.evaluate --run RUN_DIR [--tasks ...]`: held-out loss, or marks in exams, of a trained model."""
 
 from __future__ import annotations
 
@@ -15,61 +15,104 @@ import json
 import math
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from maxlm.config import ShardingConfig, UserError
+from maxlm.config import ModelSource, ShardingConfig, UserError
 from maxlm.config.cli import parse, run_command
-from maxlm.config.fields import NotNegative, PathName, Positive, config
+from maxlm.config.fields import NotEmpty, NotNegative, PathName, Positive, Seed, config
 
-_DESCRIPTION = """Held-out loss, perplexity and bits per byte of a trained model.
+if TYPE_CHECKING:
+    from maxlm.evaluation.exams import Exam
+    from maxlm.inference.load import LoadedRun
 
-Reads the validation split of the data sets that the run's config names (relative paths start from the folder you are
-in), in windows of its train.seq_len. Exit code 2: one line says what was wrong."""
+_DESCRIPTION = """How good a trained model is.
+
+Without --tasks: held-out loss, perplexity and bits per byte of a run. It reads the validation split of the data sets
+that the run's config names (relative paths start from the folder you are in), in windows of its train.seq_len.
+With --tasks: marks in exams, each with a 95 % interval and what guessing gives; see docs/evaluate.md. Exit code 2: one
+line says what was wrong."""
 
 
 @config("--")
 class EvaluateOptions:
     """What to measure, and on how much."""
 
-    run: Annotated[PathName, tyro.conf.arg(metavar="RUN_DIR")]
-    """Folder of the training run."""
-    step: NotNegative[int] | None = None
-    """Checkpoint to use; None: the newest intact one."""
+    model: Annotated[ModelSource, tyro.conf.arg(name="")]
+    """Which model."""
     batches: Positive[int] | None = None
-    """Batches to measure, from the first; None: as many as training measured, see train.eval_batches."""
+    """Of the held-out loss: batches to measure, from the first; None: as many as training measured, see
+    train.eval_batches."""
     whole: bool = False
-    """Measure the whole split, as far as it fills batches."""
+    """Of the held-out loss: measure the whole split, as far as it fills batches."""
     batch_size: Positive[int] | None = None
-    """Windows in a batch; None: train.batch_size of the run. With 1, --whole measures every window."""
+    """Of the held-out loss: windows in a batch; None: train.batch_size of the run. With 1, --whole measures every
+    window."""
+    tasks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TASK ...")] = ()
+    """Exams: suite (all that come with maxlm), suite:NAME, a .jsonl file, humaneval, or lm_eval:NAME."""
+    limit: Positive[int] | None = None
+    """Questions of each exam, from the first; None: all."""
+    few_shot: NotNegative[int] = 0
+    """Solved questions of the same exam before each question, drawn at random."""
+    seed: Seed = 0
+    """Of the suite's questions, demonstrations, samples and intervals."""
+    samples: Positive[int] = 1
+    """Programs written for each question that wants one; a single one is the likeliest, several are drawn."""
+    pass_at: NotEmpty[tuple[Positive[int], ...]] = (1,)
+    """Each k of pass@k; at most --samples."""
+    allow_code: bool = False
+    """Run the programs that the model writes, each alone in a sandbox without network."""
+    include_path: PathName | None = None
+    """Folder with task files (YAML) of lm-eval."""
+    chat: bool = False
+    """Put lm-eval's questions through the model's chat template."""
+    out: PathName | None = None
+    """Folder for results.json, results.svg and every answer; None: nothing is written."""
     sharding: ShardingConfig = field(default_factory=lambda: ShardingConfig(data=1))
     """One device by default; --sharding.data=-1 shares the batches out over all of them."""
     json: bool = False
-    """Print one JSON object: run, step, loss, perplexity, bits_per_byte, tokens."""
+    """Print one JSON object: run, step, loss, perplexity, bits_per_byte, tokens; or of exams: model, step, results."""
     debug: bool = False
     """Show tracebacks."""
+
+    def __post_init__(self) -> None:
+        if self.batches is not None and self.whole:
+            raise UserError(f"--batches = {self.batches} and --whole exclude each other; leave out one of them")
+        if not self.tasks and self.model.run is None:
+            raise UserError("a published model has no held-out data; name exams, such as --tasks suite")
+        if self.tasks and (self.batches or self.whole or self.batch_size):
+            raise UserError("--batches, --whole and --batch_size are of the held-out loss; leave them out with --tasks")
 
 
 def main(argv: list[str]) -> None:
     """Run the command.
 
     Raises:
-        UserError: the run folder, the checkpoint, the data or an option does not fit.
+        UserError: the model, the data, an exam or an option does not fit.
     """
     options = parse(EvaluateOptions, argv, prog="python -m maxlm.evaluate", description=_DESCRIPTION, flags=True)
-    if options.whole and options.batches is not None:
-        raise UserError(f"--batches = {options.batches} and --whole exclude each other; leave out one of them")
 
     from maxlm.compile_cache import enable_compilation_cache  # these import jax: --help stays instant
+    from maxlm.hub.models import load_source
+
+    enable_compilation_cache()
+    exams = _exams(options)  # mistakes in them come before the model is read
+    run = load_source(options.model, sharding=options.sharding)
+    if options.tasks:
+        _examine(options, run, exams)
+    else:
+        _measure(options, run)
+
+
+def _measure(options: EvaluateOptions, run: LoadedRun) -> None:
+    """The held-out loss."""
     from maxlm.data.loader import global_batches, open_batches
     from maxlm.data.shards import Split
     from maxlm.evaluation.perplexity import held_out
-    from maxlm.inference.load import load_run
     from maxlm.training.step import make_trainer
 
-    enable_compilation_cache()
-    run = load_run(Path(options.run), step=options.step, sharding=options.sharding)
+    name = options.model.run
     as_trained = run.config.train
     batch_size = options.batch_size or as_trained.batch_size
     train = dataclasses.replace(as_trained, batch_size=batch_size, micro_batches=1, profile_steps=None)
@@ -79,7 +122,7 @@ def main(argv: list[str]) -> None:
     if batches.tokenizer.fingerprint != run.tokenizer.fingerprint:
         raise UserError(
             f"{config.data.datasets[0].path}: prepared with tokenizer {batches.tokenizer.fingerprint[:12]}..., the run "
-            f"{options.run} uses {run.tokenizer.fingerprint[:12]}...; prepare the data with the run's tokenizer"
+            f"{name} uses {run.tokenizer.fingerprint[:12]}...; prepare the data with the run's tokenizer"
         )
     assert batches.n_batches is not None and batches.n_windows is not None, "a validation split has an end"
     # The windows that training measured, in batches of any size; all of them, where it measured none.
@@ -97,14 +140,63 @@ def main(argv: list[str]) -> None:
             bytes_per_token=batches.bytes_per_token,
         )
     if not math.isfinite(result.loss):
-        raise UserError(f"{options.run}: the held-out loss of step {run.step} is {result.loss}; use an earlier --step")
+        raise UserError(f"{name}: the held-out loss of step {run.step} is {result.loss}; use an earlier --step")
     if options.json:
-        print(json.dumps({"run": options.run, "step": run.step, **dataclasses.asdict(result)}))
+        print(json.dumps({"run": name, "step": run.step, **dataclasses.asdict(result)}))
     else:
         print(
             f"step {run.step}: held-out loss {result.loss:.4f} nats/token, perplexity {result.perplexity:.3f}, "
             f"{result.bits_per_byte:.4f} bits/byte ({result.tokens} tokens)"
         )
+
+
+def _exams(options: EvaluateOptions) -> dict[str, Exam | None]:
+    """The exam of each task; None: lm-eval has it."""
+    from maxlm.evaluation.exams import first_questions, human_eval, human_eval_file, read_exam
+    from maxlm.evaluation.suite import suite
+
+    own = suite(options.seed)
+    found: dict[str, Exam | None] = {}
+    for task in options.tasks:
+        match task.partition(":"):
+            case ("suite", "", _):
+                found |= own
+            case ("suite", _, name) if name in own:
+                found[name] = own[name]
+            case ("suite", _, name):
+                raise UserError(f"--tasks {task}: the suite has {', '.join(own)}, not {name!r}")
+            case ("humaneval", "", _):
+                found[task] = human_eval(human_eval_file())
+            case _ if task.endswith((".jsonl", ".jsonl.gz")):
+                found[task] = read_exam(Path(task))
+            case _:
+                found[task.removeprefix("lm_eval:")] = None
+    return {name: None if exam is None else first_questions(exam, options.limit) for name, exam in found.items()}
+
+
+def _examine(options: EvaluateOptions, run: LoadedRun, exams: dict[str, Exam | None]) -> None:
+    from rich.console import Console
+
+    from maxlm.evaluation.demonstrations import before_each
+    from maxlm.evaluation.examining import Asking, Examined, examine
+    from maxlm.evaluation.results import as_json, print_results, write_results
+    from maxlm.evaluation.scoring import RunExaminee
+
+    examinee, results = RunExaminee(run), dict[str, Examined]()
+    for name, exam in exams.items():
+        if exam is not None:
+            context = before_each(exam, options.few_shot, options.seed)
+            asking = Asking(context=context, samples=options.samples, ks=options.pass_at, seed=options.seed)
+            results[name] = examine(examinee, exam, asking)
+    model = options.model.run or options.model.hf or options.model.gguf
+    about = {"model": model, "step": run.step, "few_shot": options.few_shot, "seed": options.seed}
+    measures = [one for result in results.values() for one in result.measures]
+    if options.out is not None:
+        write_results(about, results, Path(options.out))
+    if options.json:
+        print(as_json(about, measures))
+    else:
+        print_results(measures, Console())
 
 
 if __name__ == "__main__":

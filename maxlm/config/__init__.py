@@ -17,6 +17,7 @@ sharding.py: sizes of the mesh axes, ZeRO stages, presets
 dims.py: the table: which mesh axis cuts which dim of an array
 layout_rules.py: what must divide what
 sampling.py: temperature, top-k, top-p
+source.py: which model a command works with
 changes.py: what a run may go on with, and what it is told
 cli.py: --config, overrides, how a command ends
 complaints.py: mistakes on a command line, in one line
@@ -126,6 +127,7 @@ from maxlm.config.sharding import (
     pipeline_bubble,
     pipeline_ticks,
 )
+from maxlm.config.source import ModelSource
 from maxlm.config.task import Pretrain, Task
 
 __all__ = [
@@ -183,6 +185,7 @@ __all__ = [
     "Mlp",
     "MlpConfig",
     "ModelConfig",
+    "ModelSource",
     "NoisyTopKRouter",
     "Nonlinearity",
     "Norm",

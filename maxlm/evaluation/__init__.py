@@ -1,4 +1,11 @@
-"""How good a model is: held-out loss and the figures that follow from it.
+"""How good a model is: held-out loss and the figures that follow from it, and marks in exams.
 
 perplexity.py: loss, perplexity, bits per byte over batches
+scoring.py: what a model is asked: log-probabilities of continuations, texts
+exams.py: questions and how they are marked, from JSONL files
+suite.py: exams that come with maxlm, made from a seed
+examining.py: from an exam and a model to marks
+marking.py: marks of single answers, intervals, pass@k
+demonstrations.py: solved questions before a question
+results.py: marks as a table, JSON, a picture
 """

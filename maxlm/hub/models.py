@@ -19,6 +19,7 @@ from maxlm.config import (
     ExecutionConfig,
     HuggingFaceTokenizer,
     ModelConfig,
+    ModelSource,
     RunConfig,
     SentencePieceTokenizer,
     ShardingConfig,
@@ -35,7 +36,7 @@ from maxlm.hub.names import Piece
 from maxlm.hub.tensor_files import DTYPES
 from maxlm.hub.weights import PublishedWeights
 from maxlm.inference.language_model import LanguageModel
-from maxlm.inference.load import ONE_DEVICE, LoadedRun, layout_for
+from maxlm.inference.load import ONE_DEVICE, LoadedRun, layout_for, load_run
 from maxlm.models import abstract_parameters
 
 
@@ -115,6 +116,18 @@ def load_published(published: PublishedModel, *, sharding: ShardingConfig) -> Lo
         step=0,
         ends=published.find_ends(tokenizer),
     )
+
+
+def load_source(source: ModelSource, *, sharding: ShardingConfig) -> LoadedRun:
+    """The model that a command was told to take.
+
+    Raises:
+        UserError: as `load_run` and `load_published`.
+    """
+    if source.run is not None:
+        return load_run(source.run, step=source.step, sharding=sharding)
+    kind, place = next((kind, place) for kind in KINDS if (place := getattr(source, kind)) is not None)
+    return load_published(KINDS[kind](Path(place)), sharding=sharding)
 
 
 def untrained(model: ModelConfig, *, dtype: Dtype, sharding: ShardingConfig, run_dir: str = "runs/none") -> RunConfig:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
@@ -46,7 +47,7 @@ class LanguageModel:
         self._layout = decoding_layout(layout, self.config.d_model)
         self._how = Execution(layout, execution).decoding(self._layout)
         self.parameters = jax.device_put(parameters, self._layout.shardings(parameter_dims(self.config)))
-        self._compiled = jax.jit(self._compute)
+        self._compiled, self._mean = jax.jit(self._compute), jax.jit(self._mean_hidden)
 
     def logits(
         self,
@@ -108,6 +109,19 @@ class LanguageModel:
 
     __call__ = logits
 
+    def mean_hidden(self, tokens: npt.NDArray[np.int32], real: npt.NDArray[np.int32]) -> jax.Array:
+        """float32 [B, D]: what the output table sees of each row's tokens, as a mean over those that are `real`.
+
+        Args:
+            tokens: ids [B, T], as of `logits`.
+            real: [B, T]; 1 for the tokens that count, at least one in a row, 0 for padding at the end.
+        """
+        arguments = jax.device_put(
+            jax.tree.map(self._whole_shards, (tokens, real)),
+            self._layout.sharding(self._layout.activation("batch", None)),
+        )
+        return self._mean(self.parameters, *arguments)[: len(tokens)]
+
     @property
     def _counts_in_two(self) -> bool:
         return any(isinstance(block.attention.position, GlmRope) for block in self.config.layers)
@@ -122,6 +136,13 @@ class LanguageModel:
         model, tokens = bind(self.config, parameters), Tokens(positions, segment_ids, visible_to, places)
         output = model(model.embeddings(ids, tokens, self._how), tokens, self._how)
         return self._layout.constrain(ops.logits(output.hidden, model.unembedding), "batch", None, None)
+
+
+    def _mean_hidden(self, parameters: Any, ids: jax.Array, real: jax.Array) -> jax.Array:
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
+        model, tokens = bind(self.config, parameters), Tokens(positions, None, None, None)
+        hidden = model(model.embeddings(ids, tokens, self._how), tokens, self._how).hidden.astype(jnp.float32)
+        return (hidden * real[..., None]).sum(1) / jnp.maximum(real.sum(1), 1)[:, None]
 
 
 def _dropless(model: ModelConfig) -> ModelConfig:

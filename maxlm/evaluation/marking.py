@@ -1,0 +1,94 @@
+"""Marks of single answers, and what they say together: means with intervals, pass@k."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalized(text: str) -> str:
+    """In small letters, without punctuation and articles, with single blanks (SQuAD, arXiv:1606.05250)."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+
+
+def exact_match(text: str, answers: Sequence[str]) -> float:
+    """1 where the text is one of the answers, both stripped of blanks; else 0."""
+    return float(text.strip() in [answer.strip() for answer in answers])
+
+
+def normalized_match(text: str, answers: Sequence[str]) -> float:
+    """As `exact_match`, of what `normalized` leaves."""
+    return float(normalized(text) in map(normalized, answers))
+
+
+def token_f1(text: str, answers: Sequence[str]) -> float:
+    """The largest F1 of the words of the text and those of an answer, as bags (SQuAD, arXiv:1606.05250)."""
+    return max(_f1(normalized(text).split(), normalized(answer).split()) for answer in answers)
+
+
+def _f1(words: list[str], wanted: list[str]) -> float:
+    if not words or not wanted:
+        return float(words == wanted)
+    shared = (Counter(words) & Counter(wanted)).total()
+    return 2 * shared / (len(words) + len(wanted))
+
+
+def pass_at_k(samples: int, passed: int, k: int) -> float:
+    """The chance that one of `k` samples passes, from `samples` of which `passed` do, without bias.
+
+    1 - C(n - c, k) / C(n, k) as a product of ratios, which no factorial overflows (arXiv:2107.03374, equation 1).
+
+    Raises:
+        ValueError: k is more than the samples, or less than 1.
+    """
+    if not 1 <= k <= samples:
+        raise ValueError(f"k = {k} must be from 1 to {samples}, the samples that there are")
+    if samples - passed < k:
+        return 1.0
+    return float(1 - np.prod(1 - k / np.arange(samples - passed + 1, samples + 1)))
+
+
+def passes_at(passed: Sequence[bool], ranks: Sequence[float], n: int) -> float:
+    """n@k: 1 where one of the `n` samples with the highest ranks passes, of all k (arXiv:2203.07814); else 0."""
+    best = np.argsort(-np.asarray(ranks, np.float64), kind="stable")[:n]
+    return float(any(passed[i] for i in best))
+
+
+class Interval(NamedTuple):
+    """A mean, and where 95 % of the means of resampled questions lie."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap(values: Sequence[float], *, seed: int = 0, resamples: int = 1000, share: float = 0.95) -> Interval:
+    """The mean of the values, with the percentile interval of `resamples` draws with replacement (Efron 1979).
+
+    Args:
+        values: one for each question, at least one.
+        seed: of the draws.
+        resamples: how many.
+        share: of the means that the interval holds.
+    """
+    found, rng = np.asarray(values, np.float64), np.random.default_rng(seed)
+    means = np.array([found[rng.integers(len(found), size=len(found))].mean() for _ in range(resamples)])
+    low, high = np.quantile(means, [(1 - share) / 2, (1 + share) / 2])
+    return Interval(float(found.mean()), float(low), float(high))
+
+
+def log_softmax(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Along the last axis."""
+    found = np.asarray(values, np.float64)
+    found = found - found.max(-1, keepdims=True)
+    shifted: npt.NDArray[np.float64] = found - np.log(np.exp(found).sum(-1, keepdims=True))
+    return shifted
