@@ -156,22 +156,26 @@ def _exams(options: EvaluateOptions) -> dict[str, Exam | None]:
     from maxlm.evaluation.suite import suite
 
     own = suite(options.seed)
-    found: dict[str, Exam | None] = {}
+    found: list[tuple[str, Exam | None]] = []
     for task in options.tasks:
         match task.partition(":"):
             case ("suite", "", _):
-                found |= own
+                found += own.items()
             case ("suite", _, name) if name in own:
-                found[name] = own[name]
+                found.append((name, own[name]))
             case ("suite", _, name):
                 raise UserError(f"--tasks {task}: the suite has {', '.join(own)}, not {name!r}")
             case ("humaneval", "", _):
-                found[task] = human_eval(human_eval_file())
+                found.append((task, human_eval(human_eval_file())))
             case _ if task.endswith((".jsonl", ".jsonl.gz")):
-                found[task] = read_exam(Path(task))
+                exam = read_exam(Path(task))
+                found.append((exam.name, exam))
             case _:
-                found[task.removeprefix("lm_eval:")] = None
-    return {name: None if exam is None else first_questions(exam, options.limit) for name, exam in found.items()}
+                found.append((task.removeprefix("lm_eval:"), None))
+    exams = {name: exam and first_questions(exam, options.limit) for name, exam in found}
+    if len(exams) < len(found):
+        raise UserError(f"--tasks {' '.join(options.tasks)}: two exams have one name; ask them one after the other")
+    return exams
 
 
 def _examine(options: EvaluateOptions, run: LoadedRun, exams: dict[str, Exam | None]) -> None:

@@ -146,9 +146,7 @@ def _program(examinee: Examinee, exam: ProgramExam, asking: Asking) -> Examined:
     records = []
     for i, (prompt, question) in enumerate(zip(prompts, exam.questions, strict=True)):
         texts = [sample[i] for sample in drawn]
-        failures = [
-            asking.judge(f"{question.prompt}{text}\n\n{question.test}\n", settings.timeout_s) for text in texts
-        ]
+        failures = [asking.judge(f"{question.prompt}{text}\n\n{question.test}\n", settings.timeout_s) for text in texts]
         passed = [failure is None for failure in failures]
         record: dict[str, Any] = {
             f"pass@{k}": marking.pass_at_k(asking.samples, sum(passed), k) for k in sorted(asking.ks)

@@ -35,7 +35,9 @@ class ChoiceQuestion:
 
     def __post_init__(self) -> None:
         if self.answer >= len(self.choices):
-            raise UserError(f"answer = {self.answer} must be less than {len(self.choices)}, as many choices as there are")
+            raise UserError(
+                f"answer = {self.answer} must be less than {len(self.choices)}, as many choices as there are"
+            )
         if "" in self.choices:
             raise UserError("choices holds an empty string; a choice has at least one character")
 
@@ -145,8 +147,8 @@ def read_exam(path: Path) -> Exam:
     kind = first.pop("exam", None)
     if kind not in _KINDS:
         raise UserError(
-            f"{where or path}: \"exam\" is {'missing' if kind is None else repr(kind)}, must be one of "
-            f"{', '.join(_KINDS)}; the first line says of what kind the exam is, such as {{\"exam\": \"choices\"}}"
+            f'{where or path}: "exam" is {"missing" if kind is None else repr(kind)}, must be one of '
+            f'{", ".join(_KINDS)}; the first line says of what kind the exam is, such as {{"exam": "choices"}}'
         )
     exam, settings, question = _KINDS[kind]
     chosen = _made(settings, first, where)
@@ -187,7 +189,8 @@ def human_eval_file() -> Path:
 
 def first_questions(exam: Exam, limit: int | None) -> Exam:
     """The exam with its first questions; None: with all."""
-    return dataclasses.replace(exam, questions=exam.questions[:limit])
+    first: Any = exam.questions[:limit]
+    return dataclasses.replace(exam, questions=first)
 
 
 def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

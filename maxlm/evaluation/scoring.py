@@ -152,10 +152,12 @@ class RunExaminee:
     def _tail(self, text: str, room: int) -> str:
         """The end of a text that has at most `room` tokens: what remains may be tokenized in another way."""
         ids = self.tokenizer.encode(text)
-        while len(ids) > room:
-            text = self.tokenizer.decode(ids[-room:]).lstrip("\ufffd")
-            ids, room = self.tokenizer.encode(text), room - 1
-        return text
+        for kept in range(room, 0, -1):
+            if len(ids) <= room:
+                return text
+            text = self.tokenizer.decode(ids[-kept:]).lstrip("\ufffd")
+            ids = self.tokenizer.encode(text)
+        return text if len(ids) <= room else ""
 
 
 _PROMPTS = 16

@@ -137,7 +137,6 @@ class LanguageModel:
         output = model(model.embeddings(ids, tokens, self._how), tokens, self._how)
         return self._layout.constrain(ops.logits(output.hidden, model.unembedding), "batch", None, None)
 
-
     def _mean_hidden(self, parameters: Any, ids: jax.Array, real: jax.Array) -> jax.Array:
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
         model, tokens = bind(self.config, parameters), Tokens(positions, None, None, None)
