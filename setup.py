@@ -40,6 +40,15 @@ WEIGHTS = [
     "gguf>=0.19.0",  # and llama.cpp's: its formats of numbers, its names of tensors
 ]
 
+SERVE = [
+    "fastapi>=0.165.0",  # routes of the server
+    "uvicorn>=0.54.0",  # its sockets
+    "jinja2>=3.1.6",  # chat templates; older ones can be broken out of
+    "pydantic>=2.13.0",  # what a request may hold
+    "prometheus-client>=0.26.0",  # /metrics
+    "llguidance>=1.9.1",  # answers that fit a JSON schema
+]
+
 VIZ = [
     "matplotlib>=3.11.2",  # loss.png
 ]
@@ -55,12 +64,16 @@ EXTRAS = {
     "hub": HUB,
     "viz": VIZ,
     "weights": WEIGHTS,
+    "serve": SERVE,
     "parity": PARITY,
     "dev": [
         "pyarrow>=26.0.1",  # the tests of the readers
         "zstandard>=0.25.0",
         *VIZ,  # the test of the plot
         *WEIGHTS,  # those of the hub
+        *SERVE,  # those of the server
+        "openai>=3.57.0",  # the client that it answers
+        "langchain-openai>=1.7.4",  # another
         "pytest>=9.2.0",
         "pytest-xdist>=3.8.0",  # two test processes
         "hypothesis>=6.170.15",  # properties instead of examples

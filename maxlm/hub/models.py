@@ -26,6 +26,7 @@ from maxlm.config import (
     TrainConfig,
     UserError,
 )
+from maxlm.data.chat import ChatTemplate, find_chat_template
 from maxlm.data.text_ends import TextEnds, published_ends
 from maxlm.data.tokenizers import Tokenizer, open_tokenizer
 from maxlm.hub import gguf_tokenizer
@@ -47,6 +48,8 @@ class PublishedModel(NamedTuple):
     find_tokenizer: Callable[[], Tokenizer | None]
     find_ends: Callable[[Tokenizer], TextEnds]
     """Where its texts begin and end."""
+    find_chat: Callable[[], ChatTemplate | None]
+    """How it is asked in a conversation."""
     copy_tokenizer: Callable[[Path], None]
     """Writes its tokenizer's files, and its chat template, into a folder."""
 
@@ -56,6 +59,7 @@ def _open_folder(folder: Path) -> PublishedModel:
         open_folder(folder),
         partial(find_tokenizer, folder),
         partial(published_ends, folder),
+        partial(find_chat_template, folder),
         partial(copy_tokenizer, folder),
     )
 
@@ -66,6 +70,7 @@ def _open_gguf(path: Path) -> PublishedModel:
         open_weights(file),
         partial(gguf_tokenizer.find_tokenizer, file),
         partial(gguf_tokenizer.find_ends, file),
+        partial(gguf_tokenizer.find_chat, file),
         partial(gguf_tokenizer.write_tokenizer, file),
     )
 
@@ -115,6 +120,7 @@ def load_published(published: PublishedModel, *, sharding: ShardingConfig) -> Lo
         tokenizer=tokenizer,
         step=0,
         ends=published.find_ends(tokenizer),
+        chat=published.find_chat(),
     )
 
 
