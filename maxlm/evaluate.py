@@ -187,6 +187,17 @@ def _examine(options: EvaluateOptions, run: LoadedRun, exams: dict[str, Exam | N
     from maxlm.evaluation.scoring import RunExaminee
 
     examinee, results = RunExaminee(run), dict[str, Examined]()
+    if elsewhere := [name for name, exam in exams.items() if exam is None]:
+        from maxlm.evaluation.harness import run_tasks  # lm-eval takes seconds to import
+
+        results |= run_tasks(
+            examinee,
+            elsewhere,
+            limit=options.limit,
+            few_shot=options.few_shot or None,
+            seed=options.seed,
+            include_path=options.include_path and Path(options.include_path),
+        )
     for name, exam in exams.items():
         if exam is not None:
             context = before_each(exam, options.few_shot, options.seed)

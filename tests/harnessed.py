@@ -17,7 +17,7 @@ from published import V
 
 ANSWERS = Path(__file__).with_name("harnessed.json")
 SPECIAL = ["<bos>", "<eos>"]
-LETTERS = [*SPECIAL, *"abcdefghijklmnopqrstuvwxyz0123456789 .,:?\n"]
+LETTERS = [*SPECIAL, *"abcdefghijklmnopqrstuvwxyz0123456789 .,:?\nABCDEFGHIJKL"]
 MERGES = [("t", "h"), (" ", "t"), (" t", "h"), ("h", "e"), ("i", "n"), (" ", "a"), ("e", "r"), ("a", "n")]
 
 LONG = "the inner man has ten other things in hand, and there are no more of them here. "
@@ -33,7 +33,6 @@ LIKELIHOODS: list[tuple[str, str]] = [
     (LONG, "the"),  # the context loses its beginning
     (LONG[:33], " there in the"),
     (LONG[:20], LONG[20:45]),
-    (" ", "the"),
     ("a  ", " the"),
 ]
 ROLLING = ["the man", "a", LONG[:36], LONG, LONG + LONG, "", "2"]
@@ -51,7 +50,7 @@ def write_folder(folder: Path, *, bos: bool) -> None:
     published.write_model(published.MODELS["llama"], folder)
     merged = ["".join(pair) for pair in MERGES]
     vocabulary = {token: i for i, token in enumerate([*LETTERS, *merged])}
-    assert len(vocabulary) <= V
+    assert len(vocabulary) == V  # so that no id is without a text
     made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, MERGES))
     made.decoder = tokenizers.decoders.Fuse()
     made.add_special_tokens(SPECIAL)

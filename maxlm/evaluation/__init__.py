@@ -7,5 +7,6 @@ suite.py: exams that come with maxlm, made from a seed
 examining.py: from an exam and a model to marks
 marking.py: marks of single answers, intervals, pass@k
 demonstrations.py: solved questions before a question
+harness.py: a model for lm-eval
 results.py: marks as a table, JSON, a picture
 """

@@ -70,7 +70,8 @@ class RunExaminee:
         self.run = run
         self.tokenizer, self.ends = run.tokenizer, run.ends or TextEnds.of_documents(run.tokenizer)
         self.limit = run.config.model.max_seq_len
-        self.prefix = self.ends.first or (run.tokenizer.eos_id,)
+        usual = run.tokenizer.eos_id if run.tokenizer.bos_id is None else run.tokenizer.bos_id
+        self.prefix = self.ends.first or (usual,)
         """Ids before a text that has nothing before it."""
         self._model = run.model
 
