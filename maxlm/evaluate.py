@@ -25,6 +25,7 @@ from maxlm.config.fields import NotEmpty, NotNegative, PathName, Positive, Seed,
 
 if TYPE_CHECKING:
     from maxlm.evaluation.exams import Exam
+    from maxlm.evaluation.sandbox import Sandbox
     from maxlm.inference.load import LoadedRun
 
 _DESCRIPTION = """How good a trained model is.
@@ -94,15 +95,15 @@ def main(argv: list[str]) -> None:
     options = parse(EvaluateOptions, argv, prog="python -m maxlm.evaluate", description=_DESCRIPTION, flags=True)
 
     from maxlm.compile_cache import enable_compilation_cache  # these import jax: --help stays instant
+    from maxlm.evaluation.sandbox import Sandbox
     from maxlm.hub.models import load_source
 
     enable_compilation_cache()
+    if not options.tasks:
+        return _measure(options, load_source(options.model, sharding=options.sharding))
     exams = _exams(options)  # mistakes in them come before the model is read
-    run = load_source(options.model, sharding=options.sharding)
-    if options.tasks:
-        _examine(options, run, exams)
-    else:
-        _measure(options, run)
+    sandbox = Sandbox() if options.allow_code else None
+    _examine(options, load_source(options.model, sharding=options.sharding), exams, sandbox)
 
 
 def _measure(options: EvaluateOptions, run: LoadedRun) -> None:
@@ -178,7 +179,7 @@ def _exams(options: EvaluateOptions) -> dict[str, Exam | None]:
     return exams
 
 
-def _examine(options: EvaluateOptions, run: LoadedRun, exams: dict[str, Exam | None]) -> None:
+def _examine(options: EvaluateOptions, run: LoadedRun, exams: dict[str, Exam | None], sandbox: Sandbox | None) -> None:
     from rich.console import Console
 
     from maxlm.evaluation.demonstrations import before_each
@@ -201,7 +202,9 @@ def _examine(options: EvaluateOptions, run: LoadedRun, exams: dict[str, Exam | N
     for name, exam in exams.items():
         if exam is not None:
             context = before_each(exam, options.few_shot, options.seed)
-            asking = Asking(context=context, samples=options.samples, ks=options.pass_at, seed=options.seed)
+            asking = Asking(
+                context=context, samples=options.samples, ks=options.pass_at, seed=options.seed, judge=sandbox
+            )
             results[name] = examine(examinee, exam, asking)
     model = options.model.run or options.model.hf or options.model.gguf
     about = {"model": model, "step": run.step, "few_shot": options.few_shot, "seed": options.seed}

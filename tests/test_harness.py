@@ -12,6 +12,7 @@ from harnessed import GENERATION, LIKELIHOODS, LONG, ROLLING
 
 from maxlm import evaluate
 from maxlm.config import ShardingConfig, UserError
+from maxlm.evaluation import harness
 from maxlm.evaluation.harness import HarnessModel
 from maxlm.evaluation.scoring import RunExaminee
 from maxlm.hub.models import KINDS, load_published
@@ -107,5 +108,12 @@ def test_a_task_of_ones_own_through_the_command(
     assert (theirs["exam"], theirs["measure"], theirs["questions"]) == ("capitals", "acc", 6)
     assert theirs["value"] == same["value"] and theirs["low"] < theirs["value"] < theirs["high"]
     assert len((tmp_path / "out/capitals.jsonl").read_text().splitlines()) == 6
-    with pytest.raises(UserError, match=r"--tasks nothing: no .jsonl file, not of the suite, and lm-eval knows no such"):
-        evaluate.main(["--hf", str(tmp_path / "hf"), "--tasks", "nothing"])
+
+
+@pytest.mark.slow
+def test_a_task_that_nobody_knows(model: tuple[str, HarnessModel]) -> None:
+    """It takes seconds to look through lm-eval's own."""
+    with pytest.raises(
+        UserError, match=r"--tasks nothing: no .jsonl file, not of the suite, and lm-eval knows no such"
+    ):
+        harness.run_tasks(model[1].examinee, ["nothing"], limit=1, few_shot=None, seed=0, include_path=None)

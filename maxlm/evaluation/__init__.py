@@ -7,6 +7,8 @@ suite.py: exams that come with maxlm, made from a seed
 examining.py: from an exam and a model to marks
 marking.py: marks of single answers, intervals, pass@k
 demonstrations.py: solved questions before a question
+sandbox.py: runs programs that a model wrote
+confined.py: the sandbox from inside, a program of its own
 harness.py: a model for lm-eval
 results.py: marks as a table, JSON, a picture
 """

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
 from collections.abc import Callable, Sequence
-from typing import Any, assert_never
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, assert_never
 
 import numpy as np
 
@@ -13,8 +16,12 @@ from maxlm.evaluation import marking
 from maxlm.evaluation.exams import ChoiceExam, Exam, OpenExam, ProgramExam
 from maxlm.evaluation.scoring import GREEDY, Examinee
 
-Judge = Callable[[str, float], str | None]
-"""A program and its seconds -> None where it ends well, else why it failed."""
+
+class Judge(Protocol):
+    """Runs programs."""
+
+    def __call__(self, program: str, seconds: float) -> str | None:
+        """None where the program ends well in so many seconds, else why it failed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,9 @@ try:
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.tasks import TaskManager
 except ImportError as error:
-    raise UserError(f"such tasks need lm-eval, which is not installed ({error}); {pip_install('maxlm[eval]')}") from error
+    raise UserError(
+        f"such tasks need lm-eval, which is not installed ({error}); {pip_install('maxlm[eval]')}"
+    ) from error
 
 _NEW_TOKENS = 256
 """Where a task does not say how many."""
@@ -42,13 +44,13 @@ class HarnessModel(LM):
             seed: of texts that are drawn.
         """
         super().__init__()
-        self._examinee, self._seed = examinee, seed
+        self.examinee, self._seed = examinee, seed
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Of each (context, continuation): the log-probability of the continuation, and whether it is greedy."""
         asked = [request.args for request in requests]
         found = [
-            (one.total, one.greedy) for one in self._examinee.scores([self._examinee.split(*args) for args in asked])
+            (one.total, one.greedy) for one in self.examinee.scores([self.examinee.split(*args) for args in asked])
         ]
         for args, answer in zip(asked, found, strict=True):
             self.cache_hook.add_partial("loglikelihood", args, answer)
@@ -57,7 +59,7 @@ class HarnessModel(LM):
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Of each text: the log-probability of all its tokens, each once, with a full window for the last ones."""
         texts = [request.args[0] for request in requests]
-        found = [one.total for one in self._examinee.scores([self._examinee.split("", text) for text in texts])]
+        found = [one.total for one in self.examinee.scores([self.examinee.split("", text) for text in texts])]
         for text, answer in zip(texts, found, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), answer)
         return found
@@ -75,7 +77,7 @@ class HarnessModel(LM):
             said = normalize_gen_kwargs(requests[members[0]].args[1], _NEW_TOKENS)
             if strange := said.keys() - _TAKEN:
                 raise UserError(f"generation_kwargs: {', '.join(sorted(strange))} of the task cannot be followed")
-            texts = self._examinee.texts(
+            texts = self.examinee.texts(
                 [requests[i].args[0] for i in members],
                 max_new_tokens=said["max_gen_toks"],
                 stop=said["until"],
@@ -90,7 +92,7 @@ class HarnessModel(LM):
     @property
     def tokenizer_name(self) -> str:
         """For lm-eval's cache of requests."""
-        return self._examinee.tokenizer.fingerprint
+        return self.examinee.tokenizer.fingerprint
 
 
 def _sampling(said: Mapping[str, Any]) -> SamplingConfig:
@@ -126,9 +128,11 @@ def run_tasks(
     Raises:
         UserError: lm-eval does not know a task, or fails at it, for example as its data is not on this machine.
     """
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    known = set(manager.all_tasks)
-    if unknown := [name for name in names if name not in known]:
+    place = None if include_path is None else str(include_path)
+    manager = TaskManager(include_path=place, include_defaults=False)
+    if not set(names) <= set(manager.all_tasks):  # its own are thousands, and take seconds to list
+        manager = TaskManager(include_path=place)
+    if unknown := sorted(set(names) - set(manager.all_tasks)):
         raise UserError(
             f"--tasks {unknown[0]}: no .jsonl file, not of the suite, and lm-eval knows no such task; its own are "
             "listed by lm-eval ls tasks, yours need --include_path"
@@ -146,7 +150,9 @@ def run_tasks(
             fewshot_random_seed=seed,
         )
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--tasks {' '.join(names)}: lm-eval fails with {' '.join(str(error).split())[:300]}") from error
+        raise UserError(
+            f"--tasks {' '.join(names)}: lm-eval fails with {' '.join(str(error).split())[:300]}"
+        ) from error
     assert found is not None, "this is the first process"
     samples = found.get("samples", {})
     return {
