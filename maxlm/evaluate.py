@@ -197,7 +197,7 @@ def _examine(options: EvaluateOptions, run: LoadedRun, exams: dict[str, Exam | N
             limit=options.limit,
             few_shot=options.few_shot or None,
             seed=options.seed,
-            include_path=options.include_path and Path(options.include_path),
+            include_path=None if options.include_path is None else Path(options.include_path),
         )
     for name, exam in exams.items():
         if exam is not None:

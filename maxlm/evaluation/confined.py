@@ -69,12 +69,18 @@ def main() -> int:
         if refusal := stream.read():
             os.waitpid(child, 0)
             return _refused(refusal)
-    late = []
-    signal.signal(signal.SIGALRM, lambda *_: (late.append(True), os.kill(child, signal.SIGKILL)))
+    late = False
+
+    def end(*_: Any) -> None:
+        nonlocal late
+        late = True
+        os.kill(child, signal.SIGKILL)
+
+    signal.signal(signal.SIGALRM, end)
     signal.setitimer(signal.ITIMER_REAL, settings["seconds"])
     _, status = os.waitpid(child, 0)
     signal.setitimer(signal.ITIMER_REAL, 0)
-    print(json.dumps({"late": bool(late), "code": os.waitstatus_to_exitcode(status)}))
+    print(json.dumps({"late": late, "code": os.waitstatus_to_exitcode(status)}))
     return 0
 
 

@@ -150,10 +150,18 @@ def _program(examinee: Examinee, exam: ProgramExam, asking: Asking) -> Examined:
         )
         for sample in range(asking.samples)
     ]
+    written = [[sample[i] for sample in drawn] for i in range(len(prompts))]
+    programs = [
+        f"{question.prompt}{text}\n\n{question.test}\n"
+        for question, texts in zip(exam.questions, written, strict=True)
+        for text in texts
+    ]
+    judge = functools.partial(asking.judge, seconds=settings.timeout_s)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a process
+        verdicts = iter(list(pool.map(judge, programs)))
     records = []
-    for i, (prompt, question) in enumerate(zip(prompts, exam.questions, strict=True)):
-        texts = [sample[i] for sample in drawn]
-        failures = [asking.judge(f"{question.prompt}{text}\n\n{question.test}\n", settings.timeout_s) for text in texts]
+    for prompt, texts in zip(prompts, written, strict=True):
+        failures = [next(verdicts) for _ in texts]
         passed = [failure is None for failure in failures]
         record: dict[str, Any] = {
             f"pass@{k}": marking.pass_at_k(asking.samples, sum(passed), k) for k in sorted(asking.ks)

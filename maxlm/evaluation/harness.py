@@ -1,9 +1,9 @@
 """A model for lm-eval (0.4.13, the extra `eval`): its tasks, and any YAML file in its format, asked of ours.
 
 Where lm-eval's own adapter for Hugging Face models is right, figures are the same; the test compares them. What is
-otherwise here: a beginning of texts that the tokenizer writes is given once and never scored, also in `rolling`; an empty
-continuation has the log-probability 0; a continuation that a token joins to its context is scored from that token on;
-one that is longer than the model takes is scored in windows.
+otherwise here: a beginning of texts that the tokenizer writes is given once and never scored, also in `rolling`, and
+prompts that are too long keep it; an empty continuation has the log-probability 0; where a token joins a context and
+its continuation, it is scored; a continuation that is longer than the model takes is scored in windows.
 """
 
 from __future__ import annotations

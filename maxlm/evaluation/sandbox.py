@@ -111,8 +111,9 @@ class Sandbox:
             raise
         if process.returncode == confined.SETUP_FAILED:
             said.seek(0)
+            reason = said.read().decode().strip()
             raise UserError(
-                f"--allow_code: this machine does not let a sandbox be built ({said.read().decode().strip()}); it takes "
+                f"--allow_code: this machine does not let a sandbox be built ({reason}); it takes "
                 "Linux 5.12 and user namespaces (sysctl kernel.apparmor_restrict_unprivileged_userns=0), or root; in "
                 "a container the options --privileged, or --cap-add SYS_ADMIN --security-opt seccomp=unconfined"
             )
