@@ -56,6 +56,8 @@ class EvaluateOptions:
     """Questions of each exam, from the first; None: all."""
     few_shot: NotNegative[int] = 0
     """Solved questions of the same exam before each question, drawn at random."""
+    prompting: PathName | None = None
+    """JSON file of how questions are put: demonstrations, reasoning, votes; see docs/evaluate.md."""
     seed: Seed = 0
     """Of the suite's questions, demonstrations, samples and intervals."""
     samples: Positive[int] = 1
@@ -82,6 +84,8 @@ class EvaluateOptions:
             raise UserError(f"--batches = {self.batches} and --whole exclude each other; leave out one of them")
         if not self.tasks and self.model.run is None:
             raise UserError("a published model has no held-out data; name exams, such as --tasks suite")
+        if self.few_shot and self.prompting:
+            raise UserError("--few_shot and --prompting both choose demonstrations; leave out one of them")
         if self.tasks and (self.batches or self.whole or self.batch_size):
             raise UserError("--batches, --whole and --batch_size are of the held-out loss; leave them out with --tasks")
 
@@ -179,15 +183,27 @@ def _exams(options: EvaluateOptions) -> dict[str, Exam | None]:
     return exams
 
 
+def _prompting(options: EvaluateOptions) -> tuple[Prompting, Exam | None]:
+    """How questions are put, and where demonstrations come from."""
+    from maxlm.config import serialize
+    from maxlm.evaluation.exams import read_exam
+    from maxlm.evaluation.prompting import Prompting, RandomDemonstrations
+
+    if options.prompting is not None:
+        prompting = serialize.load(Prompting, Path(options.prompting))
+        return prompting, None if prompting.pool is None else read_exam(Path(prompting.pool))
+    return Prompting(demonstrations=RandomDemonstrations(count=options.few_shot) if options.few_shot else None), None
+
+
 def _examine(options: EvaluateOptions, run: LoadedRun, exams: dict[str, Exam | None], sandbox: Sandbox | None) -> None:
     from rich.console import Console
 
-    from maxlm.evaluation.demonstrations import before_each
     from maxlm.evaluation.examining import Asking, Examined, examine
     from maxlm.evaluation.results import as_json, print_results, write_results
     from maxlm.evaluation.scoring import RunExaminee
 
-    examinee, results = RunExaminee(run), dict[str, Examined]()
+    examinee = RunExaminee(run)
+    results: dict[str, Examined] = {}
     if elsewhere := [name for name, exam in exams.items() if exam is None]:
         from maxlm.evaluation.harness import run_tasks  # lm-eval takes seconds to import
 
@@ -199,11 +215,16 @@ def _examine(options: EvaluateOptions, run: LoadedRun, exams: dict[str, Exam | N
             seed=options.seed,
             include_path=None if options.include_path is None else Path(options.include_path),
         )
+    prompting, pool = _prompting(options)
     for name, exam in exams.items():
         if exam is not None:
-            context = before_each(exam, options.few_shot, options.seed)
             asking = Asking(
-                context=context, samples=options.samples, ks=options.pass_at, seed=options.seed, judge=sandbox
+                prompting=prompting,
+                pool=pool,
+                samples=options.samples,
+                ks=options.pass_at,
+                seed=options.seed,
+                judge=sandbox,
             )
             results[name] = examine(examinee, exam, asking)
     model = options.model.run or options.model.hf or options.model.gguf

@@ -23,7 +23,6 @@ from maxlm import evaluate
 from maxlm.config import UserError
 from maxlm.data.tokenizers import HuggingFace
 from maxlm.evaluation import marking
-from maxlm.evaluation.demonstrations import before_each
 from maxlm.evaluation.examining import Asking, examine
 from maxlm.evaluation.exams import ChoiceExam, Exam, OpenExam, human_eval, human_eval_file, read_exam
 from maxlm.evaluation.scoring import GREEDY, Pair, RunExaminee, Scored, cut, windows
@@ -266,20 +265,6 @@ def test_lengths_of_choices_are_made_up_for(tmp_path: Path) -> None:
     # In all -4 against -5.1; a token -4 against -1.7; a byte -4/4 against -5.1/6.
     marks = {one.measure: one.value for one in examine(Bytes(None), read_exam(file), Asking()).measures}
     assert marks == {"acc": 0, "acc_per_token": 1, "acc_per_byte": 1}
-
-
-def test_demonstrations_are_other_questions() -> None:
-    exam = suite(seed=0, size=6)["copying"]
-    assert isinstance(exam, OpenExam)
-    before = before_each(exam, 5, seed=1)
-    for i, question in enumerate(exam.questions):
-        shown = before(i).split("\n\n")[:-1]
-        assert sorted(shown) == sorted(
-            f"{one.prompt} {one.answers[0]}" for one in exam.questions if one is not question
-        )
-    assert before(0) == before_each(exam, 5, seed=1)(0) != before_each(exam, 5, seed=2)(0)
-    with pytest.raises(UserError, match="6 demonstrations need more than its 6 questions"):
-        before_each(exam, 6, seed=0)
 
 
 HEAD = '{"exam": "choices"}\n'

@@ -6,7 +6,10 @@ exams.py: questions and how they are marked, from JSONL files
 suite.py: exams that come with maxlm, made from a seed
 examining.py: from an exam and a model to marks
 marking.py: marks of single answers, intervals, pass@k
-demonstrations.py: solved questions before a question
+prompting.py: how questions are put: the settings
+demonstrations.py: solved questions before a question, and their order
+reasoning.py: chains of thought, votes
+confidence.py: calibration, and whom to answer
 sandbox.py: runs programs that a model wrote
 confined.py: the sandbox from inside, a program of its own
 harness.py: a model for lm-eval

@@ -7,6 +7,7 @@ files and processes have limits. It is the first process of its own space, so th
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -74,7 +75,8 @@ def main() -> int:
     def end(*_: Any) -> None:
         nonlocal late
         late = True
-        os.kill(child, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(child, signal.SIGKILL)
 
     signal.signal(signal.SIGALRM, end)
     signal.setitimer(signal.ITIMER_REAL, settings["seconds"])

@@ -5,15 +5,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, assert_never
+from typing import Any, Protocol, TypeVar, assert_never
 
 import numpy as np
+import numpy.typing as npt
 
 from maxlm.config import SamplingConfig, UserError
 from maxlm.evaluation import marking
+from maxlm.evaluation.confidence import Selective, auroc, calibration_error, contextual, selective
+from maxlm.evaluation.demonstrations import choice_probabilities, contexts
 from maxlm.evaluation.exams import ChoiceExam, Exam, OpenExam, ProgramExam
+from maxlm.evaluation.prompting import Direct, Prompting
+from maxlm.evaluation.reasoning import Verifier, answers
 from maxlm.evaluation.scoring import GREEDY, Examinee
 
 
@@ -52,8 +57,11 @@ class Examined:
 class Asking:
     """How the questions are put."""
 
-    context: Callable[[int], str] = lambda i: ""
-    """What stands before question `i`: demonstrations, say."""
+    prompting: Prompting = Prompting()
+    pool: Exam | None = None
+    """Where demonstrations come from; None: the exam's other questions."""
+    verifier: Verifier | None = None
+    """Weighs the votes for answers that the model writes, in place of `prompting.voting.weight`."""
     samples: int = 1
     """Programs written for each question; one alone is the likeliest."""
     ks: tuple[int, ...] = (1,)
@@ -82,54 +90,133 @@ def examine(examinee: Examinee, exam: Exam, asking: Asking) -> Examined:
             assert_never(exam)
 
 
+_NORMS = ("acc", "acc_per_token", "acc_per_byte")
+"""Of the likeliest choice, of the likeliest for its tokens, for its bytes."""
+
+
 def _choose(examinee: Examinee, exam: ChoiceExam, asking: Asking) -> Examined:
-    """Accuracy of the likeliest continuation, and of the likeliest for its tokens and for its bytes."""
-    pairs = [
-        examinee.split(asking.context(i) + question.prompt, choice)
-        for i, question in enumerate(exam.questions)
-        for choice in question.choices
+    """Accuracies of the likeliest choice; of several prompts the probabilities are averaged."""
+    how, questions = asking.prompting, exam.questions
+    if not isinstance(how.reasoning, Direct) or how.voting.samples > 1:
+        raise UserError(f"{exam.name}: reasoning and samples are of answers that are written; here the model chooses")
+    if how.calibrate and not exam.settings.content_free:
+        raise UserError(f"{exam.name}: calibrate wants content_free prompts in the exam's first line")
+    pool = _same_kind(exam, asking.pool)
+    scores = [np.zeros((len(_NORMS), how.voting.prompts, len(one.choices))) for one in questions]
+    biases = [np.empty((0, len(one.choices))) for one in questions]
+    for prompt in range(how.voting.prompts):
+        context = contexts(examinee, exam, pool, how.demonstrations, how.order, asking.seed + prompt)
+        pairs = [
+            examinee.split(context(i) + one.prompt, choice) for i, one in enumerate(questions) for choice in one.choices
+        ]
+        found = iter(zip(examinee.scores(pairs), pairs, strict=True))
+        for table, question in zip(scores, questions, strict=True):
+            for place, choice in enumerate(question.choices):
+                score, (_, continuation) = next(found)
+                sizes = 1, max(1, len(continuation)), len(choice.encode())
+                table[:, prompt, place] = [score.total / size for size in sizes]
+        if how.calibrate:
+            asked = [
+                (context(i) + free, one.choices)
+                for i, one in enumerate(questions)
+                for free in exam.settings.content_free
+            ]
+            distinct = list(dict.fromkeys(asked))
+            known = dict(zip(distinct, choice_probabilities(examinee, distinct), strict=True))
+            for i in range(len(questions)):
+                mine = asked[i * len(frees) : (i + 1) * len(frees)]
+                biases[i] = np.concatenate([biases[i], [known[one] for one in mine]])
+    records = [
+        _choice_record(table, bias, question.answer, how)
+        for table, bias, question in zip(scores, biases, questions, strict=True)
     ]
-    scores = iter(zip(examinee.scores(pairs), pairs, strict=True))
-    records = []
-    for question in exam.questions:
-        found = [next(scores) for _ in question.choices]
-        totals = np.array([score.total for score, _ in found])
-        tokens = np.array([max(1, len(continuation)) for _, (_, continuation) in found])
-        sizes = np.array([len(choice.encode()) for choice in question.choices])
-        right = lambda values: float(np.argmax(values) == question.answer)  # noqa: B023
-        records.append(
-            {
-                "acc": right(totals),
-                "acc_per_token": right(totals / tokens),
-                "acc_per_byte": right(totals / sizes),
-                "log_probs": totals.tolist(),
-                "answer": question.answer,
-            }
-        )
-    return _examined(exam.name, records, ("acc", "acc_per_token", "acc_per_byte"), exam.chance, asking)
+    names = (*_NORMS, "acc_calibrated") if how.calibrate else _NORMS
+    result = _examined(exam.name, records, names, exam.chance, asking)
+    if how.confidence is None:
+        return result
+    return dataclasses.replace(result, measures=(*result.measures, *_confidence(exam.name, records, how, asking)))
+
+
+def _choice_record(
+    scores: npt.NDArray[np.float64], biases: npt.NDArray[np.float64], answer: int, how: Prompting
+) -> dict[str, Any]:
+    """Of scores [norms, prompts, choices] and probabilities after prompts without content [prompts, choices]."""
+    mean = np.exp(marking.log_softmax(scores)).mean(1)
+    record: dict[str, Any] = {
+        name: float(np.argmax(values) == answer) for name, values in zip(_NORMS, mean, strict=True)
+    }
+    temperature = 1.0 if how.confidence is None else how.confidence.temperature
+    probabilities = np.exp(marking.log_softmax(scores[0] / temperature)).mean(0)
+    if how.calibrate:
+        calibrated = contextual(mean[0], biases)
+        probabilities = calibrated ** (1 / temperature) / (calibrated ** (1 / temperature)).sum()
+        record["acc_calibrated"] = float(np.argmax(calibrated) == answer)
+    return record | {
+        "log_probs": scores[0].mean(0).tolist(),
+        "probabilities": probabilities.tolist(),
+        "answer": answer,
+        "right": float(np.argmax(probabilities) == answer),
+    }
+
+
+def _confidence(exam: str, records: Sequence[dict[str, Any]], how: Prompting, asking: Asking) -> Iterator[Measured]:
+    assert how.confidence is not None
+    bins, kept = how.confidence.bins, how.confidence.kept
+    sure = np.array([max(record["probabilities"]) for record in records])
+    right = np.array([record["right"] for record in records])
+    choose: Callable[[npt.NDArray[np.int64]], Selective | None] = lambda at: selective(sure[at], right[at], kept)
+    figures: dict[str, tuple[float | None, Callable[[npt.NDArray[np.int64]], float | None]]] = {
+        "ece": (0.0, lambda at: calibration_error(sure[at], right[at], bins)),
+        "auroc": (0.5, lambda at: auroc(sure[at], right[at])),
+        f"wrong_kept@{kept:g}": (kept, lambda at: None if (one := choose(at)) is None else one.wrong_kept),
+        f"coverage@{kept:g}": (None, lambda at: None if (one := choose(at)) is None else one.coverage),
+        f"acc@{kept:g}": (None, lambda at: None if (one := choose(at)) is None else one.accuracy),
+    }
+    for name, (chance, statistic) in figures.items():
+        if (found := marking.bootstrap_of(statistic, len(records), seed=asking.seed)) is not None:
+            value, low, high = found
+            chance = None if name == "ece" else chance
+            yield Measured(
+                exam=exam, measure=name, value=value, low=low, high=high, chance=chance, questions=len(records)
+            )
 
 
 def _write(examinee: Examinee, exam: OpenExam, asking: Asking) -> Examined:
-    settings = exam.settings
-    prompts = [asking.context(i) + question.prompt for i, question in enumerate(exam.questions)]
-    texts = examinee.texts(
-        prompts, max_new_tokens=settings.max_new_tokens, stop=settings.stop, sampling=GREEDY, seed=asking.seed
+    if asking.prompting.calibrate or asking.prompting.confidence is not None:
+        raise UserError(f"{exam.name}: calibrate and confidence are of choices; here the model writes")
+    found = answers(
+        examinee,
+        exam,
+        _same_kind(exam, asking.pool),
+        asking.prompting,
+        seed=asking.seed,
+        verifier=asking.verifier,
     )
-    return marked(exam, texts, asking)
-
-
-def marked(exam: OpenExam, texts: Sequence[str], asking: Asking) -> Examined:
-    """Of one answer to each question."""
     records = [
         {
-            "exact_match": marking.exact_match(text, question.answers),
-            "normalized_match": marking.normalized_match(text, question.answers),
-            "token_f1": marking.token_f1(text, question.answers),
-            "text": text,
+            "exact_match": marking.exact_match(answer.text, question.answers),
+            "normalized_match": marking.normalized_match(answer.text, question.answers),
+            "token_f1": marking.token_f1(answer.text, question.answers),
+            "text": answer.text,
+            "share": answer.share,
+            "written": [one.text for one in answer.written],
         }
-        for question, text in zip(exam.questions, texts, strict=True)
+        for question, answer in zip(exam.questions, found, strict=True)
     ]
     return _examined(exam.name, records, ("exact_match", "normalized_match", "token_f1"), exam.chance, asking)
+
+
+E = TypeVar("E", ChoiceExam, OpenExam)
+
+
+def _same_kind(exam: E, pool: Exam | None) -> E | None:
+    """
+    Raises:
+        UserError: the pool is of another kind.
+    """
+    if pool is None or isinstance(pool, type(exam)):
+        return pool
+    raise UserError(f"{pool.name}: demonstrations must be of the kind of {exam.name}; name an exam file of that kind")
 
 
 def _program(examinee: Examinee, exam: ProgramExam, asking: Asking) -> Examined:
@@ -139,7 +226,9 @@ def _program(examinee: Examinee, exam: ProgramExam, asking: Asking) -> Examined:
     if max(asking.ks) > asking.samples:
         raise UserError(f"pass@{max(asking.ks)} needs as many samples; use --samples {max(asking.ks)}, or more")
     settings, one = exam.settings, asking.samples == 1
-    prompts = [asking.context(i) + question.prompt for i, question in enumerate(exam.questions)]
+    if asking.prompting != Prompting():
+        raise UserError(f"{exam.name}: demonstrations, reasoning and votes are of other exams than programs")
+    prompts = [question.prompt for question in exam.questions]
     drawn = [
         examinee.texts(
             prompts,
@@ -186,7 +275,7 @@ def _examined(
             Measured(
                 exam=exam,
                 measure=name,
-                value=found.mean,
+                value=found.value,
                 low=found.low,
                 high=found.high,
                 chance=None if name == "token_f1" else chance,

@@ -66,7 +66,11 @@ class ProgramQuestion:
 
 @config("")
 class ChoiceSettings:
-    """Of an exam in which the model chooses: there are none."""
+    """Of an exam in which the model chooses."""
+
+    content_free: tuple[str, ...] = ()
+    """Prompts as those of the questions, without what is asked, such as "Review: N/A Sentiment:": what the model finds
+    likely after them is a bias, which calibration takes away."""
 
 
 @config("")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -64,26 +64,41 @@ def passes_at(passed: Sequence[bool], ranks: Sequence[float], n: int) -> float:
 
 
 class Interval(NamedTuple):
-    """A mean, and where 95 % of the means of resampled questions lie."""
+    """A figure, and where 95 % of those of resampled questions lie."""
 
-    mean: float
+    value: float
     low: float
     high: float
 
 
-def bootstrap(values: Sequence[float], *, seed: int = 0, resamples: int = 1000, share: float = 0.95) -> Interval:
-    """The mean of the values, with the percentile interval of `resamples` draws with replacement (Efron 1979).
+def bootstrap(values: Sequence[float], *, seed: int = 0, resamples: int = 1000) -> Interval:
+    """The mean of the values, one for each question, with its percentile interval (Efron 1979)."""
+    found = np.asarray(values, np.float64)
+    interval = bootstrap_of(lambda places: float(found[places].mean()), len(found), seed=seed, resamples=resamples)
+    assert interval is not None
+    return interval
+
+
+def bootstrap_of(
+    statistic: Callable[[npt.NDArray[np.int64]], float | None], questions: int, *, seed: int = 0, resamples: int = 1000
+) -> Interval | None:
+    """As `bootstrap`, of any figure.
 
     Args:
-        values: one for each question, at least one.
-        seed: of the draws.
-        resamples: how many.
-        share: of the means that the interval holds.
+        statistic: the figure of the questions at these places, or None where it has none.
+        questions: how many there are.
+        seed: of the draws with replacement.
+        resamples: how many draws.
+
+    Returns:
+        None where all questions have no figure.
     """
-    found, rng = np.asarray(values, np.float64), np.random.default_rng(seed)
-    means = np.array([found[rng.integers(len(found), size=len(found))].mean() for _ in range(resamples)])
-    low, high = np.quantile(means, [(1 - share) / 2, (1 + share) / 2])
-    return Interval(float(found.mean()), float(low), float(high))
+    rng, value = np.random.default_rng(seed), statistic(np.arange(questions))
+    if value is None:
+        return None
+    drawn = (statistic(rng.integers(questions, size=questions)) for _ in range(resamples))
+    low, high = np.quantile([one for one in drawn if one is not None], [0.025, 0.975])
+    return Interval(value, float(low), float(high))
 
 
 def log_softmax(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
