@@ -25,6 +25,7 @@ from maxlm.config.fields import NotEmpty, NotNegative, PathName, Positive, Seed,
 
 if TYPE_CHECKING:
     from maxlm.evaluation.exams import Exam
+    from maxlm.evaluation.prompting import Prompting
     from maxlm.evaluation.sandbox import Sandbox
     from maxlm.inference.load import LoadedRun
 

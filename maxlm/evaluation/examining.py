@@ -116,11 +116,8 @@ def _choose(examinee: Examinee, exam: ChoiceExam, asking: Asking) -> Examined:
                 sizes = 1, max(1, len(continuation)), len(choice.encode())
                 table[:, prompt, place] = [score.total / size for size in sizes]
         if how.calibrate:
-            asked = [
-                (context(i) + free, one.choices)
-                for i, one in enumerate(questions)
-                for free in exam.settings.content_free
-            ]
+            frees = exam.settings.content_free
+            asked = [(context(i) + free, one.choices) for i, one in enumerate(questions) for free in frees]
             distinct = list(dict.fromkeys(asked))
             known = dict(zip(distinct, choice_probabilities(examinee, distinct), strict=True))
             for i in range(len(questions)):
