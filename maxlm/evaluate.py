@@ -106,9 +106,9 @@ def main(argv: list[str]) -> None:
     enable_compilation_cache()
     if not options.tasks:
         return _measure(options, load_source(options.model, sharding=options.sharding))
-    exams = _exams(options)  # mistakes in them come before the model is read
+    exams, prompting = _exams(options), _prompting(options)  # mistakes in them come before the model is read
     sandbox = Sandbox() if options.allow_code else None
-    _examine(options, load_source(options.model, sharding=options.sharding), exams, sandbox)
+    _examine(options, load_source(options.model, sharding=options.sharding), exams, prompting, sandbox)
 
 
 def _measure(options: EvaluateOptions, run: LoadedRun) -> None:
@@ -196,9 +196,13 @@ def _prompting(options: EvaluateOptions) -> tuple[Prompting, Exam | None]:
     return Prompting(demonstrations=RandomDemonstrations(count=options.few_shot) if options.few_shot else None), None
 
 
-def _examine(options: EvaluateOptions, run: LoadedRun, exams: dict[str, Exam | None], sandbox: Sandbox | None) -> None:
-    from rich.console import Console
-
+def _examine(
+    options: EvaluateOptions,
+    run: LoadedRun,
+    exams: dict[str, Exam | None],
+    how: tuple[Prompting, Exam | None],
+    sandbox: Sandbox | None,
+) -> None:
     from maxlm.evaluation.examining import Asking, Examined, examine
     from maxlm.evaluation.results import as_json, print_results, write_results
     from maxlm.evaluation.scoring import RunExaminee
@@ -216,7 +220,7 @@ def _examine(options: EvaluateOptions, run: LoadedRun, exams: dict[str, Exam | N
             seed=options.seed,
             include_path=None if options.include_path is None else Path(options.include_path),
         )
-    prompting, pool = _prompting(options)
+    prompting, pool = how
     for name, exam in exams.items():
         if exam is not None:
             asking = Asking(
@@ -236,7 +240,7 @@ def _examine(options: EvaluateOptions, run: LoadedRun, exams: dict[str, Exam | N
     if options.json:
         print(as_json(about, measures))
     else:
-        print_results(measures, Console())
+        print_results(measures)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
+from helpers import plainly, run_decoder
 from run_folder import BYTE_MODEL, make_run
 
 from maxlm import evaluate
@@ -28,6 +30,7 @@ from maxlm.evaluation.exams import ChoiceExam, Exam, OpenExam, human_eval, human
 from maxlm.evaluation.scoring import GREEDY, Pair, RunExaminee, Scored, cut, windows
 from maxlm.evaluation.suite import parses, suite
 from maxlm.inference.load import LoadedRun, load_run
+from maxlm.models import Tokens
 
 LIMIT = 40
 """Tokens that the model takes: no power of two, so that the last shape is not one either."""
@@ -166,6 +169,17 @@ def test_texts_are_cut_and_prompts_lose_their_beginning(run: LoadedRun) -> None:
         examinee.texts(["a"], **how | {"max_new_tokens": 39})
 
 
+def test_embeddings_are_means_of_what_the_output_table_sees(run: LoadedRun) -> None:
+    texts = ["ab", "a longer one " * 5, ""]
+    found = RunExaminee(run).embeddings(texts)
+    for text, vector in zip(texts, found, strict=True):
+        ids = [256, *text.encode()][-LIMIT:]
+        hidden = run_decoder(
+            run.config.model, run.parameters, plainly(), jnp.array([ids]), Tokens(jnp.arange(len(ids))[None])
+        ).hidden
+        assert vector == pytest.approx(np.asarray(hidden, np.float64)[0].mean(0), abs=1e-5)
+
+
 # Marks
 
 
@@ -186,7 +200,7 @@ def test_words_in_common() -> None:
     assert marking.normalized(" The  cat's, a Hat! ") == "cats hat"
     assert marking.token_f1("the cat sat", ["a cat sat down"]) == pytest.approx(2 * (2 / 2) * (2 / 3) / (2 / 2 + 2 / 3))
     assert marking.token_f1("b b c", ["b c c", "z"]) == pytest.approx(2 / 3)  # bags: each word as often as in both
-    assert (marking.token_f1("the", ["a"]), marking.token_f1("", ["x"])) == (1, 0)
+    assert (marking.token_f1("A.", ["a"]), marking.token_f1("A", ["the"]), marking.token_f1("", ["x"])) == (1, 0, 0)
     assert marking.exact_match(" x\n", ["x"]) == 1 and marking.exact_match("X.", ["x"]) == 0
     assert marking.normalized_match("X.", ["x"]) == 1
 
@@ -195,7 +209,7 @@ def test_intervals_are_as_wide_as_theory_says_and_always_the_same() -> None:
     values = [1.0] * 120 + [0.0] * 280
     found = marking.bootstrap(values, seed=3, resamples=4000)
     error = 1.96 * math.sqrt(0.3 * 0.7 / 400)
-    assert found.mean == pytest.approx(0.3)
+    assert found.value == pytest.approx(0.3)
     assert found.high - 0.3 == pytest.approx(error, rel=0.12) and 0.3 - found.low == pytest.approx(error, rel=0.12)
     assert found == marking.bootstrap(values, seed=3, resamples=4000) != marking.bootstrap(values, seed=4)
     assert marking.bootstrap([1.0, 1.0]) == (1, 1, 1)
@@ -330,8 +344,10 @@ def test_the_command_gives_figures_a_picture_and_every_answer(
     assert [one["answer"] for one in lines] == [0, 1, 0, 1]
     # The likeliest choice is the mark.
     assert [one["acc"] for one in lines] == [float(np.argmax(one["log_probs"]) == one["answer"]) for one in lines]
-    evaluate.main(["--run", run_dir, *tasks])
-    assert "capitals" in (out := capsys.readouterr().out) and "95 % interval" in out
+    how = tmp_path / "how.json"
+    how.write_text('{"demonstrations": {"kind": "NearestDemonstrations", "count": 1}, "confidence": {}}')
+    evaluate.main(["--run", run_dir, "--tasks", str(file), "--prompting", str(how)])
+    assert "capitals" in (out := capsys.readouterr().out) and "95 % interval" in out and "ece" in out
 
 
 @pytest.mark.parametrize(
@@ -341,6 +357,9 @@ def test_the_command_gives_figures_a_picture_and_every_answer(
         (["--tasks", "suite", "--whole"], "leave them out with --tasks"),
         (["--tasks", "humaneval"], "humaneval: runs programs that the model writes; allow it with --allow_code"),
         (["--tasks", "none.jsonl"], "none.jsonl: cannot be read"),
+        (["--tasks", "suite", "--prompting", "none.json"], "none.json: cannot be read"),
+        (["--tasks", "suite", "--prompting", "x", "--few_shot", "1"], "both choose demonstrations"),
+        (["--tasks", "suite:python", "suite"], "two exams have one name"),
         (["--hf", "x"], "name one model"),
     ],
 )

@@ -33,7 +33,7 @@ from maxlm.evaluation.scoring import Examinee
 SEPARATOR = "\n\n"
 """Between questions."""
 
-Context = Callable[[int], str]
+Before = Callable[[int], str]
 """What stands before question `i` of an exam."""
 
 
@@ -61,7 +61,7 @@ def joined(texts: Sequence[str]) -> str:
 
 def contexts(
     examinee: Examinee, exam: Exam, pool: Exam | None, selection: Selection | None, order: Order, seed: int
-) -> Context:
+) -> Before:
     """What stands before each question.
 
     Args:
@@ -201,7 +201,7 @@ def shared_choices(exam: Exam) -> tuple[str, ...]:
     raise UserError(f"{exam.name}: this order or selection wants the same choices for every question; use another one")
 
 
-def _own(examinee: Examinee, exam: Exam, how: OwnDemonstrations, seed: int) -> Context:
+def _own(examinee: Examinee, exam: Exam, how: OwnDemonstrations, seed: int) -> Before:
     """Questions that the model writes for each question, one for each choice in turn."""
     choices = shared_choices(exam)
     wanted = [choices[n % len(choices)] for n in range(how.count)]
@@ -298,7 +298,7 @@ def _by_entropy(
         probes += [without_answer(text, choices) for text in written]
     found = choice_probabilities(examinee, [(text + probe, choices) for text in before for probe in probes])
     table = np.array(found).reshape(len(orders), len(probes), len(choices))
-    return orders[int(np.argmax(order_entropies(table, how.kind)))]
+    return orders[int(np.argmax(order_entropies(table, how.entropy)))]
 
 
 def order_entropies(table: npt.NDArray[np.float64], kind: EntropyKind) -> npt.NDArray[np.float64]:

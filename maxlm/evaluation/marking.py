@@ -16,8 +16,10 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalized(text: str) -> str:
-    """In small letters, without punctuation and articles, with single blanks (SQuAD, arXiv:1606.05250)."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+    """In small letters, without punctuation and articles, with single blanks (SQuAD, arXiv:1606.05250); what would then
+    be empty keeps its articles (`A` is a choice), or its punctuation."""
+    small = " ".join(text.lower().translate(_NO_PUNCTUATION).split())
+    return " ".join(_ARTICLES.sub(" ", small).split()) or small or text.strip()
 
 
 def exact_match(text: str, answers: Sequence[str]) -> float:
@@ -63,7 +65,7 @@ def passes_at(passed: Sequence[bool], ranks: Sequence[float], n: int) -> float:
     return float(any(passed[i] for i in best))
 
 
-class Interval(NamedTuple):
+class Resampled(NamedTuple):
     """A figure, and where 95 % of those of resampled questions lie."""
 
     value: float
@@ -71,7 +73,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def bootstrap(values: Sequence[float], *, seed: int = 0, resamples: int = 1000) -> Interval:
+def bootstrap(values: Sequence[float], *, seed: int = 0, resamples: int = 1000) -> Resampled:
     """The mean of the values, one for each question, with its percentile interval (Efron 1979)."""
     found = np.asarray(values, np.float64)
     interval = bootstrap_of(lambda places: float(found[places].mean()), len(found), seed=seed, resamples=resamples)
@@ -81,7 +83,7 @@ def bootstrap(values: Sequence[float], *, seed: int = 0, resamples: int = 1000) 
 
 def bootstrap_of(
     statistic: Callable[[npt.NDArray[np.int64]], float | None], questions: int, *, seed: int = 0, resamples: int = 1000
-) -> Interval | None:
+) -> Resampled | None:
     """As `bootstrap`, of any figure.
 
     Args:
@@ -98,7 +100,7 @@ def bootstrap_of(
         return None
     drawn = (statistic(rng.integers(questions, size=questions)) for _ in range(resamples))
     low, high = np.quantile([one for one in drawn if one is not None], [0.025, 0.975])
-    return Interval(value, float(low), float(high))
+    return Resampled(value, float(low), float(high))
 
 
 def log_softmax(values: npt.ArrayLike) -> npt.NDArray[np.float64]:

@@ -6,10 +6,10 @@ import enum
 from typing import Annotated
 
 from maxlm.config import SamplingConfig
-from maxlm.config.fields import Changes, Fraction, NotEmpty, PathName, Positive, Range, config
+from maxlm.config.fields import Fraction, NotEmpty, PathName, Positive, Range, config
 
 
-@config("demonstrations.", changes=Changes.NOTHING)
+@config("demonstrations.")
 class RandomDemonstrations:
     """Drawn once: all questions have the same, but for a question that is one of them itself."""
 
@@ -17,7 +17,7 @@ class RandomDemonstrations:
     """Solved questions."""
 
 
-@config("demonstrations.", changes=Changes.NOTHING)
+@config("demonstrations.")
 class NearestDemonstrations:
     """The nearest to the question, by the cosine of the means of the model's hidden states (after arXiv:2101.06804)."""
 
@@ -25,7 +25,7 @@ class NearestDemonstrations:
     """Solved questions."""
 
 
-@config("demonstrations.", changes=Changes.NOTHING)
+@config("demonstrations.")
 class DiverseDemonstrations:
     """One after the other, near to the question and far from those chosen before: maximal marginal relevance
     (Carbonell and Goldstein 1998)."""
@@ -33,10 +33,10 @@ class DiverseDemonstrations:
     count: Positive[int] = 4
     """Solved questions."""
     relevance: Fraction = 0.5
-    """Weight of being near to the question; 1 gives the nearest."""
+    """VoteWeight of being near to the question; 1 gives the nearest."""
 
 
-@config("demonstrations.", changes=Changes.NOTHING)
+@config("demonstrations.")
 class UsefulDemonstrations:
     """Those that helped the model most with the answers of similar solved questions: the labels of EPR
     (arXiv:2112.08633), looked up at the nearest questions in place of a trained retriever."""
@@ -49,7 +49,7 @@ class UsefulDemonstrations:
     """Solved questions that are tried before each of them, the nearest ones."""
 
 
-@config("demonstrations.", changes=Changes.NOTHING)
+@config("demonstrations.")
 class OwnDemonstrations:
     """Written by the model: for each choice in turn, a question that has it as its answer (SG-ICL, arXiv:2206.08082).
     All questions must have the same choices."""
@@ -69,7 +69,7 @@ Selection = (
 )
 
 
-@config("order.", changes=Changes.NOTHING)
+@config("order.")
 class BestLast:
     """The first choice stands nearest to the question."""
 
@@ -83,12 +83,12 @@ class EntropyKind(enum.Enum):
     """Of the probabilities at each probe, on average."""
 
 
-@config("order.", changes=Changes.NOTHING)
+@config("order.")
 class EntropyOrder:
     """The order whose predictions at questions that the model writes itself have the highest entropy
     (arXiv:2104.08786). All questions must have the same choices."""
 
-    kind: EntropyKind = EntropyKind.GLOBAL
+    entropy: EntropyKind = EntropyKind.GLOBAL
     """Whose entropy."""
     orders: Positive[int] = 24
     """That are tried, at most; drawn where there are more."""
@@ -98,7 +98,7 @@ class EntropyOrder:
     """Of a written question."""
 
 
-@config("order.", changes=Changes.NOTHING)
+@config("order.")
 class CodeLengthOrder:
     """For each question the order that leaves the least entropy over its choices: the shortest expected code
     (arXiv:2212.10375)."""
@@ -110,12 +110,12 @@ class CodeLengthOrder:
 Order = BestLast | EntropyOrder | CodeLengthOrder
 
 
-@config("reasoning.", changes=Changes.NOTHING)
+@config("reasoning.")
 class Direct:
     """The answer comes at once."""
 
 
-@config("reasoning.", changes=Changes.NOTHING)
+@config("reasoning.")
 class ChainOfThought:
     """Demonstrations show their `reasoning` before the answer, and the model does as they do (arXiv:2201.11903)."""
 
@@ -127,7 +127,7 @@ class ChainOfThought:
     """Take the demonstrations with the most steps (lines), whatever is chosen otherwise (arXiv:2210.00720)."""
 
 
-@config("reasoning.", changes=Changes.NOTHING)
+@config("reasoning.")
 class ZeroShotChain:
     """Two rounds: the model reasons after a phrase, then says its answer after another (arXiv:2205.11916)."""
 
@@ -139,7 +139,7 @@ class ZeroShotChain:
     """Of the reasoning."""
 
 
-@config("reasoning.", changes=Changes.NOTHING)
+@config("reasoning.")
 class AutoChain:
     """Chains of thought that the model wrote itself, for one question of each cluster, as demonstrations
     (arXiv:2210.03493)."""
@@ -152,7 +152,7 @@ class AutoChain:
     """Lines of a chain that is taken, if there is one."""
 
 
-@config("reasoning.", changes=Changes.NOTHING)
+@config("reasoning.")
 class LeastToMost:
     """The model first splits a question into simpler ones, then answers them one after the other, the question itself
     last (arXiv:2205.10625)."""
@@ -168,7 +168,7 @@ class LeastToMost:
 Reasoning = Direct | ChainOfThought | ZeroShotChain | AutoChain | LeastToMost
 
 
-class Weight(enum.Enum):
+class VoteWeight(enum.Enum):
     """What a vote counts."""
 
     ONE = "one"
@@ -177,7 +177,7 @@ class Weight(enum.Enum):
     """The model's own probability of what it wrote, as the geometric mean over its tokens (arXiv:2203.11171)."""
 
 
-@config("voting.", changes=Changes.NOTHING)
+@config("voting.")
 class Voting:
     """Several answers to a question, of which the one with the most votes counts (arXiv:2203.11171)."""
 
@@ -188,13 +188,13 @@ class Voting:
     averaged."""
     sampling: SamplingConfig = SamplingConfig(temperature=0.7)
     """How several are drawn."""
-    weight: Weight = Weight.ONE
+    weight: VoteWeight = VoteWeight.ONE
     """What a vote counts."""
     most_complex: Positive[int] | None = None
     """Only so many answers vote, those with the most steps (arXiv:2210.00720); None: all."""
 
 
-@config("confidence.", changes=Changes.NOTHING)
+@config("confidence.")
 class Confidence:
     """What is said of how sure the model is of its choices."""
 
@@ -206,7 +206,7 @@ class Confidence:
     """Share of right choices that the threshold for answering keeps."""
 
 
-@config("", changes=Changes.NOTHING)
+@config("")
 class Prompting:
     """How the questions of an exam are put."""
 

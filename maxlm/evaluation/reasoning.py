@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from maxlm.config import SamplingConfig, UserError
-from maxlm.evaluation.demonstrations import SEPARATOR, Context, contexts, joined
+from maxlm.evaluation.demonstrations import SEPARATOR, Before, contexts, joined
 from maxlm.evaluation.exams import OpenExam, OpenQuestion
 from maxlm.evaluation.marking import normalized
 from maxlm.evaluation.prompting import (
@@ -21,8 +21,8 @@ from maxlm.evaluation.prompting import (
     Direct,
     LeastToMost,
     Prompting,
+    VoteWeight,
     Voting,
-    Weight,
     ZeroShotChain,
 )
 from maxlm.evaluation.scoring import GREEDY, Examinee
@@ -30,7 +30,7 @@ from maxlm.evaluation.scoring import GREEDY, Examinee
 _NUMBERED = re.compile(r"^\s*(?:\d+[.)]|[-*])?\s*")
 
 
-class Written(NamedTuple):
+class WrittenAnswer(NamedTuple):
     """What the model wrote for one question in one go."""
 
     prompt: str
@@ -41,7 +41,7 @@ class Written(NamedTuple):
     """The part that is its answer."""
 
 
-Verifier = Callable[[Written], float]
+Verifier = Callable[[WrittenAnswer], float]
 """What a vote for this answer counts, such as how right a verifier finds it (arXiv:2206.02336)."""
 
 
@@ -51,7 +51,7 @@ class Answer(NamedTuple):
     text: str
     share: float
     """Of all votes."""
-    written: tuple[Written, ...]
+    written: tuple[WrittenAnswer, ...]
 
 
 def answers(
@@ -76,7 +76,7 @@ def answers(
     Raises:
         UserError: the exam has not what the reasoning or the demonstrations want.
     """
-    voting, rounds = how.voting, list[list[Written]]()
+    voting, rounds = how.voting, list[list[WrittenAnswer]]()
     sampling = GREEDY if voting.samples == 1 else voting.sampling
     for prompt in range(voting.prompts):
         context = _context(examinee, exam, pool, how, seed + prompt)
@@ -97,7 +97,7 @@ class _Draw(NamedTuple):
 
     examinee: Examinee
     exam: OpenExam
-    context: Context
+    context: Before
     sampling: SamplingConfig
     seed: int
 
@@ -111,21 +111,21 @@ class _Draw(NamedTuple):
         return [self.context(i) + question.prompt for i, question in enumerate(self.exam.questions)]
 
 
-def _ways(draw: _Draw, how: Prompting) -> list[Written]:
+def _ways(draw: _Draw, how: Prompting) -> list[WrittenAnswer]:
     settings, prompts = draw.exam.settings, draw.prompts
     match how.reasoning:
         case Direct():
             texts = draw(prompts, settings.max_new_tokens, settings.stop)
-            return [Written(prompt, text, text) for prompt, text in zip(prompts, texts, strict=True)]
+            return [WrittenAnswer(prompt, text, text) for prompt, text in zip(prompts, texts, strict=True)]
         case ChainOfThought(trigger=trigger, max_new_tokens=most):
             texts = draw(prompts, most, (SEPARATOR,))
-            return [Written(p, text, after(text, trigger)) for p, text in zip(prompts, texts, strict=True)]
+            return [WrittenAnswer(p, text, after(text, trigger)) for p, text in zip(prompts, texts, strict=True)]
         case ZeroShotChain() as chain:
             return _zero_shot(draw, chain, prompts)
         case AutoChain(zero_shot=chain):
             begun = [f"{prompt}{settings.before}{chain.phrase}" for prompt in prompts]
             texts = draw(begun, chain.max_new_tokens, (SEPARATOR,))
-            return [Written(p, text, after(text, chain.trigger)) for p, text in zip(begun, texts, strict=True)]
+            return [WrittenAnswer(p, text, after(text, chain.trigger)) for p, text in zip(begun, texts, strict=True)]
         case LeastToMost() as steps:
             return _least_to_most(draw, steps, prompts)
         case _:
@@ -139,19 +139,19 @@ def after(text: str, trigger: str) -> str:
     return lines[0].strip().removesuffix(".") if lines else ""
 
 
-def _zero_shot(draw: _Draw, how: ZeroShotChain, prompts: Sequence[str]) -> list[Written]:
+def _zero_shot(draw: _Draw, how: ZeroShotChain, prompts: Sequence[str]) -> list[WrittenAnswer]:
     settings = draw.exam.settings
     begun = [f"{prompt}{settings.before}{how.phrase}" for prompt in prompts]
     chains = draw(begun, how.max_new_tokens, (SEPARATOR,))
     asked = [f"{start}{chain}\n{how.trigger}" for start, chain in zip(begun, chains, strict=True)]
     said = draw(asked, settings.max_new_tokens, settings.stop)
     return [
-        Written(start, f"{chain}\n{how.trigger}{text}", text.strip().removesuffix("."))
+        WrittenAnswer(start, f"{chain}\n{how.trigger}{text}", text.strip().removesuffix("."))
         for start, chain, text in zip(begun, chains, said, strict=True)
     ]
 
 
-def _least_to_most(draw: _Draw, how: LeastToMost, prompts: Sequence[str]) -> list[Written]:
+def _least_to_most(draw: _Draw, how: LeastToMost, prompts: Sequence[str]) -> list[WrittenAnswer]:
     settings = draw.exam.settings
     begun = [f"{prompt}\n{how.split}" for prompt in prompts]
     lists = draw(begun, how.max_new_tokens, (SEPARATOR,))
@@ -165,12 +165,12 @@ def _least_to_most(draw: _Draw, how: LeastToMost, prompts: Sequence[str]) -> lis
     last = [f"{text}{question.prompt}" for text, question in zip(done, draw.exam.questions, strict=True)]
     said = draw(last, settings.max_new_tokens, settings.stop)
     return [
-        Written(prompt, whole[len(prompt) :] + text, text)
+        WrittenAnswer(prompt, whole[len(prompt) :] + text, text)
         for prompt, whole, text in zip(prompts, last, said, strict=True)
     ]
 
 
-def _context(examinee: Examinee, exam: OpenExam, pool: OpenExam | None, how: Prompting, seed: int) -> Context:
+def _context(examinee: Examinee, exam: OpenExam, pool: OpenExam | None, how: Prompting, seed: int) -> Before:
     """What stands before each question, as the reasoning wants it."""
     match how.reasoning:
         case ChainOfThought() as chain:
@@ -185,7 +185,7 @@ def _context(examinee: Examinee, exam: OpenExam, pool: OpenExam | None, how: Pro
 
 def _with_reasoning(
     examinee: Examinee, exam: OpenExam, pool: OpenExam | None, how: Prompting, chain: ChainOfThought, seed: int
-) -> Context:
+) -> Before:
     source = exam if pool is None else pool
     if how.demonstrations is None or not all(one.reasoning.strip() for one in source.questions):
         raise UserError(
@@ -212,7 +212,7 @@ def _replaced(exam: OpenExam, shown: Sequence[str]) -> OpenExam:
     return OpenExam(name=exam.name, settings=exam.settings, questions=tuple(questions))
 
 
-def _own_chains(examinee: Examinee, exam: OpenExam, pool: OpenExam | None, how: AutoChain, seed: int) -> Context:
+def _own_chains(examinee: Examinee, exam: OpenExam, pool: OpenExam | None, how: AutoChain, seed: int) -> Before:
     """A chain for the question nearest to the middle of each cluster whose chain has few enough steps."""
     source, chain = exam if pool is None else pool, how.zero_shot
     vectors = examinee.embeddings([one.prompt for one in source.questions])
@@ -254,13 +254,15 @@ def steps(text: str) -> int:
     return sum(bool(line.strip()) for line in text.splitlines())
 
 
-def _weights(examinee: Examinee, written: Sequence[Written], voting: Voting, verifier: Verifier | None) -> list[float]:
+def _weights(
+    examinee: Examinee, written: Sequence[WrittenAnswer], voting: Voting, verifier: Verifier | None
+) -> list[float]:
     match voting.weight:
         case _ if verifier is not None:
             weights = [verifier(one) for one in written]
-        case Weight.ONE:
+        case VoteWeight.ONE:
             weights = [1.0] * len(written)
-        case Weight.PROBABILITY:
+        case VoteWeight.PROBABILITY:
             scores = examinee.scores([examinee.split(one.prompt, one.text) for one in written])
             weights = [math.exp(one.log_probs.mean()) if len(one.log_probs) else 0.0 for one in scores]
         case _:
@@ -278,7 +280,7 @@ def tally(answers: Sequence[str], weights: Sequence[float]) -> tuple[str, float]
     """
     votes, spelt = dict[str, float](), dict[str, str]()
     for answer, weight in zip(answers, weights, strict=True):
-        key = normalized(answer) or answer.strip()
+        key = normalized(answer)
         votes[key] = votes.get(key, 0.0) + weight
         spelt.setdefault(key, answer)
     best = max(votes, key=lambda key: votes[key])

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from maxlm.evaluation.examining import Examined, Measured
-from maxlm.observe.svg import Bar, bars
+from maxlm.observe.svg import ShareBar, bars
 
 
-def print_results(measures: Sequence[Measured], console: Console) -> None:
+def print_results(measures: Sequence[Measured]) -> None:
     """A row for each figure."""
     table = Table()
     for name in ("exam", "measure"):
@@ -26,7 +26,7 @@ def print_results(measures: Sequence[Measured], console: Console) -> None:
         chance = "?" if one.chance is None else f"{one.chance:.3f}"
         interval = f"{one.low:.3f} to {one.high:.3f}"
         table.add_row(one.exam, one.measure, f"{one.value:.3f}", interval, chance, f"{one.questions:,}")
-    console.print(table)
+    Console().print(table)
 
 
 def as_json(about: Mapping[str, Any], measures: Sequence[Measured]) -> str:
@@ -40,7 +40,7 @@ def write_results(about: Mapping[str, Any], exams: Mapping[str, Examined], folde
     measures = [one for exam in exams.values() for one in exam.measures]
     (folder / "results.json").write_text(as_json(about, measures) + "\n")
     shown = [
-        Bar(label=f"{one.exam}, {one.measure}", value=one.value, low=one.low, high=one.high, mark=one.chance)
+        ShareBar(label=f"{one.exam}, {one.measure}", value=one.value, low=one.low, high=one.high, mark=one.chance)
         for one in measures
         if 0 <= one.low <= one.high <= 1
     ]

@@ -69,7 +69,7 @@ def chart(title: str, lines: Sequence[Line], *, x_label: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bar:
+class ShareBar:
     """One share of a chart, from 0 to 1."""
 
     label: str
@@ -88,7 +88,7 @@ _BARS_STYLE = (
 )
 
 
-def bars(title: str, shown: Sequence[Bar]) -> str:
+def bars(title: str, shown: Sequence[ShareBar]) -> str:
     """A whole SVG file: a bar for each share, with its interval as a line and its mark dashed."""
     width, height = _WIDTH + 120, 44 + _BAR * len(shown) + 20
     px = lambda share: _NAMES + share * (width - _NAMES - _VALUES)
