@@ -18,8 +18,10 @@ REQUIRED = [
     "flax>=0.12.8",  # nnx: how modules declare their parameters
     "optax>=0.2.8",  # optimizers and schedules
     "orbax-checkpoint>=0.12.8",  # arrays to files and back, on any mesh
+    "tensorstore>=0.1.84",  # one layer of a checkpoint's array
     "grain>=0.2.18",  # deterministic batches with random access
     "sentencepiece>=0.2.3",  # LLaMA 1 and 2 tokenizers, and training new ones
+    "protobuf>=7.36.1",  # sentencepiece's definition of its files imports it, and does not ask for it
     "tokenizers>=0.23.3",  # tokenizer.json (Llama 3 and most others)
     "tyro>=1.0.17",  # dataclasses as command lines
     "rich>=15.0.0",  # tables on the console
@@ -41,7 +43,7 @@ WEIGHTS = [
 ]
 
 SERVE = [
-    "fastapi>=0.165.0",  # routes of the server
+    "starlette>=1.10.0",  # routes of the server
     "uvicorn>=0.54.0",  # its sockets
     "jinja2>=3.1.6",  # chat templates; older ones can be broken out of
     "pydantic>=2.13.0",  # what a request may hold
@@ -100,7 +102,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["maxlm", "maxlm.*", "kernels_pallas", "kernels_pallas.*"]),
-    package_data={"kernels_pallas": ["tuning/*.json"]},
+    package_data={"kernels_pallas": ["tuning/*.json"], "maxlm.serving": ["chat_page.html"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     # An editable installation is a plain path. The other kind, a hook, loses to a folder of that name: beside a clone,

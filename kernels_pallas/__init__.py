@@ -27,6 +27,8 @@ from kernels_pallas.glu.problem import GluBlocks
 from kernels_pallas.grouped.api import grouped_matmul
 from kernels_pallas.grouped.problem import GroupedBlocks
 from kernels_pallas.mixed import mixed_einsum
+from kernels_pallas.paged.api import paged_attention
+from kernels_pallas.paged.problem import PagedBlocks
 
 __all__ = [
     "AttentionBlocks",
@@ -34,6 +36,7 @@ __all__ = [
     "DistanceBias",
     "GluBlocks",
     "GroupedBlocks",
+    "PagedBlocks",
     "Scores",
     "cache_room",
     "cached_attention",
@@ -46,5 +49,6 @@ __all__ = [
     "masks",
     "merge_partials",
     "mixed_einsum",
+    "paged_attention",
     "plan_glu",
 ]

@@ -18,12 +18,13 @@ from kernels_pallas.attention.problem import AttentionBlocks, AttentionProblem
 from kernels_pallas.glu.problem import GluBlocks, GluProblem
 from kernels_pallas.grouped.problem import GroupedBlocks, GroupedProblem
 from kernels_pallas.masks import count_visible
+from kernels_pallas.paged.problem import PagedBlocks, PagedProblem
 from kernels_pallas.targets import Target
 
 TUNING = Path(__file__).parent / "tuning"
 
-Problem = AttentionProblem | GluProblem | GroupedProblem
-Blocks = AttentionBlocks | GluBlocks | GroupedBlocks
+Problem = AttentionProblem | GluProblem | GroupedProblem | PagedProblem
+Blocks = AttentionBlocks | GluBlocks | GroupedBlocks | PagedBlocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,8 @@ class Plan:
 
     @property
     def flops(self) -> int:
-        """Of the forward pass; attention counts visible scores, a grouped product takes all rows to be of a group.
+        """Of the forward pass; attention counts visible scores, a grouped product takes all rows to be of a group, and
+        paged attention all to stand at the end of full tables.
 
         The backward is 2.5 (attention) or 2 times it.
         """
@@ -58,6 +60,8 @@ class Plan:
                 return 2 * p.M * p.D * p.F * 2 + (2 * p.M * p.F * p.down if p.down else 0)
             case GroupedProblem():
                 return 2 * p.M * p.D * p.F
+            case PagedProblem():
+                return 2 * p.T * p.N * p.most_keys * (p.H + p.Hv)
             case _:
                 assert_never(p)
 
@@ -75,6 +79,9 @@ class Plan:
                 return (p.M * p.D + 2 * p.D * p.F + p.M * p.F + saved + down) * p.dtype.itemsize
             case GroupedProblem():
                 return (p.M * p.D + p.E * p.D * p.F + p.M * p.F) * p.dtype.itemsize
+            case PagedProblem():
+                width = p.H if p.one_cache else p.H + p.Hv
+                return p.T * (p.most_keys * p.K * width + p.N * (p.H + p.Hv)) * p.dtype.itemsize
             case _:
                 assert_never(p)
 

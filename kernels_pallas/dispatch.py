@@ -22,6 +22,7 @@ from kernels_pallas.attention.problem import AttentionBlocks, AttentionProblem
 from kernels_pallas.decision import Blocks, Plan, Problem, is_faster, load_table, lookup, meets
 from kernels_pallas.glu.problem import GluBlocks, GluProblem
 from kernels_pallas.grouped.problem import GroupedBlocks, GroupedProblem
+from kernels_pallas.paged.problem import PagedBlocks, PagedProblem
 from kernels_pallas.targets import Family, Target, assume, current_target, named
 
 
@@ -44,6 +45,7 @@ class _Bodies(Mapping[str, ModuleType]):
 ATTENTION = _Bodies("attention", "tpu", "gpu", "cudnn", "xla")
 GLU = _Bodies("glu", "tpu", "gpu", "xla")
 GROUPED = _Bodies("grouped", "tpu", "loop", "xla")
+PAGED = _Bodies("paged", "xla")
 
 # Where the interpreter stands in for a chip that is not there, the chip whose limits it follows.
 _STAND_INS = {"tpu": Target("tpu_v5p", Family.TPU), "gpu": Target("h200", Family.GPU, hopper=True)}
@@ -61,7 +63,7 @@ class _Decision(Exception):
 
 
 def explain(function: Callable[..., Any], *args: Any, target: str | Target | None = None, **kwargs: Any) -> Plan:
-    """What a call of `flash_attention`, `fused_glu`, `fused_glu_mlp` or `grouped_matmul` runs as, and why; print it.
+    """What a call of an operation (`flash_attention`, `paged_attention`, `fused_glu`...) runs as, and why; print it.
 
     Takes the arguments of the call, whose arrays may be jax.ShapeDtypeStruct. Nothing is computed. Of a function that
     makes several calls this is the first.
@@ -84,8 +86,8 @@ def explain(function: Callable[..., Any], *args: Any, target: str | Target | Non
     finally:
         _explaining.reset(token)
     raise ValueError(
-        f"explain: {function} calls none of flash_attention, fused_glu, fused_glu_mlp and grouped_matmul, or is a "
-        "jax.jit that has run before; give the function itself"
+        f"explain: {function} calls none of flash_attention, paged_attention, fused_glu, fused_glu_mlp and "
+        "grouped_matmul, or is a jax.jit that has run before; give the function itself"
     )
 
 
@@ -98,6 +100,8 @@ def operation(problem: Problem) -> tuple[Mapping[str, ModuleType], type[Blocks]]
             return GLU, GluBlocks
         case GroupedProblem():
             return GROUPED, GroupedBlocks
+        case PagedProblem():
+            return PAGED, PagedBlocks
         case _:
             assert_never(problem)
 

@@ -193,6 +193,34 @@ def attention(
     return AttentionAnswer(out, lse, dq, dk, dv, d_table, d_sinks)
 
 
+def paged_attention(
+    q: Any, k: Any, v: Any, layer: int, tables: Any, slots: Any, positions: Any, **shaping: Any
+) -> _Array:
+    """Attention of one row after the other, to keys that are first laid out in the order of their positions.
+
+    Args:
+        q: [T, N, H].
+        k, v: [L, P, K, C, H] and [L, P, K, C, Hv]: layers, blocks, key heads, positions in a block.
+        tables: [S, M], the blocks of each text.
+        slots, positions: [T], each row's text and place in it; at -1 there is no query.
+        **shaping: of `attention`, but for segments, visible_to and q_offset.
+
+    Returns:
+        [T, N, Hv]; 0 where there is no query.
+    """
+    (T, N, _), C = np.shape(q), np.shape(k)[3]
+    out = np.zeros((T, N, np.shape(v)[4]))
+    for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
+        if position < 0:
+            continue
+        places = [(tables[slot][p // C], p % C) for p in range(position + 1)]
+        keys, values = (np.stack([np.asarray(x[layer][block])[:, c] for block, c in places]) for x in (k, v))
+        query = np.asarray(q[row])[None, None]
+        no_cotangent = np.zeros((1, 1, *out.shape[1:]))
+        out[row] = attention(query, keys[None], values[None], no_cotangent, q_offset=position, **shaping).out[0, 0]
+    return out
+
+
 _erf = np.vectorize(math.erf, otypes=[float])
 
 

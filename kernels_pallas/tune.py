@@ -34,6 +34,7 @@ from kernels_pallas.measuring.contest import CaseRow, Effort, measure
 from kernels_pallas.measuring.isolate import Worker, WorkerError, one_line
 from kernels_pallas.measuring.shapes import attention_cases, tiny
 from kernels_pallas.measuring.timing import Call, machine
+from kernels_pallas.paged.problem import PagedBlocks
 from kernels_pallas.targets import Family, Target, assume, named, target_of
 
 TunedBlocks = AttentionBlocks | GluBlocks
@@ -148,7 +149,7 @@ def _plan(shape: ShapeClass, target: Target) -> decision.Plan:
 
 def _todays_blocks(shape: ShapeClass, target: Target) -> TunedBlocks | None:
     blocks = _plan(shape, target).blocks
-    assert not isinstance(blocks, GroupedBlocks)  # grouped products are not tuned
+    assert not isinstance(blocks, GroupedBlocks | PagedBlocks)  # these are not tuned
     return blocks
 
 

@@ -13,13 +13,12 @@ import dataclasses
 import itertools
 import json
 import math
-from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from maxlm.config import ModelSource, ShardingConfig, UserError
+from maxlm.config import ChosenModel, UserError, WeightFormat
 from maxlm.config.cli import parse, run_command
 from maxlm.config.fields import NotEmpty, NotNegative, PathName, Positive, Seed, config
 
@@ -41,7 +40,7 @@ line says what was wrong."""
 class EvaluateOptions:
     """What to measure, and on how much."""
 
-    model: Annotated[ModelSource, tyro.conf.arg(name="")]
+    model: Annotated[ChosenModel, tyro.conf.arg(name="")]
     """Which model."""
     batches: Positive[int] | None = None
     """Of the held-out loss: batches to measure, from the first; None: as many as training measured, see
@@ -73,8 +72,6 @@ class EvaluateOptions:
     """Put lm-eval's questions through the model's chat template."""
     out: PathName | None = None
     """Folder for results.json, results.svg and every answer; None: nothing is written."""
-    sharding: ShardingConfig = field(default_factory=lambda: ShardingConfig(data=1))
-    """One device by default; --sharding.data=-1 shares the batches out over all of them."""
     json: bool = False
     """Print one JSON object: run, step, loss, perplexity, bits_per_byte, tokens; or of exams: model, step, results."""
     debug: bool = False
@@ -83,6 +80,10 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         if self.batches is not None and self.whole:
             raise UserError(f"--batches = {self.batches} and --whole exclude each other; leave out one of them")
+        if self.model.weights is not WeightFormat.DTYPE:
+            raise UserError(
+                f"--weights {self.model.weights.value}: scores are of the weights as they are; leave it out"
+            )
         if not self.tasks and self.model.run is None:
             raise UserError("a published model has no held-out data; name exams, such as --tasks suite")
         if self.few_shot and self.prompting:
@@ -101,14 +102,14 @@ def main(argv: list[str]) -> None:
 
     from maxlm.compile_cache import enable_compilation_cache  # these import jax: --help stays instant
     from maxlm.evaluation.sandbox import Sandbox
-    from maxlm.hub.models import load_source
+    from maxlm.hub.models import load_chosen
 
     enable_compilation_cache()
     if not options.tasks:
-        return _measure(options, load_source(options.model, sharding=options.sharding))
+        return _measure(options, load_chosen(options.model))
     exams, prompting = _exams(options), _prompting(options)  # mistakes in them come before the model is read
     sandbox = Sandbox() if options.allow_code else None
-    _examine(options, load_source(options.model, sharding=options.sharding), exams, prompting, sandbox)
+    _examine(options, load_chosen(options.model), exams, prompting, sandbox)
 
 
 def _measure(options: EvaluateOptions, run: LoadedRun) -> None:
@@ -218,6 +219,7 @@ def _examine(
             limit=options.limit,
             few_shot=options.few_shot or None,
             seed=options.seed,
+            chat=options.chat,
             include_path=None if options.include_path is None else Path(options.include_path),
         )
     prompting, pool = how
@@ -232,8 +234,7 @@ def _examine(
                 judge=sandbox,
             )
             results[name] = examine(examinee, exam, asking)
-    model = options.model.run or options.model.hf or options.model.gguf
-    about = {"model": model, "step": run.step, "few_shot": options.few_shot, "seed": options.seed}
+    about = {"model": options.model.place, "step": run.step, "few_shot": options.few_shot, "seed": options.seed}
     measures = [one for result in results.values() for one in result.measures]
     if options.out is not None:
         write_results(about, results, Path(options.out))

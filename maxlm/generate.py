@@ -11,12 +11,11 @@ if not __package__:  # run by its path: Python then looks in this file's folder 
 import dataclasses
 import json
 from collections.abc import Generator as Stream
-from dataclasses import field
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from maxlm.config import ModelSource, SamplingConfig, ShardingConfig, WeightFormat
+from maxlm.config import ChosenModel, SamplingConfig
 from maxlm.config.cli import parse, run_command
 from maxlm.config.fields import Positive, Seed, config
 
@@ -33,20 +32,17 @@ after max_new_tokens. Exit code 2: one line says what was wrong."""
 class GenerateOptions:
     """What to continue, with which model, and how."""
 
-    model: Annotated[ModelSource, tyro.conf.arg(name="")]
+    model: Annotated[ChosenModel, tyro.conf.arg(name="")]
     """Which model."""
     prompt: str = ""
-    """What the text starts with; empty: the beginning of a document."""
+    """What the text starts with; empty: the beginning of a document. One that begins with - is given as
+    --prompt=-..."""
     max_new_tokens: Positive[int] = 128
     """Length of the continuation, unless the document ends before."""
     sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = SamplingConfig()
     """How the next token is drawn."""
     seed: Seed = 0
     """The same seed gives the same text."""
-    weights: WeightFormat = WeightFormat.DTYPE
-    """Format in which weights are held: that of execution.dtype, or 8 bits."""
-    sharding: ShardingConfig = field(default_factory=lambda: ShardingConfig(data=1))
-    """One device by default; --sharding.tensor=-1 cuts the model over all of them."""
     json: bool = False
     """Print one JSON object at the end: text, tokens (the ids), tokens_per_s."""
     debug: bool = False
@@ -62,12 +58,12 @@ def main(argv: list[str]) -> None:
     options = parse(GenerateOptions, argv, prog="python -m maxlm.generate", description=_DESCRIPTION, flags=True)
 
     from maxlm.compile_cache import enable_compilation_cache  # these import jax: --help stays instant
-    from maxlm.hub.models import load_source
+    from maxlm.hub.models import load_chosen
     from maxlm.inference.generator import Generator
 
     enable_compilation_cache()
-    run = load_source(options.model, sharding=options.sharding)
-    generator = Generator(run, weights=options.weights)
+    run = load_chosen(options.model)
+    generator = Generator(run, weights=options.model.weights)
     stream = generator.stream(
         options.prompt, max_new_tokens=options.max_new_tokens, sampling=options.sampling, seed=options.seed
     )

@@ -83,7 +83,7 @@ def test_tables_are_whole(chip: str) -> None:
     table = json.loads((TUNING / f"{chip}.json").read_text())
     assert table["chip"] == chip
     assert named(chip).name == chip
-    assert set(table["auto"]) == {"flash_attention", "fused_glu", "fused_glu_mlp", "grouped_matmul"}
+    assert set(table["auto"]) == {"flash_attention", "fused_glu", "fused_glu_mlp", "grouped_matmul", "paged_attention"}
     for order in table["auto"].values():
         assert order[-1]["backend"] == "xla"  # which can do everything
         assert "match" not in order[-1]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ from maxlm.evaluation.prompting import (
     ZeroShotChain,
 )
 from maxlm.evaluation.reasoning import after, answers, k_means, steps, tally
-from maxlm.evaluation.scoring import GREEDY, Pair, Scored, cut
+from maxlm.evaluation.scoring import GREEDY, Pair, Scored
 
 NO = lambda *_: 0.0
 
@@ -77,7 +78,8 @@ class Scripted:
 
     def texts(self, prompts: Sequence[str], **how: Any) -> list[str]:
         self.asked += [(prompt, how) for prompt in prompts]
-        return [cut(self._write(prompt, how["seed"]), how["stop"]) for prompt in prompts]
+        stop = "|".join(map(re.escape, how["stop"]))
+        return [re.split(stop, self._write(prompt, how["seed"]))[0] for prompt in prompts]
 
     def embeddings(self, texts: Sequence[str]) -> Any:
         return np.array([self._vectors[text] for text in texts])

@@ -15,11 +15,9 @@ from jax.ad_checkpoint import checkpoint_name
 from kernels_pallas import dispatch, masks
 from kernels_pallas.attention import cudnn
 from kernels_pallas.attention.merge import add_sinks
-from kernels_pallas.attention.problem import AttentionBlocks, AttentionProblem, Operands
+from kernels_pallas.attention.problem import DTYPES, AttentionBlocks, AttentionProblem, Operands
 from kernels_pallas.attention.scores import DistanceBias
 from kernels_pallas.masks import Mask
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def flash_attention(

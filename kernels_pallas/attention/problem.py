@@ -11,6 +11,9 @@ import jax.numpy as jnp
 
 from kernels_pallas.masks import END, Mask
 
+DTYPES = ("float32", "bfloat16", "float16")
+"""Of queries, keys and values."""
+
 MASKED = -1e30
 """Score of a hidden key: finite, so that a row without any visible key gives 0 and not NaN."""
 

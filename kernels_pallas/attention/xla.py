@@ -22,6 +22,7 @@ from kernels_pallas.attention.problem import (
     MASKED,
     AttentionBlocks,
     AttentionProblem,
+    Buckets,
     Operands,
     first_and_last,
     least_and_most,
@@ -240,9 +241,8 @@ class _Tiles(NamedTuple):
         return jnp.tile(seen, (1, self.problem.group, 1))[:, None]
 
     def capped(self, products: jax.Array) -> jax.Array:
-        """Scores out of float32 products: queries scaled in bfloat16 would lose up to 2^-9 of every score."""
-        scores, cap = products * self.problem.scale, self.problem.soft_cap
-        return scores if cap is None else cap * jnp.tanh(scores / cap)
+        """Scores out of float32 products."""
+        return capped(products, self.problem.scale, self.problem.soft_cap)
 
     def bias(self, i: jax.Array, j: jax.Array) -> jax.Array | None:
         """What the distance alone adds to the scores: float32 [B, K, R, C], or None."""
@@ -274,11 +274,7 @@ class _Tiles(NamedTuple):
 
     def _bucket(self, distance: jax.Array) -> jax.Array:
         assert self.problem.buckets is not None
-        (_, lowest), *steps = self.problem.buckets.steps()
-        bucket = jnp.full_like(distance, lowest)
-        for start, number in steps:
-            bucket = jnp.where(distance >= start, number, bucket)
-        return bucket
+        return bucket_of(self.problem.buckets, distance)
 
 
 def make_tiles(problem: AttentionProblem, q_size: int, k_size: int, operands: Operands) -> _Tiles:
@@ -305,6 +301,21 @@ def _bounds(start: Place, stop: Place) -> tuple[jax.Array, jax.Array]:
 def _zero(arrays: Any) -> jax.Array:
     """Where loops start: inside `shard_map` a carry must vary over every mesh axis that what is added to it does."""
     return sum((jnp.zeros_like(x[(0,) * x.ndim], jnp.float32) for x in jax.tree.leaves(arrays)), jnp.float32(0))
+
+
+def capped(products: jax.Array, scale: float, soft_cap: float | None) -> jax.Array:
+    """Scores out of float32 products: queries scaled in bfloat16 would lose up to 2^-9 of every score."""
+    scores = products * scale
+    return scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
+
+
+def bucket_of(buckets: Buckets, distance: jax.Array) -> jax.Array:
+    """The bucket of each distance, key position - query position: int32 in distance's shape."""
+    (_, lowest), *steps = buckets.steps()
+    bucket = jnp.full_like(distance, lowest)
+    for start, number in steps:
+        bucket = jnp.where(distance >= start, number, bucket)
+    return bucket
 
 
 def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:

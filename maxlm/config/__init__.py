@@ -16,8 +16,8 @@ optimizer.py: AdamW, Adafactor, schedules
 sharding.py: sizes of the mesh axes, ZeRO stages, presets
 dims.py: the table: which mesh axis cuts which dim of an array
 layout_rules.py: what must divide what
+chosen.py: the model that a command is for
 sampling.py: temperature, top-k, top-p
-source.py: which model a command works with
 changes.py: what a run may go on with, and what it is told
 cli.py: --config, overrides, how a command ends
 complaints.py: mistakes on a command line, in one line
@@ -33,6 +33,7 @@ from typing import Any
 
 from maxlm.config import earlier
 from maxlm.config.attention import Attention, FixedPattern, GroupedQuery, LatentAttention, QkNorm, StridedPattern
+from maxlm.config.chosen import ChosenModel
 from maxlm.config.data import (
     ByteTokenizer,
     DataConfig,
@@ -50,6 +51,7 @@ from maxlm.config.data import (
     TrainSentencePiece,
 )
 from maxlm.config.dims import ACTIVATION_DIMS, CUT_BY_FSDP, PARAMETER_DIMS, Axes, StatePart
+from maxlm.config.engine import EngineConfig
 from maxlm.config.errors import UserError
 from maxlm.config.execution import Backend, Dtype, ExecutionConfig, GluSave, KernelConfig, Remat, WeightFormat
 from maxlm.config.families import llama, palm, with_experts
@@ -127,7 +129,6 @@ from maxlm.config.sharding import (
     pipeline_bubble,
     pipeline_ticks,
 )
-from maxlm.config.source import ModelSource
 from maxlm.config.task import Pretrain, Task
 
 __all__ = [
@@ -146,6 +147,7 @@ __all__ = [
     "ByteTokenizer",
     "Capacity",
     "CheckpointConfig",
+    "ChosenModel",
     "ConstantSchedule",
     "Context",
     "CosineSchedule",
@@ -158,6 +160,7 @@ __all__ = [
     "Dtype",
     "DynamicNtkScaling",
     "EmbeddedPosition",
+    "EngineConfig",
     "ExecutionConfig",
     "ExpertChoiceRouter",
     "ExpertGroups",
@@ -185,7 +188,6 @@ __all__ = [
     "Mlp",
     "MlpConfig",
     "ModelConfig",
-    "ModelSource",
     "NoisyTopKRouter",
     "Nonlinearity",
     "Norm",

@@ -1,15 +1,28 @@
-"""How the next token is drawn from the model's distribution."""
+"""How the next token is chosen from the model's distribution."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
-from maxlm.config.fields import Range, config
+from maxlm.config.fields import FLOAT_MAX, NotNegative, Range, config
 
 
 @config("")
 class SamplingConfig:
-    """Applied in this order: temperature, then top_k, then top_p on what top_k left."""
+    """Rules are applied in this order, which is that of transformers; those that it lacks stand where llama.cpp has
+    them:
+
+    1. a request's logit_bias, added to the logits;
+    2. repetition_penalty, then frequency_penalty and presence_penalty, then the DRY penalty;
+    3. what must not come: no_repeat_ngram, banned words, ends before min_new_tokens, tokens outside the grammar. Such
+       a token's logit becomes -inf, so that nothing before or after can bring it back;
+    4. temperature;
+    5. truncation, each rule on what the last one left, with probabilities that sum to 1 again: top_k, top_p, min_p,
+       typical_p. Temperature comes first, so that the text of a hot model is drawn from more tokens.
+
+    Of equally likely tokens the one with the lower id is preferred. With temperature 0 the likeliest token is taken
+    after step 3. A setting at its default changes nothing.
+    """
 
     temperature: Annotated[float, Range(ge=0, note="0 takes the likeliest token")] = 1.0
     """Divides the logits; 0: always the likeliest token (greedy)."""
@@ -17,3 +30,30 @@ class SamplingConfig:
     """Draw from this many likeliest tokens (Fan et al. 2018, arXiv:1805.04833); 0: from all."""
     top_p: Annotated[float, Range(gt=0, le=1, note="1 draws from all tokens")] = 1.0
     """Draw from the fewest likeliest tokens that have this much probability (nucleus, arXiv:1904.09751); 1: all."""
+    min_p: Annotated[float, Range(ge=0, le=1, note="0 draws from all tokens")] = 0.0
+    """Draw from tokens that are at least this many times as likely as the likeliest (arXiv:2407.01082); 0: from all."""
+    typical_p: Annotated[float, Range(gt=0, le=1, note="1 draws from all tokens")] = 1.0
+    """Draw from the fewest tokens with this much probability whose surprise is nearest to the entropy (locally typical,
+    arXiv:2202.00666); 1: all."""
+    repetition_penalty: Annotated[float, Range(gt=0, le=100, note="1 changes nothing")] = 1.0
+    """Divides the positive logits of tokens that the prompt or the text has, multiplies the negative ones (CTRL,
+    arXiv:1909.05858); 1: off."""
+    presence_penalty: Annotated[float, Range(ge=-100, le=100, note="0 changes nothing")] = 0.0
+    """Taken from the logit of each token that was generated (OpenAI's API reference)."""
+    frequency_penalty: Annotated[float, Range(ge=-100, le=100, note="0 changes nothing")] = 0.0
+    """Taken from a token's logit as often as it was generated (OpenAI's API reference)."""
+    no_repeat_ngram: Annotated[int, Range(ge=0, note="0 allows every repetition")] = 0
+    """No so many tokens in a row come twice, in prompt and text together (arXiv:1705.04304, section 2.5); 0: off."""
+    dry_multiplier: Annotated[float, Range(ge=0, le=FLOAT_MAX, note="0 changes nothing")] = 0.0
+    """DRY penalty (text-generation-webui, pull request 5677): a token that would repeat n tokens and itself loses
+    multiplier * base ** (n - allowed_length) of its logit; 0: off."""
+    dry_base: Annotated[float, Range(ge=1, le=1000)] = 1.75
+    """How fast the DRY penalty grows with the length of what is repeated."""
+    dry_allowed_length: Annotated[int, Range(ge=1)] = 2
+    """From so many repeated tokens on, the next is penalised."""
+    dry_range: Annotated[int, Range(ge=0, note="0 looks at everything")] = 0
+    """Tokens before the next one at which the DRY penalty looks; 0: all."""
+    dry_breakers: tuple[NotNegative[int], ...] = ()
+    """Ids at which what is repeated ends: line breaks, quotes, names of speakers."""
+    min_new_tokens: NotNegative[int] = 0
+    """The text does not end before so many tokens are generated."""

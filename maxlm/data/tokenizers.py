@@ -22,6 +22,7 @@ import tokenizers
 
 from maxlm.config import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, TokenizerConfig, UserError
 from maxlm.config.json_file import read_bytes, read_object
+from maxlm.data.byte_names import bytes_of
 from maxlm.data.tiktoken import to_json
 
 _DESCRIPTOR = "config.json"
@@ -77,6 +78,10 @@ class Tokenizer(abc.ABC):
         return self.encode_batch([text])[0]
 
     @abc.abstractmethod
+    def name_of(self, token: int) -> str | None:
+        """How the tokenizer's file spells a token; None: there is no file."""
+
+    @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of every text, on one core."""
 
@@ -96,6 +101,10 @@ class Tokenizer(abc.ABC):
             UserError: this kind of tokenizer cannot say it.
         """
         raise UserError(f"a tokenizer of {self.kind.value} has no names of control tokens; a chat needs tokenizer.json")
+
+    @abc.abstractmethod
+    def token_bytes(self, i: int) -> bytes:
+        """What an id stands for in a text, which may be part of a character; of a special token, its name."""
 
     @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -139,8 +148,14 @@ class Bytes(Tokenizer):
     def __init__(self) -> None:
         super().__init__(b"bytes 0..255, bos 256, eos 257")
 
+    def name_of(self, token: int) -> str | None:
+        return None
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(text.encode()) for text in texts]
+
+    def token_bytes(self, i: int) -> bytes:
+        return bytes([i]) if i < 256 else {self.bos_id: b"<bos>", self.eos_id: b"<eos>"}.get(i, b"")
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
@@ -174,6 +189,10 @@ class SentencePiece(Tokenizer):
         if not set(spelling) <= self.byte_ids or self.decode(self._encode_with_lower_block(probe, spelling)) != probe:
             self._lower_block = None
 
+    def name_of(self, token: int) -> str | None:
+        name: str = self._model.id_to_piece(token)
+        return name
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         batch: list[list[int]] = self._model.encode(list(texts), out_type=int, num_threads=1)
         if self._lower_block is not None:
@@ -185,6 +204,15 @@ class SentencePiece(Tokenizer):
     def _encode_with_lower_block(self, text: str, spelling: list[int]) -> list[int]:
         first, *rest = (self._model.encode(part, out_type=int) for part in text.split("\u2581"))
         return [*first, *(i for part in rest for i in (*spelling, *part))]
+
+    def token_bytes(self, i: int) -> bytes:
+        if not 0 <= i < self.vocab_size:
+            return b""
+        piece: str = self._model.id_to_piece(i)
+        if i in self.byte_ids:
+            return bytes([int(piece[3:-1], 16)])
+        name = self._model.is_control(i) or self._model.is_unknown(i)
+        return (piece if name else piece.replace("\u2581", " ")).encode()
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._model.decode([int(i) for i in ids])
@@ -220,6 +248,7 @@ class HuggingFace(Tokenizer):
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         special = {token.content: i for i, token in self._model.get_added_tokens_decoder().items() if token.special}
         self._specials = special
+        self._added = frozenset(self._model.get_added_tokens_decoder())
         known = special, vocabulary
         usual_eos, usual_bos = _first_known(_EOS_NAMES, *known), _first_known(_BOS_NAMES, *known)
         said_eos, said_bos = _beside(path)
@@ -255,6 +284,10 @@ class HuggingFace(Tokenizer):
     def text_size(self) -> int:
         return self._text_size
 
+    def name_of(self, token: int) -> str | None:
+        name: str | None = self._model.id_to_token(token)
+        return name
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         # The library's own batch call would start a thread for every core.
         batch: list[list[int]] = []
@@ -272,6 +305,21 @@ class HuggingFace(Tokenizer):
         with self._guarded(lambda: f"on a text that begins {text[:40]!r}"):
             found = model.encode(text, add_special_tokens=False)
         return found.ids, found.offsets
+
+    def token_bytes(self, i: int) -> bytes:
+        name: str = self._model.id_to_token(i) or ""
+        if i in self.byte_ids:
+            return bytes([int(name[3:-1], 16)])
+        if i in self._added:
+            return name.encode()
+        if self._bytewise:
+            return bytes_of(name)
+        return name.replace("\u2581", " ").encode()
+
+    @functools.cached_property
+    def _bytewise(self) -> bool:
+        """Whether a character of a token's name stands for a byte, as GPT-2 has it."""
+        return "ByteLevel" in json.dumps(json.loads(self._model.to_str()).get("decoder"))
 
     @functools.cached_property
     def _obeying(self) -> tokenizers.Tokenizer:
@@ -357,7 +405,7 @@ def _read_descriptor(folder: Path) -> dict[str, Any]:
     for key, fits in (("kind", descriptor.get("kind") in kinds), ("fingerprint", True), ("eos", True), ("bos", True)):
         value = descriptor.get(key, "" if key in ("eos", "bos") else None)
         if not (fits and isinstance(value, str)):
-            allowed = f"one of {kinds}" if key == "kind" else "a string"
+            allowed = f"one of {kinds}; of a published model name the file itself" if key == "kind" else "a string"
             raise UserError(f"{file}: not a tokenizer's descriptor: its {key} = {value!r} must be {allowed}")
     return descriptor
 

@@ -89,6 +89,19 @@ class HarnessModel(LM):
             self.cache_hook.add_partial("generate_until", request.args, found[i])
         return [found[i] for i in range(len(requests))]
 
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """
+        Raises:
+            UserError: an answer is begun for the model, or its template does not take the conversation.
+        """
+        if not add_generation_prompt:
+            raise UserError("--chat: a task that begins the model's answer cannot be asked; leave out --chat")
+        return self.examinee.rendered(chat_history)
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """For lm-eval's records."""
+        return "" if self.examinee.run.chat is None else self.examinee.run.chat.sources.get("default", "")
+
     @property
     def tokenizer_name(self) -> str:
         """For lm-eval's cache of requests."""
@@ -114,6 +127,7 @@ def run_tasks(
     few_shot: int | None,
     seed: int,
     include_path: Path | None,
+    chat: bool = False,
 ) -> dict[str, Examined]:
     """What lm-eval finds for each of its tasks.
 
@@ -124,6 +138,7 @@ def run_tasks(
         few_shot: demonstrations; None: as the task says.
         seed: of demonstrations, texts and intervals.
         include_path: a folder with task files.
+        chat: whether questions go through the model's chat template.
 
     Raises:
         UserError: lm-eval does not know a task, or fails at it, for example as its data is not on this machine.
@@ -139,12 +154,13 @@ def run_tasks(
         )
     try:
         found = simple_evaluate(
-            HarnessModel(examinee, seed=seed),
+            HarnessModel(RunExaminee(examinee.run, chat=chat), seed=seed),
             tasks=list(names),
             num_fewshot=few_shot,
             limit=limit,
             task_manager=manager,
             bootstrap_iters=1000,
+            apply_chat_template=chat,
             random_seed=seed,
             numpy_random_seed=seed,
             fewshot_random_seed=seed,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import jax
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from maxlm.config import SamplingConfig, UserError
 from maxlm.data.text_ends import TextEnds
 from maxlm.inference.load import LoadedRun
+from maxlm.inference.request import Request, nth_seed
 
 GREEDY = SamplingConfig(temperature=0.0)
 
@@ -61,27 +62,44 @@ class Examinee(Protocol):
 class RunExaminee:
     """A run, or a published model, as an `Examinee`. A program is compiled for each power of two that lengths have."""
 
-    def __init__(self, run: LoadedRun) -> None:
+    def __init__(self, run: LoadedRun, *, chat: bool = False) -> None:
         """Compiles nothing yet.
 
+        Args:
+            run: the model.
+            chat: whether texts are conversations as `rendered` gives them: names of control tokens in them are those
+                tokens, and nothing is put before them.
+
         Raises:
-            UserError: the model has no logits.
+            UserError: the model has no logits, or with `chat` no chat template.
         """
+        if chat and run.chat is None:
+            raise UserError("the model has no chat template; leave out --chat")
         self.run = run
         self.tokenizer, self.ends = run.tokenizer, run.ends or TextEnds.of_documents(run.tokenizer)
         self.limit = run.config.model.max_seq_len
         usual = run.tokenizer.eos_id if run.tokenizer.bos_id is None else run.tokenizer.bos_id
         self.prefix = self.ends.first or (usual,)
         """Ids before a text that has nothing before it."""
-        self._model = run.model
+        self._model, self._chat = run.model, chat
+        self._first = () if chat else self.ends.first
 
     def split(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Blanks at the context's end go to the continuation, as vocabularies join them to the word that follows.
         Where a token spans the border, it counts to the continuation."""
         kept = context.rstrip()
-        whole = self.tokenizer.encode(context + continuation)
-        start = _common(whole, self.tokenizer.encode(kept)) if kept else 0
-        return [*(self.prefix if not start else self.ends.first), *whole[:start]], whole[start:]
+        whole = self._encode(context + continuation)
+        start = _common(whole, self._encode(kept)) if kept else 0
+        return [*(self._first if start else self.prefix), *whole[:start]], whole[start:]
+
+    def rendered(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """A conversation as text, up to where the model's answer begins.
+
+        Raises:
+            ChatError: the template does not take it.
+        """
+        assert self.run.chat is not None, "looked at when it was made"
+        return self.run.chat.render(messages)
 
     def scores(self, pairs: Sequence[Pair]) -> list[Scored]:
         """Each token counts once, given as much before it as the model takes; see `windows`.
@@ -114,35 +132,38 @@ class RunExaminee:
     def texts(
         self, prompts: Sequence[str], *, max_new_tokens: int, stop: Sequence[str], sampling: SamplingConfig, seed: int
     ) -> list[str]:
-        """Prompts that are too long lose their beginning.
+        """Prompts that are too long lose their beginning, but not what texts begin with.
 
         Raises:
-            UserError: no token of a prompt fits before `max_new_tokens`, or as `Generator.generate`.
+            UserError: no token of a prompt fits before `max_new_tokens`, or as `Generator.answer`.
         """
-        room = self.limit - max_new_tokens - len(self.ends.first)
+        room = self.limit - max_new_tokens - len(self._first)
         if room < 1:
             raise UserError(f"max_new_tokens = {max_new_tokens} leaves no room in model.max_seq_len = {self.limit}")
-        short = [self._tail(prompt, room) for prompt in prompts]
-        order = sorted(range(len(short)), key=lambda i: len(short[i]))
-        found = dict[int, str]()
-        for start in range(0, len(order), _PROMPTS):
-            members = order[start : start + _PROMPTS]
-            rows = self.run.generator.generate(
-                [short[i] for i in members], max_new_tokens=max_new_tokens, sampling=sampling, seed=seed
+        requests = [
+            Request(
+                prompt=tuple([*self._first, *self._encode(prompt)[-room:]] or self.prefix),
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                seed=nth_seed(seed, n),
+                ends=self.ends.last,
+                stop=tuple(filter(None, stop)),
             )
-            found |= {i: cut(row.text, stop) for i, row in zip(members, rows, strict=True)}
-        return [found[i] for i in range(len(prompts))]
+            for n, prompt in enumerate(prompts)
+        ]
+        return [one.text for one in self.run.generator.answer(requests)]
 
     def embeddings(self, texts: Sequence[str]) -> npt.NDArray[np.float64]:
         """Of texts that are too long, the end."""
-        ids = [[*self.ends.first, *self.tokenizer.encode(text)][-self.limit :] or [self.prefix[0]] for text in texts]
+        ids = [[*self._first, *self._encode(text)][-self.limit :] or [self.prefix[0]] for text in texts]
         found = np.empty((len(ids), self.run.config.model.d_model))
         for batch in _batches(list(map(len, ids)), self._rows, self.limit):
-            tokens, real = np.zeros((2, batch.rows, batch.length), np.int32)
+            tokens = np.zeros((batch.rows, batch.length), np.int32)
             for row, i in enumerate(batch.members):
-                tokens[row, : len(ids[i])], real[row, : len(ids[i])] = ids[i], 1
-            means = np.asarray(self._model.mean_hidden(tokens, real), np.float64)
-            found[list(batch.members)] = means[: len(batch.members)]
+                tokens[row, : len(ids[i])] = ids[i]
+            hidden = np.asarray(self._model.hidden(tokens), np.float64)
+            for row, i in enumerate(batch.members):
+                found[i] = hidden[row, : len(ids[i])].mean(0)
         return found
 
     def _rows(self, length: int) -> int:
@@ -150,19 +171,8 @@ class RunExaminee:
         fitting = _LOGITS_BYTES // (4 * length * self.run.config.model.vocab_size)
         return min(64, 1 << max(0, fitting.bit_length() - 1))
 
-    def _tail(self, text: str, room: int) -> str:
-        """The end of a text that has at most `room` tokens: what remains may be tokenized in another way."""
-        ids = self.tokenizer.encode(text)
-        for kept in range(room, 0, -1):
-            if len(ids) <= room:
-                return text
-            text = self.tokenizer.decode(ids[-kept:]).lstrip("\ufffd")
-            ids = self.tokenizer.encode(text)
-        return text if len(ids) <= room else ""
-
-
-_PROMPTS = 16
-"""That are continued together."""
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode_places(text, specials=True)[0] if self._chat else self.tokenizer.encode(text)
 
 
 def windows(context: Sequence[int], continuation: Sequence[int], limit: int) -> Iterator[tuple[list[int], list[int]]]:
@@ -181,11 +191,6 @@ def windows(context: Sequence[int], continuation: Sequence[int], limit: int) -> 
         end = min(len(ids), done + limit)
         yield ids[max(0, end - 1 - limit) : end - 1], ids[done:end]
         done = end
-
-
-def cut(text: str, stop: Sequence[str]) -> str:
-    """The text up to the first of the stop strings that comes in it."""
-    return text[: min((place for one in stop if one and (place := text.find(one)) >= 0), default=None)]
 
 
 class _Batch(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,13 +14,13 @@ import numpy.typing as npt
 
 from maxlm.checkpoint.store import Deferred
 from maxlm.config import (
+    ChosenModel,
     DataConfig,
     Dataset,
     Dtype,
     ExecutionConfig,
     HuggingFaceTokenizer,
     ModelConfig,
-    ModelSource,
     RunConfig,
     SentencePieceTokenizer,
     ShardingConfig,
@@ -124,16 +125,16 @@ def load_published(published: PublishedModel, *, sharding: ShardingConfig) -> Lo
     )
 
 
-def load_source(source: ModelSource, *, sharding: ShardingConfig) -> LoadedRun:
-    """The model that a command was told to take.
+def load_chosen(chosen: ChosenModel) -> LoadedRun:
+    """What a command line names.
 
     Raises:
-        UserError: as `load_run` and `load_published`.
+        UserError: as `load_run` or `load_published`, or such a published model cannot be opened.
     """
-    if source.run is not None:
-        return load_run(source.run, step=source.step, sharding=sharding)
-    kind, place = next((kind, place) for kind in KINDS if (place := getattr(source, kind)) is not None)
-    return load_published(KINDS[kind](Path(place)), sharding=sharding)
+    if chosen.run is not None:
+        return load_run(chosen.run, step=chosen.step, sharding=chosen.sharding)
+    kind, place = next((kind, Path(one)) for kind in KINDS if (one := getattr(chosen, kind)) is not None)
+    return load_published(KINDS[kind](place), sharding=chosen.sharding)
 
 
 def untrained(model: ModelConfig, *, dtype: Dtype, sharding: ShardingConfig, run_dir: str = "runs/none") -> RunConfig:
@@ -213,18 +214,27 @@ def number_format(name: str) -> np.dtype[Any]:
 
 
 def pieces_of(parameters: Any) -> Pieces:
-    """From the tree of parameters, which may be `Deferred`: then those that the last tensor had parts of are kept."""
-    kept: dict[str, Any] = {}
+    """From the tree of parameters, which may be `Deferred`: then what the last tensor had parts of is kept."""
+    kept: dict[tuple[str, int | None], Any] = {}
 
-    def read(name: str) -> Any:
-        node = functools.reduce(lambda place, key: place[key], name.split("/"), parameters)
-        return node.read() if isinstance(node, Deferred) else node
+    def find(name: str) -> Any:
+        return functools.reduce(operator.getitem, name.split("/"), parameters)
+
+    def layer(part: Piece) -> int | None:
+        """Of an array that is kept layer by layer."""
+        node = find(part.array.name)
+        return part.at[0] if isinstance(node, Deferred) and node.by_layer and part.at else None
+
+    def read(name: str, number: int | None) -> Any:
+        node = find(name)
+        return node.read(number) if isinstance(node, Deferred) else node
 
     def pieces(parts: Sequence[Piece]) -> list[npt.NDArray[Any]]:
-        names = {part.array.name for part in parts}
-        for name in kept.keys() - names:
-            del kept[name]
-        kept.update({name: read(name) for name in names - kept.keys()})
-        return [np.asarray(kept[part.array.name][part.at]) for part in parts]
+        keys = [(part.array.name, layer(part)) for part in parts]
+        for key in kept.keys() - set(keys):
+            del kept[key]
+        kept.update({key: read(*key) for key in keys if key not in kept})
+        inner = [part.at if number is None else part.at[1:] for part, (_, number) in zip(parts, keys, strict=True)]
+        return [np.asarray(kept[key][at]) for key, at in zip(keys, inner, strict=True)]
 
     return pieces

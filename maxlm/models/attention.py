@@ -13,7 +13,7 @@ from maxlm import shapes
 from maxlm.config import Alibi, GlmRope, GroupedQuery, ModelConfig, QkNorm, RelativeBias, RelativeSinusoids, Rope
 from maxlm.models import ops
 from maxlm.models.execution import Execution
-from maxlm.models.kv_cache import Contiguous, LayerCache
+from maxlm.models.kv_cache import KeyValueBlocks, LayerCache, window_of
 from maxlm.models.norms import NormLayer
 from maxlm.models.parameters import Initializer
 from maxlm.models.positions import alibi_slopes, log_length_factors, relative_sinusoids, rotate_both, rotate_halves
@@ -55,8 +55,8 @@ class GroupedQueryLayer(nnx.Module):
             x: [B, T, D].
             tokens: positions, segments and reach of each token.
             how: mesh, number format and kernels.
-            cache: keys and values of positions before these; None in training. The T tokens are written into it at
-                their positions, which must be consecutive.
+            cache: keys and values of the positions before; None in training. With one, a row is a single token, T = 1,
+                and is written where `tokens.pages` says.
             layer: int32, this layer's place in the cache.
 
         Returns:
@@ -82,12 +82,12 @@ class GroupedQueryLayer(nnx.Module):
                 backend=how.kernels.attention,
             )
         else:
-            assert isinstance(cache, Contiguous)
-            first = tokens.positions[:, 0]
-            cache = cache.add(layer, k, v, first)
-            out = ops.attention_to_cache(
-                layout, q, cache.k, cache.v, layer, first, self._scores(), visible_to=tokens.visible_to
+            assert isinstance(cache, KeyValueBlocks) and tokens.pages is not None
+            table, positions = tokens.pages.tables[window_of(config)], tokens.positions[:, 0]
+            out, arrays = ops.attention_to_blocks(
+                layout, q, (k, v), cache, layer, table, tokens.pages.slots, positions, self._scores()
             )
+            cache = KeyValueBlocks(*arrays)
         out_bias = self.o_bias[...] if config.out_bias else None
         return ops.project(layout, "btnh,nhd->btd", out, self.o_proj[...], out_bias), cache
 

@@ -17,7 +17,7 @@ from maxlm.config.remat import SAVED_NAMES
 from maxlm.models import ops
 from maxlm.models.block import Block
 from maxlm.models.execution import Execution
-from maxlm.models.kv_cache import Cache, LayerCache, empty_cache
+from maxlm.models.kv_cache import Cache, LayerCache
 from maxlm.models.linear import Weight
 from maxlm.models.moe import RouterStats
 from maxlm.models.norms import NormLayer
@@ -116,7 +116,7 @@ class Decoder(nnx.Module):
                 are in `ops.ring.zigzag_order`, as those of `tokens`.
             tokens: what the model knows of them.
             how: mesh, number format, rematerialisation, kernels.
-            cache: from `empty_cache`; then the tokens continue what it holds, at their positions.
+            cache: from `empty_cache`; then every row is one token, T = 1, which continues the text in its slot.
         """
         n_first = len(self.config.first_blocks)
         first_cache, cache = (None, None) if cache is None else (cache[:n_first], cache[n_first:])
@@ -172,10 +172,6 @@ class Decoder(nnx.Module):
         """One number for each position: [B, T, D] -> float32 [B, T]. With a ScalarHead."""
         score = self.score[...].astype(hidden.dtype)
         return jnp.einsum("btd,d->bt", hidden, score, preferred_element_type=jnp.float32)
-
-    def empty_cache(self, batch: int, length: int, how: Execution) -> Cache:
-        """Of this model; see `maxlm.models.kv_cache.empty_cache`."""
-        return empty_cache(self.config, batch, length, how)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from maxlm import shapes
 from maxlm.config import LatentAttention, ModelConfig
 from maxlm.models import ops
 from maxlm.models.execution import Execution
-from maxlm.models.kv_cache import Latents, LayerCache
+from maxlm.models.kv_cache import LatentBlocks, LayerCache, window_of
 from maxlm.models.norms import NormLayer
 from maxlm.models.parameters import Initializer
 from maxlm.models.positions import rotate_both
@@ -63,13 +63,9 @@ class LatentAttentionLayer(nnx.Module):
                 backend=how.kernels.attention,
             )
         else:
-            assert isinstance(cache, Latents)
-            first = tokens.positions[:, 0]
-            cache = cache.add(layer, jnp.concatenate([latents, k_rope[:, :, 0]], axis=-1), first)
-            if ops.reads_in_place(q.shape[1]):
-                out = self._to_latents(q, cache, layer, first, tokens, how)
-            else:
-                out = self._to_made_keys(q, cache, layer, first, tokens, how)
+            assert isinstance(cache, LatentBlocks)
+            kept = jnp.concatenate([latents, k_rope[:, :, 0]], axis=-1)
+            out, cache = self._to_latents(q, kept, cache, layer, tokens, how)
         return ops.project(layout, "btnh,nhd->btd", out, self.o_proj[...]), cache
 
     def _queries(self, x: jax.Array, how: Execution) -> jax.Array:
@@ -93,37 +89,30 @@ class LatentAttentionLayer(nnx.Module):
         v = ops.project(how.layout, "btr,rnh->btnh", latents, self.v_proj[...])
         return jnp.concatenate([content, rotated], axis=-1), v
 
-    def _to_made_keys(
-        self, q: jax.Array, cache: Latents, layer: jax.Array, first: jax.Array, tokens: Tokens, how: Execution
-    ) -> jax.Array:
-        """Many queries: keys and values are made once for all of them."""
-        kept = cache.latents[layer, :, 0]
-        latents, k_rope = jnp.split(kept, [self.config.kv_rank], axis=-1)
-        k, v = self._keys_and_values(latents, k_rope[:, :, None], how)
-        return ops.attention_to_keys(how.layout, q, k, v, first, self._scores(), visible_to=tokens.visible_to)
-
     def _to_latents(
-        self, q: jax.Array, cache: Latents, layer: jax.Array, first: jax.Array, tokens: Tokens, how: Execution
-    ) -> jax.Array:
-        """A few queries: (W_k l) . q = l . (W_k^T q), so that they see the latents themselves as the keys, and a part
-        of them as the values, of one head for all."""
+        self, q: jax.Array, kept: jax.Array, cache: LatentBlocks, layer: jax.Array, tokens: Tokens, how: Execution
+    ) -> tuple[jax.Array, LatentBlocks]:
+        """(W_k l) . q = l . (W_k^T q), so that queries see the latents themselves as the keys, and a part of them as
+        the values, of one head for all."""
+        assert tokens.pages is not None
         config, layout = self.config, how.layout
         content, rotated = jnp.split(q, [config.content_head_dim], axis=-1)
         to_keys, to_values = (ops.dense(layout, w[...], q.dtype) for w in (self.k_proj, self.v_proj))
         content = jnp.einsum("btnh,rnh->btnr", content, to_keys.astype(q.dtype))
-        q = jnp.concatenate([content, rotated], axis=-1)
-        out = ops.attention_to_cache(
+        out, [latents] = ops.attention_to_blocks(
             layout,
-            q,
-            cache.latents,
-            cache.latents,
+            jnp.concatenate([content, rotated], axis=-1),
+            [kept[:, :, None]],
+            cache,
             layer,
-            first,
+            tokens.pages.tables[window_of(config)],
+            tokens.pages.slots,
+            tokens.positions[:, 0],
             self._scores(),
-            visible_to=tokens.visible_to,
             one_head_for_all=True,
         )
-        return jnp.einsum("btnr,rnh->btnh", out[..., : config.kv_rank], to_values.astype(q.dtype))
+        out = jnp.einsum("btnr,rnh->btnh", out[..., : config.kv_rank], to_values.astype(q.dtype))
+        return out, LatentBlocks(latents)
 
     def _scores(self) -> ops.Scores:
         config = self.config

@@ -4,16 +4,15 @@ The compiler cannot split a kernel over devices by itself, so kernels run inside
 
 dense.py: products, gated unit, embedding
 attention.py: attention within sequences, wherever their keys are
-decoding.py: attention to the keys of a cache
+paged.py: attention to the blocks of a cache
 ring.py: keys go round; zig-zag order
 ulysses.py: heads for positions
 experts.py: tokens to their experts and back
 backends.py: kernels named in the config
 """
 
-from kernels_pallas import DistanceBias, Scores, cache_room
+from kernels_pallas import DistanceBias, Scores
 from maxlm.models.ops.attention import attention, causal
-from maxlm.models.ops.decoding import attention_to_cache, attention_to_keys, reads_in_place
 from maxlm.models.ops.dense import activate, dense, embed, glu, logits, project, unit_rows
 from maxlm.models.ops.experts import (
     EXPERT_IN_DIMS,
@@ -25,6 +24,7 @@ from maxlm.models.ops.experts import (
     picked_experts,
     top_k,
 )
+from maxlm.models.ops.paged import attention_to_blocks
 
 __all__ = [
     "EXPERT_IN_DIMS",
@@ -35,9 +35,7 @@ __all__ = [
     "Scores",
     "activate",
     "attention",
-    "attention_to_cache",
-    "attention_to_keys",
-    "cache_room",
+    "attention_to_blocks",
     "capacity_experts",
     "causal",
     "dense",
@@ -47,7 +45,6 @@ __all__ = [
     "logits",
     "picked_experts",
     "project",
-    "reads_in_place",
     "top_k",
     "unit_rows",
 ]

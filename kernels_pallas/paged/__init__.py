@@ -1,0 +1,6 @@
+"""Attention of single tokens to keys that lie in blocks all over a cache, each text's blocks in a table.
+
+api.py: paged_attention: checks, choice
+problem.py: one call
+xla.py: plain operations: every device
+"""

@@ -1,0 +1,35 @@
+"""How many texts are decoded at once, and in how much memory."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from maxlm.config.errors import UserError
+from maxlm.config.fields import Positive, Range, config
+
+
+@config("engine.")
+class EngineConfig:
+    """Of one device, or of each shard of the batch on a mesh that cuts it."""
+
+    slots: Positive[int] = 32
+    """Texts that are decoded at once."""
+    tokens_per_step: Positive[int] | None = None
+    """The most tokens of one step: one for each text that is being decoded, the rest of prompts. None: 32 on a CPU, 512
+    elsewhere, and at least `slots`."""
+    block_size: Positive[int] = 16
+    """Positions of a block of the cache. Beginnings are shared in whole blocks."""
+    cache_tokens: Positive[int] | None = None
+    """Positions that the cache has room for; None: half of all slots at the model's full length, as far as the memory
+    that is free allows."""
+    queue: Positive[int] = 1024
+    """Requests that may wait; the next one is refused."""
+    decode_steps: Annotated[int, Range(ge=1, le=64)] = 8
+    """Tokens of each text that come without a look from outside when nobody waits. It changes no token."""
+
+    def __post_init__(self) -> None:
+        if self.tokens_per_step is not None and self.tokens_per_step < self.slots:
+            raise UserError(
+                f"engine.tokens_per_step = {self.tokens_per_step} is less than engine.slots = {self.slots}; each text "
+                "that is being decoded has a token in every step"
+            )

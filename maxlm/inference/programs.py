@@ -1,0 +1,249 @@
+"""The device's side of the engine: parameters, cache, texts, and the programs that change them."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+
+from maxlm import shapes
+from maxlm.config import EngineConfig, ModelConfig, SamplingConfig, WeightFormat
+from maxlm.inference.held import held, layers_apart
+from maxlm.inference.request import TOP_SCORES
+from maxlm.inference.settings import settings_row
+from maxlm.inference.step import Drawn, Rows, Texts, begin, empty_texts, step
+from maxlm.models import Execution, ops
+from maxlm.models.kv_cache import empty_cache, window_of, windows
+from maxlm.observe.devices import memory_in_use
+from maxlm.sharding import Layout
+
+_LOG = logging.getLogger(__name__)
+
+_SHARE = 0.8
+"""Of a device's free memory, what the cache may take if nobody says how much."""
+_PROBE = 3
+"""Tokens of the texts that programs are compared with."""
+
+
+class Programs:
+    """Everything that runs, compiled before the first request comes. Nothing is compiled later."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        parameters: Any,
+        how: Execution,
+        config: EngineConfig,
+        *,
+        weights: WeightFormat,
+        tokens_per_step: int,
+        blocks: Mapping[int, int],
+    ) -> None:
+        """
+        Args:
+            model: what it is.
+            parameters: nested dicts of float32 arrays.
+            how: it runs, as for decoding.
+            config: how much at once.
+            weights: the format in which parameters are held.
+            tokens_per_step: the most, of each shard of the batch.
+            blocks: as `pool_sizes` gives them.
+        """
+        self._model, self._how, self._weights, self._config = model, how, weights, config
+        self._n_shards, self._vocab_size = how.layout.batch_shards, model.vocab_size
+        run_model, self._parameters = self._placed(parameters)
+        everywhere = how.layout.sharding()
+        self._cut = how.layout.sharding(how.layout.activation("batch", None))
+        self._cache = jax.jit(lambda: empty_cache(run_model, dict(blocks), config.block_size, how))()
+        make = lambda: empty_texts(model, config.slots * self._n_shards)
+        self._texts = jax.jit(make, out_shardings=everywhere)()
+        width = -(-model.max_seq_len // config.block_size)
+        self.put_tables({window: np.zeros((config.slots * self._n_shards, width), np.int32) for window in blocks})
+        one = jax.tree.map(lambda x: np.asarray(x[0]), self._texts)
+        put = jax.jit(begin, donate_argnums=0, in_shardings=everywhere, out_shardings=everywhere)
+        self._begin = put.lower(self._texts, np.int32(0), one).compile()
+        self._steps = self._compiled(run_model, tokens_per_step, min(2, *(size - 1 for size in blocks.values())))
+
+    @property
+    def widths(self) -> list[int]:
+        """Rows that a shard of a step may have, smallest first."""
+        return list(self._steps)
+
+    def scored_rows(self, width: int) -> int:
+        """Rows of such a step whose logits are computed."""
+        return min(width, self._config.slots)
+
+    def begin(self, slot: int, text: Texts) -> None:
+        """Put a text into a slot, counted over all shards."""
+        self._texts = self._begin(self._texts, np.int32(slot), text)
+
+    def put_tables(self, tables: Mapping[int, npt.NDArray[np.int32]]) -> None:
+        """Blocks of all texts, of every shard: window -> int32 [S, M]."""
+        self._tables = jax.device_put(dict(tables), self._cut)
+
+    def run(self, width: int, rows: Rows, n_steps: int) -> Drawn:
+        """Launch a step, and do not wait for it."""
+        return self._run(self._steps[width], rows, n_steps)
+
+    def update(self, parameters: Any) -> None:
+        """Take other parameters for all steps from now on."""
+        _, self._parameters = self._placed(parameters)
+
+    def no_rows(self, width: int) -> Rows:
+        """Rows of all shards that read nothing, to be filled: numpy arrays."""
+        n, scored = width * self._n_shards, self.scored_rows(width) * self._n_shards
+        nothing = np.full(n, -1, np.int32)
+        return Rows(np.zeros(n, np.int32), nothing, np.full(scored, -1, np.int32), np.zeros(scored, bool))
+
+    def _placed(self, parameters: Any) -> tuple[ModelConfig, Any]:
+        """The model as it runs here, and its parameters."""
+        parameters = held(parameters, self._model, self._how, self._weights)
+        return layers_apart(self._model, parameters) if self._how.layout.on_cpu else (self._model, parameters)
+
+    def _run(self, program: jax.stages.Compiled, rows: Rows, n_steps: int) -> Drawn:
+        self._cache, self._texts, drawn = program(
+            self._parameters, self._cache, self._texts, self._tables, rows, np.int32(n_steps)
+        )
+        return drawn
+
+    def _compiled(self, model: ModelConfig, most: int, n_probes: int) -> dict[int, jax.stages.Compiled]:
+        """The step for a few numbers of rows, smallest first: numbers whose rows are equal to the bit."""
+        began, widths = time.perf_counter(), self._of_one_class(most)
+        same = jax.tree.map(lambda x: x.sharding, (self._cache, self._texts))
+        run = functools.partial(step, config=model, how=self._how, most_steps=self._config.decode_steps)
+        jitted = jax.jit(run, donate_argnums=(1, 2), out_shardings=(*same, self._how.layout.sharding()))
+
+        def program(width: int) -> jax.stages.Compiled:
+            arguments = self._parameters, self._cache, self._texts, self._tables, self.no_rows(width), np.int32(1)
+            return jitted.lower(*arguments).compile()
+
+        programs = {width: program(width) for width in widths}
+        answers = {width: self._probed(programs[width], width, n_probes) for width in widths}
+        found = {width: programs[width] for width in widths if _same(answers[width], answers[widths[-1]])}
+        seconds = time.perf_counter() - began
+        _LOG.info("engine: steps of %s tokens compiled in %.1f s", " or ".join(map(str, found)), seconds)
+        if len(found) < len(widths):
+            _LOG.warning(
+                "engine: steps of %s tokens would be rounded otherwise, and are not used", set(widths) - set(found)
+            )
+        return found
+
+    def _of_one_class(self, most: int) -> list[int]:
+        """Some of 2, 4, 8, ... and `most`, for which a row of every product of the model is the same to the bit.
+
+        Of all such classes the one with the most members, and of equal ones that with the fewest rows, so that a lone
+        text does not pay for the room that many need. Of its members the smallest, those four times as large, and the
+        largest.
+        """
+        candidates = sorted({*itertools.takewhile(lambda n: n < most, (2**i for i in itertools.count(1))), most})
+        layout = self._how.layout
+        products = set()
+        for array in shapes.arrays(self._model):
+            local = dict(zip(array.dims, layout.local_shape(array.shape, layout.parameter(array.dims)), strict=True))
+            size = {True: 1, False: 1}
+            for dim in set(array.dims) - {"layers", "experts"}:
+                size[dim in array.inputs] *= local[dim]
+            if array.inputs:
+                products.add((size[True], size[False]))
+        rows = {
+            width: [_first_row(layout, self._how.dtype, width, *sizes) for sizes in products] for width in candidates
+        }
+        classes: list[list[int]] = []
+        for width in candidates:
+            home = next((found for found in classes if _same(rows[found[0]], rows[width])), None)
+            classes.append([width]) if home is None else home.append(width)
+        chosen = max(classes, key=len)
+        return [width for i, width in enumerate(chosen) if i % 2 == 0 or width == chosen[-1]]
+
+    def _probed(self, program: jax.stages.Compiled, width: int, n: int) -> list[Drawn]:
+        """What a step of this width makes of n short texts, each in a block of its own."""
+        rng, n = np.random.default_rng(0), min(n, self.scored_rows(width))
+        settings = settings_row(SamplingConfig(), vocab=self._vocab_size, logprobs=TOP_SCORES)
+        length = min(_PROBE, self._config.block_size)
+        before = self._tables
+        self.put_tables({window: _numbered(table, n) for window, table in before.items()})
+        for slot in range(n):
+            history = np.zeros(self._model.max_seq_len + 1, np.int32)
+            history[:_PROBE] = rng.integers(0, self._vocab_size, _PROBE)
+            self.begin(slot, Texts(history, np.int32(_PROBE), np.int32(_PROBE), np.bool_(False), settings))
+        found = []
+        for position in range(length):
+            rows = self.no_rows(width)
+            rows.slots[:n], rows.positions[:n], rows.scored[:n] = range(n), position, range(n)
+            found.append(jax.tree.map(lambda x: np.asarray(x)[0, :n], self._run(program, rows, 1)))
+        self._tables = before
+        return found
+
+
+def _first_row(layout: Layout, dtype: jnp.dtype, rows: int, inputs: int, outputs: int) -> npt.NDArray[Any]:
+    """Of a product of so many rows with a matrix [inputs, outputs], always the same numbers."""
+    rng = np.random.default_rng(0)
+    x, w = (rng.standard_normal(shape, np.float32).astype(dtype) for shape in ((1, 1, inputs), (inputs, outputs)))
+    product = jax.jit(lambda x, w: ops.project(layout, "btd,df->btf", x, w))
+    return np.asarray(product(np.repeat(x, rows, 0), w)[0])
+
+
+def _numbered(table: jax.Array, n: int) -> npt.NDArray[np.int32]:
+    """The table with block i + 1 as the first of slot i, for the first n."""
+    blocks = np.zeros(table.shape, np.int32)
+    blocks[:n, 0] = range(1, n + 1)
+    return blocks
+
+
+def pool_sizes(model: ModelConfig, config: EngineConfig, how: Execution, most: int) -> dict[int, int]:
+    """window -> blocks of a shard, with the one that is nobody's.
+
+    Raises:
+        UserError: there is no memory for one text.
+    """
+    C, layout = config.block_size, how.layout
+    tensor = layout.mesh.shape["tensor"]
+
+    def bytes_of(window: int) -> int:
+        """Of one block of all layers with that window, on one device."""
+        kept = [
+            one
+            for block in model.layers
+            if window_of(block.attention) == window
+            for one in shapes.kept(block.attention)
+        ]
+        sizes = (one.heads * one.width // (1 if one.dim is None else tensor) for one in kept)
+        return C * how.dtype.itemsize * sum(sizes)
+
+    whole = -(-model.max_seq_len // C)
+    asked = config.slots * model.max_seq_len // 2 if config.cache_tokens is None else config.cache_tokens
+    blocks = {}
+    for window in windows(model):
+        wanted = max(-(-asked // C), whole if config.cache_tokens is None else 1)
+        if window:  # twice what all slots use at once, so that beginnings stay for others
+            wanted = min(wanted, 2 * config.slots * (-(-(window + most) // C) + 2))
+        blocks[window] = wanted + 1
+    if config.cache_tokens is None:
+        room = _free_bytes(layout)
+        total = sum(blocks[window] * bytes_of(window) for window in blocks)
+        if total > room:
+            blocks = {window: max(int(n * room / total), 2) for window, n in blocks.items()}
+    return blocks
+
+
+def _free_bytes(layout: Layout) -> int:
+    """Of a device's memory, what the cache may take if nobody says how much."""
+    use = memory_in_use(list(layout.mesh.local_devices))
+    if not layout.on_cpu and use.limit is not None:
+        return int(_SHARE * (use.limit - use.in_use))
+    available = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
+    return int(available.group(1)) * 1024 // 4 if available else 2**30
+
+
+def _same(one: Any, other: Any) -> bool:
+    return all(np.array_equal(x, y, equal_nan=True) for x, y in zip(*map(jax.tree.leaves, (one, other)), strict=True))

@@ -1,0 +1,115 @@
+"""What is asked of the engine, and what it answers."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from maxlm.config import SamplingConfig, UserError
+
+if TYPE_CHECKING:
+    from maxlm.inference.structured import Grammar
+
+TOP_SCORES = 20
+"""The most likely tokens that a request can ask for at each position."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A text to go on with. Its tokens are a function of this and the model alone."""
+
+    prompt: tuple[int, ...]
+    """Token ids; at least one."""
+    max_new_tokens: int
+    """It ends after so many."""
+    sampling: SamplingConfig = SamplingConfig()
+    seed: int = 0
+    """Randomness is a function of the seed and of a token's position."""
+    ends: tuple[int, ...] = ()
+    """Ids each of which ends the text; the id is among its tokens, and not in its text."""
+    stop: tuple[str, ...] = ()
+    """Strings each of which ends the text before it. No part of one is ever shown."""
+    logprobs: int | None = None
+    """Log-probability of each new token, and of so many of the likeliest ones; None: neither."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt, but for the first. No prefix is then taken from the cache."""
+    processed_logprobs: bool = False
+    """Of the distribution that tokens are drawn from, in place of the model's."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these ids."""
+    banned: tuple[tuple[int, ...], ...] = ()
+    """Runs of ids that never come."""
+    grammar: Grammar | None = None
+    """What the text must be a sentence of."""
+    deadline_s: float | None = None
+    """Seconds after which it ends, done or not."""
+
+
+def nth_seed(seed: int, n: int) -> int:
+    """Of the n-th of several texts that are asked for with one seed; the first one's is the seed itself."""
+    return seed if n == 0 else int(np.random.SeedSequence((seed, n)).generate_state(1)[0])
+
+
+class Refused(UserError):
+    """The engine did not take a request."""
+
+
+class QueueFull(Refused):
+    """As many wait as may."""
+
+
+class Draining(Refused):
+    """Nothing new is taken any more."""
+
+
+class BadRequest(Refused):
+    """No state of the engine could serve it."""
+
+
+class Finish(enum.Enum):
+    """Why a text ended."""
+
+    STOP = "stop"
+    """The model ended it, or a stop string did."""
+    LENGTH = "length"
+    """It has its max_new_tokens."""
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """How likely a token was."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest ids and their log-probabilities, best first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delta:
+    """What a text has grown by."""
+
+    tokens: tuple[int, ...] = ()
+    text: str = ""
+    """Final: nothing that comes later changes it. It may lag behind the tokens."""
+    scores: tuple[TokenScore, ...] = ()
+    """One for each token, if they were asked for."""
+    prompt_scores: tuple[TokenScore, ...] = ()
+    """Of the prompt's tokens from the second on, all in one Delta, if they were asked for."""
+    finish: Finish | None = None
+    """With the last one."""
+    stop_reason: str | int | None = None
+    """The string or id that ended it."""
+    error: str = ""
+    """With Finish.ERROR, in one line."""
+    cached_tokens: int = 0
+    """Of the prompt, taken from the cache; of the first Delta."""
+    seconds: float = 0.0
+    """The device's time since the Delta before; 0 in the first, which is the prompt's."""

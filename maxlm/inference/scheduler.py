@@ -1,0 +1,378 @@
+"""Which tokens the next step reads: texts come and go, blocks are found for them, and taken away again.
+
+The rules. Who came first is served first. A text that has begun gets at least one token in every step; where a step has
+fewer rows than there are texts, they take turns. If blocks run
+out, the youngest text gives all of its own back and waits at the head of the queue; what it had is computed again, or
+found again in blocks that nobody has needed since. The oldest text can always go on: a request that does not fit the
+whole cache is refused when it comes. Blocks are found first, and tokens counted afterwards.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from maxlm.inference.blocks import NOWHERE, BlockPool, OutOfBlocks, Prefix, prefixes
+from maxlm.inference.request import Request
+
+
+class Stage(enum.Enum):
+    """Of a text."""
+
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    ENDED = enum.auto()
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A text on its way."""
+
+    request: Request
+    number: int
+    """In order of arrival."""
+    tokens: list[int]
+    """All that are known here: the prompt, and what has been read from the device."""
+    stage: Stage = Stage.WAITING
+    slot: int = -1
+    computed: int = 0
+    """Tokens whose keys are in the cache, or will be when the steps that were launched have run."""
+    ahead: int = 0
+    """Tokens that these steps add to those that are known here; fewer, if it ends in one of them."""
+    cached: int = 0
+    """Of the prompt, found in the cache when it was read first."""
+    blocks: dict[int, list[int]] = field(default_factory=dict)
+    """window -> its blocks in order; NOWHERE for those that the window has left behind."""
+    prefixes: list[Prefix] = field(default_factory=list)
+    """Of its full blocks, as far as they were asked for."""
+    held: int = 0
+    """Full blocks whose content the pools know."""
+    served: int = 0
+    """The last step that it had a row in, where texts take turns."""
+    begun: bool = False
+    """The device knows the text in the slot."""
+
+    @property
+    def length(self) -> int:
+        """Tokens, with those that are still on the device."""
+        return len(self.tokens) + self.ahead
+
+    @property
+    def end(self) -> int:
+        """Tokens that it has at most."""
+        return len(self.request.prompt) + self.request.max_new_tokens
+
+    @property
+    def to_read(self) -> int:
+        """Tokens whose keys are missing; the newest is one of them."""
+        return self.length - self.computed
+
+    @property
+    def generated(self) -> int:
+        """New tokens that are known here."""
+        return len(self.tokens) - len(self.request.prompt)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens of one text that a step reads."""
+
+    sequence: Sequence
+    first: int
+    count: int
+    samples: bool
+    """The last of them is the text's newest, so that the next one is drawn."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step."""
+
+    chunks: list[Chunk]
+    n_steps: int
+    """More than 1: each chunk is one token, and as many are drawn one after the other."""
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(chunk.count for chunk in self.chunks)
+
+
+class Scheduler:
+    """The texts of one shard of the batch, its slots and its blocks."""
+
+    def __init__(
+        self,
+        *,
+        slots: int,
+        tokens_per_step: int,
+        rows_per_step: int,
+        block_size: int,
+        pools: Mapping[int, int],
+        max_length: int,
+        decode_steps: int,
+    ) -> None:
+        """
+        Args:
+            slots: texts at once.
+            tokens_per_step: of all texts.
+            rows_per_step: tokens of a step whose logits are computed.
+            block_size: C.
+            pools: window -> blocks, of which the first is nobody's.
+            max_length: tokens of a text.
+            decode_steps: tokens that are drawn one after the other when nobody waits.
+        """
+        self._tokens_per_step, self._rows, self._block_size = tokens_per_step, rows_per_step, block_size
+        self._decode_steps, self._takes_turns = decode_steps, tokens_per_step < slots
+        self.pools = {window: BlockPool(size) for window, size in pools.items()}
+        width = -(-max_length // block_size)
+        self.tables: dict[int, npt.NDArray[np.int32]] = {window: np.zeros((slots, width), np.int32) for window in pools}
+        self.tables_changed = True
+        self.salt = b""
+        """Another one where the model is another."""
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        """In order of arrival."""
+        self._slots = list(range(slots))[::-1]
+        self._steps_launched = self.preemptions = 0
+
+    def fits(self, length: int) -> bool:
+        """Whether a text of so many tokens can be decoded when it is alone."""
+        return all(self._needed(window, length) < pool.size for window, pool in self.pools.items())
+
+    def add(self, sequence: Sequence) -> None:
+        """To those who wait."""
+        self.waiting.append(sequence)
+
+    def end(self, sequence: Sequence) -> None:
+        """Wherever it is; its blocks are free."""
+        match sequence.stage:
+            case Stage.WAITING:
+                self.waiting.remove(sequence)
+            case Stage.RUNNING:
+                self._release(sequence)
+            case Stage.ENDED:
+                return
+        sequence.stage = Stage.ENDED
+
+    def plan(self) -> Plan | None:
+        """The next step; None: there is nothing to do. Nothing counts as computed before `launched`."""
+        chunks: list[Chunk] = []
+        budget, rows = self._tokens_per_step, self._rows
+        ready = sorted((one for one in self.running if one.length < one.end), key=lambda one: (one.served, one.number))
+        for n_before, sequence in enumerate(ready):
+            if not min(budget, rows):
+                break
+            if sequence.stage is not Stage.RUNNING:
+                continue
+            others = len(ready) - n_before - 1
+            count = min(sequence.to_read, max(budget - others, 1), self._scored(sequence, rows - others))
+            self._grow(sequence, sequence.computed + count)
+            if sequence.stage is Stage.RUNNING:
+                chunks.append(self._chunk(sequence, count))
+                budget, rows = budget - count, rows - self._n_rows(chunks[-1])
+        chunks = [chunk for chunk in chunks if chunk.sequence.stage is Stage.RUNNING]
+        preemptions = self.preemptions
+        while self.waiting and self._slots and budget > 0 and rows > 0 and self.preemptions == preemptions:
+            sequence = self.waiting[0]
+            if not self._admit(sequence):
+                break
+            count = min(sequence.to_read, budget, self._scored(sequence, rows))
+            self._grow(sequence, sequence.computed + count)
+            chunks.append(self._chunk(sequence, count))
+            budget, rows = budget - count, rows - self._n_rows(chunks[-1])
+        chunks = [chunk for chunk in chunks if chunk.sequence.stage is Stage.RUNNING]
+        return Plan(chunks, self._steps(chunks)) if chunks else None
+
+    def launched(self, plan: Plan) -> None:
+        """The step runs: what it computes may be counted on by all that come later."""
+        self._steps_launched += 1
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            sequence.served = self._steps_launched if self._takes_turns else 0
+            n_steps = min(plan.n_steps, sequence.end - sequence.length)
+            sequence.computed += chunk.count + n_steps - 1 if chunk.samples else chunk.count
+            sequence.ahead += n_steps if chunk.samples else 0
+            self.hold(sequence)
+            self._leave_behind(sequence)
+
+    def hold(self, sequence: Sequence) -> None:
+        """Tell the pools what its full blocks hold."""
+        n_full = min(len(sequence.tokens), sequence.computed) // self._block_size
+        for number in range(sequence.held, n_full):
+            prefix = self._prefix(sequence, number)
+            for window, pool in self.pools.items():
+                if (block := sequence.blocks[window][number]) != NOWHERE:
+                    pool.hold(block, prefix)
+        sequence.held = max(sequence.held, n_full)
+
+    def forget(self, salt: bytes) -> None:
+        """The model is another: every text that runs is read again."""
+        for sequence in reversed(self.running[:]):
+            self._preempt(sequence)
+        for sequence in self.waiting:
+            sequence.prefixes.clear()
+        for pool in self.pools.values():
+            pool.forget()
+        self.salt = salt
+
+    def _chunk(self, sequence: Sequence, count: int) -> Chunk:
+        return Chunk(sequence, sequence.computed, count, sequence.computed + count == sequence.length)
+
+    def _scored(self, sequence: Sequence, rows: int) -> int:
+        """The most tokens of a text whose logits fit so many rows."""
+        if sequence.request.prompt_logprobs is None or sequence.computed >= len(sequence.request.prompt):
+            return sequence.to_read
+        return max(rows, 1)
+
+    def _n_rows(self, chunk: Chunk) -> int:
+        """Rows of logits that a chunk needs."""
+        request = chunk.sequence.request
+        if request.prompt_logprobs is None:
+            return int(chunk.samples)
+        return max(min(chunk.first + chunk.count, len(request.prompt)) - chunk.first, int(chunk.samples))
+
+    def _steps(self, chunks: list[Chunk]) -> int:
+        """How many tokens each text draws in this step."""
+        sequences = [chunk.sequence for chunk in chunks]
+        decoding = all(chunk.samples and chunk.count == 1 for chunk in chunks)
+        left_out = sum(one.length < one.end for one in self.running) > len(chunks)
+        if (
+            self.waiting
+            or left_out
+            or not decoding
+            or any(sequence.request.grammar is not None for sequence in sequences)
+        ):
+            return 1
+        n_steps = min(self._decode_steps, max(sequence.end - sequence.length for sequence in sequences))
+        try:
+            for sequence in sequences:
+                self._take(sequence, min(sequence.computed + n_steps, sequence.end - 1))
+        except OutOfBlocks:
+            return 1
+        return n_steps
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give a waiting text a slot, and the blocks that hold its beginning already."""
+        found = self._find(sequence)
+        start = found * self._block_size
+        for window, pool in self.pools.items():
+            first = self._first_block(window, start)
+            shared = [pool.find(self._prefix(sequence, number)) for number in range(first, found)]
+            blocks = [NOWHERE] * first + [block for block in shared if block is not None]
+            assert len(blocks) == found
+            for block in blocks[first:]:
+                pool.share(block)
+            sequence.blocks[window] = blocks
+        room = all(
+            pool.n_free > self._needed(window, sequence.length + 1) - found for window, pool in self.pools.items()
+        )
+        if self.running and not room:
+            for window, pool in self.pools.items():
+                for block in reversed(sequence.blocks.pop(window)):
+                    if block != NOWHERE:
+                        pool.give_back(block)
+            return False
+        self.waiting.popleft()
+        sequence.stage, sequence.slot = Stage.RUNNING, self._slots.pop()
+        sequence.computed = start
+        sequence.held = found
+        if not sequence.generated:
+            sequence.cached = start
+        for window, blocks in sequence.blocks.items():
+            self.tables[window][sequence.slot, : len(blocks)] = blocks
+        self.tables_changed = True
+        # Who was preempted is older than those who run, and goes before them again.
+        self.running.append(sequence)
+        self.running.sort(key=lambda one: one.number)
+        return True
+
+    def _find(self, sequence: Sequence) -> int:
+        """How many of its first blocks the cache holds. At least its newest token is left to be read."""
+        if sequence.request.prompt_logprobs is not None and not sequence.generated:
+            return 0
+        most = (sequence.length - 1) // self._block_size
+        has = lambda window, number: self.pools[window].find(self._prefix(sequence, number)) is not None
+        whole = [window for window in self.pools if not window]
+        found = most
+        for window in whole:
+            found = next((number for number in range(found) if not has(window, number)), found)
+        while found:
+            seen = {window: range(self._first_block(window, found * self._block_size), found) for window in self.pools}
+            if all(has(window, number) for window, numbers in seen.items() for number in numbers):
+                return found
+            found -= 1
+        return 0
+
+    def _prefix(self, sequence: Sequence, number: int) -> Prefix:
+        """Of a full block."""
+        known = sequence.prefixes
+        if number >= len(known):
+            start = len(known) * self._block_size
+            key = known[-1].key if known else self.salt
+            known.extend(prefixes(sequence.tokens[start:], self._block_size, key))
+        return known[number]
+
+    def _first_block(self, window: int, position: int) -> int:
+        """The first block that a query at this position sees."""
+        return max(position - window, 0) // self._block_size if window else 0
+
+    def _needed(self, window: int, length: int) -> int:
+        """Blocks that a text of this length uses at once, with all tokens of a step in them."""
+        whole = -(-length // self._block_size)
+        return min(whole, -(-(window + self._tokens_per_step) // self._block_size) + 2) if window else whole
+
+    def _grow(self, sequence: Sequence, length: int) -> None:
+        """Blocks for its first `length` tokens; from others if need be, or from itself if it is the youngest."""
+        while sequence.stage is Stage.RUNNING:
+            try:
+                return self._take(sequence, length)
+            except OutOfBlocks:
+                self._preempt(self.running[-1])
+
+    def _take(self, sequence: Sequence, length: int) -> None:
+        """
+        Raises:
+            OutOfBlocks: there are not enough.
+        """
+        for window, pool in self.pools.items():
+            blocks = sequence.blocks[window]
+            while len(blocks) * self._block_size < length:
+                block = pool.take()
+                self.tables[window][sequence.slot, len(blocks)] = block
+                blocks.append(block)
+                self.tables_changed = True
+
+    def _leave_behind(self, sequence: Sequence) -> None:
+        """Give back what no later query sees."""
+        for window, pool in self.pools.items():
+            blocks = sequence.blocks[window]
+            for number in range(self._first_block(window, sequence.computed) - 1, -1, -1):
+                if blocks[number] == NOWHERE:
+                    break
+                pool.give_back(blocks[number])
+                blocks[number] = self.tables[window][sequence.slot, number] = NOWHERE
+                self.tables_changed = True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Tokens that are still on the device come all the same, before the next plan."""
+        self._release(sequence)
+        sequence.stage = Stage.WAITING
+        self.waiting.appendleft(sequence)
+        self.preemptions += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        """The last blocks are the first that others may take: the beginning is what another text may have too."""
+        self.running.remove(sequence)
+        for window, blocks in sequence.blocks.items():
+            for block in reversed(blocks):
+                if block != NOWHERE:
+                    self.pools[window].give_back(block)
+            self.tables[window][sequence.slot] = NOWHERE
+        self.tables_changed = True
+        self._slots.append(sequence.slot)
+        sequence.blocks, sequence.slot, sequence.computed, sequence.held, sequence.begun = {}, -1, 0, 0, False

@@ -1,0 +1,156 @@
+"""The one compiled step: tokens of many texts in, one new token for each text whose newest is among them.
+
+A batch is flat: T rows, each one token of the text in its slot. Prompts are read in chunks of many rows, texts are gone
+on with in one row each, and both share a step. What a row becomes depends on nothing but its text: not on the other
+rows, and of the number of rows only as far as products of another shape are rounded otherwise. The sizes that an engine
+uses are therefore of one class (`maxlm.inference.engine`), within which they are not.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from maxlm.config import ModelConfig
+from maxlm.inference.logits_rules import History
+from maxlm.inference.sampling import LogProbs, choose
+from maxlm.inference.settings import Settings, take
+from maxlm.models import Decoder, Execution, Tokens, bind, ops
+from maxlm.models.kv_cache import Cache
+from maxlm.models.tokens import Pages
+
+
+class Texts(NamedTuple):
+    """What the device knows of the text in each slot; numpy arrays on their way there."""
+
+    history: Any
+    """int32 [S, max_seq_len + 1]: its tokens. The last column is nobody's."""
+    n_prompt: Any
+    """int32 [S]."""
+    end: Any
+    """int32 [S]: tokens that it has at most."""
+    done: Any
+    """bool [S]: it has ended, which whoever planned a step may not know yet."""
+    settings: Settings
+
+
+class Rows(NamedTuple):
+    """What a step reads, and which of its rows it draws from; as `Texts`."""
+
+    slots: Any
+    """int32 [T]."""
+    positions: Any
+    """int32 [T]; -1: padding."""
+    scored: Any
+    """int32 [R]: rows whose logits are computed; -1: none."""
+    samples: Any
+    """bool [R]: a token is drawn; else the one that the text has is scored."""
+
+
+class Drawn(NamedTuple):
+    """Of the steps n of a loop and the scored rows; only those that were asked for are set."""
+
+    tokens: jax.Array
+    """int32 [n, R]."""
+    scores: LogProbs
+    """[n, R, ...]."""
+    broken: jax.Array
+    """bool [n, R]: the logits were no numbers."""
+
+
+def empty_texts(model: ModelConfig, slots: int) -> Texts:
+    """Of an engine that has begun nothing."""
+    zeros = jnp.zeros(slots, jnp.int32)
+    history = jnp.zeros((slots, model.max_seq_len + 1), jnp.int32)
+    return Texts(history, zeros, zeros, zeros.astype(bool), Settings.empty(slots, model.vocab_size))
+
+
+def begin(texts: Texts, slot: jax.Array, text: Texts) -> Texts:
+    """Put another text, whose arrays have no dim of slots, into a slot."""
+    return jax.tree.map(lambda all, one: all.at[slot].set(one), texts, text)
+
+
+def read(
+    model: Decoder, how: Execution, cache: Cache, ids: jax.Array, positions: jax.Array, pages: Pages
+) -> tuple[jax.Array, Cache]:
+    """Tokens of any texts, at any positions: int32 [T] -> hidden states [T, D], and the cache with them.
+
+    Tokens of one text must be consecutive, and all before them in the cache or among the rows.
+    """
+    tokens = Tokens(positions[:, None], pages=pages)
+    hidden, cache_after, _ = model(model.embeddings(ids[:, None], tokens, how), tokens, how, cache)
+    assert cache_after is not None
+    return hidden[:, 0], cache_after
+
+
+def step(
+    parameters: Any,
+    cache: Cache,
+    texts: Texts,
+    tables: dict[int, jax.Array],
+    rows: Rows,
+    n_steps: jax.Array,
+    *,
+    config: ModelConfig,
+    how: Execution,
+    most_steps: int,
+) -> tuple[Cache, Texts, Drawn]:
+    """Read rows, draw tokens, and go on with these for n_steps in all, if every row is the newest token of its text.
+
+    Args:
+        parameters: of the model, as decoding holds them.
+        cache: what was read before.
+        texts: what is known of the texts.
+        tables: blocks of the texts, with room for all tokens of all steps.
+        rows: what to read.
+        n_steps: int32, 1 .. most_steps.
+        config: static: the model.
+        how: static: it runs.
+        most_steps: static: room for results.
+
+    Returns:
+        Cache and texts after it, and what was drawn.
+    """
+    model, everywhere = bind(config, parameters), how.layout.sharding()
+    slots = rows.slots[rows.scored]
+    settings = take(texts.settings, slots)
+
+    def turn(number: jax.Array, positions: jax.Array, cache: Cache, texts: Texts) -> tuple[Any, ...]:
+        ids = texts.history[rows.slots, positions.clip(0)]
+        hidden, cache = read(model, how, cache, ids, positions, Pages(rows.slots, tables))
+        # Whole on every device that has the row: choosing needs the row's whole vocabulary.
+        logits = ops.logits(hidden[rows.scored], model.unembedding)
+        logits = jax.lax.with_sharding_constraint(logits, everywhere)
+        at = jnp.where(rows.scored < 0, -1, positions[rows.scored])
+        samples = rows.samples & (at >= 0)
+        given = jnp.where(samples, -1, texts.history[slots, at + 1])
+        tokens, of_tokens = choose(
+            logits, settings, History(texts.history, slots, texts.n_prompt[slots], at + 1), given
+        )
+        broken = ~jnp.isfinite(logits).all(-1) & (at >= 0)
+
+        nowhere = texts.history.shape[1] - 1
+        after = texts.history.at[slots, jnp.where(samples, at + 1, nowhere)].set(tokens)
+        ended = samples & ((tokens[:, None] == settings.ends).any(-1) | (at + 2 >= texts.end[slots]))
+        done = texts.done.at[jnp.where(ended, slots, len(texts.done))].set(True, mode="drop")
+        goes_on = jnp.where(samples & ~ended, rows.scored, len(positions))
+        positions = jnp.full_like(positions, -1).at[goes_on].set(at + 1, mode="drop")
+        return positions, cache, texts._replace(history=after, done=done), Drawn(tokens, of_tokens, broken)
+
+    def more(carry: tuple[Any, ...]) -> jax.Array:
+        number, positions, *_ = carry
+        return (number < n_steps) & (positions >= 0).any()
+
+    def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        number, positions, cache, texts, results = carry
+        positions, cache, texts, drawn = turn(number, positions, cache, texts)
+        put = lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, number, 0)
+        return number + 1, positions, cache, texts, jax.tree.map(put, results, drawn)
+
+    positions = jnp.where(texts.done[rows.slots], -1, rows.positions)
+    shapes = jax.eval_shape(turn, jnp.int32(0), positions, cache, texts)[-1]
+    results = jax.tree.map(lambda x: jnp.zeros((most_steps, *x.shape), x.dtype), shapes)
+    carry = jax.lax.while_loop(more, body, (jnp.int32(0), positions, cache, texts, results))
+    return carry[2], carry[3], jax.lax.with_sharding_constraint(carry[4], everywhere)

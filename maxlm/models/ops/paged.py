@@ -1,0 +1,84 @@
+"""Attention to blocks of a cache on the mesh: each device has its own texts, with their blocks, and heads."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+
+from kernels_pallas import Scores, paged_attention
+from maxlm.sharding import Layout
+
+
+def attention_to_blocks(
+    layout: Layout,
+    q: jax.Array,
+    new: Sequence[jax.Array],
+    cache: Sequence[jax.Array],
+    layer: jax.Array,
+    table: jax.Array,
+    slots: jax.Array,
+    positions: jax.Array,
+    scores: Scores,
+    *,
+    one_head_for_all: bool = False,
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Write what is new into one layer of a cache, and attend to what it then holds.
+
+    A row is one token of the text in its slot; tokens of a text may be several rows of a batch, in any order.
+
+    Args:
+        layout: whose seq axis is 1.
+        q: [T, 1, N, H].
+        new: keys [T, 1, K, H] and values [T, 1, K, Hv]; or latents alone, which are both.
+        cache: [L', P, K, C, H] and [L', P, K, C, Hv], or the latents' alone.
+        layer: int32 scalar.
+        table: int32 [S, M], blocks of the texts.
+        slots: int32 [T].
+        positions: int32 [T]; -1: the row is padding, is written nowhere that is read, and gets 0.
+        scores: as in `attention`.
+        one_head_for_all: K is 1 on every device, whatever the tensor axis cuts.
+
+    Returns:
+        [T, 1, N, Hv], and the cache with the new.
+    """
+    rows = layout.activation("batch")
+    heads = layout.activation("batch", None, "heads", None)
+    kv_heads = None if one_head_for_all else "kv_heads"
+    in_new = [layout.activation("batch", None, kv_heads, None)] * len(new)
+    in_cache = [layout.activation(None, "batch", kv_heads, None, None)] * len(cache)
+
+    @functools.partial(
+        layout.shard_map,
+        in_specs=(heads, in_new, in_cache, layout.activation(), layout.activation("batch", None), rows, rows,
+                  layout.activation("heads")),
+        out_specs=(heads, in_cache),
+        check_vma=False,  # neither kernels nor loops with data-dependent bounds have a replication rule
+    )  # fmt: skip
+    def local(
+        q: jax.Array,
+        new: list[jax.Array],
+        cache: list[jax.Array],
+        layer: jax.Array,
+        table: jax.Array,
+        slots: jax.Array,
+        positions: jax.Array,
+        scores: Scores,
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        slots = slots % table.shape[0]
+        cache = [_write(old, layer, x[:, 0], table, slots, positions) for old, x in zip(cache, new, strict=True)]
+        out = paged_attention(q[:, 0], cache[0], cache[-1], layer, table, slots, positions, scores)
+        return out[:, None], cache
+
+    return local(q, list(new), list(cache), layer, table, slots, positions, scores)
+
+
+def _write(
+    cache: jax.Array, layer: jax.Array, new: jax.Array, table: jax.Array, slots: jax.Array, positions: jax.Array
+) -> jax.Array:
+    """Put new [T, K, H] into one layer of a cache [L', P, K, C, H], each row at its own position."""
+    C = cache.shape[3]
+    places = positions.clip(0)
+    blocks = jax.numpy.where(positions < 0, 0, table[slots, places // C])
+    return cache.at[layer, blocks, :, places % C].set(new.astype(cache.dtype), mode="promise_in_bounds")

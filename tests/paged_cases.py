@@ -1,0 +1,140 @@
+"""Caches in blocks, the texts in them, and paged attention over them against the oracle."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from attention_cases import OUT, mask_of
+
+from kernels_pallas import DistanceBias, PagedBlocks, Scores, oracle, paged_attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Of the arrays; `C` positions in a block, `M` blocks in a table."""
+
+    N: int = 4
+    K: int = 2
+    H: int = 8
+    Hv: int = 8
+    C: int = 4
+    M: int = 10
+    L: int = 2
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shaping:
+    """Of the scores, in the oracle's words."""
+
+    words: oracle.Words = "causal"
+    scale: float | None = None
+    soft_cap: float | None = None
+    alibi: bool = False
+    bias: tuple[int, bool] | None = None
+    sinks: bool = False
+
+    def arrays(self, N: int) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng(7)
+        made = {
+            "alibi_slopes": self.alibi and 0.5 ** np.arange(2, N + 2),
+            "bias_table": self.bias is not None and rng.normal(size=(N, 8)),
+            "sinks": self.sinks and rng.normal(size=N),
+        }
+        return {name: np.asarray(x, np.float32) for name, x in made.items() if x is not False}
+
+    def scores(self, N: int) -> Scores:
+        arrays = {name: jnp.asarray(x) for name, x in self.arrays(N).items()}
+        table = arrays.pop("bias_table", None)
+        bias = None if table is None or self.bias is None else DistanceBias(table, *self.bias)
+        return Scores(mask=mask_of(self.words), scale=self.scale, soft_cap=self.soft_cap, relative_bias=bias, **arrays)
+
+
+class Rows(NamedTuple):
+    """Arguments after q, k, v and the layer."""
+
+    tables: np.ndarray  # [S, M] int32
+    slots: np.ndarray  # [T] int32
+    positions: np.ndarray  # [T] int32
+
+
+def texts(shape: Shape, lengths: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Keys, values and tables of one text a slot. Blocks lie anywhere; all else in the cache is not a number."""
+    rng = np.random.default_rng(0)
+    needed = [-(-length // shape.C) for length in lengths]
+    P = sum(needed) + 3
+    free = list(np.random.default_rng(seed).permutation(np.arange(1, P)))
+    tables = np.zeros((len(lengths), shape.M), np.int32)
+    k = np.full((shape.L, P, shape.K, shape.C, shape.H), np.nan, np.float32)
+    v = np.full((*k.shape[:4], shape.Hv), np.nan, np.float32)
+    for slot, length in enumerate(lengths):
+        tables[slot, : needed[slot]] = [free.pop() for _ in range(needed[slot])]
+        for position in range(length):
+            place = (slice(None), tables[slot, position // shape.C], slice(None), position % shape.C)
+            k[place] = rng.normal(size=(shape.L, shape.K, shape.H))
+            v[place] = rng.normal(size=(shape.L, shape.K, shape.Hv))
+    return k, v, tables
+
+
+@functools.partial(jax.jit, static_argnames=("shaping", "backend", "blocks", "interpret"))
+def attend(
+    q: Any,
+    k: Any,
+    v: Any,
+    layer: Any,
+    rows: Rows,
+    *,
+    shaping: Shaping,
+    backend: str = "auto",
+    blocks: PagedBlocks | None = None,
+    interpret: Any = None,
+) -> jax.Array:
+    scores = shaping.scores(q.shape[1])
+    return paged_attention(q, k, v, layer, *rows, scores, backend=backend, blocks=blocks, interpret=interpret)
+
+
+def check(
+    shape: Shape, shaping: Shaping, lengths: tuple[int, ...], rows: tuple[tuple[int, int], ...], **options: Any
+) -> None:
+    """The rows, (slot, position) each, of texts of these lengths, against the oracle."""
+    k, v, tables = texts(shape, lengths, seed=1)
+    q = np.random.default_rng(2).normal(size=(len(rows), shape.N, shape.H))
+    q, k, v = (jnp.asarray(x, shape.dtype) for x in (q, k, v))
+    slots, positions = (np.array(x, np.int32) for x in zip(*rows, strict=True))
+    layer = shape.L - 1
+    got = attend(q, k, v, jnp.int32(layer), Rows(tables, slots, positions), shaping=shaping, **options)
+    assert got.dtype == q.dtype
+    want = oracle.paged_attention(
+        *(np.asarray(x, np.float64) for x in (q, k, v)), layer, tables, slots, positions,
+        mask=shaping.words, scale=shaping.scale, soft_cap=shaping.soft_cap, bucket_rule=shaping.bias or (128, False),
+        **shaping.arrays(shape.N),
+    )  # fmt: skip
+    assert np.isfinite(np.asarray(got, np.float32)).all()
+    error = np.abs(np.asarray(got, np.float64) - want).max()
+    assert error <= OUT[shape.dtype] * np.abs(want).max(), f"error {error:.2e} of {np.abs(want).max():.2e}"
+
+
+LENGTHS = (37, 4, 1, 23, 16)
+ROWS = ((0, 36), (3, 22), (0, 35), (2, 0), (1, -1), (4, 15), (1, 3), (3, 0), (0, 11))
+"""Of texts of those lengths: their last tokens, tokens in their middle, their first, one that is no token."""
+
+KINDS = {
+    "causal": Shaping(),
+    "window": Shaping(words=("local", 6, 0)),
+    "window of one": Shaping(words=("local", 0, 0)),
+    "chunks": Shaping(words=("and", "causal", ("chunked", 8))),
+    "strided": Shaping(words=("or", ("local", 4, 0), ("and", "causal", ("strided", 5)))),
+    "fixed": Shaping(words=("and", "causal", ("or", ("chunked", 8), ("summaries", 8, 2)))),
+    "scale": Shaping(scale=0.7),
+    "cap": Shaping(soft_cap=1.5),
+    "alibi": Shaping(alibi=True),
+    "distance": Shaping(bias=(20, False)),
+    "distance both ways": Shaping(bias=(20, True)),
+    "sinks": Shaping(sinks=True),
+    "all": Shaping(words=("local", 9, 0), scale=0.5, soft_cap=2.0, alibi=True, bias=(20, False), sinks=True),
+}
