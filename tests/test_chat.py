@@ -222,8 +222,8 @@ def test_tokens_are_bytes(made: Any) -> None:
     for kind in ("chatml", "gemma"):
         tokenizer, _ = made(kind, "")
         shown = text if kind == "chatml" else "\u00c4h, caf\u00e9\n  end"
-        assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(shown))).decode() == shown
+        assert b"".join(map(tokenizer.spelling, tokenizer.encode(shown))).decode() == shown
         for name, i in tokenizer.specials.items():
-            assert tokenizer.token_bytes(i) == name.encode()
-        assert tokenizer.token_bytes(10_000) == b""
-    assert b"".join(map(Bytes().token_bytes, Bytes().encode(text))).decode() == text
+            assert tokenizer.spelling(i) == name.encode()
+        assert tokenizer.spelling(10_000) == b""
+    assert b"".join(map(Bytes().spelling, Bytes().encode(text))).decode() == text

@@ -22,7 +22,6 @@ import tokenizers
 
 from maxlm.config import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, TokenizerConfig, UserError
 from maxlm.config.json_file import read_bytes, read_object
-from maxlm.data.byte_names import bytes_of
 from maxlm.data.tiktoken import to_json
 from maxlm.data.token_bytes import spelled
 
@@ -104,10 +103,6 @@ class Tokenizer(abc.ABC):
         raise UserError(f"a tokenizer of {self.kind.value} has no names of control tokens; a chat needs tokenizer.json")
 
     @abc.abstractmethod
-    def token_bytes(self, i: int) -> bytes:
-        """What an id stands for in a text, which may be part of a character; of a special token, its name."""
-
-    @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`. Special ids give nothing; bytes that are not UTF-8 give U+FFFD."""
 
@@ -118,6 +113,23 @@ class Tokenizer(abc.ABC):
         Raises:
             UserError: that depends on the ids around it.
         """
+
+    def spelling(self, i: int) -> bytes:
+        """What an id adds to a text that has begun, which may be part of a character; of a special id its name; of
+        what is no id, nothing."""
+        if not 0 <= i < self.vocab_size:
+            return b""
+        if (found := self._spellings[i]) is not None:
+            return found
+        special = {number: name for name, number in self.specials.items()}
+        return (special.get(i) or self.name_of(i) or "").encode()
+
+    @functools.cached_property
+    def _spellings(self) -> list[bytes | None]:
+        try:
+            return self.token_bytes()
+        except UserError:  # names are then the best there is
+            return [None] * self.vocab_size
 
     def document_ids(self, ids: list[int]) -> list[int]:
         """`ids` between bos (where there is one) and eos, as in the training data."""
@@ -162,9 +174,6 @@ class Bytes(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(text.encode()) for text in texts]
-
-    def token_bytes(self, i: int) -> bytes:
-        return bytes([i]) if i < 256 else {self.bos_id: b"<bos>", self.eos_id: b"<eos>"}.get(i, b"")
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
@@ -216,15 +225,6 @@ class SentencePiece(Tokenizer):
     def _encode_with_lower_block(self, text: str, spelling: list[int]) -> list[int]:
         first, *rest = (self._model.encode(part, out_type=int) for part in text.split("\u2581"))
         return [*first, *(i for part in rest for i in (*spelling, *part))]
-
-    def token_bytes(self, i: int) -> bytes:
-        if not 0 <= i < self.vocab_size:
-            return b""
-        piece: str = self._model.id_to_piece(i)
-        if i in self.byte_ids:
-            return bytes([int(piece[3:-1], 16)])
-        name = self._model.is_control(i) or self._model.is_unknown(i)
-        return (piece if name else piece.replace("\u2581", " ")).encode()
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._model.decode([int(i) for i in ids])
@@ -328,21 +328,6 @@ class HuggingFace(Tokenizer):
         with self._guarded(lambda: f"on a text that begins {text[:40]!r}"):
             found = model.encode(text, add_special_tokens=False)
         return found.ids, found.offsets
-
-    def token_bytes(self, i: int) -> bytes:
-        name: str = self._model.id_to_token(i) or ""
-        if i in self.byte_ids:
-            return bytes([int(name[3:-1], 16)])
-        if i in self._added:
-            return name.encode()
-        if self._bytewise:
-            return bytes_of(name)
-        return name.replace("\u2581", " ").encode()
-
-    @functools.cached_property
-    def _bytewise(self) -> bool:
-        """Whether a character of a token's name stands for a byte, as GPT-2 has it."""
-        return "ByteLevel" in json.dumps(json.loads(self._model.to_str()).get("decoder"))
 
     @functools.cached_property
     def _obeying(self) -> tokenizers.Tokenizer:

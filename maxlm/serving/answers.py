@@ -20,7 +20,7 @@ _LOWEST = -9999.0
 
 def token_name(tokenizer: Tokenizer, i: int) -> str:
     """As OpenAI writes a token that is no text of its own."""
-    found = tokenizer.token_bytes(i)
+    found = tokenizer.spelling(i)
     try:
         return found.decode()
     except UnicodeDecodeError:
@@ -37,7 +37,7 @@ class _Places:
     def next(self, token: int) -> int:
         at = self._at
         if self._tokenizer.decode([token]):  # a special one shows nothing
-            self._at += len(self._decoder.decode(self._tokenizer.token_bytes(token)))
+            self._at += len(self._decoder.decode(self._tokenizer.spelling(token)))
         return at
 
 
@@ -197,7 +197,7 @@ class ChatAnswer(Answer):
 
     def _named(self, token: int, value: float) -> dict[str, Any]:
         tokenizer = self.job.served.tokenizer
-        name, raw = token_name(tokenizer, token), tokenizer.token_bytes(token)
+        name, raw = token_name(tokenizer, token), tokenizer.spelling(token)
         return {"token": name, "logprob": _finite(value), "bytes": list(raw)}
 
 
