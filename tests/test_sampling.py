@@ -33,7 +33,8 @@ def history_of(texts: Sequence[Sequence[int]], n_prompt: Sequence[int]) -> Histo
     tokens = np.random.default_rng(0).integers(0, 8, (len(texts), M)).astype(np.int32)
     for row, text in zip(tokens, texts, strict=True):
         row[: len(text)] = text
-    return History(tokens, np.array(n_prompt, np.int32), np.array([len(text) for text in texts], np.int32))
+    lengths = np.array([len(text) for text in texts], np.int32)
+    return History(tokens, np.arange(len(texts)), np.array(n_prompt, np.int32), lengths)
 
 
 def packed(allowed: np.ndarray) -> np.ndarray:
@@ -348,6 +349,7 @@ def test_a_row_depends_on_itself_alone(sizes: tuple[int, ...]) -> None:
         for start in range(0, 32, size):
             part = order[start : start + size]
             batch = jax.tree.map(lambda x, part=part: x[part], everything)
+            batch = (*batch[:2], batch[2]._replace(slots=np.arange(size)))
             beside_plain = jax.tree.map(lambda x, y, size=size: np.concatenate([x[:1], y[1:size]]), batch[1], plain)
             together, apart = jax.device_get((_in_parts(*batch), _in_parts(batch[0], beside_plain, batch[2])))
             found = [(row, together, place) for place, row in enumerate(part)] + [(part[0], apart, 0)]
