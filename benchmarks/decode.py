@@ -161,7 +161,7 @@ def main() -> None:
     for entries, n_bytes in patterns.items():
         print(f"12 layers as a pattern of {entries}: temporaries of a step {n_bytes / 2**20:.1f} MiB")
     if options.json:
-        facts = {"cpu": cpu_name(), "jax": jax.__version__, "decoding": rows, "engine": engines}
+        facts: dict[str, Any] = {"cpu": cpu_name(), "jax": jax.__version__, "decoding": rows, "engine": engines}
         facts["pattern_temporary_bytes"] = patterns
         options.json.write_text(json.dumps(facts, indent=2) + "\n")
 

@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "observe": {"config", "shapes", "hardware", "surroundings"},
     "training": {"config", "shapes", "sharding", "models", "checkpoint", "observe", "processes", "compile_cache"},
     "plan": {"config", "shapes", "hardware", "sharding", "models", "training", "observe", "surroundings"},
-    "inference": {"config", "shapes", "sharding", "models", "checkpoint", "data"},
+    "inference": {"config", "shapes", "sharding", "models", "checkpoint", "data", "observe"},
     "evaluation": {"config", "sharding", "models", "observe", "data", "training", "inference"},
     "recipes": {"config", "sharding", "data", "training", "inference", "evaluation", "observe", "processes", "hub"},
     "hub": {"config", "shapes", "sharding", "models", "checkpoint", "data", "inference"},
