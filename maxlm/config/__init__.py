@@ -16,6 +16,7 @@ optimizer.py: AdamW, Adafactor, schedules
 sharding.py: sizes of the mesh axes, ZeRO stages, presets
 dims.py: the table: which mesh axis cuts which dim of an array
 layout_rules.py: what must divide what
+chosen.py: the model that a command is for
 sampling.py: temperature, top-k, top-p
 changes.py: what a run may go on with, and what it is told
 cli.py: --config, overrides, how a command ends
@@ -32,6 +33,7 @@ from typing import Any
 
 from maxlm.config import earlier
 from maxlm.config.attention import Attention, FixedPattern, GroupedQuery, LatentAttention, QkNorm, StridedPattern
+from maxlm.config.chosen import ChosenModel
 from maxlm.config.data import (
     ByteTokenizer,
     DataConfig,
@@ -145,6 +147,7 @@ __all__ = [
     "ByteTokenizer",
     "Capacity",
     "CheckpointConfig",
+    "ChosenModel",
     "ConstantSchedule",
     "Context",
     "CosineSchedule",

@@ -10,6 +10,8 @@ records.py: JSON, CSV and parquet with many documents each
 tokenizers.py: bytes, sentencepiece, tokenizer.json
 token_bytes.py: what a token of a tokenizer.json adds to a text
 text_ends.py: where texts of a model begin and end
+chat.py: conversations to ids, by the template of a published model
+chat_worker.py: the process that renders templates
 tiktoken.py: a .tiktoken file as a tokenizer.json
 train_tokenizer.py: training a tokenizer, compression report
 prepare.py: documents to shards

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import enum
+import functools
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,23 @@ class Tokenizer(abc.ABC):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of every text, on one core."""
 
+    @property
+    def specials(self) -> Mapping[str, int]:
+        """Names of special tokens, which a text may spell without meaning them, and their ids."""
+        return {}
+
+    def encode_places(self, text: str, *, specials: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of `text` and where each lies in it: start and stop, in characters.
+
+        Args:
+            text: any.
+            specials: whether names of special tokens in it are those tokens, and not text.
+
+        Raises:
+            UserError: this kind of tokenizer cannot say it.
+        """
+        raise UserError(f"a tokenizer of {self.kind.value} has no names of control tokens; a chat needs tokenizer.json")
+
     @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`. Special ids give nothing; bytes that are not UTF-8 give U+FFFD."""
@@ -95,6 +113,23 @@ class Tokenizer(abc.ABC):
         Raises:
             UserError: that depends on the ids around it.
         """
+
+    def spelling(self, i: int) -> bytes:
+        """What an id adds to a text that has begun, which may be part of a character; of a special id its name; of
+        what is no id, nothing."""
+        if not 0 <= i < self.vocab_size:
+            return b""
+        if (found := self._spellings[i]) is not None:
+            return found
+        special = {number: name for name, number in self.specials.items()}
+        return (special.get(i) or self.name_of(i) or "").encode()
+
+    @functools.cached_property
+    def _spellings(self) -> list[bytes | None]:
+        try:
+            return self.token_bytes()
+        except UserError:  # names are then the best there is
+            return [None] * self.vocab_size
 
     def document_ids(self, ids: list[int]) -> list[int]:
         """`ids` between bos (where there is one) and eos, as in the training data."""
@@ -235,6 +270,8 @@ class HuggingFace(Tokenizer):
         vocabulary = self._model.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         special = {token.content: i for i, token in self._model.get_added_tokens_decoder().items() if token.special}
+        self._specials = special
+        self._added = frozenset(self._model.get_added_tokens_decoder())
         known = special, vocabulary
         usual_eos, usual_bos = _first_known(_EOS_NAMES, *known), _first_known(_BOS_NAMES, *known)
         said_eos, said_bos = _beside(path)
@@ -281,6 +318,23 @@ class HuggingFace(Tokenizer):
             for text in texts:
                 batch.append(self._model.encode(text, add_special_tokens=False).ids)
         return batch
+
+    @property
+    def specials(self) -> Mapping[str, int]:
+        return self._specials
+
+    def encode_places(self, text: str, *, specials: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        model = self._obeying if specials else self._model
+        with self._guarded(lambda: f"on a text that begins {text[:40]!r}"):
+            found = model.encode(text, add_special_tokens=False)
+        return found.ids, found.offsets
+
+    @functools.cached_property
+    def _obeying(self) -> tokenizers.Tokenizer:
+        """The same, but that a name of a special token in a text is that token."""
+        model = tokenizers.Tokenizer.from_str(self._model.to_str())
+        model.encode_special_tokens = False
+        return model
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._model.decode([int(i) for i in ids], skip_special_tokens=True)

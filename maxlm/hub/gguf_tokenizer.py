@@ -21,6 +21,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from maxlm.config import HuggingFaceTokenizer, UserError
 from maxlm.config.fields import NotNegative
+from maxlm.data.chat import ChatTemplate
 from maxlm.data.text_ends import TextEnds
 from maxlm.data.tokenizers import Tokenizer, open_tokenizer
 from maxlm.hub.folder import write_ends
@@ -98,6 +99,21 @@ def find_ends(file: GgufFile, tokenizer: Tokenizer) -> TextEnds:
     return usual if vocabulary is None else usual._replace(last=tuple(vocabulary.last_ids()) or usual.last)
 
 
+def find_chat(file: GgufFile) -> ChatTemplate | None:
+    """None where the file has no chat template.
+
+    Raises:
+        UserError: as `find_tokenizer`.
+    """
+    prefix = "tokenizer.chat_template"
+    found = {key: value for key, value in file.metadata.items() if key.startswith(prefix) and isinstance(value, str)}
+    vocabulary = _vocabulary(file)
+    if vocabulary is None or not found:
+        return None
+    sources = {key.removeprefix(prefix).lstrip(".") or "default": value for key, value in found.items()}
+    return ChatTemplate(sources=sources, tokens=_names(vocabulary), place=str(file.path))
+
+
 def write_tokenizer(file: GgufFile, folder: Path) -> None:
     """tokenizer.json, tokenizer_config.json, generation_config.json and chat_template.jinja, as far as it has them.
 
@@ -108,10 +124,7 @@ def write_tokenizer(file: GgufFile, folder: Path) -> None:
     if vocabulary is None:
         return
     (folder / "tokenizer.json").write_text(vocabulary.definition(), encoding="utf-8")
-    names = {f"{end}_token": vocabulary.special(end) for end in ("bos", "eos", "unknown", "padding")}
-    renamed = {"unknown_token": "unk_token", "padding_token": "pad_token"}
-    config: dict[str, Any] = {renamed.get(key, key): name for key, name in names.items() if name is not None}
-    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": vocabulary.adds_bos}
+    config = {**_names(vocabulary), "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": vocabulary.adds_bos}
     _write_json(folder / "tokenizer_config.json", config)
     last, bos = vocabulary.last_ids(), vocabulary.special_id("bos")
     ids = {"bos_token_id": bos, "eos_token_id": last[0] if len(last) == 1 else last or None}
@@ -119,6 +132,12 @@ def write_tokenizer(file: GgufFile, folder: Path) -> None:
     template = file.metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def _names(vocabulary: _Vocabulary) -> dict[str, str]:
+    """Of special tokens, by the keys of tokenizer_config.json."""
+    keys = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+    return {key: name for end, key in keys.items() if (name := vocabulary.special(end)) is not None}
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

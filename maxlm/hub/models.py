@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from maxlm.checkpoint.store import Deferred
 from maxlm.config import (
+    ChosenModel,
     DataConfig,
     Dataset,
     Dtype,
@@ -26,6 +27,7 @@ from maxlm.config import (
     TrainConfig,
     UserError,
 )
+from maxlm.data.chat import ChatTemplate, find_chat_template
 from maxlm.data.text_ends import TextEnds, published_ends
 from maxlm.data.tokenizers import Tokenizer, open_tokenizer
 from maxlm.hub import gguf_tokenizer
@@ -36,7 +38,7 @@ from maxlm.hub.names import Piece
 from maxlm.hub.tensor_files import DTYPES
 from maxlm.hub.weights import PublishedWeights
 from maxlm.inference.language_model import LanguageModel
-from maxlm.inference.load import ONE_DEVICE, LoadedRun, layout_for
+from maxlm.inference.load import ONE_DEVICE, LoadedRun, layout_for, load_run
 from maxlm.models import abstract_parameters
 
 
@@ -47,6 +49,8 @@ class PublishedModel(NamedTuple):
     find_tokenizer: Callable[[], Tokenizer | None]
     find_ends: Callable[[Tokenizer], TextEnds]
     """Where its texts begin and end."""
+    find_chat: Callable[[], ChatTemplate | None]
+    """How it is asked in a conversation."""
     copy_tokenizer: Callable[[Path], None]
     """Writes its tokenizer's files, and its chat template, into a folder."""
 
@@ -56,6 +60,7 @@ def _open_folder(folder: Path) -> PublishedModel:
         open_folder(folder),
         partial(find_tokenizer, folder),
         partial(published_ends, folder),
+        partial(find_chat_template, folder),
         partial(copy_tokenizer, folder),
     )
 
@@ -66,6 +71,7 @@ def _open_gguf(path: Path) -> PublishedModel:
         open_weights(file),
         partial(gguf_tokenizer.find_tokenizer, file),
         partial(gguf_tokenizer.find_ends, file),
+        partial(gguf_tokenizer.find_chat, file),
         partial(gguf_tokenizer.write_tokenizer, file),
     )
 
@@ -115,7 +121,20 @@ def load_published(published: PublishedModel, *, sharding: ShardingConfig) -> Lo
         tokenizer=tokenizer,
         step=0,
         ends=published.find_ends(tokenizer),
+        chat=published.find_chat(),
     )
+
+
+def load_chosen(chosen: ChosenModel) -> LoadedRun:
+    """What a command line names.
+
+    Raises:
+        UserError: as `load_run` or `load_published`, or such a published model cannot be opened.
+    """
+    if chosen.run is not None:
+        return load_run(chosen.run, step=chosen.step, sharding=chosen.sharding)
+    kind, place = next((kind, Path(one)) for kind in KINDS if (one := getattr(chosen, kind)) is not None)
+    return load_published(KINDS[kind](place), sharding=chosen.sharding)
 
 
 def untrained(model: ModelConfig, *, dtype: Dtype, sharding: ShardingConfig, run_dir: str = "runs/none") -> RunConfig:

@@ -47,6 +47,7 @@ class LanguageModel:
         self._how = Execution(layout, execution).decoding(self._layout)
         self.parameters = jax.device_put(parameters, self._layout.shardings(parameter_dims(self.config)))
         self._compiled = jax.jit(self._compute)
+        self._compiled_hidden = jax.jit(self._hidden)
 
     def logits(
         self,
@@ -77,6 +78,32 @@ class LanguageModel:
         Raises:
             UserError: not integers, not of such a shape, longer than model.max_seq_len, or out of range.
         """
+        return self._run(self._compiled, tokens, segment_ids, positions)
+
+    __call__ = logits
+
+    def hidden(
+        self,
+        tokens: npt.ArrayLike,
+        segment_ids: npt.ArrayLike | None = None,
+        positions: npt.ArrayLike | None = None,
+    ) -> jax.Array:
+        """What the logits are made of: the last layer's states after the last norm.
+
+        Args and Raises: as `logits`.
+
+        Returns:
+            [B, T, D], or [T, D] for a single row, in `execution.dtype`; where they lie as of `logits`.
+        """
+        return self._run(self._compiled_hidden, tokens, segment_ids, positions)
+
+    def _run(
+        self,
+        program: Any,
+        tokens: npt.ArrayLike,
+        segment_ids: npt.ArrayLike | None,
+        positions: npt.ArrayLike | None,
+    ) -> jax.Array:
         limit = self.config.max_seq_len
         ids = _integers("tokens", tokens, self.config.vocab_size, "model.vocab_size")
         if ids.ndim not in (1, 2) or not ids.size:
@@ -102,11 +129,9 @@ class LanguageModel:
             jax.tree.map(self._whole_shards, asked),
             self._layout.sharding(self._layout.activation("batch", None)),
         )
-        logits = self._compiled(self.parameters, *arguments)
-        logits = logits if len(logits) == rows else logits[:rows]
-        return logits[0] if ids.ndim == 1 else logits
-
-    __call__ = logits
+        found: jax.Array = program(self.parameters, *arguments)
+        found = found if len(found) == rows else found[:rows]
+        return found[0] if ids.ndim == 1 else found
 
     @property
     def _counts_in_two(self) -> bool:
@@ -117,11 +142,15 @@ class LanguageModel:
         return np.pad(values, ((0, -len(values) % self._layout.batch_shards), *[(0, 0)] * (values.ndim - 1)))
 
     def _compute(self, parameters: Any, ids: jax.Array, known: tuple[jax.Array | None, ...]) -> jax.Array:
+        hidden = self._hidden(parameters, ids, known)
+        logits = ops.logits(hidden, bind(self.config, parameters).unembedding)
+        return self._layout.constrain(logits, "batch", None, None)
+
+    def _hidden(self, parameters: Any, ids: jax.Array, known: tuple[jax.Array | None, ...]) -> jax.Array:
         positions, segment_ids, visible_to, places = known
         assert positions is not None
         model, tokens = bind(self.config, parameters), Tokens(positions, segment_ids, visible_to, places)
-        output = model(model.embeddings(ids, tokens, self._how), tokens, self._how)
-        return self._layout.constrain(ops.logits(output.hidden, model.unembedding), "batch", None, None)
+        return model(model.embeddings(ids, tokens, self._how), tokens, self._how).hidden
 
 
 def _dropless(model: ModelConfig) -> ModelConfig:

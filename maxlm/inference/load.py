@@ -26,6 +26,7 @@ from maxlm.config import (
 )
 from maxlm.config.json_file import no_folder
 from maxlm.config.layout_rules import broken_layout_rules
+from maxlm.data.chat import ChatTemplate, find_chat_template
 from maxlm.data.text_ends import PUBLISHED, TextEnds, published_ends
 from maxlm.data.tokenizers import Tokenizer, load_tokenizer
 from maxlm.inference.generator import Generation, Generator
@@ -51,6 +52,8 @@ class LoadedRun:
     """Optimizer steps that the parameters have seen."""
     ends: TextEnds | None = None
     """Where texts begin and end; None: where documents do."""
+    chat: ChatTemplate | None = None
+    """How the model is asked in a conversation; None: it is not."""
 
     @functools.cached_property
     def model(self) -> LanguageModel:
@@ -163,6 +166,7 @@ def _load_run(run_dir: Path, step: int | None, sharding: ShardingConfig, *, defe
         tokenizer=tokenizer,
         step=restored.step,
         ends=published_ends(published, tokenizer) if published.is_dir() else None,
+        chat=find_chat_template(published) if published.is_dir() else None,
     )
 
 

@@ -1,0 +1,103 @@
+"""`python -m maxlm.serve --run RUN_DIR`: answer requests over HTTP, as OpenAI's server does."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if not __package__:  # run by its path: Python then looks in this file's folder first, where inspect.py is not its own
+    sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}maxlm{os.sep}")[0]
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from maxlm.config import ChosenModel, EngineConfig, UserError
+from maxlm.config.cli import parse, run_command
+from maxlm.config.errors import pip_install
+from maxlm.config.fields import NotNegative, Positive, Range, config
+
+_DESCRIPTION = """Answer requests over HTTP, as OpenAI's server does; a page to chat with stands at the address itself.
+
+It ends at SIGTERM or Ctrl-C, when what is being answered is answered. Exit code 2: one line says what was wrong."""
+_KEY = "MAXLM_API_KEY"
+_PACKAGES = ("uvicorn", "starlette", "pydantic", "prometheus_client", "jinja2", "llguidance")
+
+
+@config("--")
+class ServeOptions:
+    """Which model, where, and for how many at once."""
+
+    model: Annotated[ChosenModel, tyro.conf.arg(name="")]
+    """Which model."""
+    name: str | None = None
+    """What requests call the model; None: the name of its folder or file."""
+    host: str = "127.0.0.1"
+    """Address to listen at. By default only programs on this machine can ask; 0.0.0.0: all that reach it."""
+    port: Annotated[int, Range(ge=0, le=65535, note="0 takes any that is free")] = 8000
+    """TCP port."""
+    api_key: str | None = None
+    """What clients must send. Other users of this machine can see it here, but not in the environment's
+    MAXLM_API_KEY."""
+    allow_host: tuple[str, ...] = ()
+    """More names by which clients may call a server that listens on this machine alone."""
+    embeddings: bool = False
+    """Give vectors of texts too; the parameters then stay in memory in float32, beside the engine's."""
+    max_body_mb: Positive[int] = 32
+    """Largest request, in MiB."""
+    drain_s: NotNegative[float] = 30.0
+    """Seconds that answers have when the server is told to end."""
+    engine: EngineConfig = EngineConfig()
+    """How many texts at once, in how much memory."""
+    debug: bool = False
+    """Show tracebacks."""
+
+    def __post_init__(self) -> None:
+        if self.api_key == "":
+            raise UserError("--api_key '' is empty; leave it out, or use a key")
+
+
+def main(argv: list[str]) -> None:
+    """Run the command.
+
+    Raises:
+        UserError: the model or an option does not fit, a package is missing, or the address is taken.
+    """
+    options = parse(ServeOptions, argv, prog="python -m maxlm.serve", description=_DESCRIPTION, flags=True)
+    missing = [name.replace("_", "-") for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"serving needs {', '.join(missing)}; {pip_install(*missing)}")
+
+    from maxlm.compile_cache import enable_compilation_cache  # these import jax: --help stays instant
+    from maxlm.hub.models import load_chosen
+    from maxlm.serving.app import Service
+    from maxlm.serving.listening import DrainingServer, bind_address, is_loopback
+    from maxlm.serving.loading import serve_model
+
+    loopback = is_loopback(options.host)
+    hosts = ("localhost", "127.0.0.1", "::1", options.host, *options.allow_host) if loopback else ()
+    listener = bind_address(options.host, options.port)  # before a model is loaded for nothing
+    enable_compilation_cache()
+    run = load_chosen(options.model)
+    name = options.name or Path(options.model.place).resolve().stem
+    served = serve_model(run, name, options.engine, options.model.weights, embeddings=options.embeddings)
+    key = options.api_key or os.environ.get(_KEY) or None
+    service = Service(
+        models={served.name: served},
+        api_key=key,
+        hosts=tuple(map(str.lower, hosts)),
+        max_body=options.max_body_mb << 20,
+    )
+    port = listener.getsockname()[1]
+    address = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{port}"
+    print(f"{served.name} at {address}, {'with' if key else 'without'} an API key; Ctrl-C ends it", flush=True)
+    if not loopback:
+        keyless = "" if key else f", and all of them can ask, as there is no key; set {_KEY}"
+        print(f"other machines can reach {options.host}{keyless}", file=sys.stderr, flush=True)
+    DrainingServer(service, drain_s=options.drain_s).run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    run_command(main)

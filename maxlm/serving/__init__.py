@@ -1,0 +1,15 @@
+"""An HTTP server that speaks as OpenAI's does, over an engine.
+
+served.py: a model as the server needs it
+loading.py: a loaded model as one that is served
+embedding.py: texts as vectors
+schema.py: what a request may hold
+api_errors.py: errors as clients read them
+chat_format.py: conversations for a template, tool calls out of text
+jobs.py: requests of the engine, and their texts
+answers.py: texts as clients read them
+connection.py: bodies in, answers out, clients that leave
+app.py: the routes
+server_metrics.py: what Prometheus reads
+listening.py: sockets, signals, the end
+"""

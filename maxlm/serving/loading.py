@@ -1,0 +1,42 @@
+"""A loaded model as one that is served."""
+
+from __future__ import annotations
+
+import time
+
+from maxlm.config import EngineConfig, WeightFormat
+from maxlm.data.text_ends import TextEnds
+from maxlm.inference.engine import Engine
+from maxlm.inference.load import LoadedRun
+from maxlm.inference.loop import EngineLoop
+from maxlm.serving.embedding import Embedder
+from maxlm.serving.served import Served
+
+
+def serve_model(
+    run: LoadedRun, name: str, config: EngineConfig, weights: WeightFormat, *, embeddings: bool = False
+) -> Served:
+    """Place the weights, compile, and start the engine's thread.
+
+    Args:
+        run: the model.
+        name: what requests call it.
+        config: how much at once.
+        weights: the format in which the engine holds them.
+        embeddings: whether it is also asked for vectors, for which its float32 parameters stay in memory.
+
+    Raises:
+        UserError: as `Engine`.
+    """
+    loop = EngineLoop(Engine(run, config, weights=weights))
+    return Served(
+        name=name,
+        loop=loop,
+        tokenizer=run.tokenizer,
+        ends=run.ends or TextEnds.of_documents(run.tokenizer),
+        max_length=run.config.model.max_seq_len,
+        vocab_size=run.config.model.vocab_size,
+        created=int(time.time()),
+        chat=run.chat,
+        embed=Embedder(run.model) if embeddings else None,
+    )

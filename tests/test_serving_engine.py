@@ -1,0 +1,183 @@
+"""The server over the real engine: a tiny model of random weights."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import chats
+import fake_engine
+import httpx
+import numpy as np
+import openai
+import pytest
+from helpers import FLOAT32, initial_parameters, one_device, small_model, small_run
+from run_folder import make_run
+
+from maxlm.config import EngineConfig, UserError, WeightFormat
+from maxlm.data.text_ends import TextEnds
+from maxlm.inference.load import LoadedRun
+from maxlm.inference.request import Delta, Request
+from maxlm.serve import main
+from maxlm.serving.app import Service
+from maxlm.serving.loading import serve_model
+from maxlm.serving.served import Served
+
+NAME = "tiny"
+ASKED: list[Any] = [{"role": "user", "content": "Tell me all."}]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> LoadedRun:
+    fake = fake_engine.make_served(tmp_path_factory.mktemp("tokenizer"), chats.CHATML)
+    model = small_model(vocab_size=fake.vocab_size + 4, max_seq_len=256)
+    return LoadedRun(
+        config=dataclasses.replace(small_run(model), execution=FLOAT32),
+        layout=one_device(),
+        parameters=initial_parameters(model),
+        tokenizer=fake.tokenizer,
+        step=0,
+        ends=TextEnds((), (fake.tokenizer.eos_id,)),
+        chat=fake.chat,
+    )
+
+
+@pytest.fixture(scope="module")
+def served(run: LoadedRun) -> Iterator[Served]:
+    config = EngineConfig(slots=4, tokens_per_step=4, block_size=8, decode_steps=1)
+    found = serve_model(run, NAME, config, WeightFormat.DTYPE, embeddings=True)
+    yield found
+    loop: Any = found.loop
+    loop.close()
+
+
+@pytest.fixture(scope="module")
+def url(served: Served) -> Iterator[str]:
+    with fake_engine.running_server(Service(models={NAME: served})) as (address, _):
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+def test_what_clients_get_is_what_the_engine_says(client: openai.OpenAI, served: Served) -> None:
+    """Alone, in a stream, and among others; ids, log-probabilities and text."""
+    prompt = served.tokenizer.encode("Once upon a time")
+    deltas: list[Delta] = []
+    done = concurrent.futures.Future[None]()
+
+    def receive(delta: Delta) -> None:
+        deltas.append(delta)
+        if delta.finish is not None:
+            done.set_result(None)
+
+    served.loop.submit(
+        Request(prompt=tuple(prompt), max_new_tokens=24, seed=5, logprobs=2, ends=served.ends.last), receive
+    )
+    done.result(timeout=60)
+    scores = [score for delta in deltas for score in delta.scores]
+    text = "".join(delta.text for delta in deltas)
+    options: Any = {"model": NAME, "prompt": prompt, "max_tokens": 24, "seed": 5, "logprobs": 2}
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        others = [pool.submit(client.completions.create, model=NAME, prompt=f"{i}" * 9, seed=i) for i in range(12)]
+        answers = [pool.submit(client.completions.create, **options) for _ in range(3)]
+        found = [answer.result().choices[0] for answer in answers]
+        assert all(other.result().usage for other in others)
+    for choice in found:
+        assert choice.text == text and choice.logprobs is not None
+        assert choice.logprobs.token_logprobs == [score.logprob for score in scores]
+    streamed = [piece.choices[0] for piece in client.completions.create(**options, stream=True)]
+    assert "".join(choice.text for choice in streamed) == text
+
+
+def test_a_prompt_that_came_before_is_found_in_the_cache(client: openai.OpenAI) -> None:
+    prompt = "This beginning is shared by all of the requests."
+    cached = []
+    for _ in range(2):
+        usage = client.completions.create(model=NAME, prompt=prompt, max_tokens=2).usage
+        assert usage is not None and usage.prompt_tokens_details is not None
+        cached.append(usage.prompt_tokens_details.cached_tokens)
+    assert cached[0] == 0 and cached[1] is not None and cached[1] >= 8
+
+
+def test_a_prompt_is_scored(client: openai.OpenAI, run: LoadedRun) -> None:
+    """Against the whole model, without a cache."""
+    ids = run.tokenizer.encode("How likely is this?")
+    found = client.completions.create(model=NAME, prompt=ids, max_tokens=0, echo=True, logprobs=1).choices[0].logprobs
+    assert found is not None and found.token_logprobs is not None
+    logits = np.asarray(run.model.logits(ids), np.float64)
+    wanted = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    np.testing.assert_allclose(
+        np.asarray(found.token_logprobs[1:], np.float64), wanted[np.arange(len(ids) - 1), ids[1:]], atol=1e-4
+    )
+
+
+def test_a_conversation(client: openai.OpenAI, served: Served) -> None:
+    options: Any = {"model": NAME, "messages": ASKED, "max_tokens": 12, "temperature": 0}
+    whole = client.chat.completions.create(**options)
+    pieces = client.chat.completions.create(**options, stream=True)
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == whole.choices[0].message.content
+    assert served.chat is not None and whole.usage is not None
+    assert whole.usage.prompt_tokens == len(served.chat.encode(served.tokenizer, ASKED).ids)
+
+
+def test_embeddings(client: openai.OpenAI, run: LoadedRun) -> None:
+    texts = ["short", "long enough", "short"]
+    for pooling in ("mean", "last"):
+        more: Any = {"pooling": pooling}
+        data = client.embeddings.create(model=NAME, input=texts, extra_body=more).data
+        for text, one in zip(texts, data, strict=True):
+            states = np.asarray(run.model.hidden(run.tokenizer.encode(text)), np.float64)
+            vector = states.mean(0) if pooling == "mean" else states[-1]
+            np.testing.assert_allclose(one.embedding, vector / np.linalg.norm(vector), atol=1e-5)
+
+
+def test_what_the_engine_refuses_is_an_answer(client: openai.OpenAI, url: str) -> None:
+    many = {str(i): 1.0 for i in range(250)} | {"999999": 1.0}
+    with pytest.raises(openai.BadRequestError, match="logit_bias"):
+        client.completions.create(model=NAME, prompt="x", logit_bias=many)
+    assert httpx.get(f"{url}/health").status_code == 200
+    text = httpx.get(f"{url}/metrics").text
+    assert 'vllm:num_requests_running{model_name="tiny"} 0.0' in text
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path: Path) -> None:
+    """A process of its own: it says where it is, answers, and ends when it is told to."""
+    make_run(tmp_path)
+    words = [sys.executable, "-m", "maxlm.serve", "--run", str(tmp_path / "run"), "--port", "0", "--name", "mine"]
+    more = ["--engine.slots", "2", "--engine.tokens_per_step", "2", "--engine.decode_steps", "1"]
+    environment = {**os.environ, "MAXLM_API_KEY": "k"}
+    with subprocess.Popen([*words, *more], stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.fullmatch(r"mine at (http://127.0.0.1:\d+), with an API key; Ctrl-C ends it\n", line)
+        assert found is not None, line
+        client = openai.OpenAI(base_url=f"{found[1]}/v1", api_key="k", max_retries=0)
+        stream = client.completions.create(model="mine", prompt="ab", max_tokens=40, stream=True)
+        first = next(iter(stream))
+        process.send_signal(signal.SIGTERM)
+        rest = list(stream)
+        assert first.choices and rest[-1].choices[0].finish_reason in ("length", "stop")
+        assert process.wait(timeout=60) == 0
+
+
+def test_the_command_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="name one model"):
+        main([])
+    with pytest.raises(UserError, match="not a run folder"):
+        main(["--run", str(tmp_path), "--port", "0"])
+    with pytest.raises(UserError, match="--port"):
+        main(["--run", str(tmp_path), "--port", "70000"])
+    with pytest.raises(UserError, match="--api_key"):
+        main(["--run", str(tmp_path), "--api_key", ""])
