@@ -93,10 +93,13 @@ SAME_FILE: dict[str, str] = {
     "chat.py": "the command, and conversations as ids",
     "attention.py": "the layer, and under models/ops/ its way over the mesh",
     "loop.py": "the run of a recipe, and grouped products group by group",
+    "engine.py": "the settings, and what follows them",
     "execution.py": "the settings, and what follows them",
     "mlp.py": "the settings, and what follows them",
     "sampling.py": "the settings, and what follows them",
     "sharding.py": "the settings, and what follows them",
+    "request.py": "of machines for a run, and of a text",
+    "step.py": "of training, and of decoding",
 }
 """Files whose name stands in several folders, and why; `__init__.py` and `__main__.py` are Python's own."""
 
