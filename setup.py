@@ -48,7 +48,7 @@ SERVE = [
     "jinja2>=3.1.6",  # chat templates; older ones can be broken out of
     "pydantic>=2.13.0",  # what a request may hold
     "prometheus-client>=0.26.0",  # /metrics
-    "llguidance>=1.9.1",  # answers that fit a JSON schema
+    "llguidance>=1.9.1,<2",  # text that fits a JSON schema, a regular expression or a grammar
 ]
 
 VIZ = [
@@ -73,9 +73,10 @@ EXTRAS = {
         "zstandard>=0.25.0",
         *VIZ,  # the test of the plot
         *WEIGHTS,  # those of the hub
-        *SERVE,  # those of the server
+        *SERVE,  # those of the server and of grammars
         "openai>=3.57.0",  # the client that it answers
         "langchain-openai>=1.7.4",  # another
+        "jsonschema>=4.26.0",  # another reader of schemas
         "pytest>=9.2.0",
         "pytest-xdist>=3.8.0",  # two test processes
         "hypothesis>=6.170.15",  # properties instead of examples

@@ -71,6 +71,7 @@ LAZY = {
     "maxlm/observe/writers.py": {"wandb"},  # who logs to it installs it
     "maxlm/hub/gguf_file.py": {"gguf"},  # the extra `weights`
     "maxlm/hub/tensor_files.py": {"safetensors"},  # the same
+    "maxlm/inference/structured.py": {"llguidance"},  # the extra `serve`
     "maxlm/hub/converting.py": {"torch", "transformers"},  # a comparison for who has them
     "maxlm/chat.py": {"rich"},  # --help starts without it
     "maxlm/inspect.py": {"rich"},  # a listing as JSON starts without it
@@ -295,7 +296,7 @@ def test_setup_names_what_is_imported() -> None:
     imported = {packages.get(name, name) for name in outside_imports(product())}
     if any("sentencepiece_model_pb2" in (ROOT / file).read_text() for file in product()):
         imported.add("protobuf")  # that module imports it, and sentencepiece does not ask for it
-    extras = (requirements(name) for name in ("HUB", "VIZ", "WEIGHTS", "PARITY", "SERVE"))
+    extras = (requirements(name) for name in ("HUB", "VIZ", "WEIGHTS", "SERVE", "PARITY"))
     optional = set().union(*extras, {"wandb"})  # wandb: who logs to it installs it
     assert imported - optional == requirements("REQUIRED")
     assert imported >= optional

@@ -240,13 +240,7 @@ class Scheduler:
         """How many tokens each text draws in this step."""
         sequences = [chunk.sequence for chunk in chunks]
         decoding = all(chunk.samples and chunk.count == 1 for chunk in chunks)
-        left_out = sum(one.length < one.end for one in self.running) > len(chunks)
-        if (
-            self.waiting
-            or left_out
-            or not decoding
-            or any(sequence.request.grammar is not None for sequence in sequences)
-        ):
+        if self.waiting or not decoding or any(sequence.request.grammar is not None for sequence in sequences):
             return 1
         n_steps = min(self._decode_steps, max(sequence.end - sequence.length for sequence in sequences))
         try:
