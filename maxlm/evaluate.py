@@ -1,4 +1,4 @@
-"""`python -m maxlm.evaluate --run RUN_DIR`: held-out loss, perplexity and bits per byte of a trained model."""
+"""`python -m maxlm.evaluate --run RUN_DIR [--tasks ...]`: held-out loss, or marks in exams, of a trained model."""
 
 from __future__ import annotations
 
@@ -13,63 +13,113 @@ import dataclasses
 import itertools
 import json
 import math
-from dataclasses import field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from maxlm.config import ShardingConfig, UserError
+from maxlm.config import ChosenModel, UserError, WeightFormat
 from maxlm.config.cli import parse, run_command
-from maxlm.config.fields import NotNegative, PathName, Positive, config
+from maxlm.config.fields import NotEmpty, NotNegative, PathName, Positive, Seed, config
 
-_DESCRIPTION = """Held-out loss, perplexity and bits per byte of a trained model.
+if TYPE_CHECKING:
+    from maxlm.evaluation.exams import Exam
+    from maxlm.evaluation.prompting import Prompting
+    from maxlm.evaluation.sandbox import Sandbox
+    from maxlm.inference.load import LoadedRun
 
-Reads the validation split of the data sets that the run's config names (relative paths start from the folder you are
-in), in windows of its train.seq_len. Exit code 2: one line says what was wrong."""
+_DESCRIPTION = """How good a trained model is.
+
+Without --tasks: held-out loss, perplexity and bits per byte of a run. It reads the validation split of the data sets
+that the run's config names (relative paths start from the folder you are in), in windows of its train.seq_len.
+With --tasks: marks in exams, each with a 95 % interval and what guessing gives; see docs/evaluate.md. Exit code 2: one
+line says what was wrong."""
 
 
 @config("--")
 class EvaluateOptions:
     """What to measure, and on how much."""
 
-    run: Annotated[PathName, tyro.conf.arg(metavar="RUN_DIR")]
-    """Folder of the training run."""
-    step: NotNegative[int] | None = None
-    """Checkpoint to use; None: the newest intact one."""
+    model: Annotated[ChosenModel, tyro.conf.arg(name="")]
+    """Which model."""
     batches: Positive[int] | None = None
-    """Batches to measure, from the first; None: as many as training measured, see train.eval_batches."""
+    """Of the held-out loss: batches to measure, from the first; None: as many as training measured, see
+    train.eval_batches."""
     whole: bool = False
-    """Measure the whole split, as far as it fills batches."""
+    """Of the held-out loss: measure the whole split, as far as it fills batches."""
     batch_size: Positive[int] | None = None
-    """Windows in a batch; None: train.batch_size of the run. With 1, --whole measures every window."""
-    sharding: ShardingConfig = field(default_factory=lambda: ShardingConfig(data=1))
-    """One device by default; --sharding.data=-1 shares the batches out over all of them."""
+    """Of the held-out loss: windows in a batch; None: train.batch_size of the run. With 1, --whole measures every
+    window."""
+    tasks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TASK ...")] = ()
+    """Exams: suite (all that come with maxlm), suite:NAME, a .jsonl file, humaneval, or lm_eval:NAME."""
+    limit: Positive[int] | None = None
+    """Questions of each exam, from the first; None: all."""
+    few_shot: NotNegative[int] = 0
+    """Solved questions of the same exam before each question, drawn at random."""
+    prompting: PathName | None = None
+    """JSON file of how questions are put: demonstrations, reasoning, votes; see docs/evaluate.md."""
+    seed: Seed = 0
+    """Of the suite's questions, demonstrations, samples and intervals."""
+    samples: Positive[int] = 1
+    """Programs written for each question that wants one; a single one is the likeliest, several are drawn."""
+    pass_at: NotEmpty[tuple[Positive[int], ...]] = (1,)
+    """Each k of pass@k; at most --samples."""
+    allow_code: bool = False
+    """Run the programs that the model writes, each alone in a sandbox without network."""
+    include_path: PathName | None = None
+    """Folder with task files (YAML) of lm-eval."""
+    chat: bool = False
+    """Put lm-eval's questions through the model's chat template."""
+    out: PathName | None = None
+    """Folder for results.json, results.svg and every answer; None: nothing is written."""
     json: bool = False
-    """Print one JSON object: run, step, loss, perplexity, bits_per_byte, tokens."""
+    """Print one JSON object: run, step, loss, perplexity, bits_per_byte, tokens; or of exams: model, step, results."""
     debug: bool = False
     """Show tracebacks."""
+
+    def __post_init__(self) -> None:
+        if self.batches is not None and self.whole:
+            raise UserError(f"--batches = {self.batches} and --whole exclude each other; leave out one of them")
+        if self.model.weights is not WeightFormat.DTYPE:
+            raise UserError(
+                f"--weights {self.model.weights.value}: scores are of the weights as they are; leave it out"
+            )
+        if not self.tasks and self.model.run is None:
+            raise UserError("a published model has no held-out data; name exams, such as --tasks suite")
+        if self.few_shot and self.prompting:
+            raise UserError("--few_shot and --prompting both choose demonstrations; leave out one of them")
+        if self.tasks and (self.batches or self.whole or self.batch_size):
+            raise UserError("--batches, --whole and --batch_size are of the held-out loss; leave them out with --tasks")
 
 
 def main(argv: list[str]) -> None:
     """Run the command.
 
     Raises:
-        UserError: the run folder, the checkpoint, the data or an option does not fit.
+        UserError: the model, the data, an exam or an option does not fit.
     """
     options = parse(EvaluateOptions, argv, prog="python -m maxlm.evaluate", description=_DESCRIPTION, flags=True)
-    if options.whole and options.batches is not None:
-        raise UserError(f"--batches = {options.batches} and --whole exclude each other; leave out one of them")
 
     from maxlm.compile_cache import enable_compilation_cache  # these import jax: --help stays instant
+    from maxlm.evaluation.sandbox import Sandbox
+    from maxlm.hub.models import load_chosen
+
+    enable_compilation_cache()
+    if not options.tasks:
+        return _measure(options, load_chosen(options.model))
+    exams, prompting = _exams(options), _prompting(options)  # mistakes in them come before the model is read
+    sandbox = Sandbox() if options.allow_code else None
+    _examine(options, load_chosen(options.model), exams, prompting, sandbox)
+
+
+def _measure(options: EvaluateOptions, run: LoadedRun) -> None:
+    """The held-out loss."""
     from maxlm.data.loader import global_batches, open_batches
     from maxlm.data.shards import Split
     from maxlm.evaluation.perplexity import held_out
-    from maxlm.inference.load import load_run
     from maxlm.training.step import make_trainer
 
-    enable_compilation_cache()
-    run = load_run(Path(options.run), step=options.step, sharding=options.sharding)
+    name = options.model.run
     as_trained = run.config.train
     batch_size = options.batch_size or as_trained.batch_size
     train = dataclasses.replace(as_trained, batch_size=batch_size, micro_batches=1, profile_steps=None)
@@ -79,7 +129,7 @@ def main(argv: list[str]) -> None:
     if batches.tokenizer.fingerprint != run.tokenizer.fingerprint:
         raise UserError(
             f"{config.data.datasets[0].path}: prepared with tokenizer {batches.tokenizer.fingerprint[:12]}..., the run "
-            f"{options.run} uses {run.tokenizer.fingerprint[:12]}...; prepare the data with the run's tokenizer"
+            f"{name} uses {run.tokenizer.fingerprint[:12]}...; prepare the data with the run's tokenizer"
         )
     assert batches.n_batches is not None and batches.n_windows is not None, "a validation split has an end"
     # The windows that training measured, in batches of any size; all of them, where it measured none.
@@ -97,14 +147,101 @@ def main(argv: list[str]) -> None:
             bytes_per_token=batches.bytes_per_token,
         )
     if not math.isfinite(result.loss):
-        raise UserError(f"{options.run}: the held-out loss of step {run.step} is {result.loss}; use an earlier --step")
+        raise UserError(f"{name}: the held-out loss of step {run.step} is {result.loss}; use an earlier --step")
     if options.json:
-        print(json.dumps({"run": options.run, "step": run.step, **dataclasses.asdict(result)}))
+        print(json.dumps({"run": name, "step": run.step, **dataclasses.asdict(result)}))
     else:
         print(
             f"step {run.step}: held-out loss {result.loss:.4f} nats/token, perplexity {result.perplexity:.3f}, "
             f"{result.bits_per_byte:.4f} bits/byte ({result.tokens} tokens)"
         )
+
+
+def _exams(options: EvaluateOptions) -> dict[str, Exam | None]:
+    """The exam of each task; None: lm-eval has it."""
+    from maxlm.evaluation.exams import first_questions, human_eval, human_eval_file, read_exam
+    from maxlm.evaluation.suite import suite
+
+    own = suite(options.seed)
+    found: list[tuple[str, Exam | None]] = []
+    for task in options.tasks:
+        match task.partition(":"):
+            case ("suite", "", _):
+                found += own.items()
+            case ("suite", _, name) if name in own:
+                found.append((name, own[name]))
+            case ("suite", _, name):
+                raise UserError(f"--tasks {task}: the suite has {', '.join(own)}, not {name!r}")
+            case ("humaneval", "", _):
+                found.append((task, human_eval(human_eval_file())))
+            case _ if task.endswith((".jsonl", ".jsonl.gz")):
+                exam = read_exam(Path(task))
+                found.append((exam.name, exam))
+            case _:
+                found.append((task.removeprefix("lm_eval:"), None))
+    exams = {name: exam and first_questions(exam, options.limit) for name, exam in found}
+    if len(exams) < len(found):
+        raise UserError(f"--tasks {' '.join(options.tasks)}: two exams have one name; ask them one after the other")
+    return exams
+
+
+def _prompting(options: EvaluateOptions) -> tuple[Prompting, Exam | None]:
+    """How questions are put, and where demonstrations come from."""
+    from maxlm.config import serialize
+    from maxlm.evaluation.exams import read_exam
+    from maxlm.evaluation.prompting import Prompting, RandomDemonstrations
+
+    if options.prompting is not None:
+        prompting = serialize.load(Prompting, Path(options.prompting))
+        return prompting, None if prompting.pool is None else read_exam(Path(prompting.pool))
+    return Prompting(demonstrations=RandomDemonstrations(count=options.few_shot) if options.few_shot else None), None
+
+
+def _examine(
+    options: EvaluateOptions,
+    run: LoadedRun,
+    exams: dict[str, Exam | None],
+    how: tuple[Prompting, Exam | None],
+    sandbox: Sandbox | None,
+) -> None:
+    from maxlm.evaluation.examining import Asking, Examined, examine
+    from maxlm.evaluation.results import as_json, print_results, write_results
+    from maxlm.evaluation.scoring import RunExaminee
+
+    examinee = RunExaminee(run)
+    results: dict[str, Examined] = {}
+    if elsewhere := [name for name, exam in exams.items() if exam is None]:
+        from maxlm.evaluation.harness import run_tasks  # lm-eval takes seconds to import
+
+        results |= run_tasks(
+            examinee,
+            elsewhere,
+            limit=options.limit,
+            few_shot=options.few_shot or None,
+            seed=options.seed,
+            chat=options.chat,
+            include_path=None if options.include_path is None else Path(options.include_path),
+        )
+    prompting, pool = how
+    for name, exam in exams.items():
+        if exam is not None:
+            asking = Asking(
+                prompting=prompting,
+                pool=pool,
+                samples=options.samples,
+                ks=options.pass_at,
+                seed=options.seed,
+                judge=sandbox,
+            )
+            results[name] = examine(examinee, exam, asking)
+    about = {"model": options.model.place, "step": run.step, "few_shot": options.few_shot, "seed": options.seed}
+    measures = [one for result in results.values() for one in result.measures]
+    if options.out is not None:
+        write_results(about, results, Path(options.out))
+    if options.json:
+        print(as_json(about, measures))
+    else:
+        print_results(measures)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from maxlm.config import (
     ByteTokenizer,
     Capacity,
     DataConfig,
+    EngineConfig,
     Experts,
     Files,
     LmHead,
@@ -333,7 +334,7 @@ def test_a_model_without_logits_is_refused(run: LoadedRun) -> None:
 
 def test_generate_takes_one_prompt_or_several(run: LoadedRun) -> None:
     ask: dict[str, Any] = {"max_new_tokens": 5, "sampling": SamplingConfig(temperature=0.7), "seed": 3}
-    want = Generator(run).generate(["ab", "c"], **ask)
+    want = Generator(run, engine=EngineConfig(slots=2, tokens_per_step=2)).generate(["ab", "c"], **ask)
     several = run.generate(["ab", "c"], **ask)
     assert [text.tokens for text in several] == [text.tokens for text in want]
     assert run.generate("ab", **ask).tokens == want[0].tokens  # row 0 of a batch of any size

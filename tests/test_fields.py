@@ -34,6 +34,7 @@ from maxlm.config.cli import load_config, parse, parse_run
 from maxlm.config.fields import Filled, NotEmpty, PathName, Positive, Range, config, help_of, require, text_of
 from maxlm.data.__main__ import Prepare, TokenizerReport, Train
 from maxlm.evaluate import EvaluateOptions
+from maxlm.evaluation.prompting import Prompting
 from maxlm.generate import GenerateOptions
 from maxlm.inspect import InspectOptions
 from maxlm.launching.destinations import DESTINATIONS
@@ -221,7 +222,7 @@ def test_messages_begin_with_the_key_as_it_is_reached(cls: type) -> None:
         assert vars(cls)["__config_prefix__"] in PATHS[cls]
 
 
-@pytest.mark.parametrize("cls", [*PATHS, SamplingConfig, *COMMANDS], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", [*PATHS, SamplingConfig, Prompting, *COMMANDS], ids=lambda cls: cls.__name__)
 def test_every_class_is_checked_and_every_field_has_a_text(cls: type) -> None:
     for one, _ in classes(cls):
         assert "__config_prefix__" in vars(one), f"{one.__name__} is a bare dataclass; use maxlm.config.fields.config"

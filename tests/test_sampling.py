@@ -20,7 +20,7 @@ from maxlm.inference.sampling import COLDEST, TOP, LogProbs, choose, draw, fewes
 from maxlm.inference.settings import MAX_EDITS, MAX_WORD, MAX_WORDS, Settings, mask_words, settings_row, take
 
 GREEDY = SamplingConfig(temperature=0)
-R, V, M = 8, 131, 40
+R, V, M = 8, 517, 40
 """Most tests share the programs of these sizes."""
 
 
@@ -217,7 +217,7 @@ def test_processed_logits_are_those_of_transformers(name: str) -> None:
 
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "temperature": st.sampled_from([0.0, 0.5, 1.0, 1.7]),
-    "top_k": st.sampled_from([0, 0, 1, 5, 30, 131, 1000]),
+    "top_k": st.sampled_from([0, 0, 1, 5, 30, V, 1000]),
     "top_p": st.sampled_from([1.0, 1.0, 1e-6, 0.3, 0.9, 0.99]),
     "min_p": st.sampled_from([0.0, 0.0, 0.01, 0.2, 1.0]),
     "typical_p": st.sampled_from([1.0, 1.0, 0.1, 0.6, 0.95]),
@@ -444,11 +444,12 @@ def test_greedy_and_the_cold_limit_take_the_likeliest_of_lowest_id() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_row_with_nothing_left_says_so(temperature: float) -> None:
     row = settings_row(SamplingConfig(temperature=temperature, top_p=0.9, min_p=0.1), vocab=V)
-    logits = np.zeros((3, V), np.float32)
-    logits[1] = np.nan
-    rows = [row._replace(allowed=np.zeros_like(row.allowed)), row, row]
-    got = outcome(logits, rows, [[1]] * 3, [1] * 3).tokens
-    assert got[0] == got[1] == -1 and got[2] >= 0
+    rows = stacked([row._replace(allowed=np.zeros_like(row.allowed)), *[row] * (R - 1)])
+    logits = np.zeros((R, V), np.float32)
+    logits[1, 3] = np.nan
+    logits[2, 3] = np.inf
+    got = _choose(logits, rows, history_of([[1]] * R, [1] * R)).tokens
+    assert got[0] == got[1] == got[2] == -1 and (got[3:] >= 0).all()
 
 
 def test_log_probabilities_are_the_models_own_or_those_of_the_draw() -> None:

@@ -1,4 +1,17 @@
-"""How good a model is: held-out loss and the figures that follow from it.
+"""How good a model is: held-out loss and the figures that follow from it, and marks in exams.
 
 perplexity.py: loss, perplexity, bits per byte over batches
+scoring.py: what a model is asked: log-probabilities of continuations, texts
+exams.py: questions and how they are marked, from JSONL files
+suite.py: exams that come with maxlm, made from a seed
+examining.py: from an exam and a model to marks
+marking.py: marks of single answers, intervals, pass@k
+prompting.py: how questions are put: the settings
+demonstrations.py: solved questions before a question, and their order
+reasoning.py: chains of thought, votes
+confidence.py: calibration, and whom to answer
+sandbox.py: runs programs that a model wrote
+confined.py: the sandbox from inside, a program of its own
+harness.py: a model for lm-eval
+results.py: marks as a table, JSON, a picture
 """

@@ -68,7 +68,16 @@ class Generator:
             UserError: a prompt is not UTF-8, it and its new tokens do not fit model.max_seq_len, `max_new_tokens` or
                 the seed is out of range, or the model's output is not finite.
         """
-        requests = [self._request(prompt, max_new_tokens, sampling, seed, n) for n, prompt in enumerate(prompts)]
+        return self.answer(
+            [self._request(prompt, max_new_tokens, sampling, seed, n) for n, prompt in enumerate(prompts)]
+        )
+
+    def answer(self, requests: Sequence[Request]) -> list[Generation]:
+        """The text of each request.
+
+        Raises:
+            UserError: one cannot be served, or the model's output is not finite.
+        """
         for request in requests:  # all of them, before the first has begun
             self.engine.check(request)
         texts, waiting = [_Text() for _ in requests], list(zip(requests, range(len(requests)), strict=True))[::-1]

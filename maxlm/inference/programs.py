@@ -19,7 +19,7 @@ from maxlm.config import EngineConfig, ModelConfig, SamplingConfig, WeightFormat
 from maxlm.inference.held import held, layers_apart
 from maxlm.inference.request import TOP_SCORES
 from maxlm.inference.settings import settings_row
-from maxlm.inference.step import Drawn, Rows, Texts, begin, empty_texts, step
+from maxlm.inference.step import Drawn, Rows, Texts, allow, begin, empty_texts, step
 from maxlm.models import Execution
 from maxlm.models.kv_cache import empty_cache, window_of, windows
 from maxlm.observe.devices import memory_in_use
@@ -67,9 +67,10 @@ class Programs:
         self._texts = jax.jit(make, out_shardings=everywhere)()
         width = -(-model.max_seq_len // config.block_size)
         self.put_tables({window: np.zeros((config.slots * self._n_shards, width), np.int32) for window in blocks})
-        one = jax.tree.map(lambda x: np.asarray(x[0]), self._texts)
-        put = jax.jit(begin, donate_argnums=0, in_shardings=everywhere, out_shardings=everywhere)
-        self._begin = put.lower(self._texts, np.int32(0), one).compile()
+        one = jax.tree.map(lambda x: np.asarray(x)[0], self._texts)
+        change = functools.partial(jax.jit, donate_argnums=0, in_shardings=everywhere, out_shardings=everywhere)
+        self._begin = change(begin).lower(self._texts, np.int32(0), one).compile()
+        self._allow = change(allow).lower(self._texts, np.int32(0), one.settings.allowed).compile()
         self._steps = self._compiled(run_model, tokens_per_step, min(2, *(size - 1 for size in blocks.values())))
 
     @property
@@ -84,6 +85,10 @@ class Programs:
     def begin(self, slot: int, text: Texts) -> None:
         """Put a text into a slot, counted over all shards."""
         self._texts = self._begin(self._texts, np.int32(slot), text)
+
+    def allow(self, slot: int, mask: npt.NDArray[np.uint32]) -> None:
+        """Which ids may come next in a slot, for the steps that are launched from now on."""
+        self._texts = self._allow(self._texts, np.int32(slot), mask)
 
     def put_tables(self, tables: Mapping[int, npt.NDArray[np.int32]]) -> None:
         """Blocks of all texts, of every shard: window -> int32 [S, M]."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -53,11 +54,12 @@ def choose(logits: jax.Array, rows: Settings, history: History, given: jax.Array
     token's position alone.
 
     Args:
-        logits: float32 [R, V], finite or -inf.
+        logits: float32 [R, V].
         rows: settings [R, ...].
         history: what stands before the token.
         given: int32 [R]: where it is not negative, it is the token, and nothing is drawn.
     """
+    damaged = row_sum(jnp.isnan(logits).astype(jnp.int32)) > 0  # of which a maximum need not tell
 
     def by_rules() -> Chosen:
         after = processed(logits, rows, history)
@@ -69,6 +71,7 @@ def choose(logits: jax.Array, rows: Settings, history: History, given: jax.Array
 
     def scored(after: jax.Array, tokens: jax.Array) -> Chosen:
         tokens = tokens if given is None else jnp.where(given < 0, tokens, given)
+        tokens = jnp.where(damaged, -1, tokens)
 
         def all_of_them() -> LogProbs:
             return log_probs(jnp.where(rows.processed_logprobs[:, None], after, logits), tokens)
@@ -123,6 +126,9 @@ def truncated(logits: jax.Array, rows: Settings) -> jax.Array:
         entropy = row_sum(jnp.where(p > 0, p * surprise, 0))[:, None]
         return fewest(-jnp.abs(surprise - entropy), p, rows.typical_p)
 
+    def only(asked: jax.Array, kept: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+        return jnp.where(kept(x) | ~asked[:, None], x, -jnp.inf)
+
     def all_rules(x: jax.Array) -> jax.Array:
         x = jnp.where(hot[:, None], temperature(x), x)
         for asked, kept in (
@@ -131,13 +137,7 @@ def truncated(logits: jax.Array, rows: Settings) -> jax.Array:
             (rows.min_p > 0, min_p),
             (rows.typical_p < 1, typical_p),
         ):
-            where = asked & hot
-            x = jax.lax.cond(
-                where.any(),
-                lambda x, kept=kept, where=where: jnp.where(kept(x) | ~where[:, None], x, -jnp.inf),
-                lambda x: x,
-                x,
-            )
+            x = jax.lax.cond((asked & hot).any(), functools.partial(only, asked & hot, kept), lambda x: x, x)
         return x
 
     return jax.lax.cond(hot.any(), all_rules, lambda x: x, logits)
@@ -166,22 +166,15 @@ def fewest(values: jax.Array, weights: jax.Array, mass: jax.Array) -> jax.Array:
     def from_(key: jax.Array) -> jax.Array:
         return values >= _of_key(key)[:, None]
 
-    # The sought value's key is in [low, high): what is from `low` on has the mass, what is from `high` on has not.
-    class Edge(NamedTuple):
-        low: jax.Array
-        high: jax.Array
-        n_low: jax.Array
-        n_high: jax.Array
-
-    def open_(edge: Edge) -> jax.Array:
+    def open_(edge: _Edge) -> jax.Array:
         return (edge.low + 1 < edge.high) & (edge.n_low - edge.n_high > 1)
 
-    def halve(edge: Edge) -> Edge:
+    def halve(edge: _Edge) -> _Edge:
         middle = (edge.low >> 1) + (edge.high >> 1) + (edge.low & edge.high & 1)  # their sum may not fit
         kept = from_(middle)
         n, enough = row_sum(kept.astype(jnp.int32)), held(kept) >= mass
         down, up = open_(edge) & enough, open_(edge) & ~enough
-        return Edge(
+        return _Edge(
             jnp.where(down, middle, edge.low),
             jnp.where(up, middle, edge.high),
             jnp.where(down, n, edge.n_low),
@@ -189,7 +182,7 @@ def fewest(values: jax.Array, weights: jax.Array, mass: jax.Array) -> jax.Array:
         )
 
     counts = jnp.full(rows, width, jnp.int32), jnp.zeros(rows, jnp.int32)
-    start = Edge(jnp.full(rows, _key(-np.inf)), jnp.full(rows, _key(np.inf)), *counts)
+    start = _Edge(jnp.full(rows, _key(-np.inf)), jnp.full(rows, _key(np.inf)), *counts)
     edge = jax.lax.while_loop(lambda edge: open_(edge).any(), halve, start)
 
     above, tied = from_(edge.high), from_(edge.low) & ~from_(edge.high)
@@ -210,6 +203,18 @@ def fewest(values: jax.Array, weights: jax.Array, mass: jax.Array) -> jax.Array:
     ends = jnp.where(several, -1, last - 1), last
     _, last = jax.lax.while_loop(lambda ends: undecided(ends).any(), halve_index, ends)
     return above | (tied & (index <= last[:, None]))
+
+
+class _Edge(NamedTuple):
+    """Where the key of the sought value is, int32 [R] each."""
+
+    low: jax.Array
+    """What is from this key on has the mass."""
+    high: jax.Array
+    """What is from this one on has not."""
+    n_low: jax.Array
+    """Entries from `low` on."""
+    n_high: jax.Array
 
 
 def _key(x: float) -> np.int32:

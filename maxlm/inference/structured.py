@@ -182,7 +182,7 @@ class _Words:
         return self._longest_first(plain.encode())
 
     def _longest_first(self, text: bytes) -> list[int]:
-        ids = []
+        ids: list[int] = []
         while text:
             n = next((n for n in range(self._longest, 0, -1) if text[:n] in self._ids), None)
             if n is None:  # llguidance then leaves what comes to the mask

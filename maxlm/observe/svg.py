@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: no script, no link, colours from the page's own style."""
+"""Charts as SVG, without script or link: lines for a page, which brings their colours, and bars as a file."""
 
 from __future__ import annotations
 
@@ -66,6 +66,56 @@ def chart(title: str, lines: Sequence[Line], *, x_label: str) -> str:
     parts.append("</svg>")
     legend = "".join(f'<span class="key {line.style}">{escape(line.label)}</span>' for line in lines)
     return f"<figure><figcaption>{escape(title)} {legend}</figcaption>{''.join(parts)}</figure>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShareBar:
+    """One share of a chart, from 0 to 1."""
+
+    label: str
+    value: float
+    low: float
+    high: float
+    """Its interval."""
+    mark: float | None = None
+    """What it is compared with, such as chance."""
+
+
+_BAR, _NAMES, _VALUES = 24, 230, 60
+_BARS_STYLE = (
+    "text{font:12px sans-serif;fill:#333}.bar{fill:#9db4d3}.interval{stroke:#1f4e9c;stroke-width:2}"
+    ".mark{stroke:#c8501e;stroke-width:2;stroke-dasharray:3 2}.grid{stroke:#ddd}"
+)
+
+
+def bars(title: str, shown: Sequence[ShareBar]) -> str:
+    """A whole SVG file: a bar for each share, with its interval as a line and its mark dashed."""
+    width, height = _WIDTH + 120, 44 + _BAR * len(shown) + 20
+    px = lambda share: _NAMES + share * (width - _NAMES - _VALUES)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">',
+        f"<title>{escape(title)}</title><style>{_BARS_STYLE}</style>",
+        f'<rect width="{width}" height="{height}" fill="white"/><text x="10" y="20">{escape(title)}</text>',
+    ]
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        x = f"{px(share):.1f}"
+        parts.append(f'<line class="grid" x1="{x}" x2="{x}" y1="32" y2="{height - 20}"/>')
+        parts.append(f'<text x="{x}" y="{height - 6}" text-anchor="middle">{share:g}</text>')
+    for i, one in enumerate(shown):
+        y = 36 + _BAR * i
+        middle, end = f"{y + _BAR / 2 - 2:.1f}", _BAR - 8
+        parts.append(f'<text x="{_NAMES - 8}" y="{y + 14}" text-anchor="end">{escape(one.label)}</text>')
+        parts.append(
+            f'<rect class="bar" x="{px(0):.1f}" y="{y + 2}" width="{px(one.value) - px(0):.1f}" height="{end}"/>'
+        )
+        parts.append(
+            f'<line class="interval" x1="{px(one.low):.1f}" x2="{px(one.high):.1f}" y1="{middle}" y2="{middle}"/>'
+        )
+        if one.mark is not None:
+            x = f"{px(one.mark):.1f}"
+            parts.append(f'<line class="mark" x1="{x}" x2="{x}" y1="{y}" y2="{y + end + 4}"/>')
+        parts.append(f'<text x="{px(1) + 10:.1f}" y="{y + 14}">{one.value:.3f}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
 
 
 def _ticks(low: float, high: float) -> list[float]:

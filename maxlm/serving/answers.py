@@ -31,7 +31,7 @@ class _Places:
         return at
 
 
-class Answer(abc.ABC):
+class Reply(abc.ABC):
     """What becomes of a job's texts. One for each request of a client."""
 
     prefix: str
@@ -71,7 +71,7 @@ class Answer(abc.ABC):
     def _choice(self, i: int, text: Text) -> dict[str, Any]: ...
 
 
-class CompletionAnswer(Answer):
+class CompletionReply(Reply):
     """Of /v1/completions."""
 
     prefix, kind = "cmpl", "text_completion"
@@ -127,7 +127,7 @@ class CompletionAnswer(Answer):
         }
 
 
-class ChatAnswer(Answer):
+class ChatReply(Reply):
     """Of /v1/chat/completions."""
 
     prefix = "chatcmpl"

@@ -113,10 +113,6 @@ def _requests(
 ) -> list[Request]:
     found, sampling = [], _sampling(asked)
     grammar = None if schema is None else JsonSchema(json.dumps(schema, ensure_ascii=False))
-    if grammar is not None:
-        if served.check is None:
-            raise ApiError(400, "this server cannot keep answers to a JSON schema", param="response_format")
-        served.check(grammar)
     for number, ids in enumerate(prompts):
         left = served.max_length - len(ids)
         if left < 1 or (said and wanted > left):
@@ -137,6 +133,7 @@ def _requests(
                     grammar=grammar,
                 )
             )
+        served.check(found[-1])
     return found
 
 

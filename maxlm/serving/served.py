@@ -11,7 +11,6 @@ from maxlm.data.chat import ChatTemplate
 from maxlm.data.text_ends import TextEnds
 from maxlm.data.tokenizers import Tokenizer
 from maxlm.inference.request import Delta, Request
-from maxlm.inference.structured import Grammar
 from maxlm.serving.token_names import TokenNames
 
 
@@ -64,8 +63,9 @@ class Served:
     created: int
     """Seconds since 1970."""
     chat: ChatTemplate | None = None
-    check: Callable[[Grammar], None] | None = None
-    """Raises UserError where the engine cannot hold an answer to a grammar; None: to none."""
+    check: Callable[[Request], None] = lambda request: None
+    """Raises UserError for what the engine would refuse. It takes the time that a grammar takes to compile, which the
+    engine's thread, where all others would wait, then does not."""
     embed: Callable[[list[list[int]], str], list[list[float]]] | None = None
     """Texts as vectors of unit length; the second is `mean` or `last`. From any thread."""
 
