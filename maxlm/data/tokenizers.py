@@ -114,23 +114,6 @@ class Tokenizer(abc.ABC):
             UserError: that depends on the ids around it.
         """
 
-    def spelling(self, i: int) -> bytes:
-        """What an id adds to a text that has begun, which may be part of a character; of a special id its name; of
-        what is no id, nothing."""
-        if not 0 <= i < self.vocab_size:
-            return b""
-        if (found := self._spellings[i]) is not None:
-            return found
-        special = {number: name for name, number in self.specials.items()}
-        return (special.get(i) or self.name_of(i) or "").encode()
-
-    @functools.cached_property
-    def _spellings(self) -> list[bytes | None]:
-        try:
-            return self.token_bytes()
-        except UserError:  # names are then the best there is
-            return [None] * self.vocab_size
-
     def document_ids(self, ids: list[int]) -> list[int]:
         """`ids` between bos (where there is one) and eos, as in the training data."""
         return [*([] if self.bos_id is None else [self.bos_id]), *ids, self.eos_id]
@@ -271,7 +254,6 @@ class HuggingFace(Tokenizer):
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         special = {token.content: i for i, token in self._model.get_added_tokens_decoder().items() if token.special}
         self._specials = special
-        self._added = frozenset(self._model.get_added_tokens_decoder())
         known = special, vocabulary
         usual_eos, usual_bos = _first_known(_EOS_NAMES, *known), _first_known(_BOS_NAMES, *known)
         said_eos, said_bos = _beside(path)
