@@ -41,7 +41,7 @@ from maxlm.inference.engine import Engine
 from maxlm.inference.load import LoadedRun
 from maxlm.inference.request import Request
 from maxlm.inference.sampling import LogProbs
-from maxlm.inference.step import Drawn, Rows
+from maxlm.inference.step import Drawn, StepRows
 from maxlm.models import init_parameters
 from maxlm.sharding import make_layout
 
@@ -103,7 +103,7 @@ class AtOnce:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._programs, name)
 
-    def run(self, width: int, rows: Rows, n_steps: int) -> Drawn:
+    def run(self, width: int, rows: StepRows, n_steps: int) -> Drawn:
         shape = (8, len(rows.scored))
         zeros = np.zeros(shape, np.int32)
         scores = LogProbs(
