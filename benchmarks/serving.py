@@ -97,25 +97,23 @@ def prefix(engine: Engine) -> float:
 class AtOnce:
     """In place of the device: it answers at once."""
 
-    def __init__(self, programs: Any) -> None:
-        self._programs = programs
+    def __init__(self, programs: Any, config: EngineConfig) -> None:
+        self._programs, self.config = programs, config
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._programs, name)
 
     def run(self, width: int, rows: StepRows, n_steps: int) -> Drawn:
-        shape = (8, len(rows.scored))
-        zeros = np.zeros(shape, np.int32)
-        scores = LogProbs(
-            np.zeros(shape, np.float32), np.zeros((*shape, 20), np.int32), np.zeros((*shape, 20), np.float32)
-        )
-        return Drawn(zeros, scores, np.zeros(shape, bool))
+        n = self.config.decode_steps, len(rows.scored)
+        numbers: Any = np.zeros((*n, 20), np.float32)
+        ids: Any = numbers.astype(np.int32)
+        return Drawn(ids[..., 0], LogProbs(numbers[..., 0], ids, numbers), ids[..., 0].astype(bool))
 
 
 def host(engine: Engine) -> float:
     """Milliseconds of Python for a launched step of all slots."""
     programs = engine._programs
-    engine._programs = AtOnce(programs)  # type: ignore[assignment]
+    engine._programs = AtOnce(programs, engine.config)  # type: ignore[assignment]
     rng, before = np.random.default_rng(0), engine.stats.steps
     turns = 0
     for _ in range(SLOTS):
