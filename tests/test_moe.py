@@ -44,7 +44,7 @@ from maxlm.config import (
     UserError,
     WeightFormat,
 )
-from maxlm.inference.generator import _held
+from maxlm.inference.held import held
 from maxlm.inference.steps import decode_logits, prefill_logits
 from maxlm.models import Decoder, Execution, Tokens, bind, init_parameters
 from maxlm.models.moe import ExpertsLayer, RouterStats, balance_biases, sigmoid_routing, top_k_routing
@@ -519,7 +519,7 @@ def test_generation_keeps_routers_in_float32() -> None:
     block = dataclasses.replace(small_model().blocks[0], mlp=CASES["noisy-dropless"])
     model = small_model(blocks=(block,))
     parameters = initial_parameters(model)
-    mlp = _held(parameters, model, Execution(one_device()), WeightFormat.DTYPE)["blocks"]["0"]["mlp"]
+    mlp = held(parameters, model, Execution(one_device()), WeightFormat.DTYPE)["blocks"]["0"]["mlp"]
     assert mlp["router"].dtype == mlp["router_noise"].dtype == jnp.float32
     assert mlp["gate_proj"].dtype == jnp.bfloat16
 

@@ -29,7 +29,7 @@ from maxlm.inference.generator import Generator
 from maxlm.inference.load import LoadedRun
 from maxlm.inference.steps import decode_logits, prefill_logits
 from maxlm.models import Unembedding, bind, ops
-from maxlm.models.linear import Int8
+from maxlm.models.weights.by_channel import Int8
 from maxlm.sharding import make_layout
 
 RNG = np.random.default_rng(0)

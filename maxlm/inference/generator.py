@@ -16,11 +16,10 @@ import numpy as np
 from maxlm.config import ModelConfig, SamplingConfig, UserError, WeightFormat
 from maxlm.config.fields import Positive, Seed, require
 from maxlm.data.text_ends import TextEnds
+from maxlm.inference.held import held
 from maxlm.inference.steps import Choice, DecodeState, decode_chunk, prefill_logits, row_keys
 from maxlm.inference.text_stream import TextStream
-from maxlm.models import Execution, bind, declared, parameter_dims
-from maxlm.models.linear import Int8, Weight
-from maxlm.shapes import Array
+from maxlm.models import Execution, bind
 from maxlm.sharding import decoding_layout
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ class Generator:
 
         Args:
             run: what to continue prompts with.
-            weights: the format in which they are held.
+            weights: the format in which they are held, where the run has plain ones.
             chunk: tokens decoded between two looks from outside. It changes how text streams, never the text.
 
         Raises:
@@ -83,7 +82,7 @@ class Generator:
             )
         self._layout = decoding_layout(run.layout, self._config.d_model)
         self._how = Execution.of(run.config, run.layout).decoding(self._layout)
-        self._parameters = _held(run.parameters, self._config, self._how, weights)
+        self._parameters = held(run.parameters, self._config, self._how, weights)
         if self._layout.on_cpu:
             self._config, self._parameters = layers_apart(self._config, self._parameters)
         self._programs: dict[Any, jax.stages.Compiled] = {}
@@ -286,25 +285,6 @@ def layers_apart(config: ModelConfig, parameters: Any) -> tuple[ModelConfig, Any
         return {**parameters, "blocks": {str(i): layer(i) for i in range(entries * config.repeats)}}
 
     return dataclasses.replace(config, blocks=config.blocks * config.repeats), jax.jit(apart)(parameters)
-
-
-def _held(parameters: Any, config: ModelConfig, how: Execution, weights: WeightFormat) -> Any:
-    """The parameters as decoding holds them, on the mesh of `how`."""
-    layout, arrays = how.layout, declared(config)
-    in_8_bits = lambda array: weights is WeightFormat.INT8 and bool(array.inputs)
-
-    def held(x: jax.Array, array: Array) -> Weight:
-        if in_8_bits(array):
-            return Int8.of(x, tuple(array.dims.index(dim) for dim in array.inputs))
-        return x.astype(how.dtype) if array.role.casts else x
-
-    def place(array: Array) -> Any:
-        sharding: Any = lambda dims: layout.sharding(layout.parameter(dims))
-        scale_dims = [None if dim in array.inputs else dim for dim in array.dims]
-        return Int8(sharding(array.dims), sharding(scale_dims)) if in_8_bits(array) else sharding(array.dims)
-
-    hold = jax.jit(lambda values: jax.tree.map(held, values, arrays), out_shardings=jax.tree.map(place, arrays))
-    return hold(jax.device_put(parameters, layout.shardings(parameter_dims(config))))
 
 
 def _bucket(length: int, limit: int) -> int:

@@ -18,7 +18,6 @@ from maxlm.models import ops
 from maxlm.models.block import Block
 from maxlm.models.execution import Execution
 from maxlm.models.kv_cache import Cache, LayerCache, empty_cache
-from maxlm.models.linear import Weight
 from maxlm.models.moe import RouterStats
 from maxlm.models.norms import NormLayer
 from maxlm.models.parameters import Initializer
@@ -26,6 +25,7 @@ from maxlm.models.pipeline import pipelined
 from maxlm.models.positions import sinusoids
 from maxlm.models.tokens import Tokens
 from maxlm.models.unembedding import Unembedding
+from maxlm.models.weights.kinds import Weight
 from maxlm.sharding import Layout
 
 
