@@ -123,7 +123,8 @@ def with_kinds(config: ModelConfig, kinds: Mapping[str, str], stored: Mapping[st
         if array.name not in kinds:
             return leaf
         kind: Any = KINDS[kinds[array.name]]
-        arrays: dict[str, Any] = {field.name: stored.get(f"{array.name}/{field.name}") for field in dataclasses.fields(kind)}
+        names = [field.name for field in dataclasses.fields(kind)]
+        arrays: dict[str, Any] = {name: stored.get(f"{array.name}/{name}") for name in names}
         if kind is Grouped:
             arrays["axis"] = axis_of(array)
         if kind is NormalFloat4:

@@ -1,7 +1,7 @@
 """A plain weight that tells what it was multiplied with, for methods that choose a quantised one by that.
 
-What it tells comes back as a gradient: the gradient of `SeenInputs` is not that of any loss, but what the activations were.
-So it goes through jit, loops and meshes as gradients do, and the model's code knows nothing of it:
+What it tells comes back as a gradient: the gradient of `SeenInputs` is not that of any loss, but what the activations
+were. So it goes through jit, loops and meshes as gradients do, and the model's code knows nothing of it:
 
     y, pull = jax.vjp(lambda seen: block(with_watched_weights(seen)), zeros)
     (seen,) = pull(jnp.ones_like(y))
