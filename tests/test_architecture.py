@@ -33,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": {"config", "sharding", "models", "observe", "data", "training", "inference"},
     "recipes": {"config", "sharding", "data", "training", "inference", "evaluation", "observe", "processes", "hub"},
     "hub": {"config", "shapes", "sharding", "models", "checkpoint", "data", "inference"},
+    "quantization": {"config", "shapes", "sharding", "models", "data", "inference", "hub"},
     "launching": {"config", "hardware"},
     "processes": {"config", "surroundings"},
     "compile_cache": {"surroundings"},
@@ -50,6 +51,7 @@ COMMANDS = {
         "evaluate",
         "inspect",
         "launch",
+        "quantize",
         "data/__main__",
         "plan/__main__",
     )

@@ -30,6 +30,7 @@ from maxlm.hub.published import Published
 from maxlm.inference.language_model import LanguageModel
 from maxlm.inference.load import ONE_DEVICE, deferred_run, layout_for, load_run
 from maxlm.models import abstract_parameters, declared
+from maxlm.models.weights.holding import QUANTISED, kinds_of
 
 _SETTLE_S = 2.0
 """tensorstore, which writes checkpoints, tries again for a moment after a full disk, and makes folders anew."""
@@ -137,8 +138,13 @@ def write_published(opened: Opened, folder: Path, dtype: str | None) -> None:
     )
 
 
-def write_run(opened: Opened, folder: Path) -> None:
+def write_run(opened: Opened, folder: Path, *, parameters: Any = None) -> None:
     """A run folder with one checkpoint, without an optimizer: to be asked, exported, or started from.
+
+    Args:
+        opened: the model.
+        folder: new.
+        parameters: in place of its own, with `Weight`s of fewer bits among them. What those are, the checkpoint says.
 
     Raises:
         UserError: there is no tokenizer, something is at `folder`, or it cannot be written.
@@ -158,8 +164,11 @@ def write_run(opened: Opened, folder: Path) -> None:
             "config": serialize.to_dict(config),
             "data": {"next_batch": 0, "fingerprint": "none: not trained here"},
         }
+        if parameters is not None:
+            meta[QUANTISED] = kinds_of(opened.model, parameters)
         with Checkpointer(place / "checkpoints", CheckpointConfig()) as checkpointer:
-            checkpointer.save(opened.step, params=_deferred(opened), optimizer={}, meta=meta)
+            params = _deferred(opened) if parameters is None else parameters
+            checkpointer.save(opened.step, params=params, optimizer={}, meta=meta)
 
 
 def _layers(array: shapes.Array) -> Iterable[int | None]:

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
@@ -37,6 +39,7 @@ from maxlm.hub.weights import PublishedWeights
 from maxlm.inference.language_model import LanguageModel
 from maxlm.inference.load import ONE_DEVICE, LoadedRun, layout_for
 from maxlm.models import abstract_parameters
+from maxlm.models.weights.kinds import Quantised
 
 
 class PublishedModel(NamedTuple):
@@ -194,12 +197,14 @@ def number_format(name: str) -> np.dtype[Any]:
 
 
 def pieces_of(parameters: Any) -> Pieces:
-    """From the tree of parameters, which may be `Deferred`: then those that the last tensor had parts of are kept."""
+    """From the tree of parameters, which may be `Deferred`: then those that the last tensor had parts of are kept. Of
+    quantised ones, the numbers that they stand for."""
     kept: dict[str, Any] = {}
 
     def read(name: str) -> Any:
         node = functools.reduce(lambda place, key: place[key], name.split("/"), parameters)
-        return node.read() if isinstance(node, Deferred) else node
+        node = jax.tree.map(lambda leaf: leaf.read() if isinstance(leaf, Deferred) else leaf, node)
+        return jax.tree.map(jnp.asarray, node).dense(jnp.float32) if isinstance(node, Quantised) else node
 
     def pieces(parts: Sequence[Piece]) -> list[npt.NDArray[Any]]:
         names = {part.array.name for part in parts}

@@ -189,6 +189,29 @@ def bind(config: ModelConfig, parameters: Any) -> Decoder:
     return nnx.merge(_structure(config), parameters)
 
 
+@functools.cache
+def _block_structure(config: ModelConfig, block: BlockConfig) -> Any:
+    """A layer without its arrays."""
+    return nnx.split(nnx.eval_shape(lambda: Block(block, config, Initializer(jax.random.key(0)))))[0]
+
+
+def run_block(
+    config: ModelConfig, block: BlockConfig, parameters: Any, x: jax.Array, tokens: Tokens, how: Execution
+) -> jax.Array:
+    """One layer by itself, without a cache: [B, T, D] -> [B, T, D].
+
+    Args:
+        config: the model that it is of.
+        block: one of `config.layers`.
+        parameters: nested dicts of its arrays, not stacked.
+        x: what goes in.
+        tokens: what is known of them.
+        how: it runs.
+    """
+    layer = nnx.merge(_block_structure(config, block), parameters)
+    return layer(x, tokens, how, None, jnp.int32(0), None)[0]
+
+
 def init_parameters(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     """Initial parameters as nested dicts of float32 arrays; the same for a key on every mesh."""
     return nnx.to_pure_dict(nnx.split(Decoder(config, key))[1])

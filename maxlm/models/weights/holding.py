@@ -20,6 +20,10 @@ from maxlm.sharding import Layout
 GROUP = 128
 """Numbers of 4 bits that share a scale, where nobody says else."""
 
+QUANTISED = "weights"
+"""Where a checkpoint's `meta` says of which kinds its arrays are, as `kinds_of` gives them; nothing where all are
+plain."""
+
 KINDS: dict[str, type[Quantised]] = {
     "int8": Int8,
     "w8a8": Int8Activations,
@@ -84,8 +88,8 @@ def shardings(layout: Layout, config: ModelConfig, parameters: Any) -> Any:
     whole where that does not divide it, as the number of groups."""
 
     def fitting(leaf: Any, names: tuple[str | None, ...]) -> jax.NamedSharding:
-        cut = layout.local_shape(leaf.shape, layout.parameter(names))
-        whole = [size % here or size // here * here != size for size, here in zip(leaf.shape, cut, strict=True)]
+        parts = layout.local_shape([layout.mesh.size] * len(names), layout.parameter(names))
+        whole = [size * part % layout.mesh.size for size, part in zip(leaf.shape, parts, strict=True)]
         return layout.sharding(layout.parameter([None if no else n for no, n in zip(whole, names, strict=True)]))
 
     def place(array: shapes.Array, weight: Weight) -> Any:
@@ -114,7 +118,7 @@ def with_kinds(config: ModelConfig, kinds: Mapping[str, str], stored: Mapping[st
 
     Args:
         config: the model.
-        kinds: as of `kinds_of`.
+        kinds: as of `kinds_of`, all of them in KINDS.
         stored: the arrays that those consist of, or what is known of them, as `blocks/0/mlp/up_proj/values`.
         parameters: the others are taken from it.
     """
