@@ -62,7 +62,7 @@ class QuantizeOptions:
             )
         if self.data is None and self.method.calibrated:
             raise UserError(
-                f"--method {self.method.value} looks at text; name some with --data, prepared by maxlm.data"
+                f"--method {self.method.value} looks at text; name some, prepared by maxlm.data: --data DIR"
             )
 
 
@@ -112,7 +112,8 @@ def main(argv: list[str]) -> None:
     else:
         converting.write_run(opened, out, parameters=parameters)
         (out / NAME).write_text(json.dumps(to_json(rows, said), indent=1) + "\n")
-    console().print(as_table(rows))
+    wide = {} if sys.stdout.isatty() else {"width": 130}
+    console(**wide).print(as_table(rows))
     print(f"{out} is written")
 
 

@@ -19,7 +19,7 @@ from maxlm.checkpoint.store import named_leaves
 from maxlm.config import ShardingConfig, WeightFormat
 from maxlm.models import declared, init_parameters, ops
 from maxlm.models.weights.by_channel import Float8, Int8Activations, Int8Outliers
-from maxlm.models.weights.by_group import Grouped, group_of
+from maxlm.models.weights.by_group import ByGroup, group_of
 from maxlm.models.weights.holding import GROUP, format_of, kinds_of, quantised, shardings, with_kinds
 from maxlm.models.weights.kinds import Quantised, Weight
 from maxlm.models.weights.normal_float import LEVELS, NormalFloat4, dynamic_map
@@ -36,7 +36,7 @@ def draw(seed: int, size: float, *shape: int) -> np.ndarray:
     return (w * size).astype(np.float32)
 
 
-def by_hand(held: Grouped) -> np.ndarray:
+def by_hand(held: ByGroup) -> np.ndarray:
     """float64, from the bytes: of a group, the first half lies in the low bits."""
     values, scales = np.asarray(held.values), np.asarray(held.scales, np.float64)
     at, groups = values.ndim + held.axis, scales.shape[held.axis]
@@ -58,7 +58,7 @@ def by_hand(held: Grouped) -> np.ndarray:
 def test_no_number_in_4_bits_is_off_by_more_than_its_scale_allows(seed: int, size: float, symmetric: bool) -> None:
     w = draw(seed, size, 3, 32, 5)
     w[1, :16] = 0
-    held = Grouped.of(jnp.asarray(w), -2, 16, symmetric=symmetric)
+    held = ByGroup.of(jnp.asarray(w), -2, 16, symmetric=symmetric)
     scales = np.repeat(np.asarray(held.scales, np.float64), 16, 1)
     exact = by_hand(held)
     assert held.shape == w.shape and held.group == 16 and held.values.nbytes == w.size // 2
@@ -134,8 +134,8 @@ def test_products_with_every_kind() -> None:
         "fp8": Float8.of(jnp.asarray(w), ids),
         "w8a8": Int8Activations.of(jnp.asarray(w), ids),
         "outliers": Int8Outliers.of(jnp.asarray(w), ids),
-        "int4": Grouped.of(jnp.asarray(w), -2, 32),
-        "affine": Grouped.of(jnp.asarray(w), -2, 32, symmetric=False),
+        "int4": ByGroup.of(jnp.asarray(w), -2, 32),
+        "affine": ByGroup.of(jnp.asarray(w), -2, 32, symmetric=False),
         "nf4": NormalFloat4.of(jnp.asarray(w), 2, 1),
         "watched": Watched(jnp.asarray(w), SeenInputs.none(N * H)),
     }
@@ -159,7 +159,7 @@ def test_a_weight_is_the_same_in_a_loop_over_layers() -> None:
     w, x = draw(2, 0.05, L, D, F), RNG.normal(size=(1, 2, D)).astype(np.float32)
     arrays = [
         Int8Outliers.of(jnp.asarray(w), (1,)),
-        Grouped.of(jnp.asarray(w), -2, 16),
+        ByGroup.of(jnp.asarray(w), -2, 16),
         NormalFloat4.of(jnp.asarray(w), 1, 1),
     ]
 

@@ -176,8 +176,8 @@ def _arrays(model: ModelConfig, layout: Layout, record: Record) -> Any:
     plain, kinds = abstract_parameters(model, layout), record.meta.get(QUANTISED, {})
     if unknown := [kind for kind in kinds.values() if kind not in KINDS]:
         raise UserError(
-            f"the checkpoint has weights of the kind {unknown[0]!r}, this version of maxlm knows {', '.join(KINDS)}; use "
-            "the version that wrote it"
+            f"the checkpoint has weights of the kind {unknown[0]!r}, this version of maxlm knows {', '.join(KINDS)}; "
+            "use the version that wrote it"
         )
     stored = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (dtype, shape) in record.items["params"].items()}
     tree = with_kinds(model, kinds, stored, plain)

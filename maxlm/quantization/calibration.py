@@ -21,15 +21,15 @@ from maxlm.data.packing import Batch
 from maxlm.models import Execution, Tokens, bind
 from maxlm.models.decoder import run_block
 from maxlm.models.weights.watched import SeenInputs, Watched
-from maxlm.quantization.folding import Arrays
+from maxlm.quantization.folding import LayerArrays
 
-Change = Callable[[int, BlockConfig, Arrays, Mapping[str, SeenInputs]], Arrays]
+LayerChange = Callable[[int, BlockConfig, LayerArrays, Mapping[str, SeenInputs]], LayerArrays]
 """The layer's number and config, its plain arrays and what its products saw -> its arrays, some of them `Weight`s. The
 layers after it see what it gives."""
 
 
 def layer_by_layer(
-    model: ModelConfig, how: Execution, parameters: Any, batches: Sequence[Batch], change: Change
+    model: ModelConfig, how: Execution, parameters: Any, batches: Sequence[Batch], change: LayerChange
 ) -> dict[str, Any]:
     """The parameters with every layer changed; what is outside of the layers is left alone.
 
@@ -40,11 +40,10 @@ def layer_by_layer(
         batches: windows of text, as of `maxlm.data.packing.pack`.
         change: of each layer.
     """
-    known = [
-        (Tokens(jnp.asarray(b["positions"]), jnp.asarray(b["segment_ids"])), jnp.asarray(b["inputs"])) for b in batches
-    ]
+    known = [Tokens(jnp.asarray(batch["positions"]), jnp.asarray(batch["segment_ids"])) for batch in batches]
     embed = jax.jit(lambda parameters, ids, tokens: bind(model, parameters).embeddings(ids, tokens, how))
-    states = [np.asarray(embed(parameters, ids, tokens)) for tokens, ids in known]
+    ids = [batch["inputs"] for batch in batches]
+    states = [np.asarray(embed(parameters, *one)) for one in zip(ids, known, strict=True)]
     changed: list[Any] = []
     for number, block in enumerate(model.layers):
         layer = flat(_layer(model, parameters, number))
@@ -52,9 +51,7 @@ def layer_by_layer(
         for x, tokens in zip(states, known, strict=True):
             watched = _see(model, block, how, layer, watched, x, tokens)
         new = nested(change(number, block, layer, watched))
-        states = [
-            np.asarray(_run(model, block, how, new, x, tokens)) for x, (tokens, _) in zip(states, known, strict=True)
-        ]
+        states = [np.asarray(_run(model, block, how, new, *one)) for one in zip(states, known, strict=True)]
         changed.append(new)
     return _with_layers(model, parameters, changed)
 
@@ -120,7 +117,7 @@ def flat(layer: Any, before: str = "") -> dict[str, Any]:
     return found
 
 
-def nested(layer: Arrays) -> dict[str, Any]:
+def nested(layer: LayerArrays) -> dict[str, Any]:
     """What `flat` was given."""
     tree: dict[str, Any] = {}
     for path, value in layer.items():

@@ -22,7 +22,7 @@ _RESAMPLES = 2000
 _SEED = 0
 
 
-class Interval(NamedTuple):
+class Bounds(NamedTuple):
     """A figure, and where it lies with 95 % over windows of text such as these."""
 
     value: float
@@ -34,16 +34,16 @@ class Interval(NamedTuple):
 class Fidelity:
     """On held-out text."""
 
-    perplexity: Interval
-    change: Interval
+    perplexity: Bounds
+    change: Bounds
     """Of the perplexity, relative to the full model's on the same windows: 0.01 is 1 % more."""
-    divergence: Interval
+    divergence: Bounds
     """KL(full || quantised), nats a token."""
     tokens: int
     """Tokens predicted."""
 
 
-class Sums(NamedTuple):
+class WindowSums(NamedTuple):
     """Of each window, float64 [n]."""
 
     nats: npt.NDArray[np.float64]
@@ -53,7 +53,7 @@ class Sums(NamedTuple):
     tokens: npt.NDArray[np.float64]
 
 
-def measure(model: ModelConfig, how: Execution, full: Any, held: Any, windows: Sequence[Batch]) -> Sums:
+def measure(model: ModelConfig, how: Execution, full: Any, held: Any, windows: Sequence[Batch]) -> WindowSums:
     """Both models on every window, one program for both, so that logits of one window alone are in memory.
 
     Args:
@@ -73,7 +73,7 @@ def measure(model: ModelConfig, how: Execution, full: Any, held: Any, windows: S
         return tuple(jnp.sum(one * mask, -1) for one in (target(found), target(exact), divergence, jnp.ones_like(mask)))
 
     rows = [[np.asarray(one, np.float64) for one in program(full, held, _arrays(window))] for window in windows]
-    return Sums(*(np.concatenate(column) for column in zip(*rows, strict=True)))
+    return WindowSums(*(np.concatenate(column) for column in zip(*rows, strict=True)))
 
 
 def _arrays(window: Batch) -> dict[str, jax.Array]:
@@ -87,9 +87,9 @@ def _log_probs(model: ModelConfig, how: Execution, parameters: Any, batch: dict[
     return jax.nn.log_softmax(ops.logits(output.hidden, decoder.unembedding), -1)
 
 
-def fidelity(sums: Sums) -> Fidelity:
+def fidelity(sums: WindowSums) -> Fidelity:
     """The figures, with intervals from windows drawn anew, 2000 times (percentile bootstrap, Efron 1979)."""
-    over = lambda of: Interval(*_bootstrap(sums, of))
+    over = lambda of: Bounds(*_bootstrap(sums, of))
     mean = lambda values: values.sum(-1)
     return Fidelity(
         perplexity=over(lambda s: np.exp(mean(s.nats) / mean(s.tokens))),
@@ -99,10 +99,10 @@ def fidelity(sums: Sums) -> Fidelity:
     )
 
 
-def _bootstrap(sums: Sums, of: Callable[[Sums], npt.NDArray[np.float64]]) -> tuple[float, float, float]:
+def _bootstrap(sums: WindowSums, of: Callable[[WindowSums], npt.NDArray[np.float64]]) -> tuple[float, float, float]:
     n = len(sums.tokens)
     drawn = np.random.default_rng(_SEED).integers(0, n, (_RESAMPLES, n))
-    found = of(Sums(*(column[drawn] for column in sums)))
+    found = of(WindowSums(*(column[drawn] for column in sums)))
     low, high = np.quantile(found, [0.025, 0.975])
     return float(of(sums)), float(low), float(high)
 

@@ -28,7 +28,7 @@ from maxlm.config import (
 from maxlm.models.weights.watched import SeenInputs
 from maxlm.shapes import Array
 
-Arrays = Mapping[str, Any]
+LayerArrays = Mapping[str, Any]
 """Of one layer, by names such as `attention/q_proj`."""
 
 
@@ -79,7 +79,12 @@ def shared_by_heads(fold: Fold, values: jax.Array, declared: Mapping[str, Array]
 
 
 def folded(
-    fold: Fold, s: jax.Array, layer: Arrays, seen: Mapping[str, SeenInputs], declared: Mapping[str, Array], norm: Any
+    fold: Fold,
+    s: jax.Array,
+    layer: LayerArrays,
+    seen: Mapping[str, SeenInputs],
+    declared: Mapping[str, Array],
+    norm: Any,
 ) -> tuple[dict[str, Any], dict[str, SeenInputs]]:
     """The layer with the inputs of the targets divided by s [I], and what those see then.
 

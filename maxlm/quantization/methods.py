@@ -14,12 +14,12 @@ from maxlm import shapes
 from maxlm.config import BlockConfig, ModelConfig, QuantMethod, WeightFormat
 from maxlm.data.packing import Batch
 from maxlm.models import Execution, declared
-from maxlm.models.weights.by_group import Grouped, grids, group_of, packed
+from maxlm.models.weights.by_group import ByGroup, grids, group_of, packed
 from maxlm.models.weights.holding import axis_of, quantised
 from maxlm.models.weights.kinds import Weight
 from maxlm.models.weights.watched import SeenInputs
 from maxlm.quantization.calibration import layer_by_layer
-from maxlm.quantization.folding import Arrays, folded, folds, shared_by_heads
+from maxlm.quantization.folding import LayerArrays, folded, folds, shared_by_heads
 from maxlm.quantization.gptq import gptq
 from maxlm.quantization.scale_search import awq_scales, smoothing_scales, squared_error
 from maxlm.shapes import Array
@@ -97,10 +97,10 @@ def _changed(
     errors: dict[str, list[float]],
     number: int,
     block: BlockConfig,
-    layer: Arrays,
+    layer: LayerArrays,
     seen: Mapping[str, SeenInputs],
-) -> Arrays:
-    """A `calibration.Change`."""
+) -> LayerArrays:
+    """A `calibration.LayerChange`."""
     arrays = {array.name: array for array in shapes.block(block, model)}
     if method is not QuantMethod.GPTQ:
         layer, seen = _scaled(model, block, method, group, layer, seen, arrays)
@@ -128,10 +128,10 @@ def _scaled(
     block: BlockConfig,
     method: QuantMethod,
     group: int,
-    layer: Arrays,
+    layer: LayerArrays,
     seen: Mapping[str, SeenInputs],
     arrays: Mapping[str, Array],
-) -> tuple[Arrays, Mapping[str, SeenInputs]]:
+) -> tuple[LayerArrays, Mapping[str, SeenInputs]]:
     """With the scales of AWQ or SmoothQuant; the latter has them where a norm makes the inputs."""
     for fold in folds(block, model):
         targets = tuple(arrays[name] for name in fold.targets)
@@ -149,7 +149,7 @@ def _scaled(
 _awq = jax.jit(awq_scales, static_argnums=(3, 4))
 
 
-def _by_gptq(w: jax.Array, array: Array, seen: SeenInputs, group: int) -> Grouped:
+def _by_gptq(w: jax.Array, array: Array, seen: SeenInputs, group: int) -> ByGroup:
     inputs, n = seen.gram.shape[0], len(array.inputs)
     scales, _ = grids(w.reshape(inputs, -1), -2, group, symmetric=True)
     wide = np.repeat(np.asarray(scales, np.float64), group, 0)

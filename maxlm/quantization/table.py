@@ -9,14 +9,14 @@ from typing import Any
 
 from rich.table import Table
 
-from maxlm.quantization.comparing import Fidelity, Interval
+from maxlm.quantization.comparing import Bounds, Fidelity
 
 NAME = "quantization.json"
 """The file beside what was written."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
+class MethodRow:
     """Of one method."""
 
     method: str
@@ -37,18 +37,18 @@ class Row:
     """That the method took."""
 
 
-def to_json(rows: Sequence[Row], said: dict[str, Any]) -> dict[str, Any]:
+def to_json(rows: Sequence[MethodRow], said: dict[str, Any]) -> dict[str, Any]:
     """`said`: what else is to be known."""
     return {**said, "methods": [_plain(dataclasses.asdict(row)) for row in rows]}
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Interval):
+    if isinstance(value, Bounds):
         return value._asdict()
     return {key: _plain(one) for key, one in value.items()} if isinstance(value, dict) else value
 
 
-def as_table(rows: Sequence[Row]) -> Table:
+def as_table(rows: Sequence[MethodRow]) -> Table:
     """One row a method."""
     table = Table(title=None)
     for name in ("method", "MB", "bits", "error", "perplexity", "change", "KL, nats", "tokens/s", "s"):
@@ -68,12 +68,11 @@ def as_table(rows: Sequence[Row]) -> Table:
             f"{row.seconds:.1f}" if errors else "",
         )
     table.caption = (
-        "MB: of weights; bits: for each number of products and tables; error: median over arrays of the relative error "
-        "of weights (*: of products on calibration text); in brackets: 95 % over windows; s: the method itself"
+        "MB: of weights. bits: for each number of products and tables. error: median over arrays of the relative error "
+        "of weights (*: of products on calibration text). +-: half of what holds 95 % over windows. s: the method itself."
     )
     return table
 
 
-def _interval(one: Interval, factor: float, form: str) -> str:
-    value, low, high = (format(factor * x, form) for x in one)
-    return f"{value} [{low}, {high}]"
+def _interval(one: Bounds, factor: float, form: str) -> str:
+    return f"{factor * one.value:{form}} +-{factor * (one.high - one.low) / 2:{form.lstrip('+')}}"

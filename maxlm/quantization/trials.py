@@ -20,7 +20,7 @@ from maxlm.models import Execution
 from maxlm.models.weights.holding import kinds_of
 from maxlm.quantization.comparing import bytes_of, fidelity, measure
 from maxlm.quantization.methods import Quantisation, quantise
-from maxlm.quantization.table import Row
+from maxlm.quantization.table import MethodRow
 from maxlm.sharding import decoding_layout
 
 
@@ -90,11 +90,11 @@ class Trials:
         here = decoding_layout(self._layout, opened.model.d_model)
         self._how = Execution.of(opened.config, self._layout).decoding(here)
 
-    def as_it_was(self) -> Row:
+    def as_it_was(self) -> MethodRow:
         """The row of the full model."""
         return self._row("full", Quantisation(self.full, {}), of_products=False, seconds=0.0)
 
-    def trial(self, method: QuantMethod) -> tuple[Row, Any]:
+    def trial(self, method: QuantMethod) -> tuple[MethodRow, Any]:
         """Its row, and its parameters.
 
         Raises:
@@ -109,12 +109,12 @@ class Trials:
         seconds = time.perf_counter() - begin
         return self._row(method.value, made, of_products=method.calibrated, seconds=seconds), made.parameters
 
-    def _row(self, method: str, made: Quantisation, *, of_products: bool, seconds: float) -> Row:
+    def _row(self, method: str, made: Quantisation, *, of_products: bool, seconds: float) -> MethodRow:
         n_bytes, bits = bytes_of(self._opened.model, made.parameters, self._how.dtype)
         known = None
         if self._text is not None:
             known = fidelity(measure(self._opened.model, self._how, self.full, made.parameters, self._text.held_out))
-        return Row(
+        return MethodRow(
             method=method,
             bytes=n_bytes,
             bits=bits,

@@ -16,7 +16,7 @@ from maxlm.config import Activation, GluSave, KernelConfig, Nonlinearity, Swish
 from maxlm.models.ops.backends import blaming
 from maxlm.models.unembedding import Unembedding
 from maxlm.models.weights.by_channel import ByChannel, Float8, Int8, Int8Activations, Int8Outliers
-from maxlm.models.weights.by_group import Grouped
+from maxlm.models.weights.by_group import ByGroup
 from maxlm.models.weights.kinds import Weight
 from maxlm.models.weights.normal_float import NormalFloat4
 from maxlm.models.weights.watched import Watched, watch
@@ -40,7 +40,7 @@ def project(layout: Layout, subscripts: str, x: jax.Array, w: Weight, bias: jax.
             y += _scaled(layout, subscripts, outliers, w)
         case Watched(values=values, seen=seen):
             y = _product(layout, subscripts, watch(x, seen), dense(layout, values, x.dtype))
-        case Grouped() | NormalFloat4() | jax.Array():
+        case ByGroup() | NormalFloat4() | jax.Array():
             y = _product(layout, subscripts, x, dense(layout, w, x.dtype))
         case _:
             assert_never(w)

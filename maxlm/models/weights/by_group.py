@@ -28,7 +28,7 @@ def group_of(size: int, wanted: int) -> int | None:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Grouped:
+class ByGroup:
     """code * scale with codes -8 .. 7, or code * scale + offset with codes 0 .. 15; or either with 8-bit codes."""
 
     values: jax.Array
@@ -44,7 +44,7 @@ class Grouped:
     """The innermost dim that a product sums over, counted from the end, which stays right in a loop over layers."""
 
     @staticmethod
-    def of(w: jax.Array, axis: int, group: int, *, symmetric: bool = True) -> Grouped:
+    def of(w: jax.Array, axis: int, group: int, *, symmetric: bool = True) -> ByGroup:
         """The nearest codes of 4 bits.
 
         symmetric: scale = max |w| / 7.5, rounded to bfloat16, and codes -8 .. 7: a number is off by 0.54 of a scale
@@ -99,7 +99,7 @@ class Grouped:
 
 
 def grids(w: jax.Array, axis: int, group: int, *, symmetric: bool) -> tuple[jax.Array, jax.Array | None]:
-    """Scales and offsets of `Grouped.of`."""
+    """Scales and offsets of `ByGroup.of`."""
     grouped = _split(w.astype(jnp.float32), axis, w.shape[axis] // group)
     if symmetric:
         return (jnp.abs(grouped).max(axis) / 7.5).astype(jnp.bfloat16), None
@@ -120,13 +120,13 @@ def nearest(w: jax.Array, scales: jax.Array, offsets: jax.Array | None, axis: in
     return jnp.clip(codes, 0, 15).astype(jnp.int32).reshape(w.shape)
 
 
-def packed(codes: jax.Array, scales: jax.Array, offsets: jax.Array | None, axis: int) -> Grouped:
+def packed(codes: jax.Array, scales: jax.Array, offsets: jax.Array | None, axis: int) -> ByGroup:
     """Of codes 0 .. 15, which mean -8 .. 7 where there are no offsets."""
     grouped = _split(codes.astype(jnp.uint8), axis, scales.shape[axis])
     low, high = jnp.split(grouped, 2, axis)
     shape = list(codes.shape)
     shape[axis] //= 2
-    return Grouped((low | (high << 4)).reshape(shape), scales, offsets, axis)
+    return ByGroup((low | (high << 4)).reshape(shape), scales, offsets, axis)
 
 
 def _split(x: jax.Array, axis: int, groups: int) -> jax.Array:

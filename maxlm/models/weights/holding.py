@@ -12,7 +12,7 @@ from maxlm import shapes
 from maxlm.config import ModelConfig, WeightFormat
 from maxlm.models.decoder import declared
 from maxlm.models.weights.by_channel import Float8, Int8, Int8Activations, Int8Outliers
-from maxlm.models.weights.by_group import Grouped, group_of
+from maxlm.models.weights.by_group import ByGroup, group_of
 from maxlm.models.weights.kinds import Quantised, Weight
 from maxlm.models.weights.normal_float import BLOCK, NormalFloat4
 from maxlm.sharding import Layout
@@ -29,7 +29,7 @@ KINDS: dict[str, type[Quantised]] = {
     "w8a8": Int8Activations,
     "llm_int8": Int8Outliers,
     "fp8": Float8,
-    "grouped": Grouped,
+    "grouped": ByGroup,
     "nf4": NormalFloat4,
 }
 """By the names that files have for them."""
@@ -64,7 +64,7 @@ def quantised(w: jax.Array, array: shapes.Array, wanted: WeightFormat, group: in
             found = group_of(array.shape[axes[-1]], group)
             if found is None:
                 return Int8.of(w, axes)
-            return Grouped.of(w, axis_of(array), found, symmetric=by_group is WeightFormat.INT4)
+            return ByGroup.of(w, axis_of(array), found, symmetric=by_group is WeightFormat.INT4)
         case WeightFormat.NF4:
             if array.shape[axes[-1]] % BLOCK:
                 return Int8.of(w, axes)
@@ -129,7 +129,7 @@ def with_kinds(config: ModelConfig, kinds: Mapping[str, str], stored: Mapping[st
         kind: Any = KINDS[kinds[array.name]]
         names = [field.name for field in dataclasses.fields(kind)]
         arrays: dict[str, Any] = {name: stored.get(f"{array.name}/{name}") for name in names}
-        if kind is Grouped:
+        if kind is ByGroup:
             arrays["axis"] = axis_of(array)
         if kind is NormalFloat4:
             arrays["n_inputs"], arrays["n_outputs"] = counts_of(array)
