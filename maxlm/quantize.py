@@ -25,6 +25,10 @@ full model and speed in its quantization.json. With --method all it writes that 
 measure on comes from --data. Exit code 2: one line says what was wrong."""
 
 
+_WIDTH = 130
+"""Of the table where nobody looks at a terminal."""
+
+
 @config("--")
 class QuantizeOptions:
     """Which model, how, and measured on what."""
@@ -61,9 +65,7 @@ class QuantizeOptions:
                 "name one model: --run RUN_DIR, a training run, or a published model, --hf DIR or --gguf FILE"
             )
         if self.data is None and self.method.calibrated:
-            raise UserError(
-                f"--method {self.method.value} looks at text; name some, prepared by maxlm.data: --data DIR"
-            )
+            raise UserError(f"--method {self.method.value} looks at text; name prepared data with --data DIR")
 
 
 def main(argv: list[str]) -> None:
@@ -112,8 +114,7 @@ def main(argv: list[str]) -> None:
     else:
         converting.write_run(opened, out, parameters=parameters)
         (out / NAME).write_text(json.dumps(to_json(rows, said), indent=1) + "\n")
-    wide = {} if sys.stdout.isatty() else {"width": 130}
-    console(**wide).print(as_table(rows))
+    console(width=None if sys.stdout.isatty() else _WIDTH).print(as_table(rows))
     print(f"{out} is written")
 
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 Matrix = npt.NDArray[np.float64]
 
-_DAMPING = 0.01
+_DAMPING, _LEAST_DAMPING = 0.01, 1e-10
 _BLOCK = 128
 
 
@@ -71,4 +71,4 @@ def _inverse_root(gram: Matrix, damping: float) -> Matrix:
             inverse_root = np.linalg.solve(root, np.eye(len(gram)))
             return np.linalg.cholesky(inverse_root.T @ inverse_root).T
         except np.linalg.LinAlgError:
-            damping *= 10
+            damping = max(10 * damping, _LEAST_DAMPING)

@@ -69,7 +69,7 @@ def as_table(rows: Sequence[MethodRow]) -> Table:
         )
     table.caption = (
         "MB: of weights. bits: for each number of products and tables. error: median over arrays of the relative error "
-        "of weights (*: of products on calibration text). +-: half of what holds 95 % over windows. s: the method itself."
+        "of weights (*: of products on calibration text). +-: half of what holds 95 % over windows. s: of the method."
     )
     return table
 
