@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+import published
 import pytest
+import safetensors.numpy
 from helpers import initial_parameters, latent_model, packed_batch, plainly, small_model, small_run, with_attention
 from run_folder import make_run
+from tokenizers import Tokenizer, models
 
 from maxlm import convert, evaluate, generate, quantize, shapes
 from maxlm.config import (
@@ -35,6 +39,8 @@ from maxlm.config import (
     WeightFormat,
 )
 from maxlm.data.packing import Batch
+from maxlm.hub import converting
+from maxlm.hub.compressed import pack_to_int32
 from maxlm.inference.load import load_run
 from maxlm.models import Tokens
 from maxlm.models.weights.by_channel import Int8Activations
@@ -262,6 +268,56 @@ def test_figures_over_windows() -> None:
     assert found.tokens == tokens.sum()
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_words_are_those_of_compressed_tensors(bits: int) -> None:
+    with np.load(Path(__file__).parent / "compressed_tensors.npz", allow_pickle=False) as known:
+        values = known[f"values_{bits}"].astype(np.int64) + 2 ** (bits - 1)
+        np.testing.assert_array_equal(pack_to_int32(values, bits), known[f"packed_{bits}"])
+
+
+def unpacked(words: npt.NDArray[np.int32], bits: int, inputs: int) -> npt.NDArray[np.int64]:
+    """By the format's description: number i of a row has the bits i b ... (i + 1) b - 1 of it, and 2^(b - 1) too much."""
+    rows = []
+    for row in words.astype("<i4"):
+        number = int.from_bytes(row.tobytes(), "little")
+        rows.append([(number >> (i * bits)) % 2**bits - 2 ** (bits - 1) for i in range(inputs)])
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("method", ["int4", pytest.param("int8", marks=pytest.mark.slow)])
+def test_transformers_reads_it_as_the_same_model(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5.24 with compressed-tensors 0.20 said once what the logits of this folder are."""
+    monkeypatch.setattr("maxlm.compile_cache.enable_compilation_cache", lambda: None)
+    published.write_model(published.MODELS["llama"], tmp_path / "hf")
+    vocabulary = {chr(33 + i): i for i in range(published.V - 1)} | {"</s>": published.V - 1}
+    Tokenizer(models.BPE(vocab=vocabulary, merges=[])).save(str(tmp_path / "hf/tokenizer.json"))
+    quantize.main(["--hf", f"{tmp_path}/hf", "--method", method, "--out", f"{tmp_path}/run", "--speed_tokens", "0"])
+    opened = converting.open_run(tmp_path / "run")
+    converting.write_published(opened, tmp_path / "out", None)
+    found = safetensors.numpy.load_file(tmp_path / "out/model.safetensors")
+    run = load_run(tmp_path / "run")
+    with np.load(Path(__file__).parent / "compressed_tensors.npz", allow_pickle=False) as known:
+        np.testing.assert_allclose(run.model(published.ids()), known[method], atol=2e-5)
+    said = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert said["quant_method"] == "compressed-tensors" and said["format"] == "pack-quantized"
+    for layer in range(3):
+        for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"):
+            module = f"model.layers.{layer}.{name}"
+            groups = [
+                one for one in said["config_groups"].values() if any(re.match(t[3:], module) for t in one["targets"])
+            ]
+            (weights,) = (one["weights"] for one in groups)
+            scales, (rows, inputs) = found[f"{module}.weight_scale"].astype(np.float64), found[f"{module}.weight_shape"]
+            codes = unpacked(found[f"{module}.weight_packed"], weights["num_bits"], inputs)
+            dense = codes * np.repeat(scales, weights["group_size"] or inputs, 1)
+            part, end = name.split(".")
+            ours = run.parameters["blocks"]["0"][part.replace("self_attn", "attention")][end][layer]
+            ours = np.asarray(ours.dense(jnp.float32)).reshape(inputs, rows)
+            np.testing.assert_allclose(dense.T, ours, rtol=1e-6)
+    assert found["model.embed_tokens.weight"].dtype == np.float32
+    assert "model.layers.0.mlp.up_proj.weight" not in found
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("quantise")
@@ -277,36 +333,38 @@ def run(folder: Path, method: str, *words: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.parametrize("method", ["int4", pytest.param("gptq", marks=pytest.mark.slow)])
 def test_a_quantised_run_goes_everywhere(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    method: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("maxlm.compile_cache.enable_compilation_cache", lambda: None)
-    full, row = run(folder, "gptq")["methods"]
-    out = capsys.readouterr().out
-    assert "gptq" in out and "is written" in out
-    assert row["method"] == "gptq" and row["of_products"] and row["bytes"] < 0.3 * full["bytes"] and row["bits"] < 8
+    full, row = run(folder, method)["methods"]
+    place, out = str(folder / method), capsys.readouterr().out
+    assert method in out and f"{place} is written" in out
+    assert row["method"] == method and row["bytes"] < 0.3 * full["bytes"] and row["bits"] < 8
+    assert row["of_products"] == (method == "gptq")
     assert abs(row["fidelity"]["change"]["value"]) < 0.2 and 0 < row["fidelity"]["divergence"]["value"] < 0.5
     assert full["fidelity"]["divergence"]["value"] == pytest.approx(0, abs=1e-6) and row["tokens_per_s"] > 0
 
-    loaded = load_run(folder / "gptq")
+    loaded = load_run(place)
     weight = loaded.parameters["blocks"]["0"]["attention"]["q_proj"]
     assert isinstance(weight, ByGroup) and weight.values.dtype == jnp.uint8 and weight.group == 64
     ids = np.arange(24)[None] % 264
     logits = np.asarray(loaded.model(ids))
-    cut = load_run(folder / "gptq", sharding=ShardingConfig(data=1, tensor=2, fsdp=2))
+    cut = load_run(place, sharding=ShardingConfig(data=1, tensor=2, fsdp=2))
     np.testing.assert_allclose(cut.model(ids), logits, atol=1e-4)
 
-    generate.main(["--run", str(folder / "gptq"), "--max_new_tokens", "4", "--json"])
-    evaluate.main(["--run", str(folder / "gptq"), "--batch_size", "1", "--batches", "8", "--json"])
+    generate.main(["--run", place, "--max_new_tokens", "4", "--json"])
+    evaluate.main(["--run", place, "--batch_size", "1", "--batches", "8", "--json"])
     *_, said = map(json.loads, capsys.readouterr().out.splitlines())
     assert said["perplexity"] == pytest.approx(row["fidelity"]["perplexity"]["value"], rel=1e-4)
     with pytest.raises(UserError, match="its weights are quantised; start from the run that it was made of"):
-        open_source(str(folder / "gptq")).read({})
+        open_source(place).read({})
     with pytest.raises(UserError, match="its weights are quantised already; name the run"):
-        quantize.main(["--method", "int8", "--out", str(folder / "twice"), "--run", str(folder / "gptq")])
+        quantize.main(["--method", "int8", "--out", str(folder / "twice"), "--run", place])
 
-    convert.main(["--from", f"run:{folder / 'gptq'}", "--to", f"run:{folder / 'plain'}"])  # the numbers they stand for
-    np.testing.assert_allclose(load_run(folder / "plain").model(ids), logits, atol=1e-5)
+    convert.main(["--from", f"run:{place}", "--to", f"run:{place}-plain"])  # the numbers that they stand for
+    np.testing.assert_allclose(load_run(f"{place}-plain").model(ids), logits, atol=1e-5)
 
 
 @pytest.mark.slow

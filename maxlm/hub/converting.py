@@ -63,6 +63,9 @@ class Opened:
     """Optimizer steps that it has seen."""
     ignored: Sequence[str] = ()
     """Tensors in the files that are no part of the model."""
+    quantised: Any = None
+    """The tree of parameters, with arrays that are `Deferred`, where weights are quantised; `pieces` and `layer` have
+    the numbers that those stand for."""
 
 
 def open_published(published: PublishedModel) -> Opened:
@@ -119,6 +122,7 @@ def open_run(place: Path) -> Opened:
         place=folder,
         config=run.config,
         step=run.step,
+        quantised=run.parameters if kinds_of(run.config.model, run.parameters) else None,
     )
 
 
@@ -135,6 +139,7 @@ def write_published(opened: Opened, folder: Path, dtype: str | None) -> None:
         dtype=number_format(dtype or opened.dtype),
         tokenizer=opened.copy_tokenizer,
         prefer=opened.family,
+        quantised=opened.quantised,
     )
 
 
