@@ -12,6 +12,7 @@ remat.py: which named results each remat policy keeps
 families.py: model families as functions from sizes to a model
 task.py: what a run learns
 data.py: documents, tokenizers, mixtures
+quantization.py: ways to make weights smaller
 optimizer.py: AdamW, Adafactor, schedules
 sharding.py: sizes of the mesh axes, ZeRO stages, presets
 dims.py: the table: which mesh axis cuts which dim of an array
@@ -115,6 +116,7 @@ from maxlm.config.position import (
     Sinusoidal,
     YarnScaling,
 )
+from maxlm.config.quantization import QuantMethod
 from maxlm.config.run import CheckpointConfig, LimitsConfig, ObserveConfig, RunConfig, StepRange, TrainConfig
 from maxlm.config.sampling import SamplingConfig
 from maxlm.config.sharding import (
@@ -204,6 +206,7 @@ __all__ = [
     "PrepareConfig",
     "Pretrain",
     "QkNorm",
+    "QuantMethod",
     "RelativeBias",
     "RelativeSinusoids",
     "Remat",
