@@ -203,7 +203,7 @@ def pool_sizes(model: ModelConfig, config: EngineConfig, how: Execution, most: i
         if window:  # twice what all slots use at once, so that beginnings stay for others
             wanted = min(wanted, 2 * config.slots * (-(-(window + most) // C) + 2))
         blocks[window] = wanted + 1
-    if config.cache_tokens is None:
+    if config.cache_tokens is None and jax.process_count() == 1:  # several would not have the same to spare
         room = _free_bytes(layout)
         total = sum(blocks[window] * bytes_of(window) for window in blocks)
         if total > room:
