@@ -15,8 +15,8 @@ class EngineConfig:
     slots: Positive[int] = 32
     """Texts that are decoded at once."""
     tokens_per_step: Positive[int] | None = None
-    """The most tokens of one step: one for each text that is being decoded, the rest of prompts. None: 32 on a CPU, 512
-    elsewhere, and at least `slots`."""
+    """The most tokens of one step: one for each text that goes on, the rest of prompts. None: 32 on a CPU (8 for
+    up to 8 slots), 512 elsewhere, and at least `slots`."""
     block_size: Positive[int] = 16
     """Positions of a block of the cache. Beginnings are shared in whole blocks."""
     cache_tokens: Positive[int] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import logging
 import re
@@ -132,11 +133,13 @@ class Programs:
         run = functools.partial(step, config=model, how=self._how, most_steps=self._config.decode_steps)
         jitted = jax.jit(run, donate_argnums=(1, 2), out_shardings=(*same, self._how.layout.sharding()))
 
-        def program(width: int) -> jax.stages.Compiled:
+        def lowered(width: int) -> jax.stages.Lowered:
             arguments = self._parameters, self._cache, self._texts, self._tables, self.no_rows(width), np.int32(1)
-            return jitted.lower(*arguments).compile()
+            return jitted.lower(*arguments)
 
-        programs = {width: program(width) for width in widths}
+        with concurrent.futures.ThreadPoolExecutor() as pool:  # compilers do not hold Python's lock
+            compiling = {width: pool.submit(lowered(width).compile) for width in widths}
+            programs = {width: future.result() for width, future in compiling.items()}
         classes: list[tuple[list[Drawn], list[int]]] = []
         for width in widths:
             answer = self._probed(programs[width], width, n_probes)
