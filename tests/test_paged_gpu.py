@@ -30,6 +30,7 @@ ALL = Shaping(words=("local", 90, 0), scale=0.3, soft_cap=2.0, alibi=True, sinks
         pytest.param(SHAPE, ALL, 2, id="all"),
         pytest.param(SHAPE, KINDS["causal"], 4, id="causal", marks=pytest.mark.slow),
         pytest.param(SHAPE, KINDS["window"], 2, id="window", marks=pytest.mark.slow),
+        pytest.param(SHAPE, KINDS["summaries alone"], 2, id="summaries alone", marks=pytest.mark.slow),
         pytest.param(SHAPE, KINDS["fixed"], 3, id="fixed", marks=pytest.mark.slow),
         pytest.param(replace(SHAPE, H=80, Hv=48, N=3, K=1), ALL, 1, id="80/48, one slot", marks=pytest.mark.slow),
         pytest.param(
