@@ -92,11 +92,14 @@ def main(argv: list[str]) -> None:
     )
     port = listener.getsockname()[1]
     address = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{port}"
-    print(f"{served.name} at {address}, {'with' if key else 'without'} an API key; Ctrl-C ends it", flush=True)
-    if not loopback:
-        keyless = "" if key else f", and all of them can ask, as there is no key; set {_KEY}"
-        print(f"other machines can reach {options.host}{keyless}", file=sys.stderr, flush=True)
-    DrainingServer(service, drain_s=options.drain_s).run(sockets=[listener])
+
+    def ready() -> None:
+        print(f"{served.name} at {address}, {'with' if key else 'without'} an API key; Ctrl-C ends it", flush=True)
+        if not loopback:
+            keyless = "" if key else f", and all of them can ask, as there is no key; set {_KEY}"
+            print(f"other machines can reach {options.host}{keyless}", file=sys.stderr, flush=True)
+
+    DrainingServer(service, drain_s=options.drain_s, ready=ready).run(sockets=[listener])
 
 
 if __name__ == "__main__":
