@@ -29,11 +29,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "observe": {"config", "shapes", "hardware", "surroundings"},
     "training": {"config", "shapes", "sharding", "models", "checkpoint", "observe", "processes", "compile_cache"},
     "plan": {"config", "shapes", "hardware", "sharding", "models", "training", "observe", "surroundings"},
-    "inference": {"config", "shapes", "sharding", "models", "checkpoint", "data"},
+    "inference": {"config", "shapes", "sharding", "models", "checkpoint", "data", "observe"},
     "evaluation": {"config", "sharding", "models", "observe", "data", "training", "inference"},
     "recipes": {"config", "sharding", "data", "training", "inference", "evaluation", "observe", "processes", "hub"},
     "hub": {"config", "shapes", "sharding", "models", "checkpoint", "data", "inference"},
     "serving": {"config", "data", "inference"},
+    "quantization": {"config", "shapes", "sharding", "models", "data", "inference", "hub"},
     "launching": {"config", "hardware"},
     "processes": {"config", "surroundings"},
     "compile_cache": {"surroundings"},
@@ -53,6 +54,7 @@ COMMANDS = {
         "launch",
         "serve",
         "chat",
+        "quantize",
         "data/__main__",
         "plan/__main__",
     )
@@ -93,10 +95,13 @@ SAME_FILE: dict[str, str] = {
     "chat.py": "the command, and conversations as ids",
     "attention.py": "the layer, and under models/ops/ its way over the mesh",
     "loop.py": "the run of a recipe, and grouped products group by group",
+    "engine.py": "the settings, and what follows them",
     "execution.py": "the settings, and what follows them",
     "mlp.py": "the settings, and what follows them",
     "sampling.py": "the settings, and what follows them",
     "sharding.py": "the settings, and what follows them",
+    "request.py": "of machines for a run, and of a text",
+    "step.py": "of training, and of decoding",
 }
 """Files whose name stands in several folders, and why; `__init__.py` and `__main__.py` are Python's own."""
 

@@ -11,7 +11,7 @@ import pytest
 from helpers import FLOAT32, one_device, plainly, small_model, small_run
 
 from maxlm.config import GatedMlp, ModelConfig, Remat
-from maxlm.inference.step import Rows, empty_texts, step
+from maxlm.inference.step import StepRows, empty_texts, step
 from maxlm.models import abstract_parameters
 from maxlm.models.kv_cache import empty_cache
 from maxlm.training import make_trainer
@@ -21,7 +21,7 @@ def _step_program(model: ModelConfig, blocks: int) -> tuple[jax.stages.Compiled,
     """The engine's step for four rows of two texts, and the bytes of the cache."""
     how, int32 = plainly(), lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
     cache = jax.eval_shape(lambda: empty_cache(model, {0: blocks}, 16, how))
-    rows = Rows(int32(4), int32(4), int32(2), jax.ShapeDtypeStruct((2,), bool))
+    rows = StepRows(int32(4), int32(4), int32(2), jax.ShapeDtypeStruct((2,), bool))
     program = jax.jit(functools.partial(step, config=model, how=how, most_steps=4), donate_argnums=(1, 2)).lower(
         abstract_parameters(model, how.layout),
         cache,

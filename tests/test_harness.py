@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ import pytest
 from harnessed import GENERATION, LIKELIHOODS, LONG, ROLLING
 
 from maxlm import evaluate
-from maxlm.config import ShardingConfig, UserError
+from maxlm.config import SamplingConfig, ShardingConfig, UserError
 from maxlm.evaluation import harness
 from maxlm.evaluation.harness import HarnessModel
-from maxlm.evaluation.scoring import RunExaminee
+from maxlm.evaluation.scoring import GREEDY, RunExaminee
 from maxlm.hub.models import KINDS, load_published
 
 
@@ -57,6 +58,7 @@ def test_texts_score_as_with_their_adapter(model: tuple[str, HarnessModel]) -> N
     assert found[0] != pytest.approx(stored("bos", "rolling")[0], abs=0.1)
 
 
+@pytest.mark.slow
 def test_texts_are_continued_as_with_their_adapter(model: tuple[str, HarnessModel]) -> None:
     """Where a prompt is too long, theirs also loses the beginning of texts."""
     name, ours = model
@@ -77,6 +79,51 @@ def test_what_their_adapter_does_not_take(model: tuple[str, HarnessModel]) -> No
     assert ours.loglikelihood(harnessed.requests([("", "")])) == [(0.0, True)]
     with pytest.raises(UserError, match="num_beams of the task cannot be followed"):
         ours.generate_until(harnessed.requests([("a", {"num_beams": 4})]))
+
+
+class Listener:
+    """Keeps what it is asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[str], dict[str, Any]]] = []
+
+    def texts(self, prompts: list[str], **how: Any) -> list[str]:
+        self.asked.append((prompts, how))
+        return [f"after {prompt}" for prompt in prompts]
+
+
+def test_what_a_task_says_of_generation() -> None:
+    """Requests with the same words are asked together, and answers come in the order of the requests."""
+    listener = Listener()
+    short, drawn = {"until": ["x"], "max_gen_toks": 4}, {"do_sample": True, "temperature": 0.5, "top_p": 0.9}
+    cases = [("a", short), ("b", drawn), ("c", dict(short)), ("d", {"until": "y", "temperature": 0.0})]
+    ours = HarnessModel(listener, seed=3)
+    assert ours.generate_until(harnessed.requests(cases)) == ["after a", "after b", "after c", "after d"]
+    found = {tuple(prompts): (how["max_new_tokens"], how["stop"], how["sampling"]) for prompts, how in listener.asked}
+    assert found == {
+        ("a", "c"): (4, ["x"], GREEDY),
+        ("b",): (256, [], SamplingConfig(temperature=0.5, top_p=0.9)),
+        ("d",): (256, ["y"], GREEDY),
+    }
+    assert all(how["seed"] == 3 for _, how in listener.asked)
+
+
+def test_conversations_go_through_the_template(tmp_path: Path) -> None:
+    harnessed.write_folder(tmp_path, bos=True)
+    file = tmp_path / "tokenizer_config.json"
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}<eos>{% endfor %}"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
+    run = load_published(KINDS["hf"](tmp_path), sharding=ShardingConfig(data=1))
+    examinee = RunExaminee(run, chat=True)
+    ours = HarnessModel(examinee)
+    text = ours.apply_chat_template([{"role": "user", "content": "a"}])
+    assert text == "<bos>a<eos>" and ours.chat_template(True) == template
+    assert examinee.split(text, "b") == ([0, 2, 1], [3])  # each name one token, and <bos> once
+    assert RunExaminee(run).split("a", "b") == ([0, 2], [3])
+    with pytest.raises(UserError, match="a task that begins the model's answer"):
+        ours.apply_chat_template([], add_generation_prompt=False)
+    with pytest.raises(UserError, match="the model has no chat template"):
+        RunExaminee(dataclasses.replace(run, chat=None), chat=True)
 
 
 YAML = """task: capitals

@@ -213,9 +213,9 @@ def test_rows_of_a_batch_do_not_meet(generator: Generator, greedy_tokens: list[l
 @pytest.mark.parametrize(
     ("sharding", "devices"),
     [
-        (ShardingConfig(data=1, tensor=2), 2),
+        pytest.param(ShardingConfig(data=1, tensor=2), 2, marks=pytest.mark.slow),
         (ShardingConfig(data=1, fsdp=4, tensor=2), 8),
-        (ShardingConfig(data=2, seq=2, tensor=2, sequence_parallel=True), 8),
+        pytest.param(ShardingConfig(data=2, seq=2, tensor=2, sequence_parallel=True), 8, marks=pytest.mark.slow),
         (ShardingConfig(data=1, seq=2, stage=2, fsdp=2, context=Context.RING, zero=Zero.OPTIMIZER), 8),
     ],
 )

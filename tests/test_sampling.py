@@ -33,7 +33,8 @@ def history_of(texts: Sequence[Sequence[int]], n_prompt: Sequence[int]) -> Histo
     tokens = np.random.default_rng(0).integers(0, 8, (len(texts), M)).astype(np.int32)
     for row, text in zip(tokens, texts, strict=True):
         row[: len(text)] = text
-    return History(tokens, np.array(n_prompt, np.int32), np.array([len(text) for text in texts], np.int32))
+    lengths = np.array([len(text) for text in texts], np.int32)
+    return History(tokens, np.arange(len(texts)), np.array(n_prompt, np.int32), lengths)
 
 
 def packed(allowed: np.ndarray) -> np.ndarray:
@@ -311,6 +312,13 @@ def test_dry_takes_what_it_says() -> None:
     np.testing.assert_allclose(got.logits, want, rtol=1e-6)
 
 
+def test_nothing_is_repeated_from_before_the_text() -> None:
+    """What stands at the end of a full history is not before its beginning."""
+    text = [1, 7, *range(8, 8 + M - 4), 1, 1]
+    row = settings_row(SamplingConfig(temperature=0, no_repeat_ngram=3, dry_multiplier=1.0), vocab=V)
+    assert not outcome(np.zeros((1, V), np.float32), [row], [text], [0]).logits.any()
+
+
 def test_a_default_row_is_left_to_the_bit_whatever_others_ask() -> None:
     rng = np.random.default_rng(3)
     logits = rng.normal(0, 3, (2, V)).astype(np.float32)
@@ -348,6 +356,7 @@ def test_a_row_depends_on_itself_alone(sizes: tuple[int, ...]) -> None:
         for start in range(0, 32, size):
             part = order[start : start + size]
             batch = jax.tree.map(lambda x, part=part: x[part], everything)
+            batch = (*batch[:2], batch[2]._replace(slots=np.arange(size)))
             beside_plain = jax.tree.map(lambda x, y, size=size: np.concatenate([x[:1], y[1:size]]), batch[1], plain)
             together, apart = jax.device_get((_in_parts(*batch), _in_parts(batch[0], beside_plain, batch[2])))
             found = [(row, together, place) for place, row in enumerate(part)] + [(part[0], apart, 0)]

@@ -148,7 +148,7 @@ def drawn(constraints: Constraints, grammars: list[Grammar], tokenizer: Tokenize
             settings.allowed[row] = constraint.mask()
         logits = rng.normal(0, 3, (ROWS, V)).astype(np.float32)
         logits[:, tokenizer.eos_id] += 3
-        tokens = np.asarray(_choose(logits, settings, History(none, zeros, zeros + position)).tokens)
+        tokens = np.asarray(_choose(logits, settings, History(none, np.arange(ROWS), zeros, zeros + position)).tokens)
         for row in list(running):
             running[row].accept(int(tokens[row]))
             if tokens[row] == tokenizer.eos_id:

@@ -12,12 +12,14 @@ remat.py: which named results each remat policy keeps
 families.py: model families as functions from sizes to a model
 task.py: what a run learns
 data.py: documents, tokenizers, mixtures
+quantization.py: ways to make weights smaller
 optimizer.py: AdamW, Adafactor, schedules
 sharding.py: sizes of the mesh axes, ZeRO stages, presets
 dims.py: the table: which mesh axis cuts which dim of an array
 layout_rules.py: what must divide what
 chosen.py: the model that a command is for
-sampling.py: temperature, top-k, top-p
+sampling.py: how the next token is drawn
+engine.py: texts at once, and room for them
 changes.py: what a run may go on with, and what it is told
 cli.py: --config, overrides, how a command ends
 complaints.py: mistakes on a command line, in one line
@@ -114,6 +116,7 @@ from maxlm.config.position import (
     Sinusoidal,
     YarnScaling,
 )
+from maxlm.config.quantization import QuantMethod
 from maxlm.config.run import CheckpointConfig, LimitsConfig, ObserveConfig, RunConfig, StepRange, TrainConfig
 from maxlm.config.sampling import SamplingConfig
 from maxlm.config.sharding import (
@@ -203,6 +206,7 @@ __all__ = [
     "PrepareConfig",
     "Pretrain",
     "QkNorm",
+    "QuantMethod",
     "RelativeBias",
     "RelativeSinusoids",
     "Remat",

@@ -45,7 +45,7 @@ Verifier = Callable[[WrittenAnswer], float]
 """What a vote for this answer counts, such as how right a verifier finds it (arXiv:2206.02336)."""
 
 
-class Answer(NamedTuple):
+class VotedAnswer(NamedTuple):
     """What the votes gave."""
 
     text: str
@@ -62,7 +62,7 @@ def answers(
     *,
     seed: int,
     verifier: Verifier | None = None,
-) -> list[Answer]:
+) -> list[VotedAnswer]:
     """One for each question.
 
     Args:
@@ -88,7 +88,7 @@ def answers(
         written = [texts[i] for texts in rounds]
         weights = [1.0] * len(written) if len(written) == 1 else _weights(examinee, written, voting, verifier)
         text, share = tally([one.answer for one in written], weights)
-        found.append(Answer(text, share, tuple(written)))
+        found.append(VotedAnswer(text, share, tuple(written)))
     return found
 
 

@@ -18,9 +18,9 @@ from maxlm.data.text_ends import TextEnds
 from maxlm.inference.programs import Programs, pool_sizes
 from maxlm.inference.request import TOP_SCORES, BadRequest, Delta, Finish, QueueFull, Request, TokenScore
 from maxlm.inference.sampling import LogProbs
-from maxlm.inference.scheduler import Plan, Scheduler, Sequence, Stage
+from maxlm.inference.scheduler import Scheduler, Sequence, Stage, StepPlan
 from maxlm.inference.settings import Settings, settings_row
-from maxlm.inference.step import Drawn, Rows, Texts
+from maxlm.inference.step import Drawn, StepRows, Texts
 from maxlm.inference.structured import Constraint, Constraints
 from maxlm.inference.text_stream import TextStream
 from maxlm.models import Execution
@@ -328,7 +328,7 @@ class Engine:
             self._counts["prompt"] += len(request.prompt)
             self._counts["cached"] += sequence.cached
 
-    def _rows(self, plans: list[Plan | None], width: int) -> tuple[Rows, list[_Read]]:
+    def _rows(self, plans: list[StepPlan | None], width: int) -> tuple[StepRows, list[_Read]]:
         """What the device reads of these plans, and what is to be read of what it answers."""
         rows, reads = self._programs.no_rows(width), []
         for shard, plan in enumerate(plans):

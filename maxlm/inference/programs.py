@@ -19,7 +19,7 @@ from maxlm.config import EngineConfig, ModelConfig, SamplingConfig, WeightFormat
 from maxlm.inference.held import held, layers_apart
 from maxlm.inference.request import TOP_SCORES
 from maxlm.inference.settings import settings_row
-from maxlm.inference.step import Drawn, Rows, Texts, allow, begin, empty_texts, step
+from maxlm.inference.step import Drawn, StepRows, Texts, allow, begin, empty_texts, step
 from maxlm.models import Execution
 from maxlm.models.kv_cache import empty_cache, window_of, windows
 from maxlm.observe.devices import memory_in_use
@@ -94,7 +94,7 @@ class Programs:
         """Blocks of all texts, of every shard: window -> int32 [S, M]."""
         self._tables = jax.device_put(dict(tables), self._cut)
 
-    def run(self, width: int, rows: Rows, n_steps: int) -> Drawn:
+    def run(self, width: int, rows: StepRows, n_steps: int) -> Drawn:
         """Launch a step, and do not wait for it."""
         return self._run(self._steps[width], rows, n_steps)
 
@@ -102,18 +102,18 @@ class Programs:
         """Take other parameters for all steps from now on."""
         _, self._parameters = self._placed(parameters)
 
-    def no_rows(self, width: int) -> Rows:
+    def no_rows(self, width: int) -> StepRows:
         """Rows of all shards that read nothing, to be filled: numpy arrays."""
         n, scored = width * self._n_shards, self.scored_rows(width) * self._n_shards
         nothing = np.full(n, -1, np.int32)
-        return Rows(np.zeros(n, np.int32), nothing, np.full(scored, -1, np.int32), np.zeros(scored, bool))
+        return StepRows(np.zeros(n, np.int32), nothing, np.full(scored, -1, np.int32), np.zeros(scored, bool))
 
     def _placed(self, parameters: Any) -> tuple[ModelConfig, Any]:
         """The model as it runs here, and its parameters."""
         parameters = held(parameters, self._model, self._how, self._weights)
         return layers_apart(self._model, parameters) if self._how.layout.on_cpu else (self._model, parameters)
 
-    def _run(self, program: jax.stages.Compiled, rows: Rows, n_steps: int) -> Drawn:
+    def _run(self, program: jax.stages.Compiled, rows: StepRows, n_steps: int) -> Drawn:
         self._cache, self._texts, drawn = program(
             self._parameters, self._cache, self._texts, self._tables, rows, np.int32(n_steps)
         )

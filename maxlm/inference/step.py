@@ -36,7 +36,7 @@ class Texts(NamedTuple):
     settings: Settings
 
 
-class Rows(NamedTuple):
+class StepRows(NamedTuple):
     """What a step reads, and which of its rows it draws from; as `Texts`."""
 
     slots: Any
@@ -96,7 +96,7 @@ def step(
     cache: Cache,
     texts: Texts,
     tables: dict[int, jax.Array],
-    rows: Rows,
+    rows: StepRows,
     n_steps: jax.Array,
     *,
     config: ModelConfig,
