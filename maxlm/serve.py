@@ -80,8 +80,9 @@ def main(argv: list[str]) -> None:
     hosts = ("localhost", "127.0.0.1", "::1", options.host, *options.allow_host) if loopback else ()
     listener = bind_address(options.host, options.port)  # before a model is loaded for nothing
     enable_compilation_cache()
-    run = load_chosen(options.model)
     name = options.name or Path(options.model.place).resolve().stem
+    print(f"loading {name} and compiling its programs; clients are answered when a line says where", file=sys.stderr)
+    run = load_chosen(options.model)
     served = serve_model(run, name, options.engine, options.model.weights, embeddings=options.embeddings)
     key = options.api_key or os.environ.get(_KEY) or None
     service = Service(
