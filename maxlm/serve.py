@@ -80,8 +80,9 @@ def main(argv: list[str]) -> None:
     hosts = ("localhost", "127.0.0.1", "::1", options.host, *options.allow_host) if loopback else ()
     listener = bind_address(options.host, options.port)  # before a model is loaded for nothing
     enable_compilation_cache()
-    run = load_chosen(options.model)
     name = options.name or Path(options.model.place).resolve().stem
+    print(f"loading {name} and compiling its programs; clients are answered when a line says where", file=sys.stderr)
+    run = load_chosen(options.model)
     served = serve_model(run, name, options.engine, options.model.weights, embeddings=options.embeddings)
     key = options.api_key or os.environ.get(_KEY) or None
     service = Service(
@@ -92,11 +93,14 @@ def main(argv: list[str]) -> None:
     )
     port = listener.getsockname()[1]
     address = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{port}"
-    print(f"{served.name} at {address}, {'with' if key else 'without'} an API key; Ctrl-C ends it", flush=True)
-    if not loopback:
-        keyless = "" if key else f", and all of them can ask, as there is no key; set {_KEY}"
-        print(f"other machines can reach {options.host}{keyless}", file=sys.stderr, flush=True)
-    DrainingServer(service, drain_s=options.drain_s).run(sockets=[listener])
+
+    def ready() -> None:
+        print(f"{served.name} at {address}, {'with' if key else 'without'} an API key; Ctrl-C ends it", flush=True)
+        if not loopback:
+            keyless = "" if key else f", and all of them can ask, as there is no key; set {_KEY}"
+            print(f"other machines can reach {options.host}{keyless}", file=sys.stderr, flush=True)
+
+    DrainingServer(service, drain_s=options.drain_s, ready=ready).run(sockets=[listener])
 
 
 if __name__ == "__main__":
