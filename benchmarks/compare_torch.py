@@ -248,49 +248,50 @@ def maxlm_training(remat: str) -> Figures:
 
 
 def maxlm_decoding(rows: int) -> Figures:
-    """The two programs of `maxlm.generate`, without its tokenizer."""
+    """The engine of `maxlm.generate`, with everything it does between steps."""
     import jax
-    import jax.numpy as jnp
     import numpy as np
 
-    from maxlm.config import Dtype, ExecutionConfig, SamplingConfig, ShardingConfig, llama
-    from maxlm.inference.generator import layers_apart
-    from maxlm.inference.steps import Choice, DecodeState, decode_chunk, prefill_logits, row_keys
-    from maxlm.models import bind, init_parameters
-    from maxlm.models.execution import Execution
+    from maxlm.config import (
+        DataConfig,
+        Dataset,
+        Dtype,
+        EngineConfig,
+        ExecutionConfig,
+        RunConfig,
+        SamplingConfig,
+        TrainConfig,
+        llama,
+    )
+    from maxlm.data.tokenizers import Bytes
+    from maxlm.inference.engine import Engine
+    from maxlm.inference.load import LoadedRun
+    from maxlm.inference.request import Request
+    from maxlm.models import init_parameters
     from maxlm.sharding import make_layout
 
-    config = llama(vocab_size=VOCAB, d_model=WIDTH, n_layers=LAYERS, n_heads=HEADS, d_ff=D_FF, max_seq_len=CONTEXT)
-    how = Execution(make_layout(ShardingConfig(), jax.devices()[:1]), ExecutionConfig(dtype=Dtype.FLOAT32))
-    how = how.decoding(how.layout)
-    config, parameters = layers_apart(config, jax.jit(lambda: init_parameters(config, jax.random.key(0)))())
-    choose = Choice(SamplingConfig(temperature=0.0), VOCAB, (-1,))  # no id ends a text
+    config = RunConfig(
+        model=llama(vocab_size=VOCAB, d_model=WIDTH, n_layers=LAYERS, n_heads=HEADS, d_ff=D_FF, max_seq_len=CONTEXT),
+        execution=ExecutionConfig(dtype=Dtype.FLOAT32),
+        data=DataConfig(datasets=(Dataset(path="none: the prompts are random"),)),
+        train=TrainConfig(steps=1, batch_size=ROWS, seq_len=CONTEXT),
+    )
+    parameters = jax.jit(lambda: init_parameters(config.model, jax.random.key(0)))()
+    layout = make_layout(config.sharding, jax.devices()[:1])
+    run = LoadedRun(config=config, layout=layout, parameters=parameters, tokenizer=Bytes(), step=0)
+    engine = Engine(run, EngineConfig(slots=rows))
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (rows, PROMPT + 1))
 
-    def prefill(parameters: Any, tokens: jax.Array) -> DecodeState:
-        lengths = jnp.full((rows,), PROMPT, jnp.int32)
-        logits, cache = prefill_logits(bind(config, parameters), how, tokens, lengths, PROMPT + NEW)
-        token = choose(logits, lengths, row_keys(jnp.uint32(0), rows))
-        return DecodeState(cache, token, lengths, jnp.zeros(rows, bool))
-
-    def decode(parameters: Any, state: DecodeState, limit: jax.Array) -> tuple[DecodeState, jax.Array]:
-        keys = row_keys(jnp.uint32(0), rows)
-        state, tokens, _ = decode_chunk(bind(config, parameters), how, state, keys, limit, chunk=16, choose=choose)
-        return state, tokens
-
-    tokens = np.random.default_rng(0).integers(0, VOCAB, (rows, PROMPT), dtype=np.int32)
-    first, further = jax.jit(prefill), jax.jit(decode, donate_argnums=1)
-    limit = jnp.int32(16)
+    def answer(new: int) -> None:
+        for prompt in tokens.tolist():  # no id ends a text
+            engine.submit(Request(prompt=tuple(prompt), max_new_tokens=new, sampling=SamplingConfig(temperature=0.0)))
+        while not engine.idle:
+            engine.step()
 
     def read_prompts() -> Callable[[], None]:
-        state = jax.block_until_ready(first(parameters, tokens))
-
-        def add() -> None:
-            nonlocal state
-            for _ in range(NEW // 16):
-                state, new = further(parameters, state, limit)
-                np.asarray(new)
-
-        return add
+        """Into blocks of the cache, where they are found again: what is left to read is the last token."""
+        answer(1)
+        return lambda: answer(NEW)
 
     return decoding_figures(rows, read_prompts)
 

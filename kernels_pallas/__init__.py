@@ -17,7 +17,6 @@ tune.py: command: find block sizes
 
 from kernels_pallas import masks
 from kernels_pallas.attention.api import AttentionGradients, flash_attention, flash_attention_gradients
-from kernels_pallas.attention.cached import cache_room, cached_attention
 from kernels_pallas.attention.merge import merge_partials
 from kernels_pallas.attention.problem import AttentionBlocks
 from kernels_pallas.attention.scores import DistanceBias, Scores
@@ -38,8 +37,6 @@ __all__ = [
     "GroupedBlocks",
     "PagedBlocks",
     "Scores",
-    "cache_room",
-    "cached_attention",
     "explain",
     "flash_attention",
     "flash_attention_gradients",

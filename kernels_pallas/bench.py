@@ -1,6 +1,6 @@
 """The kernels beside their rivals, on the device at hand: right first, then fast.
 
-    python -m kernels_pallas.bench [--only attention|glu|grouped] [--quick] [--json FILE]
+    python -m kernels_pallas.bench [--only attention|glu|grouped|paged] [--quick] [--json FILE]
 
 Every case is computed by the kernel and by each rival, compared with a float32 reference, and only then timed, all in
 one process and in turns. Under ten minutes on an H200. On a CPU `--quick --backend xla` tries the command at tiny
@@ -25,13 +25,14 @@ from kernels_pallas import dispatch
 from kernels_pallas.measuring.cases import CEILINGS, RIVALS_MAY, Case
 from kernels_pallas.measuring.contest import CaseRow, Effort, Entry, device_answers, measure
 from kernels_pallas.measuring.isolate import Worker, WorkerError
-from kernels_pallas.measuring.shapes import attention_cases, glu_cases, grouped_cases, quick_cases, tiny
+from kernels_pallas.measuring.shapes import attention_cases, glu_cases, grouped_cases, paged_cases, quick_cases, tiny
 from kernels_pallas.measuring.timing import machine
 
 _CASES: dict[str, Callable[[], Sequence[Case]]] = {
     "attention": attention_cases,
     "glu": glu_cases,
     "grouped": grouped_cases,
+    "paged": paged_cases,
 }
 
 
@@ -139,7 +140,12 @@ def main(argv: list[str] | None = None) -> None:
             parser.error("no accelerator here; --quick --backend xla tries the command on a CPU")
         backend = options.backend or facts["platform"]
         effort = Effort(warmups=2, samples=5, flush_bytes=4096) if on_cpu else Effort()
-        known = {"attention": dispatch.ATTENTION, "glu": dispatch.GLU, "grouped": dispatch.GROUPED}
+        known = {
+            "attention": dispatch.ATTENTION,
+            "glu": dispatch.GLU,
+            "grouped": dispatch.GROUPED,
+            "paged": dispatch.PAGED,
+        }
         ops = [options.only] if options.only else [op for op, bodies in known.items() if backend in bodies]
         cases: list[Case] = []
         for op in ops:

@@ -29,7 +29,7 @@ from kernels_pallas import decision, dispatch
 from kernels_pallas.attention.problem import AttentionBlocks
 from kernels_pallas.glu.problem import GluBlocks
 from kernels_pallas.grouped.problem import GroupedBlocks
-from kernels_pallas.measuring.cases import AttentionCase, Case, GluCase, GroupedCase
+from kernels_pallas.measuring.cases import AttentionCase, Case, GluCase, GroupedCase, PagedCase
 from kernels_pallas.measuring.contest import CaseRow, Effort, measure
 from kernels_pallas.measuring.isolate import Worker, WorkerError, one_line
 from kernels_pallas.measuring.shapes import attention_cases, tiny
@@ -155,7 +155,7 @@ def _todays_blocks(shape: ShapeClass, target: Target) -> TunedBlocks | None:
 
 def _trial(shape: ShapeClass, target: Target, blocks: TunedBlocks | None) -> Call:
     case = shape.cases[1]
-    assert not isinstance(case, GroupedCase)
+    assert not isinstance(case, GroupedCase | PagedCase)
     return case.trial(jax.eval_shape(case.arrays), _BODIES[target.family], blocks)  # type: ignore[arg-type]
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from maxlm.config import ChosenModel, SamplingConfig
+from maxlm.config import ChosenModel, EngineConfig, SamplingConfig
 from maxlm.config.cli import parse, run_command
 from maxlm.config.fields import Positive, Seed, config
 
@@ -62,8 +62,7 @@ def main(argv: list[str]) -> None:
     from maxlm.inference.generator import Generator
 
     enable_compilation_cache()
-    run = load_chosen(options.model)
-    generator = Generator(run, weights=options.model.weights)
+    generator = Generator(load_chosen(options.model), weights=options.model.weights, engine=EngineConfig(slots=1))
     stream = generator.stream(
         options.prompt, max_new_tokens=options.max_new_tokens, sampling=options.sampling, seed=options.seed
     )

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     import rich.console
@@ -76,4 +76,19 @@ def patiently(write: Callable[[], Any], limit_s: float) -> bool:
 
 def flush_at_once() -> bool:
     """Write what is still buffered for standard output and error; whether their readers took it without a wait."""
-    return all(patiently(stream.flush, _AT_ONCE_S) for stream in (sys.stdout, sys.stderr))
+    return all(map(_flushed_at_once, (sys.stdout, sys.stderr)))
+
+
+def _flushed_at_once(stream: TextIO) -> bool:
+    try:
+        return patiently(stream.flush, _AT_ONCE_S)
+    except RuntimeError:  # Python 3.12 begins no thread while it ends
+        try:
+            os.set_blocking(stream.fileno(), False)
+            try:
+                stream.flush()
+            finally:
+                os.set_blocking(stream.fileno(), True)
+        except (OSError, ValueError):
+            return False
+        return True

@@ -3,7 +3,9 @@
 import os
 import signal
 import tempfile
+from collections.abc import Iterator
 
+import pytest
 from xla_flags import xla_flags
 
 # A shell without job control starts what it puts in the background deaf to Ctrl-C, and its children inherit that.
@@ -14,3 +16,22 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}"
 # What tests compile for plans is kept apart from the user's, and is gone with them.
 _plans = tempfile.TemporaryDirectory(prefix="maxlm-plans-")
 os.environ["MAXLM_PLAN_CACHE"] = _plans.name
+
+
+@pytest.fixture(scope="module")
+def programs_kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What a module compiles several times, as engines of one model, is compiled once."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    changes = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: jax.config.values[name] for name in changes}
+    for values in (changes, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is changes:
+            yield

@@ -150,17 +150,10 @@ class FakeLoop:
         return TokenScore(token, -0.5 - token / 1000, tuple((i, -1.0 - i) for i in range(60, 60 + n)))
 
 
-@dataclasses.dataclass(frozen=True)
-class FakeGrammar:
-    """What the server asks for."""
-
-    schema: Any
-
-
-def fake_grammar(schema: Any) -> Any:
-    if "impossible" in str(schema):
-        raise UserError("schema: impossible; use another")
-    return FakeGrammar(schema)
+def check(request: Request) -> None:
+    """As the engine would."""
+    if request.grammar is not None and "impossible" in str(request.grammar):
+        raise UserError("json_schema: impossible; use another")
 
 
 def fake_embed(texts: list[list[int]], pooling: str) -> list[list[float]]:
@@ -180,7 +173,7 @@ def make_served(folder: Path, template: str | None = chats.QWEN, **loop: Any) ->
         vocab_size=tokenizer.vocab_size,
         created=1,
         chat=find_chat_template(place),
-        json_grammar=fake_grammar,
+        check=check,
         embed=fake_embed,
     )
 

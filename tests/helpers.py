@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,11 @@ from maxlm.config import (
     ShardingConfig,
     TrainConfig,
 )
-from maxlm.models import Execution, Tokens, bind, init_parameters
+from maxlm.inference.step import read
+from maxlm.models import Execution, Tokens, bind, init_parameters, ops
 from maxlm.models.decoder import DecoderOutput
+from maxlm.models.kv_cache import empty_cache, windows
+from maxlm.models.tokens import Pages
 from maxlm.sharding import Layout, make_layout
 from maxlm.training import NextToken, Sums, Trainer
 from maxlm.training import step as steps
@@ -99,6 +103,79 @@ def run_decoder(model: ModelConfig, parameters: Any, how: Execution, ids: Any, t
     """The whole model, from ids to hidden states."""
     decoder = bind(model, parameters)
     return decoder(decoder.embeddings(ids, tokens, how), tokens, how)
+
+
+def whole_logits(model: ModelConfig, parameters: Any, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """Of each text [T, V], by the forward pass that training uses, without a cache. The model looks back alone."""
+    ids = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for one, row in zip(ids, rows, strict=True):
+        one[: len(row)] = row
+
+    @jax.jit
+    def forward(parameters: Any, ids: jax.Array) -> jax.Array:
+        tokens = Tokens(np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape))
+        hidden = run_decoder(model, parameters, plainly(), ids, tokens).hidden
+        return ops.logits(hidden, bind(model, parameters).unembedding)
+
+    found = np.asarray(forward(parameters, ids))
+    return [logits[: len(row)] for logits, row in zip(found, rows, strict=True)]
+
+
+def through_cache(
+    model: ModelConfig,
+    parameters: Any,
+    how: Execution,
+    rows: Sequence[Sequence[int]],
+    widths: Sequence[int] = (8, 3),
+    *,
+    block_size: int = 4,
+) -> list[np.ndarray]:
+    """Of each text [T, V], read as the engine reads: in pieces, several texts in a batch, each in blocks all over.
+
+    Blocks hold nothing that is a number before they are written.
+
+    Args:
+        model: what it is.
+        parameters: in whatever format.
+        how: it runs; where it cuts the batch, each shard has as many texts as the next.
+        rows: token ids of the texts.
+        widths: rows of a shard of the batches, in turn; each compiles a program.
+        block_size: positions of a block.
+    """
+    n_shards, rng = how.layout.batch_shards, np.random.default_rng(0)
+    slots, length = len(rows) // n_shards, -(-max(map(len, rows)) // block_size)
+    scattered = lambda: 1 + rng.permutation(slots * length).reshape(slots, length).astype(np.int32)
+    tables = {window: np.concatenate([scattered() for _ in range(n_shards)]) for window in windows(model)}
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def step(parameters: Any, cache: Any, ids: jax.Array, positions: jax.Array, slots: jax.Array) -> Any:
+        decoder = bind(model, parameters)
+        hidden, cache = read(decoder, how, cache, ids, positions, Pages(slots, tables))
+        return cache, ops.logits(hidden, decoder.unembedding)
+
+    blocks = dict.fromkeys(tables, slots * length + 1)
+    empty = lambda: jax.tree.map(lambda x: x * np.nan, empty_cache(model, blocks, block_size, how))
+    cache, done = jax.jit(empty)(), [0] * len(rows)
+    found = [np.full((len(row), model.vocab_size), np.nan, np.float32) for row in rows]
+    for width in itertools.cycle(widths):
+        left = [[i for i in range(s * slots, (s + 1) * slots) if done[i] < len(rows[i])] for s in range(n_shards)]
+        if not any(left):
+            return found
+        ids, of_slot = np.zeros((2, n_shards * width), np.int32)
+        positions = np.full(n_shards * width, -1, np.int32)
+        for shard, texts in enumerate(left):
+            row, end = shard * width, (shard + 1) * width
+            for n_before, text in enumerate(rng.permutation(texts).tolist()):
+                count = min(len(rows[text]) - done[text], -(-(end - row) // (len(texts) - n_before)))
+                positions[row : row + count] = range(done[text], done[text] + count)
+                ids[row : row + count] = rows[text][done[text] : done[text] + count]
+                of_slot[row : row + count] = text
+                row, done[text] = row + count, done[text] + count
+        cache, logits = step(parameters, cache, ids, positions, of_slot)
+        for one, text, place in zip(np.asarray(logits), of_slot, positions, strict=True):
+            if place >= 0:
+                found[text][place] = one
+    raise AssertionError("widths are endless")
 
 
 @functools.cache

@@ -99,15 +99,26 @@ def attend(
 
 
 def check(
-    shape: Shape, shaping: Shaping, lengths: tuple[int, ...], rows: tuple[tuple[int, int], ...], **options: Any
+    shape: Shape,
+    shaping: Shaping,
+    lengths: tuple[int, ...],
+    rows: tuple[tuple[int, int], ...],
+    *,
+    unseen: int | None = None,
+    **options: Any,
 ) -> None:
-    """The rows, (slot, position) each, of texts of these lengths, against the oracle."""
+    """The rows, (slot, position) each, of texts of these lengths, against the oracle.
+
+    Args:
+        unseen: what the tables hold where no row has to look.
+    """
     k, v, tables = texts(shape, lengths, seed=1)
+    given = tables if unseen is None else np.where(needed_entries(shape, shaping, rows, tables), tables, unseen)
     q = np.random.default_rng(2).normal(size=(len(rows), shape.N, shape.H))
     q, k, v = (jnp.asarray(x, shape.dtype) for x in (q, k, v))
     slots, positions = (np.array(x, np.int32) for x in zip(*rows, strict=True))
     layer = shape.L - 1
-    got = attend(q, k, v, jnp.int32(layer), Rows(tables, slots, positions), shaping=shaping, **options)
+    got = attend(q, k, v, jnp.int32(layer), Rows(given, slots, positions), shaping=shaping, **options)
     assert got.dtype == q.dtype
     want = oracle.paged_attention(
         *(np.asarray(x, np.float64) for x in (q, k, v)), layer, tables, slots, positions,
@@ -117,6 +128,16 @@ def check(
     assert np.isfinite(np.asarray(got, np.float32)).all()
     error = np.abs(np.asarray(got, np.float64) - want).max()
     assert error <= OUT[shape.dtype] * np.abs(want).max(), f"error {error:.2e} of {np.abs(want).max():.2e}"
+
+
+def needed_entries(shape: Shape, shaping: Shaping, rows: tuple[tuple[int, int], ...], tables: np.ndarray) -> np.ndarray:
+    """[S, M]: the entries from a row's first visible key to its last, of any row."""
+    needed = np.zeros(tables.shape, bool)
+    for slot, position in rows:
+        if position >= 0:
+            [seen] = oracle.mask_matrix(shaping.words, np.array([position]), np.arange(position + 1))
+            needed[slot, np.flatnonzero(seen)[0] // shape.C : position // shape.C + 1] = True
+    return needed
 
 
 LENGTHS = (37, 4, 1, 23, 16)

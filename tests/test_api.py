@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from maxlm.config import (
     ByteTokenizer,
     Capacity,
     DataConfig,
+    EngineConfig,
     Experts,
     Files,
     LmHead,
@@ -193,8 +196,12 @@ def loaded(sharding: ShardingConfig = ShardingConfig(data=1), devices: int = 1, 
 
 
 @pytest.fixture(scope="module")
-def run() -> LoadedRun:
-    return loaded()
+def run() -> Iterator[LoadedRun]:
+    """With a generator that compiles one program."""
+    small = functools.partial(Generator, engine=EngineConfig(slots=2, tokens_per_step=2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("maxlm.inference.load.Generator", small)
+        yield loaded()
 
 
 def plain_logits(ids: Any, positions: Any, segments: Any = None) -> np.ndarray:
@@ -333,7 +340,7 @@ def test_a_model_without_logits_is_refused(run: LoadedRun) -> None:
 
 def test_generate_takes_one_prompt_or_several(run: LoadedRun) -> None:
     ask: dict[str, Any] = {"max_new_tokens": 5, "sampling": SamplingConfig(temperature=0.7), "seed": 3}
-    want = Generator(run).generate(["ab", "c"], **ask)
+    want = run.generator.generate(["ab", "c"], **ask)
     several = run.generate(["ab", "c"], **ask)
     assert [text.tokens for text in several] == [text.tokens for text in want]
     assert run.generate("ab", **ask).tokens == want[0].tokens  # row 0 of a batch of any size

@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "observe": {"config", "shapes", "hardware", "surroundings"},
     "training": {"config", "shapes", "sharding", "models", "checkpoint", "observe", "processes", "compile_cache"},
     "plan": {"config", "shapes", "hardware", "sharding", "models", "training", "observe", "surroundings"},
-    "inference": {"config", "shapes", "sharding", "models", "checkpoint", "data"},
+    "inference": {"config", "shapes", "sharding", "models", "checkpoint", "data", "observe"},
     "evaluation": {"config", "sharding", "models", "observe", "data", "training", "inference"},
     "recipes": {"config", "sharding", "data", "training", "inference", "evaluation", "observe", "processes", "hub"},
     "hub": {"config", "shapes", "sharding", "models", "checkpoint", "data", "inference"},
@@ -71,6 +71,7 @@ LAZY = {
     "maxlm/observe/writers.py": {"wandb"},  # who logs to it installs it
     "maxlm/hub/gguf_file.py": {"gguf"},  # the extra `weights`
     "maxlm/hub/tensor_files.py": {"safetensors"},  # the same
+    "maxlm/inference/structured.py": {"llguidance"},  # the extra `serve`
     "maxlm/hub/converting.py": {"torch", "transformers"},  # a comparison for who has them
     "maxlm/chat.py": {"rich"},  # --help starts without it
     "maxlm/inspect.py": {"rich"},  # a listing as JSON starts without it
@@ -92,10 +93,13 @@ SAME_FILE: dict[str, str] = {
     "chat.py": "the command, and conversations as ids",
     "attention.py": "the layer, and under models/ops/ its way over the mesh",
     "loop.py": "the run of a recipe, and grouped products group by group",
+    "engine.py": "the settings, and what follows them",
     "execution.py": "the settings, and what follows them",
     "mlp.py": "the settings, and what follows them",
     "sampling.py": "the settings, and what follows them",
     "sharding.py": "the settings, and what follows them",
+    "request.py": "of machines for a run, and of a text",
+    "step.py": "of training, and of decoding",
 }
 """Files whose name stands in several folders, and why; `__init__.py` and `__main__.py` are Python's own."""
 

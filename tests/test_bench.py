@@ -20,7 +20,7 @@ import pytest
 
 from kernels_pallas import bench, oracle
 from kernels_pallas.measuring import cases
-from kernels_pallas.measuring.cases import AttentionCase, Case, GluCase, Goal, GroupedCase
+from kernels_pallas.measuring.cases import AttentionCase, Case, GluCase, Goal, GroupedCase, PagedCase
 from kernels_pallas.measuring.contest import CaseRow, Effort, Entry, measure
 from kernels_pallas.measuring.isolate import Worker, WorkerError
 from kernels_pallas.measuring.shapes import attention_cases, glu_cases, quick_cases, tiny
@@ -31,7 +31,8 @@ QUICK = Effort(warmups=1, samples=2, flush_bytes=4096)
 ATTENTION, BACKWARD, PACKED, PACKED_BACKWARD = (tiny(case) for case in quick_cases("attention"))
 GLU, MLP = (tiny(case) for case in quick_cases("glu"))
 GROUPED, GROUPED_BOTH = (tiny(case) for case in quick_cases("grouped"))
-DIRECTIONS = (ATTENTION, PACKED_BACKWARD, GLU, MLP, GROUPED, GROUPED_BOTH)
+PAGED = tiny(quick_cases("paged")[0])
+DIRECTIONS = (ATTENTION, PACKED_BACKWARD, GLU, MLP, GROUPED, GROUPED_BOTH, PAGED)
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -101,6 +102,7 @@ def test_a_wrong_kernel_is_not_timed(case: Case, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(cases, "fused_glu", spoiled(cases.fused_glu))
     monkeypatch.setattr(cases, "fused_glu_mlp", spoiled(cases.fused_glu_mlp))
     monkeypatch.setattr(cases, "grouped_matmul", spoiled(cases.grouped_matmul))
+    monkeypatch.setattr(cases, "paged_attention", spoiled(cases.paged_attention))
     row = measure(case, "xla", QUICK)
     assert row.kernel.status == "wrong" and "is off by" in row.kernel.reason
     assert row.kernel.microseconds is None and row.ratio is None
@@ -145,6 +147,8 @@ def test_the_reference_is_the_oracle(case: Case) -> None:
             wanted = oracle_glu(case, inputs)
         case GroupedCase():
             wanted = oracle_grouped(case, arrays)
+        case PagedCase():
+            wanted = {"out": oracle.paged_attention(*inputs[:3], int(arrays[3]), *map(np.asarray, arrays[4:]))}
         case _:
             assert_never(case)
     assert list(found) == list(wanted)

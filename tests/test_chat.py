@@ -214,16 +214,3 @@ def test_where_a_folder_has_its_template(tmp_path: Path) -> None:
 def test_the_clock_is_the_machines(made: Any) -> None:
     _, template = made("llama", "{{ strftime_now('%Y') }}")
     assert template.render([]) == time.strftime("%Y")
-
-
-def test_tokens_are_bytes(made: Any) -> None:
-    """Those of a text are its bytes, whatever the tokenizer; a special token is its name."""
-    text = "\u00c4h, caf\u00e9 \U0001f600\n  end \u2581"
-    for kind in ("chatml", "gemma"):
-        tokenizer, _ = made(kind, "")
-        shown = text if kind == "chatml" else "\u00c4h, caf\u00e9\n  end"
-        assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(shown))).decode() == shown
-        for name, i in tokenizer.specials.items():
-            assert tokenizer.token_bytes(i) == name.encode()
-        assert tokenizer.token_bytes(10_000) == b""
-    assert b"".join(map(Bytes().token_bytes, Bytes().encode(text))).decode() == text

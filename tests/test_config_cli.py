@@ -457,7 +457,7 @@ def test_a_group_that_must_be_there_cannot_be_none(group: str) -> None:
 def test_a_bool_that_is_on_takes_a_value_in_small_commands() -> None:
     words = ["--run", "x", "--sharding.remat_stages", "False", "--json"]
     options = parse(GenerateOptions, words, prog="x", description="", flags=True)
-    assert not options.sharding.remat_stages and options.json and not options.debug
+    assert not options.model.sharding.remat_stages and options.json and not options.debug
 
 
 @pytest.mark.parametrize(

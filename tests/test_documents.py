@@ -21,9 +21,11 @@ from typing import NamedTuple
 import pytest
 
 from maxlm import launch
+from maxlm.chat import ChatOptions
 from maxlm.config.cli import parse, parse_run
 from maxlm.convert import ConvertOptions
 from maxlm.generate import GenerateOptions
+from maxlm.serve import ServeOptions
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -98,12 +100,16 @@ def test_commands_that_are_not_tried_have_options_that_there_are(monkeypatch: py
                     parse_run(rest, prog="", description="")
                 case [_, "-m", "maxlm.generate", *rest]:
                     parse(GenerateOptions, rest, prog="", description="", flags=True)
+                case [_, "-m", "maxlm.serve", *rest]:
+                    parse(ServeOptions, rest, prog="", description="", flags=True)
+                case [_, "-m", "maxlm.chat", *rest]:
+                    parse(ChatOptions, rest, prog="", description="", flags=True)
                 case [_, "-m", "maxlm.convert", *rest]:
                     targets.append(parse(ConvertOptions, rest, prog="", description="", flags=True).target)
                 case _:
                     continue
             parsed.add(words[2])
-    assert parsed == {f"maxlm.{name}" for name in ("launch", "train", "generate", "convert")}
+    assert parsed == {f"maxlm.{name}" for name in ("launch", "train", "generate", "serve", "chat", "convert")}
     assert len(set(targets)) == len(targets), f"a folder that is there is refused: {targets}"
 
 

@@ -25,7 +25,7 @@ from maxlm.inference.engine import Engine, Ticket
 from maxlm.inference.load import LoadedRun
 from maxlm.inference.request import BadRequest, Delta, Finish, Request
 from maxlm.inference.sampling import LogProbs
-from maxlm.inference.step import Drawn, Rows, Texts
+from maxlm.inference.step import Drawn, StepRows, Texts
 from maxlm.sharding import make_layout
 
 VOCAB, END = 50, 7
@@ -60,9 +60,9 @@ class CheckedDevice:
     def scored_rows(self, width: int) -> int:
         return min(width, self.config.slots)
 
-    def no_rows(self, width: int) -> Rows:
+    def no_rows(self, width: int) -> StepRows:
         n = self.scored_rows(width)
-        return Rows(np.zeros(width, int), np.full(width, -1), np.full(n, -1), np.zeros(n, bool))
+        return StepRows(np.zeros(width, int), np.full(width, -1), np.full(n, -1), np.zeros(n, bool))
 
     def begin(self, slot: int, text: Texts) -> None:
         self.texts[slot] = text.history.tolist()
@@ -75,7 +75,7 @@ class CheckedDevice:
     def update(self, parameters: Any) -> None:
         self.salt = parameters
 
-    def run(self, width: int, rows: Rows, n_steps: int) -> Drawn:
+    def run(self, width: int, rows: StepRows, n_steps: int) -> Drawn:
         assert sum(rows.positions >= 0) <= width
         R, n = self.scored_rows(width), self.config.decode_steps
         tokens = np.zeros((n, R), int)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import pytest
 
+from maxlm.chat import ChatOptions
 from maxlm.config import (
     AdamW,
     CosineSchedule,
@@ -37,9 +38,20 @@ from maxlm.evaluation.prompting import Prompting
 from maxlm.generate import GenerateOptions
 from maxlm.inspect import InspectOptions
 from maxlm.launching.destinations import DESTINATIONS
+from maxlm.serve import ServeOptions
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = (GenerateOptions, EvaluateOptions, InspectOptions, Prepare, Train, TokenizerReport, *DESTINATIONS.values())
+COMMANDS = (
+    GenerateOptions,
+    ServeOptions,
+    ChatOptions,
+    EvaluateOptions,
+    InspectOptions,
+    Prepare,
+    Train,
+    TokenizerReport,
+    *DESTINATIONS.values(),
+)
 
 
 # The classes, found by their plain types: what the checker reads beside these is under test.

@@ -6,20 +6,23 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from run_folder import make_run
 
 from maxlm import generate
-from maxlm.config import SamplingConfig, ShardingConfig, UserError
+from maxlm.config import EngineConfig, SamplingConfig, ShardingConfig, UserError
 from maxlm.data.tokenizers import Bytes
 from maxlm.inference.generator import Generator
 from maxlm.inference.load import load_run
 
+ONE = EngineConfig(slots=1)
+
 
 @pytest.fixture(scope="module", autouse=True)
-def private_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+def private_cache(programs_kept: None) -> Iterator[None]:
     patch = pytest.MonkeyPatch()
     patch.setattr("maxlm.compile_cache.enable_compilation_cache", lambda: None)
     yield
@@ -41,7 +44,7 @@ def test_json_is_one_object_and_plain_text_is_the_same_text(run_dir: Path, capsy
     out, err = capsys.readouterr()
     assert out == found["text"] + "\n"
     assert f"{len(found['tokens'])} tokens" in err
-    [same] = Generator(load_run(run_dir)).generate(
+    [same] = Generator(load_run(run_dir), engine=ONE).generate(
         ["the "], max_new_tokens=12, sampling=SamplingConfig(top_k=20), seed=7
     )
     assert same.tokens == found["tokens"]
@@ -50,12 +53,12 @@ def test_json_is_one_object_and_plain_text_is_the_same_text(run_dir: Path, capsy
 def test_steps_and_layouts(run_dir: Path) -> None:
     ask = {"max_new_tokens": 12, "sampling": SamplingConfig(temperature=0)}
     assert load_run(run_dir).step == 2
-    newest = Generator(load_run(run_dir)).generate(["the "], **ask)[0].tokens
+    newest = Generator(load_run(run_dir), engine=ONE).generate(["the "], **ask)[0].tokens
     first = load_run(run_dir, step=1)
-    assert first.step == 1 and Generator(first).generate(["the "], **ask)[0].tokens != newest
+    assert first.step == 1 and Generator(first, engine=ONE).generate(["the "], **ask)[0].tokens != newest
     cut = load_run(run_dir, sharding=ShardingConfig(data=1, tensor=2, fsdp=2))
     assert cut.layout.mesh.size == 4
-    assert Generator(cut).generate(["the "], **ask)[0].tokens == newest
+    assert Generator(cut, engine=EngineConfig(slots=1, tokens_per_step=2)).generate(["the "], **ask)[0].tokens == newest
 
 
 @pytest.mark.parametrize(

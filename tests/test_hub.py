@@ -14,8 +14,7 @@ import numpy as np
 import published
 import pytest
 import safetensors.numpy
-from helpers import plainly
-from maxlm.inference.steps import decode_logits, prefill_logits
+from helpers import plainly, through_cache
 
 from maxlm import shapes
 from maxlm.config import Experts, Rope, ScalarHead, ShardingConfig, TopKRouter, UserError, YarnScaling
@@ -25,7 +24,6 @@ from maxlm.hub.models import load_model, save_model
 from maxlm.hub.names import Heads, Piece, Rows, Tensor, Transposed
 from maxlm.hub.published import Published
 from maxlm.hub.tensor_files import INDEX, SINGLE, Spec, write_tensors
-from maxlm.models import bind
 
 
 @pytest.fixture
@@ -194,14 +192,8 @@ def test_gpt_oss_decodes_as_it_reads(tmp_path: Path) -> None:
     """Over the edge of the window, with sinks."""
     published.write_model(published.MODELS["gpt_oss"], tmp_path)
     loaded, config = load_model(tmp_path)
-    model, how, ids = bind(config, loaded.parameters), plainly(), published.ids()
-    read = jax.jit(lambda model: prefill_logits(model, how, ids[:, :4], np.array([4, 4]), published.T))
-    step = jax.jit(lambda model, *arguments: decode_logits(model, how, *arguments))
-    logits, cache = read(model)
-    for t in range(4, published.T + 1):
-        np.testing.assert_allclose(logits, published.logits("gpt_oss")[:, t - 1], atol=2e-5)
-        if t < published.T:
-            logits, cache = step(model, ids[:, t], np.full(2, t, np.int32), cache)
+    got = through_cache(config, loaded.parameters, plainly(), published.ids().tolist())
+    np.testing.assert_allclose(got, published.logits("gpt_oss"), atol=2e-5)
 
 
 def test_what_gpt_oss_means_where_nothing_is_said() -> None:

@@ -10,20 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import published
 import pytest
-from helpers import loss_function, one_device, plainly, small_run
-from published import NEW, SHORT, T, V
+from helpers import loss_function, one_device, plainly, small_run, through_cache
+from published import SHORT, T
 
-from maxlm.config import Experts, ModelConfig, SamplingConfig, TopKRouter
+from maxlm.config import Experts, ModelConfig, TopKRouter
 from maxlm.hub.families import FAMILIES
 from maxlm.hub.models import load_model, pieces_of
 from maxlm.hub.names import tensors
 from maxlm.inference.language_model import LanguageModel
-from maxlm.inference.steps import Choice, DecodeState, decode_chunk, prefill_logits, row_keys
-from maxlm.models import bind
 
 
 def quick(names: Collection[str]) -> pytest.MarkDecorator:
@@ -68,21 +65,13 @@ def test_padding_on_either_side_and_packing_change_nothing(name: str) -> None:
 
 @quick(DECODED_IN_THEIR_OWN_WAY)
 def test_the_likeliest_tokens_are_those_of_transformers(name: str) -> None:
-    """Prompts of two lengths are read into a cache, and continued from there."""
-    model, lengths = loaded(name), np.array([T, SHORT], np.int32)
-    prompts = np.where(np.arange(T) < lengths[:, None], published.ids(), 0).astype(np.int32)
-    choose = Choice(SamplingConfig(temperature=0), V, ends=(V,))  # which no token is
-
-    @jax.jit
-    def continued(parameters: Any, prompts: jax.Array, lengths: jax.Array) -> jax.Array:
-        decoder, keys = bind(model.config, parameters), row_keys(jnp.uint32(0), 2)
-        logits, cache = prefill_logits(decoder, plainly(), prompts, lengths, T + NEW)
-        state = DecodeState(cache, choose(logits, lengths, keys), lengths, jnp.zeros(2, bool))
-        _, later, _ = decode_chunk(decoder, plainly(), state, keys, jnp.int32(NEW), chunk=NEW - 1, choose=choose)
-        return jnp.append(state.token[:, None], later, 1)
-
-    found = continued(model.parameters, prompts, lengths)
-    np.testing.assert_array_equal(found, published.depth(name).continuations)
+    """Each is the likeliest after all before it, read through a cache; the prompts have two lengths."""
+    model, lengths, told = loaded(name), (T, SHORT), published.depth(name).continuations
+    prompts = [ids[:length] for ids, length in zip(published.ids(), lengths, strict=True)]
+    texts = [[*prompt, *more[:-1]] for prompt, more in zip(prompts, told, strict=True)]
+    found = through_cache(model.config, model.parameters, plainly(), texts, widths=[5])
+    for logits, length, more in zip(found, lengths, told, strict=True):
+        np.testing.assert_array_equal(logits[length - 1 :].argmax(-1), more)
 
 
 def without_balance(model: ModelConfig) -> ModelConfig:

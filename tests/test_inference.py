@@ -1,10 +1,10 @@
-"""Cached decoding against the full forward pass, sampling against float64 formulas, text against whole decoding."""
+"""Reading through the cache against the full forward pass, text against what it says."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from helpers import FLOAT32, latent_model, one_device, plainly, run_decoder, small_model, small_run, with_attention
+from helpers import (
+    FLOAT32,
+    latent_model,
+    one_device,
+    plainly,
+    small_model,
+    small_run,
+    through_cache,
+    whole_logits,
+    with_attention,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_folder import BYTE_MODEL, parameters_of
@@ -25,6 +35,7 @@ from maxlm.config import (
     DeepNorm,
     Dtype,
     DynamicNtkScaling,
+    EngineConfig,
     ExecutionConfig,
     ExpertChoiceRouter,
     Experts,
@@ -50,19 +61,23 @@ from maxlm.config import (
     TopKRouter,
     TrainSentencePiece,
     UserError,
+    WeightFormat,
     YarnScaling,
     Zero,
     with_experts,
 )
+from maxlm.data.text_ends import TextEnds
 from maxlm.data.tokenizers import Bytes, HuggingFace, Tokenizer
 from maxlm.data.train_tokenizer import train_sentencepiece
-from maxlm.inference.generator import Generator, layers_apart
+from maxlm.inference.generator import Generator
+from maxlm.inference.held import held, layers_apart
 from maxlm.inference.load import LoadedRun
-from maxlm.inference.sampling import sample
-from maxlm.inference.steps import decode_logits, prefill_logits
 from maxlm.inference.text_stream import TextStream
-from maxlm.models import Execution, Tokens, bind, ops
+from maxlm.models import Execution
+from maxlm.models.kv_cache import empty_cache
 from maxlm.sharding import decoding_layout, make_layout
+
+pytestmark = pytest.mark.usefixtures("programs_kept")
 
 GREEDY = SamplingConfig(temperature=0)
 
@@ -121,124 +136,26 @@ MODELS = {
 }
 
 
-def full_logits(config: ModelConfig, parameters: Any, tokens: Sequence[int]) -> np.ndarray:
-    """[T, V] by the forward pass that training uses, without a cache."""
-
-    @jax.jit
-    def forward(parameters: Any, ids: jax.Array) -> jax.Array:
-        hidden = run_decoder(config, parameters, plainly(), ids, Tokens(jnp.arange(ids.shape[1])[None])).hidden
-        return ops.logits(hidden, bind(config, parameters).unembedding)
-
-    return np.asarray(forward(parameters, jnp.asarray([tokens], jnp.int32)))[0]
+TEXTS = [np.random.default_rng(0).integers(0, 64, n).tolist() for n in (18, 11, 8)]
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_prefill_and_decode_give_the_full_forward_pass(name: str) -> None:
+def test_a_text_read_through_the_cache_gives_the_full_forward_pass(name: str) -> None:
     config = MODELS[name]
     parameters = parameters_of(small_run(config))
-    rng = np.random.default_rng(0)
-    lengths, new = np.array([11, 4, 1]), 7
-    rows = [rng.integers(0, config.vocab_size, length + new) for length in lengths]
-    padded = rng.integers(0, config.vocab_size, (3, 16))  # the padding is no id that could be told apart
-    for row, tokens, length in zip(padded, rows, lengths, strict=True):
-        row[:length] = tokens[:length]
-
-    read = jax.jit(lambda p, tokens, lengths: prefill_logits(bind(config, p), plainly(), tokens, lengths, 24))
-    step = jax.jit(lambda p, token, position, cache: decode_logits(bind(config, p), plainly(), token, position, cache))
-    logits, cache = read(parameters, padded.astype(np.int32), lengths.astype(np.int32))
-    got = [logits]
-    for i in range(new):
-        token = np.array([tokens[length + i] for tokens, length in zip(rows, lengths, strict=True)], np.int32)
-        logits, cache = step(parameters, token, (lengths + i).astype(np.int32), cache)
-        got.append(logits)
-
-    for row, (tokens, length) in enumerate(zip(rows, lengths, strict=True)):
-        want = full_logits(config, parameters, tokens)[length - 1 :]
-        np.testing.assert_allclose(np.stack([x[row] for x in got]), want, atol=1e-5, rtol=1e-5)
+    got = through_cache(config, parameters, plainly(), TEXTS, widths=[5])
+    for logits, want in zip(got, whole_logits(config, parameters, TEXTS), strict=True):
+        np.testing.assert_allclose(logits, want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gqa", "window", "latents"])
-def test_a_long_prompt_reads_as_the_full_forward_pass(name: str) -> None:
-    """More tokens at once than those that read the cache in place, in two parts."""
-    config, cut = MODELS[name], 20
-    parameters, tokens = parameters_of(small_run(config)), np.random.default_rng(1).integers(0, 64, (2, 40))
-    assert not ops.reads_in_place(cut)
-
-    @jax.jit
-    def read(parameters: Any, ids: jax.Array) -> jax.Array:
-        model, found = bind(config, parameters), []
-        cache = model.empty_cache(2, 40, plainly())
-        for part in (slice(0, cut), slice(cut, 40)):
-            tokens = Tokens(jnp.broadcast_to(jnp.arange(40)[part], (2, cut)))
-            hidden, cache, _ = model(model.embeddings(ids[:, part], tokens, plainly()), tokens, plainly(), cache)
-            found.append(ops.logits(hidden, model.unembedding))
-        return jnp.concatenate(found, 1)
-
-    got = read(parameters, tokens.astype(np.int32))
-    for row, ids in zip(got, tokens, strict=True):
-        np.testing.assert_allclose(row, full_logits(config, parameters, ids), atol=1e-5, rtol=1e-5)
-
-
-def reference_distribution(logits: np.ndarray, config: SamplingConfig) -> np.ndarray:
-    """float64 probabilities, written as the definitions read."""
-    scaled = logits.astype(np.float64) / config.temperature
-    order = sorted(range(len(scaled)), key=lambda i: (-scaled[i], i))
-    if config.top_k:
-        order = order[: config.top_k]
-    p = np.exp(scaled[order] - scaled.max())
-    p /= p.sum()
-    kept, total = [], 0.0
-    for probability in p:
-        kept.append(probability)
-        total += probability
-        if total >= config.top_p:
-            break
-    out = np.zeros(len(scaled))
-    out[order[: len(kept)]] = np.array(kept) / sum(kept)
-    return out
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        SamplingConfig(),
-        SamplingConfig(temperature=0.5),
-        SamplingConfig(temperature=2.0, top_k=5),
-        SamplingConfig(top_p=0.7),
-        SamplingConfig(top_k=1),
-        SamplingConfig(top_k=1000),
-        SamplingConfig(top_p=1e-6),
-        SamplingConfig(temperature=1.5, top_k=8, top_p=0.8),
-    ],
-    ids=str,
-)
-def test_sample_has_the_defined_distribution(config: SamplingConfig) -> None:
-    logits = np.random.default_rng(1).normal(0, 1.5, 20).astype(np.float32)
-    draws = 20_000
-    keys = jax.random.split(jax.random.key(0), draws)
-    ids = jax.jit(sample, static_argnums=2)(jnp.broadcast_to(logits, (draws, 20)), keys, config)
-    counts, want = np.bincount(np.asarray(ids), minlength=20), reference_distribution(logits, config)
-    assert set(np.flatnonzero(counts)) <= set(np.flatnonzero(want))
-    likely = want * draws >= 5
-    chi_squared = np.sum((counts[likely] - want[likely] * draws) ** 2 / (want[likely] * draws))
-    freedom = max(1, likely.sum() - 1)
-    assert chi_squared < freedom + 5 * math.sqrt(2 * freedom)  # five standard deviations; the keys are fixed
-
-
-def test_greedy_and_the_cold_limit_take_the_likeliest() -> None:
-    logits = jnp.asarray(np.random.default_rng(2).normal(size=(6, 30)), jnp.float32).at[0, :].set(0.5)
-    keys = jax.random.split(jax.random.key(0), 6)
-    want = np.argmax(logits, -1)
-    np.testing.assert_array_equal(sample(logits, keys, GREEDY), want)
-    np.testing.assert_array_equal(sample(logits[1:], keys[1:], SamplingConfig(temperature=1e-45)), want[1:])
-
-
-@pytest.mark.parametrize(
-    "values", [{"temperature": -1.0}, {"temperature": math.nan}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}]
-)
-def test_sampling_config_refuses(values: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=next(iter(values))):
-        SamplingConfig(**values)
+def test_a_long_text_reads_as_the_full_forward_pass(name: str) -> None:
+    """In pieces of many sizes, beside another."""
+    config = MODELS[name]
+    parameters, texts = parameters_of(small_run(config)), np.random.default_rng(1).integers(0, 64, (2, 60)).tolist()
+    got = through_cache(config, parameters, plainly(), texts, widths=[20, 2], block_size=16)
+    for logits, want in zip(got, whole_logits(config, parameters, texts), strict=True):
+        np.testing.assert_allclose(logits, want, atol=1e-5, rtol=1e-5)
 
 
 def loaded(
@@ -256,9 +173,22 @@ def loaded(
 PROMPTS = ["hello", "", "a prompt of more than sixteen bytes"]
 
 
+SMALL = EngineConfig(slots=3, tokens_per_step=8, block_size=4)
+
+
 @pytest.fixture(scope="module")
 def generator() -> Generator:
-    return Generator(loaded())
+    return Generator(loaded(), engine=SMALL)
+
+
+@contextlib.contextmanager
+def with_parameters(generator: Generator, parameters: Any) -> Iterator[None]:
+    """The generator with others than its own, for a while."""
+    generator.engine.update_weights(parameters)
+    try:
+        yield
+    finally:
+        generator.engine.update_weights(parameters_of(small_run(BYTE_MODEL)))
 
 
 @pytest.fixture(scope="module")
@@ -270,8 +200,8 @@ def test_greedy_is_the_naive_loop(greedy_tokens: list[list[int]]) -> None:
     """Each token is the likeliest one after all before it, by the forward pass."""
     run, new = loaded(), greedy_tokens[0]
     prompt = run.tokenizer.prompt_ids(PROMPTS[0])
-    logits = full_logits(BYTE_MODEL, run.parameters, [*prompt, *new])[len(prompt) - 1 : -1, : Bytes.vocab_size]
-    assert new == np.argmax(logits, -1).tolist()
+    [logits] = whole_logits(BYTE_MODEL, run.parameters, [[*prompt, *new]])
+    assert new == np.argmax(logits[len(prompt) - 1 : -1, : Bytes.vocab_size], -1).tolist()
     assert len(new) == 20
 
 
@@ -283,16 +213,16 @@ def test_rows_of_a_batch_do_not_meet(generator: Generator, greedy_tokens: list[l
 @pytest.mark.parametrize(
     ("sharding", "devices"),
     [
-        (ShardingConfig(data=1, tensor=2), 2),
+        pytest.param(ShardingConfig(data=1, tensor=2), 2, marks=pytest.mark.slow),
         (ShardingConfig(data=1, fsdp=4, tensor=2), 8),
-        (ShardingConfig(data=2, seq=2, tensor=2, sequence_parallel=True), 8),
+        pytest.param(ShardingConfig(data=2, seq=2, tensor=2, sequence_parallel=True), 8, marks=pytest.mark.slow),
         (ShardingConfig(data=1, seq=2, stage=2, fsdp=2, context=Context.RING, zero=Zero.OPTIMIZER), 8),
     ],
 )
 def test_every_layout_gives_the_same_text(
     sharding: ShardingConfig, devices: int, greedy_tokens: list[list[int]]
 ) -> None:
-    generator = Generator(loaded(sharding=sharding, devices=devices))
+    generator = Generator(loaded(sharding=sharding, devices=devices), engine=EngineConfig(slots=2, tokens_per_step=2))
     got = generator.generate(PROMPTS, max_new_tokens=20, sampling=GREEDY)
     assert [g.tokens for g in got] == greedy_tokens
 
@@ -327,16 +257,17 @@ def test_a_model_that_stretches_with_the_length_cannot_decode() -> None:
     with pytest.raises(UserError, match=words):
         Generator(dataclasses.replace(run, config=dataclasses.replace(run.config, model=model)))
     with pytest.raises(ValueError, match="has no cache"):
-        bind(model, parameters_of(small_run(model))).empty_cache(1, 8, plainly())
+        empty_cache(model, {0: 2}, 4, plainly())
 
 
-def test_the_seed_decides_and_the_chunk_does_not(generator: Generator) -> None:
+def test_the_seed_decides_and_the_engines_sizes_do_not(generator: Generator) -> None:
     ask = {"max_new_tokens": 25, "sampling": SamplingConfig(temperature=1.5, top_p=0.95)}
     first = generator.generate(["x", "x"], seed=5, **ask)
     assert first[0].tokens != first[1].tokens, "rows have their own randomness"
     assert [g.tokens for g in generator.generate(["x", "x"], seed=5, **ask)] == [g.tokens for g in first]
     assert generator.generate(["x", "x"], seed=6, **ask)[0].tokens != first[0].tokens
-    other = Generator(loaded(), chunk=5).generate(["x", "x"], seed=5, **ask)
+    sizes = EngineConfig(slots=1, tokens_per_step=3, block_size=16, decode_steps=3)
+    other = Generator(loaded(), engine=sizes).generate(["x", "x"], seed=5, **ask)
     assert [g.tokens for g in other] == [g.tokens for g in first]
 
 
@@ -355,14 +286,15 @@ def test_streamed_text_is_the_whole_text(generator: Generator) -> None:
     assert streamed.tokens_per_s > 0 and whole.tokens_per_s > 0
 
 
-def test_eos_ends_a_row_and_the_others_go_on(greedy_tokens: list[list[int]]) -> None:
+def test_eos_ends_a_row_and_the_others_go_on(
+    generator: Generator, greedy_tokens: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = Bytes()
     eos = tokenizer.eos_id = greedy_tokens[0][4]
     want = [row[: row.index(eos) + 1] if eos in row else row for row in greedy_tokens]
     assert len(want[0]) <= 5 and any(len(row) == 20 for row in want)
-    got = Generator(loaded(tokenizer=tokenizer), chunk=3).generate(
-        [PROMPTS[0], PROMPTS[2]], max_new_tokens=20, sampling=GREEDY
-    )
+    monkeypatch.setattr(generator.engine, "ends", TextEnds.of_documents(tokenizer))
+    got = generator.generate([PROMPTS[0], PROMPTS[2]], max_new_tokens=20, sampling=GREEDY)
     assert [g.tokens for g in got] == [want[0], want[2]]
 
 
@@ -372,25 +304,26 @@ def test_one_token_needs_no_decoding(generator: Generator, greedy_tokens: list[l
     assert generator.generate([], max_new_tokens=1) == []
 
 
-def test_padded_ids_are_never_chosen() -> None:
+def test_padded_ids_are_never_chosen(generator: Generator) -> None:
     parameters = dict(parameters_of(small_run(BYTE_MODEL)))
     parameters["unembed"] = parameters["unembed"].at[Bytes.vocab_size :].mul(100.0)
-    generator = Generator(loaded(parameters=parameters))
-    for sampling in (GREEDY, SamplingConfig(top_k=3)):
-        [got] = generator.generate(["x"], max_new_tokens=15, sampling=sampling)
-        assert max(got.tokens) < Bytes.vocab_size
+    with with_parameters(generator, parameters):
+        for sampling in (GREEDY, SamplingConfig(top_k=3)):
+            [got] = generator.generate(["x"], max_new_tokens=15, sampling=sampling)
+            assert max(got.tokens) < Bytes.vocab_size
 
 
 def test_bfloat16_weights_change_no_logit() -> None:
     """Casting a matrix once gives what casting it at each use gives."""
-    narrow = ExecutionConfig(dtype=Dtype.BFLOAT16)
-    model, parameters = layers_apart(BYTE_MODEL, parameters_of(small_run(BYTE_MODEL)))
-    cast = Generator(loaded(execution=narrow))._parameters
+    how = Execution(one_device(), ExecutionConfig(dtype=Dtype.BFLOAT16))
+    parameters = parameters_of(small_run(BYTE_MODEL))
+    cast = held(parameters, BYTE_MODEL, how, WeightFormat.DTYPE)
     assert cast["embed"].dtype == jnp.bfloat16 and cast["final_norm"]["scale"].dtype == jnp.float32
-    tokens, length = np.arange(16, dtype=np.int32)[None], np.array([16], np.int32)
-    how = Execution(one_device(), narrow)
-    read = jax.jit(lambda p: prefill_logits(bind(model, p), how, tokens, length, 16)[0])
-    np.testing.assert_array_equal(read(cast), read(parameters))
+    for narrow, wide in zip(
+        *(through_cache(*layers_apart(BYTE_MODEL, one), how, TEXTS, widths=[5]) for one in (cast, parameters)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(narrow, wide)
 
 
 def test_layers_apart_are_the_same_layers_in_their_order() -> None:
@@ -401,13 +334,10 @@ def test_layers_apart_are_the_same_layers_in_their_order() -> None:
     stacked = parameters_of(small_run(model))
     apart_model, apart = layers_apart(model, stacked)
     assert apart_model.layers == model.layers and apart_model.repeats == 1
-    tokens, length = np.arange(16, dtype=np.int32)[None], np.array([16], np.int32)
-    how = Execution(one_device(), ExecutionConfig(dtype=Dtype.FLOAT32))
-    logits = [
-        jax.jit(lambda p, model=model: prefill_logits(bind(model, p), how, tokens, length, 16)[0])(parameters)
-        for model, parameters in ((model, stacked), (apart_model, apart))
-    ]
-    np.testing.assert_allclose(*logits, atol=1e-5)
+    together, each = (
+        through_cache(*one, plainly(), TEXTS, widths=[5]) for one in ((model, stacked), (apart_model, apart))
+    )
+    np.testing.assert_allclose(np.concatenate(each), np.concatenate(together), atol=1e-5)
 
 
 def test_what_does_not_fit_is_refused(generator: Generator) -> None:
@@ -423,8 +353,8 @@ def test_what_does_not_fit_is_refused(generator: Generator) -> None:
     with pytest.raises(UserError, match="vocab_size = 64 is less than the tokenizer's 258"):
         Generator(loaded(model=small_model()))
     nan = jax.tree.map(lambda x: x * jnp.nan, parameters_of(small_run(BYTE_MODEL)))
-    with pytest.raises(UserError, match="not finite"):
-        Generator(loaded(parameters=nan)).generate(["a"], max_new_tokens=2)
+    with with_parameters(generator, nan), pytest.raises(UserError, match="not finite"):
+        generator.generate(["a"], max_new_tokens=2)
 
 
 def byte_fallback(path: Path) -> Tokenizer:

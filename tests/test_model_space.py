@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import FLOAT32, gradient_function, one_device, packed_batch, plainly, run_decoder, small_run
+from helpers import FLOAT32, gradient_function, one_device, packed_batch, plainly, run_decoder, small_run, through_cache
 from hypothesis import HealthCheck, given, settings
 from model_space import models, nearly_published
 from test_layouts import assert_close
 
 from maxlm.config import (
+    EngineConfig,
     ExecutionConfig,
     LmHead,
     ModelConfig,
@@ -33,8 +34,8 @@ from maxlm.config.layout_rules import broken_layout_rules
 from maxlm.hub.folder import write_folder
 from maxlm.hub.models import load_model, pieces_of
 from maxlm.inference.language_model import LanguageModel
-from maxlm.inference.steps import decode_logits, prefill_logits
-from maxlm.models import Tokens, bind, declared, init_parameters, ops, parameter_dims
+from maxlm.models import Tokens, bind, declared, init_parameters, parameter_dims
+from maxlm.models.kv_cache import empty_cache, windows
 from maxlm.plan.bound import estimate_time
 from maxlm.plan.machines import Platform, parse_machine
 from maxlm.plan.memory import cache_bytes, estimate_memory
@@ -84,9 +85,10 @@ def check_declared(model: ModelConfig) -> None:
     machine = parse_machine("gpu:h200:1")
     assert estimate_time(run, machine, estimate_traffic(run, machine)) is not None
     if model.decodes:
-        cache = jax.eval_shape(lambda: bind(model, tree).empty_cache(8, model.max_seq_len, plainly()))
-        room = ops.cache_room(model.max_seq_len)
-        assert sum(4 * leaf.size for leaf in jax.tree.leaves(cache)) * model.max_seq_len == cache_bytes(run, 1) * room
+        C = EngineConfig().block_size
+        blocks = dict.fromkeys(windows(model), 8 * -(-model.max_seq_len // C) + 1)
+        cache = jax.eval_shape(lambda: empty_cache(model, blocks, C, plainly()))
+        assert sum(4 * leaf.size for leaf in jax.tree.leaves(cache)) == cache_bytes(run, 1)
 
 
 @quick(10)
@@ -151,35 +153,10 @@ def layout_of(model: ModelConfig) -> Any:
 
 
 def check_decoding(model: ModelConfig, parameters: Any, tokens: np.ndarray, whole: np.ndarray) -> None:
-    """Two long parts, and a prompt with single tokens after it."""
-    lengths, steps, how = np.array([6, 4], np.int32), 4, plainly()
-
-    @jax.jit
-    def parts(parameters: Any, tokens: jax.Array) -> jax.Array:
-        decoder, found = bind(model, parameters), []
-        cache = decoder.empty_cache(2, WHOLE, how)
-        for start, end in ((0, LENGTHS[0]), (LENGTHS[0], WHOLE)):
-            where = Tokens(jnp.broadcast_to(jnp.arange(start, end), (2, end - start)))
-            x = decoder.embeddings(tokens[:, start:end], where, how)
-            hidden, cache, _ = decoder(x, where, how, cache)
-            found.append(ops.logits(hidden, decoder.unembedding))
-        return jnp.concatenate(found, 1)
-
-    @jax.jit
-    def singly(parameters: Any, tokens: jax.Array) -> jax.Array:
-        decoder, rows = bind(model, parameters), jnp.arange(2)
-        logits, cache = prefill_logits(decoder, how, tokens[:, :6], lengths, 16)
-
-        def step(cache: Any, number: jax.Array) -> Any:
-            at = lengths + number
-            logits, cache = decode_logits(decoder, how, tokens[rows, at], at, cache)
-            return cache, logits
-
-        return jnp.concatenate([logits[None], jax.lax.scan(step, cache, jnp.arange(steps))[1]])
-
-    close(parts(parameters, tokens), whole)
-    want = np.stack([whole[[0, 1], lengths - 1 + number] for number in range(steps + 1)])
-    close(singly(parameters, tokens), want)
+    """In pieces, beside each other, and a text that ends earlier than the other."""
+    texts = [tokens[0].tolist(), tokens[1, : LENGTHS[1]].tolist()]
+    for got, want in zip(through_cache(model, parameters, plainly(), texts), whole, strict=True):
+        close(got, want[: len(got)])
 
 
 def check_gradients(model: ModelConfig, parameters: Any) -> None:

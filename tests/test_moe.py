@@ -20,9 +20,10 @@ from helpers import (
     one_device,
     packed_batch,
     plainly,
-    run_decoder,
     small_model,
     small_run,
+    through_cache,
+    whole_logits,
 )
 from jax.scipy.stats import norm
 
@@ -44,9 +45,8 @@ from maxlm.config import (
     UserError,
     WeightFormat,
 )
-from maxlm.inference.generator import _held
-from maxlm.inference.steps import decode_logits, prefill_logits
-from maxlm.models import Decoder, Execution, Tokens, bind, init_parameters
+from maxlm.inference.held import held
+from maxlm.models import Execution, init_parameters
 from maxlm.models.moe import ExpertsLayer, RouterStats, balance_biases, sigmoid_routing, top_k_routing
 from maxlm.models.parameters import Initializer
 from maxlm.sharding import make_layout
@@ -466,20 +466,10 @@ def test_groups_that_do_not_fit_are_named() -> None:
     ids=["dropless", "capacity"],
 )
 def test_decoding_equals_reading_the_whole(mlp: Experts) -> None:
-    block = dataclasses.replace(small_model().blocks[0], mlp=mlp)
-    config, how = small_model(blocks=(block,)), plainly()
-    parameters = initial_parameters(config)
-    model = bind(config, parameters)
-    tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 64)
-    positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
-    hidden = jax.jit(lambda p: run_decoder(config, p, how, tokens, Tokens(positions)).hidden)(parameters)
-    want = hidden @ model.unembedding.table.T
-    logits, cache = jax.jit(lambda model: prefill_logits(model, how, tokens[:, :8], jnp.array([8, 8]), 12))(model)
-    np.testing.assert_allclose(logits, want[:, 7], atol=1e-5, rtol=0)
-    step = jax.jit(lambda *arguments: decode_logits(arguments[0], how, *arguments[1:]))
-    for t in range(8, 12):
-        logits, cache = step(model, tokens[:, t], positions[:, t], cache)
-        np.testing.assert_allclose(logits, want[:, t], atol=1e-5, rtol=0)
+    config = small_model(blocks=(dataclasses.replace(small_model().blocks[0], mlp=mlp),))
+    parameters, texts = initial_parameters(config), np.random.default_rng(1).integers(0, 64, (2, 12)).tolist()
+    got, want = through_cache(config, parameters, plainly(), texts), whole_logits(config, parameters, texts)
+    np.testing.assert_allclose(got, want, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dispatch", [Dropless(), Capacity(group_size=8)])
@@ -501,17 +491,14 @@ def test_remat_keeps_the_experts_products_or_not(dispatch: Dropless | Capacity) 
 
 
 @pytest.mark.parametrize("dispatch", [Capacity(factor=1.0), Capacity(factor=1.0, group_size=12), Dropless(buffer=1.0)])
-def test_a_padded_prompt_reads_as_itself(dispatch: Capacity | Dropless) -> None:
-    """Padding takes no room from the prompt, and need not fill groups."""
+def test_rows_without_a_token_take_nothing_from_others(dispatch: Capacity | Dropless) -> None:
+    """They take no room, and rows need not fill groups; on a mesh that cuts experts."""
     mlp = Experts(n_experts=E, d_ff=F, router=TopKRouter(top_k=2), dispatch=dispatch)
     config = small_model(blocks=(dataclasses.replace(small_model().blocks[0], mlp=mlp),))
-    model, how = Decoder(config, jax.random.key(0)), plainly(make_layout(ShardingConfig(expert=2), jax.devices()[:2]))
-    tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 64)
-    read = jax.jit(lambda model, ids, lengths, room: prefill_logits(model, how, ids, lengths, room), static_argnums=3)
-    want, _ = read(model, tokens, jnp.array([12, 12]), 24)
-    for T in (16, 24):
-        padded = jnp.zeros((2, T), jnp.int32).at[:, :12].set(tokens)
-        np.testing.assert_allclose(read(model, padded, jnp.array([12, 12]), 24)[0], want, atol=1e-5, rtol=0)
+    how = plainly(make_layout(ShardingConfig(data=1, expert=2), jax.devices()[:2]))
+    parameters, texts = initial_parameters(config), np.random.default_rng(1).integers(0, 64, (2, 12)).tolist()
+    full, padded = (through_cache(config, parameters, how, texts, widths=[width]) for width in (6, 20))
+    np.testing.assert_allclose(padded, full, atol=1e-5, rtol=0)
 
 
 def test_generation_keeps_routers_in_float32() -> None:
@@ -519,7 +506,7 @@ def test_generation_keeps_routers_in_float32() -> None:
     block = dataclasses.replace(small_model().blocks[0], mlp=CASES["noisy-dropless"])
     model = small_model(blocks=(block,))
     parameters = initial_parameters(model)
-    mlp = _held(parameters, model, Execution(one_device()), WeightFormat.DTYPE)["blocks"]["0"]["mlp"]
+    mlp = held(parameters, model, Execution(one_device()), WeightFormat.DTYPE)["blocks"]["0"]["mlp"]
     assert mlp["router"].dtype == mlp["router_noise"].dtype == jnp.float32
     assert mlp["gate_proj"].dtype == jnp.bfloat16
 

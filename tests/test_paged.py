@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
 from paged_cases import KINDS, LENGTHS, ROWS, Rows, Shape, Shaping, attend, check, texts
 
-from kernels_pallas import PagedBlocks, Scores, explain, masks, paged_attention
+from kernels_pallas import PagedBlocks, Scores, explain, masks, oracle, paged_attention
 
 TILE = 12  # positions; three blocks
 ABREAST = PagedBlocks(keys=TILE)
@@ -25,11 +26,72 @@ def test_equals_the_formula(kind: str) -> None:
     check(Shape(), KINDS[kind], LENGTHS, ROWS, blocks=ALONE)
 
 
-@pytest.mark.parametrize("kind", ["window", "strided", "all"])
-def test_rows_abreast_equal_the_formula(kind: str) -> None:
-    """As on other chips: all rows in one loop, or three at a time."""
-    check(Shape(), KINDS[kind], LENGTHS, ROWS, blocks=ABREAST)
-    check(Shape(), KINDS[kind], LENGTHS, ROWS, blocks=PagedBlocks(keys=TILE, rows=4))
+@pytest.mark.parametrize(("kind", "rows"), [("all", 3), ("all", 9), ("strided", 9)])
+def test_rows_abreast_equal_the_formula(kind: str, rows: int) -> None:
+    """As on other chips: all rows in one loop, or some at a time."""
+    check(Shape(), KINDS[kind], LENGTHS, ROWS, blocks=PagedBlocks(keys=TILE, rows=rows))
+
+
+QUICK = ("all", "fixed")
+WIDE = Shape(H=128, Hv=128, C=8, M=5)
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
+def test_the_kernel_equals_the_formula(kind: str) -> None:
+    check(WIDE, KINDS[kind], LENGTHS, ROWS, backend="tpu", interpret=True, blocks=PagedBlocks(keys=16))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(N=3, K=1, H=256, Hv=128, C=16, M=3, dtype="bfloat16"),
+        Shape(N=12, K=1, H=128, Hv=256, C=8, M=5),
+        Shape(N=3, K=3, H=128, Hv=128, C=32, M=2, L=1, dtype="bfloat16"),
+    ],
+    ids=str,
+)
+def test_shapes_of_the_kernel(shape: Shape) -> None:
+    check(shape, KINDS["all"], LENGTHS, ROWS, backend="tpu", interpret=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["all", "causal"])
+def test_the_kernel_has_no_races(kind: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """In the simulator of a TPU with two cores, whose memory starts as NaN and whose copies arrive late; which refuses
+    to read beyond an array, where the tables lead from whatever the rows need not look at."""
+    interpret = pltpu.InterpretParams(
+        detect_races=True, num_cores_or_threads=2, random_seed=0, dma_execution_mode="on_wait"
+    )
+    try:
+        options = {"backend": "tpu", "interpret": interpret, "blocks": PagedBlocks(keys=16)}
+        check(WIDE, KINDS[kind], LENGTHS, ROWS, unseen=10**6, **options)
+    finally:
+        pltpu.reset_tpu_interpret_mode_state()
+    assert "RACE DETECTED" not in capfd.readouterr().out  # later versions of jax raise
+
+
+@pytest.mark.parametrize("rows", [((1, -1), (1, -1)), ((1, -1), (3, 22), (1, -1), (2, 0))], ids=["none", "between"])
+def test_the_kernel_with_rows_that_are_none(rows: tuple[tuple[int, int], ...]) -> None:
+    """At the ends and alone, where a row starts no copies and none are started for it."""
+    check(WIDE, KINDS["sinks"], LENGTHS, rows, backend="tpu", interpret=True, blocks=PagedBlocks(keys=16))
+
+
+def test_one_cache_is_read_once_and_means_the_same() -> None:
+    """Keys and values that are one array, as of latent attention."""
+    k, _, tables = texts(WIDE, LENGTHS, seed=0)
+    slots, positions = (np.array(x, np.int32) for x in zip(*ROWS, strict=True))
+    q = np.random.default_rng(1).normal(size=(len(ROWS), 4, 128)).astype(np.float32)
+
+    def run(backend: str, **options: Any) -> Any:
+        attend = lambda q, k, *rest: paged_attention(q, k, k, *rest, Scores(), backend=backend, **options)
+        return jax.jit(attend)(q, k, jnp.int32(1), tables, slots, positions)
+
+    want = oracle.paged_attention(q, k, k, 1, tables, slots, positions)
+    for got in (run("xla"), run("tpu", interpret=True)):
+        np.testing.assert_allclose(got, want, rtol=0, atol=5e-6 * np.abs(want).max())
 
 
 @pytest.mark.parametrize(
@@ -181,6 +243,22 @@ ARGUMENTS: dict[str, Any] = {
 def test_says_what_is_wrong(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         explain(paged_attention, **ARGUMENTS | changes)
+
+
+def test_where_the_kernel_runs() -> None:
+    """What Mosaic cannot have is said, and goes to XLA."""
+    wide = {name: jax.ShapeDtypeStruct((*ARGUMENTS[name].shape[:-1], 128), jnp.bfloat16) for name in "qkv"}
+    narrow = explain(paged_attention, **ARGUMENTS, target="tpu_v5e")
+    assert narrow.backend == "xla" and "give q, k and v zeros up to 128" in narrow.refused["tpu"]
+    plan = explain(paged_attention, **ARGUMENTS | wide, target="tpu_v5e")
+    assert plan.backend == "tpu" and plan.blocks == PagedBlocks(keys=512)
+    for changes, reason in (
+        ({name: jax.ShapeDtypeStruct((*wide[name].shape[:-2], 8, 128), jnp.bfloat16) for name in "kv"}, "rows of 16"),
+        ({"tables": jax.ShapeDtypeStruct((64, 2048), jnp.int32)}, "bytes of scalar memory"),
+        ({name: jax.ShapeDtypeStruct(wide[name].shape, jnp.float16) for name in "qkv"}, "float16 is rejected"),
+    ):
+        refused = explain(paged_attention, **ARGUMENTS | wide | changes, target="tpu_v5e")
+        assert refused.backend == "xla" and reason in refused.refused["tpu"]
 
 
 def test_explain_counts_what_is_read() -> None:

@@ -6,14 +6,23 @@ import dataclasses
 import re
 
 import jax
-import jax.numpy as jnp
 import pytest
-from flax import nnx
-from helpers import loss_function, one_device, packed_batch, place, plainly, small_model, small_run, with_attention
+from helpers import (
+    initial_parameters,
+    loss_function,
+    one_device,
+    packed_batch,
+    place,
+    plainly,
+    small_model,
+    small_run,
+    through_cache,
+    with_attention,
+)
 from test_layouts import assert_close, loss_and_gradients
 
 from maxlm.config import ShardingConfig, pipeline_bubble, pipeline_ticks
-from maxlm.models import Decoder, Tokens, init_parameters
+from maxlm.models import init_parameters
 from maxlm.sharding import make_layout
 from maxlm.training import make_trainer
 
@@ -115,9 +124,5 @@ def test_parameters_stay_on_their_stage_and_the_batch_is_shared_out():
 def test_decoding_needs_another_mesh():
     sharding = ShardingConfig(data=1, stage=4)
     layout = make_layout(sharding, jax.devices()[:4])
-    model, how = nnx.eval_shape(lambda: Decoder(MODEL, jax.random.key(0))), plainly(layout)
-    ids, tokens = jnp.zeros((4, 1), jnp.int32), Tokens(jnp.zeros((4, 1), jnp.int32))
     with pytest.raises(ValueError, match="stage = 1"):
-        nnx.eval_shape(
-            lambda model: model(model.embeddings(ids, tokens, how), tokens, how, model.empty_cache(4, 8, how)), model
-        )
+        through_cache(MODEL, initial_parameters(MODEL), plainly(layout), [[1]] * 4)

@@ -11,7 +11,6 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 from helpers import latent_model, loss_function, one_device, small_model, small_run, with_attention
 
 from benchmarks import plan_memory
@@ -21,6 +20,7 @@ from maxlm.config import (
     Capacity,
     DeepNorm,
     Dtype,
+    EngineConfig,
     Experts,
     GatedMlp,
     OutputNorm,
@@ -35,7 +35,8 @@ from maxlm.config import (
     Zero,
     with_experts,
 )
-from maxlm.models import Decoder, Execution
+from maxlm.models import Execution
+from maxlm.models.kv_cache import empty_cache
 from maxlm.plan.machines import Platform
 from maxlm.plan.memory import cache_bytes, estimate_memory
 from maxlm.shapes import arrays
@@ -191,8 +192,8 @@ def test_parts_make_the_peak():
 def test_cache_is_that_of_the_decoder(axes, model):
     config = small_run(model, sharding=ShardingConfig(**axes))
     how, train, model = Execution.of(config, make_layout(config.sharding)), config.train, config.model
-    decoder = nnx.eval_shape(lambda: Decoder(model, jax.random.key(0)))
-    empty = jax.jit(lambda: decoder.empty_cache(train.batch_size, model.max_seq_len, how))
+    C, texts = EngineConfig().block_size, train.batch_size // how.layout.batch_shards
+    empty = jax.jit(lambda: empty_cache(model, {0: texts * -(-model.max_seq_len // C) + 1}, C, how))
     compiled, shapes = empty.lower().compile(), jax.eval_shape(empty)
     pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(compiled.output_shardings), strict=True)
     want = sum(math.prod(sharding.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize for leaf, sharding in pairs)

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import os
+import re
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +20,13 @@ import numpy as np
 import openai
 import pytest
 from helpers import FLOAT32, initial_parameters, one_device, small_model, small_run
+from run_folder import make_run
 
-from maxlm.config import EngineConfig, WeightFormat
+from maxlm.config import EngineConfig, UserError, WeightFormat
 from maxlm.data.text_ends import TextEnds
 from maxlm.inference.load import LoadedRun
 from maxlm.inference.request import Delta, Request
+from maxlm.serve import main
 from maxlm.serving.app import Service
 from maxlm.serving.loading import serve_model
 from maxlm.serving.served import Served
@@ -144,10 +151,28 @@ def test_what_the_engine_refuses_is_an_answer(client: openai.OpenAI, url: str) -
     assert 'vllm:num_requests_running{model_name="tiny"} 0.0' in text
 
 
-def test_the_command_says_what_is_missing(tmp_path: Path) -> None:
-    from maxlm.config import UserError
-    from maxlm.serve import main
+@pytest.mark.slow
+def test_the_command(tmp_path: Path) -> None:
+    """A process of its own: it says where it is, answers, and ends when it is told to."""
+    make_run(tmp_path)
+    words = [sys.executable, "-m", "maxlm.serve", "--run", str(tmp_path / "run"), "--port", "0", "--name", "mine"]
+    more = ["--engine.slots", "2", "--engine.tokens_per_step", "2", "--engine.decode_steps", "1"]
+    environment = {**os.environ, "MAXLM_API_KEY": "k"}
+    with subprocess.Popen([*words, *more], stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.fullmatch(r"mine at (http://127.0.0.1:\d+), with an API key; Ctrl-C ends it\n", line)
+        assert found is not None, line
+        client = openai.OpenAI(base_url=f"{found[1]}/v1", api_key="k", max_retries=0)
+        stream = client.completions.create(model="mine", prompt="ab", max_tokens=40, stream=True)
+        first = next(iter(stream))
+        process.send_signal(signal.SIGTERM)
+        rest = list(stream)
+        assert first.choices and rest[-1].choices[0].finish_reason in ("length", "stop")
+        assert process.wait(timeout=60) == 0
 
+
+def test_the_command_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="name one model"):
         main([])
     with pytest.raises(UserError, match="not a run folder"):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import latent_model, one_device, small_model, small_run, with_attention
+from helpers import latent_model, one_device, small_model, small_run, through_cache, with_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_folder import parameters_of
@@ -18,17 +18,13 @@ from maxlm.config import (
     Experts,
     KernelConfig,
     LmHead,
-    ModelConfig,
     ShardingConfig,
     TopKRouter,
     WeightFormat,
     with_experts,
 )
-from maxlm.data.tokenizers import Bytes
-from maxlm.inference.generator import Generator
-from maxlm.inference.load import LoadedRun
-from maxlm.inference.steps import decode_logits, prefill_logits
-from maxlm.models import Unembedding, bind, ops
+from maxlm.inference.held import held
+from maxlm.models import Execution, Unembedding, ops
 from maxlm.models.linear import Int8
 from maxlm.sharding import make_layout
 
@@ -115,47 +111,27 @@ MODELS = {
 }
 
 
-def loaded(model: ModelConfig, sharding: ShardingConfig, devices: int, parameters: Any) -> LoadedRun:
-    config = small_run(model=model, sharding=sharding)
-    layout = make_layout(sharding, jax.devices()[:devices])
-    return LoadedRun(config=config, layout=layout, step=0, parameters=parameters, tokenizer=Bytes())
-
-
 @pytest.mark.parametrize("name", ["tied", "norm head", "latents", pytest.param("experts", marks=pytest.mark.slow)])
 def test_a_model_says_what_its_rounded_weights_say(name: str) -> None:
-    model, sharding, devices = MODELS[name], ShardingConfig(data=1, fsdp=2, tensor=2), 4
+    model, sharding = MODELS[name], ShardingConfig(data=1, fsdp=2, tensor=2)
     parameters = parameters_of(small_run(model))
 
     def rounded(path: Any, x: jax.Array) -> jax.Array:
         axes = SUMMED.get(path[-1].key)
         return x if axes is None else jnp.asarray(by_hand(np.asarray(x), *axes), jnp.float32)
 
-    exact = Generator(loaded(model, sharding, devices, jax.tree_util.tree_map_with_path(rounded, parameters)))
-    held = Generator(loaded(model, sharding, devices, parameters), weights=WeightFormat.INT8)
-    rng = np.random.default_rng(1)
-    T = 16 + 8 * (name == "latents")  # which are read in another way where they are many
-    tokens, lengths = rng.integers(0, 264, (2, T)).astype(np.int32), np.array([T, 9], np.int32)
-    then = rng.integers(0, 264, 2).astype(np.int32)  # the likeliest may be two different ones
+    how = Execution.of(small_run(model=model), layout := make_layout(sharding, jax.devices()[:4])).decoding(layout)
+    place = lambda parameters, weights=WeightFormat.DTYPE: held(parameters, model, how, weights)
+    in_8_bits = place(parameters, WeightFormat.INT8)
+    texts = np.random.default_rng(1).integers(0, 264, (2, 12)).tolist()
+    read = lambda parameters: np.stack(through_cache(model, parameters, how, texts, widths=[4]))
+    want, got, full = map(
+        read, (place(jax.tree_util.tree_map_with_path(rounded, parameters)), in_8_bits, place(parameters))
+    )
+    np.testing.assert_allclose(got, want, atol=2e-5, rtol=1e-5)
+    assert 1e-3 < np.abs(got - full).max() < 0.1 * np.abs(full).max()
 
-    def read(generator: Generator, parameters: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Logits after the prompts, and one token later."""
-
-        @jax.jit
-        def program(parameters: Any) -> tuple[jax.Array, jax.Array]:
-            model, how = bind(generator._config, parameters), generator._how
-            logits, cache = prefill_logits(model, how, tokens, lengths, T + 8)
-            return logits, decode_logits(model, how, jnp.asarray(then), jnp.asarray(lengths), cache)[0]
-
-        after, later = program(parameters)
-        return np.asarray(after), np.asarray(later)
-
-    want, got = read(exact, exact._parameters), read(held, held._parameters)
-    full = read(exact, Generator(loaded(model, sharding, devices, parameters))._parameters)
-    for rounded_logits, held_logits, full_logits in zip(want, got, full, strict=True):
-        np.testing.assert_allclose(held_logits, rounded_logits, atol=2e-5, rtol=1e-5)
-        assert 1e-3 < np.abs(held_logits - full_logits).max() < 0.1 * np.abs(full_logits).max()
-
-    for path, leaf in jax.tree_util.tree_leaves_with_path(held._parameters):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(in_8_bits):
         name = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)][-1]
         of_scales = isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "scales"
         assert leaf.dtype == (jnp.int8 if name in SUMMED and not of_scales else jnp.float32), path

@@ -11,6 +11,5 @@ tpu_tile.py: the tile of scores that the two share
 gpu.py: Mosaic GPU kernel for Hopper, forward
 gpu_backward.py: the same, backward
 gpu_tile.py: the tile of scores that the two share
-cached.py: one new token over a cache, read in place
 cudnn.py: what cuDNN can do
 """

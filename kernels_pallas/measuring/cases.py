@@ -14,12 +14,15 @@ from jax import lax
 from kernels_pallas import masks
 from kernels_pallas.attention.api import flash_attention
 from kernels_pallas.attention.problem import AttentionBlocks
+from kernels_pallas.attention.scores import Scores
 from kernels_pallas.glu.api import fused_glu, fused_glu_mlp
 from kernels_pallas.glu.problem import GluBlocks
 from kernels_pallas.grouped.api import grouped_matmul
 from kernels_pallas.grouped.problem import GroupedBlocks
 from kernels_pallas.masks import Mask, count_visible
 from kernels_pallas.measuring.timing import Call
+from kernels_pallas.paged.api import paged_attention
+from kernels_pallas.paged.problem import PagedBlocks
 
 Arrays = tuple[jax.Array, ...]
 Rival = Callable[[], Call]
@@ -354,7 +357,75 @@ class GroupedCase:
         return dict(zip(("y", "dx", "dw"), (results,) if self.direction == "forward" else results, strict=False))
 
 
-Case = AttentionCase | GluCase | GroupedCase
+@dataclass(frozen=True, kw_only=True)
+class PagedCase:
+    """One token of each of T texts in bfloat16, whose lengths go evenly up to `longest`, in a layer of a cache."""
+
+    T: int
+    longest: int
+    N: int
+    K: int
+    H: int
+    C: int = 16
+    mask: Mask = masks.causal
+    goal: Goal | None = None
+
+    op = "paged_attention"
+    direction = "forward"
+
+    @property
+    def name(self) -> str:
+        """Unique in the list of cases."""
+        return f"paged {self.mask} {self.T} texts to {self.longest} heads {self.N}/{self.K} H{self.H}"
+
+    @property
+    def flops(self) -> int:
+        """Over the visible scores."""
+        ends = [self.longest * (t + 1) // self.T for t in range(self.T)]
+        return 2 * self.N * sum(count_visible(self.mask, 1, end, end - 1) for end in ends) * 2 * self.H
+
+    def arrays(self) -> Arrays:
+        """q, k, v, the layer, tables of blocks in no order, slots, positions."""
+        M = -(-self.longest // self.C)
+        cache = 2, self.T * M + 1, self.K, self.C, self.H
+        tables = 1 + jax.random.permutation(jax.random.key(3), self.T * M).reshape(self.T, M).astype(jnp.int32)
+        slots = jnp.arange(self.T, dtype=jnp.int32)
+        positions = self.longest * (slots + 1) // self.T - 1
+        q, k, v = _normal(0, (self.T, self.N, self.H)), _normal(1, cache), _normal(2, cache)
+        return q, k, v, jnp.int32(1), tables, slots, positions
+
+    def kernel(self, arrays: Arrays, backend: str, blocks: PagedBlocks | None = None) -> Call:
+        """The call under test."""
+        attend = functools.partial(paged_attention, scores=Scores(mask=self.mask), backend=backend, blocks=blocks)
+        return Call(attend, arrays)
+
+    def rivals(self, arrays: Arrays) -> dict[str, Rival]:
+        """XLA's loop, and attention to a copy of all texts at full length."""
+        return {"xla": lambda: self.kernel(arrays, "xla"), "gathered": lambda: Call(self._gathered, arrays)}
+
+    def _gathered(self, q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, *texts: jax.Array) -> jax.Array:
+        tables, slots, positions = texts
+        of_text = lambda cache: cache[layer, tables[slots]].swapaxes(1, 2).reshape(self.T, self.K, -1, self.H)
+        rows = q.reshape(self.T, self.K, -1, self.H)
+        scores = jnp.einsum("tkgh,tksh->tkgs", rows, of_text(k), preferred_element_type=jnp.float32) * self.H**-0.5
+        seen = self.mask.visible(positions[:, None], jnp.arange(scores.shape[-1]))
+        weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -jnp.inf)).astype(q.dtype)
+        return jnp.einsum("tkgs,tksh->tkgh", weights, of_text(v)).reshape(q.shape)
+
+    def reference(self, arrays: Arrays) -> dict[str, jax.Array]:
+        """In float32, one text after the other."""
+        q, k, v, layer, tables, slots, positions = arrays
+        alone = replace(self, T=1)
+
+        def text(row: Arrays) -> jax.Array:
+            query, slot, position = (x[None] for x in row)
+            return alone._gathered(query, *(x.astype(jnp.float32) for x in (k, v)), layer, tables, slot, position)[0]
+
+        with jax.default_matmul_precision("highest"):
+            return {"out": jax.jit(lambda *rows: lax.map(text, rows))(q.astype(jnp.float32), slots, positions)}
+
+
+Case = AttentionCase | GluCase | GroupedCase | PagedCase
 
 
 def _normal(seed: int, shape: tuple[int, ...], scale: float = 1.0) -> jax.Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kernels_pallas import masks
-from kernels_pallas.measuring.cases import AttentionCase, Case, GluCase, Goal, GroupedCase
+from kernels_pallas.measuring.cases import AttentionCase, Case, GluCase, Goal, GroupedCase, PagedCase
 
 # Set before any kernel was timed, from what the best published kernels of this kind reach on an H100 (docs/kernels.md).
 _CUDNN = ("cudnn",)
@@ -68,10 +68,20 @@ def grouped_cases() -> list[GroupedCase]:
     return cases
 
 
+def paged_cases() -> list[PagedCase]:
+    """Decoding of Llama 3 8B, of Qwen3 30B-A3B, and with a window; texts of 1 to `longest`. Without goals, as there is
+    no GPU kernel yet."""
+    base = PagedCase(T=64, longest=2048, N=32, K=8, H=128)
+    cases = [base, replace(base, K=4), replace(base, longest=16384, mask=masks.local(1023, 0))]
+    return [*cases, replace(base, T=8, longest=16384), replace(base, T=256, longest=512)]
+
+
 def quick_cases(op: str) -> list[Case]:
     """The first of the list, which stand for the rest."""
     if op == "attention":
         return list(attention_cases()[:4])
+    if op == "paged":
+        return list(paged_cases()[:2])
     return list(glu_cases()[:2] if op == "glu" else grouped_cases()[:2])
 
 
@@ -81,5 +91,7 @@ def tiny(case: Case) -> Case:
         return replace(case, M=32, D=16, F=48, goal=None)
     if isinstance(case, GroupedCase):
         return replace(case, M=32, D=16, F=48, E=4, goal=None)
+    if isinstance(case, PagedCase):
+        return replace(case, T=3, longest=50, N=4, K=2, H=16, goal=None)
     documents = (41, 22, 45, 20) if case.documents else None
     return replace(case, B=1, T=128, N=4, K=2, H=16, Hv=16, documents=documents, goal=None)

@@ -46,7 +46,8 @@ def paged_attention(
         slots: int32 [T], the slot of each row's text.
         positions: int32 [T], of the queries, below M * C. -1: a row without a token, whose result is 0.
         scores: what shapes the scores. Its mask shows no key after the query.
-        backend: "xla"; "auto" follows the table recorded for the chip.
+        backend: "xla" or "tpu"; "auto" follows the table recorded for the chip. Call "tpu" inside `jax.shard_map(...,
+            check_vma=False)` where there are several devices.
         blocks: keys of a tile; None: from the tuning table.
         interpret: run the named kernel in Pallas' interpreter: True, or its parameters object.
 

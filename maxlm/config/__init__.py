@@ -17,7 +17,8 @@ sharding.py: sizes of the mesh axes, ZeRO stages, presets
 dims.py: the table: which mesh axis cuts which dim of an array
 layout_rules.py: what must divide what
 chosen.py: the model that a command is for
-sampling.py: temperature, top-k, top-p
+sampling.py: how the next token is drawn
+engine.py: texts at once, and room for them
 changes.py: what a run may go on with, and what it is told
 cli.py: --config, overrides, how a command ends
 complaints.py: mistakes on a command line, in one line

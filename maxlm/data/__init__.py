@@ -8,7 +8,7 @@ documents.py: a document, what is no text, what could not be read
 input_files.py: which files, their bytes decompressed
 records.py: JSON, CSV and parquet with many documents each
 tokenizers.py: bytes, sentencepiece, tokenizer.json
-byte_names.py: tokens of byte-level BPE as bytes
+token_bytes.py: what a token of a tokenizer.json adds to a text
 text_ends.py: where texts of a model begin and end
 chat.py: conversations to ids, by the template of a published model
 chat_worker.py: the process that renders templates

@@ -22,8 +22,8 @@ import tokenizers
 
 from maxlm.config import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, TokenizerConfig, UserError
 from maxlm.config.json_file import read_bytes, read_object
-from maxlm.data.byte_names import bytes_of
 from maxlm.data.tiktoken import to_json
+from maxlm.data.token_bytes import spelled
 
 _DESCRIPTOR = "config.json"
 _EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<eos>", "<|im_end|>", "[EOS]", "[SEP]")
@@ -103,12 +103,16 @@ class Tokenizer(abc.ABC):
         raise UserError(f"a tokenizer of {self.kind.value} has no names of control tokens; a chat needs tokenizer.json")
 
     @abc.abstractmethod
-    def token_bytes(self, i: int) -> bytes:
-        """What an id stands for in a text, which may be part of a character; of a special token, its name."""
-
-    @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`. Special ids give nothing; bytes that are not UTF-8 give U+FFFD."""
+
+    @abc.abstractmethod
+    def token_bytes(self) -> list[bytes | None]:
+        """What each id adds to a text that has begun; None: nothing, as of special ids.
+
+        Raises:
+            UserError: that depends on the ids around it.
+        """
 
     def document_ids(self, ids: list[int]) -> list[int]:
         """`ids` between bos (where there is one) and eos, as in the training data."""
@@ -154,11 +158,11 @@ class Bytes(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(text.encode()) for text in texts]
 
-    def token_bytes(self, i: int) -> bytes:
-        return bytes([i]) if i < 256 else {self.bos_id: b"<bos>", self.eos_id: b"<eos>"}.get(i, b"")
-
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+    def token_bytes(self) -> list[bytes | None]:
+        return [*(bytes([i]) for i in range(256)), None, None]
 
 
 class SentencePiece(Tokenizer):
@@ -205,18 +209,20 @@ class SentencePiece(Tokenizer):
         first, *rest = (self._model.encode(part, out_type=int) for part in text.split("\u2581"))
         return [*first, *(i for part in rest for i in (*spelling, *part))]
 
-    def token_bytes(self, i: int) -> bytes:
-        if not 0 <= i < self.vocab_size:
-            return b""
-        piece: str = self._model.id_to_piece(i)
-        if i in self.byte_ids:
-            return bytes([int(piece[3:-1], 16)])
-        name = self._model.is_control(i) or self._model.is_unknown(i)
-        return (piece if name else piece.replace("\u2581", " ")).encode()
-
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._model.decode([int(i) for i in ids])
         return text
+
+    def token_bytes(self) -> list[bytes | None]:
+        def spelling(i: int) -> bytes | None:
+            piece: str = self._model.id_to_piece(i)
+            if self._model.is_byte(i):
+                return bytes([int(piece[3:5], 16)])
+            if self._model.is_control(i) or self._model.is_unknown(i) or self._model.is_unused(i):
+                return None
+            return piece.replace("\u2581", " ").encode()
+
+        return [spelling(i) for i in range(self.vocab_size)]
 
 
 class HuggingFace(Tokenizer):
@@ -248,7 +254,6 @@ class HuggingFace(Tokenizer):
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         special = {token.content: i for i, token in self._model.get_added_tokens_decoder().items() if token.special}
         self._specials = special
-        self._added = frozenset(self._model.get_added_tokens_decoder())
         known = special, vocabulary
         usual_eos, usual_bos = _first_known(_EOS_NAMES, *known), _first_known(_BOS_NAMES, *known)
         said_eos, said_bos = _beside(path)
@@ -306,21 +311,6 @@ class HuggingFace(Tokenizer):
             found = model.encode(text, add_special_tokens=False)
         return found.ids, found.offsets
 
-    def token_bytes(self, i: int) -> bytes:
-        name: str = self._model.id_to_token(i) or ""
-        if i in self.byte_ids:
-            return bytes([int(name[3:-1], 16)])
-        if i in self._added:
-            return name.encode()
-        if self._bytewise:
-            return bytes_of(name)
-        return name.replace("\u2581", " ").encode()
-
-    @functools.cached_property
-    def _bytewise(self) -> bool:
-        """Whether a character of a token's name stands for a byte, as GPT-2 has it."""
-        return "ByteLevel" in json.dumps(json.loads(self._model.to_str()).get("decoder"))
-
     @functools.cached_property
     def _obeying(self) -> tokenizers.Tokenizer:
         """The same, but that a name of a special token in a text is that token."""
@@ -331,6 +321,16 @@ class HuggingFace(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._model.decode([int(i) for i in ids], skip_special_tokens=True)
         return text
+
+    def token_bytes(self) -> list[bytes | None]:
+        decoder = json.loads(self._definition).get("decoder")
+        found: list[bytes | None] = [None] * self.vocab_size
+        for name, i in self._model.get_vocab(with_added_tokens=True).items():
+            found[i] = spelled(name, decoder)
+        for i, token in self._model.get_added_tokens_decoder().items():
+            if token.special:
+                found[i] = None
+        return found
 
     def _named(self, key: str, name: str, *vocabularies: dict[str, int]) -> int:
         found = _first_known([name], *vocabularies)

@@ -1,9 +1,19 @@
-"""From a run folder to text: load, prefill, decode, sample.
+"""From a run folder to text: requests, a cache in blocks, one compiled step.
 
 load.py: a run folder as a model
 generator.py: prompts to text
-language_model.py: tokens to logits
-steps.py: prefill, decode loop
+request.py: what is asked, and what is answered
+loop.py: the engine on a thread of its own
+engine.py: requests to tokens, step by step
+scheduler.py: which tokens the next step reads
+blocks.py: who uses which block of the cache
+programs.py: what runs on the device, compiled at the start
+step.py: the compiled step
+held.py: parameters as decoding holds them
+settings.py: what each request asks for, as arrays
+logits_rules.py: biases, penalties, bans
 sampling.py: one token from logits
+structured.py: which tokens a grammar allows
 text_stream.py: tokens to characters, never taken back
+language_model.py: tokens to logits, without a cache
 """

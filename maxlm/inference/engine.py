@@ -18,9 +18,10 @@ from maxlm.data.text_ends import TextEnds
 from maxlm.inference.programs import Programs, pool_sizes
 from maxlm.inference.request import TOP_SCORES, BadRequest, Delta, Finish, QueueFull, Request, TokenScore
 from maxlm.inference.sampling import LogProbs
-from maxlm.inference.scheduler import Plan, Scheduler, Sequence, Stage
+from maxlm.inference.scheduler import Scheduler, Sequence, Stage, StepPlan
 from maxlm.inference.settings import Settings, settings_row
-from maxlm.inference.step import Drawn, Rows, Texts
+from maxlm.inference.step import Drawn, StepRows, Texts
+from maxlm.inference.structured import Constraint, Constraints
 from maxlm.inference.text_stream import TextStream
 from maxlm.models import Execution
 from maxlm.sharding import decoding_layout
@@ -63,6 +64,8 @@ class Ticket:
     shard: int
     stream: TextStream
     deadline: float | None
+    constraint: Constraint | None = None
+    """Where the text is in its grammar."""
     begun: bool = False
     """Something of it was handed out."""
     prompt_scores: list[TokenScore] = field(default_factory=list)
@@ -133,6 +136,7 @@ class Engine:
             for _ in range(layout.batch_shards)
         ]
         self._tickets: dict[Sequence, Ticket] = {}
+        self._constraints: dict[tuple[int, ...], Constraints] = {}
         self._numbers = itertools.count()
         self._flying: _Launched | None = None
         self._updates, self._read_at = 0, 0.0
@@ -151,7 +155,8 @@ class Engine:
         sequence = Sequence(request, next(self._numbers), list(request.prompt))
         shard = min(range(len(self._shards)), key=lambda i: len(self._shards[i].running) + len(self._shards[i].waiting))
         deadline = None if request.deadline_s is None else time.monotonic() + request.deadline_s
-        ticket = Ticket(sequence, shard, TextStream(self.tokenizer, request.prompt, request.stop), deadline)
+        stream = TextStream(self.tokenizer, request.prompt, request.stop)
+        ticket = Ticket(sequence, shard, stream, deadline, self._constraint(request))
         self._shards[shard].add(sequence)
         self._tickets[sequence] = ticket
         return ticket
@@ -179,6 +184,7 @@ class Engine:
                     "fit the whole cache; ask for fewer, or start the engine with more engine.cache_tokens"
                 )
             self._settings(request)
+            self._constraint(request)
         except UserError as error:
             raise BadRequest(str(error)) from error
 
@@ -261,6 +267,19 @@ class Engine:
             processed_logprobs=request.processed_logprobs,
         )
 
+    def _constraint(self, request: Request) -> Constraint | None:
+        """
+        Raises:
+            UserError: the grammar is not one.
+        """
+        if request.grammar is None:
+            return None
+        if not request.ends:
+            raise UserError("ends is empty, and a grammar needs an id that ends its text; name one")
+        if request.ends not in self._constraints:
+            self._constraints[request.ends] = Constraints(self.tokenizer, ends=request.ends, vocab=self.vocab_size)
+        return self._constraints[request.ends].start(request.grammar)
+
     def _expire(self) -> list[tuple[Ticket, Delta]]:
         """End what is beyond its deadline."""
         now = time.monotonic()
@@ -299,16 +318,17 @@ class Engine:
         request = sequence.request
         history = np.zeros(self.max_length + 1, np.int32)
         history[: len(sequence.tokens)] = sequence.tokens
-        text = Texts(
-            history, np.int32(len(request.prompt)), np.int32(sequence.end), np.bool_(False), self._settings(request)
-        )
-        self._programs.begin(shard * self.config.slots + sequence.slot, text)
+        settings = self._settings(request)
+        if (constraint := self._tickets[sequence].constraint) is not None:
+            settings = settings._replace(allowed=constraint.mask())
+        text = Texts(history, np.int32(len(request.prompt)), np.int32(sequence.end), np.bool_(False), settings)
+        self._programs.begin(self._slot(shard, sequence), text)
         sequence.begun = True
         if not sequence.generated:
             self._counts["prompt"] += len(request.prompt)
             self._counts["cached"] += sequence.cached
 
-    def _rows(self, plans: list[Plan | None], width: int) -> tuple[Rows, list[_Read]]:
+    def _rows(self, plans: list[StepPlan | None], width: int) -> tuple[StepRows, list[_Read]]:
         """What the device reads of these plans, and what is to be read of what it answers."""
         rows, reads = self._programs.no_rows(width), []
         for shard, plan in enumerate(plans):
@@ -317,7 +337,7 @@ class Engine:
             row, scored = shard * width, shard * self._programs.scored_rows(width)
             for chunk in plan.chunks:
                 sequence, end = chunk.sequence, row + chunk.count
-                rows.slots[row:end] = shard * self.config.slots + sequence.slot
+                rows.slots[row:end] = self._slot(shard, sequence)
                 rows.positions[row:end] = range(chunk.first, chunk.first + chunk.count)
                 wanted = []
                 if sequence.request.prompt_logprobs is not None:  # of the token after each that is read
@@ -393,6 +413,10 @@ class Engine:
             seconds=0.0 if first else seconds,
         )
         ticket.begun = True
+        if finish is None and ticket.constraint is not None:
+            ticket.constraint.accept(tokens[-1])
+            if sequence.begun:
+                self._programs.allow(self._slot(ticket.shard, sequence), ticket.constraint.mask())
         if finish is None:
             self._shards[ticket.shard].hold(sequence)
             return delta
@@ -404,6 +428,10 @@ class Engine:
         del self._tickets[ticket.sequence]
         self._counts["finished"] += 1
         return Delta(text=ticket.stream.finish(), finish=finish, error=error)
+
+    def _slot(self, shard: int, sequence: Sequence) -> int:
+        """Counted over all shards, as the device does."""
+        return shard * self.config.slots + sequence.slot
 
     def _put_tables(self) -> None:
         windows = self._shards[0].tables

@@ -61,8 +61,12 @@ def edit(logits: jax.Array, rows: Settings, history: History) -> jax.Array:
     """
     for asked, rule in _rules(rows, history):
         logits = _where_asked(asked, rule, logits)
-    ids = jnp.arange(logits.shape[1])
-    return jnp.where(ids < rows.vocab[:, None], logits, -jnp.inf)
+    return known_only(logits, rows)
+
+
+def known_only(logits: jax.Array, rows: Settings) -> jax.Array:
+    """-inf for ids that stand for no token: the model's table may be longer than the tokenizer's."""
+    return jnp.where(jnp.arange(logits.shape[1]) < rows.vocab[:, None], logits, -jnp.inf)
 
 
 def edits(rows: Settings, history: History) -> jax.Array:
@@ -70,25 +74,24 @@ def edits(rows: Settings, history: History) -> jax.Array:
     return jnp.stack([asked for asked, _ in _rules(rows, history)]).any(0)
 
 
-Rule = Callable[[jax.Array], jax.Array]
+LogitsRule = Callable[[jax.Array], jax.Array]
 
 
-def _rules(rows: Settings, history: History) -> list[tuple[jax.Array, Rule]]:
+def _rules(rows: Settings, history: History) -> list[tuple[jax.Array, LogitsRule]]:
     """Which rows ask for a rule, bool [R], and the rule."""
     generated = history.length - history.n_prompt
     return [
         ((rows.edited >= 0).any(1), lambda x: _biased(x, rows)),
         (rows.repetition_penalty != 1, lambda x: _repetition(x, rows, history)),
         ((rows.presence_penalty != 0) | (rows.frequency_penalty != 0), lambda x: _presence(x, rows, history)),
-        (rows.dry_multiplier != 0, lambda x: _dry(x, rows, history)),
-        (rows.no_repeat_ngram != 0, lambda x: _no_repeat(x, rows, history)),
+        ((rows.dry_multiplier != 0) | (rows.no_repeat_ngram != 0), lambda x: _repeating(x, rows, history)),
         ((rows.words >= 0).any((1, 2)), lambda x: _banned_words(x, rows, history)),
         (generated < rows.min_new_tokens, lambda x: _marked(x, rows.ends, rows.ends >= 0)),
         ((rows.allowed != _ALL).any(1), lambda x: jnp.where(unpacked(rows.allowed, x.shape[1]), x, -jnp.inf)),
     ]
 
 
-def _where_asked(asked: jax.Array, rule: Rule, logits: jax.Array) -> jax.Array:
+def _where_asked(asked: jax.Array, rule: LogitsRule, logits: jax.Array) -> jax.Array:
     """The rule where it is asked for; elsewhere the logits to the bit."""
     return jax.lax.cond(asked.any(), lambda x: jnp.where(asked[:, None], rule(x), x), lambda x: x, logits)
 
@@ -113,30 +116,31 @@ def _presence(logits: jax.Array, rows: Settings, history: History) -> jax.Array:
     return logits - count * rows.frequency_penalty[:, None] - (count > 0) * rows.presence_penalty[:, None]
 
 
-def _dry(logits: jax.Array, rows: Settings, history: History) -> jax.Array:
-    """multiplier * base ** (n - allowed_length) less for a token that would repeat n tokens and itself, n at least
-    allowed_length; the longest repetition counts. Breakers end what is repeated and are never penalised.
-    (text-generation-webui, pull request 5677; llama.cpp has the same.)"""
-    breakers = rows.dry_breakers[:, :, None] == jnp.where(history.known, history.tokens, -2)[:, None]
-    is_breaker = breakers.any(1)  # [R, M]
+def _repeating(logits: jax.Array, rows: Settings, history: History) -> jax.Array:
+    """What comes after tokens that the history ends with, too.
+
+    DRY (text-generation-webui, pull request 5677, as in llama.cpp): a token that would repeat n others and itself loses
+    multiplier * base ** (n - allowed_length), n at least allowed_length; the longest repetition counts. Breakers end
+    what is repeated and are never penalised.
+
+    No n-gram twice (arXiv:1705.04304, section 2.5; fairseq and transformers do it in prompt and text): what would
+    complete one that stands in the history is banned.
+    """
     place = jnp.arange(history.texts.shape[1])
-    last_breaker = jnp.max(jnp.where(is_breaker, place, -1), 1)
+    breaks = (rows.dry_breakers[:, :, None] == history.tokens[:, None]).any(1) & history.known
+    since_break = history.length - 1 - jnp.max(jnp.where(breaks, place, -1), 1)
+    dry = jnp.where(rows.dry_multiplier != 0, since_break, 0)
+    context = rows.no_repeat_ngram - 1
+    repeated = _repeated(history, jnp.maximum(dry, context))
+
     first = jnp.where(rows.dry_range > 0, jnp.maximum(history.length - rows.dry_range, 0), 0)
-    most = jnp.where(rows.dry_multiplier != 0, history.length - 1 - last_breaker, 0)
-    repeated = _repeated(history, first, most)
-    repeated = jnp.where(history.known & ~is_breaker, repeated, 0)
-    longest = _scattered(jnp.zeros(logits.shape, jnp.int32), history.tokens).max(repeated, mode="drop")
-    over = longest - rows.dry_allowed_length[:, None]
+    in_range = jnp.minimum(jnp.minimum(repeated, dry[:, None]), place - first[:, None])
+    in_range = jnp.where(history.known & ~breaks, in_range, 0)
+    over = in_range - rows.dry_allowed_length[:, None]
     penalty = rows.dry_multiplier[:, None] * jnp.power(rows.dry_base[:, None], jnp.maximum(over, 0))
-    return jnp.where((longest > 0) & (over >= 0), logits - jnp.minimum(penalty, _MOST), logits)
-
-
-def _no_repeat(logits: jax.Array, rows: Settings, history: History) -> jax.Array:
-    """Bans what would complete n tokens that stand in the history already (arXiv:1705.04304, section 2.5; fairseq and
-    transformers do it in prompt and text)."""
-    needed = rows.no_repeat_ngram - 1
-    repeated = _repeated(history, jnp.zeros_like(needed), needed)
-    return _marked(logits, history.tokens, history.known & (repeated >= needed[:, None]) & (needed >= 0)[:, None])
+    penalty = jnp.where((in_range > 0) & (over >= 0), jnp.minimum(penalty, _MOST), 0)
+    logits -= _scattered(jnp.zeros_like(logits), history.tokens).max(penalty, mode="drop")
+    return _marked(logits, history.tokens, history.known & (repeated >= context[:, None]) & (context >= 0)[:, None])
 
 
 def _banned_words(logits: jax.Array, rows: Settings, history: History) -> jax.Array:
@@ -154,25 +158,21 @@ def unpacked(mask: jax.Array, vocab: int) -> jax.Array:
     return bits.reshape(mask.shape[0], -1)[:, :vocab] != 0
 
 
-def _repeated(history: History, first: jax.Array, most: jax.Array) -> jax.Array:
-    """int32 [R, M]: how many tokens right before a place are also the last of the history, in the same order.
-
-    Counted down to place `first` [R] and up to `most` [R]. Each token of the longest repetition costs a pass.
-    """
+def _repeated(history: History, most: jax.Array) -> jax.Array:
+    """int32 [R, M]: how many tokens right before a place are also the last of the history, in the same order; counted
+    up to `most` [R]. Each token of the longest repetition costs a pass."""
     tokens, length = history.tokens, history.length[:, None]
     place = jnp.arange(tokens.shape[1])
-
-    def running(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        return carry[1].any()
 
     def step(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         n, runs, count = carry
         last = jnp.take_along_axis(tokens, jnp.maximum(length - 1 - n, 0), 1)
-        runs &= (place - 1 - n >= first[:, None]) & (n < most[:, None]) & (jnp.roll(tokens, n + 1, 1) == last)
+        runs &= (n < most[:, None]) & (place > n) & (jnp.roll(tokens, n + 1, 1) == last)
         return n + 1, runs, count + runs
 
     start = (place < length) & (most > 0)[:, None]
-    return jax.lax.while_loop(running, step, (jnp.int32(0), start, jnp.zeros(tokens.shape, jnp.int32)))[2]
+    none = jnp.zeros(tokens.shape, jnp.int32)
+    return jax.lax.while_loop(lambda carry: carry[1].any(), step, (jnp.int32(0), start, none))[2]
 
 
 def _marked(logits: jax.Array, ids: jax.Array, marked: jax.Array) -> jax.Array:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 import re
 import time
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
@@ -21,8 +19,8 @@ from maxlm.config import EngineConfig, ModelConfig, SamplingConfig, WeightFormat
 from maxlm.inference.held import held, layers_apart
 from maxlm.inference.request import TOP_SCORES
 from maxlm.inference.settings import settings_row
-from maxlm.inference.step import Drawn, Rows, Texts, begin, empty_texts, step
-from maxlm.models import Execution, ops
+from maxlm.inference.step import Drawn, StepRows, Texts, allow, begin, empty_texts, step
+from maxlm.models import Execution
 from maxlm.models.kv_cache import empty_cache, window_of, windows
 from maxlm.observe.devices import memory_in_use
 from maxlm.sharding import Layout
@@ -69,9 +67,10 @@ class Programs:
         self._texts = jax.jit(make, out_shardings=everywhere)()
         width = -(-model.max_seq_len // config.block_size)
         self.put_tables({window: np.zeros((config.slots * self._n_shards, width), np.int32) for window in blocks})
-        one = jax.tree.map(lambda x: np.asarray(x[0]), self._texts)
-        put = jax.jit(begin, donate_argnums=0, in_shardings=everywhere, out_shardings=everywhere)
-        self._begin = put.lower(self._texts, np.int32(0), one).compile()
+        one = jax.tree.map(lambda x: np.asarray(x)[0], self._texts)
+        change = functools.partial(jax.jit, donate_argnums=0, in_shardings=everywhere, out_shardings=everywhere)
+        self._begin = change(begin).lower(self._texts, np.int32(0), one).compile()
+        self._allow = change(allow).lower(self._texts, np.int32(0), one.settings.allowed).compile()
         self._steps = self._compiled(run_model, tokens_per_step, min(2, *(size - 1 for size in blocks.values())))
 
     @property
@@ -87,11 +86,15 @@ class Programs:
         """Put a text into a slot, counted over all shards."""
         self._texts = self._begin(self._texts, np.int32(slot), text)
 
+    def allow(self, slot: int, mask: npt.NDArray[np.uint32]) -> None:
+        """Which ids may come next in a slot, for the steps that are launched from now on."""
+        self._texts = self._allow(self._texts, np.int32(slot), mask)
+
     def put_tables(self, tables: Mapping[int, npt.NDArray[np.int32]]) -> None:
         """Blocks of all texts, of every shard: window -> int32 [S, M]."""
         self._tables = jax.device_put(dict(tables), self._cut)
 
-    def run(self, width: int, rows: Rows, n_steps: int) -> Drawn:
+    def run(self, width: int, rows: StepRows, n_steps: int) -> Drawn:
         """Launch a step, and do not wait for it."""
         return self._run(self._steps[width], rows, n_steps)
 
@@ -99,26 +102,32 @@ class Programs:
         """Take other parameters for all steps from now on."""
         _, self._parameters = self._placed(parameters)
 
-    def no_rows(self, width: int) -> Rows:
+    def no_rows(self, width: int) -> StepRows:
         """Rows of all shards that read nothing, to be filled: numpy arrays."""
         n, scored = width * self._n_shards, self.scored_rows(width) * self._n_shards
         nothing = np.full(n, -1, np.int32)
-        return Rows(np.zeros(n, np.int32), nothing, np.full(scored, -1, np.int32), np.zeros(scored, bool))
+        return StepRows(np.zeros(n, np.int32), nothing, np.full(scored, -1, np.int32), np.zeros(scored, bool))
 
     def _placed(self, parameters: Any) -> tuple[ModelConfig, Any]:
         """The model as it runs here, and its parameters."""
         parameters = held(parameters, self._model, self._how, self._weights)
         return layers_apart(self._model, parameters) if self._how.layout.on_cpu else (self._model, parameters)
 
-    def _run(self, program: jax.stages.Compiled, rows: Rows, n_steps: int) -> Drawn:
+    def _run(self, program: jax.stages.Compiled, rows: StepRows, n_steps: int) -> Drawn:
         self._cache, self._texts, drawn = program(
             self._parameters, self._cache, self._texts, self._tables, rows, np.int32(n_steps)
         )
         return drawn
 
     def _compiled(self, model: ModelConfig, most: int, n_probes: int) -> dict[int, jax.stages.Compiled]:
-        """The step for a few numbers of rows, smallest first: numbers whose rows are equal to the bit."""
-        began, widths = time.perf_counter(), self._of_one_class(most)
+        """The step for a few numbers of rows, smallest first, whose rows are the same to the bit.
+
+        How a product or a sum is rounded depends on how many rows it has. Of the numbers that are tried only one class
+        is used: that of `most`, if the config names it; else the one with the most members, and of equal ones that with
+        the fewest rows, so that a lone text does not pay for the room that many need.
+        """
+        began = time.perf_counter()
+        widths = sorted({max(most // n, min(2, most)) for n in (1, 4, 16)})
         same = jax.tree.map(lambda x: x.sharding, (self._cache, self._texts))
         run = functools.partial(step, config=model, how=self._how, most_steps=self._config.decode_steps)
         jitted = jax.jit(run, donate_argnums=(1, 2), out_shardings=(*same, self._how.layout.sharding()))
@@ -128,42 +137,16 @@ class Programs:
             return jitted.lower(*arguments).compile()
 
         programs = {width: program(width) for width in widths}
-        answers = {width: self._probed(programs[width], width, n_probes) for width in widths}
-        found = {width: programs[width] for width in widths if _same(answers[width], answers[widths[-1]])}
+        classes: list[tuple[list[Drawn], list[int]]] = []
+        for width in widths:
+            answer = self._probed(programs[width], width, n_probes)
+            home = next((members for known, members in classes if _same(known, answer)), None)
+            classes.append((answer, [width])) if home is None else home.append(width)
+        named = self._config.tokens_per_step is not None
+        chosen = max((members for _, members in classes), key=lambda members: (named and most in members, len(members)))
         seconds = time.perf_counter() - began
-        _LOG.info("engine: steps of %s tokens compiled in %.1f s", " or ".join(map(str, found)), seconds)
-        if len(found) < len(widths):
-            _LOG.warning(
-                "engine: steps of %s tokens would be rounded otherwise, and are not used", set(widths) - set(found)
-            )
-        return found
-
-    def _of_one_class(self, most: int) -> list[int]:
-        """Some of 2, 4, 8, ... and `most`, for which a row of every product of the model is the same to the bit.
-
-        Of all such classes the one with the most members, and of equal ones that with the fewest rows, so that a lone
-        text does not pay for the room that many need. Of its members the smallest, those four times as large, and the
-        largest.
-        """
-        candidates = sorted({*itertools.takewhile(lambda n: n < most, (2**i for i in itertools.count(1))), most})
-        layout = self._how.layout
-        products = set()
-        for array in shapes.arrays(self._model):
-            local = dict(zip(array.dims, layout.local_shape(array.shape, layout.parameter(array.dims)), strict=True))
-            size = {True: 1, False: 1}
-            for dim in set(array.dims) - {"layers", "experts"}:
-                size[dim in array.inputs] *= local[dim]
-            if array.inputs:
-                products.add((size[True], size[False]))
-        rows = {
-            width: [_first_row(layout, self._how.dtype, width, *sizes) for sizes in products] for width in candidates
-        }
-        classes: list[list[int]] = []
-        for width in candidates:
-            home = next((found for found in classes if _same(rows[found[0]], rows[width])), None)
-            classes.append([width]) if home is None else home.append(width)
-        chosen = max(classes, key=len)
-        return [width for i, width in enumerate(chosen) if i % 2 == 0 or width == chosen[-1]]
+        _LOG.info("engine: compiled in %.1f s; a step has %s tokens", seconds, " or ".join(map(str, chosen)))
+        return {width: programs[width] for width in chosen}
 
     def _probed(self, program: jax.stages.Compiled, width: int, n: int) -> list[Drawn]:
         """What a step of this width makes of n short texts, each in a block of its own."""
@@ -183,14 +166,6 @@ class Programs:
             found.append(jax.tree.map(lambda x: np.asarray(x)[0, :n], self._run(program, rows, 1)))
         self._tables = before
         return found
-
-
-def _first_row(layout: Layout, dtype: jnp.dtype, rows: int, inputs: int, outputs: int) -> npt.NDArray[Any]:
-    """Of a product of so many rows with a matrix [inputs, outputs], always the same numbers."""
-    rng = np.random.default_rng(0)
-    x, w = (rng.standard_normal(shape, np.float32).astype(dtype) for shape in ((1, 1, inputs), (inputs, outputs)))
-    product = jax.jit(lambda x, w: ops.project(layout, "btd,df->btf", x, w))
-    return np.asarray(product(np.repeat(x, rows, 0), w)[0])
 
 
 def _numbered(table: jax.Array, n: int) -> npt.NDArray[np.int32]:

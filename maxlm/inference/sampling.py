@@ -7,6 +7,10 @@ Letters: R rows, one for each token that is to be drawn; V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.random import threefry_2x32
 
-from maxlm.config import SamplingConfig
-from maxlm.inference.logits_rules import History, edit, edits
+from maxlm.config import SamplingConfig, UserError
+from maxlm.inference.logits_rules import History, edit, edits, known_only
 from maxlm.inference.settings import Settings
 
 COLDEST = 1e-6  # float32 cannot divide by much less; logits that differ at all are then already decided
@@ -50,31 +54,33 @@ def choose(logits: jax.Array, rows: Settings, history: History, given: jax.Array
     token's position alone.
 
     Args:
-        logits: float32 [R, V], finite or -inf.
+        logits: float32 [R, V].
         rows: settings [R, ...].
         history: what stands before the token.
-        given: int32 [R]: where it is not negative, the token, which is not drawn.
+        given: int32 [R]: where it is not negative, it is the token, and nothing is drawn.
     """
-    top = min(TOP, logits.shape[1])
-    nothing = LogProbs(*(jnp.zeros(shape, kind) for shape, kind in _log_prob_shapes(logits.shape[0], top)))
+    damaged = row_sum(jnp.isnan(logits).astype(jnp.int32)) > 0  # of which a maximum need not tell
 
-    def by_rules(_: None) -> tuple[jax.Array, LogProbs]:
+    def by_rules() -> Chosen:
         after = processed(logits, rows, history)
-        tokens = draw(after, rows, history.length)
-        tokens = tokens if given is None else jnp.where(given < 0, tokens, given)
-        return tokens, scored(jnp.where(rows.processed_logprobs[:, None], after, logits), tokens)
+        return scored(after, draw(after, rows, history.length))
 
-    def scored(of: jax.Array, tokens: jax.Array) -> LogProbs:
-        return jax.lax.cond((rows.logprobs >= 0).any(), lambda: log_probs(of, tokens), lambda: nothing)
+    def plainly() -> Chosen:
+        after = known_only(logits, rows)
+        return scored(after, likeliest(after))
 
-    def plainly(_: None) -> tuple[jax.Array, LogProbs]:
-        known = jnp.where(jnp.arange(logits.shape[1]) < rows.vocab[:, None], logits, -jnp.inf)
-        tokens = _likeliest(known)
+    def scored(after: jax.Array, tokens: jax.Array) -> Chosen:
         tokens = tokens if given is None else jnp.where(given < 0, tokens, given)
-        return tokens, scored(jnp.where(rows.processed_logprobs[:, None], known, logits), tokens)
+        tokens = jnp.where(damaged, -1, tokens)
+
+        def all_of_them() -> LogProbs:
+            return log_probs(jnp.where(rows.processed_logprobs[:, None], after, logits), tokens)
+
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(all_of_them))
+        return Chosen(tokens, jax.lax.cond((rows.logprobs >= 0).any(), all_of_them, lambda: nothing))
 
     ruled = edits(rows, history) | (rows.temperature != 0)
-    return Chosen(*jax.lax.cond(ruled.any(), by_rules, plainly, None))
+    return jax.lax.cond(ruled.any(), by_rules, plainly)
 
 
 def processed(logits: jax.Array, rows: Settings, history: History) -> jax.Array:
@@ -109,16 +115,19 @@ def truncated(logits: jax.Array, rows: Settings) -> jax.Array:
         return fewest(x, jnp.ones_like(x), rows.top_k.astype(jnp.float32))
 
     def top_p(x: jax.Array) -> jax.Array:
-        return fewest(x, jax.nn.softmax(x, -1), rows.top_p)
+        return fewest(x, jnp.exp(_log_softmax(x)), rows.top_p)
 
     def min_p(x: jax.Array) -> jax.Array:
         return x - _finite_max(x) >= jnp.log(rows.min_p)[:, None]
 
     def typical_p(x: jax.Array) -> jax.Array:
-        surprise = -jax.nn.log_softmax(x, -1)
+        surprise = -_log_softmax(x)
         p = jnp.exp(-surprise)
-        entropy = jnp.sum(jnp.where(p > 0, p * surprise, 0), -1, keepdims=True)
+        entropy = row_sum(jnp.where(p > 0, p * surprise, 0))[:, None]
         return fewest(-jnp.abs(surprise - entropy), p, rows.typical_p)
+
+    def only(asked: jax.Array, kept: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+        return jnp.where(kept(x) | ~asked[:, None], x, -jnp.inf)
 
     def all_rules(x: jax.Array) -> jax.Array:
         x = jnp.where(hot[:, None], temperature(x), x)
@@ -128,13 +137,7 @@ def truncated(logits: jax.Array, rows: Settings) -> jax.Array:
             (rows.min_p > 0, min_p),
             (rows.typical_p < 1, typical_p),
         ):
-            where = asked & hot
-            x = jax.lax.cond(
-                where.any(),
-                lambda x, kept=kept, where=where: jnp.where(kept(x) | ~where[:, None], x, -jnp.inf),
-                lambda x: x,
-                x,
-            )
+            x = jax.lax.cond((asked & hot).any(), functools.partial(only, asked & hot, kept), lambda x: x, x)
         return x
 
     return jax.lax.cond(hot.any(), all_rules, lambda x: x, logits)
@@ -158,27 +161,20 @@ def fewest(values: jax.Array, weights: jax.Array, mass: jax.Array) -> jax.Array:
     rows, width = values.shape
 
     def held(kept: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(kept, weights, 0), -1)
+        return row_sum(jnp.where(kept, weights, 0))
 
     def from_(key: jax.Array) -> jax.Array:
         return values >= _of_key(key)[:, None]
 
-    # The sought value's key is in [low, high): what is from `low` on has the mass, what is from `high` on has not.
-    class Edge(NamedTuple):
-        low: jax.Array
-        high: jax.Array
-        n_low: jax.Array
-        n_high: jax.Array
-
-    def open_(edge: Edge) -> jax.Array:
+    def open_(edge: _Edge) -> jax.Array:
         return (edge.low + 1 < edge.high) & (edge.n_low - edge.n_high > 1)
 
-    def halve(edge: Edge) -> Edge:
+    def halve(edge: _Edge) -> _Edge:
         middle = (edge.low >> 1) + (edge.high >> 1) + (edge.low & edge.high & 1)  # their sum may not fit
         kept = from_(middle)
-        n, enough = kept.sum(-1, dtype=jnp.int32), held(kept) >= mass
+        n, enough = row_sum(kept.astype(jnp.int32)), held(kept) >= mass
         down, up = open_(edge) & enough, open_(edge) & ~enough
-        return Edge(
+        return _Edge(
             jnp.where(down, middle, edge.low),
             jnp.where(up, middle, edge.high),
             jnp.where(down, n, edge.n_low),
@@ -186,7 +182,7 @@ def fewest(values: jax.Array, weights: jax.Array, mass: jax.Array) -> jax.Array:
         )
 
     counts = jnp.full(rows, width, jnp.int32), jnp.zeros(rows, jnp.int32)
-    start = Edge(jnp.full(rows, _KEY_OF_LEAST), _key(values.max(-1)) + 1, *counts)
+    start = _Edge(jnp.full(rows, _key(-np.inf)), jnp.full(rows, _key(np.inf)), *counts)
     edge = jax.lax.while_loop(lambda edge: open_(edge).any(), halve, start)
 
     above, tied = from_(edge.high), from_(edge.low) & ~from_(edge.high)
@@ -209,20 +205,30 @@ def fewest(values: jax.Array, weights: jax.Array, mass: jax.Array) -> jax.Array:
     return above | (tied & (index <= last[:, None]))
 
 
-_FLIP = np.int32(2**31 - 1)
+class _Edge(NamedTuple):
+    """Where the key of the sought value is, int32 [R] each."""
+
+    low: jax.Array
+    """What is from this key on has the mass."""
+    high: jax.Array
+    """What is from this one on has not."""
+    n_low: jax.Array
+    """Entries from `low` on."""
+    n_high: jax.Array
 
 
-def _key(x: jax.Array) -> jax.Array:
-    """int32 in the order of float32 numbers."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    return jnp.where(bits < 0, bits ^ _FLIP, bits)
+def _key(x: float) -> np.int32:
+    """Of a float32: keys have the order of the numbers. (Keys of denormal numbers are as good as that of 0, since
+    comparisons take these numbers for 0.)"""
+    bits = np.float32(x).view(np.int32)
+    return bits if bits >= 0 else bits ^ _FLIP
 
 
 def _of_key(key: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(jnp.where(key < 0, key ^ _FLIP, key), jnp.float32)
 
 
-_KEY_OF_LEAST = np.float32(-np.inf).view(np.int32) ^ _FLIP
+_FLIP = np.int32(2**31 - 1)
 
 
 def draw(processed: jax.Array, rows: Settings, position: jax.Array) -> jax.Array:
@@ -241,16 +247,16 @@ def draw(processed: jax.Array, rows: Settings, position: jax.Array) -> jax.Array
 
     def noisy(x: jax.Array) -> jax.Array:
         added = jnp.where((rows.temperature != 0)[:, None], noise(rows.seed, position, x.shape[1]), 0)
-        return _likeliest(x + added)
+        return likeliest(x + added)
 
-    return jax.lax.cond((rows.temperature != 0).any(), noisy, _likeliest, processed)
+    return jax.lax.cond((rows.temperature != 0).any(), noisy, likeliest, processed)
 
 
 _BLOCK = 512
 
 
 def noise(seed: jax.Array, position: jax.Array, vocab: int) -> jax.Array:
-    """float32 [R, vocab] of standard Gumbel noise in [-2.9, 17.4]: that of an id is a function of seed uint32 [R],
+    """float32 [R, vocab] of standard Gumbel noise in [-2.9, 16.7]: that of an id is a function of seed uint32 [R],
     position int32 [R] and the id alone, whatever the vocabulary's size.
 
     One call of Threefry gives the bits of two ids, 512 apart; `jax.random.gumbel` would take one for each.
@@ -264,28 +270,48 @@ def noise(seed: jax.Array, position: jax.Array, vocab: int) -> jax.Array:
         bits = threefry_2x32(key, counter).reshape(2, blocks, _BLOCK)
         return jnp.swapaxes(bits, 0, 1).reshape(-1)[:vocab]
 
-    uniform = ((jax.vmap(row)(seed, position) >> 8).astype(jnp.float32) + 0.5) * 2.0**-24
+    # 23 bits and a half: a float32 holds no more below 1, and 1 itself would give an infinite number.
+    uniform = ((jax.vmap(row)(seed, position) >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
     return -jnp.log(-jnp.log(uniform))
 
 
 def log_probs(logits: jax.Array, tokens: jax.Array) -> LogProbs:
     """How likely int32 [R] tokens are under softmax(logits), logits float32 [R, V], and which are the likeliest."""
-    total = jax.nn.logsumexp(logits, -1, keepdims=True)
+    most = _finite_max(logits)
+    total = jnp.log(row_sum(jnp.exp(logits - most)))[:, None]
     top, ids = jax.lax.top_k(logits, min(TOP, logits.shape[1]))
     chosen = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[:, None], 1)
-    return LogProbs((chosen - total)[:, 0], ids, top - total)
+    return LogProbs((chosen - most - total)[:, 0], ids, top - most - total)
 
 
-def _log_prob_shapes(rows: int, top: int) -> list[tuple[tuple[int, ...], type]]:
-    return [((rows,), jnp.float32), ((rows, top), jnp.int32), ((rows, top), jnp.float32)]
-
-
-def _likeliest(logits: jax.Array) -> jax.Array:
+def likeliest(logits: jax.Array) -> jax.Array:
     """The lowest id of the largest; -1 if that is not finite. (XLA:CPU takes five times as long for an argmax.)"""
     most = logits.max(-1, keepdims=True)
     ids = jnp.arange(logits.shape[1], dtype=jnp.int32)
     first = jnp.min(jnp.where(logits == most, ids, logits.shape[1]), -1)
     return jnp.where(jnp.isfinite(most[:, 0]), first, -1)
+
+
+def row_sum(x: jax.Array) -> jax.Array:
+    """Sums of the rows [R, V], added in an order that this file says and not the compiler.
+
+    XLA's own sum of a row depends, in its last bits, on how many rows there are. On a CPU this one is faster, too.
+    """
+    while (width := x.shape[1]) >= _PARTS**2:
+        part, rest = width // _PARTS, width % _PARTS
+        parts = [x[:, i * part : (i + 1) * part] for i in range(_PARTS)]
+        if rest:
+            parts.append(jnp.pad(x[:, -rest:], ((0, 0), (0, part - rest))))
+        x = functools.reduce(operator.add, parts)
+    return functools.reduce(operator.add, [x[:, i] for i in range(width)])
+
+
+_PARTS = 8
+
+
+def _log_softmax(x: jax.Array) -> jax.Array:
+    shifted = x - _finite_max(x)
+    return shifted - jnp.log(row_sum(jnp.exp(shifted)))[:, None]
 
 
 def _finite_max(x: jax.Array) -> jax.Array:
@@ -306,7 +332,13 @@ def sample(logits: jax.Array, keys: jax.Array, config: SamplingConfig) -> jax.Ar
 
     Returns:
         int32 [B].
+
+    Raises:
+        UserError: the config asks for more than that.
     """
+    others = dataclasses.replace(config, temperature=1.0, top_k=0, top_p=1.0)
+    if others != SamplingConfig():
+        raise UserError("sampling: only temperature, top_k and top_p work here; leave the other settings out")
     if config.temperature == 0:
         return jnp.argmax(logits, -1).astype(jnp.int32)
     logits = (logits - logits.max(-1, keepdims=True)) / max(config.temperature, COLDEST)

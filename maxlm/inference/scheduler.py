@@ -90,7 +90,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """One step."""
 
     chunks: list[Chunk]
@@ -159,7 +159,7 @@ class Scheduler:
                 return
         sequence.stage = Stage.ENDED
 
-    def plan(self) -> Plan | None:
+    def plan(self) -> StepPlan | None:
         """The next step; None: there is nothing to do. Nothing counts as computed before `launched`."""
         chunks: list[Chunk] = []
         budget, rows = self._tokens_per_step, self._rows
@@ -186,9 +186,9 @@ class Scheduler:
             chunks.append(self._chunk(sequence, count))
             budget, rows = budget - count, rows - self._n_rows(chunks[-1])
         chunks = [chunk for chunk in chunks if chunk.sequence.stage is Stage.RUNNING]
-        return Plan(chunks, self._steps(chunks)) if chunks else None
+        return StepPlan(chunks, self._steps(chunks)) if chunks else None
 
-    def launched(self, plan: Plan) -> None:
+    def launched(self, plan: StepPlan) -> None:
         """The step runs: what it computes may be counted on by all that come later."""
         self._steps_launched += 1
         for chunk in plan.chunks:
@@ -240,13 +240,7 @@ class Scheduler:
         """How many tokens each text draws in this step."""
         sequences = [chunk.sequence for chunk in chunks]
         decoding = all(chunk.samples and chunk.count == 1 for chunk in chunks)
-        left_out = sum(one.length < one.end for one in self.running) > len(chunks)
-        if (
-            self.waiting
-            or left_out
-            or not decoding
-            or any(sequence.request.grammar is not None for sequence in sequences)
-        ):
+        if self.waiting or not decoding or any(sequence.request.grammar is not None for sequence in sequences):
             return 1
         n_steps = min(self._decode_steps, max(sequence.end - sequence.length for sequence in sequences))
         try:

@@ -111,13 +111,13 @@ def settings_row(
     ):
         if unknown := [i for i in ids if not 0 <= i < known]:
             raise UserError(f"{key}: {unknown[0]} is no id of the tokenizer; use ids in [0, {known})")
-    for i, bias in logit_bias.items():
-        if not bias < np.inf:
-            raise UserError(f"logit_bias: the bias of id {i} is {bias}; use a finite number, or -inf to ban the id")
+    for i, value in logit_bias.items():
+        if not value < np.inf:
+            raise UserError(f"logit_bias: the bias of id {i} is {value}; use a finite number, or -inf to ban the id")
     if any(not word for word in banned):
         raise UserError("banned: one of the words has no ids; leave it out")
 
-    edits = {i: float(bias) for i, bias in logit_bias.items()} | {w[0]: -np.inf for w in banned if len(w) == 1}
+    edits = {i: float(value) for i, value in logit_bias.items()} | {w[0]: -np.inf for w in banned if len(w) == 1}
     words = [word for word in banned if len(word) > 1]
     if len(words) > MAX_WORDS:
         raise UserError(f"banned: {len(words)} words of two or more tokens; use at most {MAX_WORDS}")

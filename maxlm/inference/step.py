@@ -36,7 +36,7 @@ class Texts(NamedTuple):
     settings: Settings
 
 
-class Rows(NamedTuple):
+class StepRows(NamedTuple):
     """What a step reads, and which of its rows it draws from; as `Texts`."""
 
     slots: Any
@@ -72,6 +72,12 @@ def begin(texts: Texts, slot: jax.Array, text: Texts) -> Texts:
     return jax.tree.map(lambda all, one: all.at[slot].set(one), texts, text)
 
 
+def allow(texts: Texts, slot: jax.Array, allowed: jax.Array) -> Texts:
+    """Say which ids may come next in a slot: bits as `Settings.allowed` has them."""
+    settings = texts.settings._replace(allowed=texts.settings.allowed.at[slot].set(allowed))
+    return texts._replace(settings=settings)
+
+
 def read(
     model: Decoder, how: Execution, cache: Cache, ids: jax.Array, positions: jax.Array, pages: Pages
 ) -> tuple[jax.Array, Cache]:
@@ -90,7 +96,7 @@ def step(
     cache: Cache,
     texts: Texts,
     tables: dict[int, jax.Array],
-    rows: Rows,
+    rows: StepRows,
     n_steps: jax.Array,
     *,
     config: ModelConfig,

@@ -26,6 +26,7 @@ from maxlm.config import (
     ACTIVATION_DIMS,
     BlockConfig,
     Dtype,
+    EngineConfig,
     ModelConfig,
     OptimizerConfig,
     RunConfig,
@@ -93,15 +94,16 @@ def estimate_memory(config: RunConfig, n_devices: int, platform: Platform) -> Me
 def cache_bytes(config: RunConfig, n_devices: int) -> int:
     """What decoding keeps of `train.batch_size` sequences of `model.max_seq_len` tokens, on a device, in bytes.
 
-    As `maxlm.models.kv_cache.empty_cache` makes it: in the compute dtype, rows cut as a batch, heads over
-    tensor; the seq axis cuts nothing.
+    As `maxlm.models.kv_cache.empty_cache` makes it: in the compute dtype, in whole blocks of the engine's default size
+    and one that is nobody's; texts cut as a batch, heads over tensor; the seq axis cuts nothing. Layers with a window
+    count as if they looked back to the beginning: the engine gives their older blocks to others.
     """
-    sizes = config.sharding.sizes(n_devices)
+    sizes, block_size = config.sharding.sizes(n_devices), EngineConfig().block_size
     cut = lambda size, dim: math.ceil(size / math.prod(sizes[axis] for axis in ACTIVATION_DIMS[dim]))
     found = [kept for block in config.model.layers for kept in shapes.kept(block.attention)]
     numbers = sum((kept.heads if kept.dim is None else cut(kept.heads, kept.dim)) * kept.width for kept in found)
-    rows = cut(config.train.batch_size, "batch")
-    return rows * config.model.max_seq_len * numbers * config.execution.dtype.itemsize
+    blocks = cut(config.train.batch_size, "batch") * math.ceil(config.model.max_seq_len / block_size) + 1
+    return blocks * block_size * numbers * config.execution.dtype.itemsize
 
 
 class _State(NamedTuple):

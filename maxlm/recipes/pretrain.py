@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from maxlm.config import ObserveConfig, Pretrain, RunConfig, UserError
+from maxlm.config import EngineConfig, ObserveConfig, Pretrain, RunConfig, UserError
 from maxlm.config.fields import shown
 from maxlm.config.model import padded_vocabulary
 from maxlm.data.loader import Batches, global_batches, open_batches
@@ -16,7 +16,8 @@ from maxlm.data.prepare import ensure_prepared
 from maxlm.data.shards import Split
 from maxlm.data.tokenizers import Tokenizer
 from maxlm.evaluation.perplexity import held_out
-from maxlm.inference.generator import check_lengths
+from maxlm.inference import generator
+from maxlm.inference.engine import check_lengths
 from maxlm.inference.load import LoadedRun
 from maxlm.observe.text import short
 from maxlm.processes.joining import on_rank_0
@@ -184,8 +185,11 @@ class Sample:
     every: int = 0
 
     def __call__(self, step: int, state: TrainState) -> Mapping[str, str]:
-        prompt = self.observe.sample_prompt
-        sample = self.loaded(step, state).generate(prompt, max_new_tokens=self.observe.sample_tokens)
+        prompt, new, run = self.observe.sample_prompt, self.observe.sample_tokens, self.loaded(step, state)
+        # One text, beside a state that fills the memory: room for it alone, and one program.
+        room = len(run.tokenizer.prompt_ids(prompt)) + new
+        small = EngineConfig(slots=1, tokens_per_step=2, cache_tokens=room)
+        [sample] = generator.Generator(run, engine=small).generate([prompt], max_new_tokens=new)
         return {"prompt": prompt, "text": sample.text}
 
     def line(self, step: int, row: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ schema.py: what a request may hold
 api_errors.py: errors as clients read them
 chat_format.py: conversations for a template, tool calls out of text
 jobs.py: requests of the engine, and their texts
+token_names.py: single tokens for people
 answers.py: texts as clients read them
 connection.py: bodies in, answers out, clients that leave
 app.py: the routes

@@ -9,39 +9,29 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from maxlm.data.tokenizers import Tokenizer
 from maxlm.inference.request import Delta, Finish, TokenScore
 from maxlm.serving.chat_format import Called, ToolReader
 from maxlm.serving.jobs import Job, Text, best, scores_of, usage
+from maxlm.serving.token_names import TokenNames
 
 _LOWEST = -9999.0
 """Of a token that cannot come: JSON has no infinity."""
 
 
-def token_name(tokenizer: Tokenizer, i: int) -> str:
-    """As OpenAI writes a token that is no text of its own."""
-    found = tokenizer.token_bytes(i)
-    try:
-        return found.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
-
-
 class _Places:
     """Where each token begins in the text of all, in characters. One that ends a character begins where that does."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer, self._at = tokenizer, 0
+    def __init__(self, names: TokenNames) -> None:
+        self._names, self._at = names, 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def next(self, token: int) -> int:
         at = self._at
-        if self._tokenizer.decode([token]):  # a special one shows nothing
-            self._at += len(self._decoder.decode(self._tokenizer.token_bytes(token)))
+        self._at += len(self._decoder.decode(self._names.shown(token)))
         return at
 
 
-class Answer(abc.ABC):
+class Reply(abc.ABC):
     """What becomes of a job's texts. One for each request of a client."""
 
     prefix: str
@@ -81,14 +71,14 @@ class Answer(abc.ABC):
     def _choice(self, i: int, text: Text) -> dict[str, Any]: ...
 
 
-class CompletionAnswer(Answer):
+class CompletionReply(Reply):
     """Of /v1/completions."""
 
     prefix, kind = "cmpl", "text_completion"
 
     def __init__(self, job: Job, model: str) -> None:
         super().__init__(job, model)
-        self._places = [_Places(job.served.tokenizer) for _ in job.requests]
+        self._places = [_Places(job.served.names) for _ in job.requests]
         self._begun = [False] * len(job.requests)
 
     def _grown(self, i: int, delta: Delta) -> list[dict[str, Any]]:
@@ -119,16 +109,16 @@ class CompletionAnswer(Answer):
 
     def _logprobs(self, i: int, of_prompt: Sequence[TokenScore], scores: Sequence[TokenScore]) -> dict[str, Any]:
         """OpenAI's four lists. A prompt's first token has no probability."""
-        tokenizer, request = self.job.served.tokenizer, self.job.requests[i]
+        names, request = self.job.served.names, self.job.requests[i]
         rows: list[tuple[int, TokenScore | None]] = []
         if of_prompt:
             rows = [(request.prompt[0], None), *((score.token, score) for score in of_prompt)]
         rows += [(score.token, score) for score in scores]
         return {
-            "tokens": [token_name(tokenizer, token) for token, _ in rows],
+            "tokens": [names.name(token) for token, _ in rows],
             "token_logprobs": [None if score is None else _finite(score.logprob) for _, score in rows],
             "top_logprobs": [
-                None if score is None else {token_name(tokenizer, j): _finite(value) for j, value in score.top}
+                None if score is None else {names.name(j): _finite(value) for j, value in score.top}
                 for _, score in rows
             ]
             if request.logprobs
@@ -137,7 +127,7 @@ class CompletionAnswer(Answer):
         }
 
 
-class ChatAnswer(Answer):
+class ChatReply(Reply):
     """Of /v1/chat/completions."""
 
     prefix = "chatcmpl"
@@ -196,9 +186,8 @@ class ChatAnswer(Answer):
         return {"content": [one(score) for score in scores], "refusal": None}
 
     def _named(self, token: int, value: float) -> dict[str, Any]:
-        tokenizer = self.job.served.tokenizer
-        name, raw = token_name(tokenizer, token), tokenizer.token_bytes(token)
-        return {"token": name, "logprob": _finite(value), "bytes": list(raw)}
+        names = self.job.served.names
+        return {"token": names.name(token), "logprob": _finite(value), "bytes": list(names.raw(token))}
 
 
 def _reason(finish: Finish | None, called: bool) -> str | None:

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from maxlm.config import UserError
 from maxlm.serving import api_errors
-from maxlm.serving.answers import Answer, ChatAnswer, CompletionAnswer
+from maxlm.serving.answers import Reply, ChatReply, CompletionReply
 from maxlm.serving.api_errors import ApiError
 from maxlm.serving.chat_format import conversation_ids
 from maxlm.serving.connection import ClientLeft, EventStream, failed, read, unless_left
@@ -107,17 +107,17 @@ def make_app(service: Service) -> ASGIApp:
 async def _completions(service: Service, request: Request) -> Response:
     asked = await read(request, CompletionRequest, service.max_body)
     job = await _in_thread(completion_job, service.find(asked.model), asked)
-    return await _answered(service, request, asked, job, CompletionAnswer(job, asked.model))
+    return await _answered(service, request, asked, job, CompletionReply(job, asked.model))
 
 
 async def _chat_completions(service: Service, request: Request) -> Response:
     asked = await read(request, ChatRequest, service.max_body)
     job = await _in_thread(chat_job, service.find(asked.model), asked)
     tools = [] if asked.tool_choice == "none" else [tool.function.name for tool in asked.tools or ()]
-    return await _answered(service, request, asked, job, ChatAnswer(job, asked.model, tools, stream=bool(asked.stream)))
+    return await _answered(service, request, asked, job, ChatReply(job, asked.model, tools, stream=bool(asked.stream)))
 
 
-async def _answered(service: Service, request: Request, asked: Generating, job: Job, answer: Answer) -> Response:
+async def _answered(service: Service, request: Request, asked: Generating, job: Job, answer: Reply) -> Response:
     running = Running(job, service.metrics)
     if asked.stream:
         with_usage = asked.stream_options is not None and asked.stream_options.include_usage
@@ -126,7 +126,7 @@ async def _answered(service: Service, request: Request, asked: Generating, job: 
     return JSONResponse(answer.whole(await unless_left(request, collect(running))))
 
 
-async def _pieces(running: Running, answer: Answer, with_usage: bool) -> AsyncGenerator[dict[str, Any], None]:
+async def _pieces(running: Running, answer: Reply, with_usage: bool) -> AsyncGenerator[dict[str, Any], None]:
     more = {"usage": None} if with_usage else {}
     deltas = running.deltas()
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import json
 import secrets
 import threading
 import time
@@ -14,6 +15,7 @@ from typing import Any
 
 from maxlm.config import SamplingConfig, UserError
 from maxlm.inference.request import Delta, Finish, Request, TokenScore
+from maxlm.inference.structured import JsonSchema
 from maxlm.serving.api_errors import ApiError, broken, draining, of_user_error
 from maxlm.serving.chat_format import conversation_ids, forced_schema, response_schema
 from maxlm.serving.schema import ChatRequest, CompletionRequest, Generating
@@ -110,9 +112,7 @@ def _requests(
     schema: Any,
 ) -> list[Request]:
     found, sampling = [], _sampling(asked)
-    if schema is not None and served.json_grammar is None:
-        raise ApiError(400, "this server cannot keep answers to a JSON schema", param="response_format")
-    grammar = None if schema is None or served.json_grammar is None else served.json_grammar(schema)
+    grammar = None if schema is None else JsonSchema(json.dumps(schema, ensure_ascii=False))
     for number, ids in enumerate(prompts):
         left = served.max_length - len(ids)
         if left < 1 or (said and wanted > left):
@@ -133,6 +133,7 @@ def _requests(
                     grammar=grammar,
                 )
             )
+        served.check(found[-1])
     return found
 
 

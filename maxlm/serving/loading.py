@@ -28,10 +28,11 @@ def serve_model(
     Raises:
         UserError: as `Engine`.
     """
-    loop = EngineLoop(Engine(run, config, weights=weights))
+    engine = Engine(run, config, weights=weights)
     return Served(
         name=name,
-        loop=loop,
+        loop=EngineLoop(engine),
+        check=engine.check,
         tokenizer=run.tokenizer,
         ends=run.ends or TextEnds.of_documents(run.tokenizer),
         max_length=run.config.model.max_seq_len,

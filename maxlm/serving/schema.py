@@ -129,7 +129,7 @@ class StreamOptions(Lenient):
     include_usage: bool = False
 
 
-class JsonSchema(Lenient):
+class NamedSchema(Lenient):
     name: str = ""
     json_schema: dict[str, Any] = Field(alias="schema")
     strict: bool | None = None
@@ -137,7 +137,7 @@ class JsonSchema(Lenient):
 
 class ResponseFormat(Exact):
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
+    json_schema: NamedSchema | None = None
 
     @model_validator(mode="after")
     def _whole(self) -> Self:

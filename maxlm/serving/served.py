@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from maxlm.data.chat import ChatTemplate
 from maxlm.data.text_ends import TextEnds
 from maxlm.data.tokenizers import Tokenizer
 from maxlm.inference.request import Delta, Request
-
-if TYPE_CHECKING:
-    from maxlm.inference.structured import Grammar
+from maxlm.serving.token_names import TokenNames
 
 
 class Stats(Protocol):
@@ -64,7 +63,13 @@ class Served:
     created: int
     """Seconds since 1970."""
     chat: ChatTemplate | None = None
-    json_grammar: Callable[[Mapping[str, Any]], Grammar] | None = None
-    """From a JSON schema. It raises UserError where it cannot keep to the schema."""
+    check: Callable[[Request], None] = lambda request: None
+    """Raises UserError for what the engine would refuse. It takes the time that a grammar takes to compile, which the
+    engine's thread, where all others would wait, then does not."""
     embed: Callable[[list[list[int]], str], list[list[float]]] | None = None
     """Texts as vectors of unit length; the second is `mean` or `last`. From any thread."""
+
+    @functools.cached_property
+    def names(self) -> TokenNames:
+        """Its tokens, for people."""
+        return TokenNames(self.tokenizer)

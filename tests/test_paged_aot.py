@@ -1,0 +1,98 @@
+"""Paged attention through the chips' own compilers: legal, fitting, and without a copy of any layer of the cache."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from aot import TPUS, Case, compile_all, complaints, require_compiler, sharded
+from jax.sharding import PartitionSpec as P
+
+from kernels_pallas import DistanceBias, Scores, dispatch, masks, paged_attention
+from kernels_pallas.attention.problem import Buckets
+from kernels_pallas.paged.problem import PagedProblem
+from kernels_pallas.targets import named
+
+MIB = 2**20
+Shape = jax.ShapeDtypeStruct
+
+# Of one device. Llama 3 8B on two; with tables for as many texts of 32k tokens as the scalar memory takes.
+LLAMA = PagedProblem(
+    T=64, N=16, K=4, H=128, Hv=128, L=32, P=4096, C=16, S=63, M=2048, dtype=jnp.dtype("bfloat16"), mask=masks.causal,
+    scale=128**-0.5,
+)  # fmt: skip
+PROBLEMS = {
+    "llama": LLAMA,
+    "float32": replace(LLAMA, N=9, K=3, L=8, C=8, dtype=jnp.dtype("float32")),
+    "a head for each query head": replace(LLAMA, N=32, K=32, L=4, M=256),
+    "latents": replace(LLAMA, N=16, K=1, H=640, Hv=640, one_cache=True),
+    "window, cap": replace(LLAMA, K=2, H=256, Hv=256, mask=masks.local(1023, 0), soft_cap=50.0),
+    "stripes, ALiBi": replace(
+        LLAMA, mask=masks.local(127, 0) | (masks.causal & masks.strided(128)), alibi=True, M=128, C=32
+    ),
+    "learned biases, sinks": replace(LLAMA, buckets=Buckets(n=32), sinks=True),
+}
+
+
+QUICK = ("llama", "learned biases, sinks")
+
+
+@pytest.mark.parametrize(
+    ("chip", "names"),
+    [("tpu_v5p", QUICK), *(pytest.param(chip, PROBLEMS, marks=pytest.mark.nightly) for chip in TPUS)],
+    ids=lambda value: value if isinstance(value, str) else "quick" if value is QUICK else "all",
+)
+def test_kernels_compile(chip: str, names: tuple[str, ...]) -> None:
+    require_compiler(chip)
+    programs = {name: case for name, case in cases(chip).items() if name in names}
+    reports = compile_all(chip, __name__, programs)
+    assert not [line for name, case in programs.items() for line in complaints(case, reports[name])]
+
+
+def cases(chip: str) -> dict[str, Case]:
+    """Every program that is compiled for the chip."""
+    return {name: case(problem, chip) for name, problem in PROBLEMS.items()}
+
+
+def case(p: PagedProblem, chip: str) -> Case:
+    """All layers in a scan; rows, texts and blocks cut over one axis of the mesh, heads over the other."""
+    per_head = {
+        name: Shape(shape, jnp.float32)
+        for name, shape, wanted in (
+            ("alibi_slopes", (p.N,), p.alibi),
+            ("sinks", (p.N,), p.sinks),
+            ("table", (p.N, p.buckets.n if p.buckets else 0), p.buckets is not None),
+        )
+        if wanted
+    }
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, tables: Any, slots: Any, positions: Any, *heads: Any) -> Any:
+        arrays = dict(zip(per_head, heads, strict=True))
+        bias = DistanceBias(arrays.pop("table")) if "table" in arrays else None
+        scores = Scores(mask=p.mask, scale=p.scale, soft_cap=p.soft_cap, relative_bias=bias, **arrays)
+        v = k if p.one_cache else v
+
+        def layer(x: jax.Array, layer: jax.Array) -> tuple[jax.Array, None]:
+            return paged_attention(x, k, v, layer, tables, slots, positions, scores, backend="tpu"), None
+
+        return jax.lax.scan(layer, q, jnp.arange(p.L))[0]
+
+    cache = lambda width: Shape((p.L, p.P, p.K, p.C, width), p.dtype)
+    texts = Shape((p.S, p.M), jnp.int32), Shape((p.T,), jnp.int32), Shape((p.T,), jnp.int32)
+    rows, blocks, heads = P("data", "tensor"), P(None, "data", "tensor"), P("tensor")
+    return Case(
+        sharded(
+            run,
+            *(Shape((p.T, p.N, p.H), p.dtype), cache(p.H), cache(1 if p.one_cache else p.Hv), *texts),
+            *per_head.values(),
+            specs=(rows, blocks, blocks, P("data"), P("data"), P("data"), *[heads] * len(per_head)),
+            out_specs=rows,
+        ),
+        kernels=("paged_attention",),
+        # The queries and results with their rows filled up to whole sublanes; not a layer of the cache.
+        temporary_bytes=2 * MIB + 8 * p.T * p.K * 16 * 128 * -(-p.H // 128),
+        on_chip_bytes=dispatch.choose("paged_attention", p, named(chip), backend="tpu").on_chip_bytes,
+    )
