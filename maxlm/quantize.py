@@ -103,12 +103,13 @@ def main(argv: list[str]) -> None:
         )
     trials = Trials(opened, text, group=options.group_size, speed_tokens=options.speed_tokens)
     rows = [trials.as_it_was()]
-    for method in methods_for(text) if options.method is QuantMethod.ALL else [options.method]:
+    every = options.method is QuantMethod.ALL
+    for method in methods_for(text, blocks=options.gguf is not None) if every else [options.method]:
         row, parameters = trials.trial(method)
         rows.append(row)
         print(f"{method.value}: {row.bytes / 1e6:.2f} MB", file=sys.stderr, flush=True)
     said = {"model": str(opened.place), "data": options.data, "group_size": options.group_size}
-    if options.method is QuantMethod.ALL:
+    if every:
         with appearing(out) as folder:
             (folder / NAME).write_text(json.dumps(to_json(rows, said), indent=1) + "\n")
     else:

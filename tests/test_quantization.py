@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,7 +47,9 @@ from maxlm.models import Tokens
 from maxlm.models.weights.by_channel import Int8Activations
 from maxlm.models.weights.by_group import ByGroup
 from maxlm.models.weights.holding import quantised
+from maxlm.models.weights.kinds import Quantised
 from maxlm.models.weights.watched import SeenInputs
+from maxlm.quantization.blocks import found_blocks
 from maxlm.quantization.calibration import _none_seen, _run, _see, flat, layer_by_layer, nested
 from maxlm.quantization.comparing import WindowSums, fidelity
 from maxlm.quantization.folding import by_inputs, folded, folds, shared_by_heads
@@ -255,6 +258,29 @@ def test_what_methods_make() -> None:
     assert ours.values.shape == theirs.values.shape and (ours.values != theirs.values).any()
 
 
+@pytest.mark.parametrize(("kind", "bits"), [("Q8_0", 8.5), ("Q4_0", 4.5), ("Q4_1", 5.0)])
+def test_blocks_of_a_gguf_file_are_found_again(kind: str, bits: float) -> None:
+    """As the package gguf writes them."""
+    rng = np.random.default_rng(0)
+    w = (rng.normal(size=(24, 128)) * np.exp(rng.normal(size=(24, 1))) * 0.05).astype(np.float32)
+    w[3, :32] = 0
+    number = gguf.GGMLQuantizationType[kind]
+    stored = gguf.quants.quantize(w, number)
+    dense = gguf.quants.dequantize(stored, number)
+    for axis in (-1, -2):
+        ours = lambda theirs: theirs if axis == -1 else np.ascontiguousarray(theirs.T)  # noqa: B023
+        found = found_blocks(ours(dense), axis)
+        assert found is not None and found.group == 32
+        np.testing.assert_allclose(found.dense(jnp.dtype(jnp.float32)), ours(dense), rtol=1e-6)
+        assert 8 * sum(leaf.nbytes for leaf in jax.tree.leaves(found)) / w.size == bits
+        if kind == "Q4_0":  # its bytes, after the scale: low bits first half
+            bytes_of_codes = stored.reshape(24, 4, 18)[:, :, 2:].reshape(24, 64)
+            np.testing.assert_array_equal(found.values, ours(bytes_of_codes))
+    assert found_blocks(w, -1) is None
+    with pytest.raises(UserError, match="method gguf finds no blocks of 32 numbers"):
+        quantise(small_model(), plainly(), initial_parameters(small_model()), QuantMethod.GGUF, group=32)
+
+
 def test_figures_over_windows() -> None:
     rng = np.random.default_rng(0)
     tokens = rng.integers(5, 20, 50).astype(np.float64)
@@ -284,7 +310,8 @@ def unpacked(words: npt.NDArray[np.int32], bits: int, inputs: int) -> npt.NDArra
     return np.array(rows)
 
 
-@pytest.mark.parametrize("method", ["int4", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["int4", "int8"])
 def test_transformers_reads_it_as_the_same_model(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers 5.24 with compressed-tensors 0.20 said once what the logits of this folder are."""
     monkeypatch.setattr("maxlm.compile_cache.enable_compilation_cache", lambda: None)
@@ -333,7 +360,30 @@ def run(folder: Path, method: str, *words: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("method", ["int4", pytest.param("gptq", marks=pytest.mark.slow)])
+def test_a_run_of_rounded_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is loaded are the weights that the formula gives, and the logits are those of the numbers they stand for."""
+    monkeypatch.setattr("maxlm.compile_cache.enable_compilation_cache", lambda: None)
+    place = folder / "rounded"
+    words = ["--method", "int4", "--run", str(folder / "run"), "--out", str(place), "--speed_tokens", "0"]
+    quantize.main([*words, "--group_size", "16"])
+    full, loaded = load_run(folder / "run"), load_run(place)
+    groups = full.parameters["blocks"]["0"]["mlp"]["up_proj"].reshape(2, 4, 16, 48)
+    held = loaded.parameters["blocks"]["0"]["mlp"]["up_proj"]
+    assert isinstance(held, ByGroup) and held.group == 16 and held.values.shape == (2, 32, 48)
+    scales = (np.abs(np.asarray(groups)).max(2) / np.float32(7.5)).astype(held.scales.dtype)
+    np.testing.assert_array_equal(held.scales, scales)
+    dense = lambda w: w if isinstance(w, jax.Array) else w.dense(jnp.float32)
+    plain = jax.tree.map(dense, loaded.parameters, is_leaf=lambda w: isinstance(w, Quantised))
+    ids = np.arange(24)[None] % 264
+    want = dataclasses.replace(full, parameters=plain).model(ids)
+    np.testing.assert_allclose(loaded.model(ids), want, atol=1e-5)
+    assert np.abs(np.asarray(full.model(ids)) - want).max() > 1e-3
+    full_row, row = json.loads((place / "quantization.json").read_text())["methods"]
+    assert row["fidelity"] is None and row["bytes"] < 0.35 * full_row["bytes"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["int4", "gptq"])
 def test_a_quantised_run_goes_everywhere(
     method: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -371,7 +421,7 @@ def test_a_quantised_run_goes_everywhere(
 def test_the_table_of_all_methods(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("maxlm.compile_cache.enable_compilation_cache", lambda: None)
     full, *rows = run(folder, "all")["methods"]
-    assert [row["method"] for row in rows] == [method.value for method in QuantMethod][:-1]
+    assert [row["method"] for row in rows] == [method.value for method in QuantMethod][1:-1]  # not a GGUF file's
     divergence = {row["method"]: row["fidelity"]["divergence"]["value"] for row in rows}
     assert divergence["int8"] < divergence["fp8"] < divergence["int4"]
     assert divergence["gptq"] < divergence["int4"]

@@ -10,6 +10,8 @@ from maxlm.config.execution import WeightFormat
 class QuantMethod(enum.Enum):
     """What is rounded to what, and by which measure. docs/quantize.md compares them."""
 
+    GGUF = "gguf"
+    """The blocks of 32 that a GGUF file has, found again in its numbers: nothing is rounded."""
     INT8 = "int8"
     """Nearest of 8 bits, a scale for each output."""
     FP8 = "fp8"
@@ -40,11 +42,13 @@ class QuantMethod(enum.Enum):
 
     @property
     def format(self) -> WeightFormat:
-        """What its weights are held in."""
+        """What its weights are held in, where it finds nothing better."""
         match self:
             case QuantMethod.SMOOTHQUANT:
                 return WeightFormat.W8A8
             case QuantMethod.AWQ | QuantMethod.GPTQ:
                 return WeightFormat.INT4
+            case QuantMethod.GGUF:
+                return WeightFormat.DTYPE
             case _:
                 return WeightFormat(self.value)

@@ -29,7 +29,7 @@ from maxlm.models.weights.kinds import Quantised
 from maxlm.models.weights.normal_float import NormalFloat4
 
 
-class Entry(NamedTuple):
+class WrittenTensor(NamedTuple):
     """A tensor to be written."""
 
     name: str
@@ -72,7 +72,7 @@ class CompressedTensors:
         self._kept: dict[str, Any] = {}
         self._modules: dict[Scheme, list[str]] = {}
 
-    def entries(self, tensor: Tensor) -> list[Entry] | None:
+    def entries(self, tensor: Tensor) -> list[WrittenTensor] | None:
         """What is written in the place of a tensor; None: itself, with the numbers that it stands for. So it is of
         tables, of what is no Linear there (GPT-2's Conv1D, experts in one tensor), of plain arrays, of NF4, and of
         groups with offsets, whose packed zero points transformers 5.24 refuses."""
@@ -88,16 +88,18 @@ class CompressedTensors:
         codes = lambda: self._joined(tensor, _codes)
         scales = lambda: self._joined(tensor, lambda weight: weight.scales)
         of_groups = (rows, 1 if scheme.group is None else inputs // scheme.group)
-        entries = [Entry(f"{module}.weight_scale", Spec(of_groups, self._dtype), lambda: scales().astype(self._dtype))]
+        entries = [
+            WrittenTensor(f"{module}.weight_scale", Spec(of_groups, self._dtype), lambda: scales().astype(self._dtype))
+        ]
         if scheme.format != "pack-quantized":
             dtype = np.dtype(np.int8) if scheme.format == "int-quantized" else np.dtype(jnp.float8_e4m3fn)
-            return [Entry(tensor.name, Spec((rows, inputs), dtype), codes), *entries]
+            return [WrittenTensor(tensor.name, Spec((rows, inputs), dtype), codes), *entries]
         pack = lambda values: pack_to_int32(values.astype(np.int64) + 2 ** (scheme.bits - 1), scheme.bits)
         words, size = -(-inputs * scheme.bits // 32), np.array([rows, inputs], np.int64)
         return [
             *entries,
-            Entry(f"{module}.weight_packed", Spec((rows, words), np.dtype(np.int32)), lambda: pack(codes())),
-            Entry(f"{module}.weight_shape", Spec((2,), np.dtype(np.int64)), lambda: size),
+            WrittenTensor(f"{module}.weight_packed", Spec((rows, words), np.dtype(np.int32)), lambda: pack(codes())),
+            WrittenTensor(f"{module}.weight_shape", Spec((2,), np.dtype(np.int64)), lambda: size),
         ]
 
     def config(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from maxlm.config import ModelConfig, UserError
 from maxlm.config.changes import changes
 from maxlm.config.fields import Changes
 from maxlm.config.json_file import read_object
-from maxlm.hub.compressed import CompressedTensors, Entry
+from maxlm.hub.compressed import CompressedTensors, WrittenTensor
 from maxlm.hub.families import FAMILIES
 from maxlm.hub.family import ModelFamily
 from maxlm.hub.names import Piece, Tensor, tensors
@@ -114,9 +114,9 @@ def write_folder(
     by_array = lambda tensor: [part.array.name for part in tensor.parts]
     listed = sorted(tensors(model, family.names_of(model)), key=by_array)
 
-    def plain(tensor: Tensor) -> Entry:
+    def plain(tensor: Tensor) -> WrittenTensor:
         make = lambda: as_format(f"{folder}: {tensor.name}", tensor.join(pieces(tensor.parts)), dtype)
-        return Entry(tensor.name, Spec(tensor.shape, dtype), make)
+        return WrittenTensor(tensor.name, Spec(tensor.shape, dtype), make)
 
     compressed = CompressedTensors(quantised, dtype)
     of = lambda tensor: None if quantised is None else compressed.entries(tensor)

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from maxlm import shapes
-from maxlm.config import BlockConfig, ModelConfig, QuantMethod, WeightFormat
+from maxlm.config import BlockConfig, ModelConfig, QuantMethod, UserError, WeightFormat
 from maxlm.data.packing import Batch
 from maxlm.models import Execution, declared
 from maxlm.models.weights.by_group import ByGroup, grids, group_of, packed
 from maxlm.models.weights.holding import axis_of, quantised
 from maxlm.models.weights.kinds import Weight
 from maxlm.models.weights.watched import SeenInputs
+from maxlm.quantization.blocks import found_blocks
 from maxlm.quantization.calibration import layer_by_layer
 from maxlm.quantization.folding import LayerArrays, folded, folds, shared_by_heads
 from maxlm.quantization.gptq import gptq
@@ -56,8 +57,13 @@ def quantise(
         method: one of them, not ALL.
         group: numbers of 4 bits with one scale, at most.
         batches: windows of text for the methods that are calibrated.
+
+    Raises:
+        UserError: blocks of a GGUF file are asked for, and there are none.
     """
     errors: dict[str, list[float]] = {}
+    if method is QuantMethod.GGUF:
+        return Quantisation(_in_blocks(model, parameters, errors), errors)
     if not method.calibrated:
         return Quantisation(_rounded(declared(model), parameters, method.format, group, errors), errors)
     change = functools.partial(_changed, model, method, group, errors)
@@ -77,6 +83,25 @@ def _rounded(arrays: Any, parameters: Any, wanted: WeightFormat, group: int, err
         return weight
 
     return jax.tree.map(one, arrays, parameters)
+
+
+def _in_blocks(model: ModelConfig, parameters: Any, errors: dict[str, list[float]]) -> Any:
+    """With the blocks that there are; other weights stay plain."""
+
+    def one(array: Array, w: jax.Array) -> Weight:
+        found = found_blocks(np.asarray(w, np.float32), axis_of(array)) if array.inputs else None
+        if found is None:
+            return w
+        errors[array.name] = [0.0] * array.stacked
+        return found
+
+    made = jax.tree.map(one, declared(model), parameters)
+    if not errors:
+        raise UserError(
+            "method gguf finds no blocks of 32 numbers as those of Q8_0, Q4_0 or Q4_1; give it a model from such a "
+            "file, with --gguf FILE, or take another method"
+        )
+    return made
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))

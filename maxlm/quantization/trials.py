@@ -136,7 +136,7 @@ class Trials:
         return max((rate for rate in rates if rate is not None), default=None)
 
 
-def methods_for(text: Text | None) -> list[QuantMethod]:
-    """All that can be tried."""
-    known = [method for method in QuantMethod if method is not QuantMethod.ALL]
-    return [method for method in known if text is not None or not method.calibrated]
+def methods_for(text: Text | None, *, blocks: bool) -> list[QuantMethod]:
+    """All that can be tried. `blocks`: whether the numbers may be those of a GGUF file."""
+    without = [QuantMethod.ALL, *([] if blocks else [QuantMethod.GGUF])]
+    return [method for method in QuantMethod if method not in without and not (method.calibrated and text is None)]
