@@ -33,3 +33,7 @@ class EngineConfig:
                 f"engine.tokens_per_step = {self.tokens_per_step} is less than engine.slots = {self.slots}; each text "
                 "that is being decoded has a token in every step"
             )
+
+    def most_tokens(self, *, on_cpu: bool) -> int:
+        """Of a step: `tokens_per_step`, where it says a number."""
+        return self.tokens_per_step or max(32 if on_cpu else 512, self.slots)
