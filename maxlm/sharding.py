@@ -10,7 +10,7 @@ import importlib.util
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -24,11 +24,9 @@ from maxlm.config import (
     MESH_AXES,
     PARAMETER_DIMS,
     Axes,
-    Context,
     ShardingConfig,
     StatePart,
     UserError,
-    Zero,
 )
 from maxlm.config.errors import pip_install
 

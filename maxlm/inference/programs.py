@@ -179,9 +179,7 @@ def pool_sizes(model: ModelConfig, config: EngineConfig, how: Execution, most: i
     positions = config.cache_tokens
     if positions is None:
         positions = max(config.slots * model.max_seq_len // 2, model.max_seq_len)
-    blocks = shapes.cache_blocks(
-        model, positions=positions, slots=config.slots, tokens_per_step=most, block_size=C
-    )
+    blocks = shapes.cache_blocks(model, positions=positions, slots=config.slots, tokens_per_step=most, block_size=C)
     if config.cache_tokens is None:
         room, tensor = _free_bytes(layout), layout.mesh.shape["tensor"]
         total = shapes.pools_bytes(model, blocks, C, itemsize=how.dtype.itemsize, tensor=tensor)

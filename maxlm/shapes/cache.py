@@ -67,9 +67,7 @@ def block_bytes(model: ModelConfig, window: int, block_size: int, *, itemsize: i
     return block_size * itemsize * sum(heads(part.heads, part.dim) * part.width for part in parts)
 
 
-def pools_bytes(
-    model: ModelConfig, blocks: Mapping[int, int], block_size: int, *, itemsize: int, tensor: int
-) -> int:
+def pools_bytes(model: ModelConfig, blocks: Mapping[int, int], block_size: int, *, itemsize: int, tensor: int) -> int:
     """Of so many blocks for each window, on one device; arguments as `block_bytes`."""
     size = lambda window: block_bytes(model, window, block_size, itemsize=itemsize, tensor=tensor)
     return sum(n * size(window) for window, n in blocks.items())

@@ -144,7 +144,7 @@ def decoding_flops(model: ModelConfig, context: int) -> int:
 
     Latents are seen as keys and values themselves, wider than a head's (arXiv:2405.04434, appendix C).
     """
-    layers = [block.attention for block in model.layers]
+    layers = [layer.attention for layer in model.layers]
     seen = sum(_flops_of_a_kept_key(one) * min(context, one.window or context) for one in layers)
     return 2 * parameter_count(model).matmul + seen
 
@@ -153,7 +153,7 @@ def prefill_flops(model: ModelConfig, tokens: int) -> int:
     """FLOPs of reading a prompt of so many tokens into the cache, and of the logits of its last one alone."""
     tables = sum(a.size for a in arrays(model) if a.part in (Part.EMBEDDING, Part.UNEMBEDDING) and a.uses)
     seen = 0
-    for attention in (block.attention for block in model.layers):
+    for attention in (layer.attention for layer in model.layers):
         reach = min(tokens, attention.window or tokens)
         seen += _flops_of_a_kept_key(attention) * (tokens * reach - reach * (reach - 1) // 2)  # min(t, reach), t = 1..
     return 2 * (tokens * (parameter_count(model).matmul - tables) + tables) + seen
