@@ -2,7 +2,7 @@
 
 arrays.py: name, shape, dims, initial value, role of each array; what decoding keeps of each token
 count.py: parameters and FLOPs, counted from them
-cache.py: blocks of what decoding keeps
+pools.py: blocks of what decoding keeps
 device.py: a device's part of each, in training and as decoding holds it
 """
 
@@ -26,7 +26,6 @@ from maxlm.shapes.arrays import (
     norm,
     shared_experts,
 )
-from maxlm.shapes.cache import CACHE_SHARE, block_bytes, cache_blocks, pools_bytes, window_of, windows
 from maxlm.shapes.count import (
     FlopsPerToken,
     ParameterCount,
@@ -37,6 +36,7 @@ from maxlm.shapes.count import (
     prefill_flops,
 )
 from maxlm.shapes.device import FLOAT32, device_bytes, device_shape, held_bytes
+from maxlm.shapes.pools import CACHE_SHARE, block_bytes, cache_blocks, pools_bytes, window_of, windows
 
 __all__ = [
     "CACHE_SHARE",
