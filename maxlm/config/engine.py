@@ -33,3 +33,8 @@ class EngineConfig:
                 f"engine.tokens_per_step = {self.tokens_per_step} is less than engine.slots = {self.slots}; each text "
                 "that is being decoded has a token in every step"
             )
+
+    def most_tokens(self, *, on_cpu: bool) -> int:
+        """Of a step: `tokens_per_step`, where it says a number."""
+        usual = 512 if not on_cpu else 8 if self.slots <= 8 else 32
+        return self.tokens_per_step or max(usual, self.slots)
