@@ -18,7 +18,7 @@ sharding.py: sizes of the mesh axes, ZeRO stages, presets
 dims.py: the table: which mesh axis cuts which dim of an array
 layout_rules.py: what must divide what
 chosen.py: the model that a command is for
-sampling.py: how the next token is drawn
+sampling.py: how the next token is drawn, or a text searched for
 engine.py: texts at once, and room for them
 changes.py: what a run may go on with, and what it is told
 cli.py: --config, overrides, how a command ends
@@ -118,7 +118,7 @@ from maxlm.config.position import (
 )
 from maxlm.config.quantization import QuantMethod
 from maxlm.config.run import CheckpointConfig, LimitsConfig, ObserveConfig, RunConfig, StepRange, TrainConfig
-from maxlm.config.sampling import SamplingConfig
+from maxlm.config.sampling import BeamConfig, SamplingConfig
 from maxlm.config.sharding import (
     MESH_AXES,
     Context,
@@ -146,6 +146,7 @@ __all__ = [
     "Attention",
     "Axes",
     "Backend",
+    "BeamConfig",
     "BlockConfig",
     "ByteTokenizer",
     "Capacity",

@@ -16,6 +16,7 @@ from maxlm.checkpoint.store import Record
 from maxlm.config import (
     ACTIVATION_DIMS,
     MESH_AXES,
+    BeamConfig,
     ExecutionConfig,
     KernelConfig,
     ModelConfig,
@@ -80,7 +81,13 @@ class LoadedRun:
 
     @overload
     def generate(
-        self, prompts: str, *, max_new_tokens: int, sampling: SamplingConfig = ..., seed: int = ...
+        self,
+        prompts: str,
+        *,
+        max_new_tokens: int,
+        sampling: SamplingConfig = ...,
+        seed: int = ...,
+        beams: BeamConfig = ...,
     ) -> Generation: ...
 
     @overload
@@ -91,6 +98,7 @@ class LoadedRun:
         max_new_tokens: int,
         sampling: SamplingConfig = ...,
         seed: int = ...,
+        beams: BeamConfig = ...,
     ) -> list[Generation]: ...
 
     def generate(
@@ -100,6 +108,7 @@ class LoadedRun:
         max_new_tokens: int,
         sampling: SamplingConfig = SamplingConfig(),
         seed: int = 0,
+        beams: BeamConfig = BeamConfig(),
     ) -> Generation | list[Generation]:
         """Continue one prompt, or several as one batch; see `Generator.generate`. The same seed gives the same texts.
 
@@ -110,7 +119,7 @@ class LoadedRun:
             UserError: as `Generator` and `Generator.generate`.
         """
         many = [prompts] if isinstance(prompts, str) else prompts
-        found = self.generator.generate(many, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed)
+        found = self.generator.generate(many, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, beams=beams)
         return found[0] if isinstance(prompts, str) else found
 
 
