@@ -225,9 +225,7 @@ def test_texts_are_those_of_transformers(
 
 def test_rules_are_those_of_transformers_where_probabilities_sum_to_one(generator: Generator) -> None:
     """As above with `no_repeat_ngram_size=1, renormalize_logits=True`."""
-    asked = Request(
-        prompt=HELLO, max_new_tokens=8, sampling=dataclasses.replace(GREEDY, no_repeat_ngram=1), ends=(47,)
-    )
+    asked = Request(prompt=HELLO, max_new_tokens=8, sampling=dataclasses.replace(GREEDY, no_repeat_ngram=1), ends=(47,))
     found = search(generator, asked, BeamConfig(beams=4, n_best=2))
     assert [one.tokens for one in found] == [(58, 212, 53, 25, 114, 39, 102, 16), (58, 212, 53, 25, 114, 39, 182, 209)]
     np.testing.assert_allclose([one.score for one in found], [-2.97377, -3.03478], atol=1e-5)
