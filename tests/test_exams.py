@@ -346,7 +346,8 @@ def test_the_command_gives_figures_a_picture_and_every_answer(
     tasks = ["--tasks", str(file), "suite:copying", "--few_shot", "1", "--limit", "4"]
     evaluate.main(["--run", run_dir, *tasks, "--out", str(tmp_path / "out"), "--json"])
     said = json.loads(capsys.readouterr().out)
-    assert (said["model"], said["step"], said["few_shot"]) == (run_dir, 2, 1)
+    assert (said["model"], said["step"], said["few_shot"], said["limit"]) == (run_dir, 2, 1, 4)
+    assert said["prompting"]["demonstrations"] == {"kind": "RandomDemonstrations", "count": 1}
     assert [(one["exam"], one["measure"]) for one in said["results"][::3]] == [
         ("capitals", "acc"), ("copying", "exact_match"),
     ]  # fmt: skip
