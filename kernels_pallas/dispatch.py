@@ -45,7 +45,7 @@ class _Bodies(Mapping[str, ModuleType]):
 ATTENTION = _Bodies("attention", "tpu", "gpu", "cudnn", "xla")
 GLU = _Bodies("glu", "tpu", "gpu", "xla")
 GROUPED = _Bodies("grouped", "tpu", "loop", "xla")
-PAGED = _Bodies("paged", "tpu", "xla")
+PAGED = _Bodies("paged", "tpu", "gpu", "xla")
 
 # Where the interpreter stands in for a chip that is not there, the chip whose limits it follows.
 _STAND_INS = {"tpu": Target("tpu_v5p", Family.TPU), "gpu": Target("h200", Family.GPU, hopper=True)}

@@ -7,6 +7,7 @@ Nothing is loaded before its name is used.
 __main__.py: command: list the commands
 train.py: command: train
 launch.py: command: train somewhere else
+quantize.py: command: smaller weights, and what they cost
 generate.py: command: continue a text
 serve.py: command: answer requests over HTTP
 chat.py: command: talk with a model

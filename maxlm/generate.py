@@ -11,11 +11,12 @@ if not __package__:  # run by its path: Python then looks in this file's folder 
 import dataclasses
 import json
 from collections.abc import Generator as Stream
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from maxlm.config import ChosenModel, EngineConfig, SamplingConfig
+from maxlm.config import BeamConfig, ChosenModel, EngineConfig, SamplingConfig, UserError
 from maxlm.config.cli import parse, run_command
 from maxlm.config.fields import Positive, Seed, config
 
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
 _DESCRIPTION = """Continue a text with a trained model.
 
 The continuation, without the prompt, goes to stdout as it comes; speed goes to stderr. It ends with the document or
-after max_new_tokens. Exit code 2: one line says what was wrong."""
+after max_new_tokens. Several (--n, or --beams with --n_best) come at the end, one after the other. Exit code 2: one
+line says what was wrong."""
+_SLOTS = 8
+"""Several texts are decoded at once, up to so many."""
 
 
 @config("--")
@@ -41,12 +45,23 @@ class GenerateOptions:
     """Length of the continuation, unless the document ends before."""
     sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = SamplingConfig()
     """How the next token is drawn."""
+    beams: Annotated[BeamConfig, tyro.conf.arg(name="")] = BeamConfig()
+    """Whether texts are searched for in place of being drawn."""
+    n: Positive[int] = 1
+    """Texts that are drawn."""
     seed: Seed = 0
-    """The same seed gives the same text."""
+    """The same seed gives the same texts."""
     json: bool = False
-    """Print one JSON object at the end: text, tokens (the ids), tokens_per_s."""
+    """Print one JSON object at the end: text, tokens (the ids), tokens_per_s, with --beams also score; where several
+    texts are asked for, a list of them."""
     debug: bool = False
     """Show tracebacks."""
+
+    def __post_init__(self) -> None:
+        if self.beams.beams:
+            self.beams.searched(self.sampling)
+            if self.n != 1:
+                raise UserError(f"--n {self.n} with --beams: nothing is drawn; ask for the best ones by --n_best")
 
 
 def main(argv: list[str]) -> None:
@@ -59,20 +74,39 @@ def main(argv: list[str]) -> None:
 
     from maxlm.compile_cache import enable_compilation_cache  # these import jax: --help stays instant
     from maxlm.hub.models import load_chosen
-    from maxlm.inference.generator import Generator
+    from maxlm.inference.generator import Generator, Scored
 
     enable_compilation_cache()
-    generator = Generator(load_chosen(options.model), weights=options.model.weights, engine=EngineConfig(slots=1))
-    stream = generator.stream(
-        options.prompt, max_new_tokens=options.max_new_tokens, sampling=options.sampling, seed=options.seed
-    )
-    generation = _drain(stream, show=not options.json)
-    if options.json:
-        print(json.dumps(dataclasses.asdict(generation)))
+    slots = min(max(options.beams.beams, options.n), _SLOTS)
+    generator = Generator(load_chosen(options.model), weights=options.model.weights, engine=EngineConfig(slots=slots))
+    found: Sequence[Generation]
+    if options.beams.beams:
+        [found] = generator.search(
+            [options.prompt], max_new_tokens=options.max_new_tokens, beams=options.beams, sampling=options.sampling
+        )
+    elif options.n > 1:
+        found = generator.generate(
+            [options.prompt] * options.n,
+            max_new_tokens=options.max_new_tokens,
+            sampling=options.sampling,
+            seed=options.seed,
+        )
     else:
-        print(flush=True)
-        speed = f", {generation.tokens_per_s:.1f} tokens/s" if generation.tokens_per_s is not None else ""
-        print(f"[{len(generation.tokens)} tokens{speed}]", file=sys.stderr)
+        stream = generator.stream(
+            options.prompt, max_new_tokens=options.max_new_tokens, sampling=options.sampling, seed=options.seed
+        )
+        found = [_drain(stream, show=not options.json)]
+    several = options.n > 1 or options.beams.n_best > 1
+    if options.json:
+        values = [dataclasses.asdict(one) for one in found]
+        print(json.dumps(values if several else values[0]))
+        return
+    streamed = not several and not options.beams.beams
+    for one in found:
+        print("" if streamed else one.text, flush=True)
+        speed = f", {one.tokens_per_s:.1f} tokens/s" if one.tokens_per_s is not None else ""
+        score = f", score {one.score:.4f}" if isinstance(one, Scored) else ""
+        print(f"[{len(one.tokens)} tokens{speed}{score}]", file=sys.stderr)
 
 
 def _drain(stream: Stream[str, None, Generation], *, show: bool) -> Generation:

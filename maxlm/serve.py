@@ -18,6 +18,7 @@ from maxlm.config import ChosenModel, EngineConfig, UserError
 from maxlm.config.cli import parse, run_command
 from maxlm.config.errors import pip_install
 from maxlm.config.fields import NotNegative, Positive, Range, config
+from maxlm.serving.other_servers import OtherServer, check, command
 
 _DESCRIPTION = """Answer requests over HTTP, as OpenAI's server does; a page to chat with stands at the address itself.
 
@@ -51,6 +52,8 @@ class ServeOptions:
     """Seconds that answers have when the server is told to end."""
     engine: EngineConfig = EngineConfig()
     """How many texts at once, in how much memory."""
+    print: OtherServer | None = None
+    """Serve nothing: print the command by which this other server would serve the folder of --hf."""
     debug: bool = False
     """Show tracebacks."""
 
@@ -66,6 +69,9 @@ def main(argv: list[str]) -> None:
         UserError: the model or an option does not fit, a package is missing, or the address is taken.
     """
     options = parse(ServeOptions, argv, prog="python -m maxlm.serve", description=_DESCRIPTION, flags=True)
+    if options.print is not None:
+        print(_other_command(options.print, options))
+        return
     missing = [name.replace("_", "-") for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"serving needs {', '.join(missing)}; {pip_install(*missing)}")
@@ -80,8 +86,9 @@ def main(argv: list[str]) -> None:
     hosts = ("localhost", "127.0.0.1", "::1", options.host, *options.allow_host) if loopback else ()
     listener = bind_address(options.host, options.port)  # before a model is loaded for nothing
     enable_compilation_cache()
+    name = _name(options)
+    print(f"loading {name} and compiling its programs; clients are answered when a line says where", file=sys.stderr)
     run = load_chosen(options.model)
-    name = options.name or Path(options.model.place).resolve().stem
     served = serve_model(run, name, options.engine, options.model.weights, embeddings=options.embeddings)
     key = options.api_key or os.environ.get(_KEY) or None
     service = Service(
@@ -92,11 +99,35 @@ def main(argv: list[str]) -> None:
     )
     port = listener.getsockname()[1]
     address = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{port}"
-    print(f"{served.name} at {address}, {'with' if key else 'without'} an API key; Ctrl-C ends it", flush=True)
-    if not loopback:
-        keyless = "" if key else f", and all of them can ask, as there is no key; set {_KEY}"
-        print(f"other machines can reach {options.host}{keyless}", file=sys.stderr, flush=True)
-    DrainingServer(service, drain_s=options.drain_s).run(sockets=[listener])
+
+    def ready() -> None:
+        print(f"{served.name} at {address}, {'with' if key else 'without'} an API key; Ctrl-C ends it", flush=True)
+        if not loopback:
+            keyless = "" if key else f", and all of them can ask, as there is no key; set {_KEY}"
+            print(f"other machines can reach {options.host}{keyless}", file=sys.stderr, flush=True)
+
+    DrainingServer(service, drain_s=options.drain_s, ready=ready).run(sockets=[listener])
+
+
+def _name(options: ServeOptions) -> str:
+    return options.name or Path(options.model.place).resolve().stem
+
+
+def _other_command(server: OtherServer, options: ServeOptions) -> str:
+    check(server, options.model)
+
+    from maxlm.hub.folder import open_folder
+
+    return command(
+        server,
+        options.model,
+        max_seq_len=open_folder(Path(options.model.place)).model.max_seq_len,
+        name=_name(options),
+        host=options.host,
+        port=options.port,
+        slots=options.engine.slots,
+        key=_KEY if options.api_key or os.environ.get(_KEY) else None,
+    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import importlib.util
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -24,11 +24,9 @@ from maxlm.config import (
     MESH_AXES,
     PARAMETER_DIMS,
     Axes,
-    Context,
     ShardingConfig,
     StatePart,
     UserError,
-    Zero,
 )
 from maxlm.config.errors import pip_install
 
@@ -198,17 +196,10 @@ def decoding_layout(layout: Layout, d_model: int) -> Layout:
     has as small a part of them as before; where the two do not divide d_model, they join data, with the parameters of
     all stages on each.
     """
-    mesh, stages = layout.mesh, layout.mesh.shape["stage"]
-    home = "data" if d_model % (mesh.shape["fsdp"] * stages) else "fsdp"
-    mesh = _joined(_joined(mesh, "seq", "data"), "stage", home)
-    config = replace(
-        layout.config.with_sizes(mesh.shape),
-        context=Context.ALL_GATHER,
-        virtual_stages=1,
-        sequence_parallel=False,
-        zero=Zero.PARAMETERS if stages > 1 else layout.config.zero,
-    )
-    return Layout(mesh, config)
+    mesh = layout.mesh
+    config = layout.config.for_decoding(mesh.size, d_model)
+    home = "fsdp" if config.fsdp > mesh.shape["fsdp"] else "data"
+    return Layout(_joined(_joined(mesh, "seq", "data"), "stage", home), config)
 
 
 def _joined(mesh: Mesh, axis: str, home: str) -> Mesh:

@@ -32,8 +32,9 @@ from maxlm.config import (
 from maxlm.inference.step import read
 from maxlm.models import Execution, Tokens, bind, init_parameters, ops
 from maxlm.models.decoder import DecoderOutput
-from maxlm.models.kv_cache import empty_cache, windows
+from maxlm.models.kv_cache import empty_cache
 from maxlm.models.tokens import Pages
+from maxlm.shapes import windows
 from maxlm.sharding import Layout, make_layout
 from maxlm.training import NextToken, Sums, Trainer
 from maxlm.training import step as steps

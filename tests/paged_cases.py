@@ -136,7 +136,7 @@ def needed_entries(shape: Shape, shaping: Shaping, rows: tuple[tuple[int, int], 
     for slot, position in rows:
         if position >= 0:
             [seen] = oracle.mask_matrix(shaping.words, np.array([position]), np.arange(position + 1))
-            needed[slot, np.flatnonzero(seen)[0] // shape.C : position // shape.C + 1] = True
+            needed[slot, np.append(np.flatnonzero(seen), position)[0] // shape.C : position // shape.C + 1] = True
     return needed
 
 
@@ -151,6 +151,7 @@ KINDS = {
     "chunks": Shaping(words=("and", "causal", ("chunked", 8))),
     "strided": Shaping(words=("or", ("local", 4, 0), ("and", "causal", ("strided", 5)))),
     "fixed": Shaping(words=("and", "causal", ("or", ("chunked", 8), ("summaries", 8, 2)))),
+    "summaries alone": Shaping(words=("and", "causal", ("summaries", 16, 1))),  # the first 15 see nothing
     "scale": Shaping(scale=0.7),
     "cap": Shaping(soft_cap=1.5),
     "alibi": Shaping(alibi=True),

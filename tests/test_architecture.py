@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipes": {"config", "sharding", "data", "training", "inference", "evaluation", "observe", "processes", "hub"},
     "hub": {"config", "shapes", "sharding", "models", "checkpoint", "data", "inference"},
     "serving": {"config", "data", "inference"},
+    "quantization": {"config", "shapes", "sharding", "models", "data", "inference", "hub"},
     "launching": {"config", "hardware"},
     "processes": {"config", "surroundings"},
     "compile_cache": {"surroundings"},
@@ -53,6 +54,7 @@ COMMANDS = {
         "launch",
         "serve",
         "chat",
+        "quantize",
         "data/__main__",
         "plan/__main__",
     )

@@ -231,6 +231,7 @@ class Schedules(RuleBasedStateMachine):
             for window, pool in shard.pools.items():
                 used = [b for one in shard.running for b in one.blocks[window] if b]
                 assert len(set(used)) + pool.n_free == pool.size - 1
+                assert pool.n_kept == len(pool._held.keys() & pool._free.keys())
                 assert pool._users == {block: used.count(block) for block in set(used)}
             assert len(shard._slots) + len(shard.running) == self.engine.config.slots
 

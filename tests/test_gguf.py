@@ -233,6 +233,10 @@ def test_to_a_folder_and_to_a_run(talking: Path, capsys: pytest.CaptureFixture[s
     assert ids is not None and ids.prompt_ids('A!"') == [published.V - 2, 32, published.V - 3]
     assert load_run(place / "run").tokenizer.fingerprint == ids.fingerprint
     assert load_tokenizer(place / "run/tokenizer").eos_id == published.V - 1
+    chat, of_run = gguf_tokenizer.find_chat(GgufFile(talking)), load_run(place / "run").chat
+    assert chat is not None and of_run is not None
+    assert chat.sources == of_run.sources == {"default": "{{ messages }}"}
+    assert chat.tokens == of_run.tokens == {"bos_token": "<s>", "eos_token": "</s>"}
     for name in ("copy", "back", "run/published"):
         assert (place / name / "chat_template.jinja").read_text() == "{{ messages }}"
         assert json.loads((place / name / "tokenizer_config.json").read_text())["eos_token"] == "</s>"

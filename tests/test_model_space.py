@@ -35,12 +35,12 @@ from maxlm.hub.folder import write_folder
 from maxlm.hub.models import load_model, pieces_of
 from maxlm.inference.language_model import LanguageModel
 from maxlm.models import Tokens, bind, declared, init_parameters, parameter_dims
-from maxlm.models.kv_cache import empty_cache, windows
+from maxlm.models.kv_cache import empty_cache
 from maxlm.plan.bound import estimate_time
 from maxlm.plan.machines import Platform, parse_machine
 from maxlm.plan.memory import cache_bytes, estimate_memory
 from maxlm.plan.traffic import estimate_traffic
-from maxlm.shapes import arrays, parameter_count
+from maxlm.shapes import arrays, parameter_count, windows
 from maxlm.sharding import make_layout
 
 quick = lambda examples: settings(

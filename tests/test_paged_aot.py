@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from aot import TPUS, Case, compile_all, complaints, require_compiler, sharded
+from aot import CHIPS, TPUS, Case, compile_all, complaints, require_compiler, sharded
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import DistanceBias, Scores, dispatch, masks, paged_attention
@@ -37,12 +37,26 @@ PROBLEMS = {
 }
 
 
-QUICK = ("llama", "learned biases, sinks")
+GPU_PROBLEMS = {
+    "llama": LLAMA,
+    "heads of 64": replace(LLAMA, N=9, K=3, H=64, Hv=64, L=30),
+    "float16, blocks of 64": replace(LLAMA, C=64, M=128, dtype=jnp.dtype("float16")),
+    "window, cap": PROBLEMS["window, cap"],
+    "stripes, ALiBi": PROBLEMS["stripes, ALiBi"],
+    "everything": replace(
+        LLAMA, mask=masks.local(127, 0) | (masks.causal & masks.strided(128)), soft_cap=50.0, alibi=True, sinks=True
+    ),
+}
+QUICK = ("learned biases, sinks", "everything")
 
 
 @pytest.mark.parametrize(
     ("chip", "names"),
-    [("tpu_v5p", QUICK), *(pytest.param(chip, PROBLEMS, marks=pytest.mark.nightly) for chip in TPUS)],
+    [
+        pytest.param("tpu_v5p", QUICK),
+        pytest.param("h200", QUICK, marks=pytest.mark.slow),
+        *(pytest.param(chip, {**PROBLEMS, **GPU_PROBLEMS}, marks=pytest.mark.nightly) for chip in CHIPS),
+    ],
     ids=lambda value: value if isinstance(value, str) else "quick" if value is QUICK else "all",
 )
 def test_kernels_compile(chip: str, names: tuple[str, ...]) -> None:
@@ -54,11 +68,13 @@ def test_kernels_compile(chip: str, names: tuple[str, ...]) -> None:
 
 def cases(chip: str) -> dict[str, Case]:
     """Every program that is compiled for the chip."""
-    return {name: case(problem, chip) for name, problem in PROBLEMS.items()}
+    problems = PROBLEMS if chip in TPUS else GPU_PROBLEMS
+    return {name: case(problem, chip) for name, problem in problems.items()}
 
 
 def case(p: PagedProblem, chip: str) -> Case:
-    """All layers in a scan; rows, texts and blocks cut over one axis of the mesh, heads over the other."""
+    """All layers in a scan; texts and their blocks cut over one axis of the mesh, heads over the other."""
+    backend = "tpu" if chip in TPUS else "gpu"
     per_head = {
         name: Shape(shape, jnp.float32)
         for name, shape, wanted in (
@@ -76,7 +92,7 @@ def case(p: PagedProblem, chip: str) -> Case:
         v = k if p.one_cache else v
 
         def layer(x: jax.Array, layer: jax.Array) -> tuple[jax.Array, None]:
-            return paged_attention(x, k, v, layer, tables, slots, positions, scores, backend="tpu"), None
+            return paged_attention(x, k, v, layer, tables, slots, positions, scores, backend=backend), None
 
         return jax.lax.scan(layer, q, jnp.arange(p.L))[0]
 
@@ -92,7 +108,7 @@ def case(p: PagedProblem, chip: str) -> Case:
             out_specs=rows,
         ),
         kernels=("paged_attention",),
-        # The queries and results with their rows filled up to whole sublanes; not a layer of the cache.
-        temporary_bytes=2 * MIB + 8 * p.T * p.K * 16 * 128 * -(-p.H // 128),
-        on_chip_bytes=dispatch.choose("paged_attention", p, named(chip), backend="tpu").on_chip_bytes,
+        # The queries and results with their rows filled up to whole tiles; not a layer of the cache.
+        temporary_bytes=2 * MIB + 8 * p.T * p.K * (16 if chip in TPUS else 64) * 128 * -(-p.H // 128),
+        on_chip_bytes=dispatch.choose("paged_attention", p, named(chip), backend=backend).on_chip_bytes,
     )

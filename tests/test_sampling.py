@@ -312,6 +312,13 @@ def test_dry_takes_what_it_says() -> None:
     np.testing.assert_allclose(got.logits, want, rtol=1e-6)
 
 
+def test_nothing_is_repeated_from_before_the_text() -> None:
+    """What stands at the end of a full history is not before its beginning."""
+    text = [1, 7, *range(8, 8 + M - 4), 1, 1]
+    row = settings_row(SamplingConfig(temperature=0, no_repeat_ngram=3, dry_multiplier=1.0), vocab=V)
+    assert not outcome(np.zeros((1, V), np.float32), [row], [text], [0]).logits.any()
+
+
 def test_a_default_row_is_left_to_the_bit_whatever_others_ask() -> None:
     rng = np.random.default_rng(3)
     logits = rng.normal(0, 3, (2, V)).astype(np.float32)

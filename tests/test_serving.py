@@ -20,10 +20,12 @@ from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
 from pydantic import BaseModel, SecretStr
 
+from maxlm.data.chat import ChatTemplate
 from maxlm.inference.request import Finish
 from maxlm.inference.structured import JsonSchema
 from maxlm.serving.app import Service
-from maxlm.serving.chat_format import ToolReader
+from maxlm.serving.chat_format import ToolReader, conversation_ids
+from maxlm.serving.schema import CalledFunction, Message, ToolCall
 from maxlm.serving.served import Served
 
 SAYS = "Hello, w\u00f6rld! \U0001f600 <tag> & more"
@@ -203,6 +205,16 @@ def test_a_stream_of_a_conversation(client: openai.OpenAI) -> None:
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == SAYS
     assert pieces[-1].choices[0].finish_reason == "stop" and all(piece.usage is None for piece in pieces)
     assert last.choices == [] and last.usage is not None and last.usage.completion_tokens == 33
+
+
+def test_arguments_are_what_the_template_wants(served: Served) -> None:
+    """An object, or, where it fails with that, the string."""
+    call = ToolCall(id="c", function=CalledFunction(name="f", arguments='{"a": 1}'))
+    messages = [Message(role="user", content="x"), Message(role="assistant", tool_calls=[call])]
+    show = "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ F }}{% endfor %}{% endfor %}"
+    for how, text in (("c.function.arguments | tojson", '{"a": 1}'), ("'<' + c.function.arguments", '<{"a": 1}')):
+        template = ChatTemplate(sources={"default": show.replace("F", how)}, tokens={}, place="x")
+        assert conversation_ids(template, served.tokenizer, messages, None).text == text
 
 
 CALLS = {

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import chats
 import fake_engine
@@ -20,6 +23,7 @@ import numpy as np
 import openai
 import pytest
 from helpers import FLOAT32, initial_parameters, one_device, small_model, small_run
+from pydantic import BaseModel, ConfigDict
 from run_folder import make_run
 
 from maxlm.config import EngineConfig, UserError, WeightFormat
@@ -38,7 +42,7 @@ ASKED: list[Any] = [{"role": "user", "content": "Tell me all."}]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> LoadedRun:
     fake = fake_engine.make_served(tmp_path_factory.mktemp("tokenizer"), chats.CHATML)
-    model = small_model(vocab_size=fake.vocab_size + 4, max_seq_len=256)
+    model = small_model(vocab_size=fake.vocab_size + 4, max_seq_len=256, n_layers=1)
     return LoadedRun(
         config=dataclasses.replace(small_run(model), execution=FLOAT32),
         layout=one_device(),
@@ -52,7 +56,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> LoadedRun:
 
 @pytest.fixture(scope="module")
 def served(run: LoadedRun) -> Iterator[Served]:
-    config = EngineConfig(slots=4, tokens_per_step=4, block_size=8, decode_steps=1)
+    config = EngineConfig(slots=2, tokens_per_step=2, block_size=8, decode_steps=1)  # one program
     found = serve_model(run, NAME, config, WeightFormat.DTYPE, embeddings=True)
     yield found
     loop: Any = found.loop
@@ -158,7 +162,11 @@ def test_the_command(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "maxlm.serve", "--run", str(tmp_path / "run"), "--port", "0", "--name", "mine"]
     more = ["--engine.slots", "2", "--engine.tokens_per_step", "2", "--engine.decode_steps", "1"]
     environment = {**os.environ, "MAXLM_API_KEY": "k"}
-    with subprocess.Popen([*words, *more], stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with (
+        subprocess.Popen([*words, *more], stdout=subprocess.PIPE, text=True, env=environment) as process,
+        contextlib.ExitStack() as stack,
+    ):
+        stack.callback(process.kill)  # where the test fails, it would be waited for
         assert process.stdout is not None
         line = process.stdout.readline()
         found = re.fullmatch(r"mine at (http://127.0.0.1:\d+), with an API key; Ctrl-C ends it\n", line)
@@ -181,3 +189,56 @@ def test_the_command_says_what_is_missing(tmp_path: Path) -> None:
         main(["--run", str(tmp_path), "--port", "70000"])
     with pytest.raises(UserError, match="--api_key"):
         main(["--run", str(tmp_path), "--api_key", ""])
+
+
+def test_clients_that_leave_give_everything_back(url: str, served: Served) -> None:
+    rng = random.Random(0)
+
+    def one(stream: bool, wait: float) -> None:
+        body = {"model": NAME, "prompt": "x" * rng.randrange(1, 90), "max_tokens": 100, "stream": stream, "n": 2}
+        with (
+            contextlib.suppress(httpx.TimeoutException),
+            httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=wait) as answer,
+        ):
+            next(answer.iter_raw(), None)
+
+    with concurrent.futures.ThreadPoolExecutor(20) as pool:
+        list(pool.map(one, [i % 2 == 0 for i in range(40)], [rng.random() * 0.3 + 0.01 for _ in range(40)]))
+    end = time.monotonic() + 60
+    while (served.loop.stats.running or served.loop.stats.waiting) and time.monotonic() < end:
+        time.sleep(0.05)
+    stats = served.loop.stats
+    assert stats.running == stats.waiting == 0 and stats.free_blocks == stats.blocks
+    body = {"model": NAME, "prompt": "still there", "max_tokens": 3}
+    assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["usage"]["completion_tokens"] == 3
+
+
+def test_answers_that_keep_to_a_schema(client: openai.OpenAI) -> None:
+    """Of a model that would say anything."""
+
+    class Person(BaseModel):
+        model_config = ConfigDict(extra="forbid")  # such a model would go on with more fields for ever
+        name: Literal["Ada", "Bo"]
+        age: Literal[1, 22]
+
+    parsed = client.chat.completions.parse(model=NAME, messages=ASKED, response_format=Person, seed=1)
+    assert isinstance(parsed.choices[0].message.parsed, Person)
+    tool: Any = {"type": "function", "function": {"name": "call", "parameters": Person.model_json_schema()}}
+    for stream in (False, True):
+        options: Any = {"model": NAME, "messages": ASKED, "tools": [tool], "tool_choice": "required", "seed": 2}
+        if stream:
+            pieces = list(client.chat.completions.create(**options, stream=True))
+            (call,) = [one for piece in pieces for one in piece.choices[0].delta.tool_calls or []]
+            assert pieces[-1].choices[0].finish_reason == "tool_calls" and call.function is not None
+            Person.model_validate_json(call.function.arguments or "")
+        else:
+            (choice,) = client.chat.completions.create(**options).choices
+            assert choice.finish_reason == "tool_calls" and choice.message.tool_calls is not None
+            found: Any = choice.message.tool_calls[0]
+            Person.model_validate_json(found.function.arguments)
+    bad: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "number", "multipleOf": "x"}}}
+    with pytest.raises(openai.BadRequestError, match="json_schema"):
+        client.chat.completions.create(model=NAME, messages=ASKED, response_format=bad)
+    with pytest.raises(openai.BadRequestError, match="ends is empty"):
+        json_object: Any = {"response_format": {"type": "json_object"}, "ignore_eos": True}
+        client.completions.create(model=NAME, prompt="x", extra_body=json_object)

@@ -25,7 +25,7 @@ from maxlm.config import (
 )
 from maxlm.inference.held import held
 from maxlm.models import Execution, Unembedding, ops
-from maxlm.models.linear import Int8
+from maxlm.models.weights.by_channel import Int8
 from maxlm.sharding import make_layout
 
 RNG = np.random.default_rng(0)

@@ -69,8 +69,8 @@ def grouped_cases() -> list[GroupedCase]:
 
 
 def paged_cases() -> list[PagedCase]:
-    """Decoding of Llama 3 8B, of Qwen3 30B-A3B, and with a window; texts of 1 to `longest`. Without goals, as there is
-    no GPU kernel yet."""
+    """Decoding of Llama 3 8B, of Qwen3 30B-A3B, and with a window; texts of all lengths up to
+    `longest`. Without goals: we know of no figures of others to set them by."""
     base = PagedCase(T=64, longest=2048, N=32, K=8, H=128)
     cases = [base, replace(base, K=4), replace(base, longest=16384, mask=masks.local(1023, 0))]
     return [*cases, replace(base, T=8, longest=16384), replace(base, T=256, longest=512)]

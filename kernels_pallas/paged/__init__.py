@@ -4,4 +4,5 @@ api.py: paged_attention: checks, choice
 problem.py: one call
 xla.py: plain operations: every device
 tpu.py: Mosaic kernel, blocks copied as they are needed
+gpu.py: the same for Hopper, Mosaic GPU
 """

@@ -33,21 +33,21 @@ def paged_attention(
     Every row is one token: many of one text, as in a prompt, or one of each of many. The keys of a text's position p
     are at [layer, tables[slot, p // C], :, p % C], and so are its values; the token's own are there already. Nothing
     of the cache is copied, and of each text the blocks from the first visible key to the last are read. What unseen
-    positions hold need not be numbers. Of "xla" on a CPU and of "tpu" a row's result depends, to the bit, on its own
-    query, position and keys alone. No gradient.
+    positions hold need not be numbers. Of "xla" on a CPU and of the kernels a row's result depends, to the bit, on its
+    own query, position and keys alone. No gradient.
 
     Args:
         q: [T, N, H] float32, bfloat16 or float16; scores and softmax are float32.
         k: [L, P, K, C, H] in q's dtype: layers, blocks, key heads, positions of a block. K divides N: query heads
             n * N/K .. (n + 1) * N/K - 1 share key head n.
-        v: [L, P, K, C, Hv] in q's dtype. Where it is k itself, a kernel reads it once.
+        v: [L, P, K, C, Hv] in q's dtype. Where it is k itself, "tpu" reads it once.
         layer: int32 scalar.
         tables: int32 [S, M], blocks of each slot's text in order. Entries that no row sees into may be any block.
         slots: int32 [T], the slot of each row's text.
         positions: int32 [T], of the queries, below M * C. -1: a row without a token, whose result is 0.
         scores: what shapes the scores. Its mask shows no key after the query.
-        backend: "xla" or "tpu"; "auto" follows the table recorded for the chip. Call "tpu" inside `jax.shard_map(...,
-            check_vma=False)` where there are several devices.
+        backend: "xla", "tpu" or "gpu" (Hopper); "auto" follows the table recorded for the chip. On several devices call
+            the kernels inside `jax.shard_map(..., check_vma=False)`.
         blocks: keys of a tile; None: from the tuning table.
         interpret: run the named kernel in Pallas' interpreter: True, or its parameters object.
 

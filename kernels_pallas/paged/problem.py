@@ -20,6 +20,8 @@ class PagedBlocks:
     """Keys of a tile of scores, in whole blocks of the cache."""
     rows: int = END
     """Rows whose scores exist at a time, at most (XLA)."""
+    stages: int = 2
+    """Tiles in flight (GPU)."""
 
     def count(self, block_size: int) -> int:
         """Blocks of the cache in a tile."""

@@ -181,7 +181,7 @@ def _kernel(
         W = n_blocks * p.C
         begin = (first + j * n_blocks) * p.C
         keys = begin + lax.broadcasted_iota(jnp.int32, (1, W), 1)
-        seen = p.mask.visible(jnp.full((1, W), position), keys) & (keys < p.M * p.C)
+        seen = p.mask.visible(jnp.full((1, W), position), keys)
         seen = jnp.broadcast_to(seen, (p.K * top.shape[1], W)).reshape(p.K, -1, W)
         scores = jnp.where(seen, _scores(p, _product(inputs["q"][...], k, 2), keys - position, inputs), MASKED)
         new_top = jnp.maximum(top[...], scores.max(2, keepdims=True))
@@ -193,7 +193,7 @@ def _kernel(
         # Places that were not written, or by another text, need not hold numbers.
         start, _ = p.mask.key_range(position, position)
         rows = begin + lax.broadcasted_iota(jnp.int32, (W, 1), 0)
-        inside = (rows >= start) & (rows <= jnp.minimum(position, p.M * p.C - 1))
+        inside = (rows >= start) & (rows <= position)
         v = jnp.where(inside[None], v.astype(jnp.float32), 0.0).astype(v.dtype)
         acc[...] = acc[...] * shrink + _product(weights.astype(v.dtype), v, 1)
 

@@ -63,7 +63,7 @@ def _rows(
         entries = first[:, None] + j * n_blocks + jnp.arange(n_blocks)  # [R, blocks]; those past the table are hidden
         blocks = jnp.take_along_axis(tables, jnp.minimum(entries, problem.M - 1), axis=1)
         keys = (entries[..., None] * problem.C + jnp.arange(problem.C)).reshape(len(entries), -1)  # [R, W] positions
-        seen = problem.mask.visible(positions[:, None], keys) & (keys < problem.M * problem.C)
+        seen = problem.mask.visible(positions[:, None], keys)
         k, v = (_tile(cache, operands.layer, blocks) for cache in (operands.k, operands.v))
         scores = capped(product("rkgh,rkch->rkgc", q, k), problem.scale, problem.soft_cap)
         distance = keys - positions[:, None]
@@ -73,11 +73,11 @@ def _rows(
             assert problem.buckets is not None
             bias = operands.bias_table[:, bucket_of(problem.buckets, distance)]  # [N, R, W]
             scores += bias.swapaxes(0, 1).reshape(scores.shape)
-        here = seen[:, None, None]
-        scores = jnp.where(here, scores, MASKED)
+        scores = jnp.where(seen[:, None, None], scores, MASKED)
         new_top = jnp.maximum(top, scores.max(-1))
-        # Before the first visible key top = MASKED, where exp(score - top) would be 1 for hidden keys.
-        p = jnp.where(here, jnp.exp(scores - new_top[..., None]), 0.0)
+        # Before the first visible key top = MASKED, and hidden ones weigh 1: it shrinks that to 0, and where none comes
+        # the values below are 0.
+        p = jnp.exp(scores - new_top[..., None])
         shrink = jnp.exp(top - new_top)
         # What lies where nothing was written, or another text was, may be no number.
         v = jnp.where(seen[:, None, :, None], v, jnp.zeros_like(v))

@@ -197,8 +197,11 @@ class Checkpointer:
         self._current = step
         return restored
 
-    def restore_params(self, step: int | None, params: Tree, *, deferred: bool = False) -> Restored:
-        """Restore only the parameters of `step`, or of the newest intact step if None; `optimizer` is None.
+    def restore_params(
+        self, step: int | None, params: Tree | Callable[[Record], Tree], *, deferred: bool = False
+    ) -> Restored:
+        """Restore only the parameters of `step`, or of the newest intact step if None; `optimizer` is None. What the
+        tree is may depend on what the step says of itself.
 
         With `deferred` each array is a `Deferred`, read into host memory when it is asked for, also after `close`.
 
@@ -215,6 +218,7 @@ class Checkpointer:
 
         chosen = self._agree(choose)
         assert chosen is not None
+        params = params(self._record(chosen)) if callable(params) else params
         if deferred:
             return self._open_params(chosen, params)
         return self._restore(chosen, {"params": params})

@@ -12,12 +12,13 @@ remat.py: which named results each remat policy keeps
 families.py: model families as functions from sizes to a model
 task.py: what a run learns
 data.py: documents, tokenizers, mixtures
+quantization.py: ways to make weights smaller
 optimizer.py: AdamW, Adafactor, schedules
 sharding.py: sizes of the mesh axes, ZeRO stages, presets
 dims.py: the table: which mesh axis cuts which dim of an array
 layout_rules.py: what must divide what
 chosen.py: the model that a command is for
-sampling.py: how the next token is drawn
+sampling.py: how the next token is drawn, or a text searched for
 engine.py: texts at once, and room for them
 changes.py: what a run may go on with, and what it is told
 cli.py: --config, overrides, how a command ends
@@ -115,8 +116,9 @@ from maxlm.config.position import (
     Sinusoidal,
     YarnScaling,
 )
+from maxlm.config.quantization import QuantMethod
 from maxlm.config.run import CheckpointConfig, LimitsConfig, ObserveConfig, RunConfig, StepRange, TrainConfig
-from maxlm.config.sampling import SamplingConfig
+from maxlm.config.sampling import BeamConfig, SamplingConfig
 from maxlm.config.sharding import (
     MESH_AXES,
     Context,
@@ -144,6 +146,7 @@ __all__ = [
     "Attention",
     "Axes",
     "Backend",
+    "BeamConfig",
     "BlockConfig",
     "ByteTokenizer",
     "Capacity",
@@ -204,6 +207,7 @@ __all__ = [
     "PrepareConfig",
     "Pretrain",
     "QkNorm",
+    "QuantMethod",
     "RelativeBias",
     "RelativeSinusoids",
     "Remat",

@@ -15,8 +15,8 @@ class EngineConfig:
     slots: Positive[int] = 32
     """Texts that are decoded at once."""
     tokens_per_step: Positive[int] | None = None
-    """The most tokens of one step: one for each text that is being decoded, the rest of prompts. None: 32 on a CPU, 512
-    elsewhere, and at least `slots`."""
+    """The most tokens of one step: one for each text that goes on, the rest of prompts. None: 32 on a CPU (8 for
+    up to 8 slots), 512 elsewhere, and at least `slots`."""
     block_size: Positive[int] = 16
     """Positions of a block of the cache. Beginnings are shared in whole blocks."""
     cache_tokens: Positive[int] | None = None
@@ -33,3 +33,8 @@ class EngineConfig:
                 f"engine.tokens_per_step = {self.tokens_per_step} is less than engine.slots = {self.slots}; each text "
                 "that is being decoded has a token in every step"
             )
+
+    def most_tokens(self, *, on_cpu: bool) -> int:
+        """Of a step: `tokens_per_step`, where it says a number."""
+        usual = 512 if not on_cpu else 8 if self.slots <= 8 else 32
+        return self.tokens_per_step or max(usual, self.slots)

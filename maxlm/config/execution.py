@@ -22,13 +22,26 @@ class Dtype(enum.Enum):
 
 
 class WeightFormat(enum.Enum):
-    """How decoding holds weights. What the result of a product is in, is `execution.dtype` always."""
+    """How weights of products are held. What the result of a product is in, is `execution.dtype` always; tables of
+    tokens have 8 bits at least. docs/quantize.md has sizes and measurements."""
 
     DTYPE = "dtype"
     """In `execution.dtype`."""
     INT8 = "int8"
-    """Products in 8 bits, with a float32 scale for each output (arXiv:2208.07339, section 2.1): a quarter of float32's
-    memory, half of bfloat16's, at the price of a little quality."""
+    """8 bits, with a float32 scale for each output (arXiv:2208.07339, section 2.1): a quarter of float32's memory, half
+    of bfloat16's, at the price of a little quality."""
+    W8A8 = "w8a8"
+    """The same, and activations in 8 bits too, with a scale for each token: integer products."""
+    LLM_INT8 = "llm_int8"
+    """The same, but activations beyond 6 in `execution.dtype` (LLM.int8(), arXiv:2208.07339, section 3)."""
+    FP8 = "fp8"
+    """8-bit floats (e4m3, arXiv:2209.05433), with a float32 scale for each output."""
+    INT4 = "int4"
+    """4 bits, symmetric around 0, with a bfloat16 scale for each group of inputs."""
+    INT4_AFFINE = "int4_affine"
+    """The same, with an offset for each group, too."""
+    NF4 = "nf4"
+    """4 bits, quantiles of a normal distribution, with a scale in 8 bits for 64 inputs (QLoRA, arXiv:2305.14314)."""
 
 
 class Remat(enum.Enum):

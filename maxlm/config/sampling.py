@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated
 
-from maxlm.config.fields import FLOAT_MAX, NotNegative, Range, config
+from maxlm.config.errors import UserError
+from maxlm.config.fields import FLOAT_MAX, NotNegative, Positive, Range, config
 
 
 @config("")
@@ -57,3 +59,44 @@ class SamplingConfig:
     """Ids at which what is repeated ends: line breaks, quotes, names of speakers."""
     min_new_tokens: NotNegative[int] = 0
     """The text does not end before so many tokens are generated."""
+
+
+@config("")
+class BeamConfig:
+    """Search for the likeliest texts in place of drawing one; `maxlm/inference/beam.py` says how."""
+
+    beams: Annotated[int, Range(ge=0, le=19, note="0 draws, and searches nothing")] = 0
+    """Beginnings that are kept after each token; 0: no search, the text is drawn."""
+    length_penalty: Annotated[float, Range(ge=-10, le=10, note="0 compares sums of log-probabilities")] = 1.0
+    """A text's score is the sum of its log-probabilities / length ** length_penalty: 0 is the sum, 1 the mean; more
+    favours longer texts (after arXiv:1609.08144, section 7)."""
+    n_best: Positive[int] = 1
+    """Texts of the highest score that are wanted."""
+
+    def __post_init__(self) -> None:
+        if self.beams == 0 and (self.length_penalty, self.n_best) != (1.0, 1):
+            name, value = ("n_best", self.n_best) if self.n_best != 1 else ("length_penalty", self.length_penalty)
+            raise UserError(f"{name} = {value} is of a search, and beams = 0; set beams, or leave {name} out")
+        if self.n_best > max(self.beams, 1):
+            raise UserError(f"n_best = {self.n_best} is more than beams = {self.beams}; use at most as many")
+
+    def searched(self, sampling: SamplingConfig) -> SamplingConfig:
+        """The rules of `sampling` as a search has them: it draws nothing.
+
+        Raises:
+            UserError: no search is asked for, or some setting does not go with it.
+        """
+        if self.beams == 0:
+            raise UserError("beams = 0 searches nothing; use at least 1")
+        if sampling.temperature not in (0, 1):
+            raise UserError(f"temperature = {sampling.temperature} with beams: nothing is drawn; leave it out or use 0")
+        for name in ("top_k", "top_p", "min_p", "typical_p"):
+            if (value := getattr(sampling, name)) != getattr(SamplingConfig, name):
+                raise UserError(f"{name} = {value} with beams: nothing is drawn; leave it out")
+        counted = sampling.presence_penalty or sampling.frequency_penalty
+        if counted and sampling.repetition_penalty != 1:
+            raise UserError(
+                f"repetition_penalty = {sampling.repetition_penalty} with beams does not go with presence_penalty and "
+                "frequency_penalty; leave out one or the others"
+            )
+        return dataclasses.replace(sampling, temperature=0.0)

@@ -124,6 +124,24 @@ class ShardingConfig:
             sizes[axis] = n_devices // fixed
         return sizes
 
+    def for_decoding(self, n_devices: int, d_model: int) -> ShardingConfig:
+        """The same devices for decoding, with no -1; `maxlm.sharding.decoding_layout` says what becomes of each axis.
+
+        Raises:
+            UserError: as `sizes`.
+        """
+        sizes = self.sizes(n_devices)
+        stages, home = sizes["stage"], "data" if d_model % (sizes["fsdp"] * sizes["stage"]) else "fsdp"
+        for axis, other in (("seq", "data"), ("stage", home)):
+            sizes[other], sizes[axis] = sizes[other] * sizes[axis], 1
+        return replace(
+            self.with_sizes(sizes),
+            context=Context.ALL_GATHER,
+            virtual_stages=1,
+            sequence_parallel=False,
+            zero=Zero.PARAMETERS if stages > 1 else self.zero,
+        )
+
 
 def dp() -> ShardingConfig:
     """Data parallelism: every device holds the whole model."""

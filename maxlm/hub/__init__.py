@@ -15,6 +15,7 @@ names.py: how our arrays lie in published tensors
 published.py: config.json, key by key
 sizes.py: what every family says in it, under one key or another
 tensor_files.py: safetensors files, tensor by tensor
+compressed.py: quantised weights, written
 quantized.py: those with few bits, as the numbers that they stand for
 """
 

@@ -30,6 +30,7 @@ from maxlm.hub.published import Published
 from maxlm.inference.language_model import LanguageModel
 from maxlm.inference.load import ONE_DEVICE, deferred_run, layout_for, load_run
 from maxlm.models import abstract_parameters, declared
+from maxlm.models.weights.holding import QUANTISED, kinds_of
 
 _SETTLE_S = 2.0
 """tensorstore, which writes checkpoints, tries again for a moment after a full disk, and makes folders anew."""
@@ -62,6 +63,9 @@ class Opened:
     """Optimizer steps that it has seen."""
     ignored: Sequence[str] = ()
     """Tensors in the files that are no part of the model."""
+    quantised: Any = None
+    """The tree of parameters, with arrays that are `Deferred`, where weights are quantised; `pieces` and `layer` have
+    the numbers that those stand for."""
 
 
 def open_published(published: PublishedModel) -> Opened:
@@ -119,6 +123,7 @@ def open_run(place: Path) -> Opened:
         place=folder,
         config=run.config,
         step=run.step,
+        quantised=run.parameters if kinds_of(run.config.model, run.parameters) else None,
     )
 
 
@@ -150,11 +155,17 @@ def write_published(opened: Opened, folder: Path, dtype: str | None) -> None:
         dtype=number_format(dtype or opened.dtype),
         tokenizer=opened.copy_tokenizer,
         prefer=opened.family,
+        quantised=opened.quantised,
     )
 
 
-def write_run(opened: Opened, folder: Path) -> None:
+def write_run(opened: Opened, folder: Path, *, parameters: Any = None) -> None:
     """A run folder with one checkpoint, without an optimizer: to be asked, exported, or started from.
+
+    Args:
+        opened: the model.
+        folder: new.
+        parameters: in place of its own, with `Weight`s of fewer bits among them. What those are, the checkpoint says.
 
     Raises:
         UserError: there is no tokenizer, something is at `folder`, or it cannot be written.
@@ -174,8 +185,11 @@ def write_run(opened: Opened, folder: Path) -> None:
             "config": serialize.to_dict(config),
             "data": {"next_batch": 0, "fingerprint": "none: not trained here"},
         }
+        if parameters is not None:
+            meta[QUANTISED] = kinds_of(opened.model, parameters)
         with Checkpointer(place / "checkpoints", CheckpointConfig()) as checkpointer:
-            params = jax.tree.map(partial(_deferred, opened), declared(opened.model))
+            deferred = jax.tree.map(partial(_deferred, opened), declared(opened.model))
+            params = deferred if parameters is None else parameters
             checkpointer.save(opened.step, params=params, optimizer={}, meta=meta)
 
 

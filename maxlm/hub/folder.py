@@ -19,9 +19,10 @@ from maxlm.config import ModelConfig, UserError
 from maxlm.config.changes import changes
 from maxlm.config.fields import Changes
 from maxlm.config.json_file import read_object
+from maxlm.hub.compressed import CompressedTensors, WrittenTensor
 from maxlm.hub.families import FAMILIES
 from maxlm.hub.family import ModelFamily
-from maxlm.hub.names import Piece, tensors
+from maxlm.hub.names import Piece, Tensor, tensors
 from maxlm.hub.published import Published
 from maxlm.hub.quantized import Dequantised
 from maxlm.hub.tensor_files import Spec, as_format, write_tensors
@@ -90,6 +91,7 @@ def write_folder(
     dtype: np.dtype[Any],
     tokenizer: Callable[[Path], None] | None = None,
     prefer: ModelFamily | None = None,
+    quantised: Any = None,
 ) -> ModelFamily:
     """Write a model for `transformers` and other programs; the folder appears when all is in it.
 
@@ -101,6 +103,8 @@ def write_folder(
         dtype: number format of the files.
         tokenizer: what writes the tokenizer's files into the folder, as `copy_tokenizer`.
         prefer: the family that it came from.
+        quantised: its parameters, where some are `Quantised` weights: those are written in the layout of
+            compressed-tensors, as far as it has one for them.
 
     Raises:
         UserError: there is something at `folder`; no family can say all of the model; a number is too large for
@@ -109,11 +113,18 @@ def write_folder(
     family, values = family_of(model, prefer)
     by_array = lambda tensor: [part.array.name for part in tensor.parts]
     listed = sorted(tensors(model, family.names_of(model)), key=by_array)
-    specs = {tensor.name: Spec(tensor.shape, dtype) for tensor in listed}
+
+    def plain(tensor: Tensor) -> WrittenTensor:
+        make = lambda: as_format(f"{folder}: {tensor.name}", tensor.join(pieces(tensor.parts)), dtype)
+        return WrittenTensor(tensor.name, Spec(tensor.shape, dtype), make)
+
+    compressed = CompressedTensors(quantised, dtype)
+    of = lambda tensor: None if quantised is None else compressed.entries(tensor)
+    entries = [entry for tensor in listed for entry in of(tensor) or [plain(tensor)]]
 
     with appearing(folder) as partial:
-        joined = (as_format(f"{folder}: {one.name}", one.join(pieces(one.parts)), dtype) for one in listed)
-        write_tensors(partial, specs, joined)
+        write_tensors(partial, {entry.name: entry.spec for entry in entries}, (entry.make() for entry in entries))
+        values |= compressed.config()
         if tokenizer is not None:
             tokenizer(partial)
         values |= {"dtype": dtype.name, "torch_dtype": dtype.name} | _ids_of_ends(partial / GENERATION)

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
@@ -40,6 +42,7 @@ from maxlm.hub.weights import PublishedWeights
 from maxlm.inference.language_model import LanguageModel
 from maxlm.inference.load import ONE_DEVICE, LoadedRun, layout_for, load_run
 from maxlm.models import abstract_parameters
+from maxlm.models.weights.kinds import Quantised
 
 
 class PublishedModel(NamedTuple):
@@ -214,7 +217,8 @@ def number_format(name: str) -> np.dtype[Any]:
 
 
 def pieces_of(parameters: Any) -> Pieces:
-    """From the tree of parameters, which may be `Deferred`: then what the last tensor had parts of is kept."""
+    """From the tree of parameters, which may be `Deferred`: then what the last tensor had parts of is kept. Of what is
+    quantised, the numbers that it stands for."""
     kept: dict[tuple[str, int | None], Any] = {}
 
     def find(name: str) -> Any:
@@ -227,6 +231,9 @@ def pieces_of(parameters: Any) -> Pieces:
 
     def read(name: str, number: int | None) -> Any:
         node = find(name)
+        if isinstance(node, Quantised):
+            whole = jax.tree.map(lambda leaf: leaf.read(None) if isinstance(leaf, Deferred) else leaf, node)
+            return jax.tree.map(jnp.asarray, whole).dense(jnp.float32)
         return node.read(number) if isinstance(node, Deferred) else node
 
     def pieces(parts: Sequence[Piece]) -> list[npt.NDArray[Any]]:

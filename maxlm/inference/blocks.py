@@ -52,6 +52,8 @@ class BlockPool:
     """Block -> what it holds, if that may serve another text."""
     _found: dict[bytes, int] = field(default_factory=dict)
     """The same the other way round."""
+    n_kept: int = 0
+    """Unused blocks that hold a prefix."""
 
     def __post_init__(self) -> None:
         self._free.update(dict.fromkeys(range(1, self.size)))
@@ -59,11 +61,6 @@ class BlockPool:
     @property
     def n_free(self) -> int:
         return len(self._free)
-
-    @property
-    def n_kept(self) -> int:
-        """Unused blocks that hold a prefix."""
-        return sum(block in self._held for block in self._free)
 
     def find(self, prefix: Prefix) -> int | None:
         """A block that holds it."""
@@ -81,12 +78,15 @@ class BlockPool:
         block, _ = self._free.popitem(last=False)
         if (prefix := self._held.pop(block, None)) is not None:
             del self._found[prefix.key]
+            self.n_kept -= 1
         self._users[block] = 1
         return block
 
     def share(self, block: int) -> None:
         """One more user of a block that `find` found."""
-        self._free.pop(block, None)
+        if block in self._free:
+            del self._free[block]
+            self.n_kept -= 1
         self._users[block] = self._users.get(block, 0) + 1
 
     def give_back(self, block: int) -> None:
@@ -95,7 +95,9 @@ class BlockPool:
         if not self._users[block]:
             del self._users[block]
             self._free[block] = None
-            if block not in self._held:  # of no use to anybody: the first to be taken
+            if block in self._held:
+                self.n_kept += 1
+            else:  # of no use to anybody: the first to be taken
                 self._free.move_to_end(block, last=False)
 
     def hold(self, block: int, prefix: Prefix) -> None:
@@ -107,3 +109,4 @@ class BlockPool:
         """What blocks hold is worth nothing any more: the weights are others."""
         self._held.clear()
         self._found.clear()
+        self.n_kept = 0

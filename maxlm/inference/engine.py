@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from maxlm.inference.load import LoadedRun
 
 _LOG = logging.getLogger(__name__)
-_ON_CPU, _ON_ACCELERATOR = 32, 512
-"""Tokens of a step, if the config does not say."""
 _NOT_FINITE = "the model's output is not finite: its parameters are damaged; use an earlier --step"
 _NOTHING_LEFT = "no token is left to be drawn: all are banned; ban fewer"
 
@@ -118,7 +116,7 @@ class Engine:
         self.config, self.max_length, self.vocab_size = config, model.max_seq_len, model.vocab_size
         layout = decoding_layout(run.layout, model.d_model)
         how = Execution.of(run.config, run.layout).decoding(layout)
-        most = config.tokens_per_step or max(_ON_CPU if layout.on_cpu else _ON_ACCELERATOR, config.slots)
+        most = config.most_tokens(on_cpu=layout.on_cpu)
         pools = pool_sizes(model, config, how, most)
         self._programs = Programs(
             model, run.parameters, how, config, weights=weights, tokens_per_step=most, blocks=pools

@@ -8,9 +8,11 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from maxlm.config import EngineConfig, SamplingConfig, UserError, WeightFormat
+from maxlm.config import BeamConfig, EngineConfig, SamplingConfig, UserError, WeightFormat
+from maxlm.inference.beam import beam_search
 from maxlm.inference.engine import Engine, Ticket
-from maxlm.inference.request import Delta, Finish, Request, nth_seed
+from maxlm.inference.request import Delta, Finish, Request, TokenScore, nth_seed
+from maxlm.inference.text_stream import TextStream
 
 if TYPE_CHECKING:
     from maxlm.inference.load import LoadedRun
@@ -27,6 +29,14 @@ class Generation:
     tokens_per_s: float | None
     """Tokens of this text for each second of decoding. Reading the prompt, which also gives the first token, and
     compilation do not count. None: there was nothing to decode after the first token."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scored(Generation):
+    """One of several that were compared."""
+
+    score: float
+    """The higher, the better."""
 
 
 class Generator:
@@ -59,18 +69,59 @@ class Generator:
         max_new_tokens: int,
         sampling: SamplingConfig = SamplingConfig(),
         seed: int = 0,
+        beams: BeamConfig = BeamConfig(),
     ) -> list[Generation]:
         """Continue several prompts, each up to `max_new_tokens` or the end of its document.
 
         A text's randomness is a function of the seed, the prompt's place among the prompts and the token's position.
 
+        Args:
+            prompts: of any lengths.
+            max_new_tokens: of each.
+            sampling: how the next token is drawn.
+            seed: of all of them.
+            beams: search in place of drawing; the best text of each prompt, `Scored`. The seed does not matter then.
+
         Raises:
             UserError: a prompt is not UTF-8, it and its new tokens do not fit model.max_seq_len, `max_new_tokens` or
-                the seed is out of range, or the model's output is not finite.
+                the seed is out of range, a setting does not go with `beams`, or the model's output is not finite.
         """
+        if beams.n_best != 1:
+            raise UserError(f"n_best = {beams.n_best}, and here each prompt has one text; call Generator.search")
+        if beams.beams:
+            return [
+                best for best, *_ in self.search(prompts, max_new_tokens=max_new_tokens, beams=beams, sampling=sampling)
+            ]
         return self.answer(
-            [self._request(prompt, max_new_tokens, sampling, seed, n) for n, prompt in enumerate(prompts)]
+            [self.request(prompt, max_new_tokens, sampling, seed, n) for n, prompt in enumerate(prompts)]
         )
+
+    def search(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        beams: BeamConfig,
+        sampling: SamplingConfig = SamplingConfig(),
+    ) -> list[list[Scored]]:
+        """The likeliest continuations of each prompt that a beam search finds, at most `n_best`, best first.
+
+        Nothing is drawn: the same prompt has the same texts. `tokens_per_s` is None.
+
+        Raises:
+            UserError: as `generate`; or nothing may come any more after some text.
+        """
+        requests = [self.request(prompt, max_new_tokens, sampling) for prompt in prompts]
+        for request in requests:  # with all tokens that it may get
+            self.engine.check(request)
+        found = beam_search(lambda asked: [text.scores[0] for text in self.texts(asked)], requests, beams)
+        return [
+            [
+                Scored(text=self._said(request, one.tokens), tokens=[*one.tokens], tokens_per_s=None, score=one.score)
+                for one in hypotheses
+            ]
+            for request, hypotheses in zip(requests, found, strict=True)
+        ]
 
     def answer(self, requests: Sequence[Request]) -> list[Generation]:
         """The text of each request.
@@ -78,10 +129,18 @@ class Generator:
         Raises:
             UserError: one cannot be served, or the model's output is not finite.
         """
+        return [text.generation for text in self.texts(requests)]
+
+    def texts(self, requests: Sequence[Request]) -> list[Text]:
+        """The text of each request, with the scores that it asks for.
+
+        Raises:
+            UserError: one cannot be served, or the model's output is not finite.
+        """
         for request in requests:  # all of them, before the first has begun
             self.engine.check(request)
-        texts, waiting = [_Text() for _ in requests], list(zip(requests, range(len(requests)), strict=True))[::-1]
-        running: dict[Ticket, _Text] = {}
+        texts, waiting = [Text() for _ in requests], list(zip(requests, range(len(requests)), strict=True))[::-1]
+        running: dict[Ticket, Text] = {}
         while waiting or running:
             while waiting and not self.engine.full:
                 request, n = waiting.pop()
@@ -94,7 +153,7 @@ class Generator:
                     if delta.finish is not None:
                         del running[ticket], self._inbox[ticket]
                         break
-        return [text.generation for text in texts]
+        return texts
 
     def stream(
         self, prompt: str, *, max_new_tokens: int, sampling: SamplingConfig = SamplingConfig(), seed: int = 0
@@ -106,14 +165,19 @@ class Generator:
         Raises:
             UserError: as `generate`, at the first piece.
         """
-        text = _Text()
-        for delta in self._deltas(self._request(prompt, max_new_tokens, sampling, seed, 0)):
+        text = Text()
+        for delta in self._deltas(self.request(prompt, max_new_tokens, sampling, seed)):
             text.add(delta)
             if delta.text:
                 yield delta.text
         return text.generation
 
-    def _request(self, prompt: str, max_new_tokens: int, sampling: SamplingConfig, seed: int, n: int) -> Request:
+    def request(self, prompt: str, max_new_tokens: int, sampling: SamplingConfig, seed: int = 0, n: int = 0) -> Request:
+        """For the n-th of several texts.
+
+        Raises:
+            UserError: the prompt is not UTF-8.
+        """
         engine = self.engine
         return Request(
             prompt=engine.prompt_ids(prompt),
@@ -122,6 +186,11 @@ class Generator:
             seed=nth_seed(seed, n),
             ends=engine.ends.last,
         )
+
+    def _said(self, request: Request, tokens: Sequence[int]) -> str:
+        """Tokens that go on with a prompt, as text."""
+        stream = TextStream(self.engine.tokenizer, request.prompt)
+        return stream.add(tokens) + stream.finish()
 
     def _deltas(self, request: Request) -> Iterator[Delta]:
         ticket = self._submit(request)
@@ -149,12 +218,14 @@ class Generator:
                 self._inbox[ticket].append(delta)
 
 
-class _Text:
+class Text:
     """A text as it grows."""
 
     def __init__(self) -> None:
         self._text: list[str] = []
         self._tokens: list[int] = []
+        self.scores: list[TokenScore] = []
+        """Of the tokens, if they were asked for."""
         self._timed, self._seconds = 0, 0.0
 
     def add(self, delta: Delta) -> None:
@@ -166,6 +237,7 @@ class _Text:
             raise UserError(delta.error)
         self._text.append(delta.text)
         self._tokens += delta.tokens
+        self.scores += delta.scores
         if delta.seconds and delta.tokens:
             self._timed += len(delta.tokens)
             self._seconds += delta.seconds

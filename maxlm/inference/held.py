@@ -1,4 +1,4 @@
-"""Parameters as decoding holds them."""
+"""The parameters as decoding holds them."""
 
 from __future__ import annotations
 
@@ -8,28 +8,35 @@ from typing import Any
 import jax
 
 from maxlm.config import ModelConfig, WeightFormat
-from maxlm.models import Execution, declared, parameter_dims
-from maxlm.models.linear import Int8, Weight
+from maxlm.models import Execution, declared
+from maxlm.models.weights.holding import quantised, shardings
+from maxlm.models.weights.kinds import Weight
 from maxlm.shapes import Array
 
 
 def held(parameters: Any, config: ModelConfig, how: Execution, weights: WeightFormat) -> Any:
-    """Nested dicts of float32 arrays, on the mesh of `how` and in the format asked for."""
-    layout, arrays = how.layout, declared(config)
-    in_8_bits = lambda array: weights is WeightFormat.INT8 and bool(array.inputs)
+    """The parameters on the mesh of `how`: products in the format `weights`, tables and products that are in none in
+    the compute dtype, everything else, and what is quantised already, as it is.
 
-    def one(x: jax.Array, array: Array) -> Weight:
-        if in_8_bits(array):
-            return Int8.of(x, tuple(array.dims.index(dim) for dim in array.inputs))
-        return x.astype(how.dtype) if array.role.casts else x
+    Args:
+        parameters: nested dicts like those of `maxlm.models.init_parameters`, of arrays or of `Weight`s.
+        config: the model.
+        how: where and in which dtype it runs.
+        weights: the format.
+    """
 
-    def place(array: Array) -> Any:
-        sharding: Any = lambda dims: layout.sharding(layout.parameter(dims))
-        scale_dims = [None if dim in array.inputs else dim for dim in array.dims]
-        return Int8(sharding(array.dims), sharding(scale_dims)) if in_8_bits(array) else sharding(array.dims)
+    def one(array: Array, weight: Weight) -> Weight:
+        if not isinstance(weight, jax.Array):
+            return weight
+        made = quantised(weight, array, weights)
+        return made.astype(how.dtype) if isinstance(made, jax.Array) and array.role.casts else made
 
-    hold = jax.jit(lambda values: jax.tree.map(one, values, arrays), out_shardings=jax.tree.map(place, arrays))
-    return hold(jax.device_put(parameters, layout.shardings(parameter_dims(config))))
+    def hold(parameters: Any) -> Any:
+        return jax.tree.map(one, declared(config), parameters)
+
+    wanted = shardings(how.layout, config, jax.eval_shape(hold, parameters))
+    placed = jax.device_put(parameters, shardings(how.layout, config, parameters))
+    return jax.jit(hold, out_shardings=wanted)(placed)
 
 
 def layers_apart(config: ModelConfig, parameters: Any) -> tuple[ModelConfig, Any]:

@@ -20,7 +20,8 @@ from maxlm.config import (
     ModelConfig,
     UserError,
 )
-from maxlm.models import Execution, Tokens, bind, ops, parameter_dims
+from maxlm.models import Execution, Tokens, bind, ops
+from maxlm.models.weights.holding import shardings
 from maxlm.sharding import Layout, decoding_layout
 
 
@@ -34,7 +35,7 @@ class LanguageModel:
             model: what it is.
             execution: its dtype counts.
             layout: where the parameters lie.
-            parameters: nested dicts of float32 arrays, as `maxlm.models.init_parameters` makes them.
+            parameters: nested dicts of float32 arrays, as `maxlm.models.init_parameters` makes them, or of `Weight`s.
 
         Raises:
             UserError: the model has no logits.
@@ -45,7 +46,7 @@ class LanguageModel:
         # As for decoding: rows of any length, which a mesh with a seq or stage axis could not cut.
         self._layout = decoding_layout(layout, self.config.d_model)
         self._how = Execution(layout, execution).decoding(self._layout)
-        self.parameters = jax.device_put(parameters, self._layout.shardings(parameter_dims(self.config)))
+        self.parameters = jax.device_put(parameters, shardings(self._layout, self.config, parameters))
         self._compiled = jax.jit(self._compute)
         self._compiled_hidden = jax.jit(self._hidden)
 

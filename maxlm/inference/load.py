@@ -12,9 +12,11 @@ import jax
 
 from maxlm.checkpoint.checkpointer import Checkpointer
 from maxlm.checkpoint.reference import run_and_step
+from maxlm.checkpoint.store import Record
 from maxlm.config import (
     ACTIVATION_DIMS,
     MESH_AXES,
+    BeamConfig,
     ExecutionConfig,
     KernelConfig,
     ModelConfig,
@@ -31,7 +33,10 @@ from maxlm.data.text_ends import PUBLISHED, TextEnds, published_ends
 from maxlm.data.tokenizers import Tokenizer, load_tokenizer
 from maxlm.inference.generator import Generation, Generator
 from maxlm.inference.language_model import LanguageModel
-from maxlm.models import abstract_parameters
+from maxlm.models import abstract_parameters, declared
+from maxlm.models.weights.holding import KINDS, QUANTISED, shardings, with_kinds
+from maxlm.models.weights.kinds import Weight
+from maxlm.shapes import Array
 from maxlm.sharding import Layout, all_devices, make_layout
 
 ONE_DEVICE = ShardingConfig(data=1)
@@ -46,7 +51,8 @@ class LoadedRun:
     from the checkpoint, as a run may have gone on with others, and sets `execution.kernels` to the default."""
     layout: Layout
     parameters: Any
-    """Nested dicts of float32 arrays, like those of `maxlm.models.init_parameters`."""
+    """Nested dicts of float32 arrays, like those of `maxlm.models.init_parameters`; of a run that `maxlm.quantize` has
+    written, with `Weight`s of other kinds among them."""
     tokenizer: Tokenizer
     step: int
     """Optimizer steps that the parameters have seen."""
@@ -75,7 +81,13 @@ class LoadedRun:
 
     @overload
     def generate(
-        self, prompts: str, *, max_new_tokens: int, sampling: SamplingConfig = ..., seed: int = ...
+        self,
+        prompts: str,
+        *,
+        max_new_tokens: int,
+        sampling: SamplingConfig = ...,
+        seed: int = ...,
+        beams: BeamConfig = ...,
     ) -> Generation: ...
 
     @overload
@@ -86,6 +98,7 @@ class LoadedRun:
         max_new_tokens: int,
         sampling: SamplingConfig = ...,
         seed: int = ...,
+        beams: BeamConfig = ...,
     ) -> list[Generation]: ...
 
     def generate(
@@ -95,6 +108,7 @@ class LoadedRun:
         max_new_tokens: int,
         sampling: SamplingConfig = SamplingConfig(),
         seed: int = 0,
+        beams: BeamConfig = BeamConfig(),
     ) -> Generation | list[Generation]:
         """Continue one prompt, or several as one batch; see `Generator.generate`. The same seed gives the same texts.
 
@@ -105,7 +119,7 @@ class LoadedRun:
             UserError: as `Generator` and `Generator.generate`.
         """
         many = [prompts] if isinstance(prompts, str) else prompts
-        found = self.generator.generate(many, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed)
+        found = self.generator.generate(many, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, beams=beams)
         return found[0] if isinstance(prompts, str) else found
 
 
@@ -147,7 +161,8 @@ def _load_run(run_dir: Path, step: int | None, sharding: ShardingConfig, *, defe
     config = dataclasses.replace(saved, sharding=sharding, execution=execution)
     layout = make_layout(sharding, devices)
     with Checkpointer(run_dir / "checkpoints", config.checkpoint) as checkpointer:
-        restored = checkpointer.restore_params(step, abstract_parameters(config.model, layout), deferred=deferred)
+        wanted = functools.partial(_arrays, config.model, layout)
+        restored = checkpointer.restore_params(step, wanted, deferred=deferred)
     if trained := restored.meta.get("config"):  # of this very step
         then = serialize.from_dict(RunConfig, trained)
         execution = dataclasses.replace(then.execution, kernels=KernelConfig())
@@ -167,6 +182,36 @@ def _load_run(run_dir: Path, step: int | None, sharding: ShardingConfig, *, defe
         step=restored.step,
         ends=published_ends(published, tokenizer) if published.is_dir() else None,
         chat=find_chat_template(published) if published.is_dir() else None,
+    )
+
+
+def _arrays(model: ModelConfig, layout: Layout, record: Record) -> Any:
+    """Shape, format and sharding of every array of a step, plain or quantised as it says.
+
+    Raises:
+        UserError: it is quantised in a way that is not known here, or is none of this model.
+    """
+    plain, kinds = abstract_parameters(model, layout), record.meta.get(QUANTISED, {})
+    if unknown := [kind for kind in kinds.values() if kind not in KINDS]:
+        raise UserError(
+            f"the checkpoint has weights of the kind {unknown[0]!r}, this version of maxlm knows {', '.join(KINDS)}; "
+            "use the version that wrote it"
+        )
+    stored = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (dtype, shape) in record.items["params"].items()}
+    tree = with_kinds(model, kinds, stored, plain)
+
+    def check(array: Array, weight: Weight) -> None:
+        if weight.shape != array.shape:
+            raise UserError(
+                f"the checkpoint has {array.name} as {list(weight.shape)}, config.model says {list(array.shape)}; use "
+                "the config that it was written with"
+            )
+
+    jax.tree.map(check, declared(model), tree)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        tree,
+        shardings(layout, model, tree),
     )
 
 

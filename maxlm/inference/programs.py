@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import logging
 import re
@@ -21,14 +22,12 @@ from maxlm.inference.request import TOP_SCORES
 from maxlm.inference.settings import settings_row
 from maxlm.inference.step import Drawn, StepRows, Texts, allow, begin, empty_texts, step
 from maxlm.models import Execution
-from maxlm.models.kv_cache import empty_cache, window_of, windows
+from maxlm.models.kv_cache import empty_cache
 from maxlm.observe.devices import memory_in_use
 from maxlm.sharding import Layout
 
 _LOG = logging.getLogger(__name__)
 
-_SHARE = 0.8
-"""Of a device's free memory, what the cache may take if nobody says how much."""
 _PROBE = 3
 """Tokens of the texts that programs are compared with."""
 
@@ -132,11 +131,13 @@ class Programs:
         run = functools.partial(step, config=model, how=self._how, most_steps=self._config.decode_steps)
         jitted = jax.jit(run, donate_argnums=(1, 2), out_shardings=(*same, self._how.layout.sharding()))
 
-        def program(width: int) -> jax.stages.Compiled:
+        def lowered(width: int) -> jax.stages.Lowered:
             arguments = self._parameters, self._cache, self._texts, self._tables, self.no_rows(width), np.int32(1)
-            return jitted.lower(*arguments).compile()
+            return jitted.lower(*arguments)
 
-        programs = {width: program(width) for width in widths}
+        with concurrent.futures.ThreadPoolExecutor() as pool:  # compilers do not hold Python's lock
+            compiling = {width: pool.submit(lowered(width).compile) for width in widths}
+            programs = {width: future.result() for width, future in compiling.items()}
         classes: list[tuple[list[Drawn], list[int]]] = []
         for width in widths:
             answer = self._probed(programs[width], width, n_probes)
@@ -176,36 +177,15 @@ def _numbered(table: jax.Array, n: int) -> npt.NDArray[np.int32]:
 
 
 def pool_sizes(model: ModelConfig, config: EngineConfig, how: Execution, most: int) -> dict[int, int]:
-    """window -> blocks of a shard, with the one that is nobody's.
-
-    Raises:
-        UserError: there is no memory for one text.
-    """
+    """window -> blocks of a shard, with the one that is nobody's; a step reads `most` tokens at the most."""
     C, layout = config.block_size, how.layout
-    tensor = layout.mesh.shape["tensor"]
-
-    def bytes_of(window: int) -> int:
-        """Of one block of all layers with that window, on one device."""
-        kept = [
-            one
-            for block in model.layers
-            if window_of(block.attention) == window
-            for one in shapes.kept(block.attention)
-        ]
-        sizes = (one.heads * one.width // (1 if one.dim is None else tensor) for one in kept)
-        return C * how.dtype.itemsize * sum(sizes)
-
-    whole = -(-model.max_seq_len // C)
-    asked = config.slots * model.max_seq_len // 2 if config.cache_tokens is None else config.cache_tokens
-    blocks = {}
-    for window in windows(model):
-        wanted = max(-(-asked // C), whole if config.cache_tokens is None else 1)
-        if window:  # twice what all slots use at once, so that beginnings stay for others
-            wanted = min(wanted, 2 * config.slots * (-(-(window + most) // C) + 2))
-        blocks[window] = wanted + 1
-    if config.cache_tokens is None:
-        room = _free_bytes(layout)
-        total = sum(blocks[window] * bytes_of(window) for window in blocks)
+    positions = config.cache_tokens
+    if positions is None:
+        positions = max(config.slots * model.max_seq_len // 2, model.max_seq_len)
+    blocks = shapes.cache_blocks(model, positions=positions, slots=config.slots, tokens_per_step=most, block_size=C)
+    if config.cache_tokens is None and jax.process_count() == 1:  # several would not have the same to spare
+        room, tensor = _free_bytes(layout), layout.mesh.shape["tensor"]
+        total = shapes.pools_bytes(model, blocks, C, itemsize=how.dtype.itemsize, tensor=tensor)
         if total > room:
             blocks = {window: max(int(n * room / total), 2) for window, n in blocks.items()}
     return blocks
@@ -215,7 +195,7 @@ def _free_bytes(layout: Layout) -> int:
     """Of a device's memory, what the cache may take if nobody says how much."""
     use = memory_in_use(list(layout.mesh.local_devices))
     if not layout.on_cpu and use.limit is not None:
-        return int(_SHARE * (use.limit - use.in_use))
+        return int(shapes.CACHE_SHARE * (use.limit - use.in_use))
     available = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
     return int(available.group(1)) * 1024 // 4 if available else 2**30
 

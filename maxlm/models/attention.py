@@ -13,7 +13,7 @@ from maxlm import shapes
 from maxlm.config import Alibi, GlmRope, GroupedQuery, ModelConfig, QkNorm, RelativeBias, RelativeSinusoids, Rope
 from maxlm.models import ops
 from maxlm.models.execution import Execution
-from maxlm.models.kv_cache import KeyValueBlocks, LayerCache, window_of
+from maxlm.models.kv_cache import KeyValueBlocks, LayerCache
 from maxlm.models.norms import NormLayer
 from maxlm.models.parameters import Initializer
 from maxlm.models.positions import alibi_slopes, log_length_factors, relative_sinusoids, rotate_both, rotate_halves
@@ -83,7 +83,7 @@ class GroupedQueryLayer(nnx.Module):
             )
         else:
             assert isinstance(cache, KeyValueBlocks) and tokens.pages is not None
-            table, positions = tokens.pages.tables[window_of(config)], tokens.positions[:, 0]
+            table, positions = tokens.pages.tables[shapes.window_of(config)], tokens.positions[:, 0]
             out, arrays = ops.attention_to_blocks(
                 layout, q, (k, v), cache, layer, table, tokens.pages.slots, positions, self._scores()
             )

@@ -18,7 +18,6 @@ from maxlm.models import ops
 from maxlm.models.block import Block
 from maxlm.models.execution import Execution
 from maxlm.models.kv_cache import Cache, LayerCache
-from maxlm.models.linear import Weight
 from maxlm.models.moe import RouterStats
 from maxlm.models.norms import NormLayer
 from maxlm.models.parameters import Initializer
@@ -26,6 +25,7 @@ from maxlm.models.pipeline import pipelined
 from maxlm.models.positions import sinusoids
 from maxlm.models.tokens import Tokens
 from maxlm.models.unembedding import Unembedding
+from maxlm.models.weights.kinds import Weight
 from maxlm.sharding import Layout
 
 
@@ -183,6 +183,29 @@ def _structure(config: ModelConfig) -> Any:
 def bind(config: ModelConfig, parameters: Any) -> Decoder:
     """The decoder with these parameters: nested dicts, as of `init_parameters`."""
     return nnx.merge(_structure(config), parameters)
+
+
+@functools.cache
+def _block_structure(config: ModelConfig, block: BlockConfig) -> Any:
+    """A layer without its arrays."""
+    return nnx.split(nnx.eval_shape(lambda: Block(block, config, Initializer(jax.random.key(0)))))[0]
+
+
+def run_block(
+    config: ModelConfig, block: BlockConfig, parameters: Any, x: jax.Array, tokens: Tokens, how: Execution
+) -> jax.Array:
+    """One layer by itself, without a cache: [B, T, D] -> [B, T, D].
+
+    Args:
+        config: the model that it is of.
+        block: one of `config.layers`.
+        parameters: nested dicts of its arrays, not stacked.
+        x: what goes in.
+        tokens: what is known of them.
+        how: it runs.
+    """
+    layer = nnx.merge(_block_structure(config, block), parameters)
+    return layer(x, tokens, how, None, jnp.int32(0), None)[0]
 
 
 def init_parameters(config: ModelConfig, key: jax.Array) -> dict[str, Any]:

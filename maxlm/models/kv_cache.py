@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from maxlm import shapes
-from maxlm.config import Attention, BlockConfig, GroupedQuery, LatentAttention, ModelConfig
+from maxlm.config import BlockConfig, GroupedQuery, LatentAttention, ModelConfig
 from maxlm.models.execution import Execution
 
 
@@ -30,28 +30,12 @@ Cache = tuple[LayerCache, ...]
 """One for each of the first blocks, L' = 1, then one for each entry of the block pattern, of all its repeats."""
 
 
-def window_of(config: Attention) -> int:
-    """How far back a layer looks, as the key of its table: 0 is to the beginning."""
-    match config:
-        case GroupedQuery():
-            return config.window or 0
-        case LatentAttention():
-            return 0
-        case _:
-            assert_never(config)
-
-
-def windows(model: ModelConfig) -> tuple[int, ...]:
-    """The keys of the tables that a model has."""
-    return tuple(sorted({window_of(block.attention) for block in model.layers}))
-
-
 def empty_cache(model: ModelConfig, blocks: dict[int, int], block_size: int, how: Execution) -> Cache:
     """Room for so many blocks of `block_size` positions on each shard of the batch, in the compute dtype.
 
     Args:
         model: what is cached for.
-        blocks: window -> P of a shard, for each of `windows(model)`.
+        blocks: window -> P of a shard, for each of `shapes.windows(model)`.
         block_size: C.
         how: mesh and number format.
 
@@ -62,7 +46,7 @@ def empty_cache(model: ModelConfig, blocks: dict[int, int], block_size: int, how
         raise ValueError(f"{model.looks_ahead}: such a model looks at later tokens and has no cache")
 
     def empty(block: BlockConfig, layers: int) -> LayerCache:
-        n_blocks = blocks[window_of(block.attention)] * how.layout.batch_shards
+        n_blocks = blocks[shapes.window_of(block.attention)] * how.layout.batch_shards
 
         def zeros(kept: shapes.Kept) -> jax.Array:
             array = jnp.zeros((layers, n_blocks, kept.heads, block_size, kept.width), how.dtype)

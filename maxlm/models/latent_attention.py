@@ -11,7 +11,7 @@ from maxlm import shapes
 from maxlm.config import LatentAttention, ModelConfig
 from maxlm.models import ops
 from maxlm.models.execution import Execution
-from maxlm.models.kv_cache import LatentBlocks, LayerCache, window_of
+from maxlm.models.kv_cache import LatentBlocks, LayerCache
 from maxlm.models.norms import NormLayer
 from maxlm.models.parameters import Initializer
 from maxlm.models.positions import rotate_both
@@ -105,7 +105,7 @@ class LatentAttentionLayer(nnx.Module):
             [kept[:, :, None]],
             cache,
             layer,
-            tokens.pages.tables[window_of(config)],
+            tokens.pages.tables[shapes.window_of(config)],
             tokens.pages.slots,
             tokens.positions[:, 0],
             self._scores(),

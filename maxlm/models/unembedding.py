@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 
-from maxlm.models.linear import Weight
+from maxlm.models.weights.kinds import Weight
 
 
 @jax.tree_util.register_dataclass

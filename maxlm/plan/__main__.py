@@ -1,4 +1,5 @@
 """`python -m maxlm.plan --config FILE --target tpu:v5p:4x4x4`: does it fit, what does it send, how fast can it be?
+With `--serve`: the same of decoding.
 
 Exit codes: 0 it fits; 3 it does not; 2 a mistake in config or command line, said in one line each; 1 anything else.
 """
@@ -20,7 +21,7 @@ from rich.console import Console
 
 from maxlm import surroundings
 from maxlm.config import RunConfig, UserError
-from maxlm.config.cli import describe_config, parse_run, run_command
+from maxlm.config.cli import describe_config, parse_known, parse_run, run_command
 from maxlm.config.serialize import save
 from maxlm.plan.advice import change_json, cheapest_changes
 from maxlm.plan.analysis import CompilerReport, Json, Tier, analyse, mesh_text, to_json
@@ -28,7 +29,16 @@ from maxlm.plan.breaks import what_breaks_first
 from maxlm.plan.machines import Machine, parse_machine, prepare_compiler
 from maxlm.plan.picture import check_picture, write_picture
 from maxlm.plan.search import Search, search, search_json
-from maxlm.plan.tables import print_changes, print_compiled, print_report, print_search, print_targets, print_verdict
+from maxlm.plan.serving import ServingLoad, analyse_serving, serving_json
+from maxlm.plan.tables import (
+    print_changes,
+    print_compiled,
+    print_report,
+    print_search,
+    print_serving,
+    print_targets,
+    print_verdict,
+)
 
 EXIT_DOES_NOT_FIT = 3
 
@@ -51,9 +61,15 @@ _DESCRIPTION = """Before a machine is rented: does a run fit, what does it send,
 --verify N         With --search --compile: how many of the best must fit by the compiler, 1 to 10 (3).
 --out FILE.json    With --search: write the best as a config that --config takes.
 --picture FILE     Draw where memory goes, as FILE.png or FILE.html.
+--serve            Serve the model instead of training it; --serve --help lists what may then be said of texts.
 --breaks           Also tell what stops this run from growing to 4,096 and to 65,536 devices.
 --json             Print one JSON object instead of tables.
 --targets          List the machines that there are, and nothing else."""
+
+
+_SERVING = """Before a machine is rented: memory, FLOPs and the best speed of a model that is served there.
+
+--config, --target, --json and overrides stand beside these; of the config model, sharding and execution.dtype count."""
 
 
 def main(argv: list[str]) -> int:
@@ -61,7 +77,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for option in _EXAMPLES:
         parser.add_argument(option, type=int if option == "--verify" else str)
-    for option in ("--compile", "--search", "--breaks", "--json", "--targets"):
+    for option in ("--compile", "--search", "--serve", "--breaks", "--json", "--targets"):
         parser.add_argument(option, action="store_true")
     try:
         options, rest = parser.parse_known_args(argv)
@@ -74,6 +90,9 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--targets stands alone; leave out {' '.join(others)}")
         print_targets(_console())
         return 0
+    load: ServingLoad | None = None
+    if options.serve:
+        load, rest = parse_known(ServingLoad, rest, prog="python -m maxlm.plan --serve", description=_SERVING)
     asked = parse_run(rest, prog="python -m maxlm.plan", description=_DESCRIPTION)
     if asked.print_config:
         print(describe_config(asked.config, asked.file_config))
@@ -83,6 +102,8 @@ def main(argv: list[str]) -> int:
         raise UserError("--target is missing, and the config has none; name a machine, such as --target tpu:v5p:4x4x4")
     _check(options)
     target = parse_machine(machine)
+    if load is not None:
+        return _serve(asked.config, target, load, options)
     if options.compile:
         prepare_compiler(target)  # also to say at once that there is no compiler
     return _search(asked.config, target, options) if options.search else _plan(asked.config, target, options)
@@ -105,6 +126,16 @@ def _plan(config: RunConfig, target: Machine, options: argparse.Namespace) -> in
         print_changes(changes, console)
     if options.picture is not None:
         write_picture(found, Path(options.picture))
+    return 0 if found.fits else EXIT_DOES_NOT_FIT
+
+
+def _serve(config: RunConfig, target: Machine, load: ServingLoad, options: argparse.Namespace) -> int:
+    """The model, served."""
+    found = analyse_serving(config, target, load)
+    if options.json:
+        print(json.dumps(serving_json(found), indent=1))
+    else:
+        print_serving(found, _console())
     return 0 if found.fits else EXIT_DOES_NOT_FIT
 
 
@@ -192,6 +223,10 @@ def _console(*, stderr: bool = False, quiet: bool = False) -> Console:
 
 def _check(options: argparse.Namespace) -> None:
     """The options go together, and the files can be written; said before any work is done."""
+    training = [f"--{name}" for name in ("compile", "search", "breaks", "verify", "out", "picture")
+                if getattr(options, name) not in (None, False)]  # fmt: skip
+    if options.serve and training:
+        raise UserError(f"{training[0]} is of training; leave it out with --serve")
     if options.verify is not None:
         if not (options.search and options.compile):
             raise UserError(f"--verify {options.verify} is for a search that asks the compiler; add --search --compile")

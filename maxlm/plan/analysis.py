@@ -158,14 +158,18 @@ def analyse(config: RunConfig, target: Machine) -> Forecast:
         UserError: the config has a mistake or does not suit the number of devices, of slices or of hosts.
     """
     config.validate(target.devices)
-    _check_slices(config.sharding, target)
+    check_slices(config.sharding, target)
     found = Forecast(config, target)
     _ = found.bound  # now, for it may refuse the dtype
     return found
 
 
-def _check_slices(sharding: ShardingConfig, target: Machine) -> None:
-    """As `sharding.make_layout` will, on the machine."""
+def check_slices(sharding: ShardingConfig, target: Machine) -> None:
+    """As `sharding.make_layout` will, on the machine.
+
+    Raises:
+        UserError: the machine has another number of slices, or hosts.
+    """
     match target:
         case CpuMachine():
             groups, allowed, kind = 1, {1}, "host"

@@ -77,7 +77,7 @@ def estimate_time(config: RunConfig, target: Machine, traffic: Sequence[AxisTraf
         return None
     train, devices = config.train, target.devices
     sizes = config.sharding.sizes(devices)
-    peak, tokens = _peak(config, target, device), train.batch_size * train.seq_len
+    peak, tokens = peak_flops(config, target, device), train.batch_size * train.seq_len
     work, moved, bubble = _work(config, sizes, devices), memory_bytes(config, sizes), _bubble(config, sizes)
     limits = {"compute": work / peak / (1 - bubble), "memory": moved / device.bandwidth}
     limits |= _link_limits(traffic)
@@ -111,7 +111,7 @@ def compute_time(config: RunConfig, target: Machine) -> float:
     """
     assert target.hardware is not None
     sizes = config.sharding.sizes(target.devices)
-    work, peak = _work(config, sizes, target.devices), _peak(config, target, target.hardware)
+    work, peak = _work(config, sizes, target.devices), peak_flops(config, target, target.hardware)
     return work / peak / (1 - _bubble(config, sizes))
 
 
@@ -119,6 +119,17 @@ def step_flops(config: RunConfig, sizes: Mapping[str, int]) -> FlopsPerToken:
     """Of a token, with what remat and the pipeline compute again."""
     staged = sizes["stage"] > 1 and config.sharding.remat_stages
     return flops_per_token(config.model, config.train.seq_len, config.execution.remat, remat_stages=staged)
+
+
+def peak_flops(config: RunConfig, target: Machine, device: Chip) -> float:
+    """FLOP/s of the target's devices in the compute dtype.
+
+    Raises:
+        UserError: they have no unit for it.
+    """
+    if (peak := device.peak.of(config.execution.dtype)) is None:
+        raise UserError(f"model.dtype = {config.execution.dtype.value}, but {target} has no unit for it; use float32")
+    return peak
 
 
 def memory_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
@@ -140,17 +151,6 @@ def _work(config: RunConfig, sizes: Mapping[str, int], devices: int) -> float:
     flops = step_flops(config, sizes)
     done = flops.causal + flops.causal_recompute + flops.causal_attention_term / 6
     return done * (config.train.batch_size * config.train.seq_len) / devices
-
-
-def _peak(config: RunConfig, target: Machine, device: Chip) -> float:
-    """FLOP/s of the target's devices in the compute dtype.
-
-    Raises:
-        UserError: they have no unit for it.
-    """
-    if (peak := device.peak.of(config.execution.dtype)) is None:
-        raise UserError(f"model.dtype = {config.execution.dtype.value}, but {target} has no unit for it; use float32")
-    return peak
 
 
 def _bubble(config: RunConfig, sizes: Mapping[str, int]) -> float:

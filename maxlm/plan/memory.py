@@ -98,12 +98,11 @@ def cache_bytes(config: RunConfig, n_devices: int) -> int:
     and one that is nobody's; texts cut as a batch, heads over tensor; the seq axis cuts nothing. Layers with a window
     count as if they looked back to the beginning: the engine gives their older blocks to others.
     """
-    sizes, block_size = config.sharding.sizes(n_devices), EngineConfig().block_size
-    cut = lambda size, dim: math.ceil(size / math.prod(sizes[axis] for axis in ACTIVATION_DIMS[dim]))
-    found = [kept for block in config.model.layers for kept in shapes.kept(block.attention)]
-    numbers = sum((kept.heads if kept.dim is None else cut(kept.heads, kept.dim)) * kept.width for kept in found)
-    blocks = cut(config.train.batch_size, "batch") * math.ceil(config.model.max_seq_len / block_size) + 1
-    return blocks * block_size * numbers * config.execution.dtype.itemsize
+    sizes, C = config.sharding.sizes(n_devices), EngineConfig().block_size
+    texts = math.ceil(config.train.batch_size / math.prod(sizes[axis] for axis in ACTIVATION_DIMS["batch"]))
+    blocks = texts * math.ceil(config.model.max_seq_len / C) + 1
+    pools, itemsize = dict.fromkeys(shapes.windows(config.model), blocks), config.execution.dtype.itemsize
+    return shapes.pools_bytes(config.model, pools, C, itemsize=itemsize, tensor=sizes["tensor"])
 
 
 class _State(NamedTuple):

@@ -12,5 +12,6 @@ answers.py: texts as clients read them
 connection.py: bodies in, answers out, clients that leave
 app.py: the routes
 server_metrics.py: what Prometheus reads
+other_servers.py: the commands of vLLM and SGLang
 listening.py: sockets, signals, the end
 """

@@ -11,7 +11,7 @@ from typing import Any
 
 from maxlm.inference.request import Delta, Finish, TokenScore
 from maxlm.serving.chat_format import Called, ToolReader
-from maxlm.serving.jobs import Job, Text, best, scores_of, usage
+from maxlm.serving.jobs import Job, TextSoFar, best, scores_of, usage
 from maxlm.serving.token_names import TokenNames
 
 _LOWEST = -9999.0
@@ -39,7 +39,7 @@ class Reply(abc.ABC):
 
     def __init__(self, job: Job, model: str) -> None:
         self.job = job
-        self.texts = [Text() for _ in job.requests]
+        self.texts = [TextSoFar() for _ in job.requests]
         self._same = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def opening(self) -> list[dict[str, Any]]:
@@ -55,7 +55,7 @@ class Reply(abc.ABC):
         """The tokens that it took."""
         return {**self._chunk([]), "usage": usage(self.job, self.texts)}
 
-    def whole(self, texts: Sequence[Text]) -> dict[str, Any]:
+    def whole(self, texts: Sequence[TextSoFar]) -> dict[str, Any]:
         """All in one."""
         chosen = best(self.job, texts)
         choices = [self._choice(i, text) for i, text in enumerate(chosen)]
@@ -68,7 +68,7 @@ class Reply(abc.ABC):
     def _grown(self, i: int, delta: Delta) -> list[dict[str, Any]]: ...
 
     @abc.abstractmethod
-    def _choice(self, i: int, text: Text) -> dict[str, Any]: ...
+    def _choice(self, i: int, text: TextSoFar) -> dict[str, Any]: ...
 
 
 class CompletionReply(Reply):
@@ -92,7 +92,7 @@ class CompletionReply(Reply):
         reason = self._reason(delta.finish)
         return [{"index": i, "text": before + text, "logprobs": logprobs, "finish_reason": reason}]
 
-    def _choice(self, i: int, text: Text) -> dict[str, Any]:
+    def _choice(self, i: int, text: TextSoFar) -> dict[str, Any]:
         kept = "" if self.job.prompt_only else text.text
         asked = i // self.job.n * self.job.per_prompt
         scores = () if self.job.prompt_only else scores_of(text)
@@ -159,7 +159,7 @@ class ChatReply(Reply):
             found.append(self._part(i, {}, None, _reason(delta.finish, self._called[i] > 0)))
         return found
 
-    def _choice(self, i: int, text: Text) -> dict[str, Any]:
+    def _choice(self, i: int, text: TextSoFar) -> dict[str, Any]:
         content, calls = text.text, list[Called]()
         if self._tools:
             reader = ToolReader(self._tools)

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from maxlm.config import UserError
 from maxlm.serving import api_errors
-from maxlm.serving.answers import Reply, ChatReply, CompletionReply
+from maxlm.serving.answers import ChatReply, CompletionReply, Reply
 from maxlm.serving.api_errors import ApiError
 from maxlm.serving.chat_format import conversation_ids
 from maxlm.serving.connection import ClientLeft, EventStream, failed, read, unless_left

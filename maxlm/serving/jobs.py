@@ -239,7 +239,7 @@ def _check(delta: Delta) -> None:
 
 
 @dataclasses.dataclass
-class Text:
+class TextSoFar:
     """One text, as far as it has come."""
 
     text: str = ""
@@ -266,25 +266,25 @@ class Text:
         return sum(score.logprob for score in self.scores) / max(len(self.scores), 1)
 
 
-def scores_of(grown: Text | Delta) -> Sequence[TokenScore]:
+def scores_of(grown: TextSoFar | Delta) -> Sequence[TokenScore]:
     """Of the tokens of a text, without that of the id that ended it."""
     return grown.scores[:-1] if isinstance(grown.stop_reason, int) else grown.scores
 
 
-async def collect(running: Running) -> list[Text]:
+async def collect(running: Running) -> list[TextSoFar]:
     """All texts, whole.
 
     Raises:
         ApiError: as `Running.begin` and `Running.deltas`.
     """
     await running.begin()
-    texts = [Text() for _ in running.job.requests]
+    texts = [TextSoFar() for _ in running.job.requests]
     async for i, delta in running.deltas():
         texts[i].add(delta)
     return texts
 
 
-def best(job: Job, texts: Sequence[Text]) -> list[Text]:
+def best(job: Job, texts: Sequence[TextSoFar]) -> list[TextSoFar]:
     """Of each prompt's texts the n likeliest, in the order of prompts."""
     found = []
     for start in range(0, len(texts), job.per_prompt):
@@ -293,7 +293,7 @@ def best(job: Job, texts: Sequence[Text]) -> list[Text]:
     return found
 
 
-def usage(job: Job, texts: Sequence[Text]) -> dict[str, Any]:
+def usage(job: Job, texts: Sequence[TextSoFar]) -> dict[str, Any]:
     """Tokens read and made. Those of a prompt count once, whatever number of texts it has."""
     prompts = sum(len(request.prompt) for request in job.requests[:: job.per_prompt])
     new = 0 if job.prompt_only else sum(len(text.tokens) for text in texts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 import time
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -18,11 +19,12 @@ _KEEP_ALIVE_S = 30
 class DrainingServer(uvicorn.Server):
     """At the first signal nothing new is taken, and what is being answered is answered; at the second it ends."""
 
-    def __init__(self, service: Service, *, drain_s: float) -> None:
+    def __init__(self, service: Service, *, drain_s: float, ready: Callable[[], None] = lambda: None) -> None:
         """
         Args:
             service: what is served.
             drain_s: seconds that answers have after a signal.
+            ready: called when clients are answered.
         """
         super().__init__(
             uvicorn.Config(
@@ -35,8 +37,13 @@ class DrainingServer(uvicorn.Server):
                 timeout_graceful_shutdown=1,
             )
         )
-        self._service, self._drain_s = service, drain_s
+        self._service, self._drain_s, self._ready = service, drain_s, ready
         self._deadline: float | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say so."""
+        await super().startup(sockets)
+        self._ready()
 
     def drain(self) -> None:
         """Take nothing new, and end when all is answered. From any thread, or a handler of signals."""

@@ -2,7 +2,8 @@
 
 arrays.py: name, shape, dims, initial value, role of each array; what decoding keeps of each token
 count.py: parameters and FLOPs, counted from them
-device.py: a device's part of each
+pools.py: blocks of what decoding keeps
+device.py: a device's part of each, in training and as decoding holds it
 """
 
 from maxlm.shapes.arrays import (
@@ -25,10 +26,20 @@ from maxlm.shapes.arrays import (
     norm,
     shared_experts,
 )
-from maxlm.shapes.count import FlopsPerToken, ParameterCount, flops_per_token, mfu, parameter_count
-from maxlm.shapes.device import FLOAT32, device_bytes, device_shape
+from maxlm.shapes.count import (
+    FlopsPerToken,
+    ParameterCount,
+    decoding_flops,
+    flops_per_token,
+    mfu,
+    parameter_count,
+    prefill_flops,
+)
+from maxlm.shapes.device import FLOAT32, device_bytes, device_shape, held_bytes
+from maxlm.shapes.pools import CACHE_SHARE, block_bytes, cache_blocks, pools_bytes, window_of, windows
 
 __all__ = [
+    "CACHE_SHARE",
     "FLOAT32",
     "Array",
     "Constant",
@@ -42,17 +53,25 @@ __all__ = [
     "arrays",
     "attention",
     "block",
+    "block_bytes",
     "block_norms",
+    "cache_blocks",
+    "decoding_flops",
     "device_bytes",
     "device_shape",
     "embedding",
     "flops_per_token",
     "head",
     "head_norms",
+    "held_bytes",
     "kept",
     "mfu",
     "mlp",
     "norm",
     "parameter_count",
+    "pools_bytes",
+    "prefill_flops",
     "shared_experts",
+    "window_of",
+    "windows",
 ]

@@ -22,6 +22,7 @@ from maxlm.config import (
     BlockConfig,
     FixedPattern,
     GroupedQuery,
+    LatentAttention,
     ModelConfig,
     Remat,
     StridedPattern,
@@ -137,6 +138,27 @@ def flops_per_token(model: ModelConfig, seq_len: int, remat: Remat, *, remat_sta
     )
 
 
+def decoding_flops(model: ModelConfig, context: int) -> int:
+    """FLOPs of one decoded token that sees `context` keys, itself included: 2N, and scores and weighted values over
+    every key in reach. A layer of GPT with d_ff = 4 D and as many key heads as query heads needs 24 D^2 + 4 D context.
+
+    Latents are seen as keys and values themselves, wider than a head's (arXiv:2405.04434, appendix C).
+    """
+    layers = [layer.attention for layer in model.layers]
+    seen = sum(_flops_of_a_kept_key(one) * min(context, one.window or context) for one in layers)
+    return 2 * parameter_count(model).matmul + seen
+
+
+def prefill_flops(model: ModelConfig, tokens: int) -> int:
+    """FLOPs of reading a prompt of so many tokens into the cache, and of the logits of its last one alone."""
+    tables = sum(a.size for a in arrays(model) if a.part in (Part.EMBEDDING, Part.UNEMBEDDING) and a.uses)
+    seen = 0
+    for attention in (layer.attention for layer in model.layers):
+        reach = min(tokens, attention.window or tokens)
+        seen += _flops_of_a_kept_key(attention) * (tokens * reach - reach * (reach - 1) // 2)  # min(t, reach), t = 1..
+    return 2 * (tokens * (parameter_count(model).matmul - tables) + tables) + seen
+
+
 def mfu(*, flops_per_token: float, tokens_per_s: float, n_devices: int, peak_flops: float) -> float:
     """Model FLOPs utilisation, 0..1: FLOPs the model needs for what was trained, over what the devices could have done.
 
@@ -187,6 +209,17 @@ def _recomputed(model: ModelConfig, config: BlockConfig, remat: Remat, keys: flo
 def _flops_of_a_key(attention: Attention) -> int:
     """Of a query's scores of one key, and of that key's value, all heads, forward."""
     return 2 * attention.n_heads * (attention.key_head_dim + attention.value_head_dim)
+
+
+def _flops_of_a_kept_key(attention: Attention) -> int:
+    """The same with a cache."""
+    match attention:
+        case GroupedQuery():
+            return _flops_of_a_key(attention)
+        case LatentAttention(n_heads=heads, kv_rank=rank, rope_head_dim=rope):
+            return 2 * heads * (rank + rope + rank)
+        case _:
+            assert_never(attention)
 
 
 def _flops(found: Iterable[Array]) -> float:

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Mapping
 
-from maxlm.config import CUT_BY_FSDP, PARAMETER_DIMS, Dtype, StatePart, Zero
+from maxlm.config import CUT_BY_FSDP, PARAMETER_DIMS, Dtype, StatePart, WeightFormat, Zero
 from maxlm.shapes.arrays import Array
 
 FLOAT32 = Dtype.FLOAT32.itemsize
@@ -42,3 +42,14 @@ def device_bytes(array: Array, sizes: Mapping[str, int], zero: Zero, part: State
     With Adam in mixed precision these are the formulas of ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054, figure 1).
     """
     return round(math.prod(device_shape(array, sizes, zero, part)) * itemsize)
+
+
+def held_bytes(array: Array, sizes: Mapping[str, int], zero: Zero, dtype: Dtype, weights: WeightFormat) -> int:
+    """Bytes of a device's shard of a parameter as decoding holds it: in `dtype`; or, of products, in 8 bits with a
+    float32 scale for each output; what is never cast stays float32."""
+    shape = device_shape(array, sizes, zero)
+    size = math.prod(shape)
+    if weights is WeightFormat.INT8 and array.inputs:
+        outputs = (n for n, dim in zip(shape, array.dims, strict=True) if dim not in array.inputs)
+        return size + FLOAT32 * math.prod(outputs)
+    return size * (dtype.itemsize if array.role.casts else FLOAT32)

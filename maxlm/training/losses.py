@@ -172,9 +172,11 @@ def _of_gradients(layout: Layout, unembedding: Unembedding) -> Unembedding:
 
 
 def _narrow(unembedding: Unembedding, dtype: jnp.dtype) -> Unembedding:
-    """With its table in the compute dtype."""
-    assert isinstance(unembedding.table, jax.Array)  # 8 bits are for decoding
-    return dataclasses.replace(unembedding, table=unembedding.table.astype(dtype))
+    """With its table as a plain array in the compute dtype."""
+    table = unembedding.table
+    return dataclasses.replace(
+        unembedding, table=table.astype(dtype) if isinstance(table, jax.Array) else table.dense(dtype)
+    )
 
 
 def _zeros(unembedding: Unembedding) -> Unembedding:

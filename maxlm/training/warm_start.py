@@ -12,10 +12,12 @@ from jax.sharding import PartitionSpec
 
 from maxlm.checkpoint.checkpointer import Checkpointer
 from maxlm.checkpoint.reference import run_and_step
+from maxlm.checkpoint.store import Record
 from maxlm.config import ModelConfig, RunConfig, UserError, serialize
 from maxlm.config.changes import changes
 from maxlm.models import abstract_parameters
 from maxlm.models.upcycle import upcycle
+from maxlm.models.weights.holding import QUANTISED
 from maxlm.sharding import Layout
 from maxlm.training.state import TrainState
 from maxlm.training.step import Trainer
@@ -65,8 +67,13 @@ class RunSource:
         self.model = self._config.model
 
     def read(self, shapes: dict[str, Any]) -> Origin:
+        def plain(record: Record) -> dict[str, Any]:
+            if record.meta.get(QUANTISED):
+                raise UserError(f"{self._path}: its weights are quantised; start from the run that it was made of")
+            return shapes
+
         with Checkpointer(self._path / "checkpoints", self._config.checkpoint) as checkpointer:
-            restored = checkpointer.restore_params(self._step, shapes)
+            restored = checkpointer.restore_params(self._step, plain)
         trained = restored.meta.get("config")  # of this very step
         return Origin(
             parameters=restored.params,

@@ -13,9 +13,13 @@ from jax.ad_checkpoint import checkpoint_name
 from kernels_pallas import fused_glu, mixed_einsum, plan_glu
 from kernels_pallas.glu import activations
 from maxlm.config import Activation, GluSave, KernelConfig, Nonlinearity, Swish
-from maxlm.models.linear import Int8, Weight
 from maxlm.models.ops.backends import blaming
 from maxlm.models.unembedding import Unembedding
+from maxlm.models.weights.by_channel import ByChannel, Float8, Int8, Int8Activations, Int8Outliers
+from maxlm.models.weights.by_group import ByGroup
+from maxlm.models.weights.kinds import Weight
+from maxlm.models.weights.normal_float import NormalFloat4
+from maxlm.models.weights.watched import Watched, watch
 from maxlm.sharding import Layout
 
 
@@ -26,14 +30,40 @@ def project(layout: Layout, subscripts: str, x: jax.Array, w: Weight, bias: jax.
     The gradient of a float32 w is summed over devices in x's dtype, or in float32 with `sharding.float32_gradients`.
     """
     match w:
-        case Int8(values=values, scales=scales):
-            y = _product(layout, subscripts, x, values.astype(x.dtype)) * scales.reshape(w.shape[x.ndim - 2 :])
-            y = y.astype(x.dtype)
-        case jax.Array():
+        case Int8() | Float8():
+            y = _scaled(layout, subscripts, x, w)
+        case Int8Activations():
+            y = _integers(layout, subscripts, x, w).astype(x.dtype)
+        case Int8Outliers(threshold=threshold):
+            outliers = jnp.where(jnp.abs(x) > threshold, x, 0)
+            y = _integers(layout, subscripts, x - outliers, w).astype(x.dtype)
+            y += _scaled(layout, subscripts, outliers, w)
+        case Watched(values=values, seen=seen):
+            y = _product(layout, subscripts, watch(x, seen), dense(layout, values, x.dtype))
+        case ByGroup() | NormalFloat4() | jax.Array():
             y = _product(layout, subscripts, x, dense(layout, w, x.dtype))
         case _:
             assert_never(w)
     return y if bias is None else y + bias.astype(y.dtype)
+
+
+def _scaled(layout: Layout, subscripts: str, x: jax.Array, w: ByChannel) -> jax.Array:
+    """The scales come after the product, which reads 8 bits."""
+    y = _product(layout, subscripts, x, w.values.astype(x.dtype)) * w.scales.reshape(w.shape[x.ndim - 2 :])
+    return y.astype(x.dtype)
+
+
+def _integers(layout: Layout, subscripts: str, x: jax.Array, w: ByChannel) -> jax.Array:
+    """float32: products of integers, summed in int32, times the scales of tokens and outputs."""
+    rounded = Int8.of(x, tuple(range(2, x.ndim)))
+    of_tokens = rounded.scales.reshape(*x.shape[:2], *[1] * (len(w.shape) - x.ndim + 2))
+    if layout.mesh.size == 1:  # an integer product has one dim on each side, or it is a loop, on a CPU
+        rows, out = x.shape[:2], w.shape[x.ndim - 2 :]
+        left, right = rounded.values.reshape(math.prod(rows), -1), w.values.reshape(-1, math.prod(out))
+        y = jnp.einsum("ri,io->ro", left, right, preferred_element_type=jnp.int32).reshape(*rows, *out)
+    else:
+        y = jnp.einsum(subscripts, rounded.values, w.values, preferred_element_type=jnp.int32)
+    return y.astype(jnp.float32) * of_tokens * w.scales.reshape(w.shape[x.ndim - 2 :])
 
 
 def _product(layout: Layout, subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:
@@ -79,13 +109,17 @@ def glu(
 ) -> jax.Array:
     """activation(x w_gate + b_gate) * (x w_up + b_up): x [B, T, D], weights [D, F], biases [F] -> [B, T, F].
 
-    With a learned `swish_beta` [1] it is plain products whatever `kernels.glu` says: kernels know fixed numbers alone.
+    With a learned `swish_beta` [1] it is plain products whatever `kernels.glu` says: kernels know fixed numbers alone;
+    and with weights that are not plain arrays.
     """
     act, beta = formula(activation, swish_beta)
     if isinstance(beta, jax.Array):
         gate, up = (project(layout, "btd,df->btf", x, w, b) for w, b in ((w_gate, b_gate), (w_up, b_up)))
         gate, up = checkpoint_name(gate, "glu_gate"), checkpoint_name(up, "glu_up")
         return checkpoint_name(_swish_gated(gate, up, beta), "glu_out")
+    if not (isinstance(w_gate, jax.Array) and isinstance(w_up, jax.Array)):
+        gate, up = (project(layout, "btd,df->btf", x, w, b) for w, b in ((w_gate, b_gate), (w_up, b_up)))
+        return (activations.activate(act, gate.astype(jnp.float32), beta) * up.astype(jnp.float32)).astype(x.dtype)
     w_gate, w_up = dense(layout, w_gate, x.dtype), dense(layout, w_up, x.dtype)
     save: Literal["ag", "none"] = "ag" if kernels.glu_save is GluSave.AG else "none"
 
@@ -159,7 +193,7 @@ def embed(layout: Layout, table: Weight, ids: jax.Array, dtype: jnp.dtype) -> ja
         own = ids - jax.lax.axis_index("tensor") * table.shape[0]
         inside = (own >= 0) & (own < table.shape[0])
         rows = table[jnp.where(inside, own, 0)]
-        rows = rows.dense(dtype) if isinstance(rows, Int8) else rows.astype(dtype)
+        rows = rows.astype(dtype) if isinstance(rows, jax.Array) else rows.dense(dtype)
         return jax.lax.psum(jnp.where(inside[..., None], rows, 0), "tensor")
 
     return local(table, ids)
@@ -169,34 +203,32 @@ def logits(hidden: jax.Array, unembedding: Unembedding) -> jax.Array:
     """[..., D] in the compute dtype -> float32 [..., V]. Not for training."""
     product = functools.partial(jnp.einsum, "...d,vd->...v", hidden, preferred_element_type=jnp.float32)
     match unembedding.table:
-        case Int8(values=values, scales=scales):
+        case Int8(values=values, scales=scales) | Float8(values=values, scales=scales):
             return unembedding.finish(product(values.astype(hidden.dtype)) * scales[:, 0])
         case jax.Array() as table:
             return unembedding.finish(product(table.astype(hidden.dtype)))
-        case _:
-            assert_never(unembedding.table)
+        case table:
+            return unembedding.finish(product(table.dense(hidden.dtype)))
 
 
 def unit_rows(table: Weight) -> Weight:
     """Each row divided by its length (PyTorch's `normalize`, with its 1e-12 for rows of zeros), in float32."""
     match table:
-        case Int8(values=values):  # a row's scale is its length's too
+        case Int8(values=values) | Float8(values=values):  # a row's scale is its length's too
             length = jnp.linalg.norm(values.astype(jnp.float32), axis=1, keepdims=True)
-            return Int8(values, 1 / jnp.maximum(length, 1))
+            return type(table)(values, 1 / jnp.maximum(length, 1))
         case jax.Array():
             wide = table.astype(jnp.float32)
             return wide * jax.lax.rsqrt(jnp.maximum(jnp.sum(wide * wide, axis=1, keepdims=True), 1e-24))
         case _:
-            assert_never(table)
+            return unit_rows(table.dense(jnp.float32))
 
 
 def dense(layout: Layout, w: Weight, dtype: jnp.dtype) -> jax.Array:
     """A weight as one array, for products that run as kernels; the gradient of a float32 one is summed over devices in
     the same dtype. What is quantised is unpacked."""
     match w:
-        case Int8():
-            return w.dense(dtype)
         case jax.Array():
             return w if layout.config.float32_gradients else w.astype(dtype)
         case _:
-            assert_never(w)
+            return w.dense(dtype)

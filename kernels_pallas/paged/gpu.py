@@ -1,0 +1,239 @@
+"""Paged attention for NVIDIA Hopper (sm_90), as one Pallas Mosaic GPU kernel.
+
+A thread block has one row and one key head: its query heads are rows of a wgmma tile of 64, most of them empty, since
+what decoding waits for is memory. The blocks that the row may see come from where they lie into a ring of `stages`
+tiles in shared memory, each asked for as soon as its place is free.
+
+Checked in the GPU interpreter, and by compiling for H100 and H200 without spilled registers; not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas.attention.gpu_tile import LOG2_E, ROWS, along
+from kernels_pallas.attention.problem import MASKED
+from kernels_pallas.compat import add_product, gpu_interpreter, transposed
+from kernels_pallas.paged.problem import PagedBlocks, PagedOperands, PagedProblem
+from kernels_pallas.targets import HOPPER_SHARED_BYTES, Target
+
+_KEYS = 64
+
+
+def unsupported(problem: PagedProblem, target: Target) -> str | None:
+    """Why the Hopper kernel cannot do this; or None."""
+    p = problem
+    if not target.hopper:
+        return f"the kernel is written for sm_90 (H100, H200), and the target is {target.name}"
+    if p.dtype.name not in ("bfloat16", "float16"):
+        return f"{p.dtype.name}: the tensor cores take bfloat16 and float16"
+    if p.buckets is not None:
+        return "relative_bias: only the xla and tpu bodies look biases up"
+    if p.group > ROWS:
+        return f"{p.group} query heads share a key head, and a tile has {ROWS} rows"
+    for name, width in (("H", p.H), ("Hv", p.Hv)):
+        if width % 16 or not 16 <= width <= 256:
+            return f"{name} {width}: it takes multiples of 16 up to 256"
+    if p.C % 8 or _KEYS % p.C:
+        return f"blocks of {p.C} positions do not make a tile of {_KEYS}; use 8, 16, 32 or 64"
+    return None
+
+
+def default_blocks(problem: PagedProblem, target: Target) -> PagedBlocks:
+    """As many tiles in flight as let two thread blocks share a processor, or one."""
+    fits = lambda stages, blocks: blocks * on_chip_bytes(problem, _blocks(stages)) <= HOPPER_SHARED_BYTES
+    return next(_blocks(stages) for blocks in (2, 1) for stages in (4, 3, 2) if fits(stages, blocks))
+
+
+def _blocks(stages: int) -> PagedBlocks:
+    return PagedBlocks(keys=_KEYS, stages=stages)
+
+
+def on_chip_bytes(problem: PagedProblem, blocks: PagedBlocks) -> int:
+    """Shared memory of a thread block."""
+    p = problem
+    tiles = blocks.stages * blocks.keys * (p.H + p.Hv) * p.dtype.itemsize
+    # jax keeps 2048 for reductions, and each array starts at a multiple of 1024 bytes.
+    return ROWS * max(p.H, p.Hv) * p.dtype.itemsize + tiles + 1024 * (p.alibi + p.sinks) + 1024 + 2048
+
+
+class _Inputs(NamedTuple):
+    q: Any  # [T, K, 64, H]
+    k: Any  # [L, P, K, C, H]
+    v: Any  # [L, P, K, C, Hv]
+    layer: Any  # [1]
+    tables: Any  # [S * M]
+    slots: Any  # [T]
+    positions: Any  # [T]
+    first: Any  # [T]: entries [first, last) of the row's table
+    last: Any  # [T]
+    slopes: Any  # [K, 64] float32 in base 2, or None
+    sinks: Any  # [K, 64] float32 in base 2, or None
+
+
+class _Shared(NamedTuple):
+    q_or_out: Any  # [64, H] and [64, Hv] in the same place
+    k: Any  # [stages, keys, H]
+    v: Any  # [stages, keys, Hv]
+    slopes: Any  # [64], or None
+    sinks: Any  # [64], or None
+    p: Any  # [64, keys] for the interpreter only
+    row_ready: Any  # barriers: queries, slopes and sinks have arrived
+    k_ready: Any  # a tile's keys have arrived
+    v_ready: Any
+
+
+def forward(problem: PagedProblem, blocks: PagedBlocks, operands: PagedOperands, *, interpret: Any = None) -> jax.Array:
+    """[T, N, Hv] in q's dtype, of a problem that is not `unsupported`.
+
+    Args:
+        blocks: `keys` is 64, `stages` the number of tiles in shared memory.
+        interpret: True, or an object of the GPU interpreter's parameters, to run without a GPU.
+
+    Raises:
+        ValueError: blocks of other sizes.
+    """
+    p = problem
+    if blocks.keys != _KEYS:
+        raise ValueError(f"blocks.keys = {blocks.keys} must be {_KEYS}")
+    first, last = p.blocks_of(operands.positions)
+    per_head = lambda x: None if x is None else _in_tile(x.reshape(p.K, p.group) * LOG2_E, 1)
+    inputs = _Inputs(
+        _in_tile(operands.q.reshape(p.T, p.K, p.group, p.H), 2),
+        operands.k,
+        operands.v,
+        operands.layer[None],
+        operands.tables.reshape(-1),
+        operands.slots,
+        operands.positions,
+        first,
+        last,
+        per_head(operands.alibi_slopes),
+        per_head(operands.sinks),
+    )
+    tile = lambda width: plgpu.SMEM((blocks.stages, blocks.keys, width), p.dtype)
+    ring = lambda: plgpu.Barrier(num_barriers=blocks.stages, num_arrivals=blocks.count(p.C))
+    shared = _Shared(
+        q_or_out=plgpu.RefUnion(plgpu.SMEM((ROWS, p.H), p.dtype), plgpu.SMEM((ROWS, p.Hv), p.dtype)),
+        k=tile(p.H),
+        v=tile(p.Hv),
+        slopes=plgpu.SMEM((ROWS,), jnp.float32) if p.alibi else None,
+        sinks=plgpu.SMEM((ROWS,), jnp.float32) if p.sinks else None,
+        p=plgpu.SMEM((ROWS, blocks.keys), p.dtype) if interpret else None,
+        row_ready=plgpu.Barrier(num_barriers=1, num_arrivals=1 + p.alibi + p.sinks),
+        k_ready=ring(),
+        v_ready=ring(),
+    )
+    out = plgpu.kernel(
+        lambda x, out, shared: _attend(p, blocks, x, out, shared),
+        out_type=jax.ShapeDtypeStruct((p.T, p.K, ROWS, p.Hv), p.dtype),
+        scratch_types=[shared],
+        grid=(p.T, p.K),
+        grid_names=("row", "head"),
+        num_threads=1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        kernel_name="paged_attention",
+        interpret=gpu_interpreter(interpret),
+    )(inputs)
+    return out[:, :, : p.group].reshape(p.T, p.N, p.Hv)
+
+
+def _attend(p: PagedProblem, blocks: PagedBlocks, x: _Inputs, out: Any, shared: _Shared) -> None:
+    """Attention of one row's query heads to one key head, by online softmax in base 2."""
+    row, head, n_blocks = lax.axis_index("row"), lax.axis_index("head"), blocks.count(p.C)
+    first, last, position = x.first[row], x.last[row], x.positions[row]
+    n_tiles = pl.cdiv(last - first, n_blocks)
+    q, result = shared.q_or_out
+
+    def fetch(tile: jax.Array) -> None:
+        """Copy a tile's blocks; past the last block this one again, which is near by then."""
+        place = lax.rem(tile, jnp.int32(blocks.stages))
+        for i in range(n_blocks):
+            entry = jnp.minimum(first + tile * n_blocks + i, last - 1)
+            block = x.tables[x.slots[row] * p.M + entry]
+            rows = pl.ds(i * p.C, p.C)
+            for cache, tiles, ready in ((x.k, shared.k, shared.k_ready), (x.v, shared.v, shared.v_ready)):
+                plgpu.copy_gmem_to_smem(cache.at[x.layer[0], block, head], tiles.at[place, rows], ready.at[place])
+
+    plgpu.copy_gmem_to_smem(x.q.at[row, head], q, shared.row_ready.at[0])
+    for source, target in ((x.slopes, shared.slopes), (x.sinks, shared.sinks)):
+        if source is not None:
+            plgpu.copy_gmem_to_smem(source.at[head], target, shared.row_ready.at[0])
+    for tile in range(blocks.stages):
+        pl.when(tile < n_tiles)(functools.partial(fetch, jnp.int32(tile)))
+    plgpu.barrier_wait(shared.row_ready.at[0])
+    start, _ = p.mask.key_range(position, position)
+
+    def add_tile(tile: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        acc, top, total = carry
+        place = lax.rem(tile, jnp.int32(blocks.stages))
+        begin = (first + tile * n_blocks) * p.C
+
+        def multiply(sums: Any) -> jax.Array:
+            plgpu.wgmma(sums, q, transposed(shared.k.at[place]))
+            plgpu.wgmma_wait(0)
+            return sums[...]
+
+        plgpu.barrier_wait(shared.k_ready.at[place])
+        scores = pl.run_scoped(multiply, plgpu.ACC((ROWS, blocks.keys), jnp.float32))
+        keys = begin + plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
+        scores = _bend(p, scores, keys, position, shared)
+        scores = jnp.where(p.mask.visible(position, keys), scores, MASKED)
+        new_top = jnp.maximum(top, scores.max(1))
+        shrink = jnp.exp2(top - new_top)
+        weights = jnp.exp2(scores - along(new_top, scores.shape, 0))
+        total = total * shrink + weights.sum(1)
+        acc = acc * along(shrink, acc.shape, 0)
+        plgpu.barrier_wait(shared.v_ready.at[place])
+
+        @pl.when((begin < start) | (begin + blocks.keys - 1 > position))
+        def _only_seen() -> None:
+            """Places that were not written, or by another text, need not hold numbers."""
+            width = 64 if p.Hv % 64 == 0 else p.Hv  # in parts, that need few registers
+            for column in range(0, p.Hv, width):
+                part = shared.v.at[place, :, pl.ds(column, width)]
+                rows = begin + plgpu.broadcasted_iota(jnp.int32, part.shape, 0, layout=plgpu.Layout.WGMMA)
+                part[...] = jnp.where((rows >= start) & (rows <= position), part[...], jnp.zeros(part.shape, p.dtype))
+            plgpu.commit_smem()
+
+        acc = add_product(acc, weights.astype(p.dtype), shared.v.at[place], shared.p)
+        pl.when(tile + blocks.stages < n_tiles)(lambda: fetch(tile + blocks.stages))
+        return acc, new_top, total
+
+    # Above the score of a hidden key, which so weighs 0 even where no other has been seen.
+    top, total = jnp.full((ROWS,), MASKED / 2, jnp.float32), jnp.zeros((ROWS,), jnp.float32)
+    if shared.sinks is not None:  # one more key, whose value is 0
+        top, total = shared.sinks[...], jnp.ones((ROWS,), jnp.float32)
+    acc, _, total = lax.fori_loop(0, n_tiles, add_tile, (jnp.zeros((ROWS, p.Hv), jnp.float32), top, total))
+    total = jnp.where(total > 0, total, 1.0)
+    result[...] = (acc * along(1 / total, acc.shape, 0)).astype(p.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(result, out.at[row, head])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _bend(p: PagedProblem, scores: jax.Array, keys: jax.Array, position: jax.Array, shared: _Shared) -> jax.Array:
+    """Products of queries and keys to scores in base 2."""
+    if p.soft_cap is None:
+        scores = scores * (p.scale * LOG2_E)
+    else:
+        # cap * tanh by way of exp2: the tanh instruction is right to three digits only, before the factor cap.
+        cap = p.soft_cap
+        scores = cap * LOG2_E - 2 * cap * LOG2_E / (1 + jnp.exp2(scores * (2 * LOG2_E * p.scale / cap)))
+    if shared.slopes is not None:
+        distance = jnp.abs(keys - position).astype(jnp.float32)
+        scores = scores - along(shared.slopes[...], scores.shape, 0) * distance
+    return scores
+
+
+def _in_tile(x: jax.Array, dim: int) -> jax.Array:
+    """Zeros up to 64 rows."""
+    return jnp.pad(x, [(0, ROWS - x.shape[dim] if d == dim else 0) for d in range(x.ndim)])

@@ -1,0 +1,98 @@
+"""The paged kernel for Hopper, in the GPU interpreter, against the float64 oracle."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from paged_cases import KINDS, Shape, Shaping, check
+
+from kernels_pallas import DistanceBias, PagedBlocks, Scores, explain, paged_attention
+
+interpreted = pytest.mark.skipif(
+    not hasattr(plgpu, "InterpretGPUParams"), reason="jax 0.10 has no interpreter of Mosaic GPU kernels"
+)
+
+SHAPE = Shape(H=64, Hv=64, C=16, M=12, dtype="bfloat16")
+LENGTHS = (150, 4, 1, 80)
+ROWS = ((0, 149), (3, 70), (2, 0), (1, -1), (0, 63), (0, 64))
+ALL = Shaping(words=("local", 90, 0), scale=0.3, soft_cap=2.0, alibi=True, sinks=True)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("shape", "shaping", "stages"),
+    [
+        pytest.param(SHAPE, ALL, 2, id="all"),
+        pytest.param(SHAPE, KINDS["causal"], 4, id="causal", marks=pytest.mark.slow),
+        pytest.param(SHAPE, KINDS["window"], 2, id="window", marks=pytest.mark.slow),
+        pytest.param(SHAPE, KINDS["summaries alone"], 2, id="summaries alone", marks=pytest.mark.slow),
+        pytest.param(SHAPE, KINDS["fixed"], 3, id="fixed", marks=pytest.mark.slow),
+        pytest.param(replace(SHAPE, H=80, Hv=48, N=3, K=1), ALL, 1, id="80/48, one slot", marks=pytest.mark.slow),
+        pytest.param(
+            replace(SHAPE, C=64, M=3, dtype="float16", K=4), ALL, 2, id="a block a tile", marks=pytest.mark.slow
+        ),
+        pytest.param(replace(SHAPE, C=8, M=20, H=128, Hv=128), ALL, 2, id="small blocks", marks=pytest.mark.slow),
+    ],
+)
+def test_equals_the_formula(shape: Shape, shaping: Shaping, stages: int) -> None:
+    blocks = PagedBlocks(keys=64, stages=stages)
+    check(shape, shaping, LENGTHS, ROWS, backend="gpu", interpret=True, blocks=blocks)
+
+
+@interpreted
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", [1, 2])
+def test_no_races(stages: int) -> None:
+    """And no look at entries of tables that a row has no use for: they lead out of the cache."""
+    interpret = plgpu.InterpretGPUParams(detect_races=True)  # type: ignore[attr-defined, unused-ignore]
+    blocks = PagedBlocks(keys=64, stages=stages)
+    check(SHAPE, ALL, LENGTHS, ROWS, unseen=10**6, backend="gpu", interpret=interpret, blocks=blocks)
+
+
+def arguments(H: int = 64, N: int = 4, C: int = 16, dtype: Any = jnp.bfloat16, **scores: Any) -> dict[str, Any]:
+    cache = jax.ShapeDtypeStruct((2, 9, 2, C, H), dtype)
+    rows = jax.ShapeDtypeStruct((3,), jnp.int32)
+    return {
+        "q": jax.ShapeDtypeStruct((3, N, H), dtype),
+        "k": cache,
+        "v": cache,
+        "layer": jax.ShapeDtypeStruct((), jnp.int32),
+        "tables": jax.ShapeDtypeStruct((5, 4), jnp.int32),
+        "slots": rows,
+        "positions": rows,
+        "scores": Scores(**scores),
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, "our kernel was not measured"),
+        ({"dtype": jnp.float32}, "float32: the tensor cores take"),
+        ({"H": 72}, "H 72: it takes multiples of 16"),
+        ({"H": 272}, "H 272: it takes multiples of 16 up to 256"),
+        ({"C": 24}, "blocks of 24 positions do not make a tile"),
+        ({"N": 130}, "65 query heads share a key head"),
+        ({"relative_bias": DistanceBias(jnp.zeros((4, 8)))}, "relative_bias"),
+    ],
+)
+def test_says_why_it_does_not_run(changes: dict[str, Any], reason: str) -> None:
+    plan = explain(paged_attention, **arguments(**changes), target="h200")
+    assert plan.backend == "xla" and reason in plan.refused["gpu"] + plan.because
+    assert "a100" in explain(paged_attention, **arguments(), target="a100").refused["gpu"]
+
+
+def test_refuses_other_tiles() -> None:
+    assert explain(paged_attention, **arguments(), target="h200", backend="gpu").blocks == PagedBlocks(
+        keys=64, stages=4
+    )
+    with pytest.raises(ValueError, match=r"blocks\.keys = 128 must be 64"):
+        jax.eval_shape(
+            lambda arrays: paged_attention(**arrays, backend="gpu", blocks=PagedBlocks(keys=128), interpret=True),
+            arguments(),
+        )
