@@ -28,7 +28,7 @@ from maxlm.data.tokenizers import HuggingFace
 from maxlm.evaluation import marking
 from maxlm.evaluation.examining import Asking, examine
 from maxlm.evaluation.exams import ChoiceExam, Exam, OpenExam, human_eval, human_eval_file, read_exam
-from maxlm.evaluation.scoring import GREEDY, Pair, RunExaminee, Likelihood, windows
+from maxlm.evaluation.scoring import GREEDY, Likelihood, Pair, RunExaminee, windows
 from maxlm.evaluation.suite import parses, suite
 from maxlm.inference.generator import Generation
 from maxlm.inference.load import LoadedRun, load_run

@@ -49,7 +49,7 @@ from maxlm.evaluation.prompting import (
     ZeroShotChain,
 )
 from maxlm.evaluation.reasoning import after, answers, k_means, steps, tally
-from maxlm.evaluation.scoring import GREEDY, Pair, Likelihood
+from maxlm.evaluation.scoring import GREEDY, Likelihood, Pair
 
 NO = lambda *_: 0.0
 

@@ -18,7 +18,7 @@ from maxlm.evaluation import confined, marking
 from maxlm.evaluation.examining import Asking, examine
 from maxlm.evaluation.exams import ProgramExam, ProgramQuestion, first_questions, human_eval, human_eval_file
 from maxlm.evaluation.sandbox import Sandbox, SandboxLimits
-from maxlm.evaluation.scoring import Pair, Likelihood
+from maxlm.evaluation.scoring import Likelihood, Pair
 
 SECONDS = 5.0
 """Many times what a program here needs that does end."""
