@@ -73,7 +73,8 @@ class EvaluateOptions:
     out: PathName | None = None
     """Folder for results.json, results.svg and every answer; None: nothing is written."""
     json: bool = False
-    """Print one JSON object: run, step, loss, perplexity, bits_per_byte, tokens; or of exams: model, step, results."""
+    """Print one JSON object: run, step, loss, perplexity, bits_per_byte, tokens; or of exams: model, what was asked and
+    how, results."""
     debug: bool = False
     """Show tracebacks."""
 
@@ -204,6 +205,7 @@ def _examine(
     how: tuple[Prompting, Exam | None],
     sandbox: Sandbox | None,
 ) -> None:
+    from maxlm.config import serialize
     from maxlm.evaluation.examining import Asking, Examined, examine
     from maxlm.evaluation.results import as_json, print_results, write_results
     from maxlm.evaluation.scoring import RunExaminee
@@ -235,6 +237,7 @@ def _examine(
             )
             results[name] = examine(examinee, exam, asking)
     about = {"model": options.model.place, "step": run.step, "few_shot": options.few_shot, "seed": options.seed}
+    about |= {"tasks": options.tasks, "limit": options.limit, "prompting": serialize.to_dict(prompting)}
     measures = [one for result in results.values() for one in result.measures]
     if options.out is not None:
         write_results(about, results, Path(options.out))

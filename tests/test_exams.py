@@ -28,7 +28,7 @@ from maxlm.data.tokenizers import HuggingFace
 from maxlm.evaluation import marking
 from maxlm.evaluation.examining import Asking, examine
 from maxlm.evaluation.exams import ChoiceExam, Exam, OpenExam, human_eval, human_eval_file, read_exam
-from maxlm.evaluation.scoring import GREEDY, Pair, RunExaminee, Scored, windows
+from maxlm.evaluation.scoring import GREEDY, Likelihood, Pair, RunExaminee, windows
 from maxlm.evaluation.suite import parses, suite
 from maxlm.inference.generator import Generation
 from maxlm.inference.load import LoadedRun, load_run
@@ -67,9 +67,9 @@ class Fake:
     def split(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         return [0, *map(ord, context)], list(map(ord, continuation))
 
-    def scores(self, pairs: Sequence[Pair]) -> list[Scored]:
+    def scores(self, pairs: Sequence[Pair]) -> list[Likelihood]:
         text = lambda ids: "".join(chr(i) for i in ids if i)
-        return [Scored(np.array([self._score(text(a), text(b))]), False) for a, b in pairs]
+        return [Likelihood(np.array([self._score(text(a), text(b))]), False) for a, b in pairs]
 
     def texts(self, prompts: Sequence[str], **how: Any) -> list[str]:
         return [re.split("|".join(map(re.escape, how["stop"])), self._write(prompt))[0] for prompt in prompts]
@@ -287,7 +287,7 @@ def test_lengths_of_choices_are_made_up_for(tmp_path: Path) -> None:
             return [0], ["éé", "aa", "aa", "aa"][: 1 if continuation == "éé" else 3]
 
         def scores(self, pairs: Any) -> Any:
-            return [Scored(np.full(len(b), -4.0 if len(b) == 1 else -1.7), False) for _, b in pairs]
+            return [Likelihood(np.full(len(b), -4.0 if len(b) == 1 else -1.7), False) for _, b in pairs]
 
     # In all -4 against -5.1; a token -4 against -1.7; a byte -4/4 against -5.1/6.
     marks = {one.measure: one.value for one in examine(Bytes(None), read_exam(file), Asking()).measures}
@@ -346,7 +346,8 @@ def test_the_command_gives_figures_a_picture_and_every_answer(
     tasks = ["--tasks", str(file), "suite:copying", "--few_shot", "1", "--limit", "4"]
     evaluate.main(["--run", run_dir, *tasks, "--out", str(tmp_path / "out"), "--json"])
     said = json.loads(capsys.readouterr().out)
-    assert (said["model"], said["step"], said["few_shot"]) == (run_dir, 2, 1)
+    assert (said["model"], said["step"], said["few_shot"], said["limit"]) == (run_dir, 2, 1, 4)
+    assert said["prompting"]["demonstrations"] == {"kind": "RandomDemonstrations", "count": 1}
     assert [(one["exam"], one["measure"]) for one in said["results"][::3]] == [
         ("capitals", "acc"), ("copying", "exact_match"),
     ]  # fmt: skip

@@ -49,7 +49,7 @@ from maxlm.evaluation.prompting import (
     ZeroShotChain,
 )
 from maxlm.evaluation.reasoning import after, answers, k_means, steps, tally
-from maxlm.evaluation.scoring import GREEDY, Pair, Scored
+from maxlm.evaluation.scoring import GREEDY, Likelihood, Pair
 
 NO = lambda *_: 0.0
 
@@ -71,10 +71,10 @@ class Scripted:
     def split(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         return [0, *map(ord, context)], list(map(ord, continuation))
 
-    def scores(self, pairs: Sequence[Pair]) -> list[Scored]:
+    def scores(self, pairs: Sequence[Pair]) -> list[Likelihood]:
         texts = [("".join(map(chr, a[1:])), "".join(map(chr, b))) for a, b in pairs]
         self.scored += texts
-        return [Scored(np.full(max(1, len(b)), self._score(a, b) / max(1, len(b))), False) for a, b in texts]
+        return [Likelihood(np.full(max(1, len(b)), self._score(a, b) / max(1, len(b))), False) for a, b in texts]
 
     def texts(self, prompts: Sequence[str], **how: Any) -> list[str]:
         self.asked += [(prompt, how) for prompt in prompts]

@@ -18,7 +18,7 @@ from maxlm.evaluation import confined, marking
 from maxlm.evaluation.examining import Asking, examine
 from maxlm.evaluation.exams import ProgramExam, ProgramQuestion, first_questions, human_eval, human_eval_file
 from maxlm.evaluation.sandbox import Sandbox, SandboxLimits
-from maxlm.evaluation.scoring import Pair, Scored
+from maxlm.evaluation.scoring import Likelihood, Pair
 
 SECONDS = 5.0
 """Many times what a program here needs that does end."""
@@ -154,8 +154,8 @@ class Writer:
     def split(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         return [0], [1] * len(continuation)
 
-    def scores(self, pairs: Sequence[Pair]) -> list[Scored]:
-        return [Scored(np.full(len(text), -float(len(text))), False) for _, text in pairs]
+    def scores(self, pairs: Sequence[Pair]) -> list[Likelihood]:
+        return [Likelihood(np.full(len(text), -float(len(text))), False) for _, text in pairs]
 
     def texts(self, prompts: Sequence[str], **how: Any) -> list[str]:
         self.asked.append(how)

@@ -38,20 +38,15 @@ class HarnessModel(LM):
     """A `RunExaminee` as lm-eval asks it."""
 
     def __init__(self, examinee: RunExaminee, *, seed: int = 0) -> None:
-        """
-        Args:
-            examinee: the model.
-            seed: of texts that are drawn.
-        """
+        """`seed` is of texts that are drawn."""
         super().__init__()
         self.examinee, self._seed = examinee, seed
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Of each (context, continuation): the log-probability of the continuation, and whether it is greedy."""
         asked = [request.args for request in requests]
-        found = [
-            (one.total, one.greedy) for one in self.examinee.scores([self.examinee.split(*args) for args in asked])
-        ]
+        scores = self.examinee.scores([self.examinee.split(*args) for args in asked])
+        found = [(one.total, one.greedy) for one in scores]
         for args, answer in zip(asked, found, strict=True):
             self.cache_hook.add_partial("loglikelihood", args, answer)
         return found

@@ -23,7 +23,7 @@ _LOGITS_BYTES = 1 << 28
 """Of the logits of one batch: they exist whole, in float32."""
 
 
-class Scored(NamedTuple):
+class Likelihood(NamedTuple):
     """What a model says of one continuation."""
 
     log_probs: npt.NDArray[np.float64]
@@ -47,7 +47,7 @@ class Examinee(Protocol):
     def split(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Ids of the two texts, tokenized as one; the context begins as a text does, and is never empty."""
 
-    def scores(self, pairs: Sequence[Pair]) -> list[Scored]:
+    def scores(self, pairs: Sequence[Pair]) -> list[Likelihood]:
         """What the model says of each continuation, given its context."""
 
     def texts(
@@ -101,7 +101,7 @@ class RunExaminee:
         assert self.run.chat is not None, "looked at when it was made"
         return self.run.chat.render(messages)
 
-    def scores(self, pairs: Sequence[Pair]) -> list[Scored]:
+    def scores(self, pairs: Sequence[Pair]) -> list[Likelihood]:
         """Each token counts once, given as much before it as the model takes; see `windows`.
 
         Raises:
@@ -127,7 +127,7 @@ class RunExaminee:
             greedy[pair] &= found[i][1]
         if not all(np.isfinite(values).all() for values in log_probs):
             raise UserError(f"the logits of step {self.run.step} are not finite; use an earlier --step")
-        return [Scored(*one) for one in zip(log_probs, greedy, strict=True)]
+        return [Likelihood(*one) for one in zip(log_probs, greedy, strict=True)]
 
     def texts(
         self, prompts: Sequence[str], *, max_new_tokens: int, stop: Sequence[str], sampling: SamplingConfig, seed: int
