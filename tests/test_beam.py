@@ -225,9 +225,7 @@ def test_texts_are_those_of_transformers(
 
 def test_rules_are_those_of_transformers_where_probabilities_sum_to_one(generator: Generator) -> None:
     """As above with `no_repeat_ngram_size=1, renormalize_logits=True`."""
-    asked = Request(
-        prompt=HELLO, max_new_tokens=8, sampling=dataclasses.replace(GREEDY, no_repeat_ngram=1), ends=(47,)
-    )
+    asked = Request(prompt=HELLO, max_new_tokens=8, sampling=dataclasses.replace(GREEDY, no_repeat_ngram=1), ends=(47,))
     found = search(generator, asked, BeamConfig(beams=4, n_best=2))
     assert [one.tokens for one in found] == [(58, 212, 53, 25, 114, 39, 102, 16), (58, 212, 53, 25, 114, 39, 182, 209)]
     np.testing.assert_allclose([one.score for one in found], [-2.97377, -3.03478], atol=1e-5)
@@ -296,7 +294,7 @@ def test_the_likeliest_of_several_comes_first(run: LoadedRun, generator: Generat
         assert sorted(one.tokens for one in found) == sorted(one.tokens for one in drawn)
         rows = whole_logits(run.config.model, run.parameters, [(*HELLO, *one.tokens) for one in found])
         for one, row in zip(found, rows, strict=True):
-            values = row[len(HELLO) - 1 : -1].astype(np.float64)
+            values = row[len(prompt) - 1 : -1].astype(np.float64)
             values -= np.log(np.exp(values).sum(-1, keepdims=True))
             of_tokens = values[np.arange(len(one.tokens)), one.tokens]
             assert math.isclose(one.score, of_tokens.mean() if rank is Rank.MEAN else of_tokens.sum(), rel_tol=1e-5)
