@@ -13,7 +13,7 @@ import pytest
 from run_folder import make_run
 
 from maxlm import generate
-from maxlm.config import EngineConfig, SamplingConfig, ShardingConfig, UserError
+from maxlm.config import BeamConfig, EngineConfig, SamplingConfig, ShardingConfig, UserError
 from maxlm.data.tokenizers import Bytes
 from maxlm.inference.generator import Generator
 from maxlm.inference.load import load_run
@@ -50,6 +50,29 @@ def test_json_is_one_object_and_plain_text_is_the_same_text(run_dir: Path, capsy
     assert same.tokens == found["tokens"]
 
 
+def test_several_texts_are_a_list_and_stand_one_after_the_other(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask = ["--run", str(run_dir), "--prompt", "the ", "--max_new_tokens", "6"]
+    for argv, keys in (
+        (["--n", "2", "--seed", "7"], ["text", "tokens", "tokens_per_s"]),
+        (["--beams", "2", "--n_best", "2"], ["text", "tokens", "tokens_per_s", "score"]),
+    ):
+        generate.main([*ask, *argv, "--json"])
+        found = json.loads(capsys.readouterr().out)
+        assert [list(one) for one in found] == [keys] * 2 and found[0]["tokens"] != found[1]["tokens"]
+        generate.main([*ask, *argv])
+        out, err = capsys.readouterr()
+        assert out == "".join(one["text"] + "\n" for one in found)
+        assert err.count(" tokens") >= 2 and err.count("score") == 2 * ("score" in keys)
+    run = load_run(run_dir)
+    assert run.generate("the ", max_new_tokens=6, beams=BeamConfig(beams=2)).tokens == found[0]["tokens"]
+    generate.main([*ask, "--seed", "7", "--n", "1", "--json"])
+    alone = json.loads(capsys.readouterr().out)
+    generate.main([*ask, "--seed", "7", "--n", "2", "--json"])
+    assert json.loads(capsys.readouterr().out)[0]["tokens"] == alone["tokens"]
+
+
 def test_steps_and_layouts(run_dir: Path) -> None:
     ask = {"max_new_tokens": 12, "sampling": SamplingConfig(temperature=0)}
     assert load_run(run_dir).step == 2
@@ -67,6 +90,10 @@ def test_steps_and_layouts(run_dir: Path) -> None:
         (["--step", "9"], r"no finished checkpoint of step 9; there are \[1, 2\]"),
         (["--max_new_tokens", "100"], "more than model.max_seq_len = 64"),
         (["--top_p", "0"], r"top_p = 0.0 must be in \(0, 1\]"),
+        (["--beams", "20"], r"beams = 20 must be in \[0, 19\]"),
+        (["--beams", "4", "--temperature", "0.7"], "temperature = 0.7 with beams: nothing is drawn"),
+        (["--beams", "4", "--n", "2"], "--n 2 with --beams: nothing is drawn; ask for the best ones by --n_best"),
+        (["--n_best", "2"], "n_best = 2 is of a search, and beams = 0; set beams, or leave n_best out"),
         (["--sharding.tensor", "3"], "sharding.tensor = 3 does not divide .* = 4"),
         (["--sharding.tensor", "16"], "16 devices asked for, there are 8"),
         (["--temprature", "1"], "unknown key --temprature"),
