@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
         raise UserError("--dtype is of files of hf:DIR; a run folder has float32: leave it out")
 
     from maxlm.hub import converting  # imports jax: --help stays instant
-    from maxlm.hub.folder import require_new
+    from maxlm.hub.folder import VOCABULARIES, require_new
     from maxlm.hub.models import KINDS
 
     require_new(target)
@@ -112,6 +112,8 @@ def main(argv: list[str]) -> None:
         else:
             converting.write_run(model, target)
         print(f"{options.target} is written")
+        if target_kind == "hf" and not any((target / name).is_file() for name in VOCABULARIES):
+            print("it has no tokenizer, as there is no file of one to copy (the byte tokenizer has none)")
         if (source_kind, target_kind) != ("run", "run"):
             folder = target if target_kind == "hf" else source if source_kind == "hf" else None
             for line in converting.report(model, folder):

@@ -41,7 +41,8 @@ class GenerateOptions:
     gguf: Annotated[PathName | None, tyro.conf.arg(metavar="FILE")] = None
     """Or the GGUF file of a published model."""
     prompt: str = ""
-    """What the text starts with; empty: the beginning of a document."""
+    """What the text starts with; empty: the beginning of a document. One that begins with - is given as
+    --prompt=-..."""
     max_new_tokens: Positive[int] = 128
     """Length of the continuation, unless the document ends before."""
     sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = SamplingConfig()

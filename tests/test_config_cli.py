@@ -172,7 +172,7 @@ def test_a_missing_file_suggests_the_nearest() -> None:
     message = complaint("--config", str(ROOT / "configs" / "lama7b.py"))
     assert "no such file; did you mean" in message
     assert "llama7b.py" in message
-    assert "no such file" in complaint("--config", str(ROOT / "configs"))
+    assert "configs: is a folder; name a file in it" in complaint("--config", str(ROOT / "configs"))
 
 
 def test_a_config_may_import_its_neighbours_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from helpers import small_run
 from tokenizers import Tokenizer, models
 
 from maxlm import convert, generate
-from maxlm.config import UserError
+from maxlm.config import UserError, serialize
 from maxlm.data.tokenizers import load_tokenizer
 from maxlm.hub.families import FAMILIES
 from maxlm.hub.models import find_tokenizer, load_model
@@ -75,13 +75,23 @@ def test_a_family_is_kept_where_another_could_say_it_too(folder: Path) -> None:
     [
         (("folder", "run:x"), r"--from folder must be hf:DIR \(a published model\) or run:DIR"),
         (("hf:", "run:x"), "--from hf: must be hf:DIR"),
-        (("hf:nowhere", "run:x"), "nowhere: has no config.json"),
+        (("hf:nowhere", "run:x"), "nowhere: no such folder; name that of a downloaded model"),
+        (("hf:{folder}/none", "run:x"), "none: is a link to nothing"),
+        (("hf:{folder}/x.gguf", "run:x"), r"x\.gguf: is a file, must be a folder; name it by --gguf or gguf:"),
+        (("hf:{folder}/run", "run:x"), "run: is a run folder, must be a published model; name it by --run or run:"),
+        (("hf:{folder}/nothing", "run:x"), "nothing: has no config.json"),
+        (("run:{folder}", "hf:x"), "config.json: is of a published model, must be of a run; .* --hf or hf:"),
         (("run:nowhere", "hf:x"), "nowhere: not a run folder"),
         (("hf:{folder}", "run:{folder}"), "is there already; name a new folder"),
         (("hf:{folder}", "run:x", "--dtype=bfloat16"), "--dtype is of files of hf:DIR"),
     ],
 )
 def test_what_cannot_be_converted(words: tuple[str, ...], match: str, folder: Path) -> None:
+    (folder / "none").symlink_to("nowhere")
+    (folder / "x.gguf").write_bytes(b"GGUF")
+    (folder / "nothing").mkdir()
+    (folder / "run").mkdir()
+    serialize.save(small_run(load_model(folder)[1]), folder / "run/config.json")
     with pytest.raises(UserError, match=match):
         run(*(word.format(folder=folder) for word in words))
 

@@ -8,6 +8,7 @@ stand anywhere else.
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from maxlm import launch
+from maxlm.config.cli import parse, parse_run
+from maxlm.convert import ConvertOptions
+from maxlm.generate import GenerateOptions
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -67,6 +73,38 @@ def test_every_command_says_what_it_needs() -> None:
         outside = re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
         for line in outside.splitlines():
             assert not (line.startswith("    ") and COMMAND.match(line)), f"{document.name}: {line.strip()}"
+
+
+def words_of(block: Block) -> Iterator[list[str]]:
+    """The commands of a block."""
+    for line in block.text.replace("\\\n", " ").splitlines():
+        yield shlex.split(line.rpartition("&& ")[2], comments=True)
+
+
+def test_commands_that_are_not_tried_have_options_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    parsed, targets = set(), list[str]()
+    for block in COMMANDS:
+        if not {"needs-hardware", "needs-download"} & set(block.marks):
+            continue
+        for words in words_of(block):
+            match words:
+                case [_, "-m", "maxlm.launch", *rest]:
+                    launch.check(launch.parse_launch(rest)[0])
+                case [_, "-m", "maxlm.train", "--config", config, *_] if not Path(config).is_file():
+                    assert config.startswith("runs/"), f"{block.name}: there is no {config}"
+                    continue  # it is a run that the commands before make
+                case [_, "-m", "maxlm.train", *rest]:
+                    parse_run(rest, prog="", description="")
+                case [_, "-m", "maxlm.generate", *rest]:
+                    parse(GenerateOptions, rest, prog="", description="", flags=True)
+                case [_, "-m", "maxlm.convert", *rest]:
+                    targets.append(parse(ConvertOptions, rest, prog="", description="", flags=True).target)
+                case _:
+                    continue
+            parsed.add(words[2])
+    assert parsed == {f"maxlm.{name}" for name in ("launch", "train", "generate", "convert")}
+    assert len(set(targets)) == len(targets), f"a folder that is there is refused: {targets}"
 
 
 def clone(folder: Path) -> Path:

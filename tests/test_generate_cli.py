@@ -67,6 +67,8 @@ def test_steps_and_layouts(run_dir: Path) -> None:
         (["--sharding.tensor", "3"], "sharding.tensor = 3 does not divide .* = 4"),
         (["--sharding.tensor", "16"], "16 devices asked for, there are 8"),
         (["--temprature", "1"], "unknown key --temprature"),
+        (["--prompt", "-x"], "Missing value for argument '--prompt'.* One that begins with - is given as --prompt=-"),
+        (["--prompt", "ab\udcff"], "prompt = .*: character 2 is not UTF-8"),
     ],
 )
 def test_mistakes_are_one_line(run_dir: Path, option: list[str], message: str) -> None:
@@ -75,8 +77,10 @@ def test_mistakes_are_one_line(run_dir: Path, option: list[str], message: str) -
 
 
 def test_folders_that_are_no_run(run_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not a run folder"):
+    with pytest.raises(UserError, match=r"not a run folder \(no such folder\)"):
         load_run(tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"checkpoints/2: not a run folder .*; name .*/run and --step 2"):
+        load_run(run_dir / "checkpoints/2")
     shutil.copytree(run_dir, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     with pytest.raises(UserError, match="no finished checkpoint"):

@@ -269,10 +269,10 @@ def test_files_that_are_not_right(folder: Path) -> None:
     with pytest.raises(UserError, match=r"holds no model\.safetensors"):
         load_model(folder)
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04")
-    with pytest.raises(UserError, match=r"pytorch_model.bin: pickled weights, .* are not; take the safetensors files"):
+    with pytest.raises(UserError, match=r"pytorch_model.bin: pickled weights .* are refused; take"):
         load_model(folder)
     shutil.rmtree(folder)
-    with pytest.raises(UserError, match=r"has no config\.json; name the folder of a downloaded model"):
+    with pytest.raises(UserError, match="no such folder; name that of a downloaded model"):
         load_model(folder)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import published
 import pytest
 import safetensors.numpy
+from run_folder import make_run
 from tokenizers import AddedToken, Tokenizer, models, processors
 
 from maxlm import convert, generate
@@ -298,3 +300,30 @@ def test_files_that_are_not_there(folder: Path) -> None:
     with pytest.raises(UserError, match=r"tokenizer = '\S+nowhere': has none of tokenizer\.json"):
         save_model(model, folder.parent / "out", tokenizer=folder.parent / "nowhere")
     assert [one.name for one in folder.parent.iterdir()] == ["hf"]
+
+
+def test_texts_of_an_exported_run_begin_as_its_documents(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run that was trained here: nothing else in the folder says so."""
+    run(f"hf:{folder}", f"run:{tmp_path}/run")
+    shutil.rmtree(tmp_path / "run/published")
+    run(f"run:{tmp_path}/run", f"hf:{tmp_path}/back")
+    assert said(tmp_path / "back", "tokenizer_config.json") == {
+        "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>",
+    }  # fmt: skip
+    capsys.readouterr()
+    for words in (("--run", f"{tmp_path}/run"), ("--hf", f"{tmp_path}/back")):
+        generate.main([*words, "--prompt", "abc", "--temperature", "0", "--max_new_tokens", "8", "--json"])
+    ours, exported = (json.loads(line)["tokens"] for line in capsys.readouterr().out.splitlines())
+    assert exported == ours
+    tokenizer = find_tokenizer(tmp_path / "back")
+    assert published_ends(tmp_path / "back", tokenizer) == TextEnds.of_documents(tokenizer) == ((V - 3,), (V - 1,))
+    assert tokenizer.fingerprint == load_tokenizer(tmp_path / "run/tokenizer").fingerprint
+
+
+def test_a_folder_without_a_tokenizer_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path)
+    run(f"run:{tmp_path}/run", f"hf:{tmp_path}/hf")
+    assert "it has no tokenizer" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "hf").iterdir()} == {SINGLE, "config.json", "generation_config.json"}

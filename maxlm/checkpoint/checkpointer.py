@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import functools
 import logging
 import os
 import re
@@ -18,10 +16,9 @@ from types import TracebackType
 from typing import Any
 
 import jax
-import numpy as np
 
 from maxlm.checkpoint import manifest, retention
-from maxlm.checkpoint.store import Deferred, Record, Store, Tree, describe_leaf, first_difference, named_leaves
+from maxlm.checkpoint.store import Record, Store, Tree, describe_leaf, first_difference, named_leaves
 from maxlm.config.errors import UserError
 from maxlm.config.run import CheckpointConfig
 from maxlm.processes.joining import on_rank_0
@@ -206,7 +203,7 @@ class Checkpointer:
         """Restore only the parameters of `step`, or of the newest intact step if None; `optimizer` is None. What the
         tree is may depend on what the step says of itself.
 
-        With `deferred` each array is a `Deferred`, read into host memory when it is asked for, also later.
+        With `deferred` each array is a `Deferred`, read into host memory when it is asked for, also after `close`.
 
         Raises:
             UserError: there is no such step, it is damaged, or it holds other parameters than asked for.
@@ -324,17 +321,9 @@ class Checkpointer:
         return on_rank_0("choose a checkpoint", choose)
 
     def _open_params(self, step: int, params: Tree) -> Restored:
-        record, path = self._matching_record(step, {"params": params}), self._folder / str(step)
-
-        def read(name: str) -> np.ndarray:
-            with contextlib.closing(Store()) as store:
-                return store.numpy(path, "params", [name])[name]
-
-        leaves = [
-            Deferred(shape=leaf.shape, dtype=np.dtype(leaf.dtype), read=functools.partial(read, name))
-            for name, leaf in named_leaves(params).items()
-        ]
-        tree = jax.tree.unflatten(jax.tree.structure(params), leaves)
+        record = self._matching_record(step, {"params": params})
+        leaves = self._read(step, lambda path: self._store.deferred(path, "params", named_leaves(params)))
+        tree = jax.tree.unflatten(jax.tree.structure(params), leaves.values())
         return Restored(step=step, params=tree, optimizer=None, meta=record.meta)
 
     def _matching_record(self, step: int, items: dict[str, Tree]) -> Record:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import re
 import sys
 import tempfile
@@ -25,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from jax.tree_util import keystr, tree_flatten_with_path, tree_structure, tree_unflatten
 
 from maxlm.config.errors import UserError
@@ -86,26 +88,44 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True)
 class Deferred:
-    """An array that is made when it is needed, so that not all of a tree are in memory at a time."""
+    """An array that is made when it is needed, so that not all of a tree, or of a stack, is in memory at a time."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    read: Callable[[], np.ndarray]
-    """Makes it, each time it is called."""
+    by_layer: bool
+    """Whether a layer, a place of its first dim, is made without the others."""
+    read: Callable[[int | None], np.ndarray]
+    """Makes the layer of this number; None: all of it."""
 
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
 
-class _DeferredHandler(ocp.type_handlers.NumpyHandler):
-    """Writes one array after the other, each to its end."""
-
-    async def serialize(self, values: Any, infos: Any, args: Any = None) -> list[Any]:
-        for value, info, how in zip(values, infos, args, strict=True):
-            for written in await super().serialize([value.read()], [info], [how]):
-                await asyncio.to_thread(written.result)
-        return []
+    @property
+    def numbers(self) -> Iterable[int | None]:
+        """What to give to `read`, one after the other, for all of it."""
+        return range(self.shape[0]) if self.by_layer else (None,)
 
 
 _CHUNK_BYTES, _FILE_BYTES = 1 << 25, 1 << 26
 """Of a deferred array: what is compressed at a time, and what a file holds, which waits in memory until it is full."""
+
+
+class _DeferredHandler(ocp.type_handlers.NumpyHandler):
+    """Writes one array after the other, and of each one layer after the other, each to its end."""
+
+    async def serialize(self, values: Any, infos: Any, args: Any = None) -> list[Any]:
+        for value, info, how in zip(values, infos, args, strict=True):
+            for written in await super().serialize([value], [info], [how]):
+                await asyncio.to_thread(written.result)
+        return []
+
+    async def _open_and_write(self, value: Deferred, tspec: dict[str, Any], ts_context: tensorstore.Context) -> None:
+        """Takes the place of the method that hands a whole array to TensorStore."""
+        array = await tensorstore.open(tensorstore.Spec(tspec), create=True, open=True, context=ts_context)
+        for number in value.numbers:
+            place = array[... if number is None else number]
+            await place.write(value.read(number), can_reference_source_data_indefinitely=True)
 
 
 class Store:
@@ -144,7 +164,10 @@ class Store:
         arrays = {
             item: ocp.args.PyTreeSave(
                 leaves,
-                save_args=dict.fromkeys(leaves, ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)),
+                save_args={
+                    name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if leaf.by_layer else ())
+                    for name, leaf in leaves.items()
+                },
                 ocdbt_target_data_file_size=_FILE_BYTES,
             )
             for item, leaves in items.items()
@@ -216,6 +239,29 @@ class Store:
         wanted = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
         args = ocp.args.PyTreeRestore(dict.fromkeys(wanted, 0), restore_args=wanted, partial_restore=True)
         return self._orbax.restore(self._address(path), args=ocp.args.Composite(**{item: args}))[item]
+
+    def deferred(self, path: Path, item: str, names: Iterable[str]) -> dict[str, Deferred]:
+        """Some arrays of an item, to be read into host memory, also after `close`.
+
+        An array is read by layer where the files have no chunk with numbers of two layers.
+        """
+
+        def one(name: str) -> Deferred:
+            def read(number: int | None) -> np.ndarray:
+                with contextlib.closing(Store()) as store:
+                    return store._open(path, item, name)[... if number is None else number].read().result()
+
+            array = self._open(path, item, name)
+            by_layer = array.chunk_layout.read_chunk_template.shape[:1] == (1,)
+            return Deferred(shape=array.shape, dtype=array.dtype.numpy_dtype, by_layer=by_layer, read=read)
+
+        return {name: one(name) for name in names}
+
+    def _open(self, path: Path, item: str, name: str) -> tensorstore.TensorStore:
+        """An array as Orbax writes it: Zarr in an OCDBT database."""
+        base = {"driver": "file", "path": f"{self._address(path) / item}/"}
+        kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+        return tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True).result()
 
     def _address(self, path: Path) -> Path:
         """`path`, or where its folder is a name that Orbax does not take, the same place under a plain one."""

@@ -380,6 +380,8 @@ def _option(key: str, value: Any) -> list[str]:
 
 def _load_file(path: str | Path) -> RunConfig:
     file = config_file(path)
+    if file.is_dir():
+        raise UserError(f"--config {path}: is a folder; name a file in it, as the config.json of a run folder")
     if not file.is_file():
         known = [p.name for p in file.parent.glob("*.*") if p.suffix in _SUFFIXES]
         known += [p.stem for p in _CONFIGS.glob("*.py")] if _is_bare(file) else []

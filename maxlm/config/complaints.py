@@ -38,6 +38,8 @@ def one_line(complaint: str, known: list[str], prog: str) -> str:
         return f"missing: {'; '.join(f'{option}: {text}' for option, text in missing)} {see_help}"
     words = re.sub(r"^(Value error|Invalid choice|Missing argument|Required options) ", "", words)
     words = re.split(r" Argument helptext:| For full helptext", words)[0].strip()
+    if bare := re.match(r"Missing value for argument '(--[\w.]+)'", words):
+        words += f" One that begins with - is given as {bare[1]}=-..."
     return f"{words} {see_help}"
 
 

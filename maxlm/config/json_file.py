@@ -55,6 +55,15 @@ def kind_of(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "a device")
 
 
+def no_folder(path: Path) -> str | None:
+    """What to say of a path that is no folder; None: it is one."""
+    if path.is_dir():
+        return None
+    if path.exists():
+        return "is a file, must be a folder"
+    return "is a link to nothing" if path.is_symlink() else "no such folder"
+
+
 def read_object(path: Path, what: str = _WHAT) -> dict[str, Any]:
     """The object in a file.
 

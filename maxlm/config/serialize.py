@@ -63,6 +63,11 @@ def load(cls: type[T], path: Path) -> T:
     """
     hint = " (is this a run folder?)" if cls is RunConfig else ""
     values = read_object(path, f"the object of a saved {cls.__name__}{hint}")
+    if cls is RunConfig and "model_type" in values:
+        raise UserError(
+            f"{path}: is of a published model, must be of a run; name its folder by --hf or hf:, or make a run of it "
+            "with python -m maxlm.convert"
+        )
     try:
         return from_dict(cls, values)
     except UserError as error:

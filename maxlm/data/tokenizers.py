@@ -76,6 +76,10 @@ class Tokenizer(abc.ABC):
         return self.encode_batch([text])[0]
 
     @abc.abstractmethod
+    def name_of(self, token: int) -> str | None:
+        """How the tokenizer's file spells a token; None: there is no file."""
+
+    @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of every text, on one core."""
 
@@ -121,6 +125,9 @@ class Bytes(Tokenizer):
     def __init__(self) -> None:
         super().__init__(b"bytes 0..255, bos 256, eos 257")
 
+    def name_of(self, token: int) -> str | None:
+        return None
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(text.encode()) for text in texts]
 
@@ -155,6 +162,10 @@ class SentencePiece(Tokenizer):
         probe = "a\u2581a"  # a model without bytes, or that puts a space before every text, is left as it is
         if not set(spelling) <= self.byte_ids or self.decode(self._encode_with_lower_block(probe, spelling)) != probe:
             self._lower_block = None
+
+    def name_of(self, token: int) -> str | None:
+        name: str = self._model.id_to_piece(token)
+        return name
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         batch: list[list[int]] = self._model.encode(list(texts), out_type=int, num_threads=1)
@@ -235,6 +246,10 @@ class HuggingFace(Tokenizer):
     @property
     def text_size(self) -> int:
         return self._text_size
+
+    def name_of(self, token: int) -> str | None:
+        name: str | None = self._model.id_to_token(token)
+        return name
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         # The library's own batch call would start a thread for every core.
@@ -321,7 +336,7 @@ def _read_descriptor(folder: Path) -> dict[str, Any]:
     for key, fits in (("kind", descriptor.get("kind") in kinds), ("fingerprint", True), ("eos", True), ("bos", True)):
         value = descriptor.get(key, "" if key in ("eos", "bos") else None)
         if not (fits and isinstance(value, str)):
-            allowed = f"one of {kinds}" if key == "kind" else "a string"
+            allowed = f"one of {kinds}; of a published model name the file itself" if key == "kind" else "a string"
             raise UserError(f"{file}: not a tokenizer's descriptor: its {key} = {value!r} must be {allowed}")
     return descriptor
 

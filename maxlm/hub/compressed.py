@@ -126,7 +126,7 @@ class CompressedTensors:
         for name in self._kept.keys() - names:  # of the layers of one array, read once
             del self._kept[name]
         for name in names - self._kept.keys():
-            read = lambda leaf: jnp.asarray(leaf.read() if isinstance(leaf, Deferred) else leaf)
+            read = lambda leaf: jnp.asarray(leaf.read(None) if isinstance(leaf, Deferred) else leaf)
             self._kept[name] = jax.tree.map(read, self._weight(name))
         return tensor.join([np.asarray(arrays(self._kept[part.array.name][part.at])) for part in tensor.parts])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,7 @@ def open_run(place: Path) -> Opened:
         else:
             copy_tokenizer(folder / "tokenizer", target)
             write_ends(target, {"bos_token_id": run.tokenizer.bos_id, "eos_token_id": run.tokenizer.eos_id})
+            _write_tokenizer_config(run.tokenizer, target)
 
     return Opened(
         model=run.config.model,
@@ -124,6 +125,21 @@ def open_run(place: Path) -> Opened:
         step=run.step,
         quantised=run.parameters if kinds_of(run.config.model, run.parameters) else None,
     )
+
+
+def _write_tokenizer_config(tokenizer: Tokenizer, folder: Path) -> None:
+    """What no other file says: how texts begin, and that the ids are those of the file.
+
+    Without a class transformers takes that of the family, which cuts a text in its own way and adds tokens of its own.
+    """
+    bos = None if tokenizer.bos_id is None else tokenizer.name_of(tokenizer.bos_id)
+    eos = tokenizer.name_of(tokenizer.eos_id)
+    if eos is None:  # it has no file
+        return
+    said = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": bos is not None, "eos_token": eos}
+    said |= {} if bos is None else {"bos_token": bos}
+    text = json.dumps(said, indent=2, ensure_ascii=False) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
 
 def write_published(opened: Opened, folder: Path, dtype: str | None) -> None:
@@ -172,26 +188,19 @@ def write_run(opened: Opened, folder: Path, *, parameters: Any = None) -> None:
         if parameters is not None:
             meta[QUANTISED] = kinds_of(opened.model, parameters)
         with Checkpointer(place / "checkpoints", CheckpointConfig()) as checkpointer:
-            params = _deferred(opened) if parameters is None else parameters
+            own = partial(_deferred, opened)
+            params = jax.tree.map(own, declared(opened.model)) if parameters is None else parameters
             checkpointer.save(opened.step, params=params, optimizer={}, meta=meta)
 
 
-def _layers(array: shapes.Array) -> Iterable[int | None]:
-    """What `Opened.layer` has of an array."""
-    return range(array.stacked) if array.dims[0] == "layers" else (None,)
-
-
-def _deferred(opened: Opened) -> Any:
-    """The tree of parameters, of which each is made when it is written."""
-
-    def read(array: shapes.Array) -> npt.NDArray[Any]:
-        found = np.empty(array.shape, np.float32)
-        for number in _layers(array):
-            found[... if number is None else number] = opened.layer(array, number)
-        return found
-
-    make = lambda one: Deferred(shape=one.shape, dtype=np.dtype(np.float32), read=partial(read, one))
-    return jax.tree.map(make, declared(opened.model))
+def _deferred(opened: Opened, array: shapes.Array) -> Deferred:
+    """An array in float32, which is made, layer by layer, when it is needed."""
+    return Deferred(
+        shape=array.shape,
+        dtype=np.dtype(np.float32),
+        by_layer=array.dims[0] == "layers",
+        read=lambda number: np.asarray(opened.layer(array, number), np.float32),
+    )
 
 
 def _family_of_origin(folder: Path) -> ModelFamily | None:
@@ -212,8 +221,9 @@ def report(opened: Opened, folder: Path | None) -> Iterator[str]:
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(array.name.encode())
-        for number in _layers(array):
-            digest.update(np.ascontiguousarray(opened.layer(array, number), np.float32).data)
+        made = _deferred(opened, array)
+        for number in made.numbers:
+            digest.update(np.ascontiguousarray(made.read(number)).data)
     if opened.ignored:
         shown = ", ".join(opened.ignored[:_SHOWN]) + (", ..." if len(opened.ignored) > _SHOWN else "")
         yield f"{len(opened.ignored)} tensors that are no part of the model were passed over: {shown}"

@@ -31,10 +31,10 @@ from maxlm.hub.weights import PublishedWeights
 Pieces = Callable[[Sequence[Piece]], list[npt.NDArray[Any]]]
 """Gives the parts of arrays that a tensor holds."""
 GENERATION = "generation_config.json"
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "qwen.tiktoken")
+"""Each of them is a tokenizer."""
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "qwen.tiktoken",
+    *VOCABULARIES,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",

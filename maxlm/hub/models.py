@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -197,20 +198,31 @@ def number_format(name: str) -> np.dtype[Any]:
 
 
 def pieces_of(parameters: Any) -> Pieces:
-    """From the tree of parameters, which may be `Deferred`: then those that the last tensor had parts of are kept. Of
-    quantised ones, the numbers that they stand for."""
-    kept: dict[str, Any] = {}
+    """From the tree of parameters, which may be `Deferred`: then what the last tensor had parts of is kept. What is
+    quantised comes as the numbers that it stands for."""
+    kept: dict[tuple[str, int | None], Any] = {}
 
-    def read(name: str) -> Any:
-        node = functools.reduce(lambda place, key: place[key], name.split("/"), parameters)
-        node = jax.tree.map(lambda leaf: leaf.read() if isinstance(leaf, Deferred) else leaf, node)
-        return jax.tree.map(jnp.asarray, node).dense(jnp.float32) if isinstance(node, Quantised) else node
+    def find(name: str) -> Any:
+        return functools.reduce(operator.getitem, name.split("/"), parameters)
+
+    def layer(part: Piece) -> int | None:
+        """Of an array that is kept layer by layer."""
+        node = find(part.array.name)
+        return part.at[0] if isinstance(node, Deferred) and node.by_layer and part.at else None
+
+    def read(name: str, number: int | None) -> Any:
+        node = find(name)
+        if isinstance(node, Quantised):
+            whole = lambda leaf: jnp.asarray(leaf.read(None) if isinstance(leaf, Deferred) else leaf)
+            return jax.tree.map(whole, node).dense(jnp.dtype(jnp.float32))
+        return node.read(number) if isinstance(node, Deferred) else node
 
     def pieces(parts: Sequence[Piece]) -> list[npt.NDArray[Any]]:
-        names = {part.array.name for part in parts}
-        for name in kept.keys() - names:
-            del kept[name]
-        kept.update({name: read(name) for name in names - kept.keys()})
-        return [np.asarray(kept[part.array.name][part.at]) for part in parts]
+        keys = [(part.array.name, layer(part)) for part in parts]
+        for key in kept.keys() - set(keys):
+            del kept[key]
+        kept.update({key: read(*key) for key in keys if key not in kept})
+        inner = [part.at if number is None else part.at[1:] for part, (_, number) in zip(parts, keys, strict=True)]
+        return [np.asarray(kept[key][at]) for key, at in zip(keys, inner, strict=True)]
 
     return pieces

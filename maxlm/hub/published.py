@@ -22,7 +22,7 @@ from maxlm.config import (
     YarnScaling,
 )
 from maxlm.config.fields import NotNegative, Positive, require
-from maxlm.config.json_file import read_object
+from maxlm.config.json_file import no_folder, read_object
 
 _REQUIRED: Any = object()
 _MOST = 10_000
@@ -40,11 +40,16 @@ class Published:
 
     @staticmethod
     def read(folder: Path) -> Published:
-        """Raises UserError where there is none."""
+        """Raises UserError where there is none, or one of a run."""
         file = folder / "config.json"
         if not file.is_file():
-            raise UserError(f"{folder}: has no config.json; name the folder of a downloaded model")
-        return Published(read_object(file, "the config.json of a published model"), str(file))
+            why = no_folder(folder) or "has no config.json"
+            remedy = "name it by --gguf or gguf:" if folder.suffix == ".gguf" else "name that of a downloaded model"
+            raise UserError(f"{folder}: {why}; {remedy} (docs/hub.md)")
+        values = read_object(file, "the config.json of a published model")
+        if "run_dir" in values and "model_type" not in values:
+            raise UserError(f"{folder}: is a run folder, must be a published model; name it by --run or run:")
+        return Published(values, str(file))
 
     def get(self, key: str, kind: Any, default: Any = _REQUIRED) -> Any:
         """A value of a kind of `maxlm.config.fields`, such as Positive[int].

@@ -181,7 +181,7 @@ def _files(folder: Path) -> dict[str, set[str]]:
         return {SINGLE: set()}
     if pickles := sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*")):
         raise UserError(
-            f"{pickles[0]}: pickled weights, which can run any code when they are read, are not; take the safetensors "
+            f"{pickles[0]}: pickled weights can run code when they are read: they are refused; take the safetensors "
             "files of the model, or write them with its own library (save_pretrained of transformers)"
         )
     raise UserError(f"{folder}: holds no {SINGLE} and no {INDEX}; name the folder of a downloaded model")

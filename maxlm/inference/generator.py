@@ -100,8 +100,8 @@ class Generator:
         A row's randomness is a function of the seed, the row's place in the batch and the token's position.
 
         Raises:
-            UserError: a prompt and its new tokens do not fit model.max_seq_len, `max_new_tokens` or the seed is out of
-                range, or the model's output is not finite.
+            UserError: a prompt is not UTF-8, it and its new tokens do not fit model.max_seq_len, `max_new_tokens` or
+                the seed is out of range, or the model's output is not finite.
         """
         ids = [self._prompt_ids(prompt) for prompt in prompts]
         streams = [TextStream(self._tokenizer, row) for row in ids]
@@ -188,6 +188,10 @@ class Generator:
             left -= int(n)
 
     def _prompt_ids(self, prompt: str) -> list[int]:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:  # bytes of a command line that are not UTF-8 arrive as half characters
+            raise UserError(f"prompt = {prompt[:40]!r}: character {error.start} is not UTF-8; give UTF-8") from error
         return self._ends.prompt_ids(self._tokenizer, prompt)
 
     def _check(self, prompts: list[list[int]], max_new_tokens: int, seed: int) -> int:

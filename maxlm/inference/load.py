@@ -11,6 +11,7 @@ from typing import Any, overload
 import jax
 
 from maxlm.checkpoint.checkpointer import Checkpointer
+from maxlm.checkpoint.reference import run_and_step
 from maxlm.checkpoint.store import Record
 from maxlm.config import (
     ACTIVATION_DIMS,
@@ -24,6 +25,7 @@ from maxlm.config import (
     UserError,
     serialize,
 )
+from maxlm.config.json_file import no_folder
 from maxlm.config.layout_rules import broken_layout_rules
 from maxlm.data.text_ends import PUBLISHED, TextEnds, published_ends
 from maxlm.data.tokenizers import Tokenizer, load_tokenizer
@@ -132,7 +134,10 @@ def deferred_run(run_dir: Path, *, step: int | None = None) -> LoadedRun:
 
 def _load_run(run_dir: Path, step: int | None, sharding: ShardingConfig, *, deferred: bool) -> LoadedRun:
     if not (run_dir / "config.json").is_file():
-        raise UserError(f"{run_dir}: not a run folder (it has no config.json); name the run_dir of a training run")
+        why = no_folder(run_dir) or "it has no config.json"
+        folder, at = run_and_step(str(run_dir))
+        remedy = "name the run_dir of a training run" if at is None else f"name {folder} and --step {at}"
+        raise UserError(f"{run_dir}: not a run folder ({why}); {remedy}")
     saved = serialize.load(RunConfig, run_dir / "config.json")
     tokenizer = load_tokenizer(run_dir / "tokenizer")
     devices = _devices(sharding)
