@@ -188,8 +188,8 @@ def write_run(opened: Opened, folder: Path, *, parameters: Any = None) -> None:
         if parameters is not None:
             meta[QUANTISED] = kinds_of(opened.model, parameters)
         with Checkpointer(place / "checkpoints", CheckpointConfig()) as checkpointer:
-            deferred = jax.tree.map(partial(_deferred, opened), declared(opened.model))
-            params = deferred if parameters is None else parameters
+            own = partial(_deferred, opened)
+            params = jax.tree.map(own, declared(opened.model)) if parameters is None else parameters
             checkpointer.save(opened.step, params=params, optimizer={}, meta=meta)
 
 

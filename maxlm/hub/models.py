@@ -217,8 +217,8 @@ def number_format(name: str) -> np.dtype[Any]:
 
 
 def pieces_of(parameters: Any) -> Pieces:
-    """From the tree of parameters, which may be `Deferred`: then what the last tensor had parts of is kept. Of what is
-    quantised, the numbers that it stands for."""
+    """From the tree of parameters, which may be `Deferred`: then what the last tensor had parts of is kept. What is
+    quantised comes as the numbers that it stands for."""
     kept: dict[tuple[str, int | None], Any] = {}
 
     def find(name: str) -> Any:
@@ -232,8 +232,8 @@ def pieces_of(parameters: Any) -> Pieces:
     def read(name: str, number: int | None) -> Any:
         node = find(name)
         if isinstance(node, Quantised):
-            whole = jax.tree.map(lambda leaf: leaf.read(None) if isinstance(leaf, Deferred) else leaf, node)
-            return jax.tree.map(jnp.asarray, whole).dense(jnp.float32)
+            whole = lambda leaf: jnp.asarray(leaf.read(None) if isinstance(leaf, Deferred) else leaf)
+            return jax.tree.map(whole, node).dense(jnp.dtype(jnp.float32))
         return node.read(number) if isinstance(node, Deferred) else node
 
     def pieces(parts: Sequence[Piece]) -> list[npt.NDArray[Any]]:
