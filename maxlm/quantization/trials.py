@@ -25,7 +25,7 @@ from maxlm.sharding import decoding_layout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Text:
+class TrialText:
     """Windows of prepared data, one a batch."""
 
     calibration: list[Batch]
@@ -34,7 +34,9 @@ class Text:
     """Of the validation split, likewise."""
 
 
-def read_text(folder: Path, opened: Opened, *, seq_len: int, calibration_tokens: int, evaluation_tokens: int) -> Text:
+def read_text(
+    folder: Path, opened: Opened, *, seq_len: int, calibration_tokens: int, evaluation_tokens: int
+) -> TrialText:
     """
     Args:
         folder: prepared data.
@@ -62,7 +64,7 @@ def read_text(folder: Path, opened: Opened, *, seq_len: int, calibration_tokens:
             )
         return list(itertools.islice(batches, -(-tokens // length)))
 
-    return Text(
+    return TrialText(
         calibration=windows(Split.TRAIN, calibration_tokens), held_out=windows(Split.VALIDATION, evaluation_tokens)
     )
 
@@ -70,7 +72,7 @@ def read_text(folder: Path, opened: Opened, *, seq_len: int, calibration_tokens:
 class Trials:
     """A model and what it is measured on."""
 
-    def __init__(self, opened: Opened, text: Text | None, *, group: int, speed_tokens: int) -> None:
+    def __init__(self, opened: Opened, text: TrialText | None, *, group: int, speed_tokens: int) -> None:
         """Reads the parameters.
 
         Args:
@@ -136,7 +138,7 @@ class Trials:
         return max((rate for rate in rates if rate is not None), default=None)
 
 
-def methods_for(text: Text | None, *, blocks: bool) -> list[QuantMethod]:
+def methods_for(text: TrialText | None, *, blocks: bool) -> list[QuantMethod]:
     """All that can be tried. `blocks`: whether the numbers may be those of a GGUF file."""
     without = [QuantMethod.ALL, *([] if blocks else [QuantMethod.GGUF])]
     return [method for method in QuantMethod if method not in without and not (method.calibrated and text is None)]
