@@ -294,7 +294,7 @@ def test_the_likeliest_of_several_comes_first(run: LoadedRun, generator: Generat
         assert sorted(one.tokens for one in found) == sorted(one.tokens for one in drawn)
         rows = whole_logits(run.config.model, run.parameters, [(*HELLO, *one.tokens) for one in found])
         for one, row in zip(found, rows, strict=True):
-            values = row[len(prompt) - 1 : -1].astype(np.float64)
+            values = row[len(HELLO) - 1 : -1].astype(np.float64)
             values -= np.log(np.exp(values).sum(-1, keepdims=True))
             of_tokens = values[np.arange(len(one.tokens)), one.tokens]
             assert math.isclose(one.score, of_tokens.mean() if rank is Rank.MEAN else of_tokens.sum(), rel_tol=1e-5)
@@ -340,7 +340,7 @@ def test_what_does_not_go_with_beams(changes: dict[str, Any], message: str) -> N
 
 
 def test_mistakes_of_the_generator(generator: Generator) -> None:
-    with pytest.raises(UserError, match="more than model.max_seq_len = 32"):
+    with pytest.raises(UserError, match=r"more than model\.max_seq_len = 32"):
         generator.search(["Hello "], max_new_tokens=40, beams=BeamConfig(beams=2))
     with pytest.raises(UserError, match="n_best = 2, and here each prompt has one text"):
         generator.generate(["Hello "], max_new_tokens=4, beams=BeamConfig(beams=2, n_best=2))

@@ -49,11 +49,11 @@ from maxlm.models.weights.by_group import ByGroup
 from maxlm.models.weights.holding import quantised
 from maxlm.models.weights.kinds import Quantised
 from maxlm.models.weights.watched import SeenInputs
-from maxlm.quantization.blocks import found_blocks
 from maxlm.quantization.calibration import _none_seen, _run, _see, flat, layer_by_layer, nested
 from maxlm.quantization.comparing import WindowSums, fidelity
 from maxlm.quantization.folding import by_inputs, folded, folds, shared_by_heads
 from maxlm.quantization.gptq import gptq, product_errors
+from maxlm.quantization.llama_blocks import found_blocks
 from maxlm.quantization.methods import quantise
 from maxlm.quantization.scale_search import awq_scales, smoothing_scales
 from maxlm.recipes.starting import open_source

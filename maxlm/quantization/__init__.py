@@ -2,7 +2,7 @@
 
 methods.py: each method, from parameters to `Weight`s of fewer bits, with the error of every array
 calibration.py: one layer after the other on real text, with what its products see
-blocks.py: the blocks of a GGUF file, found again in its numbers
+llama_blocks.py: the blocks of a GGUF file, found again in its numbers
 folding.py: scales moved from the inputs of a product into what makes them
 gptq.py: GPTQ of one matrix
 scale_search.py: the scales of AWQ and SmoothQuant

@@ -18,10 +18,10 @@ from maxlm.models.weights.by_group import ByGroup, grids, group_of, packed
 from maxlm.models.weights.holding import axis_of, quantised
 from maxlm.models.weights.kinds import Weight
 from maxlm.models.weights.watched import SeenInputs
-from maxlm.quantization.blocks import found_blocks
 from maxlm.quantization.calibration import layer_by_layer
 from maxlm.quantization.folding import LayerArrays, folded, folds, shared_by_heads
 from maxlm.quantization.gptq import gptq
+from maxlm.quantization.llama_blocks import found_blocks
 from maxlm.quantization.scale_search import awq_scales, smoothing_scales, squared_error
 from maxlm.shapes import Array
 
