@@ -186,7 +186,7 @@ def _attend(p: PagedProblem, blocks: PagedBlocks, x: _Inputs, out: Any, shared: 
         scores = pl.run_scoped(multiply, plgpu.ACC((ROWS, blocks.keys), jnp.float32))
         keys = begin + plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
         scores = _bend(p, scores, keys, position, shared)
-        scores = jnp.where(p.mask.visible(position, keys), scores, MASKED)
+        scores = jnp.where(p.mask.visible(position, keys) & (keys < p.M * p.C), scores, MASKED)
         new_top = jnp.maximum(top, scores.max(1))
         shrink = jnp.exp2(top - new_top)
         weights = jnp.exp2(scores - along(new_top, scores.shape, 0))
