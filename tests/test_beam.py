@@ -340,7 +340,7 @@ def test_what_does_not_go_with_beams(changes: dict[str, Any], message: str) -> N
 
 
 def test_mistakes_of_the_generator(generator: Generator) -> None:
-    with pytest.raises(UserError, match="more than model.max_seq_len = 32"):
+    with pytest.raises(UserError, match=r"more than model\.max_seq_len = 32"):
         generator.search(["Hello "], max_new_tokens=40, beams=BeamConfig(beams=2))
     with pytest.raises(UserError, match="n_best = 2, and here each prompt has one text"):
         generator.generate(["Hello "], max_new_tokens=4, beams=BeamConfig(beams=2, n_best=2))
