@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
 
     from maxlm.compile_cache import enable_compilation_cache  # these import jax: --help stays instant
     from maxlm.hub.models import load_chosen
-    from maxlm.inference.generator import Generator, Scored
+    from maxlm.inference.generator import Generator, Ranked
 
     enable_compilation_cache()
     slots = min(max(options.beams.beams, options.n), _SLOTS)
@@ -105,7 +105,7 @@ def main(argv: list[str]) -> None:
     for one in found:
         print("" if streamed else one.text, flush=True)
         speed = f", {one.tokens_per_s:.1f} tokens/s" if one.tokens_per_s is not None else ""
-        score = f", score {one.score:.4f}" if isinstance(one, Scored) else ""
+        score = f", score {one.score:.4f}" if isinstance(one, Ranked) else ""
         print(f"[{len(one.tokens)} tokens{speed}{score}]", file=sys.stderr)
 
 

@@ -292,7 +292,8 @@ def test_the_likeliest_of_several_comes_first(run: LoadedRun, generator: Generat
     for rank in Rank:
         found = best_of(generator, "Hello ", n=4, rank=rank, **ask)
         assert sorted(one.tokens for one in found) == sorted(one.tokens for one in drawn)
-        rows = whole_logits(run.config.model, run.parameters, [(*HELLO, *one.tokens) for one in found])
+        prompt = generator.engine.prompt_ids("Hello ")
+        rows = whole_logits(run.config.model, run.parameters, [(*prompt, *one.tokens) for one in found])
         for one, row in zip(found, rows, strict=True):
             values = row[len(HELLO) - 1 : -1].astype(np.float64)
             values -= np.log(np.exp(values).sum(-1, keepdims=True))

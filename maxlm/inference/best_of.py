@@ -8,7 +8,7 @@ import math
 from typing import assert_never
 
 from maxlm.config import SamplingConfig, UserError
-from maxlm.inference.generator import Generator, Scored
+from maxlm.inference.generator import Generator, Ranked
 from maxlm.inference.request import TokenScore
 
 
@@ -30,7 +30,7 @@ def best_of(
     sampling: SamplingConfig = SamplingConfig(),
     seed: int = 0,
     rank: Rank = Rank.MEAN,
-) -> list[Scored]:
+) -> list[Ranked]:
     """Draw n continuations of a prompt and put the likeliest first.
 
     Log-probabilities are the model's own, whatever `sampling` made of them. The texts are those of
@@ -46,7 +46,7 @@ def best_of(
         raise UserError(f"n = {n}; must be at least 1")
     requests = [generator.request(prompt, max_new_tokens, sampling, seed, i) for i in range(n)]
     drawn = generator.texts([dataclasses.replace(request, logprobs=0) for request in requests])
-    found = [Scored(**vars(text.generation), score=_score(text.scores, rank)) for text in drawn]
+    found = [Ranked(**vars(text.generation), score=_score(text.scores, rank)) for text in drawn]
     return sorted(found, key=lambda one: -one.score)
 
 

@@ -32,7 +32,7 @@ class Generation:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Scored(Generation):
+class Ranked(Generation):
     """One of several that were compared."""
 
     score: float
@@ -80,7 +80,7 @@ class Generator:
             max_new_tokens: of each.
             sampling: how the next token is drawn.
             seed: of all of them.
-            beams: search in place of drawing; the best text of each prompt, `Scored`. The seed does not matter then.
+            beams: search in place of drawing; the best text of each prompt, `Ranked`. The seed does not matter then.
 
         Raises:
             UserError: a prompt is not UTF-8, it and its new tokens do not fit model.max_seq_len, `max_new_tokens` or
@@ -103,7 +103,7 @@ class Generator:
         max_new_tokens: int,
         beams: BeamConfig,
         sampling: SamplingConfig = SamplingConfig(),
-    ) -> list[list[Scored]]:
+    ) -> list[list[Ranked]]:
         """The likeliest continuations of each prompt that a beam search finds, at most `n_best`, best first.
 
         Nothing is drawn: the same prompt has the same texts. `tokens_per_s` is None.
@@ -117,7 +117,7 @@ class Generator:
         found = beam_search(lambda asked: [text.scores[0] for text in self.texts(asked)], requests, beams)
         return [
             [
-                Scored(text=self._said(request, one.tokens), tokens=[*one.tokens], tokens_per_s=None, score=one.score)
+                Ranked(text=self._said(request, one.tokens), tokens=[*one.tokens], tokens_per_s=None, score=one.score)
                 for one in hypotheses
             ]
             for request, hypotheses in zip(requests, found, strict=True)
@@ -131,7 +131,7 @@ class Generator:
         """
         return [text.generation for text in self.texts(requests)]
 
-    def texts(self, requests: Sequence[Request]) -> list[Text]:
+    def texts(self, requests: Sequence[Request]) -> list[GrowingText]:
         """The text of each request, with the scores that it asks for.
 
         Raises:
@@ -139,8 +139,8 @@ class Generator:
         """
         for request in requests:  # all of them, before the first has begun
             self.engine.check(request)
-        texts, waiting = [Text() for _ in requests], list(zip(requests, range(len(requests)), strict=True))[::-1]
-        running: dict[Ticket, Text] = {}
+        texts, waiting = [GrowingText() for _ in requests], list(zip(requests, range(len(requests)), strict=True))[::-1]
+        running: dict[Ticket, GrowingText] = {}
         while waiting or running:
             while waiting and not self.engine.full:
                 request, n = waiting.pop()
@@ -165,7 +165,7 @@ class Generator:
         Raises:
             UserError: as `generate`, at the first piece.
         """
-        text = Text()
+        text = GrowingText()
         for delta in self._deltas(self.request(prompt, max_new_tokens, sampling, seed)):
             text.add(delta)
             if delta.text:
@@ -218,7 +218,7 @@ class Generator:
                 self._inbox[ticket].append(delta)
 
 
-class Text:
+class GrowingText:
     """A text as it grows."""
 
     def __init__(self) -> None:
