@@ -141,18 +141,23 @@ class Generator:
             self.engine.check(request)
         texts, waiting = [GrowingText() for _ in requests], list(zip(requests, range(len(requests)), strict=True))[::-1]
         running: dict[Ticket, GrowingText] = {}
-        while waiting or running:
-            while waiting and not self.engine.full:
-                request, n = waiting.pop()
-                running[self._submit(request)] = texts[n]
-            self._step()
-            for ticket in list(running):
-                while self._inbox[ticket]:
-                    delta = self._inbox[ticket].popleft()
-                    running[ticket].add(delta)
-                    if delta.finish is not None:
-                        del running[ticket], self._inbox[ticket]
-                        break
+        try:
+            while waiting or running:
+                while waiting and not self.engine.full:
+                    request, n = waiting.pop()
+                    running[self._submit(request)] = texts[n]
+                self._step()
+                for ticket, text in list(running.items()):
+                    while self._inbox[ticket]:
+                        delta = self._inbox[ticket].popleft()
+                        text.add(delta)
+                        if delta.finish is not None:
+                            del running[ticket], self._inbox[ticket]
+                            break
+        finally:  # of a text that ended with an error, the others too
+            for ticket in running:
+                self.engine.cancel(ticket)
+                del self._inbox[ticket]
         return texts
 
     def stream(
