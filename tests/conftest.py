@@ -20,13 +20,15 @@ os.environ["MAXLM_PLAN_CACHE"] = _plans.name
 
 @pytest.fixture(scope="module")
 def programs_kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What a module compiles several times, as engines of one model, is compiled once."""
+    """What tests compile several times, as engines of one model, is compiled once, by whichever process comes first."""
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
     changes = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_compilation_cache_dir": str(shared / "programs"),
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
     }
     before = {name: jax.config.values[name] for name in changes}
     for values in (changes, before):

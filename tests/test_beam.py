@@ -24,6 +24,8 @@ from maxlm.inference.generator import Generator
 from maxlm.inference.load import LoadedRun
 from maxlm.inference.request import Request, TokenScore
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
+
 GREEDY = SamplingConfig(temperature=0)
 HELLO = tuple(b"Hello ")
 LLAMA = {**published.MODELS["llama"], "vocab_size": 258}

@@ -26,6 +26,8 @@ from maxlm.inference.structured import JsonSchema, Regex
 from maxlm.models import Execution, Tokens, bind, ops
 from maxlm.sharding import make_layout
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
+
 SMALL = EngineConfig(slots=4, tokens_per_step=8, block_size=8, cache_tokens=160, decode_steps=3, queue=64)
 
 

@@ -35,6 +35,8 @@ from maxlm.inference.load import LoadedRun, load_run
 from maxlm.inference.request import Request
 from maxlm.models import Tokens
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
+
 LIMIT = 40
 """Tokens that the model takes: no power of two, so that the last shape is not one either."""
 

@@ -18,6 +18,8 @@ from maxlm.evaluation.harness import HarnessModel
 from maxlm.evaluation.scoring import GREEDY, RunExaminee
 from maxlm.hub.models import KINDS, load_published
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def private_cache() -> None:

@@ -58,6 +58,8 @@ from maxlm.quantization.methods import quantise
 from maxlm.quantization.scale_search import awq_scales, smoothing_scales
 from maxlm.recipes.starting import open_source
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
+
 Matrix = npt.NDArray[np.float64]
 
 

@@ -35,6 +35,8 @@ from maxlm.serving.app import Service
 from maxlm.serving.loading import serve_model
 from maxlm.serving.served import Served
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
+
 NAME = "tiny"
 ASKED: list[Any] = [{"role": "user", "content": "Tell me all."}]
 
