@@ -58,7 +58,19 @@ from maxlm.training.step import make_trainer
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/api.md").read_text(), re.M | re.S)
-COMMANDS = ("train", "convert", "generate", "evaluate", "inspect", "launch", "data", "plan")
+COMMANDS = (
+    "train",
+    "convert",
+    "generate",
+    "evaluate",
+    "inspect",
+    "launch",
+    "data",
+    "plan",
+    "serve",
+    "chat",
+    "quantize",
+)
 SMALL = {
     "model.d_model": 32,
     "model.n_layers": 1,
@@ -468,7 +480,7 @@ def test_the_package_lists_its_commands() -> None:
     assert done.returncode == 0, done.stderr
     found = dict(re.findall(r"^  python -m maxlm\.(\w+) +(\S.+)$", done.stdout, re.M))
     assert set(found) == set(COMMANDS)
-    assert found["evaluate"] == "held-out loss, perplexity and bits per byte of a trained model."
+    assert found["evaluate"] == "held-out loss, or marks in exams, of a trained model."
     assert python("-m", "maxlm", "--help").stdout == done.stdout == python("maxlm").stdout
 
 

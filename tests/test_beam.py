@@ -297,7 +297,7 @@ def test_the_likeliest_of_several_comes_first(run: LoadedRun, generator: Generat
         prompt = generator.engine.prompt_ids("Hello ")
         rows = whole_logits(run.config.model, run.parameters, [(*prompt, *one.tokens) for one in found])
         for one, row in zip(found, rows, strict=True):
-            values = row[len(HELLO) - 1 : -1].astype(np.float64)
+            values = row[len(prompt) - 1 : -1].astype(np.float64)
             values -= np.log(np.exp(values).sum(-1, keepdims=True))
             of_tokens = values[np.arange(len(one.tokens)), one.tokens]
             assert math.isclose(one.score, of_tokens.mean() if rank is Rank.MEAN else of_tokens.sum(), rel_tol=1e-5)

@@ -60,7 +60,7 @@ def test_texts_score_as_with_their_adapter(model: tuple[str, HarnessModel]) -> N
     assert found[0] != pytest.approx(stored("bos", "rolling")[0], abs=0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_texts_are_continued_as_with_their_adapter(model: tuple[str, HarnessModel]) -> None:
     """Where a prompt is too long, theirs also loses the beginning of texts."""
     name, ours = model
@@ -159,7 +159,7 @@ def test_a_task_of_ones_own_through_the_command(
     assert len((tmp_path / "out/capitals.jsonl").read_text().splitlines()) == 6
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_task_that_nobody_knows(model: tuple[str, HarnessModel]) -> None:
     """It takes seconds to look through lm-eval's own."""
     with pytest.raises(

@@ -53,10 +53,10 @@ XLA = {
         "xla", "jnp.where(seen, jnp.exp(scores - new_top[..., None]), 0.0)", "jnp.exp(scores - new_top[..., None])"
     ),
     "clamp_of_sum": Mutation("xla", "total = jnp.where(total == 0, 1.0, total)", "total = 1.0 * total"),
-    "soft_cap": Mutation("xla", "scores if cap is None else cap * jnp.tanh(scores / cap)", "scores"),
+    "soft_cap": Mutation("xla", "scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)", "scores"),
     "alibi": Mutation("xla", "* jnp.abs(distance)", "* distance"),
     "bucket": Mutation("xla", "jnp.where(distance >= start,", "jnp.where(distance > start,"),
-    "scale": Mutation("xla", "products * self.problem.scale,", "products,"),
+    "scale": Mutation("xla", "    scores = products * scale\n", "    scores = products\n"),
     "last_key_block": Mutation(
         "xla", "-(-jnp.minimum(stop, self.problem.S) //", "(jnp.minimum(stop, self.problem.S) //"
     ),

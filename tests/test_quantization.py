@@ -152,7 +152,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize(
-    "name", ["gated", *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name != "gated")]
+    "name", ["gated", *(pytest.param(name, marks=pytest.mark.nightly) for name in MODELS if name != "gated")]
 )
 def test_a_fold_changes_nothing_but_what_products_see(name: str) -> None:
     model, how = MODELS[name], plainly()
@@ -202,7 +202,7 @@ def test_the_scales_of_awq_and_smoothquant() -> None:
     assert by_inputs(smooth, array).shape == (32, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_layers_see_what_the_layers_before_give_now() -> None:
     """The second layer is calibrated on what the changed first layer gives, and every array finds its place again."""
     model, how = small_model(), plainly()
@@ -233,7 +233,7 @@ def test_layers_see_what_the_layers_before_give_now() -> None:
         )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_methods_make() -> None:
     model, how = with_attention(small_model(d_model=64, head=LmHead(tied=True)), n_kv_heads=4), plainly()
     parameters, batches = (
@@ -312,7 +312,7 @@ def unpacked(words: npt.NDArray[np.int32], bits: int, inputs: int) -> npt.NDArra
     return np.array(rows)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("method", ["int4", "int8"])
 def test_transformers_reads_it_as_the_same_model(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers 5.24 with compressed-tensors 0.20 said once what the logits of this folder are."""
@@ -384,7 +384,7 @@ def test_a_run_of_rounded_weights(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert row["fidelity"] is None and row["bytes"] < 0.35 * full_row["bytes"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("method", ["int4", "gptq"])
 def test_a_quantised_run_goes_everywhere(
     method: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -419,7 +419,7 @@ def test_a_quantised_run_goes_everywhere(
     np.testing.assert_allclose(load_run(f"{place}-plain").model(ids), logits, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_table_of_all_methods(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("maxlm.compile_cache.enable_compilation_cache", lambda: None)
     full, *rows = run(folder, "all")["methods"]
