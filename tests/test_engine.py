@@ -16,7 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_folder import parameters_of
 
-from maxlm.config import EngineConfig, GatedMlp, ModelConfig, SamplingConfig, ShardingConfig
+from maxlm.config import (
+    EngineConfig,
+    Experts,
+    GatedMlp,
+    ModelConfig,
+    SamplingConfig,
+    ShardingConfig,
+    TopKRouter,
+    with_experts,
+)
 from maxlm.data.tokenizers import Bytes
 from maxlm.inference.engine import Engine, Ticket
 from maxlm.inference.load import LoadedRun
@@ -142,6 +151,18 @@ def test_a_text_is_the_same_to_the_bit_whatever_else_runs(engine: Engine, data: 
     for n, ticket in places.items():
         assert outcome(found[ticket]) == want[n]
     assert engine.stats.free_blocks == engine.stats.blocks
+
+
+@pytest.mark.nightly
+def test_experts_give_a_text_the_same_beside_others() -> None:
+    """Their products are of as many rows as tokens chose an expert, which depends on the other texts."""
+    model = wide_model()
+    one = dataclasses.replace(model, blocks=model.blocks[1:])
+    engine = Engine(loaded(with_experts(one, Experts(n_experts=4, d_ff=344, router=TopKRouter(top_k=2)))), SMALL)
+    greedy = SamplingConfig(temperature=0)
+    asked = [Request(prompt=SHARED[n : 2 * n + 5], max_new_tokens=12, sampling=greedy, logprobs=3) for n in range(6)]
+    want = [fresh(engine, request) for request in asked]
+    assert [outcome(deltas) for deltas in finish(engine, asked)] == want
 
 
 def test_log_probabilities_are_those_of_the_forward_pass(engine: Engine) -> None:

@@ -94,7 +94,7 @@ class Engine:
     """Decodes many texts at once. Not for several threads: `EngineLoop` is.
 
     The same request gets the same tokens and log-probabilities whatever else runs, whenever it comes, and whatever the
-    cache holds.
+    cache holds: on a CPU to the bit, as docs/generate.md tells; on other devices nobody has tried.
     """
 
     def __init__(
