@@ -16,9 +16,10 @@ from helpers import small_run
 from tokenizers import Tokenizer, models
 
 from maxlm import convert, generate
+from maxlm.checkpoint.reference import PUBLISHED
 from maxlm.config import UserError, serialize
 from maxlm.data.chat import find_chat_template
-from maxlm.data.text_ends import PUBLISHED, published_ends
+from maxlm.data.text_ends import published_ends
 from maxlm.data.tokenizers import load_tokenizer
 from maxlm.hub.families import FAMILIES
 from maxlm.hub.models import find_tokenizer, load_model

@@ -11,7 +11,7 @@ from typing import Any, overload
 import jax
 
 from maxlm.checkpoint.checkpointer import Checkpointer
-from maxlm.checkpoint.reference import run_and_step
+from maxlm.checkpoint.reference import PUBLISHED, run_and_step
 from maxlm.checkpoint.store import Record
 from maxlm.config import (
     ACTIVATION_DIMS,
@@ -29,7 +29,7 @@ from maxlm.config import (
 from maxlm.config.json_file import no_folder
 from maxlm.config.layout_rules import broken_layout_rules
 from maxlm.data.chat import ChatTemplate, find_chat_template
-from maxlm.data.text_ends import PUBLISHED, TextEnds, published_ends
+from maxlm.data.text_ends import TextEnds, published_ends
 from maxlm.data.tokenizers import Tokenizer, load_tokenizer
 from maxlm.inference.generator import Generation, Generator
 from maxlm.inference.language_model import LanguageModel

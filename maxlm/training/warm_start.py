@@ -13,11 +13,10 @@ import jax
 from jax.sharding import PartitionSpec
 
 from maxlm.checkpoint.checkpointer import Checkpointer
-from maxlm.checkpoint.reference import run_and_step
+from maxlm.checkpoint.reference import PUBLISHED, run_and_step
 from maxlm.checkpoint.store import Record
 from maxlm.config import ModelConfig, RunConfig, UserError, serialize
 from maxlm.config.changes import changes
-from maxlm.data.text_ends import PUBLISHED
 from maxlm.models import abstract_parameters
 from maxlm.models.upcycle import upcycle
 from maxlm.models.weights.holding import QUANTISED
