@@ -172,7 +172,7 @@ class Seeded:
 
 def test_what_is_drawn_has_the_models_distribution(engine: Engine) -> None:
     """Three tokens, each one of two: eight texts, over many seeds, against the forward pass."""
-    run, n = loaded(wide_model()), 320
+    run, n = loaded(wide_model()), 256
     likely = {ONE: 61.0, OTHER: 60.0}
     asked = [Request(prompt=SHARED[:4], max_new_tokens=3, seed=seed, logit_bias=likely) for seed in range(n)]
     texts = drawn(engine, Silent(), asked)
@@ -184,7 +184,7 @@ def test_what_is_drawn_has_the_models_distribution(engine: Engine) -> None:
         places = [0 if token == ONE else 1 for token in row[4:]]
         for last, token in enumerate((ONE, OTHER)):
             want[(*row[4:], token)] = n * p[0, places[0]] * p[1, places[1]] * p[2, last]
-    assert sum(want.values()) == pytest.approx(n) and min(want.values()) > 5
+    assert sum(want.values()) == pytest.approx(n) and min(want.values()) > 4
     for name, guess in GUESSES.items():
         before = counts(engine)
         found = drawn(engine, Seeded(texts, guess), asked)
