@@ -133,7 +133,7 @@ from maxlm.config.sharding import (
     pipeline_bubble,
     pipeline_ticks,
 )
-from maxlm.config.speculation import PromptLookup, Speculation
+from maxlm.config.speculation import DraftModel, PromptLookup, Speculation
 from maxlm.config.task import Pretrain, Task
 
 __all__ = [
@@ -162,6 +162,7 @@ __all__ = [
     "DeepNorm",
     "Dispatch",
     "Documents",
+    "DraftModel",
     "Dropless",
     "Dtype",
     "DynamicNtkScaling",

@@ -5,11 +5,24 @@ What is guessed decides how many tokens a step gives, and never which: see `maxl
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
-from typing import Protocol, assert_never
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol, assert_never
 
-from maxlm.config import PromptLookup, Speculation
+from maxlm.config import DraftModel, EngineConfig, PromptLookup, UserError
+from maxlm.data.tokenizers import Tokenizer
+from maxlm.inference.request import BadRequest, Request
 from maxlm.inference.scheduler import Sequence
+
+if TYPE_CHECKING:
+    from maxlm.inference.engine import Engine, Ticket
+    from maxlm.inference.load import LoadedRun
+
+_BLOCK_SIZE = 4
+"""Of a draft model's cache: what is not in a full block is read again with every guess."""
+_ENDLESS = 2**30
+"""More texts than are ever asked for at once."""
 
 
 class Drafter(Protocol):
@@ -20,15 +33,63 @@ class Drafter(Protocol):
         ...
 
 
-def drafter_of(speculation: Speculation | None) -> Drafter | None:
-    """What the config asks for."""
-    match speculation:
+def drafter_of(
+    config: EngineConfig,
+    tokenizer: Tokenizer,
+    draft: LoadedRun | None,
+    engine: Callable[[LoadedRun, EngineConfig], Engine],
+) -> Drafter | None:
+    """What the config asks for.
+
+    Args:
+        config: of the engine that verifies.
+        tokenizer: of its texts.
+        draft: the model that `DraftModel` names.
+        engine: makes one of it.
+
+    Raises:
+        UserError: there is no such model, it has other tokens, or as `Engine`.
+    """
+    match config.speculation:
         case None:
             return None
         case PromptLookup():
-            return Lookup(speculation)
+            return Lookup(config.speculation)
+        case DraftModel(run=place):
+            if draft is None:
+                raise UserError(
+                    f"engine.speculation = DraftModel({place!r}) needs that model; give draft=load_run(...)"
+                )
+            require_same_tokens(tokenizer, draft.tokenizer, place)
+            own = EngineConfig(
+                slots=config.slots,
+                block_size=_BLOCK_SIZE,
+                queue=_ENDLESS,
+                decode_steps=max(config.drafts - 1, 1),
+            )
+            return Continuing(engine(draft, own))
         case _:
-            assert_never(speculation)
+            assert_never(config.speculation)
+
+
+def require_same_tokens(tokenizer: Tokenizer, other: Tokenizer, place: str) -> None:
+    """
+    Raises:
+        UserError: an id of the other one, which belongs to the model at `place`, is another token.
+    """
+    if tokenizer.fingerprint == other.fingerprint:
+        return
+
+    def name(one: Tokenizer, i: int) -> str:
+        found = one.name_of(i) if i < one.vocab_size else None
+        return "a token without a name" if found is None else repr(found)
+
+    for i in range(max(tokenizer.vocab_size, other.vocab_size)):
+        if name(tokenizer, i) != name(other, i):
+            raise UserError(
+                f"engine.speculation.run = {place!r}: id {i} is {name(other, i)} there and {name(tokenizer, i)} of the "
+                "model; use a draft model with the same tokenizer"
+            )
 
 
 class Lookup:
@@ -78,3 +139,45 @@ class Followed:
         for place in range(start, start + most):
             guess.append(tokens[place] if place < len(tokens) else guess[place - len(tokens)])
         return guess
+
+
+class Continuing:
+    """What another model goes on with, in an engine of its own; see `DraftModel`.
+
+    It is asked with the whole text each time, and finds most of it in its cache.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def propose(self, asked: list[tuple[Sequence, int]]) -> list[list[int]]:
+        """As `Drafter`."""
+        found: list[list[int]] = [[] for _ in asked]
+        places: dict[Ticket, int] = {}
+        for number, (sequence, most) in enumerate(asked):
+            most = min(most, self._engine.max_length - len(sequence.tokens))
+            if most > 0:
+                try:
+                    places[self._engine.submit(_beginning(sequence, most))] = number
+                except BadRequest:  # it does not fit its cache
+                    continue
+        while not self._engine.idle:
+            for ticket, delta in self._engine.step():
+                found[places[ticket]] += delta.tokens
+        return found
+
+
+def _beginning(sequence: Sequence, most: int) -> Request:
+    """A text so far as a prompt, that is gone on with as the text is: the noise is that of the seed and the place.
+    Penalties of what was generated, and only these, begin anew."""
+    asked = sequence.request
+    left = max(asked.sampling.min_new_tokens - sequence.generated, 0)
+    return Request(
+        prompt=tuple(sequence.tokens),
+        max_new_tokens=most,
+        sampling=dataclasses.replace(asked.sampling, min_new_tokens=left),
+        seed=asked.seed,
+        ends=asked.ends,
+        logit_bias=asked.logit_bias,
+        banned=asked.banned,
+    )

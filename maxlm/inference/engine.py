@@ -92,7 +92,12 @@ class Engine:
     """
 
     def __init__(
-        self, run: LoadedRun, config: EngineConfig = EngineConfig(), *, weights: WeightFormat = WeightFormat.DTYPE
+        self,
+        run: LoadedRun,
+        config: EngineConfig = EngineConfig(),
+        *,
+        weights: WeightFormat = WeightFormat.DTYPE,
+        draft: LoadedRun | None = None,
     ) -> None:
         """Places the weights, makes room for the cache, and compiles every program that will ever run.
 
@@ -100,9 +105,11 @@ class Engine:
             run: the model. Where its layout has several shards of the batch, each has `config`'s slots and blocks.
             config: how much at once.
             weights: the format in which they are held.
+            draft: the model that `config.speculation` names, if it is a `DraftModel`.
 
         Raises:
-            UserError: texts have ids that the model does not know, the model cannot decode, or the cache has no room.
+            UserError: texts have ids that the model does not know, the model cannot decode, the cache has no room, or
+                there is no draft model, or it has other tokens.
         """
         model, self.tokenizer = run.config.model, run.tokenizer
         self.ends = run.ends or TextEnds.of_documents(run.tokenizer)
@@ -127,7 +134,7 @@ class Engine:
             )
             for _ in range(layout.batch_shards)
         ]
-        self._drafter = drafter_of(config.speculation)
+        self._drafter = drafter_of(config, self.tokenizer, draft, Engine)
         self._tickets: dict[Sequence, Ticket] = {}
         self._constraints: dict[tuple[int, ...], Constraints] = {}
         self._numbers = itertools.count()

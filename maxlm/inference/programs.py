@@ -152,7 +152,7 @@ class Programs:
 
     def _probed(self, program: jax.stages.Compiled, width: int, n: int) -> list[Drawn]:
         """What a step of this width makes of n short texts, each in a block of its own."""
-        rng, n = np.random.default_rng(0), min(n, self.scored_rows(width))
+        rng, n = np.random.default_rng(0), min(n, self.scored_rows(width), self._config.slots)
         settings = settings_row(SamplingConfig(), vocab=self._vocab_size, logprobs=TOP_SCORES)
         length = min(_PROBE, self._config.block_size)
         before = self._tables
