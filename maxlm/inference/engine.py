@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+import numpy.typing as npt
 
 from maxlm.config import EngineConfig, LmHead, ModelConfig, UserError, WeightFormat
 from maxlm.config.fields import Positive, Seed, require
@@ -64,6 +65,8 @@ class Ticket:
     deadline: float | None
     constraint: Constraint | None = None
     """Where the text is in its grammar."""
+    allowed: npt.NDArray[np.uint32] | None = None
+    """What its grammar lets come next."""
     begun: bool = False
     """Something of it was handed out."""
     prompt_scores: list[TokenScore] = field(default_factory=list)
@@ -154,7 +157,9 @@ class Engine:
         shard = min(range(len(self._shards)), key=lambda i: len(self._shards[i].running) + len(self._shards[i].waiting))
         deadline = None if request.deadline_s is None else time.monotonic() + request.deadline_s
         stream = TextStream(self.tokenizer, request.prompt, request.stop)
-        ticket = Ticket(sequence, shard, stream, deadline, self._constraint(request))
+        constraint = self._constraint(request)
+        allowed = constraint and constraint.mask()
+        ticket = Ticket(sequence, shard, stream, deadline, constraint, allowed)
         self._shards[shard].add(sequence)
         self._tickets[sequence] = ticket
         return ticket
@@ -171,6 +176,8 @@ class Engine:
                 raise UserError("prompt has no tokens; must have at least one")
             if wrong := [i for i in request.prompt if not 0 <= i < self.vocab_size]:
                 raise UserError(f"prompt holds id {wrong[0]}; must lie in [0, {self.vocab_size})")
+            if "" in request.stop:
+                raise UserError("stop: holds an empty string, which stands before every text; leave it out")
             for name in ("logprobs", "prompt_logprobs"):
                 n = getattr(request, name)
                 if n is not None and not 0 <= n <= TOP_SCORES:
@@ -317,8 +324,8 @@ class Engine:
         history = np.zeros(self.max_length + 1, np.int32)
         history[: len(sequence.tokens)] = sequence.tokens
         settings = self._settings(request)
-        if (constraint := self._tickets[sequence].constraint) is not None:
-            settings = settings._replace(allowed=constraint.mask())
+        if (allowed := self._tickets[sequence].allowed) is not None:
+            settings = settings._replace(allowed=allowed)
         text = Texts(history, np.int32(len(request.prompt)), np.int32(sequence.end), np.bool_(False), settings)
         self._programs.begin(self._slot(shard, sequence), text)
         sequence.begun = True
@@ -383,17 +390,19 @@ class Engine:
         request, stream = sequence.request, ticket.stream
         finish: Finish | None = None
         reason: str | int | None = None
+        text = ""
         for n, token in enumerate(tokens, start=1):
             if token < 0:
                 return self._end(ticket, Finish.ERROR, error=_NOTHING_LEFT)
-            if token in request.ends:
-                tokens, finish, reason = tokens[:n], Finish.STOP, token
+            if request.stop:  # how many tokens come at a time does not change which of them is the last
+                text += stream.add([token])
+            if stream.stopped is not None or token in request.ends:
+                tokens, finish = tokens[:n], Finish.STOP
+                reason = token if stream.stopped is None else stream.stopped
                 break
         sequence.tokens += tokens
-        text = stream.add(tokens)
-        if stream.stopped is not None:
-            finish, reason = Finish.STOP, stream.stopped
-        elif finish is None and len(sequence.tokens) >= sequence.end:
+        text = text if request.stop else stream.add(tokens)
+        if finish is None and len(sequence.tokens) >= sequence.end:
             finish = Finish.LENGTH
         of_tokens: tuple[TokenScore, ...] = ()
         if request.logprobs is not None and scores is not None:
@@ -412,13 +421,19 @@ class Engine:
         )
         ticket.begun = True
         if finish is None and ticket.constraint is not None:
-            ticket.constraint.accept(tokens[-1])
+            try:
+                ticket.constraint.accept(tokens[-1])
+                ticket.allowed = ticket.constraint.mask()
+            except UserError as error:  # of this text alone
+                return self._end(ticket, Finish.ERROR, error=str(error))
             if sequence.begun:
-                self._programs.allow(self._slot(ticket.shard, sequence), ticket.constraint.mask())
+                self._programs.allow(self._slot(ticket.shard, sequence), ticket.allowed)
         if finish is None:
             self._shards[ticket.shard].hold(sequence)
             return delta
         ended = self._end(ticket, finish)
+        if finish is Finish.LENGTH and stream.stopped is not None:  # in what waited for more tokens
+            finish, reason = Finish.STOP, stream.stopped
         return dataclasses.replace(delta, text=text + ended.text, finish=finish, stop_reason=reason)
 
     def _end(self, ticket: Ticket, finish: Finish, *, error: str = "") -> Delta:

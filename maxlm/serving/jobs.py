@@ -188,6 +188,8 @@ class Running:
             with contextlib.suppress(RuntimeError):  # the event loop has ended
                 self._events.call_soon_threadsafe(self._queue.put_nowait, (i, delta))
 
+        if self._ended:  # another of its texts was refused
+            return
         ticket = self.job.served.loop.submit(self.job.requests[i], receive)
         with self._lock:
             if not self._ended:

@@ -201,7 +201,7 @@ class Generating(Exact):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: Stops = Field(default_factory=list)
     ignore_eos: bool | None = None
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     response_format: ResponseFormat | None = None
 
@@ -233,6 +233,9 @@ class CompletionRequest(Generating):
         n, best_of = self.n or 1, self.best_of or self.n or 1
         if best_of < n:
             raise ValueError(f"best_of = {best_of} must be at least n = {n}")
+        if len(self.prompt) * best_of > _MAX_PROMPTS:
+            words = f"{len(self.prompt):,} prompts with {best_of} texts each"
+            raise ValueError(f"{words} must be at most {_MAX_PROMPTS:,} texts; send several requests")
         if best_of > n and self.stream:
             raise ValueError(
                 f"best_of = {best_of} must be n = {n} where stream is true, as all must end before one is best"
