@@ -59,8 +59,7 @@ class TextStream:
         return self._show(whole[: self._end])
 
     def _find_stop(self, text: str) -> None:
-        """Of all stop strings the one that ends first, however many tokens come at a time; of those that end at once, the
-        longest."""
+        """Of all stop strings the one that ends first, however many tokens come at a time; of such, the longest."""
         if self.stopped is not None or not self._stop:
             return
         start = max(self._searched - max(map(len, self._stop)), 0)
