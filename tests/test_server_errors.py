@@ -364,8 +364,7 @@ def test_a_mistake_of_the_server_is_an_answer_and_tells_nothing(
 def test_where_to_listen() -> None:
     taken = r"--port \d+: cannot listen there \(Address already in use\)"
     with bind_address("127.0.0.1", 0) as there, pytest.raises(UserError, match=taken):
-        there.listen()
-        bind_address("127.0.0.1", there.getsockname()[1])
+        bind_address("127.0.0.1", there.getsockname()[1])  # though the first does not listen yet
     with pytest.raises(UserError, match=r"--host 203.0.113.1 --port 0: cannot listen there"):
         bind_address("203.0.113.1", 0)
     assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "example.org")] == [
