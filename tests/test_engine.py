@@ -232,7 +232,7 @@ def test_a_grammar_that_grows_too_large_ends_its_own_text(engine: Engine) -> Non
     other = Request(prompt=SHARED, max_new_tokens=20)
     alone = fresh(engine, other)
     first, second = finish(engine, [asked, other])
-    assert (first[-1].finish, outcome(second)) == (Finish.ERROR, alone)
+    assert (first[-1].finish, outcome(second)) == (Finish.NOTHING_FITS, alone)
     assert first[-1].error.startswith("the grammar: ") and "\n" not in first[-1].error
 
 

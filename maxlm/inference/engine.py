@@ -393,7 +393,7 @@ class Engine:
         text = ""
         for n, token in enumerate(tokens, start=1):
             if token < 0:
-                return self._end(ticket, Finish.ERROR, error=_NOTHING_LEFT)
+                return self._end(ticket, Finish.NOTHING_FITS, error=_NOTHING_LEFT)
             if request.stop:  # how many tokens come at a time does not change which of them is the last
                 text += stream.add([token])
             if stream.stopped is not None or token in request.ends:
@@ -425,7 +425,7 @@ class Engine:
                 ticket.constraint.accept(tokens[-1])
                 ticket.allowed = ticket.constraint.mask()
             except UserError as error:  # of this text alone
-                return self._end(ticket, Finish.ERROR, error=str(error))
+                return self._end(ticket, Finish.NOTHING_FITS, error=str(error))
             if sequence.begun:
                 self._programs.allow(self._slot(ticket.shard, sequence), ticket.allowed)
         if finish is None:

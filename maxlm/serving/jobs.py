@@ -234,6 +234,8 @@ def _check(delta: Delta) -> None:
     match delta.finish:
         case Finish.ERROR:
             raise broken(delta.error or "the engine failed at this request")
+        case Finish.NOTHING_FITS:  # it would end so again
+            raise ApiError(400, delta.error)
         case Finish.CANCELLED:  # not by its client, who has left
             raise draining()
         case Finish.DEADLINE:

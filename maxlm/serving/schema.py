@@ -1,12 +1,13 @@
 """What a request may hold: OpenAI's fields, with the ranges that hold here, and a few of vLLM's.
 
-Types are exact: "1" is no number. What another server would use and this one has no use for (`IGNORED`) is passed over;
+Types are exact: "1" is no number. What another server would use and this one has no use for (`_IGNORED`) is passed
+over;
 any other unknown field is refused, so that a misspelt one does not go unseen.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -205,12 +206,14 @@ class Generating(Exact):
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     response_format: ResponseFormat | None = None
 
-    IGNORED: ClassVar[tuple[str, ...]] = _IGNORED
-
     @model_validator(mode="before")
     @classmethod
     def _without_ignored(cls, value: Any) -> Any:
-        return {key: one for key, one in value.items() if key not in _IGNORED} if isinstance(value, dict) else value
+        """Nor what is null, as some clients send every field that there is."""
+        if not isinstance(value, dict):
+            return value
+        wanted = lambda key, one: key not in _IGNORED and (one is not None or key in cls.model_fields)
+        return {key: one for key, one in value.items() if wanted(key, one)}
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
