@@ -387,7 +387,8 @@ def test_metrics(client: openai.OpenAI, url: str) -> None:
 
 
 def test_an_engine_that_fails_is_an_error(client: openai.OpenAI, loop: FakeLoop) -> None:
-    for finish, status in ((Finish.ERROR, 500), (Finish.NOTHING_FITS, 400), (Finish.DEADLINE, 504), (Finish.CANCELLED, 503)):
+    statuses = {Finish.ERROR: 500, Finish.NOTHING_FITS: 400, Finish.DEADLINE: 504, Finish.CANCELLED: 503}
+    for finish, status in statuses.items():
         loop.fails = finish
         with pytest.raises(openai.APIStatusError) as caught:
             client.completions.create(model=NAME, prompt="x")

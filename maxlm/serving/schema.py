@@ -1,8 +1,7 @@
 """What a request may hold: OpenAI's fields, with the ranges that hold here, and a few of vLLM's.
 
 Types are exact: "1" is no number. What another server would use and this one has no use for (`_IGNORED`) is passed
-over;
-any other unknown field is refused, so that a misspelt one does not go unseen.
+over, as is null; any other unknown field is refused, so that a misspelt one does not go unseen.
 """
 
 from __future__ import annotations
