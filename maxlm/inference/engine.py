@@ -158,7 +158,7 @@ class Engine:
         deadline = None if request.deadline_s is None else time.monotonic() + request.deadline_s
         stream = TextStream(self.tokenizer, request.prompt, request.stop)
         constraint = self._constraint(request)
-        allowed = constraint and constraint.mask()
+        allowed = None if constraint is None else constraint.mask()
         ticket = Ticket(sequence, shard, stream, deadline, constraint, allowed)
         self._shards[shard].add(sequence)
         self._tickets[sequence] = ticket
