@@ -19,8 +19,8 @@ import pytest
 from fake_engine import NAME
 
 from maxlm.config import UserError
-from maxlm.inference.request import Request
-from maxlm.serving import connection
+from maxlm.inference.request import QueueFull, Request
+from maxlm.serving import connection, jobs
 from maxlm.serving.app import Service
 from maxlm.serving.listening import bind_address, is_loopback
 from maxlm.serving.served import Served
@@ -275,6 +275,23 @@ def test_an_answer_that_nobody_reads(url: str, served: Served, monkeypatch: pyte
     assert wait_until(lambda: loop.stats.running == 0)
     unread.close()
     assert httpx.post(f"{url}{TEXT}", json=GOOD[TEXT]).status_code == 200
+
+
+def test_the_texts_of_a_refused_request_are_not_asked_for(
+    url: str, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def full(*_: Any) -> Any:
+        calls.append(0)
+        time.sleep(0.005)
+        raise QueueFull("no room")
+
+    monkeypatch.setattr(served.loop, "submit", full)
+    answer = httpx.post(f"{url}{TEXT}", json={**GOOD[TEXT], "n": 128, "prompt": ["x"] * 16}, timeout=60)
+    assert answer.status_code == 429
+    jobs._WAITING.submit(len, "").result()  # begins after all of them
+    assert len(calls) < 2048
 
 
 def wait_until(true: Callable[[], bool], seconds: float = 20.0) -> bool:
