@@ -312,6 +312,10 @@ HEAD = '{"exam": "choices"}\n'
         (HEAD + '{"prompt": "a", "choices": ["b", ""], "answer": 0}\n', "line 2: choices holds an empty string"),
         (HEAD + '{"prompt": 1, "choices": ["b"], "answer": 0}\n', "line 2: prompt = 1 must be a string"),
         (HEAD + '{"prompt": "a", "choices": ["b"], "answer": 0, "x": 1}\n', "line 2: x is unknown"),
+        (HEAD + '{"prompt": "a", "choices": "b", "answer": 0}\n', r'choices = "b" must be a list, such as \["b"\]'),
+        (HEAD + '{"prompt": "\\ud800", "choices": ["b"], "answer": 0}\n', r"line 2: has half a character, '.ud800'"),
+        ('{"exam": ["choices"]}\n', r"line 1: \"exam\" is \['choices'\], must be one of"),
+        ('{"exam": "answers", "stop": "x"}\n{"prompt": "a", "answers": ["b"]}\n', 'line 1: stop = "x" must be a list'),
         ('{"exam": "answers", "max_new_tokens": 0}\n{"prompt": "a", "answers": ["b"]}\n', "line 1: max_new_tokens = 0"),
     ],
 )
