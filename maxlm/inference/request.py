@@ -116,3 +116,22 @@ class Delta:
     """Of the prompt, taken from the cache; of the first Delta."""
     seconds: float = 0.0
     """The device's time since the Delta before; 0 in the first, which is the prompt's."""
+
+
+def check_lengths(
+    prompt: int, new: int, limit: int, *, key: str = "max_new_tokens", prompt_key: str = "the prompt"
+) -> None:
+    """
+    Raises:
+        UserError: so many tokens of a prompt and so many new ones are more than the model is meant for.
+    """
+    if prompt + new <= limit:
+        return
+    remedies = [f"use {key} <= {limit - prompt}"] if prompt < limit else []
+    if new < limit:
+        remedies.append(f"shorten {prompt_key} to at most {limit - new} tokens")
+    remedy = " or ".join(remedies) or "shorten both"
+    raise UserError(
+        f"{prompt_key}'s {prompt} tokens and {key} = {new} make {prompt + new}, more than model.max_seq_len = {limit}; "
+        f"{remedy}"
+    )
