@@ -368,9 +368,14 @@ class Engine:
         if (flying := self._flying) is None:
             return []
         self._flying = None
-        tokens, broken = np.asarray(flying.drawn.tokens), np.asarray(flying.drawn.broken)
-        seconds = time.perf_counter() - max(flying.began, self._read_at)
-        self._read_at = time.perf_counter()
+        drawn = flying.drawn.tokens
+        over = not isinstance(drawn, jax.Array) or drawn.is_ready()
+        tokens, broken = np.asarray(drawn), np.asarray(flying.drawn.broken)
+        now = time.perf_counter()
+        seconds = now - max(flying.began, self._read_at)
+        # First tokens have no time. If they were there before anybody looked, the next step runs since its launch.
+        if not over or all(read.sequence.generated for read in flying.reads):
+            self._read_at = now
         scored = any(read.sequence.request.logprobs is not None or not read.sample for read in flying.reads)
         scores = jax.tree.map(np.asarray, flying.drawn.scores) if scored else None
         found = []
