@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+import numpy.typing as npt
 
 from maxlm.config import EngineConfig, LmHead, ModelConfig, UserError, WeightFormat
 from maxlm.config.fields import Positive, Seed, require
 from maxlm.data.text_ends import TextEnds
 from maxlm.inference.drafting import Drafter, drafter_of
 from maxlm.inference.programs import Programs, pool_sizes
-from maxlm.inference.request import TOP_SCORES, BadRequest, Delta, Finish, QueueFull, Request, TokenScore
+from maxlm.inference.request import TOP_SCORES, BadRequest, Delta, Finish, QueueFull, Request, TokenScore, check_lengths
 from maxlm.inference.rows import Read, fill
 from maxlm.inference.sampling import LogProbs
 from maxlm.inference.scheduler import Scheduler, Sequence, Stage, StepPlan
@@ -70,6 +71,8 @@ class Ticket:
     deadline: float | None
     constraint: Constraint | None = None
     """Where the text is in its grammar."""
+    allowed: npt.NDArray[np.uint32] | None = None
+    """What its grammar lets come next."""
     begun: bool = False
     """Something of it was handed out."""
     prompt_scores: list[TokenScore] = field(default_factory=list)
@@ -156,7 +159,9 @@ class Engine:
         shard = min(range(len(self._shards)), key=lambda i: len(self._shards[i].running) + len(self._shards[i].waiting))
         deadline = None if request.deadline_s is None else time.monotonic() + request.deadline_s
         stream = TextStream(self.tokenizer, request.prompt, request.stop)
-        ticket = Ticket(sequence, shard, stream, deadline, self._constraint(request))
+        constraint = self._constraint(request)
+        allowed = None if constraint is None else constraint.mask()
+        ticket = Ticket(sequence, shard, stream, deadline, constraint, allowed)
         self._shards[shard].add(sequence)
         self._tickets[sequence] = ticket
         return ticket
@@ -173,6 +178,8 @@ class Engine:
                 raise UserError("prompt has no tokens; must have at least one")
             if wrong := [i for i in request.prompt if not 0 <= i < self.vocab_size]:
                 raise UserError(f"prompt holds id {wrong[0]}; must lie in [0, {self.vocab_size})")
+            if "" in request.stop:
+                raise UserError("stop: holds an empty string, which stands before every text; leave it out")
             for name in ("logprobs", "prompt_logprobs"):
                 n = getattr(request, name)
                 if n is not None and not 0 <= n <= TOP_SCORES:
@@ -325,8 +332,8 @@ class Engine:
         history = np.zeros(self.max_length + 1, np.int32)
         history[: len(sequence.tokens)] = sequence.tokens
         settings = self._settings(request)
-        if (constraint := self._tickets[sequence].constraint) is not None:
-            settings = settings._replace(allowed=constraint.mask())
+        if (allowed := self._tickets[sequence].allowed) is not None:
+            settings = settings._replace(allowed=allowed)
         text = Texts(history, np.int32(len(request.prompt)), np.int32(sequence.end), np.bool_(False), settings)
         self._programs.begin(self._slot(shard, sequence), text)
         sequence.begun = True
@@ -361,9 +368,14 @@ class Engine:
         if (flying := self._flying) is None:
             return []
         self._flying = None
-        tokens, broken = np.asarray(flying.drawn.tokens), np.asarray(flying.drawn.broken)
-        seconds = time.perf_counter() - max(flying.began, self._read_at)
-        self._read_at = time.perf_counter()
+        drawn = flying.drawn.tokens
+        over = not isinstance(drawn, jax.Array) or drawn.is_ready()
+        tokens, broken = np.asarray(drawn), np.asarray(flying.drawn.broken)
+        now = time.perf_counter()
+        seconds = now - max(flying.began, self._read_at)
+        # First tokens have no time. If they were there before anybody looked, the next step runs since its launch.
+        if not over or all(read.sequence.generated for read in flying.reads):
+            self._read_at = now
         scored = any(read.sequence.request.logprobs is not None or not read.sample for read in flying.reads)
         scores = jax.tree.map(np.asarray, flying.drawn.scores) if scored else None
         found = []
@@ -394,17 +406,19 @@ class Engine:
         request = sequence.request
         finish: Finish | None = None
         reason: str | int | None = None
+        text = ""
         for n, token in enumerate(tokens, start=1):
             if token < 0:
-                return self._end(ticket, Finish.ERROR, error=_NOTHING_LEFT)
-            if token in request.ends:
-                tokens, finish, reason = tokens[:n], Finish.STOP, token
+                return self._end(ticket, Finish.NOTHING_FITS, error=_NOTHING_LEFT)
+            if request.stop:  # how many tokens come at a time does not change which of them is the last
+                text += stream.add([token])
+            if stream.stopped is not None or token in request.ends:
+                tokens, finish = tokens[:n], Finish.STOP
+                reason = token if stream.stopped is None else stream.stopped
                 break
         sequence.tokens += tokens
-        text = stream.add(tokens)
-        if stream.stopped is not None:
-            finish, reason = Finish.STOP, stream.stopped
-        elif finish is None and len(sequence.tokens) >= sequence.end:
+        text = text if request.stop else stream.add(tokens)
+        if finish is None and len(sequence.tokens) >= sequence.end:
             finish = Finish.LENGTH
         of_tokens: tuple[TokenScore, ...] = ()
         if request.logprobs is not None and scores is not None:
@@ -424,13 +438,19 @@ class Engine:
         )
         ticket.begun = True
         if finish is None and ticket.constraint is not None:
-            ticket.constraint.accept(tokens[-1])
+            try:
+                ticket.constraint.accept(tokens[-1])
+                ticket.allowed = ticket.constraint.mask()
+            except UserError as error:  # of this text alone
+                return self._end(ticket, Finish.NOTHING_FITS, error=str(error))
             if sequence.begun:
-                self._programs.allow(self._slot(ticket.shard, sequence), ticket.constraint.mask())
+                self._programs.allow(self._slot(ticket.shard, sequence), ticket.allowed)
         if finish is None:
             self._shards[ticket.shard].hold(sequence)
             return delta
         ended = self._end(ticket, finish)
+        if finish is Finish.LENGTH and stream.stopped is not None:  # in what waited for more tokens
+            finish, reason = Finish.STOP, stream.stopped
         return dataclasses.replace(delta, text=text + ended.text, finish=finish, stop_reason=reason)
 
     def _end(self, ticket: Ticket, finish: Finish, *, error: str = "") -> Delta:
@@ -450,25 +470,6 @@ class Engine:
         )
         for shard in self._shards:
             shard.tables_changed = False
-
-
-def check_lengths(
-    prompt: int, new: int, limit: int, *, key: str = "max_new_tokens", prompt_key: str = "the prompt"
-) -> None:
-    """
-    Raises:
-        UserError: so many tokens of a prompt and so many new ones are more than the model is meant for.
-    """
-    if prompt + new <= limit:
-        return
-    remedies = [f"use {key} <= {limit - prompt}"] if prompt < limit else []
-    if new < limit:
-        remedies.append(f"shorten {prompt_key} to at most {limit - new} tokens")
-    remedy = " or ".join(remedies) or "shorten both"
-    raise UserError(
-        f"{prompt_key}'s {prompt} tokens and {key} = {new} make {prompt + new}, more than model.max_seq_len = {limit}; "
-        f"{remedy}"
-    )
 
 
 def _check(model: ModelConfig, needed: int) -> None:

@@ -79,7 +79,10 @@ class Finish(enum.Enum):
     """It has its max_new_tokens."""
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
+    NOTHING_FITS = "nothing_fits"
+    """No token is left that the request allows, or its grammar cannot go on."""
     ERROR = "error"
+    """Of the model or the engine."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,27 @@ class Delta:
     stop_reason: str | int | None = None
     """The string or id that ended it."""
     error: str = ""
-    """With Finish.ERROR, in one line."""
+    """With Finish.ERROR and Finish.NOTHING_FITS, in one line."""
     cached_tokens: int = 0
     """Of the prompt, taken from the cache; of the first Delta."""
     seconds: float = 0.0
     """The device's time since the Delta before; 0 in the first, which is the prompt's."""
+
+
+def check_lengths(
+    prompt: int, new: int, limit: int, *, key: str = "max_new_tokens", prompt_key: str = "the prompt"
+) -> None:
+    """
+    Raises:
+        UserError: so many tokens of a prompt and so many new ones are more than the model is meant for.
+    """
+    if prompt + new <= limit:
+        return
+    remedies = [f"use {key} <= {limit - prompt}"] if prompt < limit else []
+    if new < limit:
+        remedies.append(f"shorten {prompt_key} to at most {limit - new} tokens")
+    remedy = " or ".join(remedies) or "shorten both"
+    raise UserError(
+        f"{prompt_key}'s {prompt} tokens and {key} = {new} make {prompt + new}, more than model.max_seq_len = {limit}; "
+        f"{remedy}"
+    )
