@@ -72,11 +72,14 @@ class BeamConfig:
     favours longer texts (after arXiv:1609.08144, section 7)."""
     n_best: Positive[int] = 1
     """Texts of the highest score that are wanted."""
+    force: tuple[str, ...] = ()
+    """Words that must stand in each text, with a space before them or without (arXiv:1804.06609)."""
 
     def __post_init__(self) -> None:
-        if self.beams == 0 and (self.length_penalty, self.n_best) != (1.0, 1):
-            name, value = ("n_best", self.n_best) if self.n_best != 1 else ("length_penalty", self.length_penalty)
-            raise UserError(f"{name} = {value} is of a search, and beams = 0; set beams, or leave {name} out")
+        if self.beams == 0:
+            for name in ("n_best", "length_penalty", "force"):
+                if (value := getattr(self, name)) != getattr(BeamConfig, name):
+                    raise UserError(f"{name} = {value} is of a search, and beams = 0; set beams, or leave {name} out")
         if self.n_best > max(self.beams, 1):
             raise UserError(f"n_best = {self.n_best} is more than beams = {self.beams}; use at most as many")
 

@@ -263,6 +263,7 @@ class Engine:
             banned=request.banned,
             logprobs=max(asked, default=None),
             processed_logprobs=request.processed_logprobs,
+            told=request.told,
         )
 
     def _constraint(self, request: Request) -> Constraint | None:
@@ -372,7 +373,7 @@ class Engine:
             elif not read.sample:
                 assert scores is not None
                 n = sequence.request.prompt_logprobs or 0
-                ticket.prompt_scores.append(_score(scores, 0, read.row, int(tokens[0, read.row]), n))
+                ticket.prompt_scores.append(_score(scores, 0, read.row, int(tokens[0, read.row]), n, 0))
             else:
                 found.append((ticket, self._grown(read, tokens[: read.steps, read.row].tolist(), scores, seconds)))
         return found
@@ -398,7 +399,8 @@ class Engine:
         of_tokens: tuple[TokenScore, ...] = ()
         if request.logprobs is not None and scores is not None:
             of_tokens = tuple(
-                _score(scores, step, read.row, token, request.logprobs) for step, token in enumerate(tokens)
+                _score(scores, step, read.row, token, request.logprobs, len(request.told))
+                for step, token in enumerate(tokens)
             )
         self._counts["generated"] += len(tokens)
         first = not ticket.begun
@@ -478,6 +480,7 @@ def _check(model: ModelConfig, needed: int) -> None:
         )
 
 
-def _score(scores: LogProbs, step: int, row: int, token: int, n: int) -> TokenScore:
+def _score(scores: LogProbs, step: int, row: int, token: int, n: int, n_told: int) -> TokenScore:
     top = zip(scores.top_ids[step, row, :n].tolist(), scores.top[step, row, :n].tolist(), strict=True)
-    return TokenScore(token, float(scores.chosen[step, row]), tuple(top))
+    told = scores.told[step, row, :n_told].tolist()
+    return TokenScore(token, float(scores.chosen[step, row]), tuple(top), tuple(told))

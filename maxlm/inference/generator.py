@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from maxlm.config import BeamConfig, EngineConfig, SamplingConfig, UserError, WeightFormat
 from maxlm.inference.beam import beam_search
 from maxlm.inference.engine import Engine, Ticket
+from maxlm.inference.forced import spellings
 from maxlm.inference.request import Delta, Finish, Request, TokenScore, nth_seed
 from maxlm.inference.text_stream import TextStream
 
@@ -109,12 +110,13 @@ class Generator:
         Nothing is drawn: the same prompt has the same texts. `tokens_per_s` is None.
 
         Raises:
-            UserError: as `generate`; or nothing may come any more after some text.
+            UserError: as `generate`; nothing may come any more after some text; or a text cannot have the forced words.
         """
         requests = [self.request(prompt, max_new_tokens, sampling) for prompt in prompts]
         for request in requests:  # with all tokens that it may get
             self.engine.check(request)
-        found = beam_search(lambda asked: [text.scores[0] for text in self.texts(asked)], requests, beams)
+        words = [spellings(self.engine.tokenizer, word) for word in beams.force]
+        found = beam_search(lambda asked: [text.scores[0] for text in self.texts(asked)], requests, beams, words)
         return [
             [
                 Ranked(text=self._said(request, one.tokens), tokens=[*one.tokens], tokens_per_s=None, score=one.score)

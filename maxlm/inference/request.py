@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -39,6 +41,8 @@ class Request:
     """The same for the tokens of the prompt, but for the first. No prefix is then taken from the cache."""
     processed_logprobs: bool = False
     """Of the distribution that tokens are drawn from, in place of the model's."""
+    told: tuple[int, ...] = ()
+    """Ids whose log-probability is told with each new token, if `logprobs` asks for any."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of these ids."""
     banned: tuple[tuple[int, ...], ...] = ()
@@ -47,6 +51,27 @@ class Request:
     """What the text must be a sentence of."""
     deadline_s: float | None = None
     """Seconds after which it ends, done or not."""
+
+
+def one_more(request: Request, tokens: tuple[int, ...], *, top: int, told: tuple[int, ...] = ()) -> Request:
+    """What asks for a single token after some of a request's: its log-probabilities after all rules.
+
+    Tokens so far are part of its prompt, and two rules look at those that are not: told here in other words.
+    """
+    sampling, bias = request.sampling, dict(request.logit_bias)
+    for token, count in Counter(tokens).items():
+        bias[token] = bias.get(token, 0) - count * sampling.frequency_penalty - sampling.presence_penalty
+    still = max(sampling.min_new_tokens - len(tokens), 0)
+    return dataclasses.replace(
+        request,
+        prompt=request.prompt + tokens,
+        max_new_tokens=1,
+        sampling=dataclasses.replace(sampling, min_new_tokens=still, presence_penalty=0.0, frequency_penalty=0.0),
+        logprobs=top,
+        processed_logprobs=True,
+        told=told,
+        logit_bias={token: value for token, value in bias.items() if value},
+    )
 
 
 def nth_seed(seed: int, n: int) -> int:
@@ -90,6 +115,8 @@ class TokenScore:
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
     """The likeliest ids and their log-probabilities, best first."""
+    told: tuple[float, ...] = ()
+    """Log-probabilities of the ids that were asked for by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
