@@ -104,7 +104,7 @@ class CheckedDevice:
                 tokens[step, r] = text[p + 1]
             positions = after
         zeros = np.zeros((n, R, 20))
-        return Drawn(tokens, LogProbs(zeros[..., 0], zeros.astype(int), zeros, zeros), np.zeros((n, R), bool))
+        return Drawn(tokens, LogProbs(zeros[..., 0], zeros.astype(int), zeros, zeros), np.zeros((n, R), bool), zeros)
 
     def write(self, slot: int, p: int) -> None:
         for window, memory in self.memory.items():

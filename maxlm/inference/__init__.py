@@ -4,6 +4,7 @@ load.py: a run folder as a model
 generator.py: prompts to text
 beam.py: the likeliest texts, by search
 forced.py: words that a text must have
+contrastive.py: likely texts that do not repeat themselves, by search
 best_of.py: the likeliest of several drawn texts
 request.py: what is asked, and what is answered
 loop.py: the engine on a thread of its own

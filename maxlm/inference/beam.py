@@ -36,9 +36,7 @@ from dataclasses import dataclass
 
 from maxlm.config import BeamConfig, UserError
 from maxlm.inference.forced import ForcedWords, Had, Ids, shares
-from maxlm.inference.request import TOP_SCORES, Request, TokenScore, one_more
-
-_UNSUPPORTED = ("stop", "grammar", "deadline_s", "logprobs", "prompt_logprobs")
+from maxlm.inference.request import TOP_SCORES, Request, TokenScore, check_searched, one_more
 
 
 @dataclass(frozen=True)
@@ -96,9 +94,7 @@ class _Search:
     """Of one request."""
 
     def __init__(self, request: Request, beams: BeamConfig, words: Sequence[Sequence[Ids]]) -> None:
-        for name in _UNSUPPORTED:
-            if (value := getattr(request, name)) not in (None, ()):
-                raise UserError(f"{name} = {value!r} does not go with beams; leave it out")
+        check_searched(request, "beams")
         # Of one beginning at most W that do not end are kept, and all that end may stand before them.
         self._top = beams.beams + len(request.ends)
         if self._top > TOP_SCORES:

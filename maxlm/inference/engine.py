@@ -17,7 +17,6 @@ from maxlm.config.fields import Positive, Seed, require
 from maxlm.data.text_ends import TextEnds
 from maxlm.inference.programs import Programs, pool_sizes
 from maxlm.inference.request import TOP_SCORES, BadRequest, Delta, Finish, QueueFull, Request, TokenScore
-from maxlm.inference.sampling import LogProbs
 from maxlm.inference.scheduler import Scheduler, Sequence, Stage, StepPlan
 from maxlm.inference.settings import Settings, settings_row
 from maxlm.inference.step import Drawn, StepRows, Texts
@@ -360,8 +359,11 @@ class Engine:
         tokens, broken = np.asarray(flying.drawn.tokens), np.asarray(flying.drawn.broken)
         seconds = time.perf_counter() - max(flying.began, self._read_at)
         self._read_at = time.perf_counter()
-        scored = any(read.ticket.sequence.request.logprobs is not None or not read.sample for read in flying.reads)
-        scores = jax.tree.map(np.asarray, flying.drawn.scores) if scored else None
+        drawn, asked = flying.drawn, [read.ticket.sequence.request for read in flying.reads]
+        if any(one.logprobs is not None or one.prompt_logprobs is not None for one in asked):
+            drawn = drawn._replace(scores=jax.tree.map(np.asarray, drawn.scores))
+        if any(one.states for one in asked):
+            drawn = drawn._replace(states=np.asarray(drawn.states, np.float32))
         found = []
         for read in flying.reads:
             ticket, sequence = read.ticket, read.ticket.sequence
@@ -371,14 +373,13 @@ class Engine:
             if broken[: read.steps, read.row].any():
                 found.append((ticket, self._end(ticket, Finish.ERROR, error=_NOT_FINITE)))
             elif not read.sample:
-                assert scores is not None
                 n = sequence.request.prompt_logprobs or 0
-                ticket.prompt_scores.append(_score(scores, 0, read.row, int(tokens[0, read.row]), n, 0))
+                ticket.prompt_scores.append(_score(drawn, 0, read, int(tokens[0, read.row]), n))
             else:
-                found.append((ticket, self._grown(read, tokens[: read.steps, read.row].tolist(), scores, seconds)))
+                found.append((ticket, self._grown(read, tokens[: read.steps, read.row].tolist(), drawn, seconds)))
         return found
 
-    def _grown(self, read: _Read, tokens: list[int], scores: LogProbs | None, seconds: float) -> Delta:
+    def _grown(self, read: _Read, tokens: list[int], drawn: Drawn, seconds: float) -> Delta:
         """A text has more tokens, the last of which may end it."""
         ticket, sequence = read.ticket, read.ticket.sequence
         request, stream = sequence.request, ticket.stream
@@ -397,11 +398,8 @@ class Engine:
         elif finish is None and len(sequence.tokens) >= sequence.end:
             finish = Finish.LENGTH
         of_tokens: tuple[TokenScore, ...] = ()
-        if request.logprobs is not None and scores is not None:
-            of_tokens = tuple(
-                _score(scores, step, read.row, token, request.logprobs, len(request.told))
-                for step, token in enumerate(tokens)
-            )
+        if request.logprobs is not None:
+            of_tokens = tuple(_score(drawn, step, read, token, request.logprobs) for step, token in enumerate(tokens))
         self._counts["generated"] += len(tokens)
         first = not ticket.begun
         delta = Delta(
@@ -480,7 +478,9 @@ def _check(model: ModelConfig, needed: int) -> None:
         )
 
 
-def _score(scores: LogProbs, step: int, row: int, token: int, n: int, n_told: int) -> TokenScore:
+def _score(drawn: Drawn, step: int, read: _Read, token: int, n: int) -> TokenScore:
+    scores, row, request = drawn.scores, read.row, read.ticket.sequence.request
     top = zip(scores.top_ids[step, row, :n].tolist(), scores.top[step, row, :n].tolist(), strict=True)
-    told = scores.told[step, row, :n_told].tolist()
-    return TokenScore(token, float(scores.chosen[step, row]), tuple(top), tuple(told))
+    told = scores.told[step, row, : len(request.told)].tolist()
+    state = drawn.states[step, row] if request.states else None
+    return TokenScore(token, float(scores.chosen[step, row]), tuple(top), tuple(told), state)

@@ -8,8 +8,9 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from maxlm.config import BeamConfig, EngineConfig, SamplingConfig, UserError, WeightFormat
+from maxlm.config import BeamConfig, ContrastiveConfig, EngineConfig, SamplingConfig, UserError, WeightFormat
 from maxlm.inference.beam import beam_search
+from maxlm.inference.contrastive import contrastive_search
 from maxlm.inference.engine import Engine, Ticket
 from maxlm.inference.forced import spellings
 from maxlm.inference.request import Delta, Finish, Request, TokenScore, nth_seed
@@ -125,6 +126,36 @@ class Generator:
             for request, hypotheses in zip(requests, found, strict=True)
         ]
 
+    def contrast(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        contrastive: ContrastiveConfig,
+        sampling: SamplingConfig = SamplingConfig(),
+    ) -> list[Generation]:
+        """The text of each prompt that contrastive search finds. Nothing is drawn. `tokens_per_s` is None.
+
+        Raises:
+            UserError: as `generate`; or nothing may come any more after some text.
+        """
+        requests = [self.request(prompt, max_new_tokens, sampling) for prompt in prompts]
+        for request in requests:
+            self.engine.check(request)
+            if (room := self.engine.max_length - len(request.prompt) - 1) < max_new_tokens:
+                raise UserError(
+                    f"max_new_tokens = {max_new_tokens} with contrastive search, which looks one token further, and "
+                    f"model.max_seq_len = {self.engine.max_length}; use at most {room}, or a shorter prompt"
+                )
+
+        def answer(asked: list[Request]) -> list[list[TokenScore]]:
+            return [[*text.prompt_scores, *text.scores] for text in self.texts(asked)]
+
+        return [
+            Generation(text=self._said(request, tokens), tokens=[*tokens], tokens_per_s=None)
+            for request, tokens in zip(requests, contrastive_search(answer, requests, contrastive), strict=True)
+        ]
+
     def answer(self, requests: Sequence[Request]) -> list[Generation]:
         """The text of each request.
 
@@ -233,6 +264,8 @@ class GrowingText:
         self._tokens: list[int] = []
         self.scores: list[TokenScore] = []
         """Of the tokens, if they were asked for."""
+        self.prompt_scores: list[TokenScore] = []
+        """Of those of the prompt."""
         self._timed, self._seconds = 0, 0.0
 
     def add(self, delta: Delta) -> None:
@@ -245,6 +278,7 @@ class GrowingText:
         self._text.append(delta.text)
         self._tokens += delta.tokens
         self.scores += delta.scores
+        self.prompt_scores += delta.prompt_scores
         if delta.seconds and delta.tokens:
             self._timed += len(delta.tokens)
             self._seconds += delta.seconds

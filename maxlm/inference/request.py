@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from maxlm.config import SamplingConfig, UserError
 
@@ -43,6 +44,8 @@ class Request:
     """Of the distribution that tokens are drawn from, in place of the model's."""
     told: tuple[int, ...] = ()
     """Ids whose log-probability is told with each new token, if `logprobs` asks for any."""
+    states: bool = False
+    """With each log-probability the state that the last layer leaves, after the last norm, of the token before."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of these ids."""
     banned: tuple[tuple[int, ...], ...] = ()
@@ -53,8 +56,20 @@ class Request:
     """Seconds after which it ends, done or not."""
 
 
+def check_searched(request: Request, what: str) -> None:
+    """
+    Raises:
+        UserError: a setting does not go with a search.
+    """
+    for name in ("stop", "grammar", "deadline_s", "logprobs", "prompt_logprobs"):
+        if (value := getattr(request, name)) not in (None, ()):
+            raise UserError(f"{name} = {value!r} does not go with {what}; leave it out")
+
+
 def one_more(request: Request, tokens: tuple[int, ...], *, top: int, told: tuple[int, ...] = ()) -> Request:
     """What asks for a single token after some of a request's: its log-probabilities after all rules.
+
+    A search lays its texts out of such: the engine finds all but the newest tokens in its cache, in whole blocks.
 
     Tokens so far are part of its prompt, and two rules look at those that are not: told here in other words.
     """
@@ -117,6 +132,8 @@ class TokenScore:
     """The likeliest ids and their log-probabilities, best first."""
     told: tuple[float, ...] = ()
     """Log-probabilities of the ids that were asked for by name."""
+    state: npt.NDArray[np.float32] | None = field(default=None, compare=False)
+    """[D]: what the logits were made of, if it was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,6 +58,8 @@ class Drawn(NamedTuple):
     """[n, R, ...]."""
     broken: jax.Array
     """bool [n, R]: the logits were no numbers."""
+    states: jax.Array
+    """[n, R, D] in the compute dtype: what the logits are made of."""
 
 
 def empty_texts(model: ModelConfig, slots: int) -> Texts:
@@ -127,7 +129,8 @@ def step(
         ids = texts.history[rows.slots, positions.clip(0)]
         hidden, cache = read(model, how, cache, ids, positions, Pages(rows.slots, tables))
         # Whole on every device that has the row: choosing needs the row's whole vocabulary.
-        logits = ops.logits(hidden[rows.scored], model.unembedding)
+        states = hidden[rows.scored]
+        logits = ops.logits(states, model.unembedding)
         logits = jax.lax.with_sharding_constraint(logits, everywhere)
         at = jnp.where(rows.scored < 0, -1, positions[rows.scored])
         samples = rows.samples & (at >= 0)
@@ -143,7 +146,7 @@ def step(
         done = texts.done.at[jnp.where(ended, slots, len(texts.done))].set(True, mode="drop")
         goes_on = jnp.where(samples & ~ended, rows.scored, len(positions))
         positions = jnp.full_like(positions, -1).at[goes_on].set(at + 1, mode="drop")
-        return positions, cache, texts._replace(history=after, done=done), Drawn(tokens, of_tokens, broken)
+        return positions, cache, texts._replace(history=after, done=done), Drawn(tokens, of_tokens, broken, states)
 
     def more(carry: tuple[Any, ...]) -> jax.Array:
         number, positions, *_ = carry
