@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from maxlm.config import BeamConfig, ChosenModel, ContrastiveConfig, EngineConfig, SamplingConfig, UserError
+from maxlm.config import (
+    BeamConfig,
+    ChosenModel,
+    ContrastiveConfig,
+    EngineConfig,
+    GuidanceConfig,
+    SamplingConfig,
+    UserError,
+)
 from maxlm.config.cli import parse, run_command
 from maxlm.config.fields import Positive, Seed, config
 
@@ -49,6 +57,8 @@ class GenerateOptions:
     """Whether texts are searched for in place of being drawn."""
     contrastive: Annotated[ContrastiveConfig, tyro.conf.arg(name="")] = ContrastiveConfig()
     """Whether likely tokens are searched for that repeat nothing."""
+    guidance: Annotated[GuidanceConfig, tyro.conf.arg(name="")] = GuidanceConfig()
+    """Whether texts are led away from another prompt."""
     n: Positive[int] = 1
     """Texts that are drawn."""
     seed: Seed = 0
@@ -60,6 +70,11 @@ class GenerateOptions:
     """Show tracebacks."""
 
     def __post_init__(self) -> None:
+        searches = [
+            name for name, n in (("beams", self.beams.beams), ("contrastive_k", self.contrastive.contrastive_k)) if n
+        ]
+        if searches and self.guidance.guidance_scale != 1:
+            raise UserError(f"--guidance_scale with --{searches[0]}: a search is not guided; use one of them")
         if self.beams.beams and self.contrastive.contrastive_k:
             raise UserError("--beams and --contrastive_k are two searches; use one of them")
         if self.beams.beams:
@@ -85,7 +100,8 @@ def main(argv: list[str]) -> None:
     from maxlm.inference.generator import Generator, Ranked
 
     enable_compilation_cache()
-    slots = min(max(options.beams.beams, options.contrastive.contrastive_k, options.n), _SLOTS)
+    texts = options.n if options.guidance.guidance_scale == 1 else 2 * options.n
+    slots = min(max(options.beams.beams, options.contrastive.contrastive_k, texts), _SLOTS)
     generator = Generator(load_chosen(options.model), weights=options.model.weights, engine=EngineConfig(slots=slots))
     found: Sequence[Generation]
     if options.beams.beams:
@@ -105,10 +121,15 @@ def main(argv: list[str]) -> None:
             max_new_tokens=options.max_new_tokens,
             sampling=options.sampling,
             seed=options.seed,
+            guidance=options.guidance,
         )
     else:
         stream = generator.stream(
-            options.prompt, max_new_tokens=options.max_new_tokens, sampling=options.sampling, seed=options.seed
+            options.prompt,
+            max_new_tokens=options.max_new_tokens,
+            sampling=options.sampling,
+            seed=options.seed,
+            guidance=options.guidance,
         )
         found = [_drain(stream, show=not options.json)]
     several = options.n > 1 or options.beams.n_best > 1

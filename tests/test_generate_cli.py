@@ -13,7 +13,7 @@ import pytest
 from run_folder import make_run
 
 from maxlm import generate
-from maxlm.config import BeamConfig, EngineConfig, SamplingConfig, ShardingConfig, UserError
+from maxlm.config import BeamConfig, ContrastiveConfig, EngineConfig, SamplingConfig, ShardingConfig, UserError
 from maxlm.data.tokenizers import Bytes
 from maxlm.inference.generator import Generator
 from maxlm.inference.load import load_run
@@ -66,6 +66,21 @@ def test_several_texts_are_a_list_and_stand_one_after_the_other(
     assert err == "".join(f"[{len(one.tokens)} tokens, score {one.score:.4f}]\n" for one in best)
 
 
+def test_forced_words_contrast_and_guidance(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ask = ["--run", str(run_dir), "--prompt", "the ", "--max_new_tokens", "6"]
+    generator, new = Generator(load_run(run_dir), engine=ONE), {"max_new_tokens": 6}
+    generate.main([*ask, "--beams", "2", "--force", "ab", "c"])
+    found = capsys.readouterr().out
+    assert "ab" in found and "c" in found
+    generate.main([*ask, "--contrastive_k", "3", "--contrastive_alpha", "0.5"])
+    contrastive = ContrastiveConfig(contrastive_k=3, contrastive_alpha=0.5)
+    [text] = generator.contrast(["the "], contrastive=contrastive, **new)  # type: ignore[arg-type]
+    assert capsys.readouterr().out == text.text + "\n"
+    generate.main([*ask, "--guidance_scale", "0", "--negative_prompt", "a", "--temperature", "0"])
+    [text] = generator.generate(["a"], sampling=SamplingConfig(temperature=0), **new)  # type: ignore[arg-type]
+    assert capsys.readouterr().out == text.text + "\n"
+
+
 def test_steps_and_layouts(run_dir: Path) -> None:
     ask = {"max_new_tokens": 12, "sampling": SamplingConfig(temperature=0)}
     assert load_run(run_dir).step == 2
@@ -87,6 +102,13 @@ def test_steps_and_layouts(run_dir: Path) -> None:
         (["--beams", "4", "--temperature", "0.7"], "temperature = 0.7 with beams: nothing is drawn"),
         (["--beams", "4", "--n", "2"], "--n 2 with --beams: nothing is drawn; ask for the best ones by --n_best"),
         (["--n_best", "2"], "n_best = 2 is of a search, and beams = 0; set beams, or leave n_best out"),
+        (["--force", "a"], r"force = \('a',\) is of a search, and beams = 0"),
+        (["--beams", "2", "--contrastive_k", "4"], "--beams and --contrastive_k are two searches; use one of them"),
+        (["--contrastive_k", "4", "--n", "2"], "--n 2 with --contrastive_k: nothing is drawn"),
+        (["--contrastive_k", "4", "--guidance_scale", "2"], "--guidance_scale with --contrastive_k: a search is not"),
+        (["--beams", "4", "--guidance_scale", "2"], "--guidance_scale with --beams: a search is not guided"),
+        (["--negative_prompt", "x"], "negative_prompt is of guidance, and guidance_scale = 1"),
+        (["--beams", "2", "--force", "abc", "--max_new_tokens", "2"], "is less than the 3 tokens of the forced words"),
         (["--sharding.tensor", "3"], "sharding.tensor = 3 does not divide .* = 4"),
         (["--sharding.tensor", "16"], "16 devices asked for, there are 8"),
         (["--temprature", "1"], "unknown key --temprature"),

@@ -121,12 +121,15 @@ class ContrastiveConfig:
         return _not_drawn(sampling, "contrastive search")
 
 
+GuidanceScale = Annotated[float, Range(ge=0, le=100, note="1 changes nothing")]
+
+
 @config("")
 class GuidanceConfig:
     """Classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598; of texts: Sanchez et al. 2023,
     arXiv:2306.17806): log-probabilities are n + scale * (p - n), p after the prompt, n after another one."""
 
-    guidance_scale: Annotated[float, Range(ge=0, le=100, note="1 changes nothing")] = 1.0
+    guidance_scale: GuidanceScale = 1.0
     """How far away from the negative prompt: 1 is without, more follows the prompt more, 0 follows the negative one."""
     negative_prompt: str | None = None
     """What the text shall be unlike; None: the prompt's last token alone."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from maxlm.config import EngineConfig, LmHead, ModelConfig, UserError, WeightFormat
 from maxlm.config.fields import Positive, Seed, require
+from maxlm.config.sampling import GuidanceScale
 from maxlm.data.text_ends import TextEnds
 from maxlm.inference.programs import Programs, pool_sizes
 from maxlm.inference.request import TOP_SCORES, BadRequest, Delta, Finish, QueueFull, Request, TokenScore
@@ -150,6 +151,8 @@ class Engine:
             raise QueueFull(f"{self.config.queue} requests wait already, as engine.queue says; try again later")
         self.check(request)
         sequence = Sequence(request, next(self._numbers), list(request.prompt))
+        if (other := request.twin) is not None:
+            sequence.twin = Sequence(other, sequence.number, list(other.prompt), leader=sequence)
         shard = min(range(len(self._shards)), key=lambda i: len(self._shards[i].running) + len(self._shards[i].waiting))
         deadline = None if request.deadline_s is None else time.monotonic() + request.deadline_s
         stream = TextStream(self.tokenizer, request.prompt, request.stop)
@@ -168,22 +171,36 @@ class Engine:
             require("seed", request.seed, Seed)
             if not request.prompt:
                 raise UserError("prompt has no tokens; must have at least one")
-            if wrong := [i for i in request.prompt if not 0 <= i < self.vocab_size]:
-                raise UserError(f"prompt holds id {wrong[0]}; must lie in [0, {self.vocab_size})")
+            for key in ("prompt", "negative_prompt"):
+                if wrong := [i for i in getattr(request, key) if not 0 <= i < self.vocab_size]:
+                    raise UserError(f"{key} holds id {wrong[0]}; must lie in [0, {self.vocab_size})")
             for name in ("logprobs", "prompt_logprobs"):
                 n = getattr(request, name)
                 if n is not None and not 0 <= n <= TOP_SCORES:
                     raise UserError(f"{name} = {n}; must lie in [0, {TOP_SCORES}]")
             check_lengths(len(request.prompt), request.max_new_tokens, self.max_length)
-            if not self._shards[0].fits(len(request.prompt) + request.max_new_tokens):
+            prompts = [len(request.prompt)]
+            if (twin := request.twin) is not None:
+                prompts.append(len(twin.prompt))
+                self._check_guided(request, twin)
+            if not self._shards[0].fits(*(n + request.max_new_tokens for n in prompts)):
                 raise UserError(
-                    f"the prompt's {len(request.prompt)} tokens and max_new_tokens = {request.max_new_tokens} do not "
+                    f"the prompt{"'s" if twin is None else "s'"} {sum(prompts)} tokens and max_new_tokens = {request.max_new_tokens} do not "
                     "fit the whole cache; ask for fewer, or start the engine with more engine.cache_tokens"
                 )
             self._settings(request)
             self._constraint(request)
         except UserError as error:
             raise BadRequest(str(error)) from error
+
+    def _check_guided(self, request: Request, twin: Request) -> None:
+        require("guidance_scale", request.guidance_scale, GuidanceScale)
+        check_lengths(len(twin.prompt), twin.max_new_tokens, self.max_length, prompt_key="negative_prompt")
+        if min(self.config.slots, self._programs.widths[-1]) < 2:
+            raise UserError(
+                f"guidance_scale = {request.guidance_scale} takes two slots, and engine.slots = {self.config.slots}, "
+                f"with {self._programs.widths[-1]} tokens in a step; use at least 2 of both"
+            )
 
     def prompt_ids(self, text: str) -> tuple[int, ...]:
         """What a continuation of a text starts from, as texts of this model begin.
@@ -263,6 +280,7 @@ class Engine:
             logprobs=max(asked, default=None),
             processed_logprobs=request.processed_logprobs,
             told=request.told,
+            guidance=request.guidance_scale,
         )
 
     def _constraint(self, request: Request) -> Constraint | None:
@@ -317,7 +335,8 @@ class Engine:
         history = np.zeros(self.max_length + 1, np.int32)
         history[: len(sequence.tokens)] = sequence.tokens
         settings = self._settings(request)
-        if (constraint := self._tickets[sequence].constraint) is not None:
+        constraint = self._tickets[sequence].constraint if sequence.leader is None else None
+        if constraint is not None:
             settings = settings._replace(allowed=constraint.mask())
         text = Texts(history, np.int32(len(request.prompt)), np.int32(sequence.end), np.bool_(False), settings)
         self._programs.begin(self._slot(shard, sequence), text)
@@ -333,6 +352,7 @@ class Engine:
             if plan is None:
                 continue
             row, scored = shard * width, shard * self._programs.scored_rows(width)
+            drawn = dict[Sequence, int]()
             for chunk in plan.chunks:
                 sequence, end = chunk.sequence, row + chunk.count
                 rows.slots[row:end] = self._slot(shard, sequence)
@@ -346,7 +366,11 @@ class Engine:
                 for offset, sample in wanted:
                     rows.scored[scored], rows.samples[scored] = row + offset, sample
                     steps = min(plan.n_steps, sequence.end - sequence.length) if sample else 1
-                    reads.append(_Read(self._tickets[sequence], scored, sample, steps))
+                    if sequence.leader is not None:  # whose row stands before
+                        rows.follows[scored] = drawn[sequence.leader]
+                    else:
+                        reads.append(_Read(self._tickets[sequence], scored, sample, steps))
+                        drawn[sequence] = scored
                     scored += 1
                 row = end
         return rows, reads
@@ -367,7 +391,8 @@ class Engine:
         found = []
         for read in flying.reads:
             ticket, sequence = read.ticket, read.ticket.sequence
-            sequence.ahead -= read.steps if read.sample else 0
+            for one in sequence.pair:
+                one.ahead -= read.steps if read.sample else 0
             if sequence.stage is Stage.ENDED:
                 continue
             if broken[: read.steps, read.row].any():
@@ -391,7 +416,8 @@ class Engine:
             if token in request.ends:
                 tokens, finish, reason = tokens[:n], Finish.STOP, token
                 break
-        sequence.tokens += tokens
+        for one in sequence.pair:
+            one.tokens += tokens
         text = stream.add(tokens)
         if stream.stopped is not None:
             finish, reason = Finish.STOP, stream.stopped
@@ -416,7 +442,8 @@ class Engine:
             if sequence.begun:
                 self._programs.allow(self._slot(ticket.shard, sequence), ticket.constraint.mask())
         if finish is None:
-            self._shards[ticket.shard].hold(sequence)
+            for one in sequence.pair:
+                self._shards[ticket.shard].hold(one)
             return delta
         ended = self._end(ticket, finish)
         return dataclasses.replace(delta, text=text + ended.text, finish=finish, stop_reason=reason)

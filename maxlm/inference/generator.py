@@ -8,7 +8,15 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from maxlm.config import BeamConfig, ContrastiveConfig, EngineConfig, SamplingConfig, UserError, WeightFormat
+from maxlm.config import (
+    BeamConfig,
+    ContrastiveConfig,
+    EngineConfig,
+    GuidanceConfig,
+    SamplingConfig,
+    UserError,
+    WeightFormat,
+)
 from maxlm.inference.beam import beam_search
 from maxlm.inference.contrastive import contrastive_search
 from maxlm.inference.engine import Engine, Ticket
@@ -72,6 +80,7 @@ class Generator:
         sampling: SamplingConfig = SamplingConfig(),
         seed: int = 0,
         beams: BeamConfig = BeamConfig(),
+        guidance: GuidanceConfig = GuidanceConfig(),
     ) -> list[Generation]:
         """Continue several prompts, each up to `max_new_tokens` or the end of its document.
 
@@ -83,6 +92,7 @@ class Generator:
             sampling: how the next token is drawn.
             seed: of all of them.
             beams: search in place of drawing; the best text of each prompt, `Ranked`. The seed does not matter then.
+            guidance: away from another prompt, the same for all texts.
 
         Raises:
             UserError: a prompt is not UTF-8, it and its new tokens do not fit model.max_seq_len, `max_new_tokens` or
@@ -91,11 +101,13 @@ class Generator:
         if beams.n_best != 1:
             raise UserError(f"n_best = {beams.n_best}, and here each prompt has one text; call Generator.search")
         if beams.beams:
+            if guidance.guidance_scale != 1:
+                raise UserError(f"guidance_scale = {guidance.guidance_scale} does not go with beams; leave it out")
             return [
                 best for best, *_ in self.search(prompts, max_new_tokens=max_new_tokens, beams=beams, sampling=sampling)
             ]
         return self.answer(
-            [self.request(prompt, max_new_tokens, sampling, seed, n) for n, prompt in enumerate(prompts)]
+            [self.request(prompt, max_new_tokens, sampling, seed, n, guidance) for n, prompt in enumerate(prompts)]
         )
 
     def search(
@@ -194,7 +206,13 @@ class Generator:
         return texts
 
     def stream(
-        self, prompt: str, *, max_new_tokens: int, sampling: SamplingConfig = SamplingConfig(), seed: int = 0
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int,
+        sampling: SamplingConfig = SamplingConfig(),
+        seed: int = 0,
+        guidance: GuidanceConfig = GuidanceConfig(),
     ) -> collections.abc.Generator[str, None, Generation]:
         """Continue one prompt, yielding its text piece by piece; the generator's return value is the whole.
 
@@ -204,25 +222,35 @@ class Generator:
             UserError: as `generate`, at the first piece.
         """
         text = GrowingText()
-        for delta in self._deltas(self.request(prompt, max_new_tokens, sampling, seed)):
+        for delta in self._deltas(self.request(prompt, max_new_tokens, sampling, seed, guidance=guidance)):
             text.add(delta)
             if delta.text:
                 yield delta.text
         return text.generation
 
-    def request(self, prompt: str, max_new_tokens: int, sampling: SamplingConfig, seed: int = 0, n: int = 0) -> Request:
+    def request(
+        self,
+        prompt: str,
+        max_new_tokens: int,
+        sampling: SamplingConfig,
+        seed: int = 0,
+        n: int = 0,
+        guidance: GuidanceConfig = GuidanceConfig(),
+    ) -> Request:
         """For the n-th of several texts.
 
         Raises:
             UserError: the prompt is not UTF-8.
         """
-        engine = self.engine
+        engine, negative = self.engine, guidance.negative_prompt
         return Request(
             prompt=engine.prompt_ids(prompt),
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             seed=nth_seed(seed, n),
             ends=engine.ends.last,
+            guidance_scale=guidance.guidance_scale,
+            negative_prompt=() if negative is None else engine.prompt_ids(negative),
         )
 
     def _said(self, request: Request, tokens: Sequence[int]) -> str:

@@ -50,10 +50,28 @@ class Request:
     """Added to the logits of these ids."""
     banned: tuple[tuple[int, ...], ...] = ()
     """Runs of ids that never come."""
+    guidance_scale: float = 1.0
+    """Another one than 1: logits, before all rules, are n + scale * (p - n), p and n the log-probabilities after this
+    text and after `negative_prompt` with the same new tokens (arXiv:2306.17806). Log-probabilities that are told of new
+    tokens are those of these logits. It takes two slots."""
+    negative_prompt: tuple[int, ...] = ()
+    """Of guidance; none: the last token of the prompt."""
     grammar: Grammar | None = None
     """What the text must be a sentence of."""
     deadline_s: float | None = None
     """Seconds after which it ends, done or not."""
+
+    @property
+    def twin(self) -> Request | None:
+        """The same new tokens after the negative prompt, if it is guided."""
+        if self.guidance_scale == 1:
+            return None
+        return Request(
+            prompt=self.negative_prompt or self.prompt[-1:],
+            max_new_tokens=self.max_new_tokens,
+            sampling=SamplingConfig(temperature=0),
+            ends=self.ends,
+        )
 
 
 def check_searched(request: Request, what: str) -> None:
@@ -64,6 +82,8 @@ def check_searched(request: Request, what: str) -> None:
     for name in ("stop", "grammar", "deadline_s", "logprobs", "prompt_logprobs"):
         if (value := getattr(request, name)) not in (None, ()):
             raise UserError(f"{name} = {value!r} does not go with {what}; leave it out")
+    if request.guidance_scale != 1:
+        raise UserError(f"guidance_scale = {request.guidance_scale} does not go with {what}; leave it out")
 
 
 def one_more(request: Request, tokens: tuple[int, ...], *, top: int, told: tuple[int, ...] = ()) -> Request:

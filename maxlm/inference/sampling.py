@@ -83,6 +83,25 @@ def choose(logits: jax.Array, rows: Settings, history: History, given: jax.Array
     return jax.lax.cond(ruled.any(), by_rules, plainly)
 
 
+def guided(logits: jax.Array, scale: jax.Array, twins: jax.Array) -> jax.Array:
+    """Classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598; of texts: Sanchez et al. 2023,
+    arXiv:2306.17806, equation 7): n + scale * (p - n), p and n the log-probabilities of a row and of its twin.
+
+    Args:
+        logits: float32 [R, V].
+        scale: float32 [R].
+        twins: int32 [R]: the row that stands at the same place of the text after the negative prompt; -1: there is
+            none, and the row stays as it is.
+    """
+
+    def apart(x: jax.Array) -> jax.Array:
+        after = _log_softmax(x)
+        negative = after[jnp.maximum(twins, 0)]
+        return jnp.where((twins >= 0)[:, None], negative + scale[:, None] * (after - negative), x)
+
+    return jax.lax.cond((twins >= 0).any(), apart, lambda x: x, logits)
+
+
 def processed(logits: jax.Array, rows: Settings, history: History) -> jax.Array:
     """Logits after all rules of SamplingConfig: what is drawn from is their softmax.
 

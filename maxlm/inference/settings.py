@@ -68,6 +68,8 @@ class Settings(NamedTuple):
     """int32 [S]: how many of the likeliest are wanted with their log-probability; -1: not even the chosen one."""
     processed_logprobs: Any
     """bool [S]: log-probabilities after all rules; False: the model's own."""
+    guidance: Any
+    """float32 [S]: how far away from the twin's distribution; of a text with a twin."""
     told: Any
     """int32 [S, MAX_TOLD]: ids whose log-probability is wanted too."""
 
@@ -90,6 +92,7 @@ def settings_row(
     logprobs: int | None = None,
     processed_logprobs: bool = False,
     told: Sequence[int] = (),
+    guidance: float = 1.0,
 ) -> Settings:
     """The settings of one request, as numpy arrays without the axis S.
 
@@ -104,6 +107,7 @@ def settings_row(
         logprobs: how many of the likeliest ids are wanted with each token; None: no log-probability at all.
         processed_logprobs: they are of the distribution that is drawn from, not of the model's own.
         told: ids whose log-probability is wanted too, where any is.
+        guidance: of a text with a twin: see `maxlm.inference.sampling.guided`.
 
     Raises:
         UserError: an id is not one of the tokenizer's, a bias is NaN or +inf, or there are too many of something.
@@ -158,6 +162,7 @@ def settings_row(
         allowed=np.full(mask_words(vocab), _ALL),
         logprobs=np.int32(-1 if logprobs is None else logprobs),
         processed_logprobs=np.bool_(processed_logprobs),
+        guidance=np.float32(guidance),
         told=_filled("told", told, MAX_TOLD),
     )
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from maxlm.config import ModelConfig
 from maxlm.inference.logits_rules import History
-from maxlm.inference.sampling import LogProbs, choose
+from maxlm.inference.sampling import LogProbs, choose, guided
 from maxlm.inference.settings import Settings, take
 from maxlm.models import Decoder, Execution, Tokens, bind, ops
 from maxlm.models.kv_cache import Cache
@@ -47,6 +47,8 @@ class StepRows(NamedTuple):
     """int32 [R]: rows whose logits are computed; -1: none."""
     samples: Any
     """bool [R]: a token is drawn; else the one that the text has is scored."""
+    follows: Any
+    """int32 [R]: of a twin's row, which of these R has the token that it takes; -1: it draws its own."""
 
 
 class Drawn(NamedTuple):
@@ -124,6 +126,9 @@ def step(
     model, everywhere = bind(config, parameters), how.layout.sharding()
     slots = rows.slots[rows.scored]
     settings = take(texts.settings, slots)
+    follows = rows.follows >= 0
+    twins = jnp.full_like(rows.follows, -1)
+    twins = twins.at[jnp.where(follows, rows.follows, len(twins))].set(jnp.arange(len(twins)), mode="drop")
 
     def turn(number: jax.Array, positions: jax.Array, cache: Cache, texts: Texts) -> tuple[Any, ...]:
         ids = texts.history[rows.slots, positions.clip(0)]
@@ -135,10 +140,15 @@ def step(
         at = jnp.where(rows.scored < 0, -1, positions[rows.scored])
         samples = rows.samples & (at >= 0)
         given = jnp.where(samples, -1, texts.history[slots, at + 1])
-        tokens, of_tokens = choose(
-            logits, settings, History(texts.history, slots, texts.n_prompt[slots], at + 1), given
-        )
         broken = ~jnp.isfinite(logits).all(-1) & (at >= 0)
+        broken |= (twins >= 0) & broken[twins]
+        tokens, of_tokens = choose(
+            guided(logits, settings.guidance, twins),
+            settings,
+            History(texts.history, slots, texts.n_prompt[slots], at + 1),
+            given,
+        )
+        tokens = jnp.where(follows, tokens[rows.follows], tokens)
 
         nowhere = texts.history.shape[1] - 1
         after = texts.history.at[slots, jnp.where(samples, at + 1, nowhere)].set(tokens)
