@@ -103,7 +103,7 @@ def test_mistakes(run: LoadedRun, generator: Generator) -> None:
     with pytest.raises(UserError, match="negative_prompt is of guidance, and guidance_scale = 1"):
         GuidanceConfig(negative_prompt="x")
     guidance = GuidanceConfig(guidance_scale=2.0)
-    with pytest.raises(UserError, match="guidance_scale = 2.0 does not go with beams; leave it out"):
+    with pytest.raises(UserError, match=r"guidance_scale = 2\.0 does not go with beams; leave it out"):
         generator.generate(["a"], max_new_tokens=2, guidance=guidance, beams=BeamConfig(beams=2))
-    with pytest.raises(UserError, match="guidance_scale = 2.0 does not go with beams"):
+    with pytest.raises(UserError, match=r"guidance_scale = 2\.0 does not go with beams"):
         beam_search(lambda asked: [], [dataclasses.replace(ASKED, guidance_scale=2.0)], BeamConfig(beams=2))

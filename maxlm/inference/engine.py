@@ -184,8 +184,9 @@ class Engine:
                 prompts.append(len(twin.prompt))
                 self._check_guided(request, twin)
             if not self._shards[0].fits(*(n + request.max_new_tokens for n in prompts)):
+                whose = "the prompt's" if twin is None else "the prompts'"
                 raise UserError(
-                    f"the prompt{"'s" if twin is None else "s'"} {sum(prompts)} tokens and max_new_tokens = {request.max_new_tokens} do not "
+                    f"{whose} {sum(prompts)} tokens and max_new_tokens = {request.max_new_tokens} do not "
                     "fit the whole cache; ask for fewer, or start the engine with more engine.cache_tokens"
                 )
             self._settings(request)
@@ -387,7 +388,7 @@ class Engine:
         if any(one.logprobs is not None or one.prompt_logprobs is not None for one in asked):
             drawn = drawn._replace(scores=jax.tree.map(np.asarray, drawn.scores))
         if any(one.states for one in asked):
-            drawn = drawn._replace(states=np.asarray(drawn.states, np.float32))
+            drawn = drawn._replace(states=jax.tree.map(lambda x: np.asarray(x, np.float32), drawn.states))
         found = []
         for read in flying.reads:
             ticket, sequence = read.ticket, read.ticket.sequence
@@ -509,5 +510,5 @@ def _score(drawn: Drawn, step: int, read: _Read, token: int, n: int) -> TokenSco
     scores, row, request = drawn.scores, read.row, read.ticket.sequence.request
     top = zip(scores.top_ids[step, row, :n].tolist(), scores.top[step, row, :n].tolist(), strict=True)
     told = scores.told[step, row, : len(request.told)].tolist()
-    state = drawn.states[step, row] if request.states else None
+    state: Any = drawn.states[step, row] if request.states else None
     return TokenScore(token, float(scores.chosen[step, row]), tuple(top), tuple(told), state)
