@@ -14,18 +14,18 @@ from test_beam import MadeUp, every_text, request
 from maxlm.config import BeamConfig, UserError
 from maxlm.data.tokenizers import Bytes
 from maxlm.inference.beam import beam_search
-from maxlm.inference.forced import ForcedWords, Had, Ids, shares, spellings
+from maxlm.inference.forced import ForcedWords, Had, Spelling, shares, spellings
 
-Words = list[list[Ids]]
+Words = list[list[Spelling]]
 ids = st.lists(st.integers(0, 2), min_size=1, max_size=3).map(tuple)
 words = st.lists(st.lists(ids, min_size=1, max_size=2), min_size=1, max_size=3)
 
 
-def has(text: Sequence[int], word: Sequence[Ids]) -> bool:
+def has(text: Sequence[int], word: Sequence[Spelling]) -> bool:
     return any(tuple(text[i : i + len(one)]) == one for one in word for i in range(len(text)))
 
 
-def fewest(text: Ids, wanted: Words) -> int:
+def fewest(text: Spelling, wanted: Words) -> int:
     """By trying all that may follow."""
     return next(
         n
@@ -37,7 +37,7 @@ def fewest(text: Ids, wanted: Words) -> int:
 
 @given(words, st.lists(st.integers(0, 2), max_size=5).map(tuple))
 @settings(max_examples=60, deadline=None)
-def test_what_is_missing_is_the_least_that_brings_all_words(wanted: Words, text: Ids) -> None:
+def test_what_is_missing_is_the_least_that_brings_all_words(wanted: Words, text: Spelling) -> None:
     forced, had = ForcedWords(wanted), Had()
     for token in text:
         had = forced.after(had, token)

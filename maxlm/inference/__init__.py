@@ -9,6 +9,7 @@ best_of.py: the likeliest of several drawn texts
 request.py: what is asked, and what is answered
 loop.py: the engine on a thread of its own
 engine.py: requests to tokens, step by step
+checks.py: what an engine does not take
 scheduler.py: which tokens the next step reads
 blocks.py: who uses which block of the cache
 programs.py: what runs on the device, compiled at the start

@@ -35,7 +35,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from maxlm.config import BeamConfig, UserError
-from maxlm.inference.forced import ForcedWords, Had, Ids, shares
+from maxlm.inference.forced import ForcedWords, Had, Spelling, shares
 from maxlm.inference.request import TOP_SCORES, Request, TokenScore, check_searched, one_more
 
 
@@ -61,7 +61,7 @@ def beam_search(
     answer: Callable[[list[Request]], Sequence[TokenScore]],
     requests: Sequence[Request],
     beams: BeamConfig,
-    words: Sequence[Sequence[Ids]] = (),
+    words: Sequence[Sequence[Spelling]] = (),
 ) -> list[list[Hypothesis]]:
     """The best texts for each request; requests are searched side by side.
 
@@ -93,7 +93,7 @@ def beam_search(
 class _Search:
     """Of one request."""
 
-    def __init__(self, request: Request, beams: BeamConfig, words: Sequence[Sequence[Ids]]) -> None:
+    def __init__(self, request: Request, beams: BeamConfig, words: Sequence[Sequence[Spelling]]) -> None:
         check_searched(request, "beams")
         # Of one beginning at most W that do not end are kept, and all that end may stand before them.
         self._top = beams.beams + len(request.ends)

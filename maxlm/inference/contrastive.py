@@ -23,11 +23,11 @@ import numpy.typing as npt
 from maxlm.config import ContrastiveConfig
 from maxlm.inference.request import Request, TokenScore, check_searched, one_more
 
-Scores = Sequence[TokenScore]
-
 
 def contrastive_search(
-    answer: Callable[[list[Request]], Sequence[Scores]], requests: Sequence[Request], config: ContrastiveConfig
+    answer: Callable[[list[Request]], Sequence[Sequence[TokenScore]]],
+    requests: Sequence[Request],
+    config: ContrastiveConfig,
 ) -> list[tuple[int, ...]]:
     """One text for each request; they are searched side by side.
 
@@ -74,7 +74,7 @@ class _Text:
         """What asks for the states of the prompt."""
         return dataclasses.replace(self._asked(()), prompt_logprobs=0)
 
-    def begin(self, scores: Scores) -> None:
+    def begin(self, scores: Sequence[TokenScore]) -> None:
         """With the states of the prompt: a score holds that of the token before it."""
         self._seen = [_direction(score) for score in scores]
         self._next = _possible(scores[-1])
@@ -83,7 +83,7 @@ class _Text:
         """What asks for the state of each token that may come."""
         return [self._asked((*self.tokens, token)) for token, _ in self._next]
 
-    def take(self, scores: Scores) -> None:
+    def take(self, scores: Sequence[TokenScore]) -> None:
         """Go a token further, with what was found after each that may come."""
         alpha, seen = self._config.contrastive_alpha, np.stack(self._seen)
         states = [_direction(score) for score in scores]

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from maxlm.config import EngineConfig, LmHead, ModelConfig, UserError, WeightFormat
+from maxlm.config import EngineConfig, UserError, WeightFormat
 from maxlm.config.fields import Positive, Seed, require
-from maxlm.config.sampling import GuidanceScale
 from maxlm.data.text_ends import TextEnds
+from maxlm.inference.checks import check_guided, check_lengths, check_model
 from maxlm.inference.programs import Programs, pool_sizes
 from maxlm.inference.request import TOP_SCORES, BadRequest, Delta, Finish, QueueFull, Request, TokenScore
 from maxlm.inference.scheduler import Scheduler, Sequence, Stage, StepPlan
@@ -112,7 +112,7 @@ class Engine:
         """
         model, self.tokenizer = run.config.model, run.tokenizer
         self.ends = run.ends or TextEnds.of_documents(run.tokenizer)
-        _check(model, max([self.tokenizer.text_size, *(i + 1 for i in self.ends.first)]))
+        check_model(model, max([self.tokenizer.text_size, *(i + 1 for i in self.ends.first)]))
         self.config, self.max_length, self.vocab_size = config, model.max_seq_len, model.vocab_size
         layout = decoding_layout(run.layout, model.d_model)
         how = Execution.of(run.config, run.layout).decoding(layout)
@@ -182,7 +182,8 @@ class Engine:
             prompts = [len(request.prompt)]
             if (twin := request.twin) is not None:
                 prompts.append(len(twin.prompt))
-                self._check_guided(request, twin)
+                slots = min(self.config.slots, self._programs.widths[-1])
+                check_guided(request, twin, self.max_length, slots)
             if not self._shards[0].fits(*(n + request.max_new_tokens for n in prompts)):
                 whose = "the prompt's" if twin is None else "the prompts'"
                 raise UserError(
@@ -193,15 +194,6 @@ class Engine:
             self._constraint(request)
         except UserError as error:
             raise BadRequest(str(error)) from error
-
-    def _check_guided(self, request: Request, twin: Request) -> None:
-        require("guidance_scale", request.guidance_scale, GuidanceScale)
-        check_lengths(len(twin.prompt), twin.max_new_tokens, self.max_length, prompt_key="negative_prompt")
-        if min(self.config.slots, self._programs.widths[-1]) < 2:
-            raise UserError(
-                f"guidance_scale = {request.guidance_scale} takes two slots, and engine.slots = {self.config.slots}, "
-                f"with {self._programs.widths[-1]} tokens in a step; use at least 2 of both"
-            )
 
     def prompt_ids(self, text: str) -> tuple[int, ...]:
         """What a continuation of a text starts from, as texts of this model begin.
@@ -466,44 +458,6 @@ class Engine:
         )
         for shard in self._shards:
             shard.tables_changed = False
-
-
-def check_lengths(
-    prompt: int, new: int, limit: int, *, key: str = "max_new_tokens", prompt_key: str = "the prompt"
-) -> None:
-    """
-    Raises:
-        UserError: so many tokens of a prompt and so many new ones are more than the model is meant for.
-    """
-    if prompt + new <= limit:
-        return
-    remedies = [f"use {key} <= {limit - prompt}"] if prompt < limit else []
-    if new < limit:
-        remedies.append(f"shorten {prompt_key} to at most {limit - new} tokens")
-    remedy = " or ".join(remedies) or "shorten both"
-    raise UserError(
-        f"{prompt_key}'s {prompt} tokens and {key} = {new} make {prompt + new}, more than model.max_seq_len = {limit}; "
-        f"{remedy}"
-    )
-
-
-def _check(model: ModelConfig, needed: int) -> None:
-    """
-    Raises:
-        UserError: the model cannot go on with texts, or knows fewer ids than these have.
-    """
-    if not isinstance(model.head, LmHead):
-        raise UserError(f"model.head = {type(model.head).__name__} gives no logits; use a run with an LmHead")
-    if needed > model.vocab_size:
-        raise UserError(
-            f"model.vocab_size = {model.vocab_size} is less than the tokenizer's {needed}; use the "
-            "tokenizer that the model was trained with"
-        )
-    if not model.decodes:
-        raise UserError(
-            f"{model.looks_ahead}: such a model looks at later tokens and cannot decode; "
-            "measure it with python -m maxlm.evaluate"
-        )
 
 
 def _score(drawn: Drawn, step: int, read: _Read, token: int, n: int) -> TokenScore:

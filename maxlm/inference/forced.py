@@ -16,7 +16,7 @@ from maxlm.inference.settings import MAX_TOLD
 MAX_WORDS = 8
 """The number of states grows as 2 to the power of this."""
 
-Ids = tuple[int, ...]
+Spelling = tuple[int, ...]
 
 
 class Had(NamedTuple):
@@ -24,14 +24,14 @@ class Had(NamedTuple):
 
     words: frozenset[int] = frozenset()
     """Those that it has, by number."""
-    tail: Ids = ()
+    tail: tuple[int, ...] = ()
     """The longest end of it with which a spelling of another word begins."""
 
 
 class ForcedWords:
     """Of one search. Each question is answered once and remembered."""
 
-    def __init__(self, words: Sequence[Sequence[Ids]], ends: Sequence[int] = ()) -> None:
+    def __init__(self, words: Sequence[Sequence[Spelling]], ends: Sequence[int] = ()) -> None:
         """
         Args:
             words: the spellings of each, as ids of new tokens.
@@ -42,7 +42,7 @@ class ForcedWords:
         """
         if len(words) > MAX_WORDS:
             raise UserError(f"force has {len(words)} words; use at most {MAX_WORDS}")
-        self._spellings: list[tuple[int, Ids]] = []
+        self._spellings: list[tuple[int, Spelling]] = []
         for number, word in enumerate(words):
             possible = {tuple(one) for one in word if one and not set(one) & set(ends)}
             if not possible:
@@ -87,7 +87,7 @@ class ForcedWords:
         return sorted(i for i in ids if self.missing(self.after(had, i)) < self.missing(had))
 
 
-def spellings(tokenizer: Tokenizer, word: str) -> list[Ids]:
+def spellings(tokenizer: Tokenizer, word: str) -> list[Spelling]:
     """The ids of a word, with a space before it and without, at the beginning of a text and within one.
 
     Raises:
@@ -114,11 +114,11 @@ def shares(places: int, counts: Sequence[int]) -> list[int]:
     return given
 
 
-def _holds(text: Ids, part: Ids) -> bool:
+def _holds(text: Spelling, part: Spelling) -> bool:
     return any(text[start : start + len(part)] == part for start in range(len(text) - len(part) + 1))
 
 
-def _overlap(text: Ids, word: Ids, *, whole: bool = False) -> int:
-    """Ids of the longest end of a text that begins a word; not all of the word, unless `whole`."""
+def _overlap(text: tuple[int, ...], word: Spelling, *, whole: bool = False) -> int:
+    """Spelling of the longest end of a text that begins a word; not all of the word, unless `whole`."""
     most = min(len(text), len(word) if whole else len(word) - 1)
     return next((n for n in range(most, 0, -1) if text[-n:] == word[:n]), 0)
