@@ -12,6 +12,8 @@ engine.py: requests to tokens, step by step
 checks.py: what an engine does not take
 scheduler.py: which tokens the next step reads
 blocks.py: who uses which block of the cache
+drafting.py: guesses at what comes next
+rows.py: a plan as the rows of a step
 programs.py: what runs on the device, compiled at the start
 step.py: the compiled step
 held.py: parameters as decoding holds them

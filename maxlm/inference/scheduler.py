@@ -12,6 +12,7 @@ newest tokens in the same steps; who counts texts counts such a pair once.
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from collections import deque
 from collections.abc import Mapping
@@ -99,6 +100,8 @@ class Chunk:
     count: int
     samples: bool
     """The last of them is the text's newest, so that the next one is drawn."""
+    drafts: tuple[int, ...] = ()
+    """Guesses at the tokens after it, which the step reads as well. They count for nothing before they came true."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ class StepPlan:
 
     @property
     def n_tokens(self) -> int:
-        return sum(chunk.count for chunk in self.chunks)
+        return sum(chunk.count + len(chunk.drafts) for chunk in self.chunks)
 
 
 class Scheduler:
@@ -198,6 +201,42 @@ class Scheduler:
         chunks = [chunk for chunk in chunks if chunk.sequence.stage is Stage.RUNNING]
         return StepPlan(chunks, self._steps(chunks)) if chunks else None
 
+    def room(self, plan: StepPlan, most: int) -> list[int]:
+        """How many drafts each chunk of a plan may have where the others have none, `most` at the most.
+
+        A text under a grammar has none: what may come after each draft would have to be told to the device too. Nor has
+        one that is guided, whose twin would have to read them as well.
+        """
+        left = self._left(plan)
+        return [
+            min(most, left, chunk.sequence.end - chunk.sequence.length - 1)
+            if chunk.samples and not chunk.sequence.ahead and self._guessable(chunk.sequence)
+            else 0
+            for chunk in plan.chunks
+        ]
+
+    def _guessable(self, sequence: Sequence) -> bool:
+        return sequence.request.grammar is None and sequence.twin is None and sequence.leader is None
+
+    def with_drafts(self, plan: StepPlan, drafts: list[list[int]]) -> StepPlan:
+        """The plan with guesses for its chunks, as far as there are rows and blocks that nobody else needs: the first
+        ones of all before the second ones."""
+        left, counts = self._left(plan), [0] * len(drafts)
+        for depth in range(max(map(len, drafts))):
+            for number, ids in enumerate(drafts):
+                if left and depth < len(ids):
+                    left, counts[number] = left - 1, depth + 1
+        chunks = []
+        for chunk, ids, count in zip(plan.chunks, drafts, counts, strict=True):
+            count = self._placed(chunk, count) if count else 0
+            chunks.append(dataclasses.replace(chunk, drafts=tuple(ids[:count])) if count else chunk)
+        return StepPlan(chunks, 1)
+
+    def came_true(self, sequence: Sequence, n: int) -> None:
+        """So many drafts of the step that was just read: their keys are the text's."""
+        if sequence.stage is Stage.RUNNING:
+            sequence.computed += n
+
     def launched(self, plan: StepPlan) -> None:
         """The step runs: what it computes may be counted on by all that come later."""
         self._steps_launched += 1
@@ -264,6 +303,19 @@ class Scheduler:
         if request.prompt_logprobs is None:
             return int(chunk.samples)
         return max(min(chunk.first + chunk.count, len(request.prompt)) - chunk.first, int(chunk.samples))
+
+    def _left(self, plan: StepPlan) -> int:
+        """Rows for drafts, which are all scored."""
+        return min(self._tokens_per_step - plan.n_tokens, self._rows - sum(map(self._n_rows, plan.chunks)))
+
+    def _placed(self, chunk: Chunk, count: int) -> int:
+        """Find blocks for so many drafts, or for the first ones of them."""
+        start = chunk.first + chunk.count
+        try:
+            self._take(chunk.sequence, start + count)
+        except OutOfBlocks:
+            count = min(len(blocks) for blocks in chunk.sequence.blocks.values()) * self._block_size - start
+        return count
 
     def _steps(self, chunks: list[Chunk]) -> int:
         """How many tokens each text draws in this step."""
