@@ -70,7 +70,7 @@ def compiled(config: RunConfig, model: ModelConfig, target: str, texts: int, con
     width = -(-model.max_seq_len // BLOCK)
     tables = {window: jax.ShapeDtypeStruct((texts, width), jnp.int32, sharding=by_slot) for window in blocks}
     numbers = jax.ShapeDtypeStruct((texts,), jnp.int32)
-    rows = StepRows(numbers, numbers, numbers, jax.ShapeDtypeStruct((texts,), jnp.bool_))
+    rows = StepRows(numbers, numbers, numbers, jax.ShapeDtypeStruct((texts,), jnp.bool_), numbers)
     same = jax.tree.map(lambda x: x.sharding, (cache, known))
     run_step = functools.partial(step, config=model, how=how, most_steps=1)
     jitted = jax.jit(run_step, donate_argnums=(1, 2), out_shardings=(*same, everywhere))

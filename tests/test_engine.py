@@ -107,19 +107,23 @@ samplings = st.sampled_from(
     ]
 )
 requests = st.builds(
-    lambda common, own, new, sampling, seed: Request(
+    lambda common, own, new, sampling, seed, scale, negative: Request(
         prompt=SHARED[:common] + tuple(own) or (3,),
         max_new_tokens=new,
         sampling=sampling,
         seed=seed,
         ends=(257,),
         logprobs=3,
+        guidance_scale=scale,
+        negative_prompt=SHARED[:negative],
     ),
     st.sampled_from([0, 7, 8, 16, 24, 33, 40]),
     st.lists(st.integers(0, 257), max_size=9),
     st.integers(1, 24),
     samplings,
     st.integers(0, 3),
+    st.sampled_from([1.0, 1.0, 1.7]),
+    st.sampled_from([0, 8, 19]),
 )
 
 
@@ -204,7 +208,7 @@ def test_nothing_is_compiled_after_the_start(engine: Engine) -> None:
             Request(prompt=(1, 2, 3), max_new_tokens=4, sampling=SamplingConfig(temperature=0.7, top_p=0.5, min_p=0.1)),
             Request(prompt=SHARED, max_new_tokens=2, prompt_logprobs=3, logit_bias={5: 4.0}, banned=((1, 2), (9,))),
             Request(prompt=(4,), max_new_tokens=30, sampling=SamplingConfig(no_repeat_ngram=2, dry_multiplier=1.0)),
-            Request(prompt=(65,), max_new_tokens=5, grammar=Regex("[0-9]{3}"), ends=(257,)),
+            Request(prompt=(65,), max_new_tokens=5, grammar=Regex("[0-9]{3}"), ends=(257,), guidance_scale=1.3),
         ],
     )
     assert not compiled
@@ -297,6 +301,13 @@ def test_what_does_not_fit_is_refused(engine: Engine) -> None:
         ({"seed": -1}, "seed = -1"),
         ({"logprobs": 21}, r"logprobs = 21; must lie in \[0, 20\]"),
         ({"logit_bias": {999: 1.0}}, "logit_bias: 999"),
+        ({"guidance_scale": -0.5}, r"guidance_scale = -0.5 must be in \[0, 100\]"),
+        ({"guidance_scale": 2.0, "negative_prompt": (512,)}, r"negative_prompt holds id 512; must lie in \[0, 512\)"),
+        ({"guidance_scale": 2.0, "negative_prompt": (1,) * 126}, "negative_prompt's 126 tokens and max_new_tokens = 3"),
+        (
+            {"guidance_scale": 2.0, "prompt": (1,) * 90, "negative_prompt": (1,) * 90},
+            "the prompts' 180 tokens .* whole cache",
+        ),
         ({"grammar": Regex("("), "ends": (257,)}, "regex"),
         ({"grammar": Regex("a")}, "ends is empty"),
     ):

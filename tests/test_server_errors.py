@@ -84,6 +84,8 @@ WRONG: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (TEXT, {"presence_penalty": 3}, 400, "presence_penalty", "presence_penalty = 3"),
     (TEXT, {"frequency_penalty": -3}, 400, "frequency_penalty", "frequency_penalty = -3"),
     (TEXT, {"repetition_penalty": 0}, 400, "repetition_penalty", "repetition_penalty = 0"),
+    (TEXT, {"guidance_scale": -1}, 400, "guidance_scale", "guidance_scale = -1: must be greater than or equal to 0"),
+    (TEXT, {"negative_prompt": "x"}, 400, None, "negative_prompt must be left out where guidance_scale is not there"),
     (TEXT, {"n": 0}, 400, "n", "n = 0: must be greater than or equal to 1"),
     (TEXT, {"n": 129}, 400, "n", "n = 129: must be less than or equal to 128"),
     (TEXT, {"n": 3, "best_of": 2}, 400, None, "best_of = 2 must be at least n = 3"),

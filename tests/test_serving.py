@@ -106,6 +106,23 @@ def test_every_setting_reaches_the_engine(client: openai.OpenAI, loop: FakeLoop)
     loop.seen.clear()
     client.completions.create(model=NAME, prompt="x", max_tokens=40, extra_body={"ignore_eos": True, "min_tokens": 3})
     assert loop.seen[0].ends == () and loop.seen[0].sampling.min_new_tokens == 0
+    assert (loop.seen[0].guidance_scale, loop.seen[0].negative_prompt) == (1.0, ())
+
+
+def test_guidance(client: openai.OpenAI, served: Served, loop: FakeLoop) -> None:
+    body = {"guidance_scale": 1.5, "negative_prompt": "not this"}
+    client.completions.create(model=NAME, prompt=["x", "y"], max_tokens=4, extra_body=body)
+    assert {one.guidance_scale for one in loop.seen} == {1.5}
+    assert {one.negative_prompt for one in loop.seen} == {tuple(served.tokenizer.encode("not this"))}
+    loop.seen.clear()
+    # In a conversation the negative prompt takes the place of what the system says.
+    ask: list[Any] = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]
+    client.chat.completions.create(model=NAME, messages=ask, extra_body={**body, "negative_prompt": "be rude"})
+    ask[0]["content"] = "be rude"
+    client.chat.completions.create(model=NAME, messages=ask, extra_body={"guidance_scale": 0})
+    guided, other = loop.seen
+    assert guided.negative_prompt == other.prompt != guided.prompt and other.negative_prompt == ()
+    assert other.guidance_scale == 0
 
 
 def test_a_stream_is_the_whole_in_pieces(client: openai.OpenAI) -> None:

@@ -119,7 +119,7 @@ from maxlm.config.position import (
 )
 from maxlm.config.quantization import QuantMethod
 from maxlm.config.run import CheckpointConfig, LimitsConfig, ObserveConfig, RunConfig, StepRange, TrainConfig
-from maxlm.config.sampling import BeamConfig, SamplingConfig
+from maxlm.config.sampling import BeamConfig, ContrastiveConfig, GuidanceConfig, SamplingConfig
 from maxlm.config.sharding import (
     MESH_AXES,
     Context,
@@ -156,6 +156,7 @@ __all__ = [
     "ChosenModel",
     "ConstantSchedule",
     "Context",
+    "ContrastiveConfig",
     "CosineSchedule",
     "DataConfig",
     "Dataset",
@@ -178,6 +179,7 @@ __all__ = [
     "GlmRope",
     "GluSave",
     "GroupedQuery",
+    "GuidanceConfig",
     "Head",
     "HuggingFaceDataset",
     "HuggingFaceTokenizer",

@@ -13,14 +13,14 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from maxlm.config import EngineConfig, LmHead, ModelConfig, UserError, WeightFormat
+from maxlm.config import EngineConfig, UserError, WeightFormat
 from maxlm.config.fields import Positive, Seed, require
 from maxlm.data.text_ends import TextEnds
+from maxlm.inference.checks import check_guided, check_lengths, check_model
 from maxlm.inference.drafting import Drafter, drafter_of
 from maxlm.inference.programs import Programs, pool_sizes
-from maxlm.inference.request import TOP_SCORES, BadRequest, Delta, Finish, QueueFull, Request, TokenScore, check_lengths
+from maxlm.inference.request import TOP_SCORES, BadRequest, Delta, Finish, QueueFull, Request, TokenScore
 from maxlm.inference.rows import Read, fill
-from maxlm.inference.sampling import LogProbs
 from maxlm.inference.scheduler import Scheduler, Sequence, Stage, StepPlan
 from maxlm.inference.settings import Settings, settings_row
 from maxlm.inference.step import Drawn, StepRows, Texts
@@ -116,7 +116,7 @@ class Engine:
         """
         model, self.tokenizer = run.config.model, run.tokenizer
         self.ends = run.ends or TextEnds.of_documents(run.tokenizer)
-        _check(model, max([self.tokenizer.text_size, *(i + 1 for i in self.ends.first)]))
+        check_model(model, max([self.tokenizer.text_size, *(i + 1 for i in self.ends.first)]))
         self.config, self.max_length, self.vocab_size = config, model.max_seq_len, model.vocab_size
         layout = decoding_layout(run.layout, model.d_model)
         how = Execution.of(run.config, run.layout).decoding(layout)
@@ -156,6 +156,8 @@ class Engine:
             raise QueueFull(f"{self.config.queue} requests wait already, as engine.queue says; try again later")
         self.check(request)
         sequence = Sequence(request, next(self._numbers), list(request.prompt))
+        if (other := request.twin) is not None:
+            sequence.twin = Sequence(other, sequence.number, list(other.prompt), leader=sequence)
         shard = min(range(len(self._shards)), key=lambda i: len(self._shards[i].running) + len(self._shards[i].waiting))
         deadline = None if request.deadline_s is None else time.monotonic() + request.deadline_s
         stream = TextStream(self.tokenizer, request.prompt, request.stop)
@@ -176,8 +178,9 @@ class Engine:
             require("seed", request.seed, Seed)
             if not request.prompt:
                 raise UserError("prompt has no tokens; must have at least one")
-            if wrong := [i for i in request.prompt if not 0 <= i < self.vocab_size]:
-                raise UserError(f"prompt holds id {wrong[0]}; must lie in [0, {self.vocab_size})")
+            for key in ("prompt", "negative_prompt"):
+                if wrong := [i for i in getattr(request, key) if not 0 <= i < self.vocab_size]:
+                    raise UserError(f"{key} holds id {wrong[0]}; must lie in [0, {self.vocab_size})")
             if "" in request.stop:
                 raise UserError("stop: holds an empty string, which stands before every text; leave it out")
             for name in ("logprobs", "prompt_logprobs"):
@@ -185,9 +188,15 @@ class Engine:
                 if n is not None and not 0 <= n <= TOP_SCORES:
                     raise UserError(f"{name} = {n}; must lie in [0, {TOP_SCORES}]")
             check_lengths(len(request.prompt), request.max_new_tokens, self.max_length)
-            if not self._shards[0].fits(len(request.prompt) + request.max_new_tokens):
+            prompts = [len(request.prompt)]
+            if (twin := request.twin) is not None:
+                prompts.append(len(twin.prompt))
+                slots = min(self.config.slots, self._programs.widths[-1])
+                check_guided(request, twin, self.max_length, slots)
+            if not self._shards[0].fits(*(n + request.max_new_tokens for n in prompts)):
+                whose = "the prompt's" if twin is None else "the prompts'"
                 raise UserError(
-                    f"the prompt's {len(request.prompt)} tokens and max_new_tokens = {request.max_new_tokens} do not "
+                    f"{whose} {sum(prompts)} tokens and max_new_tokens = {request.max_new_tokens} do not "
                     "fit the whole cache; ask for fewer, or start the engine with more engine.cache_tokens"
                 )
             self._settings(request)
@@ -274,6 +283,8 @@ class Engine:
             banned=request.banned,
             logprobs=max(asked, default=None),
             processed_logprobs=request.processed_logprobs,
+            told=request.told,
+            guidance=request.guidance_scale,
         )
 
     def _constraint(self, request: Request) -> Constraint | None:
@@ -332,7 +343,8 @@ class Engine:
         history = np.zeros(self.max_length + 1, np.int32)
         history[: len(sequence.tokens)] = sequence.tokens
         settings = self._settings(request)
-        if (allowed := self._tickets[sequence].allowed) is not None:
+        allowed = self._tickets[sequence].allowed if sequence.leader is None else None
+        if allowed is not None:
             settings = settings._replace(allowed=allowed)
         text = Texts(history, np.int32(len(request.prompt)), np.int32(sequence.end), np.bool_(False), settings)
         self._programs.begin(self._slot(shard, sequence), text)
@@ -368,38 +380,41 @@ class Engine:
         if (flying := self._flying) is None:
             return []
         self._flying = None
-        drawn: Any = flying.drawn.tokens
-        over = not isinstance(drawn, jax.Array) or drawn.is_ready()  # type: ignore[attr-defined]
-        tokens, broken = np.asarray(drawn), np.asarray(flying.drawn.broken)
+        known: Any = flying.drawn.tokens
+        over = not isinstance(known, jax.Array) or known.is_ready()  # type: ignore[attr-defined]
+        tokens, broken = np.asarray(known), np.asarray(flying.drawn.broken)
         now = time.perf_counter()
         seconds = now - max(flying.began, self._read_at)
         # First tokens have no time. If they were there before anybody looked, the next step runs since its launch.
         if not over or all(read.sequence.generated for read in flying.reads):
             self._read_at = now
-        scored = any(read.sequence.request.logprobs is not None or not read.sample for read in flying.reads)
-        scores = jax.tree.map(np.asarray, flying.drawn.scores) if scored else None
+        drawn, asked = flying.drawn, [read.sequence.request for read in flying.reads]
+        if any(one.logprobs is not None or one.prompt_logprobs is not None for one in asked):
+            drawn = drawn._replace(scores=jax.tree.map(np.asarray, drawn.scores))
+        if any(one.states for one in asked):
+            drawn = drawn._replace(states=jax.tree.map(lambda x: np.asarray(x, np.float32), drawn.states))
         found = []
         for read in flying.reads:
             sequence, places = read.sequence, read.places(tokens)
-            sequence.ahead -= read.steps if read.sample else 0
+            for one in sequence.pair:
+                one.ahead -= read.steps if read.sample else 0
             if sequence.stage is Stage.ENDED:
                 continue
             ticket = self._tickets[sequence]
             if any(broken[place] for place in places):
                 found.append((ticket, self._end(ticket, Finish.ERROR, error=_NOT_FINITE)))
             elif not read.sample:
-                assert scores is not None
                 n = sequence.request.prompt_logprobs or 0
-                ticket.prompt_scores.append(_score(scores, places[0], int(tokens[places[0]]), n))
+                ticket.prompt_scores.append(_score(drawn, places[0], int(tokens[places[0]]), sequence.request, n))
             else:
                 self._counts["drafted"] += len(read.drafts)
                 self._counts["accepted"] += len(places) - 1 if read.drafts else 0
                 self._shards[ticket.shard].came_true(sequence, len(places) - 1 if read.drafts else 0)
-                found.append((ticket, self._grown(ticket, [int(tokens[p]) for p in places], places, scores, seconds)))
+                found.append((ticket, self._grown(ticket, [int(tokens[p]) for p in places], places, drawn, seconds)))
         return found
 
     def _grown(
-        self, ticket: Ticket, tokens: list[int], places: list[tuple[int, int]], scores: LogProbs | None, seconds: float
+        self, ticket: Ticket, tokens: list[int], places: list[tuple[int, int]], drawn: Drawn, seconds: float
     ) -> Delta:
         """A text has more tokens, the last of which may end it."""
         sequence, stream = ticket.sequence, ticket.stream
@@ -416,14 +431,15 @@ class Engine:
                 tokens, finish = tokens[:n], Finish.STOP
                 reason = token if stream.stopped is None else stream.stopped
                 break
-        sequence.tokens += tokens
+        for one in sequence.pair:
+            one.tokens += tokens
         text = text if request.stop else stream.add(tokens)
         if finish is None and len(sequence.tokens) >= sequence.end:
             finish = Finish.LENGTH
         of_tokens: tuple[TokenScore, ...] = ()
-        if request.logprobs is not None and scores is not None:
+        if request.logprobs is not None:
             of_tokens = tuple(
-                _score(scores, place, token, request.logprobs)
+                _score(drawn, place, token, request, request.logprobs)
                 for place, token in zip(places, tokens, strict=False)  # the last ones may be cut off
             )
         self._counts["generated"] += len(tokens)
@@ -446,7 +462,8 @@ class Engine:
             if sequence.begun:
                 self._programs.allow(self._slot(ticket.shard, sequence), ticket.allowed)
         if finish is None:
-            self._shards[ticket.shard].hold(sequence)
+            for one in sequence.pair:
+                self._shards[ticket.shard].hold(one)
             return delta
         ended = self._end(ticket, finish)
         if finish is Finish.LENGTH and stream.stopped is not None:  # in what waited for more tokens
@@ -472,25 +489,9 @@ class Engine:
             shard.tables_changed = False
 
 
-def _check(model: ModelConfig, needed: int) -> None:
-    """
-    Raises:
-        UserError: the model cannot go on with texts, or knows fewer ids than these have.
-    """
-    if not isinstance(model.head, LmHead):
-        raise UserError(f"model.head = {type(model.head).__name__} gives no logits; use a run with an LmHead")
-    if needed > model.vocab_size:
-        raise UserError(
-            f"model.vocab_size = {model.vocab_size} is less than the tokenizer's {needed}; use the "
-            "tokenizer that the model was trained with"
-        )
-    if not model.decodes:
-        raise UserError(
-            f"{model.looks_ahead}: such a model looks at later tokens and cannot decode; "
-            "measure it with python -m maxlm.evaluate"
-        )
-
-
-def _score(scores: LogProbs, place: tuple[int, int], token: int, n: int) -> TokenScore:
+def _score(drawn: Drawn, place: tuple[int, int], token: int, request: Request, n: int) -> TokenScore:
+    scores = drawn.scores
     top = zip(scores.top_ids[place][:n].tolist(), scores.top[place][:n].tolist(), strict=True)
-    return TokenScore(token, float(scores.chosen[place]), tuple(top))
+    told = scores.told[place][: len(request.told)].tolist()
+    state: Any = drawn.states[place] if request.states else None
+    return TokenScore(token, float(scores.chosen[place]), tuple(top), tuple(told), state)

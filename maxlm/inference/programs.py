@@ -105,8 +105,8 @@ class Programs:
         """Rows of all shards that read nothing, to be filled: numpy arrays."""
         n, scored = width * self._n_shards, self.scored_rows(width) * self._n_shards
         nothing = np.full(n, -1, np.int32)
-        drafts = nothing.copy() if self._config.drafts else None
-        return StepRows(np.zeros(n, np.int32), nothing, np.full(scored, -1, np.int32), np.zeros(scored, bool), drafts)
+        drafts, none = nothing.copy() if self._config.drafts else None, np.full(scored, -1, np.int32)
+        return StepRows(np.zeros(n, np.int32), nothing, none, np.zeros(scored, bool), none.copy(), drafts)
 
     def _placed(self, parameters: Any) -> tuple[ModelConfig, Any]:
         """The model as it runs here, and its parameters."""

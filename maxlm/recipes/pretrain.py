@@ -17,8 +17,8 @@ from maxlm.data.shards import Split
 from maxlm.data.tokenizers import Tokenizer
 from maxlm.evaluation.perplexity import held_out
 from maxlm.inference import generator
+from maxlm.inference.checks import check_lengths
 from maxlm.inference.load import LoadedRun
-from maxlm.inference.request import check_lengths
 from maxlm.observe.text import short
 from maxlm.processes.joining import on_rank_0
 from maxlm.recipes.starting import open_source

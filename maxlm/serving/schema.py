@@ -204,6 +204,8 @@ class Generating(Exact):
     min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     response_format: ResponseFormat | None = None
+    guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = None
+    negative_prompt: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -218,6 +220,8 @@ class Generating(Exact):
     def _fits_together(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options must be left out where stream is not true")
+        if self.negative_prompt is not None and self.guidance_scale in (None, 1):
+            raise ValueError("negative_prompt must be left out where guidance_scale is not there or is 1")
         return self
 
 
