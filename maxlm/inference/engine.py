@@ -368,7 +368,7 @@ class Engine:
         if (flying := self._flying) is None:
             return []
         self._flying = None
-        drawn = flying.drawn.tokens
+        drawn: Any = flying.drawn.tokens
         over = not isinstance(drawn, jax.Array) or drawn.is_ready()
         tokens, broken = np.asarray(drawn), np.asarray(flying.drawn.broken)
         now = time.perf_counter()
