@@ -369,7 +369,7 @@ class Engine:
             return []
         self._flying = None
         drawn: Any = flying.drawn.tokens
-        over = not isinstance(drawn, jax.Array) or drawn.is_ready()
+        over = not isinstance(drawn, jax.Array) or drawn.is_ready()  # type: ignore[attr-defined]
         tokens, broken = np.asarray(drawn), np.asarray(flying.drawn.broken)
         now = time.perf_counter()
         seconds = now - max(flying.began, self._read_at)
