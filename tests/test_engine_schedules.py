@@ -25,6 +25,7 @@ from maxlm.inference.engine import Engine, Ticket
 from maxlm.inference.load import LoadedRun
 from maxlm.inference.request import BadRequest, Delta, Finish, Request
 from maxlm.inference.sampling import LogProbs
+from maxlm.inference.scheduler import Scheduler, Sequence
 from maxlm.inference.step import Drawn, StepRows, Texts
 from maxlm.sharding import make_layout
 
@@ -252,6 +253,21 @@ class Schedules(RuleBasedStateMachine):
 
 TestSchedules = pytest.mark.usefixtures("_checked")(Schedules.TestCase)
 TestSchedules.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+
+
+def test_who_lost_its_blocks_comes_back_when_its_tokens_are_read() -> None:
+    """Not before: they are still on the device, and a text that begins again begins with what is known of it."""
+    scheduler = Scheduler(
+        slots=2, tokens_per_step=8, rows_per_step=2, block_size=4, pools={0: 8}, max_length=40, decode_steps=1
+    )
+    old, young = (Sequence(Request(prompt=(i,) * 9, max_new_tokens=15), i, [i] * 9) for i in range(2))
+    scheduler.add(old)
+    scheduler.add(young)
+    while not scheduler.preemptions:
+        plan = scheduler.plan()
+        assert plan is not None
+        scheduler.launched(plan)
+    assert young.ahead and [chunk.sequence for chunk in plan.chunks] == [old]
 
 
 def test_blocks_run_out_and_every_text_is_whole() -> None:

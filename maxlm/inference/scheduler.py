@@ -162,7 +162,7 @@ class Scheduler:
     def plan(self) -> StepPlan | None:
         """The next step; None: there is nothing to do. Nothing counts as computed before `launched`."""
         chunks: list[Chunk] = []
-        budget, rows = self._tokens_per_step, self._rows
+        budget, rows, preemptions = self._tokens_per_step, self._rows, self.preemptions
         ready = sorted((one for one in self.running if one.length < one.end), key=lambda one: (one.served, one.number))
         for n_before, sequence in enumerate(ready):
             if not min(budget, rows):
@@ -176,7 +176,7 @@ class Scheduler:
                 chunks.append(self._chunk(sequence, count))
                 budget, rows = budget - count, rows - self._n_rows(chunks[-1])
         chunks = [chunk for chunk in chunks if chunk.sequence.stage is Stage.RUNNING]
-        preemptions = self.preemptions
+        # Nobody comes in where blocks ran out: who lost them may have tokens on the device that nobody has seen.
         while self.waiting and self._slots and budget > 0 and rows > 0 and self.preemptions == preemptions:
             sequence = self.waiting[0]
             if not self._admit(sequence):
