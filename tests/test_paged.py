@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
-from paged_cases import KINDS, LENGTHS, ROWS, Rows, Shape, Shaping, attend, check, texts
+from paged_cases import KINDS, LENGTHS, ROWS, TREE_KINDS, TREES, Rows, Shape, Shaping, attend, check, texts
 
-from kernels_pallas import PagedBlocks, Scores, explain, masks, oracle, paged_attention
+from kernels_pallas import DistanceBias, PagedBlocks, Scores, TokenTree, explain, masks, oracle, paged_attention
 
 TILE = 12  # positions; three blocks
 ABREAST = PagedBlocks(keys=TILE)
@@ -43,6 +43,32 @@ def test_the_kernel_equals_the_formula(kind: str) -> None:
     check(WIDE, KINDS[kind], LENGTHS, ROWS, backend="tpu", interpret=True, blocks=PagedBlocks(keys=16))
 
 
+@pytest.mark.parametrize(("kind", "blocks"), [*((kind, ALONE) for kind in TREE_KINDS), ("all", ABREAST)])
+def test_a_row_of_a_tree_sees_its_own_path(kind: str, blocks: PagedBlocks) -> None:
+    """As if the text had been that path, which the oracle lays out."""
+    check(Shape(), TREE_KINDS[kind], LENGTHS, TREES[0], tree=TREES[1], blocks=blocks)
+
+
+@pytest.mark.parametrize(
+    "kind", ["all", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("causal", "strided"))]
+)
+def test_the_kernel_sees_trees(kind: str) -> None:
+    options: dict[str, Any] = {"backend": "tpu", "interpret": True, "blocks": PagedBlocks(keys=16)}
+    check(WIDE, TREE_KINDS[kind], LENGTHS, TREES[0], tree=TREES[1], **options)
+
+
+def test_rows_of_no_tree_are_as_ever() -> None:
+    """To the bit, where others of the call are of one."""
+    k, v, tables = texts(Shape(), LENGTHS, seed=1)
+    slots, positions = (np.array(x, np.int32) for x in zip(*ROWS, strict=True))
+    q = np.random.default_rng(2).normal(size=(len(ROWS), Shape.N, Shape.H)).astype(np.float32)
+    run = functools.partial(
+        attend, q, k, v, jnp.int32(0), Rows(tables, slots, positions), shaping=TREE_KINDS["all"], blocks=ALONE
+    )
+    alone = TokenTree(positions, positions, np.where(positions < 0, 0, 1).astype(np.int32))
+    np.testing.assert_array_equal(run(), run(tree=alone))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "shape",
@@ -58,7 +84,7 @@ def test_shapes_of_the_kernel(shape: Shape) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["all", "causal"])
+@pytest.mark.parametrize("kind", ["all", "causal", "trees"])
 def test_the_kernel_has_no_races(kind: str, capfd: pytest.CaptureFixture[str]) -> None:
     """In the simulator of a TPU with two cores, whose memory starts as NaN and whose copies arrive late; which refuses
     to read beyond an array, where the tables lead from whatever the rows need not look at."""
@@ -67,7 +93,10 @@ def test_the_kernel_has_no_races(kind: str, capfd: pytest.CaptureFixture[str]) -
     )
     try:
         options = {"backend": "tpu", "interpret": interpret, "blocks": PagedBlocks(keys=16)}
-        check(WIDE, KINDS[kind], LENGTHS, ROWS, unseen=10**6, **options)
+        if kind == "trees":
+            check(WIDE, TREE_KINDS["all"], LENGTHS, TREES[0], tree=TREES[1], **options)
+        else:
+            check(WIDE, KINDS[kind], LENGTHS, ROWS, unseen=10**6, **options)
     finally:
         pltpu.reset_tpu_interpret_mode_state()
     assert "RACE DETECTED" not in capfd.readouterr().out  # later versions of jax raise
@@ -221,6 +250,7 @@ ARGUMENTS: dict[str, Any] = {
     "positions": jax.ShapeDtypeStruct((3,), jnp.int32),
     "scores": Scores(),
 }
+TREE = TokenTree(*[jax.ShapeDtypeStruct((3,), jnp.int32)] * 3)
 
 
 @pytest.mark.parametrize(
@@ -236,6 +266,12 @@ ARGUMENTS: dict[str, Any] = {
         ({"scores": Scores(mask=masks.local(3, 1))}, "shows keys after the query"),
         ({"scores": Scores(mask=masks.causal | masks.prefix(3))}, "shows keys after the query"),
         ({"scores": Scores(sinks=jnp.zeros(3))}, r"scores.sinks \(3,\) must be \[4\]"),
+        (
+            {"tree": TokenTree(*[jax.ShapeDtypeStruct((4,), jnp.int32)] * 3)},
+            r"places is int32\[4\]; it must be int32\[3\]",
+        ),
+        ({"tree": TREE, "scores": Scores(alibi_slopes=jnp.zeros(4))}, "tree: biases by distance"),
+        ({"tree": TREE, "scores": Scores(relative_bias=DistanceBias(jnp.zeros((4, 8))))}, "tree: biases by distance"),
         ({"backend": "cuda"}, "backend = 'cuda' is unknown to paged_attention"),
         ({"blocks": PagedBlocks(keys=0)}, "must be a positive integer"),
     ],

@@ -11,7 +11,7 @@ from kernels_pallas import dispatch
 from kernels_pallas.attention.problem import DTYPES
 from kernels_pallas.attention.scores import Scores
 from kernels_pallas.masks import Mask
-from kernels_pallas.paged.problem import PagedBlocks, PagedOperands, PagedProblem
+from kernels_pallas.paged.problem import PagedBlocks, PagedOperands, PagedProblem, TokenTree
 
 
 def paged_attention(
@@ -24,6 +24,7 @@ def paged_attention(
     positions: jax.Array,
     scores: Scores,
     *,
+    tree: TokenTree | None = None,
     backend: str = "auto",
     blocks: PagedBlocks | None = None,
     interpret: Any = None,
@@ -46,6 +47,8 @@ def paged_attention(
         slots: int32 [T], the slot of each row's text.
         positions: int32 [T], of the queries, below M * C. -1: a row without a token, whose result is 0.
         scores: what shapes the scores. Its mask shows no key after the query.
+        tree: where rows are nodes of trees; None: a key's place is its position, and a row sees all before it. The mask
+            must not hide what is as near to a query as its own path is long.
         backend: "xla", "tpu" or "gpu" (Hopper); "auto" follows the table recorded for the chip. On several devices call
             the kernels inside `jax.shard_map(..., check_vma=False)`.
         blocks: keys of a tile; None: from the tuning table.
@@ -57,7 +60,7 @@ def paged_attention(
     Raises:
         ValueError: arguments do not fit each other, or the named backend cannot do this.
     """
-    problem = _problem(q, k, v, layer, tables, slots, positions, scores)
+    problem = _problem(q, k, v, layer, tables, slots, positions, scores, tree)
     plan = dispatch.decide("paged_attention", problem, backend=backend, blocks=blocks, interpret=interpret)
     float32 = lambda x: None if x is None else jnp.asarray(x, jnp.float32)
     int32 = lambda x: jnp.asarray(x, jnp.int32)
@@ -72,6 +75,7 @@ def paged_attention(
         float32(scores.alibi_slopes),
         None if scores.relative_bias is None else float32(scores.relative_bias.table),
         float32(scores.sinks),
+        None if tree is None else TokenTree(*map(int32, tree)),
     )
     return dispatch.PAGED[plan.backend].forward(problem, plan.blocks, operands, interpret=interpret)
 
@@ -85,6 +89,7 @@ def _problem(
     slots: jax.Array,
     positions: jax.Array,
     scores: Scores,
+    tree: TokenTree | None,
 ) -> PagedProblem:
     """The static description, with every check of the arguments."""
     for name, x, dims in (("q", q, "T, N, H"), ("k", k, "L, P, K, C, H"), ("v", v, "L, P, K, C, Hv")):
@@ -106,7 +111,8 @@ def _problem(
             f"q has {N} heads and k has {K}, which does not divide {N}. "
             "Where a mesh axis cuts heads, it must cut q and k into whole groups"
         )
-    for name, x, shape in (("layer", layer, ()), ("slots", slots, (T,)), ("positions", positions, (T,))):
+    of_rows = {"slots": slots, "positions": positions} | ({} if tree is None else tree._asdict())
+    for name, x, shape in (("layer", layer, ()), *((name, x, (T,)) for name, x in of_rows.items())):
         x = jnp.asarray(x)
         if x.shape != shape or not jnp.issubdtype(x.dtype, jnp.integer):
             raise ValueError(f"{name} is {x.dtype}{list(x.shape)}; it must be int32{list(shape)}")
@@ -116,6 +122,11 @@ def _problem(
     for name, per_head in (("alibi_slopes", scores.alibi_slopes), ("sinks", scores.sinks)):
         if per_head is not None and jnp.shape(per_head) != (N,):
             raise ValueError(f"scores.{name} {jnp.shape(per_head)} must be [{N}], one for each query head")
+    if tree is not None and (scores.alibi_slopes is not None or scores.relative_bias is not None):
+        raise ValueError(
+            "tree: biases by distance (scores.alibi_slopes, scores.relative_bias) take a key's place for "
+            "its position, which it is not in a tree; leave out one of the two"
+        )
     return PagedProblem(
         T=T,
         N=N,
@@ -135,6 +146,7 @@ def _problem(
         buckets=None if scores.relative_bias is None else scores.relative_bias.buckets(N),
         sinks=scores.sinks is not None,
         one_cache=v is k,
+        tree=tree is not None,
     )
 
 

@@ -18,7 +18,7 @@ from jax import lax
 
 from kernels_pallas.attention.problem import MASKED
 from kernels_pallas.attention.xla import bucket_of, capped, product
-from kernels_pallas.paged.problem import PagedBlocks, PagedOperands, PagedProblem
+from kernels_pallas.paged.problem import PagedBlocks, PagedOperands, PagedProblem, TokenTree
 from kernels_pallas.targets import Family, Target
 
 
@@ -42,7 +42,7 @@ def forward(problem: PagedProblem, blocks: PagedBlocks, operands: PagedOperands,
     """[T, N, Hv] in q's dtype; there is nothing to interpret here."""
     T, K, G = problem.T, problem.K, problem.group
     rows = max(n for n in range(1, min(blocks.rows, T) + 1) if T % n == 0)
-    each = operands.q.reshape(T, K, G, -1), operands.tables[operands.slots], operands.positions
+    each = operands.q.reshape(T, K, G, -1), operands.tables[operands.slots], operands.positions, operands.tree
     run = functools.partial(_rows, problem, blocks.count(problem.C), operands)
     if rows == T:
         out = run(*each)
@@ -52,10 +52,17 @@ def forward(problem: PagedProblem, blocks: PagedBlocks, operands: PagedOperands,
 
 
 def _rows(
-    problem: PagedProblem, n_blocks: int, operands: PagedOperands, q: jax.Array, tables: jax.Array, positions: jax.Array
+    problem: PagedProblem,
+    n_blocks: int,
+    operands: PagedOperands,
+    q: jax.Array,
+    tables: jax.Array,
+    positions: jax.Array,
+    tree: TokenTree | None,
 ) -> jax.Array:
     """[R, K, G, Hv] of queries [R, K, G, H] at positions [R], whose texts lie in the blocks [R, M]."""
-    first, last = problem.blocks_of(positions)
+    first, last = problem.blocks_of(positions, tree)
+    of_row = jax.tree.map(lambda x: x[:, None], tree)
     per_head = lambda x: x.astype(jnp.float32).reshape(problem.K, problem.group, -1)
 
     def add_tile(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -63,7 +70,7 @@ def _rows(
         entries = first[:, None] + j * n_blocks + jnp.arange(n_blocks)  # [R, blocks]; those past the table are hidden
         blocks = jnp.take_along_axis(tables, jnp.minimum(entries, problem.M - 1), axis=1)
         keys = (entries[..., None] * problem.C + jnp.arange(problem.C)).reshape(len(entries), -1)  # [R, W] positions
-        seen = problem.mask.visible(positions[:, None], keys)
+        seen = problem.seen(positions[:, None], keys, of_row)
         k, v = (_tile(cache, operands.layer, blocks) for cache in (operands.k, operands.v))
         scores = capped(product("rkgh,rkch->rkgc", q, k), problem.scale, problem.soft_cap)
         distance = keys - positions[:, None]

@@ -11,7 +11,7 @@ experts.py: tokens to their experts and back
 backends.py: kernels named in the config
 """
 
-from kernels_pallas import DistanceBias, Scores
+from kernels_pallas import DistanceBias, Scores, TokenTree
 from maxlm.models.ops.attention import attention, causal
 from maxlm.models.ops.dense import activate, dense, embed, glu, logits, project, unit_rows
 from maxlm.models.ops.experts import (
@@ -33,6 +33,7 @@ __all__ = [
     "ExpertWeights",
     "GatedUnit",
     "Scores",
+    "TokenTree",
     "activate",
     "attention",
     "attention_to_blocks",

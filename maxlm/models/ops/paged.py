@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import jax
 
-from kernels_pallas import Scores, paged_attention
+from kernels_pallas import Scores, TokenTree, paged_attention
 from maxlm.sharding import Layout
 
 
@@ -22,6 +22,7 @@ def attention_to_blocks(
     positions: jax.Array,
     scores: Scores,
     *,
+    tree: TokenTree | None = None,
     one_head_for_all: bool = False,
 ) -> tuple[jax.Array, list[jax.Array]]:
     """Write what is new into one layer of a cache, and attend to what it then holds.
@@ -38,6 +39,7 @@ def attention_to_blocks(
         slots: int32 [T].
         positions: int32 [T]; -1: the row is padding, is written nowhere that is read, and gets 0.
         scores: as in `attention`.
+        tree: where rows are nodes of trees: written at their places, which are then not their positions.
         one_head_for_all: K is 1 on every device, whatever the tensor axis cuts.
 
     Returns:
@@ -51,7 +53,7 @@ def attention_to_blocks(
 
     @functools.partial(
         layout.shard_map,
-        in_specs=(heads, in_new, in_cache, layout.activation(), layout.activation("batch", None), rows, rows,
+        in_specs=(heads, in_new, in_cache, layout.activation(), layout.activation("batch", None), rows, rows, rows,
                   layout.activation("heads")),
         out_specs=(heads, in_cache),
         check_vma=False,  # neither kernels nor loops with data-dependent bounds have a replication rule
@@ -64,21 +66,23 @@ def attention_to_blocks(
         table: jax.Array,
         slots: jax.Array,
         positions: jax.Array,
+        tree: TokenTree | None,
         scores: Scores,
     ) -> tuple[jax.Array, list[jax.Array]]:
         slots = slots % table.shape[0]
-        cache = [_write(old, layer, x[:, 0], table, slots, positions) for old, x in zip(cache, new, strict=True)]
-        out = paged_attention(q[:, 0], cache[0], cache[-1], layer, table, slots, positions, scores)
+        places = positions if tree is None else tree.places
+        cache = [_write(old, layer, x[:, 0], table, slots, places) for old, x in zip(cache, new, strict=True)]
+        out = paged_attention(q[:, 0], cache[0], cache[-1], layer, table, slots, positions, scores, tree=tree)
         return out[:, None], cache
 
-    return local(q, list(new), list(cache), layer, table, slots, positions, scores)
+    return local(q, list(new), list(cache), layer, table, slots, positions, tree, scores)
 
 
 def _write(
-    cache: jax.Array, layer: jax.Array, new: jax.Array, table: jax.Array, slots: jax.Array, positions: jax.Array
+    cache: jax.Array, layer: jax.Array, new: jax.Array, table: jax.Array, slots: jax.Array, places: jax.Array
 ) -> jax.Array:
-    """Put new [T, K, H] into one layer of a cache [L', P, K, C, H], each row at its own position."""
+    """Put new [T, K, H] into one layer of a cache [L', P, K, C, H], each row at its own place; -1: nowhere."""
     C = cache.shape[3]
-    places = positions.clip(0)
-    blocks = jax.numpy.where(positions < 0, 0, table[slots, places // C])
+    nowhere, places = places < 0, places.clip(0)
+    blocks = jax.numpy.where(nowhere, 0, table[slots, places // C])
     return cache.at[layer, blocks, :, places % C].set(new.astype(cache.dtype), mode="promise_in_bounds")
