@@ -55,6 +55,16 @@ class ByGroup:
         scales, offsets = grids(w, axis, group, symmetric=symmetric)
         return packed(nearest(w, scales, offsets, axis), scales, offsets, axis)
 
+    @staticmethod
+    def of_bytes(w: jax.Array, axis: int, group: int) -> ByGroup:
+        """The nearest codes of 8 bits, -127 .. 127, with scale = max |w| / 127, rounded to bfloat16: a number is off by
+        half a scale."""
+        grouped = _split(w.astype(jnp.float32), axis, w.shape[axis] // group)
+        scales = (jnp.abs(grouped).max(axis) / 127).astype(jnp.bfloat16)
+        wide = jnp.expand_dims(scales.astype(jnp.float32), axis)
+        codes = jnp.round(grouped / jnp.where(wide == 0, 1, wide)).astype(jnp.int8)
+        return ByGroup(codes.reshape(w.shape), scales, None, axis)
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the weight."""
