@@ -55,7 +55,7 @@ from maxlm.quantization.folding import by_inputs, folded, folds, shared_by_heads
 from maxlm.quantization.gptq import gptq, product_errors
 from maxlm.quantization.llama_blocks import found_blocks
 from maxlm.quantization.methods import quantise
-from maxlm.quantization.scale_search import awq_scales, smoothing_scales
+from maxlm.quantization.scale_search import awq_scales, clipped, smoothing_scales
 from maxlm.recipes.starting import open_source
 
 pytestmark = pytest.mark.usefixtures("programs_kept")
@@ -200,6 +200,34 @@ def test_the_scales_of_awq_and_smoothquant() -> None:
     smooth = smoothing_scales({"w": jnp.asarray(w)}, seen, [array])
     np.testing.assert_allclose(smooth, np.sqrt(np.abs(x).max(0) / np.abs(w).max(1)), rtol=1e-5)
     assert by_inputs(smooth, array).shape == (32, 1)
+
+
+def test_ranges_of_awq_are_those_of_its_search() -> None:
+    """In the order of its code: clamp a group's numbers, round them, multiply with the group's activations."""
+    rng = np.random.default_rng(5)
+    dims = ("heads", "head_dim", "embed")
+    array = shapes.Array(
+        "w", (2, 32, 5), dims, shapes.Constant(0), shapes.Role.PRODUCT, shapes.Part.MLP, inputs=("heads", "head_dim")
+    )
+    x = rng.normal(size=(50, 64)) @ rng.normal(size=(64, 64))
+    w = (rng.normal(size=(64, 5)) ** 3).astype(np.float32)
+    found = clipped(jnp.asarray(w.reshape(2, 32, 5)), jnp.asarray(x.T @ x, jnp.float32), array, 16)
+    dense = np.asarray(found.dense(jnp.dtype(jnp.float32)), np.float64).reshape(64, 5)
+    assert found.shape == (2, 32, 5) and found.group == 16
+    improved = 0
+    for g, o in np.ndindex(4, 5):
+        at = slice(16 * g, 16 * g + 16)
+        part, exact = w[at, o].astype(np.float64), x[:, at] @ w[at, o]
+        errors = []
+        for step in range(10):
+            most = np.abs(part).max() * (1 - step / 20)
+            scale = np.float64(jnp.bfloat16(np.float32(jnp.bfloat16(np.abs(w[at, o]).max() / 7.5)) * (1 - step / 20)))
+            rounded = np.clip(np.round(np.clip(part, -most, most) / scale), -8, 7) * scale
+            errors.append(np.square(x[:, at] @ rounded - exact).sum())
+        ours = np.square(x[:, at] @ dense[at, o] - exact).sum()
+        assert ours <= min(errors) * (1 + 1e-3) and ours <= errors[0] * (1 + 1e-6)
+        improved += ours < 0.8 * errors[0]
+    assert improved >= 5
 
 
 @pytest.mark.nightly
