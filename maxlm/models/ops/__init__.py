@@ -24,9 +24,10 @@ from maxlm.models.ops.experts import (
     picked_experts,
     top_k,
 )
-from maxlm.models.ops.paged import attention_to_blocks
+from maxlm.models.ops.paged import Blocks, attention_to_blocks
 
 __all__ = [
+    "Blocks",
     "EXPERT_IN_DIMS",
     "EXPERT_OUT_DIMS",
     "DistanceBias",
