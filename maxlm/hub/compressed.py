@@ -117,6 +117,10 @@ class CompressedTensors:
             "ignore": ["lm_head"],
             "kv_cache_scheme": None,
         }
+        if [scheme.symmetric for scheme in self._modules] == [False]:
+            # transformers 5.24 makes room for zero points that are not packed, and then refuses those that are, unless
+            # it unpacks all as it reads; it does so by the first group alone.
+            said["dequantize"] = True
         return {"quantization_config": said}
 
 
