@@ -31,8 +31,8 @@ from kernels_pallas.paged.problem import CacheScales, PagedBlocks, TokenTree
 
 __all__ = [
     "AttentionBlocks",
-    "CacheScales",
     "AttentionGradients",
+    "CacheScales",
     "DistanceBias",
     "GluBlocks",
     "GroupedBlocks",

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from helpers import (
     FLOAT32,
-    whole_logits,
     initial_parameters,
     latent_model,
     one_device,
@@ -19,6 +18,7 @@ from helpers import (
     small_model,
     small_run,
     through_cache,
+    whole_logits,
 )
 
 from maxlm.config import CacheFormat, GatedMlp, ModelConfig, Remat

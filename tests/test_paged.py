@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from paged_cases import KINDS, LENGTHS, ROWS, TREE_KINDS, TREES, Rows, Shape, Shaping, attend, check, texts
 
-from kernels_pallas import CacheScales, DistanceBias, PagedBlocks, Scores, TokenTree, explain, masks, oracle, paged_attention
+from kernels_pallas import (
+    CacheScales,
+    DistanceBias,
+    PagedBlocks,
+    Scores,
+    TokenTree,
+    explain,
+    masks,
+    oracle,
+    paged_attention,
+)
 
 TILE = 12  # positions; three blocks
 ABREAST = PagedBlocks(keys=TILE)
@@ -79,7 +89,9 @@ def test_int8_is_what_its_scales_say(blocks: PagedBlocks, one_cache: bool) -> No
         given = {"scales": CacheScales(k_scales, v_scales), "blocks": blocks, "backend": "xla"}
         return paged_attention(q, k, v, jnp.int32(1), tables, slots, positions, shaping.scores(shape.N), **given)
 
-    exact = [code.astype(np.float64) * np.asarray(s, np.float64)[..., None] for code, s in zip(codes, scales, strict=True)]
+    exact = [
+        code.astype(np.float64) * np.asarray(s, np.float64)[..., None] for code, s in zip(codes, scales, strict=True)
+    ]
     want = oracle.paged_attention(
         q, *exact, 1, tables, slots, positions,
         mask=shaping.words, scale=shaping.scale, soft_cap=shaping.soft_cap, bucket_rule=shaping.bias or (128, False),

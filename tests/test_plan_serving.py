@@ -120,7 +120,9 @@ def on_a_device(tree: Any) -> int:
 LAYOUTS = [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "seq": 2, "stage": 2}]
 
 
-@pytest.mark.parametrize(("axes", "kept_in"), [*((axes, CacheFormat.DTYPE) for axes in LAYOUTS), (LAYOUTS[1], CacheFormat.INT8)], ids=str)
+@pytest.mark.parametrize(
+    ("axes", "kept_in"), [*((axes, CacheFormat.DTYPE) for axes in LAYOUTS), (LAYOUTS[1], CacheFormat.INT8)], ids=str
+)
 @pytest.mark.parametrize("model", [with_windows(4), latent_model()], ids=["windows", "latents"])
 def test_the_cache_is_that_of_the_engine(model: ModelConfig, axes: dict[str, int], kept_in: CacheFormat) -> None:
     run = dataclasses.replace(small_run(model, ShardingConfig(**axes)), execution=BF16)

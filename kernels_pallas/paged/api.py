@@ -40,8 +40,8 @@ def paged_attention(
 
     Args:
         q: [T, N, H] float32, bfloat16 or float16; scores and softmax are float32.
-        k: [L, P, K, C, H] in q's dtype, or int8 with `scales`: layers, blocks, key heads, positions of a block. K divides N: query heads
-            n * N/K .. (n + 1) * N/K - 1 share key head n.
+        k: [L, P, K, C, H] in q's dtype, or int8 with `scales`: layers, blocks, key heads, positions of a block. K
+            divides N: query heads n * N/K .. (n + 1) * N/K - 1 share key head n.
         v: [L, P, K, C, Hv] in k's dtype. Where it is k itself, "tpu" reads it once.
         layer: int32 scalar.
         tables: int32 [S, M], blocks of each slot's text in order. Entries that no row sees into may be any block.
@@ -114,7 +114,7 @@ def _problem(
             f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}: "
             f"k must be [L, P, K, C, {H}], as q is wide, and v {[*k.shape[:4]]} with a width of its own"
         )
-    for name, x in (() if scales is None else scales._asdict().items()):
+    for name, x in () if scales is None else scales._asdict().items():
         if x.shape != k.shape[:4] or not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"scales.{name} is {x.dtype}{list(x.shape)}; it must be of floats {list(k.shape[:4])}")
     if N % K:

@@ -109,7 +109,7 @@ class CompressedTensors:
             f"group_{number}": {"targets": _targets(modules, self._modules.values())} | scheme.said()
             for number, (scheme, modules) in enumerate(self._modules.items())
         }
-        said = {
+        said: dict[str, Any] = {
             "quant_method": "compressed-tensors",
             "format": next(iter(self._modules)).format,
             "quantization_status": "compressed",

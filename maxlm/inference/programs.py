@@ -186,9 +186,7 @@ def pool_sizes(model: ModelConfig, config: EngineConfig, how: Execution, most: i
     blocks = shapes.cache_blocks(model, positions=positions, slots=config.slots, tokens_per_step=most, block_size=C)
     if config.cache_tokens is None and jax.process_count() == 1:  # several would not have the same to spare
         room, tensor = _free_bytes(layout), layout.mesh.shape["tensor"]
-        total = shapes.pools_bytes(
-            model, blocks, C, dtype=how.config.dtype, tensor=tensor, kept_in=config.kv_cache
-        )
+        total = shapes.pools_bytes(model, blocks, C, dtype=how.config.dtype, tensor=tensor, kept_in=config.kv_cache)
         if total > room:
             blocks = {window: max(int(n * room / total), 2) for window, n in blocks.items()}
     return blocks

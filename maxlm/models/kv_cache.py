@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple, assert_never
 
-import jax
 import jax.numpy as jnp
 
 from maxlm import shapes

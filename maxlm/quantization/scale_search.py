@@ -1,4 +1,4 @@
-"""Scales for the inputs of products, to be folded into what makes them; and those of 4-bit numbers, by what is clipped."""
+"""Scales for the inputs of products, to be folded into what makes them; and ranges of 4-bit numbers."""
 
 from __future__ import annotations
 

@@ -27,9 +27,9 @@ from maxlm.models.ops.experts import (
 from maxlm.models.ops.paged import Blocks, attention_to_blocks
 
 __all__ = [
-    "Blocks",
     "EXPERT_IN_DIMS",
     "EXPERT_OUT_DIMS",
+    "Blocks",
     "DistanceBias",
     "ExpertWeights",
     "GatedUnit",
