@@ -9,20 +9,20 @@ import jax.numpy as jnp
 from maxlm import shapes
 from maxlm.config import BlockConfig, CacheFormat, GroupedQuery, LatentAttention, ModelConfig
 from maxlm.models.execution import Execution
-from maxlm.models.ops import Blocks
+from maxlm.models.ops import CacheBlocks
 
 
 class KeyValueBlocks(NamedTuple):
     """Keys and values of L' equal layers. Layers change them in place: they are never taken apart."""
 
-    k: Blocks
-    v: Blocks
+    k: CacheBlocks
+    v: CacheBlocks
 
 
 class LatentBlocks(NamedTuple):
     """What keys and values of L' equal layers are made from."""
 
-    latents: Blocks
+    latents: CacheBlocks
     """One head, kv_rank + rope_head_dim wide: the latent, and the rotated key of all heads."""
 
 
@@ -56,15 +56,15 @@ def empty_cache(
     def empty(block: BlockConfig, layers: int) -> LayerCache:
         n_blocks = blocks[shapes.window_of(block.attention)] * how.layout.batch_shards
 
-        def zeros(kept: shapes.Kept) -> Blocks:
+        def zeros(kept: shapes.Kept) -> CacheBlocks:
             shape = layers, n_blocks, kept.heads, block_size
             place = lambda array: how.layout.constrain(array, None, "batch", kept.dim, *[None] * (array.ndim - 3))
             match kept_in:
                 case CacheFormat.DTYPE:
-                    return Blocks(place(jnp.zeros((*shape, kept.width), how.dtype)))
+                    return CacheBlocks(place(jnp.zeros((*shape, kept.width), how.dtype)))
                 case CacheFormat.INT8:
                     values = place(jnp.zeros((*shape, kept.width), jnp.int8))
-                    return Blocks(values, place(jnp.zeros(shape, jnp.bfloat16)))
+                    return CacheBlocks(values, place(jnp.zeros(shape, jnp.bfloat16)))
                 case _:
                     assert_never(kept_in)
 

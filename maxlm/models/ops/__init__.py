@@ -24,12 +24,12 @@ from maxlm.models.ops.experts import (
     picked_experts,
     top_k,
 )
-from maxlm.models.ops.paged import Blocks, attention_to_blocks
+from maxlm.models.ops.paged import CacheBlocks, attention_to_blocks
 
 __all__ = [
     "EXPERT_IN_DIMS",
     "EXPERT_OUT_DIMS",
-    "Blocks",
+    "CacheBlocks",
     "DistanceBias",
     "ExpertWeights",
     "GatedUnit",

@@ -14,7 +14,7 @@ from maxlm.models.weights.by_group import nearest_bytes
 from maxlm.sharding import Layout
 
 
-class Blocks(NamedTuple):
+class CacheBlocks(NamedTuple):
     """Keys or values, or what both are made of, of L' layers in P blocks of C positions, K heads each."""
 
     values: jax.Array
@@ -27,7 +27,7 @@ def attention_to_blocks(
     layout: Layout,
     q: jax.Array,
     new: Sequence[jax.Array],
-    cache: Sequence[Blocks],
+    cache: Sequence[CacheBlocks],
     layer: jax.Array,
     table: jax.Array,
     slots: jax.Array,
@@ -36,7 +36,7 @@ def attention_to_blocks(
     *,
     tree: TokenTree | None = None,
     one_head_for_all: bool = False,
-) -> tuple[jax.Array, list[Blocks]]:
+) -> tuple[jax.Array, list[CacheBlocks]]:
     """Write what is new into one layer of a cache, and attend to what it then holds.
 
     A row is one token of the text in its slot; tokens of a text may be several rows of a batch, in any order.
@@ -73,14 +73,14 @@ def attention_to_blocks(
     def local(
         q: jax.Array,
         new: list[jax.Array],
-        cache: list[Blocks],
+        cache: list[CacheBlocks],
         layer: jax.Array,
         table: jax.Array,
         slots: jax.Array,
         positions: jax.Array,
         tree: TokenTree | None,
         scores: Scores,
-    ) -> tuple[jax.Array, list[Blocks]]:
+    ) -> tuple[jax.Array, list[CacheBlocks]]:
         slots = slots % table.shape[0]
         places = positions if tree is None else tree.places
         cache = [_write(old, layer, x[:, 0], table, slots, places) for old, x in zip(cache, new, strict=True)]
@@ -94,14 +94,14 @@ def attention_to_blocks(
 
 
 def _write(
-    cache: Blocks, layer: jax.Array, new: jax.Array, table: jax.Array, slots: jax.Array, places: jax.Array
-) -> Blocks:
+    cache: CacheBlocks, layer: jax.Array, new: jax.Array, table: jax.Array, slots: jax.Array, places: jax.Array
+) -> CacheBlocks:
     """Put new [T, K, H] into one layer of a cache, each row at its own place; -1: nowhere."""
     C = cache.values.shape[3]
     nowhere, places = places < 0, places.clip(0)
     blocks = jnp.where(nowhere, 0, table[slots, places // C])
     put = lambda old, x: old.at[layer, blocks, :, places % C].set(x.astype(old.dtype), mode="promise_in_bounds")
     if cache.scales is None:
-        return Blocks(put(cache.values, new))
+        return CacheBlocks(put(cache.values, new))
     codes, scales = nearest_bytes(new, -1)
-    return Blocks(put(cache.values, codes), put(cache.scales, scales))
+    return CacheBlocks(put(cache.values, codes), put(cache.scales, scales))
