@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from run_folder import parameters_of
 
 from maxlm.config import (
+    CacheFormat,
     EngineConfig,
     Experts,
     GatedMlp,
@@ -167,6 +168,23 @@ def test_experts_give_a_text_the_same_beside_others() -> None:
     asked = [Request(prompt=SHARED[n : 2 * n + 5], max_new_tokens=12, sampling=greedy, logprobs=3) for n in range(6)]
     want = [fresh(engine, request) for request in asked]
     assert [outcome(deltas) for deltas in finish(engine, asked)] == want
+
+
+@pytest.mark.nightly
+def test_a_cache_of_int8_gives_a_text_the_same_beside_others() -> None:
+    """In few blocks, so that texts give theirs back and are read again; log-probabilities are near."""
+    engine = Engine(loaded(wide_model()), dataclasses.replace(SMALL, kv_cache=CacheFormat.INT8))
+    greedy = SamplingConfig(temperature=0)
+    asked = [
+        Request(prompt=SHARED[: 8 * n + 5], max_new_tokens=30, sampling=greedy, logprobs=3, prompt_logprobs=1)
+        for n in (0, 1, 2, 3, 4, 4, 2)
+    ]
+    want = [fresh(engine, request) for request in asked]
+    assert [outcome(deltas) for deltas in finish(engine, asked)] == want
+    scores = finish(engine, asked[4:5])[0][0].prompt_scores
+    exact = full_log_probs(loaded(wide_model()), list(asked[4].prompt))
+    off = [abs(score.logprob - exact[i, score.token]) for i, score in enumerate(scores)]
+    assert 1e-5 < max(off) < 0.1
 
 
 def test_log_probabilities_are_those_of_the_forward_pass(engine: Engine) -> None:
