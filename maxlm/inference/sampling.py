@@ -35,6 +35,12 @@ class LogProbs(NamedTuple):
     top: jax.Array
     """float32 [R, TOP]: theirs."""
 
+    @staticmethod
+    def nothing(*shape: int, vocab: int) -> LogProbs:
+        """Room for those of rows [...], of logits [..., vocab]."""
+        top = (*shape, min(TOP, vocab))
+        return LogProbs(jnp.zeros(shape), jnp.zeros(top, jnp.int32), jnp.zeros(top))
+
 
 class Chosen(NamedTuple):
     """One token for each row."""

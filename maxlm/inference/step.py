@@ -59,6 +59,12 @@ class Drawn(NamedTuple):
     broken: jax.Array
     """bool [n, R]: the logits were no numbers."""
 
+    @staticmethod
+    def nothing(steps: int, rows: int, vocab: int) -> Drawn:
+        """Room for it."""
+        zeros = jnp.zeros((steps, rows), jnp.int32)
+        return Drawn(zeros, LogProbs.nothing(steps, rows, vocab=vocab), zeros.astype(bool))
+
 
 def empty_texts(model: ModelConfig, slots: int) -> Texts:
     """Of an engine that has begun nothing."""
@@ -156,7 +162,6 @@ def step(
         return number + 1, positions, cache, texts, jax.tree.map(put, results, drawn)
 
     positions = jnp.where(texts.done[rows.slots], -1, rows.positions)
-    shapes = jax.eval_shape(turn, jnp.int32(0), positions, cache, texts)[-1]
-    results = jax.tree.map(lambda x: jnp.zeros((most_steps, *x.shape), x.dtype), shapes)
+    results = Drawn.nothing(most_steps, len(rows.scored), config.vocab_size)
     carry = jax.lax.while_loop(more, body, (jnp.int32(0), positions, cache, texts, results))
     return carry[2], carry[3], jax.lax.with_sharding_constraint(carry[4], everywhere)
