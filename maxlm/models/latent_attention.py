@@ -97,9 +97,8 @@ class LatentAttentionLayer(nnx.Module):
         assert tokens.pages is not None
         config, layout = self.config, how.layout
         content, rotated = jnp.split(q, [config.content_head_dim], axis=-1)
-        product = lambda subscripts: (
-            lambda w, x: jnp.einsum(subscripts, x, ops.dense(layout, w, q.dtype).astype(q.dtype))
-        )
+        plain = lambda w: ops.dense(layout, w, q.dtype).astype(q.dtype)
+        product = lambda subscripts: lambda w, x: jnp.einsum(subscripts, x, plain(w))
         content = ops.in_layer(product("btnh,rnh->btnr"), self.k_proj[...], content)
         out, [latents] = ops.attention_to_blocks(
             layout,

@@ -177,12 +177,15 @@ class ExpertsLayer(nnx.Module):
 
     def _with_experts(self, layout: Layout, run: Callable[..., T], x: jax.Array, *chosen: jax.Array) -> T:
         """run(layout, x, *chosen, the weights of all experts)."""
-        biases = (self.gate_bias[...], self.up_bias[...], self.down_bias[...]) if self.config.bias else (None,) * 3
-        beta = self.swish_beta[...] if self.config.activation == Swish(beta=None) else None
+        more: dict[str, jax.Array] = {}
+        if self.config.bias:
+            more = {"gate_bias": self.gate_bias[...], "up_bias": self.up_bias[...], "down_bias": self.down_bias[...]}
+        if self.config.activation == Swish(beta=None):
+            more["swish_beta"] = self.swish_beta[...]
 
         def of_layer(weights: tuple[Weight, ...], x: jax.Array, *chosen: jax.Array) -> T:
             matrices = (ops.dense(layout, w, x.dtype) for w in weights)
-            return run(layout, x, *chosen, ops.ExpertWeights(*matrices, *biases, beta))
+            return run(layout, x, *chosen, ops.ExpertWeights(*matrices, **more))
 
         return ops.in_layer(of_layer, (self.gate_proj[...], self.up_proj[...], self.down_proj[...]), x, *chosen)
 

@@ -116,8 +116,8 @@ def glu(
     and with weights that are not plain arrays.
     """
     if isinstance(w_gate, ByLayer):
-        of_layer = lambda w, x: glu(layout, kernels, x, *w, b_gate, b_up, activation=activation, swish_beta=swish_beta)
-        return in_layer(of_layer, (w_gate, w_up), x)
+        unit = functools.partial(glu, activation=activation, swish_beta=swish_beta)
+        return in_layer(lambda w, x: unit(layout, kernels, x, w[0], w[1], b_gate, b_up), (w_gate, w_up), x)
     act, beta = formula(activation, swish_beta)
     if isinstance(beta, jax.Array):
         gate, up = (project(layout, "btd,df->btf", x, w, b) for w, b in ((w_gate, b_gate), (w_up, b_up)))

@@ -45,7 +45,7 @@ class ByLayer:
 
 def in_layer(run: Callable[..., T], weights: Any, *arguments: Any) -> T:
     """run(weights, *arguments), with the layer's own in place of each `ByLayer` in the weights, a pytree of them."""
-    leaves, tree = jax.tree.flatten(weights, is_leaf=_is_by_layer)
+    leaves, tree = _leaves(weights)
     numbers = [leaf.number for leaf in leaves if _is_by_layer(leaf)]
     if not numbers:
         return run(weights, *arguments)
@@ -61,13 +61,17 @@ def in_layer(run: Callable[..., T], weights: Any, *arguments: Any) -> T:
 
 def slices(parameters: Any) -> tuple[Any, Callable[[Any], Any]]:
     """What a loop over layers takes slices of, and what makes such a slice the parameters of its layer."""
-    leaves, tree = jax.tree.flatten(parameters, is_leaf=_is_by_layer)
+    leaves, tree = _leaves(parameters)
 
     def of_layer(sliced: Any) -> Any:
         pairs = zip(leaves, sliced, strict=True)
         return tree.unflatten([ByLayer(all.layers, one) if _is_by_layer(all) else one for all, one in pairs])
 
     return [leaf.number if _is_by_layer(leaf) else leaf for leaf in leaves], of_layer
+
+
+def _leaves(weights: Any) -> tuple[list[Any], Any]:
+    return jax.tree.flatten(weights, is_leaf=_is_by_layer)
 
 
 def _is_by_layer(x: Any) -> bool:
