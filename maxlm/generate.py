@@ -74,11 +74,14 @@ def main(argv: list[str]) -> None:
 
     from maxlm.compile_cache import enable_compilation_cache  # these import jax: --help stays instant
     from maxlm.hub.models import load_chosen
+    from maxlm.inference.engine import check_prompt
     from maxlm.inference.generator import Generator, Ranked
 
     enable_compilation_cache()
     slots = min(max(options.beams.beams, options.n), _SLOTS)
-    generator = Generator(load_chosen(options.model), weights=options.model.weights, engine=EngineConfig(slots=slots))
+    run = load_chosen(options.model)
+    check_prompt(run, options.prompt, options.max_new_tokens)
+    generator = Generator(run, weights=options.model.weights, engine=EngineConfig(slots=slots))
     found: Sequence[Generation]
     if options.beams.beams:
         [found] = generator.search(

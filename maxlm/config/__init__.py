@@ -53,6 +53,7 @@ from maxlm.config.data import (
     TrainSentencePiece,
 )
 from maxlm.config.dims import ACTIVATION_DIMS, CUT_BY_FSDP, PARAMETER_DIMS, Axes, StatePart
+from maxlm.config.documents import DocumentsConfig
 from maxlm.config.engine import EngineConfig
 from maxlm.config.errors import UserError
 from maxlm.config.execution import Backend, Dtype, ExecutionConfig, GluSave, KernelConfig, Remat, WeightFormat
@@ -160,6 +161,7 @@ __all__ = [
     "DeepNorm",
     "Dispatch",
     "Documents",
+    "DocumentsConfig",
     "Dropless",
     "Dtype",
     "DynamicNtkScaling",

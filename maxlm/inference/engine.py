@@ -15,6 +15,7 @@ import numpy as np
 from maxlm.config import EngineConfig, LmHead, ModelConfig, UserError, WeightFormat
 from maxlm.config.fields import Positive, Seed, require
 from maxlm.data.text_ends import TextEnds
+from maxlm.data.tokenizers import Tokenizer
 from maxlm.inference.programs import Programs, pool_sizes
 from maxlm.inference.request import TOP_SCORES, BadRequest, Delta, Finish, QueueFull, Request, TokenScore
 from maxlm.inference.sampling import LogProbs
@@ -192,11 +193,7 @@ class Engine:
         Raises:
             BadRequest: it is not UTF-8.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # bytes of a command line that are not UTF-8 arrive as half characters
-            raise BadRequest(f"prompt = {text[:40]!r}: character {error.start} is not UTF-8; give UTF-8") from error
-        return tuple(self.ends.prompt_ids(self.tokenizer, text))
+        return _prompt_ids(self.ends, self.tokenizer, text)
 
     @property
     def full(self) -> bool:
@@ -438,6 +435,24 @@ class Engine:
         )
         for shard in self._shards:
             shard.tables_changed = False
+
+
+def check_prompt(run: LoadedRun, prompt: str, max_new_tokens: int) -> None:
+    """What needs no engine to be known, which takes time to make.
+
+    Raises:
+        UserError: the prompt is not UTF-8, or it and what is to follow are more than the model is meant for.
+    """
+    ids = _prompt_ids(run.ends or TextEnds.of_documents(run.tokenizer), run.tokenizer, prompt)
+    check_lengths(len(ids), max_new_tokens, run.config.model.max_seq_len)
+
+
+def _prompt_ids(ends: TextEnds, tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # bytes of a command line that are not UTF-8 arrive as half characters
+        raise BadRequest(f"prompt = {text[:40]!r}: character {error.start} is not UTF-8; give UTF-8") from error
+    return tuple(ends.prompt_ids(tokenizer, text))
 
 
 def check_lengths(

@@ -27,12 +27,14 @@ from maxlm.serving.api_errors import ApiError
 from maxlm.serving.chat_format import conversation_ids
 from maxlm.serving.connection import ClientLeft, EventStream, failed, read, unless_left
 from maxlm.serving.jobs import Job, Running, chat_job, collect, completion_job, prompt_ids
+from maxlm.serving.preferences import Preferences
 from maxlm.serving.schema import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
     Generating,
+    PreferenceRequest,
     TokenizeRequest,
 )
 from maxlm.serving.served import Served
@@ -61,6 +63,8 @@ class Service:
     kept out by it."""
     max_body: int = 32 << 20
     """Bytes."""
+    preferences: Preferences | None = None
+    """Where rankings of answers go; None: nobody is asked for any."""
     draining: bool = False
     """Nothing new is taken."""
     busy: int = 0
@@ -94,6 +98,7 @@ def make_app(service: Service) -> ASGIApp:
         ("/v1/embeddings", _embeddings, "POST"),
         ("/tokenize", _tokenize, "POST"),
         ("/detokenize", _detokenize, "POST"),
+        ("/preferences", _preferences, "POST"),
         ("/v1/models", _models, "GET"),
         ("/v1/models/{name:path}", _model, "GET"),
         ("/health", _health, "GET"),
@@ -191,15 +196,23 @@ async def _detokenize(service: Service, request: Request) -> Response:
     return JSONResponse({"prompt": text})
 
 
+async def _preferences(service: Service, request: Request) -> Response:
+    asked = await read(request, PreferenceRequest, service.max_body)
+    if service.preferences is None:
+        raise ApiError(400, "this server keeps no preferences; start it with --preferences FILE", code="unsupported")
+    messages = [message.model_dump(exclude_none=True) for message in asked.messages]
+    return JSONResponse({"pairs": await _in_thread(service.preferences.add, messages, asked.ranking)})
+
+
 async def _models(service: Service, request: Request) -> Response:
-    return JSONResponse({"object": "list", "data": [_described(one) for one in service.models.values()]})
+    return JSONResponse({"object": "list", "data": [_described(service, one) for one in service.models.values()]})
 
 
 async def _model(service: Service, request: Request) -> Response:
-    return JSONResponse(_described(service.find(request.path_params["name"])))
+    return JSONResponse(_described(service, service.find(request.path_params["name"])))
 
 
-def _described(served: Served) -> dict[str, Any]:
+def _described(service: Service, served: Served) -> dict[str, Any]:
     return {
         "id": served.name,
         "object": "model",
@@ -207,6 +220,8 @@ def _described(served: Served) -> dict[str, Any]:
         "owned_by": "maxlm",
         "max_model_len": served.max_length,
         "chat": served.chat is not None,
+        "documents": served.documents is not None,
+        "preferences": service.preferences is not None,
     }
 
 
