@@ -1,4 +1,9 @@
-"""The routes."""
+"""The routes.
+
+Starlette, without the FastAPI around it: that knows what a request may hold only where it reads the body itself,
+however large or slow it is, and has errors of its own where clients know OpenAI's. Its page at /docs loads a script of
+another site.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +80,7 @@ class Service:
         self.metrics = ServerMetrics(self.models)
 
     def find(self, name: str | None) -> Served:
-        """The model of that name; of no name, the first.
+        """The model of that name; of no name, the first. Here alone a name becomes what decodes.
 
         Raises:
             ApiError: there is none.
@@ -201,7 +206,10 @@ async def _preferences(service: Service, request: Request) -> Response:
     if service.preferences is None:
         raise ApiError(400, "this server keeps no preferences; start it with --preferences FILE", code="unsupported")
     messages = [message.model_dump(exclude_none=True) for message in asked.messages]
-    return JSONResponse({"pairs": await _in_thread(service.preferences.add, messages, asked.ranking)})
+    try:
+        return JSONResponse({"pairs": await _in_thread(service.preferences.add, messages, asked.ranking)})
+    except OSError as error:
+        raise api_errors.broken(f"the ranking cannot be written ({error.strerror})") from error
 
 
 async def _models(service: Service, request: Request) -> Response:

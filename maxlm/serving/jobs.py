@@ -105,9 +105,9 @@ def _with_documents(served: Served, asked: ChatRequest) -> tuple[list[Message], 
     if served.documents is None or asked.documents is False:
         return messages, None
     last = max((i for i, message in enumerate(messages) if message.role == "user"), default=None)
-    if last is None or not messages[last].content:
+    if last is None or not (asks := messages[last].content):
         return messages, ()
-    text, found = with_sources(served.documents, messages[last].content, room=served.max_length // 2)
+    text, found = with_sources(served.documents, asks, room=served.max_length // 2)
     question = messages[last].model_copy(update={"content": text})
     return [*messages[:last], question, *messages[last + 1 :]], tuple(found)
 

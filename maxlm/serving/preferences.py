@@ -33,7 +33,7 @@ class Preferences:
         """Write the pairs of a ranking, best first, and say how many they are. From any thread.
 
         Raises:
-            UserError: they cannot be written.
+            OSError: they cannot be written.
         """
         said = lambda text: [{"role": "assistant", "content": text}]
         pairs = [
@@ -41,11 +41,6 @@ class Preferences:
             for better, worse in itertools.combinations(ranking, 2)
         ]
         lines = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
-        try:
-            with self._lock, self._path.open("ab", buffering=0) as file:
-                file.write(lines.encode("utf-8", "replace"))
-        except OSError as error:
-            raise UserError(
-                f"the ranking cannot be written ({error.strerror}); see the server's --preferences"
-            ) from error
+        with self._lock, self._path.open("a", encoding="utf-8") as file:
+            file.write(lines)
         return len(pairs)
