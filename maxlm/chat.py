@@ -24,7 +24,7 @@ from maxlm.config.fields import Positive, Seed, config
 
 if TYPE_CHECKING:
     from maxlm.inference.request import Delta
-    from maxlm.serving.documents import Passage
+    from maxlm.serving.passages import Passage
     from maxlm.serving.served import Served
 
 _DESCRIPTION = """Talk with a model in the terminal.

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from maxlm.chat import ChatOptions, talk
 from maxlm.config import ChosenModel, DocumentsConfig, UserError
 from maxlm.data.tokenizers import Bytes
-from maxlm.serving import documents
+from maxlm.serving import passages
 from maxlm.serving.app import Service
-from maxlm.serving.documents import OVERLAP, PASSAGE, Passage, passages_of
+from maxlm.serving.passages import OVERLAP, PASSAGE, Passage, passages_of
 from maxlm.serving.retrieval import Index, with_sources
 from maxlm.serving.served import Served
 
@@ -91,7 +91,7 @@ def test_passages_hold_all_words_at_their_lines(sizes: list[tuple[int, bool]], s
             paragraph += next(word) + ("\n" if rng.random() < 0.1 else " ")
         text += paragraph.rstrip() + ("\n\n\n" if gap else "\n\n")
     lines = text.splitlines()
-    found = list(documents._passages("f.md", list(documents.of_lines(text)), Bytes()))
+    found = list(passages._passages("f.md", list(passages.of_lines(text)), Bytes()))
     assert [w for one in found for w in one.text.split()] != []
     assert {w for one in found for w in one.text.split()} == set(text.split())
     for one, after in zip(found, [*found[1:], None], strict=True):
@@ -122,7 +122,7 @@ def test_what_cannot_be_read_is_passed_over(
     (folder / "latin.txt").write_bytes(b"\xe4")
     (folder / "huge.md").write_text("x" * 99)
     (folder / "blank.md").write_text("\n \n")
-    monkeypatch.setattr(documents, "LARGEST", 50)
+    monkeypatch.setattr(passages, "LARGEST", 50)
     with caplog.at_level(logging.WARNING), pytest.raises(UserError, match="docs has 4 documents"):
         passages_of(folder, Bytes())
     said = caplog.text

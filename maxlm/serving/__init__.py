@@ -3,7 +3,7 @@
 served.py: a model as the server needs it
 loading.py: a loaded model as one that is served
 embedding.py: texts as vectors
-documents.py: files as passages
+passages.py: pieces of files
 retrieval.py: passages near to a question
 preferences.py: answers that people have ranked
 schema.py: what a request may hold

@@ -10,8 +10,8 @@ from maxlm.data.text_ends import TextEnds
 from maxlm.inference.engine import Engine
 from maxlm.inference.load import LoadedRun, load_run
 from maxlm.inference.loop import EngineLoop
-from maxlm.serving.documents import passages_of
 from maxlm.serving.embedding import Embedder
+from maxlm.serving.passages import passages_of
 from maxlm.serving.retrieval import Index
 from maxlm.serving.served import Served
 

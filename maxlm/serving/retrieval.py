@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from maxlm.data.tokenizers import Tokenizer
-from maxlm.serving.documents import Passage
+from maxlm.serving.passages import Passage
 
 Embed = Callable[[list[list[int]], str], list[list[float]]]
 _ASK = "Answer the question at the end from these sources, and cite them by their numbers, like [1]."
