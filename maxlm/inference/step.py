@@ -66,6 +66,12 @@ class Drawn(NamedTuple):
     states: jax.Array
     """[n, R, D] in the compute dtype: what the logits are made of."""
 
+    @staticmethod
+    def nothing(steps: int, rows: int, config: ModelConfig, how: Execution) -> Drawn:
+        """Room for it."""
+        zeros, states = jnp.zeros((steps, rows), jnp.int32), jnp.zeros((steps, rows, config.d_model), how.dtype)
+        return Drawn(zeros, LogProbs.nothing(steps, rows, vocab=config.vocab_size), zeros.astype(bool), states)
+
 
 def empty_texts(model: ModelConfig, slots: int) -> Texts:
     """Of an engine that has begun nothing."""
@@ -201,7 +207,6 @@ def step(
     if rows.drafts is not None:
         guessed = jnp.where((rows.drafts >= 0) & (positions >= 0), positions, nowhere)
         texts = texts._replace(history=texts.history.at[rows.slots, guessed].set(rows.drafts))
-    shapes = jax.eval_shape(turn, jnp.int32(0), positions, cache, texts)[-1]
-    results = jax.tree.map(lambda x: jnp.zeros((most_steps, *x.shape), x.dtype), shapes)
+    results = Drawn.nothing(most_steps, len(rows.scored), config, how)
     carry = jax.lax.while_loop(more, body, (jnp.int32(0), positions, cache, texts, results))
     return carry[2], carry[3], jax.lax.with_sharding_constraint(carry[4], everywhere)
