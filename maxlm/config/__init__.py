@@ -19,6 +19,7 @@ dims.py: the table: which mesh axis cuts which dim of an array
 layout_rules.py: what must divide what
 chosen.py: the model that a command is for
 sampling.py: how the next token is drawn, or a text searched for
+docs_search.py: documents that a model answers from
 engine.py: texts at once, and room for them
 speculation.py: where drafts of texts come from
 changes.py: what a run may go on with, and what it is told
@@ -54,7 +55,8 @@ from maxlm.config.data import (
     TrainSentencePiece,
 )
 from maxlm.config.dims import ACTIVATION_DIMS, CUT_BY_FSDP, PARAMETER_DIMS, Axes, StatePart
-from maxlm.config.engine import EngineConfig
+from maxlm.config.docs_search import DocumentsConfig
+from maxlm.config.engine import CacheFormat, EngineConfig
 from maxlm.config.errors import UserError
 from maxlm.config.execution import Backend, Dtype, ExecutionConfig, GluSave, KernelConfig, Remat, WeightFormat
 from maxlm.config.families import llama, palm, with_experts
@@ -119,7 +121,7 @@ from maxlm.config.position import (
 )
 from maxlm.config.quantization import QuantMethod
 from maxlm.config.run import CheckpointConfig, LimitsConfig, ObserveConfig, RunConfig, StepRange, TrainConfig
-from maxlm.config.sampling import BeamConfig, SamplingConfig
+from maxlm.config.sampling import BeamConfig, ContrastiveConfig, GuidanceConfig, SamplingConfig
 from maxlm.config.sharding import (
     MESH_AXES,
     Context,
@@ -151,17 +153,20 @@ __all__ = [
     "BeamConfig",
     "BlockConfig",
     "ByteTokenizer",
+    "CacheFormat",
     "Capacity",
     "CheckpointConfig",
     "ChosenModel",
     "ConstantSchedule",
     "Context",
+    "ContrastiveConfig",
     "CosineSchedule",
     "DataConfig",
     "Dataset",
     "DeepNorm",
     "Dispatch",
     "Documents",
+    "DocumentsConfig",
     "DraftModel",
     "Dropless",
     "Dtype",
@@ -178,6 +183,7 @@ __all__ = [
     "GlmRope",
     "GluSave",
     "GroupedQuery",
+    "GuidanceConfig",
     "Head",
     "HuggingFaceDataset",
     "HuggingFaceTokenizer",

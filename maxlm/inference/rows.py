@@ -40,7 +40,7 @@ def fill(rows: StepRows, plan: StepPlan, *, row: int, scored: int, slot: int) ->
         scored: its first scored one.
         slot: its first slot.
     """
-    reads = []
+    reads, places = [], dict[Sequence, int]()
     for chunk in plan.chunks:
         sequence, end = chunk.sequence, row + chunk.count
         after = end + len(chunk.drafts)
@@ -56,8 +56,12 @@ def fill(rows: StepRows, plan: StepPlan, *, row: int, scored: int, slot: int) ->
         if chunk.samples:
             n = 1 + len(chunk.drafts)
             rows.scored[scored : scored + n], rows.samples[scored : scored + n] = range(end - 1, after), True
-            steps = min(plan.n_steps, sequence.end - sequence.length)
-            reads.append(Read(sequence, scored, True, steps, chunk.drafts))
+            if sequence.leader is None:
+                steps = min(plan.n_steps, sequence.end - sequence.length)
+                reads.append(Read(sequence, scored, True, steps, chunk.drafts))
+                places[sequence] = scored
+            else:  # a twin's stand behind
+                rows.follows[scored] = places[sequence.leader]
             scored += n
         if chunk.drafts:
             rows.drafts[end:after] = chunk.drafts

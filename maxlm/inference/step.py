@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from maxlm.config import ModelConfig
 from maxlm.inference.logits_rules import History
-from maxlm.inference.sampling import LogProbs, choose
+from maxlm.inference.sampling import LogProbs, choose, guided
 from maxlm.inference.settings import Settings, take
 from maxlm.models import Decoder, Execution, Tokens, bind, ops
 from maxlm.models.kv_cache import Cache
@@ -47,6 +47,8 @@ class StepRows(NamedTuple):
     """int32 [R]: rows whose logits are computed; -1: none."""
     samples: Any
     """bool [R]: a token is drawn; else the one that the text has is scored."""
+    follows: Any
+    """int32 [R]: of a twin's row, which of these R has the token that it takes; -1: it draws its own."""
     drafts: Any = None
     """int32 [T]: a guess at the token that this row reads; -1: the text's own is known. Guesses follow the row of the
     text's newest token, each behind the one before, among the scored rows too. None: the engine has no drafts."""
@@ -61,6 +63,14 @@ class Drawn(NamedTuple):
     """[n, R, ...]."""
     broken: jax.Array
     """bool [n, R]: the logits were no numbers."""
+    states: jax.Array
+    """[n, R, D] in the compute dtype: what the logits are made of."""
+
+    @staticmethod
+    def nothing(steps: int, rows: int, config: ModelConfig, how: Execution) -> Drawn:
+        """Room for it."""
+        zeros, states = jnp.zeros((steps, rows), jnp.int32), jnp.zeros((steps, rows, config.d_model), how.dtype)
+        return Drawn(zeros, LogProbs.nothing(steps, rows, vocab=config.vocab_size), zeros.astype(bool), states)
 
 
 def empty_texts(model: ModelConfig, slots: int) -> Texts:
@@ -150,20 +160,29 @@ def step(
     model, everywhere = bind(config, parameters), how.layout.sharding()
     slots, nowhere = rows.slots[rows.scored], texts.history.shape[1] - 1
     settings = take(texts.settings, slots)
+    follows = rows.follows >= 0
+    twins = jnp.full_like(rows.follows, -1)
+    twins = twins.at[jnp.where(follows, rows.follows, len(twins))].set(jnp.arange(len(twins)), mode="drop")
 
     def turn(number: jax.Array, positions: jax.Array, cache: Cache, texts: Texts) -> tuple[Any, ...]:
         ids = texts.history[rows.slots, positions.clip(0)]
         hidden, cache = read(model, how, cache, ids, positions, Pages(rows.slots, tables))
         # Whole on every device that has the row: choosing needs the row's whole vocabulary.
-        logits = ops.logits(hidden[rows.scored], model.unembedding)
+        states = hidden[rows.scored]
+        logits = ops.logits(states, model.unembedding)
         logits = jax.lax.with_sharding_constraint(logits, everywhere)
         at = jnp.where(rows.scored < 0, -1, positions[rows.scored])
         samples = rows.samples & (at >= 0)
         given = jnp.where(samples, -1, texts.history[slots, at + 1])
-        tokens, of_tokens = choose(
-            logits, settings, History(texts.history, slots, texts.n_prompt[slots], at + 1), given
-        )
         broken = ~jnp.isfinite(logits).all(-1) & (at >= 0)
+        broken |= (twins >= 0) & broken[twins]
+        tokens, of_tokens = choose(
+            guided(logits, settings.guidance, twins),
+            settings,
+            History(texts.history, slots, texts.n_prompt[slots], at + 1),
+            given,
+        )
+        tokens = jnp.where(follows, tokens[rows.follows], tokens)
         if rows.drafts is not None:
             samples &= came_true(rows.drafts[rows.scored], tokens)
 
@@ -172,7 +191,7 @@ def step(
         done = texts.done.at[jnp.where(ended, slots, len(texts.done))].set(True, mode="drop")
         goes_on = jnp.where(samples & ~ended, rows.scored, len(positions))
         positions = jnp.full_like(positions, -1).at[goes_on].set(at + 1, mode="drop")
-        return positions, cache, texts._replace(history=after, done=done), Drawn(tokens, of_tokens, broken)
+        return positions, cache, texts._replace(history=after, done=done), Drawn(tokens, of_tokens, broken, states)
 
     def more(carry: tuple[Any, ...]) -> jax.Array:
         number, positions, *_ = carry
@@ -188,7 +207,6 @@ def step(
     if rows.drafts is not None:
         guessed = jnp.where((rows.drafts >= 0) & (positions >= 0), positions, nowhere)
         texts = texts._replace(history=texts.history.at[rows.slots, guessed].set(rows.drafts))
-    shapes = jax.eval_shape(turn, jnp.int32(0), positions, cache, texts)[-1]
-    results = jax.tree.map(lambda x: jnp.zeros((most_steps, *x.shape), x.dtype), shapes)
+    results = Drawn.nothing(most_steps, len(rows.scored), config, how)
     carry = jax.lax.while_loop(more, body, (jnp.int32(0), positions, cache, texts, results))
     return carry[2], carry[3], jax.lax.with_sharding_constraint(carry[4], everywhere)
