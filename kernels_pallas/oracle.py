@@ -194,7 +194,16 @@ def attention(
 
 
 def paged_attention(
-    q: Any, k: Any, v: Any, layer: int, tables: Any, slots: Any, positions: Any, **shaping: Any
+    q: Any,
+    k: Any,
+    v: Any,
+    layer: int,
+    tables: Any,
+    slots: Any,
+    positions: Any,
+    *,
+    tree: tuple[Any, Any, Any] | None = None,
+    **shaping: Any,
 ) -> _Array:
     """Attention of one row after the other, to keys that are first laid out in the order of their positions.
 
@@ -203,6 +212,8 @@ def paged_attention(
         k, v: [L, P, K, C, H] and [L, P, K, C, Hv]: layers, blocks, key heads, positions in a block.
         tables: [S, M], the blocks of each text.
         slots, positions: [T], each row's text and place in it; at -1 there is no query.
+        tree: [T] each: where rows are, the first places of their trees, and the places of these that they see, as
+            bits. What a row sees is then laid out as the text that it would be if no other path had been tried.
         **shaping: of `attention`, but for segments, visible_to and q_offset.
 
     Returns:
@@ -213,7 +224,12 @@ def paged_attention(
     for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
         if position < 0:
             continue
-        places = [(tables[slot][p // C], p % C) for p in range(position + 1)]
+        seen = list(range(position + 1))
+        if tree is not None:
+            place, first, path = (int(x[row]) for x in tree)
+            seen = [*range(first), *(first + j for j in range(32) if path >> j & 1)]
+            assert seen[-1] == place and len(seen) == position + 1, f"row {row}: the path is not that of its position"
+        places = [(tables[slot][p // C], p % C) for p in seen]
         keys, values = (np.stack([np.asarray(x[layer][block])[:, c] for block, c in places]) for x in (k, v))
         query = np.asarray(q[row])[None, None]
         no_cotangent = np.zeros((1, 1, *out.shape[1:]))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from attention_cases import OUT, mask_of
 
-from kernels_pallas import DistanceBias, PagedBlocks, Scores, oracle, paged_attention
+from kernels_pallas import DistanceBias, PagedBlocks, Scores, TokenTree, oracle, paged_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,13 +89,15 @@ def attend(
     layer: Any,
     rows: Rows,
     *,
+    tree: TokenTree | None = None,
     shaping: Shaping,
     backend: str = "auto",
     blocks: PagedBlocks | None = None,
     interpret: Any = None,
 ) -> jax.Array:
     scores = shaping.scores(q.shape[1])
-    return paged_attention(q, k, v, layer, *rows, scores, backend=backend, blocks=blocks, interpret=interpret)
+    options = {"tree": tree, "backend": backend, "blocks": blocks, "interpret": interpret}
+    return paged_attention(q, k, v, layer, *rows, scores, **options)
 
 
 def check(
@@ -104,24 +106,28 @@ def check(
     lengths: tuple[int, ...],
     rows: tuple[tuple[int, int], ...],
     *,
+    tree: TokenTree | None = None,
     unseen: int | None = None,
     **options: Any,
 ) -> None:
     """The rows, (slot, position) each, of texts of these lengths, against the oracle.
 
     Args:
+        tree: of the rows. Places that none of them sees are made no numbers.
         unseen: what the tables hold where no row has to look.
     """
     k, v, tables = texts(shape, lengths, seed=1)
+    if tree is not None:
+        forget_unseen(k, v, tables, rows, tree)
     given = tables if unseen is None else np.where(needed_entries(shape, shaping, rows, tables), tables, unseen)
     q = np.random.default_rng(2).normal(size=(len(rows), shape.N, shape.H))
     q, k, v = (jnp.asarray(x, shape.dtype) for x in (q, k, v))
     slots, positions = (np.array(x, np.int32) for x in zip(*rows, strict=True))
     layer = shape.L - 1
-    got = attend(q, k, v, jnp.int32(layer), Rows(given, slots, positions), shaping=shaping, **options)
+    got = attend(q, k, v, jnp.int32(layer), Rows(given, slots, positions), tree=tree, shaping=shaping, **options)
     assert got.dtype == q.dtype
     want = oracle.paged_attention(
-        *(np.asarray(x, np.float64) for x in (q, k, v)), layer, tables, slots, positions,
+        *(np.asarray(x, np.float64) for x in (q, k, v)), layer, tables, slots, positions, tree=tree,
         mask=shaping.words, scale=shaping.scale, soft_cap=shaping.soft_cap, bucket_rule=shaping.bias or (128, False),
         **shaping.arrays(shape.N),
     )  # fmt: skip
@@ -138,6 +144,21 @@ def needed_entries(shape: Shape, shaping: Shaping, rows: tuple[tuple[int, int], 
             [seen] = oracle.mask_matrix(shaping.words, np.array([position]), np.arange(position + 1))
             needed[slot, np.append(np.flatnonzero(seen), position)[0] // shape.C : position // shape.C + 1] = True
     return needed
+
+
+def forget_unseen(
+    k: np.ndarray, v: np.ndarray, tables: np.ndarray, rows: tuple[tuple[int, int], ...], tree: TokenTree
+) -> None:
+    """Make the places of trees that no row sees no numbers, as of paths that were given up."""
+    seen: set[tuple[int, int]] = set()
+    for (slot, _), first, path in zip(rows, tree.first, tree.path, strict=True):
+        seen |= {(slot, place) for place in range(first)}
+        seen |= {(slot, first + j) for j in range(32) if int(path) >> j & 1}
+    C = k.shape[3]
+    for slot, table in enumerate(tables):
+        for place in range(len(table) * C):
+            if table[place // C] and (slot, place) not in seen:
+                k[:, table[place // C], :, place % C] = v[:, table[place // C], :, place % C] = np.nan
 
 
 LENGTHS = (37, 4, 1, 23, 16)
@@ -159,4 +180,54 @@ KINDS = {
     "distance both ways": Shaping(bias=(20, True)),
     "sinks": Shaping(sinks=True),
     "all": Shaping(words=("local", 9, 0), scale=0.5, soft_cap=2.0, alibi=True, bias=(20, False), sinks=True),
+}
+
+
+def tree_rows(*trees: tuple[int, int, tuple[int, ...]]) -> tuple[tuple[tuple[int, int], ...], TokenTree]:
+    """Rows (slot, position) of trees, and what the call is told of them.
+
+    Args:
+        *trees: slot, the place of the first node, and for each node its parent, -1 for the first.
+    """
+    rows, places, firsts, paths = [], [], [], []
+    for slot, first, parents in trees:
+        known: list[int] = []
+        for node, parent in enumerate(parents):
+            known.append((known[parent] if parent >= 0 else 0) | 1 << node)
+            rows.append((slot, first + known[-1].bit_count() - 1))
+            places.append(first + node)
+            firsts.append(first)
+        paths += known
+    as_rows = lambda x: np.array(x, np.uint32).view(np.int32)
+    return tuple(rows), TokenTree(as_rows(places), as_rows(firsts), as_rows(paths))
+
+
+def chosen(
+    rows: tuple[tuple[int, int], ...], tree: TokenTree, numbers: list[int]
+) -> tuple[tuple[tuple[int, int], ...], TokenTree]:
+    """Some of the rows, in any order; -1: one without a token."""
+    some = tuple(rows[n] if n >= 0 else (1, -1) for n in numbers)
+    return some, TokenTree(*(np.where(np.array(numbers) < 0, -1, x[numbers]) for x in tree))
+
+
+BRANCHES = (-1, 0, 0, 0, 1, 1, 2, 4, 7)
+"""A tree: the first node has three successors, of which the first goes deepest."""
+TREES = chosen(
+    *tree_rows(
+        (0, 28, BRANCHES),
+        (3, 14, BRANCHES),
+        (4, 15, (-1,)),
+        (1, 0, (-1, 0, 0, 1)),
+        (2, 0, (-1,)),
+        (0, 5, (-1, *[0] * 31)),
+    ),
+    [3, 8, -1, 0, 1, 17, 2, 12, 18, 21, 22, 16, 4, 55, 23, 7],
+)
+"""Of texts of LENGTHS: rows of trees at their ends and at a beginning, rows of no tree, one without a token, and the
+last of 32 nodes, which sees the first and itself."""
+TREE_KINDS = {
+    "causal": KINDS["causal"],
+    "window": KINDS["window"],
+    "strided": KINDS["strided"],
+    "all": Shaping(words=("local", 9, 0), scale=0.5, soft_cap=2.0, sinks=True),
 }

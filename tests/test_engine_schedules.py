@@ -7,6 +7,7 @@ another text, or one that was never computed, is found at once; the next token i
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -340,6 +341,23 @@ def test_blocks_run_out_and_every_text_is_whole() -> None:
     for request, deltas in zip(asked, found.values(), strict=True):
         check(request, deltas)
     assert engine.stats.preemptions > 3
+
+
+def test_what_ran_while_nobody_looked_took_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = CheckedDevice.run
+
+    def slow(*words: Any) -> Drawn:
+        time.sleep(0.02)
+        return run(*words)
+
+    monkeypatch.setattr(CheckedDevice, "run", slow)
+    engine = make(decode_steps=5)
+    for new, deltas in ((6, 2), (11, 3)):
+        found: dict[Ticket, list[Delta]] = {engine.submit(Request(prompt=(1, 2), max_new_tokens=new)): []}
+        answer(engine, found)
+        (said,) = found.values()
+        assert len(said) == deltas and said[0].seconds == 0
+        assert sum(delta.seconds for delta in said) >= 0.02 * (deltas - 1)
 
 
 def test_a_beginning_is_read_once() -> None:

@@ -12,9 +12,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
-from paged_cases import KINDS, LENGTHS, ROWS, Rows, Shape, Shaping, attend, check, texts
+from paged_cases import KINDS, LENGTHS, ROWS, TREE_KINDS, TREES, Rows, Shape, Shaping, attend, check, texts
 
-from kernels_pallas import PagedBlocks, Scores, explain, masks, oracle, paged_attention
+from kernels_pallas import (
+    CacheScales,
+    DistanceBias,
+    PagedBlocks,
+    Scores,
+    TokenTree,
+    explain,
+    masks,
+    oracle,
+    paged_attention,
+)
 
 TILE = 12  # positions; three blocks
 ABREAST = PagedBlocks(keys=TILE)
@@ -43,6 +53,65 @@ def test_the_kernel_equals_the_formula(kind: str) -> None:
     check(WIDE, KINDS[kind], LENGTHS, ROWS, backend="tpu", interpret=True, blocks=PagedBlocks(keys=16))
 
 
+@pytest.mark.parametrize(("kind", "blocks"), [*((kind, ALONE) for kind in TREE_KINDS), ("all", ABREAST)])
+def test_a_row_of_a_tree_sees_its_own_path(kind: str, blocks: PagedBlocks) -> None:
+    """As if the text had been that path, which the oracle lays out."""
+    check(Shape(), TREE_KINDS[kind], LENGTHS, TREES[0], tree=TREES[1], blocks=blocks)
+
+
+@pytest.mark.parametrize(
+    "kind", ["all", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("causal", "strided"))]
+)
+def test_the_kernel_sees_trees(kind: str) -> None:
+    options: dict[str, Any] = {"backend": "tpu", "interpret": True, "blocks": PagedBlocks(keys=16)}
+    check(WIDE, TREE_KINDS[kind], LENGTHS, TREES[0], tree=TREES[1], **options)
+
+
+@pytest.mark.parametrize("blocks", [ALONE, ABREAST], ids=str)
+@pytest.mark.parametrize("one_cache", [False, True], ids=["keys and values", "latents"])
+def test_int8_is_what_its_scales_say(blocks: PagedBlocks, one_cache: bool) -> None:
+    """Against the formula with the numbers that they stand for; what is not written has no scale."""
+    shape, rng = Shape(K=1 if one_cache else 2), np.random.default_rng(3)
+    k, v, tables = texts(shape, LENGTHS, seed=1)
+    v = k if one_cache else v
+    slots, positions = (np.array(x, np.int32) for x in zip(*ROWS, strict=True))
+    q = rng.normal(size=(len(ROWS), shape.N, shape.H)).astype(np.float32)
+    written = np.isfinite(k[..., 0])
+    codes = [rng.integers(-127, 128, x.shape).astype(np.int8) for x in (k, v)]
+    scales = [np.where(written, rng.lognormal(-4, 1, written.shape), np.nan).astype(jnp.bfloat16) for _ in range(2)]
+    if one_cache:
+        codes[1], scales[1] = codes[0], scales[0]
+    shaping = KINDS["all"]
+
+    @jax.jit
+    def run(q: Any, k: Any, v: Any, k_scales: Any, v_scales: Any) -> jax.Array:
+        v = k if one_cache else v
+        given = {"scales": CacheScales(k_scales, v_scales), "blocks": blocks, "backend": "xla"}
+        return paged_attention(q, k, v, jnp.int32(1), tables, slots, positions, shaping.scores(shape.N), **given)
+
+    exact = [
+        code.astype(np.float64) * np.asarray(s, np.float64)[..., None] for code, s in zip(codes, scales, strict=True)
+    ]
+    want = oracle.paged_attention(
+        q, *exact, 1, tables, slots, positions,
+        mask=shaping.words, scale=shaping.scale, soft_cap=shaping.soft_cap, bucket_rule=shaping.bias or (128, False),
+        **shaping.arrays(shape.N),
+    )  # fmt: skip
+    np.testing.assert_allclose(run(q, *codes, *scales), want, atol=1e-5 * np.abs(want).max())
+
+
+def test_rows_of_no_tree_are_as_ever() -> None:
+    """To the bit, where others of the call are of one."""
+    k, v, tables = texts(Shape(), LENGTHS, seed=1)
+    slots, positions = (np.array(x, np.int32) for x in zip(*ROWS, strict=True))
+    q = np.random.default_rng(2).normal(size=(len(ROWS), Shape.N, Shape.H)).astype(np.float32)
+    run = functools.partial(
+        attend, q, k, v, jnp.int32(0), Rows(tables, slots, positions), shaping=TREE_KINDS["all"], blocks=ALONE
+    )
+    alone = TokenTree(positions, positions, np.where(positions < 0, 0, 1).astype(np.int32))
+    np.testing.assert_array_equal(run(), run(tree=alone))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "shape",
@@ -58,7 +127,7 @@ def test_shapes_of_the_kernel(shape: Shape) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["all", "causal"])
+@pytest.mark.parametrize("kind", ["all", "causal", "trees"])
 def test_the_kernel_has_no_races(kind: str, capfd: pytest.CaptureFixture[str]) -> None:
     """In the simulator of a TPU with two cores, whose memory starts as NaN and whose copies arrive late; which refuses
     to read beyond an array, where the tables lead from whatever the rows need not look at."""
@@ -67,7 +136,10 @@ def test_the_kernel_has_no_races(kind: str, capfd: pytest.CaptureFixture[str]) -
     )
     try:
         options = {"backend": "tpu", "interpret": interpret, "blocks": PagedBlocks(keys=16)}
-        check(WIDE, KINDS[kind], LENGTHS, ROWS, unseen=10**6, **options)
+        if kind == "trees":
+            check(WIDE, TREE_KINDS["all"], LENGTHS, TREES[0], tree=TREES[1], **options)
+        else:
+            check(WIDE, KINDS[kind], LENGTHS, ROWS, unseen=10**6, **options)
     finally:
         pltpu.reset_tpu_interpret_mode_state()
     assert "RACE DETECTED" not in capfd.readouterr().out  # later versions of jax raise
@@ -221,6 +293,7 @@ ARGUMENTS: dict[str, Any] = {
     "positions": jax.ShapeDtypeStruct((3,), jnp.int32),
     "scores": Scores(),
 }
+TREE = TokenTree(*[jax.ShapeDtypeStruct((3,), jnp.int32)] * 3)
 
 
 @pytest.mark.parametrize(
@@ -236,6 +309,12 @@ ARGUMENTS: dict[str, Any] = {
         ({"scores": Scores(mask=masks.local(3, 1))}, "shows keys after the query"),
         ({"scores": Scores(mask=masks.causal | masks.prefix(3))}, "shows keys after the query"),
         ({"scores": Scores(sinks=jnp.zeros(3))}, r"scores.sinks \(3,\) must be \[4\]"),
+        (
+            {"tree": TokenTree(*[jax.ShapeDtypeStruct((4,), jnp.int32)] * 3)},
+            r"places is int32\[4\]; it must be int32\[3\]",
+        ),
+        ({"tree": TREE, "scores": Scores(alibi_slopes=jnp.zeros(4))}, "tree: biases by distance"),
+        ({"tree": TREE, "scores": Scores(relative_bias=DistanceBias(jnp.zeros((4, 8))))}, "tree: biases by distance"),
         ({"backend": "cuda"}, "backend = 'cuda' is unknown to paged_attention"),
         ({"blocks": PagedBlocks(keys=0)}, "must be a positive integer"),
     ],

@@ -11,7 +11,7 @@ import pytest
 from aot import CHIPS, TPUS, Case, compile_all, complaints, require_compiler, sharded
 from jax.sharding import PartitionSpec as P
 
-from kernels_pallas import DistanceBias, Scores, dispatch, masks, paged_attention
+from kernels_pallas import DistanceBias, Scores, TokenTree, dispatch, masks, paged_attention
 from kernels_pallas.attention.problem import Buckets
 from kernels_pallas.paged.problem import PagedProblem
 from kernels_pallas.targets import named
@@ -34,6 +34,7 @@ PROBLEMS = {
         LLAMA, mask=masks.local(127, 0) | (masks.causal & masks.strided(128)), alibi=True, M=128, C=32
     ),
     "learned biases, sinks": replace(LLAMA, buckets=Buckets(n=32), sinks=True),
+    "trees, window": replace(LLAMA, M=1024, mask=masks.local(1023, 0), tree=True),
 }
 
 
@@ -43,11 +44,12 @@ GPU_PROBLEMS = {
     "float16, blocks of 64": replace(LLAMA, C=64, M=128, dtype=jnp.dtype("float16")),
     "window, cap": PROBLEMS["window, cap"],
     "stripes, ALiBi": PROBLEMS["stripes, ALiBi"],
+    "trees, window": PROBLEMS["trees, window"],
     "everything": replace(
         LLAMA, mask=masks.local(127, 0) | (masks.causal & masks.strided(128)), soft_cap=50.0, alibi=True, sinks=True
     ),
 }
-QUICK = ("learned biases, sinks", "everything")
+QUICK = ("learned biases, sinks", "everything", "trees, window")
 
 
 @pytest.mark.parametrize(
@@ -86,13 +88,15 @@ def case(p: PagedProblem, chip: str) -> Case:
     }
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array, tables: Any, slots: Any, positions: Any, *heads: Any) -> Any:
+        tree = TokenTree(positions, positions, slots) if p.tree else None
         arrays = dict(zip(per_head, heads, strict=True))
         bias = DistanceBias(arrays.pop("table")) if "table" in arrays else None
         scores = Scores(mask=p.mask, scale=p.scale, soft_cap=p.soft_cap, relative_bias=bias, **arrays)
         v = k if p.one_cache else v
 
         def layer(x: jax.Array, layer: jax.Array) -> tuple[jax.Array, None]:
-            return paged_attention(x, k, v, layer, tables, slots, positions, scores, backend=backend), None
+            rows = layer, tables, slots, positions
+            return paged_attention(x, k, v, *rows, scores, tree=tree, backend=backend), None
 
         return jax.lax.scan(layer, q, jnp.arange(p.L))[0]
 

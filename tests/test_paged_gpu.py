@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from paged_cases import KINDS, Shape, Shaping, check
+from paged_cases import BRANCHES, KINDS, Shape, Shaping, check, chosen, tree_rows
 
 from kernels_pallas import DistanceBias, PagedBlocks, Scores, explain, paged_attention
 
@@ -42,6 +42,17 @@ ALL = Shaping(words=("local", 90, 0), scale=0.3, soft_cap=2.0, alibi=True, sinks
 def test_equals_the_formula(shape: Shape, shaping: Shaping, stages: int) -> None:
     blocks = PagedBlocks(keys=64, stages=stages)
     check(shape, shaping, LENGTHS, ROWS, backend="gpu", interpret=True, blocks=blocks)
+
+
+@interpreted
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [("local", 90, 0), "causal"], ids=["window", "causal"])
+def test_rows_of_a_tree_see_their_own_paths(words: Any) -> None:
+    """Of one that lies in two tiles, of one that a text begins with; and the last of 32 nodes."""
+    shaping, blocks = Shaping(words=words, scale=0.3, soft_cap=2.0, sinks=True), PagedBlocks(keys=64, stages=2)
+    trees = tree_rows((0, 124, BRANCHES), (3, 71, BRANCHES), (2, 0, (-1,)), (0, 100, (-1, *[0] * 30, 0)))
+    rows, tree = chosen(*trees, [0, 3, -1, 8, 17, 18, 50, 6])
+    check(SHAPE, shaping, LENGTHS, rows, tree=tree, backend="gpu", interpret=True, blocks=blocks)
 
 
 @interpreted

@@ -152,6 +152,11 @@ def test_logprobs_of_a_completion(client: openai.OpenAI, served: Served) -> None
     starts = dict(zip(logprobs.text_offset, logprobs.tokens, strict=True))  # of a character in parts, the last
     assert all(text[at] == token for at, token in starts.items() if not token.startswith("bytes:"))
     assert "".join(text[at] for at in starts) == text and starts[text.index("\u00f6")] == "bytes:\\xb6"
+    for options in ({"n": 2}, {"n": 2, "best_of": 3}):  # each text has places of its own
+        several: Any = client.completions.create(
+            model=NAME, prompt="ab", max_tokens=100, logprobs=2, echo=True, extra_body=options
+        )
+        assert [choice.logprobs.text_offset for choice in several.choices] == [logprobs.text_offset] * 2
     plain = client.completions.create(model=NAME, prompt="ab", logprobs=0).choices[0].logprobs
     assert plain is not None and plain.top_logprobs is None and plain.tokens is not None and len(plain.tokens) == 16
 
@@ -162,6 +167,13 @@ def test_only_the_prompt_can_be_scored(client: openai.OpenAI) -> None:
     assert choice.logprobs is not None and choice.logprobs.token_logprobs == pytest.approx([None, -0.561, -0.562])
     assert choice.finish_reason == "length" and len(choice.text) == 3
     assert found.usage is not None and found.usage.completion_tokens == 0
+    # One token has no probability; it is still there.
+    options: Any = {"model": NAME, "prompt": [60], "max_tokens": 1, "logprobs": 1, "echo": True}
+    whole: Any = client.completions.create(**options).choices[0]
+    streamed: Any = [piece.choices[0] for piece in client.completions.create(**options, stream=True)]
+    for logprobs in (whole.logprobs, streamed[0].logprobs):
+        assert (logprobs.tokens, logprobs.token_logprobs[0]) == (["]", "H"], None)
+        assert logprobs.text_offset == [0, 1]
 
 
 def test_the_best_of_several(client: openai.OpenAI, loop: FakeLoop) -> None:
@@ -283,6 +295,12 @@ def test_text_that_is_no_call_stays_text(size: int) -> None:
         "  \n",
         "{" * 3000,
         '{"name": "f", "arguments": {}} and more',
+        '{"name": ["f"], "arguments": {}}',
+        '{"name": {}, "arguments": {}}',
+        '{"name": "f", "arguments": {"x": NaN}}',
+        '{"name": "f", "arguments": {"x": 1e999}}',
+        '{"name": "f", "arguments": {"x": "\\ud800"}}',
+        '{"name": "f", "arguments": "{\\"x\\": \\"\\\\ud800\\"}"}',
     ):
         reader = ToolReader(["f"])
         shown = "".join(reader.add(text[at : at + size])[0] for at in range(0, len(text), size))
@@ -387,7 +405,8 @@ def test_metrics(client: openai.OpenAI, url: str) -> None:
 
 
 def test_an_engine_that_fails_is_an_error(client: openai.OpenAI, loop: FakeLoop) -> None:
-    for finish, status in ((Finish.ERROR, 500), (Finish.DEADLINE, 504), (Finish.CANCELLED, 503)):
+    statuses = {Finish.ERROR: 500, Finish.NOTHING_FITS: 400, Finish.DEADLINE: 504, Finish.CANCELLED: 503}
+    for finish, status in statuses.items():
         loop.fails = finish
         with pytest.raises(openai.APIStatusError) as caught:
             client.completions.create(model=NAME, prompt="x")

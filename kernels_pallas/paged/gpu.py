@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas.attention.gpu_tile import LOG2_E, ROWS, along
 from kernels_pallas.attention.problem import MASKED
 from kernels_pallas.compat import add_product, gpu_interpreter, transposed
-from kernels_pallas.paged.problem import PagedBlocks, PagedOperands, PagedProblem
+from kernels_pallas.paged.problem import PagedBlocks, PagedOperands, PagedProblem, TokenTree
 from kernels_pallas.targets import HOPPER_SHARED_BYTES, Target
 
 _KEYS = 64
@@ -32,6 +32,8 @@ def unsupported(problem: PagedProblem, target: Target) -> str | None:
     p = problem
     if not target.hopper:
         return f"the kernel is written for sm_90 (H100, H200), and the target is {target.name}"
+    if p.scaled:
+        return "a cache of int8: only the xla body multiplies its scales out"
     if p.dtype.name not in ("bfloat16", "float16"):
         return f"{p.dtype.name}: the tensor cores take bfloat16 and float16"
     if p.buckets is not None:
@@ -76,6 +78,7 @@ class _Inputs(NamedTuple):
     last: Any  # [T]
     slopes: Any  # [K, 64] float32 in base 2, or None
     sinks: Any  # [K, 64] float32 in base 2, or None
+    tree: TokenTree | None
 
 
 class _Shared(NamedTuple):
@@ -103,7 +106,7 @@ def forward(problem: PagedProblem, blocks: PagedBlocks, operands: PagedOperands,
     p = problem
     if blocks.keys != _KEYS:
         raise ValueError(f"blocks.keys = {blocks.keys} must be {_KEYS}")
-    first, last = p.blocks_of(operands.positions)
+    first, last = p.blocks_of(operands.positions, operands.tree)
     per_head = lambda x: None if x is None else _in_tile(x.reshape(p.K, p.group) * LOG2_E, 1)
     inputs = _Inputs(
         _in_tile(operands.q.reshape(p.T, p.K, p.group, p.H), 2),
@@ -117,6 +120,7 @@ def forward(problem: PagedProblem, blocks: PagedBlocks, operands: PagedOperands,
         last,
         per_head(operands.alibi_slopes),
         per_head(operands.sinks),
+        operands.tree,
     )
     tile = lambda width: plgpu.SMEM((blocks.stages, blocks.keys, width), p.dtype)
     ring = lambda: plgpu.Barrier(num_barriers=blocks.stages, num_arrivals=blocks.count(p.C))
@@ -150,6 +154,7 @@ def _attend(p: PagedProblem, blocks: PagedBlocks, x: _Inputs, out: Any, shared: 
     """Attention of one row's query heads to one key head, by online softmax in base 2."""
     row, head, n_blocks = lax.axis_index("row"), lax.axis_index("head"), blocks.count(p.C)
     first, last, position = x.first[row], x.last[row], x.positions[row]
+    tree = None if x.tree is None else TokenTree(*(of_rows[row] for of_rows in x.tree))
     n_tiles = pl.cdiv(last - first, n_blocks)
     q, result = shared.q_or_out
 
@@ -186,7 +191,7 @@ def _attend(p: PagedProblem, blocks: PagedBlocks, x: _Inputs, out: Any, shared: 
         scores = pl.run_scoped(multiply, plgpu.ACC((ROWS, blocks.keys), jnp.float32))
         keys = begin + plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
         scores = _bend(p, scores, keys, position, shared)
-        scores = jnp.where(p.mask.visible(position, keys) & (keys < p.M * p.C), scores, MASKED)
+        scores = jnp.where(p.seen(position, keys, tree) & (keys < p.M * p.C), scores, MASKED)
         new_top = jnp.maximum(top, scores.max(1))
         shrink = jnp.exp2(top - new_top)
         weights = jnp.exp2(scores - along(new_top, scores.shape, 0))
@@ -194,14 +199,17 @@ def _attend(p: PagedProblem, blocks: PagedBlocks, x: _Inputs, out: Any, shared: 
         acc = acc * along(shrink, acc.shape, 0)
         plgpu.barrier_wait(shared.v_ready.at[place])
 
-        @pl.when((begin < start) | (begin + blocks.keys - 1 > position))
+        reached = position if tree is None else tree.first - 1
+
+        @pl.when((begin < start) | (begin + blocks.keys - 1 > reached))
         def _only_seen() -> None:
             """Places that were not written, or by another text, need not hold numbers."""
             width = 64 if p.Hv % 64 == 0 else p.Hv  # in parts, that need few registers
             for column in range(0, p.Hv, width):
                 part = shared.v.at[place, :, pl.ds(column, width)]
                 rows = begin + plgpu.broadcasted_iota(jnp.int32, part.shape, 0, layout=plgpu.Layout.WGMMA)
-                part[...] = jnp.where((rows >= start) & (rows <= position), part[...], jnp.zeros(part.shape, p.dtype))
+                seen = (rows >= start) & (rows <= position) if tree is None else p.seen(position, rows, tree)
+                part[...] = jnp.where(seen, part[...], jnp.zeros(part.shape, p.dtype))
             plgpu.commit_smem()
 
         acc = add_product(acc, weights.astype(p.dtype), shared.v.at[place], shared.p)

@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.attention.problem import MASKED
 from kernels_pallas.attention.tpu_tile import LOG2E
-from kernels_pallas.paged.problem import PagedBlocks, PagedOperands, PagedProblem
+from kernels_pallas.paged.problem import PagedBlocks, PagedOperands, PagedProblem, TokenTree
 from kernels_pallas.targets import Family, Target
 
 _LANES = 128
@@ -33,6 +33,8 @@ def unsupported(problem: PagedProblem, target: Target) -> str | None:
     p = problem
     if target.family is not Family.TPU:
         return f"target {target.name} is no TPU; the Mosaic TPU kernel needs one"
+    if p.scaled:
+        return "a cache of int8: only the xla body multiplies its scales out"
     if p.dtype not in (jnp.float32, jnp.bfloat16):
         return f"dtype {p.dtype} is rejected by Mosaic TPU; use bfloat16 or float32"
     if wrong := [width for width in (p.H, p.Hv) if width % _LANES]:
@@ -42,7 +44,7 @@ def unsupported(problem: PagedProblem, target: Target) -> str | None:
         )
     if p.C % _sublanes(p):
         return f"blocks of {p.C} positions do not fill the chip's rows of {_sublanes(p)}; use a multiple"
-    if (needed := 4 * (p.S * p.M + 6 * p.T)) > _SCALAR_BYTES:
+    if (needed := 4 * (p.S * p.M + (9 if p.tree else 6) * p.T)) > _SCALAR_BYTES:
         return f"tables of {p.S} x {p.M} blocks need {needed:,} bytes of scalar memory; {_SCALAR_BYTES:,} are for them"
     return None
 
@@ -126,7 +128,7 @@ def _scalars(problem: PagedProblem, n_blocks: int, operands: PagedOperands) -> d
     """What the kernel knows before it starts. Of each row, beside its own: entries [first, last) of its table, the
     tiles of all rows before it, and the next row that has tiles, or T."""
     T = problem.T
-    first, last = problem.blocks_of(operands.positions)
+    first, last = problem.blocks_of(operands.positions, operands.tree)
     tiles = -(-(last - first) // n_blocks)
     with_tiles = jnp.where(tiles > 0, jnp.arange(T, dtype=jnp.int32), T)
     return {
@@ -134,10 +136,11 @@ def _scalars(problem: PagedProblem, n_blocks: int, operands: PagedOperands) -> d
         "tables": operands.tables.reshape(-1),
         "slots": operands.slots,
         "positions": operands.positions,
-        "first": first,
+        "entry": first,
         "last": last,
         "before": jnp.cumsum(tiles, dtype=jnp.int32) - tiles,
         "following": jnp.append(lax.cummin(with_tiles, reverse=True)[1:], jnp.int32(T)),
+        **({} if operands.tree is None else operands.tree._asdict()),
     }
 
 
@@ -151,7 +154,8 @@ def _kernel(
 ) -> None:
     t = pl.program_id(0)
     top, total, acc = scratch["top"], scratch["total"], scratch["out"]
-    position, first = scalars["positions"][t], scalars["first"][t]
+    position, first = scalars["positions"][t], scalars["entry"][t]
+    tree = TokenTree(*(scalars[name][t] for name in TokenTree._fields)) if p.tree else None
     n_tiles, before = pl.cdiv(scalars["last"][t] - first, n_blocks), scalars["before"][t]
     copies = functools.partial(_copies, p, n_blocks, scalars, inputs, scratch)
 
@@ -181,7 +185,7 @@ def _kernel(
         W = n_blocks * p.C
         begin = (first + j * n_blocks) * p.C
         keys = begin + lax.broadcasted_iota(jnp.int32, (1, W), 1)
-        seen = p.mask.visible(jnp.full((1, W), position), keys)
+        seen = p.seen(jnp.full((1, W), position), keys, tree)
         seen = jnp.broadcast_to(seen, (p.K * top.shape[1], W)).reshape(p.K, -1, W)
         scores = jnp.where(seen, _scores(p, _product(inputs["q"][...], k, 2), keys - position, inputs), MASKED)
         new_top = jnp.maximum(top[...], scores.max(2, keepdims=True))
@@ -193,7 +197,7 @@ def _kernel(
         # Places that were not written, or by another text, need not hold numbers.
         start, _ = p.mask.key_range(position, position)
         rows = begin + lax.broadcasted_iota(jnp.int32, (W, 1), 0)
-        inside = (rows >= start) & (rows <= position)
+        inside = (rows >= start) & (rows <= position) if tree is None else p.seen(position, rows, tree)
         v = jnp.where(inside[None], v.astype(jnp.float32), 0.0).astype(v.dtype)
         acc[...] = acc[...] * shrink + _product(weights.astype(v.dtype), v, 1)
 
@@ -213,7 +217,7 @@ def _copies(
     act: Callable[[Any], None],
 ) -> None:
     """Start, or wait for, the copies of those blocks of a row's tile that it may see."""
-    begin = scalars["first"][row] + tile * n_blocks
+    begin = scalars["entry"][row] + tile * n_blocks
 
     @pl.loop(0, jnp.minimum(scalars["last"][row] - begin, n_blocks))
     def _one(i: jax.Array) -> None:

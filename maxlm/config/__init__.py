@@ -54,7 +54,7 @@ from maxlm.config.data import (
     TrainSentencePiece,
 )
 from maxlm.config.dims import ACTIVATION_DIMS, CUT_BY_FSDP, PARAMETER_DIMS, Axes, StatePart
-from maxlm.config.engine import EngineConfig
+from maxlm.config.engine import CacheFormat, EngineConfig
 from maxlm.config.errors import UserError
 from maxlm.config.execution import Backend, Dtype, ExecutionConfig, GluSave, KernelConfig, Remat, WeightFormat
 from maxlm.config.families import llama, palm, with_experts
@@ -151,6 +151,7 @@ __all__ = [
     "BeamConfig",
     "BlockConfig",
     "ByteTokenizer",
+    "CacheFormat",
     "Capacity",
     "CheckpointConfig",
     "ChosenModel",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+import numpy.typing as npt
 
 from maxlm.config import EngineConfig, UserError, WeightFormat
 from maxlm.config.fields import Positive, Seed, require
@@ -70,6 +71,8 @@ class Ticket:
     deadline: float | None
     constraint: Constraint | None = None
     """Where the text is in its grammar."""
+    allowed: npt.NDArray[np.uint32] | None = None
+    """What its grammar lets come next."""
     begun: bool = False
     """Something of it was handed out."""
     prompt_scores: list[TokenScore] = field(default_factory=list)
@@ -158,7 +161,9 @@ class Engine:
         shard = min(range(len(self._shards)), key=lambda i: len(self._shards[i].running) + len(self._shards[i].waiting))
         deadline = None if request.deadline_s is None else time.monotonic() + request.deadline_s
         stream = TextStream(self.tokenizer, request.prompt, request.stop)
-        ticket = Ticket(sequence, shard, stream, deadline, self._constraint(request))
+        constraint = self._constraint(request)
+        allowed = None if constraint is None else constraint.mask()
+        ticket = Ticket(sequence, shard, stream, deadline, constraint, allowed)
         self._shards[shard].add(sequence)
         self._tickets[sequence] = ticket
         return ticket
@@ -176,6 +181,8 @@ class Engine:
             for key in ("prompt", "negative_prompt"):
                 if wrong := [i for i in getattr(request, key) if not 0 <= i < self.vocab_size]:
                     raise UserError(f"{key} holds id {wrong[0]}; must lie in [0, {self.vocab_size})")
+            if "" in request.stop:
+                raise UserError("stop: holds an empty string, which stands before every text; leave it out")
             for name in ("logprobs", "prompt_logprobs"):
                 n = getattr(request, name)
                 if n is not None and not 0 <= n <= TOP_SCORES:
@@ -336,9 +343,9 @@ class Engine:
         history = np.zeros(self.max_length + 1, np.int32)
         history[: len(sequence.tokens)] = sequence.tokens
         settings = self._settings(request)
-        constraint = self._tickets[sequence].constraint if sequence.leader is None else None
-        if constraint is not None:
-            settings = settings._replace(allowed=constraint.mask())
+        allowed = self._tickets[sequence].allowed if sequence.leader is None else None
+        if allowed is not None:
+            settings = settings._replace(allowed=allowed)
         text = Texts(history, np.int32(len(request.prompt)), np.int32(sequence.end), np.bool_(False), settings)
         self._programs.begin(self._slot(shard, sequence), text)
         sequence.begun = True
@@ -373,9 +380,14 @@ class Engine:
         if (flying := self._flying) is None:
             return []
         self._flying = None
-        tokens, broken = np.asarray(flying.drawn.tokens), np.asarray(flying.drawn.broken)
-        seconds = time.perf_counter() - max(flying.began, self._read_at)
-        self._read_at = time.perf_counter()
+        known: Any = flying.drawn.tokens
+        over = not isinstance(known, jax.Array) or known.is_ready()  # type: ignore[attr-defined]
+        tokens, broken = np.asarray(known), np.asarray(flying.drawn.broken)
+        now = time.perf_counter()
+        seconds = now - max(flying.began, self._read_at)
+        # First tokens have no time. If they were there before anybody looked, the next step runs since its launch.
+        if not over or all(read.sequence.generated for read in flying.reads):
+            self._read_at = now
         drawn, asked = flying.drawn, [read.sequence.request for read in flying.reads]
         if any(one.logprobs is not None or one.prompt_logprobs is not None for one in asked):
             drawn = drawn._replace(scores=jax.tree.map(np.asarray, drawn.scores))
@@ -409,18 +421,20 @@ class Engine:
         request = sequence.request
         finish: Finish | None = None
         reason: str | int | None = None
+        text = ""
         for n, token in enumerate(tokens, start=1):
             if token < 0:
-                return self._end(ticket, Finish.ERROR, error=_NOTHING_LEFT)
-            if token in request.ends:
-                tokens, finish, reason = tokens[:n], Finish.STOP, token
+                return self._end(ticket, Finish.NOTHING_FITS, error=_NOTHING_LEFT)
+            if request.stop:  # how many tokens come at a time does not change which of them is the last
+                text += stream.add([token])
+            if stream.stopped is not None or token in request.ends:
+                tokens, finish = tokens[:n], Finish.STOP
+                reason = token if stream.stopped is None else stream.stopped
                 break
         for one in sequence.pair:
             one.tokens += tokens
-        text = stream.add(tokens)
-        if stream.stopped is not None:
-            finish, reason = Finish.STOP, stream.stopped
-        elif finish is None and len(sequence.tokens) >= sequence.end:
+        text = text if request.stop else stream.add(tokens)
+        if finish is None and len(sequence.tokens) >= sequence.end:
             finish = Finish.LENGTH
         of_tokens: tuple[TokenScore, ...] = ()
         if request.logprobs is not None:
@@ -440,14 +454,20 @@ class Engine:
         )
         ticket.begun = True
         if finish is None and ticket.constraint is not None:
-            ticket.constraint.accept(tokens[-1])
+            try:
+                ticket.constraint.accept(tokens[-1])
+                ticket.allowed = ticket.constraint.mask()
+            except UserError as error:  # of this text alone
+                return self._end(ticket, Finish.NOTHING_FITS, error=str(error))
             if sequence.begun:
-                self._programs.allow(self._slot(ticket.shard, sequence), ticket.constraint.mask())
+                self._programs.allow(self._slot(ticket.shard, sequence), ticket.allowed)
         if finish is None:
             for one in sequence.pair:
                 self._shards[ticket.shard].hold(one)
             return delta
         ended = self._end(ticket, finish)
+        if finish is Finish.LENGTH and stream.stopped is not None:  # in what waited for more tokens
+            finish, reason = Finish.STOP, stream.stopped
         return dataclasses.replace(delta, text=text + ended.text, finish=finish, stop_reason=reason)
 
     def _end(self, ticket: Ticket, finish: Finish, *, error: str = "") -> Delta:

@@ -303,7 +303,7 @@ class GrowingText:
         Raises:
             UserError: it ended with an error.
         """
-        if delta.finish is Finish.ERROR:
+        if delta.finish in (Finish.ERROR, Finish.NOTHING_FITS):
             raise UserError(delta.error)
         self._text.append(delta.text)
         self._tokens += delta.tokens

@@ -139,7 +139,10 @@ class Finish(enum.Enum):
     """It has its max_new_tokens."""
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
+    NOTHING_FITS = "nothing_fits"
+    """No token is left that the request allows, or its grammar cannot go on."""
     ERROR = "error"
+    """Of the model or the engine."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,7 @@ class Delta:
     stop_reason: str | int | None = None
     """The string or id that ended it."""
     error: str = ""
-    """With Finish.ERROR, in one line."""
+    """With Finish.ERROR and Finish.NOTHING_FITS, in one line."""
     cached_tokens: int = 0
     """Of the prompt, taken from the cache; of the first Delta."""
     seconds: float = 0.0

@@ -84,8 +84,9 @@ class GroupedQueryLayer(nnx.Module):
         else:
             assert isinstance(cache, KeyValueBlocks) and tokens.pages is not None
             table, positions = tokens.pages.tables[shapes.window_of(config)], tokens.positions[:, 0]
+            rows = tokens.pages.slots, positions
             out, arrays = ops.attention_to_blocks(
-                layout, q, (k, v), cache, layer, table, tokens.pages.slots, positions, self._scores()
+                layout, q, (k, v), cache, layer, table, *rows, self._scores(), tree=tokens.pages.tree
             )
             cache = KeyValueBlocks(*arrays)
         out_bias = self.o_bias[...] if config.out_bias else None

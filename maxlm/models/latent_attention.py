@@ -109,6 +109,7 @@ class LatentAttentionLayer(nnx.Module):
             tokens.pages.slots,
             tokens.positions[:, 0],
             self._scores(),
+            tree=tokens.pages.tree,
             one_head_for_all=True,
         )
         out = jnp.einsum("btnr,rnh->btnh", out[..., : config.kv_rank], to_values.astype(q.dtype))

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import jax
 
+from maxlm.models.ops import TokenTree
+
 
 class Pages(NamedTuple):
     """Where the keys of each token's text are. A row of a batch is one token; its slot is its text's number.
@@ -19,6 +21,8 @@ class Pages(NamedTuple):
     """int32 [T]."""
     tables: dict[int, jax.Array]
     """window -> int32 [S, M]. On a mesh that cuts the batch each shard counts its own blocks, and has its own slots."""
+    tree: TokenTree | None = None
+    """Where rows are nodes of trees of tokens: their places, [T] each, which are then not their positions."""
 
 
 class Tokens(NamedTuple):

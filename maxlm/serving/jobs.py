@@ -199,6 +199,8 @@ class Running:
             with contextlib.suppress(RuntimeError):  # the event loop has ended
                 self._events.call_soon_threadsafe(self._queue.put_nowait, (i, delta))
 
+        if self._ended:  # another of its texts was refused
+            return
         ticket = self.job.served.loop.submit(self.job.requests[i], receive)
         with self._lock:
             if not self._ended:
@@ -243,6 +245,8 @@ def _check(delta: Delta) -> None:
     match delta.finish:
         case Finish.ERROR:
             raise broken(delta.error or "the engine failed at this request")
+        case Finish.NOTHING_FITS:  # it would end so again
+            raise ApiError(400, delta.error)
         case Finish.CANCELLED:  # not by its client, who has left
             raise draining()
         case Finish.DEADLINE:

@@ -11,7 +11,7 @@ experts.py: tokens to their experts and back
 backends.py: kernels named in the config
 """
 
-from kernels_pallas import DistanceBias, Scores
+from kernels_pallas import DistanceBias, Scores, TokenTree
 from maxlm.models.ops.attention import attention, causal
 from maxlm.models.ops.dense import activate, dense, embed, glu, logits, project, unit_rows
 from maxlm.models.ops.experts import (
@@ -24,15 +24,17 @@ from maxlm.models.ops.experts import (
     picked_experts,
     top_k,
 )
-from maxlm.models.ops.paged import attention_to_blocks
+from maxlm.models.ops.paged import CacheBlocks, attention_to_blocks
 
 __all__ = [
     "EXPERT_IN_DIMS",
     "EXPERT_OUT_DIMS",
+    "CacheBlocks",
     "DistanceBias",
     "ExpertWeights",
     "GatedUnit",
     "Scores",
+    "TokenTree",
     "activate",
     "attention",
     "attention_to_blocks",
