@@ -18,20 +18,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from maxlm.config import ChosenModel, UserError, WeightFormat
+from maxlm.config import ChosenModel, Dataset, UserError, WeightFormat
 from maxlm.config.cli import parse, run_command
 from maxlm.config.fields import NotEmpty, NotNegative, PathName, Positive, Seed, config
 
 if TYPE_CHECKING:
+    from maxlm.evaluation.examining import Asking
     from maxlm.evaluation.exams import Exam
-    from maxlm.evaluation.prompting import Prompting
-    from maxlm.evaluation.sandbox import Sandbox
     from maxlm.inference.load import LoadedRun
 
 _DESCRIPTION = """How good a trained model is.
 
 Without --tasks: held-out loss, perplexity and bits per byte of a run. It reads the validation split of the data sets
-that the run's config names (relative paths start from the folder you are in), in windows of its train.seq_len.
+that the run's config names (relative paths start from the folder you are in), or that of --data, in windows of its
+train.seq_len.
 With --tasks: marks in exams, each with a 95 % interval and what guessing gives; see docs/evaluate.md. Exit code 2: one
 line says what was wrong."""
 
@@ -45,6 +45,9 @@ class EvaluateOptions:
     batches: Positive[int] | None = None
     """Of the held-out loss: batches to measure, from the first; None: as many as training measured, see
     train.eval_batches."""
+    data: Annotated[PathName | None, tyro.conf.arg(metavar="DIR")] = None
+    """Of the held-out loss: prepared data whose validation split is measured, the whole of it, in place of the run's
+    own; a published model needs it."""
     whole: bool = False
     """Of the held-out loss: measure the whole split, as far as it fills batches."""
     batch_size: Positive[int] | None = None
@@ -85,12 +88,20 @@ class EvaluateOptions:
             raise UserError(
                 f"--weights {self.model.weights.value}: scores are of the weights as they are; leave it out"
             )
-        if not self.tasks and self.model.run is None:
-            raise UserError("a published model has no held-out data; name exams, such as --tasks suite")
+        if not self.tasks and self.model.run is None and self.data is None:
+            raise UserError(
+                "a published model has no held-out data; name prepared data with --data DIR, or exams, such as "
+                "--tasks suite"
+            )
+        of_exams = ("limit", "few_shot", "prompting", "allow_code", "include_path", "chat", "out")
+        if not self.tasks and (said := [name for name in of_exams if getattr(self, name)]):
+            raise UserError(f"--{said[0]} is of exams; name some, such as --tasks suite, or leave it out")
         if self.few_shot and self.prompting:
             raise UserError("--few_shot and --prompting both choose demonstrations; leave out one of them")
-        if self.tasks and (self.batches or self.whole or self.batch_size):
-            raise UserError("--batches, --whole and --batch_size are of the held-out loss; leave them out with --tasks")
+        if self.tasks and (self.batches or self.whole or self.batch_size or self.data):
+            raise UserError(
+                "--data, --batches, --whole and --batch_size are of the held-out loss; leave them out with --tasks"
+            )
 
 
 def main(argv: list[str]) -> None:
@@ -102,15 +113,20 @@ def main(argv: list[str]) -> None:
     options = parse(EvaluateOptions, argv, prog="python -m maxlm.evaluate", description=_DESCRIPTION, flags=True)
 
     from maxlm.compile_cache import enable_compilation_cache  # these import jax: --help stays instant
-    from maxlm.evaluation.sandbox import Sandbox
+    from maxlm.evaluation.examining import check
+    from maxlm.evaluation.results import make_folder
     from maxlm.hub.models import load_chosen
 
     enable_compilation_cache()
     if not options.tasks:
         return _measure(options, load_chosen(options.model))
-    exams, prompting = _exams(options), _prompting(options)  # mistakes in them come before the model is read
-    sandbox = Sandbox() if options.allow_code else None
-    _examine(options, load_chosen(options.model), exams, prompting, sandbox)
+    exams, asking = _exams(options), _asking(options)
+    for exam in exams.values():  # mistakes come before the model is read, and before the first exam is over
+        if exam is not None:
+            check(exam, asking)
+    if options.out is not None:
+        make_folder(Path(options.out))
+    _examine(options, load_chosen(options.model), exams, asking)
 
 
 def _measure(options: EvaluateOptions, run: LoadedRun) -> None:
@@ -120,23 +136,29 @@ def _measure(options: EvaluateOptions, run: LoadedRun) -> None:
     from maxlm.evaluation.perplexity import held_out
     from maxlm.training.step import make_trainer
 
-    name = options.model.run
+    name = options.model.place
     as_trained = run.config.train
     batch_size = options.batch_size or as_trained.batch_size
     train = dataclasses.replace(as_trained, batch_size=batch_size, micro_batches=1, profile_steps=None)
-    config = dataclasses.replace(run.config, train=train)
+    data = run.config.data
+    if options.data is not None:
+        data = dataclasses.replace(data, datasets=(Dataset(path=options.data),))
+    config = dataclasses.replace(run.config, train=train, data=data)
     config.validate(run.layout.mesh.size)
-    batches = open_batches(config.data, batch_size=train.batch_size, seq_len=train.seq_len, split=Split.VALIDATION)
+    try:
+        batches = open_batches(config.data, batch_size=train.batch_size, seq_len=train.seq_len, split=Split.VALIDATION)
+    except UserError as error:
+        raise error if options.data else UserError(f"{error}; or name other data with --data DIR") from error
     if batches.tokenizer.fingerprint != run.tokenizer.fingerprint:
         raise UserError(
-            f"{config.data.datasets[0].path}: prepared with tokenizer {batches.tokenizer.fingerprint[:12]}..., the run "
-            f"{name} uses {run.tokenizer.fingerprint[:12]}...; prepare the data with the run's tokenizer"
+            f"{config.data.datasets[0].path}: prepared with tokenizer {batches.tokenizer.fingerprint[:12]}..., "
+            f"{name} uses {run.tokenizer.fingerprint[:12]}...; prepare the data with its tokenizer"
         )
     assert batches.n_batches is not None and batches.n_windows is not None, "a validation split has an end"
     # The windows that training measured, in batches of any size; all of them, where it measured none.
     windows = as_trained.batch_size * as_trained.held_out_batches(batches.n_windows // as_trained.batch_size)
     n_batches = options.batches or max(1, windows // train.batch_size)
-    if options.whole or not (options.batches or windows):
+    if options.whole or (options.data and not options.batches) or not (options.batches or windows):
         n_batches = batches.n_batches
     trainer = make_trainer(config, run.layout)
     sharding = run.layout.sharding(run.layout.activation("batch", "seq"))
@@ -186,27 +208,30 @@ def _exams(options: EvaluateOptions) -> dict[str, Exam | None]:
     return exams
 
 
-def _prompting(options: EvaluateOptions) -> tuple[Prompting, Exam | None]:
+def _asking(options: EvaluateOptions) -> Asking:
     """How questions are put, and where demonstrations come from."""
     from maxlm.config import serialize
+    from maxlm.evaluation.examining import Asking
     from maxlm.evaluation.exams import read_exam
     from maxlm.evaluation.prompting import Prompting, RandomDemonstrations
+    from maxlm.evaluation.sandbox import Sandbox
 
+    prompting = Prompting(demonstrations=RandomDemonstrations(count=options.few_shot) if options.few_shot else None)
     if options.prompting is not None:
         prompting = serialize.load(Prompting, Path(options.prompting))
-        return prompting, None if prompting.pool is None else read_exam(Path(prompting.pool))
-    return Prompting(demonstrations=RandomDemonstrations(count=options.few_shot) if options.few_shot else None), None
+    return Asking(
+        prompting=prompting,
+        pool=None if prompting.pool is None else read_exam(Path(prompting.pool)),
+        samples=options.samples,
+        ks=options.pass_at,
+        seed=options.seed,
+        judge=Sandbox() if options.allow_code else None,
+    )
 
 
-def _examine(
-    options: EvaluateOptions,
-    run: LoadedRun,
-    exams: dict[str, Exam | None],
-    how: tuple[Prompting, Exam | None],
-    sandbox: Sandbox | None,
-) -> None:
+def _examine(options: EvaluateOptions, run: LoadedRun, exams: dict[str, Exam | None], asking: Asking) -> None:
     from maxlm.config import serialize
-    from maxlm.evaluation.examining import Asking, Examined, examine
+    from maxlm.evaluation.examining import Examined, examine
     from maxlm.evaluation.results import as_json, print_results, write_results
     from maxlm.evaluation.scoring import RunExaminee
 
@@ -224,27 +249,21 @@ def _examine(
             chat=options.chat,
             include_path=None if options.include_path is None else Path(options.include_path),
         )
-    prompting, pool = how
+    about = {"model": options.model.place, "step": run.step, "few_shot": options.few_shot, "seed": options.seed}
+    about |= {"tasks": options.tasks, "limit": options.limit, "prompting": serialize.to_dict(asking.prompting)}
     for name, exam in exams.items():
         if exam is not None:
-            asking = Asking(
-                prompting=prompting,
-                pool=pool,
-                samples=options.samples,
-                ks=options.pass_at,
-                seed=options.seed,
-                judge=sandbox,
-            )
             results[name] = examine(examinee, exam, asking)
-    about = {"model": options.model.place, "step": run.step, "few_shot": options.few_shot, "seed": options.seed}
-    about |= {"tasks": options.tasks, "limit": options.limit, "prompting": serialize.to_dict(prompting)}
+            if options.out is not None:  # the next one may go wrong; what a full disk says is said at the end
+                with contextlib.suppress(OSError):
+                    write_results(about, results, Path(options.out))
     measures = [one for result in results.values() for one in result.measures]
-    if options.out is not None:
-        write_results(about, results, Path(options.out))
     if options.json:
         print(as_json(about, measures))
     else:
         print_results(measures)
+    if options.out is not None:
+        write_results(about, results, Path(options.out))
 
 
 if __name__ == "__main__":

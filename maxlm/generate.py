@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from maxlm.config import BeamConfig, ChosenModel, EngineConfig, SamplingConfig, UserError
+from maxlm.config import (
+    BeamConfig,
+    ChosenModel,
+    ContrastiveConfig,
+    EngineConfig,
+    GuidanceConfig,
+    SamplingConfig,
+    Speculation,
+    UserError,
+)
 from maxlm.config.cli import parse, run_command
 from maxlm.config.fields import Positive, Seed, config
 
@@ -47,10 +56,17 @@ class GenerateOptions:
     """How the next token is drawn."""
     beams: Annotated[BeamConfig, tyro.conf.arg(name="")] = BeamConfig()
     """Whether texts are searched for in place of being drawn."""
+    contrastive: Annotated[ContrastiveConfig, tyro.conf.arg(name="")] = ContrastiveConfig()
+    """Whether likely tokens are searched for that repeat nothing."""
+    guidance: Annotated[GuidanceConfig, tyro.conf.arg(name="")] = GuidanceConfig()
+    """Whether texts are led away from another prompt."""
     n: Positive[int] = 1
     """Texts that are drawn."""
     seed: Seed = 0
     """The same seed gives the same texts."""
+    speculation: Speculation | None = None
+    """Where drafts come from, which make it faster and change no text: lookup, lookup:ngram=4,drafts=10, or
+    draft:run=DIR, another run or published model with the same tokenizer."""
     json: bool = False
     """Print one JSON object at the end: text, tokens (the ids), tokens_per_s, with --beams also score; where several
     texts are asked for, a list of them."""
@@ -58,10 +74,21 @@ class GenerateOptions:
     """Show tracebacks."""
 
     def __post_init__(self) -> None:
+        searches = [
+            name for name, n in (("beams", self.beams.beams), ("contrastive_k", self.contrastive.contrastive_k)) if n
+        ]
+        if searches and self.guidance.guidance_scale != 1:
+            raise UserError(f"--guidance_scale with --{searches[0]}: a search is not guided; use one of them")
+        if self.beams.beams and self.contrastive.contrastive_k:
+            raise UserError("--beams and --contrastive_k are two searches; use one of them")
         if self.beams.beams:
             self.beams.searched(self.sampling)
             if self.n != 1:
                 raise UserError(f"--n {self.n} with --beams: nothing is drawn; ask for the best ones by --n_best")
+        if self.contrastive.contrastive_k:
+            self.contrastive.searched(self.sampling)
+            if self.n != 1:
+                raise UserError(f"--n {self.n} with --contrastive_k: nothing is drawn, and there is one text")
 
 
 def main(argv: list[str]) -> None:
@@ -73,16 +100,32 @@ def main(argv: list[str]) -> None:
     options = parse(GenerateOptions, argv, prog="python -m maxlm.generate", description=_DESCRIPTION, flags=True)
 
     from maxlm.compile_cache import enable_compilation_cache  # these import jax: --help stays instant
-    from maxlm.hub.models import load_chosen
+    from maxlm.hub.models import load_chosen, load_draft
+    from maxlm.inference.checks import check_prompt
     from maxlm.inference.generator import Generator, Ranked
 
     enable_compilation_cache()
-    slots = min(max(options.beams.beams, options.n), _SLOTS)
-    generator = Generator(load_chosen(options.model), weights=options.model.weights, engine=EngineConfig(slots=slots))
+    texts = options.n if options.guidance.guidance_scale == 1 else 2 * options.n
+    slots = min(max(options.beams.beams, options.contrastive.contrastive_k, texts), _SLOTS)
+    run = load_chosen(options.model)
+    check_prompt(run, options.prompt, options.max_new_tokens)
+    generator = Generator(
+        run,
+        weights=options.model.weights,
+        engine=EngineConfig(slots=slots, speculation=options.speculation),
+        draft=load_draft(options.speculation),
+    )
     found: Sequence[Generation]
     if options.beams.beams:
         [found] = generator.search(
             [options.prompt], max_new_tokens=options.max_new_tokens, beams=options.beams, sampling=options.sampling
+        )
+    elif options.contrastive.contrastive_k:
+        found = generator.contrast(
+            [options.prompt],
+            max_new_tokens=options.max_new_tokens,
+            contrastive=options.contrastive,
+            sampling=options.sampling,
         )
     elif options.n > 1:
         found = generator.generate(
@@ -90,10 +133,15 @@ def main(argv: list[str]) -> None:
             max_new_tokens=options.max_new_tokens,
             sampling=options.sampling,
             seed=options.seed,
+            guidance=options.guidance,
         )
     else:
         stream = generator.stream(
-            options.prompt, max_new_tokens=options.max_new_tokens, sampling=options.sampling, seed=options.seed
+            options.prompt,
+            max_new_tokens=options.max_new_tokens,
+            sampling=options.sampling,
+            seed=options.seed,
+            guidance=options.guidance,
         )
         found = [_drain(stream, show=not options.json)]
     several = options.n > 1 or options.beams.n_best > 1
@@ -101,12 +149,16 @@ def main(argv: list[str]) -> None:
         values = [dataclasses.asdict(one) for one in found]
         print(json.dumps(values if several else values[0]))
         return
-    streamed = not several and not options.beams.beams
+    streamed = not several and not options.beams.beams and not options.contrastive.contrastive_k
     for one in found:
         print("" if streamed else one.text, flush=True)
         speed = f", {one.tokens_per_s:.1f} tokens/s" if one.tokens_per_s is not None else ""
         score = f", score {one.score:.4f}" if isinstance(one, Ranked) else ""
         print(f"[{len(one.tokens)} tokens{speed}{score}]", file=sys.stderr)
+    if options.speculation is not None:
+        stats = generator.engine.stats
+        share = f"{stats.accepted_tokens} of {stats.drafted_tokens} drafts came true"
+        print(f"[{share}, {stats.generated_tokens / stats.steps:.2f} tokens a step]", file=sys.stderr)
 
 
 def _drain(stream: Stream[str, None, Generation], *, show: bool) -> Generation:

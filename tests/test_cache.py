@@ -32,7 +32,7 @@ def _step_program(model: ModelConfig, blocks: int) -> tuple[jax.stages.Compiled,
     """The engine's step for four rows of two texts, and the bytes of the cache."""
     how, int32 = plainly(), lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
     cache = jax.eval_shape(lambda: empty_cache(model, {0: blocks}, 16, how))
-    rows = StepRows(int32(4), int32(4), int32(2), jax.ShapeDtypeStruct((2,), bool))
+    rows = StepRows(int32(4), int32(4), int32(2), jax.ShapeDtypeStruct((2,), bool), int32(2))
     program = jax.jit(functools.partial(step, config=model, how=how, most_steps=4), donate_argnums=(1, 2)).lower(
         abstract_parameters(model, how.layout),
         cache,

@@ -7,6 +7,7 @@ another text, or one that was never computed, is found at once; the next token i
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from run_folder import BYTE_MODEL
 
-from maxlm.config import EngineConfig, ModelConfig, ShardingConfig
+from maxlm.config import EngineConfig, ModelConfig, PromptLookup, ShardingConfig
 from maxlm.data.tokenizers import Bytes
 from maxlm.inference import engine as engines
 from maxlm.inference.engine import Engine, Ticket
@@ -32,15 +33,18 @@ from maxlm.sharding import make_layout
 VOCAB, END = 50, 7
 
 
-def next_token(text: tuple[int, ...], seed: int) -> int:
-    return hash((text, seed)) % VOCAB
+def next_token(text: tuple[int, ...], seed: int, other: tuple[int, ...] = ()) -> int:
+    """`other`: the text that it is guided away from."""
+    return hash((text, seed, other)) % VOCAB
 
 
 def alone(request: Request) -> tuple[list[int], Finish]:
     """What the request's text must be."""
     tokens: list[int] = []
+    other = request.twin.prompt if request.twin else ()
     for _ in range(request.max_new_tokens):
-        tokens.append(next_token((*request.prompt, *tokens), request.seed))
+        unlike = (*other, *tokens) if other else ()
+        tokens.append(next_token((*request.prompt, *tokens), request.seed, unlike))
         if tokens[-1] in request.ends:
             return tokens, Finish.STOP
     return tokens, Finish.LENGTH
@@ -59,11 +63,12 @@ class CheckedDevice:
         self.done: set[int] = set()
 
     def scored_rows(self, width: int) -> int:
-        return min(width, self.config.slots)
+        return min(width, self.config.slots * (1 + self.config.drafts))
 
     def no_rows(self, width: int) -> StepRows:
-        n = self.scored_rows(width)
-        return StepRows(np.zeros(width, int), np.full(width, -1), np.full(n, -1), np.zeros(n, bool))
+        n, drafts = self.scored_rows(width), np.full(width, -1) if self.config.drafts else None
+        nothing = np.full(n, -1)
+        return StepRows(np.zeros(width, int), np.full(width, -1), nothing, np.zeros(n, bool), nothing.copy(), drafts)
 
     def begin(self, slot: int, text: Texts) -> None:
         self.texts[slot] = text.history.tolist()
@@ -78,7 +83,11 @@ class CheckedDevice:
 
     def run(self, width: int, rows: StepRows, n_steps: int) -> Drawn:
         assert sum(rows.positions >= 0) <= width
-        R, n = self.scored_rows(width), self.config.decode_steps
+        R, n = self.scored_rows(width), self.config.most_steps
+        drafts = np.full(width, -1) if rows.drafts is None else rows.drafts
+        for slot, p, draft in zip(rows.slots, rows.positions, drafts, strict=True):
+            if draft >= 0:
+                self.texts[slot][p] = int(draft)
         tokens = np.zeros((n, R), int)
         positions = [-1 if slot in self.done else p for slot, p in zip(rows.slots, rows.positions, strict=True)]
         assert n_steps == 1 or all(p < 0 or i in rows.scored for i, p in enumerate(positions))
@@ -88,16 +97,17 @@ class CheckedDevice:
                 self.write(slot, p)
             for slot, p in live:
                 self.look(slot, p)
-            after = [-1] * width
+            after, drawn = [-1] * width, -1
             for r, (row, sample) in enumerate(zip(rows.scored, rows.samples, strict=True)):
                 if row < 0 or positions[row] < 0:
                     continue
                 slot, p = int(rows.slots[row]), positions[row]
                 text, about = self.texts[slot], self.about[slot]
+                if drafts[row] >= 0 and drafts[row] != drawn:  # no more of these rows counts, whatever they draw
+                    tokens[step, r], drawn = drafts[row], -1
+                    continue
                 if sample:
-                    text[p + 1] = next_token(
-                        (*text[: p + 1], self.salt) if self.salt else tuple(text[: p + 1]), int(about.settings.seed)
-                    )
+                    text[p + 1] = drawn = self.drawn(rows, r, positions, tokens[step])
                     if text[p + 1] in about.settings.ends.tolist() or p + 2 >= about.end:
                         self.done.add(slot)
                     else:
@@ -105,7 +115,20 @@ class CheckedDevice:
                 tokens[step, r] = text[p + 1]
             positions = after
         zeros = np.zeros((n, R, 20))
-        return Drawn(tokens, LogProbs(zeros[..., 0], zeros.astype(int), zeros), np.zeros((n, R), bool))
+        return Drawn(tokens, LogProbs(zeros[..., 0], zeros.astype(int), zeros, zeros), np.zeros((n, R), bool), zeros)
+
+    def drawn(self, rows: StepRows, r: int, positions: list[int], others: np.ndarray) -> int:
+        """Of a scored row; `others`: what the rows before it drew."""
+        if rows.follows[r] >= 0:
+            return int(others[rows.follows[r]])
+        known = lambda row: tuple(self.texts[int(rows.slots[row])][: positions[row] + 1])
+        row, other = rows.scored[r], ()
+        slot = int(rows.slots[row])
+        if (follower := [i for i, to in enumerate(rows.follows) if to == r]) != []:
+            other = known(rows.scored[follower[0]])
+        assert (self.about[slot].settings.guidance != 1) == bool(other), "a text that is guided is without its twin"
+        text = (*known(row), self.salt) if self.salt else known(row)
+        return next_token(text, int(self.about[slot].settings.seed), other)
 
     def write(self, slot: int, p: int) -> None:
         for window, memory in self.memory.items():
@@ -167,15 +190,39 @@ def check(request: Request, deltas: list[Delta]) -> None:
 
 shared = tuple(range(10, 30))
 requests = st.builds(
-    lambda common, own, new, seed, ends: Request(
-        prompt=shared[:common] + tuple(own) or (1,), max_new_tokens=new, seed=seed, ends=ends
+    lambda common, own, new, seed, ends, scale, negative: Request(
+        prompt=shared[:common] + tuple(own) or (1,),
+        max_new_tokens=new,
+        seed=seed,
+        ends=ends,
+        guidance_scale=scale,
+        negative_prompt=shared[:negative],
     ),
     st.sampled_from([0, 3, 4, 8, 15, 16, 20]),
     st.lists(st.integers(0, VOCAB - 1), max_size=7),
     st.integers(1, 14),
     st.integers(0, 2),
     st.sampled_from([(), (END,), (END, 8, 9)]),
+    st.sampled_from([1.0, 1.0, 1.5]),
+    st.sampled_from([0, 3, 9, 16]),
 )
+
+
+class Guesses:
+    """Drafts, each of which is right with a probability."""
+
+    def __init__(self, right: float) -> None:
+        self.right, self.rng, self.n = right, np.random.default_rng(0), 0
+
+    def propose(self, asked: list[tuple[Sequence, int]]) -> list[list[int]]:
+        found = []
+        for sequence, most in asked:
+            assert not most or not sequence.ahead
+            truth = alone(sequence.request)[0][sequence.generated :][:most]
+            wrong = self.rng.random(len(truth)) >= self.right
+            found.append([(token + bad) % VOCAB for token, bad in zip(truth, wrong, strict=True)])
+            self.n += len(found[-1])
+        return found
 
 
 class Schedules(RuleBasedStateMachine):
@@ -194,9 +241,20 @@ class Schedules(RuleBasedStateMachine):
         blocks=st.integers(9, 30),
         decode_steps=st.sampled_from([1, 2, 5]),
         tokens=st.sampled_from([3, 4, 9]),
+        drafts=st.sampled_from([None, 1, 3, 8]),
+        right=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
     )
-    def start(self, model: str, blocks: int, decode_steps: int, tokens: int) -> None:
-        self.engine = make(model, cache_tokens=4 * blocks, decode_steps=decode_steps, tokens_per_step=tokens)
+    def start(self, model: str, blocks: int, decode_steps: int, tokens: int, drafts: int | None, right: float) -> None:
+        speculation = None if drafts is None else PromptLookup(drafts=drafts)
+        self.engine = make(
+            model,
+            cache_tokens=4 * blocks,
+            decode_steps=decode_steps,
+            tokens_per_step=tokens,
+            speculation=speculation,
+        )
+        if speculation is not None:
+            self.engine._drafter = Guesses(right)
 
     @precondition(lambda self: self.engine is not None)
     @rule(request=requests)
@@ -230,11 +288,11 @@ class Schedules(RuleBasedStateMachine):
             return
         for shard in self.engine._shards:
             for window, pool in shard.pools.items():
-                used = [b for one in shard.running for b in one.blocks[window] if b]
+                used = [b for one in shard.running for two in one.pair for b in two.blocks[window] if b]
                 assert len(set(used)) + pool.n_free == pool.size - 1
                 assert pool.n_kept == len(pool._held.keys() & pool._free.keys())
                 assert pool._users == {block: used.count(block) for block in set(used)}
-            assert len(shard._slots) + len(shard.running) == self.engine.config.slots
+            assert len(shard._slots) + sum(len(one.pair) for one in shard.running) == self.engine.config.slots
 
     def teardown(self) -> None:
         if self.engine is None:
@@ -249,6 +307,9 @@ class Schedules(RuleBasedStateMachine):
                 check(request, self.found[ticket])
         stats = self.engine.stats
         assert (stats.running, stats.waiting, stats.free_blocks) == (0, 0, stats.blocks)
+        if isinstance(guesses := self.engine._drafter, Guesses):
+            assert stats.accepted_tokens <= stats.drafted_tokens <= guesses.n
+            assert guesses.right < 1 or stats.accepted_tokens == stats.drafted_tokens
 
 
 TestSchedules = pytest.mark.usefixtures("_checked")(Schedules.TestCase)
@@ -280,6 +341,23 @@ def test_blocks_run_out_and_every_text_is_whole() -> None:
     for request, deltas in zip(asked, found.values(), strict=True):
         check(request, deltas)
     assert engine.stats.preemptions > 3
+
+
+def test_what_ran_while_nobody_looked_took_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = CheckedDevice.run
+
+    def slow(*words: Any) -> Drawn:
+        time.sleep(0.02)
+        return run(*words)
+
+    monkeypatch.setattr(CheckedDevice, "run", slow)
+    engine = make(decode_steps=5)
+    for new, deltas in ((6, 2), (11, 3)):
+        found: dict[Ticket, list[Delta]] = {engine.submit(Request(prompt=(1, 2), max_new_tokens=new)): []}
+        answer(engine, found)
+        (said,) = found.values()
+        assert len(said) == deltas and said[0].seconds == 0
+        assert sum(delta.seconds for delta in said) >= 0.02 * (deltas - 1)
 
 
 def test_a_beginning_is_read_once() -> None:

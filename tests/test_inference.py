@@ -70,11 +70,12 @@ from maxlm.data.text_ends import TextEnds
 from maxlm.data.tokenizers import Bytes, HuggingFace, Tokenizer
 from maxlm.data.train_tokenizer import train_sentencepiece
 from maxlm.inference.generator import Generator
-from maxlm.inference.held import held, layers_apart
+from maxlm.inference.held import by_layer, held
 from maxlm.inference.load import LoadedRun
 from maxlm.inference.text_stream import TextStream
 from maxlm.models import Execution
 from maxlm.models.kv_cache import empty_cache
+from maxlm.models.weights.by_layer import ByLayer
 from maxlm.sharding import decoding_layout, make_layout
 
 pytestmark = pytest.mark.usefixtures("programs_kept")
@@ -320,23 +321,21 @@ def test_bfloat16_weights_change_no_logit() -> None:
     cast = held(parameters, BYTE_MODEL, how, WeightFormat.DTYPE)
     assert cast["embed"].dtype == jnp.bfloat16 and cast["final_norm"]["scale"].dtype == jnp.float32
     for narrow, wide in zip(
-        *(through_cache(*layers_apart(BYTE_MODEL, one), how, TEXTS, widths=[5]) for one in (cast, parameters)),
+        *(through_cache(BYTE_MODEL, by_layer(BYTE_MODEL, one), how, TEXTS, widths=[5]) for one in (cast, parameters)),
         strict=True,
     ):
         np.testing.assert_array_equal(narrow, wide)
 
 
-def test_layers_apart_are_the_same_layers_in_their_order() -> None:
+def test_weights_by_layer_are_those_of_the_stack() -> None:
     """A pattern of two different blocks that occurs twice."""
     block = BYTE_MODEL.blocks[0]
     local = dataclasses.replace(block, attention=dataclasses.replace(block.attention, window=3))
     model = dataclasses.replace(BYTE_MODEL, n_layers=4, blocks=(local, block))
     stacked = parameters_of(small_run(model))
-    apart_model, apart = layers_apart(model, stacked)
-    assert apart_model.layers == model.layers and apart_model.repeats == 1
-    together, each = (
-        through_cache(*one, plainly(), TEXTS, widths=[5]) for one in ((model, stacked), (apart_model, apart))
-    )
+    apart = by_layer(model, stacked)
+    assert isinstance(apart["blocks"]["1"]["mlp"]["down_proj"], ByLayer)
+    together, each = (through_cache(model, one, plainly(), TEXTS, widths=[5]) for one in (stacked, apart))
     np.testing.assert_allclose(np.concatenate(each), np.concatenate(together), atol=1e-5)
 
 
@@ -398,6 +397,32 @@ def test_any_tokens_stream_to_the_text_they_decode_to(all_tokenizers: list[Token
         assert stream.text.startswith(shown)
         ids = ids[n:]
     assert shown + stream.finish() == stream.text
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    text=st.text("abcé", min_size=1, max_size=12),
+    stops=st.lists(st.text("abcé", min_size=1, max_size=3), min_size=1, max_size=4),
+    size=st.integers(1, 12),
+)
+def test_a_text_ends_at_the_stop_string_that_ends_first(text: str, stops: list[str], size: int) -> None:
+    tokenizer = Bytes()
+    ids, stream, shown = tokenizer.encode(text), TextStream(tokenizer, tokenizer.prompt_ids("a"), stops), ""
+    for at in range(0, len(ids), size):  # more may come at a time than are needed
+        shown += stream.add(ids[at : at + size])
+    shown += stream.finish()
+    ends = [end for end in range(len(text) + 1) if text[:end].endswith(tuple(stops))]
+    stop = max((stop for stop in stops if ends and text[: ends[0]].endswith(stop)), key=len, default=None)
+    assert stream.stopped == stop
+    assert shown == stream.text == (text if stop is None else text[: ends[0] - len(stop)])
+
+
+def test_ids_beyond_the_vocabulary_are_no_text(all_tokenizers: list[Tokenizer]) -> None:
+    for tokenizer in all_tokenizers:
+        beyond = [tokenizer.vocab_size, tokenizer.vocab_size + 60]
+        assert tokenizer.decode([*tokenizer.encode("a b"), *beyond]) == "a b"
+        stream = TextStream(tokenizer, [*tokenizer.encode("a"), *beyond])
+        assert stream.add(tokenizer.encode(" b")[:1]) + stream.finish()
 
 
 def test_a_character_comes_whole_and_spaces_stay(all_tokenizers: list[Tokenizer]) -> None:

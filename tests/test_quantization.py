@@ -540,6 +540,10 @@ def test_the_table_of_all_methods(folder: Path, monkeypatch: pytest.MonkeyPatch)
         (["--method", "int8", "--out", "x", "--run", "r", "--hf", "h"], "name one model"),
         (["--method", "int3", "--out", "x", "--run", "r"], "int3"),
         (["--method", "int8", "--out", "{folder}", "--run", "r"], "is there already"),
+        (
+            ["--method", "int8", "--out", f"{__file__}/x", "--run", "r"],
+            "test_quantization.py is no folder; name another",
+        ),
         (["--method", "int8", "--out", "x", "--run", "nowhere"], "nowhere: not a run folder"),
     ],
 )

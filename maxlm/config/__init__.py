@@ -19,7 +19,9 @@ dims.py: the table: which mesh axis cuts which dim of an array
 layout_rules.py: what must divide what
 chosen.py: the model that a command is for
 sampling.py: how the next token is drawn, or a text searched for
+docs_search.py: documents that a model answers from
 engine.py: texts at once, and room for them
+speculation.py: where drafts of texts come from
 changes.py: what a run may go on with, and what it is told
 cli.py: --config, overrides, how a command ends
 complaints.py: mistakes on a command line, in one line
@@ -53,6 +55,7 @@ from maxlm.config.data import (
     TrainSentencePiece,
 )
 from maxlm.config.dims import ACTIVATION_DIMS, CUT_BY_FSDP, PARAMETER_DIMS, Axes, StatePart
+from maxlm.config.docs_search import DocumentsConfig
 from maxlm.config.engine import CacheFormat, EngineConfig
 from maxlm.config.errors import UserError
 from maxlm.config.execution import Backend, Dtype, ExecutionConfig, GluSave, KernelConfig, Remat, WeightFormat
@@ -118,7 +121,7 @@ from maxlm.config.position import (
 )
 from maxlm.config.quantization import QuantMethod
 from maxlm.config.run import CheckpointConfig, LimitsConfig, ObserveConfig, RunConfig, StepRange, TrainConfig
-from maxlm.config.sampling import BeamConfig, SamplingConfig
+from maxlm.config.sampling import BeamConfig, ContrastiveConfig, GuidanceConfig, SamplingConfig
 from maxlm.config.sharding import (
     MESH_AXES,
     Context,
@@ -132,6 +135,7 @@ from maxlm.config.sharding import (
     pipeline_bubble,
     pipeline_ticks,
 )
+from maxlm.config.speculation import DraftModel, PromptLookup, Speculation
 from maxlm.config.task import Pretrain, Task
 
 __all__ = [
@@ -155,12 +159,15 @@ __all__ = [
     "ChosenModel",
     "ConstantSchedule",
     "Context",
+    "ContrastiveConfig",
     "CosineSchedule",
     "DataConfig",
     "Dataset",
     "DeepNorm",
     "Dispatch",
     "Documents",
+    "DocumentsConfig",
+    "DraftModel",
     "Dropless",
     "Dtype",
     "DynamicNtkScaling",
@@ -176,6 +183,7 @@ __all__ = [
     "GlmRope",
     "GluSave",
     "GroupedQuery",
+    "GuidanceConfig",
     "Head",
     "HuggingFaceDataset",
     "HuggingFaceTokenizer",
@@ -207,6 +215,7 @@ __all__ = [
     "PreNorm",
     "PrepareConfig",
     "Pretrain",
+    "PromptLookup",
     "QkNorm",
     "QuantMethod",
     "RelativeBias",
@@ -228,6 +237,7 @@ __all__ = [
     "SigmoidRouter",
     "Sinusoidal",
     "SlicesAxis",
+    "Speculation",
     "StandardLibrary",
     "StatePart",
     "StepRange",

@@ -172,13 +172,18 @@ def _said(file: Path) -> dict[str, Any]:
 
 
 def require_new(folder: Path) -> None:
-    """Raises UserError where there is something already; an empty folder is nothing, a link leads to none."""
+    """Raises UserError where there is something already (an empty folder is nothing, a link leads to none), or where no
+    folder can be made, which is known only after long work otherwise."""
     try:
         there = os.path.lexists(folder)
         if there and (folder.is_symlink() or not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder}: is there already; name a new folder")
     except OSError as error:
         raise UserError(f"{folder}: cannot be looked at ({error.strerror}); name another folder") from error
+    parent = next(one for one in folder.absolute().parents if os.path.lexists(one))
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        why = "may not be written in" if parent.is_dir() else "is no folder"
+        raise UserError(f"{folder}: cannot be made, as {parent} {why}; name another folder")
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from maxlm.config import ModelConfig
 from maxlm.inference.logits_rules import History
-from maxlm.inference.sampling import LogProbs, choose
+from maxlm.inference.sampling import LogProbs, choose, guided
 from maxlm.inference.settings import Settings, take
 from maxlm.models import Decoder, Execution, Tokens, bind, ops
 from maxlm.models.kv_cache import Cache
@@ -47,6 +47,11 @@ class StepRows(NamedTuple):
     """int32 [R]: rows whose logits are computed; -1: none."""
     samples: Any
     """bool [R]: a token is drawn; else the one that the text has is scored."""
+    follows: Any
+    """int32 [R]: of a twin's row, which of these R has the token that it takes; -1: it draws its own."""
+    drafts: Any = None
+    """int32 [T]: a guess at the token that this row reads; -1: the text's own is known. Guesses follow the row of the
+    text's newest token, each behind the one before, among the scored rows too. None: the engine has no drafts."""
 
 
 class Drawn(NamedTuple):
@@ -58,6 +63,14 @@ class Drawn(NamedTuple):
     """[n, R, ...]."""
     broken: jax.Array
     """bool [n, R]: the logits were no numbers."""
+    states: jax.Array
+    """[n, R, D] in the compute dtype: what the logits are made of."""
+
+    @staticmethod
+    def nothing(steps: int, rows: int, config: ModelConfig, how: Execution) -> Drawn:
+        """Room for it."""
+        zeros, states = jnp.zeros((steps, rows), jnp.int32), jnp.zeros((steps, rows, config.d_model), how.dtype)
+        return Drawn(zeros, LogProbs.nothing(steps, rows, vocab=config.vocab_size), zeros.astype(bool), states)
 
 
 def empty_texts(model: ModelConfig, slots: int) -> Texts:
@@ -91,6 +104,28 @@ def read(
     return hidden[:, 0], cache_after
 
 
+def came_true(drafts: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Whether what each scored row read is what its text has come to be.
+
+    A row draws with its text's own noise for its position, as it would have without drafts, and a draft holds if the
+    row before it drew just that token. So a text has the very tokens that it has without drafts. (Speculative sampling,
+    arXiv:2211.17192, accepts by chance and draws from a remainder: the same distribution, but other samples.)
+
+    Args:
+        drafts: int32 [R]: what a row read; -1: a token that its text has.
+        tokens: int32 [R]: what it drew.
+
+    Returns:
+        bool [R]: it is no draft, or it and all drafts before it are what the rows before them drew.
+    """
+    row = jnp.arange(len(drafts))
+    before = jnp.where(drafts < 0, row, row - 1)
+    good = (drafts < 0) | (tokens[before] == drafts)
+    for _ in range(len(drafts).bit_length()):  # each turn looks back twice as far
+        good, before = good & good[before], before[before]
+    return good
+
+
 def step(
     parameters: Any,
     cache: Cache,
@@ -104,6 +139,9 @@ def step(
     most_steps: int,
 ) -> tuple[Cache, Texts, Drawn]:
     """Read rows, draw tokens, and go on with these for n_steps in all, if every row is the newest token of its text.
+
+    Behind a newest token may stand drafts; n_steps is then 1. What is drawn from a draft that did not come true counts
+    for nothing: its keys lie beyond the text's end, where the next step writes others.
 
     Args:
         parameters: of the model, as decoding holds them.
@@ -120,30 +158,40 @@ def step(
         Cache and texts after it, and what was drawn.
     """
     model, everywhere = bind(config, parameters), how.layout.sharding()
-    slots = rows.slots[rows.scored]
+    slots, nowhere = rows.slots[rows.scored], texts.history.shape[1] - 1
     settings = take(texts.settings, slots)
+    follows = rows.follows >= 0
+    twins = jnp.full_like(rows.follows, -1)
+    twins = twins.at[jnp.where(follows, rows.follows, len(twins))].set(jnp.arange(len(twins)), mode="drop")
 
     def turn(number: jax.Array, positions: jax.Array, cache: Cache, texts: Texts) -> tuple[Any, ...]:
         ids = texts.history[rows.slots, positions.clip(0)]
         hidden, cache = read(model, how, cache, ids, positions, Pages(rows.slots, tables))
         # Whole on every device that has the row: choosing needs the row's whole vocabulary.
-        logits = ops.logits(hidden[rows.scored], model.unembedding)
+        states = hidden[rows.scored]
+        logits = ops.logits(states, model.unembedding)
         logits = jax.lax.with_sharding_constraint(logits, everywhere)
         at = jnp.where(rows.scored < 0, -1, positions[rows.scored])
         samples = rows.samples & (at >= 0)
         given = jnp.where(samples, -1, texts.history[slots, at + 1])
-        tokens, of_tokens = choose(
-            logits, settings, History(texts.history, slots, texts.n_prompt[slots], at + 1), given
-        )
         broken = ~jnp.isfinite(logits).all(-1) & (at >= 0)
+        broken |= (twins >= 0) & broken[twins]
+        tokens, of_tokens = choose(
+            guided(logits, settings.guidance, twins),
+            settings,
+            History(texts.history, slots, texts.n_prompt[slots], at + 1),
+            given,
+        )
+        tokens = jnp.where(follows, tokens[rows.follows], tokens)
+        if rows.drafts is not None:
+            samples &= came_true(rows.drafts[rows.scored], tokens)
 
-        nowhere = texts.history.shape[1] - 1
         after = texts.history.at[slots, jnp.where(samples, at + 1, nowhere)].set(tokens)
         ended = samples & ((tokens[:, None] == settings.ends).any(-1) | (at + 2 >= texts.end[slots]))
         done = texts.done.at[jnp.where(ended, slots, len(texts.done))].set(True, mode="drop")
         goes_on = jnp.where(samples & ~ended, rows.scored, len(positions))
         positions = jnp.full_like(positions, -1).at[goes_on].set(at + 1, mode="drop")
-        return positions, cache, texts._replace(history=after, done=done), Drawn(tokens, of_tokens, broken)
+        return positions, cache, texts._replace(history=after, done=done), Drawn(tokens, of_tokens, broken, states)
 
     def more(carry: tuple[Any, ...]) -> jax.Array:
         number, positions, *_ = carry
@@ -156,7 +204,9 @@ def step(
         return number + 1, positions, cache, texts, jax.tree.map(put, results, drawn)
 
     positions = jnp.where(texts.done[rows.slots], -1, rows.positions)
-    shapes = jax.eval_shape(turn, jnp.int32(0), positions, cache, texts)[-1]
-    results = jax.tree.map(lambda x: jnp.zeros((most_steps, *x.shape), x.dtype), shapes)
+    if rows.drafts is not None:
+        guessed = jnp.where((rows.drafts >= 0) & (positions >= 0), positions, nowhere)
+        texts = texts._replace(history=texts.history.at[rows.slots, guessed].set(rows.drafts))
+    results = Drawn.nothing(most_steps, len(rows.scored), config, how)
     carry = jax.lax.while_loop(more, body, (jnp.int32(0), positions, cache, texts, results))
     return carry[2], carry[3], jax.lax.with_sharding_constraint(carry[4], everywhere)
