@@ -331,7 +331,9 @@ def test_weights_by_layer_are_those_of_the_stack() -> None:
     """A pattern of two different blocks that occurs twice."""
     block = BYTE_MODEL.blocks[0]
     local = dataclasses.replace(block, attention=dataclasses.replace(block.attention, window=3))
-    model = dataclasses.replace(BYTE_MODEL, n_layers=4, blocks=(local, block))
+    (latent,) = latent_model(BYTE_MODEL).blocks
+    experts = Experts(n_experts=4, d_ff=24, router=TopKRouter(top_k=2), bias=True)
+    model = dataclasses.replace(BYTE_MODEL, n_layers=4, blocks=(local, dataclasses.replace(latent, mlp=experts)))
     stacked = parameters_of(small_run(model))
     apart = by_layer(model, stacked)
     assert isinstance(apart["blocks"]["1"]["mlp"]["down_proj"], ByLayer)

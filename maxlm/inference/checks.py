@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from maxlm.config import LmHead, ModelConfig, UserError
 from maxlm.config.fields import require
 from maxlm.config.sampling import GuidanceScale
 from maxlm.data.text_ends import TextEnds
 from maxlm.data.tokenizers import Tokenizer
-from maxlm.inference.load import LoadedRun
 from maxlm.inference.request import BadRequest, Request
+
+if TYPE_CHECKING:
+    from maxlm.inference.load import LoadedRun
 
 
 def check_lengths(
