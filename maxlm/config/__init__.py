@@ -75,6 +75,7 @@ from maxlm.config.model import (
     DeepNorm,
     Head,
     LmHead,
+    MedusaHeads,
     MlpConfig,
     ModelConfig,
     OutputNorm,
@@ -132,7 +133,7 @@ from maxlm.config.sharding import (
     pipeline_bubble,
     pipeline_ticks,
 )
-from maxlm.config.task import Pretrain, Task
+from maxlm.config.task import Pretrain, Task, TrainMedusa
 
 __all__ = [
     "ACTIVATION_DIMS",
@@ -189,6 +190,7 @@ __all__ = [
     "Llama3RopeScaling",
     "LmHead",
     "LongRopeScaling",
+    "MedusaHeads",
     "Mlp",
     "MlpConfig",
     "ModelConfig",
@@ -237,6 +239,7 @@ __all__ = [
     "TokenizerSource",
     "TopKRouter",
     "TrainConfig",
+    "TrainMedusa",
     "TrainSentencePiece",
     "UserError",
     "WeightFormat",
