@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from maxlm.config import ChosenModel, EngineConfig, SamplingConfig, UserError
+from maxlm.config import ChosenModel, EngineConfig, SamplingConfig, Speculation, UserError
 from maxlm.config.cli import parse, run_command
 from maxlm.config.fields import Positive, Seed, config
 
@@ -47,6 +47,8 @@ class ChatOptions:
     """How the next token is drawn."""
     seed: Seed | None = None
     """The same seed gives the same answers; None: another one each time."""
+    speculation: Speculation | None = None
+    """Where drafts come from, which make it faster and change no answer: lookup, or draft:run=DIR."""
     debug: bool = False
     """Show tracebacks."""
 
@@ -60,14 +62,15 @@ def main(argv: list[str]) -> None:
     options = parse(ChatOptions, argv, prog="python -m maxlm.chat", description=_DESCRIPTION, flags=True)
 
     from maxlm.compile_cache import enable_compilation_cache  # these import jax: --help stays instant
-    from maxlm.hub.models import load_chosen
+    from maxlm.hub.models import load_chosen, load_draft
     from maxlm.serving.loading import serve_model
 
     enable_compilation_cache()
     run = load_chosen(options.model)
     if run.chat is None:
         raise UserError("this model has no chat template; continue texts with python -m maxlm.generate")
-    served = serve_model(run, "model", EngineConfig(slots=1), options.model.weights)
+    engine = EngineConfig(slots=1, speculation=options.speculation)
+    served = serve_model(run, "model", engine, options.model.weights, draft=load_draft(options.speculation))
     talk(served, options, _typed)
 
 

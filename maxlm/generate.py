@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from maxlm.config import BeamConfig, ChosenModel, EngineConfig, SamplingConfig, UserError
+from maxlm.config import BeamConfig, ChosenModel, EngineConfig, SamplingConfig, Speculation, UserError
 from maxlm.config.cli import parse, run_command
 from maxlm.config.fields import Positive, Seed, config
 
@@ -51,6 +51,9 @@ class GenerateOptions:
     """Texts that are drawn."""
     seed: Seed = 0
     """The same seed gives the same texts."""
+    speculation: Speculation | None = None
+    """Where drafts come from, which make it faster and change no text: lookup, lookup:ngram=4,drafts=10, or
+    draft:run=DIR, another run or published model with the same tokenizer."""
     json: bool = False
     """Print one JSON object at the end: text, tokens (the ids), tokens_per_s, with --beams also score; where several
     texts are asked for, a list of them."""
@@ -73,12 +76,17 @@ def main(argv: list[str]) -> None:
     options = parse(GenerateOptions, argv, prog="python -m maxlm.generate", description=_DESCRIPTION, flags=True)
 
     from maxlm.compile_cache import enable_compilation_cache  # these import jax: --help stays instant
-    from maxlm.hub.models import load_chosen
+    from maxlm.hub.models import load_chosen, load_draft
     from maxlm.inference.generator import Generator, Ranked
 
     enable_compilation_cache()
     slots = min(max(options.beams.beams, options.n), _SLOTS)
-    generator = Generator(load_chosen(options.model), weights=options.model.weights, engine=EngineConfig(slots=slots))
+    generator = Generator(
+        load_chosen(options.model),
+        weights=options.model.weights,
+        engine=EngineConfig(slots=slots, speculation=options.speculation),
+        draft=load_draft(options.speculation),
+    )
     found: Sequence[Generation]
     if options.beams.beams:
         [found] = generator.search(
@@ -107,6 +115,10 @@ def main(argv: list[str]) -> None:
         speed = f", {one.tokens_per_s:.1f} tokens/s" if one.tokens_per_s is not None else ""
         score = f", score {one.score:.4f}" if isinstance(one, Ranked) else ""
         print(f"[{len(one.tokens)} tokens{speed}{score}]", file=sys.stderr)
+    if options.speculation is not None:
+        stats = generator.engine.stats
+        share = f"{stats.accepted_tokens} of {stats.drafted_tokens} drafts came true"
+        print(f"[{share}, {stats.generated_tokens / stats.steps:.2f} tokens a step]", file=sys.stderr)
 
 
 def _drain(stream: Stream[str, None, Generation], *, show: bool) -> Generation:

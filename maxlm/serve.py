@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"serving needs {', '.join(missing)}; {pip_install(*missing)}")
 
     from maxlm.compile_cache import enable_compilation_cache  # these import jax: --help stays instant
-    from maxlm.hub.models import load_chosen
+    from maxlm.hub.models import load_chosen, load_draft
     from maxlm.serving.app import Service
     from maxlm.serving.listening import DrainingServer, bind_address, is_loopback
     from maxlm.serving.loading import serve_model
@@ -89,7 +89,8 @@ def main(argv: list[str]) -> None:
     name = _name(options)
     print(f"loading {name} and compiling its programs; clients are answered when a line says where", file=sys.stderr)
     run = load_chosen(options.model)
-    served = serve_model(run, name, options.engine, options.model.weights, embeddings=options.embeddings)
+    draft = load_draft(options.engine.speculation)
+    served = serve_model(run, name, options.engine, options.model.weights, embeddings=options.embeddings, draft=draft)
     key = options.api_key or os.environ.get(_KEY) or None
     service = Service(
         models={served.name: served},

@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from run_folder import BYTE_MODEL
 
-from maxlm.config import EngineConfig, ModelConfig, ShardingConfig
+from maxlm.config import EngineConfig, ModelConfig, PromptLookup, ShardingConfig
 from maxlm.data.tokenizers import Bytes
 from maxlm.inference import engine as engines
 from maxlm.inference.engine import Engine, Ticket
 from maxlm.inference.load import LoadedRun
 from maxlm.inference.request import BadRequest, Delta, Finish, Request
 from maxlm.inference.sampling import LogProbs
+from maxlm.inference.scheduler import Scheduler, Sequence
 from maxlm.inference.step import Drawn, StepRows, Texts
 from maxlm.sharding import make_layout
 
@@ -58,11 +59,11 @@ class CheckedDevice:
         self.done: set[int] = set()
 
     def scored_rows(self, width: int) -> int:
-        return min(width, self.config.slots)
+        return min(width, self.config.slots * (1 + self.config.drafts))
 
     def no_rows(self, width: int) -> StepRows:
-        n = self.scored_rows(width)
-        return StepRows(np.zeros(width, int), np.full(width, -1), np.full(n, -1), np.zeros(n, bool))
+        n, drafts = self.scored_rows(width), np.full(width, -1) if self.config.drafts else None
+        return StepRows(np.zeros(width, int), np.full(width, -1), np.full(n, -1), np.zeros(n, bool), drafts)
 
     def begin(self, slot: int, text: Texts) -> None:
         self.texts[slot] = text.history.tolist()
@@ -77,7 +78,11 @@ class CheckedDevice:
 
     def run(self, width: int, rows: StepRows, n_steps: int) -> Drawn:
         assert sum(rows.positions >= 0) <= width
-        R, n = self.scored_rows(width), self.config.decode_steps
+        R, n = self.scored_rows(width), self.config.most_steps
+        drafts = np.full(width, -1) if rows.drafts is None else rows.drafts
+        for slot, p, draft in zip(rows.slots, rows.positions, drafts, strict=True):
+            if draft >= 0:
+                self.texts[slot][p] = int(draft)
         tokens = np.zeros((n, R), int)
         positions = [-1 if slot in self.done else p for slot, p in zip(rows.slots, rows.positions, strict=True)]
         assert n_steps == 1 or all(p < 0 or i in rows.scored for i, p in enumerate(positions))
@@ -87,14 +92,17 @@ class CheckedDevice:
                 self.write(slot, p)
             for slot, p in live:
                 self.look(slot, p)
-            after = [-1] * width
+            after, drawn = [-1] * width, -1
             for r, (row, sample) in enumerate(zip(rows.scored, rows.samples, strict=True)):
                 if row < 0 or positions[row] < 0:
                     continue
                 slot, p = int(rows.slots[row]), positions[row]
                 text, about = self.texts[slot], self.about[slot]
+                if drafts[row] >= 0 and drafts[row] != drawn:  # no more of these rows counts, whatever they draw
+                    tokens[step, r], drawn = drafts[row], -1
+                    continue
                 if sample:
-                    text[p + 1] = next_token(
+                    text[p + 1] = drawn = next_token(
                         (*text[: p + 1], self.salt) if self.salt else tuple(text[: p + 1]), int(about.settings.seed)
                     )
                     if text[p + 1] in about.settings.ends.tolist() or p + 2 >= about.end:
@@ -177,6 +185,23 @@ requests = st.builds(
 )
 
 
+class Guesses:
+    """Drafts, each of which is right with a probability."""
+
+    def __init__(self, right: float) -> None:
+        self.right, self.rng, self.n = right, np.random.default_rng(0), 0
+
+    def propose(self, asked: list[tuple[Sequence, int]]) -> list[list[int]]:
+        found = []
+        for sequence, most in asked:
+            assert not most or not sequence.ahead
+            truth = alone(sequence.request)[0][sequence.generated :][:most]
+            wrong = self.rng.random(len(truth)) >= self.right
+            found.append([(token + bad) % VOCAB for token, bad in zip(truth, wrong, strict=True)])
+            self.n += len(found[-1])
+        return found
+
+
 class Schedules(RuleBasedStateMachine):
     """Requests come, steps run, some are cancelled; in the end every text is what it is alone."""
 
@@ -193,9 +218,20 @@ class Schedules(RuleBasedStateMachine):
         blocks=st.integers(9, 30),
         decode_steps=st.sampled_from([1, 2, 5]),
         tokens=st.sampled_from([3, 4, 9]),
+        drafts=st.sampled_from([None, 1, 3, 8]),
+        right=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
     )
-    def start(self, model: str, blocks: int, decode_steps: int, tokens: int) -> None:
-        self.engine = make(model, cache_tokens=4 * blocks, decode_steps=decode_steps, tokens_per_step=tokens)
+    def start(self, model: str, blocks: int, decode_steps: int, tokens: int, drafts: int | None, right: float) -> None:
+        speculation = None if drafts is None else PromptLookup(drafts=drafts)
+        self.engine = make(
+            model,
+            cache_tokens=4 * blocks,
+            decode_steps=decode_steps,
+            tokens_per_step=tokens,
+            speculation=speculation,
+        )
+        if speculation is not None:
+            self.engine._drafter = Guesses(right)
 
     @precondition(lambda self: self.engine is not None)
     @rule(request=requests)
@@ -248,10 +284,28 @@ class Schedules(RuleBasedStateMachine):
                 check(request, self.found[ticket])
         stats = self.engine.stats
         assert (stats.running, stats.waiting, stats.free_blocks) == (0, 0, stats.blocks)
+        if isinstance(guesses := self.engine._drafter, Guesses):
+            assert stats.accepted_tokens <= stats.drafted_tokens <= guesses.n
+            assert guesses.right < 1 or stats.accepted_tokens == stats.drafted_tokens
 
 
 TestSchedules = pytest.mark.usefixtures("_checked")(Schedules.TestCase)
 TestSchedules.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+
+
+def test_who_lost_its_blocks_comes_back_when_its_tokens_are_read() -> None:
+    """Not before: they are still on the device, and a text that begins again begins with what is known of it."""
+    scheduler = Scheduler(
+        slots=2, tokens_per_step=8, rows_per_step=2, block_size=4, pools={0: 8}, max_length=40, decode_steps=1
+    )
+    old, young = (Sequence(Request(prompt=(i,) * 9, max_new_tokens=15), i, [i] * 9) for i in range(2))
+    scheduler.add(old)
+    scheduler.add(young)
+    while not scheduler.preemptions:
+        plan = scheduler.plan()
+        assert plan is not None
+        scheduler.launched(plan)
+    assert young.ahead and [chunk.sequence for chunk in plan.chunks] == [old]
 
 
 def test_blocks_run_out_and_every_text_is_whole() -> None:

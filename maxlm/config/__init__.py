@@ -20,6 +20,7 @@ layout_rules.py: what must divide what
 chosen.py: the model that a command is for
 sampling.py: how the next token is drawn, or a text searched for
 engine.py: texts at once, and room for them
+speculation.py: where drafts of texts come from
 changes.py: what a run may go on with, and what it is told
 cli.py: --config, overrides, how a command ends
 complaints.py: mistakes on a command line, in one line
@@ -133,6 +134,7 @@ from maxlm.config.sharding import (
     pipeline_bubble,
     pipeline_ticks,
 )
+from maxlm.config.speculation import DraftModel, PromptLookup, Speculation
 from maxlm.config.task import Pretrain, Task, TrainMedusa
 
 __all__ = [
@@ -161,6 +163,7 @@ __all__ = [
     "DeepNorm",
     "Dispatch",
     "Documents",
+    "DraftModel",
     "Dropless",
     "Dtype",
     "DynamicNtkScaling",
@@ -208,6 +211,7 @@ __all__ = [
     "PreNorm",
     "PrepareConfig",
     "Pretrain",
+    "PromptLookup",
     "QkNorm",
     "QuantMethod",
     "RelativeBias",
@@ -229,6 +233,7 @@ __all__ = [
     "SigmoidRouter",
     "Sinusoidal",
     "SlicesAxis",
+    "Speculation",
     "StandardLibrary",
     "StatePart",
     "StepRange",

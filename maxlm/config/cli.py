@@ -36,6 +36,7 @@ from maxlm.config.mlp import Nonlinearity
 from maxlm.config.python_file import run_python_file
 from maxlm.config.run import RunConfig, StepRange, TrainConfig
 from maxlm.config.serialize import flatten, load
+from maxlm.config.speculation import Speculation, speculation
 
 T = TypeVar("T")
 
@@ -66,17 +67,30 @@ def _step_range(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="{None}|FIRST:LAST",
-        instance_from_str=lambda words: None if words[0] == "None" else _steps(words[0]),
+        instance_from_str=lambda words: None if words[0] == "None" else _said(StepRange.parse, words[0]),
         is_instance=lambda value: value is None or isinstance(value, StepRange),
         str_from_instance=lambda value: [str(value)],
     )
 
 
-def _steps(word: str) -> StepRange:
+def _said(parse: Callable[[str], T], word: str) -> T:
     try:
-        return StepRange.parse(word)
+        return parse(word)
     except UserError as error:  # tyro adds the key
         raise ValueError(str(error)) from None
+
+
+@_RULES.primitive_rule
+def _speculation(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    if info.type != Speculation | None:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{None}|lookup|draft:run=DIR",
+        instance_from_str=lambda words: None if words[0] == "None" else _said(speculation, words[0]),
+        is_instance=lambda value: value is None or isinstance(value, Speculation),
+        str_from_instance=lambda value: [str(value)],
+    )
 
 
 @_RULES.primitive_rule

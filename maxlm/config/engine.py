@@ -6,6 +6,7 @@ from typing import Annotated
 
 from maxlm.config.errors import UserError
 from maxlm.config.fields import Positive, Range, config
+from maxlm.config.speculation import Speculation
 
 
 @config("engine.")
@@ -26,6 +27,9 @@ class EngineConfig:
     """Requests that may wait; the next one is refused."""
     decode_steps: Annotated[int, Range(ge=1, le=64)] = 8
     """Tokens of each text that come without a look from outside when nobody waits. It changes no token."""
+    speculation: Speculation | None = None
+    """Where drafts come from: tokens that are guessed, so that a step reads several of a text, as far as it has rows
+    that no text needs. It changes no token. An engine with drafts looks at every step: `decode_steps` is not used."""
 
     def __post_init__(self) -> None:
         if self.tokens_per_step is not None and self.tokens_per_step < self.slots:
@@ -34,7 +38,17 @@ class EngineConfig:
                 "that is being decoded has a token in every step"
             )
 
+    @property
+    def drafts(self) -> int:
+        """Of a text in a step, at most."""
+        return 0 if self.speculation is None else self.speculation.drafts
+
+    @property
+    def most_steps(self) -> int:
+        """Tokens of each text that come without a look from outside."""
+        return self.decode_steps if self.speculation is None else 1
+
     def most_tokens(self, *, on_cpu: bool) -> int:
         """Of a step: `tokens_per_step`, where it says a number."""
         usual = 512 if not on_cpu else 8 if self.slots <= 8 else 32
-        return self.tokens_per_step or max(usual, self.slots)
+        return self.tokens_per_step or max(usual, self.slots, 1 + self.drafts)

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,16 @@ from maxlm.config import (
     ChosenModel,
     DataConfig,
     Dataset,
+    DraftModel,
     Dtype,
     ExecutionConfig,
     HuggingFaceTokenizer,
     ModelConfig,
+    PromptLookup,
     RunConfig,
     SentencePieceTokenizer,
     ShardingConfig,
+    Speculation,
     TrainConfig,
     UserError,
 )
@@ -138,6 +141,24 @@ def load_chosen(chosen: ChosenModel) -> LoadedRun:
         return load_run(chosen.run, step=chosen.step, sharding=chosen.sharding)
     kind, place = next((kind, Path(one)) for kind in KINDS if (one := getattr(chosen, kind)) is not None)
     return load_published(KINDS[kind](place), sharding=chosen.sharding)
+
+
+def load_draft(speculation: Speculation | None) -> LoadedRun | None:
+    """The draft model that a config names, on one device; None: it names none.
+
+    Raises:
+        UserError: as `load_run` or `load_published`.
+    """
+    match speculation:
+        case None | PromptLookup():
+            return None
+        case DraftModel(run=place):
+            path = Path(place)
+            if (path / "checkpoints").is_dir():
+                return load_run(path)
+            return load_published(KINDS["gguf" if path.is_file() else "hf"](path), sharding=ONE_DEVICE)
+        case _:
+            assert_never(speculation)
 
 
 def untrained(model: ModelConfig, *, dtype: Dtype, sharding: ShardingConfig, run_dir: str = "runs/none") -> RunConfig:

@@ -9,6 +9,8 @@ loop.py: the engine on a thread of its own
 engine.py: requests to tokens, step by step
 scheduler.py: which tokens the next step reads
 blocks.py: who uses which block of the cache
+drafting.py: guesses at what comes next
+rows.py: a plan as the rows of a step
 programs.py: what runs on the device, compiled at the start
 step.py: the compiled step
 held.py: parameters as decoding holds them

@@ -15,8 +15,10 @@ import numpy as np
 from maxlm.config import EngineConfig, LmHead, ModelConfig, UserError, WeightFormat
 from maxlm.config.fields import Positive, Seed, require
 from maxlm.data.text_ends import TextEnds
+from maxlm.inference.drafting import Drafter, drafter_of
 from maxlm.inference.programs import Programs, pool_sizes
 from maxlm.inference.request import TOP_SCORES, BadRequest, Delta, Finish, QueueFull, Request, TokenScore
+from maxlm.inference.rows import Read, fill
 from maxlm.inference.sampling import LogProbs
 from maxlm.inference.scheduler import Scheduler, Sequence, Stage, StepPlan
 from maxlm.inference.settings import Settings, settings_row
@@ -52,6 +54,10 @@ class EngineStats:
     preemptions: int
     steps: int
     finished: int
+    drafted_tokens: int
+    """Guesses that a step read."""
+    accepted_tokens: int
+    """Those that came true."""
 
 
 @dataclass(eq=False)
@@ -70,23 +76,11 @@ class Ticket:
 
 
 @dataclass(frozen=True)
-class _Read:
-    """One scored row of a step."""
-
-    ticket: Ticket
-    row: int
-    sample: bool
-    """Tokens were drawn; else one of the prompt was scored."""
-    steps: int
-    """Tokens drawn at most."""
-
-
-@dataclass(frozen=True)
 class _Launched:
     """A step that runs."""
 
     drawn: Drawn
-    reads: list[_Read]
+    reads: list[Read]
     began: float
 
 
@@ -98,7 +92,12 @@ class Engine:
     """
 
     def __init__(
-        self, run: LoadedRun, config: EngineConfig = EngineConfig(), *, weights: WeightFormat = WeightFormat.DTYPE
+        self,
+        run: LoadedRun,
+        config: EngineConfig = EngineConfig(),
+        *,
+        weights: WeightFormat = WeightFormat.DTYPE,
+        draft: LoadedRun | None = None,
     ) -> None:
         """Places the weights, makes room for the cache, and compiles every program that will ever run.
 
@@ -106,9 +105,11 @@ class Engine:
             run: the model. Where its layout has several shards of the batch, each has `config`'s slots and blocks.
             config: how much at once.
             weights: the format in which they are held.
+            draft: the model that `config.speculation` names, if it is a `DraftModel`.
 
         Raises:
-            UserError: texts have ids that the model does not know, the model cannot decode, or the cache has no room.
+            UserError: texts have ids that the model does not know, the model cannot decode, the cache has no room, or
+                there is no draft model, or it has other tokens.
         """
         model, self.tokenizer = run.config.model, run.tokenizer
         self.ends = run.ends or TextEnds.of_documents(run.tokenizer)
@@ -129,16 +130,17 @@ class Engine:
                 block_size=config.block_size,
                 pools=pools,
                 max_length=model.max_seq_len,
-                decode_steps=config.decode_steps,
+                decode_steps=config.most_steps,
             )
             for _ in range(layout.batch_shards)
         ]
+        self._drafter = drafter_of(config, self.tokenizer, draft, Engine)
         self._tickets: dict[Sequence, Ticket] = {}
         self._constraints: dict[tuple[int, ...], Constraints] = {}
         self._numbers = itertools.count()
         self._flying: _Launched | None = None
         self._updates, self._read_at = 0, 0.0
-        self._counts = dict.fromkeys(("prompt", "cached", "generated", "steps", "finished"), 0)
+        self._counts = dict.fromkeys(("prompt", "cached", "generated", "steps", "finished", "drafted", "accepted"), 0)
 
     def submit(self, request: Request) -> Ticket:
         """Take a request; it waits for its turn.
@@ -249,6 +251,8 @@ class Engine:
             preemptions=sum(shard.preemptions for shard in self._shards),
             steps=self._counts["steps"],
             finished=self._counts["finished"],
+            drafted_tokens=self._counts["drafted"],
+            accepted_tokens=self._counts["accepted"],
         )
 
     def _settings(self, request: Request) -> Settings:
@@ -286,12 +290,16 @@ class Engine:
 
     def _looks_at_each_token(self) -> bool:
         """Whether the next step cannot be launched before this one is read."""
+        if self._drafter is not None:
+            return True
         return any(one.request.grammar is not None for shard in self._shards for one in shard.running)
 
     def _launch(self) -> _Launched | None:
         plans = [shard.plan() for shard in self._shards]
         if not any(plans):
             return None
+        if self._drafter is not None:
+            plans = self._with_drafts(plans, self._drafter)
         n_steps = min(plan.n_steps for plan in plans if plan)
         plans = [plan and dataclasses.replace(plan, n_steps=n_steps) for plan in plans]
         for number, plan in enumerate(plans):
@@ -326,29 +334,26 @@ class Engine:
             self._counts["prompt"] += len(request.prompt)
             self._counts["cached"] += sequence.cached
 
-    def _rows(self, plans: list[StepPlan | None], width: int) -> tuple[StepRows, list[_Read]]:
+    def _with_drafts(self, plans: list[StepPlan | None], drafter: Drafter) -> list[StepPlan | None]:
+        """The plans with guesses, of which all texts' are made at once."""
+        both = [(shard, plan) for shard, plan in zip(self._shards, plans, strict=True) if plan]
+        rooms = [shard.room(plan, self.config.drafts) for shard, plan in both]
+        asked = [
+            (chunk.sequence, most)
+            for (_, plan), room in zip(both, rooms, strict=True)
+            for chunk, most in zip(plan.chunks, room, strict=True)
+        ]
+        found = iter(drafter.propose(asked))
+        with_drafts = iter([shard.with_drafts(plan, [next(found) for _ in plan.chunks]) for shard, plan in both])
+        return [plan and next(with_drafts) for plan in plans]
+
+    def _rows(self, plans: list[StepPlan | None], width: int) -> tuple[StepRows, list[Read]]:
         """What the device reads of these plans, and what is to be read of what it answers."""
-        rows, reads = self._programs.no_rows(width), []
+        rows, reads, n_scored = self._programs.no_rows(width), list[Read](), self._programs.scored_rows(width)
         for shard, plan in enumerate(plans):
-            if plan is None:
-                continue
-            row, scored = shard * width, shard * self._programs.scored_rows(width)
-            for chunk in plan.chunks:
-                sequence, end = chunk.sequence, row + chunk.count
-                rows.slots[row:end] = self._slot(shard, sequence)
-                rows.positions[row:end] = range(chunk.first, chunk.first + chunk.count)
-                wanted = []
-                if sequence.request.prompt_logprobs is not None:  # of the token after each that is read
-                    last = min(chunk.first + chunk.count, len(sequence.request.prompt) - 1)
-                    wanted = [(place - chunk.first, False) for place in range(chunk.first, last)]
-                if chunk.samples:
-                    wanted.append((chunk.count - 1, True))
-                for offset, sample in wanted:
-                    rows.scored[scored], rows.samples[scored] = row + offset, sample
-                    steps = min(plan.n_steps, sequence.end - sequence.length) if sample else 1
-                    reads.append(_Read(self._tickets[sequence], scored, sample, steps))
-                    scored += 1
-                row = end
+            if plan is not None:
+                place = {"row": shard * width, "scored": shard * n_scored, "slot": shard * self.config.slots}
+                reads += fill(rows, plan, **place)
         return rows, reads
 
     def _read(self) -> list[tuple[Ticket, Delta]]:
@@ -359,28 +364,34 @@ class Engine:
         tokens, broken = np.asarray(flying.drawn.tokens), np.asarray(flying.drawn.broken)
         seconds = time.perf_counter() - max(flying.began, self._read_at)
         self._read_at = time.perf_counter()
-        scored = any(read.ticket.sequence.request.logprobs is not None or not read.sample for read in flying.reads)
+        scored = any(read.sequence.request.logprobs is not None or not read.sample for read in flying.reads)
         scores = jax.tree.map(np.asarray, flying.drawn.scores) if scored else None
         found = []
         for read in flying.reads:
-            ticket, sequence = read.ticket, read.ticket.sequence
+            sequence, places = read.sequence, read.places(tokens)
             sequence.ahead -= read.steps if read.sample else 0
             if sequence.stage is Stage.ENDED:
                 continue
-            if broken[: read.steps, read.row].any():
+            ticket = self._tickets[sequence]
+            if any(broken[place] for place in places):
                 found.append((ticket, self._end(ticket, Finish.ERROR, error=_NOT_FINITE)))
             elif not read.sample:
                 assert scores is not None
                 n = sequence.request.prompt_logprobs or 0
-                ticket.prompt_scores.append(_score(scores, 0, read.row, int(tokens[0, read.row]), n))
+                ticket.prompt_scores.append(_score(scores, places[0], int(tokens[places[0]]), n))
             else:
-                found.append((ticket, self._grown(read, tokens[: read.steps, read.row].tolist(), scores, seconds)))
+                self._counts["drafted"] += len(read.drafts)
+                self._counts["accepted"] += len(places) - 1 if read.drafts else 0
+                self._shards[ticket.shard].came_true(sequence, len(places) - 1 if read.drafts else 0)
+                found.append((ticket, self._grown(ticket, [int(tokens[p]) for p in places], places, scores, seconds)))
         return found
 
-    def _grown(self, read: _Read, tokens: list[int], scores: LogProbs | None, seconds: float) -> Delta:
+    def _grown(
+        self, ticket: Ticket, tokens: list[int], places: list[tuple[int, int]], scores: LogProbs | None, seconds: float
+    ) -> Delta:
         """A text has more tokens, the last of which may end it."""
-        ticket, sequence = read.ticket, read.ticket.sequence
-        request, stream = sequence.request, ticket.stream
+        sequence, stream = ticket.sequence, ticket.stream
+        request = sequence.request
         finish: Finish | None = None
         reason: str | int | None = None
         for n, token in enumerate(tokens, start=1):
@@ -398,7 +409,8 @@ class Engine:
         of_tokens: tuple[TokenScore, ...] = ()
         if request.logprobs is not None and scores is not None:
             of_tokens = tuple(
-                _score(scores, step, read.row, token, request.logprobs) for step, token in enumerate(tokens)
+                _score(scores, place, token, request.logprobs)
+                for place, token in zip(places, tokens, strict=False)  # the last ones may be cut off
             )
         self._counts["generated"] += len(tokens)
         first = not ticket.begun
@@ -478,6 +490,6 @@ def _check(model: ModelConfig, needed: int) -> None:
         )
 
 
-def _score(scores: LogProbs, step: int, row: int, token: int, n: int) -> TokenScore:
-    top = zip(scores.top_ids[step, row, :n].tolist(), scores.top[step, row, :n].tolist(), strict=True)
-    return TokenScore(token, float(scores.chosen[step, row]), tuple(top))
+def _score(scores: LogProbs, place: tuple[int, int], token: int, n: int) -> TokenScore:
+    top = zip(scores.top_ids[place][:n].tolist(), scores.top[place][:n].tolist(), strict=True)
+    return TokenScore(token, float(scores.chosen[place]), tuple(top))

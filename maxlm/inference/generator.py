@@ -48,6 +48,7 @@ class Generator:
         *,
         weights: WeightFormat = WeightFormat.DTYPE,
         engine: EngineConfig = EngineConfig(slots=8),
+        draft: LoadedRun | None = None,
     ) -> None:
         """Places the weights, and compiles all that will run.
 
@@ -55,11 +56,12 @@ class Generator:
             run: what to continue prompts with.
             weights: the format in which they are held.
             engine: how many texts at once, in how much memory. It changes no text.
+            draft: the model that `engine.speculation` names, if it is a `DraftModel`.
 
         Raises:
             UserError: as `Engine`.
         """
-        self.engine = Engine(run, engine, weights=weights)
+        self.engine = Engine(run, engine, weights=weights, draft=draft)
         self._inbox: dict[Ticket, deque[Delta]] = {}
 
     def generate(

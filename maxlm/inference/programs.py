@@ -79,7 +79,7 @@ class Programs:
 
     def scored_rows(self, width: int) -> int:
         """Rows of such a step whose logits are computed."""
-        return min(width, self._config.slots)
+        return min(width, self._config.slots * (1 + self._config.drafts))
 
     def begin(self, slot: int, text: Texts) -> None:
         """Put a text into a slot, counted over all shards."""
@@ -105,7 +105,8 @@ class Programs:
         """Rows of all shards that read nothing, to be filled: numpy arrays."""
         n, scored = width * self._n_shards, self.scored_rows(width) * self._n_shards
         nothing = np.full(n, -1, np.int32)
-        return StepRows(np.zeros(n, np.int32), nothing, np.full(scored, -1, np.int32), np.zeros(scored, bool))
+        drafts = nothing.copy() if self._config.drafts else None
+        return StepRows(np.zeros(n, np.int32), nothing, np.full(scored, -1, np.int32), np.zeros(scored, bool), drafts)
 
     def _placed(self, parameters: Any) -> tuple[ModelConfig, Any]:
         """The model as it runs here, and its parameters."""
@@ -128,7 +129,7 @@ class Programs:
         began = time.perf_counter()
         widths = sorted({max(most // n, min(2, most)) for n in (1, 4, 16)})
         same = jax.tree.map(lambda x: x.sharding, (self._cache, self._texts))
-        run = functools.partial(step, config=model, how=self._how, most_steps=self._config.decode_steps)
+        run = functools.partial(step, config=model, how=self._how, most_steps=self._config.most_steps)
         jitted = jax.jit(run, donate_argnums=(1, 2), out_shardings=(*same, self._how.layout.sharding()))
 
         def lowered(width: int) -> jax.stages.Lowered:
@@ -151,7 +152,7 @@ class Programs:
 
     def _probed(self, program: jax.stages.Compiled, width: int, n: int) -> list[Drawn]:
         """What a step of this width makes of n short texts, each in a block of its own."""
-        rng, n = np.random.default_rng(0), min(n, self.scored_rows(width))
+        rng, n = np.random.default_rng(0), min(n, self.scored_rows(width), self._config.slots)
         settings = settings_row(SamplingConfig(), vocab=self._vocab_size, logprobs=TOP_SCORES)
         length = min(_PROBE, self._config.block_size)
         before = self._tables

@@ -9,6 +9,7 @@ whole cache is refused when it comes. Blocks are found first, and tokens counted
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from collections import deque
 from collections.abc import Mapping
@@ -87,6 +88,8 @@ class Chunk:
     count: int
     samples: bool
     """The last of them is the text's newest, so that the next one is drawn."""
+    drafts: tuple[int, ...] = ()
+    """Guesses at the tokens after it, which the step reads as well. They count for nothing before they came true."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class StepPlan:
 
     @property
     def n_tokens(self) -> int:
-        return sum(chunk.count for chunk in self.chunks)
+        return sum(chunk.count + len(chunk.drafts) for chunk in self.chunks)
 
 
 class Scheduler:
@@ -162,7 +165,7 @@ class Scheduler:
     def plan(self) -> StepPlan | None:
         """The next step; None: there is nothing to do. Nothing counts as computed before `launched`."""
         chunks: list[Chunk] = []
-        budget, rows = self._tokens_per_step, self._rows
+        budget, rows, preemptions = self._tokens_per_step, self._rows, self.preemptions
         ready = sorted((one for one in self.running if one.length < one.end), key=lambda one: (one.served, one.number))
         for n_before, sequence in enumerate(ready):
             if not min(budget, rows):
@@ -176,7 +179,7 @@ class Scheduler:
                 chunks.append(self._chunk(sequence, count))
                 budget, rows = budget - count, rows - self._n_rows(chunks[-1])
         chunks = [chunk for chunk in chunks if chunk.sequence.stage is Stage.RUNNING]
-        preemptions = self.preemptions
+        # Nobody comes in where blocks ran out: who lost them may have tokens on the device that nobody has seen.
         while self.waiting and self._slots and budget > 0 and rows > 0 and self.preemptions == preemptions:
             sequence = self.waiting[0]
             if not self._admit(sequence):
@@ -187,6 +190,38 @@ class Scheduler:
             budget, rows = budget - count, rows - self._n_rows(chunks[-1])
         chunks = [chunk for chunk in chunks if chunk.sequence.stage is Stage.RUNNING]
         return StepPlan(chunks, self._steps(chunks)) if chunks else None
+
+    def room(self, plan: StepPlan, most: int) -> list[int]:
+        """How many drafts each chunk of a plan may have where the others have none, `most` at the most.
+
+        A text under a grammar has none: what may come after each draft would have to be told to the device too.
+        """
+        left = self._left(plan)
+        return [
+            min(most, left, chunk.sequence.end - chunk.sequence.length - 1)
+            if chunk.samples and not chunk.sequence.ahead and chunk.sequence.request.grammar is None
+            else 0
+            for chunk in plan.chunks
+        ]
+
+    def with_drafts(self, plan: StepPlan, drafts: list[list[int]]) -> StepPlan:
+        """The plan with guesses for its chunks, as far as there are rows and blocks that nobody else needs: the first
+        ones of all before the second ones."""
+        left, counts = self._left(plan), [0] * len(drafts)
+        for depth in range(max(map(len, drafts))):
+            for number, ids in enumerate(drafts):
+                if left and depth < len(ids):
+                    left, counts[number] = left - 1, depth + 1
+        chunks = []
+        for chunk, ids, count in zip(plan.chunks, drafts, counts, strict=True):
+            count = self._placed(chunk, count) if count else 0
+            chunks.append(dataclasses.replace(chunk, drafts=tuple(ids[:count])) if count else chunk)
+        return StepPlan(chunks, 1)
+
+    def came_true(self, sequence: Sequence, n: int) -> None:
+        """So many drafts of the step that was just read: their keys are the text's."""
+        if sequence.stage is Stage.RUNNING:
+            sequence.computed += n
 
     def launched(self, plan: StepPlan) -> None:
         """The step runs: what it computes may be counted on by all that come later."""
@@ -235,6 +270,19 @@ class Scheduler:
         if request.prompt_logprobs is None:
             return int(chunk.samples)
         return max(min(chunk.first + chunk.count, len(request.prompt)) - chunk.first, int(chunk.samples))
+
+    def _left(self, plan: StepPlan) -> int:
+        """Rows for drafts, which are all scored."""
+        return min(self._tokens_per_step - plan.n_tokens, self._rows - sum(map(self._n_rows, plan.chunks)))
+
+    def _placed(self, chunk: Chunk, count: int) -> int:
+        """Find blocks for so many drafts, or for the first ones of them."""
+        start = chunk.first + chunk.count
+        try:
+            self._take(chunk.sequence, start + count)
+        except OutOfBlocks:
+            count = min(len(blocks) for blocks in chunk.sequence.blocks.values()) * self._block_size - start
+        return count
 
     def _steps(self, chunks: list[Chunk]) -> int:
         """How many tokens each text draws in this step."""

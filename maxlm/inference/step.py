@@ -47,6 +47,9 @@ class StepRows(NamedTuple):
     """int32 [R]: rows whose logits are computed; -1: none."""
     samples: Any
     """bool [R]: a token is drawn; else the one that the text has is scored."""
+    drafts: Any = None
+    """int32 [T]: a guess at the token that this row reads; -1: the text's own is known. Guesses follow the row of the
+    text's newest token, each behind the one before, among the scored rows too. None: the engine has no drafts."""
 
 
 class Drawn(NamedTuple):
@@ -91,6 +94,28 @@ def read(
     return hidden[:, 0], cache_after
 
 
+def came_true(drafts: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Whether what each scored row read is what its text has come to be.
+
+    A row draws with its text's own noise for its position, as it would have without drafts, and a draft holds if the
+    row before it drew just that token. So a text has the very tokens that it has without drafts. (Speculative sampling,
+    arXiv:2211.17192, accepts by chance and draws from a remainder: the same distribution, but other samples.)
+
+    Args:
+        drafts: int32 [R]: what a row read; -1: a token that its text has.
+        tokens: int32 [R]: what it drew.
+
+    Returns:
+        bool [R]: it is no draft, or it and all drafts before it are what the rows before them drew.
+    """
+    row = jnp.arange(len(drafts))
+    before = jnp.where(drafts < 0, row, row - 1)
+    good = (drafts < 0) | (tokens[before] == drafts)
+    for _ in range(len(drafts).bit_length()):  # each turn looks back twice as far
+        good, before = good & good[before], before[before]
+    return good
+
+
 def step(
     parameters: Any,
     cache: Cache,
@@ -104,6 +129,9 @@ def step(
     most_steps: int,
 ) -> tuple[Cache, Texts, Drawn]:
     """Read rows, draw tokens, and go on with these for n_steps in all, if every row is the newest token of its text.
+
+    Behind a newest token may stand drafts; n_steps is then 1. What is drawn from a draft that did not come true counts
+    for nothing: its keys lie beyond the text's end, where the next step writes others.
 
     Args:
         parameters: of the model, as decoding holds them.
@@ -120,7 +148,7 @@ def step(
         Cache and texts after it, and what was drawn.
     """
     model, everywhere = bind(config, parameters), how.layout.sharding()
-    slots = rows.slots[rows.scored]
+    slots, nowhere = rows.slots[rows.scored], texts.history.shape[1] - 1
     settings = take(texts.settings, slots)
 
     def turn(number: jax.Array, positions: jax.Array, cache: Cache, texts: Texts) -> tuple[Any, ...]:
@@ -136,8 +164,9 @@ def step(
             logits, settings, History(texts.history, slots, texts.n_prompt[slots], at + 1), given
         )
         broken = ~jnp.isfinite(logits).all(-1) & (at >= 0)
+        if rows.drafts is not None:
+            samples &= came_true(rows.drafts[rows.scored], tokens)
 
-        nowhere = texts.history.shape[1] - 1
         after = texts.history.at[slots, jnp.where(samples, at + 1, nowhere)].set(tokens)
         ended = samples & ((tokens[:, None] == settings.ends).any(-1) | (at + 2 >= texts.end[slots]))
         done = texts.done.at[jnp.where(ended, slots, len(texts.done))].set(True, mode="drop")
@@ -156,6 +185,9 @@ def step(
         return number + 1, positions, cache, texts, jax.tree.map(put, results, drawn)
 
     positions = jnp.where(texts.done[rows.slots], -1, rows.positions)
+    if rows.drafts is not None:
+        guessed = jnp.where((rows.drafts >= 0) & (positions >= 0), positions, nowhere)
+        texts = texts._replace(history=texts.history.at[rows.slots, guessed].set(rows.drafts))
     shapes = jax.eval_shape(turn, jnp.int32(0), positions, cache, texts)[-1]
     results = jax.tree.map(lambda x: jnp.zeros((most_steps, *x.shape), x.dtype), shapes)
     carry = jax.lax.while_loop(more, body, (jnp.int32(0), positions, cache, texts, results))

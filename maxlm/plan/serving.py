@@ -14,15 +14,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import jax
+import jax.numpy as jnp
+
 from maxlm import shapes
-from maxlm.config import ACTIVATION_DIMS, EngineConfig, LmHead, RunConfig, ShardingConfig, UserError, WeightFormat
+from maxlm.config import (
+    ACTIVATION_DIMS,
+    EngineConfig,
+    LmHead,
+    RunConfig,
+    ShardingConfig,
+    StatePart,
+    UserError,
+    WeightFormat,
+)
 from maxlm.config.fields import Positive, config
 from maxlm.config.layout_rules import broken_layout_rules
 from maxlm.hardware import Chip
+from maxlm.models.weights.holding import quantised
+from maxlm.models.weights.kinds import Quantised
 from maxlm.plan.analysis import Json, check_slices
 from maxlm.plan.bound import peak_flops
 from maxlm.plan.machines import Machine, Platform, memory_limit
-from maxlm.shapes import Part, held_bytes
+from maxlm.shapes import FLOAT32, Array, Part
 
 _ENDLESS = 2**40
 """More texts than any memory has room for."""
@@ -40,7 +54,7 @@ class ServingLoad:
     prompt: Positive[int] | None = None
     """Tokens of a prompt; None: as many as the context."""
     weights: WeightFormat = WeightFormat.DTYPE
-    """Format in which weights are held: that of execution.dtype, or 8 bits."""
+    """Format in which weights are held."""
     block_size: Positive[int] = EngineConfig().block_size
     """Positions of a block of the cache."""
     tokens_per_step: Positive[int] | None = None
@@ -123,7 +137,7 @@ class ServingForecast:
     @cached_property
     def weight_bytes(self) -> int:
         """Of a device's weights, as decoding holds them."""
-        return self._held(self.mesh)
+        return sum(self._held(array, self.mesh) for array in shapes.arrays(self.config.model))
 
     @cached_property
     def cache_bytes(self) -> int:
@@ -216,20 +230,32 @@ class ServingForecast:
         """Positions of a text's blocks."""
         return -(-self.context // self.load.block_size) * self.load.block_size
 
-    def _held(self, sizes: Mapping[str, int]) -> int:
-        zero, dtype, weights = self.sharding.zero, self.config.execution.dtype, self.load.weights
-        return sum(held_bytes(array, sizes, zero, dtype, weights) for array in shapes.arrays(self.config.model))
+    def _held(self, array: Array, sizes: Mapping[str, int]) -> int:
+        """Bytes of a device's part of a weight, cut as `models.weights.holding` cuts it."""
+        made = jax.eval_shape(
+            lambda w: quantised(w, array, self.load.weights), jax.ShapeDtypeStruct(array.shape, jnp.float32)
+        )
+        if not isinstance(made, Quantised):
+            itemsize = self._itemsize if array.role.casts else FLOAT32
+            return shapes.device_bytes(array, sizes, self.sharding.zero, StatePart.PARAMETERS, itemsize)
+
+        def part(leaf: jax.ShapeDtypeStruct, names: tuple[str | None, ...]) -> int:
+            cuts = shapes.device_cuts(names, sizes, self.sharding.zero)
+            kept = [n if n % cut else n // cut for n, cut in zip(leaf.shape, cuts, strict=True)]
+            return math.prod(kept) * leaf.dtype.itemsize
+
+        return sum(jax.tree.leaves(jax.tree.map(part, made, made.dims(array.dims, array.inputs))))
 
     def _weights_read(self, rows: int) -> float:
         """Bytes of the weights that so many tokens on each shard need; what fsdp cuts is gathered first."""
-        zero, dtype, weights, read = self.sharding.zero, self.config.execution.dtype, self.load.weights, 0.0
+        read = 0.0
         for array in shapes.arrays(self.config.model):
             share = 1.0
             if array.uses == 0:  # a table of which each token looks up a row
                 share = min(1.0, rows / array.shape[0])
             elif array.part is Part.EXPERTS:
                 share = experts_touched(array.uses, rows * self.mesh["expert"])
-            read += share * held_bytes(array, self.mesh | {"fsdp": 1}, zero, dtype, weights)
+            read += share * self._held(array, self.mesh | {"fsdp": 1})
         return read
 
     def _work(self, flops: float, weight_bytes: float, positions: Mapping[int, int]) -> DeviceWork:

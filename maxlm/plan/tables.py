@@ -123,11 +123,11 @@ def print_search(found: Search, chosen: Forecast | None, console: Console, rows:
 
 def print_serving(found: ServingForecast, console: Console) -> None:
     """What serving takes, and how fast it can be."""
-    dtype, in_8_bits = found.config.execution.dtype.value, found.load.weights is WeightFormat.INT8
+    dtype, weights = found.config.execution.dtype.value, found.load.weights
     devices = f"{found.target.devices:,} device{'s' if found.target.devices > 1 else ''}"
     console.print(
         f"{found.target}: {devices} as {mesh_text(found.mesh)}\n{found.texts:,} texts of {found.context:,} tokens, "
-        f"weights in {'8 bits' if in_8_bits else dtype}, cache and products in {dtype}"
+        f"weights in {dtype if weights is WeightFormat.DTYPE else weights.value}, cache and products in {dtype}"
     )
     style = "bold" if found.limit is None else f"bold {'green' if found.fits else 'red'}"
     console.print(Text(_serving_verdict(found), style=style))

@@ -14,7 +14,13 @@ from maxlm.serving.served import Served
 
 
 def serve_model(
-    run: LoadedRun, name: str, config: EngineConfig, weights: WeightFormat, *, embeddings: bool = False
+    run: LoadedRun,
+    name: str,
+    config: EngineConfig,
+    weights: WeightFormat,
+    *,
+    embeddings: bool = False,
+    draft: LoadedRun | None = None,
 ) -> Served:
     """Place the weights, compile, and start the engine's thread.
 
@@ -24,11 +30,12 @@ def serve_model(
         config: how much at once.
         weights: the format in which the engine holds them.
         embeddings: whether it is also asked for vectors, for which its float32 parameters stay in memory.
+        draft: the model that `config.speculation` names, if it is a `DraftModel`.
 
     Raises:
         UserError: as `Engine`.
     """
-    engine = Engine(run, config, weights=weights)
+    engine = Engine(run, config, weights=weights, draft=draft)
     return Served(
         name=name,
         loop=EngineLoop(engine),

@@ -36,6 +36,8 @@ class _Engines(Collector):
             ("vllm:prompt_tokens", "Tokens of prompts", lambda s: s.prompt_tokens),
             ("vllm:generation_tokens", "Tokens made", lambda s: s.generated_tokens),
             ("vllm:num_preemptions", "Texts that were put back for want of blocks", lambda s: s.preemptions),
+            ("vllm:spec_decode_num_draft_tokens", "Tokens that were guessed", lambda s: s.drafted_tokens),
+            ("vllm:spec_decode_num_accepted_tokens", "Guesses that came true", lambda s: s.accepted_tokens),
             ("maxlm:cached_prompt_tokens", "Tokens of prompts found in the cache", lambda s: s.cached_tokens),
             ("maxlm:steps", "Steps of the engine", lambda s: s.steps),
         )

@@ -36,7 +36,7 @@ from maxlm.shapes.count import (
     parameter_count,
     prefill_flops,
 )
-from maxlm.shapes.device import FLOAT32, device_bytes, device_shape, held_bytes
+from maxlm.shapes.device import FLOAT32, device_bytes, device_cuts, device_shape
 from maxlm.shapes.pools import CACHE_SHARE, block_bytes, cache_blocks, pools_bytes, window_of, windows
 
 __all__ = [
@@ -59,12 +59,12 @@ __all__ = [
     "cache_blocks",
     "decoding_flops",
     "device_bytes",
+    "device_cuts",
     "device_shape",
     "embedding",
     "flops_per_token",
     "head",
     "head_norms",
-    "held_bytes",
     "kept",
     "medusa_head",
     "mfu",

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Mapping
 
-from maxlm.config import CUT_BY_FSDP, PARAMETER_DIMS, Dtype, StatePart, WeightFormat, Zero
+from maxlm.config import CUT_BY_FSDP, PARAMETER_DIMS, Dtype, StatePart, Zero
 from maxlm.shapes.arrays import Array
 
 FLOAT32 = Dtype.FLOAT32.itemsize
@@ -31,9 +31,20 @@ def device_shape(
 def _shard(
     shape: tuple[int, ...], dims: tuple[str, ...], sizes: tuple[tuple[str, int], ...], by_fsdp: bool
 ) -> tuple[int, ...]:
-    parts = {axis: size for axis, size in sizes if axis != "fsdp" or by_fsdp}
-    cuts = [math.prod(parts.get(axis, 1) for axis in PARAMETER_DIMS[dim]) for dim in dims]
+    cuts = _cuts(dims, dict(sizes), by_fsdp)
     return tuple(-(-size // cut) for size, cut in zip(shape, cuts, strict=True))
+
+
+def device_cuts(
+    dims: tuple[str | None, ...], sizes: Mapping[str, int], zero: Zero, part: StatePart = StatePart.PARAMETERS
+) -> list[int]:
+    """Into how many parts each dim of an array is cut; None: it stays whole. Arguments as `device_shape`."""
+    return _cuts(dims, sizes, part in CUT_BY_FSDP[zero])
+
+
+def _cuts(dims: tuple[str | None, ...], sizes: Mapping[str, int], by_fsdp: bool) -> list[int]:
+    parts = {axis: size for axis, size in sizes.items() if axis != "fsdp" or by_fsdp}
+    return [math.prod(parts.get(axis, 1) for axis in PARAMETER_DIMS[dim]) if dim else 1 for dim in dims]
 
 
 def device_bytes(array: Array, sizes: Mapping[str, int], zero: Zero, part: StatePart, itemsize: float = 4) -> int:
@@ -42,14 +53,3 @@ def device_bytes(array: Array, sizes: Mapping[str, int], zero: Zero, part: State
     With Adam in mixed precision these are the formulas of ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054, figure 1).
     """
     return round(math.prod(device_shape(array, sizes, zero, part)) * itemsize)
-
-
-def held_bytes(array: Array, sizes: Mapping[str, int], zero: Zero, dtype: Dtype, weights: WeightFormat) -> int:
-    """Bytes of a device's shard of a parameter as decoding holds it: in `dtype`; or, of products, in 8 bits with a
-    float32 scale for each output; what is never cast stays float32."""
-    shape = device_shape(array, sizes, zero)
-    size = math.prod(shape)
-    if weights is WeightFormat.INT8 and array.inputs:
-        outputs = (n for n, dim in zip(shape, array.dims, strict=True) if dim not in array.inputs)
-        return size + FLOAT32 * math.prod(outputs)
-    return size * (dtype.itemsize if array.role.casts else FLOAT32)
