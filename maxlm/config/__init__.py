@@ -134,7 +134,7 @@ from maxlm.config.sharding import (
     pipeline_bubble,
     pipeline_ticks,
 )
-from maxlm.config.speculation import DraftModel, PromptLookup, Speculation
+from maxlm.config.speculation import DraftModel, Medusa, PromptLookup, Speculation
 from maxlm.config.task import Pretrain, Task, TrainMedusa
 
 __all__ = [
@@ -193,6 +193,7 @@ __all__ = [
     "Llama3RopeScaling",
     "LmHead",
     "LongRopeScaling",
+    "Medusa",
     "MedusaHeads",
     "Mlp",
     "MlpConfig",

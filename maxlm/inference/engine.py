@@ -18,7 +18,7 @@ from maxlm.data.text_ends import TextEnds
 from maxlm.inference.drafting import Drafter, drafter_of
 from maxlm.inference.programs import Programs, pool_sizes
 from maxlm.inference.request import TOP_SCORES, BadRequest, Delta, Finish, QueueFull, Request, TokenScore
-from maxlm.inference.rows import Read, fill
+from maxlm.inference.rows import Read, fill, in_place
 from maxlm.inference.sampling import LogProbs
 from maxlm.inference.scheduler import Scheduler, Sequence, Stage, StepPlan
 from maxlm.inference.settings import Settings, settings_row
@@ -134,7 +134,7 @@ class Engine:
             )
             for _ in range(layout.batch_shards)
         ]
-        self._drafter = drafter_of(config, self.tokenizer, draft, Engine)
+        self._drafter = drafter_of(config, model, self.tokenizer, draft, Engine)
         self._tickets: dict[Sequence, Ticket] = {}
         self._constraints: dict[tuple[int, ...], Constraints] = {}
         self._numbers = itertools.count()
@@ -353,7 +353,7 @@ class Engine:
         for shard, plan in enumerate(plans):
             if plan is not None:
                 place = {"row": shard * width, "scored": shard * n_scored, "slot": shard * self.config.slots}
-                reads += fill(rows, plan, **place)
+                reads += fill(rows, plan, **place, parents=self.config.parents)
         return rows, reads
 
     def _read(self) -> list[tuple[Ticket, Delta]]:
@@ -366,6 +366,7 @@ class Engine:
         self._read_at = time.perf_counter()
         scored = any(read.sequence.request.logprobs is not None or not read.sample for read in flying.reads)
         scores = jax.tree.map(np.asarray, flying.drawn.scores) if scored else None
+        guesses = None if flying.drawn.guesses is None else np.asarray(flying.drawn.guesses)
         found = []
         for read in flying.reads:
             sequence, places = read.sequence, read.places(tokens)
@@ -382,7 +383,9 @@ class Engine:
             else:
                 self._counts["drafted"] += len(read.drafts)
                 self._counts["accepted"] += len(places) - 1 if read.drafts else 0
-                self._shards[ticket.shard].came_true(sequence, len(places) - 1 if read.drafts else 0)
+                self._shards[ticket.shard].came_true(sequence, in_place(places) if read.drafts else 0)
+                if guesses is not None and self._drafter is not None:
+                    self._drafter.saw(sequence, guesses[0, self._slot(ticket.shard, sequence)])
                 found.append((ticket, self._grown(ticket, [int(tokens[p]) for p in places], places, scores, seconds)))
         return found
 
