@@ -18,6 +18,7 @@ import tyro
 from maxlm.config import Files, UserError
 from maxlm.config.cli import parse, run_command
 from maxlm.config.fields import PathName, Positive, config
+from maxlm.surroundings import give_back_freed_arrays
 
 if TYPE_CHECKING:
     from maxlm.hub.converting import Opened
@@ -101,6 +102,7 @@ def main(argv: list[str]) -> None:
     from maxlm.hub.models import KINDS
 
     require_new(target)
+    give_back_freed_arrays()
     if source_kind == "run":
         model = converting.open_run(source)
     else:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from maxlm.config import ChosenModel, UserError, WeightFormat
+from maxlm.config import ChosenModel, Dataset, UserError, WeightFormat
 from maxlm.config.cli import parse, run_command
 from maxlm.config.fields import NotEmpty, NotNegative, PathName, Positive, Seed, config
 
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 _DESCRIPTION = """How good a trained model is.
 
 Without --tasks: held-out loss, perplexity and bits per byte of a run. It reads the validation split of the data sets
-that the run's config names (relative paths start from the folder you are in), in windows of its train.seq_len.
+that the run's config names (relative paths start from the folder you are in), or that of --data, in windows of its
+train.seq_len.
 With --tasks: marks in exams, each with a 95 % interval and what guessing gives; see docs/evaluate.md. Exit code 2: one
 line says what was wrong."""
 
@@ -45,6 +46,9 @@ class EvaluateOptions:
     batches: Positive[int] | None = None
     """Of the held-out loss: batches to measure, from the first; None: as many as training measured, see
     train.eval_batches."""
+    data: Annotated[PathName | None, tyro.conf.arg(metavar="DIR")] = None
+    """Of the held-out loss: prepared data whose validation split is measured, the whole of it, in place of the run's
+    own; a published model needs it."""
     whole: bool = False
     """Of the held-out loss: measure the whole split, as far as it fills batches."""
     batch_size: Positive[int] | None = None
@@ -85,12 +89,17 @@ class EvaluateOptions:
             raise UserError(
                 f"--weights {self.model.weights.value}: scores are of the weights as they are; leave it out"
             )
-        if not self.tasks and self.model.run is None:
-            raise UserError("a published model has no held-out data; name exams, such as --tasks suite")
+        if not self.tasks and self.model.run is None and self.data is None:
+            raise UserError(
+                "a published model has no held-out data; name prepared data with --data DIR, or exams, such as "
+                "--tasks suite"
+            )
         if self.few_shot and self.prompting:
             raise UserError("--few_shot and --prompting both choose demonstrations; leave out one of them")
-        if self.tasks and (self.batches or self.whole or self.batch_size):
-            raise UserError("--batches, --whole and --batch_size are of the held-out loss; leave them out with --tasks")
+        if self.tasks and (self.batches or self.whole or self.batch_size or self.data):
+            raise UserError(
+                "--data, --batches, --whole and --batch_size are of the held-out loss; leave them out with --tasks"
+            )
 
 
 def main(argv: list[str]) -> None:
@@ -120,23 +129,29 @@ def _measure(options: EvaluateOptions, run: LoadedRun) -> None:
     from maxlm.evaluation.perplexity import held_out
     from maxlm.training.step import make_trainer
 
-    name = options.model.run
+    name = options.model.place
     as_trained = run.config.train
     batch_size = options.batch_size or as_trained.batch_size
     train = dataclasses.replace(as_trained, batch_size=batch_size, micro_batches=1, profile_steps=None)
-    config = dataclasses.replace(run.config, train=train)
+    data = run.config.data
+    if options.data is not None:
+        data = dataclasses.replace(data, datasets=(Dataset(path=options.data),))
+    config = dataclasses.replace(run.config, train=train, data=data)
     config.validate(run.layout.mesh.size)
-    batches = open_batches(config.data, batch_size=train.batch_size, seq_len=train.seq_len, split=Split.VALIDATION)
+    try:
+        batches = open_batches(config.data, batch_size=train.batch_size, seq_len=train.seq_len, split=Split.VALIDATION)
+    except UserError as error:
+        raise error if options.data else UserError(f"{error}; or name other data with --data DIR") from error
     if batches.tokenizer.fingerprint != run.tokenizer.fingerprint:
         raise UserError(
-            f"{config.data.datasets[0].path}: prepared with tokenizer {batches.tokenizer.fingerprint[:12]}..., the run "
-            f"{name} uses {run.tokenizer.fingerprint[:12]}...; prepare the data with the run's tokenizer"
+            f"{config.data.datasets[0].path}: prepared with tokenizer {batches.tokenizer.fingerprint[:12]}..., "
+            f"{name} uses {run.tokenizer.fingerprint[:12]}...; prepare the data with its tokenizer"
         )
     assert batches.n_batches is not None and batches.n_windows is not None, "a validation split has an end"
     # The windows that training measured, in batches of any size; all of them, where it measured none.
     windows = as_trained.batch_size * as_trained.held_out_batches(batches.n_windows // as_trained.batch_size)
     n_batches = options.batches or max(1, windows // train.batch_size)
-    if options.whole or not (options.batches or windows):
+    if options.whole or (options.data and not options.batches) or not (options.batches or windows):
         n_batches = batches.n_batches
     trainer = make_trainer(config, run.layout)
     sharding = run.layout.sharding(run.layout.activation("batch", "seq"))

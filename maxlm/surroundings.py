@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import select
 import sys
@@ -21,6 +22,10 @@ _AT_ONCE_S = 1.0
 """The same, where a command must not wait."""
 _PIECE = 4096
 """PIPE_BUF: what a pipe that takes anything takes as a whole."""
+_M_MMAP_THRESHOLD = -3
+"""mallopt(3), malloc.h."""
+_LARGE = 2**16
+"""Bytes of an array that is one."""
 unread = False
 """Whether something waits in vain for who reads standard output or error. Python would wait for it at its end too."""
 
@@ -33,6 +38,13 @@ def cache_folder(name: str) -> Path | None:
     places = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")
     # A relative one would be another folder for each command (the XDG specification says to pass it over).
     return next((Path(place, "maxlm", name) for place in places if os.path.isabs(place)), None)
+
+
+def give_back_freed_arrays() -> None:
+    """From now on the memory of a large array goes back to the system when it is freed, where the C library can do so
+    (glibc). It would keep it for the next one: pieces of all sizes, a third of what a conversion takes at its peak."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)
 
 
 def console(*, stderr: bool = False, **options: Any) -> rich.console.Console:

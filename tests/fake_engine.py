@@ -35,6 +35,8 @@ class FakeStats:
     cached_tokens: int = 0
     generated_tokens: int = 0
     preemptions: int = 0
+    drafted_tokens: int = 8
+    accepted_tokens: int = 5
     steps: int = 0
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -14,7 +16,10 @@ from helpers import small_run
 from tokenizers import Tokenizer, models
 
 from maxlm import convert, generate
+from maxlm.checkpoint.reference import PUBLISHED
 from maxlm.config import UserError, serialize
+from maxlm.data.chat import find_chat_template
+from maxlm.data.text_ends import published_ends
 from maxlm.data.tokenizers import load_tokenizer
 from maxlm.hub.families import FAMILIES
 from maxlm.hub.models import find_tokenizer, load_model
@@ -24,7 +29,7 @@ from maxlm.inference.load import load_run
 from maxlm.recipes.starting import open_source
 from maxlm.sharding import make_layout
 from maxlm.training import make_trainer
-from maxlm.training.warm_start import warm_start
+from maxlm.training.warm_start import RunSource, warm_start
 
 NAME = "qwen3_moe"
 
@@ -116,6 +121,22 @@ def test_text_of_a_published_model(folder: Path, capsys: pytest.CaptureFixture[s
             generate.main([*words, "--prompt", "a"])
 
 
+def _is_kept(keep: Callable[[Path], None], folder: Path) -> None:
+    """By the run that starts, and by one that starts from that: its chat template, family and ends."""
+    runs = [folder.parent / name for name in ("first", "second")]
+    config = small_run(FAMILIES[NAME].read(Published(published.MODELS[NAME], "")))
+    for place in runs:
+        place.mkdir()
+        serialize.save(dataclasses.replace(config, run_dir=str(place)), place / "config.json")
+    keep(runs[0])
+    RunSource(str(runs[0])).keep(runs[1])
+    kept = [find_chat_template(place / PUBLISHED) for place in (*runs, runs[1])]
+    assert all(one is not None and one.sources == {"default": "{{ messages }}"} for one in kept)
+    tokenizer = find_tokenizer(folder)
+    assert published_ends(runs[1] / PUBLISHED, tokenizer) == published_ends(folder, tokenizer)
+    assert json.loads((runs[1] / PUBLISHED / "config.json").read_text())["model_type"] == NAME
+
+
 def test_training_begins_from_it(folder: Path) -> None:
     config = small_run(FAMILIES[NAME].read(Published(published.MODELS[NAME], "")))
     layout = make_layout(config.sharding)
@@ -127,5 +148,6 @@ def test_training_begins_from_it(folder: Path) -> None:
     ours, theirs = start.state.parameters, model.parameters
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     assert start.step == 0 and start.changes == ()
+    _is_kept(start.keep, folder)
     with pytest.raises(UserError, match="was trained with tokenizer"):
         warm_start(place, open_source, config.model, layout, trainer, load_tokenizer.__name__)

@@ -70,6 +70,7 @@ def test_the_whole_split_against_float64(run: RunConfig, capsys: pytest.CaptureF
         nats += np.sum((log_z - target) * batch["loss_mask"])
         tokens += batch["loss_mask"].sum()
     assert found["step"] == 2 and found["tokens"] == tokens
+    assert measured(capsys, run, "--batch_size", "1", "--data", run.data.datasets[0].path) == found
     assert found["loss"] == pytest.approx(nats / tokens, rel=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
     # A byte tokenizer predicts one token for each byte, and eos once a document.

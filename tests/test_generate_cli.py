@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -44,6 +45,9 @@ def test_json_is_one_object_and_plain_text_is_the_same_text(run_dir: Path, capsy
     out, err = capsys.readouterr()
     assert out == found["text"] + "\n"
     assert f"{len(found['tokens'])} tokens" in err
+    generate.main([*argv, "--speculation", "lookup:drafts=3"])
+    out, err = capsys.readouterr()
+    assert out == found["text"] + "\n" and re.search(r"\[\d+ of \d+ drafts came true, \d\.\d\d tokens a step\]", err)
     [same] = Generator(load_run(run_dir), engine=ONE).generate(
         ["the "], max_new_tokens=12, sampling=SamplingConfig(top_k=20), seed=7
     )

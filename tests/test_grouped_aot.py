@@ -29,10 +29,7 @@ PROBLEMS = {"128 groups": MANY, "8 groups": FEW, "16 large groups": QWEN, "8 lar
             "float32": PLAIN}  # fmt: skip
 
 
-# One chip of each kind always; further ones by night.
-WHEN = {"h200": (), "tpu_v5p": pytest.mark.slow}
-
-
+# One chip always; further ones by night.
 @pytest.mark.parametrize("chip", [pytest.param(c, marks=() if c == "tpu_v5p" else pytest.mark.nightly) for c in TPUS])
 def test_kernels_compile(chip: str) -> None:
     require_compiler(chip)
@@ -41,7 +38,9 @@ def test_kernels_compile(chip: str) -> None:
     assert not [line for name, case in programs.items() for line in complaints(case, reports[name])]
 
 
-@pytest.mark.parametrize("chip", [pytest.param(c, marks=WHEN.get(c, pytest.mark.nightly)) for c in (*TPUS, *GPUS)])
+@pytest.mark.parametrize(
+    "chip", [pytest.param(c, marks=() if c == "h200" else pytest.mark.nightly) for c in (*TPUS, *GPUS)]
+)
 def test_why_the_tables_do_not_take_ragged_dot(chip: str) -> None:
     """On GPUs it copies the masked rows for each group; on TPUs our masks, for rows of no group, are copies."""
     require_compiler(chip)

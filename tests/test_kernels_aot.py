@@ -85,8 +85,9 @@ GROUPS = {
 
 
 def when(chip: str, group: str) -> list[pytest.MarkDecorator]:
-    """A chip of each kind always, what is essential of it in the quick tests; the others by night."""
-    if chip not in FAST:
+    """Of a chip of each kind what is essential in the quick tests, one kernel's cases in the slow ones; the rest by
+    night."""
+    if chip not in FAST or group in ("attention", "table"):
         return [pytest.mark.nightly]
     return [] if group == "essential" else [pytest.mark.slow]
 

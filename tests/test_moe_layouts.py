@@ -143,11 +143,20 @@ QUICK = {"fsdp2_tensor2_expert2_sp"}
 # Routers differ where tokens are cut or go through experts elsewhere; the other layouts have the first pattern alone.
 BOTH = {"data8", "expert8", "fsdp2_tensor2_expert2_sp", "ring2_expert4", "stage2_fsdp2_expert2", "data2_seq2_tensor2"}
 
+# Every axis, and every way of choosing; the other pairs by night.
+SLOW = {
+    ("ring2_expert4", "groups"),
+    ("stage2_tensor2_expert2", "dropless_capacity"),
+    ("fsdp2_seq2_stage2", "dropless_capacity"),
+    ("data2_seq2_tensor2", "noisy_ec"),
+    ("stage2_fsdp2_expert2", "noisy_ec"),
+}
+
 
 def when(name: str, pattern: str) -> list[pytest.MarkDecorator]:
-    if pattern == "groups" and name != "ring2_expert4":  # they differ from other routers in the choice alone
-        return [pytest.mark.nightly]
-    return [] if name in QUICK and pattern == "dropless_capacity" else [pytest.mark.slow]
+    if name in QUICK and pattern == "dropless_capacity":
+        return []
+    return [pytest.mark.slow if (name, pattern) in SLOW else pytest.mark.nightly]
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_a_gpu_step_sends_what_zero3_says() -> None:
     assert sum(one["bytes_sent"] for one in report["collectives"]) == pytest.approx(want, rel=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_tpu_step_scatters_all_but_what_is_cut_along_its_last_dim() -> None:
     """The whole of LLaMA 7B on the machine that its config names, where it fits."""
     require_compiler("tpu_v5p")

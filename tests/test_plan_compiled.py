@@ -328,7 +328,7 @@ def test_a_gpu_step_that_does_not_fit() -> None:
     assert any(one.source.startswith("maxlm/training/losses.py") for one in step.largest)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_tpu_step_that_is_refused_before_it_is_compiled() -> None:
     """It says two numbers; the arrays come from a second program that may overflow, and cannot be loaded."""
     require_compiler("tpu_v5e")

@@ -123,7 +123,7 @@ def test_the_objective_is_the_cross_entropy_and_the_mean_of_the_losses(micro_bat
     np.testing.assert_allclose(sums.objective, sums.means["loss"] + sums.means["auxiliary_loss"], rtol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_losses_have_a_gradient_of_their_size():
     """Without a loss mask nothing is learned; with it, the router's gradient grows with the loss's weight."""
     config = small_run(moe_model(BALANCED))

@@ -365,6 +365,7 @@ def test_metrics(client: openai.OpenAI, url: str) -> None:
     assert [value(name) - old for name, old in zip(names, before, strict=True)] == [4, 9, 1]
     for name in ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:num_preemptions_total"):
         assert value(name) == 0
+    assert [value(f"vllm:spec_decode_num_{kind}_tokens_total") for kind in ("draft", "accepted")] == [8, 5]
     assert value("vllm:kv_cache_usage_perc") == 0.25 and value("maxlm:answers_total") > 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 
@@ -13,10 +14,13 @@ import pytest
 from helpers import whole_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from run_folder import BYTE_MODEL, parameters_of
 from test_engine import SHARED, SMALL, finish, fresh, loaded, outcome, requests, wide_model
 
-from maxlm.config import PromptLookup, SamplingConfig
-from maxlm.inference.drafting import Drafter, Followed
+from maxlm.config import DraftModel, PromptLookup, SamplingConfig, Speculation, UserError
+from maxlm.config.speculation import speculation
+from maxlm.data.tokenizers import Bytes
+from maxlm.inference.drafting import Continuing, Drafter, Followed, drafter_of, require_same_tokens
 from maxlm.inference.engine import Engine
 from maxlm.inference.request import Delta, Finish, Request
 from maxlm.inference.scheduler import Sequence
@@ -217,3 +221,77 @@ def test_a_lookup_finds_what_followed_the_longest_run() -> None:
     assert guess([7, 1, 2, 3, 9, 3], 9, shortest=2) == []
     assert guess([5], 4) == guess([5, 6], 4) == []
     assert guess([5, 5], 4) == [5, 5, 5, 5]
+
+
+def test_a_draft_model_draws_with_the_same_noise() -> None:
+    """So that a model that is its own draft model guesses every token; another one helps less and harms nothing."""
+    run = loaded(BYTE_MODEL)
+    config = dataclasses.replace(SMALL, slots=2, speculation=DraftModel(run="x", drafts=3))
+    with pytest.raises(UserError, match=r"DraftModel\('x'\) needs that model"):
+        drafter_of(config, run.tokenizer, None, Engine)
+    engine = Engine(run, config, draft=run)
+    asked = [
+        Request(prompt=SHARED[n : 2 * n + 9], max_new_tokens=22 + n, sampling=sampling, seed=n, ends=(END,))
+        for n, sampling in enumerate((GREEDY, SamplingConfig(), SamplingConfig(top_k=9, min_new_tokens=20), GREEDY))
+    ]
+    want = [plain(engine, request) for request in asked]
+    before = counts(engine)
+    assert [outcome(deltas) for deltas in finish(engine, asked)] == want
+    steps, drafted, accepted = counts(engine) - before
+    assert accepted == drafted > 0 and steps < sum(len(tokens) for tokens, *_ in want) / 2
+    drafter = engine._drafter
+    assert isinstance(drafter, Continuing)
+    drafter._engine.update_weights(parameters_of(run.config, seed=4))
+    before = counts(engine)
+    assert [outcome(deltas) for deltas in finish(engine, asked)] == want
+    assert (counts(engine) - before)[2] < drafted / 2
+
+
+class Named(Bytes):
+    """Ids with names."""
+
+    def __init__(self, names: str) -> None:
+        super().__init__()
+        self.names, self.vocab_size, self.fingerprint = names, len(names), names
+
+    def name_of(self, token: int) -> str | None:
+        return self.names[token]
+
+
+def test_a_draft_model_has_the_same_tokens() -> None:
+    require_same_tokens(Bytes(), Bytes(), "x")
+    other = Named("abcd")
+    other.fingerprint = "another file that says the same"
+    require_same_tokens(Named("abcd"), other, "x")
+    for names, words in (
+        ("abxd", "engine.speculation.run = 'x': id 2 is 'x' there and 'c' of the model"),
+        ("abc", "id 3 is a token without a name there and 'd' of the model"),
+        ("abcde", "id 4 is 'e' there and a token without a name of the model"),
+    ):
+        with pytest.raises(UserError, match=re.escape(words)):
+            require_same_tokens(Named("abcd"), Named(names), "x")
+    with pytest.raises(UserError, match="id 0 is 'a' there and a token without a name"):
+        require_same_tokens(Bytes(), Named("abcd"), "x")
+
+
+@pytest.mark.parametrize(
+    ("words", "want"),
+    [
+        ("lookup", PromptLookup()),
+        ("lookup:ngram=4,drafts=9", PromptLookup(ngram=4, drafts=9)),
+        ("draft:run=a,b/c:d,drafts=3", DraftModel(run="a,b/c:d", drafts=3)),
+        ("draft:run=7", DraftModel(run="7")),
+        ("words", "'words' must be lookup or draft"),
+        ("draft", "lacks run; write draft:run=..."),
+        ("lookup:n=3", "'n=3' must be one of drafts=..., ngram=..., shortest=..."),
+        ("lookup:drafts=many", "engine.speculation.drafts = 'many' must be a whole number"),
+        ("lookup:drafts=65", "engine.speculation.drafts = 65 must be in [1, 64]"),
+        ("lookup:ngram=2,shortest=3", "engine.speculation.shortest = 3 is more than engine.speculation.ngram = 2"),
+    ],
+)
+def test_what_a_command_line_says(words: str, want: Speculation | str) -> None:
+    if not isinstance(want, str):
+        assert speculation(words) == want
+        return
+    with pytest.raises(UserError, match=re.escape(want)):
+        speculation(words)

@@ -13,6 +13,9 @@ from maxlm.checkpoint.store import Tree
 from maxlm.config.errors import UserError
 from maxlm.config.run import CheckpointConfig
 
+PUBLISHED = "published"
+"""Folder of a run that was made from a published model: with its tokenizer's files, chat template and family."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reference:

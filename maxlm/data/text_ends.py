@@ -14,9 +14,6 @@ import tokenizers
 from maxlm.config.json_file import read_object
 from maxlm.data.tokenizers import Tokenizer, eos_ids_beside
 
-PUBLISHED = "published"
-"""Folder of a run that was made from a published model: with its tokenizer's files, chat template and family."""
-
 _ANY = "aA1. \n\u4e00"
 """Some of it is an ordinary token of any vocabulary."""
 

@@ -16,10 +16,9 @@ import numpy.typing as npt
 
 from maxlm import shapes
 from maxlm.checkpoint.checkpointer import Checkpointer
-from maxlm.checkpoint.reference import run_and_step
+from maxlm.checkpoint.reference import PUBLISHED, run_and_step
 from maxlm.checkpoint.store import Deferred
 from maxlm.config import CheckpointConfig, Dtype, ExecutionConfig, ModelConfig, RunConfig, serialize
-from maxlm.data.text_ends import PUBLISHED
 from maxlm.data.tokenizers import Tokenizer
 from maxlm.hub.families import FAMILIES
 from maxlm.hub.family import ModelFamily
@@ -106,6 +105,8 @@ def open_run(place: Path) -> Opened:
     def copy(target: Path) -> None:
         if published.is_dir():
             copy_tokenizer(published, target)
+            if run.step and run.ends is not None:  # documents of its data have ends that the first model may not have
+                write_ends(target, {"eos_token_id": list(run.ends.last)})
         else:
             copy_tokenizer(folder / "tokenizer", target)
             write_ends(target, {"bos_token_id": run.tokenizer.bos_id, "eos_token_id": run.tokenizer.eos_id})
@@ -176,10 +177,7 @@ def write_run(opened: Opened, folder: Path, *, parameters: Any = None) -> None:
     with appearing(folder, settle_s=_SETTLE_S) as place:
         serialize.save(config, place / "config.json")
         opened.tokenizer.save(place / "tokenizer")
-        (place / PUBLISHED).mkdir()
-        opened.copy_tokenizer(place / PUBLISHED)
-        if opened.family is not None:
-            (place / PUBLISHED / "config.json").write_text(json.dumps({"model_type": opened.family.model_type}) + "\n")
+        write_origin(place, opened.family, opened.copy_tokenizer)
         meta = {
             "tokenizer": opened.tokenizer.fingerprint,
             "config": serialize.to_dict(config),
@@ -191,6 +189,15 @@ def write_run(opened: Opened, folder: Path, *, parameters: Any = None) -> None:
             own = partial(_deferred, opened)
             params = jax.tree.map(own, declared(opened.model)) if parameters is None else parameters
             checkpointer.save(opened.step, params=params, optimizer={}, meta=meta)
+
+
+def write_origin(run_dir: Path, family: ModelFamily | None, copy_tokenizer: Callable[[Path], None]) -> None:
+    """The folder PUBLISHED of a run: the tokenizer's files, the chat template, and which family the model is of."""
+    folder = run_dir / PUBLISHED
+    folder.mkdir(exist_ok=True)
+    copy_tokenizer(folder)
+    if family is not None:
+        (folder / "config.json").write_text(json.dumps({"model_type": family.model_type}) + "\n")
 
 
 def _deferred(opened: Opened, array: shapes.Array) -> Deferred:

@@ -11,7 +11,7 @@ from typing import Any, overload
 import jax
 
 from maxlm.checkpoint.checkpointer import Checkpointer
-from maxlm.checkpoint.reference import run_and_step
+from maxlm.checkpoint.reference import PUBLISHED, run_and_step
 from maxlm.checkpoint.store import Record
 from maxlm.config import (
     ACTIVATION_DIMS,
@@ -29,7 +29,7 @@ from maxlm.config import (
 from maxlm.config.json_file import no_folder
 from maxlm.config.layout_rules import broken_layout_rules
 from maxlm.data.chat import ChatTemplate, find_chat_template
-from maxlm.data.text_ends import PUBLISHED, TextEnds, published_ends
+from maxlm.data.text_ends import TextEnds, published_ends
 from maxlm.data.tokenizers import Tokenizer, load_tokenizer
 from maxlm.inference.generator import Generation, Generator
 from maxlm.inference.language_model import LanguageModel
@@ -173,14 +173,18 @@ def _load_run(run_dir: Path, step: int | None, sharding: ShardingConfig, *, defe
             f"{run_dir / 'tokenizer'}: fingerprint {tokenizer.fingerprint[:12]}..., but checkpoint {restored.step} was "
             f"trained with {str(trained_with)[:12]}...; restore the tokenizer that the run was started with"
         )
-    published = run_dir / PUBLISHED
+    published, ends = run_dir / PUBLISHED, None
+    if published.is_dir():
+        ends = published_ends(published, tokenizer)
+        if restored.step:  # what it was trained on here ends as documents do
+            ends = ends._replace(last=tuple(dict.fromkeys([*ends.last, tokenizer.eos_id])))
     return LoadedRun(
         config=config,
         layout=layout,
         parameters=restored.params,
         tokenizer=tokenizer,
         step=restored.step,
-        ends=published_ends(published, tokenizer) if published.is_dir() else None,
+        ends=ends,
         chat=find_chat_template(published) if published.is_dir() else None,
     )
 

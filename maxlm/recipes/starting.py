@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from maxlm.hub.converting import write_origin
 from maxlm.hub.models import KINDS, PublishedModel
 from maxlm.training.warm_start import Origin, RunSource, Source
 
@@ -31,3 +32,6 @@ class PublishedSource:
             model=self.model,
             tokenizer=None if tokenizer is None else tokenizer.fingerprint,
         )
+
+    def keep(self, run_dir: Path) -> None:
+        write_origin(run_dir, self._published.weights.family, self._published.copy_tokenizer)

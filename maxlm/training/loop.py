@@ -188,8 +188,8 @@ def run(
         state = keeper.restore(trainer.state)
         start = int(state.step) if state is not None else 0
         origin = "not read, as the run has a checkpoint of its own"
-        if recipe.start is not None and state is None:
-            begin = recipe.start(trainer)
+        begin = recipe.start(trainer) if recipe.start is not None and state is None else None
+        if begin is not None:
             for change in begin.changes:
                 console.warning(f"checkpoint.init_from: another {change}")
             state, origin = begin.state, f"starting from the parameters of step {begin.step:,}, with a new optimizer"
@@ -200,6 +200,8 @@ def run(
         keeper.begin()
         if is_main and recipe.tokenizer is not None and not (keeper.meta and (run_dir / "tokenizer").exists()):
             recipe.tokenizer.save(run_dir / "tokenizer")
+        if is_main and begin is not None:
+            begin.keep(run_dir)
         done = on_rank_0("look at the report", lambda: start == train.steps and report_step(run_dir) == start)
         log = stack.enter_context(
             RunLog(

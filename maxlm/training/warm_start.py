@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 from jax.sharding import PartitionSpec
 
 from maxlm.checkpoint.checkpointer import Checkpointer
-from maxlm.checkpoint.reference import run_and_step
+from maxlm.checkpoint.reference import PUBLISHED, run_and_step
 from maxlm.checkpoint.store import Record
 from maxlm.config import ModelConfig, RunConfig, UserError, serialize
 from maxlm.config.changes import changes
@@ -32,6 +34,8 @@ class WarmStart:
     """Of the other run, its newest intact one where none was named."""
     changes: tuple[str, ...]
     """What the other run's model has otherwise: `key: old -> new`."""
+    keep: Callable[[Path], None]
+    """As of `Source`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +59,10 @@ class Source(Protocol):
 
     def read(self, shapes: dict[str, Any]) -> Origin:
         """The parameters, in the shardings of these `jax.ShapeDtypeStruct`s of all arrays."""
+        ...
+
+    def keep(self, run_dir: Path) -> None:
+        """Write what a published model came with into the folder of the new run, as `PUBLISHED` says."""
         ...
 
 
@@ -81,6 +89,10 @@ class RunSource:
             tokenizer=restored.meta["tokenizer"],
             step=restored.step,
         )
+
+    def keep(self, run_dir: Path) -> None:
+        if (self._path / PUBLISHED).is_dir():
+            shutil.copytree(self._path / PUBLISHED, run_dir / PUBLISHED, dirs_exist_ok=True)
 
 
 def warm_start(
@@ -124,6 +136,7 @@ def warm_start(
         state=dataclasses.replace(state, parameters=parameters),
         step=origin.step,
         changes=tuple(str(one) for one in changes(origin.model, model, "model.")),
+        keep=source.keep,
     )
 
 
