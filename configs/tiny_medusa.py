@@ -4,8 +4,8 @@
     python -m maxlm.train --config configs/tiny_medusa.py
 
 The heads alone are trained, on the model of the run in runs/tiny, whose tokens stay what they are: another run is named
-with --checkpoint.init_from=DIR. Hardware: two CPU cores, 1 GB of memory; two minutes of processor time. docs/generate.md has what they
-are for.
+with --checkpoint.init_from=DIR. Hardware: two CPU cores, 1 GB of memory; two minutes of processor time.
+docs/generate.md has what they are for.
 """
 
 import dataclasses

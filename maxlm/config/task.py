@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from maxlm.config.fields import Changes, Fraction, config
+from maxlm.config.fields import Changes, Positive, config
 
 
 @config("task.", changes=Changes.IDENTITY)
@@ -16,7 +16,7 @@ class TrainMedusa:
     names has it ("Medusa-1", arXiv:2401.10774, section 2.2.1): the sum over heads k of weight^k times the cross-entropy
     of the token k places after the next."""
 
-    weight: Fraction = 0.8
+    weight: Positive[float] = 0.8
     """Of each head beside the one before it."""
 
 

@@ -249,11 +249,6 @@ def tensors(model: ModelConfig, names: Names) -> tuple[Tensor, ...]:
     places = [(piece.array.name, piece.at) for tensor in found for piece in tensor.parts]
     assert len(set(places)) == len(places), "a table has two names for one array"
     if nameless := sorted(ours.keys() - {name for name, _ in places}):
-        if model.medusa is not None:
-            raise UserError(
-                "model.medusa: published models of this family have no heads that guess at later tokens; export the "
-                "run whose model these heads were trained on"
-            )
         raise UserError(f"model: its {nameless[0]} has no name in this family's checkpoints; choose another family")
     return tuple(found)
 
