@@ -74,7 +74,7 @@ def decoding(layout: Layout, batch: int, length: int, at: int) -> dict[str, Any]
     text = Texts(np.zeros(length + 1, np.int32), np.int32(at + 1), np.int32(length), np.bool_(False), settings)
     texts = jax.tree.map(lambda x: np.broadcast_to(x, (batch, *np.shape(x))), text)
     every = np.arange(batch, dtype=np.int32)
-    rows = StepRows(every, np.full_like(every, at), every, np.ones(batch, bool))
+    rows = StepRows(every, np.full_like(every, at), every, np.ones(batch, bool), np.full_like(every, -1))
     run = jax.jit(functools.partial(step, config=config, how=how, most_steps=TOKENS), donate_argnums=(1, 2))
     program = run.lower(parameters, empty(), jax.device_put(texts), tables, rows, np.int32(TOKENS)).compile()
     times = []

@@ -107,7 +107,7 @@ class AtOnce:
         n = self.config.decode_steps, len(rows.scored)
         numbers: Any = np.zeros((*n, 20), np.float32)
         ids: Any = numbers.astype(np.int32)
-        return Drawn(ids[..., 0], LogProbs(numbers[..., 0], ids, numbers), ids[..., 0].astype(bool))
+        return Drawn(ids[..., 0], LogProbs(numbers[..., 0], ids, numbers, numbers), ids[..., 0].astype(bool), numbers)
 
 
 def host(engine: Engine) -> float:

@@ -27,11 +27,12 @@ from kernels_pallas.grouped.api import grouped_matmul
 from kernels_pallas.grouped.problem import GroupedBlocks
 from kernels_pallas.mixed import mixed_einsum
 from kernels_pallas.paged.api import paged_attention
-from kernels_pallas.paged.problem import PagedBlocks, TokenTree
+from kernels_pallas.paged.problem import CacheScales, PagedBlocks, TokenTree
 
 __all__ = [
     "AttentionBlocks",
     "AttentionGradients",
+    "CacheScales",
     "DistanceBias",
     "GluBlocks",
     "GroupedBlocks",

@@ -152,7 +152,7 @@ def _answer(console: Any, served: Served, options: ChatOptions, messages: list[d
             first = now
         n, last, text = n + len(delta.tokens), now, text + delta.text
         console.print(delta.text, end="", markup=False)
-        if delta.finish is Finish.ERROR:
+        if delta.finish in (Finish.ERROR, Finish.NOTHING_FITS):
             raise UserError(delta.error or "the engine failed")
         if delta.finish is not None:
             break

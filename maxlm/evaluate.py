@@ -23,9 +23,8 @@ from maxlm.config.cli import parse, run_command
 from maxlm.config.fields import NotEmpty, NotNegative, PathName, Positive, Seed, config
 
 if TYPE_CHECKING:
+    from maxlm.evaluation.examining import Asking
     from maxlm.evaluation.exams import Exam
-    from maxlm.evaluation.prompting import Prompting
-    from maxlm.evaluation.sandbox import Sandbox
     from maxlm.inference.load import LoadedRun
 
 _DESCRIPTION = """How good a trained model is.
@@ -94,6 +93,9 @@ class EvaluateOptions:
                 "a published model has no held-out data; name prepared data with --data DIR, or exams, such as "
                 "--tasks suite"
             )
+        of_exams = ("limit", "few_shot", "prompting", "allow_code", "include_path", "chat", "out")
+        if not self.tasks and (said := [name for name in of_exams if getattr(self, name)]):
+            raise UserError(f"--{said[0]} is of exams; name some, such as --tasks suite, or leave it out")
         if self.few_shot and self.prompting:
             raise UserError("--few_shot and --prompting both choose demonstrations; leave out one of them")
         if self.tasks and (self.batches or self.whole or self.batch_size or self.data):
@@ -111,15 +113,20 @@ def main(argv: list[str]) -> None:
     options = parse(EvaluateOptions, argv, prog="python -m maxlm.evaluate", description=_DESCRIPTION, flags=True)
 
     from maxlm.compile_cache import enable_compilation_cache  # these import jax: --help stays instant
-    from maxlm.evaluation.sandbox import Sandbox
+    from maxlm.evaluation.examining import check
+    from maxlm.evaluation.results import make_folder
     from maxlm.hub.models import load_chosen
 
     enable_compilation_cache()
     if not options.tasks:
         return _measure(options, load_chosen(options.model))
-    exams, prompting = _exams(options), _prompting(options)  # mistakes in them come before the model is read
-    sandbox = Sandbox() if options.allow_code else None
-    _examine(options, load_chosen(options.model), exams, prompting, sandbox)
+    exams, asking = _exams(options), _asking(options)
+    for exam in exams.values():  # mistakes come before the model is read, and before the first exam is over
+        if exam is not None:
+            check(exam, asking)
+    if options.out is not None:
+        make_folder(Path(options.out))
+    _examine(options, load_chosen(options.model), exams, asking)
 
 
 def _measure(options: EvaluateOptions, run: LoadedRun) -> None:
@@ -201,27 +208,30 @@ def _exams(options: EvaluateOptions) -> dict[str, Exam | None]:
     return exams
 
 
-def _prompting(options: EvaluateOptions) -> tuple[Prompting, Exam | None]:
+def _asking(options: EvaluateOptions) -> Asking:
     """How questions are put, and where demonstrations come from."""
     from maxlm.config import serialize
+    from maxlm.evaluation.examining import Asking
     from maxlm.evaluation.exams import read_exam
     from maxlm.evaluation.prompting import Prompting, RandomDemonstrations
+    from maxlm.evaluation.sandbox import Sandbox
 
+    prompting = Prompting(demonstrations=RandomDemonstrations(count=options.few_shot) if options.few_shot else None)
     if options.prompting is not None:
         prompting = serialize.load(Prompting, Path(options.prompting))
-        return prompting, None if prompting.pool is None else read_exam(Path(prompting.pool))
-    return Prompting(demonstrations=RandomDemonstrations(count=options.few_shot) if options.few_shot else None), None
+    return Asking(
+        prompting=prompting,
+        pool=None if prompting.pool is None else read_exam(Path(prompting.pool)),
+        samples=options.samples,
+        ks=options.pass_at,
+        seed=options.seed,
+        judge=Sandbox() if options.allow_code else None,
+    )
 
 
-def _examine(
-    options: EvaluateOptions,
-    run: LoadedRun,
-    exams: dict[str, Exam | None],
-    how: tuple[Prompting, Exam | None],
-    sandbox: Sandbox | None,
-) -> None:
+def _examine(options: EvaluateOptions, run: LoadedRun, exams: dict[str, Exam | None], asking: Asking) -> None:
     from maxlm.config import serialize
-    from maxlm.evaluation.examining import Asking, Examined, examine
+    from maxlm.evaluation.examining import Examined, examine
     from maxlm.evaluation.results import as_json, print_results, write_results
     from maxlm.evaluation.scoring import RunExaminee
 
@@ -239,27 +249,21 @@ def _examine(
             chat=options.chat,
             include_path=None if options.include_path is None else Path(options.include_path),
         )
-    prompting, pool = how
+    about = {"model": options.model.place, "step": run.step, "few_shot": options.few_shot, "seed": options.seed}
+    about |= {"tasks": options.tasks, "limit": options.limit, "prompting": serialize.to_dict(asking.prompting)}
     for name, exam in exams.items():
         if exam is not None:
-            asking = Asking(
-                prompting=prompting,
-                pool=pool,
-                samples=options.samples,
-                ks=options.pass_at,
-                seed=options.seed,
-                judge=sandbox,
-            )
             results[name] = examine(examinee, exam, asking)
-    about = {"model": options.model.place, "step": run.step, "few_shot": options.few_shot, "seed": options.seed}
-    about |= {"tasks": options.tasks, "limit": options.limit, "prompting": serialize.to_dict(prompting)}
+            if options.out is not None:  # the next one may go wrong; what a full disk says is said at the end
+                with contextlib.suppress(OSError):
+                    write_results(about, results, Path(options.out))
     measures = [one for result in results.values() for one in result.measures]
-    if options.out is not None:
-        write_results(about, results, Path(options.out))
     if options.json:
         print(as_json(about, measures))
     else:
         print_results(measures)
+    if options.out is not None:
+        write_results(about, results, Path(options.out))
 
 
 if __name__ == "__main__":

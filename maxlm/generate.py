@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from maxlm.config import BeamConfig, ChosenModel, EngineConfig, SamplingConfig, Speculation, UserError
+from maxlm.config import (
+    BeamConfig,
+    ChosenModel,
+    ContrastiveConfig,
+    EngineConfig,
+    GuidanceConfig,
+    SamplingConfig,
+    Speculation,
+    UserError,
+)
 from maxlm.config.cli import parse, run_command
 from maxlm.config.fields import Positive, Seed, config
 
@@ -47,6 +56,10 @@ class GenerateOptions:
     """How the next token is drawn."""
     beams: Annotated[BeamConfig, tyro.conf.arg(name="")] = BeamConfig()
     """Whether texts are searched for in place of being drawn."""
+    contrastive: Annotated[ContrastiveConfig, tyro.conf.arg(name="")] = ContrastiveConfig()
+    """Whether likely tokens are searched for that repeat nothing."""
+    guidance: Annotated[GuidanceConfig, tyro.conf.arg(name="")] = GuidanceConfig()
+    """Whether texts are led away from another prompt."""
     n: Positive[int] = 1
     """Texts that are drawn."""
     seed: Seed = 0
@@ -61,10 +74,21 @@ class GenerateOptions:
     """Show tracebacks."""
 
     def __post_init__(self) -> None:
+        searches = [
+            name for name, n in (("beams", self.beams.beams), ("contrastive_k", self.contrastive.contrastive_k)) if n
+        ]
+        if searches and self.guidance.guidance_scale != 1:
+            raise UserError(f"--guidance_scale with --{searches[0]}: a search is not guided; use one of them")
+        if self.beams.beams and self.contrastive.contrastive_k:
+            raise UserError("--beams and --contrastive_k are two searches; use one of them")
         if self.beams.beams:
             self.beams.searched(self.sampling)
             if self.n != 1:
                 raise UserError(f"--n {self.n} with --beams: nothing is drawn; ask for the best ones by --n_best")
+        if self.contrastive.contrastive_k:
+            self.contrastive.searched(self.sampling)
+            if self.n != 1:
+                raise UserError(f"--n {self.n} with --contrastive_k: nothing is drawn, and there is one text")
 
 
 def main(argv: list[str]) -> None:
@@ -80,7 +104,8 @@ def main(argv: list[str]) -> None:
     from maxlm.inference.generator import Generator, Ranked
 
     enable_compilation_cache()
-    slots = min(max(options.beams.beams, options.n), _SLOTS)
+    texts = options.n if options.guidance.guidance_scale == 1 else 2 * options.n
+    slots = min(max(options.beams.beams, options.contrastive.contrastive_k, texts), _SLOTS)
     generator = Generator(
         load_chosen(options.model),
         weights=options.model.weights,
@@ -92,16 +117,28 @@ def main(argv: list[str]) -> None:
         [found] = generator.search(
             [options.prompt], max_new_tokens=options.max_new_tokens, beams=options.beams, sampling=options.sampling
         )
+    elif options.contrastive.contrastive_k:
+        found = generator.contrast(
+            [options.prompt],
+            max_new_tokens=options.max_new_tokens,
+            contrastive=options.contrastive,
+            sampling=options.sampling,
+        )
     elif options.n > 1:
         found = generator.generate(
             [options.prompt] * options.n,
             max_new_tokens=options.max_new_tokens,
             sampling=options.sampling,
             seed=options.seed,
+            guidance=options.guidance,
         )
     else:
         stream = generator.stream(
-            options.prompt, max_new_tokens=options.max_new_tokens, sampling=options.sampling, seed=options.seed
+            options.prompt,
+            max_new_tokens=options.max_new_tokens,
+            sampling=options.sampling,
+            seed=options.seed,
+            guidance=options.guidance,
         )
         found = [_drain(stream, show=not options.json)]
     several = options.n > 1 or options.beams.n_best > 1
@@ -109,7 +146,7 @@ def main(argv: list[str]) -> None:
         values = [dataclasses.asdict(one) for one in found]
         print(json.dumps(values if several else values[0]))
         return
-    streamed = not several and not options.beams.beams
+    streamed = not several and not options.beams.beams and not options.contrastive.contrastive_k
     for one in found:
         print("" if streamed else one.text, flush=True)
         speed = f", {one.tokens_per_s:.1f} tokens/s" if one.tokens_per_s is not None else ""

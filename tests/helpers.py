@@ -15,6 +15,7 @@ import numpy as np
 
 from maxlm.config import (
     BlockConfig,
+    CacheFormat,
     DataConfig,
     Dataset,
     Dtype,
@@ -130,6 +131,7 @@ def through_cache(
     widths: Sequence[int] = (8, 3),
     *,
     block_size: int = 4,
+    kept_in: CacheFormat = CacheFormat.DTYPE,
 ) -> list[np.ndarray]:
     """Of each text [T, V], read as the engine reads: in pieces, several texts in a batch, each in blocks all over.
 
@@ -142,6 +144,7 @@ def through_cache(
         rows: token ids of the texts.
         widths: rows of a shard of the batches, in turn; each compiles a program.
         block_size: positions of a block.
+        kept_in: number format of the cache.
     """
     n_shards, rng = how.layout.batch_shards, np.random.default_rng(0)
     slots, length = len(rows) // n_shards, -(-max(map(len, rows)) // block_size)
@@ -155,7 +158,8 @@ def through_cache(
         return cache, ops.logits(hidden, decoder.unembedding)
 
     blocks = dict.fromkeys(tables, slots * length + 1)
-    empty = lambda: jax.tree.map(lambda x: x * np.nan, empty_cache(model, blocks, block_size, how))
+    nothing = lambda x: jax.numpy.full_like(x, 77 if x.dtype == np.int8 else np.nan)
+    empty = lambda: jax.tree.map(nothing, empty_cache(model, blocks, block_size, how, kept_in))
     cache, done = jax.jit(empty)(), [0] * len(rows)
     found = [np.full((len(row), model.vocab_size), np.nan, np.float32) for row in rows]
     for width in itertools.cycle(widths):

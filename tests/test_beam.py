@@ -55,7 +55,7 @@ class MadeUp:
         values = self.after(request.prompt)
         ids = np.argsort(-values, kind="stable")[: request.logprobs]
         top = tuple((int(i), float(values[i])) for i in ids)
-        return TokenScore(*top[0], top)
+        return TokenScore(*top[0], top, tuple(float(values[i]) for i in request.told))
 
 
 def request(ends: Sequence[int], new: int, **changes: Any) -> Request:
@@ -285,6 +285,22 @@ def test_prompts_together_are_as_alone_and_the_cache_holds_what_was_read(generat
     assert best == [texts[0] for texts in together]
 
 
+def test_a_models_texts_have_the_forced_words(generator: Generator) -> None:
+    forced = BeamConfig(beams=4, n_best=2, force=("fox", "ox!"))
+    for prompt, texts in zip(
+        ["Hello ", ""], generator.search(["Hello ", ""], max_new_tokens=8, beams=forced), strict=True
+    ):
+        assert len(texts) == 2 and all("fox" in one.text and "ox!" in one.text for one in texts)
+        [[likelier]] = generator.search([prompt], max_new_tokens=8, beams=BeamConfig(beams=4))
+        assert likelier.score > texts[0].score
+    for new, words, message in (
+        (3, ("fox", "ox!"), "max_new_tokens = 3 is less than the 4 tokens of the forced words"),
+        (8, ("",), "force = '' has no tokens that spell it"),
+    ):
+        with pytest.raises(UserError, match=message):
+            generator.search(["Hello "], max_new_tokens=new, beams=BeamConfig(beams=2, force=words))
+
+
 # --- Best of several ---
 
 
@@ -315,6 +331,7 @@ def test_the_likeliest_of_several_comes_first(run: LoadedRun, generator: Generat
         ({"beams": 20}, r"beams = 20 must be in \[0, 19\]"),
         ({"beams": 4, "n_best": 5}, "n_best = 5 is more than beams = 4"),
         ({"n_best": 2}, "n_best = 2 is of a search, and beams = 0"),
+        ({"force": ("a",)}, r"force = \('a',\) is of a search, and beams = 0"),
         ({"length_penalty": 0.5}, r"length_penalty = 0.5 is of a search, and beams = 0"),
         ({"beams": 4, "length_penalty": 11.0}, r"length_penalty = 11.0 must be in \[-10, 10\]"),
     ],

@@ -7,10 +7,21 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from helpers import FLOAT32, one_device, plainly, small_model, small_run
+from helpers import (
+    FLOAT32,
+    initial_parameters,
+    latent_model,
+    one_device,
+    plainly,
+    small_model,
+    small_run,
+    through_cache,
+    whole_logits,
+)
 
-from maxlm.config import GatedMlp, ModelConfig, Remat
+from maxlm.config import CacheFormat, GatedMlp, ModelConfig, Remat
 from maxlm.inference.step import StepRows, empty_texts, step
 from maxlm.models import abstract_parameters
 from maxlm.models.kv_cache import empty_cache
@@ -21,7 +32,7 @@ def _step_program(model: ModelConfig, blocks: int) -> tuple[jax.stages.Compiled,
     """The engine's step for four rows of two texts, and the bytes of the cache."""
     how, int32 = plainly(), lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
     cache = jax.eval_shape(lambda: empty_cache(model, {0: blocks}, 16, how))
-    rows = StepRows(int32(4), int32(4), int32(2), jax.ShapeDtypeStruct((2,), bool))
+    rows = StepRows(int32(4), int32(4), int32(2), jax.ShapeDtypeStruct((2,), bool), int32(2))
     program = jax.jit(functools.partial(step, config=model, how=how, most_steps=4), donate_argnums=(1, 2)).lower(
         abstract_parameters(model, how.layout),
         cache,
@@ -39,6 +50,19 @@ def test_a_step_holds_one_cache_however_large() -> None:
     temporary = [program.memory_analysis().temp_size_in_bytes for program in (few, many)]
     assert temporary[1] < temporary[0] + 4096, temporary  # no layer's keys, let alone all
     assert many.memory_analysis().alias_size_in_bytes >= n_bytes  # the donated cache is the new one
+
+
+@pytest.mark.parametrize("model", [small_model(max_seq_len=32), latent_model()], ids=["keys", "latents"])
+def test_a_cache_of_int8_is_near_and_the_same_to_the_bit(model: ModelConfig) -> None:
+    """In whatever pieces a text is read, beside whatever others."""
+    rng, parameters = np.random.default_rng(0), initial_parameters(model)
+    rows = [rng.integers(0, model.vocab_size, n).tolist() for n in (13, 7, 10)]
+    read = functools.partial(through_cache, model, parameters, plainly(), kept_in=CacheFormat.INT8)
+    in_pieces, alone = read(rows, (8,)), read(rows[:1], (8,))[0]
+    np.testing.assert_array_equal(in_pieces[0], alone)
+    for found, exact in zip(in_pieces, whole_logits(model, parameters, rows), strict=True):
+        off = np.abs(found - exact).max() / np.abs(exact).max()
+        assert 1e-5 < off < 0.02, off
 
 
 @pytest.mark.slow

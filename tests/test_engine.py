@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from run_folder import parameters_of
 
 from maxlm.config import (
+    CacheFormat,
     EngineConfig,
     Experts,
     GatedMlp,
@@ -107,19 +108,23 @@ samplings = st.sampled_from(
     ]
 )
 requests = st.builds(
-    lambda common, own, new, sampling, seed: Request(
+    lambda common, own, new, sampling, seed, scale, negative: Request(
         prompt=SHARED[:common] + tuple(own) or (3,),
         max_new_tokens=new,
         sampling=sampling,
         seed=seed,
         ends=(257,),
         logprobs=3,
+        guidance_scale=scale,
+        negative_prompt=SHARED[:negative],
     ),
     st.sampled_from([0, 7, 8, 16, 24, 33, 40]),
     st.lists(st.integers(0, 257), max_size=9),
     st.integers(1, 24),
     samplings,
     st.integers(0, 3),
+    st.sampled_from([1.0, 1.0, 1.7]),
+    st.sampled_from([0, 8, 19]),
 )
 
 
@@ -165,6 +170,23 @@ def test_experts_give_a_text_the_same_beside_others() -> None:
     assert [outcome(deltas) for deltas in finish(engine, asked)] == want
 
 
+@pytest.mark.nightly
+def test_a_cache_of_int8_gives_a_text_the_same_beside_others() -> None:
+    """In few blocks, so that texts give theirs back and are read again; log-probabilities are near."""
+    engine = Engine(loaded(wide_model()), dataclasses.replace(SMALL, kv_cache=CacheFormat.INT8))
+    greedy = SamplingConfig(temperature=0)
+    asked = [
+        Request(prompt=SHARED[: 8 * n + 5], max_new_tokens=30, sampling=greedy, logprobs=3, prompt_logprobs=1)
+        for n in (0, 1, 2, 3, 4, 4, 2)
+    ]
+    want = [fresh(engine, request) for request in asked]
+    assert [outcome(deltas) for deltas in finish(engine, asked)] == want
+    scores = finish(engine, asked[4:5])[0][0].prompt_scores
+    exact = full_log_probs(loaded(wide_model()), list(asked[4].prompt))
+    off = [abs(score.logprob - exact[i, score.token]) for i, score in enumerate(scores)]
+    assert 1e-5 < max(off) < 0.1
+
+
 def test_log_probabilities_are_those_of_the_forward_pass(engine: Engine) -> None:
     """Of the prompt and of what follows; a greedy token is the likeliest one."""
     run, prompt = loaded(wide_model()), SHARED[:21]
@@ -204,7 +226,7 @@ def test_nothing_is_compiled_after_the_start(engine: Engine) -> None:
             Request(prompt=(1, 2, 3), max_new_tokens=4, sampling=SamplingConfig(temperature=0.7, top_p=0.5, min_p=0.1)),
             Request(prompt=SHARED, max_new_tokens=2, prompt_logprobs=3, logit_bias={5: 4.0}, banned=((1, 2), (9,))),
             Request(prompt=(4,), max_new_tokens=30, sampling=SamplingConfig(no_repeat_ngram=2, dry_multiplier=1.0)),
-            Request(prompt=(65,), max_new_tokens=5, grammar=Regex("[0-9]{3}"), ends=(257,)),
+            Request(prompt=(65,), max_new_tokens=5, grammar=Regex("[0-9]{3}"), ends=(257,), guidance_scale=1.3),
         ],
     )
     assert not compiled
@@ -225,13 +247,39 @@ def test_a_grammar_is_held(engine: Engine) -> None:
         assert set(json.loads(text)) == {"a"}
 
 
+def test_a_grammar_that_grows_too_large_ends_its_own_text(engine: Engine) -> None:
+    level = {"type": "object", "properties": {"c": {"$ref": "#/$defs/n"}}, "required": ["c"]}
+    endless = JsonSchema(json.dumps({"$defs": {"n": level}, "$ref": "#/$defs/n"}))
+    asked = Request(prompt=(65,), max_new_tokens=40, ends=(257,), grammar=endless)
+    other = Request(prompt=SHARED, max_new_tokens=20)
+    alone = fresh(engine, other)
+    first, second = finish(engine, [asked, other])
+    assert (first[-1].finish, outcome(second)) == (Finish.NOTHING_FITS, alone)
+    assert first[-1].error.startswith("the grammar: ") and "\n" not in first[-1].error
+
+
 def test_stop_strings_end_a_text_and_are_never_shown(engine: Engine) -> None:
-    ask = Request(prompt=SHARED[:5], max_new_tokens=40, sampling=SamplingConfig(temperature=0), ends=(257,))
+    letters = dict.fromkeys(range(97, 105), 100.0)  # a character for each token
+    ask = Request(prompt=SHARED[:5], max_new_tokens=40, logit_bias=letters, ends=(257,), logprobs=0)
     whole = fresh(engine, ask)[2]
+    assert len(whole) == 40
     stop = whole[6:9]
     [deltas] = finish(engine, [dataclasses.replace(ask, stop=("never there", stop))])
     assert "".join(delta.text for delta in deltas) == whole[: whole.index(stop)]
     assert (deltas[-1].finish, deltas[-1].stop_reason) == (Finish.STOP, stop)
+    # The text ends where the first stop string is whole, and nothing is counted that was drawn after it, however many
+    # tokens came at a time: three while a text is alone, one while another's prompt is read.
+    for first in range(20, 23):
+        asked = dataclasses.replace(ask, stop=(whole[first : first + 6], whole[first + 2 : first + 5]))
+        alone = fresh(engine, asked)
+        end, start = min((whole.index(stop) + len(stop), whole.index(stop)) for stop in asked.stop)
+        assert (len(alone[0]), len(alone[1]), alone[2]) == (end, end, whole[:start])
+        assert outcome(finish(engine, [asked, Request(prompt=SHARED * 3, max_new_tokens=1)])[0]) == alone
+
+
+def test_an_empty_stop_string_is_refused(engine: Engine) -> None:
+    with pytest.raises(BadRequest, match="stop: holds an empty string"):
+        engine.submit(Request(prompt=(1,), max_new_tokens=2, stop=("a", "")))
 
 
 def test_other_weights_give_other_texts_and_no_old_beginnings(engine: Engine) -> None:
@@ -271,6 +319,13 @@ def test_what_does_not_fit_is_refused(engine: Engine) -> None:
         ({"seed": -1}, "seed = -1"),
         ({"logprobs": 21}, r"logprobs = 21; must lie in \[0, 20\]"),
         ({"logit_bias": {999: 1.0}}, "logit_bias: 999"),
+        ({"guidance_scale": -0.5}, r"guidance_scale = -0.5 must be in \[0, 100\]"),
+        ({"guidance_scale": 2.0, "negative_prompt": (512,)}, r"negative_prompt holds id 512; must lie in \[0, 512\)"),
+        ({"guidance_scale": 2.0, "negative_prompt": (1,) * 126}, "negative_prompt's 126 tokens and max_new_tokens = 3"),
+        (
+            {"guidance_scale": 2.0, "prompt": (1,) * 90, "negative_prompt": (1,) * 90},
+            "the prompts' 180 tokens .* whole cache",
+        ),
         ({"grammar": Regex("("), "ends": (257,)}, "regex"),
         ({"grammar": Regex("a")}, "ends is empty"),
     ):

@@ -7,6 +7,7 @@ another text, or one that was never computed, is found at once; the next token i
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,15 +33,18 @@ from maxlm.sharding import make_layout
 VOCAB, END = 50, 7
 
 
-def next_token(text: tuple[int, ...], seed: int) -> int:
-    return hash((text, seed)) % VOCAB
+def next_token(text: tuple[int, ...], seed: int, other: tuple[int, ...] = ()) -> int:
+    """`other`: the text that it is guided away from."""
+    return hash((text, seed, other)) % VOCAB
 
 
 def alone(request: Request) -> tuple[list[int], Finish]:
     """What the request's text must be."""
     tokens: list[int] = []
+    other = request.twin.prompt if request.twin else ()
     for _ in range(request.max_new_tokens):
-        tokens.append(next_token((*request.prompt, *tokens), request.seed))
+        unlike = (*other, *tokens) if other else ()
+        tokens.append(next_token((*request.prompt, *tokens), request.seed, unlike))
         if tokens[-1] in request.ends:
             return tokens, Finish.STOP
     return tokens, Finish.LENGTH
@@ -63,7 +67,8 @@ class CheckedDevice:
 
     def no_rows(self, width: int) -> StepRows:
         n, drafts = self.scored_rows(width), np.full(width, -1) if self.config.drafts else None
-        return StepRows(np.zeros(width, int), np.full(width, -1), np.full(n, -1), np.zeros(n, bool), drafts)
+        nothing = np.full(n, -1)
+        return StepRows(np.zeros(width, int), np.full(width, -1), nothing, np.zeros(n, bool), nothing.copy(), drafts)
 
     def begin(self, slot: int, text: Texts) -> None:
         self.texts[slot] = text.history.tolist()
@@ -102,9 +107,7 @@ class CheckedDevice:
                     tokens[step, r], drawn = drafts[row], -1
                     continue
                 if sample:
-                    text[p + 1] = drawn = next_token(
-                        (*text[: p + 1], self.salt) if self.salt else tuple(text[: p + 1]), int(about.settings.seed)
-                    )
+                    text[p + 1] = drawn = self.drawn(rows, r, positions, tokens[step])
                     if text[p + 1] in about.settings.ends.tolist() or p + 2 >= about.end:
                         self.done.add(slot)
                     else:
@@ -112,7 +115,20 @@ class CheckedDevice:
                 tokens[step, r] = text[p + 1]
             positions = after
         zeros = np.zeros((n, R, 20))
-        return Drawn(tokens, LogProbs(zeros[..., 0], zeros.astype(int), zeros), np.zeros((n, R), bool))
+        return Drawn(tokens, LogProbs(zeros[..., 0], zeros.astype(int), zeros, zeros), np.zeros((n, R), bool), zeros)
+
+    def drawn(self, rows: StepRows, r: int, positions: list[int], others: np.ndarray) -> int:
+        """Of a scored row; `others`: what the rows before it drew."""
+        if rows.follows[r] >= 0:
+            return int(others[rows.follows[r]])
+        known = lambda row: tuple(self.texts[int(rows.slots[row])][: positions[row] + 1])
+        row, other = rows.scored[r], ()
+        slot = int(rows.slots[row])
+        if (follower := [i for i, to in enumerate(rows.follows) if to == r]) != []:
+            other = known(rows.scored[follower[0]])
+        assert (self.about[slot].settings.guidance != 1) == bool(other), "a text that is guided is without its twin"
+        text = (*known(row), self.salt) if self.salt else known(row)
+        return next_token(text, int(self.about[slot].settings.seed), other)
 
     def write(self, slot: int, p: int) -> None:
         for window, memory in self.memory.items():
@@ -174,14 +190,21 @@ def check(request: Request, deltas: list[Delta]) -> None:
 
 shared = tuple(range(10, 30))
 requests = st.builds(
-    lambda common, own, new, seed, ends: Request(
-        prompt=shared[:common] + tuple(own) or (1,), max_new_tokens=new, seed=seed, ends=ends
+    lambda common, own, new, seed, ends, scale, negative: Request(
+        prompt=shared[:common] + tuple(own) or (1,),
+        max_new_tokens=new,
+        seed=seed,
+        ends=ends,
+        guidance_scale=scale,
+        negative_prompt=shared[:negative],
     ),
     st.sampled_from([0, 3, 4, 8, 15, 16, 20]),
     st.lists(st.integers(0, VOCAB - 1), max_size=7),
     st.integers(1, 14),
     st.integers(0, 2),
     st.sampled_from([(), (END,), (END, 8, 9)]),
+    st.sampled_from([1.0, 1.0, 1.5]),
+    st.sampled_from([0, 3, 9, 16]),
 )
 
 
@@ -265,11 +288,11 @@ class Schedules(RuleBasedStateMachine):
             return
         for shard in self.engine._shards:
             for window, pool in shard.pools.items():
-                used = [b for one in shard.running for b in one.blocks[window] if b]
+                used = [b for one in shard.running for two in one.pair for b in two.blocks[window] if b]
                 assert len(set(used)) + pool.n_free == pool.size - 1
                 assert pool.n_kept == len(pool._held.keys() & pool._free.keys())
                 assert pool._users == {block: used.count(block) for block in set(used)}
-            assert len(shard._slots) + len(shard.running) == self.engine.config.slots
+            assert len(shard._slots) + sum(len(one.pair) for one in shard.running) == self.engine.config.slots
 
     def teardown(self) -> None:
         if self.engine is None:
@@ -318,6 +341,23 @@ def test_blocks_run_out_and_every_text_is_whole() -> None:
     for request, deltas in zip(asked, found.values(), strict=True):
         check(request, deltas)
     assert engine.stats.preemptions > 3
+
+
+def test_what_ran_while_nobody_looked_took_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = CheckedDevice.run
+
+    def slow(*words: Any) -> Drawn:
+        time.sleep(0.02)
+        return run(*words)
+
+    monkeypatch.setattr(CheckedDevice, "run", slow)
+    engine = make(decode_steps=5)
+    for new, deltas in ((6, 2), (11, 3)):
+        found: dict[Ticket, list[Delta]] = {engine.submit(Request(prompt=(1, 2), max_new_tokens=new)): []}
+        answer(engine, found)
+        (said,) = found.values()
+        assert len(said) == deltas and said[0].seconds == 0
+        assert sum(delta.seconds for delta in said) >= 0.02 * (deltas - 1)
 
 
 def test_a_beginning_is_read_once() -> None:

@@ -312,6 +312,10 @@ HEAD = '{"exam": "choices"}\n'
         (HEAD + '{"prompt": "a", "choices": ["b", ""], "answer": 0}\n', "line 2: choices holds an empty string"),
         (HEAD + '{"prompt": 1, "choices": ["b"], "answer": 0}\n', "line 2: prompt = 1 must be a string"),
         (HEAD + '{"prompt": "a", "choices": ["b"], "answer": 0, "x": 1}\n', "line 2: x is unknown"),
+        (HEAD + '{"prompt": "a", "choices": "b", "answer": 0}\n', r'choices = "b" must be a list, such as \["b"\]'),
+        (HEAD + '{"prompt": "\\ud800", "choices": ["b"], "answer": 0}\n', r"line 2: has half a character, '.ud800'"),
+        ('{"exam": ["choices"]}\n', r"line 1: \"exam\" is \['choices'\], must be one of"),
+        ('{"exam": "answers", "stop": "x"}\n{"prompt": "a", "answers": ["b"]}\n', 'line 1: stop = "x" must be a list'),
         ('{"exam": "answers", "max_new_tokens": 0}\n{"prompt": "a", "answers": ["b"]}\n', "line 1: max_new_tokens = 0"),
     ],
 )
@@ -378,11 +382,25 @@ def test_the_command_gives_figures_a_picture_and_every_answer(
         (["--tasks", "suite", "--prompting", "x", "--few_shot", "1"], "both choose demonstrations"),
         (["--tasks", "suite:python", "suite"], "two exams have one name"),
         (["--hf", "x"], "name one model"),
+        (["--out", "x"], "--out is of exams; name some"),
+        (["--limit", "3"], "--limit is of exams; name some"),
     ],
 )
 def test_mistakes(options: list[str], message: str, run_dir: str) -> None:
     with pytest.raises(UserError, match=message):
         evaluate.main(["--run", run_dir, *options])
+
+
+def test_what_needs_no_model_is_said_before_one_is_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    options = ["--run", "none", "--tasks", "suite:copying"]
+    for more, message in (
+        (["humaneval"], "humaneval: runs programs"),
+        (["--out", str(tmp_path / "file")], f"--out {tmp_path}/file: cannot be written"),
+        (["--out", str(tmp_path / "out")], "none"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate.main([*options, *more])
 
 
 def test_a_published_model_has_no_held_out_data() -> None:

@@ -14,7 +14,7 @@ import pytest
 from run_folder import make_run
 
 from maxlm import generate
-from maxlm.config import BeamConfig, EngineConfig, SamplingConfig, ShardingConfig, UserError
+from maxlm.config import BeamConfig, ContrastiveConfig, EngineConfig, SamplingConfig, ShardingConfig, UserError
 from maxlm.data.tokenizers import Bytes
 from maxlm.inference.generator import Generator
 from maxlm.inference.load import load_run
@@ -70,6 +70,24 @@ def test_several_texts_are_a_list_and_stand_one_after_the_other(
     assert err == "".join(f"[{len(one.tokens)} tokens, score {one.score:.4f}]\n" for one in best)
 
 
+def test_forced_words_contrast_and_guidance(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask, new = ["--run", str(run_dir), "--prompt", "the ", "--max_new_tokens", "6"], 6
+    generator = Generator(load_run(run_dir), engine=EngineConfig(slots=2))
+    monkeypatch.setattr("maxlm.inference.generator.Generator", lambda *_, **__: generator)  # one is enough
+    generate.main([*ask, "--beams", "2", "--force", "ab", "c"])
+    found = capsys.readouterr().out
+    assert "ab" in found and "c" in found
+    generate.main([*ask, "--contrastive_k", "3", "--contrastive_alpha", "0.5"])
+    contrastive = ContrastiveConfig(contrastive_k=3, contrastive_alpha=0.5)
+    [text] = generator.contrast(["the "], max_new_tokens=new, contrastive=contrastive)
+    assert capsys.readouterr().out == text.text + "\n"
+    generate.main([*ask, "--guidance_scale", "0", "--negative_prompt", "a", "--temperature", "0"])
+    [text] = generator.generate(["a"], max_new_tokens=new, sampling=SamplingConfig(temperature=0))
+    assert capsys.readouterr().out == text.text + "\n"
+
+
 def test_steps_and_layouts(run_dir: Path) -> None:
     ask = {"max_new_tokens": 12, "sampling": SamplingConfig(temperature=0)}
     assert load_run(run_dir).step == 2
@@ -91,6 +109,12 @@ def test_steps_and_layouts(run_dir: Path) -> None:
         (["--beams", "4", "--temperature", "0.7"], "temperature = 0.7 with beams: nothing is drawn"),
         (["--beams", "4", "--n", "2"], "--n 2 with --beams: nothing is drawn; ask for the best ones by --n_best"),
         (["--n_best", "2"], "n_best = 2 is of a search, and beams = 0; set beams, or leave n_best out"),
+        (["--force", "a"], r"force = \('a',\) is of a search, and beams = 0"),
+        (["--beams", "2", "--contrastive_k", "4"], "--beams and --contrastive_k are two searches; use one of them"),
+        (["--contrastive_k", "4", "--n", "2"], "--n 2 with --contrastive_k: nothing is drawn"),
+        (["--contrastive_k", "4", "--guidance_scale", "2"], "--guidance_scale with --contrastive_k: a search is not"),
+        (["--beams", "4", "--guidance_scale", "2"], "--guidance_scale with --beams: a search is not guided"),
+        (["--negative_prompt", "x"], "negative_prompt is of guidance, and guidance_scale = 1"),
         (["--sharding.tensor", "3"], "sharding.tensor = 3 does not divide .* = 4"),
         (["--sharding.tensor", "16"], "16 devices asked for, there are 8"),
         (["--temprature", "1"], "unknown key --temprature"),

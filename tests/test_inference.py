@@ -400,6 +400,32 @@ def test_any_tokens_stream_to_the_text_they_decode_to(all_tokenizers: list[Token
     assert shown + stream.finish() == stream.text
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    text=st.text("abcé", min_size=1, max_size=12),
+    stops=st.lists(st.text("abcé", min_size=1, max_size=3), min_size=1, max_size=4),
+    size=st.integers(1, 12),
+)
+def test_a_text_ends_at_the_stop_string_that_ends_first(text: str, stops: list[str], size: int) -> None:
+    tokenizer = Bytes()
+    ids, stream, shown = tokenizer.encode(text), TextStream(tokenizer, tokenizer.prompt_ids("a"), stops), ""
+    for at in range(0, len(ids), size):  # more may come at a time than are needed
+        shown += stream.add(ids[at : at + size])
+    shown += stream.finish()
+    ends = [end for end in range(len(text) + 1) if text[:end].endswith(tuple(stops))]
+    stop = max((stop for stop in stops if ends and text[: ends[0]].endswith(stop)), key=len, default=None)
+    assert stream.stopped == stop
+    assert shown == stream.text == (text if stop is None else text[: ends[0] - len(stop)])
+
+
+def test_ids_beyond_the_vocabulary_are_no_text(all_tokenizers: list[Tokenizer]) -> None:
+    for tokenizer in all_tokenizers:
+        beyond = [tokenizer.vocab_size, tokenizer.vocab_size + 60]
+        assert tokenizer.decode([*tokenizer.encode("a b"), *beyond]) == "a b"
+        stream = TextStream(tokenizer, [*tokenizer.encode("a"), *beyond])
+        assert stream.add(tokenizer.encode(" b")[:1]) + stream.finish()
+
+
 def test_a_character_comes_whole_and_spaces_stay(all_tokenizers: list[Tokenizer]) -> None:
     for tokenizer in all_tokenizers:
         stream = TextStream(tokenizer, tokenizer.prompt_ids("a"))

@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from paged_cases import KINDS, LENGTHS, ROWS, TREE_KINDS, TREES, Rows, Shape, Shaping, attend, check, texts
 
-from kernels_pallas import DistanceBias, PagedBlocks, Scores, TokenTree, explain, masks, oracle, paged_attention
+from kernels_pallas import (
+    CacheScales,
+    DistanceBias,
+    PagedBlocks,
+    Scores,
+    TokenTree,
+    explain,
+    masks,
+    oracle,
+    paged_attention,
+)
 
 TILE = 12  # positions; three blocks
 ABREAST = PagedBlocks(keys=TILE)
@@ -55,6 +65,39 @@ def test_a_row_of_a_tree_sees_its_own_path(kind: str, blocks: PagedBlocks) -> No
 def test_the_kernel_sees_trees(kind: str) -> None:
     options: dict[str, Any] = {"backend": "tpu", "interpret": True, "blocks": PagedBlocks(keys=16)}
     check(WIDE, TREE_KINDS[kind], LENGTHS, TREES[0], tree=TREES[1], **options)
+
+
+@pytest.mark.parametrize("blocks", [ALONE, ABREAST], ids=str)
+@pytest.mark.parametrize("one_cache", [False, True], ids=["keys and values", "latents"])
+def test_int8_is_what_its_scales_say(blocks: PagedBlocks, one_cache: bool) -> None:
+    """Against the formula with the numbers that they stand for; what is not written has no scale."""
+    shape, rng = Shape(K=1 if one_cache else 2), np.random.default_rng(3)
+    k, v, tables = texts(shape, LENGTHS, seed=1)
+    v = k if one_cache else v
+    slots, positions = (np.array(x, np.int32) for x in zip(*ROWS, strict=True))
+    q = rng.normal(size=(len(ROWS), shape.N, shape.H)).astype(np.float32)
+    written = np.isfinite(k[..., 0])
+    codes = [rng.integers(-127, 128, x.shape).astype(np.int8) for x in (k, v)]
+    scales = [np.where(written, rng.lognormal(-4, 1, written.shape), np.nan).astype(jnp.bfloat16) for _ in range(2)]
+    if one_cache:
+        codes[1], scales[1] = codes[0], scales[0]
+    shaping = KINDS["all"]
+
+    @jax.jit
+    def run(q: Any, k: Any, v: Any, k_scales: Any, v_scales: Any) -> jax.Array:
+        v = k if one_cache else v
+        given = {"scales": CacheScales(k_scales, v_scales), "blocks": blocks, "backend": "xla"}
+        return paged_attention(q, k, v, jnp.int32(1), tables, slots, positions, shaping.scores(shape.N), **given)
+
+    exact = [
+        code.astype(np.float64) * np.asarray(s, np.float64)[..., None] for code, s in zip(codes, scales, strict=True)
+    ]
+    want = oracle.paged_attention(
+        q, *exact, 1, tables, slots, positions,
+        mask=shaping.words, scale=shaping.scale, soft_cap=shaping.soft_cap, bucket_rule=shaping.bias or (128, False),
+        **shaping.arrays(shape.N),
+    )  # fmt: skip
+    np.testing.assert_allclose(run(q, *codes, *scales), want, atol=1e-5 * np.abs(want).max())
 
 
 def test_rows_of_no_tree_are_as_ever() -> None:

@@ -20,6 +20,7 @@ from helpers import latent_model, small_model, small_run
 
 from maxlm.config import (
     BlockConfig,
+    CacheFormat,
     Capacity,
     Dtype,
     EngineConfig,
@@ -45,7 +46,7 @@ from maxlm.models.kv_cache import empty_cache
 from maxlm.plan import __main__
 from maxlm.plan.machines import parse_machine
 from maxlm.plan.serving import ServingForecast, ServingLoad, analyse_serving, experts_touched
-from maxlm.shapes import Part, arrays, decoding_flops, parameter_count, prefill_flops
+from maxlm.shapes import Part, arrays, decoding_flops, parameter_count, pools_bytes, prefill_flops
 from maxlm.sharding import decoding_layout, make_layout
 
 ROOT = Path(__file__).parent.parent
@@ -119,11 +120,13 @@ def on_a_device(tree: Any) -> int:
 LAYOUTS = [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "seq": 2, "stage": 2}]
 
 
-@pytest.mark.parametrize("axes", LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    ("axes", "kept_in"), [*((axes, CacheFormat.DTYPE) for axes in LAYOUTS), (LAYOUTS[1], CacheFormat.INT8)], ids=str
+)
 @pytest.mark.parametrize("model", [with_windows(4), latent_model()], ids=["windows", "latents"])
-def test_the_cache_is_that_of_the_engine(model: ModelConfig, axes: dict[str, int]) -> None:
+def test_the_cache_is_that_of_the_engine(model: ModelConfig, axes: dict[str, int], kept_in: CacheFormat) -> None:
     run = dataclasses.replace(small_run(model, ShardingConfig(**axes)), execution=BF16)
-    found = forecast(run, "cpu:8", slots=3, context=50, block_size=8, tokens_per_step=4)
+    found = forecast(run, "cpu:8", slots=3, context=50, block_size=8, tokens_per_step=4, kv_cache=kept_in)
     layout = decoding_layout(make_layout(run.sharding), model.d_model)
     assert dict(layout.mesh.shape) == found.mesh
     assert found.texts == 3 * layout.batch_shards and found.cache_tokens == 3 * 56
@@ -131,7 +134,10 @@ def test_the_cache_is_that_of_the_engine(model: ModelConfig, axes: dict[str, int
     engine = EngineConfig(slots=3, cache_tokens=found.cache_tokens, block_size=8, tokens_per_step=4)
     blocks = pool_sizes(model, engine, how, 4)
     assert len(set(blocks.values())) == len(blocks)  # a window's pool is smaller
-    assert found.cache_bytes == on_a_device(jax.jit(lambda: empty_cache(model, blocks, 8, how))())
+    assert found.cache_bytes == on_a_device(jax.jit(lambda: empty_cache(model, blocks, 8, how, kept_in))())
+    if kept_in is CacheFormat.INT8:  # and of the heads' 8 numbers or more, a scale is a fourth at most
+        bf16 = pools_bytes(model, blocks, 8, dtype=Dtype.BFLOAT16, tensor=found.mesh["tensor"])
+        assert 0.5 * bf16 < found.cache_bytes <= 0.625 * bf16
 
 
 @pytest.mark.parametrize("weights", WeightFormat)

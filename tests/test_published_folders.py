@@ -210,7 +210,7 @@ def test_nothing_of_others_is_removed(folder: Path) -> None:
     assert (folder.parent / "out.partial/mine").exists()
     (folder.parent / "link").symlink_to(folder.parent / "nothing")
     (folder.parent / "file").write_text("")
-    for name, match in (("link", "is there already"), ("file", "is there already"), ("file/x", "Not a directory")):
+    for name, match in (("link", "is there already"), ("file", "is there already"), ("file/x", "file is no folder")):
         with pytest.raises(UserError, match=match):
             run(f"hf:{folder}", f"hf:{folder.parent / name}")
 

@@ -41,13 +41,16 @@ from maxlm.config import (
 )
 from maxlm.data.packing import Batch
 from maxlm.hub import converting
-from maxlm.hub.compressed import pack_to_int32
+from maxlm.hub.bitsandbytes import BitsAndBytes
+from maxlm.hub.compressed import CompressedTensors, pack_to_int32
+from maxlm.hub.names import Piece, Tensor
 from maxlm.inference.load import load_run
 from maxlm.models import Tokens
 from maxlm.models.weights.by_channel import Int8Activations
 from maxlm.models.weights.by_group import ByGroup
 from maxlm.models.weights.holding import quantised
 from maxlm.models.weights.kinds import Quantised
+from maxlm.models.weights.normal_float import NormalFloat4
 from maxlm.models.weights.watched import SeenInputs
 from maxlm.quantization.calibration import _none_seen, _run, _see, flat, layer_by_layer, nested
 from maxlm.quantization.comparing import WindowSums, fidelity
@@ -55,7 +58,7 @@ from maxlm.quantization.folding import by_inputs, folded, folds, shared_by_heads
 from maxlm.quantization.gptq import gptq, product_errors
 from maxlm.quantization.llama_blocks import found_blocks
 from maxlm.quantization.methods import quantise
-from maxlm.quantization.scale_search import awq_scales, smoothing_scales
+from maxlm.quantization.scale_search import awq_scales, clipped, smoothing_scales
 from maxlm.recipes.starting import open_source
 
 pytestmark = pytest.mark.usefixtures("programs_kept")
@@ -202,6 +205,34 @@ def test_the_scales_of_awq_and_smoothquant() -> None:
     assert by_inputs(smooth, array).shape == (32, 1)
 
 
+def test_ranges_of_awq_are_those_of_its_search() -> None:
+    """In the order of its code: clamp a group's numbers, round them, multiply with the group's activations."""
+    rng = np.random.default_rng(5)
+    dims = ("heads", "head_dim", "embed")
+    array = shapes.Array(
+        "w", (2, 32, 5), dims, shapes.Constant(0), shapes.Role.PRODUCT, shapes.Part.MLP, inputs=("heads", "head_dim")
+    )
+    x = rng.normal(size=(50, 64)) @ rng.normal(size=(64, 64))
+    w = (rng.normal(size=(64, 5)) ** 3).astype(np.float32)
+    found = clipped(jnp.asarray(w.reshape(2, 32, 5)), jnp.asarray(x.T @ x, jnp.float32), array, 16)
+    dense = np.asarray(found.dense(jnp.dtype(jnp.float32)), np.float64).reshape(64, 5)
+    assert found.shape == (2, 32, 5) and found.group == 16
+    improved = 0
+    for g, o in np.ndindex(4, 5):
+        at = slice(16 * g, 16 * g + 16)
+        part, exact = w[at, o].astype(np.float64), x[:, at] @ w[at, o]
+        errors = []
+        for step in range(10):
+            most = np.abs(part).max() * (1 - step / 20)
+            scale = np.float64(jnp.bfloat16(np.float32(jnp.bfloat16(np.abs(w[at, o]).max() / 7.5)) * (1 - step / 20)))
+            rounded = np.clip(np.round(np.clip(part, -most, most) / scale), -8, 7) * scale
+            errors.append(np.square(x[:, at] @ rounded - exact).sum())
+        ours = np.square(x[:, at] @ dense[at, o] - exact).sum()
+        assert ours <= min(errors) * (1 + 1e-3) and ours <= errors[0] * (1 + 1e-6)
+        improved += ours < 0.8 * errors[0]
+    assert improved >= 5
+
+
 @pytest.mark.nightly
 def test_layers_see_what_the_layers_before_give_now() -> None:
     """The second layer is calibrated on what the changed first layer gives, and every array finds its place again."""
@@ -303,6 +334,54 @@ def test_words_are_those_of_compressed_tensors(bits: int) -> None:
         np.testing.assert_array_equal(pack_to_int32(values, bits), known[f"packed_{bits}"])
 
 
+def test_zero_points_are_packed_as_those_of_compressed_tensors() -> None:
+    """And with them the numbers are those that a group of codes stands for."""
+    with np.load(Path(__file__).parent / "compressed_tensors.npz", allow_pickle=False) as known:
+        packed_known, zeros = known["packed_zero_points"], known["zero_points"]
+    np.testing.assert_array_equal(pack_to_int32(zeros.T.astype(np.int64) + 8, 4).T, packed_known)
+    w = np.random.default_rng(0).normal(size=(2, 32, 24)).astype(np.float32) + 0.5
+    w[0, :16, 3] = 0
+    array = shapes.Array(
+        "w", (2, 32, 24), ("layers", "embed", "mlp"), shapes.Constant(0), shapes.Role.PRODUCT, shapes.Part.MLP,
+        inputs=("embed",),
+    )  # fmt: skip
+    held = ByGroup.of(jnp.asarray(w), -2, 16, symmetric=False)
+    writer = CompressedTensors({"w": held}, np.dtype(np.float32))
+    entries = writer.entries(Tensor("a.weight", "w", (Piece(array, (1,)),)))
+    assert entries is not None
+    found = {entry.name: entry.make() for entry in entries}
+    assert all(found[entry.name].shape == entry.spec.shape for entry in entries)
+    codes = unpacked(found["a.weight_packed"], 4, 32)
+    zeros = unpacked(found["a.weight_zero_point"].T, 4, 24).T
+    dense = (codes - np.repeat(zeros, 16, 1)) * np.repeat(found["a.weight_scale"].astype(np.float64), 16, 1)
+    np.testing.assert_array_equal(dense.T, np.asarray(held.dense(jnp.dtype(jnp.float32)))[1])
+    (group,) = writer.config()["quantization_config"]["config_groups"].values()
+    assert group["weights"]["symmetric"] is False and writer.config()["quantization_config"]["dequantize"]
+
+
+def test_nf4_is_written_as_bitsandbytes_has_it() -> None:
+    """The bytes that it gave once for this matrix; its state as `QuantState.from_dict` reads it."""
+    with np.load(Path(__file__).parent / "nf4_reference.npz", allow_pickle=False) as stored:
+        known = dict(stored)
+    w = known["w"].astype(np.float32)
+    array = shapes.Array(
+        "w", w.T.shape, ("embed", "mlp"), shapes.Constant(0), shapes.Role.PRODUCT, shapes.Part.MLP, inputs=("embed",)
+    )
+    writer = BitsAndBytes({"w": NormalFloat4.of(jnp.asarray(w.T), 1, 1)}, np.dtype(np.float32))
+    entries = writer.entries(Tensor("a.weight", "w", (Piece(array, ()),)))
+    assert entries is not None
+    found = {entry.name.removeprefix("a.weight"): entry.make() for entry in entries}
+    assert all((made.shape, made.dtype) == entry.spec for made, entry in zip(found.values(), entries, strict=True))
+    np.testing.assert_array_equal(found[""][:, 0], known["packed"])
+    np.testing.assert_array_equal(found[".absmax"], known["absmax"])
+    np.testing.assert_array_equal(found[".nested_absmax"], known["scales"])
+    np.testing.assert_array_equal(found[".quant_map"], known["levels"])
+    np.testing.assert_array_equal(found[".nested_quant_map"], known["map"])
+    state = json.loads(bytes(found[".quant_state.bitsandbytes__nf4"]))
+    assert (state["shape"], state["blocksize"], state["nested_blocksize"]) == (list(w.shape), 64, 256)
+    assert np.float32(state["nested_offset"]) == known["mean"] and state["dtype"] == "float32"
+
+
 def unpacked(words: npt.NDArray[np.int32], bits: int, inputs: int) -> npt.NDArray[np.int64]:
     """By the format's description: number i of a row has bits i b ... (i + 1) b - 1 of it, and 2^(b - 1) too much."""
     rows = []
@@ -310,6 +389,28 @@ def unpacked(words: npt.NDArray[np.int32], bits: int, inputs: int) -> npt.NDArra
         number = int.from_bytes(row.tobytes(), "little")
         rows.append([(number >> (i * bits)) % 2**bits - 2 ** (bits - 1) for i in range(inputs)])
     return np.array(rows)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("method", ["int4_affine", "nf4"])
+def test_transformers_reads_offsets_and_nf4(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5.24, with compressed-tensors 0.20 and bitsandbytes 0.50.2 in float32, said once what the logits of
+    this folder are."""
+    monkeypatch.setattr("maxlm.compile_cache.enable_compilation_cache", lambda: None)
+    published.write_model(published.MODELS["llama"] | {"hidden_size": 64, "intermediate_size": 128}, tmp_path / "hf")
+    vocabulary = {chr(33 + i): i for i in range(published.V - 1)} | {"</s>": published.V - 1}
+    Tokenizer(models.BPE(vocab=vocabulary, merges=[])).save(str(tmp_path / "hf/tokenizer.json"))
+    words = ["--hf", f"{tmp_path}/hf", "--method", method, "--out", f"{tmp_path}/run", "--speed_tokens", "0"]
+    quantize.main([*words, "--group_size", "16"])
+    with np.load(Path(__file__).parent / "compressed_tensors.npz", allow_pickle=False) as known:
+        logits = load_run(tmp_path / "run").model(published.ids())
+        np.testing.assert_allclose(logits, known[f"wide_{method}"], atol=3e-5)
+    converting.write_published(converting.open_run(tmp_path / "run"), tmp_path / "out", None)
+    found = safetensors.numpy.load_file(tmp_path / "out/model.safetensors")
+    assert found["model.layers.2.mlp.down_proj." + ("weight" if method == "nf4" else "weight_packed")].nbytes == 4096
+    said = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    plain = [f"model.layers.{layer}.self_attn.o_proj" for layer in range(3)]  # heads of 16 have no block of 64
+    assert said.get("llm_int8_skip_modules", said.get("ignore")) == ["lm_head", *(plain if method == "nf4" else ())]
 
 
 @pytest.mark.nightly
@@ -439,6 +540,10 @@ def test_the_table_of_all_methods(folder: Path, monkeypatch: pytest.MonkeyPatch)
         (["--method", "int8", "--out", "x", "--run", "r", "--hf", "h"], "name one model"),
         (["--method", "int3", "--out", "x", "--run", "r"], "int3"),
         (["--method", "int8", "--out", "{folder}", "--run", "r"], "is there already"),
+        (
+            ["--method", "int8", "--out", f"{__file__}/x", "--run", "r"],
+            "test_quantization.py is no folder; name another",
+        ),
         (["--method", "int8", "--out", "x", "--run", "nowhere"], "nowhere: not a run folder"),
     ],
 )

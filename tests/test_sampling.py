@@ -174,7 +174,7 @@ class Outcome(NamedTuple):
 def _in_parts(logits: jax.Array, rows: Settings, history: History) -> Outcome:
     after = processed(logits, rows, history)
     tokens = draw(after, rows, history.length)
-    return Outcome(after, tokens, log_probs(after, tokens))
+    return Outcome(after, tokens, log_probs(after, tokens, rows.told))
 
 
 _choose = jax.jit(choose)

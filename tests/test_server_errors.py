@@ -19,8 +19,8 @@ import pytest
 from fake_engine import NAME
 
 from maxlm.config import UserError
-from maxlm.inference.request import Request
-from maxlm.serving import connection
+from maxlm.inference.request import QueueFull, Request
+from maxlm.serving import connection, jobs
 from maxlm.serving.app import Service
 from maxlm.serving.listening import bind_address, is_loopback
 from maxlm.serving.served import Served
@@ -84,6 +84,8 @@ WRONG: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (TEXT, {"presence_penalty": 3}, 400, "presence_penalty", "presence_penalty = 3"),
     (TEXT, {"frequency_penalty": -3}, 400, "frequency_penalty", "frequency_penalty = -3"),
     (TEXT, {"repetition_penalty": 0}, 400, "repetition_penalty", "repetition_penalty = 0"),
+    (TEXT, {"guidance_scale": -1}, 400, "guidance_scale", "guidance_scale = -1: must be greater than or equal to 0"),
+    (TEXT, {"negative_prompt": "x"}, 400, None, "negative_prompt must be left out where guidance_scale is not there"),
     (TEXT, {"n": 0}, 400, "n", "n = 0: must be greater than or equal to 1"),
     (TEXT, {"n": 129}, 400, "n", "n = 129: must be less than or equal to 128"),
     (TEXT, {"n": 3, "best_of": 2}, 400, None, "best_of = 2 must be at least n = 3"),
@@ -102,6 +104,8 @@ WRONG: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (TEXT, {"response_format": {"type": "xml"}}, 400, "response_format.type", "'text', 'json_object' or 'json_schema'"),
     (TEXT, {"response_format": {"type": "json_schema"}}, 400, "response_format", "json_schema must be there"),
     (TEXT, {"n": 9}, 429, None, "8 requests wait already"),
+    (TEXT, {"n": 128, "prompt": ["x"] * 17}, 400, None, "17 prompts with 128 texts each must be at most 2,048 texts"),
+    (TEXT, {"min_tokens": 2**31}, 400, "min_tokens", "min_tokens = 2147483648: must be less than"),
     (CHAT, {"messages": []}, 400, "messages", "messages = []: must be"),
     (CHAT, {"messages": "hi"}, 400, "messages", 'messages = "hi": must be array'),
     (CHAT, {"messages": [{"role": "boss", "content": "x"}]}, 400, "messages.0.role", "'user'"),
@@ -189,6 +193,8 @@ def test_what_is_wrong_is_said(url: str, served: Served) -> None:
         assert not found
         for path, body in GOOD.items():
             assert client.post(path, json=body).status_code == 200
+        for path in (TEXT, CHAT):  # as clients send that write every field they know
+            assert client.post(path, json={**GOOD[path], "function_call": None, "audio": None}).status_code == 200
     assert served.loop.stats.running == 0
 
 
@@ -271,6 +277,23 @@ def test_an_answer_that_nobody_reads(url: str, served: Served, monkeypatch: pyte
     assert wait_until(lambda: loop.stats.running == 0)
     unread.close()
     assert httpx.post(f"{url}{TEXT}", json=GOOD[TEXT]).status_code == 200
+
+
+def test_the_texts_of_a_refused_request_are_not_asked_for(
+    url: str, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def full(*_: Any) -> Any:
+        calls.append(0)
+        time.sleep(0.005)
+        raise QueueFull("no room")
+
+    monkeypatch.setattr(served.loop, "submit", full)
+    answer = httpx.post(f"{url}{TEXT}", json={**GOOD[TEXT], "n": 128, "prompt": ["x"] * 16}, timeout=60)
+    assert answer.status_code == 429
+    jobs._WAITING.submit(len, "").result()  # begins after all of them
+    assert len(calls) < 2048
 
 
 def wait_until(true: Callable[[], bool], seconds: float = 20.0) -> bool:
@@ -362,8 +385,7 @@ def test_a_mistake_of_the_server_is_an_answer_and_tells_nothing(
 def test_where_to_listen() -> None:
     taken = r"--port \d+: cannot listen there \(Address already in use\)"
     with bind_address("127.0.0.1", 0) as there, pytest.raises(UserError, match=taken):
-        there.listen()
-        bind_address("127.0.0.1", there.getsockname()[1])
+        bind_address("127.0.0.1", there.getsockname()[1])  # though the first does not listen yet
     with pytest.raises(UserError, match=r"--host 203.0.113.1 --port 0: cannot listen there"):
         bind_address("203.0.113.1", 0)
     assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "example.org")] == [

@@ -106,6 +106,23 @@ def test_every_setting_reaches_the_engine(client: openai.OpenAI, loop: FakeLoop)
     loop.seen.clear()
     client.completions.create(model=NAME, prompt="x", max_tokens=40, extra_body={"ignore_eos": True, "min_tokens": 3})
     assert loop.seen[0].ends == () and loop.seen[0].sampling.min_new_tokens == 0
+    assert (loop.seen[0].guidance_scale, loop.seen[0].negative_prompt) == (1.0, ())
+
+
+def test_guidance(client: openai.OpenAI, served: Served, loop: FakeLoop) -> None:
+    body = {"guidance_scale": 1.5, "negative_prompt": "not this"}
+    client.completions.create(model=NAME, prompt=["x", "y"], max_tokens=4, extra_body=body)
+    assert {one.guidance_scale for one in loop.seen} == {1.5}
+    assert {one.negative_prompt for one in loop.seen} == {tuple(served.tokenizer.encode("not this"))}
+    loop.seen.clear()
+    # In a conversation the negative prompt takes the place of what the system says.
+    ask: list[Any] = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]
+    client.chat.completions.create(model=NAME, messages=ask, extra_body={**body, "negative_prompt": "be rude"})
+    ask[0]["content"] = "be rude"
+    client.chat.completions.create(model=NAME, messages=ask, extra_body={"guidance_scale": 0})
+    guided, other = loop.seen
+    assert guided.negative_prompt == other.prompt != guided.prompt and other.negative_prompt == ()
+    assert other.guidance_scale == 0
 
 
 def test_a_stream_is_the_whole_in_pieces(client: openai.OpenAI) -> None:
@@ -135,6 +152,11 @@ def test_logprobs_of_a_completion(client: openai.OpenAI, served: Served) -> None
     starts = dict(zip(logprobs.text_offset, logprobs.tokens, strict=True))  # of a character in parts, the last
     assert all(text[at] == token for at, token in starts.items() if not token.startswith("bytes:"))
     assert "".join(text[at] for at in starts) == text and starts[text.index("\u00f6")] == "bytes:\\xb6"
+    for options in ({"n": 2}, {"n": 2, "best_of": 3}):  # each text has places of its own
+        several: Any = client.completions.create(
+            model=NAME, prompt="ab", max_tokens=100, logprobs=2, echo=True, extra_body=options
+        )
+        assert [choice.logprobs.text_offset for choice in several.choices] == [logprobs.text_offset] * 2
     plain = client.completions.create(model=NAME, prompt="ab", logprobs=0).choices[0].logprobs
     assert plain is not None and plain.top_logprobs is None and plain.tokens is not None and len(plain.tokens) == 16
 
@@ -145,6 +167,13 @@ def test_only_the_prompt_can_be_scored(client: openai.OpenAI) -> None:
     assert choice.logprobs is not None and choice.logprobs.token_logprobs == pytest.approx([None, -0.561, -0.562])
     assert choice.finish_reason == "length" and len(choice.text) == 3
     assert found.usage is not None and found.usage.completion_tokens == 0
+    # One token has no probability; it is still there.
+    options: Any = {"model": NAME, "prompt": [60], "max_tokens": 1, "logprobs": 1, "echo": True}
+    whole: Any = client.completions.create(**options).choices[0]
+    streamed: Any = [piece.choices[0] for piece in client.completions.create(**options, stream=True)]
+    for logprobs in (whole.logprobs, streamed[0].logprobs):
+        assert (logprobs.tokens, logprobs.token_logprobs[0]) == (["]", "H"], None)
+        assert logprobs.text_offset == [0, 1]
 
 
 def test_the_best_of_several(client: openai.OpenAI, loop: FakeLoop) -> None:
@@ -266,6 +295,12 @@ def test_text_that_is_no_call_stays_text(size: int) -> None:
         "  \n",
         "{" * 3000,
         '{"name": "f", "arguments": {}} and more',
+        '{"name": ["f"], "arguments": {}}',
+        '{"name": {}, "arguments": {}}',
+        '{"name": "f", "arguments": {"x": NaN}}',
+        '{"name": "f", "arguments": {"x": 1e999}}',
+        '{"name": "f", "arguments": {"x": "\\ud800"}}',
+        '{"name": "f", "arguments": "{\\"x\\": \\"\\\\ud800\\"}"}',
     ):
         reader = ToolReader(["f"])
         shown = "".join(reader.add(text[at : at + size])[0] for at in range(0, len(text), size))
@@ -370,7 +405,8 @@ def test_metrics(client: openai.OpenAI, url: str) -> None:
 
 
 def test_an_engine_that_fails_is_an_error(client: openai.OpenAI, loop: FakeLoop) -> None:
-    for finish, status in ((Finish.ERROR, 500), (Finish.DEADLINE, 504), (Finish.CANCELLED, 503)):
+    statuses = {Finish.ERROR: 500, Finish.NOTHING_FITS: 400, Finish.DEADLINE: 504, Finish.CANCELLED: 503}
+    for finish, status in statuses.items():
         loop.fails = finish
         with pytest.raises(openai.APIStatusError) as caught:
             client.completions.create(model=NAME, prompt="x")

@@ -11,7 +11,7 @@ from kernels_pallas import dispatch
 from kernels_pallas.attention.problem import DTYPES
 from kernels_pallas.attention.scores import Scores
 from kernels_pallas.masks import Mask
-from kernels_pallas.paged.problem import PagedBlocks, PagedOperands, PagedProblem, TokenTree
+from kernels_pallas.paged.problem import CacheScales, PagedBlocks, PagedOperands, PagedProblem, TokenTree
 
 
 def paged_attention(
@@ -25,6 +25,7 @@ def paged_attention(
     scores: Scores,
     *,
     tree: TokenTree | None = None,
+    scales: CacheScales | None = None,
     backend: str = "auto",
     blocks: PagedBlocks | None = None,
     interpret: Any = None,
@@ -39,9 +40,9 @@ def paged_attention(
 
     Args:
         q: [T, N, H] float32, bfloat16 or float16; scores and softmax are float32.
-        k: [L, P, K, C, H] in q's dtype: layers, blocks, key heads, positions of a block. K divides N: query heads
-            n * N/K .. (n + 1) * N/K - 1 share key head n.
-        v: [L, P, K, C, Hv] in q's dtype. Where it is k itself, "tpu" reads it once.
+        k: [L, P, K, C, H] in q's dtype, or int8 with `scales`: layers, blocks, key heads, positions of a block. K
+            divides N: query heads n * N/K .. (n + 1) * N/K - 1 share key head n.
+        v: [L, P, K, C, Hv] in k's dtype. Where it is k itself, "tpu" reads it once.
         layer: int32 scalar.
         tables: int32 [S, M], blocks of each slot's text in order. Entries that no row sees into may be any block.
         slots: int32 [T], the slot of each row's text.
@@ -49,6 +50,7 @@ def paged_attention(
         scores: what shapes the scores. Its mask shows no key after the query.
         tree: where rows are nodes of trees; None: a key's place is its position, and a row sees all before it. The mask
             must not hide what is as near to a query as its own path is long.
+        scales: of k and v that are int8; None: those are in q's dtype. "xla" alone multiplies them out.
         backend: "xla", "tpu" or "gpu" (Hopper); "auto" follows the table recorded for the chip. On several devices call
             the kernels inside `jax.shard_map(..., check_vma=False)`.
         blocks: keys of a tile; None: from the tuning table.
@@ -60,7 +62,7 @@ def paged_attention(
     Raises:
         ValueError: arguments do not fit each other, or the named backend cannot do this.
     """
-    problem = _problem(q, k, v, layer, tables, slots, positions, scores, tree)
+    problem = _problem(q, k, v, layer, tables, slots, positions, scores, tree, scales)
     plan = dispatch.decide("paged_attention", problem, backend=backend, blocks=blocks, interpret=interpret)
     float32 = lambda x: None if x is None else jnp.asarray(x, jnp.float32)
     int32 = lambda x: jnp.asarray(x, jnp.int32)
@@ -76,6 +78,7 @@ def paged_attention(
         None if scores.relative_bias is None else float32(scores.relative_bias.table),
         float32(scores.sinks),
         None if tree is None else TokenTree(*map(int32, tree)),
+        scales,
     )
     return dispatch.PAGED[plan.backend].forward(problem, plan.blocks, operands, interpret=interpret)
 
@@ -90,13 +93,18 @@ def _problem(
     positions: jax.Array,
     scores: Scores,
     tree: TokenTree | None,
+    scales: CacheScales | None,
 ) -> PagedProblem:
     """The static description, with every check of the arguments."""
     for name, x, dims in (("q", q, "T, N, H"), ("k", k, "L, P, K, C, H"), ("v", v, "L, P, K, C, Hv")):
         if x.ndim != dims.count(",") + 1 or 0 in x.shape:
             raise ValueError(f"{name} {list(x.shape)} must be [{dims}], and no dim empty")
+        if scales is not None and name != "q":
+            if x.dtype != jnp.int8:
+                raise ValueError(f"{name} is {x.dtype}, with scales; it must be int8")
+            continue
         if x.dtype.name not in DTYPES:
-            raise ValueError(f"{name} is {x.dtype}; use {', '.join(DTYPES)}")
+            raise ValueError(f"{name} is {x.dtype}; use {', '.join(DTYPES)}, or int8 with scales")
         if x.dtype != q.dtype:
             raise ValueError(f"{name} is {x.dtype} and q is {q.dtype}; cast them to one dtype")
     T, N, H = q.shape
@@ -106,6 +114,9 @@ def _problem(
             f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}: "
             f"k must be [L, P, K, C, {H}], as q is wide, and v {[*k.shape[:4]]} with a width of its own"
         )
+    for name, x in () if scales is None else scales._asdict().items():
+        if x.shape != k.shape[:4] or not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"scales.{name} is {x.dtype}{list(x.shape)}; it must be of floats {list(k.shape[:4])}")
     if N % K:
         raise ValueError(
             f"q has {N} heads and k has {K}, which does not divide {N}. "
@@ -147,6 +158,7 @@ def _problem(
         sinks=scores.sinks is not None,
         one_cache=v is k,
         tree=tree is not None,
+        scaled=scales is not None,
     )
 
 

@@ -32,6 +32,8 @@ def unsupported(problem: PagedProblem, target: Target) -> str | None:
     p = problem
     if not target.hopper:
         return f"the kernel is written for sm_90 (H100, H200), and the target is {target.name}"
+    if p.scaled:
+        return "a cache of int8: only the xla body multiplies its scales out"
     if p.dtype.name not in ("bfloat16", "float16"):
         return f"{p.dtype.name}: the tensor cores take bfloat16 and float16"
     if p.buckets is not None:

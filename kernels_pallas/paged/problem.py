@@ -74,6 +74,8 @@ class PagedProblem:
     """Keys and values are one array."""
     tree: bool = False
     """Rows are nodes of trees."""
+    scaled: bool = False
+    """Keys and values are int8, with a scale for each key head and position."""
 
     @property
     def group(self) -> int:
@@ -106,6 +108,15 @@ class PagedProblem:
         return before | ((node >= 0) & (keys <= tree.places) & (bit == 1))
 
 
+class CacheScales(NamedTuple):
+    """What the int8 numbers of a cache are multiplied with: one for all numbers of a key head at a position."""
+
+    k: Any
+    """[L, P, K, C]"""
+    v: Any
+    """[L, P, K, C]"""
+
+
 class PagedOperands(NamedTuple):
     """The arrays of a call."""
 
@@ -120,3 +131,4 @@ class PagedOperands(NamedTuple):
     bias_table: jax.Array | None  # [N, buckets.n] float32
     sinks: jax.Array | None  # [N] float32
     tree: TokenTree | None = None
+    scales: CacheScales | None = None

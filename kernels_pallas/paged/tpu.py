@@ -33,6 +33,8 @@ def unsupported(problem: PagedProblem, target: Target) -> str | None:
     p = problem
     if target.family is not Family.TPU:
         return f"target {target.name} is no TPU; the Mosaic TPU kernel needs one"
+    if p.scaled:
+        return "a cache of int8: only the xla body multiplies its scales out"
     if p.dtype not in (jnp.float32, jnp.bfloat16):
         return f"dtype {p.dtype} is rejected by Mosaic TPU; use bfloat16 or float32"
     if wrong := [width for width in (p.H, p.Hv) if width % _LANES]:

@@ -72,7 +72,11 @@ def _rows(
         keys = (entries[..., None] * problem.C + jnp.arange(problem.C)).reshape(len(entries), -1)  # [R, W] positions
         seen = problem.seen(positions[:, None], keys, of_row)
         k, v = (_tile(cache, operands.layer, blocks) for cache in (operands.k, operands.v))
-        scores = capped(product("rkgh,rkch->rkgc", q, k), problem.scale, problem.soft_cap)
+        scales = None if operands.scales is None else [_tile(x, operands.layer, blocks) for x in operands.scales]
+        products = product("rkgh,rkch->rkgc", q, k.astype(q.dtype))
+        if scales is not None:  # of what a sum is over, all numbers have one scale: it comes after
+            products *= scales[0].astype(jnp.float32)[:, :, None]
+        scores = capped(products, problem.scale, problem.soft_cap)
         distance = keys - positions[:, None]
         if operands.alibi_slopes is not None:
             scores -= per_head(operands.alibi_slopes) * jnp.abs(distance)[:, None, None]
@@ -87,8 +91,11 @@ def _rows(
         p = jnp.exp(scores - new_top[..., None])
         shrink = jnp.exp(top - new_top)
         # What lies where nothing was written, or another text was, may be no number.
-        v = jnp.where(seen[:, None, :, None], v, jnp.zeros_like(v))
-        update = product("rkgc,rkch->rkgh", p.astype(v.dtype), v)
+        v = jnp.where(seen[:, None, :, None], v.astype(q.dtype), jnp.zeros((), q.dtype))
+        weights = p
+        if scales is not None:
+            weights = p * jnp.where(seen[:, None], scales[1].astype(jnp.float32), 0)[:, :, None]
+        update = product("rkgc,rkch->rkgh", weights.astype(v.dtype), v)
         return new_top, total * shrink + p.sum(-1), acc * shrink[..., None] + update
 
     zeros = jnp.zeros(q.shape[:-1], jnp.float32)
@@ -101,10 +108,11 @@ def _rows(
 
 
 def _tile(cache: jax.Array, layer: jax.Array, blocks: jax.Array) -> jax.Array:
-    """[R, K, W, H]: blocks [R, n] of the layer of cache [L, P, K, C, H], read where they lie."""
-    _, _, K, C, H = cache.shape
+    """[R, K, W, ...]: blocks [R, n] of the layer of cache [L, P, K, C, ...], read where they lie."""
+    of_block = cache.shape[2:]
     if len(blocks) == 1:  # on a CPU faster than a gather
-        block = lambda n: lax.dynamic_slice(cache, (layer, n, 0, 0, 0), (1, 1, K, C, H))[0]
+        rest = (0,) * len(of_block)
+        block = lambda n: lax.dynamic_slice(cache, (layer, n, *rest), (1, 1, *of_block))[0]
         return jnp.concatenate([block(blocks[0, i]) for i in range(blocks.shape[1])], axis=2)
-    gathered = cache.at[layer, blocks].get(mode="promise_in_bounds")  # [R, n, K, C, H]
-    return gathered.swapaxes(1, 2).reshape(len(blocks), K, -1, H)
+    gathered = cache.at[layer, blocks].get(mode="promise_in_bounds")  # [R, n, K, C, ...]
+    return gathered.swapaxes(1, 2).reshape(len(blocks), of_block[0], -1, *of_block[2:])

@@ -54,7 +54,7 @@ from maxlm.config.data import (
     TrainSentencePiece,
 )
 from maxlm.config.dims import ACTIVATION_DIMS, CUT_BY_FSDP, PARAMETER_DIMS, Axes, StatePart
-from maxlm.config.engine import EngineConfig
+from maxlm.config.engine import CacheFormat, EngineConfig
 from maxlm.config.errors import UserError
 from maxlm.config.execution import Backend, Dtype, ExecutionConfig, GluSave, KernelConfig, Remat, WeightFormat
 from maxlm.config.families import llama, palm, with_experts
@@ -120,7 +120,7 @@ from maxlm.config.position import (
 )
 from maxlm.config.quantization import QuantMethod
 from maxlm.config.run import CheckpointConfig, LimitsConfig, ObserveConfig, RunConfig, StepRange, TrainConfig
-from maxlm.config.sampling import BeamConfig, SamplingConfig
+from maxlm.config.sampling import BeamConfig, ContrastiveConfig, GuidanceConfig, SamplingConfig
 from maxlm.config.sharding import (
     MESH_AXES,
     Context,
@@ -152,11 +152,13 @@ __all__ = [
     "BeamConfig",
     "BlockConfig",
     "ByteTokenizer",
+    "CacheFormat",
     "Capacity",
     "CheckpointConfig",
     "ChosenModel",
     "ConstantSchedule",
     "Context",
+    "ContrastiveConfig",
     "CosineSchedule",
     "DataConfig",
     "Dataset",
@@ -179,6 +181,7 @@ __all__ = [
     "GlmRope",
     "GluSave",
     "GroupedQuery",
+    "GuidanceConfig",
     "Head",
     "HuggingFaceDataset",
     "HuggingFaceTokenizer",

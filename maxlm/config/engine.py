@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import enum
+from typing import Annotated, assert_never
 
 from maxlm.config.errors import UserError
+from maxlm.config.execution import Dtype
 from maxlm.config.fields import Positive, Range, config
 from maxlm.config.speculation import Medusa, Speculation
+
+
+class CacheFormat(enum.Enum):
+    """How keys and values, or the latents of both, are kept."""
+
+    DTYPE = "dtype"
+    """In `execution.dtype`."""
+    INT8 = "int8"
+    """8 bits, with a bfloat16 scale for each head of each token: half of bfloat16's memory, at the price of a little
+    quality."""
+
+    def bytes_of(self, width: int, dtype: Dtype) -> int:
+        """Of a head of a token."""
+        match self:
+            case CacheFormat.DTYPE:
+                return width * dtype.itemsize
+            case CacheFormat.INT8:
+                return width + Dtype.BFLOAT16.itemsize
+            case _:
+                assert_never(self)
 
 
 @config("engine.")
@@ -23,6 +45,8 @@ class EngineConfig:
     cache_tokens: Positive[int] | None = None
     """Positions that the cache has room for; None: half of all slots at the model's full length, as far as the memory
     that is free allows."""
+    kv_cache: CacheFormat = CacheFormat.DTYPE
+    """Number format of the cache. Kernels read those of `execution.dtype`; int8 runs as XLA operations."""
     queue: Positive[int] = 1024
     """Requests that may wait; the next one is refused."""
     decode_steps: Annotated[int, Range(ge=1, le=64)] = 8

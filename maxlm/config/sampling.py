@@ -72,11 +72,14 @@ class BeamConfig:
     favours longer texts (after arXiv:1609.08144, section 7)."""
     n_best: Positive[int] = 1
     """Texts of the highest score that are wanted."""
+    force: tuple[str, ...] = ()
+    """Words that must stand in each text, with a space before them or without (arXiv:1804.06609)."""
 
     def __post_init__(self) -> None:
-        if self.beams == 0 and (self.length_penalty, self.n_best) != (1.0, 1):
-            name, value = ("n_best", self.n_best) if self.n_best != 1 else ("length_penalty", self.length_penalty)
-            raise UserError(f"{name} = {value} is of a search, and beams = 0; set beams, or leave {name} out")
+        if self.beams == 0:
+            for name in ("n_best", "length_penalty", "force"):
+                if (value := getattr(self, name)) != getattr(BeamConfig, name):
+                    raise UserError(f"{name} = {value} is of a search, and beams = 0; set beams, or leave {name} out")
         if self.n_best > max(self.beams, 1):
             raise UserError(f"n_best = {self.n_best} is more than beams = {self.beams}; use at most as many")
 
@@ -88,15 +91,69 @@ class BeamConfig:
         """
         if self.beams == 0:
             raise UserError("beams = 0 searches nothing; use at least 1")
-        if sampling.temperature not in (0, 1):
-            raise UserError(f"temperature = {sampling.temperature} with beams: nothing is drawn; leave it out or use 0")
-        for name in ("top_k", "top_p", "min_p", "typical_p"):
-            if (value := getattr(sampling, name)) != getattr(SamplingConfig, name):
-                raise UserError(f"{name} = {value} with beams: nothing is drawn; leave it out")
-        counted = sampling.presence_penalty or sampling.frequency_penalty
-        if counted and sampling.repetition_penalty != 1:
+        return _not_drawn(sampling, "beams")
+
+
+@config("")
+class ContrastiveConfig:
+    """Contrastive search (Su et al. 2022, arXiv:2202.06417); `maxlm/inference/contrastive.py` says how."""
+
+    contrastive_k: Annotated[int, Range(ge=0, le=20, note="0 draws, and searches nothing")] = 0
+    """The likeliest tokens among which the next one is chosen; 0: no search, the text is drawn."""
+    contrastive_alpha: Annotated[float, Range(ge=0, le=1, note="0 takes the likeliest token")] = 0.6
+    """How much it counts that a token's state is like none before; the rest is its probability."""
+
+    def __post_init__(self) -> None:
+        if not self.contrastive_k and self.contrastive_alpha != ContrastiveConfig.contrastive_alpha:
             raise UserError(
-                f"repetition_penalty = {sampling.repetition_penalty} with beams does not go with presence_penalty and "
-                "frequency_penalty; leave out one or the others"
+                f"contrastive_alpha = {self.contrastive_alpha} is of a search, and contrastive_k = 0; set "
+                "contrastive_k, or leave contrastive_alpha out"
             )
-        return dataclasses.replace(sampling, temperature=0.0)
+
+    def searched(self, sampling: SamplingConfig) -> SamplingConfig:
+        """As `BeamConfig.searched`.
+
+        Raises:
+            UserError: no search is asked for, or some setting does not go with it.
+        """
+        if not self.contrastive_k:
+            raise UserError("contrastive_k = 0 searches nothing; use at least 1")
+        return _not_drawn(sampling, "contrastive search")
+
+
+GuidanceScale = Annotated[float, Range(ge=0, le=100, note="1 changes nothing")]
+
+
+@config("")
+class GuidanceConfig:
+    """Classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598; of texts: Sanchez et al. 2023,
+    arXiv:2306.17806): log-probabilities are n + scale * (p - n), p after the prompt, n after another one."""
+
+    guidance_scale: GuidanceScale = 1.0
+    """How far away from the negative prompt: 1 is without, more follows the prompt more, 0 follows the negative one."""
+    negative_prompt: str | None = None
+    """What the text shall be unlike; None: the prompt's last token alone."""
+
+    def __post_init__(self) -> None:
+        if self.guidance_scale == 1 and self.negative_prompt is not None:
+            raise UserError("negative_prompt is of guidance, and guidance_scale = 1; set it, or leave the prompt out")
+
+
+def _not_drawn(sampling: SamplingConfig, what: str) -> SamplingConfig:
+    """The rules as a search has them.
+
+    Raises:
+        UserError: some setting does not go with it.
+    """
+    if sampling.temperature not in (0, 1):
+        raise UserError(f"temperature = {sampling.temperature} with {what}: nothing is drawn; leave it out or use 0")
+    for name in ("top_k", "top_p", "min_p", "typical_p"):
+        if (value := getattr(sampling, name)) != getattr(SamplingConfig, name):
+            raise UserError(f"{name} = {value} with {what}: nothing is drawn; leave it out")
+    counted = sampling.presence_penalty or sampling.frequency_penalty
+    if counted and sampling.repetition_penalty != 1:
+        raise UserError(
+            f"repetition_penalty = {sampling.repetition_penalty} with {what} does not go with presence_penalty and "
+            "frequency_penalty; leave out one or the others"
+        )
+    return dataclasses.replace(sampling, temperature=0.0)

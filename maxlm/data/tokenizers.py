@@ -104,7 +104,8 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`. Special ids give nothing; bytes that are not UTF-8 give U+FFFD."""
+        """The text of `ids`. Special ids give nothing, nor do those that a model has beyond the vocabulary; bytes that
+        are not UTF-8 give U+FFFD."""
 
     @abc.abstractmethod
     def token_bytes(self) -> list[bytes | None]:
@@ -210,7 +211,7 @@ class SentencePiece(Tokenizer):
         return [*first, *(i for part in rest for i in (*spelling, *part))]
 
     def decode(self, ids: Sequence[int]) -> str:
-        text: str = self._model.decode([int(i) for i in ids])
+        text: str = self._model.decode([int(i) for i in ids if i < self.vocab_size])
         return text
 
     def token_bytes(self) -> list[bytes | None]:

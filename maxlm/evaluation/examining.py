@@ -73,12 +73,45 @@ class Asking:
     """Runs programs; None: they are not to be run."""
 
 
+def check(exam: Exam, asking: Asking) -> None:
+    """What can be said before there is a model.
+
+    Raises:
+        UserError: such an exam cannot be put so, or programs are to be run and may not.
+    """
+    how = asking.prompting
+    match exam:
+        case ChoiceExam():
+            if not isinstance(how.reasoning, Direct) or how.voting.samples > 1:
+                raise UserError(
+                    f"{exam.name}: reasoning and samples are of answers that are written; here the model chooses"
+                )
+            if how.calibrate and not exam.settings.content_free:
+                raise UserError(f"{exam.name}: calibrate wants content_free prompts in the exam's first line")
+            _same_kind(exam, asking.pool)
+        case OpenExam():
+            if how.calibrate or how.confidence is not None:
+                raise UserError(f"{exam.name}: calibrate and confidence are of choices; here the model writes")
+            _same_kind(exam, asking.pool)
+        case ProgramExam():
+            if asking.judge is None:
+                raise UserError(f"{exam.name}: runs programs that the model writes; allow it with --allow_code")
+            if max(asking.ks) > asking.samples:
+                most = max(asking.ks)
+                raise UserError(f"{exam.name}: pass@{most} needs as many samples; use --samples {most}, or more")
+            if how != Prompting():
+                raise UserError(f"{exam.name}: demonstrations, reasoning and votes are of other exams than programs")
+        case _:
+            assert_never(exam)
+
+
 def examine(examinee: Examinee, exam: Exam, asking: Asking) -> Examined:
     """Ask every question, and mark the answers.
 
     Raises:
-        UserError: the model cannot be asked so, or programs are to be run and may not.
+        UserError: as `check`, or the model cannot be asked so.
     """
+    check(exam, asking)
     match exam:
         case ChoiceExam():
             return _choose(examinee, exam, asking)
@@ -97,10 +130,6 @@ _NORMS = ("acc", "acc_per_token", "acc_per_byte")
 def _choose(examinee: Examinee, exam: ChoiceExam, asking: Asking) -> Examined:
     """Accuracies of the likeliest choice; of several prompts the probabilities are averaged."""
     how, questions = asking.prompting, exam.questions
-    if not isinstance(how.reasoning, Direct) or how.voting.samples > 1:
-        raise UserError(f"{exam.name}: reasoning and samples are of answers that are written; here the model chooses")
-    if how.calibrate and not exam.settings.content_free:
-        raise UserError(f"{exam.name}: calibrate wants content_free prompts in the exam's first line")
     pool = _same_kind(exam, asking.pool)
     scores = [np.zeros((len(_NORMS), how.voting.prompts, len(one.choices))) for one in questions]
     biases = [np.empty((0, len(one.choices))) for one in questions]
@@ -179,8 +208,6 @@ def _confidence(exam: str, records: Sequence[dict[str, Any]], how: Prompting, as
 
 
 def _write(examinee: Examinee, exam: OpenExam, asking: Asking) -> Examined:
-    if asking.prompting.calibrate or asking.prompting.confidence is not None:
-        raise UserError(f"{exam.name}: calibrate and confidence are of choices; here the model writes")
     found = answers(
         examinee,
         exam,
@@ -218,13 +245,8 @@ def _same_kind(exam: E, pool: Exam | None) -> E | None:
 
 def _program(examinee: Examinee, exam: ProgramExam, asking: Asking) -> Examined:
     """pass@k, and where there are several samples, whether the one that the model finds likeliest passes."""
-    if asking.judge is None:
-        raise UserError(f"{exam.name}: runs programs that the model writes; allow it with --allow_code")
-    if max(asking.ks) > asking.samples:
-        raise UserError(f"pass@{max(asking.ks)} needs as many samples; use --samples {max(asking.ks)}, or more")
+    assert asking.judge is not None, "looked at before"
     settings, one = exam.settings, asking.samples == 1
-    if asking.prompting != Prompting():
-        raise UserError(f"{exam.name}: demonstrations, reasoning and votes are of other exams than programs")
     prompts = [question.prompt for question in exam.questions]
     drawn = [
         examinee.texts(

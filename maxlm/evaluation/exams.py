@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import importlib.util
+import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,7 +150,7 @@ def read_exam(path: Path) -> Exam:
     lines = _objects(path)
     where, first = next(lines, ("", {}))
     kind = first.pop("exam", None)
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise UserError(
             f'{where or path}: "exam" is {"missing" if kind is None else repr(kind)}, must be one of '
             f'{", ".join(_KINDS)}; the first line says of what kind the exam is, such as {{"exam": "choices"}}'
@@ -209,7 +210,13 @@ def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(content.splitlines(), 1):
         if line.strip():
             where = f"{path}, line {number}"
-            yield where, parse_object(line, Path(where), "a JSON object")
+            values = parse_object(line, Path(where), "a JSON object")
+            try:
+                json.dumps(values, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                half = ascii(error.object[error.start])
+                raise UserError(f"{where}: has half a character, {half}; leave it out") from error
+            yield where, values
 
 
 def _made(cls: type[T], values: dict[str, Any], where: str) -> T:
@@ -224,6 +231,9 @@ def _made(cls: type[T], values: dict[str, Any], where: str) -> T:
     wrong += [f"{key} is unknown" for key in values if key not in fields]
     if wrong:
         raise UserError(f"{where}: {wrong[0]}; the keys of a {cls.__name__} are {', '.join(fields) or 'none'}")
+    for key, value in values.items():
+        if "tuple[" in str(fields[key].type) and not isinstance(value, list):
+            raise UserError(f"{where}: {key} = {json.dumps(value)} must be a list, such as [{json.dumps(value)}]")
     try:
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
     except UserError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from maxlm.config import UserError
 from maxlm.evaluation.examining import Examined, Measured
 from maxlm.observe.svg import ShareBar, bars
 
@@ -34,9 +36,22 @@ def as_json(about: Mapping[str, Any], measures: Sequence[Measured]) -> str:
     return json.dumps({**about, "results": [dataclasses.asdict(one) for one in measures]})
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder for results, and see whether it takes files, before there is anything to lose.
+
+    Raises:
+        UserError: it does not.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be written ({error.strerror}); name another folder") from error
+
+
 def write_results(about: Mapping[str, Any], exams: Mapping[str, Examined], folder: Path) -> None:
-    """Write results.json, results.svg and, for each exam, its answers as NAME.jsonl."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write results.json, results.svg and, for each exam, its answers as NAME.jsonl, into a folder that is there."""
     measures = [one for exam in exams.values() for one in exam.measures]
     (folder / "results.json").write_text(as_json(about, measures) + "\n")
     shown = [

@@ -15,7 +15,9 @@ names.py: how our arrays lie in published tensors
 published.py: config.json, key by key
 sizes.py: what every family says in it, under one key or another
 tensor_files.py: safetensors files, tensor by tensor
-compressed.py: quantised weights, written
+compressed.py: quantised weights, written as compressed-tensors has them
+bitsandbytes.py: the same of NF4, as bitsandbytes has it
+held_weights.py: what both read
 quantized.py: those with few bits, as the numbers that they stand for
 """
 

@@ -3,16 +3,17 @@
 Format: https://github.com/vllm-project/compressed-tensors, 0.20. Of a module's matrix [outputs, inputs]:
 
 pack-quantized    `weight_packed` int32 [outputs, inputs b / 32], numbers of b bits plus 2^(b - 1), the first in the low
-                  bits; `weight_scale` [outputs, groups], one group where outputs have one scale; `weight_shape`
+                  bits; `weight_scale` [outputs, groups], one group where outputs have one scale; `weight_shape`;
+                  and where 0 is not the middle of the numbers, `weight_zero_point` int32 [outputs b / 32, groups], the
+                  code of 0, packed in the same way, the first output in the low bits
 int-quantized     `weight` int8, `weight_scale` [outputs, 1]; activations are rounded by token when the model runs
 float-quantized   `weight` F8_E4M3, `weight_scale` [outputs, 1]
 """
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, assert_never
 
 import jax
@@ -20,21 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from maxlm.checkpoint.store import Deferred
+from maxlm.hub.held_weights import HeldWeights, WrittenTensor
 from maxlm.hub.names import Stacked, Tensor, Transposed
 from maxlm.hub.tensor_files import Spec
 from maxlm.models.weights.by_channel import ByChannel, Float8, Int8, Int8Activations, Int8Outliers
 from maxlm.models.weights.by_group import ByGroup
 from maxlm.models.weights.kinds import Quantised
 from maxlm.models.weights.normal_float import NormalFloat4
-
-
-class WrittenTensor(NamedTuple):
-    """A tensor to be written."""
-
-    name: str
-    spec: Spec
-    make: Callable[[], npt.NDArray[Any]]
 
 
 class Scheme(NamedTuple):
@@ -44,12 +37,14 @@ class Scheme(NamedTuple):
     bits: int
     group: int | None
     """Inputs with one scale; None: all."""
+    symmetric: bool = True
+    """Whether the code 0 means 0."""
 
     def said(self) -> dict[str, Any]:
         """In config.json, but for its targets."""
         args = {"num_bits": self.bits, "type": "float" if self.format == "float-quantized" else "int"}
         weights = args | {
-            "symmetric": True,
+            "symmetric": self.symmetric,
             "strategy": "channel" if self.group is None else "group",
             "group_size": self.group,
             "dynamic": False,
@@ -68,15 +63,14 @@ class CompressedTensors:
             parameters: nested dicts, with `Quantised` weights among them, whose arrays may be `Deferred`.
             dtype: number format of scales.
         """
-        self._parameters, self._dtype = parameters, dtype
-        self._kept: dict[str, Any] = {}
+        self._held, self._dtype = HeldWeights(parameters), dtype
         self._modules: dict[Scheme, list[str]] = {}
 
     def entries(self, tensor: Tensor) -> list[WrittenTensor] | None:
         """What is written in the place of a tensor; None: itself, with the numbers that it stands for. So it is of
-        tables, of what is no Linear there (GPT-2's Conv1D, experts in one tensor), of plain arrays, of NF4, and of
-        groups with offsets, whose packed zero points transformers 5.24 refuses."""
-        weights = [self._weight(part.array.name) for part in tensor.parts]
+        tables, of what is no Linear there (GPT-2's Conv1D, experts in one tensor), of plain arrays, and of blocks of
+        Q4_1, whose offsets are no multiples of their scales."""
+        weights = [self._held.weight(part.array.name) for part in tensor.parts]
         schemes = {_scheme(weight) if isinstance(weight, Quantised) else None for weight in weights}
         table = any("vocab" in part.array.dims for part in tensor.parts)
         if table or isinstance(tensor.layout, Transposed | Stacked) or len(schemes) > 1 or None in schemes:
@@ -85,8 +79,8 @@ class CompressedTensors:
         assert scheme is not None
         module, (rows, inputs) = tensor.name.removesuffix(".weight"), tensor.shape
         self._modules.setdefault(scheme, []).append(module)
-        codes = lambda: self._joined(tensor, _codes)
-        scales = lambda: self._joined(tensor, lambda weight: weight.scales)
+        codes = lambda: self._held.joined(tensor, _codes)
+        scales = lambda: self._held.joined(tensor, lambda weight: weight.scales)
         of_groups = (rows, 1 if scheme.group is None else inputs // scheme.group)
         entries = [
             WrittenTensor(f"{module}.weight_scale", Spec(of_groups, self._dtype), lambda: scales().astype(self._dtype))
@@ -94,8 +88,13 @@ class CompressedTensors:
         if scheme.format != "pack-quantized":
             dtype = np.dtype(np.int8) if scheme.format == "int-quantized" else np.dtype(jnp.float8_e4m3fn)
             return [WrittenTensor(tensor.name, Spec((rows, inputs), dtype), codes), *entries]
-        pack = lambda values: pack_to_int32(values.astype(np.int64) + 2 ** (scheme.bits - 1), scheme.bits)
+        middle = 2 ** (scheme.bits - 1) if scheme.symmetric else 0
+        pack = lambda values: pack_to_int32(values.astype(np.int64) + middle, scheme.bits)
         words, size = -(-inputs * scheme.bits // 32), np.array([rows, inputs], np.int64)
+        if not scheme.symmetric:
+            zeros = lambda: pack(self._held.joined(tensor, _zero_points).T).T
+            packed = Spec((-(-rows * scheme.bits // 32), of_groups[1]), np.dtype(np.int32))
+            entries.append(WrittenTensor(f"{module}.weight_zero_point", packed, zeros))
         return [
             *entries,
             WrittenTensor(f"{module}.weight_packed", Spec((rows, words), np.dtype(np.int32)), lambda: pack(codes())),
@@ -110,7 +109,7 @@ class CompressedTensors:
             f"group_{number}": {"targets": _targets(modules, self._modules.values())} | scheme.said()
             for number, (scheme, modules) in enumerate(self._modules.items())
         }
-        said = {
+        said: dict[str, Any] = {
             "quant_method": "compressed-tensors",
             "format": next(iter(self._modules)).format,
             "quantization_status": "compressed",
@@ -118,20 +117,11 @@ class CompressedTensors:
             "ignore": ["lm_head"],
             "kv_cache_scheme": None,
         }
+        if [scheme.symmetric for scheme in self._modules] == [False]:
+            # transformers 5.24 makes room for zero points that are not packed, and then refuses those that are, unless
+            # it unpacks all as it reads; it does so by the first group alone.
+            said["dequantize"] = True
         return {"quantization_config": said}
-
-    def _joined(self, tensor: Tensor, arrays: Callable[[Any], jax.Array]) -> npt.NDArray[Any]:
-        """The tensor [outputs, ...] of what `arrays` has of each of its weights."""
-        names = {part.array.name for part in tensor.parts}
-        for name in self._kept.keys() - names:  # of the layers of one array, read once
-            del self._kept[name]
-        for name in names - self._kept.keys():
-            read = lambda leaf: jnp.asarray(leaf.read(None) if isinstance(leaf, Deferred) else leaf)
-            self._kept[name] = jax.tree.map(read, self._weight(name))
-        return tensor.join([np.asarray(arrays(self._kept[part.array.name][part.at])) for part in tensor.parts])
-
-    def _weight(self, name: str) -> Any:
-        return functools.reduce(lambda place, key: place[key], name.split("/"), self._parameters)
 
 
 def _scheme(weight: Quantised) -> Scheme | None:
@@ -144,7 +134,9 @@ def _scheme(weight: Quantised) -> Scheme | None:
             return Scheme("float-quantized", 8, None)
         case ByGroup(values=values, offsets=offsets):
             bits = 4 if values.dtype == jnp.uint8 else 8
-            return Scheme("pack-quantized", bits, weight.group) if offsets is None else None
+            if offsets is not None and offsets.dtype != jnp.float32:
+                return None
+            return Scheme("pack-quantized", bits, weight.group, symmetric=offsets is None)
         case NormalFloat4():
             return None
         case _:
@@ -153,6 +145,13 @@ def _scheme(weight: Quantised) -> Scheme | None:
 
 def _codes(weight: ByChannel | ByGroup) -> jax.Array:
     return weight.values if isinstance(weight, ByChannel) else weight.codes()
+
+
+def _zero_points(weight: ByGroup) -> jax.Array:
+    """The code 0 .. 15 that means 0, of each group."""
+    assert weight.offsets is not None
+    scales = weight.scales.astype(jnp.float32)
+    return jnp.round(-weight.offsets / jnp.where(scales == 0, 1, scales)).astype(jnp.int32)
 
 
 def _targets(modules: Sequence[str], all_modules: Any) -> list[str]:

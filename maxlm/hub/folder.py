@@ -19,9 +19,11 @@ from maxlm.config import ModelConfig, UserError
 from maxlm.config.changes import changes
 from maxlm.config.fields import Changes
 from maxlm.config.json_file import read_object
-from maxlm.hub.compressed import CompressedTensors, WrittenTensor
+from maxlm.hub.bitsandbytes import BitsAndBytes, has_nf4
+from maxlm.hub.compressed import CompressedTensors
 from maxlm.hub.families import FAMILIES
 from maxlm.hub.family import ModelFamily
+from maxlm.hub.held_weights import WrittenTensor
 from maxlm.hub.names import Piece, Tensor, tensors
 from maxlm.hub.published import Published
 from maxlm.hub.quantized import Dequantised
@@ -109,7 +111,7 @@ def write_folder(
         tokenizer: what writes the tokenizer's files into the folder, as `copy_tokenizer`.
         prefer: the family that it came from.
         quantised: its parameters, where some are `Quantised` weights: those are written in the layout of
-            compressed-tensors, as far as it has one for them.
+            bitsandbytes, where some are NF4, or of compressed-tensors, as far as that has one for them.
 
     Raises:
         UserError: there is something at `folder`; no family can say all of the model; a number is too large for
@@ -123,13 +125,13 @@ def write_folder(
         make = lambda: as_format(f"{folder}: {tensor.name}", tensor.join(pieces(tensor.parts)), dtype)
         return WrittenTensor(tensor.name, Spec(tensor.shape, dtype), make)
 
-    compressed = CompressedTensors(quantised, dtype)
-    of = lambda tensor: None if quantised is None else compressed.entries(tensor)
+    few_bits = (BitsAndBytes if has_nf4(quantised) else CompressedTensors)(quantised, dtype)
+    of = lambda tensor: None if quantised is None else few_bits.entries(tensor)
     entries = [entry for tensor in listed for entry in of(tensor) or [plain(tensor)]]
 
     with appearing(folder) as partial:
         write_tensors(partial, {entry.name: entry.spec for entry in entries}, (entry.make() for entry in entries))
-        values |= compressed.config()
+        values |= few_bits.config()
         if tokenizer is not None:
             tokenizer(partial)
         values |= {"dtype": dtype.name, "torch_dtype": dtype.name} | _ids_of_ends(partial / GENERATION)
@@ -175,13 +177,18 @@ def _said(file: Path) -> dict[str, Any]:
 
 
 def require_new(folder: Path) -> None:
-    """Raises UserError where there is something already; an empty folder is nothing, a link leads to none."""
+    """Raises UserError where there is something already (an empty folder is nothing, a link leads to none), or where no
+    folder can be made, which is known only after long work otherwise."""
     try:
         there = os.path.lexists(folder)
         if there and (folder.is_symlink() or not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder}: is there already; name a new folder")
     except OSError as error:
         raise UserError(f"{folder}: cannot be looked at ({error.strerror}); name another folder") from error
+    parent = next(one for one in folder.absolute().parents if os.path.lexists(one))
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        why = "may not be written in" if parent.is_dir() else "is no folder"
+        raise UserError(f"{folder}: cannot be made, as {parent} {why}; name another folder")
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 """Number formats of weights, as safetensors calls them."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
     np.dtype(np.int8): "I8",
+    np.dtype(np.uint8): "U8",
     np.dtype(np.int32): "I32",
     np.dtype(np.int64): "I64",
     np.dtype(ml_dtypes.float8_e4m3fn): "F8_E4M3",

@@ -3,10 +3,13 @@
 load.py: a run folder as a model
 generator.py: prompts to text
 beam.py: the likeliest texts, by search
+forced.py: words that a text must have
+contrastive.py: likely texts that do not repeat themselves, by search
 best_of.py: the likeliest of several drawn texts
 request.py: what is asked, and what is answered
 loop.py: the engine on a thread of its own
 engine.py: requests to tokens, step by step
+checks.py: what an engine does not take
 scheduler.py: which tokens the next step reads
 blocks.py: who uses which block of the cache
 drafting.py: guesses at what comes next

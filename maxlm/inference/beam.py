@@ -18,20 +18,25 @@ over the shortest otherwise. That is transformers' early_stopping="never", for i
 ends with the W-th finished text, and its False compares with the present length: with length_penalty > 0 both may miss
 a better text.)
 
+With forced words (Post and Vilar 2018, arXiv:1804.06609) the beginnings are in banks, one for each number of tokens
+that are missing still, and the W places go round the banks that have a beginning, those nearest to the end first.
+Besides the likeliest ids those are looked at after which less is missing, so that the words come however unlikely they
+are; and a beginning that could not have all of them within max_new_tokens is dropped. (The paper counts the tokens of
+words that have come, and its words share none; Hu et al. 2019, ACL anthology N19-1090, keep them in a trie.) Without
+words there is one bank.
+
 Each open beginning is a request of one token. The engine finds the beginning in its cache as far as it fills blocks.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from maxlm.config import BeamConfig, UserError
-from maxlm.inference.request import TOP_SCORES, Request, TokenScore
-
-_UNSUPPORTED = ("stop", "grammar", "deadline_s", "logprobs", "prompt_logprobs")
+from maxlm.inference.forced import ForcedWords, Had, Spelling, shares
+from maxlm.inference.request import TOP_SCORES, Request, TokenScore, check_searched, one_more
 
 
 @dataclass(frozen=True)
@@ -49,10 +54,14 @@ class Hypothesis:
 class _Beginning:
     tokens: tuple[int, ...] = ()
     logprob: float = 0.0
+    had: Had = Had()
 
 
 def beam_search(
-    answer: Callable[[list[Request]], Sequence[TokenScore]], requests: Sequence[Request], beams: BeamConfig
+    answer: Callable[[list[Request]], Sequence[TokenScore]],
+    requests: Sequence[Request],
+    beams: BeamConfig,
+    words: Sequence[Sequence[Spelling]] = (),
 ) -> list[list[Hypothesis]]:
     """The best texts for each request; requests are searched side by side.
 
@@ -60,30 +69,32 @@ def beam_search(
         answer: the score of the one new token of each request.
         requests: what to go on with, all `max_new_tokens` of it. The seed does not matter.
         beams: how many beginnings are kept, and how many texts are wanted.
+        words: each text has all of them among its new tokens, in one of their spellings. (`beams.force` is text, and
+            not looked at.)
 
     Returns:
         For each request at most n_best texts, best first; of equal ones that with the lower first id that differs.
         Fewer only where fewer were found.
 
     Raises:
-        UserError: a setting does not go with beams, or as `answer`.
+        UserError: a setting does not go with beams, the words do not fit the new tokens, no text was found that has
+            them, or as `answer`.
     """
-    searches = [_Search(request, beams) for request in requests]
+    searches = [_Search(request, beams, words) for request in requests]
     while running := [search for search in searches if search.open]:
         scores = iter(answer([request for search in running for request in search.requests()]))
         for search in running:
-            search.take([next(scores).top for _ in search.open])
+            search.take([next(scores) for _ in search.open])
+    if words and not all(search.finished for search in searches):
+        raise UserError("force: no text has these words, as some of their ids are banned; force others, or ban fewer")
     return [search.finished for search in searches]
 
 
 class _Search:
     """Of one request."""
 
-    def __init__(self, request: Request, beams: BeamConfig) -> None:
-        for name in _UNSUPPORTED:
-            if (value := getattr(request, name)) not in (None, ()):
-                raise UserError(f"{name} = {value!r} does not go with beams; leave it out")
-        self._sampling = beams.searched(request.sampling)
+    def __init__(self, request: Request, beams: BeamConfig, words: Sequence[Sequence[Spelling]]) -> None:
+        check_searched(request, "beams")
         # Of one beginning at most W that do not end are kept, and all that end may stand before them.
         self._top = beams.beams + len(request.ends)
         if self._top > TOP_SCORES:
@@ -91,7 +102,13 @@ class _Search:
                 f"beams = {beams.beams} and {len(request.ends)} ids that end a text make {self._top}, more than the "
                 f"{TOP_SCORES} likeliest ids that are told; use at most {TOP_SCORES - len(request.ends)} beams"
             )
-        self._request, self._beams = request, beams
+        self._request, self._beams = dataclasses.replace(request, sampling=beams.searched(request.sampling)), beams
+        self._words = ForcedWords(words, request.ends)
+        if (least := self._words.missing(Had())) > request.max_new_tokens:
+            raise UserError(
+                f"max_new_tokens = {request.max_new_tokens} is less than the {least} tokens of the forced words; "
+                "allow more, or force fewer"
+            )
         self.open = [_Beginning()]
         """In falling order; none: the search has ended."""
         self.finished: list[Hypothesis] = []
@@ -99,44 +116,41 @@ class _Search:
 
     def requests(self) -> list[Request]:
         """One for each open beginning."""
-        return [self._asked(beginning.tokens) for beginning in self.open]
+        nearer = self._words.nearer
+        return [one_more(self._request, one.tokens, top=self._top, told=tuple(nearer(one.had))) for one in self.open]
 
-    def take(self, tops: Sequence[Sequence[tuple[int, float]]]) -> None:
+    def take(self, scores: Sequence[TokenScore]) -> None:
         """Go a token further.
 
         Args:
-            tops: for each open beginning the likeliest ids with their log-probabilities.
+            scores: for each open beginning the log-probabilities of the likeliest ids, and of those asked for by name.
         """
-        longer = [
-            _Beginning((*beginning.tokens, token), beginning.logprob + logprob)
-            for beginning, top in zip(self.open, tops, strict=True)
-            for token, logprob in top
-            if logprob > -float("inf")  # what is banned
-        ]
+        longer = [one for before, score in zip(self.open, scores, strict=True) for one in self._longer(before, score)]
         longer.sort(key=lambda one: (-one.logprob, one.tokens))
-        width = self._beams.beams
-        self.finished += [self._hypothesis(one) for one in longer[:width] if self._ends(one)]
+        banks: dict[int, list[_Beginning]] = {}
+        for one in longer:
+            banks.setdefault(self._words.missing(one.had), []).append(one)
+        nearest = [banks[missing] for missing in sorted(banks)]
+        kept, self.open = list[_Beginning](), list[_Beginning]()
+        for bank, n in zip(nearest, shares(self._beams.beams, list(map(len, nearest))), strict=True):
+            kept += bank[:n]
+            self.open += [one for one in bank if not self._ends(one)][:n]
+        self.open.sort(key=lambda one: (-one.logprob, one.tokens))
+        self.finished += [self._hypothesis(one) for one in kept if self._ends(one)]
         self.finished = sorted(self.finished, key=lambda one: (-one.score, one.tokens))[: self._beams.n_best]
-        self.open = [one for one in longer if not self._ends(one)][:width]
         if len(self.finished) == self._beams.n_best and self.open and self._bound() < self.finished[-1].score:
             self.open = []
 
-    def _asked(self, tokens: tuple[int, ...]) -> Request:
-        """Tokens so far are part of its prompt, and two rules look at those that are not: told here in other words."""
-        request, sampling = self._request, self._sampling
-        bias = dict(request.logit_bias)
-        for token, count in Counter(tokens).items():
-            bias[token] = bias.get(token, 0) - count * sampling.frequency_penalty - sampling.presence_penalty
-        still = max(sampling.min_new_tokens - len(tokens), 0)
-        return dataclasses.replace(
-            request,
-            prompt=request.prompt + tokens,
-            max_new_tokens=1,
-            sampling=dataclasses.replace(sampling, min_new_tokens=still, presence_penalty=0.0, frequency_penalty=0.0),
-            logprobs=self._top,
-            processed_logprobs=True,
-            logit_bias={token: value for token, value in bias.items() if value},
-        )
+    def _longer(self, before: _Beginning, score: TokenScore) -> list[_Beginning]:
+        """A beginning with each of the tokens that were scored after it, but for those that can lead to nothing."""
+        found = []
+        for token, logprob in dict([*score.top, *zip(self._words.nearer(before.had), score.told, strict=True)]).items():
+            had = self._words.after(before.had, token)
+            one = _Beginning((*before.tokens, token), before.logprob + logprob, had)
+            left = 0 if self._ends(one) else self._request.max_new_tokens - len(one.tokens)
+            if logprob > -float("inf") and self._words.missing(had) <= left:  # neither banned nor too far away
+                found.append(one)
+        return found
 
     def _ends(self, one: _Beginning) -> bool:
         return one.tokens[-1] in self._request.ends or len(one.tokens) == self._request.max_new_tokens

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+import numpy.typing as npt
 
-from maxlm.config import EngineConfig, LmHead, ModelConfig, UserError, WeightFormat
+from maxlm.config import EngineConfig, UserError, WeightFormat
 from maxlm.config.fields import Positive, Seed, require
 from maxlm.data.text_ends import TextEnds
+from maxlm.inference.checks import check_guided, check_lengths, check_model
 from maxlm.inference.drafting import Drafter, drafter_of
 from maxlm.inference.programs import Programs, pool_sizes
 from maxlm.inference.request import TOP_SCORES, BadRequest, Delta, Finish, QueueFull, Request, TokenScore
 from maxlm.inference.rows import Read, fill, in_place
-from maxlm.inference.sampling import LogProbs
 from maxlm.inference.scheduler import Scheduler, Sequence, Stage, StepPlan
 from maxlm.inference.settings import Settings, settings_row
 from maxlm.inference.step import Drawn, StepRows, Texts
@@ -70,6 +71,8 @@ class Ticket:
     deadline: float | None
     constraint: Constraint | None = None
     """Where the text is in its grammar."""
+    allowed: npt.NDArray[np.uint32] | None = None
+    """What its grammar lets come next."""
     begun: bool = False
     """Something of it was handed out."""
     prompt_scores: list[TokenScore] = field(default_factory=list)
@@ -113,7 +116,7 @@ class Engine:
         """
         model, self.tokenizer = run.config.model, run.tokenizer
         self.ends = run.ends or TextEnds.of_documents(run.tokenizer)
-        _check(model, max([self.tokenizer.text_size, *(i + 1 for i in self.ends.first)]))
+        check_model(model, max([self.tokenizer.text_size, *(i + 1 for i in self.ends.first)]))
         self.config, self.max_length, self.vocab_size = config, model.max_seq_len, model.vocab_size
         layout = decoding_layout(run.layout, model.d_model)
         how = Execution.of(run.config, run.layout).decoding(layout)
@@ -153,10 +156,14 @@ class Engine:
             raise QueueFull(f"{self.config.queue} requests wait already, as engine.queue says; try again later")
         self.check(request)
         sequence = Sequence(request, next(self._numbers), list(request.prompt))
+        if (other := request.twin) is not None:
+            sequence.twin = Sequence(other, sequence.number, list(other.prompt), leader=sequence)
         shard = min(range(len(self._shards)), key=lambda i: len(self._shards[i].running) + len(self._shards[i].waiting))
         deadline = None if request.deadline_s is None else time.monotonic() + request.deadline_s
         stream = TextStream(self.tokenizer, request.prompt, request.stop)
-        ticket = Ticket(sequence, shard, stream, deadline, self._constraint(request))
+        constraint = self._constraint(request)
+        allowed = None if constraint is None else constraint.mask()
+        ticket = Ticket(sequence, shard, stream, deadline, constraint, allowed)
         self._shards[shard].add(sequence)
         self._tickets[sequence] = ticket
         return ticket
@@ -171,16 +178,25 @@ class Engine:
             require("seed", request.seed, Seed)
             if not request.prompt:
                 raise UserError("prompt has no tokens; must have at least one")
-            if wrong := [i for i in request.prompt if not 0 <= i < self.vocab_size]:
-                raise UserError(f"prompt holds id {wrong[0]}; must lie in [0, {self.vocab_size})")
+            for key in ("prompt", "negative_prompt"):
+                if wrong := [i for i in getattr(request, key) if not 0 <= i < self.vocab_size]:
+                    raise UserError(f"{key} holds id {wrong[0]}; must lie in [0, {self.vocab_size})")
+            if "" in request.stop:
+                raise UserError("stop: holds an empty string, which stands before every text; leave it out")
             for name in ("logprobs", "prompt_logprobs"):
                 n = getattr(request, name)
                 if n is not None and not 0 <= n <= TOP_SCORES:
                     raise UserError(f"{name} = {n}; must lie in [0, {TOP_SCORES}]")
             check_lengths(len(request.prompt), request.max_new_tokens, self.max_length)
-            if not self._shards[0].fits(len(request.prompt) + request.max_new_tokens):
+            prompts = [len(request.prompt)]
+            if (twin := request.twin) is not None:
+                prompts.append(len(twin.prompt))
+                slots = min(self.config.slots, self._programs.widths[-1])
+                check_guided(request, twin, self.max_length, slots)
+            if not self._shards[0].fits(*(n + request.max_new_tokens for n in prompts)):
+                whose = "the prompt's" if twin is None else "the prompts'"
                 raise UserError(
-                    f"the prompt's {len(request.prompt)} tokens and max_new_tokens = {request.max_new_tokens} do not "
+                    f"{whose} {sum(prompts)} tokens and max_new_tokens = {request.max_new_tokens} do not "
                     "fit the whole cache; ask for fewer, or start the engine with more engine.cache_tokens"
                 )
             self._settings(request)
@@ -267,6 +283,8 @@ class Engine:
             banned=request.banned,
             logprobs=max(asked, default=None),
             processed_logprobs=request.processed_logprobs,
+            told=request.told,
+            guidance=request.guidance_scale,
         )
 
     def _constraint(self, request: Request) -> Constraint | None:
@@ -325,8 +343,9 @@ class Engine:
         history = np.zeros(self.max_length + 1, np.int32)
         history[: len(sequence.tokens)] = sequence.tokens
         settings = self._settings(request)
-        if (constraint := self._tickets[sequence].constraint) is not None:
-            settings = settings._replace(allowed=constraint.mask())
+        allowed = self._tickets[sequence].allowed if sequence.leader is None else None
+        if allowed is not None:
+            settings = settings._replace(allowed=allowed)
         text = Texts(history, np.int32(len(request.prompt)), np.int32(sequence.end), np.bool_(False), settings)
         self._programs.begin(self._slot(shard, sequence), text)
         sequence.begun = True
@@ -361,58 +380,69 @@ class Engine:
         if (flying := self._flying) is None:
             return []
         self._flying = None
-        tokens, broken = np.asarray(flying.drawn.tokens), np.asarray(flying.drawn.broken)
-        seconds = time.perf_counter() - max(flying.began, self._read_at)
-        self._read_at = time.perf_counter()
-        scored = any(read.sequence.request.logprobs is not None or not read.sample for read in flying.reads)
-        scores = jax.tree.map(np.asarray, flying.drawn.scores) if scored else None
-        guesses = None if flying.drawn.guesses is None else np.asarray(flying.drawn.guesses)
+        known: Any = flying.drawn.tokens
+        over = not isinstance(known, jax.Array) or known.is_ready()  # type: ignore[attr-defined]
+        tokens, broken = np.asarray(known), np.asarray(flying.drawn.broken)
+        now = time.perf_counter()
+        seconds = now - max(flying.began, self._read_at)
+        # First tokens have no time. If they were there before anybody looked, the next step runs since its launch.
+        if not over or all(read.sequence.generated for read in flying.reads):
+            self._read_at = now
+        drawn, asked = flying.drawn, [read.sequence.request for read in flying.reads]
+        if any(one.logprobs is not None or one.prompt_logprobs is not None for one in asked):
+            drawn = drawn._replace(scores=jax.tree.map(np.asarray, drawn.scores))
+        if any(one.states for one in asked):
+            drawn = drawn._replace(states=jax.tree.map(lambda x: np.asarray(x, np.float32), drawn.states))
+        guesses = None if drawn.guesses is None else np.asarray(drawn.guesses)
         found = []
         for read in flying.reads:
             sequence, places = read.sequence, read.places(tokens)
-            sequence.ahead -= read.steps if read.sample else 0
+            for one in sequence.pair:
+                one.ahead -= read.steps if read.sample else 0
             if sequence.stage is Stage.ENDED:
                 continue
             ticket = self._tickets[sequence]
             if any(broken[place] for place in places):
                 found.append((ticket, self._end(ticket, Finish.ERROR, error=_NOT_FINITE)))
             elif not read.sample:
-                assert scores is not None
                 n = sequence.request.prompt_logprobs or 0
-                ticket.prompt_scores.append(_score(scores, places[0], int(tokens[places[0]]), n))
+                ticket.prompt_scores.append(_score(drawn, places[0], int(tokens[places[0]]), sequence.request, n))
             else:
                 self._counts["drafted"] += len(read.drafts)
                 self._counts["accepted"] += len(places) - 1 if read.drafts else 0
                 self._shards[ticket.shard].came_true(sequence, in_place(places) if read.drafts else 0)
                 if guesses is not None and self._drafter is not None:
                     self._drafter.saw(sequence, guesses[0, self._slot(ticket.shard, sequence)])
-                found.append((ticket, self._grown(ticket, [int(tokens[p]) for p in places], places, scores, seconds)))
+                found.append((ticket, self._grown(ticket, [int(tokens[p]) for p in places], places, drawn, seconds)))
         return found
 
     def _grown(
-        self, ticket: Ticket, tokens: list[int], places: list[tuple[int, int]], scores: LogProbs | None, seconds: float
+        self, ticket: Ticket, tokens: list[int], places: list[tuple[int, int]], drawn: Drawn, seconds: float
     ) -> Delta:
         """A text has more tokens, the last of which may end it."""
         sequence, stream = ticket.sequence, ticket.stream
         request = sequence.request
         finish: Finish | None = None
         reason: str | int | None = None
+        text = ""
         for n, token in enumerate(tokens, start=1):
             if token < 0:
-                return self._end(ticket, Finish.ERROR, error=_NOTHING_LEFT)
-            if token in request.ends:
-                tokens, finish, reason = tokens[:n], Finish.STOP, token
+                return self._end(ticket, Finish.NOTHING_FITS, error=_NOTHING_LEFT)
+            if request.stop:  # how many tokens come at a time does not change which of them is the last
+                text += stream.add([token])
+            if stream.stopped is not None or token in request.ends:
+                tokens, finish = tokens[:n], Finish.STOP
+                reason = token if stream.stopped is None else stream.stopped
                 break
-        sequence.tokens += tokens
-        text = stream.add(tokens)
-        if stream.stopped is not None:
-            finish, reason = Finish.STOP, stream.stopped
-        elif finish is None and len(sequence.tokens) >= sequence.end:
+        for one in sequence.pair:
+            one.tokens += tokens
+        text = text if request.stop else stream.add(tokens)
+        if finish is None and len(sequence.tokens) >= sequence.end:
             finish = Finish.LENGTH
         of_tokens: tuple[TokenScore, ...] = ()
-        if request.logprobs is not None and scores is not None:
+        if request.logprobs is not None:
             of_tokens = tuple(
-                _score(scores, place, token, request.logprobs)
+                _score(drawn, place, token, request, request.logprobs)
                 for place, token in zip(places, tokens, strict=False)  # the last ones may be cut off
             )
         self._counts["generated"] += len(tokens)
@@ -427,13 +457,20 @@ class Engine:
         )
         ticket.begun = True
         if finish is None and ticket.constraint is not None:
-            ticket.constraint.accept(tokens[-1])
+            try:
+                ticket.constraint.accept(tokens[-1])
+                ticket.allowed = ticket.constraint.mask()
+            except UserError as error:  # of this text alone
+                return self._end(ticket, Finish.NOTHING_FITS, error=str(error))
             if sequence.begun:
-                self._programs.allow(self._slot(ticket.shard, sequence), ticket.constraint.mask())
+                self._programs.allow(self._slot(ticket.shard, sequence), ticket.allowed)
         if finish is None:
-            self._shards[ticket.shard].hold(sequence)
+            for one in sequence.pair:
+                self._shards[ticket.shard].hold(one)
             return delta
         ended = self._end(ticket, finish)
+        if finish is Finish.LENGTH and stream.stopped is not None:  # in what waited for more tokens
+            finish, reason = Finish.STOP, stream.stopped
         return dataclasses.replace(delta, text=text + ended.text, finish=finish, stop_reason=reason)
 
     def _end(self, ticket: Ticket, finish: Finish, *, error: str = "") -> Delta:
@@ -455,44 +492,9 @@ class Engine:
             shard.tables_changed = False
 
 
-def check_lengths(
-    prompt: int, new: int, limit: int, *, key: str = "max_new_tokens", prompt_key: str = "the prompt"
-) -> None:
-    """
-    Raises:
-        UserError: so many tokens of a prompt and so many new ones are more than the model is meant for.
-    """
-    if prompt + new <= limit:
-        return
-    remedies = [f"use {key} <= {limit - prompt}"] if prompt < limit else []
-    if new < limit:
-        remedies.append(f"shorten {prompt_key} to at most {limit - new} tokens")
-    remedy = " or ".join(remedies) or "shorten both"
-    raise UserError(
-        f"{prompt_key}'s {prompt} tokens and {key} = {new} make {prompt + new}, more than model.max_seq_len = {limit}; "
-        f"{remedy}"
-    )
-
-
-def _check(model: ModelConfig, needed: int) -> None:
-    """
-    Raises:
-        UserError: the model cannot go on with texts, or knows fewer ids than these have.
-    """
-    if not isinstance(model.head, LmHead):
-        raise UserError(f"model.head = {type(model.head).__name__} gives no logits; use a run with an LmHead")
-    if needed > model.vocab_size:
-        raise UserError(
-            f"model.vocab_size = {model.vocab_size} is less than the tokenizer's {needed}; use the "
-            "tokenizer that the model was trained with"
-        )
-    if not model.decodes:
-        raise UserError(
-            f"{model.looks_ahead}: such a model looks at later tokens and cannot decode; "
-            "measure it with python -m maxlm.evaluate"
-        )
-
-
-def _score(scores: LogProbs, place: tuple[int, int], token: int, n: int) -> TokenScore:
+def _score(drawn: Drawn, place: tuple[int, int], token: int, request: Request, n: int) -> TokenScore:
+    scores = drawn.scores
     top = zip(scores.top_ids[place][:n].tolist(), scores.top[place][:n].tolist(), strict=True)
-    return TokenScore(token, float(scores.chosen[place]), tuple(top))
+    told = scores.told[place][: len(request.told)].tolist()
+    state: Any = drawn.states[place] if request.states else None
+    return TokenScore(token, float(scores.chosen[place]), tuple(top), tuple(told), state)

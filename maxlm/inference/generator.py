@@ -8,9 +8,19 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from maxlm.config import BeamConfig, EngineConfig, SamplingConfig, UserError, WeightFormat
+from maxlm.config import (
+    BeamConfig,
+    ContrastiveConfig,
+    EngineConfig,
+    GuidanceConfig,
+    SamplingConfig,
+    UserError,
+    WeightFormat,
+)
 from maxlm.inference.beam import beam_search
+from maxlm.inference.contrastive import contrastive_search
 from maxlm.inference.engine import Engine, Ticket
+from maxlm.inference.forced import spellings
 from maxlm.inference.request import Delta, Finish, Request, TokenScore, nth_seed
 from maxlm.inference.text_stream import TextStream
 
@@ -72,6 +82,7 @@ class Generator:
         sampling: SamplingConfig = SamplingConfig(),
         seed: int = 0,
         beams: BeamConfig = BeamConfig(),
+        guidance: GuidanceConfig = GuidanceConfig(),
     ) -> list[Generation]:
         """Continue several prompts, each up to `max_new_tokens` or the end of its document.
 
@@ -83,6 +94,7 @@ class Generator:
             sampling: how the next token is drawn.
             seed: of all of them.
             beams: search in place of drawing; the best text of each prompt, `Ranked`. The seed does not matter then.
+            guidance: away from another prompt, the same for all texts.
 
         Raises:
             UserError: a prompt is not UTF-8, it and its new tokens do not fit model.max_seq_len, `max_new_tokens` or
@@ -91,11 +103,13 @@ class Generator:
         if beams.n_best != 1:
             raise UserError(f"n_best = {beams.n_best}, and here each prompt has one text; call Generator.search")
         if beams.beams:
+            if guidance.guidance_scale != 1:
+                raise UserError(f"guidance_scale = {guidance.guidance_scale} does not go with beams; leave it out")
             return [
                 best for best, *_ in self.search(prompts, max_new_tokens=max_new_tokens, beams=beams, sampling=sampling)
             ]
         return self.answer(
-            [self.request(prompt, max_new_tokens, sampling, seed, n) for n, prompt in enumerate(prompts)]
+            [self.request(prompt, max_new_tokens, sampling, seed, n, guidance) for n, prompt in enumerate(prompts)]
         )
 
     def search(
@@ -111,18 +125,49 @@ class Generator:
         Nothing is drawn: the same prompt has the same texts. `tokens_per_s` is None.
 
         Raises:
-            UserError: as `generate`; or nothing may come any more after some text.
+            UserError: as `generate`; nothing may come any more after some text; or a text cannot have the forced words.
         """
         requests = [self.request(prompt, max_new_tokens, sampling) for prompt in prompts]
         for request in requests:  # with all tokens that it may get
             self.engine.check(request)
-        found = beam_search(lambda asked: [text.scores[0] for text in self.texts(asked)], requests, beams)
+        words = [spellings(self.engine.tokenizer, word) for word in beams.force]
+        found = beam_search(lambda asked: [text.scores[0] for text in self.texts(asked)], requests, beams, words)
         return [
             [
                 Ranked(text=self._said(request, one.tokens), tokens=[*one.tokens], tokens_per_s=None, score=one.score)
                 for one in hypotheses
             ]
             for request, hypotheses in zip(requests, found, strict=True)
+        ]
+
+    def contrast(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        contrastive: ContrastiveConfig,
+        sampling: SamplingConfig = SamplingConfig(),
+    ) -> list[Generation]:
+        """The text of each prompt that contrastive search finds. Nothing is drawn. `tokens_per_s` is None.
+
+        Raises:
+            UserError: as `generate`; or nothing may come any more after some text.
+        """
+        requests = [self.request(prompt, max_new_tokens, sampling) for prompt in prompts]
+        for request in requests:
+            self.engine.check(request)
+            if (room := self.engine.max_length - len(request.prompt) - 1) < max_new_tokens:
+                raise UserError(
+                    f"max_new_tokens = {max_new_tokens} with contrastive search, which looks one token further, and "
+                    f"model.max_seq_len = {self.engine.max_length}; use at most {room}, or a shorter prompt"
+                )
+
+        def answer(asked: list[Request]) -> list[list[TokenScore]]:
+            return [[*text.prompt_scores, *text.scores] for text in self.texts(asked)]
+
+        return [
+            Generation(text=self._said(request, tokens), tokens=[*tokens], tokens_per_s=None)
+            for request, tokens in zip(requests, contrastive_search(answer, requests, contrastive), strict=True)
         ]
 
     def answer(self, requests: Sequence[Request]) -> list[Generation]:
@@ -163,7 +208,13 @@ class Generator:
         return texts
 
     def stream(
-        self, prompt: str, *, max_new_tokens: int, sampling: SamplingConfig = SamplingConfig(), seed: int = 0
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int,
+        sampling: SamplingConfig = SamplingConfig(),
+        seed: int = 0,
+        guidance: GuidanceConfig = GuidanceConfig(),
     ) -> collections.abc.Generator[str, None, Generation]:
         """Continue one prompt, yielding its text piece by piece; the generator's return value is the whole.
 
@@ -173,25 +224,35 @@ class Generator:
             UserError: as `generate`, at the first piece.
         """
         text = GrowingText()
-        for delta in self._deltas(self.request(prompt, max_new_tokens, sampling, seed)):
+        for delta in self._deltas(self.request(prompt, max_new_tokens, sampling, seed, guidance=guidance)):
             text.add(delta)
             if delta.text:
                 yield delta.text
         return text.generation
 
-    def request(self, prompt: str, max_new_tokens: int, sampling: SamplingConfig, seed: int = 0, n: int = 0) -> Request:
+    def request(
+        self,
+        prompt: str,
+        max_new_tokens: int,
+        sampling: SamplingConfig,
+        seed: int = 0,
+        n: int = 0,
+        guidance: GuidanceConfig = GuidanceConfig(),
+    ) -> Request:
         """For the n-th of several texts.
 
         Raises:
             UserError: the prompt is not UTF-8.
         """
-        engine = self.engine
+        engine, negative = self.engine, guidance.negative_prompt
         return Request(
             prompt=engine.prompt_ids(prompt),
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             seed=nth_seed(seed, n),
             ends=engine.ends.last,
+            guidance_scale=guidance.guidance_scale,
+            negative_prompt=() if negative is None else engine.prompt_ids(negative),
         )
 
     def _said(self, request: Request, tokens: Sequence[int]) -> str:
@@ -233,6 +294,8 @@ class GrowingText:
         self._tokens: list[int] = []
         self.scores: list[TokenScore] = []
         """Of the tokens, if they were asked for."""
+        self.prompt_scores: list[TokenScore] = []
+        """Of those of the prompt."""
         self._timed, self._seconds = 0, 0.0
 
     def add(self, delta: Delta) -> None:
@@ -240,11 +303,12 @@ class GrowingText:
         Raises:
             UserError: it ended with an error.
         """
-        if delta.finish is Finish.ERROR:
+        if delta.finish in (Finish.ERROR, Finish.NOTHING_FITS):
             raise UserError(delta.error)
         self._text.append(delta.text)
         self._tokens += delta.tokens
         self.scores += delta.scores
+        self.prompt_scores += delta.prompt_scores
         if delta.seconds and delta.tokens:
             self._timed += len(delta.tokens)
             self._seconds += delta.seconds

@@ -62,7 +62,8 @@ class Programs:
         run_model, self._parameters = self._placed(parameters)
         everywhere = how.layout.sharding()
         self._cut = how.layout.sharding(how.layout.activation("batch", None))
-        self._cache = jax.jit(lambda: empty_cache(run_model, dict(blocks), config.block_size, how))()
+        empty = functools.partial(empty_cache, run_model, dict(blocks), config.block_size, how, config.kv_cache)
+        self._cache = jax.jit(empty)()
         make = lambda: empty_texts(model, config.slots * self._n_shards)
         self._texts = jax.jit(make, out_shardings=everywhere)()
         width = -(-model.max_seq_len // config.block_size)
@@ -106,13 +107,13 @@ class Programs:
         """Rows of all shards that read nothing, to be filled: numpy arrays."""
         n, scored = width * self._n_shards, self.scored_rows(width) * self._n_shards
         nothing = np.full(n, -1, np.int32)
-        drafts = nothing.copy() if self._config.drafts else None
+        drafts, none = nothing.copy() if self._config.drafts else None, np.full(scored, -1, np.int32)
         branches = None
         if self._config.parents is not None:
-            own = np.arange(scored, dtype=np.int32)
-            branches = Branches(own, TokenTree(nothing.copy(), nothing.copy(), np.zeros(n, np.int32)))
-        slots, scores = np.zeros(n, np.int32), np.full(scored, -1, np.int32)
-        return StepRows(slots, nothing, scores, np.zeros(scored, bool), drafts, branches)
+            nodes = TokenTree(nothing.copy(), nothing.copy(), np.zeros(n, np.int32))
+            branches = Branches(np.arange(scored, dtype=np.int32), nodes)
+        slots, samples = np.zeros(n, np.int32), np.zeros(scored, bool)
+        return StepRows(slots, nothing, none, samples, none.copy(), drafts, branches)
 
     def _placed(self, parameters: Any) -> tuple[ModelConfig, Any]:
         """The model as it runs here, and its parameters."""
@@ -196,7 +197,7 @@ def pool_sizes(model: ModelConfig, config: EngineConfig, how: Execution, most: i
     blocks = shapes.cache_blocks(model, positions=positions, slots=config.slots, tokens_per_step=most, block_size=C)
     if config.cache_tokens is None and jax.process_count() == 1:  # several would not have the same to spare
         room, tensor = _free_bytes(layout), layout.mesh.shape["tensor"]
-        total = shapes.pools_bytes(model, blocks, C, itemsize=how.dtype.itemsize, tensor=tensor)
+        total = shapes.pools_bytes(model, blocks, C, dtype=how.config.dtype, tensor=tensor, kept_in=config.kv_cache)
         if total > room:
             blocks = {window: max(int(n * room / total), 2) for window, n in blocks.items()}
     return blocks

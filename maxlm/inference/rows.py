@@ -63,15 +63,15 @@ def fill(
         slot: its first slot.
         parents: of drafts that may stand in a tree, as `EngineConfig.parents`.
     """
-    reads = []
+    reads, places = [], dict[Sequence, int]()
     for chunk in plan.chunks:
         sequence, end = chunk.sequence, row + chunk.count
         after = end + len(chunk.drafts)
         rows.slots[row:after] = slot + sequence.slot
         rows.positions[row:after] = range(chunk.first, chunk.first + after - row)
         if rows.branches is not None:
-            for places in rows.branches.nodes[:2]:
-                places[row:after] = rows.positions[row:after]
+            for node in rows.branches.nodes[:2]:
+                node[row:after] = rows.positions[row:after]
             rows.branches.nodes.path[row:after] = 1
         wanted: list[int] = []
         if sequence.request.prompt_logprobs is not None:  # of the token after each that is read
@@ -83,11 +83,15 @@ def fill(
         if chunk.samples:
             n = 1 + len(chunk.drafts)
             rows.scored[scored : scored + n], rows.samples[scored : scored + n] = range(end - 1, after), True
-            steps = min(plan.n_steps, sequence.end - sequence.length)
             before = tuple(range(-1, len(chunk.drafts) - 1)) if parents is None else parents[: len(chunk.drafts)]
-            reads.append(Read(sequence, scored, True, steps, chunk.drafts, before))
             if rows.branches is not None:
                 _branch(rows.branches, rows.positions, before, row=end - 1, scored=scored)
+            if sequence.leader is None:
+                steps = min(plan.n_steps, sequence.end - sequence.length)
+                reads.append(Read(sequence, scored, True, steps, chunk.drafts, before))
+                places[sequence] = scored
+            else:  # a twin's stand behind
+                rows.follows[scored] = places[sequence.leader]
             scored += n
         if chunk.drafts:
             rows.drafts[end:after] = chunk.drafts

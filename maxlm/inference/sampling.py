@@ -34,6 +34,8 @@ class LogProbs(NamedTuple):
     """int32 [R, TOP]: the likeliest, in falling order."""
     top: jax.Array
     """float32 [R, TOP]: theirs."""
+    told: jax.Array
+    """float32 [R, MAX_TOLD]: of the ids that the settings name."""
 
 
 class Chosen(NamedTuple):
@@ -72,13 +74,32 @@ def choose(logits: jax.Array, rows: Settings, history: History, given: jax.Array
         tokens = jnp.where(damaged, -1, tokens)
 
         def all_of_them() -> LogProbs:
-            return log_probs(jnp.where(rows.processed_logprobs[:, None], after, logits), tokens)
+            return log_probs(jnp.where(rows.processed_logprobs[:, None], after, logits), tokens, rows.told)
 
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(all_of_them))
         return Chosen(tokens, jax.lax.cond((rows.logprobs >= 0).any(), all_of_them, lambda: nothing))
 
     ruled = edits(rows, history) | (rows.temperature != 0)
     return jax.lax.cond(ruled.any(), by_rules, plainly)
+
+
+def guided(logits: jax.Array, scale: jax.Array, twins: jax.Array) -> jax.Array:
+    """Classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598; of texts: Sanchez et al. 2023,
+    arXiv:2306.17806, equation 7): n + scale * (p - n), p and n the log-probabilities of a row and of its twin.
+
+    Args:
+        logits: float32 [R, V].
+        scale: float32 [R].
+        twins: int32 [R]: the row that stands at the same place of the text after the negative prompt; -1: there is
+            none, and the row stays as it is.
+    """
+
+    def apart(x: jax.Array) -> jax.Array:
+        after = _log_softmax(x)
+        negative = after[jnp.maximum(twins, 0)]
+        return jnp.where((twins >= 0)[:, None], negative + scale[:, None] * (after - negative), x)
+
+    return jax.lax.cond((twins >= 0).any(), apart, lambda x: x, logits)
 
 
 def processed(logits: jax.Array, rows: Settings, history: History) -> jax.Array:
@@ -273,13 +294,15 @@ def noise(seed: jax.Array, position: jax.Array, vocab: int) -> jax.Array:
     return -jnp.log(-jnp.log(uniform))
 
 
-def log_probs(logits: jax.Array, tokens: jax.Array) -> LogProbs:
-    """How likely int32 [R] tokens are under softmax(logits), logits float32 [R, V], and which are the likeliest."""
+def log_probs(logits: jax.Array, tokens: jax.Array, told: jax.Array) -> LogProbs:
+    """How likely int32 [R] tokens and ids int32 [R, _] are under softmax(logits), logits float32 [R, V], and which are
+    the likeliest."""
     most = _finite_max(logits)
     total = jnp.log(row_sum(jnp.exp(logits - most)))[:, None]
     top, ids = jax.lax.top_k(logits, min(TOP, logits.shape[1]))
-    chosen = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[:, None], 1)
-    return LogProbs((chosen - most - total)[:, 0], ids, top - most - total)
+    named = jnp.concatenate([tokens[:, None], told], 1)
+    named = jnp.take_along_axis(logits, jnp.maximum(named, 0), 1) - most - total
+    return LogProbs(named[:, 0], ids, top - most - total, named[:, 1:])
 
 
 def likeliest(logits: jax.Array) -> jax.Array:

@@ -5,6 +5,9 @@ fewer rows than there are texts, they take turns. If blocks run
 out, the youngest text gives all of its own back and waits at the head of the queue; what it had is computed again, or
 found again in blocks that nobody has needed since. The oldest text can always go on: a request that does not fit the
 whole cache is refused when it comes. Blocks are found first, and tokens counted afterwards.
+
+A text that is guided has a twin in a slot of its own. They come, go and lose their blocks together, and read their
+newest tokens in the same steps; who counts texts counts such a pair once.
 """
 
 from __future__ import annotations
@@ -57,6 +60,10 @@ class Sequence:
     """The last step that it had a row in, where texts take turns."""
     begun: bool = False
     """The device knows the text in the slot."""
+    twin: Sequence | None = None
+    """The same new tokens after another prompt."""
+    leader: Sequence | None = None
+    """Of a twin: the text whose tokens it has."""
 
     @property
     def length(self) -> int:
@@ -67,6 +74,11 @@ class Sequence:
     def end(self) -> int:
         """Tokens that it has at most."""
         return len(self.request.prompt) + self.request.max_new_tokens
+
+    @property
+    def pair(self) -> tuple[Sequence, ...]:
+        """Itself, and its twin if it has one."""
+        return (self,) if self.twin is None else (self, self.twin)
 
     @property
     def to_read(self) -> int:
@@ -143,9 +155,11 @@ class Scheduler:
         self._slots = list(range(slots))[::-1]
         self._steps_launched = self.preemptions = 0
 
-    def fits(self, length: int) -> bool:
-        """Whether a text of so many tokens can be decoded when it is alone."""
-        return all(self._needed(window, length) < pool.size for window, pool in self.pools.items())
+    def fits(self, *lengths: int) -> bool:
+        """Whether a text, or a pair, of so many tokens can be decoded when it is alone."""
+        return all(
+            sum(self._needed(window, length) for length in lengths) < pool.size for window, pool in self.pools.items()
+        )
 
     def add(self, sequence: Sequence) -> None:
         """To those who wait."""
@@ -160,49 +174,49 @@ class Scheduler:
                 self._release(sequence)
             case Stage.ENDED:
                 return
-        sequence.stage = Stage.ENDED
+        for one in sequence.pair:
+            one.stage = Stage.ENDED
 
     def plan(self) -> StepPlan | None:
         """The next step; None: there is nothing to do. Nothing counts as computed before `launched`."""
         chunks: list[Chunk] = []
         budget, rows, preemptions = self._tokens_per_step, self._rows, self.preemptions
         ready = sorted((one for one in self.running if one.length < one.end), key=lambda one: (one.served, one.number))
-        for n_before, sequence in enumerate(ready):
-            if not min(budget, rows):
-                break
-            if sequence.stage is not Stage.RUNNING:
-                continue
-            others = len(ready) - n_before - 1
-            count = min(sequence.to_read, max(budget - others, 1), self._scored(sequence, rows - others))
-            self._grow(sequence, sequence.computed + count)
-            if sequence.stage is Stage.RUNNING:
-                chunks.append(self._chunk(sequence, count))
-                budget, rows = budget - count, rows - self._n_rows(chunks[-1])
+        others = sum(len(one.pair) for one in ready)
+        for sequence in ready:
+            others -= len(sequence.pair)
+            if sequence.stage is Stage.RUNNING and min(budget, rows) >= len(sequence.pair):
+                for chunk in self._chunks(sequence, budget - others, rows - others):
+                    chunks.append(chunk)
+                    budget, rows = budget - chunk.count, rows - self._n_rows(chunk)
         chunks = [chunk for chunk in chunks if chunk.sequence.stage is Stage.RUNNING]
         # Nobody comes in where blocks ran out: who lost them may have tokens on the device that nobody has seen.
-        while self.waiting and self._slots and budget > 0 and rows > 0 and self.preemptions == preemptions:
+        while self.waiting and self.preemptions == preemptions:
             sequence = self.waiting[0]
-            if not self._admit(sequence):
+            if min(budget, rows, len(self._slots)) < len(sequence.pair) or not self._admit(sequence):
                 break
-            count = min(sequence.to_read, budget, self._scored(sequence, rows))
-            self._grow(sequence, sequence.computed + count)
-            chunks.append(self._chunk(sequence, count))
-            budget, rows = budget - count, rows - self._n_rows(chunks[-1])
+            for chunk in self._chunks(sequence, budget, rows):
+                chunks.append(chunk)
+                budget, rows = budget - chunk.count, rows - self._n_rows(chunk)
         chunks = [chunk for chunk in chunks if chunk.sequence.stage is Stage.RUNNING]
         return StepPlan(chunks, self._steps(chunks)) if chunks else None
 
     def room(self, plan: StepPlan, most: int) -> list[int]:
         """How many drafts each chunk of a plan may have where the others have none, `most` at the most.
 
-        A text under a grammar has none: what may come after each draft would have to be told to the device too.
+        A text under a grammar has none: what may come after each draft would have to be told to the device too. Nor has
+        one that is guided, whose twin would have to read them as well.
         """
         left = self._left(plan)
         return [
             min(most, left, chunk.sequence.end - chunk.sequence.length - 1)
-            if chunk.samples and not chunk.sequence.ahead and chunk.sequence.request.grammar is None
+            if chunk.samples and not chunk.sequence.ahead and self._guessable(chunk.sequence)
             else 0
             for chunk in plan.chunks
         ]
+
+    def _guessable(self, sequence: Sequence) -> bool:
+        return sequence.request.grammar is None and sequence.twin is None and sequence.leader is None
 
     def with_drafts(self, plan: StepPlan, drafts: list[list[int]]) -> StepPlan:
         """The plan with guesses for its chunks, as far as there are rows and blocks that nobody else needs: the first
@@ -250,10 +264,29 @@ class Scheduler:
         for sequence in reversed(self.running[:]):
             self._preempt(sequence)
         for sequence in self.waiting:
-            sequence.prefixes.clear()
+            for one in sequence.pair:
+                one.prefixes.clear()
         for pool in self.pools.values():
             pool.forget()
         self.salt = salt
+
+    def _chunks(self, sequence: Sequence, budget: int, rows: int) -> list[Chunk]:
+        """What a text and its twin read next, in about so many tokens and rows of logits; none if it lost its blocks.
+
+        None of a pair reads its newest token before both do.
+        """
+        counts = list[int]()
+        for one in sequence.pair:
+            later = len(sequence.pair) - len(counts) - 1
+            counts.append(min(one.to_read, max(budget - later, 1), self._scored(one, rows - later)))
+            budget -= counts[-1]
+        if any(count < one.to_read for one, count in zip(sequence.pair, counts, strict=True)):
+            counts = [min(count, one.to_read - 1) for one, count in zip(sequence.pair, counts, strict=True)]
+        for one, count in zip(sequence.pair, counts, strict=True):
+            self._grow(one, one.computed + count)
+        if sequence.stage is not Stage.RUNNING:
+            return []
+        return [self._chunk(one, count) for one, count in zip(sequence.pair, counts, strict=True) if count]
 
     def _chunk(self, sequence: Sequence, count: int) -> Chunk:
         return Chunk(sequence, sequence.computed, count, sequence.computed + count == sequence.length)
@@ -299,39 +332,44 @@ class Scheduler:
         return n_steps
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Give a waiting text a slot, and the blocks that hold its beginning already."""
+        """Give a waiting text a slot, and the blocks that hold its beginning already; its twin too."""
+        found = [self._share(one) for one in sequence.pair]
+        room = all(
+            pool.n_free
+            > sum(self._needed(window, one.length + 1) - n for one, n in zip(sequence.pair, found, strict=True))
+            for window, pool in self.pools.items()
+        )
+        if self.running and not room:
+            for one in sequence.pair:
+                self._give_back(one)
+            return False
+        self.waiting.popleft()
+        for one, n in zip(sequence.pair, found, strict=True):
+            one.stage, one.slot = Stage.RUNNING, self._slots.pop()
+            one.computed = n * self._block_size
+            one.held = n
+            if not one.generated:
+                one.cached = one.computed
+            for window, blocks in one.blocks.items():
+                self.tables[window][one.slot, : len(blocks)] = blocks
+        self.tables_changed = True
+        # Who was preempted is older than those who run, and goes before them again.
+        self.running.append(sequence)
+        self.running.sort(key=lambda one: one.number)
+        return True
+
+    def _share(self, sequence: Sequence) -> int:
+        """Take the blocks that hold its beginning; how many these are."""
         found = self._find(sequence)
-        start = found * self._block_size
         for window, pool in self.pools.items():
-            first = self._first_block(window, start)
+            first = self._first_block(window, found * self._block_size)
             shared = [pool.find(self._prefix(sequence, number)) for number in range(first, found)]
             blocks = [NOWHERE] * first + [block for block in shared if block is not None]
             assert len(blocks) == found
             for block in blocks[first:]:
                 pool.share(block)
             sequence.blocks[window] = blocks
-        room = all(
-            pool.n_free > self._needed(window, sequence.length + 1) - found for window, pool in self.pools.items()
-        )
-        if self.running and not room:
-            for window, pool in self.pools.items():
-                for block in reversed(sequence.blocks.pop(window)):
-                    if block != NOWHERE:
-                        pool.give_back(block)
-            return False
-        self.waiting.popleft()
-        sequence.stage, sequence.slot = Stage.RUNNING, self._slots.pop()
-        sequence.computed = start
-        sequence.held = found
-        if not sequence.generated:
-            sequence.cached = start
-        for window, blocks in sequence.blocks.items():
-            self.tables[window][sequence.slot, : len(blocks)] = blocks
-        self.tables_changed = True
-        # Who was preempted is older than those who run, and goes before them again.
-        self.running.append(sequence)
-        self.running.sort(key=lambda one: one.number)
-        return True
+        return found
 
     def _find(self, sequence: Sequence) -> int:
         """How many of its first blocks the cache holds. At least its newest token is left to be read."""
@@ -403,18 +441,25 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Tokens that are still on the device come all the same, before the next plan."""
         self._release(sequence)
-        sequence.stage = Stage.WAITING
+        for one in sequence.pair:
+            one.stage = Stage.WAITING
         self.waiting.appendleft(sequence)
         self.preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:
-        """The last blocks are the first that others may take: the beginning is what another text may have too."""
         self.running.remove(sequence)
+        for one in sequence.pair:
+            for table in self.tables.values():
+                table[one.slot] = NOWHERE
+            self._give_back(one)
+            self._slots.append(one.slot)
+            one.slot, one.computed, one.held, one.begun = -1, 0, 0, False
+        self.tables_changed = True
+
+    def _give_back(self, sequence: Sequence) -> None:
+        """The last blocks are the first that others may take: the beginning is what another text may have too."""
         for window, blocks in sequence.blocks.items():
             for block in reversed(blocks):
                 if block != NOWHERE:
                     self.pools[window].give_back(block)
-            self.tables[window][sequence.slot] = NOWHERE
-        self.tables_changed = True
-        self._slots.append(sequence.slot)
-        sequence.blocks, sequence.slot, sequence.computed, sequence.held, sequence.begun = {}, -1, 0, 0, False
+        sequence.blocks = {}

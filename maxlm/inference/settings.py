@@ -20,6 +20,8 @@ MAX_WORDS = 64
 """Banned words of two tokens or more."""
 MAX_WORD = 16
 """Tokens of such a word."""
+MAX_TOLD = 32
+"""Ids whose log-probability is told by name."""
 
 NOWHERE = -1
 """Fills lists of ids; no id."""
@@ -66,6 +68,10 @@ class Settings(NamedTuple):
     """int32 [S]: how many of the likeliest are wanted with their log-probability; -1: not even the chosen one."""
     processed_logprobs: Any
     """bool [S]: log-probabilities after all rules; False: the model's own."""
+    guidance: Any
+    """float32 [S]: how far away from the twin's distribution; of a text with a twin."""
+    told: Any
+    """int32 [S, MAX_TOLD]: ids whose log-probability is wanted too."""
 
     @staticmethod
     def empty(slots: int, vocab: int) -> Settings:
@@ -85,6 +91,8 @@ def settings_row(
     banned: Sequence[Sequence[int]] = (),
     logprobs: int | None = None,
     processed_logprobs: bool = False,
+    told: Sequence[int] = (),
+    guidance: float = 1.0,
 ) -> Settings:
     """The settings of one request, as numpy arrays without the axis S.
 
@@ -98,6 +106,8 @@ def settings_row(
         banned: words, as their ids, that must not come: the last id is banned after the others.
         logprobs: how many of the likeliest ids are wanted with each token; None: no log-probability at all.
         processed_logprobs: they are of the distribution that is drawn from, not of the model's own.
+        told: ids whose log-probability is wanted too, where any is.
+        guidance: of a text with a twin: see `maxlm.inference.sampling.guided`.
 
     Raises:
         UserError: an id is not one of the tokenizer's, a bias is NaN or +inf, or there are too many of something.
@@ -108,6 +118,7 @@ def settings_row(
         ("logit_bias", logit_bias),
         ("banned", [i for word in banned for i in word]),
         ("dry_breakers", sampling.dry_breakers),
+        ("told", told),
     ):
         if unknown := [i for i in ids if not 0 <= i < known]:
             raise UserError(f"{key}: {unknown[0]} is no id of the tokenizer; use ids in [0, {known})")
@@ -151,6 +162,8 @@ def settings_row(
         allowed=np.full(mask_words(vocab), _ALL),
         logprobs=np.int32(-1 if logprobs is None else logprobs),
         processed_logprobs=np.bool_(processed_logprobs),
+        guidance=np.float32(guidance),
+        told=_filled("told", told, MAX_TOLD),
     )
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from maxlm.config import ModelConfig
 from maxlm.inference.logits_rules import History
-from maxlm.inference.sampling import LogProbs, choose
+from maxlm.inference.sampling import LogProbs, choose, guided
 from maxlm.inference.settings import Settings, take
 from maxlm.models import Decoder, Execution, Tokens, bind, ops
 from maxlm.models.kv_cache import Cache
@@ -48,6 +48,8 @@ class StepRows(NamedTuple):
     """int32 [R]: rows whose logits are computed; -1: none."""
     samples: Any
     """bool [R]: a token is drawn; else the one that the text has is scored."""
+    follows: Any
+    """int32 [R]: of a twin's row, which of these R has the token that it takes; -1: it draws its own."""
     drafts: Any = None
     """int32 [T]: a guess at the token that this row reads; -1: the text's own is known. Guesses follow the row of the
     text's newest token, each behind the one before, among the scored rows too. None: the engine has no drafts."""
@@ -74,6 +76,8 @@ class Drawn(NamedTuple):
     """[n, R, ...]."""
     broken: jax.Array
     """bool [n, R]: the logits were no numbers."""
+    states: jax.Array
+    """[n, R, D] in the compute dtype: what the logits are made of."""
     guesses: jax.Array | None = None
     """int32 [n, S, heads, guesses]: what the Medusa heads make of the newest token that was read of each slot's text,
     best first; anything where none was. None: nobody asked."""
@@ -169,6 +173,9 @@ def step(
     model, everywhere = bind(config, parameters), how.layout.sharding()
     slots, nowhere = rows.slots[rows.scored], texts.history.shape[1] - 1
     settings = take(texts.settings, slots)
+    follows = rows.follows >= 0
+    twins = jnp.full_like(rows.follows, -1)
+    twins = twins.at[jnp.where(follows, rows.follows, len(twins))].set(jnp.arange(len(twins)), mode="drop")
 
     def turn(number: jax.Array, positions: jax.Array, cache: Cache, texts: Texts) -> tuple[Any, ...]:
         ids = texts.history[rows.slots, positions.clip(0)]
@@ -181,30 +188,38 @@ def step(
             known, whose = _paths(rows, positions, texts.history), jnp.arange(len(slots))
         hidden, cache = read(model, how, cache, ids, positions, pages)
         # Whole on every device that has the row: choosing needs the row's whole vocabulary.
-        logits = ops.logits(hidden[rows.scored], model.unembedding)
+        states = hidden[rows.scored]
+        logits = ops.logits(states, model.unembedding)
         logits = jax.lax.with_sharding_constraint(logits, everywhere)
         at = jnp.where(rows.scored < 0, -1, positions[rows.scored])
         samples = rows.samples & (at >= 0)
         given = jnp.where(samples, -1, texts.history[slots, at + 1])
-        tokens, of_tokens = choose(logits, settings, History(known, whose, texts.n_prompt[slots], at + 1), given)
         broken = ~jnp.isfinite(logits).all(-1) & (at >= 0)
+        broken |= (twins >= 0) & broken[twins]
+        tokens, of_tokens = choose(
+            guided(logits, settings.guidance, twins),
+            settings,
+            History(known, whose, texts.n_prompt[slots], at + 1),
+            given,
+        )
+        tokens = jnp.where(follows, tokens[rows.follows], tokens)
         if rows.drafts is not None:
             parents = None if branches is None else branches.parents
             samples &= came_true(rows.drafts[rows.scored], tokens, parents)
-        of_heads = None
+        drawn = Drawn(tokens, of_tokens, broken, states)
         if guesses:
             newest = jnp.full(len(texts.done), -1).at[slots].max(jnp.where(samples, at, -1))
             last = jnp.where(samples & (at == newest[slots]), slots, len(newest))
             row = jnp.zeros_like(newest).at[last].set(rows.scored, mode="drop")
             heads = [ops.logits(*one)[:, 0] for one in model.later(hidden[row][:, None], how)]
-            of_heads = jnp.stack([jax.lax.top_k(logits, guesses)[1] for logits in heads], axis=1)
+            drawn = drawn._replace(guesses=jnp.stack([jax.lax.top_k(one, guesses)[1] for one in heads], axis=1))
 
         after = texts.history.at[slots, jnp.where(samples, at + 1, nowhere)].set(tokens)
         ended = samples & ((tokens[:, None] == settings.ends).any(-1) | (at + 2 >= texts.end[slots]))
         done = texts.done.at[jnp.where(ended, slots, len(texts.done))].set(True, mode="drop")
         goes_on = jnp.where(samples & ~ended, rows.scored, len(positions))
         positions = jnp.full_like(positions, -1).at[goes_on].set(at + 1, mode="drop")
-        return positions, cache, texts._replace(history=after, done=done), Drawn(tokens, of_tokens, broken, of_heads)
+        return positions, cache, texts._replace(history=after, done=done), drawn
 
     def more(carry: tuple[Any, ...]) -> jax.Array:
         number, positions, *_ = carry

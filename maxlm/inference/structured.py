@@ -82,10 +82,10 @@ class Constraint:
         """Go on with an id.
 
         Raises:
-            ValueError: the mask does not have it.
+            UserError: the mask does not have it, or the grammar grows too large behind it, as one without an end does.
         """
         if not self._matcher.consume_token(token):
-            raise ValueError(f"id {token} does not fit the grammar here: {_line(self._matcher.get_error())}")
+            raise UserError(f"the grammar: id {token} cannot come here ({_line(self._matcher.get_error())})")
 
     @property
     def finished(self) -> bool:
@@ -228,7 +228,7 @@ def _bounded(what: str, text: str) -> None:
 
 def _line(message: str) -> str:
     """A message of llguidance, which may draw pictures, in one line."""
-    return _short(" ".join(message.split()), 300)
+    return _short(" ".join(message.replace("<non-verbose/>", "").split()), 300)
 
 
 def _short(text: str, most: int = 60) -> str:

@@ -59,14 +59,14 @@ class TextStream:
         return self._show(whole[: self._end])
 
     def _find_stop(self, text: str) -> None:
-        """Of all stop strings the one that begins first; of those that begin at one place the longest."""
+        """Of all stop strings the one that ends first, however many tokens come at a time; of such, the longest."""
         if self.stopped is not None or not self._stop:
             return
         start = max(self._searched - max(map(len, self._stop)), 0)
-        found = [(place, -len(stop), stop) for stop in self._stop if (place := text.find(stop, start)) >= 0]
+        found = [(place + len(stop), place, stop) for stop in self._stop if (place := text.find(stop, start)) >= 0]
         self._searched = len(text)
         if found:
-            self._end, _, self.stopped = min(found)
+            _, self._end, self.stopped = min(found)
 
     def _beginning(self, text: str) -> int:
         """Characters at the end that may be the beginning of a stop string."""

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from typing import NamedTuple, assert_never
 
-import jax
 import jax.numpy as jnp
 
 from maxlm import shapes
-from maxlm.config import BlockConfig, GroupedQuery, LatentAttention, ModelConfig
+from maxlm.config import BlockConfig, CacheFormat, GroupedQuery, LatentAttention, ModelConfig
 from maxlm.models.execution import Execution
+from maxlm.models.ops import CacheBlocks
 
 
 class KeyValueBlocks(NamedTuple):
     """Keys and values of L' equal layers. Layers change them in place: they are never taken apart."""
 
-    k: jax.Array  # [L', P, K, C, H]
-    v: jax.Array  # [L', P, K, C, Hv]
+    k: CacheBlocks
+    v: CacheBlocks
 
 
 class LatentBlocks(NamedTuple):
     """What keys and values of L' equal layers are made from."""
 
-    latents: jax.Array  # [L', P, 1, C, kv_rank + rope_head_dim]: the latent, and the rotated key of all heads
+    latents: CacheBlocks
+    """One head, kv_rank + rope_head_dim wide: the latent, and the rotated key of all heads."""
 
 
 LayerCache = KeyValueBlocks | LatentBlocks
@@ -30,14 +31,21 @@ Cache = tuple[LayerCache, ...]
 """One for each of the first blocks, L' = 1, then one for each entry of the block pattern, of all its repeats."""
 
 
-def empty_cache(model: ModelConfig, blocks: dict[int, int], block_size: int, how: Execution) -> Cache:
-    """Room for so many blocks of `block_size` positions on each shard of the batch, in the compute dtype.
+def empty_cache(
+    model: ModelConfig,
+    blocks: dict[int, int],
+    block_size: int,
+    how: Execution,
+    kept_in: CacheFormat = CacheFormat.DTYPE,
+) -> Cache:
+    """Room for so many blocks of `block_size` positions on each shard of the batch.
 
     Args:
         model: what is cached for.
         blocks: window -> P of a shard, for each of `shapes.windows(model)`.
         block_size: C.
-        how: mesh and number format.
+        how: mesh and compute dtype.
+        kept_in: number format of the cache.
 
     Raises:
         ValueError: the model looks at later tokens.
@@ -48,9 +56,17 @@ def empty_cache(model: ModelConfig, blocks: dict[int, int], block_size: int, how
     def empty(block: BlockConfig, layers: int) -> LayerCache:
         n_blocks = blocks[shapes.window_of(block.attention)] * how.layout.batch_shards
 
-        def zeros(kept: shapes.Kept) -> jax.Array:
-            array = jnp.zeros((layers, n_blocks, kept.heads, block_size, kept.width), how.dtype)
-            return how.layout.constrain(array, None, "batch", kept.dim, None, None)
+        def zeros(kept: shapes.Kept) -> CacheBlocks:
+            shape = layers, n_blocks, kept.heads, block_size
+            place = lambda array: how.layout.constrain(array, None, "batch", kept.dim, *[None] * (array.ndim - 3))
+            match kept_in:
+                case CacheFormat.DTYPE:
+                    return CacheBlocks(place(jnp.zeros((*shape, kept.width), how.dtype)))
+                case CacheFormat.INT8:
+                    values = place(jnp.zeros((*shape, kept.width), jnp.int8))
+                    return CacheBlocks(values, place(jnp.zeros(shape, jnp.bfloat16)))
+                case _:
+                    assert_never(kept_in)
 
         arrays = [zeros(kept) for kept in shapes.kept(block.attention)]
         match block.attention:

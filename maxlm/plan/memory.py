@@ -101,8 +101,8 @@ def cache_bytes(config: RunConfig, n_devices: int) -> int:
     sizes, C = config.sharding.sizes(n_devices), EngineConfig().block_size
     texts = math.ceil(config.train.batch_size / math.prod(sizes[axis] for axis in ACTIVATION_DIMS["batch"]))
     blocks = texts * math.ceil(config.model.max_seq_len / C) + 1
-    pools, itemsize = dict.fromkeys(shapes.windows(config.model), blocks), config.execution.dtype.itemsize
-    return shapes.pools_bytes(config.model, pools, C, itemsize=itemsize, tensor=sizes["tensor"])
+    pools = dict.fromkeys(shapes.windows(config.model), blocks)
+    return shapes.pools_bytes(config.model, pools, C, dtype=config.execution.dtype, tensor=sizes["tensor"])
 
 
 class _State(NamedTuple):

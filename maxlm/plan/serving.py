@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from maxlm import shapes
 from maxlm.config import (
     ACTIVATION_DIMS,
+    CacheFormat,
     EngineConfig,
     LmHead,
     RunConfig,
@@ -55,6 +56,8 @@ class ServingLoad:
     """Tokens of a prompt; None: as many as the context."""
     weights: WeightFormat = WeightFormat.DTYPE
     """Format in which weights are held."""
+    kv_cache: CacheFormat = EngineConfig().kv_cache
+    """Number format of the cache."""
     block_size: Positive[int] = EngineConfig().block_size
     """Positions of a block of the cache."""
     tokens_per_step: Positive[int] | None = None
@@ -175,7 +178,7 @@ class ServingForecast:
         blocks = shapes.cache_blocks(
             model, positions=slots * self._rounded, slots=slots, tokens_per_step=most, block_size=C
         )
-        return shapes.pools_bytes(model, blocks, C, itemsize=self._itemsize, tensor=self.mesh["tensor"])
+        return self._pools_bytes(blocks, C)
 
     # Work of a device.
 
@@ -230,6 +233,16 @@ class ServingForecast:
         """Positions of a text's blocks."""
         return -(-self.context // self.load.block_size) * self.load.block_size
 
+    def _pools_bytes(self, blocks: Mapping[int, int], block_size: int) -> int:
+        return shapes.pools_bytes(
+            self.config.model,
+            blocks,
+            block_size,
+            dtype=self.config.execution.dtype,
+            tensor=self.mesh["tensor"],
+            kept_in=self.load.kv_cache,
+        )
+
     def _held(self, array: Array, sizes: Mapping[str, int]) -> int:
         """Bytes of a device's part of a weight, cut as `models.weights.holding` cuts it."""
         made = jax.eval_shape(
@@ -260,8 +273,7 @@ class ServingForecast:
 
     def _work(self, flops: float, weight_bytes: float, positions: Mapping[int, int]) -> DeviceWork:
         """FLOPs of a shard, bytes of a device, and for each window how many positions are read."""
-        chip, tensor = self.target.hardware, self.mesh["tensor"]
-        cache = shapes.pools_bytes(self.config.model, positions, 1, itemsize=self._itemsize, tensor=tensor)
+        chip, tensor, cache = self.target.hardware, self.mesh["tensor"], self._pools_bytes(positions, 1)
         seconds = (None, None) if chip is None else self._seconds(chip, flops / tensor, weight_bytes + cache)
         return DeviceWork(
             flops=flops / tensor,
@@ -341,6 +353,7 @@ def serving_json(found: ServingForecast) -> dict[str, Json]:
         "prompt": found.prompt,
         "tokens_per_step": found.tokens_per_step,
         "weights": found.load.weights.value,
+        "kv_cache": found.load.kv_cache.value,
         "dtype": found.config.execution.dtype.value,
         "fits": found.fits,
         "hbm_bytes": found.limit,

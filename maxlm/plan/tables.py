@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from maxlm.config import Adafactor, AdamW, Dtype, OptimizerConfig, WeightFormat, Zero
+from maxlm.config import Adafactor, AdamW, CacheFormat, Dtype, OptimizerConfig, WeightFormat, Zero
 from maxlm.hardware import CHIPS
 from maxlm.plan.advice import Change
 from maxlm.plan.analysis import CompilerReport, Forecast, gib, mesh_text, warnings
@@ -123,11 +123,13 @@ def print_search(found: Search, chosen: Forecast | None, console: Console, rows:
 
 def print_serving(found: ServingForecast, console: Console) -> None:
     """What serving takes, and how fast it can be."""
-    dtype, weights = found.config.execution.dtype.value, found.load.weights
+    dtype, weights, kept_in = found.config.execution.dtype.value, found.load.weights, found.load.kv_cache
+    plain = kept_in is CacheFormat.DTYPE
     devices = f"{found.target.devices:,} device{'s' if found.target.devices > 1 else ''}"
     console.print(
         f"{found.target}: {devices} as {mesh_text(found.mesh)}\n{found.texts:,} texts of {found.context:,} tokens, "
-        f"weights in {dtype if weights is WeightFormat.DTYPE else weights.value}, cache and products in {dtype}"
+        f"weights in {dtype if weights is WeightFormat.DTYPE else weights.value}, "
+        + (f"cache and products in {dtype}" if plain else f"cache in {kept_in.value}, products in {dtype}")
     )
     style = "bold" if found.limit is None else f"bold {'green' if found.fits else 'red'}"
     console.print(Text(_serving_verdict(found), style=style))
@@ -151,6 +153,7 @@ def print_serving(found: ServingForecast, console: Console) -> None:
         f"FLOPs: {giga(decoding_flops(model, found.context))} of a decoded token, "
         f"{giga(prefill_flops(model, found.prompt))} of the prompt\nthe same with maxlm.serve: "
         f"--engine.slots {found.load.slots} --engine.cache_tokens {found.cache_tokens}"
+        + ("" if plain else f" --engine.kv_cache {kept_in.value}")
     )
     console.print("bounds by data sheets, without links; nothing is measured, and a real server is slower", style="dim")
     for line in serving_warnings(found):

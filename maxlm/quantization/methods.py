@@ -22,10 +22,12 @@ from maxlm.quantization.calibration import layer_by_layer
 from maxlm.quantization.folding import LayerArrays, folded, folds, shared_by_heads
 from maxlm.quantization.gptq import gptq
 from maxlm.quantization.llama_blocks import found_blocks
-from maxlm.quantization.scale_search import awq_scales, smoothing_scales, squared_error
+from maxlm.quantization.scale_search import awq_scales, clipped, smoothing_scales, squared_error
 from maxlm.shapes import Array
 
 _FLOAT32 = jnp.dtype(jnp.float32)
+_NOT_CLIPPED = ("attention/q_", "attention/k_")
+"""What queries and keys are made by, whose errors multiply, as in AWQ's code."""
 
 
 class Quantisation(NamedTuple):
@@ -137,6 +139,9 @@ def _changed(
         if method is QuantMethod.GPTQ and name in seen and at is not None:
             found[name] = _by_gptq(layer[name], array, seen[name], at)
             error = _product_error(layer[name], found[name], seen[name].gram)
+        elif method is QuantMethod.AWQ and name in seen and at is not None and not name.startswith(_NOT_CLIPPED):
+            found[name] = _clip(layer[name], seen[name].gram, array, at)
+            error = _product_error(layer[name], found[name], seen[name].gram)
         elif name in seen:
             found[name] = quantised(layer[name], array, method.format, group)
             error = _product_error(layer[name], found[name], seen[name].gram)
@@ -172,6 +177,7 @@ def _scaled(
 
 
 _awq = jax.jit(awq_scales, static_argnums=(3, 4))
+_clip = jax.jit(clipped, static_argnums=(2, 3))
 
 
 def _by_gptq(w: jax.Array, array: Array, seen: SeenInputs, group: int) -> ByGroup:

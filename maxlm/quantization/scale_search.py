@@ -1,4 +1,4 @@
-"""Scales for the inputs of products, to be folded into what makes them."""
+"""Scales for the inputs of products, to be folded into what makes them; and ranges of 4-bit numbers."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from maxlm.config import WeightFormat
-from maxlm.models.weights.holding import quantised
+from maxlm.models.weights.by_group import ByGroup, grids, nearest, packed
+from maxlm.models.weights.holding import axis_of, quantised
 from maxlm.models.weights.watched import SeenInputs
 from maxlm.quantization.folding import by_inputs
 from maxlm.shapes import Array
 
 _STEPS = 20
+_CLIPPED = 10
+"""Ranges that are tried: 1, 0.95, ..., 0.55 of a group's own."""
 _SMOOTHING = 0.5
 _LEAST = 1e-4
 
@@ -48,6 +51,45 @@ def awq_scales(
 
     steps = jnp.arange(_STEPS) / _STEPS
     return scales(steps[jnp.argmin(jax.lax.map(error, steps))])
+
+
+def clipped(w: jax.Array, gram: jax.Array, array: Array, group: int) -> ByGroup:
+    """The weight in 4 bits, symmetric, where each group of each output has that range, of 1, 0.95, ..., 0.55 of its
+    largest number, with which its own part of the product has the smallest squared error over the calibration tokens.
+    What is beyond gets the outermost code. So AWQ's code does (arXiv:2306.00978, section 3.2; `auto_clip_layer` of
+    github.com/mit-han-lab/llm-awq). Range 1 is plain rounding, so that no group's error is larger than that one's;
+    parts of different groups may still add up to more.
+
+    Args:
+        w: plain.
+        gram: [I, I], of its inputs.
+        array: what it is.
+        group: numbers with one scale, which divides the innermost dim of its inputs.
+    """
+    inputs = len(gram)
+    matrix = w.astype(jnp.float32).reshape(inputs, -1)
+    groups = inputs // group
+    within = gram.reshape(groups, group, groups, group)[jnp.arange(groups), :, jnp.arange(groups)]  # [groups, g, g]
+    whole, _ = grids(matrix, -2, group, symmetric=True)
+
+    def attempt(range_: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The scales, and each group's error, [groups, O]."""
+        scales = (whole.astype(jnp.float32) * range_).astype(jnp.bfloat16)
+        codes = nearest(matrix, scales, None, -2) - 8
+        off = matrix.reshape(groups, group, -1) - codes.reshape(groups, group, -1) * scales[:, None].astype(jnp.float32)
+        return scales, jnp.sum(off * jnp.matmul(within, off, precision=jax.lax.Precision.HIGHEST), 1)
+
+    def better(best: tuple[jax.Array, jax.Array], range_: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+        scales, error = attempt(range_)
+        return (jnp.where(error < best[1], scales, best[0]), jnp.minimum(error, best[1])), None
+
+    ranges = 1 - jnp.arange(1, _CLIPPED) / _STEPS
+    (scales, _), _ = jax.lax.scan(better, attempt(jnp.float32(1)), ranges)
+    axis, n = axis_of(array), len(array.inputs)
+    shape = list(w.shape)
+    shape[n - 1] //= group
+    scales = scales.reshape(shape)
+    return packed(nearest(w, scales, None, axis), scales, None, axis)
 
 
 def smoothing_scales(

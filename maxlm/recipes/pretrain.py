@@ -17,7 +17,7 @@ from maxlm.data.shards import Split
 from maxlm.data.tokenizers import Tokenizer
 from maxlm.evaluation.perplexity import held_out
 from maxlm.inference import generator
-from maxlm.inference.engine import check_lengths
+from maxlm.inference.checks import check_lengths
 from maxlm.inference.load import LoadedRun
 from maxlm.observe.text import short
 from maxlm.processes.joining import on_rank_0

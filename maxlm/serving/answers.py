@@ -18,6 +18,10 @@ _LOWEST = -9999.0
 """Of a token that cannot come: JSON has no infinity."""
 
 
+_Row = tuple[int, TokenScore | None]
+"""A token, and how likely it was."""
+
+
 class _Places:
     """Where each token begins in the text of all, in characters. One that ends a character begins where that does."""
 
@@ -83,12 +87,12 @@ class CompletionReply(Reply):
 
     def _grown(self, i: int, delta: Delta) -> list[dict[str, Any]]:
         text, scores = (delta.text, scores_of(delta)) if not self.job.prompt_only else ("", ())
-        before = ""
-        if not self._begun[i]:
-            self._begun[i], before = True, self._prompt(i)
-        if not (before or text or scores or delta.prompt_scores or delta.finish):
+        of_prompt = self._of_prompt(i, delta.prompt_scores) if not self._begun[i] else []
+        before = self._prompt(i) if not self._begun[i] else ""
+        if not (before or text or scores or of_prompt or delta.finish):
             return []
-        logprobs = self._logprobs(i, delta.prompt_scores, scores) if self.job.scores else None
+        self._begun[i] = True
+        logprobs = self._logprobs(i, self._places[i], of_prompt, scores) if self.job.scores else None
         reason = self._reason(delta.finish)
         return [{"index": i, "text": before + text, "logprobs": logprobs, "finish_reason": reason}]
 
@@ -96,7 +100,8 @@ class CompletionReply(Reply):
         kept = "" if self.job.prompt_only else text.text
         asked = i // self.job.n * self.job.per_prompt
         scores = () if self.job.prompt_only else scores_of(text)
-        logprobs = self._logprobs(asked, text.prompt_scores, scores) if self.job.scores else None
+        of_prompt, places = self._of_prompt(asked, text.prompt_scores), _Places(self.job.served.names)
+        logprobs = self._logprobs(asked, places, of_prompt, scores) if self.job.scores else None
         reason = self._reason(text.finish)
         return {"index": i, "text": self._prompt(asked) + kept, "logprobs": logprobs, "finish_reason": reason}
 
@@ -107,13 +112,17 @@ class CompletionReply(Reply):
         """That of request i, if the answer repeats it."""
         return self.job.prompts[i // self.job.per_prompt] if self.job.prompts else ""
 
-    def _logprobs(self, i: int, of_prompt: Sequence[TokenScore], scores: Sequence[TokenScore]) -> dict[str, Any]:
-        """OpenAI's four lists. A prompt's first token has no probability."""
+    def _of_prompt(self, i: int, scores: Sequence[TokenScore]) -> list[_Row]:
+        """If they are wanted. A prompt's first token has no probability."""
+        request = self.job.requests[i]
+        if request.prompt_logprobs is None:
+            return []
+        return [(request.prompt[0], None), *((score.token, score) for score in scores)]
+
+    def _logprobs(self, i: int, places: _Places, of_prompt: list[_Row], scores: Sequence[TokenScore]) -> dict[str, Any]:
+        """OpenAI's four lists."""
         names, request = self.job.served.names, self.job.requests[i]
-        rows: list[tuple[int, TokenScore | None]] = []
-        if of_prompt:
-            rows = [(request.prompt[0], None), *((score.token, score) for score in of_prompt)]
-        rows += [(score.token, score) for score in scores]
+        rows = [*of_prompt, *((score.token, score) for score in scores)]
         return {
             "tokens": [names.name(token) for token, _ in rows],
             "token_logprobs": [None if score is None else _finite(score.logprob) for _, score in rows],
@@ -123,7 +132,7 @@ class CompletionReply(Reply):
             ]
             if request.logprobs
             else None,
-            "text_offset": [self._places[i].next(token) for token, _ in rows],
+            "text_offset": [places.next(token) for token, _ in rows],
         }
 
 

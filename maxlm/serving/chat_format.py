@@ -84,9 +84,19 @@ def _for_template(message: Message, arguments: Callable[[str], Any]) -> dict[str
 
 def _parsed(arguments: str) -> Any:
     try:
-        return json.loads(arguments) if arguments else {}
+        return _read(arguments) if arguments else {}
     except (ValueError, RecursionError):
         return arguments
+
+
+def _read(text: str) -> Any:
+    """
+    Raises:
+        ValueError, RecursionError: it is no JSON; NaN, infinite numbers and halves of characters are none.
+    """
+    value = json.loads(text)
+    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    return value
 
 
 def forced_schema(asked: ChatRequest) -> dict[str, Any] | None:
@@ -145,7 +155,7 @@ class ToolReader:
     none."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        self._names = set(names)
+        self._names = tuple(names)  # a name may be anything here, lists too, which have no hash
         self._held = ""
         self._begun = False
         """Something that is no blank has come."""
@@ -190,7 +200,7 @@ class ToolReader:
     def _calls(self, text: str) -> list[Called]:
         """Those of a JSON text; none if it is anything else."""
         try:
-            value = json.loads(text)
+            value = _read(text)
         except (ValueError, RecursionError):
             return []
         found = []

@@ -18,7 +18,7 @@ from maxlm.inference.request import Delta, Finish, Request, TokenScore
 from maxlm.inference.structured import JsonSchema
 from maxlm.serving.api_errors import ApiError, broken, draining, of_user_error
 from maxlm.serving.chat_format import conversation_ids, forced_schema, response_schema
-from maxlm.serving.schema import ChatRequest, CompletionRequest, Generating
+from maxlm.serving.schema import ChatRequest, CompletionRequest, Generating, Message
 from maxlm.serving.served import Served
 from maxlm.serving.server_metrics import ServerMetrics
 
@@ -54,7 +54,8 @@ def completion_job(served: Served, asked: CompletionRequest) -> Job:
     scores = asked.logprobs if asked.logprobs is not None else (0 if per_prompt > n else None)
     wanted = _DEFAULT_TOKENS if asked.max_tokens is None else max(asked.max_tokens, 1)
     schema = response_schema(asked.response_format)
-    requests = _requests(served, asked, ids, per_prompt, wanted, asked.max_tokens is not None, scores, schema)
+    negative = [] if asked.negative_prompt is None else prompt_ids(served, asked.negative_prompt, "negative_prompt")
+    requests = _requests(served, asked, ids, per_prompt, wanted, asked.max_tokens is not None, scores, schema, negative)
     if asked.echo and asked.logprobs is not None:
         requests = [dataclasses.replace(one, prompt_logprobs=asked.logprobs) for one in requests]
     decode = served.tokenizer.decode
@@ -78,11 +79,17 @@ def chat_job(served: Served, asked: ChatRequest) -> Job:
     """
     tools = None if asked.tool_choice == "none" else asked.tools
     schema = response_schema(asked.response_format) or forced_schema(asked)
-    chat = conversation_ids(served.chat, served.tokenizer, asked.messages, tools, variables=asked.chat_template_kwargs)
+    ids_of = lambda messages: conversation_ids(
+        served.chat, served.tokenizer, messages, tools, variables=asked.chat_template_kwargs
+    )
+    chat, negative = ids_of(asked.messages), list[int]()
+    if asked.negative_prompt is not None:  # the conversation under another system message
+        rest = [message for message in asked.messages if message.role not in ("system", "developer")]
+        negative = ids_of([Message(role="system", content=asked.negative_prompt), *rest]).ids
     said = asked.max_completion_tokens or asked.max_tokens
     wanted = said or max(served.max_length - len(chat.ids), 1)
     scores = (asked.top_logprobs or 0) if asked.logprobs else None
-    requests = _requests(served, asked, [chat.ids], asked.n or 1, wanted, said is not None, scores, schema)
+    requests = _requests(served, asked, [chat.ids], asked.n or 1, wanted, said is not None, scores, schema, negative)
     n = asked.n or 1
     return Job(served=served, requests=tuple(requests), n=n, per_prompt=n, scores=bool(asked.logprobs))
 
@@ -110,6 +117,7 @@ def _requests(
     said: bool,
     scores: int | None,
     schema: Any,
+    negative: Sequence[int],
 ) -> list[Request]:
     found, sampling = [], _sampling(asked)
     grammar = None if schema is None else JsonSchema(json.dumps(schema, ensure_ascii=False))
@@ -117,13 +125,14 @@ def _requests(
         left = served.max_length - len(ids)
         if left < 1 or (said and wanted > left):
             raise _too_long(len(ids), wanted, served.max_length, f"prompt.{number}" if len(prompts) > 1 else None)
+        new = wanted if said else min(wanted, left, max(served.max_length - len(negative), 1))
         for i in range(per_prompt):
             # Of a prompt's texts each has its own seed, whatever other prompts stand beside it.
             seed = secrets.randbits(32) if asked.seed is None else (asked.seed + i) % 2**32
             found.append(
                 Request(
                     prompt=tuple(ids),
-                    max_new_tokens=min(wanted, left),
+                    max_new_tokens=new,
                     sampling=sampling,
                     seed=seed,
                     ends=() if asked.ignore_eos else served.ends.last,
@@ -131,6 +140,8 @@ def _requests(
                     logprobs=scores,
                     logit_bias=asked.logit_bias,
                     grammar=grammar,
+                    guidance_scale=1.0 if asked.guidance_scale is None else asked.guidance_scale,
+                    negative_prompt=tuple(negative),
                 )
             )
         served.check(found[-1])
@@ -188,6 +199,8 @@ class Running:
             with contextlib.suppress(RuntimeError):  # the event loop has ended
                 self._events.call_soon_threadsafe(self._queue.put_nowait, (i, delta))
 
+        if self._ended:  # another of its texts was refused
+            return
         ticket = self.job.served.loop.submit(self.job.requests[i], receive)
         with self._lock:
             if not self._ended:
@@ -232,6 +245,8 @@ def _check(delta: Delta) -> None:
     match delta.finish:
         case Finish.ERROR:
             raise broken(delta.error or "the engine failed at this request")
+        case Finish.NOTHING_FITS:  # it would end so again
+            raise ApiError(400, delta.error)
         case Finish.CANCELLED:  # not by its client, who has left
             raise draining()
         case Finish.DEADLINE:

@@ -1,12 +1,12 @@
 """What a request may hold: OpenAI's fields, with the ranges that hold here, and a few of vLLM's.
 
-Types are exact: "1" is no number. What another server would use and this one has no use for (`IGNORED`) is passed over;
-any other unknown field is refused, so that a misspelt one does not go unseen.
+Types are exact: "1" is no number. What another server would use and this one has no use for (`_IGNORED`) is passed
+over, as is null; any other unknown field is refused, so that a misspelt one does not go unseen.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -201,21 +201,27 @@ class Generating(Exact):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: Stops = Field(default_factory=list)
     ignore_eos: bool | None = None
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     response_format: ResponseFormat | None = None
-
-    IGNORED: ClassVar[tuple[str, ...]] = _IGNORED
+    guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = None
+    negative_prompt: str | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _without_ignored(cls, value: Any) -> Any:
-        return {key: one for key, one in value.items() if key not in _IGNORED} if isinstance(value, dict) else value
+        """Nor what is null, as some clients send every field that there is."""
+        if not isinstance(value, dict):
+            return value
+        wanted = lambda key, one: key not in _IGNORED and (one is not None or key in cls.model_fields)
+        return {key: one for key, one in value.items() if wanted(key, one)}
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options must be left out where stream is not true")
+        if self.negative_prompt is not None and self.guidance_scale in (None, 1):
+            raise ValueError("negative_prompt must be left out where guidance_scale is not there or is 1")
         return self
 
 
@@ -233,6 +239,9 @@ class CompletionRequest(Generating):
         n, best_of = self.n or 1, self.best_of or self.n or 1
         if best_of < n:
             raise ValueError(f"best_of = {best_of} must be at least n = {n}")
+        if len(self.prompt) * best_of > _MAX_PROMPTS:
+            words = f"{len(self.prompt):,} prompts with {best_of} texts each"
+            raise ValueError(f"{words} must be at most {_MAX_PROMPTS:,} texts; send several requests")
         if best_of > n and self.stream:
             raise ValueError(
                 f"best_of = {best_of} must be n = {n} where stream is true, as all must end before one is best"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import assert_never
 
-from maxlm.config import Attention, GroupedQuery, LatentAttention, ModelConfig
+from maxlm.config import Attention, CacheFormat, Dtype, GroupedQuery, LatentAttention, ModelConfig
 from maxlm.shapes.arrays import kept
 
 CACHE_SHARE = 0.8
@@ -51,23 +51,40 @@ def cache_blocks(
     return {window: (min(wanted, of_window(window)) if window else wanted) + 1 for window in windows(model)}
 
 
-def block_bytes(model: ModelConfig, window: int, block_size: int, *, itemsize: int, tensor: int) -> int:
+def block_bytes(
+    model: ModelConfig,
+    window: int,
+    block_size: int,
+    *,
+    dtype: Dtype,
+    tensor: int,
+    kept_in: CacheFormat = CacheFormat.DTYPE,
+) -> int:
     """Of a block of all layers with that window, on one device.
 
     Args:
         model: what is cached for.
         window: of `windows(model)`.
         block_size: its positions.
-        itemsize: bytes of a number.
+        dtype: of computing.
         tensor: devices that share the heads.
+        kept_in: number format of the cache.
     """
     attentions = [block.attention for block in model.layers if window_of(block.attention) == window]
     parts = [part for attention in attentions for part in kept(attention)]
     heads = lambda n, dim: n if dim is None else -(-n // tensor)
-    return block_size * itemsize * sum(heads(part.heads, part.dim) * part.width for part in parts)
+    return block_size * sum(heads(part.heads, part.dim) * kept_in.bytes_of(part.width, dtype) for part in parts)
 
 
-def pools_bytes(model: ModelConfig, blocks: Mapping[int, int], block_size: int, *, itemsize: int, tensor: int) -> int:
+def pools_bytes(
+    model: ModelConfig,
+    blocks: Mapping[int, int],
+    block_size: int,
+    *,
+    dtype: Dtype,
+    tensor: int,
+    kept_in: CacheFormat = CacheFormat.DTYPE,
+) -> int:
     """Of so many blocks for each window, on one device; arguments as `block_bytes`."""
-    size = lambda window: block_bytes(model, window, block_size, itemsize=itemsize, tensor=tensor)
+    size = lambda window: block_bytes(model, window, block_size, dtype=dtype, tensor=tensor, kept_in=kept_in)
     return sum(n * size(window) for window, n in blocks.items())

@@ -24,11 +24,12 @@ from maxlm.models.ops.experts import (
     picked_experts,
     top_k,
 )
-from maxlm.models.ops.paged import attention_to_blocks
+from maxlm.models.ops.paged import CacheBlocks, attention_to_blocks
 
 __all__ = [
     "EXPERT_IN_DIMS",
     "EXPERT_OUT_DIMS",
+    "CacheBlocks",
     "DistanceBias",
     "ExpertWeights",
     "GatedUnit",

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from kernels_pallas import Scores, TokenTree, paged_attention
+from kernels_pallas import CacheScales, Scores, TokenTree, paged_attention
+from maxlm.models.weights.by_group import nearest_bytes
 from maxlm.sharding import Layout
+
+
+class CacheBlocks(NamedTuple):
+    """Keys or values, or what both are made of, of L' layers in P blocks of C positions, K heads each."""
+
+    values: jax.Array
+    """[L', P, K, C, H], in the compute dtype or int8."""
+    scales: jax.Array | None = None
+    """bfloat16 [L', P, K, C]: what int8 values are multiplied with, for each head of each token."""
 
 
 def attention_to_blocks(
     layout: Layout,
     q: jax.Array,
     new: Sequence[jax.Array],
-    cache: Sequence[jax.Array],
+    cache: Sequence[CacheBlocks],
     layer: jax.Array,
     table: jax.Array,
     slots: jax.Array,
@@ -24,7 +36,7 @@ def attention_to_blocks(
     *,
     tree: TokenTree | None = None,
     one_head_for_all: bool = False,
-) -> tuple[jax.Array, list[jax.Array]]:
+) -> tuple[jax.Array, list[CacheBlocks]]:
     """Write what is new into one layer of a cache, and attend to what it then holds.
 
     A row is one token of the text in its slot; tokens of a text may be several rows of a batch, in any order.
@@ -33,7 +45,7 @@ def attention_to_blocks(
         layout: whose seq axis is 1.
         q: [T, 1, N, H].
         new: keys [T, 1, K, H] and values [T, 1, K, Hv]; or latents alone, which are both.
-        cache: [L', P, K, C, H] and [L', P, K, C, Hv], or the latents' alone.
+        cache: keys and values, or the latents alone.
         layer: int32 scalar.
         table: int32 [S, M], blocks of the texts.
         slots: int32 [T].
@@ -49,7 +61,7 @@ def attention_to_blocks(
     heads = layout.activation("batch", None, "heads", None)
     kv_heads = None if one_head_for_all else "kv_heads"
     in_new = [layout.activation("batch", None, kv_heads, None)] * len(new)
-    in_cache = [layout.activation(None, "batch", kv_heads, None, None)] * len(cache)
+    in_cache = [layout.activation(None, "batch", kv_heads)] * len(cache)
 
     @functools.partial(
         layout.shard_map,
@@ -61,28 +73,35 @@ def attention_to_blocks(
     def local(
         q: jax.Array,
         new: list[jax.Array],
-        cache: list[jax.Array],
+        cache: list[CacheBlocks],
         layer: jax.Array,
         table: jax.Array,
         slots: jax.Array,
         positions: jax.Array,
         tree: TokenTree | None,
         scores: Scores,
-    ) -> tuple[jax.Array, list[jax.Array]]:
+    ) -> tuple[jax.Array, list[CacheBlocks]]:
         slots = slots % table.shape[0]
         places = positions if tree is None else tree.places
         cache = [_write(old, layer, x[:, 0], table, slots, places) for old, x in zip(cache, new, strict=True)]
-        out = paged_attention(q[:, 0], cache[0], cache[-1], layer, table, slots, positions, scores, tree=tree)
+        k, v = cache[0], cache[-1]
+        scales = None if k.scales is None else CacheScales(k.scales, v.scales)
+        of_rows = table, slots, positions
+        out = paged_attention(q[:, 0], k.values, v.values, layer, *of_rows, scores, tree=tree, scales=scales)
         return out[:, None], cache
 
     return local(q, list(new), list(cache), layer, table, slots, positions, tree, scores)
 
 
 def _write(
-    cache: jax.Array, layer: jax.Array, new: jax.Array, table: jax.Array, slots: jax.Array, places: jax.Array
-) -> jax.Array:
-    """Put new [T, K, H] into one layer of a cache [L', P, K, C, H], each row at its own place; -1: nowhere."""
-    C = cache.shape[3]
+    cache: CacheBlocks, layer: jax.Array, new: jax.Array, table: jax.Array, slots: jax.Array, places: jax.Array
+) -> CacheBlocks:
+    """Put new [T, K, H] into one layer of a cache, each row at its own place; -1: nowhere."""
+    C = cache.values.shape[3]
     nowhere, places = places < 0, places.clip(0)
-    blocks = jax.numpy.where(nowhere, 0, table[slots, places // C])
-    return cache.at[layer, blocks, :, places % C].set(new.astype(cache.dtype), mode="promise_in_bounds")
+    blocks = jnp.where(nowhere, 0, table[slots, places // C])
+    put = lambda old, x: old.at[layer, blocks, :, places % C].set(x.astype(old.dtype), mode="promise_in_bounds")
+    if cache.scales is None:
+        return CacheBlocks(put(cache.values, new))
+    codes, scales = nearest_bytes(new, -1)
+    return CacheBlocks(put(cache.values, codes), put(cache.scales, scales))

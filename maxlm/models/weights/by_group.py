@@ -55,6 +55,12 @@ class ByGroup:
         scales, offsets = grids(w, axis, group, symmetric=symmetric)
         return packed(nearest(w, scales, offsets, axis), scales, offsets, axis)
 
+    @staticmethod
+    def of_bytes(w: jax.Array, axis: int, group: int) -> ByGroup:
+        """The nearest codes of 8 bits, as `nearest_bytes` has them."""
+        codes, scales = nearest_bytes(_split(w, axis, w.shape[axis] // group), axis)
+        return ByGroup(codes.reshape(w.shape), scales, None, axis)
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the weight."""
@@ -118,6 +124,15 @@ def nearest(w: jax.Array, scales: jax.Array, offsets: jax.Array | None, axis: in
     grouped = grouped if offsets is None else grouped - wide(offsets)
     codes = jnp.round(grouped / jnp.where(step == 0, 1, step)) + from_low
     return jnp.clip(codes, 0, 15).astype(jnp.int32).reshape(w.shape)
+
+
+def nearest_bytes(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+    """Codes -127 .. 127 in int8, and bfloat16 scales without that axis, max |x| / 127 along it: a number is off by half
+    a scale."""
+    x = x.astype(jnp.float32)
+    scales = (jnp.abs(x).max(axis) / 127).astype(jnp.bfloat16)
+    wide = jnp.expand_dims(scales.astype(jnp.float32), axis)
+    return jnp.round(x / jnp.where(wide == 0, 1, wide)).astype(jnp.int8), scales
 
 
 def packed(codes: jax.Array, scales: jax.Array, offsets: jax.Array | None, axis: int) -> ByGroup:

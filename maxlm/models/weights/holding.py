@@ -20,6 +20,9 @@ from maxlm.sharding import Layout
 GROUP = 128
 """Numbers of 4 bits that share a scale, where nobody says else."""
 
+TABLE_GROUP = 32
+"""Numbers of a table's row that share a scale: rows have outliers, and all that a text is goes through them."""
+
 QUANTISED = "weights"
 """Where a checkpoint's `meta` says of which kinds its arrays are, as `kinds_of` gives them; nothing where all are
 plain."""
@@ -47,13 +50,15 @@ def format_of(array: shapes.Array, wanted: WeightFormat) -> WeightFormat:
 
 def quantised(w: jax.Array, array: shapes.Array, wanted: WeightFormat, group: int = GROUP) -> Weight:
     """A weight in this format: `array` says which of its dims a product sums over. Groups of 4-bit numbers are as
-    large as the innermost of those allows, at most `group`; where that allows none, the weight has 8 bits."""
+    large as the innermost of those allows, at most `group`; where that allows none, the weight has 8 bits. Tables have
+    8 bits with a scale for every 32 numbers, where that divides a row, in all formats of integers and in NF4."""
     axes = tuple(array.dims.index(dim) for dim in array.inputs)
     match format_of(array, wanted):
         case WeightFormat.DTYPE:
             return w
         case WeightFormat.INT8:
-            return Int8.of(w, axes)
+            of_table = group_of(array.shape[axes[-1]], TABLE_GROUP) if "vocab" in array.dims else None
+            return Int8.of(w, axes) if of_table is None else ByGroup.of_bytes(w, axis_of(array), of_table)
         case WeightFormat.W8A8:
             return Int8Activations.of(w, axes)
         case WeightFormat.LLM_INT8:

@@ -1,0 +1,140 @@
+"""What a decode step of large models moves, as compilers for TPUs and GPUs say; no chip is needed, no time is measured.
+
+    make compilers
+    PYTHONPATH=.venv/compilers .venv/bin/python -m benchmarks.decode_compiled [--json FILE] [--only llama2_7b]
+
+The step is the engine's, in bfloat16, with a cache that holds exactly what the texts have, all of it read. `moved` is
+the compiler's count of bytes accessed on a device; that for GPUs gives none. It counts the body of a loop once, and
+layers are a loop: so the models are compiled with one layer and with two, written out, and what the second adds counts
+for each layer. What it says of a kernel is what the kernel declares. `needed` are the bytes of the device's weights (of
+the table of tokens one row a text) and of the keys and values. `temporary` is what the step allocates beyond its
+arguments: a copy of weights or cache would show there; of the whole model with `--whole` (minutes for TPUs).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+
+import jax
+import jax.numpy as jnp
+
+from maxlm import shapes
+from maxlm.config import Dtype, ModelConfig, RunConfig
+from maxlm.config.cli import load_config
+from maxlm.config.sharding import ShardingConfig
+from maxlm.inference.step import StepRows, empty_texts, step
+from maxlm.models import Execution, abstract_parameters, declared
+from maxlm.models.kv_cache import empty_cache
+from maxlm.plan.compiled import target_devices
+from maxlm.plan.machines import parse_machine
+from maxlm.plan.serving import ServingLoad, analyse_serving
+from maxlm.sharding import decoding_layout, make_layout
+
+BLOCK = 16
+CASES = [  # preset, target, texts, tokens of each
+    ("llama2_7b", "tpu:v5e:2x2", 8, 1024),
+    ("llama2_7b", "tpu:v5p:2x2x1", 8, 1024),
+    ("llama2_7b", "gpu:h200:1", 8, 1024),
+    ("llama2_70b", "tpu:v5e:4x4", 8, 1024),
+    ("llama2_70b", "tpu:v5p:2x2x1", 8, 1024),
+    ("llama2_70b", "gpu:h200:4", 8, 1024),
+]
+
+
+def compiled(config: RunConfig, model: ModelConfig, target: str, texts: int, context: int) -> jax.stages.Compiled:
+    """The step in which each text has one row."""
+    run = dataclasses.replace(config, model=model)
+    layout = make_layout(run.sharding, target_devices(parse_machine(target)))
+    layout = decoding_layout(layout, model.d_model)
+    how = Execution.of(run, layout).decoding(layout)
+    everywhere = layout.sharding()
+    placed = lambda x, where, dtype=None: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=where)
+    parameters = jax.tree.map(
+        lambda array, x: placed(x, x.sharding, how.dtype if array.role.casts else x.dtype),
+        declared(model),
+        abstract_parameters(model, layout),
+    )
+    blocks = dict.fromkeys(shapes.windows(model), texts * context // BLOCK + 1)
+    make = jax.jit(lambda: empty_cache(model, blocks, BLOCK, how)).lower()
+    cache = jax.tree.map(placed, make.out_info, make.compile().output_shardings)
+    known = jax.tree.map(lambda x: placed(x, everywhere), jax.eval_shape(lambda: empty_texts(model, texts)))
+    by_slot = layout.sharding(layout.activation("batch", None))
+    width = -(-model.max_seq_len // BLOCK)
+    tables = {window: jax.ShapeDtypeStruct((texts, width), jnp.int32, sharding=by_slot) for window in blocks}
+    numbers = jax.ShapeDtypeStruct((texts,), jnp.int32)
+    rows = StepRows(numbers, numbers, numbers, jax.ShapeDtypeStruct((texts,), jnp.bool_), numbers)
+    same = jax.tree.map(lambda x: x.sharding, (cache, known))
+    run_step = functools.partial(step, config=model, how=how, most_steps=1)
+    jitted = jax.jit(run_step, donate_argnums=(1, 2), out_shardings=(*same, everywhere))
+    return jitted.lower(parameters, cache, known, tables, rows, jax.ShapeDtypeStruct((), jnp.int32)).compile()
+
+
+def temporaries(program: jax.stages.Compiled) -> int:
+    """Bytes of a device."""
+    memory = program.memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
+
+
+def figures(preset: str, target: str, texts: int, context: int, *, whole: bool) -> dict[str, Any]:
+    """MB that a device of the target moves for one token of each text."""
+    machine = parse_machine(target)
+    sharding = ShardingConfig(data=1, fsdp=1, tensor=machine.devices)
+    config = load_config(f"configs/{preset}.py")
+    execution = dataclasses.replace(config.execution, dtype=Dtype.BFLOAT16)
+    config = dataclasses.replace(config, sharding=sharding, execution=execution)
+    model = dataclasses.replace(config.model, max_seq_len=context)
+    (block,) = model.blocks
+    counts = []
+    for n_layers in (1, 2):
+        few = dataclasses.replace(model, n_layers=n_layers, blocks=(block,) * n_layers)
+        program = compiled(config, few, target, texts, context)
+        counts.append(((program.cost_analysis() or {}).get("bytes accessed"), temporaries(program)))
+    (one, _), (two, of_two) = counts
+    moved = None if one is None else one + (model.n_layers - 1) * (two - one)
+    found = analyse_serving(
+        dataclasses.replace(config, model=model), machine, ServingLoad(slots=texts, context=context)
+    ).step
+    needed = found.weight_bytes + found.cache_bytes
+    temporary = temporaries(compiled(config, model, target, texts, context)) if whole else None
+    return {
+        "preset": preset,
+        "target": target,
+        "texts": texts,
+        "context": context,
+        "moved_mb": None if moved is None else round(moved / 1e6, 1),
+        "weights_mb": round(found.weight_bytes / 1e6, 1),
+        "cache_mb": round(found.cache_bytes / 1e6, 1),
+        "moved_over_needed": None if moved is None else round(moved / needed, 3),
+        "temporary_of_two_layers_mb": round(of_two / 1e6, 1),
+        "temporary_mb": None if temporary is None else round(temporary / 1e6, 1),
+    }
+
+
+def main() -> None:
+    """Print a line for each case."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", nargs="*", default=[], help="words that a case's preset or target must have")
+    parser.add_argument("--whole", action="store_true", help="compile the whole models too")
+    options = parser.parse_args()
+    found = []
+    for case in CASES:
+        if all(word in case for word in options.only):
+            found.append(figures(*case, whole=options.whole))
+            print(json.dumps(found[-1]), flush=True)
+    if options.json is not None:
+        about = {"command": "python -m benchmarks.decode_compiled", "jax": jax.__version__, "cases": found}
+        options.json.write_text(json.dumps(about, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""What an engine does not take."""
+
+from __future__ import annotations
+
+from maxlm.config import LmHead, ModelConfig, UserError
+from maxlm.config.fields import require
+from maxlm.config.sampling import GuidanceScale
+from maxlm.inference.request import Request
+
+
+def check_lengths(
+    prompt: int, new: int, limit: int, *, key: str = "max_new_tokens", prompt_key: str = "the prompt"
+) -> None:
+    """
+    Raises:
+        UserError: so many tokens of a prompt and so many new ones are more than the model is meant for.
+    """
+    if prompt + new <= limit:
+        return
+    remedies = [f"use {key} <= {limit - prompt}"] if prompt < limit else []
+    if new < limit:
+        remedies.append(f"shorten {prompt_key} to at most {limit - new} tokens")
+    remedy = " or ".join(remedies) or "shorten both"
+    raise UserError(
+        f"{prompt_key}'s {prompt} tokens and {key} = {new} make {prompt + new}, more than model.max_seq_len = {limit}; "
+        f"{remedy}"
+    )
+
+
+def check_guided(request: Request, twin: Request, limit: int, slots: int) -> None:
+    """
+    Args:
+        request: one with guidance.
+        twin: its own.
+        limit: tokens of a text.
+        slots: texts in a step.
+
+    Raises:
+        UserError: a number is out of range, or there is no room for two texts.
+    """
+    require("guidance_scale", request.guidance_scale, GuidanceScale)
+    check_lengths(len(twin.prompt), twin.max_new_tokens, limit, prompt_key="negative_prompt")
+    if slots < 2:
+        raise UserError(
+            f"guidance_scale = {request.guidance_scale} takes two slots, and a step has {slots}; start the engine with "
+            "engine.slots of at least 2"
+        )
+
+
+def check_model(model: ModelConfig, needed: int) -> None:
+    """
+    Raises:
+        UserError: the model cannot go on with texts, or knows fewer ids than these have.
+    """
+    if not isinstance(model.head, LmHead):
+        raise UserError(f"model.head = {type(model.head).__name__} gives no logits; use a run with an LmHead")
+    if needed > model.vocab_size:
+        raise UserError(
+            f"model.vocab_size = {model.vocab_size} is less than the tokenizer's {needed}; use the "
+            "tokenizer that the model was trained with"
+        )
+    if not model.decodes:
+        raise UserError(
+            f"{model.looks_ahead}: such a model looks at later tokens and cannot decode; "
+            "measure it with python -m maxlm.evaluate"
+        )
