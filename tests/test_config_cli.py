@@ -376,9 +376,9 @@ def test_a_saved_config_with_odd_values_is_a_config_file(tmp_path: Path) -> None
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),
         ("[]", "holds list, must be the object of a saved RunConfig"),
-        ('{"format": 3}', "required field missing"),
+        ('{"format": 4}', "required field missing"),
         ("{}", "lacks or misuses 'model'"),
-        ('{"format": 3, "train": {"profile_steps": 3}}', "'3' must be FIRST:LAST"),
+        ('{"format": 4, "train": {"profile_steps": 3}}', "'3' must be FIRST:LAST"),
     ],
 )
 def test_a_config_file_that_is_no_saved_config_is_one_line(text: str, words: str, tmp_path: Path) -> None:

@@ -46,6 +46,11 @@ EXPECTED = {
         parameters=2 * 4096 * 256 + 4 * (4 * 256**2 + 8 * 3 * 256 * 344 + 8 * 256 + 2 * 256) + 256,
         active=2 * 4096 * 256 + 4 * (4 * 256**2 + 3 * 256 * 688 + 8 * 256 + 2 * 256) + 256,
     ),
+    # As tiny, with three heads of D^2 + V D
+    "tiny_medusa": Expected(
+        devices=1,
+        parameters=2 * 4096 * 256 + 4 * (4 * 256**2 + 3 * 256 * 688 + 2 * 256) + 256 + 3 * (256**2 + 4096 * 256),
+    ),
     # Published: Mixtral 46.7B and 12.9B, DeepSeekMoE 16.4B and 2.8B, Qwen3 30.5B and 3.3B; the totals are exact in the
     # released weights. Switch-Base's decoder is half of a model: by hand, six dense layers and six with 128 experts.
     "mixtral8x7b": Expected(devices=128, parameters=46_702_792_704, active=12_879_925_248),

@@ -116,6 +116,14 @@ def test_the_second_format_is_read() -> None:
         serialize.from_dict(RunConfig, saved | {"format": 2})
 
 
+def test_the_third_format_is_read() -> None:
+    """It had one task, and no name for it."""
+    config = small_run()
+    saved = serialize.to_dict(config)
+    assert saved["task"].pop("kind") == "Pretrain"
+    assert serialize.from_dict(RunConfig, saved | {"format": 3}) == config
+
+
 def test_every_key_of_the_first_format_has_a_name_today() -> None:
     """Those that a command line could set."""
     saved = json.loads((FORMATS / "1/run/config.json").read_text())
@@ -133,7 +141,7 @@ def test_every_key_of_the_first_format_has_a_name_today() -> None:
     ] == []
 
 
-@pytest.mark.parametrize("number", [0, 4, "2", None, 1.5])
+@pytest.mark.parametrize("number", [0, 5, "2", None, 1.5])
 def test_a_format_that_is_not_known_is_refused(number: object) -> None:
     saved = serialize.to_dict(small_run()) | {"format": number}
     with pytest.raises(UserError, match=r"format = .* is not one that this version of maxlm reads"):

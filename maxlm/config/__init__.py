@@ -78,6 +78,7 @@ from maxlm.config.model import (
     DeepNorm,
     Head,
     LmHead,
+    MedusaHeads,
     MlpConfig,
     ModelConfig,
     OutputNorm,
@@ -135,8 +136,8 @@ from maxlm.config.sharding import (
     pipeline_bubble,
     pipeline_ticks,
 )
-from maxlm.config.speculation import DraftModel, PromptLookup, Speculation
-from maxlm.config.task import Pretrain, Task
+from maxlm.config.speculation import DraftModel, Medusa, PromptLookup, Speculation
+from maxlm.config.task import Pretrain, Task, TrainMedusa
 
 __all__ = [
     "ACTIVATION_DIMS",
@@ -198,6 +199,8 @@ __all__ = [
     "Llama3RopeScaling",
     "LmHead",
     "LongRopeScaling",
+    "Medusa",
+    "MedusaHeads",
     "Mlp",
     "MlpConfig",
     "ModelConfig",
@@ -248,6 +251,7 @@ __all__ = [
     "TokenizerSource",
     "TopKRouter",
     "TrainConfig",
+    "TrainMedusa",
     "TrainSentencePiece",
     "UserError",
     "WeightFormat",

@@ -112,9 +112,14 @@ def _third_format(run: dict[str, Any]) -> dict[str, Any]:
     return run | {"model": run["model"] | model}
 
 
-FORMAT = 3
+def _fourth_format(run: dict[str, Any]) -> dict[str, Any]:
+    """Format 3 to 4: a choice where there was one task."""
+    return run | {"task": {"kind": "Pretrain"} | run.get("task", {})}
+
+
+FORMAT = 4
 """Of saved run configs. One that has no number is of format 1."""
-_NEXT = {1: _second_format, 2: _third_format}
+_NEXT = {1: _second_format, 2: _third_format, 3: _fourth_format}
 
 
 def newest_format(run: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated, assert_never
 from maxlm.config.errors import UserError
 from maxlm.config.execution import Dtype
 from maxlm.config.fields import Positive, Range, config
-from maxlm.config.speculation import Speculation
+from maxlm.config.speculation import Medusa, Speculation
 
 
 class CacheFormat(enum.Enum):
@@ -66,6 +66,17 @@ class EngineConfig:
     def drafts(self) -> int:
         """Of a text in a step, at most."""
         return 0 if self.speculation is None else self.speculation.drafts
+
+    @property
+    def parents(self) -> tuple[int, ...] | None:
+        """Of each draft that may stand in a tree, the one that it follows, as `Medusa.parents`; None: drafts follow one
+        another."""
+        return self.speculation.parents if isinstance(self.speculation, Medusa) else None
+
+    @property
+    def guesses(self) -> int:
+        """Of each Medusa head, that are looked at."""
+        return self.speculation.guesses if isinstance(self.speculation, Medusa) else 0
 
     @property
     def most_steps(self) -> int:

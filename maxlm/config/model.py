@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from maxlm.config.attention import Attention
 from maxlm.config.earlier import renamed
 from maxlm.config.errors import UserError
-from maxlm.config.fields import Changes, Filled, NotNegative, Positive, config
+from maxlm.config.fields import Changes, Filled, NotNegative, Positive, Range, config
 from maxlm.config.mixture import ExpertChoiceRouter, Experts
 from maxlm.config.mlp import GatedMlp, Mlp
 from maxlm.config.norm import Norm, RmsNorm
@@ -130,6 +130,22 @@ class ScalarHead:
 Head = LmHead | ScalarHead
 
 
+@config("model.medusa.", changes=Changes.IDENTITY)
+class MedusaHeads:
+    """Heads that guess at later tokens from the same hidden states (Cai et al. 2024, arXiv:2401.10774, section 2.1.1).
+
+    Of h, which the model's head makes the next token of, head k = 1, 2, ... makes the token k places after that:
+    table_k (h + silu(h W_k)), finished as the logits of `LmHead` are. W_k begins as zeros and table_k, in a run that
+    starts from another, as the table of the model's head, so that every head begins as that.
+
+    A run of such a model trains its heads and nothing else (`task = TrainMedusa`).
+    """
+
+    n_heads: Annotated[int, Range(ge=1, le=16)] = 3
+    """How many. Each has d_model * (d_model + vocab_size) parameters, and is as likely as all heads before it are to
+    guess in vain."""
+
+
 @renamed(
     moved={
         "compute_dtype": "execution.dtype",
@@ -176,6 +192,8 @@ class ModelConfig:
     muP for Adam (arXiv:2203.03466, table 8): with m = d_model / mup_base_width, matrices between hidden vectors begin
     smaller by sqrt(m), routers and scores by m, and both learn slower by m, weight decay included; logits are divided
     by m. d_ff and the heads are to be wider by m too, head_dim is to stay, so that the scale of scores may."""
+    medusa: MedusaHeads | None = None
+    """Heads that guess at later tokens; None: none."""
     first_blocks: tuple[BlockConfig, ...] = ()
     """Layers before the pattern, each used once, without experts (the dense first layer of DeepSeekMoE). They count in
     n_layers; in a pipeline they run before its first stage, on all devices."""
@@ -196,6 +214,10 @@ class ModelConfig:
                     f"{self.max_seq_len}, over which scores would pass the largest number; use at least "
                     f"{self.max_seq_len / 64}"
                 )
+        if self.medusa is not None and not isinstance(self.head, LmHead):
+            raise UserError(
+                f"model.medusa needs logits, which model.head = {type(self.head).__name__} does not make; use an LmHead"
+            )
         residuals = {block.residual for block in self.first_blocks + self.blocks}
         if self.deep_norm is not None and len(residuals) > 1:
             raise UserError(

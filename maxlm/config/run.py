@@ -16,7 +16,7 @@ from maxlm.config.layout_rules import broken_layout_rules
 from maxlm.config.model import LmHead, ModelConfig
 from maxlm.config.optimizer import AdamW, OptimizerConfig
 from maxlm.config.sharding import ShardingConfig
-from maxlm.config.task import Pretrain, Task
+from maxlm.config.task import Pretrain, Task, TrainMedusa
 
 _HELD_OUT_TOKENS = 2**20
 
@@ -199,6 +199,12 @@ class RunConfig:
             failures.append(
                 f"model.head = {type(model.head).__name__} gives no logits, which task = Pretrain learns; use LmHead"
             )
+        if isinstance(self.task, TrainMedusa):
+            failures += self._failures_of_medusa()
+        elif model.medusa is not None:
+            failures.append(
+                f"model.medusa has heads, which task = {type(self.task).__name__} does not train; use TrainMedusa"
+            )
         if model.mup_base_width is not None and not isinstance(self.optimizer, AdamW):
             failures.append(
                 f"model.mup_base_width = {model.mup_base_width} has rules for AdamW alone, not for "
@@ -216,6 +222,22 @@ class RunConfig:
             )
         if failures:
             raise UserError("\n".join(failures))
+
+    def _failures_of_medusa(self) -> list[str]:
+        """Of a run that trains heads."""
+        failures, medusa = [], self.model.medusa
+        if medusa is None:
+            failures.append("task = TrainMedusa trains the heads of model.medusa, which is None; use MedusaHeads")
+        elif self.train.seq_len <= medusa.n_heads:
+            failures.append(
+                f"model.medusa.n_heads = {medusa.n_heads} guess beyond the windows of train.seq_len = "
+                f"{self.train.seq_len}; use fewer heads"
+            )
+        if self.checkpoint.init_from is None:
+            failures.append(
+                "task = TrainMedusa trains heads of a model that is there: checkpoint.init_from is None; name its run"
+            )
+        return failures
 
     def remarks(self) -> list[str]:
         """A line for each choice that can be made and is seldom meant."""

@@ -67,6 +67,11 @@ def family_of(model: ModelConfig, prefer: ModelFamily | None = None) -> tuple[Mo
     Raises:
         UserError: there is none.
     """
+    if model.medusa is not None:
+        raise UserError(
+            "model.medusa: other programs have no heads that guess at later tokens; convert the run whose model these "
+            "were trained on"
+        )
     for family in [*([] if prefer is None else [prefer]), *FAMILIES.values()]:
         try:
             values = {"architectures": [family.architecture], "model_type": family.model_type} | family.write(model)

@@ -23,6 +23,7 @@ from maxlm.config import (
     Dtype,
     ExecutionConfig,
     HuggingFaceTokenizer,
+    Medusa,
     ModelConfig,
     PromptLookup,
     RunConfig,
@@ -150,7 +151,7 @@ def load_draft(speculation: Speculation | None) -> LoadedRun | None:
         UserError: as `load_run` or `load_published`.
     """
     match speculation:
-        case None | PromptLookup():
+        case None | PromptLookup() | Medusa():
             return None
         case DraftModel(run=place):
             path = Path(place)

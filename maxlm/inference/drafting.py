@@ -10,7 +10,20 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, assert_never
 
-from maxlm.config import DraftModel, EngineConfig, PromptLookup, UserError
+import numpy as np
+import numpy.typing as npt
+
+from maxlm.config import (
+    Alibi,
+    DraftModel,
+    EngineConfig,
+    GroupedQuery,
+    Medusa,
+    ModelConfig,
+    PromptLookup,
+    RelativeBias,
+    UserError,
+)
 from maxlm.data.tokenizers import Tokenizer
 from maxlm.inference.request import BadRequest, Request
 from maxlm.inference.scheduler import Sequence
@@ -32,9 +45,15 @@ class Drafter(Protocol):
         """Ids that may follow each text in this order, at most so many of each; none where the number is 0."""
         ...
 
+    def saw(self, sequence: Sequence, guesses: npt.NDArray[np.int32]) -> None:
+        """What the model's Medusa heads make of the text's newest token but one, best first: int32 [heads, guesses]. It
+        is asked to propose next, when the text has its newest token too."""
+        return None
+
 
 def drafter_of(
     config: EngineConfig,
+    model: ModelConfig,
     tokenizer: Tokenizer,
     draft: LoadedRun | None,
     engine: Callable[[LoadedRun, EngineConfig], Engine],
@@ -43,6 +62,7 @@ def drafter_of(
 
     Args:
         config: of the engine that verifies.
+        model: its own.
         tokenizer: of its texts.
         draft: the model that `DraftModel` names.
         engine: makes one of it.
@@ -68,8 +88,43 @@ def drafter_of(
                 decode_steps=max(config.drafts - 1, 1),
             )
             return Continuing(engine(draft, own))
+        case Medusa():
+            check_tree(config.speculation, model)
+            return Heads(config.speculation)
         case _:
             assert_never(config.speculation)
+
+
+def check_tree(config: Medusa, model: ModelConfig) -> None:
+    """
+    Raises:
+        UserError: the model has not the heads that the tree needs, or attention that cannot tell its paths apart.
+    """
+    if model.medusa is None:
+        raise UserError(
+            "engine.speculation = Medusa needs the heads of model.medusa, which is None; train them with task = "
+            "TrainMedusa, or take another speculation"
+        )
+    where = f"engine.speculation.tree = {config.tree!r}"
+    if config.depth > model.medusa.n_heads:
+        raise UserError(f"{where} needs {config.depth} heads, and model.medusa.n_heads = {model.medusa.n_heads}")
+    for block in model.layers:
+        attention = block.attention
+        if isinstance(attention.position, Alibi | RelativeBias):
+            raise UserError(
+                f"{where}: model.blocks[].attention.position = {type(attention.position).__name__} counts distances "
+                "from places in the cache, which are not positions in a tree; take another speculation"
+            )
+        if isinstance(attention, GroupedQuery) and attention.pattern is not None:
+            raise UserError(
+                f"{where}: model.blocks[].attention.pattern = {type(attention.pattern).__name__} hides some of what is "
+                "near, and a tree must be seen whole; take another speculation"
+            )
+        if attention.window is not None and attention.window <= config.depth:
+            raise UserError(
+                f"{where} is {config.depth} deep, and model.blocks[].attention.window = {attention.window} does not "
+                f"reach over it; use paths of fewer than {attention.window} nodes"
+            )
 
 
 def require_same_tokens(tokenizer: Tokenizer, other: Tokenizer, place: str) -> None:
@@ -92,7 +147,7 @@ def require_same_tokens(tokenizer: Tokenizer, other: Tokenizer, place: str) -> N
             )
 
 
-class Lookup:
+class Lookup(Drafter):
     """What followed the text's last tokens where they stood before; see `PromptLookup`."""
 
     def __init__(self, config: PromptLookup) -> None:
@@ -141,7 +196,27 @@ class Followed:
         return guess
 
 
-class Continuing:
+class Heads(Drafter):
+    """What the model's Medusa heads guessed when they saw the text last; see `Medusa`."""
+
+    def __init__(self, config: Medusa) -> None:
+        self._paths = config.paths
+        self._seen: weakref.WeakKeyDictionary[Sequence, npt.NDArray[np.int32]] = weakref.WeakKeyDictionary()
+
+    def saw(self, sequence: Sequence, guesses: npt.NDArray[np.int32]) -> None:
+        self._seen[sequence] = guesses
+
+    def propose(self, asked: list[tuple[Sequence, int]]) -> list[list[int]]:
+        """As `Drafter`: the nodes of the tree, in its order."""
+        return [self._of(sequence)[:most] for sequence, most in asked]
+
+    def _of(self, sequence: Sequence) -> list[int]:
+        if (guesses := self._seen.get(sequence)) is None:
+            return []
+        return [int(guesses[len(path) - 1, path[-1]]) for path in self._paths]
+
+
+class Continuing(Drafter):
     """What another model goes on with, in an engine of its own; see `DraftModel`.
 
     It is asked with the whole text each time, and finds most of it in its cache.

@@ -20,7 +20,7 @@ from maxlm.inference.checks import check_guided, check_lengths, check_model, pro
 from maxlm.inference.drafting import Drafter, drafter_of
 from maxlm.inference.programs import Programs, pool_sizes
 from maxlm.inference.request import TOP_SCORES, BadRequest, Delta, Finish, QueueFull, Request, TokenScore
-from maxlm.inference.rows import Read, fill
+from maxlm.inference.rows import Read, fill, in_place
 from maxlm.inference.scheduler import Scheduler, Sequence, Stage, StepPlan
 from maxlm.inference.settings import Settings, settings_row
 from maxlm.inference.step import Drawn, StepRows, Texts
@@ -137,7 +137,7 @@ class Engine:
             )
             for _ in range(layout.batch_shards)
         ]
-        self._drafter = drafter_of(config, self.tokenizer, draft, Engine)
+        self._drafter = drafter_of(config, model, self.tokenizer, draft, Engine)
         self._tickets: dict[Sequence, Ticket] = {}
         self._constraints: dict[tuple[int, ...], Constraints] = {}
         self._numbers = itertools.count()
@@ -368,7 +368,7 @@ class Engine:
         for shard, plan in enumerate(plans):
             if plan is not None:
                 place = {"row": shard * width, "scored": shard * n_scored, "slot": shard * self.config.slots}
-                reads += fill(rows, plan, **place)
+                reads += fill(rows, plan, **place, parents=self.config.parents)
         return rows, reads
 
     def _read(self) -> list[tuple[Ticket, Delta]]:
@@ -389,6 +389,7 @@ class Engine:
             drawn = drawn._replace(scores=jax.tree.map(np.asarray, drawn.scores))
         if any(one.states for one in asked):
             drawn = drawn._replace(states=jax.tree.map(lambda x: np.asarray(x, np.float32), drawn.states))
+        guesses = None if drawn.guesses is None else np.asarray(drawn.guesses)
         found = []
         for read in flying.reads:
             sequence, places = read.sequence, read.places(tokens)
@@ -405,7 +406,9 @@ class Engine:
             else:
                 self._counts["drafted"] += len(read.drafts)
                 self._counts["accepted"] += len(places) - 1 if read.drafts else 0
-                self._shards[ticket.shard].came_true(sequence, len(places) - 1 if read.drafts else 0)
+                self._shards[ticket.shard].came_true(sequence, in_place(places) if read.drafts else 0)
+                if guesses is not None and self._drafter is not None:
+                    self._drafter.saw(sequence, guesses[0, self._slot(ticket.shard, sequence)])
                 found.append((ticket, self._grown(ticket, [int(tokens[p]) for p in places], places, drawn, seconds)))
         return found
 

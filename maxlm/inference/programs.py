@@ -20,9 +20,10 @@ from maxlm.config import EngineConfig, ModelConfig, SamplingConfig, WeightFormat
 from maxlm.inference.held import by_layer, held
 from maxlm.inference.request import TOP_SCORES
 from maxlm.inference.settings import settings_row
-from maxlm.inference.step import Drawn, StepRows, Texts, allow, begin, empty_texts, step
+from maxlm.inference.step import Branches, Drawn, StepRows, Texts, allow, begin, empty_texts, step
 from maxlm.models import Execution
 from maxlm.models.kv_cache import empty_cache
+from maxlm.models.ops import TokenTree
 from maxlm.observe.devices import memory_in_use
 from maxlm.sharding import Layout
 
@@ -107,7 +108,12 @@ class Programs:
         n, scored = width * self._n_shards, self.scored_rows(width) * self._n_shards
         nothing = np.full(n, -1, np.int32)
         drafts, none = nothing.copy() if self._config.drafts else None, np.full(scored, -1, np.int32)
-        return StepRows(np.zeros(n, np.int32), nothing, none, np.zeros(scored, bool), none.copy(), drafts)
+        branches = None
+        if self._config.parents is not None:
+            nodes = TokenTree(nothing.copy(), nothing.copy(), np.zeros(n, np.int32))
+            branches = Branches(np.arange(scored, dtype=np.int32), nodes)
+        slots, samples = np.zeros(n, np.int32), np.zeros(scored, bool)
+        return StepRows(slots, nothing, none, samples, none.copy(), drafts, branches)
 
     def _placed(self, parameters: Any) -> Any:
         """The parameters as the step takes them."""
@@ -130,7 +136,8 @@ class Programs:
         began = time.perf_counter()
         widths = sorted({max(most // n, min(2, most)) for n in (1, 4, 16)})
         same = jax.tree.map(lambda x: x.sharding, (self._cache, self._texts))
-        run = functools.partial(step, config=self._model, how=self._how, most_steps=self._config.most_steps)
+        most_steps, guesses = self._config.most_steps, self._config.guesses
+        run = functools.partial(step, config=self._model, how=self._how, most_steps=most_steps, guesses=guesses)
         jitted = jax.jit(run, donate_argnums=(1, 2), out_shardings=(*same, self._how.layout.sharding()))
 
         def lowered(width: int) -> jax.stages.Lowered:
@@ -166,6 +173,9 @@ class Programs:
         for position in range(length):
             rows = self.no_rows(width)
             rows.slots[:n], rows.positions[:n], rows.scored[:n] = range(n), position, range(n)
+            if rows.branches is not None:
+                nodes = rows.branches.nodes
+                nodes.places[:n], nodes.first[:n], nodes.path[:n] = position, position, 1
             found.append(jax.tree.map(lambda x: np.asarray(x)[0, :n], self._run(program, rows, 1)))
         self._tables = before
         return found

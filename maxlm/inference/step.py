@@ -19,6 +19,7 @@ from maxlm.inference.sampling import LogProbs, choose, guided
 from maxlm.inference.settings import Settings, take
 from maxlm.models import Decoder, Execution, Tokens, bind, ops
 from maxlm.models.kv_cache import Cache
+from maxlm.models.ops import TokenTree
 from maxlm.models.tokens import Pages
 
 
@@ -52,6 +53,18 @@ class StepRows(NamedTuple):
     drafts: Any = None
     """int32 [T]: a guess at the token that this row reads; -1: the text's own is known. Guesses follow the row of the
     text's newest token, each behind the one before, among the scored rows too. None: the engine has no drafts."""
+    branches: Any = None
+    """`Branches`, in which several drafts of a text may stand at one position. None: drafts follow one another."""
+
+
+class Branches(NamedTuple):
+    """Where drafts stand in trees, each with the newest token of its text as the first node. All rows are nodes: what
+    is no draft is a tree of its own. The keys of drafts lie behind those of the text in the order of the rows."""
+
+    parents: Any
+    """int32 [R]: the scored row whose token a draft follows; of other rows the row itself."""
+    nodes: TokenTree
+    """[T]."""
 
 
 class Drawn(NamedTuple):
@@ -65,6 +78,9 @@ class Drawn(NamedTuple):
     """bool [n, R]: the logits were no numbers."""
     states: jax.Array
     """[n, R, D] in the compute dtype: what the logits are made of."""
+    guesses: jax.Array | None = None
+    """int32 [n, S, heads, guesses]: what the Medusa heads make of the newest token that was read of each slot's text,
+    best first; anything where none was. None: nobody asked."""
 
     @staticmethod
     def nothing(steps: int, rows: int, config: ModelConfig, how: Execution) -> Drawn:
@@ -104,7 +120,7 @@ def read(
     return hidden[:, 0], cache_after
 
 
-def came_true(drafts: jax.Array, tokens: jax.Array) -> jax.Array:
+def came_true(drafts: jax.Array, tokens: jax.Array, parents: jax.Array | None = None) -> jax.Array:
     """Whether what each scored row read is what its text has come to be.
 
     A row draws with its text's own noise for its position, as it would have without drafts, and a draft holds if the
@@ -114,12 +130,13 @@ def came_true(drafts: jax.Array, tokens: jax.Array) -> jax.Array:
     Args:
         drafts: int32 [R]: what a row read; -1: a token that its text has.
         tokens: int32 [R]: what it drew.
+        parents: int32 [R]: the row before it, itself where there is none; None: of a draft, the one in front.
 
     Returns:
         bool [R]: it is no draft, or it and all drafts before it are what the rows before them drew.
     """
     row = jnp.arange(len(drafts))
-    before = jnp.where(drafts < 0, row, row - 1)
+    before = jnp.where(drafts < 0, row, row - 1) if parents is None else parents
     good = (drafts < 0) | (tokens[before] == drafts)
     for _ in range(len(drafts).bit_length()):  # each turn looks back twice as far
         good, before = good & good[before], before[before]
@@ -137,6 +154,7 @@ def step(
     config: ModelConfig,
     how: Execution,
     most_steps: int,
+    guesses: int = 0,
 ) -> tuple[Cache, Texts, Drawn]:
     """Read rows, draw tokens, and go on with these for n_steps in all, if every row is the newest token of its text.
 
@@ -153,6 +171,7 @@ def step(
         config: static: the model.
         how: static: it runs.
         most_steps: static: room for results.
+        guesses: static: of each Medusa head, that are wanted.
 
     Returns:
         Cache and texts after it, and what was drawn.
@@ -166,7 +185,14 @@ def step(
 
     def turn(number: jax.Array, positions: jax.Array, cache: Cache, texts: Texts) -> tuple[Any, ...]:
         ids = texts.history[rows.slots, positions.clip(0)]
-        hidden, cache = read(model, how, cache, ids, positions, Pages(rows.slots, tables))
+        pages, known, whose = Pages(rows.slots, tables), texts.history, slots
+        if (branches := rows.branches) is not None:
+            ids = jnp.where(rows.drafts >= 0, rows.drafts, ids)
+            pages = pages._replace(
+                tree=branches.nodes._replace(places=jnp.where(positions < 0, -1, branches.nodes.places))
+            )
+            known, whose = _paths(rows, positions, texts.history), jnp.arange(len(slots))
+        hidden, cache = read(model, how, cache, ids, positions, pages)
         # Whole on every device that has the row: choosing needs the row's whole vocabulary.
         states = hidden[rows.scored]
         logits = ops.logits(states, model.unembedding)
@@ -179,19 +205,27 @@ def step(
         tokens, of_tokens = choose(
             guided(logits, settings.guidance, twins),
             settings,
-            History(texts.history, slots, texts.n_prompt[slots], at + 1),
+            History(known, whose, texts.n_prompt[slots], at + 1),
             given,
         )
         tokens = jnp.where(follows, tokens[rows.follows], tokens)
         if rows.drafts is not None:
-            samples &= came_true(rows.drafts[rows.scored], tokens)
+            parents = None if branches is None else branches.parents
+            samples &= came_true(rows.drafts[rows.scored], tokens, parents)
+        drawn = Drawn(tokens, of_tokens, broken, states)
+        if guesses:
+            newest = jnp.full(len(texts.done), -1).at[slots].max(jnp.where(samples, at, -1))
+            last = jnp.where(samples & (at == newest[slots]), slots, len(newest))
+            row = jnp.zeros_like(newest).at[last].set(rows.scored, mode="drop")
+            heads = [ops.logits(*one)[:, 0] for one in model.later(hidden[row][:, None], how)]
+            drawn = drawn._replace(guesses=jnp.stack([jax.lax.top_k(one, guesses)[1] for one in heads], axis=1))
 
         after = texts.history.at[slots, jnp.where(samples, at + 1, nowhere)].set(tokens)
         ended = samples & ((tokens[:, None] == settings.ends).any(-1) | (at + 2 >= texts.end[slots]))
         done = texts.done.at[jnp.where(ended, slots, len(texts.done))].set(True, mode="drop")
         goes_on = jnp.where(samples & ~ended, rows.scored, len(positions))
         positions = jnp.full_like(positions, -1).at[goes_on].set(at + 1, mode="drop")
-        return positions, cache, texts._replace(history=after, done=done), Drawn(tokens, of_tokens, broken, states)
+        return positions, cache, texts._replace(history=after, done=done), drawn
 
     def more(carry: tuple[Any, ...]) -> jax.Array:
         number, positions, *_ = carry
@@ -204,9 +238,24 @@ def step(
         return number + 1, positions, cache, texts, jax.tree.map(put, results, drawn)
 
     positions = jnp.where(texts.done[rows.slots], -1, rows.positions)
-    if rows.drafts is not None:
+    if rows.drafts is not None and rows.branches is None:
         guessed = jnp.where((rows.drafts >= 0) & (positions >= 0), positions, nowhere)
         texts = texts._replace(history=texts.history.at[rows.slots, guessed].set(rows.drafts))
     results = Drawn.nothing(most_steps, len(rows.scored), config, how)
+    if guesses and config.medusa is not None:
+        shape = (most_steps, len(texts.done), config.medusa.n_heads, guesses)
+        results = results._replace(guesses=jnp.zeros(shape, jnp.int32))
     carry = jax.lax.while_loop(more, body, (jnp.int32(0), positions, cache, texts, results))
     return carry[2], carry[3], jax.lax.with_sharding_constraint(carry[4], everywhere)
+
+
+def _paths(rows: StepRows, positions: jax.Array, history: jax.Array) -> jax.Array:
+    """int32 [R, M]: the tokens of each scored row's text, with the drafts that lead to it at their positions."""
+    known, every = history[rows.slots[rows.scored]], jnp.arange(len(rows.scored))
+    nowhere, node = history.shape[1] - 1, every
+    for _ in range(min(31, len(every))):  # as deep as any tree may be
+        row = rows.scored[node]
+        at = jnp.where((rows.drafts[row] >= 0) & (positions[row] >= 0), positions[row], nowhere)
+        known = known.at[every, at].set(rows.drafts[row])
+        node = rows.branches.parents[node]
+    return known

@@ -16,6 +16,7 @@ moe.py: routers, their losses and statistics; a mixture of experts
 pipeline.py: stages and micro-batches as one scan
 upcycle.py: a dense model's parameters for a mixture
 unembedding.py: hidden states to logits
+medusa.py: heads that guess at later tokens
 weights/: what a product takes as its weight: a plain array, or one of fewer bits
 parameters.py: parameters as maxlm/shapes declares them
 execution.py: mesh, number format, remat and kernels of a call

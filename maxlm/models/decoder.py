@@ -18,6 +18,7 @@ from maxlm.models import ops
 from maxlm.models.block import Block
 from maxlm.models.execution import Execution
 from maxlm.models.kv_cache import Cache, LayerCache
+from maxlm.models.medusa import MedusaHead
 from maxlm.models.moe import RouterStats
 from maxlm.models.norms import NormLayer
 from maxlm.models.parameters import Initializer
@@ -89,6 +90,8 @@ class Decoder(nnx.Module):
         if config.final_norm:
             self.final_norm = NormLayer(config.norm, "vector", config.d_model, init)
         init.declare(self, shapes.head(config))
+        if config.medusa is not None:
+            self.medusa = nnx.Dict({str(k): MedusaHead(config, init) for k in range(config.medusa.n_heads)})
 
     def embeddings(self, ids: jax.Array, tokens: Tokens, how: Execution) -> jax.Array:
         """What the layers begin with: int32 [B, T] token ids -> [B, T, D] in the compute dtype."""
@@ -170,6 +173,17 @@ class Decoder(nnx.Module):
                 raise ValueError("a model with a ScalarHead has no logits; its results are `scalars`")
             case _:
                 assert_never(self.config.head)
+
+    def later(self, hidden: jax.Array, how: Execution) -> list[tuple[jax.Array, Unembedding]]:
+        """Of each Medusa head k = 1, 2, ... what makes logits of the token k places after the next one.
+
+        Args:
+            hidden: [B, T, D], of `DecoderOutput`.
+            how: mesh and number format.
+        """
+        assert self.config.medusa is not None and isinstance(self.config.head, LmHead)
+        one = lambda k: self.medusa[str(k)](hidden, self.unembedding, how, normalized=self.config.head.normalized)
+        return [one(k) for k in range(self.config.medusa.n_heads)]
 
     def scalars(self, hidden: jax.Array) -> jax.Array:
         """One number for each position: [B, T, D] -> float32 [B, T]. With a ScalarHead."""

@@ -1,5 +1,5 @@
 """Start a model from the parameters of another: arrays of the same shape as they are, a dense MLP as every expert of a
-mixture (sparse upcycling, Komatsuzaki et al. 2022, arXiv:2212.05055)."""
+mixture (sparse upcycling, Komatsuzaki et al. 2022, arXiv:2212.05055), its head as every Medusa head."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def upcycle(
     Args:
         source, target: the models; both have the same number of layers.
         parameters: of the source, as of `init_parameters`.
-        new: initial ones of the target, from which come the routers of layers that were dense.
+        new: initial ones of the target, from which come the routers of layers that were dense, and the first matrices
+            of Medusa heads that the source has not.
 
     Raises:
         UserError: another array differs in shape, or is in one model alone.
@@ -36,12 +37,15 @@ def upcycle(
     if source.n_layers != target.n_layers:
         raise UserError(f"it has model.n_layers = {source.n_layers}, this model {target.n_layers}; use the same number")
     outside = lambda tree: _named({name: tree[name] for name in tree if name not in ("first_blocks", "blocks")})
+    there = outside(parameters)
+    if source.medusa is None and target.medusa is not None:
+        there |= _as_medusa_heads(target, there, new["medusa"])
     layers = []
     for i, (old, fresh) in enumerate(zip(_layers(source, parameters), _layers(target, new), strict=True)):
         if isinstance(source.layers[i].mlp, GatedMlp) and isinstance(target.layers[i].mlp, Experts):
             old |= _as_experts(old, fresh)
         layers.append(_same(f"layer {i} ", old, fresh))
-    return _nested(_same("", outside(parameters), outside(new)) | _stacked(target, layers))
+    return _nested(_same("", there, outside(new)) | _stacked(target, layers))
 
 
 def _as_experts(old: Named, new: Named) -> Named:
@@ -50,6 +54,13 @@ def _as_experts(old: Named, new: Named) -> Named:
     fits = [name for name in there if old[name].shape == new[name].shape[1:]]
     experts = {name: jnp.broadcast_to(old[name], new[name].shape) for name in fits}
     return experts | {name: new[name] for name in _ROUTER if name in new}
+
+
+def _as_medusa_heads(target: ModelConfig, old: Named, new: dict[str, Any]) -> Named:
+    """Heads that all say what the model's own head says, from which they learn to say something else."""
+    table = old["embed" if target.tied else "unembed"]
+    tables = {f"medusa/{k}/unembed": table for k in new}
+    return tables | {f"medusa/{k}/proj": head["proj"] for k, head in new.items()}
 
 
 def _same(where: str, old: Named, new: Named) -> Named:

@@ -136,6 +136,7 @@ def _state(
         part: [math.prod(device_shape(array, axes, zero, part)) for array in arrays]
         for part in (StatePart.PARAMETERS, StatePart.GRADIENTS, StatePart.OPTIMIZER)
     }
+    of_trained = lambda part: [n if a.trained else 0 for a, n in zip(arrays, numbers[part], strict=True)]
     stacks = {a.name: n for a, n in zip(arrays, numbers[StatePart.PARAMETERS], strict=True) if a.dims[0] == "layers"}
     stacked = FLOAT32 * sum(stacks.values())
     match platform:
@@ -152,14 +153,14 @@ def _state(
         case _:
             assert_never(platform)
     kept = [optimizer.state(array.shape, model.repeats) for array in arrays]
-    moments = zip(kept, numbers[StatePart.OPTIMIZER], strict=True)
+    moments = [pair for pair in zip(kept, of_trained(StatePart.OPTIMIZER), strict=True) if pair[1]]
     # Under ZeRO-2 TPUs scatter each layer's gradients at once, GPUs those of all layers after the loop.
     gradients = StatePart.GRADIENTS if platform is Platform.TPU else StatePart.PARAMETERS
     return _State(
         parameters=FLOAT32 * sum(numbers[StatePart.PARAMETERS]),
         optimizer=sum(number * sum(state.like_parameter) + state.everywhere for state, number in moments),
-        gradients=FLOAT32 * sum(numbers[gradients]),
-        moment=FLOAT32 * sum(numbers[StatePart.OPTIMIZER]),
+        gradients=FLOAT32 * sum(of_trained(gradients)),
+        moment=FLOAT32 * sum(of_trained(StatePart.OPTIMIZER)),
         stacked=stacked,
         hoisted=hoisted,
         gathered=tuple(itemsize * _gathered(arrays, f"blocks/{i}/", axes, zero) for i in range(len(model.blocks))),
@@ -195,7 +196,7 @@ class _Step:
             config.execution.dtype,
             self.platform,
         )
-        if self.sizes["stage"] > 1:
+        if self.sizes["stage"] > 1 and config.model.medusa is None:
             accumulated = state.stacked  # the pipeline's turns add up, layer by layer
         elif config.train.micro_batches > 1:
             # Also under ZeRO-1: the compiler cuts the sum as the optimizer, its only reader, wants it.
@@ -233,6 +234,8 @@ class _Step:
 
     def _activations(self, layers: Sequence[BlockMemory]) -> int:
         model, sharding, stages = self.config.model, self.config.sharding, self.sizes["stage"]
+        if model.medusa is not None:
+            return 0  # nothing goes back into the layers
         repeat = sum(layer.saved for layer in layers)
         first = sum(layer.saved for layer in self._layers(model.first_blocks))
         if stages == 1:
@@ -251,8 +254,9 @@ class _Step:
         model, train = self.config.model, self.config.train
         table = model.vocab_size // self.sizes["tensor"]
         chunk = min(train.loss_chunk, self.loss_tokens)
-        tables = table * model.d_model * (self.itemsize + FLOAT32)
-        hidden = 2 * self.loss_tokens * model.d_model * self.itemsize
+        heads = 1 if model.medusa is None else model.medusa.n_heads  # whose gradients all wait
+        tables = heads * table * model.d_model * (self.itemsize + FLOAT32)
+        hidden = 2 * heads * self.loss_tokens * model.d_model * self.itemsize
         logits = chunk * table * FLOAT32
         if self.platform is not Platform.TPU:
             # TPUs make the logits' gradient in their place, and add to the table's as they multiply. Other compilers
@@ -262,7 +266,7 @@ class _Step:
         return tables + logits + hidden
 
     def _working(self, layers: Sequence[BlockMemory], gathered: Sequence[int]) -> int:
-        """Of the block whose backward pass needs most."""
+        """Of the block whose backward pass needs most; a bound where only the forward pass runs."""
         model = self.config.model
         most = max(weights + self.tokens * one.backward for weights, one in zip(gathered, layers, strict=True))
         # The table's gradient waits, in the compute dtype, for devices to sum it up.

@@ -1,14 +1,15 @@
 """One file a task: a function from a config to a Recipe, which `maxlm/training/loop.py` runs.
 
 pretrain.py: next token of prepared text
+medusa.py: heads that guess at later tokens, on a trained model
 starting.py: what a new run may start from: another run, or a published model
 """
 
 from __future__ import annotations
 
-from maxlm.config import Pretrain, RunConfig
+from maxlm.config import Pretrain, RunConfig, TrainMedusa
 from maxlm.inference.load import LoadedRun
-from maxlm.recipes import pretrain
+from maxlm.recipes import medusa, pretrain
 from maxlm.sharding import Layout
 from maxlm.training.loop import Recipe
 
@@ -22,3 +23,5 @@ def recipe(config: RunConfig, layout: Layout) -> Recipe[LoadedRun]:
     match config.task:
         case Pretrain():
             return pretrain.recipe(config, config.task, layout)
+        case TrainMedusa():
+            return medusa.recipe(config, config.task, layout)

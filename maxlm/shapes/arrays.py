@@ -107,6 +107,8 @@ class Part(enum.Enum):
     NORMS = "norms"
     """Of the residual stream."""
     UNEMBEDDING = "unembedding"
+    MEDUSA = "medusa"
+    """Heads that guess at later tokens."""
 
 
 @dataclass(frozen=True)
@@ -128,12 +130,18 @@ class Array:
     """The dims that a product with activations sums over; none if there is no product, or one that is never rounded."""
 
     learning_rate: float = 1.0
-    """Factor of the optimizer's, in the list of a whole model; see `ModelConfig.mup_base_width`."""
+    """Factor of the optimizer's, in the list of a whole model; see `ModelConfig.mup_base_width`. 0: it is not trained,
+    and has neither gradient nor optimizer state."""
 
     @property
     def size(self) -> int:
         """How many numbers it has."""
         return math.prod(self.shape)
+
+    @property
+    def trained(self) -> bool:
+        """In a run of its model."""
+        return self.learning_rate > 0
 
     @property
     def stacked(self) -> int:
@@ -154,6 +162,10 @@ def arrays(model: ModelConfig) -> tuple[Array, ...]:
     if model.mup_base_width is not None:
         slower = lambda array: array.role in (Role.PRODUCT, Role.ROUTER) and "vocab" not in array.dims
         found = [replace(array, learning_rate=1 / model.wider) if slower(array) else array for array in found]
+    if model.medusa is not None:
+        found = [replace(array, learning_rate=0.0) for array in found]
+        for k in range(model.medusa.n_heads):
+            found += _inside(f"medusa/{k}", medusa_head(model))
     return tuple(sorted(found, key=lambda array: array.name.split("/")))
 
 
@@ -186,6 +198,13 @@ def head(model: ModelConfig) -> Iterator[Array]:
             yield _array("score", D, _to_few(model), Role.PRODUCT, Part.UNEMBEDDING)
         case _:
             assert_never(model.head)
+
+
+def medusa_head(model: ModelConfig) -> Iterator[Array]:
+    """Of one head that guesses at a later token."""
+    D, V = {"embed": model.d_model}, {"vocab": model.vocab_size}
+    yield _array("proj", D | {"vector": model.d_model}, Constant(0), Role.PRODUCT, Part.MEDUSA, inputs=D)
+    yield _array("unembed", V | D, Normal(model.init_std), Role.PRODUCT, Part.MEDUSA, inputs=D)
 
 
 def norm(config: Norm, dim: str, size: int, part: Part = Part.NORMS) -> Iterator[Array]:

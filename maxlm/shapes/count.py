@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import assert_never
 
 from maxlm.config import (
@@ -48,12 +48,14 @@ class ParameterCount:
     tokens."""
     norms: int
     """Scales and biases on the residual stream: of each block's norms, and of the final one."""
+    medusa: int
+    """Heads that guess at later tokens."""
     looked_up: int
     """Of the tables, what a token only looks a row up in."""
 
     @property
     def total(self) -> int:
-        return self.embedding + self.unembedding + self.attention + self.mlp + self.norms
+        return self.embedding + self.unembedding + self.attention + self.mlp + self.norms + self.medusa
 
     @property
     def active(self) -> int:
@@ -108,6 +110,7 @@ def parameter_count(model: ModelConfig) -> ParameterCount:
         mlp=sizes[Part.MLP] + sizes[Part.EXPERTS],
         mlp_active=round(active),
         norms=sizes[Part.NORMS],
+        medusa=sizes[Part.MEDUSA],
         looked_up=sum(array.size for array in found if array.uses == 0),
     )
 
@@ -116,10 +119,14 @@ def parameter_count(model: ModelConfig) -> ParameterCount:
 def flops_per_token(model: ModelConfig, seq_len: int, remat: Remat, *, remat_stages: bool = False) -> FlopsPerToken:
     """FLOPs of training `model` on one token of sequences of `seq_len` tokens.
 
+    What is not trained costs its forward pass alone. Where Medusa heads are trained, the model's own head is not used.
+
     `remat` decides what is computed again; `remat_stages`: the run has a pipeline that computes each stage a second
     time (`sharding.remat_stages`).
     """
     attention, causal, recompute, causal_recompute = 0, 0.0, 0.0, 0.0
+    if model.medusa is not None:
+        return _flops_of_heads(model, seq_len)
     kinds = [*((block, 1) for block in model.first_blocks), *((block, model.repeats) for block in model.blocks)]
     for config, times in kinds:
         per_key = 3 * _flops_of_a_key(config.attention)
@@ -138,15 +145,31 @@ def flops_per_token(model: ModelConfig, seq_len: int, remat: Remat, *, remat_sta
     )
 
 
+def _flops_of_heads(model: ModelConfig, seq_len: int) -> FlopsPerToken:
+    """Of training Medusa heads: a forward pass of the rest but for the model's own head, and three of the heads."""
+    count = parameter_count(model)
+    rest = flops_per_token(replace(model, medusa=None), seq_len, Remat.NONE)
+    own = model.vocab_size * model.d_model
+    return FlopsPerToken(
+        parameters_term=rest.parameters_term // 3 - 2 * own + 6 * count.medusa,
+        attention_term=rest.attention_term // 3,
+        causal_attention_term=rest.causal_attention_term / 3,
+        recompute=0,
+        causal_recompute=0.0,
+    )
+
+
 def decoding_flops(model: ModelConfig, context: int) -> int:
     """FLOPs of one decoded token that sees `context` keys, itself included: 2N, and scores and weighted values over
-    every key in reach. A layer of GPT with d_ff = 4 D and as many key heads as query heads needs 24 D^2 + 4 D context.
+    every key in reach; without guesses of Medusa heads. A layer of GPT with d_ff = 4 D and as many key heads as query
+    heads needs 24 D^2 + 4 D context.
 
     Latents are seen as keys and values themselves, wider than a head's (arXiv:2405.04434, appendix C).
     """
     layers = [layer.attention for layer in model.layers]
     seen = sum(_flops_of_a_kept_key(one) * min(context, one.window or context) for one in layers)
-    return 2 * parameter_count(model).matmul + seen
+    count = parameter_count(model)
+    return 2 * (count.matmul - count.medusa) + seen
 
 
 def prefill_flops(model: ModelConfig, tokens: int) -> int:
@@ -156,7 +179,8 @@ def prefill_flops(model: ModelConfig, tokens: int) -> int:
     for attention in (layer.attention for layer in model.layers):
         reach = min(tokens, attention.window or tokens)
         seen += _flops_of_a_kept_key(attention) * (tokens * reach - reach * (reach - 1) // 2)  # min(t, reach), t = 1..
-    return 2 * (tokens * (parameter_count(model).matmul - tables) + tables) + seen
+    count = parameter_count(model)
+    return 2 * (tokens * (count.matmul - count.medusa - tables) + tables) + seen
 
 
 def mfu(*, flops_per_token: float, tokens_per_s: float, n_devices: int, peak_flops: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,20 +33,24 @@ class TrainState:
     """What the loss reads and no step changes. A checkpoint says where it came from (`checkpoint/reference.py`)."""
 
 
-def init_state(parameters: Any, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(parameters: Any, optimizer: Any) -> TrainState:
     """A new state; run it under jit with `state_shardings` so that no device ever holds all of it."""
     zero = lambda: jnp.zeros((), jnp.int32)
     return TrainState(
         step=zero(),
         parameters=parameters,
-        optimizer=optimizer.init(parameters),
+        optimizer=optimizer,
         skipped=zero(),
         skipped_in_row=zero(),
     )
 
 
 def state_shardings(
-    abstract: TrainState, dims: Any, layout: Layout, optimizer: optax.GradientTransformation
+    abstract: TrainState,
+    dims: Any,
+    layout: Layout,
+    optimizer: optax.GradientTransformation,
+    trained: Callable[[Any], Any],
 ) -> TrainState:
     """A TrainState of shardings for a TrainState of shapes.
 
@@ -57,6 +62,7 @@ def state_shardings(
         dims: names of every parameter's dims, in the parameters' tree.
         layout: the mesh and its rules.
         optimizer: the one that made abstract.optimizer.
+        trained: what it sees of a tree like the parameters'.
     """
     everywhere = layout.sharding()
 
@@ -68,8 +74,8 @@ def state_shardings(
         optimizer,
         of_moment,
         abstract.optimizer,
-        abstract.parameters,
-        layout.shardings(dims, StatePart.OPTIMIZER),
+        trained(abstract.parameters),
+        trained(layout.shardings(dims, StatePart.OPTIMIZER)),
         transform_non_params=lambda _: everywhere,
     )
     return dataclasses.replace(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -72,15 +73,19 @@ class Trainer(NamedTuple):
 def gradient_function(
     config: RunConfig, layout: Layout, objective: Objective
 ) -> Callable[[Params, Any, Batch], tuple[Sums, Any]]:
-    """Parameters, frozen arrays and batch -> the sums and the gradient of their objective, over all micro-batches."""
-    shardings = layout.shardings(objective.dims, StatePart.GRADIENTS)
+    """Parameters, frozen arrays and batch -> the sums and the gradient of their objective, over all micro-batches.
+
+    The gradient is a tree like the parameters', with None for those that are not trained.
+    """
+    part = functools.partial(trained, objective.declared)
+    shardings = part(layout.shardings(objective.dims, StatePart.GRADIENTS))
 
     def of_part(params: Params, frozen: Any, batch: Batch, counted: jax.Array) -> tuple[Sums, Any]:
-        def loss(params: Params) -> tuple[jax.Array, Sums]:
-            sums = objective.loss(params, frozen, batch, counted)
+        def loss(changing: Params) -> tuple[jax.Array, Sums]:
+            sums = objective.loss(joined(changing, params), frozen, batch, counted)
             return sums.objective, sums
 
-        gradients, sums = jax.grad(loss, has_aux=True)(params)
+        gradients, sums = jax.grad(loss, has_aux=True)(part(params))
         return sums, jax.lax.with_sharding_constraint(gradients, shardings)
 
     parts = config.train.micro_batches
@@ -98,11 +103,21 @@ def gradient_function(
             return jax.tree.map(jnp.add, total, gradients), sums
 
         counted = objective.counted(batch)
-        zeros = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, params), shardings)
+        zeros = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, part(params)), shardings)
         gradients, sums = jax.lax.scan(add, zeros, {name: cut(name, x) for name, x in batch.items()})
         return jax.tree.map(lambda x: x.sum(0), sums), gradients
 
     return accumulate
+
+
+def trained(declared: Any, tree: Any) -> Any:
+    """Of a tree like the parameters', what is about those that are trained; None for the others."""
+    return jax.tree.map(lambda array, leaf: leaf if array.trained else None, declared, tree)
+
+
+def joined(some: Any, whole: Any) -> Any:
+    """`whole` with what `trained` left of another tree in its places."""
+    return jax.tree.map(lambda one, other: other if one is None else one, some, whole, is_leaf=lambda x: x is None)
 
 
 def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Objective | None = None) -> Trainer:
@@ -124,11 +139,13 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
     learning_rate = learning_rate_schedule(
         config.optimizer.schedule, config.optimizer.learning_rate, config.train.steps
     )
-    optimizer = make_optimizer(config.optimizer, learning_rate, objective.declared, layers=config.model.repeats)
+    part = functools.partial(trained, objective.declared)
+    optimizer = make_optimizer(config.optimizer, learning_rate, part(objective.declared), layers=config.model.repeats)
     gradient = gradient_function(config, layout, objective)
 
     def init() -> TrainState:
-        return init_state(objective.init(jax.random.key(config.train.seed)), optimizer)
+        parameters = objective.init(jax.random.key(config.train.seed))
+        return init_state(parameters, optimizer.init(part(parameters)))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepOutput]:
         batch = objective.draw(batch, jax.random.fold_in(jax.random.key(config.train.seed), state.step))
@@ -139,8 +156,9 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
         gradients = jax.tree.map(lambda g: g * per_token, gradients)
         with jax.named_scope("optimizer"):
             grad_norm = optax.tree.norm(gradients)
-            updates, new_optimizer = optimizer.update(gradients, state.optimizer, state.parameters)
-            new_parameters = optax.apply_updates(state.parameters, updates)
+            old = part(state.parameters)
+            updates, new_optimizer = optimizer.update(gradients, state.optimizer, old)
+            new_parameters = joined(optax.apply_updates(old, updates), state.parameters)
             new_parameters, figures = objective.settle(new_parameters, sums.router)
             update_norm = optax.tree.norm(updates)
         # A bad step leaves no trace but its count.
@@ -167,7 +185,7 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
     abstract = jax.eval_shape(init)
     _check_counted(objective.declared, abstract.parameters)
     shardings = dataclasses.replace(
-        state_shardings(abstract, objective.dims, layout, optimizer),
+        state_shardings(abstract, objective.dims, layout, optimizer, part),
         frozen=jax.tree.map(lambda leaf: leaf.sharding, objective.frozen),
     )
     shapes = jax.tree.map(

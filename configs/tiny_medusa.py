@@ -1,0 +1,28 @@
+"""Three Medusa heads (3,342,336 parameters) for the model of tiny.py: 8,603,904 parameters in all.
+
+    python -m maxlm.train --config configs/tiny.py
+    python -m maxlm.train --config configs/tiny_medusa.py
+
+The heads alone are trained, on the model of the run in runs/tiny, whose tokens stay what they are: another run is named
+with --checkpoint.init_from=DIR. Hardware: two CPU cores, 1 GB of memory; two minutes of processor time.
+docs/generate.md has what they are for.
+"""
+
+import dataclasses
+
+from configs.tiny import get_config as tiny
+from maxlm.config import AdamW, CheckpointConfig, CosineSchedule, MedusaHeads, ObserveConfig, RunConfig, TrainMedusa
+
+
+def get_config() -> RunConfig:
+    base = tiny()
+    return dataclasses.replace(
+        base,
+        model=dataclasses.replace(base.model, medusa=MedusaHeads(n_heads=3)),
+        train=dataclasses.replace(base.train, steps=100, eval_every=50, eval_batches=8),
+        optimizer=AdamW(learning_rate=2e-3, schedule=CosineSchedule(warmup_steps=10)),
+        checkpoint=CheckpointConfig(every=100, init_from="runs/tiny"),
+        observe=ObserveConfig(sample_tokens=0),
+        task=TrainMedusa(),
+        run_dir="runs/tiny_medusa",
+    )
