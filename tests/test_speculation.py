@@ -228,7 +228,7 @@ def test_a_draft_model_draws_with_the_same_noise() -> None:
     run = loaded(BYTE_MODEL)
     config = dataclasses.replace(SMALL, slots=2, speculation=DraftModel(run="x", drafts=3))
     with pytest.raises(UserError, match=r"DraftModel\('x'\) needs that model"):
-        drafter_of(config, run.tokenizer, None, Engine)
+        drafter_of(config, run.config.model, run.tokenizer, None, Engine)
     engine = Engine(run, config, draft=run)
     asked = [
         Request(prompt=SHARED[n : 2 * n + 9], max_new_tokens=22 + n, sampling=sampling, seed=n, ends=(END,))
