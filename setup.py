@@ -51,6 +51,11 @@ SERVE = [
     "llguidance>=1.9.1,<2",  # answers that fit a JSON schema
 ]
 
+DOCS = [
+    "beautifulsoup4>=4.15.0",  # text of HTML, and the lines that it stands on
+    "pypdf>=7.1.1",  # text of PDF
+]
+
 VIZ = [
     "matplotlib>=3.11.2",  # loss.png
 ]
@@ -72,6 +77,7 @@ EXTRAS = {
     "viz": VIZ,
     "weights": WEIGHTS,
     "serve": SERVE,
+    "docs": DOCS,
     "eval": EVAL,
     "parity": PARITY,
     "dev": [
@@ -82,6 +88,7 @@ EXTRAS = {
         "jsonschema>=4.26.0",  # another reader of schemas
         *EVAL,  # those of the tasks
         *SERVE,  # those of the server
+        *DOCS,  # and of the documents that it answers from
         "openai>=3.57.0",  # the client that it answers
         "langchain-openai>=1.7.4",  # another
         "pytest>=9.2.0",

@@ -6,6 +6,7 @@ layouts.py: what each layout costs beyond one device
 steps.py: what the benchmarks of training steps share; no command
 data_throughput.py: tokens a second from prepared shards
 decode.py: milliseconds a token and temporary bytes of decoding
+decode_compiled.py: what a decode step of large models moves, by the compilers
 serving.py: what many requests cost beyond their tokens
 checkpoint.py: seconds to save and restore
 conversion.py: seconds and memory of maxlm.convert

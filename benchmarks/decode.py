@@ -41,7 +41,7 @@ from maxlm.config import (
 from maxlm.config.sharding import ShardingConfig
 from maxlm.data.tokenizers import Bytes
 from maxlm.inference.engine import Engine
-from maxlm.inference.held import layers_apart
+from maxlm.inference.held import by_layer
 from maxlm.inference.load import LoadedRun
 from maxlm.inference.request import Request
 from maxlm.inference.settings import settings_row
@@ -66,7 +66,7 @@ def model(n_layers: int, max_seq_len: int) -> ModelConfig:
 def decoding(layout: Layout, batch: int, length: int, at: int) -> dict[str, Any]:
     """Median milliseconds of a token of each text, tokens at positions `at` and on."""
     config, how = model(8, length), Execution(layout, FLOAT32)
-    config, parameters = layers_apart(config, jax.jit(lambda: init_parameters(model(8, length), jax.random.key(0)))())
+    parameters = by_layer(config, jax.jit(lambda: init_parameters(config, jax.random.key(0)))())
     width = length // BLOCK
     empty = jax.jit(lambda: empty_cache(config, {0: batch * width + 1}, BLOCK, how))
     tables = {0: jax.device_put(1 + np.arange(batch * width, dtype=np.int32).reshape(batch, width))}

@@ -12,18 +12,19 @@ import json
 import queue
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from maxlm.config import ChosenModel, EngineConfig, SamplingConfig, Speculation, UserError
+from maxlm.config import ChosenModel, DocumentsConfig, EngineConfig, SamplingConfig, Speculation, UserError
 from maxlm.config.cli import parse, run_command
 from maxlm.config.fields import Positive, Seed, config
 
 if TYPE_CHECKING:
     from maxlm.inference.request import Delta
+    from maxlm.serving.passages import Passage
     from maxlm.serving.served import Served
 
 _DESCRIPTION = """Talk with a model in the terminal.
@@ -43,6 +44,8 @@ class ChatOptions:
     """What the model is told before all."""
     max_new_tokens: Positive[int] = 512
     """Length of an answer at most."""
+    documents: Annotated[DocumentsConfig, tyro.conf.arg(name="")] = DocumentsConfig()
+    """What questions are answered from."""
     sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = SamplingConfig(temperature=0.7, top_p=0.95)
     """How the next token is drawn."""
     seed: Seed | None = None
@@ -70,7 +73,14 @@ def main(argv: list[str]) -> None:
     if run.chat is None:
         raise UserError("this model has no chat template; continue texts with python -m maxlm.generate")
     engine = EngineConfig(slots=1, speculation=options.speculation)
-    served = serve_model(run, "model", engine, options.model.weights, draft=load_draft(options.speculation))
+    served = serve_model(
+        run,
+        "model",
+        engine,
+        options.model.weights,
+        draft=load_draft(options.speculation),
+        documents=options.documents,
+    )
     talk(served, options, _typed)
 
 
@@ -126,6 +136,7 @@ def _answer(console: Any, served: Served, options: ChatOptions, messages: list[d
     from maxlm.inference.request import Finish, Request
 
     assert served.chat is not None
+    messages, sources = _with_documents(served, messages)
     ids = served.chat.encode(served.tokenizer, messages).ids
     left = served.max_length - len(ids)
     if left < 1:
@@ -158,7 +169,19 @@ def _answer(console: Any, served: Served, options: ChatOptions, messages: list[d
             break
     speed = f", {(n - 1) / (last - first):.1f} tokens/s" if n > 1 and last > first else ""
     console.print(f"\n[{n} tokens{speed}, {len(ids)} before them]", markup=False, style="dim")
+    for n, source in enumerate(sources, start=1):
+        console.print(f"[{n}] {source.place}", markup=False, style="dim")
     return text
+
+
+def _with_documents(served: Served, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], Sequence[Passage]]:
+    """With sources before the question, which is the last message; none of earlier questions."""
+    if served.documents is None:
+        return messages, ()
+    from maxlm.serving.retrieval import with_sources
+
+    text, found = with_sources(served.documents, messages[-1]["content"], room=served.max_length // 2)
+    return [*messages[:-1], {**messages[-1], "content": text}], found
 
 
 def _save(console: Any, path: Path, messages: list[dict[str, str]]) -> None:

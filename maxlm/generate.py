@@ -101,13 +101,16 @@ def main(argv: list[str]) -> None:
 
     from maxlm.compile_cache import enable_compilation_cache  # these import jax: --help stays instant
     from maxlm.hub.models import load_chosen, load_draft
+    from maxlm.inference.checks import check_prompt
     from maxlm.inference.generator import Generator, Ranked
 
     enable_compilation_cache()
     texts = options.n if options.guidance.guidance_scale == 1 else 2 * options.n
     slots = min(max(options.beams.beams, options.contrastive.contrastive_k, texts), _SLOTS)
+    run = load_chosen(options.model)
+    check_prompt(run, options.prompt, options.max_new_tokens)
     generator = Generator(
-        load_chosen(options.model),
+        run,
         weights=options.model.weights,
         engine=EngineConfig(slots=slots, speculation=options.speculation),
         draft=load_draft(options.speculation),

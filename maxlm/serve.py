@@ -14,10 +14,10 @@ from typing import Annotated
 
 import tyro
 
-from maxlm.config import ChosenModel, EngineConfig, UserError
+from maxlm.config import ChosenModel, DocumentsConfig, EngineConfig, UserError
 from maxlm.config.cli import parse, run_command
 from maxlm.config.errors import pip_install
-from maxlm.config.fields import NotNegative, Positive, Range, config
+from maxlm.config.fields import NotNegative, PathName, Positive, Range, config
 from maxlm.serving.other_servers import OtherServer, check, command
 
 _DESCRIPTION = """Answer requests over HTTP, as OpenAI's server does; a page to chat with stands at the address itself.
@@ -46,6 +46,10 @@ class ServeOptions:
     """More names by which clients may call a server that listens on this machine alone."""
     embeddings: bool = False
     """Give vectors of texts too; the parameters then stay in memory in float32, beside the engine's."""
+    documents: Annotated[DocumentsConfig, tyro.conf.arg(name="")] = DocumentsConfig()
+    """What conversations are answered from."""
+    preferences: PathName | None = None
+    """File for rankings of answers, which the page then asks for: a line of JSON is added for each pair."""
     max_body_mb: Positive[int] = 32
     """Largest request, in MiB."""
     drain_s: NotNegative[float] = 30.0
@@ -81,22 +85,32 @@ def main(argv: list[str]) -> None:
     from maxlm.serving.app import Service
     from maxlm.serving.listening import DrainingServer, bind_address, is_loopback
     from maxlm.serving.loading import serve_model
+    from maxlm.serving.preferences import Preferences
 
     loopback = is_loopback(options.host)
     hosts = ("localhost", "127.0.0.1", "::1", options.host, *options.allow_host) if loopback else ()
     listener = bind_address(options.host, options.port)  # before a model is loaded for nothing
+    preferences = None if options.preferences is None else Preferences(Path(options.preferences))
     enable_compilation_cache()
     name = _name(options)
     print(f"loading {name} and compiling its programs; clients are answered when a line says where", file=sys.stderr)
     run = load_chosen(options.model)
-    draft = load_draft(options.engine.speculation)
-    served = serve_model(run, name, options.engine, options.model.weights, embeddings=options.embeddings, draft=draft)
+    served = serve_model(
+        run,
+        name,
+        options.engine,
+        options.model.weights,
+        embeddings=options.embeddings,
+        draft=load_draft(options.engine.speculation),
+        documents=options.documents,
+    )
     key = options.api_key or os.environ.get(_KEY) or None
     service = Service(
         models={served.name: served},
         api_key=key,
         hosts=tuple(map(str.lower, hosts)),
         max_body=options.max_body_mb << 20,
+        preferences=preferences,
     )
     port = listener.getsockname()[1]
     address = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{port}"

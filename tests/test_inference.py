@@ -70,11 +70,12 @@ from maxlm.data.text_ends import TextEnds
 from maxlm.data.tokenizers import Bytes, HuggingFace, Tokenizer
 from maxlm.data.train_tokenizer import train_sentencepiece
 from maxlm.inference.generator import Generator
-from maxlm.inference.held import held, layers_apart
+from maxlm.inference.held import by_layer, held
 from maxlm.inference.load import LoadedRun
 from maxlm.inference.text_stream import TextStream
 from maxlm.models import Execution
 from maxlm.models.kv_cache import empty_cache
+from maxlm.models.weights.by_layer import ByLayer
 from maxlm.sharding import decoding_layout, make_layout
 
 pytestmark = pytest.mark.usefixtures("programs_kept")
@@ -320,23 +321,23 @@ def test_bfloat16_weights_change_no_logit() -> None:
     cast = held(parameters, BYTE_MODEL, how, WeightFormat.DTYPE)
     assert cast["embed"].dtype == jnp.bfloat16 and cast["final_norm"]["scale"].dtype == jnp.float32
     for narrow, wide in zip(
-        *(through_cache(*layers_apart(BYTE_MODEL, one), how, TEXTS, widths=[5]) for one in (cast, parameters)),
+        *(through_cache(BYTE_MODEL, by_layer(BYTE_MODEL, one), how, TEXTS, widths=[5]) for one in (cast, parameters)),
         strict=True,
     ):
         np.testing.assert_array_equal(narrow, wide)
 
 
-def test_layers_apart_are_the_same_layers_in_their_order() -> None:
+def test_weights_by_layer_are_those_of_the_stack() -> None:
     """A pattern of two different blocks that occurs twice."""
     block = BYTE_MODEL.blocks[0]
     local = dataclasses.replace(block, attention=dataclasses.replace(block.attention, window=3))
-    model = dataclasses.replace(BYTE_MODEL, n_layers=4, blocks=(local, block))
+    (latent,) = latent_model(BYTE_MODEL).blocks
+    experts = Experts(n_experts=4, d_ff=24, router=TopKRouter(top_k=2), bias=True)
+    model = dataclasses.replace(BYTE_MODEL, n_layers=4, blocks=(local, dataclasses.replace(latent, mlp=experts)))
     stacked = parameters_of(small_run(model))
-    apart_model, apart = layers_apart(model, stacked)
-    assert apart_model.layers == model.layers and apart_model.repeats == 1
-    together, each = (
-        through_cache(*one, plainly(), TEXTS, widths=[5]) for one in ((model, stacked), (apart_model, apart))
-    )
+    apart = by_layer(model, stacked)
+    assert isinstance(apart["blocks"]["1"]["mlp"]["down_proj"], ByLayer)
+    together, each = (through_cache(model, one, plainly(), TEXTS, widths=[5]) for one in (stacked, apart))
     np.testing.assert_allclose(np.concatenate(each), np.concatenate(together), atol=1e-5)
 
 

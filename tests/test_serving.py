@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +67,31 @@ def test_models(client: openai.OpenAI, url: str) -> None:
     with pytest.raises(openai.NotFoundError, match=r"model = .other. is not here; use .little"):
         client.models.retrieve("other")
     assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+
+
+def test_a_name_chooses_what_answers(served: Served, tmp_path: Path) -> None:
+    other = dataclasses.replace(fake_engine.make_served(tmp_path), name="other")
+    loop: Any = other.loop
+    loop.says = lambda request: "of the other"
+    with fake_engine.running_server(Service(models={NAME: served, "other": other})) as (url, _):
+        post = lambda path, **body: httpx.post(f"{url}/{path}", json=body)
+        said = [
+            post("v1/chat/completions", model=name, messages=ASKED).json()["choices"][0]["message"]["content"]
+            for name in (NAME, "other")
+        ]
+        refused = [
+            post("v1/completions", model="third", prompt="x"),
+            post("v1/chat/completions", model="third", messages=ASKED),
+            post("v1/embeddings", model="third", input="x"),
+            post("tokenize", model="third", prompt="x"),
+            httpx.get(f"{url}/v1/models/third"),
+        ]
+    loop.stop()
+    assert said == [SAYS, "of the other"]
+    for answer in refused:
+        error = answer.json()["error"]
+        assert answer.status_code == 404 and (error["code"], error["param"]) == ("model_not_found", "model")
+        assert error["message"] == 'model = "third" is not here; use "little" or "other"'
 
 
 def test_a_completion(client: openai.OpenAI, served: Served, loop: FakeLoop) -> None:

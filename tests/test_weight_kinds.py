@@ -20,6 +20,7 @@ from maxlm.config import ShardingConfig, WeightFormat
 from maxlm.models import declared, init_parameters, ops
 from maxlm.models.weights.by_channel import Float8, Int8Activations, Int8Outliers
 from maxlm.models.weights.by_group import ByGroup, group_of
+from maxlm.models.weights.by_layer import ByLayer, slices
 from maxlm.models.weights.holding import GROUP, format_of, kinds_of, quantised, shardings, with_kinds
 from maxlm.models.weights.kinds import Quantised, Weight
 from maxlm.models.weights.normal_float import LEVELS, NormalFloat4, dynamic_map
@@ -165,13 +166,17 @@ def test_a_weight_is_the_same_in_a_loop_over_layers() -> None:
 
     @jax.jit
     def loop(held: Any) -> jax.Array:
-        return jax.lax.scan(lambda x, one: (jnp.tanh(ops.project(layout, "btd,df->btf", x, one)), None), x, held)[0]
+        sliced, of_layer = slices(held)
+        turn = lambda x, one: (jnp.tanh(ops.project(layout, "btd,df->btf", x, of_layer(one))), None)
+        return jax.lax.scan(turn, x, sliced)[0]
 
-    for held in arrays:
+    for held in (jnp.asarray(w), *arrays):
         want = jnp.asarray(x)
-        for layer in range(L):
-            want = jnp.tanh(ops.project(layout, "btd,df->btf", want, held[layer]))  # type: ignore[index]
+        layers = [jax.tree.map(lambda array, i=i: array[i], held) for i in range(L)]
+        for layer in layers:
+            want = jnp.tanh(ops.project(layout, "btd,df->btf", want, layer))
         np.testing.assert_allclose(loop(held), want, atol=1e-6)
+        np.testing.assert_allclose(loop(ByLayer(tuple(layers), jnp.arange(L))), want, atol=1e-6)
 
 
 def test_what_a_watched_weight_sees_comes_back_as_a_gradient() -> None:

@@ -19,6 +19,7 @@ dims.py: the table: which mesh axis cuts which dim of an array
 layout_rules.py: what must divide what
 chosen.py: the model that a command is for
 sampling.py: how the next token is drawn, or a text searched for
+docs_search.py: documents that a model answers from
 engine.py: texts at once, and room for them
 speculation.py: where drafts of texts come from
 changes.py: what a run may go on with, and what it is told
@@ -54,6 +55,7 @@ from maxlm.config.data import (
     TrainSentencePiece,
 )
 from maxlm.config.dims import ACTIVATION_DIMS, CUT_BY_FSDP, PARAMETER_DIMS, Axes, StatePart
+from maxlm.config.docs_search import DocumentsConfig
 from maxlm.config.engine import CacheFormat, EngineConfig
 from maxlm.config.errors import UserError
 from maxlm.config.execution import Backend, Dtype, ExecutionConfig, GluSave, KernelConfig, Remat, WeightFormat
@@ -165,6 +167,7 @@ __all__ = [
     "DeepNorm",
     "Dispatch",
     "Documents",
+    "DocumentsConfig",
     "DraftModel",
     "Dropless",
     "Dtype",

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from maxlm.config import LmHead, ModelConfig, UserError
 from maxlm.config.fields import require
 from maxlm.config.sampling import GuidanceScale
-from maxlm.inference.request import Request
+from maxlm.data.text_ends import TextEnds
+from maxlm.data.tokenizers import Tokenizer
+from maxlm.inference.request import BadRequest, Request
+
+if TYPE_CHECKING:
+    from maxlm.inference.load import LoadedRun
 
 
 def check_lengths(
@@ -25,6 +32,29 @@ def check_lengths(
         f"{prompt_key}'s {prompt} tokens and {key} = {new} make {prompt + new}, more than model.max_seq_len = {limit}; "
         f"{remedy}"
     )
+
+
+def check_prompt(run: LoadedRun, prompt: str, max_new_tokens: int) -> None:
+    """What needs no engine to be known, which takes time to make.
+
+    Raises:
+        UserError: the prompt is not UTF-8, or it and what is to follow are more than the model is meant for.
+    """
+    ids = prompt_ids(run.ends or TextEnds.of_documents(run.tokenizer), run.tokenizer, prompt)
+    check_lengths(len(ids), max_new_tokens, run.config.model.max_seq_len)
+
+
+def prompt_ids(ends: TextEnds, tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """What a continuation of a text starts from, as texts of the model begin.
+
+    Raises:
+        BadRequest: it is not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # bytes of a command line that are not UTF-8 arrive as half characters
+        raise BadRequest(f"prompt = {text[:40]!r}: character {error.start} is not UTF-8; give UTF-8") from error
+    return tuple(ends.prompt_ids(tokenizer, text))
 
 
 def check_guided(request: Request, twin: Request, limit: int, slots: int) -> None:

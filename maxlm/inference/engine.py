@@ -16,7 +16,7 @@ import numpy.typing as npt
 from maxlm.config import EngineConfig, UserError, WeightFormat
 from maxlm.config.fields import Positive, Seed, require
 from maxlm.data.text_ends import TextEnds
-from maxlm.inference.checks import check_guided, check_lengths, check_model
+from maxlm.inference.checks import check_guided, check_lengths, check_model, prompt_ids
 from maxlm.inference.drafting import Drafter, drafter_of
 from maxlm.inference.programs import Programs, pool_sizes
 from maxlm.inference.request import TOP_SCORES, BadRequest, Delta, Finish, QueueFull, Request, TokenScore
@@ -210,11 +210,7 @@ class Engine:
         Raises:
             BadRequest: it is not UTF-8.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # bytes of a command line that are not UTF-8 arrive as half characters
-            raise BadRequest(f"prompt = {text[:40]!r}: character {error.start} is not UTF-8; give UTF-8") from error
-        return tuple(self.ends.prompt_ids(self.tokenizer, text))
+        return prompt_ids(self.ends, self.tokenizer, text)
 
     @property
     def full(self) -> bool:

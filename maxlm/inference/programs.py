@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from maxlm import shapes
 from maxlm.config import EngineConfig, ModelConfig, SamplingConfig, WeightFormat
-from maxlm.inference.held import held, layers_apart
+from maxlm.inference.held import by_layer, held
 from maxlm.inference.request import TOP_SCORES
 from maxlm.inference.settings import settings_row
 from maxlm.inference.step import Branches, Drawn, StepRows, Texts, allow, begin, empty_texts, step
@@ -59,10 +59,10 @@ class Programs:
         """
         self._model, self._how, self._weights, self._config = model, how, weights, config
         self._n_shards, self._vocab_size = how.layout.batch_shards, model.vocab_size
-        run_model, self._parameters = self._placed(parameters)
+        self._parameters = self._placed(parameters)
         everywhere = how.layout.sharding()
         self._cut = how.layout.sharding(how.layout.activation("batch", None))
-        empty = functools.partial(empty_cache, run_model, dict(blocks), config.block_size, how, config.kv_cache)
+        empty = functools.partial(empty_cache, model, dict(blocks), config.block_size, how, config.kv_cache)
         self._cache = jax.jit(empty)()
         make = lambda: empty_texts(model, config.slots * self._n_shards)
         self._texts = jax.jit(make, out_shardings=everywhere)()
@@ -72,7 +72,7 @@ class Programs:
         change = functools.partial(jax.jit, donate_argnums=0, in_shardings=everywhere, out_shardings=everywhere)
         self._begin = change(begin).lower(self._texts, np.int32(0), one).compile()
         self._allow = change(allow).lower(self._texts, np.int32(0), one.settings.allowed).compile()
-        self._steps = self._compiled(run_model, tokens_per_step, min(2, *(size - 1 for size in blocks.values())))
+        self._steps = self._compiled(tokens_per_step, min(2, *(size - 1 for size in blocks.values())))
 
     @property
     def widths(self) -> list[int]:
@@ -101,7 +101,7 @@ class Programs:
 
     def update(self, parameters: Any) -> None:
         """Take other parameters for all steps from now on."""
-        _, self._parameters = self._placed(parameters)
+        self._parameters = self._placed(parameters)
 
     def no_rows(self, width: int) -> StepRows:
         """Rows of all shards that read nothing, to be filled: numpy arrays."""
@@ -115,10 +115,10 @@ class Programs:
         slots, samples = np.zeros(n, np.int32), np.zeros(scored, bool)
         return StepRows(slots, nothing, none, samples, none.copy(), drafts, branches)
 
-    def _placed(self, parameters: Any) -> tuple[ModelConfig, Any]:
-        """The model as it runs here, and its parameters."""
+    def _placed(self, parameters: Any) -> Any:
+        """The parameters as the step takes them."""
         parameters = held(parameters, self._model, self._how, self._weights)
-        return layers_apart(self._model, parameters) if self._how.layout.on_cpu else (self._model, parameters)
+        return by_layer(self._model, parameters) if self._how.layout.on_cpu else parameters
 
     def _run(self, program: jax.stages.Compiled, rows: StepRows, n_steps: int) -> Drawn:
         self._cache, self._texts, drawn = program(
@@ -126,7 +126,7 @@ class Programs:
         )
         return drawn
 
-    def _compiled(self, model: ModelConfig, most: int, n_probes: int) -> dict[int, jax.stages.Compiled]:
+    def _compiled(self, most: int, n_probes: int) -> dict[int, jax.stages.Compiled]:
         """The step for a few numbers of rows, smallest first, whose rows are the same to the bit.
 
         How a product or a sum is rounded depends on how many rows it has. Of the numbers that are tried only one class
@@ -137,7 +137,7 @@ class Programs:
         widths = sorted({max(most // n, min(2, most)) for n in (1, 4, 16)})
         same = jax.tree.map(lambda x: x.sharding, (self._cache, self._texts))
         most_steps, guesses = self._config.most_steps, self._config.guesses
-        run = functools.partial(step, config=model, how=self._how, most_steps=most_steps, guesses=guesses)
+        run = functools.partial(step, config=self._model, how=self._how, most_steps=most_steps, guesses=guesses)
         jitted = jax.jit(run, donate_argnums=(1, 2), out_shardings=(*same, self._how.layout.sharding()))
 
         def lowered(width: int) -> jax.stages.Lowered:

@@ -18,7 +18,7 @@ import numpy as np
 from jax.extend.random import threefry_2x32
 
 from maxlm.inference.logits_rules import History, edit, edits, known_only
-from maxlm.inference.settings import Settings
+from maxlm.inference.settings import MAX_TOLD, Settings
 
 COLDEST = 1e-6  # float32 cannot divide by much less; logits that differ at all are then already decided
 TOP = 20
@@ -36,6 +36,12 @@ class LogProbs(NamedTuple):
     """float32 [R, TOP]: theirs."""
     told: jax.Array
     """float32 [R, MAX_TOLD]: of the ids that the settings name."""
+
+    @staticmethod
+    def nothing(*shape: int, vocab: int) -> LogProbs:
+        """Room for those of rows [...], of logits [..., vocab]."""
+        top = (*shape, min(TOP, vocab))
+        return LogProbs(jnp.zeros(shape), jnp.zeros(top, jnp.int32), jnp.zeros(top), jnp.zeros((*shape, MAX_TOLD)))
 
 
 class Chosen(NamedTuple):

@@ -82,6 +82,12 @@ class Drawn(NamedTuple):
     """int32 [n, S, heads, guesses]: what the Medusa heads make of the newest token that was read of each slot's text,
     best first; anything where none was. None: nobody asked."""
 
+    @staticmethod
+    def nothing(steps: int, rows: int, config: ModelConfig, how: Execution) -> Drawn:
+        """Room for it."""
+        zeros, states = jnp.zeros((steps, rows), jnp.int32), jnp.zeros((steps, rows, config.d_model), how.dtype)
+        return Drawn(zeros, LogProbs.nothing(steps, rows, vocab=config.vocab_size), zeros.astype(bool), states)
+
 
 def empty_texts(model: ModelConfig, slots: int) -> Texts:
     """Of an engine that has begun nothing."""
@@ -235,8 +241,10 @@ def step(
     if rows.drafts is not None and rows.branches is None:
         guessed = jnp.where((rows.drafts >= 0) & (positions >= 0), positions, nowhere)
         texts = texts._replace(history=texts.history.at[rows.slots, guessed].set(rows.drafts))
-    shapes = jax.eval_shape(turn, jnp.int32(0), positions, cache, texts)[-1]
-    results = jax.tree.map(lambda x: jnp.zeros((most_steps, *x.shape), x.dtype), shapes)
+    results = Drawn.nothing(most_steps, len(rows.scored), config, how)
+    if guesses and config.medusa is not None:
+        shape = (most_steps, len(texts.done), config.medusa.n_heads, guesses)
+        results = results._replace(guesses=jnp.zeros(shape, jnp.int32))
     carry = jax.lax.while_loop(more, body, (jnp.int32(0), positions, cache, texts, results))
     return carry[2], carry[3], jax.lax.with_sharding_constraint(carry[4], everywhere)
 

@@ -26,6 +26,7 @@ from maxlm.models.pipeline import pipelined
 from maxlm.models.positions import sinusoids
 from maxlm.models.tokens import Tokens
 from maxlm.models.unembedding import Unembedding
+from maxlm.models.weights.by_layer import slices
 from maxlm.models.weights.kinds import Weight
 from maxlm.sharding import Layout
 
@@ -146,8 +147,10 @@ class Decoder(nnx.Module):
         repeat = _pattern(how, graphs, in_loop=scan)
 
         def run(repeats: _Repeats, item: _Item) -> tuple[_Item, tuple[RouterStats | None, ...]]:
+            sliced, of_layer = slices(repeats.parameters)
+            turn = lambda item, one: repeat(item, one._replace(parameters=of_layer(one.parameters)))
             # Unrolled is the same loop with every turn written out, so that both have one set of parameters.
-            return jax.lax.scan(repeat, item, repeats, unroll=1 if scan else True)
+            return jax.lax.scan(turn, item, repeats._replace(parameters=sliced), unroll=1 if scan else True)
 
         repeats = _Repeats(parameters, jnp.arange(self.config.repeats))
         if how.layout.mesh.shape["stage"] == 1:

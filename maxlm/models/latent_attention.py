@@ -97,8 +97,9 @@ class LatentAttentionLayer(nnx.Module):
         assert tokens.pages is not None
         config, layout = self.config, how.layout
         content, rotated = jnp.split(q, [config.content_head_dim], axis=-1)
-        to_keys, to_values = (ops.dense(layout, w[...], q.dtype) for w in (self.k_proj, self.v_proj))
-        content = jnp.einsum("btnh,rnh->btnr", content, to_keys.astype(q.dtype))
+        plain = lambda w: ops.dense(layout, w, q.dtype).astype(q.dtype)
+        product = lambda subscripts: lambda w, x: jnp.einsum(subscripts, x, plain(w))
+        content = ops.in_layer(product("btnh,rnh->btnr"), self.k_proj[...], content)
         out, [latents] = ops.attention_to_blocks(
             layout,
             jnp.concatenate([content, rotated], axis=-1),
@@ -112,7 +113,7 @@ class LatentAttentionLayer(nnx.Module):
             tree=tokens.pages.tree,
             one_head_for_all=True,
         )
-        out = jnp.einsum("btnr,rnh->btnh", out[..., : config.kv_rank], to_values.astype(q.dtype))
+        out = ops.in_layer(product("btnr,rnh->btnh"), self.v_proj[...], out[..., : config.kv_rank])
         return out, LatentBlocks(latents)
 
     def _scores(self) -> ops.Scores:

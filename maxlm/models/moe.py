@@ -6,7 +6,9 @@ tokens of a micro-batch, wherever they lie. How tokens reach their experts is in
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, assert_never
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +36,10 @@ from maxlm.models.execution import Execution
 from maxlm.models.mlp import MlpLayer
 from maxlm.models.ops.ring import in_ring_order
 from maxlm.models.parameters import Initializer
+from maxlm.models.weights.kinds import Weight
 from maxlm.sharding import Layout
+
+T = TypeVar("T")
 
 _LEAST_NOISE = 1e-4
 """Floor of the noise's standard deviation: the load loss divides by it, and its gradient by its square."""
@@ -129,7 +134,8 @@ class ExpertsLayer(nnx.Module):
                     dropped = jnp.sum(~computed, dtype=jnp.float32)
                 case _Picks(tokens=tokens, gates=gates):
                     gates *= config.routed_scaling
-                    y = ops.picked_experts(layout, x, tokens, gates, self._experts(layout, x.dtype), unit=self._unit)
+                    run = functools.partial(ops.picked_experts, unit=self._unit)
+                    y = self._with_experts(layout, run, x, tokens, gates)
                     load = jnp.full(config.n_experts, tokens.size // config.n_experts, jnp.float32)
                     loss = dropped = jnp.zeros((), jnp.float32)
                 case _:
@@ -159,25 +165,29 @@ class ExpertsLayer(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """[B, T, D], and bool [B, T, k]: which choices were computed."""
         gates = routing.gates * self.config.routed_scaling
-        arguments = layout, x, routing.experts, gates, self._experts(layout, x.dtype)
         match dispatch:
             case Dropless() as dropless:
-                return ops.dropless_experts(*arguments, unit=self._unit, config=dropless)
+                run: Any = functools.partial(ops.dropless_experts, unit=self._unit, config=dropless)
             case Capacity():
                 group, room = self._groups(layout, x.shape[1], choices=gates.shape[-1])
-                return ops.capacity_experts(*arguments, unit=self._unit, group=group, room=room)
+                run = functools.partial(ops.capacity_experts, unit=self._unit, group=group, room=room)
             case _:
                 assert_never(dispatch)
+        return self._with_experts(layout, run, x, routing.experts, gates)
 
-    def _experts(self, layout: Layout, dtype: jnp.dtype) -> ops.ExpertWeights:
-        weights = self.gate_proj[...], self.up_proj[...], self.down_proj[...]
-        experts = ops.ExpertWeights(*(ops.dense(layout, w, dtype) for w in weights))
+    def _with_experts(self, layout: Layout, run: Callable[..., T], x: jax.Array, *chosen: jax.Array) -> T:
+        """run(layout, x, *chosen, the weights of all experts)."""
+        more: dict[str, jax.Array] = {}
         if self.config.bias:
-            gate, up, down = self.gate_bias[...], self.up_bias[...], self.down_bias[...]
-            experts = experts._replace(gate_bias=gate, up_bias=up, down_bias=down)
+            more = {"gate_bias": self.gate_bias[...], "up_bias": self.up_bias[...], "down_bias": self.down_bias[...]}
         if self.config.activation == Swish(beta=None):
-            experts = experts._replace(swish_beta=self.swish_beta[...])
-        return experts
+            more["swish_beta"] = self.swish_beta[...]
+
+        def of_layer(weights: tuple[Weight, ...], x: jax.Array, *chosen: jax.Array) -> T:
+            matrices = (ops.dense(layout, w, x.dtype) for w in weights)
+            return run(layout, x, *chosen, ops.ExpertWeights(*matrices, **more))
+
+        return ops.in_layer(of_layer, (self.gate_proj[...], self.up_proj[...], self.down_proj[...]), x, *chosen)
 
     @property
     def _unit(self) -> ops.GatedUnit:

@@ -150,7 +150,17 @@ class ChatReply(Reply):
 
     def opening(self) -> list[dict[str, Any]]:
         delta = {"role": "assistant", "content": ""}
-        return [self._chunk([self._part(i, delta, None, None)]) for i in range(len(self.job.requests))]
+        chunks = [self._chunk([self._part(i, delta, None, None)]) for i in range(len(self.job.requests))]
+        return [{**chunks[0], **self._sources()}, *chunks[1:]]
+
+    def whole(self, texts: Sequence[TextSoFar]) -> dict[str, Any]:
+        return {**super().whole(texts), **self._sources()}
+
+    def _sources(self) -> dict[str, Any]:
+        """What [1], [2], ... in the answer mean, where documents were looked at."""
+        if self.job.sources is None:
+            return {}
+        return {"sources": [{"place": one.place, **one._asdict()} for one in self.job.sources]}
 
     def _grown(self, i: int, delta: Delta) -> list[dict[str, Any]]:
         text, calls = (delta.text, list[Called]()) if not self._tools else self._readers[i].add(delta.text)

@@ -1,4 +1,9 @@
-"""The routes."""
+"""The routes.
+
+Starlette, without the FastAPI around it: that knows what a request may hold only where it reads the body itself,
+however large or slow it is, and has errors of its own where clients know OpenAI's. Its page at /docs loads a script of
+another site.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +32,14 @@ from maxlm.serving.api_errors import ApiError
 from maxlm.serving.chat_format import conversation_ids
 from maxlm.serving.connection import ClientLeft, EventStream, failed, read, unless_left
 from maxlm.serving.jobs import Job, Running, chat_job, collect, completion_job, prompt_ids
+from maxlm.serving.preferences import Preferences
 from maxlm.serving.schema import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
     Generating,
+    PreferenceRequest,
     TokenizeRequest,
 )
 from maxlm.serving.served import Served
@@ -61,6 +68,8 @@ class Service:
     kept out by it."""
     max_body: int = 32 << 20
     """Bytes."""
+    preferences: Preferences | None = None
+    """Where rankings of answers go; None: nobody is asked for any."""
     draining: bool = False
     """Nothing new is taken."""
     busy: int = 0
@@ -71,7 +80,7 @@ class Service:
         self.metrics = ServerMetrics(self.models)
 
     def find(self, name: str | None) -> Served:
-        """The model of that name; of no name, the first.
+        """The model of that name; of no name, the first. Here alone a name becomes what decodes.
 
         Raises:
             ApiError: there is none.
@@ -94,6 +103,7 @@ def make_app(service: Service) -> ASGIApp:
         ("/v1/embeddings", _embeddings, "POST"),
         ("/tokenize", _tokenize, "POST"),
         ("/detokenize", _detokenize, "POST"),
+        ("/preferences", _preferences, "POST"),
         ("/v1/models", _models, "GET"),
         ("/v1/models/{name:path}", _model, "GET"),
         ("/health", _health, "GET"),
@@ -191,15 +201,26 @@ async def _detokenize(service: Service, request: Request) -> Response:
     return JSONResponse({"prompt": text})
 
 
+async def _preferences(service: Service, request: Request) -> Response:
+    asked = await read(request, PreferenceRequest, service.max_body)
+    if service.preferences is None:
+        raise ApiError(400, "this server keeps no preferences; start it with --preferences FILE", code="unsupported")
+    messages = [message.model_dump(exclude_none=True) for message in asked.messages]
+    try:
+        return JSONResponse({"pairs": await _in_thread(service.preferences.add, messages, asked.ranking)})
+    except OSError as error:
+        raise api_errors.broken(f"the ranking cannot be written ({error.strerror})") from error
+
+
 async def _models(service: Service, request: Request) -> Response:
-    return JSONResponse({"object": "list", "data": [_described(one) for one in service.models.values()]})
+    return JSONResponse({"object": "list", "data": [_described(service, one) for one in service.models.values()]})
 
 
 async def _model(service: Service, request: Request) -> Response:
-    return JSONResponse(_described(service.find(request.path_params["name"])))
+    return JSONResponse(_described(service, service.find(request.path_params["name"])))
 
 
-def _described(served: Served) -> dict[str, Any]:
+def _described(service: Service, served: Served) -> dict[str, Any]:
     return {
         "id": served.name,
         "object": "model",
@@ -207,6 +228,8 @@ def _described(served: Served) -> dict[str, Any]:
         "owned_by": "maxlm",
         "max_model_len": served.max_length,
         "chat": served.chat is not None,
+        "documents": served.documents is not None,
+        "preferences": service.preferences is not None,
     }
 
 

@@ -18,6 +18,8 @@ from maxlm.inference.request import Delta, Finish, Request, TokenScore
 from maxlm.inference.structured import JsonSchema
 from maxlm.serving.api_errors import ApiError, broken, draining, of_user_error
 from maxlm.serving.chat_format import conversation_ids, forced_schema, response_schema
+from maxlm.serving.passages import Passage
+from maxlm.serving.retrieval import with_sources
 from maxlm.serving.schema import ChatRequest, CompletionRequest, Generating, Message
 from maxlm.serving.served import Served
 from maxlm.serving.server_metrics import ServerMetrics
@@ -39,6 +41,8 @@ class Job:
     """Texts of the prompts, where the answer repeats them."""
     scores: bool = False
     """Whether log-probabilities are wanted."""
+    sources: tuple[Passage, ...] | None = None
+    """What it was answered from; None: documents were not looked at."""
     prompt_only: bool = False
     """Nothing new is wanted; the engine makes one token, which is thrown away."""
 
@@ -79,19 +83,40 @@ def chat_job(served: Served, asked: ChatRequest) -> Job:
     """
     tools = None if asked.tool_choice == "none" else asked.tools
     schema = response_schema(asked.response_format) or forced_schema(asked)
+    messages, sources = _with_documents(served, asked)
     ids_of = lambda messages: conversation_ids(
         served.chat, served.tokenizer, messages, tools, variables=asked.chat_template_kwargs
     )
-    chat, negative = ids_of(asked.messages), list[int]()
+    chat, negative = ids_of(messages), list[int]()
     if asked.negative_prompt is not None:  # the conversation under another system message
-        rest = [message for message in asked.messages if message.role not in ("system", "developer")]
+        rest = [message for message in messages if message.role not in ("system", "developer")]
         negative = ids_of([Message(role="system", content=asked.negative_prompt), *rest]).ids
     said = asked.max_completion_tokens or asked.max_tokens
     wanted = said or max(served.max_length - len(chat.ids), 1)
     scores = (asked.top_logprobs or 0) if asked.logprobs else None
     requests = _requests(served, asked, [chat.ids], asked.n or 1, wanted, said is not None, scores, schema, negative)
     n = asked.n or 1
-    return Job(served=served, requests=tuple(requests), n=n, per_prompt=n, scores=bool(asked.logprobs))
+    return Job(served=served, requests=tuple(requests), n=n, per_prompt=n, sources=sources, scores=bool(asked.logprobs))
+
+
+def _with_documents(served: Served, asked: ChatRequest) -> tuple[list[Message], tuple[Passage, ...] | None]:
+    """The conversation with sources before the user's last message, which may take half of the model's length.
+
+    Raises:
+        ApiError: documents are asked for, and there are none.
+    """
+    messages = asked.messages
+    if served.documents is None and asked.documents:
+        words = "documents = true: this server has none; start it with --docs"
+        raise ApiError(400, words, param="documents", code="unsupported")
+    if served.documents is None or asked.documents is False:
+        return messages, None
+    last = max((i for i, message in enumerate(messages) if message.role == "user"), default=None)
+    if last is None or not (asks := messages[last].content):
+        return messages, ()
+    text, found = with_sources(served.documents, asks, room=served.max_length // 2)
+    question = messages[last].model_copy(update={"content": text})
+    return [*messages[:last], question, *messages[last + 1 :]], tuple(found)
 
 
 def prompt_ids(served: Served, prompt: str | Sequence[int], field: str) -> list[int]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
-from maxlm.config import EngineConfig, WeightFormat
+from maxlm.config import DocumentsConfig, EngineConfig, WeightFormat
 from maxlm.data.text_ends import TextEnds
 from maxlm.inference.engine import Engine
-from maxlm.inference.load import LoadedRun
+from maxlm.inference.load import LoadedRun, load_run
 from maxlm.inference.loop import EngineLoop
 from maxlm.serving.embedding import Embedder
+from maxlm.serving.passages import passages_of
+from maxlm.serving.retrieval import Index
 from maxlm.serving.served import Served
 
 
@@ -21,6 +24,7 @@ def serve_model(
     *,
     embeddings: bool = False,
     draft: LoadedRun | None = None,
+    documents: DocumentsConfig = DocumentsConfig(),
 ) -> Served:
     """Place the weights, compile, and start the engine's thread.
 
@@ -31,10 +35,12 @@ def serve_model(
         weights: the format in which the engine holds them.
         embeddings: whether it is also asked for vectors, for which its float32 parameters stay in memory.
         draft: the model that `config.speculation` names, if it is a `DraftModel`.
+        documents: what conversations are answered from; without a model of their own it is as with `embeddings`.
 
     Raises:
-        UserError: as `Engine`.
+        UserError: as `Engine`, `passages_of` and `load_run`.
     """
+    index = _index(run, documents)
     engine = Engine(run, config, weights=weights, draft=draft)
     return Served(
         name=name,
@@ -47,4 +53,13 @@ def serve_model(
         created=int(time.time()),
         chat=run.chat,
         embed=Embedder(run.model) if embeddings else None,
+        documents=index,
     )
+
+
+def _index(run: LoadedRun, config: DocumentsConfig) -> Index | None:
+    if config.docs is None:
+        return None
+    passages = passages_of(Path(config.docs), run.tokenizer)
+    by = run if config.docs_run is None else load_run(config.docs_run)
+    return Index(passages, Embedder(by.model), by.tokenizer, top=config.docs_top, longest=by.config.model.max_seq_len)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from maxlm.inference.request import TOP_SCORES
 
 MAX_CHOICES = 128
+MAX_RANKED = 4
 _MAX_PROMPTS = 2048
 _MAX_MESSAGES = 10_000
 _MAX_STOPS, _MAX_STOP = 16, 256
@@ -261,6 +262,8 @@ class ChatRequest(Generating):
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: ToolChoice = None
     chat_template_kwargs: Variables = Field(default_factory=dict)
+    documents: bool | None = None
+    """Whether to answer from the server's documents; None: if it has some."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -304,6 +307,21 @@ class TokenizeRequest(Exact):
     def _fits(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("either prompt or messages must be there")
+        return self
+
+
+class PreferenceRequest(Exact):
+    """Of /preferences: answers of one conversation, the best one first."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=_MAX_MESSAGES)]
+    ranking: Annotated[list[str], Field(min_length=2, max_length=MAX_RANKED)]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.messages[-1].role == "assistant":
+            raise ValueError("messages must end before the answers that are ranked")
+        if len(set(self.ranking)) != len(self.ranking):
+            raise ValueError("ranking must hold each answer once")
         return self
 
 

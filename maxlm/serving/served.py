@@ -11,6 +11,7 @@ from maxlm.data.chat import ChatTemplate
 from maxlm.data.text_ends import TextEnds
 from maxlm.data.tokenizers import Tokenizer
 from maxlm.inference.request import Delta, Request
+from maxlm.serving.retrieval import Index
 from maxlm.serving.token_names import TokenNames
 
 
@@ -68,6 +69,9 @@ class Served:
     engine's thread, where all others would wait, then does not."""
     embed: Callable[[list[list[int]], str], list[list[float]]] | None = None
     """Texts as vectors of unit length; the second is `mean` or `last`. From any thread."""
+
+    documents: Index | None = None
+    """What conversations are answered from."""
 
     @functools.cached_property
     def names(self) -> TokenNames:

@@ -25,6 +25,7 @@ from maxlm.models.ops.experts import (
     top_k,
 )
 from maxlm.models.ops.paged import CacheBlocks, attention_to_blocks
+from maxlm.models.weights.by_layer import in_layer
 
 __all__ = [
     "EXPERT_IN_DIMS",
@@ -44,6 +45,7 @@ __all__ = [
     "dropless_experts",
     "embed",
     "glu",
+    "in_layer",
     "logits",
     "picked_experts",
     "project",

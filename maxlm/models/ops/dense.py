@@ -17,6 +17,7 @@ from maxlm.models.ops.backends import blaming
 from maxlm.models.unembedding import Unembedding
 from maxlm.models.weights.by_channel import ByChannel, Float8, Int8, Int8Activations, Int8Outliers
 from maxlm.models.weights.by_group import ByGroup
+from maxlm.models.weights.by_layer import ByLayer, in_layer
 from maxlm.models.weights.kinds import Weight
 from maxlm.models.weights.normal_float import NormalFloat4
 from maxlm.models.weights.watched import Watched, watch
@@ -40,6 +41,8 @@ def project(layout: Layout, subscripts: str, x: jax.Array, w: Weight, bias: jax.
             y += _scaled(layout, subscripts, outliers, w)
         case Watched(values=values, seen=seen):
             y = _product(layout, subscripts, watch(x, seen), dense(layout, values, x.dtype))
+        case ByLayer():
+            y = in_layer(lambda w, x: project(layout, subscripts, x, w), w, x)
         case ByGroup() | NormalFloat4() | jax.Array():
             y = _product(layout, subscripts, x, dense(layout, w, x.dtype))
         case _:
@@ -112,6 +115,9 @@ def glu(
     With a learned `swish_beta` [1] it is plain products whatever `kernels.glu` says: kernels know fixed numbers alone;
     and with weights that are not plain arrays.
     """
+    if isinstance(w_gate, ByLayer):
+        unit = functools.partial(glu, activation=activation, swish_beta=swish_beta)
+        return in_layer(lambda w, x: unit(layout, kernels, x, w[0], w[1], b_gate, b_up), (w_gate, w_up), x)
     act, beta = formula(activation, swish_beta)
     if isinstance(beta, jax.Array):
         gate, up = (project(layout, "btd,df->btf", x, w, b) for w, b in ((w_gate, b_gate), (w_up, b_up)))
