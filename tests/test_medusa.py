@@ -58,7 +58,7 @@ from maxlm.plan.machines import Platform
 from maxlm.plan.memory import estimate_memory
 from maxlm.shapes import arrays, decoding_flops, flops_per_token, parameter_count, windows
 from maxlm.training import make_trainer
-from maxlm.training.medusa import LaterTokens
+from maxlm.training.later_tokens import LaterTokens
 
 HEADS = MedusaHeads(n_heads=3)
 TASK = TrainMedusa(weight=0.7)

@@ -90,7 +90,7 @@ def drafter_of(
             return Continuing(engine(draft, own))
         case Medusa():
             check_tree(config.speculation, model)
-            return Heads(config.speculation)
+            return HeadGuesses(config.speculation)
         case _:
             assert_never(config.speculation)
 
@@ -196,7 +196,7 @@ class Followed:
         return guess
 
 
-class Heads(Drafter):
+class HeadGuesses(Drafter):
     """What the model's Medusa heads guessed when they saw the text last; see `Medusa`."""
 
     def __init__(self, config: Medusa) -> None:

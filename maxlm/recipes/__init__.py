@@ -1,7 +1,7 @@
 """One file a task: a function from a config to a Recipe, which `maxlm/training/loop.py` runs.
 
 pretrain.py: next token of prepared text
-medusa.py: heads that guess at later tokens, on a trained model
+train_medusa.py: heads that guess at later tokens, on a trained model
 starting.py: what a new run may start from: another run, or a published model
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from maxlm.config import Pretrain, RunConfig, TrainMedusa
 from maxlm.inference.load import LoadedRun
-from maxlm.recipes import medusa, pretrain
+from maxlm.recipes import pretrain, train_medusa
 from maxlm.sharding import Layout
 from maxlm.training.loop import Recipe
 
@@ -24,4 +24,4 @@ def recipe(config: RunConfig, layout: Layout) -> Recipe[LoadedRun]:
         case Pretrain():
             return pretrain.recipe(config, config.task, layout)
         case TrainMedusa():
-            return medusa.recipe(config, config.task, layout)
+            return train_medusa.recipe(config, config.task, layout)

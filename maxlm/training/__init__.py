@@ -2,7 +2,7 @@
 
 loop.py: a run of any recipe, top to bottom
 objective.py: what is minimised; next-token prediction, and the call of the model
-medusa.py: the loss of heads that guess at later tokens
+later_tokens.py: the loss of heads that guess at later tokens
 step.py: gradient, optimizer: one step
 keeper.py: the state of a run in its folder
 finite.py: no state with NaN is saved, or gone on from

@@ -18,8 +18,8 @@ from maxlm.data.shards import Split
 from maxlm.inference.load import LoadedRun
 from maxlm.recipes import pretrain
 from maxlm.sharding import Layout
+from maxlm.training.later_tokens import LaterTokens
 from maxlm.training.loop import Measure, Recipe
-from maxlm.training.medusa import LaterTokens
 from maxlm.training.state import TrainState
 
 _BEST = 4
