@@ -35,7 +35,8 @@ from maxlm.models import Execution, abstract_parameters, declared
 from maxlm.models.kv_cache import empty_cache
 from maxlm.plan.compiled import target_devices
 from maxlm.plan.machines import parse_machine
-from maxlm.plan.serving import ServingLoad, analyse_serving
+from maxlm.plan.serving import analyse_serving
+from maxlm.plan.serving_load import ServingLoad
 from maxlm.sharding import decoding_layout, make_layout
 
 BLOCK = 16

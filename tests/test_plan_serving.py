@@ -45,7 +45,8 @@ from maxlm.models import Execution, init_parameters
 from maxlm.models.kv_cache import empty_cache
 from maxlm.plan import __main__
 from maxlm.plan.machines import parse_machine
-from maxlm.plan.serving import ServingForecast, ServingLoad, analyse_serving, experts_touched
+from maxlm.plan.serving import ServingForecast, analyse_serving, experts_touched
+from maxlm.plan.serving_load import ServingLoad
 from maxlm.shapes import Part, arrays, decoding_flops, parameter_count, pools_bytes, prefill_flops
 from maxlm.sharding import decoding_layout, make_layout
 

@@ -17,6 +17,8 @@ compiled.py: the step through the chip's own compiler
 cache.py: compiled results, kept by a hash
 out_of_memory.py: a compiler's complaint: wanted, available, largest buffers
 serving.py: what serving takes, and how fast it can be
+serving_load.py: what a plan of serving is asked about
+serving_tables.py: its answer for people
 exhausted.py: what to say when a run's memory ran out
 source_lines.py: where in our sources an operation comes from
 kernels.py: kernels in a compiled program

@@ -29,13 +29,12 @@ from maxlm.plan.breaks import what_breaks_first
 from maxlm.plan.machines import Machine, parse_machine, prepare_compiler
 from maxlm.plan.picture import check_picture, write_picture
 from maxlm.plan.search import Search, search, search_json
-from maxlm.plan.serving import ServingLoad, analyse_serving, serving_json
+from maxlm.plan.serving_load import ServingLoad
 from maxlm.plan.tables import (
     print_changes,
     print_compiled,
     print_report,
     print_search,
-    print_serving,
     print_targets,
     print_verdict,
 )
@@ -131,6 +130,9 @@ def _plan(config: RunConfig, target: Machine, options: argparse.Namespace) -> in
 
 def _serve(config: RunConfig, target: Machine, load: ServingLoad, options: argparse.Namespace) -> int:
     """The model, served."""
+    from maxlm.plan.serving import analyse_serving, serving_json  # these import jax: other plans do without
+    from maxlm.plan.serving_tables import print_serving
+
     found = analyse_serving(config, target, load)
     if options.json:
         print(json.dumps(serving_json(found), indent=1))

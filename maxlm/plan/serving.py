@@ -20,16 +20,13 @@ import jax.numpy as jnp
 from maxlm import shapes
 from maxlm.config import (
     ACTIVATION_DIMS,
-    CacheFormat,
     EngineConfig,
     LmHead,
     RunConfig,
     ShardingConfig,
     StatePart,
     UserError,
-    WeightFormat,
 )
-from maxlm.config.fields import Positive, config
 from maxlm.config.layout_rules import broken_layout_rules
 from maxlm.hardware import Chip
 from maxlm.models.weights.holding import quantised
@@ -37,31 +34,11 @@ from maxlm.models.weights.kinds import Quantised
 from maxlm.plan.analysis import Json, check_slices
 from maxlm.plan.bound import peak_flops
 from maxlm.plan.machines import Machine, Platform, memory_limit
+from maxlm.plan.serving_load import ServingLoad
 from maxlm.shapes import FLOAT32, Array, Part
 
 _ENDLESS = 2**40
 """More texts than any memory has room for."""
-
-
-@config("--")
-class ServingLoad:
-    """What is served at once; what `maxlm.serve` calls --engine.NAME has the same name here."""
-
-    slots: Positive[int] = EngineConfig().slots
-    """Texts that are decoded at once, of each shard of the batch: data x fsdp x expert devices cut the texts, tensor
-    cuts weights and heads."""
-    context: Positive[int] | None = None
-    """Tokens of each text so far, the one that is decoded included; None: model.max_seq_len."""
-    prompt: Positive[int] | None = None
-    """Tokens of a prompt; None: as many as the context."""
-    weights: WeightFormat = WeightFormat.DTYPE
-    """Format in which weights are held."""
-    kv_cache: CacheFormat = EngineConfig().kv_cache
-    """Number format of the cache."""
-    block_size: Positive[int] = EngineConfig().block_size
-    """Positions of a block of the cache."""
-    tokens_per_step: Positive[int] | None = None
-    """The most tokens of a step, by which prompts are read in pieces; None: 512, and at least the slots."""
 
 
 @dataclass(frozen=True, kw_only=True)

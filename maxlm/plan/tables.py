@@ -10,14 +10,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from maxlm.config import Adafactor, AdamW, CacheFormat, Dtype, OptimizerConfig, WeightFormat, Zero
+from maxlm.config import Adafactor, AdamW, Dtype, OptimizerConfig, Zero
 from maxlm.hardware import CHIPS
 from maxlm.plan.advice import Change
 from maxlm.plan.analysis import CompilerReport, Forecast, gib, mesh_text, warnings
 from maxlm.plan.machines import GPUS, TPUS, limit_rule
 from maxlm.plan.search import Search, differences, spelled_out
-from maxlm.plan.serving import DeviceWork, ServingForecast, serving_warnings
-from maxlm.shapes import decoding_flops, prefill_flops
 
 _BAR = 16
 """Characters of the whole of a device's memory."""
@@ -37,14 +35,14 @@ def print_report(found: Forecast, breaks: Sequence[str], console: Console) -> No
     console.print(_styled_verdict(found))
     sides = Table.grid(padding=(0, 4, 0, 0))
     sides.add_row(
-        _table(("parameters", ">number"), _parameters(found)),
-        _table(("memory of a device", ">size", ""), _memory(found)),
+        table_of(("parameters", ">number"), _parameters(found)),
+        table_of(("memory of a device", ">size", ""), _memory(found)),
     )
     console.print(sides)
     if explained := limit_rule(target):
         console.print(f"limit: {explained}", style="dim")
     if times := list(_time(found)):
-        console.print(_table(("a step", ">time", ">sent", ""), times))
+        console.print(table_of(("a step", ">time", ">sent", ""), times))
     if (bound := found.bound) is not None:
         console.print(
             Text.assemble(
@@ -64,7 +62,7 @@ def print_report(found: Forecast, breaks: Sequence[str], console: Console) -> No
 def print_targets(console: Console) -> None:
     """Every chip that can be planned for."""
     names = ("target", ">memory", ">bfloat16 TFLOP/s", ">GB/s of memory", "planned by")
-    console.print(_table(names, map(_target, CHIPS)))
+    console.print(table_of(names, map(_target, CHIPS)))
     console.print(
         "cpu:DEVICES: this machine's processor, whose memory and speed are not known\n"
         "TOPOLOGY: chips along each side, as 4x4x4 (v4, v5p, 7x) or 8x8 (v5e, v6e); a further :2 for two such slices.\n"
@@ -112,52 +110,13 @@ def print_search(found: Search, chosen: Forecast | None, console: Console, rows:
         left_out.add(">compiler")
     cells = [_candidate(f"{i + 1}{'*' if one is chosen else ''}", one) for i, one in shown]
     names = [name for name in cells[0] if name not in left_out]
-    console.print(_table(names, ([row[name] for name in names] for row in cells), "mesh"))
+    console.print(table_of(names, ([row[name] for name in names] for row in cells), "mesh"))
     console.print(
         "[dim]margin: of a device's memory. step: at least, and MFU: at most, by bound; neither is measured[/]"
     )
     if chosen is not None:
         what = differences(chosen.config, spelled_out(found.config, found.target))
         console.print(f"*: {_overrides(what)}", soft_wrap=True, markup=False)
-
-
-def print_serving(found: ServingForecast, console: Console) -> None:
-    """What serving takes, and how fast it can be."""
-    dtype, weights, kept_in = found.config.execution.dtype.value, found.load.weights, found.load.kv_cache
-    plain = kept_in is CacheFormat.DTYPE
-    devices = f"{found.target.devices:,} device{'s' if found.target.devices > 1 else ''}"
-    console.print(
-        f"{found.target}: {devices} as {mesh_text(found.mesh)}\n{found.texts:,} texts of {found.context:,} tokens, "
-        f"weights in {dtype if weights is WeightFormat.DTYPE else weights.value}, "
-        + (f"cache and products in {dtype}" if plain else f"cache in {kept_in.value}, products in {dtype}")
-    )
-    style = "bold" if found.limit is None else f"bold {'green' if found.fits else 'red'}"
-    console.print(Text(_serving_verdict(found), style=style))
-    memory = [("weights", gib(found.weight_bytes)), ("cache", gib(found.cache_bytes))]
-    memory += [] if found.limit is None else [("limit", gib(found.limit))]
-    work = [_work_row("a token of each text", found.step), _work_row(f"a prompt of {found.prompt:,}", found.prefill)]
-    console.print(_table(("memory of a device", ">size"), memory))
-    console.print(_table(("a device's work", ">FLOPs", ">weights", ">cache", ">compute", ">memory", ">at least"), work))
-    if (each := found.tokens_per_s) is not None and (every := found.all_tokens_per_s) is not None:
-        console.print(
-            f"[bold]at most {_speed(each)} tokens/s of each text, {_speed(every)} of all[/], limited by "
-            f"{found.step.limited_by}; the prompt by {found.prefill.limited_by}"
-        )
-    if (fullest := found.fullest) is not None and (most := fullest.all_tokens_per_s) is not None:
-        console.print(
-            f"at most {fullest.texts:,} such texts fit, with {_speed(most)} tokens/s of all, limited by "
-            f"{fullest.step.limited_by}"
-        )
-    model = found.config.model
-    console.print(
-        f"FLOPs: {giga(decoding_flops(model, found.context))} of a decoded token, "
-        f"{giga(prefill_flops(model, found.prompt))} of the prompt\nthe same with maxlm.serve: "
-        f"--engine.slots {found.load.slots} --engine.cache_tokens {found.cache_tokens}"
-        + ("" if plain else f" --engine.kv_cache {kept_in.value}")
-    )
-    console.print("bounds by data sheets, without links; nothing is measured, and a real server is slower", style="dim")
-    for line in serving_warnings(found):
-        console.print(Text.assemble(("warning: ", "bold yellow"), line))
 
 
 def print_compiled(answer: CompilerReport, console: Console, *, cached: bool = False) -> None:
@@ -169,14 +128,14 @@ def print_compiled(answer: CompilerReport, console: Console, *, cached: bool = F
         sizes = {name: gib(size) for name, size in told["memory"].items()}
         console.print(_COMPILED_MEMORY.format(**sizes))
         names = ("collective", "axes", ">devices", ">in text", ">runs", ">MB each", ">MB sent", "overlaps")
-        console.print(_table(names, map(_collective, told["collectives"])))
+        console.print(table_of(names, map(_collective, told["collectives"])))
         sent = sum(one["bytes_sent"] for one in told["collectives"])
         least = "" if all(one["runs_exact"] for one in told["collectives"]) else "at least "
         console.print(f"a device sends {least}{sent / 1e9:,.3f} GB a step")
         if any(one["axes"] == ["?"] for one in told["collectives"]):
             console.print("?: its devices are written in a way that is not known; counted as all", style="yellow")
         if told["kernels"]:
-            console.print(_table(("kernel", "maker", ">calls", ">runs", "from"), map(_kernel, told["kernels"])))
+            console.print(table_of(("kernel", "maker", ">calls", ">runs", "from"), map(_kernel, told["kernels"])))
         if told["spills"]:
             console.print(f"kernels spill {told['spills']:,} bytes of registers", style="yellow")
         for line in told["forbidden"]:
@@ -190,7 +149,7 @@ def print_compiled(answer: CompilerReport, console: Console, *, cached: bool = F
             place = one["allocation"]
             alike[one["shape"] or place, gib(one["size"]), one["source"] or place] += one["number"]
         rows = ((shape, size, str(number), source) for (shape, size, source), number in alike.items())
-        console.print(_table(("largest arrays", ">size", ">number", "from"), rows))
+        console.print(table_of(("largest arrays", ">size", ">number", "from"), rows))
     for line in told["compiler_warnings"]:
         console.print(f"the compiler warns: {line}", style="yellow", markup=False)
 
@@ -232,7 +191,7 @@ def giga(number: float) -> str:
     return f"{number:,.3g} "
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]], wraps: str = "") -> Table:
+def table_of(columns: Sequence[str], rows: Iterable[Sequence[Any]], wraps: str = "") -> Table:
     """A column whose name begins with > is of numbers. A row may end in a style, one cell after the last column.
 
     `wraps`: the one column that may take several lines; by default all words may.
@@ -249,27 +208,6 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]], wraps: str = "
 
 def _styled_verdict(found: Forecast) -> Text:
     return Text(verdict(found), style="bold" if found.limit is None else f"bold {'green' if found.fits else 'red'}")
-
-
-def _serving_verdict(found: ServingForecast) -> str:
-    if found.limit is None or found.most_slots is None:
-        return "no limit known, by arithmetic"
-    if found.fits:
-        free = found.limit - found.weight_bytes - found.cache_bytes
-        return f"fits, with {gib(free)} a device for the step, by arithmetic"
-    if not found.most_slots:
-        return "does not fit: weights and one text are more than a device has room for, by arithmetic"
-    return f"does not fit: a shard has room for {found.most_slots} of {found.load.slots} texts, by arithmetic"
-
-
-def _speed(number: float) -> str:
-    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
-
-
-def _work_row(name: str, work: DeviceWork) -> tuple[str, ...]:
-    times = (work.compute_seconds, work.memory_seconds, work.seconds)
-    sizes = (f"{giga(work.weight_bytes)}B", f"{giga(work.cache_bytes)}B")
-    return name, giga(work.flops), *sizes, *("?" if time is None else seconds(time) for time in times)
 
 
 def _print_warnings(found: Forecast, console: Console) -> None:
