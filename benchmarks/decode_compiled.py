@@ -3,21 +3,22 @@
     make compilers
     PYTHONPATH=.venv/compilers .venv/bin/python -m benchmarks.decode_compiled [--json FILE] [--only llama2_7b]
 
-The step is the engine's, in bfloat16, with a cache that holds exactly what the texts have, all of it read. `moved` is
-the compiler's count of bytes accessed on a device; that for GPUs gives none. It counts the body of a loop once, and
-layers are a loop: so the models are compiled with one layer and with two, written out, and what the second adds counts
-for each layer. What it says of a kernel is what the kernel declares. `needed` are the bytes of the device's weights (of
-the table of tokens one row a text) and of the keys and values. `temporary` is what the step allocates beyond its
-arguments: a copy of weights or cache would show there; of the whole model with `--whole` (minutes for TPUs).
+The step is the engine's, in bfloat16, with a cache that holds exactly what the texts have, all of it read. `moved` are
+the bytes that a device's instructions read from its large memory and write there, counted in the compiled program's
+text: of a slice the slice, of what is updated in place the update, what a compiler keeps in its small memory once. A
+kernel counts with its whole arguments, and so models are compiled with one layer and with two, written out; what the
+second adds counts for each layer. `needed` are the bytes of the device's weights (of the table of tokens one row a
+text) and of the keys and values. `temporary` is what the step allocates beyond its arguments, of the whole model with
+`--whole` (minutes for TPUs).
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,23 @@ from maxlm import shapes
 from maxlm.config import Dtype, ModelConfig, RunConfig
 from maxlm.config.cli import load_config
 from maxlm.config.sharding import ShardingConfig
-from maxlm.inference.step import StepRows, empty_texts, step
+from maxlm.inference.step import StepRows, compiler_chooses, empty_texts, jitted_step
 from maxlm.models import Execution, abstract_parameters, declared
 from maxlm.models.kv_cache import empty_cache
 from maxlm.plan.compiled import target_devices
+from maxlm.plan.hlo import ArrayShape, Computation, Instruction, Program
 from maxlm.plan.machines import parse_machine
 from maxlm.plan.serving import analyse_serving
 from maxlm.plan.serving_load import ServingLoad
 from maxlm.sharding import decoding_layout, make_layout
 
 BLOCK = 16
+NOTHING = {
+    "parameter", "get-tuple-element", "tuple", "bitcast", "constant", "while", "call", "conditional", "copy-done",
+    "async-start", "async-done", "after-all", "iota",
+}  # fmt: skip
+IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}
+"""Opcode -> which operand is the update."""
 CASES = [  # preset, target, texts, tokens of each
     ("llama2_7b", "tpu:v5e:2x2", 8, 1024),
     ("llama2_7b", "tpu:v5p:2x2x1", 8, 1024),
@@ -72,9 +80,8 @@ def compiled(config: RunConfig, model: ModelConfig, target: str, texts: int, con
     tables = {window: jax.ShapeDtypeStruct((texts, width), jnp.int32, sharding=by_slot) for window in blocks}
     numbers = jax.ShapeDtypeStruct((texts,), jnp.int32)
     rows = StepRows(numbers, numbers, numbers, jax.ShapeDtypeStruct((texts,), jnp.bool_), numbers)
-    same = jax.tree.map(lambda x: x.sharding, (cache, known))
-    run_step = functools.partial(step, config=model, how=how, most_steps=1)
-    jitted = jax.jit(run_step, donate_argnums=(1, 2), out_shardings=(*same, everywhere))
+    jitted = jitted_step(model, how, cache, known, compiler_chooses(parameters), most_steps=1)
+    parameters = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), parameters)
     return jitted.lower(parameters, cache, known, tables, rows, jax.ShapeDtypeStruct((), jnp.int32)).compile()
 
 
@@ -83,6 +90,73 @@ def temporaries(program: jax.stages.Compiled) -> int:
     memory = program.memory_analysis()
     assert memory is not None
     return memory.temp_size_in_bytes
+
+
+def traffic(program: Program) -> int:
+    """Bytes between a device's large memory and what computes."""
+    run, left = dict[str, Computation](), [one for one in program.computations.values() if one.entry]
+    while left:  # others are parts of one instruction
+        computation = left.pop()
+        run[computation.name] = computation
+        for one in computation.instructions.values():
+            if one.opcode in ("while", "call", "conditional", "async-start"):
+                names = re.findall(r"%([\w.-]+)", one.attributes)
+                left += [program.computations[name] for name in names if name in program.computations]
+    return sum(
+        moved_by(program, computation, one) * program.runs(computation.name).count
+        for computation in run.values()
+        for one in computation.instructions.values()
+    )
+
+
+def moved_by(program: Program, computation: Computation, one: Instruction) -> int:
+    """What an instruction reads and writes."""
+    if one.opcode in NOTHING:
+        return 0
+    operands = [computation.instructions[name] for name in one.operands if name in computation.instructions]
+    if one.opcode == "copy-start":
+        target, source, *_ = one.arrays
+        return in_memory([source]) + in_memory([target])
+    if one.opcode != "fusion":
+        return touched(one, operands)
+    inner = program.computations[one.attribute("calls")]
+    places = {int(x.arguments): x for x in inner.instructions.values() if x.opcode == "parameter"}
+    read = sum(min(in_memory(x.arrays), used(inner, places[n])) for n, x in enumerate(operands) if n in places)
+    root = inner.root
+    while root.opcode in ("bitcast", "copy", "convert") and len(root.operands) == 1:
+        root = inner.instructions[root.operands[0]]
+    if root.opcode in IN_PLACE:
+        return read + in_memory([inner.instructions[root.operands[IN_PLACE[root.opcode]]].arrays[0]])
+    return read + in_memory(one.arrays)
+
+
+def used(inner: Computation, parameter: Instruction) -> int:
+    """Bytes of a fusion's parameter that it looks at."""
+    users = [x for x in inner.instructions.values() if parameter.name in x.operands]
+    found = 0
+    for x in users:
+        first = x.operands[0] == parameter.name
+        if x.opcode in ("dynamic-slice", "gather", "slice") and first:
+            found += x.arrays[0].size
+        elif x.opcode == "bitcast":
+            found += used(inner, x)
+        elif not (x.opcode in IN_PLACE and first):
+            return parameter.arrays[0].size
+    return found
+
+
+def touched(one: Instruction, operands: list[Instruction]) -> int:
+    """Of an instruction that is no fusion."""
+    if one.opcode in ("dynamic-slice", "gather", "slice"):
+        return 2 * in_memory(one.arrays)
+    if one.opcode in IN_PLACE:
+        return 2 * in_memory(operands[IN_PLACE[one.opcode]].arrays)
+    return in_memory(one.arrays) + sum(in_memory(x.arrays) for x in operands)
+
+
+def in_memory(arrays: list[ArrayShape]) -> int:
+    """Bytes of those that are not in the small memory."""
+    return sum(array.size for array in arrays if "S(1)" not in array.tiles)
 
 
 def figures(preset: str, target: str, texts: int, context: int, *, whole: bool) -> dict[str, Any]:
@@ -98,9 +172,9 @@ def figures(preset: str, target: str, texts: int, context: int, *, whole: bool) 
     for n_layers in (1, 2):
         few = dataclasses.replace(model, n_layers=n_layers, blocks=(block,) * n_layers)
         program = compiled(config, few, target, texts, context)
-        counts.append(((program.cost_analysis() or {}).get("bytes accessed"), temporaries(program)))
+        counts.append((traffic(Program(program.as_text() or "")), temporaries(program)))
     (one, _), (two, of_two) = counts
-    moved = None if one is None else one + (model.n_layers - 1) * (two - one)
+    moved = one + (model.n_layers - 1) * (two - one)
     found = analyse_serving(
         dataclasses.replace(config, model=model), machine, ServingLoad(slots=texts, context=context)
     ).step
@@ -111,10 +185,10 @@ def figures(preset: str, target: str, texts: int, context: int, *, whole: bool) 
         "target": target,
         "texts": texts,
         "context": context,
-        "moved_mb": None if moved is None else round(moved / 1e6, 1),
+        "moved_mb": round(moved / 1e6, 1),
         "weights_mb": round(found.weight_bytes / 1e6, 1),
         "cache_mb": round(found.cache_bytes / 1e6, 1),
-        "moved_over_needed": None if moved is None else round(moved / needed, 3),
+        "moved_over_needed": round(moved / needed, 3),
         "temporary_of_two_layers_mb": round(of_two / 1e6, 1),
         "temporary_mb": None if temporary is None else round(temporary / 1e6, 1),
     }

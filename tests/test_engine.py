@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import pytest
 from helpers import FLOAT32, run_decoder, small_model, small_run, with_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from run_folder import parameters_of
+from run_folder import BYTE_MODEL, parameters_of
 
 from maxlm.config import (
     CacheFormat,
@@ -31,10 +32,10 @@ from maxlm.data.tokenizers import Bytes
 from maxlm.inference.engine import Engine, Ticket
 from maxlm.inference.load import LoadedRun
 from maxlm.inference.loop import EngineLoop
-from maxlm.inference.request import BadRequest, Delta, Draining, Finish, QueueFull, Request
+from maxlm.inference.request import BadRequest, Delta, Draining, Finish, QueueFull, Request, TokenScore
 from maxlm.inference.structured import JsonSchema, Regex
 from maxlm.models import Execution, Tokens, bind, ops
-from maxlm.sharding import make_layout
+from maxlm.sharding import Layout, make_layout
 
 pytestmark = pytest.mark.usefixtures("programs_kept")
 
@@ -82,6 +83,26 @@ def fresh(engine: Engine, request: Request) -> tuple[Any, ...]:
         for pool in shard.pools.values():
             pool.forget()
     return outcome(finish(engine, [request])[0])
+
+
+def test_the_compiler_may_choose_how_weights_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on chips, where it does; and weights that come later lie so too."""
+    run, request = loaded(BYTE_MODEL), Request(prompt=(5, 6, 7), max_new_tokens=9, logprobs=0)
+    twice = jax.tree.map(lambda x: 2 * x, run.parameters)
+
+    def texts() -> Iterator[list[TokenScore]]:
+        engine = Engine(run, SMALL)
+        for parameters in (run.parameters, twice):
+            engine.update_weights(parameters)
+            yield [score for delta in finish(engine, [request])[0] for score in delta.scores]
+
+    usual = list(texts())
+    monkeypatch.setattr(Layout, "on_cpu", property(lambda self: False))
+    for found, wanted in zip(texts(), usual, strict=True):
+        assert [score.token for score in found] == [score.token for score in wanted]
+        np.testing.assert_allclose(
+            [score.logprob for score in found], [score.logprob for score in wanted], rtol=1e-4, atol=1e-5
+        )
 
 
 def full_log_probs(run: LoadedRun, tokens: list[int]) -> np.ndarray:

@@ -20,7 +20,17 @@ from maxlm.config import EngineConfig, ModelConfig, SamplingConfig, WeightFormat
 from maxlm.inference.held import by_layer, held
 from maxlm.inference.request import TOP_SCORES
 from maxlm.inference.settings import settings_row
-from maxlm.inference.step import Branches, Drawn, StepRows, Texts, allow, begin, empty_texts, step
+from maxlm.inference.step import (
+    Branches,
+    Drawn,
+    StepRows,
+    Texts,
+    allow,
+    begin,
+    compiler_chooses,
+    empty_texts,
+    jitted_step,
+)
 from maxlm.models import Execution
 from maxlm.models.kv_cache import empty_cache
 from maxlm.models.ops import TokenTree
@@ -59,6 +69,8 @@ class Programs:
         """
         self._model, self._how, self._weights, self._config = model, how, weights, config
         self._n_shards, self._vocab_size = how.layout.batch_shards, model.vocab_size
+        self._formats: Any = None
+        """Of the parameters, where the compiler chose them."""
         self._parameters = self._placed(parameters)
         everywhere = how.layout.sharding()
         self._cut = how.layout.sharding(how.layout.activation("batch", None))
@@ -102,6 +114,8 @@ class Programs:
     def update(self, parameters: Any) -> None:
         """Take other parameters for all steps from now on."""
         self._parameters = self._placed(parameters)
+        if self._formats is not None:
+            self._lay_out()
 
     def no_rows(self, width: int) -> StepRows:
         """Rows of all shards that read nothing, to be filled: numpy arrays."""
@@ -120,6 +134,14 @@ class Programs:
         parameters = held(parameters, self._model, self._how, self._weights)
         return by_layer(self._model, parameters) if self._how.layout.on_cpu else parameters
 
+    def _lay_out(self) -> None:
+        """Bring the parameters into their formats, one by one: for all of them twice there is no room."""
+        leaves, tree = jax.tree.flatten(self._parameters)
+        self._parameters = None
+        for n, one in enumerate(jax.tree.leaves(self._formats)):
+            leaves[n] = jax.device_put(leaves[n], one)
+        self._parameters = jax.tree.unflatten(tree, leaves)
+
     def _run(self, program: jax.stages.Compiled, rows: StepRows, n_steps: int) -> Drawn:
         self._cache, self._texts, drawn = program(
             self._parameters, self._cache, self._texts, self._tables, rows, np.int32(n_steps)
@@ -135,18 +157,16 @@ class Programs:
         """
         began = time.perf_counter()
         widths = sorted({max(most // n, min(2, most)) for n in (1, 4, 16)})
-        same = jax.tree.map(lambda x: x.sharding, (self._cache, self._texts))
-        most_steps, guesses = self._config.most_steps, self._config.guesses
-        run = functools.partial(step, config=self._model, how=self._how, most_steps=most_steps, guesses=guesses)
-        jitted = jax.jit(run, donate_argnums=(1, 2), out_shardings=(*same, self._how.layout.sharding()))
-
-        def lowered(width: int) -> jax.stages.Lowered:
-            arguments = self._parameters, self._cache, self._texts, self._tables, self.no_rows(width), np.int32(1)
-            return jitted.lower(*arguments)
-
+        programs: dict[int, jax.stages.Compiled] = {}
+        if not self._how.layout.on_cpu:  # those of the step that reads the fewest rows, and so the most for each
+            chosen_by = self._lowered(widths[0], compiler_chooses(self._parameters))
+            programs[widths[0]] = chosen_by.compile()
+            self._formats = programs[widths[0]].input_formats[0][0]
+            self._lay_out()
         with concurrent.futures.ThreadPoolExecutor() as pool:  # compilers do not hold Python's lock
-            compiling = {width: pool.submit(lowered(width).compile) for width in widths}
-            programs = {width: future.result() for width, future in compiling.items()}
+            left = [width for width in widths if width not in programs]
+            compiling = {width: pool.submit(self._lowered(width, self._formats).compile) for width in left}
+            programs |= {width: future.result() for width, future in compiling.items()}
         classes: list[tuple[list[Drawn], list[int]]] = []
         for width in widths:
             answer = self._probed(programs[width], width, n_probes)
@@ -157,6 +177,19 @@ class Programs:
         seconds = time.perf_counter() - began
         _LOG.info("engine: compiled in %.1f s; a step has %s tokens", seconds, " or ".join(map(str, chosen)))
         return {width: programs[width] for width in chosen}
+
+    def _lowered(self, width: int, formats: Any) -> jax.stages.Lowered:
+        steps, guesses = self._config.most_steps, self._config.guesses
+        jitted = jitted_step(
+            self._model, self._how, self._cache, self._texts, formats, most_steps=steps, guesses=guesses
+        )
+        parameters = self._parameters
+        if formats is not None:
+            parameters = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), parameters)
+        found: jax.stages.Lowered = jitted.lower(
+            parameters, self._cache, self._texts, self._tables, self.no_rows(width), np.int32(1)
+        )
+        return found
 
     def _probed(self, program: jax.stages.Compiled, width: int, n: int) -> list[Drawn]:
         """What a step of this width makes of n short texts, each in a block of its own."""

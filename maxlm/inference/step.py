@@ -8,10 +8,13 @@ uses are therefore of one class (`maxlm.inference.engine`), within which they ar
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Format
+from jax.experimental.layout import Layout as ArrayLayout
 
 from maxlm.config import ModelConfig
 from maxlm.inference.logits_rules import History
@@ -193,10 +196,10 @@ def step(
             )
             known, whose = _paths(rows, positions, texts.history), jnp.arange(len(slots))
         hidden, cache = read(model, how, cache, ids, positions, pages)
-        # Whole on every device that has the row: choosing needs the row's whole vocabulary.
         states = hidden[rows.scored]
-        logits = ops.logits(states, model.unembedding)
-        logits = jax.lax.with_sharding_constraint(logits, everywhere)
+        # Each device its part of the vocabulary, then all of it: else the table would be sent, and not the logits.
+        logits = how.layout.constrain(ops.logits(states, model.unembedding), "batch", "vocab")
+        logits = jax.lax.with_sharding_constraint(logits, everywhere)  # choosing needs a row's whole vocabulary
         at = jnp.where(rows.scored < 0, -1, positions[rows.scored])
         samples = rows.samples & (at >= 0)
         given = jnp.where(samples, -1, texts.history[slots, at + 1])
@@ -247,6 +250,39 @@ def step(
         results = results._replace(guesses=jnp.zeros(shape, jnp.int32))
     carry = jax.lax.while_loop(more, body, (jnp.int32(0), positions, cache, texts, results))
     return carry[2], carry[3], jax.lax.with_sharding_constraint(carry[4], everywhere)
+
+
+def compiler_chooses(parameters: Any) -> Any:
+    """`formats` of `jitted_step` with which the compiler says in which order a weight's dims lie in memory.
+
+    On a TPU the usual order of queries' and keys' weights is not that in which a product reads them: a step of 8 rows
+    would turn them round first, which is a quarter of what it reads (`python -m benchmarks.decode_compiled`).
+    """
+    return jax.tree.map(lambda x: Format(ArrayLayout.AUTO, x.sharding), parameters)
+
+
+def jitted_step(
+    config: ModelConfig, how: Execution, cache: Cache, texts: Texts, formats: Any, *, most_steps: int, guesses: int = 0
+) -> Any:
+    """`step`, to be lowered. It takes cache and texts over, and gives them back where they were.
+
+    Args:
+        config: the model.
+        how: it runs.
+        cache: as it is, or `jax.ShapeDtypeStruct`s of it.
+        texts: the same.
+        formats: of the parameters, `jax.experimental.layout.Format`s; None: as they are.
+        most_steps: as of `step`.
+        guesses: as of `step`.
+    """
+    same = jax.tree.map(lambda x: x.sharding, (cache, texts))
+    run = functools.partial(step, config=config, how=how, most_steps=most_steps, guesses=guesses)
+    return jax.jit(
+        run,
+        donate_argnums=(1, 2),
+        in_shardings=(formats, *[None] * 5),
+        out_shardings=(*same, how.layout.sharding()),
+    )
 
 
 def _paths(rows: StepRows, positions: jax.Array, history: jax.Array) -> jax.Array:

@@ -97,10 +97,16 @@ def _write(
     cache: CacheBlocks, layer: jax.Array, new: jax.Array, table: jax.Array, slots: jax.Array, places: jax.Array
 ) -> CacheBlocks:
     """Put new [T, K, H] into one layer of a cache, each row at its own place; -1: nowhere."""
-    C = cache.values.shape[3]
+    _, P, K, C, _ = cache.values.shape
     nowhere, places = places < 0, places.clip(0)
     blocks = jnp.where(nowhere, 0, table[slots, places // C])
-    put = lambda old, x: old.at[layer, blocks, :, places % C].set(x.astype(old.dtype), mode="promise_in_bounds")
+    # As rows of all layers, blocks and heads: with indices for some dims alone a TPU turns the whole cache round.
+    rows = (((layer * P + blocks)[:, None] * K) + jnp.arange(K)) * C + (places % C)[:, None]
+
+    def put(old: jax.Array, x: jax.Array) -> jax.Array:
+        flat = old.reshape(-1, *old.shape[4:])
+        return flat.at[rows].set(x.astype(old.dtype), mode="promise_in_bounds").reshape(old.shape)
+
     if cache.scales is None:
         return CacheBlocks(put(cache.values, new))
     codes, scales = nearest_bytes(new, -1)
