@@ -7,9 +7,10 @@ The step is the engine's, in bfloat16, with a cache that holds exactly what the 
 the bytes that a device's instructions read from its large memory and write there, counted in the compiled program's
 text: of a slice the slice, of what is updated in place the update, what a compiler keeps in its small memory once. A
 kernel counts with its whole arguments, and so models are compiled with one layer and with two, written out; what the
-second adds counts for each layer. `needed` are the bytes of the device's weights (of the table of tokens one row a
-text) and of the keys and values. `temporary` is what the step allocates beyond its arguments, of the whole model with
-`--whole` (minutes for TPUs).
+second adds counts for each layer. On a GPU attention is a loop of as many turns as the texts are long, which the text
+of the program does not tell: there nothing is counted. `needed` are the bytes of the device's weights (of the table of
+tokens one row a text) and of the keys and values. `temporary` is what the step allocates beyond its arguments, of the
+whole model with `--whole` (minutes for TPUs).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from maxlm.models import Execution, abstract_parameters, declared
 from maxlm.models.kv_cache import empty_cache
 from maxlm.plan.compiled import target_devices
 from maxlm.plan.hlo import ArrayShape, Computation, Instruction, Program
-from maxlm.plan.machines import parse_machine
+from maxlm.plan.machines import GpuMachine, parse_machine
 from maxlm.plan.serving import analyse_serving
 from maxlm.plan.serving_load import ServingLoad
 from maxlm.sharding import decoding_layout, make_layout
@@ -44,6 +45,7 @@ from maxlm.sharding import decoding_layout, make_layout
 BLOCK = 16
 NOTHING = {
     "parameter", "get-tuple-element", "tuple", "bitcast", "constant", "while", "call", "conditional", "copy-done",
+    "slice-done",
     "async-start", "async-done", "after-all", "iota",
 }  # fmt: skip
 IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}
@@ -117,6 +119,9 @@ def moved_by(program: Program, computation: Computation, one: Instruction) -> in
     if one.opcode == "copy-start":
         target, source, *_ = one.arrays
         return in_memory([source]) + in_memory([target])
+    if one.opcode == "slice-start":
+        target = one.arrays[1]
+        return target.size + in_memory([target])
     if one.opcode != "fusion":
         return touched(one, operands)
     inner = program.computations[one.attribute("calls")]
@@ -172,9 +177,10 @@ def figures(preset: str, target: str, texts: int, context: int, *, whole: bool) 
     for n_layers in (1, 2):
         few = dataclasses.replace(model, n_layers=n_layers, blocks=(block,) * n_layers)
         program = compiled(config, few, target, texts, context)
-        counts.append((traffic(Program(program.as_text() or "")), temporaries(program)))
+        count = None if isinstance(machine, GpuMachine) else traffic(Program(program.as_text() or ""))
+        counts.append((count, temporaries(program)))
     (one, _), (two, of_two) = counts
-    moved = one + (model.n_layers - 1) * (two - one)
+    moved = None if one is None or two is None else one + (model.n_layers - 1) * (two - one)
     found = analyse_serving(
         dataclasses.replace(config, model=model), machine, ServingLoad(slots=texts, context=context)
     ).step
@@ -185,10 +191,10 @@ def figures(preset: str, target: str, texts: int, context: int, *, whole: bool) 
         "target": target,
         "texts": texts,
         "context": context,
-        "moved_mb": round(moved / 1e6, 1),
+        "moved_mb": None if moved is None else round(moved / 1e6, 1),
         "weights_mb": round(found.weight_bytes / 1e6, 1),
         "cache_mb": round(found.cache_bytes / 1e6, 1),
-        "moved_over_needed": round(moved / needed, 3),
+        "moved_over_needed": None if moved is None else round(moved / needed, 3),
         "temporary_of_two_layers_mb": round(of_two / 1e6, 1),
         "temporary_mb": None if temporary is None else round(temporary / 1e6, 1),
     }
