@@ -404,5 +404,7 @@ def test_what_needs_no_model_is_said_before_one_is_read(tmp_path: Path) -> None:
 
 
 def test_a_published_model_has_no_held_out_data() -> None:
-    with pytest.raises(UserError, match="a published model has no held-out data; name exams"):
+    with pytest.raises(
+        UserError, match="a published model has no held-out data; name prepared data with --data DIR, or exams"
+    ):
         evaluate.main(["--hf", "x"])

@@ -1,5 +1,5 @@
 """Every file in configs/ on the machine that it names: by arithmetic; by that machine's own compiler under the mark
-`nightly` (`make test-nightly`), but for LLaMA 7B, which tests/test_plan_aot.py compiles always."""
+`nightly` (`make test-nightly`), but for LLaMA 7B on GPUs, which are quick to compile for."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def cases(chip: str) -> dict[str, Case]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", ["tpu_v5p", "h200"])
+@pytest.mark.parametrize("chip", [pytest.param("tpu_v5p", marks=pytest.mark.nightly), "h200"])
 def test_the_train_step_compiles(chip: str) -> None:
     require_compiler(chip)
     programs = cases(chip)

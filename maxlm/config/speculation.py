@@ -7,7 +7,7 @@ import re
 from typing import Annotated
 
 from maxlm.config.errors import UserError
-from maxlm.config.fields import NotEmpty, PathName, Positive, Range, config
+from maxlm.config.fields import NotEmpty, PathName, Positive, Range, config, shown
 
 Drafts = Annotated[int, Range(ge=1, le=64)]
 _MOST_NODES = 31
@@ -58,16 +58,18 @@ class Medusa:
     keys are where they are to stay."""
 
     def __post_init__(self) -> None:
-        where = f"engine.speculation.tree = {self.tree!r}"
+        where = f"engine.speculation.tree = {shown(self.tree)}"
         nodes = self.tree.split(",")
         if wrong := [node for node in nodes if not re.fullmatch("[0-9]+", node)]:
             raise UserError(
-                f"{where}: {wrong[0]!r} is no node; write digits, one for each head on its way, as in 0,00,1"
+                f"{where}: {shown(wrong[0])} is no node; write digits, one for each head on its way, as in 0,00,1"
             )
         if len(nodes) > _MOST_NODES or len(set(nodes)) < len(nodes):
             raise UserError(f"{where} has {len(nodes)} nodes; use at most {_MOST_NODES}, and none twice")
         if lost := [node for n, node in enumerate(nodes) if node[:-1] and node[:-1] not in nodes[:n]]:
-            raise UserError(f"{where}: {lost[0]!r} comes before what it follows; put {lost[0][:-1]!r} in front")
+            raise UserError(
+                f"{where}: {shown(lost[0])} comes before what it follows; put {shown(lost[0][:-1])} in front"
+            )
 
     @property
     def paths(self) -> list[tuple[int, ...]]:
@@ -110,14 +112,16 @@ def speculation(words: str) -> Speculation:
     """
     kind, _, rest = words.partition(":")
     if (cls := _KINDS.get(kind)) is None:
-        raise UserError(f"speculation = {words!r} must be {' or '.join(_KINDS)}; for example lookup:drafts=7")
+        raise UserError(f"speculation = {shown(words)} must be {' or '.join(_KINDS)}; for example lookup:drafts=7")
     fields = {one.name: one for one in dataclasses.fields(cls)}
     values: dict[str, int | str] = {}
     for pair in re.split(r",(?=\w+=)", rest) if rest else []:
         key, equals, value = pair.partition("=")
         if not equals or key not in fields:
-            raise UserError(f"speculation = {words!r}: {pair!r} must be one of {', '.join(f'{k}=...' for k in fields)}")
+            raise UserError(
+                f"speculation = {shown(words)}: {shown(pair)} must be one of {', '.join(f'{k}=...' for k in fields)}"
+            )
         values[key] = int(value) if re.fullmatch(r"-?\d+", value) and key not in ("run", "tree") else value
     if missing := [key for key, one in fields.items() if one.default is dataclasses.MISSING and key not in values]:
-        raise UserError(f"speculation = {words!r} lacks {missing[0]}; write {kind}:{missing[0]}=...")
+        raise UserError(f"speculation = {shown(words)} lacks {missing[0]}; write {kind}:{missing[0]}=...")
     return cls(**values)  # type: ignore[arg-type] # the class checks them

@@ -24,6 +24,7 @@ from maxlm.config import (
     RelativeBias,
     UserError,
 )
+from maxlm.config.fields import shown
 from maxlm.data.tokenizers import Tokenizer
 from maxlm.inference.request import BadRequest, Request
 from maxlm.inference.scheduler import Sequence
@@ -78,7 +79,7 @@ def drafter_of(
         case DraftModel(run=place):
             if draft is None:
                 raise UserError(
-                    f"engine.speculation = DraftModel({place!r}) needs that model; give draft=load_run(...)"
+                    f"engine.speculation = DraftModel({shown(place)}) needs that model; give draft=load_run(...)"
                 )
             require_same_tokens(tokenizer, draft.tokenizer, place)
             own = EngineConfig(
@@ -105,7 +106,7 @@ def check_tree(config: Medusa, model: ModelConfig) -> None:
             "engine.speculation = Medusa needs the heads of model.medusa, which is None; train them with task = "
             "TrainMedusa, or take another speculation"
         )
-    where = f"engine.speculation.tree = {config.tree!r}"
+    where = f"engine.speculation.tree = {shown(config.tree)}"
     if config.depth > model.medusa.n_heads:
         raise UserError(f"{where} needs {config.depth} heads, and model.medusa.n_heads = {model.medusa.n_heads}")
     for block in model.layers:
@@ -142,8 +143,8 @@ def require_same_tokens(tokenizer: Tokenizer, other: Tokenizer, place: str) -> N
     for i in range(max(tokenizer.vocab_size, other.vocab_size)):
         if name(tokenizer, i) != name(other, i):
             raise UserError(
-                f"engine.speculation.run = {place!r}: id {i} is {name(other, i)} there and {name(tokenizer, i)} of the "
-                "model; use a draft model with the same tokenizer"
+                f"engine.speculation.run = {shown(place)}: id {i} is {name(other, i)} there and {name(tokenizer, i)} of "
+                "the model; use a draft model with the same tokenizer"
             )
 
 
