@@ -143,8 +143,8 @@ def require_same_tokens(tokenizer: Tokenizer, other: Tokenizer, place: str) -> N
     for i in range(max(tokenizer.vocab_size, other.vocab_size)):
         if name(tokenizer, i) != name(other, i):
             raise UserError(
-                f"engine.speculation.run = {shown(place)}: id {i} is {name(other, i)} there and {name(tokenizer, i)} of "
-                "the model; use a draft model with the same tokenizer"
+                f"engine.speculation.run = {shown(place)}: id {i} is {name(other, i)} there and {name(tokenizer, i)} "
+                "of the model; use a draft model with the same tokenizer"
             )
 
 
