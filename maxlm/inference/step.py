@@ -255,8 +255,8 @@ def step(
 def compiler_chooses(parameters: Any) -> Any:
     """`formats` of `jitted_step` with which the compiler says in which order a weight's dims lie in memory.
 
-    On a TPU the usual order of queries' and keys' weights is not that in which a product reads them: a step of 8 rows
-    would turn them round first, which is a quarter of what it reads (`python -m benchmarks.decode_compiled`).
+    On a TPU the usual order of queries' and keys' weights is not that in which a product of few rows reads them: every
+    step would turn them round first, as the compiled program's text says.
     """
     return jax.tree.map(lambda x: Format(ArrayLayout.AUTO, x.sharding), parameters)
 
