@@ -60,19 +60,6 @@ _RULES = tyro.constructors.ConstructorRegistry()
 """How an option is read whose type is ours."""
 
 
-@_RULES.primitive_rule
-def _step_range(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
-    if info.type != StepRange | None:
-        return None
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="{None}|FIRST:LAST",
-        instance_from_str=lambda words: None if words[0] == "None" else _said(StepRange.parse, words[0]),
-        is_instance=lambda value: value is None or isinstance(value, StepRange),
-        str_from_instance=lambda value: [str(value)],
-    )
-
-
 def _said(parse: Callable[[str], T], word: str) -> T:
     try:
         return parse(word)
@@ -80,17 +67,24 @@ def _said(parse: Callable[[str], T], word: str) -> T:
         raise ValueError(str(error)) from None
 
 
-@_RULES.primitive_rule
-def _speculation(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
-    if info.type != Speculation | None:
-        return None
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="{None}|lookup|draft:run=DIR",
-        instance_from_str=lambda words: None if words[0] == "None" else _said(speculation, words[0]),
-        is_instance=lambda value: value is None or isinstance(value, Speculation),
-        str_from_instance=lambda value: [str(value)],
-    )
+def _read_by(kind: Any, parse: Callable[[str], Any], metavar: str) -> None:
+    """An option of this kind or None is one word, which `parse` understands."""
+
+    @_RULES.primitive_rule
+    def rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+        if info.type != kind | None:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=f"{{None}}|{metavar}",
+            instance_from_str=lambda words: None if words[0] == "None" else _said(parse, words[0]),
+            is_instance=lambda value: isinstance(value, kind | None),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+
+_read_by(StepRange, StepRange.parse, "FIRST:LAST")
+_read_by(Speculation, speculation, "lookup|draft:run=DIR|medusa")
 
 
 @_RULES.primitive_rule
