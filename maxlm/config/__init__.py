@@ -11,6 +11,7 @@ execution.py: number formats, remat, kernels
 remat.py: which named results each remat policy keeps
 families.py: model families as functions from sizes to a model
 task.py: what a run learns
+task_rules.py: what a task needs of the rest
 data.py: documents, tokenizers, mixtures
 quantization.py: ways to make weights smaller
 optimizer.py: AdamW, Adafactor, schedules
@@ -75,7 +76,9 @@ from maxlm.config.mixture import (
 from maxlm.config.mlp import Activation, GatedMlp, Mlp, Nonlinearity, Swish
 from maxlm.config.model import (
     BlockConfig,
+    ClassHead,
     DeepNorm,
+    EmbedHead,
     Head,
     LmHead,
     MedusaHeads,
@@ -83,6 +86,7 @@ from maxlm.config.model import (
     ModelConfig,
     OutputNorm,
     Parallel,
+    Pooling,
     PostNorm,
     PreNorm,
     Residual,
@@ -137,7 +141,24 @@ from maxlm.config.sharding import (
     pipeline_ticks,
 )
 from maxlm.config.speculation import DraftModel, Medusa, PromptLookup, Speculation
-from maxlm.config.task import Pretrain, Task, TrainMedusa
+from maxlm.config.task import (
+    BinaryReward,
+    BradleyTerry,
+    Classify,
+    Dpo,
+    Embed,
+    Ipo,
+    Kto,
+    Orpo,
+    Preference,
+    PreferenceLoss,
+    Pretrain,
+    Reward,
+    RewardLoss,
+    SimPo,
+    Task,
+    TrainMedusa,
+)
 
 __all__ = [
     "ACTIVATION_DIMS",
@@ -152,12 +173,16 @@ __all__ = [
     "Axes",
     "Backend",
     "BeamConfig",
+    "BinaryReward",
     "BlockConfig",
+    "BradleyTerry",
     "ByteTokenizer",
     "CacheFormat",
     "Capacity",
     "CheckpointConfig",
     "ChosenModel",
+    "ClassHead",
+    "Classify",
     "ConstantSchedule",
     "Context",
     "ContrastiveConfig",
@@ -168,10 +193,13 @@ __all__ = [
     "Dispatch",
     "Documents",
     "DocumentsConfig",
+    "Dpo",
     "DraftModel",
     "Dropless",
     "Dtype",
     "DynamicNtkScaling",
+    "Embed",
+    "EmbedHead",
     "EmbeddedPosition",
     "EngineConfig",
     "ExecutionConfig",
@@ -189,7 +217,9 @@ __all__ = [
     "HuggingFaceDataset",
     "HuggingFaceTokenizer",
     "InverseSqrtSchedule",
+    "Ipo",
     "KernelConfig",
+    "Kto",
     "LatentAttention",
     "LayerNorm",
     "Learned",
@@ -210,12 +240,16 @@ __all__ = [
     "NtkScaling",
     "ObserveConfig",
     "OptimizerConfig",
+    "Orpo",
     "OutputNorm",
     "Parallel",
     "PieceModel",
+    "Pooling",
     "Position",
     "PostNorm",
     "PreNorm",
+    "Preference",
+    "PreferenceLoss",
     "PrepareConfig",
     "Pretrain",
     "PromptLookup",
@@ -226,6 +260,8 @@ __all__ = [
     "Remat",
     "Residual",
     "ResidualInit",
+    "Reward",
+    "RewardLoss",
     "RmsNorm",
     "Rope",
     "RopeScaling",
@@ -238,6 +274,7 @@ __all__ = [
     "SentencePieceTokenizer",
     "ShardingConfig",
     "SigmoidRouter",
+    "SimPo",
     "Sinusoidal",
     "SlicesAxis",
     "Speculation",
