@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ from maxlm.sharding import Layout, make_layout
 from maxlm.training.judging import Classes, Rewards
 from maxlm.training.nearness import Vectors
 from maxlm.training.preference_objective import LabelledTexts, PairedTexts
-from maxlm.training.step import gradient_function
+from maxlm.training.step import gradient_function, make_trainer
 from maxlm.training.text_objective import TextObjective
 
 T, TEXTS = 32, 6
@@ -161,9 +162,11 @@ def classes(records, known):
 def nce(records, known):
     unit = lambda x: x / np.sqrt((x**2).sum(-1, keepdims=True))
     queries, passages = (unit(np.array([record[i].mean for record in known])) for i in (0, 1))
-    logits = queries @ passages.T / 0.07
-    log_sums = np.log(np.exp(logits).sum(1)) + np.log(np.exp(logits).sum(0))
-    return float(np.mean(log_sums / 2 - np.diag(logits)))
+    hard = unit(np.array([other.mean for record in known for other in record[2:]]))
+    near = lambda x, y: np.exp(x @ y.T / 0.07)
+    own = np.diag(near(queries, passages))
+    among = near(queries, passages).sum(1) + near(queries, hard).sum(1), near(queries, passages).sum(0)
+    return float(np.mean([-np.log(own / total) for total in among]))
 
 
 RANKINGS = records([(1, 0), (1, 0), (3, 1, 2), (0, 1), (1, 0), (2, 2, 1), (1, 0)])
@@ -218,7 +221,7 @@ CASES = {
         ClassHead(n_classes=3, lm=LmHead(tied=True)),
         classes,
     ),
-    "embed": Case(Embed(), PAIRS, EmbedHead(), nce),
+    "embed": Case(Embed(), records([(1, 0), (1, 0, -1), (1, 0), (1, 0), (1, 0, -1, -1), (1, 0)]), EmbedHead(), nce),
 }
 NIGHTLY = ("ipo", "orpo", "simpo", "binary", "classify")
 EACH = [pytest.param(name, marks=pytest.mark.nightly if name in NIGHTLY else ()) for name in CASES]
@@ -226,7 +229,12 @@ EACH = [pytest.param(name, marks=pytest.mark.nightly if name in NIGHTLY else ())
 
 def config_of(case: Case, rows: int, parts: int = 1, sharding: ShardingConfig | None = None) -> RunConfig:
     config = plain_run(
-        small_model(head=case.head, vocab_size=64), sharding, batch_size=rows, seq_len=T, micro_batches=parts, loss_chunk=16
+        small_model(head=case.head, vocab_size=64),
+        sharding,
+        batch_size=rows,
+        seq_len=T,
+        micro_batches=parts,
+        loss_chunk=16,
     )
     return dataclasses.replace(
         config, task=case.task, checkpoint=dataclasses.replace(config.checkpoint, init_from="unused")
@@ -337,3 +345,21 @@ def test_a_task_is_its_formula_and_the_same_however_the_batch_is_cut(name: str) 
     for figure, value in figures.items():
         np.testing.assert_allclose(again[2][figure], value, rtol=1e-4, atol=1e-5, err_msg=figure)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5), again[1], gradient)
+
+
+def test_dpo_begins_at_log_2_with_half_of_the_pairs_right() -> None:
+    """The policy is its reference; a step moves it, and not the reference. Eight pairs, whose mean is not rounded."""
+    config = config_of(CASES["dpo"]._replace(task=Preference(loss=Dpo(beta=0.2))), rows=8, parts=2)
+    layout, batch = one_device(), text_batch(records([(1, 0)] * 8), rows=8)
+    trainer = make_trainer(config, layout, objective_of(config, layout))
+    state = trainer.init()
+    frozen = jax.tree.map(jnp.copy, state.parameters)
+    before = jax.device_get(frozen)
+    state, output = trainer.step(dataclasses.replace(state, frozen=frozen), trainer.place(batch))
+    figures = jax.device_get(output.figures)
+    assert figures["reward_margin"] == figures["reward_chosen"] == 0
+    assert figures["loss"] == np.float32(math.log(2))
+    assert figures["reward_accuracy"] == 0.5
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.frozen))
+    again = trainer.step(state, trainer.place(batch))[1].figures
+    assert float(again["loss"]) < math.log(2) and float(again["reward_accuracy"]) > 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple, assert_never
 
 import jax
@@ -33,9 +34,10 @@ class Vectors(TextObjective):
     """InfoNCE, to which all other pairs of the batch, over all micro-batches and devices, are negatives
     (arXiv:2103.00020).
 
-    A record has a query, of value 1, and its passage, of value 0; a batch weighs as many as it has such pairs. In
-    micro-batches the vectors of all rows are computed first, then the loss's gradient for them, then that for the
-    parameters, a micro-batch at a time (GradCache, Gao et al. 2021, arXiv:2101.06983): that of the whole batch.
+    A record has a query, of value 1, its passage, of value 0, and perhaps passages that are no query's own, of value
+    -1; a batch weighs as many as it has queries. In micro-batches the vectors of all rows are computed first, then the
+    loss's gradient for them, then that for the parameters, a micro-batch at a time (GradCache, Gao et al. 2021,
+    arXiv:2101.06983): that of the whole batch.
     """
 
     def __init__(self, config: RunConfig, layout: Layout, texts: int) -> None:
@@ -106,21 +108,19 @@ class Vectors(TextObjective):
 
     def _info_nce(self, vectors: jax.Array, log_scale: jax.Array, batch: Batch) -> losses.InfoNce:
         """Of each row's pairs, [B, P] with P = S // 2, in the order of their queries."""
-        matches = _matches(batch)
-        rows, most = len(matches), self._texts // 2
-        is_query = matches.sum(2) > 0
-        order = jnp.argsort(~is_query, axis=1, stable=True)[:, :most]
-        queries = jnp.take_along_axis(vectors, order[..., None], 1)
-        passages = jnp.take_along_axis(
-            jnp.einsum("bij,bjd->bid", matches, vectors, precision="highest"), order[..., None], 1
-        )
-        flat = lambda x: x.reshape(rows * most, *x.shape[2:])
-        constrain = self._layout.constrain
+        matches, value = _matches(batch), batch["text_value"]
+        rows, most, constrain = len(matches), self._texts // 2, self._layout.constrain
+        own = jnp.einsum("bij,bjd->bid", matches, vectors, precision="highest")
+        at_queries = functools.partial(_first, matches.sum(2) > 0, most)
+        # A row has as many hard negatives as a query and its passage leave room for.
+        is_negative = (batch["text_record"] >= 0) & (value < 0)
+        at_negatives = functools.partial(_first, is_negative, self._texts - 2)
         found = losses.info_nce(
-            constrain(flat(queries), "batch", None),
-            constrain(flat(passages), None, None),
+            constrain(at_queries(vectors), "batch", None),
+            constrain(at_queries(own), None, None),
             log_scale,
-            flat(jnp.take_along_axis(is_query, order, 1)),
+            at_queries(matches.sum(2)) > 0,
+            *((constrain(at_negatives(vectors), None, None), at_negatives(is_negative)) if self._texts > 2 else ()),
         )
         return jax.tree.map(lambda x: x.reshape(rows, most), found)
 
@@ -133,4 +133,13 @@ class Vectors(TextObjective):
 
 def _matches(batch: Batch) -> jax.Array:
     """float32 [B, S, S]: 1 where text i is the query of passage j."""
-    return jnp.sign(losses.pair_weights(batch["text_record"], batch["text_value"]))
+    record, value = batch["text_record"], batch["text_value"]
+    same = (record[:, :, None] == record[:, None, :]) & (record[:, :, None] >= 0)
+    return (same & (value[:, :, None] > 0) & (value[:, None, :] == 0)).astype(jnp.float32)
+
+
+def _first(chosen: jax.Array, most: int, x: jax.Array) -> jax.Array:
+    """[B, S, ...] -> [B * most, ...], in each row those that are chosen first."""
+    order = jnp.argsort(~chosen, axis=1, stable=True)[:, :most]
+    taken = jnp.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 2)), 1)
+    return taken.reshape(-1, *x.shape[2:])
