@@ -12,6 +12,7 @@ remat.py: which named results each remat policy keeps
 families.py: model families as functions from sizes to a model
 task.py: what a run learns
 data.py: documents, tokenizers, mixtures
+purposes.py: what records of conversations are for
 quantization.py: ways to make weights smaller
 optimizer.py: AdamW, Adafactor, schedules
 sharding.py: sizes of the mesh axes, ZeRO stages, presets
@@ -49,7 +50,6 @@ from maxlm.config.data import (
     HuggingFaceTokenizer,
     PieceModel,
     PrepareConfig,
-    Purpose,
     SentencePieceTokenizer,
     StandardLibrary,
     TokenizerConfig,
@@ -123,6 +123,7 @@ from maxlm.config.position import (
     YarnScaling,
 )
 from maxlm.config.quantization import QuantMethod
+from maxlm.config.purposes import Counted, Purpose
 from maxlm.config.run import CheckpointConfig, LimitsConfig, ObserveConfig, RunConfig, StepRange, TrainConfig
 from maxlm.config.sampling import BeamConfig, ContrastiveConfig, GuidanceConfig, SamplingConfig
 from maxlm.config.sharding import (
@@ -165,6 +166,7 @@ __all__ = [
     "ContrastiveConfig",
     "Conversations",
     "CosineSchedule",
+    "Counted",
     "DataConfig",
     "Dataset",
     "DeepNorm",
