@@ -10,6 +10,8 @@ config_file.py: config.json, and other settings for a run that goes on
 router_metrics.py: load and drops of each mixture
 warm_start.py: parameters of another run
 losses.py: cross-entropy and log-probabilities without the logits of a whole batch
+text_sums.py: sums over each text of a batch
+preference_losses.py: losses of preferences, rewards and embeddings, as functions of such sums
 optimizers.py: optax transformations from configs
 schedules.py: learning rates
 state.py: the train state and where its arrays live

@@ -62,21 +62,40 @@ class Objective(Protocol):
         """New parameters."""
         ...
 
-    def loss(self, params: Params, frozen: Any, batch: Batch, counted: jax.Array) -> Sums:
+    def loss(self, params: Params, frozen: Any, batch: Batch, counted: Any) -> Sums:
         """The sums of a batch or of some of its rows; `counted`: see below."""
         ...
 
-    def counted(self, batch: Batch) -> jax.Array:
-        """What the loss of a few rows must know of the whole batch."""
+    def counted(self, params: Params, frozen: Any, batch: Batch) -> Any:
+        """What the loss of a few rows must know of the whole batch, as a tree of arrays. No gradient goes through it.
+
+        What runs the model does so a micro-batch at a time, with `in_parts`.
+        """
         return jnp.float32(1)
 
     def draw(self, batch: Batch, key: jax.Array) -> Batch:
-        """The batch with all that is random in this step, from a key that is the step's own."""
+        """The batch with all that is random in this step, from a key that is the step's own, and what else it has of
+        each row, as arrays [B]."""
         return batch
 
     def settle(self, params: Params, router: Any) -> tuple[Params, dict[str, jax.Array]]:
         """Parameters after an update, and figures to log, as they follow from `Sums.router` of the whole batch."""
         return params, {}
+
+
+def in_parts(objective: Objective, layout: Layout, batch: Batch, parts: int) -> Batch:
+    """The micro-batches of a batch, stacked: [B, ...] -> [parts, B / parts, ...].
+
+    Row r goes to micro-batch r % parts, so that each device keeps the rows it has.
+    """
+
+    def cut(name: str, x: jax.Array) -> jax.Array:
+        dims = (
+            objective.arrays[name].dims if name in objective.arrays else ["batch"]
+        )  # what the step drew has rows alone
+        return layout.constrain(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), None, *dims)
+
+    return {name: cut(name, x) for name, x in batch.items()}
 
 
 class NextToken(Objective):
@@ -94,7 +113,7 @@ class NextToken(Objective):
     def init(self, key: jax.Array) -> Params:
         return init_parameters(self._config.model, key)
 
-    def counted(self, batch: Batch) -> jax.Array:
+    def counted(self, params: Params, frozen: Any, batch: Batch) -> jax.Array:
         """The share of the tokens that the loss counts."""
         return jnp.mean(batch["loss_mask"])
 
@@ -106,7 +125,7 @@ class NextToken(Objective):
         seeds = jax.random.bits(key, batch["inputs"].shape[:1], jnp.uint32)
         return {**batch, "seeds": self._layout.constrain(seeds, "batch")}
 
-    def loss(self, params: Params, frozen: Any, batch: Batch, counted: jax.Array) -> Sums:
+    def loss(self, params: Params, frozen: Any, batch: Batch, counted: Any) -> Sums:
         """Of a batch as `arrays` says, with rows left out or seeds added."""
         layout, train = self._layout, self._config.train
         model = bind(self._config.model, params)
@@ -145,7 +164,7 @@ def make_evaluate(objective: Objective, layout: Layout) -> Callable[[Params, Bat
     """
 
     def evaluate(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        sums = objective.loss(params, None, batch, objective.counted(batch))
+        sums = objective.loss(params, None, batch, objective.counted(params, None, batch))
         return sums.means.get("loss", sums.objective), sums.weight
 
     return jax.jit(evaluate, out_shardings=layout.sharding())
