@@ -19,6 +19,7 @@ dealing.py: documents to splits, restartable
 workers.py: tokenising processes
 writer.py: shard files that survive a kill
 shards.py: the prepared folder and its checks
+record_windows.py: windows of whole records
 packing.py: windows, segments, positions, loss mask
 loader.py: batch(step), mixtures, global arrays
 """

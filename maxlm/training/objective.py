@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from maxlm.config import Experts, NoisyTopKRouter, RunConfig
-from maxlm.models import Execution, Tokens, bind, declared, init_parameters
+from maxlm.models import Decoder, Execution, Tokens, bind, declared, init_parameters
 from maxlm.models.moe import balance_biases
 from maxlm.sharding import Layout
-from maxlm.training.losses import cross_entropy_sums
+from maxlm.training.losses import LossSums, cross_entropy_sums
 from maxlm.training.router_metrics import router_metrics
 
 Params = Any
@@ -127,21 +127,12 @@ class NextToken(Objective):
 
     def loss(self, params: Params, frozen: Any, batch: Batch, counted: Any) -> Sums:
         """Of a batch as `arrays` says, with rows left out or seeds added."""
-        layout, train = self._layout, self._config.train
-        model = bind(self._config.model, params)
+        train, model = self._config.train, bind(self._config.model, params)
         batch = self._how.arrange(batch)
         tokens = Tokens(batch["positions"], batch["segment_ids"], seeds=batch.get("seeds"))
-        output = model(model.embeddings(batch["inputs"], tokens, self._how), tokens, self._how)
+        output = model(self._embeddings(model, batch, tokens), tokens, self._how)
         with jax.named_scope("loss"):
-            sums = cross_entropy_sums(
-                layout,
-                output.hidden,
-                model.unembedding,
-                batch["targets"],
-                batch["loss_mask"],
-                z_loss=train.z_loss,
-                chunk=train.loss_chunk,
-            )
+            sums = self._cross_entropy(model, output.hidden, batch)
             means = {"loss": sums.cross_entropy, "z_loss": train.z_loss * sums.log_z_squared}
             routers = [stats for stats in output.router if stats is not None]
             objective = sums.objective
@@ -151,6 +142,15 @@ class NextToken(Objective):
                 means["auxiliary_loss"] = sum((stats.auxiliary.sum() for stats in routers), jnp.float32(0)) * counted
                 objective += means["auxiliary_loss"]
             return Sums(objective, jnp.sum(batch["loss_mask"]), means, output.router)
+
+    def _embeddings(self, model: Decoder, batch: Batch, tokens: Tokens) -> jax.Array:
+        """What the layers begin with."""
+        return model.embeddings(batch["inputs"], tokens, self._how)
+
+    def _cross_entropy(self, model: Decoder, hidden: jax.Array, batch: Batch) -> LossSums:
+        """Of the targets, each with the weight that the mask gives it."""
+        train, loss = self._config.train, (model.unembedding, batch["targets"], batch["loss_mask"])
+        return cross_entropy_sums(self._layout, hidden, *loss, z_loss=train.z_loss, chunk=train.loss_chunk)
 
     def settle(self, params: Params, router: Any) -> tuple[Params, dict[str, jax.Array]]:
         """Biases of SigmoidRouters that follow the load; how evenly each layer's experts were used."""
