@@ -12,6 +12,7 @@ remat.py: which named results each remat policy keeps
 families.py: model families as functions from sizes to a model
 task.py: what a run learns
 data.py: documents, tokenizers, mixtures
+purposes.py: what records of conversations are for
 quantization.py: ways to make weights smaller
 optimizer.py: AdamW, Adafactor, schedules
 sharding.py: sizes of the mesh axes, ZeRO stages, presets
