@@ -158,7 +158,7 @@ BUILT_IN: dict[str, tuple[str, tuple[str, ...]]] = {
     "plain": (_PLAIN, ()),
     "raw": (_RAW, ()),
 }
-"""By name: the source in Jinja2, and the control tokens that it needs. `raw` writes texts side by side, with no role."""
+"""By name: the source in Jinja2, and the control tokens that it needs. `raw` writes texts side by side, no roles."""
 
 
 def choose_template(name: str | None, tokenizer: Tokenizer, folder: Path | None = None) -> ChatTemplate:
