@@ -41,6 +41,7 @@ from maxlm.config.attention import Attention, FixedPattern, GroupedQuery, Latent
 from maxlm.config.chosen import ChosenModel
 from maxlm.config.data import (
     ByteTokenizer,
+    Conversations,
     DataConfig,
     Dataset,
     Documents,
@@ -49,6 +50,7 @@ from maxlm.config.data import (
     HuggingFaceTokenizer,
     PieceModel,
     PrepareConfig,
+    Purpose,
     SentencePieceTokenizer,
     StandardLibrary,
     TokenizerConfig,
@@ -162,6 +164,7 @@ __all__ = [
     "ConstantSchedule",
     "Context",
     "ContrastiveConfig",
+    "Conversations",
     "CosineSchedule",
     "DataConfig",
     "Dataset",
@@ -220,6 +223,7 @@ __all__ = [
     "PrepareConfig",
     "Pretrain",
     "PromptLookup",
+    "Purpose",
     "QkNorm",
     "QuantMethod",
     "RelativeBias",
