@@ -13,6 +13,7 @@ families.py: model families as functions from sizes to a model
 task.py: what a run learns
 task_rules.py: what a task needs of the rest
 data.py: documents, tokenizers, mixtures
+purposes.py: what records of conversations are for
 quantization.py: ways to make weights smaller
 optimizer.py: AdamW, Adafactor, schedules
 sharding.py: sizes of the mesh axes, ZeRO stages, presets
@@ -41,6 +42,7 @@ from maxlm.config.attention import Attention, FixedPattern, GroupedQuery, Latent
 from maxlm.config.chosen import ChosenModel
 from maxlm.config.data import (
     ByteTokenizer,
+    Conversations,
     DataConfig,
     Dataset,
     Documents,
@@ -124,6 +126,7 @@ from maxlm.config.position import (
     Sinusoidal,
     YarnScaling,
 )
+from maxlm.config.purposes import Counted, Purpose
 from maxlm.config.quantization import QuantMethod
 from maxlm.config.run import CheckpointConfig, LimitsConfig, ObserveConfig, RunConfig, StepRange, TrainConfig
 from maxlm.config.sampling import BeamConfig, ContrastiveConfig, GuidanceConfig, SamplingConfig
@@ -147,6 +150,7 @@ from maxlm.config.task import (
     Classify,
     Dpo,
     Embed,
+    Gold,
     Ipo,
     Kto,
     Orpo,
@@ -155,6 +159,7 @@ from maxlm.config.task import (
     Pretrain,
     Reward,
     RewardLoss,
+    Sft,
     SimPo,
     Task,
     TrainMedusa,
@@ -186,7 +191,9 @@ __all__ = [
     "ConstantSchedule",
     "Context",
     "ContrastiveConfig",
+    "Conversations",
     "CosineSchedule",
+    "Counted",
     "DataConfig",
     "Dataset",
     "DeepNorm",
@@ -211,6 +218,7 @@ __all__ = [
     "GatedMlp",
     "GlmRope",
     "GluSave",
+    "Gold",
     "GroupedQuery",
     "GuidanceConfig",
     "Head",
@@ -253,6 +261,7 @@ __all__ = [
     "PrepareConfig",
     "Pretrain",
     "PromptLookup",
+    "Purpose",
     "QkNorm",
     "QuantMethod",
     "RelativeBias",
@@ -272,6 +281,7 @@ __all__ = [
     "ScalarHead",
     "Schedule",
     "SentencePieceTokenizer",
+    "Sft",
     "ShardingConfig",
     "SigmoidRouter",
     "SimPo",

@@ -23,6 +23,29 @@ class TrainMedusa:
     """Of each head beside the one before it."""
 
 
+@config("task.gold.", changes=Changes.IDENTITY)
+class Gold:
+    """Each token weighs max(p^alpha, beta), where p is what the model gives it: what it finds absurd hardly counts (GOLD,
+    arXiv:2009.07839, as AlphaCode has it, arXiv:2203.07814, appendix C.3). Nothing is learned through the weights."""
+
+    alpha: Positive[float] = 0.5
+    """Power of the probability."""
+    beta: Annotated[float, Range(gt=0, le=1)] = 0.05
+    """The least weight."""
+
+
+@config("task.", changes=Changes.IDENTITY)
+class Sft:
+    """Supervised fine-tuning: predict what the assistant wrote, in data that is prepared from `Conversations`. Running
+    text among the data sets is learned whole, in proportion to its weight."""
+
+    neftune_alpha: NotNegative[float] = 0.0
+    """Noise on the embeddings of a text of L tokens: uniform within alpha / sqrt(L d_model) (NEFTune,
+    arXiv:2310.05914, algorithm 1: 5 to 15); 0: none."""
+    gold: Gold | None = None
+    """Weights of tokens by how likely they are; None: each weighs the same."""
+
+
 @config("task.loss.", changes=Changes.IDENTITY)
 class Dpo:
     """Log-ratios of whole texts, chosen above rejected (DPO, arXiv:2305.18290, equation 7)."""
@@ -141,5 +164,5 @@ class Embed:
     (InfoNCE as CLIP has it, arXiv:2103.00020, figure 3). With an `EmbedHead`."""
 
 
-Task = Pretrain | TrainMedusa | Preference | Reward | Classify | Embed
+Task = Pretrain | Sft | TrainMedusa | Preference | Reward | Classify | Embed
 """The union of the tasks."""

@@ -15,6 +15,7 @@ from maxlm.config.task import (
     Preference,
     Pretrain,
     Reward,
+    Sft,
     SimPo,
     Task,
     TrainMedusa,
@@ -56,7 +57,7 @@ def broken_task_rules(task: Task, model: ModelConfig, *, init_from: str | None, 
 
 def _head(task: Task) -> type[Head]:
     match task:
-        case Pretrain() | TrainMedusa() | Preference():
+        case Pretrain() | Sft() | TrainMedusa() | Preference():
             return LmHead
         case Reward():
             return ScalarHead

@@ -12,7 +12,7 @@ from maxlm.config import Experts, ModelConfig, NoisyTopKRouter, RunConfig
 from maxlm.models import Decoder, DecoderOutput, Execution, Tokens, bind, declared, init_parameters
 from maxlm.models.moe import balance_biases
 from maxlm.sharding import Layout
-from maxlm.training.losses import cross_entropy_sums
+from maxlm.training.losses import LossSums, cross_entropy_sums
 from maxlm.training.router_metrics import router_metrics
 
 Params = Any
@@ -90,9 +90,8 @@ def in_parts(objective: Objective, layout: Layout, batch: Batch, parts: int) -> 
     """
 
     def cut(name: str, x: jax.Array) -> jax.Array:
-        dims = (
-            objective.arrays[name].dims if name in objective.arrays else ["batch"]
-        )  # what the step drew has rows alone
+        # What the step drew has rows alone.
+        dims = objective.arrays[name].dims if name in objective.arrays else ["batch"]
         return layout.constrain(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), None, *dims)
 
     return {name: cut(name, x) for name, x in batch.items()}
@@ -127,19 +126,10 @@ class NextToken(Objective):
 
     def loss(self, params: Params, frozen: Any, batch: Batch, counted: Any) -> Sums:
         """Of a batch as `arrays` says, with rows left out or seeds added."""
-        layout, train = self._layout, self._config.train
-        batch = self._how.arrange(batch)
+        train, batch = self._config.train, self._how.arrange(batch)
         model, output = self._read(self._config.model, params, batch)
         with jax.named_scope("loss"):
-            sums = cross_entropy_sums(
-                layout,
-                output.hidden,
-                model.unembedding,
-                batch["targets"],
-                batch["loss_mask"],
-                z_loss=train.z_loss,
-                chunk=train.loss_chunk,
-            )
+            sums = self._cross_entropy(model, output.hidden, batch)
             means = {"loss": sums.cross_entropy, "z_loss": train.z_loss * sums.log_z_squared}
             return self._sums(sums.objective, jnp.sum(batch["loss_mask"]), means, output, counted)
 
@@ -147,7 +137,7 @@ class NextToken(Objective):
         """The model's states of a batch in the mesh's order."""
         decoder = bind(model, params)
         tokens = Tokens(batch["positions"], batch["segment_ids"], seeds=batch.get("seeds"))
-        return decoder, decoder(decoder.embeddings(batch["inputs"], tokens, self._how), tokens, self._how)
+        return decoder, decoder(self._embeddings(decoder, batch, tokens), tokens, self._how)
 
     def _sums(
         self,
@@ -163,6 +153,15 @@ class NextToken(Objective):
             means["auxiliary_loss"] = sum((stats.auxiliary.sum() for stats in routers), jnp.float32(0)) * share
             objective += means["auxiliary_loss"]
         return Sums(objective, weight, means, output.router)
+
+    def _embeddings(self, model: Decoder, batch: Batch, tokens: Tokens) -> jax.Array:
+        """What the layers begin with."""
+        return model.embeddings(batch["inputs"], tokens, self._how)
+
+    def _cross_entropy(self, model: Decoder, hidden: jax.Array, batch: Batch) -> LossSums:
+        """Of the targets, each with the weight that the mask gives it."""
+        train, loss = self._config.train, (model.unembedding, batch["targets"], batch["loss_mask"])
+        return cross_entropy_sums(self._layout, hidden, *loss, z_loss=train.z_loss, chunk=train.loss_chunk)
 
     def settle(self, params: Params, router: Any) -> tuple[Params, dict[str, jax.Array]]:
         """Biases of SigmoidRouters that follow the load; how evenly each layer's experts were used."""
