@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from maxlm.config import Conversations, PrepareConfig, UserError, serialize
+from maxlm.config import Conversations, PrepareConfig, serialize
 from maxlm.data.chat import ChatTemplate, find_chat_template
 from maxlm.data.conversation_formats import BadRecord
 from maxlm.data.conversations import encode

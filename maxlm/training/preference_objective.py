@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from maxlm.config import Dpo, Ipo, Kto, ModelConfig, Orpo, RunConfig, SimPo
-from maxlm.models import Decoder, DecoderOutput, abstract_parameters
+from maxlm.models import Decoder, DecoderOutput, abstract_parameters, ops
 from maxlm.sharding import Layout
 from maxlm.training import preference_losses as losses
 from maxlm.training.objective import Batch, BatchArray, Params, Sums
@@ -47,10 +47,19 @@ class Referenced(TextObjective):
         if ahead:
             self.arrays |= {AHEAD: BatchArray((config.train.batch_size, texts), jnp.float32, ("batch", None))}
 
+    def reference_log_probs(self, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """What the reference says of each text, as log-ratios take it: the texts' numbers, int32 [B, S], and float32
+        [B, S]."""
+        batch = self._in_order(batch)
+        return batch["text_number"], self._of_reference(frozen, batch)
+
     def _of_texts(self, model: Decoder, output: DecoderOutput, frozen: Any, batch: Batch) -> dict[str, jax.Array]:
         of_tokens = self._token_log_probs(model, output, batch)
         of_texts = self._log_probs(of_tokens, batch["loss_mask"], batch)
         found = {"log_prob": of_texts.total, "tokens": of_texts.tokens}
+        if self._reference is not None:
+            other = self._read(self._reference, frozen, batch)
+            found["kl"] = self._totals(_divergence((model, output), other) * batch["loss_mask"], batch)
         if self._reference is not None or AHEAD in self.arrays:
             found["log_ratio"] = self._ratios(of_tokens, frozen, batch)
         return found
@@ -187,6 +196,17 @@ class LabelledTexts(Referenced):
         return params, figures | {
             f"reward_{name}": total / jnp.maximum(count, 1) for name, (total, count) in of_labels.items()
         }
+
+
+def _divergence(one: tuple[Decoder, DecoderOutput], other: tuple[Decoder, DecoderOutput]) -> jax.Array:
+    """sum over the vocabulary of p (log p - log q) at each token, float32 [B, T], a row at a time. Not for training."""
+
+    def of_row(states: tuple[jax.Array, jax.Array]) -> jax.Array:
+        tables = (one[0].unembedding, other[0].unembedding)
+        log_p, log_q = (jax.nn.log_softmax(ops.logits(x, table)) for x, table in zip(states, tables, strict=True))
+        return (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+
+    return jax.lax.map(of_row, (one[1].hidden, other[1].hidden))
 
 
 def _chosen(values: jax.Array) -> jax.Array:
