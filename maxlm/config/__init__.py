@@ -122,8 +122,8 @@ from maxlm.config.position import (
     Sinusoidal,
     YarnScaling,
 )
-from maxlm.config.quantization import QuantMethod
 from maxlm.config.purposes import Counted, Purpose
+from maxlm.config.quantization import QuantMethod
 from maxlm.config.run import CheckpointConfig, LimitsConfig, ObserveConfig, RunConfig, StepRange, TrainConfig
 from maxlm.config.sampling import BeamConfig, ContrastiveConfig, GuidanceConfig, SamplingConfig
 from maxlm.config.sharding import (
@@ -187,8 +187,8 @@ __all__ = [
     "FixedPattern",
     "GatedMlp",
     "GlmRope",
-    "Gold",
     "GluSave",
+    "Gold",
     "GroupedQuery",
     "GuidanceConfig",
     "Head",

@@ -54,9 +54,7 @@ class Batches:
         """The most texts in a row of those sets that have texts, S; None: the batches do not tell of them."""
         if texts:
             self.texts = max(windows.most_texts for windows in self._windows if isinstance(windows, RecordWindows))
-        self.shortened = sum(
-            windows.shortened for windows in self._windows if isinstance(windows, RecordWindows)
-        )
+        self.shortened = sum(windows.shortened for windows in self._windows if isinstance(windows, RecordWindows))
         """Records that are longer than a window, and lose their oldest turns."""
         for data, windows in zip(opened, self._windows, strict=True):
             if not len(windows):
@@ -134,7 +132,7 @@ class Batches:
         ends = np.zeros((rows, self.seq_len), np.float32)
         whose = np.full((rows, 2, self.texts or 0), NO_TEXT, np.int32)
         values = np.zeros((rows, self.texts or 0), np.float32)
-        for row in np.flatnonzero(~lacking):
+        for row in np.flatnonzero(~lacking).tolist():
             source, number = windows[row]
             whose[row], values[row], places = source.texts(number, self.texts)
             ends[row, places] = 1
@@ -184,8 +182,8 @@ def open_batches(
         purpose: what all folders must be prepared for, to have batches with `texts`; None: whatever they are for.
 
     Raises:
-        UserError: a folder was prepared for something else;        UserError: a folder is not finished or damaged, the data sets' tokenizers differ, a split has fewer tokens than
-            a window.
+        UserError: a folder was prepared for something else, is not finished or damaged; the data sets' tokenizers
+            differ; a split has fewer tokens than a window.
     """
     opened = [open_prepared(Path(dataset.path), verify=config.verify, splits=[split]) for dataset in config.datasets]
     for data in opened:

@@ -17,17 +17,12 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from hashlib import blake2b
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from maxlm.config import UserError
 from maxlm.config.errors import MachineFailure
-from maxlm.data.encoders import Encoder, Tokenised, open_encoder
+from maxlm.data.encoders import Tokenised, open_encoder
 
 _LEAST_PATIENCE = 120
 """Seconds for a block of any size."""
