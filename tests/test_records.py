@@ -23,7 +23,7 @@ from maxlm.data.shards import CHAT, Split
 from maxlm.data.text_ends import published_ends
 from maxlm.data.tokenizers import Bytes
 
-T = 96
+T = 160
 
 
 def pairs(count: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -93,13 +93,9 @@ def test_every_epoch_has_each_record_once_and_whole(preferences: Dataset, record
     for split in Split:
         batches = opened(preferences, split)
         rows = len(batches._windows[0])
-        for n in range(rows):
-            [source] = batches._windows
-            tokens, begins, counts = np.empty(T + 1, np.int32), np.zeros(T + 1, bool), np.empty(T + 1, bool)
-            source.fill(n, tokens, begins, counts)
-            assert (tokens[~counts] >= 0).all()
         seen = 0
-        for batch in (batches[step] for step in range(-(-rows // 4) if split is Split.TRAIN else batches.n_batches or 0)):
+        steps = -(-rows // 4) if split is Split.TRAIN else batches.n_batches or 0
+        for batch in map(batches.__getitem__, range(steps)):
             for row in range(min(4, rows - seen)):
                 by_record: dict[int, list[Any]] = {}
                 for whole, mask, value, record, number in texts_in(batch, row):
@@ -131,7 +127,7 @@ def test_the_folder_is_the_same_however_it_is_made(tmp_path: Path, records: list
     file = write(tmp_path / "in", records)
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder, workers in zip(folders, (1, 2), strict=True):
-        prepared(folder, file, Purpose.KTO if False else Purpose.PREFERENCE, workers=workers)
+        prepared(folder, file, Purpose.PREFERENCE, workers=workers)
     names = sorted(path.name for path in folders[0].iterdir() if path.is_file())
     assert {Path(name).suffix for name in names} == {".json", ".tokens", ".offsets", ".counts", ".texts"}
     for name in names:
@@ -149,19 +145,21 @@ def test_a_flipped_mask_is_noticed(tmp_path: Path, records: list[dict[str, Any]]
 
 
 def test_a_record_longer_than_a_window_keeps_its_answers(preferences: Dataset) -> None:
-    batches = opened(preferences, seq_len=40)
+    batches = opened(preferences, seq_len=100)
     assert batches.shortened > 0
     for step in range(5):
         batch = batches[step]
         for row in range(4):
             texts = texts_in(batch, row)
-            assert sum(len(whole) for whole, *_ in texts) <= 40
+            assert sum(len(whole) for whole, *_ in texts) <= 100
             assert all(sum(mask) > 0 for _, mask, *_ in texts)
             assert {len([t for t in texts if t[3] == record]) for _, _, _, record, _ in texts} == {2}
 
 
 def test_bad_records_are_told_by_their_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    good = [{"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a"}]} for i in range(9)]
+    good = [
+        {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a"}]} for i in range(9)
+    ]
     bad = {"messages": [{"role": "assistant", "content": "x"}, {"role": "assistant", "content": "y"}]}
     file = write(tmp_path / "in", [*good, bad])
     prepared(tmp_path / "out", file, Purpose.SFT)
@@ -169,21 +167,23 @@ def test_bad_records_are_told_by_their_place(tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(UserError, match=r"records\.jsonl:10: "):
         prepared(tmp_path / "strict", file, Purpose.SFT, strict=True)
     only_bad = write(tmp_path / "bad", [bad])
-    with pytest.raises(UserError, match="none of 1 records can be learned from; first .*:1: "):
+    with pytest.raises(UserError, match=r"none of 1 records can be learned from; first .*:1: "):
         prepared(tmp_path / "nothing", only_bad, Purpose.SFT)
 
 
 def test_a_folder_is_read_for_what_it_was_made_for(tmp_path: Path, preferences: Dataset) -> None:
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("some words " * 50)
-    prepare(PrepareConfig(documents=Files(paths=(str(tmp_path / "text"),)), tokenizer=ByteTokenizer()), tmp_path / "out")
-    ask = dict(batch_size=4, seq_len=T, split=Split.TRAIN)
+    prepare(
+        PrepareConfig(documents=Files(paths=(str(tmp_path / "text"),)), tokenizer=ByteTokenizer()), tmp_path / "out"
+    )
+    ask: dict[str, Any] = {"batch_size": 4, "seq_len": T, "split": Split.TRAIN}
     with pytest.raises(UserError, match=r"prepared as running text, the task reads records with purpose = preference"):
-        open_batches(DataConfig(datasets=(Dataset(path=str(tmp_path / "out")),)), purpose=Purpose.PREFERENCE, **ask)  # type: ignore[arg-type]
+        open_batches(DataConfig(datasets=(Dataset(path=str(tmp_path / "out")),)), purpose=Purpose.PREFERENCE, **ask)
     with pytest.raises(UserError, match=r"purpose = preference, the task reads records with purpose = kto"):
-        open_batches(DataConfig(datasets=(preferences,)), purpose=Purpose.KTO, **ask)  # type: ignore[arg-type]
+        open_batches(DataConfig(datasets=(preferences,)), purpose=Purpose.KTO, **ask)
     mixed = DataConfig(datasets=(preferences, Dataset(path=str(tmp_path / "out"), weight=0.5)))
-    batch = open_batches(mixed, **ask)[0]  # type: ignore[arg-type]
+    batch = open_batches(mixed, **ask)[0]
     share = batch["loss_mask"].mean(1)
     assert (share > 0.9).any() and (share < 0.9).any()  # text counts whole, of conversations the answers
 
@@ -193,7 +193,7 @@ def test_the_template_says_where_answers_end(preferences: Dataset) -> None:
     assert ends.last == (Bytes.eos_id,)
     said = encode({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
                   find_chat_template(Path(preferences.path) / CHAT), Bytes())  # fmt: skip
-    assert said[0].ids[-1] in ends.last and said[0].counts[-1]
+    assert [i for i, counts in zip(said[0].ids, said[0].counts, strict=True) if counts][-1] in ends.last
 
 
 def test_equal_seeds_and_data_give_equal_batches(preferences: Dataset) -> None:

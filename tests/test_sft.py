@@ -18,6 +18,7 @@ from maxlm.config import (
     Conversations,
     DataConfig,
     Dataset,
+    Files,
     Gold,
     ObserveConfig,
     PrepareConfig,
@@ -51,8 +52,12 @@ def log_probs(config: RunConfig, parameters: Any, batch: dict[str, Any]) -> np.n
     """float64 [B, T] of the targets, from the logits of the whole batch."""
     tokens = Tokens(batch["positions"], batch["segment_ids"])
     hidden = run_decoder(config.model, parameters, plainly(), batch["inputs"], tokens).hidden
-    logits = np.stack([np.asarray(ops.logits(row, bind(config.model, parameters).unembedding), np.float64) for row in hidden])
-    logits -= np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) + logits.max(-1, keepdims=True)
+    logits = np.stack(
+        [np.asarray(ops.logits(row, bind(config.model, parameters).unembedding), np.float64) for row in hidden]
+    )
+    logits -= np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) + logits.max(
+        -1, keepdims=True
+    )
     return np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
 
 
@@ -94,7 +99,10 @@ def test_noise_is_uniform_and_as_large_as_the_text_is_long() -> None:
     again = objective.draw(batch, jax.random.key(4))
     assert not np.allclose(objective._embeddings(model, again, tokens) - clean, noise)
     # Nothing is drawn where a model is measured.
-    assert sums(config, Sft(neftune_alpha=5.0), batch, parameters).objective == sums(config, Sft(), batch, parameters).objective
+    assert (
+        sums(config, Sft(neftune_alpha=5.0), batch, parameters).objective
+        == sums(config, Sft(), batch, parameters).objective
+    )
 
 
 @pytest.mark.parametrize("task", [Sft(), Sft(gold=Gold())], ids=["plain", "gold"])
@@ -131,7 +139,7 @@ def sft_config(folder: Path, **changes: Any) -> RunConfig:
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     documents = Conversations(paths=(str(file),))
     data = PrepareConfig(documents=documents, tokenizer=ByteTokenizer(), validation_fraction=0.1, workers=1)
-    base = small_run(batch_size=4, seq_len=48, steps=4)
+    base = small_run(batch_size=8, seq_len=48, steps=4)
     values = {
         "model": dataclasses.replace(base.model, vocab_size=384),
         "data": DataConfig(datasets=(Dataset(path=str(folder / "data"), prepare=data),)),
@@ -158,8 +166,6 @@ def test_a_run_learns_answers_and_is_asked_as_it_was_taught(tmp_path: Path) -> N
 
 def test_running_text_alone_is_refused(tmp_path: Path) -> None:
     config = sft_config(tmp_path)
-    from maxlm.config import Files  # what the test is about
-
     (tmp_path / "a.txt").write_text("words " * 200)
     text = PrepareConfig(documents=Files(paths=(str(tmp_path / "a.txt"),)), tokenizer=ByteTokenizer())
     data = DataConfig(datasets=(Dataset(path=str(tmp_path / "text"), prepare=text),))

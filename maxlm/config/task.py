@@ -25,8 +25,9 @@ class TrainMedusa:
 
 @config("task.gold.", changes=Changes.IDENTITY)
 class Gold:
-    """Each token weighs max(p^alpha, beta), where p is what the model gives it: what it finds absurd hardly counts (GOLD,
-    arXiv:2009.07839, as AlphaCode has it, arXiv:2203.07814, appendix C.3). Nothing is learned through the weights."""
+    """Each token weighs max(p^alpha, beta), where p is what the model gives it: what it finds absurd hardly counts
+    (GOLD, arXiv:2009.07839, as AlphaCode has it, arXiv:2203.07814, appendix C.3). Nothing is learned through the
+    weights."""
 
     alpha: Positive[float] = 0.5
     """Power of the probability."""

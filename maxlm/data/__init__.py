@@ -21,6 +21,7 @@ tiktoken.py: a .tiktoken file as a tokenizer.json
 train_tokenizer.py: training a tokenizer, compression report
 prepare.py: documents to shards
 dealing.py: documents to splits, restartable
+encoders.py: documents to tokens, in these processes
 workers.py: tokenising processes
 writer.py: shard files that survive a kill
 shards.py: the prepared folder and its checks

@@ -67,7 +67,10 @@ def text_hash(text: bytes) -> int:
 
 def open_encoder(folder: Path) -> Encoder:
     """As the config says with which the data set in `folder` is being made; its tokenizer and template are there."""
-    documents, tokenizer = serialize.load(PrepareConfig, folder / UNFINISHED).documents, load_tokenizer(folder / TOKENIZER)
+    documents, tokenizer = (
+        serialize.load(PrepareConfig, folder / UNFINISHED).documents,
+        load_tokenizer(folder / TOKENIZER),
+    )
     if not isinstance(documents, Conversations):
         return lambda texts, before: tokenise(tokenizer, texts)
     template = find_chat_template(folder / CHAT)
@@ -105,11 +108,11 @@ def encode_records(
     before: bytes,
 ) -> Tokenised:
     """Of records in JSON; those that cannot be learned from are refused."""
-    found: list[tuple[int, list[Text]]] = []
+    found: list[tuple[int, bool, Text]] = []  # of each text its document, and whether it is the first of it
     refused: list[tuple[int, str]] = []
     last = json.loads(before)
-    for number, text in enumerate(records):
-        record = json.loads(text)
+    for number, content in enumerate(records):
+        record = json.loads(content)
         try:
             texts = encode(
                 record,
@@ -120,20 +123,18 @@ def encode_records(
                 classes=conversations.classes,
                 before=last,
             )
-            found.append((number, texts))
+            found += [(number, i == 0, text) for i, text in enumerate(texts)]
         except BadRecord as error:
             refused.append((number, str(error)))
         last = record
-    texts = [(number, i, text) for number, record in found for i, text in enumerate(record)]
-    hashes = [text_hash(records[number]) for number, _, _ in texts]
-    sizes = [len(tokenizer.decode([i for i, yes in zip(text.ids, text.counts, strict=True) if yes]).encode()) for _, _, text in texts]
+    counted = lambda text: [i for i, counts in zip(text.ids, text.counts, strict=True) if counts]
     return Tokenised(
-        tokens=np.array([i for _, _, text in texts for i in text.ids], token_dtype(tokenizer.vocab_size)),
-        lengths=np.array([len(text.ids) for _, _, text in texts], np.int64),
-        documents=np.array([number for number, _, _ in texts], np.int64),
-        hashes=np.array(hashes, np.uint64),
-        text_bytes=np.array(sizes, np.int64),
-        counts=np.array([yes for _, _, text in texts for yes in text.counts], np.bool_),
-        texts=np.array([(i == 0, text.value) for _, i, text in texts], TEXT),
+        tokens=np.array([i for _, _, text in found for i in text.ids], token_dtype(tokenizer.vocab_size)),
+        lengths=np.array([len(text.ids) for _, _, text in found], np.int64),
+        documents=np.array([number for number, _, _ in found], np.int64),
+        hashes=np.array([text_hash(records[number]) for number, _, _ in found], np.uint64),
+        text_bytes=np.array([len(tokenizer.decode(counted(text)).encode()) for _, _, text in found], np.int64),
+        counts=np.array([counts for _, _, text in found for counts in text.counts], np.bool_),
+        texts=np.array([(first, text.value) for _, first, text in found], TEXT),
         refused=tuple(refused),
     )

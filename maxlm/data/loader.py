@@ -54,19 +54,14 @@ class Batches:
         """The most texts in a row of those sets that have texts, S; None: the batches do not tell of them."""
         if texts:
             self.texts = max(windows.most_texts for windows in self._windows if isinstance(windows, RecordWindows))
+        of_records = [windows if isinstance(windows, RecordWindows) else None for windows in self._windows]
         self.beside: dict[str, npt.NDArray[np.float32]] = {}
         """What else is known of each text, by its number: further arrays of the batches, as `text_value`; 0 where there
         is no text."""
-        self._first_texts = np.cumsum(
-            [0, *(windows.n_texts if isinstance(windows, RecordWindows) else 0 for windows in self._windows)]
-        )
+        self._first_texts = np.cumsum([0, *(windows.n_texts if windows else 0 for windows in of_records)])
         self.n_texts = int(self._first_texts[-1])
-        self.largest_value = max(
-            (windows.largest_value for windows in self._windows if isinstance(windows, RecordWindows)), default=0.0
-        )
-        self.shortened = sum(
-            windows.shortened for windows in self._windows if isinstance(windows, RecordWindows)
-        )
+        self.largest_value = max((windows.largest_value for windows in of_records if windows), default=0.0)
+        self.shortened = sum(windows.shortened for windows in self._windows if isinstance(windows, RecordWindows))
         """Records that are longer than a window, and lose their oldest turns."""
         for data, windows in zip(opened, self._windows, strict=True):
             if not len(windows):
@@ -154,7 +149,7 @@ class Batches:
         ends = np.zeros((rows, self.seq_len), np.float32)
         whose = np.full((rows, 2, self.texts or 0), NO_TEXT, np.int32)
         values = np.zeros((rows, self.texts or 0), np.float32)
-        for row in np.flatnonzero(~lacking):
+        for row in np.flatnonzero(~lacking).tolist():
             source, number = windows[row]
             of_records = self._windows[source]
             assert isinstance(of_records, RecordWindows), "only such have texts"
@@ -217,8 +212,8 @@ def open_batches(
         purpose: what all folders must be prepared for, to have batches with `texts`; None: whatever they are for.
 
     Raises:
-        UserError: a folder was prepared for something else;        UserError: a folder is not finished or damaged, the data sets' tokenizers differ, a split has fewer tokens than
-            a window.
+        UserError: a folder was prepared for something else, is not finished or damaged; the data sets' tokenizers
+            differ; a split has fewer tokens than a window.
     """
     opened = [open_prepared(Path(dataset.path), verify=config.verify, splits=[split]) for dataset in config.datasets]
     for data in opened:

@@ -97,7 +97,7 @@ class RecordWindows:
 
 
 def _packed(lengths: npt.NDArray[np.int64], room: int) -> list[list[int]]:
-    """Which records each window has, in the order of their numbers: best fit decreasing, the same for the same lengths."""
+    """Which records each window has, in the order of their numbers: the same for the same lengths."""
     left: dict[int, list[int]] = defaultdict(list)
     """Windows by the room that they have left."""
     sizes: list[int] = []

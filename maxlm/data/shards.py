@@ -366,8 +366,8 @@ class TokenStream:
         begins: npt.NDArray[np.bool_],
         counts: npt.NDArray[np.bool_],
     ) -> None:
-        """Fill `tokens[n]` with the ids from position `start` on and `counts[n]` with which of them the loss counts, and
-        set `begins[n]` where a document begins.
+        """Fill `tokens[n]` with the ids from position `start` on and `counts[n]` with whether the loss counts them; set
+        `begins[n]` where a document begins.
 
         `begins` must be all False before.
 

@@ -40,7 +40,7 @@ class Answers(NextToken):
         with jax.named_scope("noise"):
             of_row = lambda seed: jax.random.uniform(jax.random.key(seed), x.shape[1:], jnp.float32, -1, 1)
             noise = jax.vmap(of_row)(batch[_NOISE])
-            size = self._task.neftune_alpha * (_lengths(tokens.segment_ids) * x.shape[-1]) ** -0.5
+            size = self._task.neftune_alpha * (_lengths(batch["segment_ids"]) * x.shape[-1]) ** -0.5
             noise = self._layout.constrain(noise * size[..., None], "batch", "residual_seq", "embed")
             return x + noise.astype(x.dtype)
 
