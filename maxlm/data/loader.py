@@ -134,7 +134,7 @@ class Batches:
     def _of_windows(self, elements: npt.NDArray[np.int64], lacking: npt.NDArray[np.bool_]) -> Batch:
         """Windows by number, counted through all data sets; those that are `lacking` have no loss and no texts."""
         sources = np.searchsorted(self._firsts, elements, side="right") - 1
-        windows = list(zip(sources.tolist(), (elements - self._firsts[sources]).tolist(), strict=True))
+        windows = [(int(source), int(n)) for source, n in zip(sources, elements - self._firsts[sources], strict=True)]
         tokens = np.empty((len(elements), self.seq_len + 1), np.int32)
         begins, counts = np.zeros(tokens.shape, np.bool_), np.empty(tokens.shape, np.bool_)
         for row, (source, number) in enumerate(windows):
@@ -156,7 +156,7 @@ class Batches:
             whose[row], values[row], places = of_records.texts(number, self.texts or 0)
             whose[row, 1, : len(places)] += self._first_texts[source]
             ends[row, places] = 1
-        found = {"text_ends": ends} | dict(zip(OF_TEXTS, (whose[:, 0], whose[:, 1], values), strict=True))
+        found: Batch = {"text_ends": ends} | dict(zip(OF_TEXTS, (whose[:, 0], whose[:, 1], values), strict=True))
         there = found["text_number"] != NO_TEXT
         return found | {name: np.where(there, values[whose[:, 1]], 0) for name, values in self.beside.items()}
 

@@ -23,11 +23,11 @@ _BUCKETS = 8
 def judge_rewards(texts: Texts) -> dict[str, Any]:
     """Of a reward model: its scores, how often the better text of a pair has the higher one by how sure it is of that
     (sigmoid of the difference, arXiv:2112.00861, section 3.3) and by how far their ratings are apart."""
-    reward, there = np.float64(texts["reward"]), texts["text_record"] >= 0
+    reward, there = _wide(texts["reward"]), texts["text_record"] >= 0
     better, worse = _pairs(texts)
     margin = reward[better] - reward[worse]
-    apart = np.float64(texts["text_value"][better] - texts["text_value"][worse])
-    found = {"reward_mean": float(reward[there].mean()), "reward_std": float(reward[there].std())}
+    apart = _wide(texts["text_value"][better] - texts["text_value"][worse])
+    found: dict[str, Any] = {"reward_mean": float(reward[there].mean()), "reward_std": float(reward[there].std())}
     found |= _of_confidence(_sigmoid(np.abs(margin)), _right(margin))
     ratings = np.unique(apart)
     if 1 < len(ratings) <= _BUCKETS:
@@ -38,25 +38,25 @@ def judge_rewards(texts: Texts) -> dict[str, Any]:
 def judge_labels(texts: Texts) -> dict[str, Any]:
     """Of a reward model that judges single texts."""
     there = texts["text_record"] >= 0
-    reward, good = np.float64(texts["reward"][there]), texts["text_value"][there] > 0.5
+    reward, good = _wide(texts["reward"][there]), texts["text_value"][there] > 0.5
     found = {"reward_mean": float(reward.mean()), "reward_std": float(reward.std())}
     if (area := auroc(reward, good.astype(np.float64))) is not None:
         found["auroc"] = area
-    return found | _of_confidence(_sigmoid(np.abs(reward)), np.float64((reward > 0) == good))
+    return found | _of_confidence(_sigmoid(np.abs(reward)), _wide((reward > 0) == good))
 
 
 def judge_ratios(texts: Texts) -> dict[str, Any]:
     """Of a policy with a reference: how often the better text of a pair has gained more, by how much more, in nats; and
     how far the policy is from its reference."""
     better, worse = _pairs(texts)
-    margin = np.float64(texts["log_ratio"][better] - texts["log_ratio"][worse])
+    margin = _wide(texts["log_ratio"][better] - texts["log_ratio"][worse])
     return {"accuracy_by_margin": buckets(np.abs(margin), _right(margin))} | _of_kl(texts)
 
 
 def judge_labelled_ratios(texts: Texts) -> dict[str, Any]:
     """The same of texts with labels: how often a text that has gained is a desired one."""
     there = (texts["text_record"] >= 0) & (texts["text_value"] != 0)
-    ratio, desired = np.float64(texts["log_ratio"][there]), np.float64(texts["text_value"][there] > 0)
+    ratio, desired = _wide(texts["log_ratio"][there]), _wide(texts["text_value"][there] > 0)
     area = auroc(ratio, desired)
     return ({} if area is None else {"auroc": area}) | _of_kl(texts)
 
@@ -64,7 +64,7 @@ def judge_labelled_ratios(texts: Texts) -> dict[str, Any]:
 def judge_log_probs(texts: Texts) -> dict[str, Any]:
     """Of a policy without a reference: how often the better text of a pair is the likelier one a token, by how many
     nats."""
-    each = np.float64(texts["log_prob"]) / np.maximum(texts["tokens"], 1)
+    each = _wide(texts["log_prob"]) / np.maximum(texts["tokens"], 1)
     better, worse = _pairs(texts)
     margin = each[better] - each[worse]
     return {"accuracy_by_margin": buckets(np.abs(margin), _right(margin))}
@@ -73,10 +73,10 @@ def judge_log_probs(texts: Texts) -> dict[str, Any]:
 def judge_classes(texts: Texts) -> dict[str, Any]:
     """Of a classifier: whether it is as sure as it is right, and its accuracy over classes of equal weight."""
     there = texts["text_record"] >= 0
-    logits, wanted = np.float64(texts["logits"][there]), texts["text_value"][there].astype(int)
+    logits, wanted = _wide(texts["logits"][there]), texts["text_value"][there].astype(int)
     logits -= logits.max(-1, keepdims=True)
     probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    right = np.float64(logits.argmax(-1) == wanted)
+    right = _wide(logits.argmax(-1) == wanted)
     by_class = [float(right[wanted == c].mean()) for c in np.unique(wanted)]
     return {"balanced_accuracy": float(np.mean(by_class))} | _of_confidence(probabilities.max(-1), right)
 
@@ -125,7 +125,7 @@ def _of_confidence(confidence: Floats, right: Floats) -> dict[str, Any]:
 def _of_kl(texts: Texts) -> dict[str, Any]:
     if "kl" not in texts:
         return {}
-    return {"kl": float(np.float64(texts["kl"]).sum() / max(np.float64(texts["tokens"]).sum(), 1))}
+    return {"kl": float(_wide(texts["kl"]).sum() / max(_wide(texts["tokens"]).sum(), 1))}
 
 
 def _pairs(texts: Texts) -> tuple[tuple[npt.NDArray[Any], ...], tuple[npt.NDArray[Any], ...]]:
@@ -134,6 +134,10 @@ def _pairs(texts: Texts) -> tuple[tuple[npt.NDArray[Any], ...], tuple[npt.NDArra
     same = (record[:, :, None] == record[:, None, :]) & (record[:, :, None] >= 0)
     row, better, worse = np.nonzero(same & (value[:, :, None] > value[:, None, :]))
     return (row, better), (row, worse)
+
+
+def _wide(x: npt.NDArray[Any]) -> Floats:
+    return x.astype(np.float64)
 
 
 def _right(margin: Floats) -> Floats:

@@ -130,8 +130,7 @@ class HeldOutRecords:
         return row | {f"eval_{name}": value for name, value in (means | dict(self._judge(texts))).items()}
 
     def line(self, step: int, row: Mapping[str, Any]) -> str:
-        figures = {name.removeprefix("eval_"): value for name, value in row.items() if isinstance(value, int | float)}
-        said = [
-            f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items() if name not in ("tokens", "loss")
-        ]
-        return f"step {step:,}  held-out loss {figures['loss']:.4f}  {'  '.join(said)}"
+        numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "tokens"}
+        loss = numbers.pop("eval_loss")
+        said = [f"{name.removeprefix('eval_').replace('_', ' ')} {value:.4g}" for name, value in numbers.items()]
+        return "  ".join([f"step {step:,}", f"held-out loss {loss:.4f}", *said])

@@ -64,8 +64,8 @@ class Measure(Protocol):
     every: int
     """Steps between measurements; 0: none but the one at the end, which all have."""
 
-    def __call__(self, step: int, state: TrainState) -> Mapping[str, float | str | None]:
-        """The row, without the step. Every process calls it."""
+    def __call__(self, step: int, state: TrainState) -> Mapping[str, float | str | list[list[float]] | None]:
+        """The row, without the step; of lists of points [x, y] the report draws a picture. Every process calls it."""
         ...
 
     def line(self, step: int, row: Mapping[str, Any]) -> str:
@@ -96,8 +96,8 @@ class Recipe(Generic[R]):
     start: Callable[[Trainer], WarmStart] | None = None
     """Reads `checkpoint.init_from` for a new run."""
     frozen: Callable[[Any, dict[str, Any] | None], tuple[Any, Reference]] | None = None
-    """Reads `TrainState.frozen`, as `objective.frozen` says; beside it gets what the run's checkpoint says of it, None in
-    a new run. Of another run `functools.partial(read_reference, place)` does so."""
+    """Reads `TrainState.frozen`, in the shapes of `objective.frozen`; what the run's checkpoint says of it comes beside
+    them, None in a new run. `functools.partial(read_reference, place)` reads another run's parameters."""
     tokenizer: Vocabulary | None = None
     """Copied to the run folder; None: the task has no text."""
     outcome: Callable[[int, TrainState], R] = _nothing
