@@ -11,8 +11,7 @@ import chats
 import pytest
 import sentencepiece
 
-from maxlm.config import HuggingFaceTokenizer, UserError
-from maxlm.config.purposes import Counted, Purpose
+from maxlm.config import Counted, HuggingFaceTokenizer, Purpose, UserError
 from maxlm.data.chat import ChatTemplate, find_chat_template
 from maxlm.data.chat_templates import BUILT_IN, choose_template
 from maxlm.data.conversation_formats import BadRecord

@@ -50,7 +50,6 @@ from maxlm.config.data import (
     HuggingFaceTokenizer,
     PieceModel,
     PrepareConfig,
-    Purpose,
     SentencePieceTokenizer,
     StandardLibrary,
     TokenizerConfig,
@@ -123,6 +122,7 @@ from maxlm.config.position import (
     Sinusoidal,
     YarnScaling,
 )
+from maxlm.config.purposes import Counted, Purpose
 from maxlm.config.quantization import QuantMethod
 from maxlm.config.run import CheckpointConfig, LimitsConfig, ObserveConfig, RunConfig, StepRange, TrainConfig
 from maxlm.config.sampling import BeamConfig, ContrastiveConfig, GuidanceConfig, SamplingConfig
@@ -166,6 +166,7 @@ __all__ = [
     "ContrastiveConfig",
     "Conversations",
     "CosineSchedule",
+    "Counted",
     "DataConfig",
     "Dataset",
     "DeepNorm",

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, assert_never
 
-from maxlm.config.purposes import Counted, Purpose
+from maxlm.config import Counted, Purpose
 from maxlm.data.chat import Chat, ChatError, ChatTemplate, Span
 from maxlm.data.conversation_formats import BadRecord, Example, Passages, Turn, read
 from maxlm.data.texts import Text
