@@ -489,6 +489,24 @@ def test_what_is_wrong_is_one_line(number: int) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_long_conversations_lose_whole_turns_and_keep_the_system() -> None:
+    turns = [turn for n in range(5) for turn in (user(f"q{n}" * 10), assistant(f"a{n}" * 10))]
+    system = {"role": "system", "content": "S"}
+    whole = encode({"messages": [system, *turns]}, PLAIN, BYTES)[0]
+    for exchanges in range(1, 6):
+        record = {"messages": [system, *turns[-2 * exchanges :]]}
+        [text] = encode(record, PLAIN, BYTES)
+        for max_tokens in (len(text.ids), len(text.ids) + 30):
+            assert encode({"messages": [system, *turns]}, PLAIN, BYTES, max_tokens=max_tokens) == [text]
+    [text] = encode({"messages": turns}, PLAIN, BYTES, max_tokens=25)
+    assert text.ids[0] == BYTES.bos_id and text.ids[1:] == whole.ids[-26:-2]
+    pair = {"prompt": turns[:9], "chosen": "y", "rejected": "n" * 9}
+    for text, answer in zip(
+        encode(pair, PLAIN, BYTES, purpose=Purpose.PREFERENCE, max_tokens=99), ("y", "n" * 9), strict=True
+    ):
+        assert text == encode({"prompt": turns[8:9], "completion": answer}, PLAIN, BYTES)[0]._replace(value=text.value)
+
+
 def test_options_that_do_not_fit() -> None:
     pair = {"prompt": "a", "chosen": "x", "rejected": "y"}
     with pytest.raises(BadRecord, match="in preference only answers count"):
