@@ -11,8 +11,7 @@ import chats
 import pytest
 import sentencepiece
 
-from maxlm.config import HuggingFaceTokenizer, UserError
-from maxlm.config.purposes import Counted, Purpose
+from maxlm.config import Counted, HuggingFaceTokenizer, Purpose, UserError
 from maxlm.data.chat import ChatTemplate, find_chat_template
 from maxlm.data.chat_templates import BUILT_IN, choose_template
 from maxlm.data.conversation_formats import BadRecord
@@ -286,8 +285,7 @@ def test_a_template_that_would_teach_nothing_or_something_else_is_refused(made: 
         choose_template("chatml", BYTES)
     with pytest.raises(UserError, match=r"must be one of chatml, .*plain"):
         choose_template("chatlm", BYTES)
-    with pytest.raises(UserError, match="comes with no chat template; name one: chatml"):
-        choose_template(None, BYTES)
+    assert choose_template(None, BYTES) == PLAIN
 
 
 def test_a_template_file(tmp_path: Path) -> None:
@@ -488,6 +486,24 @@ def test_what_is_wrong_is_one_line(number: int) -> None:
     with pytest.raises(BadRecord, match=words) as caught:
         encode(record, PLAIN, BYTES, purpose=purpose)
     assert "\n" not in str(caught.value)
+
+
+def test_long_conversations_lose_whole_turns_and_keep_the_system() -> None:
+    turns = [turn for n in range(5) for turn in (user(f"q{n}" * 10), assistant(f"a{n}" * 10))]
+    system = {"role": "system", "content": "S"}
+    whole = encode({"messages": [system, *turns]}, PLAIN, BYTES)[0]
+    for exchanges in range(1, 6):
+        record = {"messages": [system, *turns[-2 * exchanges :]]}
+        [text] = encode(record, PLAIN, BYTES)
+        for max_tokens in (len(text.ids), len(text.ids) + 30):
+            assert encode({"messages": [system, *turns]}, PLAIN, BYTES, max_tokens=max_tokens) == [text]
+    [text] = encode({"messages": turns}, PLAIN, BYTES, max_tokens=25)
+    assert text.ids[0] == BYTES.bos_id and text.ids[1:] == whole.ids[-26:-2]
+    pair = {"prompt": turns[:9], "chosen": "y", "rejected": "n" * 9}
+    for text, answer in zip(
+        encode(pair, PLAIN, BYTES, purpose=Purpose.PREFERENCE, max_tokens=99), ("y", "n" * 9), strict=True
+    ):
+        assert text == encode({"prompt": turns[8:9], "completion": answer}, PLAIN, BYTES)[0]._replace(value=text.value)
 
 
 def test_options_that_do_not_fit() -> None:

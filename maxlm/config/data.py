@@ -121,6 +121,8 @@ class Conversations:
     plain, raw), or a Jinja file; None: the template that the tokenizer came with, or `plain` if it has none."""
     classes: tuple[str, ...] = ()
     """Names of classes, where labels are names; the first is class 0."""
+    max_tokens: Positive[int] | None = None
+    """Longer conversations lose their oldest turns; None: none does before a window ends."""
 
 
 Documents = StandardLibrary | Files | HuggingFaceDataset | Conversations

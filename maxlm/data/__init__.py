@@ -10,6 +10,7 @@ records.py: JSON, CSV and parquet with many documents each
 tokenizers.py: bytes, sentencepiece, tokenizer.json
 token_bytes.py: what a token of a tokenizer.json adds to a text
 named_ends.py: what files beside a tokenizer say of that
+chat_report.py: conversations as tokens for people, figures of them
 text_ends.py: where texts of a model begin and end
 chat.py: conversations to ids, by the template of a published model
 chat_worker.py: the process that renders templates

@@ -165,7 +165,7 @@ def choose_template(name: str | None, tokenizer: Tokenizer, folder: Path | None 
     """The template of a built-in name, of a file, or of a published model's folder.
 
     Args:
-        name: one of `BUILT_IN`, or a file of Jinja2; None: the folder's own.
+        name: one of `BUILT_IN`, or a file of Jinja2; None: the folder's own, or `plain` if it has none.
         tokenizer: whose names of bos and eos the template writes.
         folder: where the tokenizer lies, perhaps with a template beside it.
 
@@ -174,11 +174,9 @@ def choose_template(name: str | None, tokenizer: Tokenizer, folder: Path | None 
     """
     if name is None:
         own = None if folder is None else find_chat_template(folder)
-        if own is None:
-            raise UserError(
-                f"{folder or 'the tokenizer'}: comes with no chat template; name one: {', '.join(BUILT_IN)}, or a file"
-            )
-        return own
+        if own is not None:
+            return own
+        name = "plain"
     by_id = {i: word for word, i in tokenizer.specials.items()}
     if tokenizer.eos_id not in by_id:
         raise UserError(

@@ -23,8 +23,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, assert_never
 
-from maxlm.config import UserError
-from maxlm.config.purposes import Purpose
+from maxlm.config import Purpose, UserError
 
 Turn = dict[str, Any]
 """As templates have them: `role` (system, user, assistant, tool), `content`, perhaps `tool_calls` and more."""

@@ -9,15 +9,16 @@ tokens around its text, of which there must be no doubt; else the record is refu
 
 from __future__ import annotations
 
+import bisect
 import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, assert_never
 
-from maxlm.config.purposes import Counted, Purpose
+from maxlm.config import Counted, Purpose
 from maxlm.data.chat import Chat, ChatError, ChatTemplate, Span
 from maxlm.data.conversation_formats import BadRecord, Example, Passages, Turn, read
-from maxlm.data.texts import Text
+from maxlm.data.texts import Text, truncated
 from maxlm.data.tokenizers import Tokenizer
 
 _NOW = 1_722_000_000.0
@@ -34,6 +35,7 @@ def encode(
     counted: Counted = Counted.ANSWERS,
     classes: Sequence[str] = (),
     before: Mapping[str, Any] | None = None,
+    max_tokens: int | None = None,
     variables: Mapping[str, Any] | None = None,
 ) -> list[Text]:
     """The texts of a record, as `Purpose` says. Each has at least one id that counts.
@@ -49,6 +51,8 @@ def encode(
         counted: which tokens count; `ALL` is for SFT alone.
         classes: names of the classes, where labels are names.
         before: the record before it, for KTO.
+        max_tokens: of each text. A longer conversation loses its oldest turns, from a user's up to the next one's, and
+            keeps what the system says; if one exchange is still too long, it is cut as `truncated` does.
         variables: more that the template reads, such as `enable_thinking`.
 
     Raises:
@@ -64,6 +68,8 @@ def encode(
             pass
         case _:
             assert_never(example)
+    if max_tokens is not None and max_tokens < 3:
+        raise BadRecord(f"max_tokens = {max_tokens} must be at least 3")
     if template is None:
         raise BadRecord("is a conversation, and there is no chat template; name one")
     more = dict(variables or {})
@@ -73,18 +79,43 @@ def encode(
         counted = Counted.ALL
     elif counted is Counted.ALL:
         raise BadRecord(f"counted = all: in {purpose.value} only answers count")
-    talk = _Talk(template, tokenizer, example.tools, more)
-    texts = [talk.text(example.prompt, answer.messages, answer.value, counted) for answer in example.answers]
+    other: list[Turn] | None = None
     if purpose is Purpose.KTO:
         if before is None:
             raise BadRecord("kto compares a completion with that of the record before it, and there is none")
         try:
-            other = read(before, purpose, classes)
+            other = read(before, purpose, classes).answers[0].messages  # type: ignore[union-attr]
         except BadRecord as error:
             raise BadRecord(f"the record before it: {error}") from error
-        assert isinstance(other, Example)
-        texts.append(talk.text(example.prompt, other.answers[0].messages, 0.0, counted))
-    return texts
+    talk = _Talk(template, tokenizer, example.tools, more)
+
+    def made(left_out: int) -> list[Text]:
+        short = _without_oldest(example, left_out)
+        texts = [talk.text(short.prompt, answer.messages, answer.value, counted) for answer in short.answers]
+        return texts if other is None else [*texts, talk.text(short.prompt, other, 0.0, counted)]
+
+    texts = made(0)
+    if max_tokens is None or max(len(text.ids) for text in texts) <= max_tokens:
+        return texts
+    fits = lambda left_out: max(len(text.ids) for text in made(left_out)) <= max_tokens
+    texts = made(bisect.bisect_left(range(_exchanges(example) - 1), True, key=fits))
+    return [truncated(text, max_tokens, int(text.ids[0] == tokenizer.bos_id))[0] for text in texts]
+
+
+def _exchanges(example: Example) -> int:
+    return sum(turn["role"] == "user" for turn in example.prompt or example.answers[0].messages)
+
+
+def _without_oldest(example: Example, count: int) -> Example:
+    """Without that many of the oldest turns of the user, and what follows each."""
+    turns = example.prompt or example.answers[0].messages
+    if count == 0:
+        return example
+    first = [n for n, turn in enumerate(turns) if turn["role"] == "user"][count]
+    left = [*(turn for turn in turns[:1] if turn["role"] == "system"), *turns[first:]]
+    if example.prompt:
+        return example._replace(prompt=left)
+    return example._replace(answers=[example.answers[0]._replace(messages=left)])
 
 
 class _Talk(NamedTuple):

@@ -122,6 +122,7 @@ def encode_records(
                 counted=conversations.counted,
                 classes=conversations.classes,
                 before=last,
+                max_tokens=conversations.max_tokens,
             )
             found += [(number, i == 0, text) for i, text in enumerate(texts)]
         except BadRecord as error:

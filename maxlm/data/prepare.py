@@ -26,7 +26,7 @@ from maxlm.config import (
     UserError,
     serialize,
 )
-from maxlm.data.chat import find_chat_template, save_chat_template
+from maxlm.data.chat import save_chat_template
 from maxlm.data.chat_templates import choose_template
 from maxlm.data.dealing import Reader, Splitter, State
 from maxlm.data.documents import Unreadable
@@ -199,10 +199,7 @@ def _put_template(config: PrepareConfig, out: Path, tokenizer: Tokenizer) -> Non
     beside = None
     if isinstance(config.tokenizer, SentencePieceTokenizer | HuggingFaceTokenizer):
         beside = Path(config.tokenizer.path).parent
-    name = config.documents.template
-    if name is None and (beside is None or find_chat_template(beside) is None):
-        name = "plain"
-    template = choose_template(name, tokenizer, beside)
+    template = choose_template(config.documents.template, tokenizer, beside)
     save_chat_template(template, out / CHAT, ends_of_answers(template, tokenizer))
 
 
