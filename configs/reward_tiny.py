@@ -1,9 +1,9 @@
-"""A two-layer reward model (451,328 parameters) that finds polite answers better than rude ones.
+"""A two-layer reward model (445,184 parameters) that finds polite answers better than rude ones.
 
     python -m maxlm.train --config configs/reward_tiny.py
 
-Each line of configs/data/manners.jsonl has a question, a polite and a rude answer. Hardware: two CPU cores, no download;
-a minute or two. The report has the share of held-out pairs that are right, and the calibration.
+Each line of configs/data/manners.jsonl has a question, a polite and a rude answer. Hardware: two CPU cores, no
+download; a minute or two. The report has the share of held-out pairs that are right, and the calibration.
 """
 
 import dataclasses

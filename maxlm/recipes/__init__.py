@@ -7,7 +7,7 @@ reward.py: a number for each completion
 classify.py: a class for each text
 embed.py: a vector for each text
 of_texts.py: what the last four share
-reference.py: the model that a policy is held to
+held_to.py: the model that a policy is held to
 train_medusa.py: heads that guess at later tokens, on a trained model
 taught.py: the tokenizer and the template of a run that is taught with conversations
 starting.py: what a new run may start from: another run, or a published model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from maxlm.config import DocumentsConfig, EngineConfig, WeightFormat
+from maxlm.config import DocumentsConfig, EmbedHead, EngineConfig, WeightFormat
 from maxlm.data.text_ends import TextEnds
 from maxlm.inference.engine import Engine
 from maxlm.inference.load import LoadedRun, load_run
@@ -14,6 +14,7 @@ from maxlm.serving.embedding import Embedder
 from maxlm.serving.passages import passages_of
 from maxlm.serving.retrieval import Index
 from maxlm.serving.served import Served
+from maxlm.serving.vectors_only import VectorsOnly
 
 
 def serve_model(
@@ -26,7 +27,7 @@ def serve_model(
     draft: LoadedRun | None = None,
     documents: DocumentsConfig = DocumentsConfig(),
 ) -> Served:
-    """Place the weights, compile, and start the engine's thread.
+    """Place the weights, compile, and start the engine's thread; a model that was trained for vectors needs none.
 
     Args:
         run: the model.
@@ -40,7 +41,21 @@ def serve_model(
     Raises:
         UserError: as `Engine`, `passages_of` and `load_run`.
     """
-    index = _index(run, documents)
+    head, index = run.config.model.head, _index(run, documents)
+    if isinstance(head, EmbedHead):
+        idle = VectorsOnly(name)
+        return Served(
+            name=name,
+            loop=idle,
+            check=idle.check,
+            tokenizer=run.tokenizer,
+            ends=TextEnds.of_documents(run.tokenizer),
+            max_length=run.config.model.max_seq_len,
+            vocab_size=run.config.model.vocab_size,
+            created=int(time.time()),
+            embed=Embedder(run.model),
+            pooling=head.pooling.value,
+        )
     engine = Engine(run, config, weights=weights, draft=draft)
     return Served(
         name=name,
