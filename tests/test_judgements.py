@@ -129,7 +129,7 @@ def broken(task: Task, head: Any = LmHead(), sample_tokens: int = 0, init_from: 
         (broken(Pretrain(), ScalarHead()), r"ScalarHead gives no logits, which task = Pretrain learns; use LmHead"),
         (
             broken(Preference(), ScalarHead(), init_from="x"),
-            r"ScalarHead gives no logits, which task = Preference learns",
+            r"gives no logits, which task = Preference learns",
         ),
         (broken(Reward()), r"model\.head = LmHead is not what Reward trains; use ScalarHead"),
         (broken(Classify(), ScalarHead()), r"is not what Classify trains; use ClassHead"),
