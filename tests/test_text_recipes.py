@@ -15,6 +15,7 @@ import pytest
 from helpers import small_run
 from train_runs import rows
 
+from maxlm import evaluate
 from maxlm.checkpoint.state_hash import state_hash
 from maxlm.config import (
     AdamW,
@@ -44,6 +45,7 @@ from maxlm.config import (
     SimPo,
     Task,
 )
+from maxlm.data.prepare import ensure_prepared
 from maxlm.recipes import recipe
 from maxlm.training import loop
 from maxlm.training.loop import run
@@ -166,7 +168,9 @@ REST: dict[str, tuple[Task, Purpose, Any, list[str]]] = {
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.nightly if name != "reward" else ()) for name in REST]
 )
-def test_the_other_tasks_run_and_are_measured(name: str, folder: Path, request: pytest.FixtureRequest) -> None:
+def test_the_other_tasks_run_and_are_measured(
+    name: str, folder: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
     task, purpose, head, figures = REST[name]
     config = run_config(folder, task, purpose, head, run_dir=str(folder / name))
     if name != "reward":
@@ -176,4 +180,11 @@ def test_the_other_tasks_run_and_are_measured(name: str, folder: Path, request: 
     assert all(np.isfinite(row[figure]) for figure in ("loss", "grad_norm", *figures))
     [measured] = rows(folder / name, "evals")
     assert np.isfinite(measured["eval_loss"])
+    evaluate.main(["--run", config.run_dir, "--whole", "--json"])
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert said["eval_loss"] == pytest.approx(measured["eval_loss"], rel=1e-5)
+    if name == "embed":
+        ensure_prepared(run_config(folder, Classify(), Purpose.CLASSIFY).data)
+        evaluate.main(["--run", config.run_dir, "--data", str(folder / "data-classify"), "--json"])
+        assert 0 <= json.loads(capsys.readouterr().out.splitlines()[-1])["linear_probe"] <= 1
     goes_on_as_it_went(config)
