@@ -165,21 +165,29 @@ REST: dict[str, tuple[Task, Purpose, Any, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.nightly if name != "reward" else ()) for name in REST]
-)
-def test_the_other_tasks_run_and_are_measured(
-    name: str, folder: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
-) -> None:
-    task, purpose, head, figures = REST[name]
-    config = run_config(folder, task, purpose, head, run_dir=str(folder / name))
-    if name != "reward":
-        config = from_run(config, request.getfixturevalue("taught"))
+def runs_and_is_measured(name: str, config: RunConfig) -> dict[str, Any]:
     assert run(config, recipe).step == 4
-    row = rows(folder / name)[-1]
-    assert all(np.isfinite(row[figure]) for figure in ("loss", "grad_norm", *figures))
-    [measured] = rows(folder / name, "evals")
+    row = rows(Path(config.run_dir))[-1]
+    assert all(np.isfinite(row[figure]) for figure in ("loss", "grad_norm", *REST[name][3]))
+    [measured] = rows(Path(config.run_dir), "evals")
     assert np.isfinite(measured["eval_loss"])
+    return measured
+
+
+def test_a_reward_model_runs_and_is_measured(folder: Path) -> None:
+    task, purpose, head, _ = REST["reward"]
+    runs_and_is_measured("reward", run_config(folder, task, purpose, head))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", REST)
+def test_the_other_tasks_start_from_a_run_and_go_on(
+    name: str, folder: Path, taught: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task, purpose, head, _ = REST[name]
+    config = from_run(run_config(folder, task, purpose, head, run_dir=str(folder / name)), taught)
+    measured = runs_and_is_measured(name, config)
+    goes_on_as_it_went(config)
     evaluate.main(["--run", config.run_dir, "--whole", "--json"])
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert said["eval_loss"] == pytest.approx(measured["eval_loss"], rel=1e-5)
@@ -187,4 +195,3 @@ def test_the_other_tasks_run_and_are_measured(
         ensure_prepared(run_config(folder, Classify(), Purpose.CLASSIFY).data)
         evaluate.main(["--run", config.run_dir, "--data", str(folder / "data-classify"), "--json"])
         assert 0 <= json.loads(capsys.readouterr().out.splitlines()[-1])["linear_probe"] <= 1
-    goes_on_as_it_went(config)
