@@ -11,6 +11,7 @@ execution.py: number formats, remat, kernels
 remat.py: which named results each remat policy keeps
 families.py: model families as functions from sizes to a model
 task.py: what a run learns
+task_rules.py: what a task needs of the rest
 data.py: documents, tokenizers, mixtures
 purposes.py: what records of conversations are for
 quantization.py: ways to make weights smaller
@@ -77,7 +78,9 @@ from maxlm.config.mixture import (
 from maxlm.config.mlp import Activation, GatedMlp, Mlp, Nonlinearity, Swish
 from maxlm.config.model import (
     BlockConfig,
+    ClassHead,
     DeepNorm,
+    EmbedHead,
     Head,
     LmHead,
     MedusaHeads,
@@ -85,6 +88,7 @@ from maxlm.config.model import (
     ModelConfig,
     OutputNorm,
     Parallel,
+    Pooling,
     PostNorm,
     PreNorm,
     Residual,
@@ -140,7 +144,26 @@ from maxlm.config.sharding import (
     pipeline_ticks,
 )
 from maxlm.config.speculation import DraftModel, Medusa, PromptLookup, Speculation
-from maxlm.config.task import Gold, Pretrain, Sft, Task, TrainMedusa
+from maxlm.config.task import (
+    BinaryReward,
+    BradleyTerry,
+    Classify,
+    Dpo,
+    Embed,
+    Gold,
+    Ipo,
+    Kto,
+    Orpo,
+    Preference,
+    PreferenceLoss,
+    Pretrain,
+    Reward,
+    RewardLoss,
+    Sft,
+    SimPo,
+    Task,
+    TrainMedusa,
+)
 
 __all__ = [
     "ACTIVATION_DIMS",
@@ -155,12 +178,16 @@ __all__ = [
     "Axes",
     "Backend",
     "BeamConfig",
+    "BinaryReward",
     "BlockConfig",
+    "BradleyTerry",
     "ByteTokenizer",
     "CacheFormat",
     "Capacity",
     "CheckpointConfig",
     "ChosenModel",
+    "ClassHead",
+    "Classify",
     "ConstantSchedule",
     "Context",
     "ContrastiveConfig",
@@ -173,10 +200,13 @@ __all__ = [
     "Dispatch",
     "Documents",
     "DocumentsConfig",
+    "Dpo",
     "DraftModel",
     "Dropless",
     "Dtype",
     "DynamicNtkScaling",
+    "Embed",
+    "EmbedHead",
     "EmbeddedPosition",
     "EngineConfig",
     "ExecutionConfig",
@@ -195,7 +225,9 @@ __all__ = [
     "HuggingFaceDataset",
     "HuggingFaceTokenizer",
     "InverseSqrtSchedule",
+    "Ipo",
     "KernelConfig",
+    "Kto",
     "LatentAttention",
     "LayerNorm",
     "Learned",
@@ -216,12 +248,16 @@ __all__ = [
     "NtkScaling",
     "ObserveConfig",
     "OptimizerConfig",
+    "Orpo",
     "OutputNorm",
     "Parallel",
     "PieceModel",
+    "Pooling",
     "Position",
     "PostNorm",
     "PreNorm",
+    "Preference",
+    "PreferenceLoss",
     "PrepareConfig",
     "Pretrain",
     "PromptLookup",
@@ -233,6 +269,8 @@ __all__ = [
     "Remat",
     "Residual",
     "ResidualInit",
+    "Reward",
+    "RewardLoss",
     "RmsNorm",
     "Rope",
     "RopeScaling",
@@ -246,6 +284,7 @@ __all__ = [
     "Sft",
     "ShardingConfig",
     "SigmoidRouter",
+    "SimPo",
     "Sinusoidal",
     "SlicesAxis",
     "Speculation",

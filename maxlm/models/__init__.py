@@ -25,6 +25,7 @@ tokens.py: what is known of each token: position, document, seed
 
 from maxlm.models.decoder import (
     Decoder,
+    DecoderOutput,
     abstract_parameters,
     bind,
     declared,
@@ -37,6 +38,7 @@ from maxlm.models.unembedding import Unembedding
 
 __all__ = [
     "Decoder",
+    "DecoderOutput",
     "Execution",
     "Tokens",
     "Unembedding",
