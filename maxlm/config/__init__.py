@@ -140,7 +140,7 @@ from maxlm.config.sharding import (
     pipeline_ticks,
 )
 from maxlm.config.speculation import DraftModel, Medusa, PromptLookup, Speculation
-from maxlm.config.task import Pretrain, Task, TrainMedusa
+from maxlm.config.task import Gold, Pretrain, Sft, Task, TrainMedusa
 
 __all__ = [
     "ACTIVATION_DIMS",
@@ -188,6 +188,7 @@ __all__ = [
     "GatedMlp",
     "GlmRope",
     "GluSave",
+    "Gold",
     "GroupedQuery",
     "GuidanceConfig",
     "Head",
@@ -242,6 +243,7 @@ __all__ = [
     "ScalarHead",
     "Schedule",
     "SentencePieceTokenizer",
+    "Sft",
     "ShardingConfig",
     "SigmoidRouter",
     "Sinusoidal",

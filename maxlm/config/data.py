@@ -114,13 +114,13 @@ class Conversations:
     """Names taken from folders, as in the shell."""
     purpose: Purpose = Purpose.SFT
     """What they are read for."""
-    template: NotEmpty[str] | None = None
-    """How a conversation becomes text: the name of a built-in template, or a Jinja file; None: the template that the
-    tokenizer came with, or `plain` if it has none."""
     counted: Counted = Counted.ANSWERS
-    """Which tokens of a conversation are learned."""
+    """Which tokens of a conversation the loss counts."""
+    template: NotEmpty[str] | None = None
+    """How a conversation becomes text: the name of a built-in template (chatml, llama2, llama3, mistral, qwen, zephyr,
+    plain, raw), or a Jinja file; None: the template that the tokenizer came with, or `plain` if it has none."""
     classes: tuple[str, ...] = ()
-    """Names of the classes, in the order of their numbers, where labels are names."""
+    """Names of classes, where labels are names; the first is class 0."""
     max_tokens: Positive[int] | None = None
     """Longer conversations lose their oldest turns; None: none does before a window ends."""
 

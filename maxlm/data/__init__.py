@@ -30,9 +30,11 @@ tiktoken.py: a .tiktoken file as a tokenizer.json
 train_tokenizer.py: training a tokenizer, compression report
 prepare.py: documents to shards
 dealing.py: documents to splits, restartable
+encoders.py: documents to tokens, in these processes
 workers.py: tokenising processes
 writer.py: shard files that survive a kill
 shards.py: the prepared folder and its checks
+record_windows.py: windows of whole records
 packing.py: windows, segments, positions, loss mask
 loader.py: batch(step), mixtures, global arrays
 """

@@ -18,6 +18,7 @@ import importlib.util
 import json
 import multiprocessing
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -248,6 +249,25 @@ def find_chat_template(folder: Path) -> ChatTemplate | None:
         if not sources and (found := _object(file).get("chat_template")):
             sources, place = _named(found, file), str(file)
     return ChatTemplate(sources=sources, tokens=tokens, place=place) if sources else None
+
+
+def save_chat_template(template: ChatTemplate, folder: Path, ends: Sequence[int]) -> None:
+    """Write what `find_chat_template` and `published_ends` read into `folder`, which appears only when it is complete.
+
+    Args:
+        template: to write.
+        folder: not there yet.
+        ends: ids each of which ends an answer.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "additional_chat_templates").mkdir(parents=True)
+    for name, source in template.sources.items():
+        place = "chat_template.jinja" if name == "default" else f"additional_chat_templates/{name}.jinja"
+        (partial / place).write_text(source)
+    (partial / "tokenizer_config.json").write_text(json.dumps(dict(template.tokens), indent=2) + "\n")
+    (partial / "generation_config.json").write_text(json.dumps({"eos_token_id": list(ends)}, indent=2) + "\n")
+    partial.rename(folder)
 
 
 def _object(file: Path) -> dict[str, Any]:
