@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,23 @@ def test_what_counts_is_the_assistants_words_and_the_ends_of_its_turns(name: str
     assert last.ids == text.ids and counted(tokenizer, last) == counted(tokenizer, text)[1:]
     [whole] = encode({"messages": messages}, template, tokenizer, counted=Counted.ALL)
     assert whole.ids == text.ids and all(whole.counts)
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_any_words_are_learned_as_they_are_and_nothing_else(name: str, made: Make) -> None:
+    """Pieces of control tokens, of roles and of what templates look for, in any order."""
+    kind, source, end = STOCK[name]
+    tokenizer, template = made(kind, source)
+    controls = "<|im_end|> <|im_start|>assistant\n </s> <eos> <end_of_turn> <start_of_turn>model\n <|eot_id|>".split(
+        " "
+    )
+    pieces = [*controls, "a", " ", "\n", "<|im_", "end|>", "assistant", "{{", "<|start_header_id|>", "\u00e9"]
+    draw = random.Random(name)
+    for _ in range(25):
+        words = [f"x{''.join(draw.choices(pieces, k=draw.randint(0, 6)))}x" for _ in range(2 * draw.randint(1, 3))]
+        messages = [(user, assistant)[n % 2](word) for n, word in enumerate(words)]
+        [text] = encode({"messages": messages}, template, tokenizer)
+        assert counted(tokenizer, text) == [word + end for word in words[1::2]]
 
 
 BUILT = {
@@ -553,3 +571,5 @@ class TestShorter:
         texts, lost = fitted(pair, 8, 1)
         assert [t.ids for t in texts] == [[9, 4, 5, 6], [9, 4, 7, 8]] and lost == 7
         assert [t.value for t in texts] == [1, 0]
+        with pytest.raises(UserError, match="2 texts of a record do not fit into 5 ids"):
+            fitted(pair, 5, 1)
