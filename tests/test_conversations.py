@@ -125,9 +125,7 @@ def test_any_words_are_learned_as_they_are_and_nothing_else(name: str, made: Mak
     """Pieces of control tokens, of roles and of what templates look for, in any order."""
     kind, source, end = STOCK[name]
     tokenizer, template = made(kind, source)
-    controls = "<|im_end|> <|im_start|>assistant\n </s> <eos> <end_of_turn> <start_of_turn>model\n <|eot_id|>".split(
-        " "
-    )
+    controls = ["<|im_end|>", "<|im_start|>assistant\n", "</s>", "<eos>", "<end_of_turn>", "<|eot_id|>"]
     pieces = [*controls, "a", " ", "\n", "<|im_", "end|>", "assistant", "{{", "<|start_header_id|>", "\u00e9"]
     draw = random.Random(name)
     for _ in range(25):
