@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 from helpers import initial_parameters, one_device, packed_batch, place, small_model, small_run, whole_logits
 
-from maxlm.config import Adapter, AdapterKind, AdamW, BaseFormat, ConstantSchedule, Lora, ModelConfig, UserError
+from maxlm.config import (
+    AdaLora,
+    AdamW,
+    Adapter,
+    BaseFormat,
+    Bottleneck,
+    ConstantSchedule,
+    DyLora,
+    Ia3,
+    Lora,
+    ModelConfig,
+)
 from maxlm.models import abstract_parameters
 from maxlm.models.adapters import base_of
 from maxlm.shapes import PREFIX, arrays
@@ -31,10 +42,20 @@ def base_tree(parameters: Any) -> Any:
     return {name: tree for name, tree in parameters.items() if name != PREFIX}
 
 
-@pytest.mark.parametrize("kind", [Lora(rank=2), Lora(rank=3, dora=True, targets=("all-linear",))], ids=["lora", "dora"])
-@pytest.mark.parametrize("base", list(BaseFormat), ids=str)
-def test_an_adapter_begins_as_its_base(kind: AdapterKind, base: BaseFormat) -> None:
-    model = with_adapter(kind=kind, base=base)
+KINDS = {
+    "lora": Lora(rank=2),
+    "dora": Lora(rank=3, dora=True, targets=("all-linear",)),
+    "dylora": DyLora(rank=2),
+    "adalora": AdaLora(rank=3, target_rank=2),
+    "ia3": Ia3(),
+    "series": Bottleneck(size=3),
+    "parallel": Bottleneck(size=3, parallel=True, scale=4.0, targets=("down_proj",)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_begins_as_its_base(kind: str) -> None:
+    model = with_adapter(kind=KINDS[kind], base=BaseFormat.NF4 if kind == "dora" else BaseFormat.FLOAT32)
     parameters = initial_parameters(model)
     plain = outputs(base_of(model), base_tree(parameters))
     np.testing.assert_allclose(outputs(model, parameters), plain, atol=2e-5)
@@ -51,10 +72,11 @@ def test_what_is_declared_is_what_is_built(base: BaseFormat) -> None:
     assert trained == {"embed", *(f"adapter/blocks/0/attention/{name}" for name in names)}
 
 
-@pytest.mark.parametrize("base", list(BaseFormat), ids=str)
-def test_a_step_leaves_the_base_bit_for_bit(base: BaseFormat) -> None:
+@pytest.mark.parametrize("kind", ["lora", "ia3", "parallel"])
+def test_a_step_leaves_the_base_bit_for_bit(kind: str) -> None:
+    bases = {"lora": BaseFormat.NF4, "ia3": BaseFormat.INT8, "parallel": BaseFormat.BFLOAT16}
     config = dataclasses.replace(
-        small_run(with_adapter(kind=Lora(rank=2, targets=("all-linear",)), base=base)),
+        small_run(with_adapter(kind=KINDS[kind], base=bases[kind])),
         optimizer=AdamW(learning_rate=0.01, schedule=ConstantSchedule(), weight_decay=0.1),
     )
     trainer = make_trainer(config, one_device())

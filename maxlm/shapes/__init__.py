@@ -8,7 +8,7 @@ pools.py: blocks of what decoding keeps
 device.py: a device's part of each, in training and as decoding holds it
 """
 
-from maxlm.shapes.adapters import PREFIX, targets
+from maxlm.shapes.adapters import PREFIX, is_input_of, is_linear, targets
 from maxlm.shapes.array import Array, Constant, Init, Normal, Part, Role
 from maxlm.shapes.arrays import (
     Kept,
@@ -64,6 +64,8 @@ __all__ = [
     "flops_per_token",
     "head",
     "head_norms",
+    "is_input_of",
+    "is_linear",
     "kept",
     "medusa_head",
     "mfu",

@@ -55,13 +55,13 @@ def cross_entropy_sums(
     Args:
         layout: the mesh; the vocabulary may be cut over the tensor axis.
         hidden: [B, T, D] in the compute dtype.
-        unembedding: what makes logits of them; its arrays are float32.
+        unembedding: what makes logits of them.
         targets: int32 [B, T].
         mask: float [B, T], weight of each token.
         z_loss: weight of the z-loss in the objective.
         chunk: tokens on each device whose logits exist at one time.
     """
-    return _sums(_Options(layout, z_loss, chunk), hidden, unembedding, targets, mask.astype(jnp.float32))
+    return _sums(_Options(layout, z_loss, chunk), hidden, unembedding.wide(), targets, mask.astype(jnp.float32))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -276,11 +276,11 @@ def token_scores(
     Args:
         layout: the mesh; the vocabulary may be cut over the tensor axis.
         hidden: [B, T, D] in the compute dtype.
-        unembedding: what makes logits of them; its arrays are float32.
+        unembedding: what makes logits of them.
         targets: int32 [B, T].
         chunk: tokens on each device whose logits exist at one time.
     """
-    return _token_scores(_Options(layout, 0.0, chunk), hidden, unembedding, targets)
+    return _token_scores(_Options(layout, 0.0, chunk), hidden, unembedding.wide(), targets)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
