@@ -135,7 +135,7 @@ class Ia3:
 
 @config("model.adapter.kind.", changes=Changes.IDENTITY)
 class Bottleneck:
-    """A small MLP with a sum around it: y + scale (U f(D y + d) + u), on what an attention or an MLP makes, before it is
+    """A small MLP with a sum around it: y + scale (U f(D y + d) + u) on what an attention or an MLP makes, before it is
     added to the residual stream (Houlsby et al. 2019, arXiv:1902.00751, section 2.1). U and u begin as zeros, so that
     it begins as its base; in the paper it does so nearly."""
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, assert_never
 
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
@@ -27,7 +28,7 @@ from maxlm.config.json_file import read_object
 from maxlm.hub.folder import Pieces, appearing
 from maxlm.hub.names import Names, Piece, Tensor, Transposed, tensors, to_ours, to_theirs
 from maxlm.hub.tensor_files import Spec, TensorFolder, write_tensors
-from maxlm.models.adapters import base_of
+from maxlm.models.adapters import base_of, replaced
 from maxlm.shapes import Array
 
 Values = npt.NDArray[np.float32]
@@ -41,6 +42,7 @@ _KNOWN = (
     *("alpha_pattern", "fan_in_fan_out", "target_modules", "exclude_modules", "feedforward_modules", "modules_to_save"),
     *("layers_to_transform", "layers_pattern", "init_lora_weights", "init_ia3_weights", "loftq_config", "init_r"),
     *("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step", "qalora_group_size"),
+    *("megatron_core", "ephemeral_gpu_offload"),
 )
 """Keys of adapter_config.json that are understood, or say nothing of what the adapter computes."""
 _NOTHING: tuple[Any, ...] = (None, False, "none", [], {})
@@ -121,6 +123,14 @@ def read_peft(folder: Path, base: ModelConfig, names: Names) -> PeftAdapter:
     return PeftAdapter(adapter=adapter, arrays=arrays, norms=norms)
 
 
+def over(base: ModelConfig, parameters: dict[str, Any], read: PeftAdapter) -> tuple[ModelConfig, dict[str, Any]]:
+    """A model with an adapter, and its parameters, of those of its base."""
+    model = dataclasses.replace(base, adapter=read.adapter)
+    for name, values in read.arrays.items():
+        parameters = replaced(parameters, name.split("/"), jnp.asarray(values))
+    return model, parameters
+
+
 def write_peft(folder: Path, config: ModelConfig, pieces: Pieces, names: Names, base: str | None) -> dict[str, float]:
     """Write an adapter alone.
 
@@ -158,7 +168,7 @@ def write_peft(folder: Path, config: ModelConfig, pieces: Pieces, names: Names, 
         written = own.theirs(tensor, changed)
         if isinstance(adapter.kind, Ia3) and "inputs" in own.names(parts[0]):
             inputs_of.append(module)
-        elif "lora_A.weight" in written and len(written["lora_A.weight"]) != adapter.kind.rank:
+        elif not isinstance(adapter.kind, Ia3 | Bottleneck) and len(written["lora_A.weight"]) != adapter.kind.rank:
             ranks[module] = len(written["lora_A.weight"])
         out |= {f"{_PREFIX}{module}.{ending}": values for ending, values in written.items()}
     full = {array.name for array in declared.values() if array.trained and not array.name.startswith(shapes.PREFIX)}
@@ -426,8 +436,13 @@ def _require_known(folder: Path, said: Mapping[str, Any]) -> None:
         )
     if said.get("peft_type") == "ADALORA" and said.get("rank_pattern"):
         raise UserError(f"{folder / CONFIG}: rank_pattern of ADALORA is not read; merge the adapter with peft")
-    numbers = {"lora_alpha": (int, float), "lora_dropout": (int, float), "rank_pattern": dict, "alpha_pattern": dict}
-    kinds = numbers | {"modules_to_save": list, "feedforward_modules": list}
+    kinds: dict[str, Any] = {
+        "lora_alpha": int | float,
+        "lora_dropout": int | float,
+        "alpha_pattern": dict,
+        "modules_to_save": list,
+        "feedforward_modules": list,
+    }
     for key, kind in kinds.items():
         if said.get(key) is not None and not isinstance(said[key], kind):
             raise UserError(f"{folder / CONFIG}: {key} = {json.dumps(said[key])[:60]} is not as peft writes it")

@@ -113,8 +113,7 @@ def changed(adapter: Adapter, weight: Weight, own: dict[str, Any]) -> Weight:
 
 def small_mlp(kind: Bottleneck, own: dict[str, Any]) -> SmallMlp:
     """The adapter's arrays at one place as an MLP."""
-    arrays = (own[name] for name in ("down", "down_bias", "up", "up_bias"))
-    return SmallMlp(*arrays, kind.activation, kind.scale)
+    return SmallMlp(own["down"], own["down_bias"], own["up"], own["up_bias"], kind.activation, kind.scale)
 
 
 def _is_parallel(config: ModelConfig) -> bool:

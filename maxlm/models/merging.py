@@ -31,19 +31,18 @@ def merged(config: ModelConfig, parameters: dict[str, Any]) -> dict[str, Any]:
     adapter = _mergeable(config)
 
     def one(weight: Any, own: dict[str, Any]) -> jax.Array:
-        found: jax.Array = changed(adapter, weight, own).dense(jnp.dtype(jnp.float32))
-        return found
+        return plain(changed(adapter, weight, own))
 
     return _changed(config, parameters, parameters[shapes.PREFIX], one, jnp.multiply)
 
 
-def unmerged(config: ModelConfig, whole: dict[str, Any], adapter: dict[str, Any]) -> dict[str, Any]:
+def unmerged(config: ModelConfig, whole: dict[str, Any], arrays: dict[str, Any]) -> dict[str, Any]:
     """What `merged` was made of, but for rounding.
 
     Args:
         config: the model, with its adapter.
         whole: of `merged`.
-        adapter: the adapter's arrays, `parameters["adapter"]`.
+        arrays: the adapter's, `parameters["adapter"]`.
 
     Returns:
         Parameters of the model with its adapter.
@@ -51,7 +50,8 @@ def unmerged(config: ModelConfig, whole: dict[str, Any], adapter: dict[str, Any]
     Raises:
         UserError: as of `merged`; or its kind forgets what the base was.
     """
-    kind = _mergeable(config).kind
+    adapter = _mergeable(config)
+    kind = adapter.kind
     if isinstance(kind, Lora) and kind.dora:
         raise UserError(
             "model.adapter.kind.dora = True: what the lengths of the base's weights were is not known after merging; "
@@ -61,13 +61,10 @@ def unmerged(config: ModelConfig, whole: dict[str, Any], adapter: dict[str, Any]
     def one(weight: Any, own: dict[str, Any]) -> jax.Array:
         if isinstance(kind, Ia3):
             inverse = {name: 1 / factors for name, factors in own.items()}
-            found: jax.Array = changed(_mergeable(config), weight, inverse).dense(jnp.dtype(jnp.float32))
-            return found
-        zero = jnp.zeros(weight.shape, jnp.float32)
-        difference: jax.Array = changed(_mergeable(config), zero, own).dense(jnp.dtype(jnp.float32))
-        return plain(weight) - difference
+            return plain(changed(adapter, weight, inverse))
+        return plain(weight) - plain(changed(adapter, jnp.zeros(weight.shape), own))
 
-    return {**_changed(config, whole, adapter, one, jnp.divide), shapes.PREFIX: adapter}
+    return {**_changed(config, whole, arrays, one, jnp.divide), shapes.PREFIX: arrays}
 
 
 def scaled(adapter: Adapter, factor: float) -> Adapter:
@@ -117,7 +114,7 @@ def weighted_sum(adapters: Sequence[Weighted]) -> tuple[Adapter, dict[str, Any]]
         if adapter.full:
             raise UserError(f"model.adapter.full = {adapter.full} cannot be summed; use adapters without")
         for array in targets(one.model):
-            weight = changed(adapter, jnp.zeros(()), at(one.arrays, array.name))
+            weight: Any = changed(adapter, jnp.zeros(()), at(one.arrays, array.name))
             declared[array.name] = array
             found.setdefault(array.name, []).append((weight.a, weight.b * (one.weight * weight.scale)))
     rank = max(sum(a.shape[-1] for a, _ in pairs) for pairs in found.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,12 +60,12 @@ def with_keys(weights: Any, keys: jax.Array | None) -> Any:
     if keys is None:
         return weights
     is_low_rank = lambda node: isinstance(node, LowRank)
-    leaves, tree = jax.tree.flatten(weights, is_leaf=is_low_rank)
+    numbers = itertools.count()
 
-    def one(i: int, leaf: Any) -> Any:
-        if not (is_low_rank(leaf) and (leaf.dropout or leaf.nested)):
+    def one(leaf: Any) -> Any:
+        if not (isinstance(leaf, LowRank) and (leaf.dropout or leaf.nested)):
             return leaf
-        own = jax.vmap(lambda key: jax.random.fold_in(key, i))(keys)
-        return dataclasses.replace(leaf, keys=own)
+        number = next(numbers)
+        return dataclasses.replace(leaf, keys=jax.vmap(lambda key: jax.random.fold_in(key, number))(keys))
 
-    return tree.unflatten([one(i, leaf) for i, leaf in enumerate(leaves)])
+    return jax.tree.map(one, weights, is_leaf=is_low_rank)
