@@ -13,6 +13,7 @@ remat.py: which named results each remat policy keeps
 families.py: model families as functions from sizes to a model
 task.py: what a run learns
 data.py: documents, tokenizers, mixtures
+purposes.py: what records of conversations are for
 quantization.py: ways to make weights smaller
 optimizer.py: AdamW, Adafactor, schedules
 sharding.py: sizes of the mesh axes, ZeRO stages, presets
@@ -52,6 +53,7 @@ from maxlm.config.attention import Attention, FixedPattern, GroupedQuery, Latent
 from maxlm.config.chosen import ChosenModel
 from maxlm.config.data import (
     ByteTokenizer,
+    Conversations,
     DataConfig,
     Dataset,
     Documents,
@@ -132,6 +134,7 @@ from maxlm.config.position import (
     Sinusoidal,
     YarnScaling,
 )
+from maxlm.config.purposes import Counted, Purpose
 from maxlm.config.quantization import QuantMethod
 from maxlm.config.run import CheckpointConfig, LimitsConfig, ObserveConfig, RunConfig, StepRange, TrainConfig
 from maxlm.config.sampling import BeamConfig, ContrastiveConfig, GuidanceConfig, SamplingConfig
@@ -149,7 +152,7 @@ from maxlm.config.sharding import (
     pipeline_ticks,
 )
 from maxlm.config.speculation import DraftModel, Medusa, PromptLookup, Speculation
-from maxlm.config.task import Pretrain, Task, TrainMedusa
+from maxlm.config.task import Gold, Pretrain, Sft, Task, TrainMedusa
 
 __all__ = [
     "ACTIVATION_DIMS",
@@ -179,7 +182,9 @@ __all__ = [
     "ConstantSchedule",
     "Context",
     "ContrastiveConfig",
+    "Conversations",
     "CosineSchedule",
+    "Counted",
     "DataConfig",
     "Dataset",
     "DeepNorm",
@@ -202,6 +207,7 @@ __all__ = [
     "GatedMlp",
     "GlmRope",
     "GluSave",
+    "Gold",
     "GroupedQuery",
     "GuidanceConfig",
     "Head",
@@ -240,6 +246,7 @@ __all__ = [
     "PrepareConfig",
     "Pretrain",
     "PromptLookup",
+    "Purpose",
     "QkNorm",
     "QuantMethod",
     "RelativeBias",
@@ -257,6 +264,7 @@ __all__ = [
     "ScalarHead",
     "Schedule",
     "SentencePieceTokenizer",
+    "Sft",
     "ShardingConfig",
     "SigmoidRouter",
     "Sinusoidal",

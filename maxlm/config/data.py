@@ -6,6 +6,7 @@ import enum
 from typing import Annotated
 
 from maxlm.config.fields import BelowOne, Changes, Filled, NotEmpty, PathName, Positive, Range, Seed, config
+from maxlm.config.purposes import Counted, Purpose
 
 
 @config("data.datasets[].prepare.tokenizer.", changes=Changes.NOTHING)
@@ -102,7 +103,29 @@ class HuggingFaceDataset:
     """Column of the text."""
 
 
-Documents = StandardLibrary | Files | HuggingFaceDataset
+@config("data.datasets[].prepare.documents.", changes=Changes.NOTHING)
+class Conversations:
+    """Records in JSON (`.jsonl`, `.ndjson`, `.json`, compressed or not) or parquet, each an object: a conversation, or
+    a prompt with what is said of its answers. Formats are recognised by their keys, see docs/posttrain.md."""
+
+    paths: Annotated[tuple[PathName, ...], Filled(note="name files or folders")]
+    """Files and folders."""
+    pattern: NotEmpty[str] = "*"
+    """Names taken from folders, as in the shell."""
+    purpose: Purpose = Purpose.SFT
+    """What they are read for."""
+    counted: Counted = Counted.ANSWERS
+    """Which tokens of a conversation the loss counts."""
+    template: NotEmpty[str] | None = None
+    """How a conversation becomes text: the name of a built-in template (chatml, llama2, llama3, mistral, qwen, zephyr,
+    plain, raw), or a Jinja file; None: the template that the tokenizer came with, or `plain` if it has none."""
+    classes: tuple[str, ...] = ()
+    """Names of classes, where labels are names; the first is class 0."""
+    max_tokens: Positive[int] | None = None
+    """Longer conversations lose their oldest turns; None: none does before a window ends."""
+
+
+Documents = StandardLibrary | Files | HuggingFaceDataset | Conversations
 
 
 @config("data.datasets[].prepare.", changes=Changes.NOTHING)

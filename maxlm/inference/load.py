@@ -29,6 +29,7 @@ from maxlm.config import (
 from maxlm.config.json_file import no_folder
 from maxlm.config.layout_rules import broken_layout_rules
 from maxlm.data.chat import ChatTemplate, find_chat_template
+from maxlm.data.shards import CHAT
 from maxlm.data.text_ends import TextEnds, published_ends
 from maxlm.data.tokenizers import Tokenizer, load_tokenizer
 from maxlm.inference.generator import Generation, Generator
@@ -173,9 +174,9 @@ def _load_run(run_dir: Path, step: int | None, sharding: ShardingConfig, *, defe
             f"{run_dir / 'tokenizer'}: fingerprint {tokenizer.fingerprint[:12]}..., but checkpoint {restored.step} was "
             f"trained with {str(trained_with)[:12]}...; restore the tokenizer that the run was started with"
         )
-    published, ends = run_dir / PUBLISHED, None
-    if published.is_dir():
-        ends = published_ends(published, tokenizer)
+    told, ends = next((run_dir / name for name in (CHAT, PUBLISHED) if (run_dir / name).is_dir()), None), None
+    if told is not None:
+        ends = published_ends(told, tokenizer)
         if restored.step:  # what it was trained on here ends as documents do
             ends = ends._replace(last=tuple(dict.fromkeys([*ends.last, tokenizer.eos_id])))
     return LoadedRun(
@@ -185,7 +186,7 @@ def _load_run(run_dir: Path, step: int | None, sharding: ShardingConfig, *, defe
         tokenizer=tokenizer,
         step=restored.step,
         ends=ends,
-        chat=find_chat_template(published) if published.is_dir() else None,
+        chat=None if told is None else find_chat_template(told),
     )
 
 
