@@ -17,7 +17,7 @@ from maxlm.config import Activation, GluSave, KernelConfig, Nonlinearity, Swish
 from maxlm.models.ops.backends import blaming
 from maxlm.models.ops.ring import in_ring_order
 from maxlm.models.unembedding import Unembedding
-from maxlm.models.weights.around import Followed, Rescaled, SmallMlp
+from maxlm.models.weights.around import Rescaled, SmallMlp, WithMlp
 from maxlm.models.weights.by_channel import ByChannel, Float8, Int8, Int8Activations, Int8Outliers
 from maxlm.models.weights.by_group import ByGroup
 from maxlm.models.weights.by_layer import ByLayer, in_layer
@@ -52,7 +52,7 @@ def project(layout: Layout, subscripts: str, x: jax.Array, w: Weight, bias: jax.
         case Rescaled(base=base, inputs=inputs, outputs=outputs):
             y = project(layout, subscripts, x if inputs is None else (x * inputs).astype(x.dtype), base, bias)
             return y if outputs is None else (y * outputs).astype(y.dtype)
-        case Followed(base=base, mlp=mlp):
+        case WithMlp(base=base, mlp=mlp):
             y = project(layout, subscripts, x, base, bias)
             return y + small_mlp(layout, y, mlp)
         case ByGroup() | NormalFloat4() | jax.Array():
