@@ -21,13 +21,11 @@ from maxlm.inference.checks import check_lengths
 from maxlm.inference.load import LoadedRun
 from maxlm.observe.text import short
 from maxlm.processes.joining import on_rank_0
-from maxlm.recipes.starting import open_source
+from maxlm.recipes.starting import starting
 from maxlm.sharding import Layout
 from maxlm.training.loop import Measure, Recipe
 from maxlm.training.objective import Batch, NextToken, Objective, make_evaluate
 from maxlm.training.state import TrainState
-from maxlm.training.step import Trainer
-from maxlm.training.warm_start import WarmStart, warm_start
 
 
 def recipe(config: RunConfig, task: Pretrain, layout: Layout) -> Recipe[LoadedRun]:
@@ -37,7 +35,7 @@ def recipe(config: RunConfig, task: Pretrain, layout: Layout) -> Recipe[LoadedRu
         UserError: the data is not there, is damaged, too small, or has more ids than the model; or the model cannot
             draw the sample that is asked for at the end.
     """
-    train, init_from = config.train, config.checkpoint.init_from
+    train = config.train
     data = batches(config)
     tokenizer = data.tokenizer
     if tokenizer.vocab_size > config.model.vocab_size:
@@ -46,10 +44,6 @@ def recipe(config: RunConfig, task: Pretrain, layout: Layout) -> Recipe[LoadedRu
             f"data's tokenizer ({config.data.datasets[0].path}); use at least {tokenizer.vocab_size}, best "
             f"{padded_vocabulary(tokenizer.vocab_size)}: a multiple of 128, whose last rows no id uses"
         )
-
-    def from_other_run(trainer: Trainer) -> WarmStart:
-        assert init_from is not None
-        return warm_start(init_from, open_source, config.model, layout, trainer, tokenizer.fingerprint)
 
     objective = NextToken(config, layout)
 
@@ -66,7 +60,7 @@ def recipe(config: RunConfig, task: Pretrain, layout: Layout) -> Recipe[LoadedRu
         objective=objective,
         feed=FileFeed(data, layout),
         measures=tuple(measures),
-        start=None if init_from is None else from_other_run,
+        start=starting(config, layout, tokenizer.fingerprint),
         tokenizer=tokenizer,
         outcome=loaded,
     )
