@@ -40,6 +40,7 @@ from maxlm.config.attention import Attention, FixedPattern, GroupedQuery, Latent
 from maxlm.config.chosen import ChosenModel
 from maxlm.config.data import (
     ByteTokenizer,
+    Conversations,
     DataConfig,
     Dataset,
     Documents,
@@ -48,6 +49,7 @@ from maxlm.config.data import (
     HuggingFaceTokenizer,
     PieceModel,
     PrepareConfig,
+    Purpose,
     SentencePieceTokenizer,
     StandardLibrary,
     TokenizerConfig,
@@ -161,6 +163,7 @@ __all__ = [
     "ConstantSchedule",
     "Context",
     "ContrastiveConfig",
+    "Conversations",
     "CosineSchedule",
     "DataConfig",
     "Dataset",
@@ -219,6 +222,7 @@ __all__ = [
     "PrepareConfig",
     "Pretrain",
     "PromptLookup",
+    "Purpose",
     "QkNorm",
     "QuantMethod",
     "RelativeBias",

@@ -102,7 +102,42 @@ class HuggingFaceDataset:
     """Column of the text."""
 
 
-Documents = StandardLibrary | Files | HuggingFaceDataset
+class Purpose(enum.Enum):
+    """What a record of conversations is read for. docs/posttrain.md has the keys that each takes."""
+
+    ANSWERS = "answers"
+    """What the assistant wrote is learned."""
+    COMPARISONS = "comparisons"
+    """Two or more answers to one prompt, from better to worse or with ratings."""
+    JUDGEMENTS = "judgements"
+    """An answer that is good or is not."""
+    CLASSES = "classes"
+    """A text and the number of its class."""
+    PAIRS = "pairs"
+    """A query and a passage that answers it."""
+
+
+@config("data.datasets[].prepare.documents.", changes=Changes.NOTHING)
+class Conversations:
+    """Records in JSON (`.jsonl`, `.ndjson`, `.json`, compressed or not) or parquet, each an object: a conversation, or
+    a prompt with what is said of its answers. Formats are recognised by their keys, see docs/posttrain.md."""
+
+    paths: Annotated[tuple[PathName, ...], Filled(note="name files or folders")]
+    """Files and folders."""
+    pattern: NotEmpty[str] = "*"
+    """Names taken from folders, as in the shell."""
+    purpose: Purpose = Purpose.ANSWERS
+    """What they are read for."""
+    template: NotEmpty[str] | None = None
+    """How a conversation becomes text: the name of a built-in template, or a Jinja file; None: the template that the
+    tokenizer came with, or `plain` if it has none."""
+    last_turn: bool = False
+    """Learn from the last answer of a conversation alone."""
+    max_tokens: Positive[int] | None = None
+    """Longer conversations lose their oldest turns; None: none does before a window ends."""
+
+
+Documents = StandardLibrary | Files | HuggingFaceDataset | Conversations
 
 
 @config("data.datasets[].prepare.", changes=Changes.NOTHING)

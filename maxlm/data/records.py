@@ -1,4 +1,7 @@
-"""Documents of files that hold many: lines of JSON, other JSON, CSV and TSV, parquet."""
+"""Documents of files that hold many: lines of JSON, other JSON, CSV and TSV, parquet.
+
+A document is the text under a `key`; where that is None, the whole record, as JSON.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,8 @@ from maxlm.data.input_files import DAMAGE, damage, missing_extra
 _SKIPPED = 16
 """A line that is too long is passed over up to so many times the limit; what follows is not read."""
 _WHITE = re.compile(r"[ \t\r\n]*")
-_DECODER = json.JSONDecoder(parse_int=float)
-"""No number is wanted, and Python refuses to make an int of more than 4300 digits."""
+_DECODER = json.JSONDecoder(parse_int=lambda digits: float(digits) if len(digits) > 4000 else int(digits))
+"""Python refuses to make an int of more than 4300 digits."""
 
 
 def begin(stream: IO[bytes]) -> None:
@@ -41,13 +44,13 @@ def begin(stream: IO[bytes]) -> None:
     check_beginning(start)
 
 
-def json_lines(stream: IO[bytes], file: str, key: str, unreadable: Unreadable) -> Iterator[Document]:
+def json_lines(stream: IO[bytes], file: str, key: str | None, unreadable: Unreadable) -> Iterator[Document]:
     """One document a line, under `key`."""
     for row, line in _lines(stream, file, unreadable):
         yield from _json_line(line, file, row, key, unreadable)
 
 
-def other_json(stream: IO[bytes], file: str, key: str, unreadable: Unreadable) -> Iterator[Document]:
+def other_json(stream: IO[bytes], file: str, key: str | None, unreadable: Unreadable) -> Iterator[Document]:
     """JSON of any shape: a list of objects, objects one after the other, or lines of JSON.
 
     Lines are read one by one, as in a `.jsonl` file; all else is held in memory whole.
@@ -111,7 +114,9 @@ def _after_white(text: str, at: int) -> int:
     return found.end()
 
 
-def delimited(stream: IO[bytes], file: str, key: str, delimiter: str, unreadable: Unreadable) -> Iterator[Document]:
+def delimited(
+    stream: IO[bytes], file: str, key: str | None, delimiter: str, unreadable: Unreadable
+) -> Iterator[Document]:
     """CSV (RFC 4180) or TSV with names of columns in the first row: one document a row, in the column `key`."""
     csv.field_size_limit(MAX_DOCUMENT_BYTES)
     lines = (line.decode(errors="surrogateescape") for _, line in _lines(stream, file, unreadable, blank=True))
@@ -120,9 +125,9 @@ def delimited(stream: IO[bytes], file: str, key: str, delimiter: str, unreadable
         names = next(rows, [])
     except csv.Error as error:
         raise RefusedInput(f"not a table: {error}", 1) from error
-    if key not in names:
+    if key is not None and key not in names:
         raise RefusedInput(f"has no column {key!r}, only {names[:8]}; set text_key, or leave it out with pattern", 1)
-    column = names.index(key)
+    column = len(names) - 1 if key is None else names.index(key)
     while True:
         row = rows.line_num + 1
         try:
@@ -135,15 +140,17 @@ def delimited(stream: IO[bytes], file: str, key: str, delimiter: str, unreadable
         if not cells:
             continue
         if len(cells) <= column:
-            unreadable.report(file, row, f"has {len(cells)} columns, {key!r} is number {column + 1}")
+            unreadable.report(file, row, f"has {len(cells)} columns, {names[column]!r} is number {column + 1}")
+        elif key is None:
+            yield from _record(dict(zip(names, cells, strict=False)), file, row, key, unreadable)
         elif "\0" in cells[column]:
             unreadable.report(file, row, f"{key!r} holds NUL bytes, which no text has")
         else:
             yield from document(cells[column], file, row, key, unreadable)
 
 
-def parquet(path: Path, file: str, key: str, unreadable: Unreadable) -> Iterator[Document]:
-    """One document a row, in the column `key`. Memory: that column of one row group."""
+def parquet(path: Path, file: str, key: str | None, unreadable: Unreadable) -> Iterator[Document]:
+    """One document a row, in the column `key`. Memory: that column of one row group, or all of them."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -153,26 +160,28 @@ def parquet(path: Path, file: str, key: str, unreadable: Unreadable) -> Iterator
     with path.open("rb") as stream:
         try:
             table = pyarrow.parquet.ParquetFile(stream)
-            if key not in table.schema_arrow.names:
+            if key is not None and key not in table.schema_arrow.names:
                 raise RefusedInput(f"has no column {key!r}, only {table.schema_arrow.names[:8]}; set text_key")
-            for batch in table.iter_batches(batch_size=256, columns=[key]):
-                for cell in batch.column(0):
+            for batch in table.iter_batches(batch_size=256, columns=None if key is None else [key]):
+                for cell in batch.to_struct_array() if key is None else batch.column(0):
                     row += 1
                     try:
                         value = cell.as_py()
                     except UnicodeDecodeError:
                         unreadable.report(file, row, "not UTF-8")
                     else:
-                        yield from document(value, file, row, key, unreadable)
+                        give = _record if key is None else document
+                        yield from give(value, file, row, key, unreadable)
         except (pyarrow.ArrowException, OSError) as error:
             reason = " ".join(str(error).split())
             raise RefusedInput(f"not a whole parquet file ({reason})", row + 1 if row else None) from error
 
 
-def document(value: object, file: str, row: int, key: str, unreadable: Unreadable) -> Iterator[Document]:
+def document(value: object, file: str, row: int, key: str | None, unreadable: Unreadable) -> Iterator[Document]:
     """The document that is the value of a record's text key."""
+    place = "the record" if key is None else repr(key)
     if not isinstance(value, str):
-        unreadable.report(file, row, f"{key!r} holds {_kind(value)}, not text")
+        unreadable.report(file, row, f"{place} holds {_kind(value)}, not text")
         return
     try:
         size = len(value.encode())
@@ -180,10 +189,10 @@ def document(value: object, file: str, row: int, key: str, unreadable: Unreadabl
         # JSON can spell half of a surrogate pair, which is no character; in CSV it stands for a byte that is not UTF-8.
         half = ord(value[error.start])
         what = f"byte 0x{half - 0xDC00:02x}" if 0xDC80 <= half <= 0xDCFF else "half of a surrogate pair"
-        unreadable.report(file, row, f"{key!r} holds {what}, which is not Unicode text")
+        unreadable.report(file, row, f"{place} holds {what}, which is not Unicode text")
         return
     if size > MAX_DOCUMENT_BYTES:
-        unreadable.report(file, row, f"{key!r} holds {too_large()}; cut it into several documents")
+        unreadable.report(file, row, f"{place} holds {too_large()}; cut it into several documents")
     else:
         yield Document(value, file, row)
 
@@ -220,7 +229,7 @@ def _to_the_end(stream: IO[bytes], line: bytes, row: int) -> None:
             )
 
 
-def _json_line(line: bytes, file: str, row: int, key: str, unreadable: Unreadable) -> Iterator[Document]:
+def _json_line(line: bytes, file: str, row: int, key: str | None, unreadable: Unreadable) -> Iterator[Document]:
     try:
         record = _DECODER.decode(line.decode())
     except UnicodeDecodeError:
@@ -231,9 +240,16 @@ def _json_line(line: bytes, file: str, row: int, key: str, unreadable: Unreadabl
         yield from _record(record, file, row, key, unreadable)
 
 
-def _record(record: object, file: str, row: int, key: str, unreadable: Unreadable) -> Iterator[Document]:
+def _record(record: object, file: str, row: int, key: str | None, unreadable: Unreadable) -> Iterator[Document]:
     if not isinstance(record, dict):
         unreadable.report(file, row, f"holds {_kind(record)}, not an object")
+    elif key is None:
+        try:
+            text = json.dumps(record, ensure_ascii=False)
+        except TypeError as error:
+            unreadable.report(file, row, f"the record holds what JSON cannot ({error})")
+        else:
+            yield from document(text, file, row, key, unreadable)
     elif key not in record:
         known = [name[:40] for name in sorted(record)[:8]]
         unreadable.report(file, row, f"has no key {key!r}, only {known}; set text_key, or leave it out with pattern")
@@ -246,5 +262,12 @@ def _reason(error: Exception) -> str:
 
 
 def _kind(value: Any) -> str:
-    kinds = {type(None): "null", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
+    kinds = {
+        type(None): "null",
+        float: "a number",
+        int: "a number",
+        bool: "true or false",
+        list: "a list",
+        dict: "an object",
+    }
     return kinds.get(type(value), type(value).__name__)

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import assert_never
 
-from maxlm.config import Documents, Files, HuggingFaceDataset, StandardLibrary, UserError
+from maxlm.config import Conversations, Documents, Files, HuggingFaceDataset, StandardLibrary, UserError
 from maxlm.data import records
 from maxlm.data.documents import MAX_DOCUMENT_BYTES, Document, RefusedInput, Unreadable, shown, text_of
 from maxlm.data.input_files import COMPRESSED, counted, input_files, missing_extra, opened, walk
 
+_RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"})
 
 
@@ -42,6 +43,13 @@ def iterate_documents(
             for file in input_files(documents, unreadable, except_for):
                 with counted(file, unreadable):
                     yield from _file(file, documents.text_key, unreadable)
+        case Conversations(paths=paths, pattern=pattern):
+            files = Files(paths=paths, pattern=pattern)
+            for file in input_files(files, unreadable, except_for):
+                with counted(file, unreadable):
+                    if (ending := _ending(file)) not in _RECORDS:
+                        raise RefusedInput(f"ends in {ending or 'nothing'}; records are in {', '.join(_RECORDS)}")
+                    yield from _file(file, None, unreadable)
         case HuggingFaceDataset():
             yield from _hugging_face(documents, unreadable)
         case _:
@@ -63,7 +71,7 @@ def describe_documents(documents: Documents) -> str:
     match documents:
         case StandardLibrary():
             return "the standard library"
-        case Files(paths=paths):
+        case Files(paths=paths) | Conversations(paths=paths):
             return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
         case HuggingFaceDataset(name=name, split=split):
             return f"{name}[{split}]"
@@ -71,17 +79,21 @@ def describe_documents(documents: Documents) -> str:
             assert_never(documents)
 
 
-def _file(file: Path, key: str, unreadable: Unreadable) -> Iterator[Document]:
+def _ending(file: Path) -> str:
+    """Of its name, without that of a compression."""
+    name = file.name.lower()
+    name = name.rpartition(".")[0] if name.endswith(COMPRESSED) else name
+    return name[name.rfind(".") :] if "." in name else ""
+
+
+def _file(file: Path, key: str | None, unreadable: Unreadable) -> Iterator[Document]:
     """The documents of a file, as the ending of its name says."""
-    place, name = shown(file), file.name.lower()
-    if compressed := name.endswith(COMPRESSED):
-        name = name.rpartition(".")[0]
-    ending = name[name.rfind(".") :] if "." in name else ""
+    place, ending = shown(file), _ending(file)
     if ending == ".parquet":
-        if compressed:
+        if file.name.lower().endswith(COMPRESSED):
             raise RefusedInput("parquet inside another compression; decompress it first")
         yield from records.parquet(file, place, key, unreadable)
-    elif ending in (".jsonl", ".ndjson", ".json", ".csv", ".tsv"):
+    elif ending in _RECORDS:
         with opened(file) as stream:
             records.begin(stream)
             match ending:
