@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +13,7 @@ import numpy as np
 
 from maxlm import shapes
 from maxlm.checkpoint.checkpointer import Checkpointer
-from maxlm.checkpoint.reference import PUBLISHED, run_and_step
+from maxlm.checkpoint.reference import keep_published, run_and_step
 from maxlm.checkpoint.state_hash import state_hash
 from maxlm.checkpoint.store import Deferred, Record, describe_leaf, named_leaves
 from maxlm.config import BaseFormat, ModelConfig, RunConfig, ShardingConfig, UserError, serialize
@@ -130,12 +129,6 @@ class RunBase:
 
     def _open(self) -> Checkpointer:
         return Checkpointer(self._folder / "checkpoints", self._config.checkpoint)
-
-
-def keep_published(folder: Path, run_dir: Path) -> None:
-    """Copy what a run has of a published model into another's folder."""
-    if (folder / PUBLISHED).is_dir():
-        shutil.copytree(folder / PUBLISHED, run_dir / PUBLISHED, dirs_exist_ok=True)
 
 
 def named_weights(model: ModelConfig, parameters: Any) -> list[tuple[Array, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +12,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from maxlm.checkpoint.checkpointer import Checkpointer
-from maxlm.checkpoint.reference import PUBLISHED, run_and_step
+from maxlm.checkpoint.reference import keep_published, run_and_step
 from maxlm.checkpoint.store import Record
 from maxlm.config import ModelConfig, RunConfig, UserError, serialize
 from maxlm.config.changes import changes
@@ -103,8 +102,7 @@ class RunSource:
         )
 
     def keep(self, run_dir: Path) -> None:
-        if (self._path / PUBLISHED).is_dir():
-            shutil.copytree(self._path / PUBLISHED, run_dir / PUBLISHED, dirs_exist_ok=True)
+        keep_published(self._path, run_dir)
 
 
 def warm_start(
