@@ -183,14 +183,13 @@ def read_base(base: Base, model: ModelConfig, layout: Layout) -> Any:
         array, place = wanted[array.name]
         if array.trained and isinstance(weight, Quantised):
             raise UserError(f"{array.name}: it is quantised there, and model.adapter.full would train it; leave it out")
-        found = _held(model, array, weight, jax.tree.map(lambda leaf: leaf.sharding, place))
-        if jax.tree.map(describe_leaf, found) != jax.tree.map(describe_leaf, place):
+        if isinstance(weight, Quantised) and jax.tree.map(describe_leaf, weight) != jax.tree.map(describe_leaf, place):
             raise UserError(
-                f"{array.name}: it is held as {type(found).__name__} there, and not as model.adapter.base = "
+                f"{array.name}: it is held as {type(weight).__name__} there, and not as model.adapter.base = "
                 f"{_base_format(model).name} has it; quantise that run anew by that method, or name the run that it was "
                 "made of"
             )
-        return found
+        return _held(model, array, weight, jax.tree.map(lambda leaf: leaf.sharding, place))
 
     found = base.read(_names(base, model), layout, made)
     return jax.tree.map(lambda array: found.get(array.name), declared(model))
