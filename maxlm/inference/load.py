@@ -33,9 +33,11 @@ from maxlm.data.text_ends import TextEnds, published_ends
 from maxlm.data.tokenizers import Tokenizer, load_tokenizer
 from maxlm.inference.generator import Generation, Generator
 from maxlm.inference.language_model import LanguageModel
-from maxlm.inference.bases import OpenBase, RunBase, deferred_base, open_again, read_base, stored_shapes
+from maxlm.inference.adapters import LoadedAdapter
+from maxlm.inference.bases import Base, OpenBase, RunBase, deferred_base, open_again, read_base, stored_shapes
 from maxlm.models import abstract_parameters, declared
 from maxlm.models.base import laid, own
+from maxlm.shapes import PREFIX
 from maxlm.sharding import Layout, all_devices, make_layout
 
 ONE_DEVICE = ShardingConfig(data=1)
@@ -199,6 +201,32 @@ def _load_run(
         ends=ends,
         chat=find_chat_template(published) if published.is_dir() else None,
     )
+
+
+def load_adapter(run_dir: Path, base: Base) -> LoadedAdapter:
+    """What a run with an adapter has trained, to be used on its base where that is in memory.
+
+    Args:
+        run_dir: the run folder; its newest intact step is read.
+        base: of the model in memory.
+
+    Raises:
+        UserError: it is no run with an adapter, or one on another base.
+    """
+    if not (run_dir / "config.json").is_file():
+        raise UserError(f"{run_dir}: not a run folder (it has no config.json); name that of a run with an adapter")
+    config, layout = serialize.load(RunConfig, run_dir / "config.json"), make_layout(ONE_DEVICE, all_devices()[:1])
+    if config.model.adapter is None:
+        raise UserError(f"{run_dir}: the run has no adapter; name one with model.adapter")
+    with Checkpointer(run_dir / "checkpoints", config.checkpoint) as checkpointer:
+        restored = checkpointer.restore_params(None, functools.partial(_wanted, config.model, layout))
+    saved = restored.meta.get("base", {})
+    if saved.get("fingerprint") != (found := base.fingerprint()):
+        raise UserError(
+            f"{run_dir}: its adapter is of the base {saved.get('place')} ({str(saved.get('fingerprint'))[:12]}...), the "
+            f"model is {base.place} ({found[:12]}...); serve it on its own base"
+        )
+    return LoadedAdapter(config.model, restored.params.get(PREFIX, {}))
 
 
 def _wanted(model: ModelConfig, layout: Layout, record: Record) -> Any:
