@@ -1,6 +1,7 @@
 """Frozen, keyword-only dataclasses that describe everything a run can do. Nothing here imports jax.
 
 run.py: a whole run, and the rules between its parts
+adapter.py: few parameters in place of all
 model.py: blocks and what joins them, heads
 norm.py: RMSNorm, LayerNorm
 position.py: RoPE, ALiBi, relative bias; embedded positions
@@ -36,6 +37,7 @@ errors.py: the exception that users see as a line
 from typing import Any
 
 from maxlm.config import earlier
+from maxlm.config.adapter import ALL_LINEAR, Adapter, AdapterKind, BaseFormat, Lora
 from maxlm.config.attention import Attention, FixedPattern, GroupedQuery, LatentAttention, QkNorm, StridedPattern
 from maxlm.config.chosen import ChosenModel
 from maxlm.config.data import (
@@ -143,16 +145,20 @@ from maxlm.config.task import Pretrain, Task, TrainMedusa
 
 __all__ = [
     "ACTIVATION_DIMS",
+    "ALL_LINEAR",
     "CUT_BY_FSDP",
     "MESH_AXES",
     "PARAMETER_DIMS",
     "Activation",
     "Adafactor",
     "AdamW",
+    "Adapter",
+    "AdapterKind",
     "Alibi",
     "Attention",
     "Axes",
     "Backend",
+    "BaseFormat",
     "BeamConfig",
     "BlockConfig",
     "ByteTokenizer",
@@ -202,6 +208,7 @@ __all__ = [
     "Llama3RopeScaling",
     "LmHead",
     "LongRopeScaling",
+    "Lora",
     "Medusa",
     "MedusaHeads",
     "Mlp",

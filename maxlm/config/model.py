@@ -11,6 +11,7 @@ import math
 from dataclasses import InitVar, field
 from typing import Annotated, Any
 
+from maxlm.config.adapter import Adapter
 from maxlm.config.attention import Attention
 from maxlm.config.earlier import renamed
 from maxlm.config.errors import UserError
@@ -194,6 +195,8 @@ class ModelConfig:
     by m. d_ff and the heads are to be wider by m too, head_dim is to stay, so that the scale of scores may."""
     medusa: MedusaHeads | None = None
     """Heads that guess at later tokens; None: none."""
+    adapter: Adapter | None = None
+    """What is trained in place of the model's own parameters; None: those are."""
     first_blocks: tuple[BlockConfig, ...] = ()
     """Layers before the pattern, each used once, without experts (the dense first layer of DeepSeekMoE). They count in
     n_layers; in a pipeline they run before its first stage, on all devices."""
@@ -218,6 +221,8 @@ class ModelConfig:
             raise UserError(
                 f"model.medusa needs logits, which model.head = {type(self.head).__name__} does not make; use an LmHead"
             )
+        if self.adapter is not None and self.medusa is not None:
+            raise UserError("model.adapter and model.medusa are each trained on a base that is not; use one at a time")
         residuals = {block.residual for block in self.first_blocks + self.blocks}
         if self.deep_norm is not None and len(residuals) > 1:
             raise UserError(

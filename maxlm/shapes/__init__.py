@@ -1,19 +1,17 @@
 """Every array of a model, declared once, without jax: what builds models, counts bytes and FLOPs, and names weights.
 
-arrays.py: name, shape, dims, initial value, role of each array; what decoding keeps of each token
+array.py: what is said of one: name, shape, dims, initial value, role
+arrays.py: each array of a model; what decoding keeps of each token
+adapters.py: what an adapter adds, and what it leaves as it is
 count.py: parameters and FLOPs, counted from them
 pools.py: blocks of what decoding keeps
 device.py: a device's part of each, in training and as decoding holds it
 """
 
+from maxlm.shapes.adapters import PREFIX, targets
+from maxlm.shapes.array import Array, Constant, Init, Normal, Part, Role
 from maxlm.shapes.arrays import (
-    Array,
-    Constant,
-    Init,
     Kept,
-    Normal,
-    Part,
-    Role,
     arrays,
     attention,
     block,
@@ -42,6 +40,7 @@ from maxlm.shapes.pools import CACHE_SHARE, block_bytes, cache_blocks, pools_byt
 __all__ = [
     "CACHE_SHARE",
     "FLOAT32",
+    "PREFIX",
     "Array",
     "Constant",
     "FlopsPerToken",
@@ -74,6 +73,7 @@ __all__ = [
     "pools_bytes",
     "prefill_flops",
     "shared_experts",
+    "targets",
     "window_of",
     "windows",
 ]

@@ -28,7 +28,8 @@ from maxlm.config import (
     StridedPattern,
 )
 from maxlm.config.remat import SAVED_NAMES
-from maxlm.shapes.arrays import Array, Part, Role, arrays, block
+from maxlm.shapes.array import Array, Part, Role
+from maxlm.shapes.arrays import arrays, block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +51,15 @@ class ParameterCount:
     """Scales and biases on the residual stream: of each block's norms, and of the final one."""
     medusa: int
     """Heads that guess at later tokens."""
+    adapter: int
+    """What is trained beside a model that is not."""
     looked_up: int
     """Of the tables, what a token only looks a row up in."""
 
     @property
     def total(self) -> int:
-        return self.embedding + self.unembedding + self.attention + self.mlp + self.norms + self.medusa
+        outside = self.embedding + self.unembedding + self.norms + self.medusa + self.adapter
+        return outside + self.attention + self.mlp
 
     @property
     def active(self) -> int:
@@ -111,6 +115,7 @@ def parameter_count(model: ModelConfig) -> ParameterCount:
         mlp_active=round(active),
         norms=sizes[Part.NORMS],
         medusa=sizes[Part.MEDUSA],
+        adapter=sizes[Part.ADAPTER],
         looked_up=sum(array.size for array in found if array.uses == 0),
     )
 

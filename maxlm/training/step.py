@@ -189,7 +189,7 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
     abstract = jax.eval_shape(init)
     _check_counted(objective.declared, abstract.parameters)
     shardings = dataclasses.replace(
-        state_shardings(abstract, objective.dims, layout, optimizer, part),
+        state_shardings(abstract, objective.declared, layout, optimizer, part),
         frozen=jax.tree.map(lambda leaf: leaf.sharding, objective.frozen),
     )
     shapes = jax.tree.map(
@@ -229,6 +229,8 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
 
 def _check_counted(declared: Any, built: Params) -> None:
     """What is counted, planned and cut over devices must be what is trained."""
+    whole = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
+    built = jax.tree.map(whole, built, is_leaf=lambda node: hasattr(node, "shape"))  # as a Weight has
     counted, made = ({name: leaf.shape for name, leaf in named_leaves(tree).items()} for tree in (declared, built))
     different = [name for name in {**counted, **made} if counted.get(name) != made.get(name)]
     if different:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from typing import Literal, assert_never
 
 import jax
@@ -19,6 +20,7 @@ from maxlm.models.weights.by_channel import ByChannel, Float8, Int8, Int8Activat
 from maxlm.models.weights.by_group import ByGroup
 from maxlm.models.weights.by_layer import ByLayer, in_layer
 from maxlm.models.weights.kinds import Weight
+from maxlm.models.weights.low_rank import LowRank, dropped
 from maxlm.models.weights.normal_float import NormalFloat4
 from maxlm.models.weights.watched import Watched, watch
 from maxlm.sharding import Layout
@@ -43,6 +45,8 @@ def project(layout: Layout, subscripts: str, x: jax.Array, w: Weight, bias: jax.
             y = _product(layout, subscripts, watch(x, seen), dense(layout, values, x.dtype))
         case ByLayer():
             y = in_layer(lambda w, x: project(layout, subscripts, x, w), w, x)
+        case LowRank():
+            y = _with_low_rank(layout, subscripts, x, w)
         case ByGroup() | NormalFloat4() | jax.Array():
             y = _product(layout, subscripts, x, dense(layout, w, x.dtype))
         case _:
@@ -54,6 +58,19 @@ def _scaled(layout: Layout, subscripts: str, x: jax.Array, w: ByChannel) -> jax.
     """The scales come after the product, which reads 8 bits."""
     y = _product(layout, subscripts, x, w.values.astype(x.dtype)) * w.scales.reshape(w.shape[x.ndim - 2 :])
     return y.astype(x.dtype)
+
+
+def _with_low_rank(layout: Layout, subscripts: str, x: jax.Array, w: LowRank) -> jax.Array:
+    """Both products by themselves, so that what is not trained has no gradient, and A B is never made."""
+    of_x, _, of_y = re.split(",|->", subscripts)
+    rows, inputs = of_x[:2], of_x[2:]
+    y = project(layout, subscripts, x, w.base)
+    if w.keys is not None:
+        x = dropped(x, w.keys, w.dropout)
+    inside = project(layout, f"{of_x},{inputs}z->{rows}z", x, w.a)
+    y += w.scale * project(layout, f"{rows}z,z{of_y[2:]}->{of_y}", inside, w.b)
+    factors = w.factors()
+    return y if factors is None else (y * factors).astype(y.dtype)
 
 
 def _integers(layout: Layout, subscripts: str, x: jax.Array, w: ByChannel) -> jax.Array:
