@@ -119,7 +119,10 @@ def main(argv: list[str]) -> None:
     address = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{port}"
 
     def ready() -> None:
-        print(f"{' and '.join(models)} at {address}, {'with' if key else 'without'} an API key; Ctrl-C ends it", flush=True)
+        print(
+            f"{' and '.join(models)} at {address}, {'with' if key else 'without'} an API key; Ctrl-C ends it",
+            flush=True,
+        )
         if not loopback:
             keyless = "" if key else f", and all of them can ask, as there is no key; set {_KEY}"
             print(f"other machines can reach {options.host}{keyless}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Runs with an adapter: a base that is read once and stays what it is, checkpoints of what is trained, and their use."""
+"""Runs with an adapter: a base that is read and stays what it is, checkpoints of what is trained, and their use."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from maxlm.checkpoint.checkpointer import Checkpointer
 from maxlm.checkpoint.state_hash import state_hash
 from maxlm.checkpoint.store import Store, named_leaves
 from maxlm.config import (
-    Adapter,
     AdamW,
+    Adapter,
     BaseFormat,
     CheckpointConfig,
     ConstantSchedule,
@@ -143,7 +143,9 @@ def test_a_run_that_was_broken_off_comes_to_the_same_end(
     assert ends[0] == ends[1]
 
 
-def test_a_base_that_is_gone_or_another_is_told_in_one_line(base: RunConfig, trained: Result[Any], tmp_path: Path) -> None:
+def test_a_base_that_is_gone_or_another_is_told_in_one_line(
+    base: RunConfig, trained: Result[Any], tmp_path: Path
+) -> None:
     run_dir, place = shutil.copytree(folder(trained), tmp_path / "run"), Path(base.run_dir)
     config = with_adapter(base, run_dir)
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=STEPS + 1))
@@ -171,9 +173,13 @@ def make_run_again(run_dir: Path, base: RunConfig) -> None:
         checkpointer.save(2, params=parameters_of(base, seed=9), optimizer={"count": jnp.zeros(())}, meta=meta)
 
 
-def test_what_does_not_fit_is_told_before_anything_is_read(base: RunConfig, trained: Result[Any], tmp_path: Path) -> None:
+def test_what_does_not_fit_is_told_before_anything_is_read(
+    base: RunConfig, trained: Result[Any], tmp_path: Path
+) -> None:
     config = with_adapter(base, tmp_path / "run")
-    with pytest.raises(UserError, match=r"model\.adapter is laid on a model that is there: checkpoint\.init_from is None"):
+    with pytest.raises(
+        UserError, match=r"model\.adapter is laid on a model that is there: checkpoint\.init_from is None"
+    ):
         maxlm.run(dataclasses.replace(config, checkpoint=CheckpointConfig()))
     wider = small_model(vocab_size=272)
     adapter = config.model.adapter
@@ -217,7 +223,10 @@ def test_a_base_of_few_bits(tmp_path: Path) -> None:
     dense = found["blocks"]["0"]["mlp"]["up_proj"].dense(jnp.float32)
     np.testing.assert_array_equal(np.stack([deferred.read(i) for i in range(2)]), dense)
     for other, match in (
-        (Adapter(kind=LORA, base=BaseFormat.INT8), "is held as NormalFloat4 there, and not as model.adapter.base = INT8"),
+        (
+            Adapter(kind=LORA, base=BaseFormat.INT8),
+            "is held as NormalFloat4 there, and not as model.adapter.base = INT8",
+        ),
         (dataclasses.replace(adapter, full=("unembed",)), "unembed: it is quantised there, and model.adapter.full"),
     ):
         with pytest.raises(UserError, match=match):

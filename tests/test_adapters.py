@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers import initial_parameters, one_device, packed_batch, place, small_model, small_run, whole_logits
 
-from maxlm.config import Adapter, AdapterKind, AdamW, BaseFormat, ConstantSchedule, Lora, ModelConfig, UserError
+from maxlm.config import AdamW, Adapter, AdapterKind, BaseFormat, ConstantSchedule, Lora, ModelConfig
 from maxlm.models import abstract_parameters
 from maxlm.models.adapters import base_of
 from maxlm.shapes import PREFIX, arrays

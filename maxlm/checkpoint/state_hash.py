@@ -21,7 +21,8 @@ _READ_BYTES = 1 << 30
 def state_hash(folder: Path, step: int, items: Sequence[str] | None = None) -> str:
     """SHA-256 of the step, every parameter, all optimizer state and `meta["data"]`, in hexadecimal.
 
-    Frozen arrays, and the base under an adapter, count with their fingerprints. With `items`, of the arrays of these items alone.
+    Frozen arrays, and the base under an adapter, count with their fingerprints. With `items`, of the arrays of these
+    items alone.
 
     Each array counts with its name, dtype, shape and bytes (row-major), sorted by name. The mesh that wrote the step,
     paths, times and the rest of `meta` do not count. Reads at most 1 GiB, or one array if that is larger, at a time.

@@ -166,8 +166,10 @@ class PublishedBase:
         self._path = path
 
     def fingerprint(self) -> str:
-        files = [self._path] if self._path.is_file() else sorted(
-            [self._path / "config.json", *self._path.glob("*.safetensors")]
+        files = (
+            [self._path]
+            if self._path.is_file()
+            else sorted([self._path / "config.json", *self._path.glob("*.safetensors")])
         )
         digest = hashlib.sha256()
         for file in files:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, assert_never
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +36,8 @@ def check_adapter(name: str, adapter: LoadedAdapter, model: ModelConfig) -> None
     assert adapter.model.adapter is not None
     if adapter.model.adapter.full:
         raise UserError(
-            f"adapter {name}: it has trained {', '.join(adapter.model.adapter.full)} as a whole, which requests of other "
-            "adapters cannot share; serve that run by itself, with --run"
+            f"adapter {name}: it has trained {', '.join(adapter.model.adapter.full)} as a whole, which requests of "
+            "other adapters cannot share; serve that run by itself, with --run"
         )
     ours = {array.name: array for array in shapes.arrays(model)}
     for array in targets(adapter.model):
@@ -45,8 +45,8 @@ def check_adapter(name: str, adapter: LoadedAdapter, model: ModelConfig) -> None
         if there is None or there.shape != array.shape:
             found = "no such array" if there is None else list(there.shape)
             raise UserError(
-                f"adapter {name}: it changes {array.name} {list(array.shape)}, of which this model has {found}; name an "
-                "adapter of this model"
+                f"adapter {name}: it changes {array.name} {list(array.shape)}, of which this model has {found}; "
+                "name an adapter of this model"
             )
         if _is_latent(model, array.name):
             raise UserError(
@@ -82,9 +82,7 @@ def _joined(array: Array, weight: Weight, adapters: Sequence[LoadedAdapter], how
     nothing = jnp.ones(shape((*layers, *outputs)))
     a, b, owner, scales, factors = [], [], [], [jnp.zeros(shape(layers))], [nothing]
     for number, adapter in enumerate(adapters, start=1):
-        changes = array.name in {one.name for one in targets(adapter.model)}
-        low = changed(adapter.model.adapter, weight, _at(adapter.parameters, array.name)) if changes else None
-        of_outputs = None
+        low, of_outputs = _changed(array, weight, adapter), None
         match low:
             case LowRank():
                 a.append(low.a)
@@ -93,8 +91,6 @@ def _joined(array: Array, weight: Weight, adapters: Sequence[LoadedAdapter], how
                 of_outputs = jax.vmap(LowRank.factors)(low) if stacks else low.factors()
             case None:
                 pass
-            case _:
-                assert_never(low)
         scales.append(jnp.full(shape(layers), 0.0 if low is None else low.scale))
         factors.append(nothing if of_outputs is None else of_outputs)
     place = lambda x, names: jax.device_put(x, how.layout.sharding(how.layout.parameter(names)))
@@ -109,6 +105,16 @@ def _joined(array: Array, weight: Weight, adapters: Sequence[LoadedAdapter], how
         if all(one is nothing for one in factors)
         else place(jnp.stack(factors, axis), (*layers, None, *outputs)),
     )
+
+
+def _changed(array: Array, weight: Weight, one: LoadedAdapter) -> LowRank | None:
+    """The weight with this adapter alone; None: it does not change it."""
+    assert one.model.adapter is not None
+    if array.name not in {target.name for target in targets(one.model)}:
+        return None
+    found = changed(one.model.adapter, weight, _at(one.parameters, array.name))
+    assert isinstance(found, LowRank), "check_adapter has refused other kinds"
+    return found
 
 
 def _at(tree: Any, name: str) -> Any:

@@ -186,8 +186,8 @@ def read_base(base: Base, model: ModelConfig, layout: Layout) -> Any:
         if isinstance(weight, Quantised) and jax.tree.map(describe_leaf, weight) != jax.tree.map(describe_leaf, place):
             raise UserError(
                 f"{array.name}: it is held as {type(weight).__name__} there, and not as model.adapter.base = "
-                f"{_base_format(model).name} has it; quantise that run anew by that method, or name the run that it was "
-                "made of"
+                f"{_base_format(model).name} has it; quantise that run anew by that method, or name the run that "
+                "it was made of"
             )
         return _held(model, array, weight, jax.tree.map(lambda leaf: leaf.sharding, place))
 
@@ -196,8 +196,8 @@ def read_base(base: Base, model: ModelConfig, layout: Layout) -> Any:
 
 
 def deferred_base(base: Base, model: ModelConfig) -> dict[str, Any]:
-    """The base's arrays by name, as `Deferred` ones in float32 that hold the very numbers that a run of `model` computes
-    with; what is quantised already as it is.
+    """The base's arrays by name, as `Deferred` ones in float32 that hold the very numbers that a run of `model`
+    computes with; what is quantised already as it is.
 
     Raises:
         UserError: it does not fit the model.

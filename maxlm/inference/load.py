@@ -31,10 +31,10 @@ from maxlm.config.layout_rules import broken_layout_rules
 from maxlm.data.chat import ChatTemplate, find_chat_template
 from maxlm.data.text_ends import TextEnds, published_ends
 from maxlm.data.tokenizers import Tokenizer, load_tokenizer
-from maxlm.inference.generator import Generation, Generator
-from maxlm.inference.language_model import LanguageModel
 from maxlm.inference.adapters import LoadedAdapter
 from maxlm.inference.bases import Base, OpenBase, RunBase, deferred_base, open_again, read_base, stored_shapes
+from maxlm.inference.generator import Generation, Generator
+from maxlm.inference.language_model import LanguageModel
 from maxlm.models import abstract_parameters, declared
 from maxlm.models.base import laid, own
 from maxlm.shapes import PREFIX
@@ -223,8 +223,8 @@ def load_adapter(run_dir: Path, base: Base) -> LoadedAdapter:
     saved = restored.meta.get("base", {})
     if saved.get("fingerprint") != (found := base.fingerprint()):
         raise UserError(
-            f"{run_dir}: its adapter is of the base {saved.get('place')} ({str(saved.get('fingerprint'))[:12]}...), the "
-            f"model is {base.place} ({found[:12]}...); serve it on its own base"
+            f"{run_dir}: its adapter is of the base {saved.get('place')} ({str(saved.get('fingerprint'))[:12]}...), "
+            f"the model is {base.place} ({found[:12]}...); serve it on its own base"
         )
     return LoadedAdapter(config.model, restored.params.get(PREFIX, {}))
 

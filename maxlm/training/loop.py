@@ -37,7 +37,7 @@ from maxlm.training.finite import Diverged
 from maxlm.training.keeper import Keeper, require_finite
 from maxlm.training.objective import Batch, Objective
 from maxlm.training.state import TrainState
-from maxlm.training.step import StepOutput, Trainer, make_trainer
+from maxlm.training.step import StepOutput, make_trainer
 from maxlm.training.warm_start import Start
 
 R = TypeVar("R")

@@ -110,8 +110,9 @@ def _like(unembedding: Unembedding, gradient: Unembedding | None) -> Unembedding
     """The gradient in the dtype of what it is of; nothing for a table that is no plain array, as nobody trains it."""
     if gradient is None:
         return None
-    table, plain = unembedding.table, isinstance(unembedding.table, jax.Array)
-    return _with(unembedding, gradient.table.astype(table.dtype) if plain else None, gradient.bias)
+    table, found = unembedding.table, gradient.table
+    of_table = found.astype(table.dtype) if isinstance(table, jax.Array) and isinstance(found, jax.Array) else None
+    return _with(unembedding, of_table, gradient.bias)
 
 
 def _there(x: Any) -> jax.Array:

@@ -197,7 +197,10 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
         dataclasses.replace(abstract, frozen=objective.frozen),
         shardings,
     )
-    begin_optimizer = jax.jit(lambda some: init_state(None, optimizer.init(some)), out_shardings=dataclasses.replace(shardings, parameters=None, frozen=None))
+    begin_optimizer = jax.jit(
+        lambda some: init_state(None, optimizer.init(some)),
+        out_shardings=dataclasses.replace(shardings, parameters=None, frozen=None),
+    )
 
     def begin(parameters: Params) -> TrainState:
         return dataclasses.replace(begin_optimizer(part(parameters)), parameters=parameters)

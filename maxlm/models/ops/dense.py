@@ -19,6 +19,7 @@ from maxlm.models.unembedding import Unembedding
 from maxlm.models.weights.by_channel import ByChannel, Float8, Int8, Int8Activations, Int8Outliers
 from maxlm.models.weights.by_group import ByGroup
 from maxlm.models.weights.by_layer import ByLayer, in_layer
+from maxlm.models.weights.by_row import ByRow
 from maxlm.models.weights.kinds import Weight
 from maxlm.models.weights.low_rank import LowRank, dropped
 from maxlm.models.weights.normal_float import NormalFloat4
@@ -47,6 +48,8 @@ def project(layout: Layout, subscripts: str, x: jax.Array, w: Weight, bias: jax.
             y = in_layer(lambda w, x: project(layout, subscripts, x, w), w, x)
         case LowRank():
             y = _with_low_rank(layout, subscripts, x, w)
+        case ByRow():
+            y = _with_rows_own(layout, subscripts, x, w)
         case ByGroup() | NormalFloat4() | jax.Array():
             y = _product(layout, subscripts, x, dense(layout, w, x.dtype))
         case _:
@@ -71,6 +74,17 @@ def _with_low_rank(layout: Layout, subscripts: str, x: jax.Array, w: LowRank) ->
     y += w.scale * project(layout, f"{rows}z,z{of_y[2:]}->{of_y}", inside, w.b)
     factors = w.factors()
     return y if factors is None else (y * factors).astype(y.dtype)
+
+
+def _with_rows_own(layout: Layout, subscripts: str, x: jax.Array, w: ByRow) -> jax.Array:
+    """The same, where each row has what is its adapter's."""
+    of_x, _, of_y = re.split(",|->", subscripts)
+    rows, inputs = of_x[:2], of_x[2:]
+    y = project(layout, subscripts, x, w.base)
+    inside = jnp.where(w.mask(), project(layout, f"{of_x},{inputs}z->{rows}z", x, w.a), 0)
+    added = project(layout, f"{rows}z,z{of_y[2:]}->{of_y}", inside, w.b)
+    y += (w.of_row(w.scales, y.ndim) * added).astype(y.dtype)
+    return y if w.outputs is None else (y * w.of_row(w.outputs, y.ndim)).astype(y.dtype)
 
 
 def _integers(layout: Layout, subscripts: str, x: jax.Array, w: ByChannel) -> jax.Array:
