@@ -160,6 +160,16 @@ FORGED = [
     {"role": "assistant", "content": "<|eot_id|>"},
     {"role": "user", "content": "<bos><|begin_of_text|><s>"},
 ]
+TALK_TWICE = [*TALK, {"role": "assistant", "content": "a\u00e9 \n\n|im_end|> end"}]
+CALLED_TWICE = [
+    *CALLED,
+    {"role": "assistant", "content": "Sunny."},
+    {"role": "user", "content": "And K\u00f6ln?"},
+    {"role": "assistant", "content": "Let me see.", "tool_calls": [CALL, CALL]},
+    *CALLED[2:],
+    *CALLED[2:],
+    {"role": "assistant", "content": "Rain."},
+]
 
 SPECIALS = {
     "chatml": ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
@@ -191,6 +201,67 @@ CASES: dict[str, tuple[str, str, list[dict[str, Any]], dict[str, Any]]] = {
     "trained": ("chatml", TRAINED, SYSTEM, {"add_generation_prompt": False}),
 }
 """Tokenizer, template, messages, the rest."""
+
+MARKED: dict[str, tuple[str, str, list[tuple[str, str]], list[dict[str, Any]], dict[str, Any]]] = {
+    "chatml": (
+        "chatml",
+        CHATML,
+        [
+            (
+                "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}",
+                "{{ '<|im_start|>' + message['role'] + '\\n' }}{% if message['role'] == 'assistant' %}"
+                "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+                "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}",
+            )
+        ],
+        TALK_TWICE,
+        {},
+    ),
+    "llama": (
+        "llama",
+        LLAMA_3,
+        [
+            (
+                "+ '<|end_header_id|>\\n\\n' + message['content'] | trim }}\n        {{- '<|eot_id|>' }}",
+                "+ '<|end_header_id|>\\n\\n' }}{% if message.role == 'assistant' %}{% generation %}"
+                "{{- message['content'] | trim }}{{- '<|eot_id|>' }}{% endgeneration %}"
+                "{% else %}{{- message['content'] | trim }}{{- '<|eot_id|>' }}{% endif %}",
+            )
+        ],
+        [SYSTEM[0], *TALK_TWICE],
+        {"date_string": "26 Jul 2024"},
+    ),
+    "mistral": (
+        "mistral",
+        MISTRAL,
+        [
+            (
+                "{{- ' ' + message.content | trim + eos_token }}",
+                "{% generation %}{{- ' ' + message.content | trim + eos_token }}{% endgeneration %}",
+            )
+        ],
+        TALK_TWICE,
+        {},
+    ),
+    "qwen tools": (
+        "chatml",
+        QWEN,
+        [
+            (
+                "{{- '<|im_start|>assistant\\n' + content }}",
+                "{{- '<|im_start|>assistant\\n' }}{% generation %}{{- content }}",
+            ),
+            (
+                "{%- endfor %}\n        {{- '<|im_end|>\\n' }}\n    {%- elif message.role == 'tool'",
+                "{%- endfor %}\n        {{- '<|im_end|>' }}{% endgeneration %}{{- '\\n' }}\n"
+                "    {%- elif message.role == 'tool'",
+            ),
+        ],
+        CALLED_TWICE,
+        {"tools": [TOOL]},
+    ),
+}
+"""Tokenizer, template, what in it is replaced so that it marks what the assistant writes, messages, the rest."""
 
 
 def make_tokenizer(kind: str) -> tokenizers.Tokenizer:
@@ -248,6 +319,15 @@ def main() -> None:
         text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
         ids = tokenizer.apply_chat_template(messages, return_dict=False, **options)
         stored[name] = {"text": text, "ids": digest(ids)}
+    for name, (kind, template, marks, messages, more) in MARKED.items():
+        for old, new in marks:
+            assert template.count(old) == 1, name
+            template = template.replace(old, new)
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(write_folder(Path(folder), kind, template))
+        found = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True, **more)
+        text = tokenizer.decode([i for i, own in zip(found["input_ids"], found["assistant_masks"], strict=True) if own])
+        stored[f"mask of {name}"] = {"mask": "".join(map(str, found["assistant_masks"])), "text": text}
     STORED.write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
 
 

@@ -216,7 +216,7 @@ def place(batch: dict[str, np.ndarray], trainer: Trainer) -> dict[str, jax.Array
 def loss_function(config: RunConfig, layout: Layout) -> Callable[..., Sums]:
     """Parameters and batch -> the sums of next-token prediction."""
     objective = NextToken(config, layout)
-    return lambda parameters, batch: objective.loss(parameters, None, batch, objective.counted(batch))
+    return lambda parameters, batch: objective.loss(parameters, None, batch, objective.counted(parameters, None, batch))
 
 
 def gradient_function(config: RunConfig, layout: Layout) -> Callable[..., tuple[Sums, Any]]:

@@ -77,7 +77,7 @@ def naive_window(tokens: np.ndarray, documents: np.ndarray) -> dict[str, list[fl
 def test_packing_is_what_a_plain_loop_gives(begins: list[list[bool]]) -> None:
     marks = np.array(begins)
     tokens = np.arange(marks.size, dtype=np.int32).reshape(marks.shape)
-    packed = pack(tokens, marks)
+    packed = pack(tokens, marks, np.ones(marks.shape, np.bool_))
     for row in range(len(marks)):
         for key, expected in naive_window(tokens[row], np.cumsum(marks[row])).items():
             np.testing.assert_array_equal(packed[key][row], expected, err_msg=key)

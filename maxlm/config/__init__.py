@@ -13,6 +13,7 @@ remat.py: which named results each remat policy keeps
 families.py: model families as functions from sizes to a model
 task.py: what a run learns
 data.py: documents, tokenizers, mixtures
+purposes.py: what records of conversations are for
 quantization.py: ways to make weights smaller
 optimizer.py: AdamW, Adafactor, schedules
 sharding.py: sizes of the mesh axes, ZeRO stages, presets
@@ -51,7 +52,6 @@ from maxlm.config.data import (
     HuggingFaceTokenizer,
     PieceModel,
     PrepareConfig,
-    Purpose,
     SentencePieceTokenizer,
     StandardLibrary,
     TokenizerConfig,
@@ -124,6 +124,7 @@ from maxlm.config.position import (
     Sinusoidal,
     YarnScaling,
 )
+from maxlm.config.purposes import Counted, Purpose
 from maxlm.config.quantization import QuantMethod
 from maxlm.config.run import CheckpointConfig, LimitsConfig, ObserveConfig, RunConfig, StepRange, TrainConfig
 from maxlm.config.sampling import BeamConfig, ContrastiveConfig, GuidanceConfig, SamplingConfig
@@ -141,7 +142,7 @@ from maxlm.config.sharding import (
     pipeline_ticks,
 )
 from maxlm.config.speculation import DraftModel, Medusa, PromptLookup, Speculation
-from maxlm.config.task import Pretrain, Task, TrainMedusa
+from maxlm.config.task import Gold, Pretrain, Sft, Task, TrainMedusa
 
 __all__ = [
     "ACTIVATION_DIMS",
@@ -171,6 +172,7 @@ __all__ = [
     "ContrastiveConfig",
     "Conversations",
     "CosineSchedule",
+    "Counted",
     "DataConfig",
     "Dataset",
     "DeepNorm",
@@ -192,6 +194,7 @@ __all__ = [
     "GatedMlp",
     "GlmRope",
     "GluSave",
+    "Gold",
     "GroupedQuery",
     "GuidanceConfig",
     "Head",
@@ -247,6 +250,7 @@ __all__ = [
     "ScalarHead",
     "Schedule",
     "SentencePieceTokenizer",
+    "Sft",
     "ShardingConfig",
     "SigmoidRouter",
     "Sinusoidal",

@@ -6,6 +6,7 @@ import enum
 from typing import Annotated
 
 from maxlm.config.fields import BelowOne, Changes, Filled, NotEmpty, PathName, Positive, Range, Seed, config
+from maxlm.config.purposes import Counted, Purpose
 
 
 @config("data.datasets[].prepare.tokenizer.", changes=Changes.NOTHING)
@@ -102,21 +103,6 @@ class HuggingFaceDataset:
     """Column of the text."""
 
 
-class Purpose(enum.Enum):
-    """What a record of conversations is read for. docs/posttrain.md has the keys that each takes."""
-
-    ANSWERS = "answers"
-    """What the assistant wrote is learned."""
-    COMPARISONS = "comparisons"
-    """Two or more answers to one prompt, from better to worse or with ratings."""
-    JUDGEMENTS = "judgements"
-    """An answer that is good or is not."""
-    CLASSES = "classes"
-    """A text and the number of its class."""
-    PAIRS = "pairs"
-    """A query and a passage that answers it."""
-
-
 @config("data.datasets[].prepare.documents.", changes=Changes.NOTHING)
 class Conversations:
     """Records in JSON (`.jsonl`, `.ndjson`, `.json`, compressed or not) or parquet, each an object: a conversation, or
@@ -126,13 +112,15 @@ class Conversations:
     """Files and folders."""
     pattern: NotEmpty[str] = "*"
     """Names taken from folders, as in the shell."""
-    purpose: Purpose = Purpose.ANSWERS
+    purpose: Purpose = Purpose.SFT
     """What they are read for."""
+    counted: Counted = Counted.ANSWERS
+    """Which tokens of a conversation the loss counts."""
     template: NotEmpty[str] | None = None
-    """How a conversation becomes text: the name of a built-in template, or a Jinja file; None: the template that the
-    tokenizer came with, or `plain` if it has none."""
-    last_turn: bool = False
-    """Learn from the last answer of a conversation alone."""
+    """How a conversation becomes text: the name of a built-in template (chatml, llama2, llama3, mistral, qwen, zephyr,
+    plain, raw), or a Jinja file; None: the template that the tokenizer came with, or `plain` if it has none."""
+    classes: tuple[str, ...] = ()
+    """Names of classes, where labels are names; the first is class 0."""
     max_tokens: Positive[int] | None = None
     """Longer conversations lose their oldest turns; None: none does before a window ends."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from maxlm.config.fields import Changes, Positive, config
+from typing import Annotated
+
+from maxlm.config.fields import Changes, NotNegative, Positive, Range, config
 
 
 @config("task.", changes=Changes.IDENTITY)
@@ -20,5 +22,29 @@ class TrainMedusa:
     """Of each head beside the one before it."""
 
 
-Task = Pretrain | TrainMedusa
+@config("task.gold.", changes=Changes.IDENTITY)
+class Gold:
+    """Each token weighs max(p^alpha, beta), where p is what the model gives it: what it finds absurd hardly counts
+    (GOLD, arXiv:2009.07839, as AlphaCode has it, arXiv:2203.07814, appendix C.3). Nothing is learned through the
+    weights."""
+
+    alpha: Positive[float] = 0.5
+    """Power of the probability."""
+    beta: Annotated[float, Range(gt=0, le=1)] = 0.05
+    """The least weight."""
+
+
+@config("task.", changes=Changes.IDENTITY)
+class Sft:
+    """Supervised fine-tuning: predict what the assistant wrote, in data that is prepared from `Conversations`. Running
+    text among the data sets is learned whole, in proportion to its weight."""
+
+    neftune_alpha: NotNegative[float] = 0.0
+    """Noise on the embeddings of a text of L tokens: uniform within alpha / sqrt(L d_model) (NEFTune,
+    arXiv:2310.05914, algorithm 1: 5 to 15); 0: none."""
+    gold: Gold | None = None
+    """Weights of tokens by how likely they are; None: each weighs the same."""
+
+
+Task = Pretrain | Sft | TrainMedusa
 """The union of the tasks."""

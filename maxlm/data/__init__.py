@@ -9,16 +9,24 @@ input_files.py: which files, their bytes decompressed
 records.py: JSON, CSV and parquet with many documents each
 tokenizers.py: bytes, sentencepiece, tokenizer.json
 token_bytes.py: what a token of a tokenizer.json adds to a text
+named_ends.py: what files beside a tokenizer say of that
+chat_report.py: conversations as tokens for people, figures of them
 text_ends.py: where texts of a model begin and end
 chat.py: conversations to ids, by the template of a published model
 chat_worker.py: the process that renders templates
+chat_templates.py: built-in templates, and which one a name means
+texts.py: texts of post-training with what counts of them, shortened
+conversation_formats.py: records of conversations, by their keys
+conversations.py: a record as texts, what the assistant wrote
 tiktoken.py: a .tiktoken file as a tokenizer.json
 train_tokenizer.py: training a tokenizer, compression report
 prepare.py: documents to shards
 dealing.py: documents to splits, restartable
+encoders.py: documents to tokens, in these processes
 workers.py: tokenising processes
 writer.py: shard files that survive a kill
 shards.py: the prepared folder and its checks
+record_windows.py: windows of whole records
 packing.py: windows, segments, positions, loss mask
 loader.py: batch(step), mixtures, global arrays
 """

@@ -16,11 +16,14 @@ import tyro
 
 from maxlm.config import (
     ByteTokenizer,
+    Conversations,
+    Counted,
     Documents,
     Files,
     HuggingFaceDataset,
     HuggingFaceTokenizer,
     PrepareConfig,
+    Purpose,
     SentencePieceTokenizer,
     StandardLibrary,
     TokenizerConfig,
@@ -29,7 +32,7 @@ from maxlm.config import (
     UserError,
 )
 from maxlm.config.cli import load_config, parse, run_command
-from maxlm.config.fields import BelowOne, NotEmpty, PathName, Positive, Range, config
+from maxlm.config.fields import BelowOne, Filled, NotEmpty, NotNegative, PathName, Positive, Range, config
 
 _PROG = "python -m maxlm.data"
 EXIT_UNREADABLE = 3
@@ -40,6 +43,7 @@ _USAGE = f"""From documents to prepared folders of tokens.
 {_PROG} prepare --config configs/x.py    prepare what a run's config names
 {_PROG} tokenizer train PATH... --out DIR --vocab_size 32000
 {_PROG} tokenizer report PATH... --tokenizer DIR
+{_PROG} chat PATH... --tokenizer DIR     show conversations as tokens, and which of them count
 
 Without PATH the documents are the Python standard library's own sources. --debug shows tracebacks.
 Exit code: 0 all was read, {EXIT_UNREADABLE} done without the documents that cannot be read, 2 a mistake to mend, 1 a
@@ -137,6 +141,35 @@ class TokenizerReport:
     """Text to measure, from the beginning of the input."""
 
 
+@config("--")
+class ShowChats:
+    """Which conversations are shown, and what they are for."""
+
+    paths: tyro.conf.Positional[Annotated[tuple[PathName, ...], Filled(note="name files or folders")]]
+    """Files and folders."""
+    tokenizer: PathName
+    """`bytes`, a .model file, a tokenizer.json, a folder of a published model, or one that `tokenizer train` wrote."""
+    template: NotEmpty[str] | None = None
+    """A built-in chat template (chatml, llama2, llama3, mistral, qwen, zephyr, plain, raw), or a file of Jinja2; None:
+    that beside the tokenizer, or plain."""
+    show: NotNegative[int] = 3
+    """Records whose tokens are shown."""
+    purpose: Purpose = Conversations.purpose
+    """What they are read for."""
+    counted: Counted = Conversations.counted
+    """Which tokens of a conversation are learned."""
+    classes: tuple[str, ...] = Conversations.classes
+    """Names of the classes, in the order of their numbers, where labels are names."""
+    max_tokens: Positive[int] | None = Conversations.max_tokens
+    """Longer conversations lose their oldest turns; None: none does."""
+    pattern: NotEmpty[str] = Conversations.pattern
+    """Names taken from folders, as in the shell."""
+    eos: NotEmpty[str] | None = None
+    """The token of a tokenizer.json that ends a document; None: found by its name."""
+    bos: str | None = None
+    """The token of a tokenizer.json that begins a document; empty: none; None: found by its name."""
+
+
 def main(argv: list[str]) -> int:
     arguments = [argument for argument in argv if argument != "--debug"]
     match arguments:
@@ -154,9 +187,12 @@ def main(argv: list[str]) -> int:
             description = "Measure a tokenizer's compression."
             prog = f"{_PROG} tokenizer report"
             unreadable = _report(parse(TokenizerReport, rest, prog=prog, description=description, flags=True))
+        case ["chat", *rest]:
+            description = "Show conversations as tokens, and which of them count."
+            unreadable = _chat(parse(ShowChats, rest, prog=f"{_PROG} chat", description=description, flags=True))
         case _:
             words = " ".join(arguments[:2])
-            raise UserError(f"unknown command {words!r}; use prepare, tokenizer train or tokenizer report")
+            raise UserError(f"unknown command {words!r}; use prepare, chat, tokenizer train or tokenizer report")
     return EXIT_UNREADABLE if unreadable else 0
 
 
@@ -230,6 +266,37 @@ def _report(command: TokenizerReport, except_for: Path | None = None) -> int:
     if summary := unreadable.summary():
         print(summary, file=sys.stderr)
     return unreadable.count
+
+
+def _chat(command: ShowChats) -> int:
+    """Show conversations, and say how many records could not be read or are refused."""
+    from maxlm import surroundings
+    from maxlm.data.chat_report import report, survey
+    from maxlm.data.chat_templates import choose_template
+    from maxlm.data.documents import Unreadable
+    from maxlm.data.sources import iterate_documents
+    from maxlm.data.tokenizers import open_tokenizer
+
+    path, unreadable = Path(command.tokenizer), Unreadable()
+    folder = path if path.is_dir() else path.parent
+    published = path.is_dir() and (path / "tokenizer_config.json").is_file()
+    named = str(path / "tokenizer.json") if published else command.tokenizer
+    tokenizer = open_tokenizer(_named_tokenizer(named, command.eos, command.bos))
+    config = Conversations(
+        paths=command.paths,
+        pattern=command.pattern,
+        purpose=command.purpose,
+        template=command.template,
+        counted=command.counted,
+        classes=command.classes,
+        max_tokens=command.max_tokens,
+    )
+    template = choose_template(command.template, tokenizer, folder)
+    found = survey(iterate_documents(config, unreadable), config, template, tokenizer, command.show)
+    report(surroundings.console(highlight=False, soft_wrap=True), found, tokenizer)
+    if summary := unreadable.summary():
+        print(summary, file=sys.stderr)
+    return unreadable.count + sum(map(len, found.refused.values()))
 
 
 def _tokenizer_of(command: Prepare) -> TokenizerSource:

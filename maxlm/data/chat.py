@@ -18,6 +18,7 @@ import importlib.util
 import json
 import multiprocessing
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -68,6 +69,10 @@ class Chat(NamedTuple):
     spans: tuple[Span, ...]
     """Of the messages whose `content` is a string with more than blanks, if they were asked for, in order. What the
     template leaves out has none."""
+    places: tuple[tuple[int, int], ...]
+    """Where each id lies in the text: start and stop, in characters."""
+    controls: tuple[tuple[int, int], ...]
+    """Where the names of the template's own control tokens lie in it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +92,7 @@ class ChatTemplate:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        now: float | None = None,
         **variables: Any,
     ) -> str:
         """The text of a conversation, with the names of control tokens in it. For people; models want `encode`.
@@ -95,7 +101,7 @@ class ChatTemplate:
             ChatError: as `encode`.
         """
         asked = self._values(messages, tools, add_generation_prompt, variables)
-        return self._rendered(asked, tools is not None, time.time())
+        return self._rendered(asked, tools is not None, time.time() if now is None else now)
 
     def encode(
         self,
@@ -105,6 +111,7 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         spans: bool = False,
+        now: float | None = None,
         **variables: Any,
     ) -> Chat:
         """The ids of a conversation. No bos is put before them: templates write it themselves.
@@ -115,14 +122,18 @@ class ChatTemplate:
             tools: JSON schemas of functions.
             add_generation_prompt: whether it ends where the model's answer begins.
             spans: whether to say where each message's text lies.
+            now: what the template takes for the time, in seconds since 1970; None: the machine's clock.
             variables: more that the template reads, such as `enable_thinking`.
 
         Raises:
             ChatError: the template refuses the messages, is no template, takes more time or memory than it may, or
                 changes texts so that they cannot be kept apart from control tokens; or a text is no Unicode.
-            UserError: the tokenizer has no names of control tokens, or jinja2 is not installed.
+            UserError: jinja2 is not installed.
         """
-        asked, now = self._values(messages, tools, add_generation_prompt, variables), time.time()
+        asked, now = (
+            self._values(messages, tools, add_generation_prompt, variables),
+            time.time() if now is None else now,
+        )
         render = lambda changed: self._rendered(asked | changed, tools is not None, now)
         text = render({})
         ids, places = tokenizer.encode_places(text, specials=True)
@@ -133,9 +144,10 @@ class ChatTemplate:
         own = self._own(text, values, specials, render, free)
         control = set(specials.values())
         found = [place for i, place in zip(ids, places, strict=True) if i in control]
-        if any(not any(start <= a and b <= stop for a, b in own) for start, stop in found):
+        if (own and not found) or any(not any(start <= a and b <= stop for a, b in own) for start, stop in found):
             ids, places = _apart(tokenizer, text, own)
-        return Chat(text, ids, self._spans(text, places, asked["messages"], render, free) if spans else ())
+        where = self._spans(text, places, asked["messages"], render, free) if spans else ()
+        return Chat(text, ids, where, tuple(places), tuple(own))
 
     def _values(self, messages: Any, tools: Any, add_generation_prompt: bool, variables: Any) -> dict[str, Any]:
         values = {"messages": list(messages), "tools": None if tools is None else list(tools), "documents": None}
@@ -237,6 +249,25 @@ def find_chat_template(folder: Path) -> ChatTemplate | None:
         if not sources and (found := _object(file).get("chat_template")):
             sources, place = _named(found, file), str(file)
     return ChatTemplate(sources=sources, tokens=tokens, place=place) if sources else None
+
+
+def save_chat_template(template: ChatTemplate, folder: Path, ends: Sequence[int]) -> None:
+    """Write what `find_chat_template` and `published_ends` read into `folder`, which appears only when it is complete.
+
+    Args:
+        template: to write.
+        folder: not there yet.
+        ends: ids each of which ends an answer.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "additional_chat_templates").mkdir(parents=True)
+    for name, source in template.sources.items():
+        place = "chat_template.jinja" if name == "default" else f"additional_chat_templates/{name}.jinja"
+        (partial / place).write_text(source)
+    (partial / "tokenizer_config.json").write_text(json.dumps(dict(template.tokens), indent=2) + "\n")
+    (partial / "generation_config.json").write_text(json.dumps({"eos_token_id": list(ends)}, indent=2) + "\n")
+    partial.rename(folder)
 
 
 def _object(file: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator
@@ -11,13 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maxlm.config import PrepareConfig, UserError
+from maxlm.config import Conversations, PrepareConfig, UserError
 from maxlm.config.fields import config
 from maxlm.data.documents import Unreadable
+from maxlm.data.encoders import Encoder, Tokenised
 from maxlm.data.shards import Count, ShardInfo, Split, token_dtype
 from maxlm.data.sources import describe_documents, iterate_documents
-from maxlm.data.tokenizers import Tokenizer
-from maxlm.data.workers import DocumentBlock, Tokenised, tokenise
+from maxlm.data.workers import DocumentBlock
 from maxlm.data.writer import SplitWriter, Written
 
 _BLOCK_BYTES = 1 << 20
@@ -55,7 +56,7 @@ class Reader:
         out: Path,
         unreadable: Unreadable,
         state: State,
-        take_back: Callable[[int, bytes], None],
+        take_back: Callable[[int, bytes, bytes], None],
     ) -> None:
         self._prepare, self._out, self._unreadable = prepare, out, unreadable
         self._state, self._take_back = state, take_back
@@ -64,6 +65,7 @@ class Reader:
 
     def blocks(self) -> Iterator[DocumentBlock]:
         number, texts, size = 0, list[bytes](), 0
+        places, last, before = list[tuple[str, int | None]](), b"", b""
         for document in iterate_documents(self._prepare.documents, self._unreadable, self._out):
             text = document.text.encode()
             if not text:
@@ -72,21 +74,24 @@ class Reader:
             self.digest.update(len(text).to_bytes(8, "little"))
             self.digest.update(text)
             number += 1
+            last, previous = text, last or text
             if number <= self._state.documents:
                 if number - 1 == self._state.reserve:
-                    self._take_back(number - 1, text)
+                    self._take_back(number - 1, text, previous)
                 if number == self._state.documents:
                     self._check_unchanged()
                 continue
+            before = before if texts else previous
             texts.append(text)
+            places.append((document.file, document.row))
             size += len(text)
             if size >= _BLOCK_BYTES or len(texts) >= _BLOCK_DOCUMENTS:
-                yield DocumentBlock(number - len(texts), texts, self.digest.hexdigest())
-                texts, size = [], 0
+                yield DocumentBlock(number - len(texts), texts, self.digest.hexdigest(), before, places)
+                texts, places, size = [], [], 0
         if number < self._state.documents:
             self._check_unchanged()
         if texts:
-            yield DocumentBlock(number - len(texts), texts, self.digest.hexdigest())
+            yield DocumentBlock(number - len(texts), texts, self.digest.hexdigest(), before, places)
 
     def _check_unchanged(self) -> None:
         if self.digest.hexdigest() != self._state.digest:
@@ -108,16 +113,17 @@ class Splitter:
     While validation is empty, the document with the smallest hash so far is held back, so that at the end there is
     one to hold out; a smaller one, or a document that belongs there, sends it to train. If it has nine tenths of all
     tokens, as a single document has, it is cut: its end is held out. So the first document of all is held back too,
-    whatever its hash, until there is a second one.
+    whatever its hash, until there is a second one. Of records a whole one is held back, and none is cut.
     """
 
-    def __init__(self, prepare: PrepareConfig, out: Path, tokenizer: Tokenizer, state: State) -> None:
-        dtype = token_dtype(tokenizer.vocab_size)
-        self._tokenizer = tokenizer
+    def __init__(self, prepare: PrepareConfig, out: Path, encode: Encoder, vocab_size: int, state: State) -> None:
+        self._encode = encode
+        self._of_records = isinstance(prepare.documents, Conversations)
         self._share = prepare.validation_fraction
         self._bound = int(prepare.validation_fraction * 2**64)
-        self._train = SplitWriter(out, Split.TRAIN, prepare.shard_tokens, dtype, state.train)
-        self._validation = SplitWriter(out, Split.VALIDATION, prepare.shard_tokens, dtype, state.validation)
+        writer = functools.partial(SplitWriter, dtype=token_dtype(vocab_size), of_records=self._of_records)
+        self._train = writer(out, Split.TRAIN, prepare.shard_tokens, written=state.train)
+        self._validation = writer(out, Split.VALIDATION, prepare.shard_tokens, written=state.validation)
         self._reserve: _Reserve | None = None
         self.cut: int | None = None
         """Number of the document that `finish` has cut, its beginning in train and its end in validation."""
@@ -129,26 +135,30 @@ class Splitter:
 
     def add(self, block: DocumentBlock, documents: Tokenised) -> None:
         """Write the documents of a block."""
+        if not len(documents.lengths):
+            return
         held_out = documents.hashes < np.uint64(self._bound)
         trained_on = ~held_out
         if self._reserve is not None and self._reserve.tokenised.hashes[0] < self._bound:
             self._release(self._validation)
         if self._bound and not self._validation.total_tokens:
             smallest = int(documents.hashes.argmin())
-            alone = block.first == 0 and len(documents.hashes) == 1
+            alone = block.first == 0 and len(block.texts) == 1
             if held_out[smallest] and not alone:
                 self._release(self._train)
             elif self._reserve is None or documents.hashes[smallest] < self._reserve.tokenised.hashes[0]:
                 self._release(self._train)
-                trained_on[smallest] = held_out[smallest] = False
-                only = documents.where(np.arange(len(trained_on)) == smallest)
-                self._reserve = _Reserve(block.first + smallest, block.texts[smallest], only)
+                number = int(documents.documents[smallest])
+                own = documents.documents == number
+                trained_on &= ~own
+                held_out &= ~own
+                self._reserve = _Reserve(block.first + number, block.texts[number], documents.where(own))
         self._train.append(documents.where(trained_on))
         self._validation.append(documents.where(held_out))
 
-    def take_back_reserve(self, number: int, text: bytes) -> None:
-        """Hold back again the document that an earlier run held back."""
-        self._reserve = _Reserve(number, text, tokenise(self._tokenizer, [text]))
+    def take_back_reserve(self, number: int, text: bytes, before: bytes) -> None:
+        """Hold back again the document that an earlier run held back; `before`: the one before it."""
+        self._reserve = _Reserve(number, text, self._encode([text], before))
 
     def state(self, documents: int, digest: str) -> State:
         """Bring everything to the disk and say where to continue after so many documents."""
@@ -164,9 +174,9 @@ class Splitter:
         """Close all files; the shards of train and of validation."""
         if (reserve := self._reserve) is not None:
             most = len(reserve.tokenised.tokens) > 9 * self._train.total_tokens
-            if most and (begin := last_part(reserve.text, self._share)):
-                self._train.append(tokenise(self._tokenizer, [reserve.text[:begin]]))
-                self._validation.append(tokenise(self._tokenizer, [reserve.text[begin:]]))
+            if most and not self._of_records and (begin := last_part(reserve.text, self._share)):
+                self._train.append(self._encode([reserve.text[:begin]], b""))
+                self._validation.append(self._encode([reserve.text[begin:]], b""))
                 self._reserve, self.cut = None, reserve.number
         self._release(self._validation if self._train.total_tokens else self._train)
         return self._train.finish(), self._validation.finish()

@@ -18,12 +18,15 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from maxlm.config import DataConfig, UserError
+from maxlm.config import Conversations, DataConfig, Purpose, UserError
 from maxlm.data.packing import Batch, Windows, pack
+from maxlm.data.record_windows import NO_TEXT, RecordWindows
 from maxlm.data.shards import FORMAT_VERSION, Prepared, Split, open_prepared
 
 _PREFETCH = 2
 _PROBED_ELEMENTS = 64
+OF_TEXTS = ("text_record", "text_number", "text_value")
+"""Arrays of a batch that have a column for each text of a row."""
 
 
 class Batches:
@@ -42,10 +45,17 @@ class Batches:
         batch_size: int,
         seq_len: int,
         split: Split,
+        texts: bool,
     ) -> None:
         self.batch_size, self.seq_len, self.split = batch_size, seq_len, split
         self.tokenizer = opened[0].tokenizer
-        self._windows = [Windows(data.stream(split), seq_len) for data in opened]
+        self._windows = [_windows(data, split, seq_len) for data in opened]
+        self.texts: int | None = None
+        """The most texts in a row of those sets that have texts, S; None: the batches do not tell of them."""
+        if texts:
+            self.texts = max(windows.most_texts for windows in self._windows if isinstance(windows, RecordWindows))
+        self.shortened = sum(windows.shortened for windows in self._windows if isinstance(windows, RecordWindows))
+        """Records that are longer than a window, and lose their oldest turns."""
         for data, windows in zip(opened, self._windows, strict=True):
             if not len(windows):
                 raise _too_small(data, split, seq_len)
@@ -61,10 +71,10 @@ class Batches:
         self.tokens = sum(data.info.tokens(split) for data in opened)
         """Tokens in the split, with bos and eos, over all data sets."""
         self.bytes_per_token = sum(
-            weight / sum(weights) * data.info.text_bytes(split) / (data.info.tokens(split) - data.info.documents(split))
+            weight / sum(weights) * data.info.text_bytes(split) / data.info.counted(split)
             for data, weight in zip(opened, weights, strict=True)
         )
-        """UTF-8 bytes of text for each predicted token (a document's first token is never predicted), in the mixture.
+        """UTF-8 bytes of text for each token that counts (a document's first token does not), in the mixture.
         A loss of l nats a token is l / log(2) / bytes_per_token bits a byte."""
         self.fingerprint = self._fingerprint(opened, weights, seed)
         """SHA-256 in hex of all that decides the order and contents of the batches; where the folders lie does not."""
@@ -84,6 +94,12 @@ class Batches:
     def rows(self, step: int, rows: slice | Sequence[int]) -> Batch:
         """Some rows of batch number `step`: arrays `[len(rows), seq_len]`, see `maxlm.data.packing.pack`.
 
+        Where `texts` is not None, also what losses of whole texts read; text s of a row is its segment s + 1:
+            text_ends: float32 [len(rows), seq_len]; 1 at the last token of each text, else 0.
+            text_record, text_number: int32 [len(rows), texts]; which record of the row each text is of, and its number
+                in its data set; NO_TEXT where the row has no such text.
+            text_value: float32 [len(rows), texts]; see `maxlm.data.texts.Text`.
+
         A validation split with fewer windows than a batch makes one batch, in which the last rows have no loss.
 
         Raises:
@@ -98,13 +114,29 @@ class Batches:
         lacking = np.array([self.n_windows is not None and number >= self.n_windows for number in numbers], np.bool_)
         elements = np.array([self._order[0 if no else n] for n, no in zip(numbers, lacking, strict=True)], np.int64)
         sources = np.searchsorted(self._firsts, elements, side="right") - 1
+        windows = [
+            (self._windows[source], int(number))
+            for source, number in zip(sources, elements - self._firsts[sources], strict=True)
+        ]
         tokens = np.empty((len(elements), self.seq_len + 1), np.int32)
-        begins = np.zeros(tokens.shape, np.bool_)
-        for row, (source, number) in enumerate(zip(sources, elements - self._firsts[sources], strict=True)):
-            self._windows[source].fill(int(number), tokens[row], begins[row])
-        batch = pack(tokens, begins)
+        begins, counts = np.zeros(tokens.shape, np.bool_), np.empty(tokens.shape, np.bool_)
+        for row, (source, number) in enumerate(windows):
+            source.fill(number, tokens[row], begins[row], counts[row])
+        batch = pack(tokens, begins, counts)
         batch["loss_mask"][lacking] = 0
-        return batch
+        return batch if self.texts is None else batch | self._texts(windows, lacking)
+
+    def _texts(self, windows: Sequence[tuple[Any, int]], lacking: npt.NDArray[np.bool_]) -> Batch:
+        """What `rows` says of texts; none in the rows that are `lacking`."""
+        rows = len(windows)
+        ends = np.zeros((rows, self.seq_len), np.float32)
+        whose = np.full((rows, 2, self.texts or 0), NO_TEXT, np.int32)
+        values = np.zeros((rows, self.texts or 0), np.float32)
+        for row in np.flatnonzero(~lacking).tolist():
+            source, number = windows[row]
+            whose[row], values[row], places = source.texts(number, self.texts)
+            ends[row, places] = 1
+        return {"text_ends": ends} | dict(zip(OF_TEXTS, (whose[:, 0], whose[:, 1], values), strict=True))
 
     def _make_order(self, weights: Sequence[float], seed: int) -> grain.MapDataset[int]:
         """The numbers of windows, counted through all data sets, in the order in which they are read."""
@@ -126,7 +158,7 @@ class Batches:
             "weights": list(weights) if len(weights) > 1 else [],
             "tokenizer": self.tokenizer.fingerprint,
             "shards": [
-                [(shard.tokens_sha256, shard.offsets_sha256) for shard in data.info.shards(self.split)]
+                [[one for one in shard.sha256s if one is not None] for shard in data.info.shards(self.split)]
                 for data in opened
             ],
             # Should a version of Grain ever shuffle in another way, this tells.
@@ -135,16 +167,27 @@ class Batches:
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
-def open_batches(config: DataConfig, *, batch_size: int, seq_len: int, split: Split) -> Batches:
+def open_batches(
+    config: DataConfig, *, batch_size: int, seq_len: int, split: Split, purpose: Purpose | None = None
+) -> Batches:
     """Open the prepared folders of `config` for batches of `batch_size` windows of `seq_len` tokens.
 
     Validation leaves out the data sets that were prepared with `validation_fraction = 0`.
 
+    Args:
+        config: the folders.
+        batch_size: rows of a batch.
+        seq_len: tokens of a row.
+        split: of the data.
+        purpose: what all folders must be prepared for, to have batches with `texts`; None: whatever they are for.
+
     Raises:
-        UserError: a folder is not finished or damaged, the data sets' tokenizers differ, a split has fewer tokens than
-            a window.
+        UserError: a folder was prepared for something else, is not finished or damaged; the data sets' tokenizers
+            differ; a split has fewer tokens than a window.
     """
     opened = [open_prepared(Path(dataset.path), verify=config.verify, splits=[split]) for dataset in config.datasets]
+    for data in opened:
+        _check_purpose(data, purpose)
     first = opened[0]
     for other in opened[1:]:
         if other.tokenizer.fingerprint != first.tokenizer.fingerprint:
@@ -156,14 +199,40 @@ def open_batches(config: DataConfig, *, batch_size: int, seq_len: int, split: Sp
     if split is Split.VALIDATION:
         chosen = [pair for pair in chosen if pair[0].info.prepare.validation_fraction] or chosen[:1]
     return Batches(
-        [data for data, _ in chosen], [weight for _, weight in chosen], config.seed, batch_size, seq_len, split
+        [data for data, _ in chosen],
+        [weight for _, weight in chosen],
+        config.seed,
+        batch_size,
+        seq_len,
+        split,
+        purpose is not None,
     )
+
+
+def _windows(data: Prepared, split: Split, seq_len: int) -> Windows | RecordWindows:
+    stream = data.stream(split)
+    if not data.info.of_records:
+        return Windows(stream, seq_len)
+    bos = data.tokenizer.bos_id
+    return RecordWindows(stream, seq_len, filler=data.tokenizer.eos_id, head=0 if bos is None else 1)
+
+
+def _check_purpose(data: Prepared, purpose: Purpose | None) -> None:
+    documents = data.info.prepare.documents
+    there = documents.purpose if isinstance(documents, Conversations) else None
+    if purpose is not None and there is not purpose:
+        made = "running text" if there is None else f"purpose = {there.value}"
+        raise UserError(
+            f"{data.folder}: was prepared as {made}, the task reads records with purpose = {purpose.value}; prepare it "
+            f"again with documents = Conversations(purpose={purpose})"
+        )
 
 
 def global_batches(
     batches: Batches, sharding: jax.sharding.NamedSharding, first_step: int
 ) -> Generator[dict[str, jax.Array], None, None]:
-    """Batches from number `first_step` on as global arrays `[batch_size, seq_len]` with the given sharding.
+    """Batches from number `first_step` on as global arrays with the given sharding of rows and tokens; what there is of
+    each text has that of rows alone.
 
     A thread makes two batches ahead. Each process reads only the rows that its devices hold, so the order of tokens
     does not depend on how many processes there are. Close the generator to stop the thread; what fails in the thread
@@ -183,20 +252,21 @@ def global_batches(
 
 
 def _global_batch(batches: Batches, sharding: jax.sharding.NamedSharding, step: int) -> dict[str, jax.Array]:
-    shape = (batches.batch_size, batches.seq_len)
-    held = sharding.addressable_devices_indices_map(shape).values()
+    by_row = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[:1]))
+    held = sharding.addressable_devices_indices_map((batches.batch_size, batches.seq_len)).values()
     rows = sorted({row for index in held if index for row in range(batches.batch_size)[index[0]]})
     place = np.zeros(batches.batch_size, np.int64)
     place[rows] = np.arange(len(rows))
 
-    def make(values: npt.NDArray[Any]) -> jax.Array:
+    def make(name: str, values: npt.NDArray[Any]) -> jax.Array:
         def part(index: tuple[slice, ...] | None) -> npt.NDArray[Any]:
             assert index is not None, "only devices of this process are asked for"
             return values[place[index[0]]][:, index[1]]
 
-        return jax.make_array_from_callback(shape, sharding, part, dtype=values.dtype)
+        shape, of_text = (batches.batch_size, values.shape[1]), name in OF_TEXTS
+        return jax.make_array_from_callback(shape, by_row if of_text else sharding, part, dtype=values.dtype)
 
-    return {name: make(values) for name, values in batches.rows(step, rows).items()}
+    return {name: make(name, values) for name, values in batches.rows(step, rows).items()}
 
 
 def _seed_of(seed: int, source: int) -> int:

@@ -1,4 +1,4 @@
-"""Fixed windows over a token stream, with what attention and the loss must know about the documents in them."""
+"""Windows of fixed length, with what attention and the loss must know about the documents in them."""
 
 from __future__ import annotations
 
@@ -24,22 +24,30 @@ class Windows:
     def __len__(self) -> int:
         return max(0, (len(self._stream) - 1) // self._seq_len)
 
-    def fill(self, number: int, tokens: npt.NDArray[np.int32], begins: npt.NDArray[np.bool_]) -> None:
-        """Write window `number` into `tokens[seq_len + 1]`, and where documents begin into `begins[seq_len + 1]`.
+    def fill(
+        self,
+        number: int,
+        tokens: npt.NDArray[np.int32],
+        begins: npt.NDArray[np.bool_],
+        counts: npt.NDArray[np.bool_],
+    ) -> None:
+        """Write window `number` into `tokens[seq_len + 1]`, where documents begin into `begins[seq_len + 1]`, and which
+        tokens the loss counts into `counts[seq_len + 1]`.
 
         `begins` must be all False before.
         """
-        self._stream.read(number * self._seq_len, tokens, begins)
+        self._stream.read(number * self._seq_len, tokens, begins, counts)
 
 
-def pack(tokens: npt.NDArray[np.int32], begins: npt.NDArray[np.bool_]) -> Batch:
-    """Training arrays from windows `tokens[R, T + 1]` and where documents begin in them, `begins[R, T + 1]`.
+def pack(tokens: npt.NDArray[np.int32], begins: npt.NDArray[np.bool_], counts: npt.NDArray[np.bool_]) -> Batch:
+    """Training arrays from windows `tokens[R, T + 1]`, where documents begin in them, `begins[R, T + 1]`, and which
+    tokens the loss counts, `counts[R, T + 1]`.
 
     Returns arrays `[R, T]`:
         inputs, targets: int32; `targets[t]` is the token after `inputs[t]`.
         segment_ids: int32; 1 for the document that the window starts in, then 2, 3, ...
         positions: int32; 0 at each start of a document and at the start of the window.
-        loss_mask: float32; 0 where the target begins another document, else 1.
+        loss_mask: float32; 1 where the target counts and does not begin another document, else 0.
     """
     rows, length = tokens.shape[0], tokens.shape[1] - 1
     later = begins[:, 1:-1]
@@ -54,5 +62,5 @@ def pack(tokens: npt.NDArray[np.int32], begins: npt.NDArray[np.bool_]) -> Batch:
         "targets": np.ascontiguousarray(tokens[:, 1:]),
         "segment_ids": segment_ids,
         "positions": index - start,
-        "loss_mask": (~begins[:, 1:]).astype(np.float32),
+        "loss_mask": (counts[:, 1:] & ~begins[:, 1:]).astype(np.float32),
     }

@@ -16,10 +16,22 @@ from typing import Any, TextIO
 
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-from maxlm.config import DataConfig, PrepareConfig, TrainSentencePiece, UserError, serialize
+from maxlm.config import (
+    Conversations,
+    DataConfig,
+    HuggingFaceTokenizer,
+    PrepareConfig,
+    SentencePieceTokenizer,
+    TrainSentencePiece,
+    UserError,
+    serialize,
+)
+from maxlm.data.chat import save_chat_template
+from maxlm.data.chat_templates import choose_template
 from maxlm.data.dealing import Reader, Splitter, State
 from maxlm.data.documents import Unreadable
-from maxlm.data.shards import RECORD, TOKENIZER, UNFINISHED, DatasetInfo, not_finished, read_info, token_dtype
+from maxlm.data.encoders import ends_of_answers, open_encoder
+from maxlm.data.shards import CHAT, RECORD, TOKENIZER, UNFINISHED, DatasetInfo, not_finished, read_info, token_dtype
 from maxlm.data.sources import describe_documents, iterate_documents
 from maxlm.data.tokenizers import Tokenizer, load_tokenizer, open_tokenizer
 from maxlm.data.train_tokenizer import train_sentencepiece
@@ -55,6 +67,7 @@ def prepare(config: PrepareConfig, out: Path) -> DatasetInfo:
                 return info
             _claim(config, out)
             tokenizer = _tokenizer(config, out)
+            _put_template(config, out, tokenizer)
             info = _run(config, out, tokenizer)
             _write_atomically(out / RECORD, serialize.to_dict(info))
             for name in (_PROGRESS, UNFINISHED, _LOCK):
@@ -123,7 +136,8 @@ def _claim(config: PrepareConfig, out: Path) -> None:
     if (out / _PROGRESS).exists():
         _check_same(config, serialize.load(PrepareConfig, out / UNFINISHED), out)
     else:  # nothing ties a tokenizer that is there to this config and this input
-        shutil.rmtree(out / TOKENIZER, ignore_errors=True)
+        for name in (TOKENIZER, CHAT):
+            shutil.rmtree(out / name, ignore_errors=True)
     _write_atomically(out / UNFINISHED, serialize.to_dict(_deciding(config)))
 
 
@@ -156,7 +170,9 @@ def _tokenizer(config: PrepareConfig, out: Path) -> Tokenizer:
     if isinstance(config.tokenizer, TrainSentencePiece):
         if folder.exists():
             return load_tokenizer(folder)
-        texts = (document.text for document in iterate_documents(config.documents, Unreadable(config.strict), out))
+        found = iterate_documents(config.documents, Unreadable(config.strict), out)
+        of_records = isinstance(config.documents, Conversations)
+        texts = (_words(json.loads(one.text)) if of_records else one.text for one in found)
         return train_sentencepiece(config.tokenizer, texts, folder)
     tokenizer = open_tokenizer(config.tokenizer)
     if not folder.exists():
@@ -168,15 +184,37 @@ def _tokenizer(config: PrepareConfig, out: Path) -> Tokenizer:
     return tokenizer
 
 
+def _words(value: Any) -> str:
+    """All text in a record, line by line."""
+    if isinstance(value, str):
+        return value
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return "\n".join(filter(None, map(_words, inner)))
+
+
+def _put_template(config: PrepareConfig, out: Path, tokenizer: Tokenizer) -> None:
+    """The chat template in `out`, put there if need be."""
+    if not isinstance(config.documents, Conversations) or (out / CHAT).exists():
+        return
+    beside = None
+    if isinstance(config.tokenizer, SentencePieceTokenizer | HuggingFaceTokenizer):
+        beside = Path(config.tokenizer.path).parent
+    template = choose_template(config.documents.template, tokenizer, beside)
+    save_chat_template(template, out / CHAT, ends_of_answers(template, tokenizer))
+
+
 def _run(config: PrepareConfig, out: Path, tokenizer: Tokenizer) -> DatasetInfo:
     state = serialize.load(State, out / _PROGRESS) if (out / _PROGRESS).exists() else State()
     unreadable = Unreadable(config.strict)
-    with contextlib.closing(Splitter(config, out, tokenizer, state)) as splitter, _progress() as show:
+    dealing = Splitter(config, out, open_encoder(out), tokenizer.vocab_size, state)
+    with contextlib.closing(dealing) as splitter, _progress() as show:
         reader = Reader(config, out, unreadable, state, splitter.take_back_reserve)
         workers = config.workers or _cores()
         documents, recorded = state.documents, time.monotonic()
-        for block, tokenised in tokenise_blocks(out / TOKENIZER, reader.blocks(), workers):
+        for block, tokenised in tokenise_blocks(out, reader.blocks(), workers):
             splitter.add(block, tokenised)
+            for number, reason in tokenised.refused:
+                unreadable.report(*block.places[number], reason)
             documents = block.first + len(block.texts)
             show(documents, splitter.tokens, unreadable.count)
             if time.monotonic() - recorded >= _SECONDS_BETWEEN_RECORDS:
@@ -188,6 +226,11 @@ def _run(config: PrepareConfig, out: Path, tokenizer: Tokenizer) -> DatasetInfo:
             f"; {unreadable.count} documents cannot be read, first {unreadable.examples[0]}" if unreadable.count else ""
         )
         raise UserError(f"{describe_documents(config.documents)}: holds no text{reasons}")
+    if not train and not validation:
+        raise UserError(
+            f"{describe_documents(config.documents)}: none of {documents} records can be learned from; "
+            f"first {unreadable.examples[0]}"
+        )
     if not train:
         raise UserError(
             f"prepare.validation_fraction = {config.validation_fraction} leaves none of {documents} documents to "

@@ -5,6 +5,11 @@ tokenizer/               the tokenizer, as `Tokenizer.save` writes it
 train-00000.tokens       token ids of whole documents, one after the other: uint16 or uint32, little endian
 train-00000.offsets      where each document starts in that file, in tokens: int64, little endian
 validation-00000.tokens  ... and so on
+
+Of conversations a document is one text of a record (`texts.py`), and there are also
+chat/                    the template that they were written with, as a published model's folder has it
+train-00000.counts       of each token whether the loss counts it: uint8
+train-00000.texts        of each text whether it is the first of a record, and its value: uint8, float32, little endian
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ from typing import Annotated, Any
 import numpy as np
 import numpy.typing as npt
 
-from maxlm.config import PrepareConfig, UserError, serialize
+from maxlm.config import Conversations, PrepareConfig, UserError, serialize
 from maxlm.config.errors import MachineFailure
 from maxlm.config.fields import Range, config
 from maxlm.data.tokenizers import Tokenizer, load_tokenizer
@@ -31,8 +36,12 @@ RECORD = "dataset.json"
 UNFINISHED = "prepare.json"
 """Stands in a folder until the record is written: the config that it is made with."""
 TOKENIZER = "tokenizer"
+CHAT = "chat"
 FORMAT_VERSION = 1
 _OFFSET = np.dtype("<i8")
+_COUNTS = np.dtype("<u1")
+TEXT = np.dtype([("begins", "<u1"), ("value", "<f4")])
+"""What the file of texts has of each."""
 _REMEDY = "restore the file, or delete the folder and prepare it again"
 _STRIDE = 512
 """Offsets of a file of which one is kept in memory; the ones between are read as needed: 4 KiB."""
@@ -50,7 +59,7 @@ class Split(enum.Enum):
 
 @config("")
 class ShardInfo:
-    """Size and checksums of one pair of shard files."""
+    """Size and checksums of the files of one shard."""
 
     tokens: Count
     """With bos and eos."""
@@ -62,6 +71,17 @@ class ShardInfo:
     """Of the token file, in hex."""
     offsets_sha256: str
     """Of the offset file, in hex."""
+    counted: Count | None = None
+    """Tokens that the loss counts; None: all that are not the first of a document."""
+    counts_sha256: str | None = None
+    """Of the file that says which they are, in hex."""
+    texts_sha256: str | None = None
+    """Of the file of records and values, in hex."""
+
+    @property
+    def sha256s(self) -> tuple[str | None, ...]:
+        """Of its files, in the order of `shard_files`."""
+        return self.tokens_sha256, self.offsets_sha256, self.counts_sha256, self.texts_sha256
 
 
 @config("")
@@ -95,6 +115,11 @@ class DatasetInfo:
     documents_in_all: Count | None = None
     """Of all shards."""
 
+    @property
+    def of_records(self) -> bool:
+        """Whether its documents are texts of records."""
+        return isinstance(self.prepare.documents, Conversations)
+
     def shards(self, split: Split) -> tuple[ShardInfo, ...]:
         """The shards of one split in the order of their numbers."""
         match split:
@@ -111,8 +136,13 @@ class DatasetInfo:
         """Documents of one split."""
         return sum(shard.documents for shard in self.shards(split))
 
+    def counted(self, split: Split) -> int:
+        """Tokens of one split that the loss counts."""
+        counted = [shard.counted for shard in self.shards(split)]
+        return sum(s.tokens - s.documents if n is None else n for s, n in zip(self.shards(split), counted, strict=True))
+
     def text_bytes(self, split: Split) -> int:
-        """UTF-8 bytes of text of one split."""
+        """UTF-8 bytes of text of one split, of conversations: of what is counted."""
         return sum(shard.text_bytes for shard in self.shards(split))
 
 
@@ -121,10 +151,12 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-def shard_files(folder: Path, split: Split, number: int) -> tuple[Path, Path]:
-    """The token file and the offset file of a shard."""
-    stem = f"{split.value}-{number:05d}"
-    return folder / f"{stem}.tokens", folder / f"{stem}.offsets"
+def shard_files(folder: Path, split: Split, number: int) -> tuple[Path, Path, Path, Path]:
+    """The files of tokens, offsets, counts and texts of a shard; plain documents have the first two alone."""
+    tokens, offsets, counts, texts = (
+        folder / f"{split.value}-{number:05d}.{suffix}" for suffix in ("tokens", "offsets", "counts", "texts")
+    )
+    return tokens, offsets, counts, texts
 
 
 def file_sha256(file: Path) -> str:
@@ -186,14 +218,15 @@ def _check_complete(folder: Path, info: DatasetInfo) -> None:
 
 
 class Shard:
-    """One pair of shard files, read where needed. Not mapped into memory: a file cut while it is read would then end
+    """The files of one shard, read where needed. Not mapped into memory: a file cut while it is read would then end
     the process by SIGBUS."""
 
     def __init__(self, folder: Path, split: Split, number: int, info: ShardInfo, vocab_size: int) -> None:
         self.info = info
         self._vocab_size = vocab_size
         self._dtype = token_dtype(vocab_size)
-        self._tokens_file, self._offsets_file = shard_files(folder, split, number)
+        self._files = shard_files(folder, split, number)
+        self._tokens_file, self._offsets_file, self._counts_file, self._texts_file = self._files
 
     def tokens(self, first: int, count: int) -> npt.NDArray[np.unsignedinteger[Any]]:
         """`[count]`: ids from token number `first` on.
@@ -222,9 +255,28 @@ class Shard:
         offsets = self._read(self._offsets_file, _OFFSET, low, max(0, high - low))
         return offsets[(offsets >= first) & (offsets < first + count)] - first
 
+    def counts(self, first: int, count: int) -> npt.NDArray[np.bool_]:
+        """`[count]`: which tokens from number `first` on the loss counts.
+
+        Raises:
+            UserError: the file has become shorter.
+            MachineFailure: the disk fails.
+        """
+        if self.info.counted is None:
+            return np.ones(count, np.bool_)
+        return self._read(self._counts_file, _COUNTS, first, count).astype(np.bool_)
+
+    def offsets(self) -> npt.NDArray[np.int64]:
+        """`[documents]`: where each begins. All in memory, as the next one; otherwise as `tokens`."""
+        return self._read(self._offsets_file, _OFFSET, 0, self.info.documents)
+
+    def texts(self) -> npt.NDArray[np.void]:
+        """`[documents]` of `TEXT`. Of conversations."""
+        return self._read(self._texts_file, TEXT, 0, self.info.documents)
+
     @functools.cached_property
     def _some_offsets(self) -> npt.NDArray[np.int64]:
-        offsets = self._read(self._offsets_file, _OFFSET, 0, self.info.documents)
+        offsets = self.offsets()
         last = self.info.tokens
         if not (len(offsets) and offsets[0] == 0 and (np.diff(offsets, append=last) > 0).all()):
             raise UserError(f"{self._offsets_file}: its offsets do not rise from 0 to less than {last}; {_REMEDY}")
@@ -250,10 +302,11 @@ class Shard:
         Raises:
             UserError: a file is missing, cut short or changed.
         """
-        for file, size, sha256 in (
-            (self._tokens_file, self.info.tokens * self._dtype.itemsize, self.info.tokens_sha256),
-            (self._offsets_file, self.info.documents * _OFFSET.itemsize, self.info.offsets_sha256),
-        ):
+        tokens, documents = self.info.tokens, self.info.documents
+        sizes = tokens * self._dtype.itemsize, documents * _OFFSET.itemsize, tokens, documents * TEXT.itemsize
+        for file, size, sha256 in zip(self._files, sizes, self.info.sha256s, strict=True):
+            if sha256 is None:
+                continue
             try:
                 seen = os.stat(file).st_size
                 if seen != size:
@@ -297,8 +350,24 @@ class TokenStream:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def read(self, start: int, tokens: npt.NDArray[np.int32], begins: npt.NDArray[np.bool_]) -> None:
-        """Fill `tokens[n]` with the ids from position `start` on, and set `begins[n]` where a document begins.
+    def starts(self) -> npt.NDArray[np.int64]:
+        """Where each document begins, and at the end the number of tokens."""
+        offsets = [shard.offsets() + start for shard, start in zip(self._shards, self._starts[:-1], strict=True)]
+        return np.concatenate([*offsets, self._starts[-1:]])
+
+    def texts(self) -> npt.NDArray[np.void]:
+        """Of each document what `TEXT` says. Of conversations."""
+        return np.concatenate([shard.texts() for shard in self._shards] or [np.empty(0, TEXT)])
+
+    def read(
+        self,
+        start: int,
+        tokens: npt.NDArray[np.int32],
+        begins: npt.NDArray[np.bool_],
+        counts: npt.NDArray[np.bool_],
+    ) -> None:
+        """Fill `tokens[n]` with the ids from position `start` on and `counts[n]` with whether the loss counts them; set
+        `begins[n]` where a document begins.
 
         `begins` must be all False before.
 
@@ -312,6 +381,7 @@ class TokenStream:
             shard, first = self._shards[number], start + done - int(self._starts[number])
             count = min(len(tokens) - done, shard.info.tokens - first)
             tokens[done : done + count] = shard.tokens(first, count)
+            counts[done : done + count] = shard.counts(first, count)
             begins[shard.begins(first, count) + done] = True
             done += count
             number += 1

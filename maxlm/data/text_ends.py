@@ -12,7 +12,8 @@ from typing import NamedTuple
 import tokenizers
 
 from maxlm.config.json_file import read_object
-from maxlm.data.tokenizers import Tokenizer, eos_ids_beside
+from maxlm.data.named_ends import eos_ids_beside
+from maxlm.data.tokenizers import Tokenizer
 
 _ANY = "aA1. \n\u4e00"
 """Some of it is an ordinary token of any vocabulary."""

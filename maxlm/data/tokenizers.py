@@ -22,6 +22,7 @@ import tokenizers
 
 from maxlm.config import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, TokenizerConfig, UserError
 from maxlm.config.json_file import read_bytes, read_object
+from maxlm.data.named_ends import eos_ids_beside, names_beside
 from maxlm.data.tiktoken import to_json
 from maxlm.data.token_bytes import spelled
 
@@ -90,17 +91,15 @@ class Tokenizer(abc.ABC):
         """Names of special tokens, which a text may spell without meaning them, and their ids."""
         return {}
 
+    @abc.abstractmethod
     def encode_places(self, text: str, *, specials: bool) -> tuple[list[int], list[tuple[int, int]]]:
         """The ids of `text` and where each lies in it: start and stop, in characters.
 
         Args:
             text: any.
-            specials: whether names of special tokens in it are those tokens, and not text.
-
-        Raises:
-            UserError: this kind of tokenizer cannot say it.
+            specials: whether names of special tokens in it are those tokens, and not text. Only a tokenizer.json has
+                a rule for that; to the other kinds they are always text.
         """
-        raise UserError(f"a tokenizer of {self.kind.value} has no names of control tokens; a chat needs tokenizer.json")
 
     @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -156,8 +155,15 @@ class Bytes(Tokenizer):
     def name_of(self, token: int) -> str | None:
         return None
 
+    @property
+    def specials(self) -> Mapping[str, int]:
+        return {"<|bos|>": self.bos_id, "<|eos|>": self.eos_id}
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(text.encode()) for text in texts]
+
+    def encode_places(self, text: str, *, specials: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        return self.encode(text), [(i, i + 1) for i, letter in enumerate(text) for _ in letter.encode()]
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
@@ -210,6 +216,27 @@ class SentencePiece(Tokenizer):
         first, *rest = (self._model.encode(part, out_type=int) for part in text.split("\u2581"))
         return [*first, *(i for part in rest for i in (*spelling, *part))]
 
+    @functools.cached_property
+    def specials(self) -> Mapping[str, int]:
+        return {self._model.id_to_piece(i): i for i in range(self.vocab_size) if self._model.is_control(i)}
+
+    def encode_places(self, text: str, *, specials: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        ids, places, at = list[int](), list[tuple[int, int]](), 0
+        for n, part in enumerate([text] if self._lower_block is None else text.split("\u2581")):
+            if n:
+                ids += self._lower_block or []
+                places += [(at - 1, at)] * len(self._lower_block or [])
+            characters = [at + i for i, letter in enumerate(part) for _ in letter.encode()] + [at + len(part)]
+            pieces = self._model.encode(part, return_type="proto").pieces
+            ids += [piece.id for piece in pieces]
+            found, stop = list[tuple[int, int]](), len(characters) - 1
+            for piece in reversed(pieces):  # of bytes that spell a character, the last one alone has a width
+                stop = piece.end if piece.end > piece.begin else stop
+                found.append((characters[piece.begin], characters[stop]))
+            places += reversed(found)
+            at += len(part) + 1
+        return ids, places
+
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._model.decode([int(i) for i in ids if i < self.vocab_size])
         return text
@@ -257,7 +284,7 @@ class HuggingFace(Tokenizer):
         self._specials = special
         known = special, vocabulary
         usual_eos, usual_bos = _first_known(_EOS_NAMES, *known), _first_known(_BOS_NAMES, *known)
-        said_eos, said_bos = _beside(path)
+        said_eos, said_bos = names_beside(path)
         found_eos = usual_eos if eos is None else self._named("eos", eos, *known)
         if found_eos is None:
             found_eos = _first_known([*said_eos, *_MORE_EOS_NAMES], *known)
@@ -409,38 +436,6 @@ def _read_descriptor(folder: Path) -> dict[str, Any]:
             allowed = f"one of {kinds}; of a published model name the file itself" if key == "kind" else "a string"
             raise UserError(f"{file}: not a tokenizer's descriptor: its {key} = {value!r} must be {allowed}")
     return descriptor
-
-
-def _beside(path: Path) -> tuple[list[str], list[str]]:
-    """The names of the end and the beginning of a text that a `tokenizer_config.json` in the same folder gives."""
-    try:
-        values = read_object(path.with_name("tokenizer_config.json"))
-    except UserError:  # it is not ours, and may be missing
-        return [], []
-    found = []
-    for key in ("eos_token", "bos_token"):
-        value = values.get(key)
-        name = value.get("content") if isinstance(value, dict) else value
-        found.append([name] if isinstance(name, str) else [])
-    return found[0], found[1]
-
-
-def eos_ids_beside(folder: Path) -> list[int]:
-    """All `eos_token_id` of the generation_config.json of a published model; if it says none, of its config.json.
-
-    Raises:
-        UserError: the file is damaged, or they are no whole numbers.
-    """
-    for file in (folder / "generation_config.json", folder / "config.json"):
-        said = read_object(file, "an object, as the model came with it") if file.is_file() else {}
-        if (value := said.get("eos_token_id")) is not None:
-            ids: list[int] = value if isinstance(value, list) else [value]
-            if not all(type(i) is int for i in ids):
-                raise UserError(
-                    f"{file}: eos_token_id = {value!r} must be a whole number or a list of them; restore the file"
-                )
-            return ids
-    return []
 
 
 @contextlib.contextmanager

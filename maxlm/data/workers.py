@@ -17,18 +17,12 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from hashlib import blake2b
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from maxlm.config import UserError
 from maxlm.config.errors import MachineFailure
-from maxlm.data.shards import token_dtype
-from maxlm.data.tokenizers import Tokenizer, load_tokenizer
+from maxlm.data.encoders import Tokenised, open_encoder
 
 _LEAST_PATIENCE = 120
 """Seconds for a block of any size."""
@@ -49,48 +43,16 @@ class DocumentBlock:
     """UTF-8."""
     digest: str
     """Of all text up to the end of this block."""
-
-
-@dataclass(frozen=True)
-class Tokenised:
-    """n documents as tokens."""
-
-    tokens: npt.NDArray[np.unsignedinteger[Any]]
-    """`[sum(lengths)]`, with bos and eos."""
-    lengths: npt.NDArray[np.int64]
-    """`[n]`: tokens of each document."""
-    hashes: npt.NDArray[np.uint64]
-    """`[n]`: a hash of each text, even over all 64-bit numbers."""
-    text_bytes: npt.NDArray[np.int64]
-    """`[n]`: UTF-8 bytes of each text."""
-
-    def where(self, mask: npt.NDArray[np.bool_]) -> Tokenised:
-        """The documents where `mask[n]` is set."""
-        return Tokenised(
-            self.tokens[np.repeat(mask, self.lengths)], self.lengths[mask], self.hashes[mask], self.text_bytes[mask]
-        )
-
-
-def tokenise(tokenizer: Tokenizer, texts: list[bytes]) -> Tokenised:
-    """Tokens, lengths and hashes of some documents."""
-    documents = [tokenizer.document_ids(ids) for ids in tokenizer.encode_batch([text.decode() for text in texts])]
-    return Tokenised(
-        tokens=np.concatenate([np.array(ids, token_dtype(tokenizer.vocab_size)) for ids in documents]),
-        lengths=np.array([len(ids) for ids in documents], np.int64),
-        hashes=np.array([text_hash(text) for text in texts], np.uint64),
-        text_bytes=np.array([len(text) for text in texts], np.int64),
-    )
-
-
-def text_hash(text: bytes) -> int:
-    """The 64-bit number that decides which split a document belongs to."""
-    return int.from_bytes(blake2b(text, digest_size=8).digest(), "little")
+    before: bytes
+    """The text before the first of them; of the first of all, its own."""
+    places: list[tuple[str, int | None]]
+    """File and row of each."""
 
 
 def tokenise_blocks(
     folder: Path, blocks: Iterable[DocumentBlock], workers: int
 ) -> Iterator[tuple[DocumentBlock, Tokenised]]:
-    """Each block with its tokens, in the order of `blocks`, by the tokenizer saved in `folder`.
+    """Each block with its tokens, in the order of `blocks`, as the data set that is being made in `folder` wants them.
 
     One worker means this process. At most three blocks for each worker are in memory at a time.
 
@@ -99,9 +61,9 @@ def tokenise_blocks(
         MachineFailure: a process died, is stopped, or does not answer.
     """
     if workers == 1:
-        tokenizer = load_tokenizer(folder)
+        encode = open_encoder(folder)
         for block in blocks:
-            yield block, tokenise(tokenizer, block.texts)
+            yield block, encode(block.texts, block.before)
         return
     idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
     waiting: deque[tuple[DocumentBlock, Future[Tokenised]]] = deque()
@@ -109,7 +71,7 @@ def tokenise_blocks(
     def ask(block: DocumentBlock) -> Tokenised:
         worker = idle.get()
         try:
-            return worker.ask(block.texts)
+            return worker.ask(block)
         finally:
             idle.put(worker)
 
@@ -163,9 +125,9 @@ class _Worker:
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "RAYON_NUM_THREADS": "1"},
             )
 
-    def ask(self, texts: list[bytes]) -> Tokenised:
+    def ask(self, block: DocumentBlock) -> Tokenised:
         try:
-            self._connection.send(texts)
+            self._connection.send((block.texts, block.before))
             answer: Tokenised | UserError | str = self._connection.recv()
         except (EOFError, OSError) as error:
             raise MachineFailure(
@@ -197,14 +159,14 @@ class _Worker:
 
 
 def serve(descriptor: int, folder: str) -> None:
-    """What a worker process does: answer lists of texts with `Tokenised` until the pipe is closed."""
+    """What a worker process does: answer texts with `Tokenised` until the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end closes the pipe
-    tokenizer = load_tokenizer(Path(folder))
+    encode = open_encoder(Path(folder))
     with Connection(descriptor) as connection, contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
-            texts = connection.recv()
+            texts, before = connection.recv()
             try:
-                connection.send(tokenise(tokenizer, texts))
+                connection.send(encode(texts, before))
             except UserError as error:
                 connection.send(error)
             except (RuntimeError, ValueError, MemoryError) as error:

@@ -10,7 +10,7 @@ import numpy as np
 
 from maxlm.config import UserError
 from maxlm.config.fields import config
-from maxlm.data.shards import Count, ShardInfo, Split, file_sha256, shard_files
+from maxlm.data.shards import TEXT, Count, ShardInfo, Split, file_sha256, shard_files
 from maxlm.data.workers import Tokenised
 
 
@@ -26,6 +26,8 @@ class Written:
     """Of the next one."""
     text_bytes: Count = 0
     """Of the next one."""
+    counted: Count = 0
+    """Of the next one, of conversations."""
 
 
 class SplitWriter:
@@ -35,15 +37,27 @@ class SplitWriter:
     that was never stopped.
     """
 
-    def __init__(self, folder: Path, split: Split, shard_tokens: int, dtype: np.dtype[Any], written: Written) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        split: Split,
+        shard_tokens: int,
+        dtype: np.dtype[Any],
+        written: Written,
+        *,
+        of_records: bool = False,
+    ) -> None:
         self._folder, self._split, self._shard_tokens, self._dtype = folder, split, shard_tokens, dtype
+        self._of_records = of_records
         self._shards = list(written.shards)
         self._tokens, self._documents, self._text_bytes = written.tokens, written.documents, written.text_bytes
+        self._counted = written.counted
         self.total_tokens = written.tokens + sum(shard.tokens for shard in written.shards)
-        self._streams: tuple[IO[bytes], IO[bytes]] | None = None
+        self._streams: list[IO[bytes]] | None = None
         self._remove_what_followed()
         if written.documents:
-            self._streams = self._reopen(written.tokens * dtype.itemsize, written.documents * 8)
+            n = written.documents
+            self._streams = self._reopen([written.tokens * dtype.itemsize, n * 8, written.tokens, n * TEXT.itemsize])
 
     def append(self, documents: Tokenised) -> None:
         """Write documents at the end of the split."""
@@ -54,14 +68,19 @@ class SplitWriter:
             count = min(len(ends), int(np.searchsorted(ends, self._shard_tokens - self._tokens)) + 1)
             added = int(ends[count - 1])
             if self._streams is None:
-                tokens_file, offsets_file = shard_files(self._folder, self._split, len(self._shards))
-                self._streams = tokens_file.open("wb"), offsets_file.open("wb")
-            tokens, offsets = self._streams
-            tokens.write(documents.tokens[first_token : first_token + added].tobytes())
-            offsets.write((self._tokens + ends[:count] - lengths[done : done + count]).astype("<i8").tobytes())
+                self._streams = [file.open("wb") for file in self._files(len(self._shards))]
+            tokens, offsets, *of_records = self._streams
+            of_tokens, of_documents = slice(first_token, first_token + added), slice(done, done + count)
+            tokens.write(documents.tokens[of_tokens].tobytes())
+            offsets.write((self._tokens + ends[:count] - lengths[of_documents]).astype("<i8").tobytes())
+            if of_records:
+                assert documents.texts is not None and documents.counts is not None
+                of_records[0].write(documents.counts[of_tokens].tobytes())
+                of_records[1].write(documents.texts[of_documents].tobytes())
+                self._counted += int(documents.counts[of_tokens].sum())
             self._tokens += added
             self._documents += count
-            self._text_bytes += int(documents.text_bytes[done : done + count].sum())
+            self._text_bytes += int(documents.text_bytes[of_documents].sum())
             self.total_tokens += added
             done, first_token = done + count, first_token + added
             if self._tokens >= self._shard_tokens:
@@ -73,7 +92,11 @@ class SplitWriter:
             stream.flush()
             os.fsync(stream.fileno())
         return Written(
-            shards=tuple(self._shards), tokens=self._tokens, documents=self._documents, text_bytes=self._text_bytes
+            shards=tuple(self._shards),
+            tokens=self._tokens,
+            documents=self._documents,
+            text_bytes=self._text_bytes,
+            counted=self._counted,
         )
 
     def finish(self) -> tuple[ShardInfo, ...]:
@@ -91,17 +114,23 @@ class SplitWriter:
     def _finish_shard(self) -> None:
         self.sync()
         self.close()
-        tokens_file, offsets_file = shard_files(self._folder, self._split, len(self._shards))
+        tokens, offsets, *of_records = map(file_sha256, self._files(len(self._shards)))
         self._shards.append(
             ShardInfo(
                 tokens=self._tokens,
                 documents=self._documents,
                 text_bytes=self._text_bytes,
-                tokens_sha256=file_sha256(tokens_file),
-                offsets_sha256=file_sha256(offsets_file),
+                tokens_sha256=tokens,
+                offsets_sha256=offsets,
+                counted=self._counted if of_records else None,
+                counts_sha256=of_records[0] if of_records else None,
+                texts_sha256=of_records[1] if of_records else None,
             )
         )
-        self._tokens = self._documents = self._text_bytes = 0
+        self._tokens = self._documents = self._text_bytes = self._counted = 0
+
+    def _files(self, number: int) -> tuple[Path, ...]:
+        return shard_files(self._folder, self._split, number)[: 4 if self._of_records else 2]
 
     def _remove_what_followed(self) -> None:
         """Delete shards begun after the state that we continue from."""
@@ -111,14 +140,14 @@ class SplitWriter:
                 file.unlink(missing_ok=True)
             number += 1
 
-    def _reopen(self, tokens_size: int, offsets_size: int) -> tuple[IO[bytes], IO[bytes]]:
+    def _reopen(self, sizes: list[int]) -> list[IO[bytes]]:
         """The unfinished shard's files, cut back to the recorded sizes."""
-        tokens_file, offsets_file = shard_files(self._folder, self._split, len(self._shards))
-        for file, size in ((tokens_file, tokens_size), (offsets_file, offsets_size)):
+        files = self._files(len(self._shards))
+        for file, size in zip(files, sizes, strict=False):
             seen = file.stat().st_size if file.exists() else 0
             if seen < size:
                 raise UserError(
                     f"{file}: {seen} bytes, at least {size} expected; delete {self._folder} and prepare it again"
                 )
             os.truncate(file, size)
-        return tokens_file.open("ab"), offsets_file.open("ab")
+        return [file.open("ab") for file in files]

@@ -29,6 +29,7 @@ from maxlm.config import (
 from maxlm.config.json_file import no_folder
 from maxlm.config.layout_rules import broken_layout_rules
 from maxlm.data.chat import ChatTemplate, find_chat_template
+from maxlm.data.shards import CHAT
 from maxlm.data.text_ends import TextEnds, published_ends
 from maxlm.data.tokenizers import Tokenizer, load_tokenizer
 from maxlm.inference.adapters import LoadedAdapter
@@ -184,9 +185,9 @@ def _load_run(
             f"{run_dir / 'tokenizer'}: fingerprint {tokenizer.fingerprint[:12]}..., but checkpoint {restored.step} was "
             f"trained with {str(trained_with)[:12]}...; restore the tokenizer that the run was started with"
         )
-    published, ends = run_dir / PUBLISHED, None
-    if published.is_dir():
-        ends = published_ends(published, tokenizer)
+    told, ends = next((run_dir / name for name in (CHAT, PUBLISHED) if (run_dir / name).is_dir()), None), None
+    if told is not None:
+        ends = published_ends(told, tokenizer)
         if restored.step:  # what it was trained on here ends as documents do
             ends = ends._replace(last=tuple(dict.fromkeys([*ends.last, tokenizer.eos_id])))
     parameters = restored.params
@@ -199,7 +200,7 @@ def _load_run(
         tokenizer=tokenizer,
         step=restored.step,
         ends=ends,
-        chat=find_chat_template(published) if published.is_dir() else None,
+        chat=None if told is None else find_chat_template(told),
     )
 
 

@@ -1,15 +1,17 @@
 """One file a task: a function from a config to a Recipe, which `maxlm/training/loop.py` runs.
 
 pretrain.py: next token of prepared text
+sft.py: what the assistant wrote in conversations
 train_medusa.py: heads that guess at later tokens, on a trained model
+taught.py: the tokenizer and the template of a run that is taught with conversations
 starting.py: what a new run may start from: another run, or a published model
 """
 
 from __future__ import annotations
 
-from maxlm.config import Pretrain, RunConfig, TrainMedusa
+from maxlm.config import Pretrain, RunConfig, Sft, TrainMedusa
 from maxlm.inference.load import LoadedRun
-from maxlm.recipes import pretrain, train_medusa
+from maxlm.recipes import pretrain, sft, train_medusa
 from maxlm.sharding import Layout
 from maxlm.training.loop import Recipe
 
@@ -23,5 +25,7 @@ def recipe(config: RunConfig, layout: Layout) -> Recipe[LoadedRun]:
     match config.task:
         case Pretrain():
             return pretrain.recipe(config, config.task, layout)
+        case Sft():
+            return sft.recipe(config, config.task, layout)
         case TrainMedusa():
             return train_medusa.recipe(config, config.task, layout)

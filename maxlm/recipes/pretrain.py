@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from maxlm.config import EngineConfig, ObserveConfig, Pretrain, RunConfig, UserError
+from maxlm.config import EngineConfig, ObserveConfig, Pretrain, RunConfig, SamplingConfig, UserError
 from maxlm.config.fields import shown
 from maxlm.config.model import padded_vocabulary
+from maxlm.data.chat import ChatTemplate
 from maxlm.data.loader import Batches, global_batches, open_batches
 from maxlm.data.prepare import ensure_prepared
 from maxlm.data.shards import Split
+from maxlm.data.text_ends import TextEnds
 from maxlm.data.tokenizers import Tokenizer
 from maxlm.evaluation.perplexity import held_out
 from maxlm.inference import generator
 from maxlm.inference.checks import check_lengths
 from maxlm.inference.load import LoadedRun
+from maxlm.inference.request import Request
 from maxlm.observe.text import short
 from maxlm.processes.joining import on_rank_0
 from maxlm.recipes.starting import starting
+from maxlm.recipes.taught import Taught
 from maxlm.sharding import Layout
 from maxlm.training.loop import Measure, Recipe
 from maxlm.training.objective import Batch, NextToken, Objective, make_evaluate
@@ -35,8 +40,18 @@ def recipe(config: RunConfig, task: Pretrain, layout: Layout) -> Recipe[LoadedRu
         UserError: the data is not there, is damaged, too small, or has more ids than the model; or the model cannot
             draw the sample that is asked for at the end.
     """
+    return recipe_on(config, layout, NextToken(config, layout), batches(config))
+
+
+def recipe_on(
+    config: RunConfig, layout: Layout, objective: NextToken, data: Batches, taught: Taught | None = None
+) -> Recipe[LoadedRun]:
+    """Of an objective on prepared text. `taught`: how the model is asked, if that is in conversations.
+
+    Raises:
+        UserError: as `recipe`.
+    """
     train = config.train
-    data = batches(config)
     tokenizer = data.tokenizer
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
@@ -45,28 +60,27 @@ def recipe(config: RunConfig, task: Pretrain, layout: Layout) -> Recipe[LoadedRu
             f"{padded_vocabulary(tokenizer.vocab_size)}: a multiple of 128, whose last rows no id uses"
         )
 
-    objective = NextToken(config, layout)
-
     def loaded(step: int, state: TrainState) -> LoadedRun:
-        return LoadedRun(config=config, layout=layout, parameters=state.parameters, tokenizer=tokenizer, step=step)
+        run = LoadedRun(config=config, layout=layout, parameters=state.parameters, tokenizer=tokenizer, step=step)
+        return run if taught is None else dataclasses.replace(run, chat=taught.chat, ends=taught.ends)
 
     measures: list[Measure] = []
     if train.eval_batches != 0:
         measures.append(HeldOutText(config, layout, objective))
     if config.observe.sample_tokens:
-        _check_sample(config, tokenizer)
+        _check_sample(config, tokenizer, None if taught is None else taught.chat)
         measures.append(Sample(observe=config.observe, loaded=loaded))
     return Recipe(
         objective=objective,
         feed=FileFeed(data, layout),
         measures=tuple(measures),
         start=starting(config, layout, tokenizer.fingerprint),
-        tokenizer=tokenizer,
+        tokenizer=tokenizer if taught is None else taught,
         outcome=loaded,
     )
 
 
-def _check_sample(config: RunConfig, tokenizer: Tokenizer) -> None:
+def _check_sample(config: RunConfig, tokenizer: Tokenizer, chat: ChatTemplate | None) -> None:
     """Before the first step, not after the last.
 
     Raises:
@@ -74,7 +88,9 @@ def _check_sample(config: RunConfig, tokenizer: Tokenizer) -> None:
     """
     prompt = config.observe.sample_prompt
     try:
-        ids = tokenizer.prompt_ids(prompt)
+        ids = tokenizer.prompt_ids(prompt) if chat is None else _question(chat, tokenizer, prompt)
+    except UserError:
+        raise
     except Exception as error:  # whatever the tokenizer's package raises
         why = type(error).__name__
         raise UserError(f"observe.sample_prompt = {shown(prompt)} cannot be tokenised ({why}); use text") from error
@@ -171,7 +187,7 @@ class HeldOutText:
 
 @dataclass(kw_only=True)
 class Sample:
-    """How the model goes on after `observe.sample_prompt`, at the end."""
+    """How the model goes on after `observe.sample_prompt`, at the end; or answers, if it is asked in conversations."""
 
     observe: ObserveConfig
     loaded: Callable[[int, TrainState], LoadedRun]
@@ -181,10 +197,17 @@ class Sample:
     def __call__(self, step: int, state: TrainState) -> Mapping[str, str]:
         prompt, new, run = self.observe.sample_prompt, self.observe.sample_tokens, self.loaded(step, state)
         # One text, beside a state that fills the memory: room for it alone, and one program.
-        room = len(run.tokenizer.prompt_ids(prompt)) + new
-        small = EngineConfig(slots=1, tokens_per_step=2, cache_tokens=room)
-        [sample] = generator.Generator(run, engine=small).generate([prompt], max_new_tokens=new)
-        return {"prompt": prompt, "text": sample.text}
+        ids = run.tokenizer.prompt_ids(prompt) if run.chat is None else _question(run.chat, run.tokenizer, prompt)
+        small = EngineConfig(slots=1, tokens_per_step=2, cache_tokens=len(ids) + new)
+        ends = (run.ends or TextEnds.of_documents(run.tokenizer)).last
+        request = Request(prompt=tuple(ids), max_new_tokens=new, sampling=SamplingConfig(), ends=ends)
+        [sample] = generator.Generator(run, engine=small).answer([request])
+        return {"prompt": prompt if run.chat is None else f"{prompt}\n-> ", "text": sample.text}
 
     def line(self, step: int, row: Mapping[str, Any]) -> str:
         return f"sample after step {step:,}:\n{row['prompt']}{row['text']}"
+
+
+def _question(chat: ChatTemplate, tokenizer: Tokenizer, text: str) -> list[int]:
+    """What an answer starts from."""
+    return chat.encode(tokenizer, [{"role": "user", "content": text}]).ids

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from maxlm.config import Pretrain, RunConfig, TrainMedusa
+from maxlm.config import RunConfig, TrainMedusa
 from maxlm.data.loader import global_batches, open_batches
 from maxlm.data.shards import Split
 from maxlm.inference.load import LoadedRun
@@ -33,10 +33,10 @@ def recipe(config: RunConfig, task: TrainMedusa, layout: Layout) -> Recipe[Loade
         UserError: as of pre-training.
     """
     objective = LaterTokens(config, task, layout)
-    made = pretrain.recipe(config, Pretrain(), layout)
+    made = pretrain.recipe_on(config, layout, objective, pretrain.batches(config))
     measures: list[Measure] = [HeldOutHeads(config, layout, objective)] if config.train.eval_batches != 0 else []
     measures += [measure for measure in made.measures if measure.name != pretrain.HeldOutText.name]
-    return dataclasses.replace(made, objective=objective, measures=tuple(measures))
+    return dataclasses.replace(made, measures=tuple(measures))
 
 
 class HeldOutHeads:

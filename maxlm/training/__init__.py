@@ -2,6 +2,7 @@
 
 loop.py: a run of any recipe, top to bottom
 objective.py: what is minimised; next-token prediction, and the call of the model
+answers.py: what fine-tuning adds to the loss of the next token
 later_tokens.py: the loss of heads that guess at later tokens
 step.py: gradient, optimizer: one step
 keeper.py: the state of a run in its folder
@@ -10,6 +11,8 @@ config_file.py: config.json, and other settings for a run that goes on
 router_metrics.py: load and drops of each mixture
 warm_start.py: parameters of another run
 losses.py: cross-entropy and log-probabilities without the logits of a whole batch
+text_sums.py: sums over each text of a batch
+preference_losses.py: losses of preferences, rewards and embeddings, as functions of such sums
 optimizers.py: optax transformations from configs
 schedules.py: learning rates
 state.py: the train state and where its arrays live

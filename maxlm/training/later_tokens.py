@@ -26,7 +26,7 @@ class LaterTokens(NextToken):
         """Nothing: routers that are noisy in training are not trained."""
         return batch
 
-    def loss(self, params: Params, frozen: Any, batch: Batch, counted: jax.Array) -> Sums:
+    def loss(self, params: Params, frozen: Any, batch: Batch, counted: Any) -> Sums:
         layout, train, medusa = self._layout, self._config.train, self._config.model.medusa
         assert medusa is not None
         model = bind(self._config.model, params)

@@ -76,7 +76,8 @@ class Measure(Protocol):
 class Vocabulary(Protocol):
     """A tokenizer, as far as a run folder keeps it."""
 
-    fingerprint: str
+    @property
+    def fingerprint(self) -> str: ...
 
     def save(self, folder: Path) -> None: ...
 

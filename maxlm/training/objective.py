@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from maxlm.config import Experts, NoisyTopKRouter, RunConfig
-from maxlm.models import Execution, Tokens, bind, declared, init_parameters
+from maxlm.models import Decoder, Execution, Tokens, bind, declared, init_parameters
 from maxlm.models.moe import balance_biases
 from maxlm.sharding import Layout
-from maxlm.training.losses import cross_entropy_sums
+from maxlm.training.losses import LossSums, cross_entropy_sums
 from maxlm.training.router_metrics import router_metrics
 
 Params = Any
@@ -62,21 +62,40 @@ class Objective(Protocol):
         """New parameters."""
         ...
 
-    def loss(self, params: Params, frozen: Any, batch: Batch, counted: jax.Array) -> Sums:
+    def loss(self, params: Params, frozen: Any, batch: Batch, counted: Any) -> Sums:
         """The sums of a batch or of some of its rows; `counted`: see below."""
         ...
 
-    def counted(self, batch: Batch) -> jax.Array:
-        """What the loss of a few rows must know of the whole batch."""
+    def counted(self, params: Params, frozen: Any, batch: Batch) -> Any:
+        """What the loss of a few rows must know of the whole batch, as a tree of arrays. No gradient goes through it.
+
+        What runs the model does so a micro-batch at a time, with `in_parts`.
+        """
         return jnp.float32(1)
 
     def draw(self, batch: Batch, key: jax.Array) -> Batch:
-        """The batch with all that is random in this step, from a key that is the step's own."""
+        """The batch with all that is random in this step, from a key that is the step's own, and what else it has of
+        each row, as arrays [B]."""
         return batch
 
     def settle(self, params: Params, router: Any) -> tuple[Params, dict[str, jax.Array]]:
         """Parameters after an update, and figures to log, as they follow from `Sums.router` of the whole batch."""
         return params, {}
+
+
+def in_parts(objective: Objective, layout: Layout, batch: Batch, parts: int) -> Batch:
+    """The micro-batches of a batch, stacked: [B, ...] -> [parts, B / parts, ...].
+
+    Row r goes to micro-batch r % parts, so that each device keeps the rows it has.
+    """
+
+    def cut(name: str, x: jax.Array) -> jax.Array:
+        dims = (
+            objective.arrays[name].dims if name in objective.arrays else ["batch"]
+        )  # what the step drew has rows alone
+        return layout.constrain(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), None, *dims)
+
+    return {name: cut(name, x) for name, x in batch.items()}
 
 
 class NextToken(Objective):
@@ -94,7 +113,7 @@ class NextToken(Objective):
     def init(self, key: jax.Array) -> Params:
         return init_parameters(self._config.model, key)
 
-    def counted(self, batch: Batch) -> jax.Array:
+    def counted(self, params: Params, frozen: Any, batch: Batch) -> jax.Array:
         """The share of the tokens that the loss counts."""
         return jnp.mean(batch["loss_mask"])
 
@@ -106,23 +125,14 @@ class NextToken(Objective):
         seeds = jax.random.bits(key, batch["inputs"].shape[:1], jnp.uint32)
         return {**batch, "seeds": self._layout.constrain(seeds, "batch")}
 
-    def loss(self, params: Params, frozen: Any, batch: Batch, counted: jax.Array) -> Sums:
+    def loss(self, params: Params, frozen: Any, batch: Batch, counted: Any) -> Sums:
         """Of a batch as `arrays` says, with rows left out or seeds added."""
-        layout, train = self._layout, self._config.train
-        model = bind(self._config.model, params)
+        train, model = self._config.train, bind(self._config.model, params)
         batch = self._how.arrange(batch)
         tokens = Tokens(batch["positions"], batch["segment_ids"], seeds=batch.get("seeds"))
-        output = model(model.embeddings(batch["inputs"], tokens, self._how), tokens, self._how)
+        output = model(self._embeddings(model, batch, tokens), tokens, self._how)
         with jax.named_scope("loss"):
-            sums = cross_entropy_sums(
-                layout,
-                output.hidden,
-                model.unembedding,
-                batch["targets"],
-                batch["loss_mask"],
-                z_loss=train.z_loss,
-                chunk=train.loss_chunk,
-            )
+            sums = self._cross_entropy(model, output.hidden, batch)
             means = {"loss": sums.cross_entropy, "z_loss": train.z_loss * sums.log_z_squared}
             routers = [stats for stats in output.router if stats is not None]
             objective = sums.objective
@@ -132,6 +142,15 @@ class NextToken(Objective):
                 means["auxiliary_loss"] = sum((stats.auxiliary.sum() for stats in routers), jnp.float32(0)) * counted
                 objective += means["auxiliary_loss"]
             return Sums(objective, jnp.sum(batch["loss_mask"]), means, output.router)
+
+    def _embeddings(self, model: Decoder, batch: Batch, tokens: Tokens) -> jax.Array:
+        """What the layers begin with."""
+        return model.embeddings(batch["inputs"], tokens, self._how)
+
+    def _cross_entropy(self, model: Decoder, hidden: jax.Array, batch: Batch) -> LossSums:
+        """Of the targets, each with the weight that the mask gives it."""
+        train, loss = self._config.train, (model.unembedding, batch["targets"], batch["loss_mask"])
+        return cross_entropy_sums(self._layout, hidden, *loss, z_loss=train.z_loss, chunk=train.loss_chunk)
 
     def settle(self, params: Params, router: Any) -> tuple[Params, dict[str, jax.Array]]:
         """Biases of SigmoidRouters that follow the load; how evenly each layer's experts were used."""
@@ -145,7 +164,7 @@ def make_evaluate(objective: Objective, layout: Layout) -> Callable[[Params, Bat
     """
 
     def evaluate(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        sums = objective.loss(params, None, batch, objective.counted(batch))
+        sums = objective.loss(params, None, batch, objective.counted(params, None, batch))
         return sums.means.get("loss", sums.objective), sums.weight
 
     return jax.jit(evaluate, out_shardings=layout.sharding())

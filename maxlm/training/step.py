@@ -16,7 +16,7 @@ import optax
 from maxlm.checkpoint.store import named_leaves
 from maxlm.config import RunConfig, StatePart, UserError
 from maxlm.sharding import Layout, all_devices, make_layout
-from maxlm.training.objective import Batch, NextToken, Objective, Params, Sums, make_evaluate
+from maxlm.training.objective import Batch, NextToken, Objective, Params, Sums, in_parts, make_evaluate
 from maxlm.training.optimizers import make_optimizer
 from maxlm.training.schedules import learning_rate_schedule
 from maxlm.training.state import TrainState, init_state, state_shardings
@@ -82,7 +82,7 @@ def gradient_function(
     part = functools.partial(trained, objective.declared)
     shardings = part(layout.shardings(objective.dims, StatePart.GRADIENTS))
 
-    def of_part(params: Params, frozen: Any, batch: Batch, counted: jax.Array) -> tuple[Sums, Any]:
+    def of_part(params: Params, frozen: Any, batch: Batch, counted: Any) -> tuple[Sums, Any]:
         def loss(changing: Params) -> tuple[jax.Array, Sums]:
             sums = objective.loss(joined(changing, params), frozen, batch, counted)
             return sums.objective, sums
@@ -92,21 +92,16 @@ def gradient_function(
 
     parts = config.train.micro_batches
     if parts == 1 or layout.mesh.shape["stage"] > 1:  # a pipeline cuts the batch itself
-        return lambda params, frozen, batch: of_part(params, frozen, batch, objective.counted(batch))
-
-    def cut(name: str, x: jax.Array) -> jax.Array:
-        # Row r goes to micro-batch r % parts: each device keeps the rows it has. What the step drew has rows alone.
-        x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-        return layout.constrain(x, None, *(objective.arrays[name].dims if name in objective.arrays else ["batch"]))
+        return lambda params, frozen, batch: of_part(params, frozen, batch, objective.counted(params, frozen, batch))
 
     def accumulate(params: Params, frozen: Any, batch: Batch) -> tuple[Sums, Any]:
         def add(total: Any, part: Batch) -> tuple[Any, Sums]:
             sums, gradients = of_part(params, frozen, part, counted)
             return jax.tree.map(jnp.add, total, gradients), sums
 
-        counted = objective.counted(batch)
+        counted = objective.counted(params, frozen, batch)
         zeros = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, part(params)), shardings)
-        gradients, sums = jax.lax.scan(add, zeros, {name: cut(name, x) for name, x in batch.items()})
+        gradients, sums = jax.lax.scan(add, zeros, in_parts(objective, layout, batch, parts))
         return jax.tree.map(lambda x: x.sum(0), sums), gradients
 
     return accumulate
