@@ -46,10 +46,10 @@ from maxlm.hub.names import Piece
 from maxlm.hub.tensor_files import DTYPES
 from maxlm.hub.weights import PublishedWeights
 from maxlm.inference import load
-from maxlm.inference.adapters import LoadedAdapter
 from maxlm.inference.bases import Base, RunBase
 from maxlm.inference.language_model import LanguageModel
 from maxlm.inference.load import ONE_DEVICE, LoadedRun, layout_for
+from maxlm.inference.mixed_adapters import LoadedAdapter
 from maxlm.models import abstract_parameters
 from maxlm.models.weights.kinds import Quantised, Weight
 from maxlm.shapes import Array

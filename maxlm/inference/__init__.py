@@ -11,7 +11,7 @@ request.py: what is asked, and what is answered
 loop.py: the engine on a thread of its own
 engine.py: requests to tokens, step by step
 engine_stats.py: what it tells of itself
-adapters.py: several adapters, each for the requests that ask for it
+mixed_adapters.py: several adapters, each for the requests that ask for it
 checks.py: what an engine does not take
 scheduler.py: which tokens the next step reads
 blocks.py: who uses which block of the cache

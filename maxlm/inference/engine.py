@@ -18,10 +18,10 @@ import numpy.typing as npt
 from maxlm.config import EngineConfig, UserError, WeightFormat
 from maxlm.config.fields import Positive, Seed, require
 from maxlm.data.text_ends import TextEnds
-from maxlm.inference.adapters import LoadedAdapter, check_adapter
 from maxlm.inference.checks import check_guided, check_lengths, check_model, prompt_ids
 from maxlm.inference.drafting import Drafter, drafter_of
 from maxlm.inference.engine_stats import EngineStats
+from maxlm.inference.mixed_adapters import LoadedAdapter, check_adapter
 from maxlm.inference.programs import Programs, pool_sizes
 from maxlm.inference.request import TOP_SCORES, BadRequest, Delta, Finish, QueueFull, Request, TokenScore
 from maxlm.inference.rows import Read, fill, in_place

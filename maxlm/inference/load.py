@@ -32,10 +32,10 @@ from maxlm.data.chat import ChatTemplate, find_chat_template
 from maxlm.data.shards import CHAT
 from maxlm.data.text_ends import TextEnds, published_ends
 from maxlm.data.tokenizers import Tokenizer, load_tokenizer
-from maxlm.inference.adapters import LoadedAdapter
 from maxlm.inference.bases import Base, OpenBase, RunBase, deferred_base, open_again, read_base, stored_shapes
 from maxlm.inference.generator import Generation, Generator
 from maxlm.inference.language_model import LanguageModel
+from maxlm.inference.mixed_adapters import LoadedAdapter
 from maxlm.models import abstract_parameters, declared
 from maxlm.models.base import laid, own
 from maxlm.shapes import PREFIX

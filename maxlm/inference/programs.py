@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from maxlm import shapes
 from maxlm.config import EngineConfig, ModelConfig, SamplingConfig, WeightFormat
-from maxlm.inference.adapters import LoadedAdapter, with_adapters
 from maxlm.inference.held import by_layer, held
+from maxlm.inference.mixed_adapters import LoadedAdapter, with_adapters
 from maxlm.inference.request import TOP_SCORES
 from maxlm.inference.settings import settings_row
 from maxlm.inference.step import (

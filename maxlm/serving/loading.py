@@ -10,10 +10,10 @@ from types import MappingProxyType
 
 from maxlm.config import DocumentsConfig, EngineConfig, UserError, WeightFormat
 from maxlm.data.text_ends import TextEnds
-from maxlm.inference.adapters import LoadedAdapter
 from maxlm.inference.engine import Engine
 from maxlm.inference.load import LoadedRun, load_run
 from maxlm.inference.loop import EngineLoop
+from maxlm.inference.mixed_adapters import LoadedAdapter
 from maxlm.serving.embedding import Embedder
 from maxlm.serving.passages import passages_of
 from maxlm.serving.retrieval import Index
