@@ -24,6 +24,7 @@ from maxlm.config import (
     Adapter,
     BaseFormat,
     CheckpointConfig,
+    ChosenModel,
     ConstantSchedule,
     GatedMlp,
     Lora,
@@ -33,7 +34,7 @@ from maxlm.config import (
     serialize,
 )
 from maxlm.data.tokenizers import Bytes
-from maxlm.hub.models import open_base
+from maxlm.hub.models import load_adapters, open_base
 from maxlm.inference.load import deferred_run
 from maxlm.models.weights.normal_float import NormalFloat4
 from maxlm.recipes.pretrain import FileFeed
@@ -112,10 +113,32 @@ def test_it_is_loaded_as_any_run(trained: Result[Any]) -> None:
     assert_equal(loaded.parameters, trained.run.parameters)
     ids = np.arange(12)[None]
     np.testing.assert_allclose(loaded.model(ids), trained.run.model(ids), atol=1e-5)  # on another number of devices
-    ids = list(loaded.tokenizer.prompt_ids("the "))
-    for token in loaded.generate("the ", max_new_tokens=3, sampling=maxlm.SamplingConfig(temperature=0)).tokens:
-        assert token == int(np.asarray(loaded.model([ids]))[0, -1].argmax())
-        ids.append(token)
+
+
+@pytest.mark.slow
+def test_it_continues_texts(trained: Result[Any]) -> None:
+    loaded, prompt = maxlm.load_run(folder(trained)), "the "
+    found = loaded.generate(prompt, max_new_tokens=4, sampling=maxlm.SamplingConfig(temperature=0)).tokens
+    ids = [*loaded.tokenizer.prompt_ids(prompt), *found]
+    logits = np.asarray(loaded.model([ids]))[0]
+    np.testing.assert_array_equal(found, logits[-len(found) - 1 : -1].argmax(-1))
+
+
+def test_adapters_to_be_served_are_of_the_model(base: RunConfig, trained: Result[Any], tmp_path: Path) -> None:
+    chosen, place = ChosenModel(run=base.run_dir), str(folder(trained))
+    [(name, adapter)] = load_adapters(chosen, [f"mine={place}"]).items()
+    assert name == "mine"
+    assert_equal(adapter.parameters, trained.run.parameters["adapter"])
+    earlier = ChosenModel(run=base.run_dir, step=1)
+    for model, words, match in (
+        (chosen, ["mine"], "--adapter mine must be NAME=DIR"),
+        (chosen, [f"mine={place}"] * 2, "comes twice"),
+        (chosen, ["mine=" + base.run_dir], "the run has no adapter"),
+        (chosen, [f"mine={tmp_path}/none"], "not a run folder"),
+        (earlier, [f"mine={place}"], r"its adapter is of the base .*checkpoints/2 .*, the model is .*checkpoints/1"),
+    ):
+        with pytest.raises(UserError, match=match):
+            load_adapters(model, words)
 
 
 class Broken(Exception):
@@ -202,6 +225,7 @@ def test_full_parts_begin_as_the_base_and_are_kept(base: RunConfig, tmp_path: Pa
     assert_equal(maxlm.load_run(tmp_path / "run").parameters, result.run.parameters)
 
 
+@pytest.mark.nightly
 def test_a_base_of_few_bits(tmp_path: Path) -> None:
     """From a run, and from one that is quantised already: the same to the bit, and untouched by training."""
     (tmp_path / "base").mkdir()
