@@ -41,7 +41,7 @@ from maxlm.config import (
 from maxlm.models import Tokens, abstract_parameters, bind, declared, ops
 from maxlm.models.adapters import base_of
 from maxlm.models.merging import Weighted, merged, scaled, unmerged, weighted_sum
-from maxlm.models.weights.around import SmallMlp, WithMlp
+from maxlm.models.weights.around import MlpAfter, SmallMlp
 from maxlm.models.weights.low_rank import LowRank
 from maxlm.shapes import PREFIX, Part, arrays
 from maxlm.sharding import make_layout
@@ -219,7 +219,7 @@ def test_a_bottleneck_is_as_its_formula() -> None:
     mlp = SmallMlp(*(jnp.asarray(one, jnp.float32) for one in (down, d, up, u)), Activation.RELU, 4.0)
     y = x @ w
     expected = y + 4 * (np.maximum(y @ down + d, 0) @ up + u)
-    found = product(WithMlp(jnp.asarray(w, jnp.float32), mlp), x.astype(np.float32))
+    found = product(MlpAfter(jnp.asarray(w, jnp.float32), mlp), x.astype(np.float32))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
 
 

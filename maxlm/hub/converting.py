@@ -22,12 +22,12 @@ from maxlm.config import CheckpointConfig, Dtype, ExecutionConfig, ModelConfig, 
 from maxlm.data.tokenizers import Tokenizer
 from maxlm.hub.families import FAMILIES
 from maxlm.hub.family import ModelFamily
-from maxlm.hub.folder import Pieces, appearing, copy_tokenizer, write_ends, write_folder
-from maxlm.hub.models import PublishedModel, no_tokenizer, number_format, pieces_of, untrained
+from maxlm.hub.folder import Pieces, appearing, copy_tokenizer, write_ends, write_folder, write_origin
+from maxlm.hub.models import PublishedModel, load_run, no_tokenizer, number_format, open_base, pieces_of, untrained
 from maxlm.hub.names import Piece
 from maxlm.hub.published import Published
 from maxlm.inference.language_model import LanguageModel
-from maxlm.inference.load import ONE_DEVICE, deferred_run, layout_for, load_run
+from maxlm.inference.load import ONE_DEVICE, deferred_run, layout_for
 from maxlm.models import abstract_parameters, declared
 from maxlm.models.weights.holding import QUANTISED, kinds_of
 
@@ -99,7 +99,7 @@ def open_run(place: Path) -> Opened:
         UserError: as `load_run`.
     """
     folder, step = run_and_step(str(place))
-    run = deferred_run(folder, step=step)
+    run = deferred_run(folder, step=step, open_base=open_base)
     published, pieces = folder / PUBLISHED, pieces_of(run.parameters)
 
     def copy(target: Path) -> None:
@@ -189,15 +189,6 @@ def write_run(opened: Opened, folder: Path, *, parameters: Any = None) -> None:
             own = partial(_deferred, opened)
             params = jax.tree.map(own, declared(opened.model)) if parameters is None else parameters
             checkpointer.save(opened.step, params=params, optimizer={}, meta=meta)
-
-
-def write_origin(run_dir: Path, family: ModelFamily | None, copy_tokenizer: Callable[[Path], None]) -> None:
-    """The folder PUBLISHED of a run: the tokenizer's files, the chat template, and which family the model is of."""
-    folder = run_dir / PUBLISHED
-    folder.mkdir(exist_ok=True)
-    copy_tokenizer(folder)
-    if family is not None:
-        (folder / "config.json").write_text(json.dumps({"model_type": family.model_type}) + "\n")
 
 
 def _deferred(opened: Opened, array: shapes.Array) -> Deferred:

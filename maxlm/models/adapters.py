@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from maxlm import shapes
 from maxlm.config import AdaLora, Adapter, BaseFormat, Bottleneck, DyLora, Ia3, Lora, ModelConfig, WeightFormat
 from maxlm.models.parameters import declared, initial
-from maxlm.models.weights.around import Rescaled, SmallMlp, WithMlp, plain
+from maxlm.models.weights.around import MlpAfter, Rescaled, SmallMlp, plain
 from maxlm.models.weights.holding import quantised
 from maxlm.models.weights.kinds import Quantised, Weight
 from maxlm.models.weights.low_rank import LowRank, lengths
@@ -106,7 +106,7 @@ def changed(adapter: Adapter, weight: Weight, own: dict[str, Any]) -> Weight:
             return Rescaled(weight, own.get("inputs"), own.get("outputs"))
         case Bottleneck():
             assert not kind.parallel
-            return WithMlp(weight, small_mlp(kind, own))
+            return MlpAfter(weight, small_mlp(kind, own))
         case _:
             assert_never(kind)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,6 @@ class Unembedding:
     """float32 [V]."""
     scale: float | None = field(default=None, metadata={"static": True})
     soft_cap: float | None = field(default=None, metadata={"static": True})
-
-    def wide(self) -> Unembedding:
-        """With the table as a float32 array, as gradients are."""
-        wide, table = jnp.float32, self.table
-        return replace(self, table=table.astype(wide) if isinstance(table, jax.Array) else table.dense(wide))
 
     def finish(self, product: jax.Array) -> jax.Array:
         """hidden @ table.T -> logits, both float32 [..., V], or the same part of V that bias is."""

@@ -5,6 +5,7 @@ arrays.py: each array of a model; what decoding keeps of each token
 additions.py: what an adapter adds, and what it leaves as it is
 count.py: parameters and FLOPs, counted from them
 pools.py: blocks of what decoding keeps
+base_bytes.py: a base under an adapter, as it is held
 device.py: a device's part of each, in training and as decoding holds it
 """
 
@@ -25,6 +26,7 @@ from maxlm.shapes.arrays import (
     norm,
     shared_experts,
 )
+from maxlm.shapes.base_bytes import held_bytes
 from maxlm.shapes.count import (
     FlopsPerToken,
     ParameterCount,
@@ -64,6 +66,7 @@ __all__ = [
     "flops_per_token",
     "head",
     "head_norms",
+    "held_bytes",
     "is_input_of",
     "is_linear",
     "kept",

@@ -17,10 +17,11 @@ from maxlm.config import Activation, GluSave, KernelConfig, Nonlinearity, Swish
 from maxlm.models.ops.backends import blaming
 from maxlm.models.ops.ring import in_ring_order
 from maxlm.models.unembedding import Unembedding
-from maxlm.models.weights.around import Rescaled, SmallMlp, WithMlp
+from maxlm.models.weights.around import MlpAfter, Rescaled, SmallMlp
 from maxlm.models.weights.by_channel import ByChannel, Float8, Int8, Int8Activations, Int8Outliers
 from maxlm.models.weights.by_group import ByGroup
 from maxlm.models.weights.by_layer import ByLayer, in_layer
+from maxlm.models.weights.by_row import ByRow
 from maxlm.models.weights.kinds import Weight
 from maxlm.models.weights.low_rank import LowRank
 from maxlm.models.weights.normal_float import NormalFloat4
@@ -52,9 +53,11 @@ def project(layout: Layout, subscripts: str, x: jax.Array, w: Weight, bias: jax.
         case Rescaled(base=base, inputs=inputs, outputs=outputs):
             y = project(layout, subscripts, x if inputs is None else (x * inputs).astype(x.dtype), base, bias)
             return y if outputs is None else (y * outputs).astype(y.dtype)
-        case WithMlp(base=base, mlp=mlp):
+        case MlpAfter(base=base, mlp=mlp):
             y = project(layout, subscripts, x, base, bias)
             return y + small_mlp(layout, y, mlp)
+        case ByRow():
+            y = _with_rows_own(layout, subscripts, x, w)
         case ByGroup() | NormalFloat4() | jax.Array():
             y = _product(layout, subscripts, x, dense(layout, w, x.dtype))
         case _:
@@ -98,6 +101,17 @@ def small_mlp(layout: Layout, x: jax.Array, w: SmallMlp) -> jax.Array:
     inside = activate(project(layout, "btd,dz->btz", x, w.down, w.down_bias), w.activation)
     y = project(layout, "btz,zd->btd", inside, w.up, w.up_bias)
     return (w.scale * y).astype(y.dtype)
+
+
+def _with_rows_own(layout: Layout, subscripts: str, x: jax.Array, w: ByRow) -> jax.Array:
+    """The same, where each row has what is its adapter's."""
+    of_x, _, of_y = re.split(",|->", subscripts)
+    rows, inputs = of_x[:2], of_x[2:]
+    y = project(layout, subscripts, x, w.base)
+    inside = jnp.where(w.mask(), project(layout, f"{of_x},{inputs}z->{rows}z", x, w.a), 0)
+    added = project(layout, f"{rows}z,z{of_y[2:]}->{of_y}", inside, w.b)
+    y += (w.of_row(w.scales, y.ndim) * added).astype(y.dtype)
+    return y if w.outputs is None else (y * w.of_row(w.outputs, y.ndim)).astype(y.dtype)
 
 
 def _integers(layout: Layout, subscripts: str, x: jax.Array, w: ByChannel) -> jax.Array:

@@ -72,7 +72,7 @@ class SmallMlp:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class WithMlp(Around):
+class MlpAfter(Around):
     """A weight whose product, with its bias, is followed by y + mlp(y)."""
 
     mlp: SmallMlp
