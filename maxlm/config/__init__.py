@@ -38,7 +38,17 @@ errors.py: the exception that users see as a line
 from typing import Any
 
 from maxlm.config import earlier
-from maxlm.config.adapter import ALL_LINEAR, Adapter, AdapterKind, BaseFormat, Lora
+from maxlm.config.adapter import (
+    ALL_LINEAR,
+    AdaLora,
+    Adapter,
+    AdapterKind,
+    BaseFormat,
+    Bottleneck,
+    DyLora,
+    Ia3,
+    Lora,
+)
 from maxlm.config.attention import Attention, FixedPattern, GroupedQuery, LatentAttention, QkNorm, StridedPattern
 from maxlm.config.chosen import ChosenModel
 from maxlm.config.data import (
@@ -151,6 +161,7 @@ __all__ = [
     "MESH_AXES",
     "PARAMETER_DIMS",
     "Activation",
+    "AdaLora",
     "Adafactor",
     "AdamW",
     "Adapter",
@@ -162,6 +173,7 @@ __all__ = [
     "BaseFormat",
     "BeamConfig",
     "BlockConfig",
+    "Bottleneck",
     "ByteTokenizer",
     "CacheFormat",
     "Capacity",
@@ -182,6 +194,7 @@ __all__ = [
     "DraftModel",
     "Dropless",
     "Dtype",
+    "DyLora",
     "DynamicNtkScaling",
     "EmbeddedPosition",
     "EngineConfig",
@@ -200,6 +213,7 @@ __all__ = [
     "Head",
     "HuggingFaceDataset",
     "HuggingFaceTokenizer",
+    "Ia3",
     "InverseSqrtSchedule",
     "KernelConfig",
     "LatentAttention",

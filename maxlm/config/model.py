@@ -16,7 +16,7 @@ from maxlm.config.attention import Attention
 from maxlm.config.earlier import renamed
 from maxlm.config.errors import UserError
 from maxlm.config.fields import Changes, Filled, NotNegative, Positive, Range, config
-from maxlm.config.mixture import ExpertChoiceRouter, Experts
+from maxlm.config.mixture import ExpertChoiceRouter, Experts, NoisyTopKRouter
 from maxlm.config.mlp import GatedMlp, Mlp
 from maxlm.config.norm import Norm, RmsNorm
 from maxlm.config.position import DynamicNtkScaling, EmbeddedPosition, Rope
@@ -286,6 +286,13 @@ class ModelConfig:
                 above = f"model.max_seq_len = {self.max_seq_len} above its original_max_len"
                 return f"model.blocks[].attention.position.scaling = DynamicNtkScaling and {above}"
         return None
+
+    @property
+    def draws(self) -> bool:
+        """Whether training draws numbers in each step: the noise of routers, what an adapter leaves out."""
+        mlps = [block.mlp for block in self.blocks]
+        noisy = any(isinstance(mlp, Experts) and isinstance(mlp.router, NoisyTopKRouter) for mlp in mlps)
+        return noisy or (self.adapter is not None and self.adapter.draws)
 
     @property
     def tied(self) -> bool:

@@ -17,6 +17,7 @@ pipeline.py: stages and micro-batches as one scan
 upcycle.py: a dense model's parameters for a mixture
 unembedding.py: hidden states to logits
 adapters.py: few parameters in place of all
+merging.py: an adapter made a part of its base, or one with others
 base.py: the model under them
 medusa.py: heads that guess at later tokens
 weights/: what a product takes as its weight: a plain array, or one of fewer bits

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from maxlm import shapes
-from maxlm.config import Adapter, BaseFormat, Lora, ModelConfig, WeightFormat
+from maxlm.config import AdaLora, Adapter, BaseFormat, Bottleneck, DyLora, Ia3, Lora, ModelConfig, WeightFormat
 from maxlm.models.parameters import declared, initial
+from maxlm.models.weights.around import MlpAfter, Rescaled, SmallMlp, plain
 from maxlm.models.weights.holding import quantised
 from maxlm.models.weights.kinds import Quantised, Weight
 from maxlm.models.weights.low_rank import LowRank, lengths
@@ -19,6 +20,11 @@ from maxlm.models.weights.low_rank import LowRank, lengths
 def base_of(config: ModelConfig) -> ModelConfig:
     """The model without its adapter."""
     return config if config.adapter is None else dataclasses.replace(config, adapter=None)
+
+
+def composed(config: ModelConfig) -> ModelConfig:
+    """The model as its decoder is built: without an adapter that is all in the weights."""
+    return config if _is_parallel(config) else base_of(config)
 
 
 def begin(config: ModelConfig, base: dict[str, Any], key: jax.Array) -> dict[str, Any]:
@@ -35,11 +41,9 @@ def begin(config: ModelConfig, base: dict[str, Any], key: jax.Array) -> dict[str
     assert config.adapter is not None
     adapter, whole = config.adapter, declared(config)
     base = jax.tree.map(lambda array, w: held(array, w, adapter.base), {name: whole[name] for name in base}, base)
-    found: dict[str, Any] = {}
-    for i, array in enumerate(_leaves(whole.get(shapes.PREFIX, {}))):
-        value = initial(array, jax.random.fold_in(key, i))
-        _place(found, array.name, value)
-    parameters = {**base, **found}
+    parameters = base
+    for i, array in enumerate(jax.tree.leaves(whole[shapes.PREFIX])):
+        parameters = replaced(parameters, array.name.split("/"), initial(array, jax.random.fold_in(key, i)))
     return parameters if not _has_lengths(adapter) else _with_lengths(config, parameters)
 
 
@@ -65,9 +69,19 @@ def adapted(config: ModelConfig, parameters: dict[str, Any]) -> dict[str, Any]:
     """Parameters of the base's tree, in which the adapter's arrays have become parts of the weights they change."""
     assert config.adapter is not None
     found = {name: tree for name, tree in parameters.items() if name != shapes.PREFIX}
+    if _is_parallel(config):  # what is not there is a number, for a loop over layers one for each
+        nothing = {f"{of}_adapter": jnp.zeros(config.repeats) for of in ("attention", "mlp")}
+        for stack in found.keys() & {"blocks", "first_blocks"}:
+            found[stack] = {i: {**block, **nothing} for i, block in found[stack].items()}
     for array in targets(config):
-        weight, own = _at(parameters, array.name), _at(parameters[shapes.PREFIX], array.name)
-        found = _replaced(found, array.name.split("/"), changed(config.adapter, weight, own))
+        weight, own = at(parameters, array.name), at(parameters[shapes.PREFIX], array.name)
+        path = array.name.split("/")
+        if _is_parallel(config):
+            assert isinstance(config.adapter.kind, Bottleneck)
+            *path, of, _ = path
+            found = replaced(found, [*path, f"{of}_adapter"], small_mlp(config.adapter.kind, own))
+        else:
+            found = replaced(found, path, changed(config.adapter, weight, own))
     return found
 
 
@@ -79,11 +93,32 @@ def targets(config: ModelConfig) -> list[shapes.Array]:
 
 def changed(adapter: Adapter, weight: Weight, own: dict[str, Any]) -> Weight:
     """One weight of the base with the adapter's arrays for it, `own`."""
-    match adapter.kind:
-        case Lora() as lora:
-            return LowRank(weight, own["a"], own["b"], own.get("magnitude"), None, lora.scale, lora.dropout)
+    match kind := adapter.kind:
+        case Lora():
+            return LowRank(weight, own["a"], own["b"], own.get("magnitude"), None, kind.scale, kind.dropout, False)
+        case DyLora():
+            return LowRank(weight, own["a"], own["b"], None, None, kind.scale, 0.0, True)
+        case AdaLora():
+            outputs = own["b"].ndim - own["diagonal"].ndim
+            diagonal = own["diagonal"].reshape(*own["diagonal"].shape, *[1] * outputs)
+            return LowRank(weight, own["a"], own["b"] * diagonal, None, None, kind.scale, 0.0, False)
+        case Ia3():
+            return Rescaled(weight, own.get("inputs"), own.get("outputs"))
+        case Bottleneck():
+            assert not kind.parallel
+            return MlpAfter(weight, small_mlp(kind, own))
         case _:
-            assert_never(adapter.kind)
+            assert_never(kind)
+
+
+def small_mlp(kind: Bottleneck, own: dict[str, Any]) -> SmallMlp:
+    """The adapter's arrays at one place as an MLP."""
+    return SmallMlp(own["down"], own["down_bias"], own["up"], own["up_bias"], kind.activation, kind.scale)
+
+
+def _is_parallel(config: ModelConfig) -> bool:
+    kind = None if config.adapter is None else config.adapter.kind
+    return isinstance(kind, Bottleneck) and kind.parallel
 
 
 def _has_lengths(adapter: Adapter) -> bool:
@@ -93,36 +128,20 @@ def _has_lengths(adapter: Adapter) -> bool:
 def _with_lengths(config: ModelConfig, parameters: dict[str, Any]) -> dict[str, Any]:
     """Magnitudes as the base's weights have them."""
     for array in targets(config):
-        weight = _at(parameters, array.name)
-        dense = weight if isinstance(weight, jax.Array) else weight.dense(jnp.float32)
-        found = lengths(dense.astype(jnp.float32), _axes(array))
+        found = lengths(plain(at(parameters, array.name)), tuple(array.dims.index(dim) for dim in array.inputs))
         path = [shapes.PREFIX, *array.name.split("/"), "magnitude"]
-        parameters = _replaced(parameters, path, found)
+        parameters = replaced(parameters, path, found)
     return parameters
 
 
-def _axes(array: shapes.Array) -> tuple[int, ...]:
-    return tuple(array.dims.index(dim) for dim in array.inputs)
-
-
-def _leaves(tree: Any) -> list[shapes.Array]:
-    return jax.tree.leaves(tree)
-
-
-def _at(tree: Any, name: str) -> Any:
+def at(tree: Any, name: str) -> Any:
+    """What a tree of dicts has there."""
     for word in name.split("/"):
         tree = tree[word]
     return tree
 
 
-def _place(tree: dict[str, Any], name: str, value: Any) -> None:
-    *path, last = name.split("/")
-    for word in path:
-        tree = tree.setdefault(word, {})
-    tree[last] = value
-
-
-def _replaced(tree: dict[str, Any], path: list[str], value: Any) -> dict[str, Any]:
+def replaced(tree: dict[str, Any], path: list[str], value: Any) -> dict[str, Any]:
     """The tree with another value there; no dict is changed."""
     word, *rest = path
-    return {**tree, word: _replaced(tree[word], rest, value) if rest else value}
+    return {**tree, word: replaced(tree.get(word, {}), rest, value) if rest else value}

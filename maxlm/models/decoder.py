@@ -15,7 +15,7 @@ from maxlm import shapes
 from maxlm.config import BaseFormat, BlockConfig, Learned, LmHead, ModelConfig, Remat, ScalarHead, Sinusoidal
 from maxlm.config.remat import SAVED_NAMES
 from maxlm.models import ops
-from maxlm.models.adapters import adapted, base_of, begin, held
+from maxlm.models.adapters import adapted, base_of, begin, composed, held
 from maxlm.models.block import Block
 from maxlm.models.execution import Execution
 from maxlm.models.kv_cache import Cache, LayerCache
@@ -30,6 +30,7 @@ from maxlm.models.unembedding import Unembedding
 from maxlm.models.weights.by_layer import slices
 from maxlm.models.weights.holding import shardings
 from maxlm.models.weights.kinds import Weight
+from maxlm.models.weights.low_rank import with_keys
 from maxlm.sharding import Layout
 
 
@@ -129,10 +130,12 @@ class Decoder(nnx.Module):
         item = _Item(x, first_cache, tokens)
         if n_first:
             with jax.named_scope("first_blocks"):
+                if tokens.seeds is not None:  # so that no layer draws what another does
+                    item = item._replace(tokens=tokens._replace(seeds=~tokens.seeds))
                 item = self._run_first(item, how)
                 first_cache = item.cache
         with jax.named_scope("blocks"):
-            item, router = self._run_pattern(item._replace(cache=cache), how)
+            item, router = self._run_pattern(item._replace(cache=cache, tokens=tokens), how)
         cache = None if first_cache is None or item.cache is None else first_cache + item.cache
         x = self.final_norm(item.x) if self.config.final_norm else item.x
         return DecoderOutput(how.layout.constrain(x, "batch", "seq", "embed"), cache, router)
@@ -203,7 +206,7 @@ def bind(config: ModelConfig, parameters: Any) -> Decoder:
     """The decoder with these parameters: nested dicts, as of `init_parameters`."""
     if config.adapter is None:
         return nnx.merge(_structure(config), parameters)
-    return nnx.merge(_structure(base_of(config)), adapted(config, parameters))
+    return nnx.merge(_structure(composed(config)), adapted(config, parameters))
 
 
 @functools.cache
@@ -278,7 +281,7 @@ def _pattern(
         number: jax.Array,
     ) -> tuple[jax.Array, LayerCache | None, RouterStats | None]:
         keys = None if tokens.seeds is None else _row_keys(tokens.seeds, number * len(graphs) + i)
-        return nnx.merge(graph, parameters)(x, tokens, how, cache, number, keys)
+        return nnx.merge(graph, with_keys(parameters, keys))(x, tokens, how, cache, number, keys)
 
     blocks = [_remat(how.config.remat, functools.partial(block, graph, i), barrier) for i, graph in enumerate(graphs)]
 

@@ -2,14 +2,14 @@
 
 array.py: what is said of one: name, shape, dims, initial value, role
 arrays.py: each array of a model; what decoding keeps of each token
-adapters.py: what an adapter adds, and what it leaves as it is
+additions.py: what an adapter adds, and what it leaves as it is
 count.py: parameters and FLOPs, counted from them
 pools.py: blocks of what decoding keeps
 base_bytes.py: a base under an adapter, as it is held
 device.py: a device's part of each, in training and as decoding holds it
 """
 
-from maxlm.shapes.adapters import PREFIX, targets
+from maxlm.shapes.additions import PREFIX, is_input_of, is_linear, targets
 from maxlm.shapes.array import Array, Constant, Init, Normal, Part, Role
 from maxlm.shapes.arrays import (
     Kept,
@@ -67,6 +67,8 @@ __all__ = [
     "head",
     "head_norms",
     "held_bytes",
+    "is_input_of",
+    "is_linear",
     "kept",
     "medusa_head",
     "mfu",

@@ -48,7 +48,7 @@ from maxlm.config import (
     Swish,
     TopKRouter,
 )
-from maxlm.shapes.adapters import with_adapter
+from maxlm.shapes.additions import with_adapter
 from maxlm.shapes.array import Array, Constant, Init, Normal, Part, Role
 
 

@@ -94,8 +94,8 @@ def shardings(layout: Layout, config: ModelConfig, parameters: Any) -> Any:
 
 
 def places(layout: Layout, found: Any, parameters: Any) -> Any:
-    """Of parameters with these `shapes.Array`s: where each array of the parameters lies, plain or quantised: along each dim as the weight itself would, but
-    whole where that does not divide it, as the number of groups."""
+    """Of parameters with these `shapes.Array`s: where each array lies, plain or quantised: along each dim as the weight
+    itself would, but whole where that does not divide it, as the number of groups."""
 
     def fitting(leaf: Any, names: tuple[str | None, ...]) -> jax.NamedSharding:
         parts = layout.local_shape([layout.mesh.size] * len(names), layout.parameter(names))

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from maxlm.models.weights.around import Around, plain
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(Around):
     """W + scale A B; with magnitudes, each output of that as long as its magnitude says. See `config.Lora`."""
 
-    base: Any
-    """W: any other weight, of the same shape."""
     a: jax.Array
     """float32 [*inputs, rank]."""
     b: jax.Array
@@ -23,20 +25,12 @@ class LowRank:
     magnitude: jax.Array | None
     """float32 [*outputs]; None: outputs are as long as they are."""
     keys: jax.Array | None
-    """A random key [B] for each row, for dropout; None: nothing is dropped."""
+    """A random key [B] for each row, in training; None: nothing is drawn."""
     scale: float = field(metadata={"static": True})
     dropout: float = field(metadata={"static": True})
     """Chance of each number on its way to `a`, where there are keys."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
-        found: tuple[int, ...] = self.base.shape
-        return found
-
-    def __getitem__(self, index: Any) -> Self:
-        """[...]: all of it."""
-        return self
+    nested: bool = field(metadata={"static": True})
+    """Where there are keys, each row has some first ones of the ranks alone. See `config.DyLora`."""
 
     def dense(self, dtype: jnp.dtype) -> jax.Array:
         """As a plain array, computed in float32."""
@@ -52,9 +46,7 @@ class LowRank:
         return self.magnitude / jax.lax.stop_gradient(lengths(self._sum(), tuple(range(self.a.ndim - 1))))
 
     def _sum(self) -> jax.Array:
-        wide = jnp.float32
-        base = self.base.astype(wide) if isinstance(self.base, jax.Array) else self.base.dense(wide)
-        return base + self.scale * jnp.tensordot(self.a, self.b, 1)
+        return plain(self.base) + self.scale * jnp.tensordot(self.a, self.b, 1)
 
 
 def lengths(w: jax.Array, inputs: tuple[int, ...]) -> jax.Array:
@@ -63,7 +55,17 @@ def lengths(w: jax.Array, inputs: tuple[int, ...]) -> jax.Array:
     return jnp.where(length == 0, 1.0, length)
 
 
-def dropped(x: jax.Array, keys: jax.Array, chance: float) -> jax.Array:
-    """x [B, T, ...] with numbers that are 0 by chance, and others larger: what a row loses depends on its key alone."""
-    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - chance, x.shape[1:]))(keys)
-    return jnp.where(kept, x / (1 - chance), 0).astype(x.dtype)
+def with_keys(weights: Any, keys: jax.Array | None) -> Any:
+    """A tree of weights in which each `LowRank` that draws numbers has keys of its own, made of those of the rows."""
+    if keys is None:
+        return weights
+    is_low_rank = lambda node: isinstance(node, LowRank)
+    numbers = itertools.count()
+
+    def one(leaf: Any) -> Any:
+        if not (isinstance(leaf, LowRank) and (leaf.dropout or leaf.nested)):
+            return leaf
+        number = next(numbers)
+        return dataclasses.replace(leaf, keys=jax.vmap(lambda key: jax.random.fold_in(key, number))(keys))
+
+    return jax.tree.map(one, weights, is_leaf=is_low_rank)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import assert_never
 
-from maxlm.config import ALL_LINEAR, Adapter, AdapterKind, Lora, UserError
+from maxlm.config import ALL_LINEAR, AdaLora, Adapter, AdapterKind, Bottleneck, DyLora, Ia3, Lora, UserError
 from maxlm.shapes.array import Array, Constant, Normal, Part, Role
 
 PREFIX = "adapter"
@@ -37,12 +37,28 @@ def targets(kind: AdapterKind, base: Sequence[Array]) -> list[Array]:
     Raises:
         UserError: a pattern has no matrix.
     """
-    possible = [array for array in base if _is_linear(array)]
+    possible = [array for array in base if is_linear(array)]
+    key = "model.adapter.kind.targets"
     match kind:
-        case Lora(targets=patterns):
-            return chosen("model.adapter.kind.targets", patterns, possible)
+        case Lora(targets=patterns) | DyLora(targets=patterns) | AdaLora(targets=patterns):
+            return chosen(key, patterns, possible)
+        case Bottleneck(targets=patterns):
+            return chosen(
+                key, patterns, [array for array in possible if array.name.endswith(("/o_proj", "/down_proj"))]
+            )
+        case Ia3(targets=patterns, inputs_of=inputs_of):
+            found = chosen(key, patterns, possible)
+            more = chosen("model.adapter.kind.inputs_of", inputs_of, possible)
+            if both := [array.name for array in more if array in found]:
+                raise UserError(f"model.adapter.kind has {both[0]} in targets and inputs_of; use one")
+            return found + more
         case _:
             assert_never(kind)
+
+
+def is_input_of(kind: Ia3, array: Array) -> bool:
+    """Whether an IA3 multiplies what goes into this one of its matrices."""
+    return any(_fits(array.name, pattern) for pattern in kind.inputs_of)
 
 
 def chosen(key: str, patterns: Sequence[str], arrays: Sequence[Array]) -> list[Array]:
@@ -75,18 +91,50 @@ def added(kind: AdapterKind, array: Array) -> Iterator[Array]:
         path = f"{PREFIX}/{array.name}/{name}"
         return Array(path, tuple(dims.values()), tuple(dims), init, role, Part.ADAPTER, array.uses)
 
+    R, into = {"rank": _rank(kind)}, Normal((3 * math.prod(inputs.values())) ** -0.5)
     match kind:
-        case Lora(rank=rank, dora=dora):
-            R = {"rank": rank}
-            yield one("a", inputs | R, Normal((3 * math.prod(inputs.values())) ** -0.5), Role.PRODUCT)
+        case Lora() | DyLora():
+            yield one("a", inputs | R, into, Role.PRODUCT)
             yield one("b", R | sizes, Constant(0), Role.PRODUCT)
-            if dora:
+            if isinstance(kind, Lora) and kind.dora:
                 yield one("magnitude", sizes, Constant(1), Role.OTHER)
+        case AdaLora():
+            for name, dims, init, role in (
+                ("a", inputs | R, Normal(0.02), Role.PRODUCT),
+                ("b", R | sizes, Normal(0.02), Role.PRODUCT),
+                ("diagonal", R, Constant(0), Role.OTHER),
+            ):
+                yield one(name, dims, init, role)
+                for mean in ("importance", "uncertainty"):
+                    yield one(f"{name}_{mean}", dims, Constant(0), Role.OTHER)
+        case Ia3():
+            if is_input_of(kind, array):
+                yield one("inputs", inputs, Constant(1), Role.OTHER)
+            else:
+                yield one("outputs", sizes, Constant(1), Role.OTHER)
+        case Bottleneck():
+            D = sizes["embed"]
+            yield one("down", sizes | R, Normal((3 * D) ** -0.5), Role.PRODUCT)
+            yield one("down_bias", R, Constant(0), Role.OTHER)
+            yield one("up", R | sizes, Constant(0), Role.PRODUCT)
+            yield one("up_bias", {"vector": D}, Constant(0), Role.OTHER)
         case _:
             assert_never(kind)
 
 
-def _is_linear(array: Array) -> bool:
+def _rank(kind: AdapterKind) -> int:
+    match kind:
+        case Lora(rank=rank) | DyLora(rank=rank) | AdaLora(rank=rank):
+            return rank
+        case Bottleneck(size=size):
+            return size
+        case Ia3():
+            return 0
+        case _:
+            assert_never(kind)
+
+
+def is_linear(array: Array) -> bool:
     """Whether it is a matrix that every token is multiplied by in a layer; experts are not."""
     of_layer = array.part in (Part.ATTENTION, Part.MLP)
     return of_layer and array.role is Role.PRODUCT and bool(array.inputs) and "experts" not in array.dims
