@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,19 @@ import jax.numpy as jnp
 
 from maxlm import shapes
 from maxlm.checkpoint.reference import PUBLISHED, run_and_step
-from maxlm.config import ModelConfig, UserError
+from maxlm.config import ChosenModel, ModelConfig, UserError
 from maxlm.hub.converting import Opened, family_of_origin, open_published, open_run, write_run
 from maxlm.hub.family import ModelFamily
 from maxlm.hub.folder import family_of
 from maxlm.hub.models import KINDS, open_base, pieces_of
 from maxlm.hub.names import Names, Piece
-from maxlm.hub.peft import over, read_peft, write_peft
+from maxlm.hub.peft import CONFIG, over, read_peft, write_peft
+from maxlm.inference import load
 from maxlm.inference.bases import Base, BaseReference
 from maxlm.inference.mixed_adapters import LoadedAdapter
 from maxlm.models import declared
 from maxlm.models.adapters import base_of
-from maxlm.models.merging import merged
+from maxlm.models.merging import Weighted, merged, weighted_sum
 
 _SHOWN = 8
 
@@ -87,6 +89,45 @@ def write_adapter_run(opened: Opened, folder: Path) -> None:
     write_run(opened, folder, parameters=own, more={"base": reference.to_json()})
 
 
+def load_adapters(chosen: ChosenModel, named: Sequence[str]) -> dict[str, LoadedAdapter]:
+    """Adapters of what a command line names, from `NAME=DIR`, a run folder or a folder of peft each; or sums of such,
+    `NAME=0.7*DIR+0.3*DIR`, and with one, NAME=0.5*DIR, a weaker one.
+
+    Raises:
+        UserError: one is not written so, a name comes twice, or as `load.load_adapter`, `read_peft`, `weighted_sum`.
+    """
+    found = dict[str, LoadedAdapter]()
+    base = open_base(_place(chosen)) if named else None
+    for one in named:
+        name, equals, text = one.partition("=")
+        if not (name and equals and text) or name in found:
+            why = "comes twice" if name in found else "must be NAME=DIR"
+            raise UserError(f"--adapter {one} {why}; use a name of its own for each, as in --adapter sums=runs/sums")
+        assert base is not None
+        found[name] = _load(text, base)
+    return found
+
+
+def _load(text: str, base: Base) -> LoadedAdapter:
+    def one(folder: Path) -> LoadedAdapter:
+        return load_peft_adapter(folder, base) if (folder / CONFIG).is_file() else load.load_adapter(folder, base)
+
+    if Path(text).exists() or "*" not in text:
+        return one(Path(text))
+    parts = list[Weighted]()
+    for term in text.split("+"):
+        weight, _, folder = term.partition("*")
+        try:
+            number = float(weight)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number) or not folder:
+            raise UserError(f"--adapter ...={text}: {term!r} must be WEIGHT*DIR, as in 0.7*runs/sums+0.3*runs/words")
+        parts.append(Weighted(*one(Path(folder)), number))
+    adapter, arrays = weighted_sum(parts)
+    return LoadedAdapter(dataclasses.replace(base.model, adapter=adapter), arrays)
+
+
 def load_peft_adapter(folder: Path, base: Base) -> LoadedAdapter:
     """A folder of peft beside a base in memory.
 
@@ -140,3 +181,10 @@ def _told(norms: dict[str, float]) -> Iterator[str]:
         yield f"  ... and {len(ranked) - _SHOWN} more"
     if still := [name for name, norm in ranked if norm == 0]:
         yield f"{len(still)} of them are 0, where it does nothing: {', '.join(still[:3])}{', ...' * (len(still) > 3)}"
+
+
+def _place(chosen: ChosenModel) -> str:
+    """As `checkpoint.init_from` names it."""
+    if chosen.run is not None:
+        return chosen.run if chosen.step is None else str(Path(chosen.run, "checkpoints", str(chosen.step)))
+    return next(f"{kind}:{place}" for kind in KINDS if (place := getattr(chosen, kind)) is not None)

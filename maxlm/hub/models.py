@@ -49,7 +49,6 @@ from maxlm.inference import load
 from maxlm.inference.bases import Base, RunBase
 from maxlm.inference.language_model import LanguageModel
 from maxlm.inference.load import ONE_DEVICE, LoadedRun, layout_for
-from maxlm.inference.mixed_adapters import LoadedAdapter
 from maxlm.models import abstract_parameters
 from maxlm.models.weights.kinds import Quantised, Weight
 from maxlm.shapes import Array
@@ -222,31 +221,6 @@ def load_chosen(chosen: ChosenModel) -> LoadedRun:
         return load_run(chosen.run, step=chosen.step, sharding=chosen.sharding)
     kind, place = next((kind, Path(one)) for kind in KINDS if (one := getattr(chosen, kind)) is not None)
     return load_published(KINDS[kind](place), sharding=chosen.sharding)
-
-
-def load_adapters(chosen: ChosenModel, named: Sequence[str]) -> dict[str, LoadedAdapter]:
-    """Adapters of what a command line names, from `NAME=DIR`, each a run folder.
-
-    Raises:
-        UserError: one is not written so, a name comes twice, or as `load.load_adapter`.
-    """
-    found = dict[str, LoadedAdapter]()
-    base = open_base(_place(chosen)) if named else None
-    for one in named:
-        name, equals, folder = one.partition("=")
-        if not (name and equals and folder) or name in found:
-            why = "comes twice" if name in found else "must be NAME=DIR"
-            raise UserError(f"--adapter {one} {why}; use a name of its own for each, as in --adapter sums=runs/sums")
-        assert base is not None
-        found[name] = load.load_adapter(Path(folder), base)
-    return found
-
-
-def _place(chosen: ChosenModel) -> str:
-    """As `checkpoint.init_from` names it."""
-    if chosen.run is not None:
-        return chosen.run if chosen.step is None else str(Path(chosen.run, "checkpoints", str(chosen.step)))
-    return next(f"{kind}:{place}" for kind in KINDS if (place := getattr(chosen, kind)) is not None)
 
 
 def load_draft(speculation: Speculation | None) -> LoadedRun | None:

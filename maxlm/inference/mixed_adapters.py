@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from maxlm import shapes
-from maxlm.config import LatentAttention, ModelConfig, UserError
+from maxlm.config import AdaLora, DyLora, LatentAttention, Lora, ModelConfig, UserError
 from maxlm.models import Execution, declared
 from maxlm.models.adapters import changed, targets
 from maxlm.models.weights.by_row import ByRow
@@ -38,6 +38,11 @@ def check_adapter(name: str, adapter: LoadedAdapter, model: ModelConfig) -> None
         raise UserError(
             f"adapter {name}: it has trained {', '.join(adapter.model.adapter.full)} as a whole, which requests of "
             "other adapters cannot share; serve that run by itself, with --run"
+        )
+    if not isinstance(kind := adapter.model.adapter.kind, Lora | DyLora | AdaLora):
+        raise UserError(
+            f"adapter {name}: requests of other adapters cannot stand beside one of the kind {type(kind).__name__}; "
+            "serve it by itself, with --run, or merge it with its base (maxlm.convert)"
         )
     ours = {array.name: array for array in shapes.arrays(model)}
     for array in targets(adapter.model):
