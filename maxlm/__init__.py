@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from maxlm.config import RunConfig, SamplingConfig, ShardingConfig, UserError
     from maxlm.config.cli import load_config
-    from maxlm.hub.models import load_model, save_model
-    from maxlm.inference.load import LoadedRun, load_run
+    from maxlm.hub.models import load_model, load_run, save_model
+    from maxlm.inference.load import LoadedRun
     from maxlm.recipes.pretrain import batches
     from maxlm.train import main as run
     from maxlm.training.loop import Result
@@ -65,7 +65,7 @@ _HOMES = {
     "batches": "maxlm.recipes.pretrain.batches",
     "load_config": "maxlm.config.cli.load_config",
     "load_model": "maxlm.hub.models.load_model",
-    "load_run": "maxlm.inference.load.load_run",
+    "load_run": "maxlm.hub.models.load_run",
     "make_trainer": "maxlm.training.step.make_trainer",
     "run": "maxlm.train.main",
     "save_model": "maxlm.hub.models.save_model",

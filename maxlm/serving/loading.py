@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
-from maxlm.config import DocumentsConfig, EngineConfig, WeightFormat
+from maxlm.config import DocumentsConfig, EngineConfig, UserError, WeightFormat
 from maxlm.data.text_ends import TextEnds
 from maxlm.inference.engine import Engine
 from maxlm.inference.load import LoadedRun, load_run
 from maxlm.inference.loop import EngineLoop
+from maxlm.inference.mixed_adapters import LoadedAdapter
 from maxlm.serving.embedding import Embedder
 from maxlm.serving.passages import passages_of
 from maxlm.serving.retrieval import Index
@@ -25,7 +29,8 @@ def serve_model(
     embeddings: bool = False,
     draft: LoadedRun | None = None,
     documents: DocumentsConfig = DocumentsConfig(),
-) -> Served:
+    adapters: Mapping[str, LoadedAdapter] = MappingProxyType({}),
+) -> dict[str, Served]:
     """Place the weights, compile, and start the engine's thread.
 
     Args:
@@ -36,13 +41,19 @@ def serve_model(
         embeddings: whether it is also asked for vectors, for which its float32 parameters stay in memory.
         draft: the model that `config.speculation` names, if it is a `DraftModel`.
         documents: what conversations are answered from; without a model of their own it is as with `embeddings`.
+        adapters: what is served beside the model, under these names.
+
+    Returns:
+        The model and its adapters by name, the model first. Vectors are the model's own.
 
     Raises:
-        UserError: as `Engine`, `passages_of` and `load_run`.
+        UserError: as `Engine`, `passages_of` and `load_run`; or an adapter has the model's name.
     """
+    if name in adapters:
+        raise UserError(f"--adapter {name}=... has the model's name; use another, or give the model one with --name")
     index = _index(run, documents)
-    engine = Engine(run, config, weights=weights, draft=draft)
-    return Served(
+    engine = Engine(run, config, weights=weights, draft=draft, adapters=adapters)
+    served = Served(
         name=name,
         loop=EngineLoop(engine),
         check=engine.check,
@@ -55,6 +66,8 @@ def serve_model(
         embed=Embedder(run.model) if embeddings else None,
         documents=index,
     )
+    of_adapter = lambda name: dataclasses.replace(served, name=name, adapter=name, embed=None)
+    return {name: served} | {name: of_adapter(name) for name in adapters}
 
 
 def _index(run: LoadedRun, config: DocumentsConfig) -> Index | None:

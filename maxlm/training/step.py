@@ -45,6 +45,8 @@ class Trainer(NamedTuple):
     """Where all of it lives."""
     init: Callable[[], TrainState]
     """A new state, each array born on the devices it belongs to; nothing in `frozen`."""
+    begin: Callable[[Params], TrainState]
+    """A new state of these parameters."""
     step: jax.stages.Wrapped
     """TrainState and Batch -> TrainState and StepOutput. One optimizer step; the old state's memory is used again, so
     do not touch it afterwards, `frozen` included."""
@@ -134,7 +136,7 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
     learning_rate = learning_rate_schedule(
         config.optimizer.schedule, config.optimizer.learning_rate, config.train.steps
     )
-    part = functools.partial(trained, objective.declared)
+    part, adapts = functools.partial(trained, objective.declared), config.model.adapter is not None
     optimizer = make_optimizer(config.optimizer, learning_rate, part(objective.declared), layers=config.model.repeats)
     gradient = gradient_function(config, layout, objective)
 
@@ -155,6 +157,8 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
             updates, new_optimizer = optimizer.update(gradients, state.optimizer, old)
             new_parameters = joined(optax.apply_updates(old, updates), state.parameters)
             new_parameters, figures = objective.settle(new_parameters, sums.router)
+            if adapts:  # of the base nothing changes, whatever settles
+                new_parameters = joined(part(new_parameters), state.parameters)
             update_norm = optax.tree.norm(updates)
         # A bad step leaves no trace but its count.
         good = jnp.isfinite(sums.objective) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
@@ -180,7 +184,7 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
     abstract = jax.eval_shape(init)
     _check_counted(objective.declared, abstract.parameters)
     shardings = dataclasses.replace(
-        state_shardings(abstract, objective.dims, layout, optimizer, part),
+        state_shardings(abstract, objective.declared, layout, optimizer, part),
         frozen=jax.tree.map(lambda leaf: leaf.sharding, objective.frozen),
     )
     shapes = jax.tree.map(
@@ -188,6 +192,14 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
         dataclasses.replace(abstract, frozen=objective.frozen),
         shardings,
     )
+    begin_optimizer = jax.jit(
+        lambda some: init_state(None, optimizer.init(some)),
+        out_shardings=dataclasses.replace(shardings, parameters=None, frozen=None),
+    )
+
+    def begin(parameters: Params) -> TrainState:
+        return dataclasses.replace(begin_optimizer(part(parameters)), parameters=parameters)
+
     # For what runs once, and is mostly random numbers: not worth the compiler's best effort.
     in_haste = {"xla_backend_optimization_level": 1}
     if layout.on_cpu and jax.__version_info__ < (0, 12):  # later ones have no other emitter of loops
@@ -195,6 +207,7 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
     return Trainer(
         layout=layout,
         init=jax.jit(init, out_shardings=dataclasses.replace(shardings, frozen=None), compiler_options=in_haste),
+        begin=begin,
         step=jax.jit(
             step,
             donate_argnums=0,
@@ -214,6 +227,8 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
 
 def _check_counted(declared: Any, built: Params) -> None:
     """What is counted, planned and cut over devices must be what is trained."""
+    whole = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
+    built = jax.tree.map(whole, built, is_leaf=lambda node: hasattr(node, "shape"))  # as a Weight has
     counted, made = ({name: leaf.shape for name, leaf in named_leaves(tree).items()} for tree in (declared, built))
     different = [name for name in {**counted, **made} if counted.get(name) != made.get(name)]
     if different:
