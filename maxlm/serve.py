@@ -36,7 +36,8 @@ class ServeOptions:
     name: str | None = None
     """What requests call the model; None: the name of its folder or file."""
     adapter: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME=DIR")] = ()
-    """Run folder with an adapter of the model, which requests ask for by the name; as often as there are adapters."""
+    """Run folder with an adapter of the model, or a folder as peft writes them, which requests ask for by the name. Give
+    it once for each."""
     host: str = "127.0.0.1"
     """Address to listen at. By default only programs on this machine can ask; 0.0.0.0: all that reach it."""
     port: Annotated[int, Range(ge=0, le=65535, note="0 takes any that is free")] = 8000

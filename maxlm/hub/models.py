@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import operator
@@ -38,8 +39,8 @@ from maxlm.config import (
 from maxlm.data.chat import ChatTemplate, find_chat_template
 from maxlm.data.text_ends import TextEnds, published_ends
 from maxlm.data.tokenizers import Tokenizer, open_tokenizer
-from maxlm.hub import gguf_tokenizer
-from maxlm.hub.folder import TOKENIZER_FILES, Pieces, copy_tokenizer, open_folder, write_folder, write_origin
+from maxlm.hub import gguf_tokenizer, peft
+from maxlm.hub.folder import TOKENIZER_FILES, Pieces, copy_tokenizer, family_of, open_folder, write_folder, write_origin
 from maxlm.hub.gguf_file import GgufFile
 from maxlm.hub.gguf_weights import open_weights
 from maxlm.hub.names import Piece
@@ -51,6 +52,7 @@ from maxlm.inference.language_model import LanguageModel
 from maxlm.inference.load import ONE_DEVICE, LoadedRun, layout_for
 from maxlm.inference.mixed_adapters import LoadedAdapter
 from maxlm.models import abstract_parameters
+from maxlm.models.adapters import replaced
 from maxlm.models.weights.kinds import Quantised, Weight
 from maxlm.shapes import Array
 from maxlm.sharding import Layout
@@ -160,7 +162,7 @@ class PublishedBase:
         self._published = KINDS[kind](path)
         self._weights = self._published.weights
         self.place = f"{kind}:{path.absolute()}"
-        self.model = self._weights.model
+        self.model, self.family = self._weights.model, self._weights.family
         tokenizer = self._published.find_tokenizer()
         self.tokenizer = None if tokenizer is None else tokenizer.fingerprint
         self._path = path
@@ -200,7 +202,7 @@ class PublishedBase:
         )
 
     def keep(self, run_dir: Path) -> None:
-        write_origin(run_dir, self._weights.family, self._published.copy_tokenizer)
+        write_origin(run_dir, self.family, self._published.copy_tokenizer)
 
 
 def load_run(run_dir: str | Path, *, step: int | None = None, sharding: ShardingConfig = ONE_DEVICE) -> LoadedRun:
@@ -238,8 +240,23 @@ def load_adapters(chosen: ChosenModel, named: Sequence[str]) -> dict[str, Loaded
             why = "comes twice" if name in found else "must be NAME=DIR"
             raise UserError(f"--adapter {one} {why}; use a name of its own for each, as in --adapter sums=runs/sums")
         assert base is not None
-        found[name] = load.load_adapter(Path(folder), base)
+        is_peft = (Path(folder) / peft.CONFIG).is_file()
+        found[name] = _peft_adapter(Path(folder), base) if is_peft else load.load_adapter(Path(folder), base)
     return found
+
+
+def _peft_adapter(folder: Path, base: Base) -> LoadedAdapter:
+    """A folder as peft writes them. It names no base by what that is: names and shapes must fit.
+
+    Raises:
+        UserError: they do not, or it is damaged.
+    """
+    prefer = base.family if isinstance(base, PublishedBase) else None
+    read = peft.read_peft(folder, base.model, family_of(base.model, prefer)[0].names_of(base.model))
+    parameters: dict[str, Any] = {}
+    for name, values in read.arrays.items():
+        parameters = replaced(parameters, name.split("/"), jnp.asarray(values))
+    return LoadedAdapter(dataclasses.replace(base.model, adapter=read.adapter), parameters.get(shapes.PREFIX, {}))
 
 
 def _place(chosen: ChosenModel) -> str:
