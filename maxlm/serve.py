@@ -36,7 +36,7 @@ class ServeOptions:
     name: str | None = None
     """What requests call the model; None: the name of its folder or file."""
     adapter: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME=DIR")] = ()
-    """Run folder with an adapter of the model, or a folder as peft writes them, which requests ask for by the name. Give
+    """Run folder with an adapter of the model, or a folder as peft writes them; requests ask for it by the name. Give
     it once for each."""
     host: str = "127.0.0.1"
     """Address to listen at. By default only programs on this machine can ask; 0.0.0.0: all that reach it."""
