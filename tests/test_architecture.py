@@ -50,6 +50,7 @@ COMMANDS = {
         "generate",
         "convert",
         "evaluate",
+        "synthesize",
         "inspect",
         "launch",
         "serve",

@@ -3,6 +3,9 @@
 pretrain.py: next token of prepared text
 sft.py: what the assistant wrote in conversations
 train_medusa.py: heads that guess at later tokens, on a trained model
+self_instruct.py: tasks that a model writes after those of people
+answering.py: conversations answered anew, perhaps with a context
+toolformer.py: calls of tools that help a model to go on
 taught.py: the tokenizer and the template of a run that is taught with conversations
 starting.py: what a new run may start from: another run, or a published model
 """
