@@ -61,6 +61,7 @@ COMMANDS = {
         "generate",
         "convert",
         "evaluate",
+        "synthesize",
         "inspect",
         "launch",
         "serve",

@@ -261,6 +261,17 @@ def test_turns_that_a_template_writes_in_another_way_later(made: Make) -> None:
     assert counted(tokenizer, text) == [" Same.</s>", " No <|im_end|> of <|eot_id|> it</s> here</s>"]
 
 
+def test_what_the_prompt_begins_is_not_learned(made: Make) -> None:
+    """Prompts that begin a thought, which conversations have empty and without its line break (Nemotron 3)."""
+    thought = "('<think></think>' if message.role == 'assistant' else '') + message['content']"
+    source = chats.CHATML.replace("message['content']", thought)
+    source = source.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}")
+    tokenizer, template = made("chatml", source)
+    [text] = encode({"messages": TALK[1:]}, template, tokenizer)
+    assert spelled(tokenizer, text.ids).endswith("<think></think>No <|im_end|> of <|eot_id|> it</s> here<|im_end|>\n")
+    assert counted(tokenizer, text)[0] == "</think>Same.<|im_end|>"
+
+
 QWEN_3 = """{%- set ns = namespace(last=-1) %}
 {%- for message in messages %}{% if message.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
 {%- for message in messages %}

@@ -26,13 +26,13 @@ PROG = "python -m maxlm.data build"
 _SHOWN = 5
 USAGE = f"""Records of conversations from other data, as JSON lines.
 
-{PROG} mix SET[=WEIGHT]... --out FILE          several sets in given shares, with a cap for each
-{PROG} tasks PATH... --wordings FILE --out FILE  records of a task in several wordings
-{PROG} texts PATH... --out FILE                questions out of raw text
-{PROG} clean PATH... --out FILE                conversations shared from web pages
-{PROG} threads PATH... --out FILE              trees of replies (OpenAssistant, Reddit)
-{PROG} ghost PATH... --instructions FILE --out FILE  an instruction that holds for a conversation (Llama 2)
-{PROG} unpair PATH... --out FILE               preferences as single answers with labels (for kto)
+{PROG} mix SET[=WEIGHT]... --out FILE   several sets in given shares
+{PROG} tasks PATH... --out FILE         records of a task in several wordings
+{PROG} texts PATH... --out FILE         questions out of raw text
+{PROG} clean PATH... --out FILE         conversations shared from web pages
+{PROG} threads PATH... --out FILE       trees of replies (OpenAssistant, Reddit)
+{PROG} ghost PATH... --out FILE         an instruction that holds for a conversation (Llama 2)
+{PROG} unpair PATH... --out FILE        preferences as single answers with labels (for kto)
 
 --help after a name lists its options."""
 
@@ -74,7 +74,7 @@ class Tasks:
     input: tyro.conf.OmitArgPrefixes[Given]
     """Records."""
     wordings: PathName
-    """File of wordings: JSON as docs/data.md says."""
+    """File of wordings: JSON as docs/posttrain.md says."""
     every: bool = False
     """Each record in every wording, and not in one that is drawn."""
     thoughts: Fraction = 0.0
@@ -313,15 +313,19 @@ def _write(out: str, made: Iterable[_Made], unreadable: Unreadable) -> int:
     partial = file.with_name(file.name + ".partial")
     used = written = 0
     refused = list[str]()
-    with partial.open("w") as stream:
-        for place, records in made:
-            if isinstance(records, BadRecord):
-                refused.append(f"{place}: {records}")
-                continue
-            used += 1
-            for record in records:
-                stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-                written += 1
+    try:
+        with partial.open("w") as stream:
+            for place, records in made:
+                if isinstance(records, BadRecord):
+                    refused.append(f"{place}: {records}")
+                    continue
+                used += 1
+                for record in records:
+                    stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+                    written += 1
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     os.replace(partial, file)
     print(f"{file}: {written:,} records from {used:,}")
     if refused:

@@ -193,6 +193,8 @@ class _Talk(NamedTuple):
         spans: tuple[Span, ...] | None = None
         start = len(before)
         if not chat.text.startswith(before):
+            start = next((i for i, (a, b) in enumerate(zip(before, chat.text, strict=False)) if a != b), len(chat.text))
+        if before[start:].strip():  # blanks that only the prompt has are as if it had none
             spans = self._spans(messages, n)
             start = self._start_around(before, _span(spans, n), chat, n)
         elif any(control[0] == start for control in chat.controls) and [before] == self._render(messages, [(n, False)]):
