@@ -423,6 +423,8 @@ class TestPurposes:
         assert texts_of(bad, Purpose.BINARY) == [(" n<|eos|>", 0)]
         assert texts_of(good, Purpose.KTO, before=bad) == [(" y<|eos|>", 1), (" n<|eos|>", 0)]
         assert texts_of(bad, Purpose.KTO, before=good) == [(" n<|eos|>", -1), (" y<|eos|>", 0)]
+        for label in ("1", "TRUE"):  # as tables have them
+            assert texts_of({**good, "label": label}, Purpose.BINARY) == texts_of(good, Purpose.BINARY)
         with pytest.raises(BadRecord, match="there is none"):
             encode(good, PLAIN, BYTES, purpose=Purpose.KTO)
         with pytest.raises(BadRecord, match="record before it: has the keys"):
@@ -433,6 +435,7 @@ class TestPurposes:
     def test_classes_and_passages_are_as_documents(self) -> None:
         [text] = encode({"text": "ab", "label": "no"}, None, BYTES, purpose=Purpose.CLASSIFY, classes=("yes", "no"))
         assert text == Text([256, 97, 98, 257], [True] * 4, 1.0)
+        assert encode({"text": "ab", "label": "7"}, None, BYTES, purpose=Purpose.CLASSIFY)[0].value == 7
         record = {"messages": [user("a"), assistant("b")], "label": 3}
         [text] = encode(record, PLAIN, BYTES, purpose=Purpose.CLASSIFY)
         assert all(text.counts) and text.value == 3
