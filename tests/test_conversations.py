@@ -286,12 +286,26 @@ QWEN_3 = """{%- set ns = namespace(last=-1) %}
 {%- if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"""
 
 
+def test_control_tokens_around_calls_do_not_end_a_turn(made: Make) -> None:
+    """Nor where the template writes the same turn in another way when it is the last."""
+    source = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}
+{% for call in m.tool_calls or [] %}{{ '<|endoftext|>' + call.function.name + '<|endoftext|>' }}{% endfor %}
+{{ ('!' if loop.last else '') + '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+    tokenizer, template = made("chatml", source)
+    call = assistant("See.", tool_calls=[chats.CALL])
+    talk = [user("a"), call, {"role": "tool", "content": "sun"}, assistant("Sunny.")]
+    [text] = encode({"messages": talk}, template, tokenizer)
+    assert counted(tokenizer, text) == ["See.<|endoftext|>get_weather<|endoftext|><|im_end|>", "Sunny.!<|im_end|>"]
+
+
 def test_a_template_that_would_teach_nothing_or_something_else_is_refused(made: Make) -> None:
     for source, words in [
         ("{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}{% if add_generation_prompt %}"
          "assistant: {% endif %}", "no control token, so that a model would never learn to stop"),
         (chats.CHATML.replace("message['content']", "('x' if message.role == 'user' else message.content)"),
          "leaves out or changes the text of user"),
+        (chats.CHATML.replace("message['role'] +", "message['role'].replace('assistant', 'model') +"),
+         "nobody can say where the assistant's turn begins"),
         (chats.MISTRAL, "leaves out or changes the text of system"),  # as it came: only while the user is the last
         ("{{ raise_exception('Not\\nthis') }}", "refuses them: Not this"),
         ("{{ messages[9].content }}", "does not work here"),
