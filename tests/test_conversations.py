@@ -288,9 +288,12 @@ QWEN_3 = """{%- set ns = namespace(last=-1) %}
 
 def test_control_tokens_around_calls_do_not_end_a_turn(made: Make) -> None:
     """Nor where the template writes the same turn in another way when it is the last."""
-    source = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}
-{% for call in m.tool_calls or [] %}{{ '<|endoftext|>' + call.function.name + '<|endoftext|>' }}{% endfor %}
-{{ ('!' if loop.last else '') + '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+    source = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}"
+        "{% for call in m.tool_calls or [] %}{{ '<|endoftext|>' + call.function.name + '<|endoftext|>' }}{% endfor %}"
+        "{{ ('!' if loop.last else '') + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
     tokenizer, template = made("chatml", source)
     call = assistant("See.", tool_calls=[chats.CALL])
     talk = [user("a"), call, {"role": "tool", "content": "sun"}, assistant("Sunny.")]
