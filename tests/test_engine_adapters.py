@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from helpers import initial_parameters, latent_model, whole_logits
+from helpers import initial_parameters, latent_model, whole_logits, with_attention
 from run_folder import BYTE_MODEL
 from test_engine import finish, loaded, outcome
 
-from maxlm.config import Adapter, EngineConfig, Lora, ModelConfig, UserError
+from maxlm.config import AdaLora, Adapter, AdapterKind, Bottleneck, EngineConfig, Ia3, Lora, ModelConfig, UserError
 from maxlm.inference.engine import Engine
 from maxlm.inference.mixed_adapters import LoadedAdapter, check_adapter
 from maxlm.inference.request import BadRequest, Request
@@ -25,11 +25,14 @@ KINDS = {
     "small": Lora(rank=1),
     "wide": Lora(rank=3, alpha=6, rank_stabilized=True, targets=("all-linear",)),
     "dora": Lora(rank=2, dora=True, targets=("o_proj", "q_proj", "mlp/down_proj")),
+    "ia3": Ia3(),
+    "ada": AdaLora(),
 }
+MODEL = with_attention(BYTE_MODEL, qkv_bias=True)
 PROMPT = tuple(range(7, 20))
 
 
-def on(model: ModelConfig, kind: Lora) -> ModelConfig:
+def on(model: ModelConfig, kind: AdapterKind) -> ModelConfig:
     return dataclasses.replace(model, adapter=Adapter(kind=kind))
 
 
@@ -43,15 +46,19 @@ def grown(model: ModelConfig, base: Any, seed: int) -> Any:
 @pytest.fixture(scope="module")
 def models() -> dict[str | None, tuple[ModelConfig, Any]]:
     """By the name of the adapter; all on one base."""
-    found: dict[str | None, tuple[ModelConfig, Any]] = {None: (BYTE_MODEL, initial_parameters(BYTE_MODEL, seed=1))}
+    rng, base = np.random.default_rng(9), initial_parameters(MODEL, seed=1)
+    is_bias = lambda path: path[-1].key.endswith("_bias")
+    shifted = lambda path, x: rng.standard_normal(x.shape).astype(np.float32) if is_bias(path) else x
+    base = jax.tree_util.tree_map_with_path(shifted, base)
+    found: dict[str | None, tuple[ModelConfig, Any]] = {None: (MODEL, base)}
     for seed, (name, kind) in enumerate(KINDS.items()):
-        found[name] = on(BYTE_MODEL, kind), grown(on(BYTE_MODEL, kind), found[None][1], seed)
+        found[name] = on(MODEL, kind), grown(on(MODEL, kind), found[None][1], seed)
     return found
 
 
 @pytest.fixture(scope="module")
 def engine(models: dict[str | None, tuple[ModelConfig, Any]]) -> Iterator[Engine]:
-    run = dataclasses.replace(loaded(BYTE_MODEL), parameters=models[None][1])
+    run = dataclasses.replace(loaded(MODEL), parameters=models[None][1])
     adapters = {name: LoadedAdapter(*pair) for name, pair in models.items() if name}
     adapters = {name: one._replace(parameters=one.parameters[PREFIX]) for name, one in adapters.items()}
     return Engine(run, EngineConfig(slots=4, tokens_per_step=8, block_size=4, decode_steps=2), adapters=adapters)
@@ -95,13 +102,14 @@ def test_the_cache_keeps_adapters_apart(engine: Engine) -> None:
 
 
 def test_what_is_not_here_is_told(engine: Engine) -> None:
-    with pytest.raises(BadRequest, match=r"adapter = 'other' is not here; use small or wide or dora"):
+    with pytest.raises(BadRequest, match=r"adapter = 'other' is not here; use small or wide or dora or ia3 or ada"):
         engine.submit(request("other"))
 
 
 @pytest.mark.parametrize(
     ("model", "change", "match"),
     [
+        (BYTE_MODEL, {"kind": Bottleneck()}, "it is a Bottleneck"),
         (BYTE_MODEL, {"full": ("unembed",)}, "it has trained unembed as a whole"),
         (
             dataclasses.replace(BYTE_MODEL, d_model=64),
@@ -110,7 +118,7 @@ def test_what_is_not_here_is_told(engine: Engine) -> None:
         ),
         (latent_model(BYTE_MODEL), {"kind": Lora(targets=("v_proj",))}, "decoding with latents"),
     ],
-    ids=["full", "sizes", "latents"],
+    ids=["kind", "full", "sizes", "latents"],
 )
 def test_adapters_that_do_not_fit(model: ModelConfig, change: dict[str, Any], match: str) -> None:
     source = model if "latents" in match else BYTE_MODEL

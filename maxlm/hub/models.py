@@ -159,7 +159,7 @@ class PublishedBase:
         self._published = KINDS[kind](path)
         self._weights = self._published.weights
         self.place = f"{kind}:{path.absolute()}"
-        self.model = self._weights.model
+        self.model, self.family = self._weights.model, self._weights.family
         tokenizer = self._published.find_tokenizer()
         self.tokenizer = None if tokenizer is None else tokenizer.fingerprint
         self._path = path
@@ -199,7 +199,7 @@ class PublishedBase:
         )
 
     def keep(self, run_dir: Path) -> None:
-        write_origin(run_dir, self._weights.family, self._published.copy_tokenizer)
+        write_origin(run_dir, self.family, self._published.copy_tokenizer)
 
 
 def load_run(run_dir: str | Path, *, step: int | None = None, sharding: ShardingConfig = ONE_DEVICE) -> LoadedRun:

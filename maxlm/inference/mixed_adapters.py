@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from maxlm import shapes
-from maxlm.config import AdaLora, DyLora, LatentAttention, Lora, ModelConfig, UserError
+from maxlm.config import Bottleneck, LatentAttention, ModelConfig, UserError
 from maxlm.models import Execution, declared
-from maxlm.models.adapters import changed, targets
+from maxlm.models.adapters import at, changed, targets
+from maxlm.models.weights.around import Rescaled
 from maxlm.models.weights.by_row import ByRow
 from maxlm.models.weights.kinds import Weight
 from maxlm.models.weights.low_rank import LowRank
@@ -39,10 +40,10 @@ def check_adapter(name: str, adapter: LoadedAdapter, model: ModelConfig) -> None
             f"adapter {name}: it has trained {', '.join(adapter.model.adapter.full)} as a whole, which requests of "
             "other adapters cannot share; serve that run by itself, with --run"
         )
-    if not isinstance(kind := adapter.model.adapter.kind, Lora | DyLora | AdaLora):
+    if isinstance(adapter.model.adapter.kind, Bottleneck):
         raise UserError(
-            f"adapter {name}: requests of other adapters cannot stand beside one of the kind {type(kind).__name__}; "
-            "serve it by itself, with --run, or merge it with its base (maxlm.convert)"
+            f"adapter {name}: it is a Bottleneck, and LoRA kinds and IA3 alone stand beside others; serve that run by "
+            "itself, with --run"
         )
     ours = {array.name: array for array in shapes.arrays(model)}
     for array in targets(adapter.model):
@@ -80,50 +81,57 @@ def with_adapters(model: ModelConfig, parameters: Any, adapters: Sequence[Loaded
 
 def _joined(array: Array, weight: Weight, adapters: Sequence[LoadedAdapter], how: Execution) -> ByRow:
     """One weight with what all adapters make of it."""
-    stacks, dims = array.dims[:1] == ("layers",), dict(zip(array.dims, array.shape, strict=True))
-    layers = ("layers",) if stacks else ()
+    layers = array.dims[:1] if array.dims[0] == "layers" else ()
     outputs = tuple(dim for dim in array.dims if dim not in (*layers, *array.inputs))
-    shape = lambda names: tuple(dims[name] for name in names)
-    nothing = jnp.ones(shape((*layers, *outputs)))
-    a, b, owner, scales, factors = [], [], [], [jnp.zeros(shape(layers))], [nothing]
+    sizes, axis, n = dict(zip(array.dims, array.shape, strict=True)), len(layers), len(adapters) + 1
+    shape = lambda names: tuple(sizes[name] for name in names)
+    a, b = jnp.zeros((*shape(layers), *shape(array.inputs), 0)), jnp.zeros((*shape(layers), 0, *shape(outputs)))
+    owner, scales = list[int](), np.zeros(n, np.float32)
+    factors: dict[str, dict[int, jax.Array | None]] = {"inputs": {}, "outputs": {}, "after": {}}
     for number, adapter in enumerate(adapters, start=1):
-        low, of_outputs = _changed(array, weight, adapter), None
-        match low:
-            case LowRank():
-                a.append(low.a)
-                b.append(low.b)
+        match _changed(array, weight, adapter):
+            case LowRank() as low:
+                a, b = jnp.concatenate([a, low.a], -1), jnp.concatenate([b, low.b], axis)
                 owner += [number] * low.a.shape[-1]
-                of_outputs = jax.vmap(LowRank.factors)(low) if stacks else low.factors()
+                scales[number] = low.scale
+                factors["outputs"][number] = jax.vmap(LowRank.factors)(low) if layers else low.factors()
+            case Rescaled(inputs=of_inputs, outputs=of_outputs):
+                factors["inputs"][number], factors["after"][number] = of_inputs, of_outputs
             case None:
                 pass
-        scales.append(jnp.full(shape(layers), 0.0 if low is None else low.scale))
-        factors.append(nothing if of_outputs is None else of_outputs)
-    place = lambda x, names: jax.device_put(x, how.layout.sharding(how.layout.parameter(names)))
-    axis, rank = len(layers), ("rank",)
+            case other:
+                raise AssertionError(f"check_adapter lets {type(other).__name__} in")
+
+    def place(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+        return jax.device_put(x, how.layout.sharding(how.layout.parameter(names)))
+
+    def of_all(name: str, dims: tuple[str, ...]) -> jax.Array | None:
+        """[N + 1, ...]; None where no adapter has any."""
+        there = {number: x for number, x in factors[name].items() if x is not None}
+        if not there:
+            return None
+        nothing = jnp.ones(shape((*layers, *dims)))
+        return place(jnp.stack([there.get(number, nothing) for number in range(n)], axis), (*layers, None, *dims))
+
+    every = lambda x: jnp.broadcast_to(jnp.asarray(x), (*shape(layers), len(x)))
     return ByRow(
         base=weight,
-        a=place(jnp.concatenate(a, -1).astype(how.dtype), (*layers, *array.inputs, *rank)),
-        b=place(jnp.concatenate(b, axis).astype(how.dtype), (*layers, *rank, *outputs)),
-        owner=place(jnp.broadcast_to(jnp.array(owner, jnp.int32), (*shape(layers), len(owner))), (*layers, *rank)),
-        scales=place(jnp.stack(scales, axis), (*layers, None)),
-        outputs=None
-        if all(one is nothing for one in factors)
-        else place(jnp.stack(factors, axis), (*layers, None, *outputs)),
+        a=place(a.astype(how.dtype), (*layers, *array.inputs, None)),
+        b=place(b.astype(how.dtype), (*layers, None, *outputs)),
+        owner=place(every(np.array(owner, np.int32)), (*layers, None)),
+        scales=place(every(scales), (*layers, None)),
+        inputs=of_all("inputs", array.inputs),
+        outputs=of_all("outputs", outputs),
+        after=of_all("after", outputs),
     )
 
 
-def _changed(array: Array, weight: Weight, one: LoadedAdapter) -> LowRank | None:
+def _changed(array: Array, weight: Weight, one: LoadedAdapter) -> Weight | None:
     """The weight with this adapter alone; None: it does not change it."""
     assert one.model.adapter is not None
     if array.name not in {target.name for target in targets(one.model)}:
         return None
-    found = changed(one.model.adapter, weight, _at(one.parameters, array.name))
-    assert isinstance(found, LowRank), "check_adapter has refused other kinds"
-    return found
-
-
-def _at(tree: Any, name: str) -> Any:
-    return functools.reduce(lambda place, word: place[word], name.split("/"), tree)
+    return changed(one.model.adapter, weight, at(one.parameters, array.name))
 
 
 def _is_latent(model: ModelConfig, name: str) -> bool:

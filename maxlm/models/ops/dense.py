@@ -57,7 +57,7 @@ def project(layout: Layout, subscripts: str, x: jax.Array, w: Weight, bias: jax.
             y = project(layout, subscripts, x, base, bias)
             return y + small_mlp(layout, y, mlp)
         case ByRow():
-            y = _with_rows_own(layout, subscripts, x, w)
+            return _with_rows_own(layout, subscripts, x, w, bias)
         case ByGroup() | NormalFloat4() | jax.Array():
             y = _product(layout, subscripts, x, dense(layout, w, x.dtype))
         case _:
@@ -103,15 +103,15 @@ def small_mlp(layout: Layout, x: jax.Array, w: SmallMlp) -> jax.Array:
     return (w.scale * y).astype(y.dtype)
 
 
-def _with_rows_own(layout: Layout, subscripts: str, x: jax.Array, w: ByRow) -> jax.Array:
+def _with_rows_own(layout: Layout, subscripts: str, x: jax.Array, w: ByRow, bias: jax.Array | None) -> jax.Array:
     """The same, where each row has what is its adapter's."""
     of_x, _, of_y = re.split(",|->", subscripts)
     rows, inputs = of_x[:2], of_x[2:]
-    y = project(layout, subscripts, x, w.base)
+    y = project(layout, subscripts, w.times(x, w.inputs), w.base)
     inside = jnp.where(w.mask(), project(layout, f"{of_x},{inputs}z->{rows}z", x, w.a), 0)
-    added = project(layout, f"{rows}z,z{of_y[2:]}->{of_y}", inside, w.b)
-    y += (w.of_row(w.scales, y.ndim) * added).astype(y.dtype)
-    return y if w.outputs is None else (y * w.of_row(w.outputs, y.ndim)).astype(y.dtype)
+    y += w.times(project(layout, f"{rows}z,z{of_y[2:]}->{of_y}", inside, w.b), w.scales)
+    y = w.times(y, w.outputs)
+    return w.times(y if bias is None else y + bias.astype(y.dtype), w.after)
 
 
 def _integers(layout: Layout, subscripts: str, x: jax.Array, w: ByChannel) -> jax.Array:

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 
+from maxlm.models.weights.around import Around
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class ByRow:
-    """outputs_n * (x W + scale_n x A_n B_n) for a row x of adapter n; of adapter 0, which is none, x W.
+class ByRow(Around):
+    """after_n * (outputs_n * ((inputs_n * x) W + scale_n x A_n B_n) + bias) for a row x of adapter n; 0 is none.
 
     The matrices of all adapters are one pair: what a row's x A has of other adapters' columns becomes 0 before B. So
-    nothing is gathered for each row, and n adapters of rank r cost what one of rank n r does.
+    nothing is gathered for each row, and n adapters of rank r cost what one of rank n r does. What one adapter lacks
+    has no effect: a scale of 0, factors of 1.
     """
 
-    base: Any
-    """W: any other weight."""
     a: jax.Array
     """[*inputs, R]: the matrices of all adapters side by side."""
     b: jax.Array
@@ -29,35 +30,31 @@ class ByRow:
     """int32 [R]: whose each of the R is."""
     scales: jax.Array
     """float32 [N + 1]."""
+    inputs: jax.Array | None
+    """float32 [N + 1, *inputs]; None: no adapter has any. So are the next two."""
     outputs: jax.Array | None
-    """float32 [N + 1, *outputs]; None: no adapter has any."""
+    """float32 [N + 1, *outputs]."""
+    after: jax.Array | None
+    """float32 [N + 1, *outputs], for what the bias has been added to."""
     adapters: jax.Array | None = None
     """int32 [B]: of each row; None: it is not said yet."""
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
-        found: tuple[int, ...] = self.base.shape
-        return found
-
-    def __getitem__(self, index: Any) -> Self:
-        """[...]: all of it."""
-        return self
-
-    def dense(self, dtype: jnp.dtype) -> jax.Array:
-        """It is no one array."""
-        raise ValueError("a weight of several adapters has no one array; multiply by it")
+    def dense(self, dtype: jnp.dtype) -> NoReturn:
+        """There is none."""
+        raise NotImplementedError("a weight of several adapters is no one array")
 
     def mask(self) -> jax.Array:
         """bool [B, 1, R]: what of x A is of its row's adapter."""
         assert self.adapters is not None
         return self.owner == self.adapters[:, None, None]
 
-    def of_row(self, factors: jax.Array, ndim: int) -> jax.Array:
-        """Of factors [N + 1, ...] those of each row, [B, ...], for an array of so many dims, whose second is T."""
+    def times(self, x: jax.Array, factors: jax.Array | None) -> jax.Array:
+        """x [B, T, ...] times its row's of the factors [N + 1, ...], which may have fewer dims."""
+        if factors is None:
+            return x
         assert self.adapters is not None
         found = factors[self.adapters]
-        return found.reshape(found.shape[0], *[1] * (ndim - found.ndim), *found.shape[1:])
+        return (x * found.reshape(found.shape[0], *[1] * (x.ndim - found.ndim), *found.shape[1:])).astype(x.dtype)
 
 
 def of_rows(parameters: Any, adapters: jax.Array) -> Any:
