@@ -2,7 +2,7 @@
 
 loop.py: a run of any recipe, top to bottom
 objective.py: what is minimised; next-token prediction, and the call of the model
-answers.py: what fine-tuning adds to the loss of the next token
+assistant_loss.py: what fine-tuning adds to the loss of the next token
 later_tokens.py: the loss of heads that guess at later tokens
 step.py: gradient, optimizer: one step
 keeper.py: the state of a run in its folder
@@ -12,6 +12,10 @@ rank_budget.py: what AdaLoRA does in a step beside the loss
 router_metrics.py: load and drops of each mixture
 warm_start.py: parameters of another run
 losses.py: cross-entropy and log-probabilities without the logits of a whole batch
+text_objective.py: what objectives about whole texts share
+preference_objective.py: DPO and its kin, KTO
+judging.py: reward models and classifiers
+nearness.py: vectors of texts
 text_sums.py: sums over each text of a batch
 preference_losses.py: losses of preferences, rewards and embeddings, as functions of such sums
 optimizers.py: optax transformations from configs
