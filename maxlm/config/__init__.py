@@ -12,6 +12,7 @@ execution.py: number formats, remat, kernels
 remat.py: which named results each remat policy keeps
 families.py: model families as functions from sizes to a model
 task.py: what a run learns
+task_rules.py: what a task needs of the rest
 data.py: documents, tokenizers, mixtures
 purposes.py: what records of conversations are for
 quantization.py: ways to make weights smaller
@@ -89,7 +90,9 @@ from maxlm.config.mixture import (
 from maxlm.config.mlp import Activation, GatedMlp, Mlp, Nonlinearity, Swish
 from maxlm.config.model import (
     BlockConfig,
+    ClassHead,
     DeepNorm,
+    EmbedHead,
     Head,
     LmHead,
     MedusaHeads,
@@ -97,6 +100,7 @@ from maxlm.config.model import (
     ModelConfig,
     OutputNorm,
     Parallel,
+    Pooling,
     PostNorm,
     PreNorm,
     Residual,
@@ -152,7 +156,26 @@ from maxlm.config.sharding import (
     pipeline_ticks,
 )
 from maxlm.config.speculation import DraftModel, Medusa, PromptLookup, Speculation
-from maxlm.config.task import Gold, Pretrain, Sft, Task, TrainMedusa
+from maxlm.config.task import (
+    BinaryReward,
+    BradleyTerry,
+    Classify,
+    Dpo,
+    Embed,
+    Gold,
+    Ipo,
+    Kto,
+    Orpo,
+    Preference,
+    PreferenceLoss,
+    Pretrain,
+    Reward,
+    RewardLoss,
+    Sft,
+    SimPo,
+    Task,
+    TrainMedusa,
+)
 
 __all__ = [
     "ACTIVATION_DIMS",
@@ -172,13 +195,17 @@ __all__ = [
     "Backend",
     "BaseFormat",
     "BeamConfig",
+    "BinaryReward",
     "BlockConfig",
     "Bottleneck",
+    "BradleyTerry",
     "ByteTokenizer",
     "CacheFormat",
     "Capacity",
     "CheckpointConfig",
     "ChosenModel",
+    "ClassHead",
+    "Classify",
     "ConstantSchedule",
     "Context",
     "ContrastiveConfig",
@@ -191,11 +218,14 @@ __all__ = [
     "Dispatch",
     "Documents",
     "DocumentsConfig",
+    "Dpo",
     "DraftModel",
     "Dropless",
     "Dtype",
     "DyLora",
     "DynamicNtkScaling",
+    "Embed",
+    "EmbedHead",
     "EmbeddedPosition",
     "EngineConfig",
     "ExecutionConfig",
@@ -215,7 +245,9 @@ __all__ = [
     "HuggingFaceTokenizer",
     "Ia3",
     "InverseSqrtSchedule",
+    "Ipo",
     "KernelConfig",
+    "Kto",
     "LatentAttention",
     "LayerNorm",
     "Learned",
@@ -237,12 +269,16 @@ __all__ = [
     "NtkScaling",
     "ObserveConfig",
     "OptimizerConfig",
+    "Orpo",
     "OutputNorm",
     "Parallel",
     "PieceModel",
+    "Pooling",
     "Position",
     "PostNorm",
     "PreNorm",
+    "Preference",
+    "PreferenceLoss",
     "PrepareConfig",
     "Pretrain",
     "PromptLookup",
@@ -254,6 +290,8 @@ __all__ = [
     "Remat",
     "Residual",
     "ResidualInit",
+    "Reward",
+    "RewardLoss",
     "RmsNorm",
     "Rope",
     "RopeScaling",
@@ -267,6 +305,7 @@ __all__ = [
     "Sft",
     "ShardingConfig",
     "SigmoidRouter",
+    "SimPo",
     "Sinusoidal",
     "SlicesAxis",
     "Speculation",

@@ -34,6 +34,8 @@ class RecordWindows:
         self._values = texts["value"]
         self._firsts = np.append(np.flatnonzero(texts["begins"]), len(texts))
         """The first text of each record, and at the end the number of texts."""
+        self.n_texts = len(texts)
+        self.largest_value = float(self._values.max()) if len(texts) else 0.0
         lengths = np.diff(self._starts[self._firsts])
         self.shortened = int((lengths > seq_len).sum())
         """Records that are longer than a window."""
