@@ -8,6 +8,7 @@ step.py: gradient, optimizer: one step
 keeper.py: the state of a run in its folder
 finite.py: no state with NaN is saved, or gone on from
 config_file.py: config.json, and other settings for a run that goes on
+rank_budget.py: what AdaLoRA does in a step beside the loss
 router_metrics.py: load and drops of each mixture
 warm_start.py: parameters of another run
 losses.py: cross-entropy and log-probabilities without the logits of a whole batch

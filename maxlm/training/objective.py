@@ -164,9 +164,7 @@ class NextToken(Objective):
 
     def settle(self, params: Params, router: Any) -> tuple[Params, dict[str, jax.Array]]:
         """Biases of SigmoidRouters that follow the load; how evenly each layer's experts were used."""
-        if self._config.model.adapter is None:  # a base stays as it is
-            params = balance_biases(self._config.model, params, router)
-        return params, router_metrics(router)
+        return balance_biases(self._config.model, params, router), router_metrics(router)
 
 
 def make_evaluate(objective: Objective, layout: Layout) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
