@@ -71,7 +71,9 @@ def decoding(layout: Layout, batch: int, length: int, at: int) -> dict[str, Any]
     empty = jax.jit(lambda: empty_cache(config, {0: batch * width + 1}, BLOCK, how))
     tables = {0: jax.device_put(1 + np.arange(batch * width, dtype=np.int32).reshape(batch, width))}
     settings = settings_row(GREEDY, vocab=VOCAB)
-    text = Texts(np.zeros(length + 1, np.int32), np.int32(at + 1), np.int32(length), np.bool_(False), settings)
+    text = Texts(
+        np.zeros(length + 1, np.int32), np.int32(at + 1), np.int32(length), np.bool_(False), np.int32(0), settings
+    )
     texts = jax.tree.map(lambda x: np.broadcast_to(x, (batch, *np.shape(x))), text)
     every = np.arange(batch, dtype=np.int32)
     rows = StepRows(every, np.full_like(every, at), every, np.ones(batch, bool), np.full_like(every, -1))

@@ -13,6 +13,7 @@ serve.py: command: answer requests over HTTP
 chat.py: command: talk with a model
 convert.py: command: published models to run folders, and back
 evaluate.py: command: held-out loss
+synthesize.py: command: records that a model writes
 inspect.py: command: list, verify, hash
 sharding.py: the mesh, and jax shardings of the table in config/dims.py
 hardware.py: every chip: FLOP/s, memory, links, with sources
@@ -28,8 +29,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from maxlm.config import RunConfig, SamplingConfig, ShardingConfig, UserError
     from maxlm.config.cli import load_config
-    from maxlm.hub.models import load_model, save_model
-    from maxlm.inference.load import LoadedRun, load_run
+    from maxlm.hub.models import load_model, load_run, save_model
+    from maxlm.inference.load import LoadedRun
     from maxlm.recipes.pretrain import batches
     from maxlm.train import main as run
     from maxlm.training.loop import Result
@@ -65,7 +66,7 @@ _HOMES = {
     "batches": "maxlm.recipes.pretrain.batches",
     "load_config": "maxlm.config.cli.load_config",
     "load_model": "maxlm.hub.models.load_model",
-    "load_run": "maxlm.inference.load.load_run",
+    "load_run": "maxlm.hub.models.load_run",
     "make_trainer": "maxlm.training.step.make_trainer",
     "run": "maxlm.train.main",
     "save_model": "maxlm.hub.models.save_model",

@@ -73,14 +73,14 @@ def main(argv: list[str]) -> None:
     if run.chat is None:
         raise UserError("this model has no chat template; continue texts with python -m maxlm.generate")
     engine = EngineConfig(slots=1, speculation=options.speculation)
-    served = serve_model(
+    [served] = serve_model(
         run,
         "model",
         engine,
         options.model.weights,
         draft=load_draft(options.speculation),
         documents=options.documents,
-    )
+    ).values()
     talk(served, options, _typed)
 
 

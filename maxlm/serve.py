@@ -35,6 +35,9 @@ class ServeOptions:
     """Which model."""
     name: str | None = None
     """What requests call the model; None: the name of its folder or file."""
+    adapter: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME=DIR")] = ()
+    """An adapter of the model, which requests ask for by the name: a run folder, or a folder of peft; or a sum,
+    NAME=0.7*DIR+0.3*DIR. As often as there are adapters."""
     host: str = "127.0.0.1"
     """Address to listen at. By default only programs on this machine can ask; 0.0.0.0: all that reach it."""
     port: Annotated[int, Range(ge=0, le=65535, note="0 takes any that is free")] = 8000
@@ -81,6 +84,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"serving needs {', '.join(missing)}; {pip_install(*missing)}")
 
     from maxlm.compile_cache import enable_compilation_cache  # these import jax: --help stays instant
+    from maxlm.hub.adapted import load_adapters
     from maxlm.hub.models import load_chosen, load_draft
     from maxlm.serving.app import Service
     from maxlm.serving.listening import DrainingServer, bind_address, is_loopback
@@ -95,7 +99,7 @@ def main(argv: list[str]) -> None:
     name = _name(options)
     print(f"loading {name} and compiling its programs; clients are answered when a line says where", file=sys.stderr)
     run = load_chosen(options.model)
-    served = serve_model(
+    models = serve_model(
         run,
         name,
         options.engine,
@@ -103,10 +107,11 @@ def main(argv: list[str]) -> None:
         embeddings=options.embeddings,
         draft=load_draft(options.engine.speculation),
         documents=options.documents,
+        adapters=load_adapters(options.model, options.adapter),
     )
     key = options.api_key or os.environ.get(_KEY) or None
     service = Service(
-        models={served.name: served},
+        models=models,
         api_key=key,
         hosts=tuple(map(str.lower, hosts)),
         max_body=options.max_body_mb << 20,
@@ -116,7 +121,10 @@ def main(argv: list[str]) -> None:
     address = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{port}"
 
     def ready() -> None:
-        print(f"{served.name} at {address}, {'with' if key else 'without'} an API key; Ctrl-C ends it", flush=True)
+        print(
+            f"{' and '.join(models)} at {address}, {'with' if key else 'without'} an API key; Ctrl-C ends it",
+            flush=True,
+        )
         if not loopback:
             keyless = "" if key else f", and all of them can ask, as there is no key; set {_KEY}"
             print(f"other machines can reach {options.host}{keyless}", file=sys.stderr, flush=True)

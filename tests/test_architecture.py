@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inference": {"config", "shapes", "sharding", "models", "checkpoint", "data", "observe"},
     "evaluation": {"config", "sharding", "models", "observe", "data", "training", "inference"},
     "recipes": {
-        *("config", "sharding", "checkpoint", "data", "training"),
+        *("config", "sharding", "models", "checkpoint", "data", "training"),
         *("inference", "evaluation", "observe", "processes", "hub"),
     },
     "hub": {"config", "shapes", "sharding", "models", "checkpoint", "data", "inference"},
@@ -53,6 +53,7 @@ COMMANDS = {
         "generate",
         "convert",
         "evaluate",
+        "synthesize",
         "inspect",
         "launch",
         "serve",
@@ -78,6 +79,7 @@ LAZY = {
     "maxlm/hub/tensor_files.py": {"safetensors"},  # the same
     "maxlm/inference/structured.py": {"llguidance"},  # the extra `serve`
     "maxlm/hub/converting.py": {"torch", "transformers"},  # a comparison for who has them
+    "maxlm/data/sharegpt.py": {"bs4"},  # the extra `docs`: only who cleans pages has it
     "maxlm/serving/passages.py": {"bs4", "pypdf"},  # the extra `docs`
     "maxlm/chat.py": {"rich"},  # --help starts without it
     "maxlm/inspect.py": {"rich"},  # a listing as JSON starts without it

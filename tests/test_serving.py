@@ -26,7 +26,8 @@ from maxlm.inference.request import Finish
 from maxlm.inference.structured import JsonSchema
 from maxlm.serving.app import Service
 from maxlm.serving.chat_format import ToolReader, conversation_ids
-from maxlm.serving.schema import CalledFunction, Message, ToolCall
+from maxlm.serving.jobs import completion_job
+from maxlm.serving.schema import CalledFunction, CompletionRequest, Message, ToolCall
 from maxlm.serving.served import Served
 
 SAYS = "Hello, w\u00f6rld! \U0001f600 <tag> & more"
@@ -59,6 +60,16 @@ def loop(served: Served) -> Iterator[FakeLoop]:
 @pytest.fixture(scope="module")
 def client(url: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+def test_an_adapter_is_a_model_of_its_own(served: Served) -> None:
+    service = Service(models={NAME: served, "poet": dataclasses.replace(served, name="poet", adapter="poet")})
+    asked = CompletionRequest(model="poet", prompt=["a"])
+    for name, adapter in ((NAME, None), ("poet", "poet"), (None, None)):
+        [request] = completion_job(service.find(name), asked).requests
+        assert request.adapter == adapter
+    text = service.metrics.text().decode()
+    assert f'maxlm:steps_total{{model_name="{NAME}"}}' in text and "poet" not in text, "one engine is counted once"
 
 
 def test_models(client: openai.OpenAI, url: str) -> None:

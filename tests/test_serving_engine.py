@@ -59,7 +59,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> LoadedRun:
 @pytest.fixture(scope="module")
 def served(run: LoadedRun) -> Iterator[Served]:
     config = EngineConfig(slots=2, tokens_per_step=2, block_size=8, decode_steps=1)  # one program
-    found = serve_model(run, NAME, config, WeightFormat.DTYPE, embeddings=True)
+    [found] = serve_model(run, NAME, config, WeightFormat.DTYPE, embeddings=True).values()
     yield found
     loop: Any = found.loop
     loop.close()

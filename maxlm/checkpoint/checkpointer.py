@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from maxlm.checkpoint import manifest, retention
-from maxlm.checkpoint.store import Record, Store, Tree, describe_leaf, first_difference, named_leaves
+from maxlm.checkpoint.store import Deferred, Record, Store, Tree, describe_leaf, first_difference, named_leaves
 from maxlm.config.errors import UserError
 from maxlm.config.run import CheckpointConfig
 from maxlm.processes.joining import on_rank_0
@@ -195,7 +195,7 @@ class Checkpointer:
         if step is None:
             return None
         if judge is not None:
-            judge(self._folder / str(step), self._record(step).meta)
+            judge(self._folder / str(step), self.record(step).meta)
         restored = self._restore(step, {"params": params, "optimizer": optimizer})
         self._current = step
         return restored
@@ -211,6 +211,18 @@ class Checkpointer:
         Raises:
             UserError: there is no such step, it is damaged, or it holds other parameters than asked for.
         """
+        chosen = self.choose(step)
+        params = params(self.record(chosen)) if callable(params) else params
+        if deferred:
+            return self._open_params(chosen, params)
+        return self._restore(chosen, {"params": params})
+
+    def choose(self, step: int | None) -> int:
+        """The step, if its parameters are intact; the newest whose are, if None.
+
+        Raises:
+            UserError: there is none, or it is damaged.
+        """
         self.wait()
 
         def choose() -> int:
@@ -221,10 +233,15 @@ class Checkpointer:
 
         chosen = self._agree(choose)
         assert chosen is not None
-        params = params(self._record(chosen)) if callable(params) else params
-        if deferred:
-            return self._open_params(chosen, params)
-        return self._restore(chosen, {"params": params})
+        return chosen
+
+    def some_parameters(self, step: int, params: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        """Some parameters of a step that was chosen, by their names in its record, in the shardings of these."""
+        return self._read(step, lambda path: self._store.some(path, "params", params))
+
+    def deferred_parameters(self, step: int, names: Iterable[str]) -> dict[str, Deferred]:
+        """The same, to be read into host memory when each is asked for, also after `close`."""
+        return self._read(step, lambda path: self._store.deferred(path, "params", names))
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """What `save` got as `meta`.
@@ -234,7 +251,7 @@ class Checkpointer:
         """
         self.wait()
         self._agree(lambda: self._intact(step, ("params", "optimizer")))
-        return self._record(step).meta
+        return self.record(step).meta
 
     def _finish(self, step: int) -> None:
         """In the background: wait for Orbax, see that the step opens, seal it with its manifest and give it its name;
@@ -325,13 +342,13 @@ class Checkpointer:
 
     def _open_params(self, step: int, params: Tree) -> Restored:
         record = self._matching_record(step, {"params": params})
-        leaves = self._read(step, lambda path: self._store.deferred(path, "params", named_leaves(params)))
+        leaves = self.deferred_parameters(step, named_leaves(params))
         tree = jax.tree.unflatten(jax.tree.structure(params), leaves.values())
         return Restored(step=step, params=tree, optimizer=None, meta=record.meta)
 
     def _matching_record(self, step: int, items: dict[str, Tree]) -> Record:
         """Of a step that has these arrays."""
-        record = self._record(step)
+        record = self.record(step)
         for item, tree in items.items():
             wanted = {name: describe_leaf(leaf) for name, leaf in named_leaves(tree).items()}
             if difference := first_difference(item, record.items[item], wanted):
@@ -346,7 +363,8 @@ class Checkpointer:
         trees = self._read(step, lambda path: self._store.arrays(path, items))
         return Restored(step=step, params=trees["params"], optimizer=trees.get("optimizer"), meta=record.meta)
 
-    def _record(self, step: int) -> Record:
+    def record(self, step: int) -> Record:
+        """What a step that is there says of itself."""
         return self._read(step, self._store.record)
 
     def _read(self, step: int, read: Callable[[Path], Any]) -> Any:

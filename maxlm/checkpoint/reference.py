@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,12 @@ def run_and_step(place: str) -> tuple[Path, int | None]:
     if path.parent.name == "checkpoints" and path.name.isdecimal():
         return path.parent.parent, int(path.name)
     return path, None
+
+
+def keep_published(folder: Path, run_dir: Path) -> None:
+    """Copy what a run has of a published model into another one's folder."""
+    if (folder / PUBLISHED).is_dir():
+        shutil.copytree(folder / PUBLISHED, run_dir / PUBLISHED, dirs_exist_ok=True)
 
 
 def read_reference(place: str, shapes: Tree, saved: dict[str, Any] | None) -> tuple[Tree, Reference]:

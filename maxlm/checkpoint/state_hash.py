@@ -21,7 +21,8 @@ _READ_BYTES = 1 << 30
 def state_hash(folder: Path, step: int, items: Sequence[str] | None = None) -> str:
     """SHA-256 of the step, every parameter, all optimizer state and `meta["data"]`, in hexadecimal.
 
-    Frozen arrays count with their fingerprint. With `items`, of the arrays of these items alone.
+    Frozen arrays, and the base under an adapter, count with their fingerprints. With `items`, of the arrays of these
+    items alone.
 
     Each array counts with its name, dtype, shape and bytes (row-major), sorted by name. The mesh that wrote the step,
     paths, times and the rest of `meta` do not count. Reads at most 1 GiB, or one array if that is larger, at a time.
@@ -36,8 +37,9 @@ def state_hash(folder: Path, step: int, items: Sequence[str] | None = None) -> s
     digest = hashlib.sha256()
     if items is None:
         _add(digest, ["step", step, "data", record.meta.get("data")])
-        if (frozen := record.meta.get("frozen")) is not None:
-            _add(digest, ["frozen", frozen["fingerprint"]])
+        for kind in ("frozen", "base"):
+            if (read := record.meta.get(kind)) is not None:
+                _add(digest, [kind, read["fingerprint"]])
     for item in sorted(record.items if items is None else items):
         for names in _groups(record.items[item]):
             arrays = store.numpy(path, item, names)

@@ -242,6 +242,12 @@ class Store:
             trees[item] = tree_unflatten(structures[item], [found[item][name] for name in named_leaves(tree)])
         return trees
 
+    def some(self, path: Path, item: str, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        """Read some arrays of an item, by name, in the shardings of these."""
+        how = ocp.checkpoint_utils.construct_restore_args(dict(leaves))
+        args = ocp.args.PyTreeRestore(dict(leaves), restore_args=how, partial_restore=True)
+        return self._orbax.restore(self._address(path), args=ocp.args.Composite(**{item: args}))[item]
+
     def numpy(self, path: Path, item: str, names: Iterable[str]) -> dict[str, np.ndarray]:
         """Read some arrays of an item into host memory, without devices or shardings."""
         wanted = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}

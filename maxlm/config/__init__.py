@@ -1,6 +1,7 @@
 """Frozen, keyword-only dataclasses that describe everything a run can do. Nothing here imports jax.
 
 run.py: a whole run, and the rules between its parts
+adapter.py: few parameters in place of all
 model.py: blocks and what joins them, heads
 norm.py: RMSNorm, LayerNorm
 position.py: RoPE, ALiBi, relative bias; embedded positions
@@ -38,6 +39,17 @@ errors.py: the exception that users see as a line
 from typing import Any
 
 from maxlm.config import earlier
+from maxlm.config.adapter import (
+    ALL_LINEAR,
+    AdaLora,
+    Adapter,
+    AdapterKind,
+    BaseFormat,
+    Bottleneck,
+    DyLora,
+    Ia3,
+    Lora,
+)
 from maxlm.config.attention import Attention, FixedPattern, GroupedQuery, LatentAttention, QkNorm, StridedPattern
 from maxlm.config.chosen import ChosenModel
 from maxlm.config.data import (
@@ -167,19 +179,25 @@ from maxlm.config.task import (
 
 __all__ = [
     "ACTIVATION_DIMS",
+    "ALL_LINEAR",
     "CUT_BY_FSDP",
     "MESH_AXES",
     "PARAMETER_DIMS",
     "Activation",
+    "AdaLora",
     "Adafactor",
     "AdamW",
+    "Adapter",
+    "AdapterKind",
     "Alibi",
     "Attention",
     "Axes",
     "Backend",
+    "BaseFormat",
     "BeamConfig",
     "BinaryReward",
     "BlockConfig",
+    "Bottleneck",
     "BradleyTerry",
     "ByteTokenizer",
     "CacheFormat",
@@ -204,6 +222,7 @@ __all__ = [
     "DraftModel",
     "Dropless",
     "Dtype",
+    "DyLora",
     "DynamicNtkScaling",
     "Embed",
     "EmbedHead",
@@ -224,6 +243,7 @@ __all__ = [
     "Head",
     "HuggingFaceDataset",
     "HuggingFaceTokenizer",
+    "Ia3",
     "InverseSqrtSchedule",
     "Ipo",
     "KernelConfig",
@@ -237,6 +257,7 @@ __all__ = [
     "Llama3RopeScaling",
     "LmHead",
     "LongRopeScaling",
+    "Lora",
     "Medusa",
     "MedusaHeads",
     "Mlp",

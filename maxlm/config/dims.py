@@ -29,6 +29,7 @@ PARAMETER_DIMS: dict[str, Axes] = {
     "positions": (),
     "buckets": (),  # of a learned bias by distance
     "sinusoids": (),  # of a distance
+    "rank": (),  # the inner size of what an adapter adds: small, so everywhere
     "vector": (),  # norm scales and biases of the residual stream: small, so everywhere
 }
 """Dim of a parameter -> the mesh axes that cut it. The fsdp axis counts only as far as `ShardingConfig.zero` says."""

@@ -11,11 +11,12 @@ import math
 from dataclasses import InitVar, field
 from typing import Annotated, Any, assert_never
 
+from maxlm.config.adapter import Adapter
 from maxlm.config.attention import Attention
 from maxlm.config.earlier import renamed
 from maxlm.config.errors import UserError
 from maxlm.config.fields import Changes, Filled, NotNegative, Positive, Range, config
-from maxlm.config.mixture import ExpertChoiceRouter, Experts
+from maxlm.config.mixture import ExpertChoiceRouter, Experts, NoisyTopKRouter
 from maxlm.config.mlp import GatedMlp, Mlp
 from maxlm.config.norm import Norm, RmsNorm
 from maxlm.config.position import DynamicNtkScaling, EmbeddedPosition, Rope
@@ -226,6 +227,8 @@ class ModelConfig:
     by m. d_ff and the heads are to be wider by m too, head_dim is to stay, so that the scale of scores may."""
     medusa: MedusaHeads | None = None
     """Heads that guess at later tokens; None: none."""
+    adapter: Adapter | None = None
+    """What is trained in place of the model's own parameters; None: those are."""
     first_blocks: tuple[BlockConfig, ...] = ()
     """Layers before the pattern, each used once, without experts (the dense first layer of DeepSeekMoE). They count in
     n_layers; in a pipeline they run before its first stage, on all devices."""
@@ -250,6 +253,8 @@ class ModelConfig:
             raise UserError(
                 f"model.medusa needs logits, which model.head = {type(self.head).__name__} does not make; use an LmHead"
             )
+        if self.adapter is not None and self.medusa is not None:
+            raise UserError("model.adapter and model.medusa are each trained on a base that is not; use one at a time")
         residuals = {block.residual for block in self.first_blocks + self.blocks}
         if self.deep_norm is not None and len(residuals) > 1:
             raise UserError(
@@ -313,6 +318,13 @@ class ModelConfig:
                 above = f"model.max_seq_len = {self.max_seq_len} above its original_max_len"
                 return f"model.blocks[].attention.position.scaling = DynamicNtkScaling and {above}"
         return None
+
+    @property
+    def draws(self) -> bool:
+        """Whether training draws numbers in each step: the noise of routers, what an adapter leaves out."""
+        mlps = [block.mlp for block in self.blocks]
+        noisy = any(isinstance(mlp, Experts) and isinstance(mlp.router, NoisyTopKRouter) for mlp in mlps)
+        return noisy or (self.adapter is not None and self.adapter.draws)
 
     @property
     def lm_head(self) -> LmHead | None:

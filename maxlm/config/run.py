@@ -205,6 +205,10 @@ class RunConfig:
             failures.append(
                 f"model.medusa has heads, which task = {type(self.task).__name__} does not train; use TrainMedusa"
             )
+        if model.adapter is not None and self.checkpoint.init_from is None:
+            failures.append(
+                "model.adapter is laid on a model that is there: checkpoint.init_from is None; name its run, or hf:DIR"
+            )
         if model.mup_base_width is not None and not isinstance(self.optimizer, AdamW):
             failures.append(
                 f"model.mup_base_width = {model.mup_base_width} has rules for AdamW alone, not for "

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -22,12 +23,12 @@ from maxlm.config import CheckpointConfig, Dtype, ExecutionConfig, ModelConfig, 
 from maxlm.data.tokenizers import Tokenizer
 from maxlm.hub.families import FAMILIES
 from maxlm.hub.family import ModelFamily
-from maxlm.hub.folder import Pieces, appearing, copy_tokenizer, write_ends, write_folder
-from maxlm.hub.models import PublishedModel, no_tokenizer, number_format, pieces_of, untrained
+from maxlm.hub.folder import Pieces, appearing, copy_tokenizer, write_ends, write_folder, write_origin
+from maxlm.hub.models import PublishedModel, load_run, no_tokenizer, number_format, open_base, pieces_of, untrained
 from maxlm.hub.names import Piece
 from maxlm.hub.published import Published
 from maxlm.inference.language_model import LanguageModel
-from maxlm.inference.load import ONE_DEVICE, deferred_run, layout_for, load_run
+from maxlm.inference.load import ONE_DEVICE, deferred_run, layout_for
 from maxlm.models import abstract_parameters, declared
 from maxlm.models.weights.holding import QUANTISED, kinds_of
 
@@ -99,7 +100,7 @@ def open_run(place: Path) -> Opened:
         UserError: as `load_run`.
     """
     folder, step = run_and_step(str(place))
-    run = deferred_run(folder, step=step)
+    run = deferred_run(folder, step=step, open_base=open_base)
     published, pieces = folder / PUBLISHED, pieces_of(run.parameters)
 
     def copy(target: Path) -> None:
@@ -119,7 +120,7 @@ def open_run(place: Path) -> Opened:
         parameters=lambda: load_run(folder, step=run.step).parameters,
         dtype="float32",
         tokenizer=run.tokenizer,
-        family=_family_of_origin(published),
+        family=family_of_origin(published),
         copy_tokenizer=copy,
         place=folder,
         config=run.config,
@@ -160,13 +161,16 @@ def write_published(opened: Opened, folder: Path, dtype: str | None) -> None:
     )
 
 
-def write_run(opened: Opened, folder: Path, *, parameters: Any = None) -> None:
+def write_run(
+    opened: Opened, folder: Path, *, parameters: Any = None, more: Mapping[str, Any] = MappingProxyType({})
+) -> None:
     """A run folder with one checkpoint, without an optimizer: to be asked, exported, or started from.
 
     Args:
         opened: the model.
         folder: new.
         parameters: in place of its own, with `Weight`s of fewer bits among them. What those are, the checkpoint says.
+        more: what else the checkpoint says.
 
     Raises:
         UserError: there is no tokenizer, something is at `folder`, or it cannot be written.
@@ -179,6 +183,7 @@ def write_run(opened: Opened, folder: Path, *, parameters: Any = None) -> None:
         opened.tokenizer.save(place / "tokenizer")
         write_origin(place, opened.family, opened.copy_tokenizer)
         meta = {
+            **more,
             "tokenizer": opened.tokenizer.fingerprint,
             "config": serialize.to_dict(config),
             "data": {"next_batch": 0, "fingerprint": "none: not trained here"},
@@ -191,15 +196,6 @@ def write_run(opened: Opened, folder: Path, *, parameters: Any = None) -> None:
             checkpointer.save(opened.step, params=params, optimizer={}, meta=meta)
 
 
-def write_origin(run_dir: Path, family: ModelFamily | None, copy_tokenizer: Callable[[Path], None]) -> None:
-    """The folder PUBLISHED of a run: the tokenizer's files, the chat template, and which family the model is of."""
-    folder = run_dir / PUBLISHED
-    folder.mkdir(exist_ok=True)
-    copy_tokenizer(folder)
-    if family is not None:
-        (folder / "config.json").write_text(json.dumps({"model_type": family.model_type}) + "\n")
-
-
 def _deferred(opened: Opened, array: shapes.Array) -> Deferred:
     """An array in float32, which is made, layer by layer, when it is needed."""
     return Deferred(
@@ -210,7 +206,7 @@ def _deferred(opened: Opened, array: shapes.Array) -> Deferred:
     )
 
 
-def _family_of_origin(folder: Path) -> ModelFamily | None:
+def family_of_origin(folder: Path) -> ModelFamily | None:
     """Of a run that was made of a published model."""
     if not (folder / "config.json").is_file():
         return None
@@ -241,7 +237,7 @@ def report(opened: Opened, folder: Path | None) -> Iterator[str]:
 
 def _compare_logits(opened: Opened, folder: Path) -> str:
     """With transformers, where it is installed, has the family and reads the folder."""
-    family = _family_of_origin(folder)
+    family = family_of_origin(folder)
     if family is not None and family.needs_code:
         return (
             f"logits: not compared, as transformers reads {family.model_type} only with code that comes with the "

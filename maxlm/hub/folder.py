@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from maxlm.checkpoint.reference import PUBLISHED
 from maxlm.config import ModelConfig, UserError
 from maxlm.config.changes import changes
 from maxlm.config.fields import Changes
@@ -233,3 +234,12 @@ def _unwritable(error: OSError, folder: Path) -> UserError:
     return UserError(
         f"{error.filename or folder}: cannot be written ({error.strerror}); make room or name another folder"
     )
+
+
+def write_origin(run_dir: Path, family: ModelFamily | None, copy_tokenizer: Callable[[Path], None]) -> None:
+    """The folder PUBLISHED of a run: the tokenizer's files, the chat template, and which family the model is of."""
+    folder = run_dir / PUBLISHED
+    folder.mkdir(exist_ok=True)
+    copy_tokenizer(folder)
+    if family is not None:
+        (folder / "config.json").write_text(json.dumps({"model_type": family.model_type}) + "\n")

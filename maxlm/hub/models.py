@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import operator
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
+from maxlm import shapes
 from maxlm.checkpoint.store import Deferred
 from maxlm.config import (
     ChosenModel,
@@ -37,16 +39,20 @@ from maxlm.data.chat import ChatTemplate, find_chat_template
 from maxlm.data.text_ends import TextEnds, published_ends
 from maxlm.data.tokenizers import Tokenizer, open_tokenizer
 from maxlm.hub import gguf_tokenizer
-from maxlm.hub.folder import TOKENIZER_FILES, Pieces, copy_tokenizer, open_folder, write_folder
+from maxlm.hub.folder import TOKENIZER_FILES, Pieces, copy_tokenizer, open_folder, write_folder, write_origin
 from maxlm.hub.gguf_file import GgufFile
 from maxlm.hub.gguf_weights import open_weights
 from maxlm.hub.names import Piece
 from maxlm.hub.tensor_files import DTYPES
 from maxlm.hub.weights import PublishedWeights
+from maxlm.inference import load
+from maxlm.inference.bases import Base, RunBase
 from maxlm.inference.language_model import LanguageModel
-from maxlm.inference.load import ONE_DEVICE, LoadedRun, layout_for, load_run
+from maxlm.inference.load import ONE_DEVICE, LoadedRun, layout_for
 from maxlm.models import abstract_parameters
-from maxlm.models.weights.kinds import Quantised
+from maxlm.models.weights.kinds import Quantised, Weight
+from maxlm.shapes import Array
+from maxlm.sharding import Layout
 
 
 class PublishedModel(NamedTuple):
@@ -130,6 +136,79 @@ def load_published(published: PublishedModel, *, sharding: ShardingConfig) -> Lo
         ends=published.find_ends(tokenizer),
         chat=published.find_chat(),
     )
+
+
+def open_base(place: str) -> Base:
+    """A published model, as `hf:DIR` or `gguf:FILE`, or a run, which may be `run:DIR`.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    kind, _, path = place.partition(":")
+    if kind in KINDS:
+        return PublishedBase(kind, Path(path))
+    return RunBase(path if kind == "run" else place)
+
+
+class PublishedBase:
+    """A published model, of `maxlm.hub.models.KINDS`."""
+
+    step = 0
+
+    def __init__(self, kind: str, path: Path) -> None:
+        self._published = KINDS[kind](path)
+        self._weights = self._published.weights
+        self.place = f"{kind}:{path.absolute()}"
+        self.model, self.family = self._weights.model, self._weights.family
+        tokenizer = self._published.find_tokenizer()
+        self.tokenizer = None if tokenizer is None else tokenizer.fingerprint
+        self._path = path
+
+    def fingerprint(self) -> str:
+        files = (
+            [self._path]
+            if self._path.is_file()
+            else sorted([self._path / "config.json", *self._path.glob("*.safetensors")])
+        )
+        digest = hashlib.sha256()
+        for file in files:
+            if self._path.is_dir():
+                digest.update(file.name.encode() + b"\n")
+            with file.open("rb") as open_file:
+                digest.update(hashlib.file_digest(open_file, "sha256").digest())
+        return digest.hexdigest()
+
+    def read(self, names: set[str], layout: Layout, made: Callable[[Array, Weight], Weight]) -> dict[str, Weight]:
+        found = dict[str, Weight]()
+        for array in shapes.arrays(self.model):
+            if array.name in names:
+                place = layout.sharding(layout.parameter(array.dims))
+                plain = self._weights.placed(array.name, jax.ShapeDtypeStruct(array.shape, jnp.float32, sharding=place))
+                found[array.name] = jax.block_until_ready(made(array, plain))
+        return found
+
+    def deferred(self, names: set[str]) -> dict[str, Any]:
+        return {array.name: self._deferred(array) for array in shapes.arrays(self.model) if array.name in names}
+
+    def _deferred(self, array: Array) -> Deferred:
+        return Deferred(
+            shape=array.shape,
+            dtype=np.dtype(np.float32),
+            by_layer=array.dims[0] == "layers",
+            read=lambda number: self._weights.layer(array, number),
+        )
+
+    def keep(self, run_dir: Path) -> None:
+        write_origin(run_dir, self.family, self._published.copy_tokenizer)
+
+
+def load_run(run_dir: str | Path, *, step: int | None = None, sharding: ShardingConfig = ONE_DEVICE) -> LoadedRun:
+    """Read a run folder and put the parameters on this process's devices. Also `maxlm.load_run`.
+
+    The model that its adapter is laid on, if it has one, may be a run or a published model. Arguments, result and
+    errors are those of `maxlm.inference.load.load_run`.
+    """
+    return load.load_run(run_dir, step=step, sharding=sharding, open_base=open_base)
 
 
 def load_chosen(chosen: ChosenModel) -> LoadedRun:

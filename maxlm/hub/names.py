@@ -174,7 +174,7 @@ class Tensor:
                 pieces = np.split(values, np.cumsum([part.rows for part in self.parts])[:-1])
             case _:
                 assert_never(rows)
-        return [_to_ours(piece, part) for piece, part in zip(pieces, self.parts, strict=True)]
+        return [to_ours(piece, part) for piece, part in zip(pieces, self.parts, strict=True)]
 
     def join(self, pieces: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
         """The tensor of pieces in our dims."""
@@ -182,7 +182,7 @@ class Tensor:
             return np.stack([self._of_one.join(of_one) for of_one in zip(*pieces, strict=True)])
         if not self.parts[0].is_matrix and self.parts[0].array.role is Role.TABLE:
             return pieces[0]
-        theirs = [_to_theirs(piece, part) for piece, part in zip(pieces, self.parts, strict=True)]
+        theirs = [to_theirs(piece, part) for piece, part in zip(pieces, self.parts, strict=True)]
         match rows := self._rows:
             case Heads() | Interleaved():
                 groups, sizes = self._groups()
@@ -220,13 +220,15 @@ class Tensor:
         return groups, [part.rows // groups for part in self.parts]
 
 
-def _to_ours(rows: npt.NDArray[Any], part: Piece) -> npt.NDArray[Any]:
+def to_ours(rows: npt.NDArray[Any], part: Piece) -> npt.NDArray[Any]:
+    """A piece in our dims, of [outputs, inputs]."""
     order = part.outputs + part.inputs
     values = rows.reshape([part.dims[dim] for dim in order])
     return values.transpose([order.index(dim) for dim in part.dims])
 
 
-def _to_theirs(values: npt.NDArray[Any], part: Piece) -> npt.NDArray[Any]:
+def to_theirs(values: npt.NDArray[Any], part: Piece) -> npt.NDArray[Any]:
+    """[outputs, inputs], of a piece in our dims."""
     dims = list(part.dims)
     order = part.outputs + part.inputs
     return values.transpose([dims.index(dim) for dim in order]).reshape(part.rows, -1)

@@ -60,9 +60,10 @@ class TensorSource(Protocol):
 
 
 class TensorFolder:
-    """The tensors of a folder with `model.safetensors`, or with `model.safetensors.index.json` and its shards."""
+    """The tensors of a folder with `model.safetensors`, or with `model.safetensors.index.json` and its shards; or those
+    of another single file."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, file: str | None = None) -> None:
         """Reads the names and shapes alone.
 
         Raises:
@@ -72,7 +73,7 @@ class TensorFolder:
         self.entries: dict[str, TensorEntry] = {}
         self._open: dict[str, Any] = {}
         self._headers: dict[str, tuple[int, dict[str, Any]]] = {}
-        for name, listed in _files(folder).items():
+        for name, listed in (_files(folder) if file is None else {file: set[str]()}).items():
             for key, entry in self._read_header(name).items():
                 if key in self.entries:
                     raise UserError(f"{folder}: {key} is in {self.entries[key].file} and in {name}; keep one")
@@ -200,16 +201,21 @@ class Spec(NamedTuple):
 
 
 def write_tensors(
-    folder: Path, specs: Mapping[str, Spec], tensors: Iterable[npt.NDArray[Any]], shard_bytes: int = SHARD_BYTES
+    folder: Path,
+    specs: Mapping[str, Spec],
+    tensors: Iterable[npt.NDArray[Any]],
+    shard_bytes: int = SHARD_BYTES,
+    single: str = SINGLE,
 ) -> None:
-    """Write tensors of these names in their order, one at a time, into one file or several with an index."""
+    """Write tensors of these names in their order, one at a time, into one file or several with an index; `single` is
+    the name of one."""
     shards: list[dict[str, Spec]] = [{}]
     for name, spec in specs.items():
         if shards[-1] and sum(one.n_bytes for one in shards[-1].values()) >= shard_bytes:
             shards.append({})
         shards[-1][name] = spec
     n, values = len(shards), iter(tensors)
-    names = [SINGLE] if n == 1 else [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)]
+    names = [single] if n == 1 else [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)]
     for name, shard in zip(names, shards, strict=True):
         with (folder / name).open("wb") as stream:
             stream.write(_header(shard))

@@ -70,10 +70,14 @@ class PublishedWeights:
         """
 
         def read(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
-            name = "/".join(str(key.key) for key in path)
-            return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: self.array(name, index or ()))
+            return self.placed("/".join(str(key.key) for key in path), leaf)
 
         return jax.tree_util.tree_map_with_path(read, wanted)
+
+    def placed(self, name: str, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+        """One array, float32, in the sharding of `wanted`."""
+        read = lambda index: self.array(name, index or ())
+        return jax.make_array_from_callback(wanted.shape, wanted.sharding, read)
 
     def array(self, name: str, index: tuple[slice, ...] = ()) -> npt.NDArray[np.float32]:
         """One array of the model, or the part of it that `index` says."""

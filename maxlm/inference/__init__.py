@@ -1,6 +1,7 @@
 """From a run folder to text: requests, a cache in blocks, one compiled step.
 
 load.py: a run folder as a model
+bases.py: the model under a run's adapter
 generator.py: prompts to text
 beam.py: the likeliest texts, by search
 forced.py: words that a text must have
@@ -9,6 +10,8 @@ best_of.py: the likeliest of several drawn texts
 request.py: what is asked, and what is answered
 loop.py: the engine on a thread of its own
 engine.py: requests to tokens, step by step
+engine_stats.py: what it tells of itself
+mixed_adapters.py: several adapters, each for the requests that ask for it
 checks.py: what an engine does not take
 scheduler.py: which tokens the next step reads
 blocks.py: who uses which block of the cache

@@ -6,7 +6,9 @@ import dataclasses
 import itertools
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -18,6 +20,8 @@ from maxlm.config.fields import Positive, Seed, require
 from maxlm.data.text_ends import TextEnds
 from maxlm.inference.checks import check_guided, check_lengths, check_model, prompt_ids
 from maxlm.inference.drafting import Drafter, drafter_of
+from maxlm.inference.engine_stats import EngineStats
+from maxlm.inference.mixed_adapters import LoadedAdapter, check_adapter
 from maxlm.inference.programs import Programs, pool_sizes
 from maxlm.inference.request import TOP_SCORES, BadRequest, Delta, Finish, QueueFull, Request, TokenScore
 from maxlm.inference.rows import Read, fill, in_place
@@ -35,30 +39,6 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 _NOT_FINITE = "the model's output is not finite: its parameters are damaged; use an earlier --step"
 _NOTHING_LEFT = "no token is left to be drawn: all are banned; ban fewer"
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """Counts since the engine began, and what it holds now."""
-
-    running: int
-    waiting: int
-    blocks: int
-    """Of the cache, on all shards."""
-    free_blocks: int
-    kept_blocks: int
-    """Free ones that hold a beginning which another text may have."""
-    prompt_tokens: int
-    cached_tokens: int
-    """Of the prompts, found in the cache."""
-    generated_tokens: int
-    preemptions: int
-    steps: int
-    finished: int
-    drafted_tokens: int
-    """Guesses that a step read."""
-    accepted_tokens: int
-    """Those that came true."""
 
 
 @dataclass(eq=False)
@@ -101,6 +81,7 @@ class Engine:
         *,
         weights: WeightFormat = WeightFormat.DTYPE,
         draft: LoadedRun | None = None,
+        adapters: Mapping[str, LoadedAdapter] = MappingProxyType({}),
     ) -> None:
         """Places the weights, makes room for the cache, and compiles every program that will ever run.
 
@@ -109,21 +90,32 @@ class Engine:
             config: how much at once.
             weights: the format in which they are held.
             draft: the model that `config.speculation` names, if it is a `DraftModel`.
+            adapters: what `Request.adapter` may name, all of this model.
 
         Raises:
-            UserError: texts have ids that the model does not know, the model cannot decode, the cache has no room, or
-                there is no draft model, or it has other tokens.
+            UserError: texts have ids that the model does not know, the model cannot decode, the cache has no room,
+                there is no draft model, or it has other tokens; or an adapter does not fit.
         """
         model, self.tokenizer = run.config.model, run.tokenizer
         self.ends = run.ends or TextEnds.of_documents(run.tokenizer)
         check_model(model, max([self.tokenizer.text_size, *(i + 1 for i in self.ends.first)]))
+        for name, adapter in adapters.items():
+            check_adapter(name, adapter, model)
+        self._adapters: dict[str | None, int] = {None: 0} | {name: n for n, name in enumerate(adapters, start=1)}
         self.config, self.max_length, self.vocab_size = config, model.max_seq_len, model.vocab_size
         layout = decoding_layout(run.layout, model.d_model)
         how = Execution.of(run.config, run.layout).decoding(layout)
         most = config.most_tokens(on_cpu=layout.on_cpu)
         pools = pool_sizes(model, config, how, most)
         self._programs = Programs(
-            model, run.parameters, how, config, weights=weights, tokens_per_step=most, blocks=pools
+            model,
+            run.parameters,
+            how,
+            config,
+            weights=weights,
+            tokens_per_step=most,
+            blocks=pools,
+            adapters=tuple(adapters.values()),
         )
         self._shards = [
             Scheduler(
@@ -181,6 +173,9 @@ class Engine:
             for key in ("prompt", "negative_prompt"):
                 if wrong := [i for i in getattr(request, key) if not 0 <= i < self.vocab_size]:
                     raise UserError(f"{key} holds id {wrong[0]}; must lie in [0, {self.vocab_size})")
+            if request.adapter not in self._adapters:
+                there = " or ".join(name for name in self._adapters if name) or "none: the engine has no adapters"
+                raise UserError(f"adapter = {request.adapter!r} is not here; use {there}")
             if "" in request.stop:
                 raise UserError("stop: holds an empty string, which stands before every text; leave it out")
             for name in ("logprobs", "prompt_logprobs"):
@@ -342,7 +337,8 @@ class Engine:
         allowed = self._tickets[sequence].allowed if sequence.leader is None else None
         if allowed is not None:
             settings = settings._replace(allowed=allowed)
-        text = Texts(history, np.int32(len(request.prompt)), np.int32(sequence.end), np.bool_(False), settings)
+        adapter = np.int32(self._adapters[request.adapter])
+        text = Texts(history, np.int32(len(request.prompt)), np.int32(sequence.end), np.bool_(False), adapter, settings)
         self._programs.begin(self._slot(shard, sequence), text)
         sequence.begun = True
         if not sequence.generated:

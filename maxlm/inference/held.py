@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from maxlm.config import ModelConfig, WeightFormat
 from maxlm.models import Execution, declared
 from maxlm.models.weights.by_layer import ByLayer
+from maxlm.models.weights.by_row import ByRow
 from maxlm.models.weights.holding import quantised, shardings
 from maxlm.models.weights.kinds import Weight
 from maxlm.shapes import Array
@@ -44,6 +46,8 @@ def by_layer(config: ModelConfig, parameters: Any) -> Any:
     """The same parameters, in which no two layers share an array that a product reads: see `ByLayer`, for CPUs."""
 
     def one(array: Array, weight: Weight) -> Weight:
+        if isinstance(weight, ByRow):  # what adapters add to a layer is small, and no loss as a slice
+            return dataclasses.replace(weight, base=one(array, weight.base))
         if not array.inputs or array.dims[0] != "layers" or config.repeats == 1:
             return weight
         return ByLayer(tuple(_at(weight, i) for i in range(config.repeats)), jnp.arange(config.repeats))

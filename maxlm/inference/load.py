@@ -10,7 +10,7 @@ from typing import Any, overload
 
 import jax
 
-from maxlm.checkpoint.checkpointer import Checkpointer
+from maxlm.checkpoint.checkpointer import Checkpointer, Restored
 from maxlm.checkpoint.reference import PUBLISHED, run_and_step
 from maxlm.checkpoint.store import Record
 from maxlm.config import (
@@ -32,12 +32,13 @@ from maxlm.data.chat import ChatTemplate, find_chat_template
 from maxlm.data.shards import CHAT
 from maxlm.data.text_ends import TextEnds, published_ends
 from maxlm.data.tokenizers import Tokenizer, load_tokenizer
+from maxlm.inference.bases import Base, OpenBase, RunBase, deferred_base, open_again, read_base, stored_shapes
 from maxlm.inference.generator import Generation, Generator
 from maxlm.inference.language_model import LanguageModel
+from maxlm.inference.mixed_adapters import LoadedAdapter
 from maxlm.models import abstract_parameters, declared
-from maxlm.models.weights.holding import KINDS, QUANTISED, shardings, with_kinds
-from maxlm.models.weights.kinds import Weight
-from maxlm.shapes import Array
+from maxlm.models.base import laid, own
+from maxlm.shapes import PREFIX
 from maxlm.sharding import Layout, all_devices, make_layout
 
 ONE_DEVICE = ShardingConfig(data=1)
@@ -124,28 +125,38 @@ class LoadedRun:
         return found[0] if isinstance(prompts, str) else found
 
 
-def load_run(run_dir: str | Path, *, step: int | None = None, sharding: ShardingConfig = ONE_DEVICE) -> LoadedRun:
-    """Read a run folder and put the parameters on this process's devices. Also `maxlm.load_run`.
+def load_run(
+    run_dir: str | Path,
+    *,
+    step: int | None = None,
+    sharding: ShardingConfig = ONE_DEVICE,
+    open_base: OpenBase = RunBase,
+) -> LoadedRun:
+    """Read a run folder and put the parameters on this process's devices. `maxlm.load_run` finds any base.
 
     Args:
         run_dir: what training wrote: config.json, tokenizer/, checkpoints/.
         step: the checkpoint; None: the newest that is intact.
         sharding: how to lay the model out. It uses as many devices as its sizes multiply to, the first ones, or all
             where a size is -1. The run's own layout does not matter: by default one device is enough for any run.
+        open_base: finds the model that the run's adapter is laid on, if it has one; by default runs alone.
 
     Raises:
         UserError: not a run folder; no finished checkpoint, or not the one asked for; the tokenizer is not the one that
-            the model was trained with; or the layout does not fit the model or the devices.
+            the model was trained with; the layout does not fit the model or the devices; or the base of its adapter is
+            not there, or another.
     """
-    return _load_run(Path(run_dir), step, sharding, deferred=False)
+    return _load_run(Path(run_dir), step, sharding, open_base, deferred=False)
 
 
-def deferred_run(run_dir: Path, *, step: int | None = None) -> LoadedRun:
+def deferred_run(run_dir: Path, *, step: int | None = None, open_base: OpenBase = RunBase) -> LoadedRun:
     """As `load_run`, with parameters that are `maxlm.checkpoint.store.Deferred`: none is in memory yet."""
-    return _load_run(run_dir, step, ONE_DEVICE, deferred=True)
+    return _load_run(run_dir, step, ONE_DEVICE, open_base, deferred=True)
 
 
-def _load_run(run_dir: Path, step: int | None, sharding: ShardingConfig, *, deferred: bool) -> LoadedRun:
+def _load_run(
+    run_dir: Path, step: int | None, sharding: ShardingConfig, open_base: OpenBase, *, deferred: bool
+) -> LoadedRun:
     if not (run_dir / "config.json").is_file():
         why = no_folder(run_dir) or "it has no config.json"
         folder, at = run_and_step(str(run_dir))
@@ -162,7 +173,7 @@ def _load_run(run_dir: Path, step: int | None, sharding: ShardingConfig, *, defe
     config = dataclasses.replace(saved, sharding=sharding, execution=execution)
     layout = make_layout(sharding, devices)
     with Checkpointer(run_dir / "checkpoints", config.checkpoint) as checkpointer:
-        wanted = functools.partial(_arrays, config.model, layout)
+        wanted = functools.partial(_wanted, config.model, layout)
         restored = checkpointer.restore_params(step, wanted, deferred=deferred)
     if trained := restored.meta.get("config"):  # of this very step
         then = serialize.from_dict(RunConfig, trained)
@@ -179,10 +190,13 @@ def _load_run(run_dir: Path, step: int | None, sharding: ShardingConfig, *, defe
         ends = published_ends(told, tokenizer)
         if restored.step:  # what it was trained on here ends as documents do
             ends = ends._replace(last=tuple(dict.fromkeys([*ends.last, tokenizer.eos_id])))
+    parameters = restored.params
+    if config.model.adapter is not None:
+        parameters = _with_base(run_dir, config.model, layout, restored, open_base, deferred=deferred)
     return LoadedRun(
         config=config,
         layout=layout,
-        parameters=restored.params,
+        parameters=parameters,
         tokenizer=tokenizer,
         step=restored.step,
         ends=ends,
@@ -190,34 +204,57 @@ def _load_run(run_dir: Path, step: int | None, sharding: ShardingConfig, *, defe
     )
 
 
-def _arrays(model: ModelConfig, layout: Layout, record: Record) -> Any:
-    """Shape, format and sharding of every array of a step, plain or quantised as it says.
+def load_adapter(run_dir: Path, base: Base) -> LoadedAdapter:
+    """What a run with an adapter has trained, to be used on its base where that is in memory.
+
+    Args:
+        run_dir: the run folder; its newest intact step is read.
+        base: of the model in memory.
 
     Raises:
-        UserError: it is quantised in a way that is not known here, or is none of this model.
+        UserError: it is no run with an adapter, or one on another base.
     """
-    plain, kinds = abstract_parameters(model, layout), record.meta.get(QUANTISED, {})
-    if unknown := [kind for kind in kinds.values() if kind not in KINDS]:
+    if not (run_dir / "config.json").is_file():
+        raise UserError(f"{run_dir}: not a run folder (it has no config.json); name that of a run with an adapter")
+    config, layout = serialize.load(RunConfig, run_dir / "config.json"), make_layout(ONE_DEVICE, all_devices()[:1])
+    if config.model.adapter is None:
+        raise UserError(f"{run_dir}: the run has no adapter; name one with model.adapter")
+    with Checkpointer(run_dir / "checkpoints", config.checkpoint) as checkpointer:
+        restored = checkpointer.restore_params(None, functools.partial(_wanted, config.model, layout))
+    saved = restored.meta.get("base", {})
+    if saved.get("fingerprint") != (found := base.fingerprint()):
         raise UserError(
-            f"the checkpoint has weights of the kind {unknown[0]!r}, this version of maxlm knows {', '.join(KINDS)}; "
-            "use the version that wrote it"
+            f"{run_dir}: its adapter is of the base {saved.get('place')} ({str(saved.get('fingerprint'))[:12]}...), "
+            f"the model is {base.place} ({found[:12]}...); serve it on its own base"
         )
-    stored = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (dtype, shape) in record.items["params"].items()}
-    tree = with_kinds(model, kinds, stored, plain)
+    return LoadedAdapter(config.model, restored.params.get(PREFIX, {}))
 
-    def check(array: Array, weight: Weight) -> None:
-        if weight.shape != array.shape:
-            raise UserError(
-                f"the checkpoint has {array.name} as {list(weight.shape)}, config.model says {list(array.shape)}; use "
-                "the config that it was written with"
-            )
 
-    jax.tree.map(check, declared(model), tree)
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        tree,
-        shardings(layout, model, tree),
-    )
+def _wanted(model: ModelConfig, layout: Layout, record: Record) -> Any:
+    """What a step holds: of a model with an adapter what was trained, else everything."""
+    if model.adapter is None or record.meta.get("base") is None:
+        return stored_shapes(model, layout, record)
+    return own(model, abstract_parameters(model, layout))
+
+
+def _with_base(
+    run_dir: Path, model: ModelConfig, layout: Layout, restored: Restored, open_base: OpenBase, *, deferred: bool
+) -> Any:
+    """The parameters of a run with an adapter.
+
+    Raises:
+        UserError: its base is not there, or another.
+    """
+    if (saved := restored.meta.get("base")) is None:  # it has all arrays
+        return restored.params
+    try:
+        base = open_again(saved, open_base)
+        if not deferred:
+            return laid(model, read_base(base, model, layout), restored.params)
+        found = deferred_base(base, model)
+    except UserError as error:
+        raise UserError(f"{run_dir}: {error}") from error
+    return laid(model, jax.tree.map(lambda array: found.get(array.name), declared(model)), restored.params)
 
 
 def layout_for(model: ModelConfig, sharding: ShardingConfig) -> Layout:

@@ -11,7 +11,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from maxlm.inference.engine import Engine, EngineStats, Ticket
+from maxlm.inference.engine import Engine, Ticket
+from maxlm.inference.engine_stats import EngineStats
 from maxlm.inference.request import Delta, Draining, Finish, Request
 
 T = TypeVar("T")

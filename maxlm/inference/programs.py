@@ -7,7 +7,7 @@ import functools
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy.typing as npt
 from maxlm import shapes
 from maxlm.config import EngineConfig, ModelConfig, SamplingConfig, WeightFormat
 from maxlm.inference.held import by_layer, held
+from maxlm.inference.mixed_adapters import LoadedAdapter, with_adapters
 from maxlm.inference.request import TOP_SCORES
 from maxlm.inference.settings import settings_row
 from maxlm.inference.step import (
@@ -56,6 +57,7 @@ class Programs:
         weights: WeightFormat,
         tokens_per_step: int,
         blocks: Mapping[int, int],
+        adapters: Sequence[LoadedAdapter] = (),
     ) -> None:
         """
         Args:
@@ -66,7 +68,9 @@ class Programs:
             weights: the format in which parameters are held.
             tokens_per_step: the most, of each shard of the batch.
             blocks: as `pool_sizes` gives them.
+            adapters: what requests may ask for, by their numbers from 1.
         """
+        self._adapters = adapters
         self._model, self._how, self._weights, self._config = model, how, weights, config
         self._n_shards, self._vocab_size = how.layout.batch_shards, model.vocab_size
         self._formats: Any = None
@@ -132,6 +136,8 @@ class Programs:
     def _placed(self, parameters: Any) -> Any:
         """The parameters as the step takes them."""
         parameters = held(parameters, self._model, self._how, self._weights)
+        if self._adapters:
+            parameters = with_adapters(self._model, parameters, self._adapters, self._how)
         return by_layer(self._model, parameters) if self._how.layout.on_cpu else parameters
 
     def _lay_out(self) -> None:
@@ -201,7 +207,7 @@ class Programs:
         for slot in range(n):
             history = np.zeros(self._model.max_seq_len + 1, np.int32)
             history[:_PROBE] = rng.integers(0, self._vocab_size, _PROBE)
-            self.begin(slot, Texts(history, np.int32(_PROBE), np.int32(_PROBE), np.bool_(False), settings))
+            self.begin(slot, Texts(history, np.int32(_PROBE), np.int32(_PROBE), np.bool_(False), np.int32(0), settings))
         found = []
         for position in range(length):
             rows = self.no_rows(width)

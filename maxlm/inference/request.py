@@ -60,6 +60,8 @@ class Request:
     """What the text must be a sentence of."""
     deadline_s: float | None = None
     """Seconds after which it ends, done or not."""
+    adapter: str | None = None
+    """Which of the engine's adapters changes the model for it; None: none does."""
 
     @property
     def twin(self) -> Request | None:
@@ -71,6 +73,7 @@ class Request:
             max_new_tokens=self.max_new_tokens,
             sampling=SamplingConfig(temperature=0),
             ends=self.ends,
+            adapter=self.adapter,
         )
 
 

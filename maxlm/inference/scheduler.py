@@ -393,9 +393,14 @@ class Scheduler:
         known = sequence.prefixes
         if number >= len(known):
             start = len(known) * self._block_size
-            key = known[-1].key if known else self.salt
+            key = known[-1].key if known else self._salt_of(sequence)
             known.extend(prefixes(sequence.tokens[start:], self._block_size, key))
         return known[number]
+
+    def _salt_of(self, sequence: Sequence) -> bytes:
+        """With another adapter the same tokens have other keys."""
+        name = sequence.request.adapter
+        return self.salt if name is None else self.salt + b"\0" + name.encode()
 
     def _first_block(self, window: int, position: int) -> int:
         """The first block that a query at this position sees."""

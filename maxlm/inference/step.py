@@ -24,6 +24,7 @@ from maxlm.models import Decoder, Execution, Tokens, bind, ops
 from maxlm.models.kv_cache import Cache
 from maxlm.models.ops import TokenTree
 from maxlm.models.tokens import Pages
+from maxlm.models.weights.by_row import of_rows
 
 
 class Texts(NamedTuple):
@@ -37,6 +38,8 @@ class Texts(NamedTuple):
     """int32 [S]: tokens that it has at most."""
     done: Any
     """bool [S]: it has ended, which whoever planned a step may not know yet."""
+    adapter: Any
+    """int32 [S]: the number of its adapter; 0: none."""
     settings: Settings
 
 
@@ -96,7 +99,7 @@ def empty_texts(model: ModelConfig, slots: int) -> Texts:
     """Of an engine that has begun nothing."""
     zeros = jnp.zeros(slots, jnp.int32)
     history = jnp.zeros((slots, model.max_seq_len + 1), jnp.int32)
-    return Texts(history, zeros, zeros, zeros.astype(bool), Settings.empty(slots, model.vocab_size))
+    return Texts(history, zeros, zeros, zeros.astype(bool), zeros, Settings.empty(slots, model.vocab_size))
 
 
 def begin(texts: Texts, slot: jax.Array, text: Texts) -> Texts:
@@ -179,6 +182,7 @@ def step(
     Returns:
         Cache and texts after it, and what was drawn.
     """
+    parameters = of_rows(parameters, texts.adapter[rows.slots])
     model, everywhere = bind(config, parameters), how.layout.sharding()
     slots, nowhere = rows.slots[rows.scored], texts.history.shape[1] - 1
     settings = take(texts.settings, slots)

@@ -16,6 +16,9 @@ moe.py: routers, their losses and statistics; a mixture of experts
 pipeline.py: stages and micro-batches as one scan
 upcycle.py: a dense model's parameters for a mixture
 unembedding.py: hidden states to logits
+adapters.py: few parameters in place of all
+merging.py: an adapter made a part of its base, or one with others
+base.py: the model under them
 medusa.py: heads that guess at later tokens
 weights/: what a product takes as its weight: a plain array, or one of fewer bits
 parameters.py: parameters as maxlm/shapes declares them
@@ -28,11 +31,11 @@ from maxlm.models.decoder import (
     DecoderOutput,
     abstract_parameters,
     bind,
-    declared,
     init_parameters,
     parameter_dims,
 )
 from maxlm.models.execution import Execution
+from maxlm.models.parameters import declared
 from maxlm.models.tokens import Tokens
 from maxlm.models.unembedding import Unembedding
 

@@ -24,6 +24,7 @@ from maxlm.config import (
     PreNorm,
     Sandwich,
 )
+from maxlm.models import ops
 from maxlm.models.attention import GroupedQueryLayer
 from maxlm.models.execution import Execution
 from maxlm.models.kv_cache import LayerCache
@@ -33,6 +34,7 @@ from maxlm.models.moe import ExpertsLayer, RouterStats
 from maxlm.models.norms import NormLayer
 from maxlm.models.parameters import Initializer
 from maxlm.models.tokens import Tokens
+from maxlm.models.weights.around import SmallMlp
 
 
 class Block(nnx.Module):
@@ -42,6 +44,8 @@ class Block(nnx.Module):
     attention_out_norm: NormLayer
     mlp_norm: NormLayer
     mlp_out_norm: NormLayer
+    attention_adapter: nnx.Param
+    mlp_adapter: nnx.Param
 
     def __init__(self, config: BlockConfig, model: ModelConfig, init: Initializer):
         self.config, self.n_layers = config, model.n_layers
@@ -63,6 +67,8 @@ class Block(nnx.Module):
                 self.mlp = ExpertsLayer(config.mlp, model, init)
             case _:
                 assert_never(config.mlp)
+        if model.adapter is not None:  # one that is not in the weights; `adapted` puts it here
+            self.attention_adapter, self.mlp_adapter = nnx.Param(jnp.zeros(())), nnx.Param(jnp.zeros(()))
 
     def __call__(
         self,
@@ -80,13 +86,18 @@ class Block(nnx.Module):
         """
         stats = None
 
+        def beside(update: jax.Array, normed: jax.Array, name: str) -> jax.Array:
+            """With what an adapter makes of the same, where there is one."""
+            mlp = getattr(self, name)[...] if hasattr(self, name) else None
+            return update + ops.small_mlp(how.layout, normed, mlp) if isinstance(mlp, SmallMlp) else update
+
         # Sequence parallelism: the sum lies sharded over the sequence, what enters a product is whole again.
         def attention(normed: jax.Array) -> jax.Array:
             nonlocal cache
             with jax.named_scope("attention"):
                 normed = how.layout.constrain(normed, "batch", "seq", "embed")
                 update, cache = self.attention(normed, tokens, how, cache, layer)
-                return update
+                return beside(update, normed, "attention_adapter")
 
         def mlp(normed: jax.Array) -> jax.Array:
             nonlocal stats
@@ -95,11 +106,11 @@ class Block(nnx.Module):
                 match self.mlp:
                     case ExpertsLayer():
                         update, stats = self.mlp(normed, how, keys, decoding=cache is not None)
-                        return update
                     case MlpLayer():
-                        return self.mlp(normed, how)
+                        update = self.mlp(normed, how)
                     case _:
                         assert_never(self.mlp)
+                return beside(update, normed, "mlp_adapter")
 
         def add(x: jax.Array, update: jax.Array) -> jax.Array:
             return x + how.layout.constrain(update, "batch", "residual_seq", "embed")

@@ -12,22 +12,25 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_policies
 
 from maxlm import shapes
-from maxlm.config import BlockConfig, Learned, LmHead, ModelConfig, Remat, Sinusoidal
+from maxlm.config import BaseFormat, BlockConfig, Learned, LmHead, ModelConfig, Remat, Sinusoidal
 from maxlm.config.remat import SAVED_NAMES
 from maxlm.models import ops
+from maxlm.models.adapters import adapted, base_of, begin, composed, held
 from maxlm.models.block import Block
 from maxlm.models.execution import Execution
 from maxlm.models.kv_cache import Cache, LayerCache
 from maxlm.models.medusa import MedusaHead
 from maxlm.models.moe import RouterStats
 from maxlm.models.norms import NormLayer
-from maxlm.models.parameters import Initializer
+from maxlm.models.parameters import Initializer, declared
 from maxlm.models.pipeline import pipelined
 from maxlm.models.positions import sinusoids
 from maxlm.models.tokens import Tokens
 from maxlm.models.unembedding import Unembedding
 from maxlm.models.weights.by_layer import slices
+from maxlm.models.weights.holding import shardings
 from maxlm.models.weights.kinds import Weight
+from maxlm.models.weights.low_rank import with_keys
 from maxlm.sharding import Layout
 
 
@@ -129,10 +132,12 @@ class Decoder(nnx.Module):
         item = _Item(x, first_cache, tokens)
         if n_first:
             with jax.named_scope("first_blocks"):
+                if tokens.seeds is not None:  # so that no layer draws what another does
+                    item = item._replace(tokens=tokens._replace(seeds=~tokens.seeds))
                 item = self._run_first(item, how)
                 first_cache = item.cache
         with jax.named_scope("blocks"):
-            item, router = self._run_pattern(item._replace(cache=cache), how)
+            item, router = self._run_pattern(item._replace(cache=cache, tokens=tokens), how)
         cache = None if first_cache is None or item.cache is None else first_cache + item.cache
         x = self.final_norm(item.x) if self.config.final_norm else item.x
         return DecoderOutput(how.layout.constrain(x, "batch", "seq", "embed"), cache, router)
@@ -203,7 +208,9 @@ def _structure(config: ModelConfig) -> Any:
 
 def bind(config: ModelConfig, parameters: Any) -> Decoder:
     """The decoder with these parameters: nested dicts, as of `init_parameters`."""
-    return nnx.merge(_structure(config), parameters)
+    if config.adapter is None:
+        return nnx.merge(_structure(config), parameters)
+    return nnx.merge(_structure(composed(config)), adapted(config, parameters))
 
 
 @functools.cache
@@ -230,17 +237,10 @@ def run_block(
 
 
 def init_parameters(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
-    """Initial parameters as nested dicts of float32 arrays; the same for a key on every mesh."""
-    return nnx.to_pure_dict(nnx.split(Decoder(config, key))[1])
-
-
-def declared(config: ModelConfig) -> dict[str, Any]:
-    """What `maxlm.shapes` says of every parameter, in nested dicts like those of `init_parameters`."""
-    tree: dict[str, Any] = {}
-    for array in shapes.arrays(config):
-        *path, name = array.name.split("/")
-        functools.reduce(lambda place, key: place.setdefault(key, {}), path, tree)[name] = array
-    return tree
+    """Initial parameters as nested dicts of float32 arrays, and of `Weight`s where `model.adapter.base` says so; the
+    same for a key on every mesh."""
+    base: dict[str, Any] = nnx.to_pure_dict(nnx.split(Decoder(base_of(config), key))[1])
+    return base if config.adapter is None else begin(config, base, jax.random.fold_in(key, 1))
 
 
 def parameter_dims(config: ModelConfig) -> dict[str, Any]:
@@ -249,13 +249,15 @@ def parameter_dims(config: ModelConfig) -> dict[str, Any]:
 
 
 def abstract_parameters(config: ModelConfig, layout: Layout) -> dict[str, Any]:
-    """Shape, format and sharding of every parameter, as `jax.ShapeDtypeStruct` in nested dicts."""
-
-    def place(array: shapes.Array) -> jax.ShapeDtypeStruct:
-        sharding = layout.sharding(layout.parameter(array.dims))
-        return jax.ShapeDtypeStruct(array.shape, jnp.float32, sharding=sharding)
-
-    return jax.tree.map(place, declared(config))
+    """Shape, format and sharding of every parameter, as `jax.ShapeDtypeStruct` in nested dicts, and in `Weight`s where
+    `model.adapter.base` says so."""
+    shape = lambda array: jax.ShapeDtypeStruct(array.shape, jnp.float32)
+    plain = jax.tree.map(shape, declared(config))
+    wanted = BaseFormat.FLOAT32 if config.adapter is None else config.adapter.base
+    hold = lambda array, w: jax.eval_shape(lambda w: held(array, w, wanted), w)
+    kept = jax.tree.map(hold, declared(config), plain)
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return jax.tree.map(place, kept, shardings(layout, config, kept))
 
 
 def _split(blocks: nnx.Dict) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -283,7 +285,7 @@ def _pattern(
         number: jax.Array,
     ) -> tuple[jax.Array, LayerCache | None, RouterStats | None]:
         keys = None if tokens.seeds is None else _row_keys(tokens.seeds, number * len(graphs) + i)
-        return nnx.merge(graph, parameters)(x, tokens, how, cache, number, keys)
+        return nnx.merge(graph, with_keys(parameters, keys))(x, tokens, how, cache, number, keys)
 
     blocks = [_remat(how.config.remat, functools.partial(block, graph, i), barrier) for i, graph in enumerate(graphs)]
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
-from typing import assert_never
+from typing import Any, assert_never
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from maxlm import shapes
+from maxlm.config import ModelConfig
 from maxlm.shapes import Array, Constant, Normal
 
 
@@ -45,3 +48,23 @@ class Initializer:
             case _:
                 assert_never(array.init)
         return nnx.Param(value, dims=dims)
+
+
+def initial(array: Array, key: jax.Array) -> jax.Array:
+    """One array by itself, as its declaration says."""
+    match array.init:
+        case Normal(std):
+            return std * jax.random.normal(key, array.shape, jnp.float32)
+        case Constant(number):
+            return jnp.full(array.shape, number, jnp.float32)
+        case _:
+            assert_never(array.init)
+
+
+def declared(config: ModelConfig) -> dict[str, Any]:
+    """What `maxlm.shapes` says of every parameter, in nested dicts like those of `init_parameters`."""
+    tree: dict[str, Any] = {}
+    for array in shapes.arrays(config):
+        *path, name = array.name.split("/")
+        functools.reduce(lambda place, key: place.setdefault(key, {}), path, tree)[name] = array
+    return tree

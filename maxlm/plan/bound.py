@@ -171,6 +171,7 @@ def _link_limits(traffic: Sequence[AxisTraffic]) -> dict[str, float]:
 def _layer_bytes(config: RunConfig, sizes: Mapping[str, int], layer: LayerRuns) -> float:
     """Of all runs of one block config, forward, again and backward."""
     numbers, attention, D = 0.0, layer.block.attention, config.model.d_model
+    forward = layer.forwards + _repeated(config)
     for array in shapes.block(layer.block, config.model):
         if array.role not in (Role.PRODUCT, Role.ROUTER):
             continue
@@ -179,11 +180,12 @@ def _layer_bytes(config: RunConfig, sizes: Mapping[str, int], layer: LayerRuns) 
         if isinstance(mlp := layer.block.mlp, Experts) and array.part is Part.EXPERTS:
             buffer = mlp.buffer_rows(layer.tokens, seq_len=config.train.seq_len, devices=sizes["expert"])
             rows, matrices = min(rows * mlp.experts_per_token, buffer), mlp.n_experts // sizes["expert"]
-        numbers += weights + rows * (D + weights / matrices / D)  # one side of each is the residual stream
+        # One side of each is the residual stream. Backward there are two of the size; without its own gradient, one.
+        passes = forward + (2 if config.model.adapter is None else 1)
+        numbers += passes * (weights + rows * (D + weights / matrices / D))
     heads = attention.n_heads + attention.n_kv_heads  # what attention reads and writes
-    numbers += layer.tokens * heads * (attention.key_head_dim + attention.value_head_dim) / sizes["tensor"]
-    passes = layer.forwards + _repeated(config) + 2
-    return numbers * config.execution.dtype.itemsize * layer.runs * passes
+    scores = layer.tokens * heads * (attention.key_head_dim + attention.value_head_dim) / sizes["tensor"]
+    return (numbers + (forward + 2) * scores) * config.execution.dtype.itemsize * layer.runs
 
 
 def _repeated(config: RunConfig) -> float:
@@ -207,15 +209,15 @@ def _loss_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
 def _state_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
     """Gathered parameters, summed gradients, and the optimizer."""
     zero, parts = config.sharding.zero, config.train.micro_batches
-    numbers = lambda kind, part: sum(
-        math.prod(device_shape(array, sizes, kind, part)) for array in shapes.arrays(config.model)
-    )
-    moved = numbers(zero, StatePart.OPTIMIZER) * _update_bytes(config.optimizer)
+    every = shapes.arrays(config.model)
+    changes = [array for array in every if array.trained]
+    numbers = lambda arrays, kind, part: sum(math.prod(device_shape(array, sizes, kind, part)) for array in arrays)
+    moved = numbers(changes, zero, StatePart.OPTIMIZER) * _update_bytes(config.optimizer)
     if zero is Zero.PARAMETERS and sizes["fsdp"] > 1:
-        gathered = numbers(Zero.OPTIMIZER, StatePart.PARAMETERS) * config.execution.dtype.itemsize
+        gathered = numbers(every, Zero.OPTIMIZER, StatePart.PARAMETERS) * config.execution.dtype.itemsize
         moved += 2 * gathered * turns(config, sizes)
     if parts > 1 and sizes["stage"] == 1:
-        moved += 2 * FLOAT32 * numbers(zero, StatePart.GRADIENTS) * parts
+        moved += 2 * FLOAT32 * numbers(changes, zero, StatePart.GRADIENTS) * parts
     return moved
 
 

@@ -45,9 +45,9 @@ class MemoryEstimate:
     """Bytes on the fullest device."""
 
     parameters: int
-    """Float32."""
+    """Float32; the base under an adapter as it is held."""
     optimizer: int
-    """Adam's two moments, or Adafactor's factors."""
+    """Adam's two moments, or Adafactor's factors, of what is trained."""
     batch: int
     """Tokens, targets, positions, documents and mask of the whole step."""
     gradients: int
@@ -115,7 +115,9 @@ class _State(NamedTuple):
     moment: int
     """Float32 numbers of every parameter, cut as the optimizer's."""
     stacked: int
-    """The stacks of layers among the parameters."""
+    """The stacks of layers among the parameters that are trained."""
+    held: int
+    """All stacks of layers."""
     hoisted: int
     """What XLA moves out of the loop over the layers, because it does not depend on the turn."""
     gathered: tuple[int, ...]
@@ -138,18 +140,19 @@ def _state(
     }
     of_trained = lambda part: [n if a.trained else 0 for a, n in zip(arrays, numbers[part], strict=True)]
     stacks = {a.name: n for a, n in zip(arrays, numbers[StatePart.PARAMETERS], strict=True) if a.dims[0] == "layers"}
-    stacked = FLOAT32 * sum(stacks.values())
+    held = {array.name: shapes.held_bytes(model, array, axes, zero) for array in arrays if array.name in stacks}
+    wide = [name for name, size in held.items() if size == FLOAT32 * stacks[name]]
     match platform:
         case Platform.CPU:
-            hoisted = stacked  # seen in every program, not explained
+            hoisted = sum(held.values())  # seen in every program, not explained
         case Platform.TPU:
             # Products take the compute dtype, and the cast of the whole stack is done once.
-            hoisted = 0 if itemsize == FLOAT32 else itemsize * sum(stacks.values())
+            hoisted = 0 if itemsize == FLOAT32 else itemsize * sum(stacks[name] for name in wide)
         case Platform.GPU:
             # A gather needs its dim first: the float32 stack of what fsdp cuts along its last dim is turned round.
             turned = zero is Zero.PARAMETERS and axes["fsdp"] > 1
             embed = [array.name for array in arrays if array.dims[-1] == "embed"]
-            hoisted = FLOAT32 * sum(stacks.get(name, 0) for name in embed) if turned else 0
+            hoisted = sum(held.get(name, 0) for name in embed) if turned else 0
         case _:
             assert_never(platform)
     kept = [optimizer.state(array.shape, model.repeats) for array in arrays]
@@ -157,11 +160,12 @@ def _state(
     # Under ZeRO-2 TPUs scatter each layer's gradients at once, GPUs those of all layers after the loop.
     gradients = StatePart.GRADIENTS if platform is Platform.TPU else StatePart.PARAMETERS
     return _State(
-        parameters=FLOAT32 * sum(numbers[StatePart.PARAMETERS]),
+        parameters=sum(shapes.held_bytes(model, array, axes, zero) for array in arrays),
         optimizer=sum(number * sum(state.like_parameter) + state.everywhere for state, number in moments),
         gradients=FLOAT32 * sum(of_trained(gradients)),
         moment=FLOAT32 * sum(of_trained(StatePart.OPTIMIZER)),
-        stacked=stacked,
+        stacked=FLOAT32 * sum(stacks[array.name] for array in arrays if array.name in stacks and array.trained),
+        held=sum(held.values()),
         hoisted=hoisted,
         gathered=tuple(itemsize * _gathered(arrays, f"blocks/{i}/", axes, zero) for i in range(len(model.blocks))),
     )
@@ -178,6 +182,15 @@ def _gathered(arrays: Sequence[Array], prefix: str, sizes: Mapping[str, int], ze
         # Experts are gathered by hand, all three matrices at once, and so are their gradients.
         return 2 * sum(mlp)
     return max(attention, 2 * max(mlp))
+
+
+@functools.cache
+def _trains(model: ModelConfig, part: Part) -> bool:
+    """Whether the table of this part has a gradient. Of Medusa heads each has one; a tied table is both."""
+    if model.medusa is not None:
+        return True
+    parts = {Part.EMBEDDING, Part.UNEMBEDDING} if model.tied else {part}
+    return any(array.trained and array.part in parts for array in shapes.arrays(model))
 
 
 @dataclass(frozen=True)
@@ -201,7 +214,7 @@ class _Step:
         elif config.train.micro_batches > 1:
             # Also under ZeRO-1: the compiler cuts the sum as the optimizer, its only reader, wants it.
             accumulated = state.moment
-        moved = state.stacked if config.sharding.virtual_stages > 1 else 0  # to the stages they run on
+        moved = state.held if config.sharding.virtual_stages > 1 else 0  # to the stages they run on
         layers = self._layers(config.model.blocks)
         return MemoryEstimate(
             parameters=state.parameters,
@@ -255,19 +268,22 @@ class _Step:
         table = model.vocab_size // self.sizes["tensor"]
         chunk = min(train.loss_chunk, self.loss_tokens)
         heads = 1 if model.medusa is None else model.medusa.n_heads  # whose gradients all wait
-        tables = heads * table * model.d_model * (self.itemsize + FLOAT32)
+        learns = _trains(model, Part.UNEMBEDDING)
+        tables = heads * table * model.d_model * (self.itemsize + FLOAT32 * learns)
         hidden = 2 * heads * self.loss_tokens * model.d_model * self.itemsize
         logits = chunk * table * FLOAT32
         if self.platform is not Platform.TPU:
             # TPUs make the logits' gradient in their place, and add to the table's as they multiply. Other compilers
             # write both beside what they come from.
             gradient = chunk * table * self.itemsize
-            logits = max(logits + gradient, gradient + table * model.d_model * FLOAT32)
+            logits = max(logits + gradient, gradient + table * model.d_model * FLOAT32 * learns)
         return tables + logits + hidden
 
     def _working(self, layers: Sequence[BlockMemory], gathered: Sequence[int]) -> int:
         """Of the block whose backward pass needs most; a bound where only the forward pass runs."""
         model = self.config.model
         most = max(weights + self.tokens * one.backward for weights, one in zip(gathered, layers, strict=True))
+        if not _trains(model, Part.EMBEDDING):
+            return most
         # The table's gradient waits, in the compute dtype, for devices to sum it up.
         return most + model.vocab_size * model.d_model // self.sizes["tensor"] * self.itemsize

@@ -247,6 +247,8 @@ def _parameters(found: Forecast) -> Iterable[tuple[str, ...]]:
     count, flops = found.parameters, found.flops
     for name in ("embedding", "attention", "mlp", "norms", "unembedding"):
         yield name, giga(getattr(count, name))
+    if count.adapter:
+        yield "adapter", giga(count.adapter)
     yield "all", giga(count.total), "bold"
     if count.active != count.total:
         yield "that a token uses", giga(count.active)

@@ -166,13 +166,14 @@ def _count_parameters(ledger: _Ledger, config: RunConfig) -> None:
 
     With ZeRO-3 each run of a layer gathers its parameters in the compute dtype, for the forward pass and again for the
     backward pass, and scatters their gradients. With ZeRO-1 and 2 the optimizer's float32 updates are gathered once.
+    What is not trained has neither gradient nor update.
     """
     for array in shapes.arrays(config.model):
         size = math.prod(device_shape(array, ledger.sizes, Zero.OPTIMIZER))  # numbers, as if the fsdp axis cut nothing
         table = array.part in (Part.EMBEDDING, Part.UNEMBEDDING) and "embed" in array.dims
         count = _count_table if table else _count_matrix
         count(ledger, config, array, size)
-        if "embed" in array.dims and config.sharding.zero is not Zero.PARAMETERS:
+        if array.trained and "embed" in array.dims and config.sharding.zero is not Zero.PARAMETERS:
             ledger.gather("fsdp", size * FLOAT32, "gathers updates")
 
 
@@ -182,14 +183,15 @@ def _count_matrix(ledger: _Ledger, config: RunConfig, array: Array, size: int) -
     sizes, zero, stacked = ledger.sizes, config.sharding.zero, array.dims[0] == "layers"
     others = ["data", "seq"] + ["stage"] * (not stacked) + ["expert"] * (array.part is not Part.EXPERTS)
     runs = turns(config, sizes) if stacked else loss_tokens(config, sizes)[0]
-    small, wide = config.execution.dtype.itemsize, gradient_bytes(config)
+    small, wide = config.execution.dtype.itemsize, gradient_bytes(config) if array.trained else 0
     if "embed" not in array.dims or sizes["fsdp"] == 1 or zero is Zero.OPTIMIZER:
         ledger.sum([*others, "fsdp"], size * wide * runs, "sums gradients")
         return
     if zero is Zero.PARAMETERS:
         forwards = 1 + (stacked and sizes["stage"] > 1 and config.sharding.remat_stages)
         # Products that take float32 parameters cast them again for the gradient, when the gathered ones are gone.
-        backward = 2 if config.sharding.float32_gradients and config.execution.remat is not Remat.NONE else 1
+        again = config.sharding.float32_gradients and config.execution.remat is not Remat.NONE and array.trained
+        backward = 2 if again else 1
         ledger.over_fsdp(size * small * runs * (forwards + backward), "gathers parameters")
     ledger.over_fsdp(size * wide * runs, "scatters gradients")
     ledger.sum(others, size / sizes["fsdp"] * wide * runs, "sums gradients")
@@ -202,6 +204,8 @@ def _count_table(ledger: _Ledger, config: RunConfig, array: Array, size: int) ->
     if zero is Zero.PARAMETERS:
         item = FLOAT32 if array.part is Part.EMBEDDING else config.execution.dtype.itemsize
         ledger.over_fsdp(size * item * runs, "gathers parameters")
+    if not array.trained:
+        return
     for use in (Part.EMBEDDING, Part.UNEMBEDDING) if config.model.tied else (array.part,):
         sent = size * (FLOAT32 if use is Part.EMBEDDING else gradient_bytes(config))
         whole = sizes["fsdp"] == 1 or (use is Part.UNEMBEDDING and zero is Zero.OPTIMIZER)

@@ -25,14 +25,12 @@ from maxlm.inference.load import LoadedRun
 from maxlm.inference.request import Request
 from maxlm.observe.text import short
 from maxlm.processes.joining import on_rank_0
-from maxlm.recipes.starting import open_source
+from maxlm.recipes.starting import starting
 from maxlm.recipes.taught import Taught
 from maxlm.sharding import Layout
 from maxlm.training.loop import Measure, Recipe
 from maxlm.training.objective import Batch, NextToken, Objective, make_evaluate
 from maxlm.training.state import TrainState
-from maxlm.training.step import Trainer
-from maxlm.training.warm_start import WarmStart, warm_start
 
 
 def recipe(config: RunConfig, task: Pretrain, layout: Layout) -> Recipe[LoadedRun]:
@@ -53,7 +51,7 @@ def recipe_on(
     Raises:
         UserError: as `recipe`.
     """
-    train, init_from = config.train, config.checkpoint.init_from
+    train = config.train
     tokenizer = data.tokenizer
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
@@ -61,10 +59,6 @@ def recipe_on(
             f"data's tokenizer ({config.data.datasets[0].path}); use at least {tokenizer.vocab_size}, best "
             f"{padded_vocabulary(tokenizer.vocab_size)}: a multiple of 128, whose last rows no id uses"
         )
-
-    def from_other_run(trainer: Trainer) -> WarmStart:
-        assert init_from is not None
-        return warm_start(init_from, open_source, config.model, layout, trainer, tokenizer.fingerprint)
 
     def loaded(step: int, state: TrainState) -> LoadedRun:
         run = LoadedRun(config=config, layout=layout, parameters=state.parameters, tokenizer=tokenizer, step=step)
@@ -80,7 +74,7 @@ def recipe_on(
         objective=objective,
         feed=FileFeed(data, layout),
         measures=tuple(measures),
-        start=None if init_from is None else from_other_run,
+        start=starting(config, layout, tokenizer.fingerprint),
         tokenizer=tokenizer if taught is None else taught,
         outcome=loaded,
     )

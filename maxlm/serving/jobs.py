@@ -167,6 +167,7 @@ def _requests(
                     grammar=grammar,
                     guidance_scale=1.0 if asked.guidance_scale is None else asked.guidance_scale,
                     negative_prompt=tuple(negative),
+                    adapter=served.adapter,
                 )
             )
         served.check(found[-1])

@@ -16,7 +16,7 @@ from maxlm.serving.token_names import TokenNames
 
 
 class Stats(Protocol):
-    """Of `maxlm.inference.engine.EngineStats`, what /metrics shows."""
+    """Of `maxlm.inference.engine_stats.EngineStats`, what /metrics shows."""
 
     @property
     def running(self) -> int: ...
@@ -64,6 +64,8 @@ class Served:
     created: int
     """Seconds since 1970."""
     chat: ChatTemplate | None = None
+    adapter: str | None = None
+    """What requests of it ask the loop for; None: the model as it is."""
     check: Callable[[Request], None] = lambda request: None
     """Raises UserError for what the engine would refuse. It takes the time that a grammar takes to compile, which the
     engine's thread, where all others would wait, then does not."""

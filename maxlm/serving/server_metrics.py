@@ -23,7 +23,7 @@ class _Engines(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """As the library wants it."""
-        loops = {id(served.loop): served for served in self._models.values()}  # adapters share their model's
+        loops = {id(served.loop): served for served in reversed([*self._models.values()])}  # adapters share the first's
         stats = {served.name: served.loop.stats for served in loops.values()}
         used = lambda s: (s.blocks - s.free_blocks) / s.blocks if s.blocks else 0.0
         gauges = (

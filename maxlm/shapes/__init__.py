@@ -1,19 +1,18 @@
 """Every array of a model, declared once, without jax: what builds models, counts bytes and FLOPs, and names weights.
 
-arrays.py: name, shape, dims, initial value, role of each array; what decoding keeps of each token
+array.py: what is said of one: name, shape, dims, initial value, role
+arrays.py: each array of a model; what decoding keeps of each token
+additions.py: what an adapter adds, and what it leaves as it is
 count.py: parameters and FLOPs, counted from them
 pools.py: blocks of what decoding keeps
+base_bytes.py: a base under an adapter, as it is held
 device.py: a device's part of each, in training and as decoding holds it
 """
 
+from maxlm.shapes.additions import PREFIX, is_input_of, is_linear, targets
+from maxlm.shapes.array import Array, Constant, Init, Normal, Part, Role
 from maxlm.shapes.arrays import (
-    Array,
-    Constant,
-    Init,
     Kept,
-    Normal,
-    Part,
-    Role,
     arrays,
     attention,
     block,
@@ -27,6 +26,7 @@ from maxlm.shapes.arrays import (
     norm,
     shared_experts,
 )
+from maxlm.shapes.base_bytes import held_bytes
 from maxlm.shapes.count import (
     FlopsPerToken,
     ParameterCount,
@@ -42,6 +42,7 @@ from maxlm.shapes.pools import CACHE_SHARE, block_bytes, cache_blocks, pools_byt
 __all__ = [
     "CACHE_SHARE",
     "FLOAT32",
+    "PREFIX",
     "Array",
     "Constant",
     "FlopsPerToken",
@@ -65,6 +66,9 @@ __all__ = [
     "flops_per_token",
     "head",
     "head_norms",
+    "held_bytes",
+    "is_input_of",
+    "is_linear",
     "kept",
     "medusa_head",
     "mfu",
@@ -74,6 +78,7 @@ __all__ = [
     "pools_bytes",
     "prefill_flops",
     "shared_experts",
+    "targets",
     "window_of",
     "windows",
 ]

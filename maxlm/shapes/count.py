@@ -28,7 +28,8 @@ from maxlm.config import (
     StridedPattern,
 )
 from maxlm.config.remat import SAVED_NAMES
-from maxlm.shapes.arrays import Array, Part, Role, arrays, block
+from maxlm.shapes.array import Array, Part, Role
+from maxlm.shapes.arrays import arrays, block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +51,15 @@ class ParameterCount:
     """Scales and biases on the residual stream: of each block's norms, and of the final one."""
     medusa: int
     """Heads that guess at later tokens."""
+    adapter: int
+    """What is trained beside a model that is not."""
     looked_up: int
     """Of the tables, what a token only looks a row up in."""
 
     @property
     def total(self) -> int:
-        return self.embedding + self.unembedding + self.attention + self.mlp + self.norms + self.medusa
+        outside = self.embedding + self.unembedding + self.norms + self.medusa + self.adapter
+        return outside + self.attention + self.mlp
 
     @property
     def active(self) -> int:
@@ -111,6 +115,7 @@ def parameter_count(model: ModelConfig) -> ParameterCount:
         mlp_active=round(active),
         norms=sizes[Part.NORMS],
         medusa=sizes[Part.MEDUSA],
+        adapter=sizes[Part.ADAPTER],
         looked_up=sum(array.size for array in found if array.uses == 0),
     )
 
@@ -119,7 +124,8 @@ def parameter_count(model: ModelConfig) -> ParameterCount:
 def flops_per_token(model: ModelConfig, seq_len: int, remat: Remat, *, remat_stages: bool = False) -> FlopsPerToken:
     """FLOPs of training `model` on one token of sequences of `seq_len` tokens.
 
-    What is not trained costs its forward pass alone. Where Medusa heads are trained, the model's own head is not used.
+    A matrix under an adapter has no gradient of its own: two thirds of the FLOPs; and in front of Medusa heads, where
+    nothing goes back, one third. Where Medusa heads are trained, the model's own head is not used.
 
     `remat` decides what is computed again; `remat_stages`: the run has a pipeline that computes each stage a second
     time (`sharding.remat_stages`).
@@ -137,12 +143,19 @@ def flops_per_token(model: ModelConfig, seq_len: int, remat: Remat, *, remat_sta
         recompute += times * _recomputed(model, config, remat, reach, remat_stages)
         causal_recompute += times * _recomputed(model, config, remat, visible, remat_stages)
     return FlopsPerToken(
-        parameters_term=6 * parameter_count(model).matmul,
+        parameters_term=_of_parameters(model),
         attention_term=attention,
         causal_attention_term=causal,
         recompute=round(recompute),
         causal_recompute=causal_recompute,
     )
+
+
+def _of_parameters(model: ModelConfig) -> int:
+    """6N; 4 for each number that gradients go through and that has none."""
+    if model.adapter is None:
+        return 6 * parameter_count(model).matmul
+    return round(sum(array.size * array.uses * (6 if array.trained else 4) for array in arrays(model)))
 
 
 def _flops_of_heads(model: ModelConfig, seq_len: int) -> FlopsPerToken:

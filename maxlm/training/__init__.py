@@ -2,12 +2,13 @@
 
 loop.py: a run of any recipe, top to bottom
 objective.py: what is minimised; next-token prediction, and the call of the model
-answers.py: what fine-tuning adds to the loss of the next token
+assistant_loss.py: what fine-tuning adds to the loss of the next token
 later_tokens.py: the loss of heads that guess at later tokens
 step.py: gradient, optimizer: one step
 keeper.py: the state of a run in its folder
 finite.py: no state with NaN is saved, or gone on from
 config_file.py: config.json, and other settings for a run that goes on
+rank_budget.py: what AdaLoRA does in a step beside the loss
 router_metrics.py: load and drops of each mixture
 warm_start.py: parameters of another run
 losses.py: cross-entropy and log-probabilities without the logits of a whole batch

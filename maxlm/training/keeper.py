@@ -17,6 +17,7 @@ from maxlm.checkpoint import manifest
 from maxlm.checkpoint.checkpointer import Checkpointer
 from maxlm.checkpoint.reference import Reference
 from maxlm.config import RunConfig, UserError, serialize
+from maxlm.models.base import own
 from maxlm.observe.report import SavedCheckpoint, report_step
 from maxlm.processes.joining import on_rank_0
 from maxlm.sharding import Layout
@@ -52,6 +53,8 @@ class Keeper:
         """Of the checkpoint that the run goes on from; empty in a new run."""
         self.reference: Reference | None = None
         """To what is read and not trained, for later checkpoints."""
+        self.base: Mapping[str, str] | None = None
+        """Where the base under an adapter is and what it is, for later checkpoints."""
 
     def __enter__(self) -> Keeper:
         return self
@@ -62,7 +65,8 @@ class Keeper:
         self._saved.close()
 
     def restore(self, wanted: TrainState) -> TrainState | None:
-        """The state of the newest intact checkpoint, without what is frozen; None without one.
+        """The state of the newest intact checkpoint, without what is frozen, and without the base under an adapter, in
+        whose places the parameters have None; None without one.
 
         Raises:
             UserError: nothing can be written there; or the checkpoint was trained with settings that may not change, on
@@ -70,7 +74,7 @@ class Keeper:
         """
         on_rank_0("prepare the folder of checkpoints", self._saved.prepare)
         restored = self._saved.restore_latest(
-            params=wanted.parameters, optimizer=_optimizer_item(wanted), judge=self._file.compare
+            params=self._own(wanted.parameters), optimizer=_optimizer_item(wanted), judge=self._file.compare
         )
         if restored is None:
             if (done := report_step(self._run_dir)) is not None:
@@ -110,7 +114,8 @@ class Keeper:
             Diverged: not every number in it is finite.
             UserError: it cannot be written.
         """
-        if (bad := not_finite(_arrays(state))) is not None:
+        own = self._own(state.parameters)
+        if (bad := not_finite({"parameters": own, "optimizer": state.optimizer})) is not None:
             raise Diverged(
                 f"step {step}: the state is not finite and was not saved: {bad}; the checkpoints before are as they "
                 "were; lower optimizer.learning_rate, or look at the batches since the last of them"
@@ -123,8 +128,10 @@ class Keeper:
         }
         if self.reference is not None:
             meta["frozen"] = self.reference.to_json()
+        if self.base is not None:
+            meta["base"] = dict(self.base)
         stacks = {array.name for array in shapes.arrays(self._config.model) if array.dims[0] == "layers"}
-        self._saved.save(step, params=state.parameters, optimizer=_optimizer_item(state), meta=meta, stacks=stacks)
+        self._saved.save(step, params=own, optimizer=_optimizer_item(state), meta=meta, stacks=stacks)
 
     def listed(self) -> list[SavedCheckpoint]:
         """The finished checkpoints, as the report lists them."""
@@ -136,6 +143,10 @@ class Keeper:
             SavedCheckpoint(step=record.step, n_bytes=record.total_bytes, saved=datetime.fromisoformat(record.written))
             for record in records
         ]
+
+    def _own(self, parameters: Any) -> Any:
+        """What a checkpoint has of them."""
+        return own(self._config.model, parameters)
 
     def _compare_identity(self, place: Path) -> None:
         tokenizer, data = self.meta.get("tokenizer"), self.meta["data"]["fingerprint"]
@@ -162,12 +173,8 @@ def require_finite(state: TrainState, place: str, remedy: str) -> None:
     Raises:
         UserError: a parameter, or a number of the optimizer's, is not finite.
     """
-    if (bad := not_finite(_arrays(state))) is not None:
+    if (bad := not_finite({"parameters": state.parameters, "optimizer": state.optimizer})) is not None:
         raise UserError(f"{place}: not finite: {bad}; {remedy}")
-
-
-def _arrays(state: TrainState) -> dict[str, Any]:
-    return {"parameters": state.parameters, "optimizer": state.optimizer}
 
 
 def _optimizer_item(state: TrainState) -> dict[str, Any]:

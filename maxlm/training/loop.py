@@ -37,8 +37,8 @@ from maxlm.training.finite import Diverged
 from maxlm.training.keeper import Keeper, require_finite
 from maxlm.training.objective import Batch, Objective
 from maxlm.training.state import TrainState
-from maxlm.training.step import StepOutput, Trainer, make_trainer
-from maxlm.training.warm_start import WarmStart
+from maxlm.training.step import StepOutput, make_trainer
+from maxlm.training.warm_start import Start
 
 R = TypeVar("R")
 
@@ -93,8 +93,8 @@ class Recipe(Generic[R]):
     objective: Objective
     feed: Feed
     measures: tuple[Measure, ...] = ()
-    start: Callable[[Trainer], WarmStart] | None = None
-    """Reads `checkpoint.init_from` for a new run."""
+    start: Start | None = None
+    """Reads `checkpoint.init_from` for a new run; and, where the model has an adapter, whenever a run goes on."""
     frozen: Callable[[Any, dict[str, Any] | None], tuple[Any, Reference]] | None = None
     """Reads `TrainState.frozen`, in the shapes of `objective.frozen`; what the run's checkpoint says of it comes beside
     them, None in a new run. `functools.partial(read_reference, place)` reads another run's parameters."""
@@ -190,11 +190,17 @@ def run(
         state = keeper.restore(trainer.state)
         start = int(state.step) if state is not None else 0
         origin = "not read, as the run has a checkpoint of its own"
-        begin = recipe.start(trainer) if recipe.start is not None and state is None else None
-        if begin is not None:
+        begin = None
+        if recipe.start is not None and (state is None or config.model.adapter is not None):
+            begin = recipe.start(trainer, state, keeper.meta.get("base"))
+            keeper.base = begin.base
             for change in begin.changes:
                 console.warning(f"checkpoint.init_from: another {change}")
-            state, origin = begin.state, f"starting from the parameters of step {begin.step:,}, with a new optimizer"
+            if state is None:
+                origin = f"starting from the parameters of step {begin.step:,}, with a new optimizer"
+            else:
+                origin = "read again, as the adapter's base"
+            state = begin.state
             require_finite(state, f"checkpoint.init_from = {config.checkpoint.init_from}", "name another checkpoint")
         frozen = None
         if recipe.frozen is not None:
@@ -202,7 +208,7 @@ def run(
         keeper.begin()
         if is_main and recipe.tokenizer is not None and not (keeper.meta and (run_dir / "tokenizer").exists()):
             recipe.tokenizer.save(run_dir / "tokenizer")
-        if is_main and begin is not None:
+        if is_main and begin is not None and not keeper.meta:
             begin.keep(run_dir)
         done = on_rank_0("look at the report", lambda: start == train.steps and report_step(run_dir) == start)
         log = stack.enter_context(

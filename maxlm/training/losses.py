@@ -8,12 +8,14 @@ either keep all of them ([B, T, V] float32) or compute them twice.
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from maxlm.config import ACTIVATION_DIMS, StatePart
 from maxlm.models import Unembedding
@@ -55,7 +57,7 @@ def cross_entropy_sums(
     Args:
         layout: the mesh; the vocabulary may be cut over the tensor axis.
         hidden: [B, T, D] in the compute dtype.
-        unembedding: what makes logits of them; its arrays are float32.
+        unembedding: what makes logits of them; float32, where it is trained.
         targets: int32 [B, T].
         mask: float [B, T], weight of each token.
         z_loss: weight of the z-loss in the objective.
@@ -68,22 +70,54 @@ def cross_entropy_sums(
 def _sums(
     options: _Options, hidden: jax.Array, unembedding: Unembedding, targets: jax.Array, mask: jax.Array
 ) -> LossSums:
-    return _on_mesh(options, hidden, unembedding, targets, mask, with_gradient=False)[0]
+    return _on_mesh(options, hidden, unembedding, targets, mask, _Wanted.SUMS)[0]
 
 
-def _sums_fwd(
-    options: _Options, hidden: jax.Array, unembedding: Unembedding, targets: jax.Array, mask: jax.Array
-) -> tuple[LossSums, tuple[jax.Array, Unembedding]]:
-    sums, d_hidden, d_unembedding = _on_mesh(options, hidden, unembedding, targets, mask, with_gradient=True)
-    return sums, (d_hidden, d_unembedding)
+def _sums_fwd(options: _Options, *asked: Any) -> tuple[LossSums, tuple[jax.Array, Unembedding | None]]:
+    (hidden, unembedding, targets, mask), wanted = _asked(asked)
+    sums, d_hidden, d_unembedding = _on_mesh(options, hidden, unembedding, targets, mask, wanted)
+    return sums, (d_hidden, _like(unembedding, d_unembedding))
 
 
-def _sums_bwd(options: _Options, gradients: tuple[jax.Array, Unembedding], d_sums: LossSums) -> tuple:
-    scale = d_sums.objective
+def _sums_bwd(options: _Options, gradients: tuple[jax.Array, Unembedding | None], d_sums: LossSums) -> tuple:
+    scale = _there(d_sums.objective)
     return *jax.tree.map(lambda d: d * scale.astype(d.dtype), gradients), None, None
 
 
-_sums.defvjp(_sums_fwd, _sums_bwd)
+_sums.defvjp(_sums_fwd, _sums_bwd, symbolic_zeros=True)
+
+
+class _Wanted(enum.Enum):
+    """What is to be computed, each with what stands before it."""
+
+    SUMS = enum.auto()
+    HIDDEN = enum.auto()
+    """The gradient of the hidden states."""
+    ALL = enum.auto()
+    """That of the unembedding."""
+
+
+def _asked(asked: Any) -> tuple[Any, _Wanted]:
+    """The arguments of a function, second of which is an unembedding, and what is wanted where nobody asks for the
+    gradient of one that is not trained."""
+    leaf = lambda x: isinstance(x, CustomVJPPrimal)
+    changes = any(one.perturbed for one in jax.tree.leaves(asked[1], is_leaf=leaf))
+    values = jax.tree.map(lambda one: one.value, asked, is_leaf=leaf)
+    return values, _Wanted.ALL if changes else _Wanted.HIDDEN
+
+
+def _like(unembedding: Unembedding, gradient: Unembedding | None) -> Unembedding | None:
+    """The gradient in the dtype of what it is of; nothing for a table that is no plain array, as nobody trains it."""
+    if gradient is None:
+        return None
+    table, found = unembedding.table, gradient.table
+    of_table = found.astype(table.dtype) if isinstance(table, jax.Array) and isinstance(found, jax.Array) else None
+    return _with(unembedding, of_table, gradient.bias)
+
+
+def _there(x: Any) -> jax.Array:
+    """A gradient that may be a zero that nobody has made."""
+    return jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x
 
 
 def _on_mesh(
@@ -92,10 +126,9 @@ def _on_mesh(
     unembedding: Unembedding,
     targets: jax.Array,
     mask: jax.Array,
-    *,
-    with_gradient: bool,
+    wanted: _Wanted,
 ) -> tuple:
-    """LossSums, d_hidden in hidden's dtype and d_unembedding in float32; the latter two None without gradient."""
+    """LossSums, d_hidden in hidden's dtype and d_unembedding in float32; None for what is not wanted."""
     layout = options.layout
     tokens = layout.activation("batch", "seq")
 
@@ -104,15 +137,15 @@ def _on_mesh(
         in_specs=(layout.activation("batch", "seq", None), _whole(layout, unembedding), tokens, tokens),
         out_specs=(
             layout.activation(),
-            layout.activation("batch", "seq", None) if with_gradient else None,
-            _of_gradients(layout, unembedding) if with_gradient else None,
+            None if wanted is _Wanted.SUMS else layout.activation("batch", "seq", None),
+            _of_gradients(layout, unembedding) if wanted is _Wanted.ALL else None,
         ),
         check_vma=False,
     )
     def local(hidden: jax.Array, unembedding: Unembedding, targets: jax.Array, mask: jax.Array) -> tuple:
-        sums, d_hidden, d_unembedding = _in_chunks(options, hidden, unembedding, targets, mask, with_gradient)
+        sums, d_hidden, d_unembedding = _in_chunks(options, hidden, unembedding, targets, mask, wanted)
         sums = LossSums(*jax.lax.psum(tuple(sums), _TOKEN_AXES))
-        if with_gradient:
+        if d_unembedding is not None:
             d_unembedding = _sum_over_tokens(layout, d_unembedding, hidden.dtype)
         return sums, d_hidden, d_unembedding
 
@@ -125,7 +158,7 @@ def _in_chunks(
     unembedding: Unembedding,
     targets: jax.Array,
     mask: jax.Array,
-    with_gradient: bool,
+    wanted: _Wanted,
 ) -> tuple:
     """One device's share: all its tokens, and its part of the vocabulary."""
     chunks = _cut(options.chunk, hidden, _local_ids(unembedding, targets), mask)
@@ -138,7 +171,7 @@ def _in_chunks(
         nll = weight @ (log_z - target_logit)
         z_squared = weight @ (log_z * log_z)
         d_x = None
-        if with_gradient:
+        if wanted is not _Wanted.SUMS:
             # d(objective)/d(logits) = weight * (softmax * (1 + 2 * z_loss * log_z) - onehot)
             d_softmax = weight * (1 + 2 * options.z_loss * log_z) / total
             d_logits = exp * d_softmax[:, None] - jnp.where(is_target, weight[:, None], 0)
@@ -147,12 +180,10 @@ def _in_chunks(
         return (objective, cross_entropy + nll, log_z_squared + z_squared, d_unembedding), d_x
 
     zero = jnp.float32(0)
-    start = zero, zero, zero, _zeros(unembedding) if with_gradient else None
+    start = zero, zero, zero, _zeros(unembedding) if wanted is _Wanted.ALL else None
     scanned: tuple = jax.lax.scan(one_chunk, start, chunks)
     (*sums, d_unembedding), d_hidden = scanned
-    if not with_gradient:
-        return LossSums(*sums), None, None
-    return LossSums(*sums), _uncut(d_hidden, hidden.shape), d_unembedding
+    return LossSums(*sums), None if d_hidden is None else _uncut(d_hidden, hidden.shape), d_unembedding
 
 
 def _with(unembedding: Unembedding, table: Any, bias: Any) -> Unembedding:
@@ -211,8 +242,9 @@ class _Scores(NamedTuple):
     exp: jax.Array  # of logit - top
     total: jax.Array  # their sum over the whole vocabulary
     log_z: jax.Array  # over the whole vocabulary
-    pull: Callable[[jax.Array, Unembedding], tuple[jax.Array, Unembedding]]
-    """d_logits and d_unembedding of earlier chunks -> d_x, and d_unembedding with that of this chunk added."""
+    pull: Callable[[jax.Array, Unembedding | None], tuple[jax.Array, Unembedding | None]]
+    """d_logits and d_unembedding of earlier chunks, None: not wanted -> d_x, and d_unembedding with that of this chunk
+    added."""
 
 
 def _scores(x: jax.Array, unembedding: Unembedding, target: jax.Array) -> _Scores:
@@ -221,10 +253,12 @@ def _scores(x: jax.Array, unembedding: Unembedding, target: jax.Array) -> _Score
     finish = lambda product, bias: _with(unembedding, table, bias).finish(product)
     logits, d_finish = jax.vjp(finish, product, unembedding.bias)
 
-    def pull(d_logits: jax.Array, before: Unembedding) -> tuple[jax.Array, Unembedding]:
+    def pull(d_logits: jax.Array, before: Unembedding | None) -> tuple[jax.Array, Unembedding | None]:
         d_product, d_bias = d_finish(d_logits)
         d_product = d_product.astype(x.dtype)
         d_x = jax.lax.psum(jnp.einsum("tv,vd->td", d_product, table), "tensor")
+        if before is None:
+            return d_x, None
         d_table = jnp.einsum("tv,td->vd", d_product, x, preferred_element_type=jnp.float32)
         return d_x, jax.tree.map(jnp.add, before, _with(unembedding, d_table, d_bias))
 
@@ -276,7 +310,7 @@ def token_scores(
     Args:
         layout: the mesh; the vocabulary may be cut over the tensor axis.
         hidden: [B, T, D] in the compute dtype.
-        unembedding: what makes logits of them; its arrays are float32.
+        unembedding: what makes logits of them; float32, where it is trained.
         targets: int32 [B, T].
         chunk: tokens on each device whose logits exist at one time.
     """
@@ -308,26 +342,27 @@ def _token_scores(options: _Options, hidden: jax.Array, unembedding: Unembedding
     return TokenScores(*local(hidden, _narrow(unembedding, hidden.dtype), targets))
 
 
-def _token_scores_fwd(
-    options: _Options, hidden: jax.Array, unembedding: Unembedding, targets: jax.Array
-) -> tuple[TokenScores, tuple]:
+def _token_scores_fwd(options: _Options, *asked: Any) -> tuple[TokenScores, tuple]:
+    (hidden, unembedding, targets), wanted = _asked(asked)
     scores = _token_scores(options, hidden, unembedding, targets)
-    return scores, (hidden, unembedding, targets, scores.entropy)
+    return scores, (hidden, unembedding, targets, scores.entropy, () if wanted is _Wanted.ALL else None)
 
 
 def _token_scores_bwd(options: _Options, saved: tuple, d_scores: TokenScores) -> tuple:
     layout = options.layout
-    hidden, unembedding, targets, entropy = saved
+    hidden, unembedding, targets, entropy, all_wanted = saved
     wide, tokens = layout.activation("batch", "seq", None), layout.activation("batch", "seq")
 
     @functools.partial(
         layout.shard_map,
         in_specs=(wide, _whole(layout, unembedding), *[tokens] * 4),
-        out_specs=(wide, _of_gradients(layout, unembedding)),
+        out_specs=(wide, None if all_wanted is None else _of_gradients(layout, unembedding)),
         check_vma=False,
     )
     def local(hidden: jax.Array, unembedding: Unembedding, targets: jax.Array, *weights: jax.Array) -> tuple:
-        def one_chunk(d_unembedding: Unembedding, chunk: tuple[jax.Array, ...]) -> tuple[Unembedding, jax.Array]:
+        def one_chunk(
+            d_unembedding: Unembedding | None, chunk: tuple[jax.Array, ...]
+        ) -> tuple[Unembedding | None, jax.Array]:
             x, target, entropy, d_log_prob, d_entropy = chunk
             logits, is_target, exp, total, log_z, pull = _scores(x, unembedding, target)
             # d log p(target) / d logit = onehot - p;  d entropy / d logit = -p (log p + entropy)
@@ -338,10 +373,15 @@ def _token_scores_bwd(options: _Options, saved: tuple, d_scores: TokenScores) ->
             return d_unembedding, d_x
 
         chunks = _cut(options.chunk, hidden, _local_ids(unembedding, targets), *weights)
-        d_unembedding, d_hidden = jax.lax.scan(one_chunk, _zeros(unembedding), chunks)
-        return _uncut(d_hidden, hidden.shape), _sum_over_tokens(layout, d_unembedding, hidden.dtype)
+        start = None if all_wanted is None else _zeros(unembedding)
+        d_unembedding, d_hidden = jax.lax.scan(one_chunk, start, chunks)
+        if d_unembedding is not None:
+            d_unembedding = _sum_over_tokens(layout, d_unembedding, hidden.dtype)
+        return _uncut(d_hidden, hidden.shape), d_unembedding
 
-    return *local(hidden, _narrow(unembedding, hidden.dtype), targets, entropy, *d_scores), None
+    weights = map(_there, d_scores)
+    d_hidden, d_unembedding = local(hidden, _narrow(unembedding, hidden.dtype), targets, entropy, *weights)
+    return d_hidden, _like(unembedding, d_unembedding), None
 
 
-_token_scores.defvjp(_token_scores_fwd, _token_scores_bwd)
+_token_scores.defvjp(_token_scores_fwd, _token_scores_bwd, symbolic_zeros=True)

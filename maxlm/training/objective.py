@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from maxlm.config import Experts, ModelConfig, NoisyTopKRouter, RunConfig
+from maxlm.config import ModelConfig, RunConfig
 from maxlm.models import Decoder, DecoderOutput, Execution, Tokens, bind, declared, init_parameters
 from maxlm.models.moe import balance_biases
 from maxlm.sharding import Layout
@@ -117,9 +117,8 @@ class NextToken(Objective):
         return jnp.mean(batch["loss_mask"])
 
     def draw(self, batch: Batch, key: jax.Array) -> Batch:
-        """Seeds, uint32 [B], where routers are noisy."""
-        mlps = [block.mlp for block in self._config.model.blocks]
-        if not any(isinstance(mlp, Experts) and isinstance(mlp.router, NoisyTopKRouter) for mlp in mlps):
+        """Seeds, uint32 [B], where the model draws numbers in training."""
+        if not self._config.model.draws:
             return batch
         seeds = jax.random.bits(key, batch["inputs"].shape[:1], jnp.uint32)
         return {**batch, "seeds": self._layout.constrain(seeds, "batch")}

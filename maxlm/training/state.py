@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from maxlm.config import StatePart
+from maxlm.models.weights.holding import places
 from maxlm.sharding import Layout
 
 
@@ -22,7 +23,7 @@ class TrainState:
     step: jax.Array
     """int32: batches consumed."""
     parameters: Any
-    """Nested dicts of float32 arrays."""
+    """Nested dicts of float32 arrays, and of `Weight`s where those that are not trained are held in fewer bits."""
     optimizer: Any
     """optax state."""
     skipped: jax.Array
@@ -47,7 +48,7 @@ def init_state(parameters: Any, optimizer: Any) -> TrainState:
 
 def state_shardings(
     abstract: TrainState,
-    dims: Any,
+    declared: Any,
     layout: Layout,
     optimizer: optax.GradientTransformation,
     trained: Callable[[Any], Any],
@@ -59,12 +60,13 @@ def state_shardings(
 
     Args:
         abstract: from `jax.eval_shape` of `init_state`.
-        dims: names of every parameter's dims, in the parameters' tree.
+        declared: the `shapes.Array` of every parameter, in the parameters' tree.
         layout: the mesh and its rules.
         optimizer: the one that made abstract.optimizer.
         trained: what it sees of a tree like the parameters'.
     """
     everywhere = layout.sharding()
+    dims = jax.tree.map(lambda array: array.dims, declared)
 
     def of_moment(leaf: Any, parameter: Any, sharding: Any) -> Any:
         # A leaf of another shape is one of Adafactor's factors: a row or a column, small enough to be everywhere.
@@ -80,6 +82,6 @@ def state_shardings(
     )
     return dataclasses.replace(
         jax.tree.map(lambda _: everywhere, abstract),
-        parameters=layout.shardings(dims),
+        parameters=places(layout, declared, abstract.parameters),
         optimizer=moments,
     )

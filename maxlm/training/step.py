@@ -18,6 +18,7 @@ from maxlm.config import RunConfig, StatePart, UserError
 from maxlm.sharding import Layout, all_devices, make_layout
 from maxlm.training.objective import Batch, NextToken, Objective, Params, Sums, in_parts, make_evaluate
 from maxlm.training.optimizers import make_optimizer
+from maxlm.training.rank_budget import RankBudget
 from maxlm.training.schedules import learning_rate_schedule
 from maxlm.training.state import TrainState, init_state, state_shardings
 
@@ -45,6 +46,8 @@ class Trainer(NamedTuple):
     """Where all of it lives."""
     init: Callable[[], TrainState]
     """A new state, each array born on the devices it belongs to; nothing in `frozen`."""
+    begin: Callable[[Params], TrainState]
+    """A new state of these parameters."""
     step: jax.stages.Wrapped
     """TrainState and Batch -> TrainState and StepOutput. One optimizer step; the old state's memory is used again, so
     do not touch it afterwards, `frozen` included."""
@@ -134,9 +137,9 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
     learning_rate = learning_rate_schedule(
         config.optimizer.schedule, config.optimizer.learning_rate, config.train.steps
     )
-    part = functools.partial(trained, objective.declared)
+    part, adapts = functools.partial(trained, objective.declared), config.model.adapter is not None
     optimizer = make_optimizer(config.optimizer, learning_rate, part(objective.declared), layers=config.model.repeats)
-    gradient = gradient_function(config, layout, objective)
+    gradient, budget = gradient_function(config, layout, objective), RankBudget.of(config)
 
     def init() -> TrainState:
         parameters = objective.init(jax.random.key(config.train.seed))
@@ -149,12 +152,21 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
         # it came on.
         per_token = 1.0 / jnp.maximum(sums.weight, 1.0)
         gradients = jax.tree.map(lambda g: g * per_token, gradients)
+        updates_made = state.step - state.skipped  # what the schedule counts
+        more: dict[str, jax.Array] = {}
+        if budget is not None:
+            gradients, more = budget.penalise(state.parameters, gradients)
         with jax.named_scope("optimizer"):
             grad_norm = optax.tree.norm(gradients)
             old = part(state.parameters)
             updates, new_optimizer = optimizer.update(gradients, state.optimizer, old)
             new_parameters = joined(optax.apply_updates(old, updates), state.parameters)
             new_parameters, figures = objective.settle(new_parameters, sums.router)
+            if budget is not None:
+                ranks = budget.settle(state.parameters, gradients, new_parameters, updates_made)
+                new_parameters, more = ranks[0], more | ranks[1]
+            if adapts:  # of the base nothing changes, whatever settles
+                new_parameters = joined(part(new_parameters), state.parameters)
             update_norm = optax.tree.norm(updates)
         # A bad step leaves no trace but its count.
         good = jnp.isfinite(sums.objective) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
@@ -168,8 +180,7 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
             frozen=state.frozen,
         )
         means = {name: total * per_token for name, total in {"loss": sums.objective, **sums.means}.items()}
-        updates_made = state.step - state.skipped  # what the schedule counts
-        figures = means | figures | {
+        figures = means | figures | more | {
             "grad_norm": grad_norm,
             "update_norm": update_norm,
             "learning_rate": jnp.asarray(learning_rate(updates_made), jnp.float32),
@@ -180,7 +191,7 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
     abstract = jax.eval_shape(init)
     _check_counted(objective.declared, abstract.parameters)
     shardings = dataclasses.replace(
-        state_shardings(abstract, objective.dims, layout, optimizer, part),
+        state_shardings(abstract, objective.declared, layout, optimizer, part),
         frozen=jax.tree.map(lambda leaf: leaf.sharding, objective.frozen),
     )
     shapes = jax.tree.map(
@@ -188,6 +199,14 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
         dataclasses.replace(abstract, frozen=objective.frozen),
         shardings,
     )
+    begin_optimizer = jax.jit(
+        lambda some: init_state(None, optimizer.init(some)),
+        out_shardings=dataclasses.replace(shardings, parameters=None, frozen=None),
+    )
+
+    def begin(parameters: Params) -> TrainState:
+        return dataclasses.replace(begin_optimizer(part(parameters)), parameters=parameters)
+
     # For what runs once, and is mostly random numbers: not worth the compiler's best effort.
     in_haste = {"xla_backend_optimization_level": 1}
     if layout.on_cpu and jax.__version_info__ < (0, 12):  # later ones have no other emitter of loops
@@ -195,6 +214,7 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
     return Trainer(
         layout=layout,
         init=jax.jit(init, out_shardings=dataclasses.replace(shardings, frozen=None), compiler_options=in_haste),
+        begin=begin,
         step=jax.jit(
             step,
             donate_argnums=0,
@@ -214,6 +234,8 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
 
 def _check_counted(declared: Any, built: Params) -> None:
     """What is counted, planned and cut over devices must be what is trained."""
+    whole = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
+    built = jax.tree.map(whole, built, is_leaf=lambda node: hasattr(node, "shape"))  # as a Weight has
     counted, made = ({name: leaf.shape for name, leaf in named_leaves(tree).items()} for tree in (declared, built))
     different = [name for name in {**counted, **made} if counted.get(name) != made.get(name)]
     if different:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +12,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from maxlm.checkpoint.checkpointer import Checkpointer
-from maxlm.checkpoint.reference import PUBLISHED, run_and_step
+from maxlm.checkpoint.reference import keep_published, run_and_step
 from maxlm.checkpoint.store import Record
 from maxlm.config import ModelConfig, RunConfig, UserError, serialize
 from maxlm.config.changes import changes
@@ -36,6 +35,13 @@ class WarmStart:
     """What the other run's model has otherwise: `key: old -> new`."""
     keep: Callable[[Path], None]
     """As of `Source`."""
+    base: Mapping[str, str] | None = None
+    """What checkpoints say of the base, if the model has an adapter."""
+
+
+Start = Callable[[Trainer, TrainState | None, Mapping[str, str] | None], WarmStart]
+"""Trainer; the state that the newest checkpoint has, and what that says of the base, both None in a new run -> the
+state to begin with."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +79,11 @@ class RunSource:
         self._path, self._step = run_and_step(place)
         self._config = serialize.load(RunConfig, self._path / "config.json")
         self.model = self._config.model
+        if self.model.adapter is not None:
+            raise UserError(
+                f"{self._path}: has an adapter; merge it (python -m maxlm.convert --from run:{self._path} --to hf:DIR) "
+                "and name what that writes"
+            )
 
     def read(self, shapes: dict[str, Any]) -> Origin:
         def plain(record: Record) -> dict[str, Any]:
@@ -91,8 +102,7 @@ class RunSource:
         )
 
     def keep(self, run_dir: Path) -> None:
-        if (self._path / PUBLISHED).is_dir():
-            shutil.copytree(self._path / PUBLISHED, run_dir / PUBLISHED, dirs_exist_ok=True)
+        keep_published(self._path, run_dir)
 
 
 def warm_start(
@@ -122,13 +132,9 @@ def warm_start(
         start = functools.partial(upcycle, source.model, model)
         jax.eval_shape(start, shapes, trainer.state.parameters)  # what does not fit is said before anything is read
         origin = source.read(shapes)
+        check_tokenizer(origin.tokenizer, tokenizer)
     except UserError as error:
         raise UserError(f"checkpoint.init_from = {place}: {error}") from error
-    if origin.tokenizer is not None and origin.tokenizer != tokenizer:
-        raise UserError(
-            f"checkpoint.init_from = {place}: was trained with tokenizer {origin.tokenizer[:12]}..., the data has "
-            f"{tokenizer[:12]}...; prepare the data with that model's tokenizer"
-        )
     state = trainer.init()
     shardings = jax.tree.map(lambda leaf: leaf.sharding, trainer.state.parameters)
     parameters = jax.jit(start, out_shardings=shardings, donate_argnums=1)(origin.parameters, state.parameters)
@@ -138,6 +144,19 @@ def warm_start(
         changes=tuple(str(one) for one in changes(origin.model, model, "model.")),
         keep=source.keep,
     )
+
+
+def check_tokenizer(there: str | None, here: str) -> None:
+    """Compare fingerprints: of the one that a model was trained with, None where nobody knows, and of this run's.
+
+    Raises:
+        UserError: they differ.
+    """
+    if there is not None and there != here:
+        raise UserError(
+            f"was trained with tokenizer {there[:12]}..., the data has {here[:12]}...; prepare the data with that "
+            "model's tokenizer"
+        )
 
 
 def _source_shapes(model: ModelConfig, layout: Layout) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from typing import Literal, assert_never
 
 import jax
@@ -14,11 +15,15 @@ from kernels_pallas import fused_glu, mixed_einsum, plan_glu
 from kernels_pallas.glu import activations
 from maxlm.config import Activation, GluSave, KernelConfig, Nonlinearity, Swish
 from maxlm.models.ops.backends import blaming
+from maxlm.models.ops.ring import in_ring_order
 from maxlm.models.unembedding import Unembedding
+from maxlm.models.weights.around import MlpAfter, Rescaled, SmallMlp
 from maxlm.models.weights.by_channel import ByChannel, Float8, Int8, Int8Activations, Int8Outliers
 from maxlm.models.weights.by_group import ByGroup
 from maxlm.models.weights.by_layer import ByLayer, in_layer
+from maxlm.models.weights.by_row import ByRow
 from maxlm.models.weights.kinds import Weight
+from maxlm.models.weights.low_rank import LowRank
 from maxlm.models.weights.normal_float import NormalFloat4
 from maxlm.models.weights.watched import Watched, watch
 from maxlm.sharding import Layout
@@ -43,6 +48,16 @@ def project(layout: Layout, subscripts: str, x: jax.Array, w: Weight, bias: jax.
             y = _product(layout, subscripts, watch(x, seen), dense(layout, values, x.dtype))
         case ByLayer():
             y = in_layer(lambda w, x: project(layout, subscripts, x, w), w, x)
+        case LowRank():
+            y = _with_low_rank(layout, subscripts, x, w)
+        case Rescaled(base=base, inputs=inputs, outputs=outputs):
+            y = project(layout, subscripts, x if inputs is None else (x * inputs).astype(x.dtype), base, bias)
+            return y if outputs is None else (y * outputs).astype(y.dtype)
+        case MlpAfter(base=base, mlp=mlp):
+            y = project(layout, subscripts, x, base, bias)
+            return y + small_mlp(layout, y, mlp)
+        case ByRow():
+            return _with_rows_own(layout, subscripts, x, w, bias)
         case ByGroup() | NormalFloat4() | jax.Array():
             y = _product(layout, subscripts, x, dense(layout, w, x.dtype))
         case _:
@@ -54,6 +69,49 @@ def _scaled(layout: Layout, subscripts: str, x: jax.Array, w: ByChannel) -> jax.
     """The scales come after the product, which reads 8 bits."""
     y = _product(layout, subscripts, x, w.values.astype(x.dtype)) * w.scales.reshape(w.shape[x.ndim - 2 :])
     return y.astype(x.dtype)
+
+
+def _with_low_rank(layout: Layout, subscripts: str, x: jax.Array, w: LowRank) -> jax.Array:
+    """Both products by themselves, so that what is not trained has no gradient, and A B is never made."""
+    of_x, _, of_y = re.split(",|->", subscripts)
+    rows, inputs = of_x[:2], of_x[2:]
+    y = project(layout, subscripts, x, w.base)
+    if w.keys is not None and w.dropout:
+        x = _dropped(layout, x, w.keys, w.dropout)
+    inside = project(layout, f"{of_x},{inputs}z->{rows}z", x, w.a)
+    if w.keys is not None and w.nested:
+        rank = inside.shape[-1]
+        first = jax.vmap(lambda key: jax.random.randint(key, (), 1, rank + 1))(w.keys)[:, None, None]
+        inside = jnp.where(jnp.arange(rank) < first, inside * (rank / first), 0).astype(inside.dtype)
+    y += w.scale * project(layout, f"{rows}z,z{of_y[2:]}->{of_y}", inside, w.b)
+    factors = w.factors()
+    return y if factors is None else (y * factors).astype(y.dtype)
+
+
+def _dropped(layout: Layout, x: jax.Array, keys: jax.Array, chance: float) -> jax.Array:
+    """x [B, T, ...] with numbers that are 0 by chance, and others larger. What a token loses depends on its row's key
+    and its place alone, on every mesh."""
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - chance, x.shape[1:]))(keys)
+    kept = layout.constrain(in_ring_order(layout, {"kept": kept})["kept"], "batch", "seq")
+    return jnp.where(kept, x / (1 - chance), 0).astype(x.dtype)
+
+
+def small_mlp(layout: Layout, x: jax.Array, w: SmallMlp) -> jax.Array:
+    """[B, T, D] -> [B, T, D]: what an adapter makes of it."""
+    inside = activate(project(layout, "btd,dz->btz", x, w.down, w.down_bias), w.activation)
+    y = project(layout, "btz,zd->btd", inside, w.up, w.up_bias)
+    return (w.scale * y).astype(y.dtype)
+
+
+def _with_rows_own(layout: Layout, subscripts: str, x: jax.Array, w: ByRow, bias: jax.Array | None) -> jax.Array:
+    """The same, where each row has what is its adapter's."""
+    of_x, _, of_y = re.split(",|->", subscripts)
+    rows, inputs = of_x[:2], of_x[2:]
+    y = project(layout, subscripts, w.times(x, w.inputs), w.base)
+    inside = jnp.where(w.mask(), project(layout, f"{of_x},{inputs}z->{rows}z", x, w.a), 0)
+    y += w.times(project(layout, f"{rows}z,z{of_y[2:]}->{of_y}", inside, w.b), w.scales)
+    y = w.times(y, w.outputs)
+    return w.times(y if bias is None else y + bias.astype(y.dtype), w.after)
 
 
 def _integers(layout: Layout, subscripts: str, x: jax.Array, w: ByChannel) -> jax.Array:
@@ -119,13 +177,10 @@ def glu(
         unit = functools.partial(glu, activation=activation, swish_beta=swish_beta)
         return in_layer(lambda w, x: unit(layout, kernels, x, w[0], w[1], b_gate, b_up), (w_gate, w_up), x)
     act, beta = formula(activation, swish_beta)
-    if isinstance(beta, jax.Array):
+    if isinstance(beta, jax.Array) or not (isinstance(w_gate, jax.Array) and isinstance(w_up, jax.Array)):
         gate, up = (project(layout, "btd,df->btf", x, w, b) for w, b in ((w_gate, b_gate), (w_up, b_up)))
         gate, up = checkpoint_name(gate, "glu_gate"), checkpoint_name(up, "glu_up")
-        return checkpoint_name(_swish_gated(gate, up, beta), "glu_out")
-    if not (isinstance(w_gate, jax.Array) and isinstance(w_up, jax.Array)):
-        gate, up = (project(layout, "btd,df->btf", x, w, b) for w, b in ((w_gate, b_gate), (w_up, b_up)))
-        return (activations.activate(act, gate.astype(jnp.float32), beta) * up.astype(jnp.float32)).astype(x.dtype)
+        return checkpoint_name(_gated(act, gate, up, beta), "glu_out")
     w_gate, w_up = dense(layout, w_gate, x.dtype), dense(layout, w_up, x.dtype)
     save: Literal["ag", "none"] = "ag" if kernels.glu_save is GluSave.AG else "none"
 
@@ -167,11 +222,15 @@ def glu(
     return run(x, w_gate, w_up, b_gate, b_up)
 
 
-@jax.checkpoint
-def _swish_gated(gate: jax.Array, up: jax.Array, beta: jax.Array) -> jax.Array:
+def _gated(act: str, gate: jax.Array, up: jax.Array, beta: float | jax.Array) -> jax.Array:
     """The unit alone; the backward pass makes it again of the two products, as that of the kernels does."""
-    wide = activations.activate("swish", gate.astype(jnp.float32), beta) * up.astype(jnp.float32)
-    return wide.astype(gate.dtype)
+
+    @jax.checkpoint
+    def unit(gate: jax.Array, up: jax.Array) -> jax.Array:
+        wide = activations.activate(act, gate.astype(jnp.float32), beta) * up.astype(jnp.float32)
+        return wide.astype(gate.dtype)
+
+    return unit(gate, up)
 
 
 def _takes_matrices(layout: Layout, dtype: jnp.dtype) -> bool:

@@ -10,7 +10,7 @@ import jax
 
 from maxlm import shapes
 from maxlm.config import ModelConfig, WeightFormat
-from maxlm.models.decoder import declared
+from maxlm.models.parameters import declared
 from maxlm.models.weights.by_channel import Float8, Int8, Int8Activations, Int8Outliers
 from maxlm.models.weights.by_group import ByGroup, group_of
 from maxlm.models.weights.kinds import Quantised, Weight
@@ -89,8 +89,13 @@ def counts_of(array: shapes.Array) -> tuple[int, int]:
 
 
 def shardings(layout: Layout, config: ModelConfig, parameters: Any) -> Any:
-    """Where each array of the parameters lies, plain or quantised: along each dim as the weight itself would, but
-    whole where that does not divide it, as the number of groups."""
+    """As of `places`, for the parameters of a model."""
+    return places(layout, declared(config), parameters)
+
+
+def places(layout: Layout, found: Any, parameters: Any) -> Any:
+    """Of parameters with these `shapes.Array`s: where each array lies, plain or quantised: along each dim as the weight
+    itself would, but whole where that does not divide it, as the number of groups."""
 
     def fitting(leaf: Any, names: tuple[str | None, ...]) -> jax.NamedSharding:
         parts = layout.local_shape([layout.mesh.size] * len(names), layout.parameter(names))
@@ -102,7 +107,7 @@ def shardings(layout: Layout, config: ModelConfig, parameters: Any) -> Any:
             return jax.tree.map(fitting, weight, weight.dims(array.dims, array.inputs))
         return layout.sharding(layout.parameter(array.dims))
 
-    return jax.tree.map(place, declared(config), parameters)
+    return jax.tree.map(place, found, parameters)
 
 
 def kinds_of(config: ModelConfig, parameters: Any) -> dict[str, str]:

@@ -1,0 +1,488 @@
+"""Adapters in the format of Hugging Face's `peft`: adapter_config.json and adapter_model.safetensors.
+
+A tensor is called `base_model.model.`, the name of the base's module, and what the adapter has there: `lora_A.weight`
+[rank, inputs], `lora_B.weight` [outputs, rank], `lora_magnitude_vector` [outputs] or `ia3_l` ([outputs, 1], or
+[1, inputs] of feedforward_modules). Since B begins as zeros, an adapter under a wrong name does nothing and says
+nothing: so every name must be there, and no other (their docs/source/developer_guides/checkpoint.md).
+
+What is written: `Lora`, and as plain LoRA `DyLora` (its largest rank) and `AdaLora` (P L as B); `Ia3`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, assert_never
+
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+
+from maxlm import shapes
+from maxlm.config import AdaLora, Adapter, Bottleneck, DyLora, Ia3, Lora, ModelConfig, UserError
+from maxlm.config.json_file import read_object
+from maxlm.hub.folder import Pieces, appearing
+from maxlm.hub.names import Names, Piece, Tensor, Transposed, tensors, to_ours, to_theirs
+from maxlm.hub.tensor_files import Spec, TensorFolder, write_tensors
+from maxlm.models.adapters import base_of, replaced
+from maxlm.shapes import Array
+
+Values = npt.NDArray[np.float32]
+CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_SHOWN = 5
+
+_KNOWN = (
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "runtime_config", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern"),
+    *("alpha_pattern", "fan_in_fan_out", "target_modules", "exclude_modules", "feedforward_modules", "modules_to_save"),
+    *("layers_to_transform", "layers_pattern", "init_lora_weights", "init_ia3_weights", "loftq_config", "init_r"),
+    *("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step", "qalora_group_size"),
+    *("megatron_core", "ephemeral_gpu_offload"),
+)
+"""Keys of adapter_config.json that are understood, or say nothing of what the adapter computes."""
+_NOTHING: tuple[Any, ...] = (None, False, "none", [], {})
+"""Values with which any other key says nothing either."""
+_BEGUN = (True, False, "gaussian", "eva", "orthogonal")
+"""Values of init_lora_weights with which the base stayed as it was."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PeftAdapter:
+    """An adapter that was read."""
+
+    adapter: Adapter
+    arrays: dict[str, Values]
+    """By their names in a model with the adapter: those that it adds, and those of the base that it has trained."""
+    norms: dict[str, float]
+    """Of each module, |scale B A| (Frobenius), or |l - 1| of IA3."""
+
+
+def read_peft(folder: Path, base: ModelConfig, names: Names) -> PeftAdapter:
+    """A folder as an adapter of a model.
+
+    Args:
+        folder: with CONFIG and FILE.
+        base: the model that it is for.
+        names: what the family of that calls its tensors.
+
+    Raises:
+        UserError: a file is missing or damaged, says something that is not understood, lacks a tensor that it should
+            have, has another one, or one of another shape than the base's; or the kind is not one of ours.
+    """
+    said = read_object(folder / CONFIG, "the settings of an adapter, as peft writes them")
+    _require_known(folder, said)
+    linear = {array.name for array in shapes.arrays(base) if shapes.is_linear(array)}
+    whole = tensors(base, names)
+    modules = {
+        tensor.name.removesuffix(".weight"): tensor
+        for tensor in whole
+        if tensor.name.endswith(".weight") and all(part.array.name in linear for part in tensor.parts)
+    }
+    modules = {name: tensor for name, tensor in modules.items() if _is_target(folder, said, name)}
+    saved = [tensor for tensor in whole if _ends(tensor.name.rpartition(".")[0], said.get("modules_to_save") or [])]
+    with TensorFolder(folder, FILE) as files:
+        own = _endings(folder, said)
+        wanted = {f"{_PREFIX}{name}.{ending}" for name in modules for ending in own}
+        wanted |= {_PREFIX + tensor.name for tensor in saved}
+        there = files.entries.keys()
+        problems = [f"{name} is missing" for name in sorted(wanted - there)]
+        problems += [f"{name} is not expected" for name in sorted(there - wanted)]
+        if problems or not wanted:
+            more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+            what = problems[:_SHOWN] + more or ["there is nothing in it"]
+            raise UserError(
+                f"{folder / FILE}: the tensors are not those that {CONFIG} says of this base; use the model that the "
+                f"adapter was trained on, and both files from one place: {'; '.join(what)}"
+            )
+        read = lambda name: np.asarray(files.read(_PREFIX + name), np.float32)
+        found = {name: {ending: read(f"{name}.{ending}") for ending in own} for name in modules}
+        full = {tensor.name: read(tensor.name) for tensor in saved}
+    adapter = Adapter(kind=_kind(folder, said, modules, found), full=_full(saved))
+    made = dataclasses.replace(base, adapter=adapter)
+    declared = {array.name: array for array in shapes.arrays(made)}
+    arrays: dict[str, Values] = {}
+    norms: dict[str, float] = {}
+
+    def put(array: Array, at: tuple[int, ...], values: Values) -> None:
+        initial = 1.0 if array.init == shapes.Constant(1) else 0.0
+        arrays.setdefault(array.name, np.full(array.shape, initial, np.float32))[at] = values
+
+    for name, tensor in modules.items():
+        for piece, values in _own_pieces(folder, said, adapter, tensor, found[name], declared):
+            put(piece.array, piece.at, values)
+        norms[name] = _norm(said, name, found[name])
+    for tensor in saved:
+        _require_shape(folder, tensor.name, full[tensor.name], tensor.shape)
+        for piece, values in zip(tensor.parts, tensor.split(full[tensor.name]), strict=True):
+            put(piece.array, piece.at, values)
+    return PeftAdapter(adapter=adapter, arrays=arrays, norms=norms)
+
+
+def over(base: ModelConfig, parameters: dict[str, Any], read: PeftAdapter) -> tuple[ModelConfig, dict[str, Any]]:
+    """A model with an adapter, and its parameters, of those of its base."""
+    model = dataclasses.replace(base, adapter=read.adapter)
+    for name, values in read.arrays.items():
+        parameters = replaced(parameters, name.split("/"), jnp.asarray(values))
+    return model, parameters
+
+
+def write_peft(folder: Path, config: ModelConfig, pieces: Pieces, names: Names, base: str | None) -> dict[str, float]:
+    """Write an adapter alone.
+
+    Args:
+        folder: new.
+        config: the model, with its adapter.
+        pieces: parts of the arrays of its parameters.
+        names: what the family of its base calls the tensors.
+        base: where that is, for other programs; None: they are told.
+
+    Returns:
+        As `PeftAdapter.norms`.
+
+    Raises:
+        UserError: peft has no such kind; matrices that are one in the family's files cannot be told apart there; or
+            something is at `folder`.
+    """
+    adapter = config.adapter
+    assert adapter is not None
+    declared = {array.name: array for array in shapes.arrays(config)}
+    of_base, own = tensors(base_of(config), names), _Own(config, pieces, declared)
+    changed = {array.name for array in shapes.targets(adapter.kind, shapes.arrays(base_of(config)))}
+    out: dict[str, Values] = {}
+    ranks: dict[str, int] = {}
+    modules: list[str] = []
+    transposed = set()
+    inputs_of = []
+    for tensor in of_base:
+        parts = [part for part in tensor.parts if part.array.name in changed]
+        if not parts:
+            continue
+        module = tensor.name.removesuffix(".weight")
+        modules.append(module)
+        transposed.add(isinstance(tensor.layout, Transposed))
+        written = own.theirs(tensor, changed)
+        if isinstance(adapter.kind, Ia3) and "inputs" in own.names(parts[0]):
+            inputs_of.append(module)
+        elif not isinstance(adapter.kind, Ia3 | Bottleneck) and len(written["lora_A.weight"]) != adapter.kind.rank:
+            ranks[module] = len(written["lora_A.weight"])
+        out |= {f"{_PREFIX}{module}.{ending}": values for ending, values in written.items()}
+    full = {array.name for array in declared.values() if array.trained and not array.name.startswith(shapes.PREFIX)}
+    saved = [tensor for tensor in of_base if any(part.array.name in full for part in tensor.parts)]
+    for tensor in saved:
+        out[_PREFIX + tensor.name] = np.asarray(tensor.join(pieces(tensor.parts)), np.float32)
+    everything = [tensor.name.removesuffix(".weight") for tensor in of_base if tensor.name.endswith(".weight")]
+    values = {
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "fan_in_fan_out": transposed == {True},
+        "inference_mode": True,
+        "modules_to_save": sorted({tensor.name.rpartition(".")[0] for tensor in saved}) or None,
+        "target_modules": _short(modules, everything),
+        "task_type": "CAUSAL_LM",
+        **_said(adapter, ranks, _short(inputs_of, everything)),
+    }
+    with appearing(folder) as place:
+        (place / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+        specs = {name: Spec(one.shape, one.dtype) for name, one in out.items()}
+        write_tensors(place, specs, iter(out.values()), single=FILE)
+    endings = lambda module: {
+        name.removeprefix(f"{_PREFIX}{module}."): one
+        for name, one in out.items()
+        if name.startswith(f"{_PREFIX}{module}.")
+    }
+    return {module: _norm(values, module, endings(module)) for module in modules}
+
+
+class _Own:
+    """An adapter's arrays in the shapes of peft."""
+
+    def __init__(self, config: ModelConfig, pieces: Pieces, declared: Mapping[str, Array]) -> None:
+        assert config.adapter is not None
+        self._kind, self._pieces, self._declared = config.adapter.kind, pieces, declared
+
+    def names(self, part: Piece) -> list[str]:
+        """Of what the adapter has at a matrix of the base."""
+        prefix = f"{shapes.PREFIX}/{part.array.name}/"
+        return [name.removeprefix(prefix) for name in self._declared if name.startswith(prefix)]
+
+    def theirs(self, tensor: Tensor, changed: set[str]) -> dict[str, Values]:
+        """What peft has at one module, by the ends of names."""
+        here = [part.array.name in changed for part in tensor.parts]
+        match kind := self._kind:
+            case Lora() | DyLora() | AdaLora():
+                return self._low_rank(tensor, here)
+            case Ia3():
+                if "inputs" in self.names(tensor.parts[here.index(True)]):
+                    if len(tensor.parts) > 1:
+                        raise UserError(f"{tensor.name}: peft has one input of {len(tensor.parts)} matrices; use Lora")
+                    return {"ia3_l": self._one(tensor.parts[0], "inputs", ()).T}
+                outputs = self._joined(tensor, here, "outputs", (), 1.0)
+                return {"ia3_l": outputs[:, None]}
+            case Bottleneck():
+                raise UserError("model.adapter.kind = Bottleneck: peft has no such adapters; use the run folder")
+            case _:
+                assert_never(kind)
+
+    def _low_rank(self, tensor: Tensor, here: Sequence[bool]) -> dict[str, Values]:
+        """The parts of a tensor share one A in peft: if ours do not, theirs is all of them one below another."""
+        targeted = [part for part, is_target in zip(tensor.parts, here, strict=True) if is_target]
+        parts = [self._one(part, "a", part.array.inputs) for part in targeted]
+        if all(np.array_equal(one, parts[0]) for one in parts):
+            found = {"lora_A.weight": parts[0], "lora_B.weight": self._joined(tensor, here, "b", ("rank",), 0.0)}
+        else:
+            alone = [[part is one for part in tensor.parts] for one in targeted]
+            b = [self._joined(tensor, only, "b", ("rank",), 0.0) for only in alone]
+            found = {"lora_A.weight": np.concatenate(parts), "lora_B.weight": np.concatenate(b, axis=1)}
+        if "magnitude" in self.names(targeted[0]):
+            if not all(here):
+                raise UserError(f"{tensor.name}: peft has one length for all its matrices; let targets name them all")
+            found["lora_magnitude_vector"] = self._joined(tensor, here, "magnitude", (), 1.0)
+        return found
+
+    def _array(self, part: Piece, name: str, inputs: tuple[str, ...]) -> Piece:
+        array = self._declared[f"{shapes.PREFIX}/{part.array.name}/{name}"]
+        return Piece(dataclasses.replace(array, inputs=inputs), part.at)
+
+    def _values(self, piece: Piece) -> Values:
+        (found,) = self._pieces([piece])
+        if piece.array.name.endswith("/b") and isinstance(self._kind, AdaLora):
+            name = piece.array.name.removesuffix("b") + "diagonal"
+            (diagonal,) = self._pieces([Piece(self._declared[name], piece.at)])
+            found = found * diagonal.reshape(-1, *[1] * (found.ndim - 1))
+        return np.asarray(found, np.float32)
+
+    def _one(self, part: Piece, name: str, inputs: tuple[str, ...]) -> Values:
+        """[outputs, inputs]."""
+        piece = self._array(part, name, inputs)
+        return to_theirs(self._values(piece), piece)
+
+    def _joined(self, tensor: Tensor, here: Sequence[bool], name: str, inputs: tuple[str, ...], other: float) -> Values:
+        """Of all parts, with the same number everywhere in those that have none."""
+        first = tensor.parts[here.index(True)]
+        found, values = [], []
+        for part, is_target in zip(tensor.parts, here, strict=True):
+            if is_target:
+                piece = self._array(part, name, inputs)
+                values.append(self._values(piece))
+            else:
+                like = self._array(first, name, inputs).array
+                sizes = dict(zip(like.dims, like.shape, strict=True)) | part.dims
+                dims = {dim: sizes[dim] for dim in (*inputs, *part.outputs)}
+                piece = Piece(dataclasses.replace(like, dims=tuple(dims), shape=tuple(dims.values())), ())
+                values.append(np.full(tuple(dims.values()), other, np.float32))
+            found.append(piece)
+        return _outputs_only(tensor, found).join(values)
+
+
+def _outputs_only(tensor: Tensor, parts: Sequence[Piece]) -> Tensor:
+    """How other arrays with the same outputs lie in a tensor."""
+    layout = tensor.layout.inner if isinstance(tensor.layout, Transposed) else tensor.layout
+    return Tensor(tensor.name, layout, tuple(parts))
+
+
+def _own_pieces(
+    folder: Path,
+    said: Mapping[str, Any],
+    adapter: Adapter,
+    tensor: Tensor,
+    found: Mapping[str, Values],
+    declared: Mapping[str, Array],
+) -> Iterator[tuple[Piece, Values]]:
+    """Our arrays of what peft has at one module."""
+    first = tensor.parts[0]
+    rows, columns = sum(part.rows for part in tensor.parts), first.size(first.inputs)
+    module = tensor.name.removesuffix(".weight")
+    mine = lambda part, name, inputs: Piece(
+        dataclasses.replace(declared[f"{shapes.PREFIX}/{part.array.name}/{name}"], inputs=inputs), part.at
+    )
+    match kind := adapter.kind:
+        case Lora():
+            a, b, rank = _low_rank(said, found)
+            _require_shape(folder, f"{module}: A", a, (rank, columns))
+            _require_shape(folder, f"{module}: B", b, (rows, rank))
+            b = b * (_scale(said, module, rank) / kind.scale)
+            a, b = np.pad(a, [(0, kind.rank - rank), (0, 0)]), np.pad(b, [(0, 0), (0, kind.rank - rank)])
+            for part in tensor.parts:
+                piece = mine(part, "a", part.inputs)
+                yield piece, to_ours(a, piece)
+            pieces = [mine(part, "b", ("rank",)) for part in tensor.parts]
+            yield from zip(pieces, _outputs_only(tensor, pieces).split(b), strict=True)
+            if kind.dora:
+                magnitude = found["lora_magnitude_vector"]
+                _require_shape(folder, f"{module}: magnitudes", magnitude, (rows,))
+                pieces = [mine(part, "magnitude", ()) for part in tensor.parts]
+                yield from zip(pieces, _outputs_only(tensor, pieces).split(magnitude), strict=True)
+        case Ia3():
+            values = found["ia3_l"]
+            if shapes.is_input_of(kind, first.array):
+                _require_shape(folder, module, values, (1, columns))
+                for part in tensor.parts:
+                    piece = mine(part, "inputs", ())
+                    yield piece, to_ours(values[0], piece)
+            else:
+                _require_shape(folder, module, values, (rows, 1))
+                pieces = [mine(part, "outputs", ()) for part in tensor.parts]
+                yield from zip(pieces, _outputs_only(tensor, pieces).split(values[:, 0]), strict=True)
+        case _:
+            raise AssertionError(f"{type(kind).__name__} is not read")
+
+
+def _kind(
+    folder: Path, said: Mapping[str, Any], modules: Mapping[str, Tensor], found: Mapping[str, Mapping[str, Values]]
+) -> Lora | Ia3:
+    names = sorted({part.array.name for tensor in modules.values() for part in tensor.parts})
+    if said["peft_type"] == "IA3":
+        ahead = [name for name in modules if _ends(name, said.get("feedforward_modules") or [])]
+        inputs_of = sorted({part.array.name for name in ahead for part in modules[name].parts})
+        return Ia3(targets=tuple(name for name in names if name not in inputs_of), inputs_of=tuple(inputs_of))
+    dora = bool(said.get("use_dora"))
+    layers = {
+        part.array.name: math.prod(part.array.shape[: len(part.at)]) for t in modules.values() for part in t.parts
+    }
+    if dora and sum(len(tensor.parts) for tensor in modules.values()) != sum(layers.values()):
+        raise UserError(f"{folder / CONFIG}: use_dora with some layers alone is not read; merge it with peft")
+    ranks = {name: len(_low_rank(said, own)[0]) for name, own in found.items()}
+    rank = max(ranks.values())
+    scales = {_scale(said, name, ranks[name]) for name in modules}
+    stabilized = bool(said.get("use_rslora"))
+    scale = scales.pop() if len(scales) == 1 else 1.0
+    return Lora(
+        rank=rank,
+        alpha=float(scale * (math.sqrt(rank) if stabilized else rank)),
+        rank_stabilized=stabilized,
+        dora=dora,
+        dropout=float(said.get("lora_dropout") or 0.0),
+        targets=tuple(names),
+    )
+
+
+def _low_rank(said: Mapping[str, Any], found: Mapping[str, Values]) -> tuple[Values, Values, int]:
+    if said["peft_type"] == "ADALORA":
+        return found["lora_A"], found["lora_B"] * found["lora_E"][:, 0], len(found["lora_A"])
+    return found["lora_A.weight"], found["lora_B.weight"], len(found["lora_A.weight"])
+
+
+def _scale(said: Mapping[str, Any], module: str, rank: int) -> float:
+    """Of a module's B A, as peft computes it."""
+    patterns = said.get("alpha_pattern") or {}
+    alpha = next((value for key, value in patterns.items() if _ends(module, [key])), said.get("lora_alpha", 8))
+    if said["peft_type"] == "ADALORA":
+        return float(alpha) / (rank + 1e-5)
+    return float(alpha) / (math.sqrt(rank) if said.get("use_rslora") else rank)
+
+
+def _norm(said: Mapping[str, Any], module: str, found: Mapping[str, Values]) -> float:
+    if "ia3_l" in found:
+        return float(np.linalg.norm(found["ia3_l"].astype(np.float64) - 1))
+    a, b, rank = _low_rank(said, found)
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    square = np.sum((a @ a.T) * (b.T @ b))  # of a product of low rank, which is never made
+    return float(_scale(said, module, rank) * math.sqrt(max(square, 0.0)))
+
+
+def _said(adapter: Adapter, ranks: Mapping[str, int], inputs_of: Sequence[str]) -> dict[str, Any]:
+    """What adapter_config.json has of a kind alone."""
+    match kind := adapter.kind:
+        case Lora() | DyLora() | AdaLora():
+            lora = kind if isinstance(kind, Lora) else Lora(rank=kind.rank, alpha=kind.alpha)
+            grown = {name: rank / kind.rank for name, rank in ranks.items()}
+            root = 0.5 if lora.rank_stabilized else 1.0
+            return {
+                "peft_type": "LORA",
+                "r": lora.rank,
+                "lora_alpha": int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
+                "lora_dropout": lora.dropout,
+                "use_rslora": lora.rank_stabilized,
+                "use_dora": lora.dora,
+                "rank_pattern": dict(ranks),
+                "alpha_pattern": {name: lora.alpha * times**root for name, times in grown.items()},
+            }
+        case Ia3():
+            return {"peft_type": "IA3", "feedforward_modules": list(inputs_of)}
+        case Bottleneck():
+            raise AssertionError("refused before")
+        case _:
+            assert_never(kind)
+
+
+def _endings(folder: Path, said: Mapping[str, Any]) -> list[str]:
+    match said.get("peft_type"):
+        case "LORA":
+            return ["lora_A.weight", "lora_B.weight", *["lora_magnitude_vector"] * bool(said.get("use_dora"))]
+        case "ADALORA":
+            return ["lora_A", "lora_B", "lora_E"]
+        case "IA3":
+            return ["ia3_l"]
+        case other:
+            raise UserError(f"{folder / CONFIG}: peft_type = {other!r} must be LORA, ADALORA or IA3")
+
+
+def _require_known(folder: Path, said: Mapping[str, Any]) -> None:
+    for key, value in said.items():
+        if key not in _KNOWN and value not in _NOTHING:
+            raise UserError(
+                f"{folder / CONFIG}: {key} = {json.dumps(value)[:60]} is not understood; merge it with peft"
+            )
+    begun = said.get("init_lora_weights", True)
+    if not any(begun is known or begun == known for known in _BEGUN):
+        raise UserError(
+            f"{folder / CONFIG}: init_lora_weights = {begun!r} has changed the base too; convert it with peft "
+            "(path_initial_model_for_weight_conversion)"
+        )
+    if said.get("peft_type") == "ADALORA" and said.get("rank_pattern"):
+        raise UserError(f"{folder / CONFIG}: rank_pattern of ADALORA is not read; merge the adapter with peft")
+    kinds: dict[str, Any] = {
+        "lora_alpha": int | float,
+        "lora_dropout": int | float,
+        "alpha_pattern": dict,
+        "modules_to_save": list,
+        "feedforward_modules": list,
+    }
+    for key, kind in kinds.items():
+        if said.get(key) is not None and not isinstance(said[key], kind):
+            raise UserError(f"{folder / CONFIG}: {key} = {json.dumps(said[key])[:60]} is not as peft writes it")
+
+
+def _is_target(folder: Path, said: Mapping[str, Any], module: str) -> bool:
+    """Whether peft puts the adapter at a module, as its `check_target_module_exists` says."""
+    wanted, but = said.get("target_modules"), said.get("exclude_modules") or []
+    if not isinstance(wanted, list) or not isinstance(but, list):
+        raise UserError(
+            f"{folder / CONFIG}: target_modules and exclude_modules must be lists of names; write the names out"
+        )
+    if module in but or _ends(module, but) or not _ends(module, wanted):
+        return False
+    layers = said.get("layers_to_transform")
+    if layers is None:
+        return True
+    number = re.search(r"\.(\d+)\.", module)
+    return number is not None and int(number[1]) in (layers if isinstance(layers, list) else [layers])
+
+
+def _ends(module: str, endings: Sequence[str]) -> bool:
+    return any(module == ending or module.endswith(f".{ending}") for ending in endings)
+
+
+def _short(modules: Sequence[str], everything: Sequence[str]) -> list[str]:
+    """Their last words, where those name no other module."""
+    last = lambda name: name.rpartition(".")[2]
+    words = {last(name) for name in modules}
+    others = {last(name) for name in set(everything) - set(modules)}
+    return sorted(words) if not words & others else sorted(modules)
+
+
+def _full(saved: Sequence[Tensor]) -> tuple[str, ...]:
+    return tuple(sorted({part.array.name for tensor in saved for part in tensor.parts}))
+
+
+def _require_shape(folder: Path, name: str, values: Values, shape: tuple[int, ...]) -> None:
+    if values.shape != shape:
+        raise UserError(
+            f"{folder / FILE}: {name} has the shape {list(values.shape)}, for this base it must be {list(shape)}; use "
+            "the model that the adapter was trained on"
+        )
