@@ -17,8 +17,10 @@ from train_runs import rows
 
 from maxlm import evaluate
 from maxlm.checkpoint.state_hash import state_hash
+from maxlm.checkpoint.store import Store
 from maxlm.config import (
     AdamW,
+    Adapter,
     BinaryReward,
     ByteTokenizer,
     CheckpointConfig,
@@ -153,6 +155,19 @@ def test_dpo_begins_at_its_reference_and_goes_on_to_the_same_state(folder: Path,
     files = list((folder / "data-preference").glob("reference-*.npy"))
     assert len(files) == 2  # of either split
     goes_on_as_it_went(config)
+
+
+@pytest.mark.nightly
+def test_under_an_adapter_is_its_reference(folder: Path, taught: Path) -> None:
+    """Nothing is read beside the state; where a part of the base trains as a whole, the base is."""
+    for adapter in (Adapter(), Adapter(full=("final_norm/*",))):
+        place = folder / f"adapter{len(adapter.full)}"
+        config = from_run(run_config(folder, Preference(), Purpose.PREFERENCE, run_dir=str(place)), taught)
+        run(dataclasses.replace(config, model=dataclasses.replace(config.model, adapter=adapter)), recipe)
+        first, *_, last = rows(place)
+        assert first["loss"] == pytest.approx(np.log(2), rel=1e-6) and first["reward_accuracy"] == 0.5
+        assert last["reward_margin"] != 0
+        assert ("frozen" in Store().record(place / "checkpoints" / "4").meta) == bool(adapter.full)
 
 
 REST: dict[str, tuple[Task, Purpose, Any, list[str]]] = {
