@@ -48,6 +48,10 @@ from maxlm.config.adapter import (
     DyLora,
     Ia3,
     Lora,
+    LstmEncoder,
+    MlpEncoder,
+    Prefix,
+    Prompt,
 )
 from maxlm.config.attention import Attention, FixedPattern, GroupedQuery, LatentAttention, QkNorm, StridedPattern
 from maxlm.config.chosen import ChosenModel
@@ -155,6 +159,10 @@ from maxlm.config.speculation import DraftModel, Medusa, PromptLookup, Speculati
 from maxlm.config.task import Gold, Pretrain, Sft, Task, TrainMedusa
 
 __all__ = [
+    "LstmEncoder",
+    "MlpEncoder",
+    "Prefix",
+    "Prompt",
     "ACTIVATION_DIMS",
     "ALL_LINEAR",
     "CUT_BY_FSDP",
