@@ -1,4 +1,4 @@
-"""Seconds to save and restore a state of random float32 arrays, as one JSON line.
+"""Seconds to save and restore a state of random float32 arrays, stacks of layers, as one JSON line.
 
     python -m benchmarks.checkpoint [--megabytes 512] [--folder DIR]
 
@@ -6,6 +6,7 @@ save_blocks_s        until `save` returns and training goes on
 save_s               until the step is finished, manifest included
 restore_s            with every checksum compared (the files lie in the page cache)
 restore_unverified_s without
+files                of the step, manifest included
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import numpy as np
 from maxlm.checkpoint.checkpointer import Checkpointer
 from maxlm.config import CheckpointConfig
 
-_ARRAYS = 16
+_ARRAYS, _LAYERS, _ROWS = 16, 8, 1024
 
 
 def main() -> None:
@@ -32,16 +33,17 @@ def main() -> None:
     parser.add_argument("--folder", default=None, help="where to write; default: the system's temporary folder")
     options = parser.parse_args()
     rng = np.random.default_rng(0)
-    size = options.megabytes * 2**20 // 4 // _ARRAYS
-    params = {f"w{i}": jax.device_put(rng.standard_normal(size, np.float32)) for i in range(_ARRAYS)}
+    shape = (_LAYERS, _ROWS, options.megabytes * 2**20 // 4 // _ARRAYS // _LAYERS // _ROWS)
+    params = {f"w{i}": jax.device_put(rng.standard_normal(shape, np.float32)) for i in range(_ARRAYS)}
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         with Checkpointer(Path(folder), CheckpointConfig()) as saved:
             began = time.perf_counter()
-            saved.save(1, params=params, optimizer={}, meta={"data": {}})
+            saved.save(1, params=params, optimizer={}, meta={"data": {}}, stacks=params.keys())
             blocks = time.perf_counter() - began
             saved.wait()
             save = time.perf_counter() - began
+        files = sum(path.is_file() for path in Path(folder).rglob("*"))
         restore = {verify: seconds_to_restore(Path(folder), shapes, verify) for verify in (False, True)}
     result = {
         "megabytes": options.megabytes,
@@ -49,6 +51,7 @@ def main() -> None:
         "save_s": round(save, 2),
         "restore_s": round(restore[True], 2),
         "restore_unverified_s": round(restore[False], 2),
+        "files": files,
         "cores": os.cpu_count(),
         "jax": jax.__version__,
     }

@@ -30,8 +30,13 @@ It ends with what it wrote: the number of parameters, a checksum of all of them 
 installed, the largest difference of its logits to ours. On the way the vocabulary may grow or shrink."""
 
 
-_TARGETS = {"hf": "hf:DIR (a published model)", "run": "run:DIR (a run folder)"}
+_TARGETS = {
+    "hf": "hf:DIR (a published model)",
+    "run": "run:DIR (a run folder)",
+    "peft": "peft:DIR (an adapter, as the package peft has it)",
+}
 _SOURCES = _TARGETS | {"gguf": "gguf:FILE (a published model in one file)"}
+_HAVE_MODELS = ("hf", "gguf", "run")
 
 
 class FileDtype(enum.Enum):
@@ -55,11 +60,15 @@ class NewRows(enum.Enum):
 class ConvertOptions:
     """From where, to where, and in which number format."""
 
-    source: Annotated[str, tyro.conf.arg(name="from", metavar="hf:DIR|gguf:FILE|run:DIR")]
+    source: Annotated[str, tyro.conf.arg(name="from", metavar="hf:DIR|gguf:FILE|run:DIR|peft:DIR")]
     """The model: hf: and the folder of a published one, gguf: and a file of one, or run: and a run folder, or one of
-    its checkpoints, run:RUN_DIR/checkpoints/STEP."""
-    target: Annotated[str, tyro.conf.arg(name="to", metavar="hf:DIR|run:DIR")]
-    """A new folder. A run's parameters are float32, and can be asked, exported and started from."""
+    its checkpoints, run:RUN_DIR/checkpoints/STEP; or peft: and the folder of an adapter, with --base."""
+    target: Annotated[str, tyro.conf.arg(name="to", metavar="hf:DIR|run:DIR|peft:DIR")]
+    """A new folder. A run's parameters are float32, and can be asked, exported and started from. An adapter that the
+    model has is merged with its base, but for peft:DIR, which has it alone."""
+    base: Annotated[PathName | None, tyro.conf.arg(metavar="hf:DIR|gguf:FILE|run:DIR")] = None
+    """The model that the adapter of --from peft:DIR was trained on. To run:DIR goes the adapter alone, which reads its
+    base where that is."""
     dtype: FileDtype | None = None
     """Number format of the files of hf:DIR; None: that of the source, where float32 loses nothing of a run
     or of quantised weights."""
@@ -94,19 +103,35 @@ def main(argv: list[str]) -> None:
     source_kind, source = _place("--from", options.source, _SOURCES)
     target_kind, target = _place("--to", options.target, _TARGETS)
 
-    if target_kind == "run" and options.dtype is not None:
-        raise UserError("--dtype is of files of hf:DIR; a run folder has float32: leave it out")
+    if target_kind != "hf" and options.dtype is not None:
+        raise UserError("--dtype is of files of hf:DIR; all others have float32: leave it out")
+    if (source_kind == "peft") != (options.base is not None):
+        raise UserError("--base names the model under the adapter of --from peft:DIR; give both or neither")
 
-    from maxlm.hub import converting  # imports jax: --help stays instant
+    from maxlm.hub import adapted, converting  # imports jax: --help stays instant
     from maxlm.hub.folder import VOCABULARIES, require_new
     from maxlm.hub.models import KINDS
 
     require_new(target)
     give_back_freed_arrays()
-    if source_kind == "run":
+    lines: list[str] = []
+    if source_kind == "peft":
+        _place("--base", options.base or "", {kind: _SOURCES[kind] for kind in _HAVE_MODELS})
+        model, lines = adapted.open_on_base(source, options.base or "")
+    elif source_kind == "run":
         model = converting.open_run(source)
     else:
         model = converting.open_published(KINDS[source_kind](source))
+    if target_kind == "peft" or (source_kind, target_kind) == ("peft", "run"):
+        if target_kind == "peft":
+            lines = list(adapted.write_adapter(model, target))
+        else:
+            adapted.write_adapter_run(model, target)
+        print("\n".join([f"{options.target} is written, the adapter alone", *lines]))
+        return
+    if model.model.adapter is not None:
+        model = adapted.merge(model)
+        print("\n".join([*lines, "the adapter is merged with its base"]))
     with tempfile.TemporaryDirectory() as scratch:
         model = _with_tokens(options, model, Path(scratch))
         if target_kind == "hf":

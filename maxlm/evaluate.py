@@ -146,7 +146,13 @@ def _measure(options: EvaluateOptions, run: LoadedRun) -> None:
     config = dataclasses.replace(run.config, train=train, data=data)
     config.validate(run.layout.mesh.size)
     try:
-        batches = open_batches(config.data, batch_size=train.batch_size, seq_len=train.seq_len, split=Split.VALIDATION)
+        batches = open_batches(
+            config.data,
+            batch_size=train.batch_size,
+            seq_len=train.seq_len,
+            split=Split.VALIDATION,
+            virtual=config.model.virtual_tokens,
+        )
     except UserError as error:
         raise error if options.data else UserError(f"{error}; or name other data with --data DIR") from error
     if batches.tokenizer.fingerprint != run.tokenizer.fingerprint:

@@ -36,8 +36,8 @@ class ServeOptions:
     name: str | None = None
     """What requests call the model; None: the name of its folder or file."""
     adapter: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME=DIR")] = ()
-    """Run folder with an adapter of the model, or a folder as peft writes them; requests ask for it by the name. Give
-    it once for each."""
+    """An adapter of the model, which requests ask for by the name: a run folder, or a folder of peft; or a sum,
+    NAME=0.7*DIR+0.3*DIR. As often as there are adapters."""
     host: str = "127.0.0.1"
     """Address to listen at. By default only programs on this machine can ask; 0.0.0.0: all that reach it."""
     port: Annotated[int, Range(ge=0, le=65535, note="0 takes any that is free")] = 8000
@@ -84,7 +84,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"serving needs {', '.join(missing)}; {pip_install(*missing)}")
 
     from maxlm.compile_cache import enable_compilation_cache  # these import jax: --help stays instant
-    from maxlm.hub.models import load_adapters, load_chosen, load_draft
+    from maxlm.hub.adapted import load_adapters
+    from maxlm.hub.models import load_chosen, load_draft
     from maxlm.serving.app import Service
     from maxlm.serving.listening import DrainingServer, bind_address, is_loopback
     from maxlm.serving.loading import serve_model

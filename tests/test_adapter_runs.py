@@ -39,7 +39,8 @@ from maxlm.config import (
     serialize,
 )
 from maxlm.data.tokenizers import Bytes
-from maxlm.hub.models import load_adapters, open_base
+from maxlm.hub.adapted import load_adapters
+from maxlm.hub.models import open_base
 from maxlm.inference.load import deferred_run
 from maxlm.models.weights.normal_float import NormalFloat4
 from maxlm.recipes.pretrain import FileFeed

@@ -232,8 +232,9 @@ def test_a_sum_of_adapters_adds_what_each_adds() -> None:
     adapter, found = weighted_sum([Weighted(one, both[0][PREFIX], 0.7), Weighted(two, both[1][PREFIX], -2.0)])
     model = dataclasses.replace(small_model(), adapter=adapter)
     base = base_tree(both[0])
+    merge = jax.jit(merged, static_argnums=0)
     difference = lambda model, arrays: jax.tree.map(
-        lambda new, old: np.asarray(new, np.float64) - old, merged(model, {**base, PREFIX: arrays}), base
+        lambda new, old: np.asarray(new, np.float64) - old, merge(model, {**base, PREFIX: arrays}), base
     )
     expected = jax.tree.map(
         lambda x, y: 0.7 * x - 2 * y, difference(one, both[0][PREFIX]), difference(two, both[1][PREFIX])
@@ -245,3 +246,58 @@ def test_a_sum_of_adapters_adds_what_each_adds() -> None:
         difference(half, both[0][PREFIX]),
         difference(one, both[0][PREFIX]),
     )
+
+
+@pytest.mark.nightly
+def test_adalora_drops_the_triplets_of_least_importance() -> None:
+    """Against its equations in numpy, from what the step before left and the gradients of a step by itself."""
+    kind = AdaLora(rank=4, target_rank=2, warmup=1, final=2, every=1, orthogonality=0.3)
+    config = small_run(with_adapter(kind, small_model()), steps=8)
+    config = dataclasses.replace(
+        config, optimizer=AdamW(learning_rate=0.01, schedule=ConstantSchedule(), weight_decay=0.0)
+    )
+    trainer, batch = make_trainer(config, one_device()), packed_batch(config)
+    step, state = trainer.start()
+    gradient = jax.jit(gradient_function(config, one_device()))
+    flat = lambda x, rank_last: np.moveaxis(np.asarray(x, np.float64), -1 if rank_last else 1, 1).reshape(2, 4, -1)
+    last: Any = None
+    for t in range(8):
+        before = jax.tree.map(lambda x: np.array(x, np.float64), state.parameters[PREFIX]["blocks"]["0"]["attention"])
+        _, slopes = gradient(state.parameters, {k: jnp.asarray(x) for k, x in batch.items()})
+        slopes = jax.tree.map(lambda x: np.asarray(x, np.float64), slopes[PREFIX]["blocks"]["0"]["attention"])
+        state, output = step(state, place(batch, trainer))
+        scores, penalty = [], 0.0
+        after = jax.tree.map(np.array, state.parameters[PREFIX]["blocks"]["0"]["attention"])
+        for name in ("q_proj", "v_proj"):
+            score = np.zeros((2, 4))
+            for part in ("a", "b", "diagonal"):
+                w = flat(before[name][part], part == "a") if part != "diagonal" else before[name][part][..., None]
+                g = flat(slopes[name][part], part == "a") if part != "diagonal" else slopes[name][part][..., None]
+                g = g / float(np.sum(batch["loss_mask"]))
+                if part != "diagonal":
+                    excess = np.einsum("lri,lsi->lrs", w, w) - np.eye(4)
+                    penalty += (excess**2).sum()
+                    g += 0.3 * 4 * np.einsum("lrs,lsi->lri", excess, w)
+                old = [before[name][f"{part}_{mean}"] for mean in ("importance", "uncertainty")]
+                i, u = (flat(x, part == "a") if part != "diagonal" else x[..., None] for x in old)
+                i = 0.85 * i + 0.15 * np.abs(w * g)
+                u = 0.85 * u + 0.15 * np.abs(np.abs(w * g) - i)
+                score += (i * u).mean(-1)
+                found = after[name][f"{part}_importance"]
+                found = flat(found, part == "a") if part != "diagonal" else found[..., None]
+                np.testing.assert_allclose(found, i, rtol=2e-3, atol=1e-9)
+            scores.append(score)
+        np.testing.assert_allclose(output.figures["orthogonality"], penalty, rtol=1e-4)
+        mean_rank = 2 + 2 * (1 - np.clip((t - 1) / (8 - 1 - 2), 0, 1)) ** 3
+        here = np.stack([after[name]["diagonal"] for name in ("q_proj", "v_proj")]) != 0
+        if 1 <= t <= 6:
+            ranked = np.sort(np.concatenate(scores).ravel())[::-1]
+            expected = np.stack(scores) >= ranked[round(4 * mean_rank) - 1] * (1 - 1e-6)
+            np.testing.assert_array_equal(here, expected)
+        if t == 7:
+            np.testing.assert_array_equal(here, last)
+        last = here
+        assert float(output.figures["adapter_rank"]) == here.sum() / 4
+    assert here.sum() == 8
+    with pytest.raises(UserError, match=r"warmup = 1 and final = 2 leave none of train.steps = 3"):
+        make_trainer(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=3)), one_device())

@@ -18,17 +18,23 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import tensorstore
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
+from run_folder import make_run, parameters_of
 from xla_flags import xla_flags
 
 from maxlm.checkpoint import manifest, retention, store
 from maxlm.checkpoint.checkpointer import Checkpointer
 from maxlm.checkpoint.store import Deferred
 from maxlm.config import CheckpointConfig, UserError
+from maxlm.data.tokenizers import Bytes
 from maxlm.hub.models import pieces_of
 from maxlm.hub.names import Piece
-from maxlm.inference.load import deferred_run, load_run
+from maxlm.inference.load import ONE_DEVICE, deferred_run, load_run
 from maxlm.shapes import Array, Constant, Part, Role, arrays
+from maxlm.sharding import make_layout
+from maxlm.training.keeper import Keeper
+from maxlm.training.state import init_state
 
 RNG = np.random.default_rng(0)
 ARRAYS: dict[str, np.ndarray] = {
@@ -92,7 +98,7 @@ def test_written_by_layer(written: Path) -> None:
 
 
 def test_what_was_written_whole_is_read_whole(tmp_path: Path) -> None:
-    """As training writes it: by layer only where the layers were on devices of their own."""
+    """By layer only where the layers were on devices of their own."""
     mesh = jax.make_mesh((2,), ("a",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     these = {name: ARRAYS[name] for name in ("half", "whole", "counts", "flags", "scalar")}
     cut = {"half": PartitionSpec("a"), "whole": PartitionSpec(None, "a")}
@@ -105,6 +111,55 @@ def test_what_was_written_whole_is_read_whole(tmp_path: Path) -> None:
         same(opened[name].read(None), array)
     for number in opened["half"].numbers:
         same(opened["half"].read(number), these["half"][number])
+
+
+@pytest.mark.parametrize("cut", [(), ("a",), (None, "a"), (None, None, "a")], ids=str)
+def test_training_writes_large_layers_apart(tmp_path: Path, cut: tuple[str | None, ...]) -> None:
+    """However the stack is cut over devices; no chunk is of two layers, or larger than the limit of a chunk."""
+    mesh = jax.make_mesh((2,), ("a",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    draw = np.random.default_rng(1)
+    large, small = draw.standard_normal((2, 512, 512), np.float32), draw.standard_normal((3, 511, 512), np.float32)
+    these = {"large": large, "small": small, "table": large.reshape(1024, 512)}
+    spec = {"large": PartitionSpec(*cut)}
+    put = {
+        name: jax.device_put(one, NamedSharding(mesh, spec.get(name, PartitionSpec()))) for name, one in these.items()
+    }
+    with pytest.MonkeyPatch.context() as patch, Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
+        patch.setattr(store, "_CHUNK_BYTES", 1 << 19)
+        checkpointer.save(3, params=put, optimizer={}, meta={}, stacks=("large", "small", "absent"))
+        checkpointer.wait()
+        restored = checkpointer.restore_latest(params=wanted(these), optimizer={})
+    opened = open_deferred(tmp_path, these)
+    assert {name: one.by_layer for name, one in opened.items()} == {"large": True, "small": False, "table": False}
+    chunk = (
+        tensorstore.open(
+            {
+                "driver": "zarr",
+                "kvstore": {"driver": "ocdbt", "base": f"file://{tmp_path}/3/params/", "path": "large/"},
+            }
+        )
+        .result()
+        .chunk_layout.read_chunk.shape
+    )
+    assert chunk[0] == 1 and np.prod(chunk) * 4 <= 1 << 19
+    for name, array in these.items():
+        same(restored.params[name], array)
+        same(opened[name].read(None), array)
+    same(opened["large"].read(1), large[1])
+
+
+def test_a_run_keeps_its_stacks_by_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What training saves, `deferred_run` reads layer by layer."""
+    monkeypatch.setattr(store, "_LAYER_BYTES", 1)
+    config = make_run(tmp_path)
+    layout = make_layout(ONE_DEVICE, jax.devices()[:1])
+    identity = {"data": "", "tokenizer": Bytes().fingerprint}
+    with Keeper(config, layout, identity, allow_change=(), warn=lambda line: None) as keeper:
+        keeper.save(init_state(parameters_of(config), {}), 3)
+    run = deferred_run(Path(config.run_dir), step=3)
+    by_name = store.named_leaves(run.parameters)
+    for array in arrays(config.model):
+        assert by_name[array.name].by_layer == (array.dims[0] == "layers"), array.name
 
 
 def test_a_run_of_an_earlier_version() -> None:

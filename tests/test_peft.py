@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import peft_reference
+import published
 import pytest
 import safetensors.numpy
 from helpers import one_device
 from published import MODELS, ids
+from run_folder import BYTE_MODEL, make_run
 
-from maxlm.config import Dtype, ExecutionConfig, ModelConfig
+import maxlm
+from maxlm import convert
+from maxlm.config import Adapter, ChosenModel, Dtype, ExecutionConfig, Lora, ModelConfig, UserError
+from maxlm.hub.adapted import load_adapters
 from maxlm.hub.families import FAMILIES
-from maxlm.hub.folder import open_folder
+from maxlm.hub.folder import family_of, open_folder
 from maxlm.hub.models import pieces_of
 from maxlm.hub.names import Names
-from maxlm.hub.peft import FILE, PeftAdapter, over, read_peft, write_peft
+from maxlm.hub.peft import CONFIG, FILE, PeftAdapter, over, read_peft, write_peft
 from maxlm.inference.language_model import LanguageModel
-from maxlm.models import abstract_parameters
+from maxlm.models import abstract_parameters, declared
+from maxlm.models.adapters import begin
+from maxlm.models.merging import merged
+from maxlm.shapes import PREFIX, Part
 
 
 def opened(name: str, folder: Path) -> tuple[ModelConfig, Any, Names, PeftAdapter]:
@@ -37,13 +48,19 @@ def logits(model: ModelConfig, parameters: Any) -> np.ndarray:
     return np.asarray(LanguageModel(model, ExecutionConfig(dtype=Dtype.FLOAT32), one_device(), parameters)(ids()))
 
 
-@pytest.mark.parametrize("name", peft_reference.ADAPTERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("dora", "fused", "patterns", "ia3") else pytest.param(name, marks=pytest.mark.nightly)
+        for name in peft_reference.ADAPTERS
+    ],
+)
 def test_logits_are_those_of_peft(name: str, tmp_path: Path) -> None:
     base, parameters, names, read = opened(name, tmp_path)
     model, parameters = over(base, parameters, read)
     found, theirs = logits(model, parameters), peft_reference.reference(name)
     np.testing.assert_allclose(found, theirs, atol=2e-4 * np.abs(theirs).max())
-    assert np.abs(logits(base, {k: v for k, v in parameters.items() if k != "adapter"}) - theirs).max() > 0.1
+    assert np.abs(published.logits(peft_reference.ADAPTERS[name][0]) - theirs).max() > 0.1
     assert all(norm > 0 for norm in read.norms.values())
     write_peft(tmp_path / "again", model, pieces_of(parameters), names, base=None)
     again = read_peft(tmp_path / "again", base, names)
@@ -53,3 +70,68 @@ def test_logits_are_those_of_peft(name: str, tmp_path: Path) -> None:
         if name != "patterns":  # there layers without an adapter get one of zeros
             assert old.keys() == new.keys()
             assert all(np.allclose(old[key], new[key], rtol=1e-6) for key in old)
+
+
+def test_what_does_not_fit_the_base_is_refused(tmp_path: Path) -> None:
+    model, _, names, _ = opened("lora", tmp_path)
+    said = json.loads((tmp_path / "adapter" / CONFIG).read_text())
+    tensors = safetensors.numpy.load_file(tmp_path / "adapter" / FILE)
+    first, *others = sorted(tensors)
+
+    def refused(match: str, tensors: dict[str, np.ndarray] = tensors, base: ModelConfig = model, **more: Any) -> None:
+        (tmp_path / "adapter" / CONFIG).write_text(json.dumps(said | more))
+        safetensors.numpy.save_file(tensors, tmp_path / "adapter" / FILE, {"format": "pt"})
+        with pytest.raises(UserError, match=match):
+            read_peft(tmp_path / "adapter", base, names)
+
+    refused(rf"tensors are not those .*{first} is missing$", {name: tensors[name] for name in others})
+    refused(r"v_proj.lora_A.default.weight is not expected", tensors | {"v_proj.lora_A.default.weight": tensors[first]})
+    refused(r"lora_A.weight is not expected", target_modules=["v_proj"])
+    refused(r"layers.0.* is missing.*\.\.\. and \d+ more", {first: tensors[first]})
+    refused(r"has the shape \[3, 32\], for this base it must be \[3, 16\]", base=dataclasses.replace(model, d_model=16))
+    refused(r"is missing", base=dataclasses.replace(model, n_layers=4))
+    refused(r"peft_type = 'LOHA' must be LORA", peft_type="LOHA")
+    refused(r"bias = \"all\" is not understood", bias="all")
+    refused(r"init_lora_weights = 'pissa' has changed the base", init_lora_weights="pissa")
+    refused(r"must be lists of names", target_modules=".*_proj")
+    refused(r"lora_alpha = \"5\" is not as peft writes it", lora_alpha="5")
+
+
+def test_the_command_converts_both_ways_and_merges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "base").mkdir()
+    base = make_run(tmp_path / "base", model=BYTE_MODEL)
+    run = maxlm.load_run(base.run_dir)
+    made = dataclasses.replace(base.model, adapter=Adapter(kind=Lora(rank=2, alpha=3.0)))
+    rng = np.random.default_rng(0)
+    vary = lambda array, x: x + rng.standard_normal(x.shape, np.float32) if array.part is Part.ADAPTER else x
+    parameters = jax.tree.map(vary, declared(made), begin(made, run.parameters, jax.random.key(0)))
+    names = family_of(base.model)[0].names_of(base.model)
+    write_peft(tmp_path / "peft", made, pieces_of(parameters), names, base=None)
+    expected = logits(made, parameters)
+
+    go = lambda *arguments: convert.main([word.format(at=tmp_path) for word in arguments])
+    go("--from", "peft:{at}/peft", "--base", "run:{at}/base/run", "--to", "run:{at}/adapted")
+    assert "modules, norms of what the adapter adds from" in capsys.readouterr().out
+    adapted = maxlm.load_run(tmp_path / "adapted")
+    np.testing.assert_allclose(logits(adapted.config.model, adapted.parameters), expected, atol=1e-5)
+    sizes = lambda name: sum(file.stat().st_size for file in (tmp_path / name / "checkpoints").rglob("*"))
+    assert sizes("adapted") < sizes("base/run") / 3
+    go("--from", "run:{at}/adapted", "--to", "peft:{at}/again")
+    old, new = (safetensors.numpy.load_file(tmp_path / one / FILE) for one in ("peft", "again"))
+    assert old.keys() == new.keys() and all(np.array_equal(old[key], new[key]) for key in old)
+    go("--from", "run:{at}/adapted", "--to", "run:{at}/merged")
+    assert "the adapter is merged with its base" in capsys.readouterr().out
+    whole = maxlm.load_run(tmp_path / "merged")
+    assert whole.config.model.adapter is None
+    np.testing.assert_allclose(logits(whole.config.model, whole.parameters), expected, atol=1e-4)
+    with pytest.raises(UserError, match="has no adapter"):
+        go("--from", "run:{at}/base/run", "--to", "peft:{at}/none")
+
+    found = load_adapters(
+        ChosenModel(run=base.run_dir),
+        [f"peft={tmp_path}/peft", f"sum=0.25*{tmp_path}/peft+0.5*{tmp_path}/adapted"],
+    )
+    change = lambda one: merged(one.model, {**run.parameters, PREFIX: one.parameters})["blocks"]["0"]["attention"]
+    before = run.parameters["blocks"]["0"]["attention"]["q_proj"]
+    one, both = (np.asarray(change(found[name])["q_proj"] - before) for name in ("peft", "sum"))
+    np.testing.assert_allclose(both, 0.75 * one, atol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from helpers import small_run
 from train_runs import rows, scalars
 
+from maxlm.checkpoint.reference import read_reference
 from maxlm.checkpoint.state_hash import state_hash
 from maxlm.checkpoint.store import Store
 from maxlm.config import AdamW, CheckpointConfig, ConstantSchedule, ObserveConfig, RunConfig, UserError
@@ -104,7 +106,7 @@ def train(run_dir: Path, *, stop_at: int | None = None, teacher: Path | None = N
             objective=objective,
             feed=Points(objective, layout, stop_at),
             measures=(Distance(),),
-            frozen=None if teacher is None else str(teacher),
+            frozen=None if teacher is None else functools.partial(read_reference, str(teacher)),
             outcome=lambda step, state: (step, Distance()(step, state)["distance_l2"]),
         )
 

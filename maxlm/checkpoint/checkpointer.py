@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,13 +111,16 @@ class Checkpointer:
             ) from error
         self._identity = _identity(self._folder.parent)
 
-    def save(self, step: int, *, params: Tree, optimizer: Tree, meta: dict[str, Any]) -> None:
+    def save(
+        self, step: int, *, params: Tree, optimizer: Tree, meta: dict[str, Any], stacks: Collection[str] = ()
+    ) -> None:
         """Write a step in the background; returns once the arrays are copied to the host, so they may be donated.
 
         Leaves must be jax arrays that span all devices (scalars too, with several processes). Waits first for an
         earlier save. Does nothing if this run just wrote or restored `step`. Steps newer than the one this run
         continued from (refused as damaged, or left behind by going back) are set aside, not deleted, and so are steps
-        without a manifest.
+        without a manifest. `stacks` are the paths of parameters whose first dim is that of layers, which are written
+        to be read layer by layer.
 
         Raises:
             UserError: this save could not begin, or the one before it failed.
@@ -132,7 +135,7 @@ class Checkpointer:
                     raise moved
                 self._folder.mkdir(parents=True, exist_ok=True)
                 self._clear_the_way(step)
-            self._store.begin(path, {"params": params, "optimizer": optimizer}, meta)
+            self._store.begin(path, {"params": params, "optimizer": optimizer}, meta, stacks=stacks)
         except (TypeError, UserError):
             raise
         except Exception as error:

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,9 @@ class Deferred:
 
 
 _CHUNK_BYTES, _FILE_BYTES = 1 << 25, 1 << 26
-"""Of a deferred array: what is compressed at a time, and what a file holds, which waits in memory until it is full."""
+"""What is compressed at a time; and what a file holds of deferred arrays, which waits in memory until it is full."""
+_LAYER_BYTES = 1 << 20
+"""Of a stack whose layers are smaller, they share chunks: each chunk costs time, and all of the stack little memory."""
 
 
 class _DeferredHandler(ocp.type_handlers.NumpyHandler):
@@ -136,10 +138,13 @@ class Store:
         self._links: dict[Path, Path] = {}
         self._stack = contextlib.ExitStack()
 
-    def begin(self, path: Path, items: Mapping[str, Tree], meta: dict[str, Any]) -> None:
+    def begin(
+        self, path: Path, items: Mapping[str, Tree], meta: dict[str, Any], *, stacks: Collection[str] = ()
+    ) -> None:
         """Start to write the step `path`; returns when the arrays have been copied and may be donated or changed.
 
-        Where leaves are `Deferred`, all of them are, and it returns when they are written.
+        Where leaves are `Deferred`, all of them are, and it returns when they are written. `stacks` names the arrays of
+        any item whose first dim is that of layers: each large layer gets chunks of its own, to be read alone.
         """
         named = {item: named_leaves(tree) for item, tree in items.items()}
         for item, leaves in named.items():
@@ -152,7 +157,10 @@ class Store:
         if any(isinstance(leaf, Deferred) for leaves in named.values() for leaf in leaves.values()):
             self._write_deferred(path, named, body)
             return
-        arrays = {item: ocp.args.PyTreeSave(leaves) for item, leaves in named.items()}
+        arrays = {
+            item: ocp.args.PyTreeSave(leaves, {name: _chunks(leaf, name in stacks) for name, leaf in leaves.items()})
+            for item, leaves in named.items()
+        }
         self._orbax.save(self._address(path), args=ocp.args.Composite(meta=ocp.args.JsonSave(body), **arrays))
 
     def _write_deferred(self, path: Path, items: Mapping[str, Mapping[str, Deferred]], body: dict[str, Any]) -> None:
@@ -280,6 +288,12 @@ class Store:
             link.symlink_to(path.parent, target_is_directory=True)
             self._links[path.parent] = link
         return self._links[path.parent] / path.name
+
+
+def _chunks(leaf: jax.Array, is_stack: bool) -> ocp.SaveArgs:
+    """How a device's part of an array is cut: large layers from each other, and what is large still further."""
+    apart = is_stack and leaf.nbytes // leaf.shape[0] >= _LAYER_BYTES
+    return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if apart else ())
 
 
 def named_leaves(tree: Tree) -> dict[str, Any]:

@@ -25,6 +25,7 @@ PARAMETER_DIMS: dict[str, Axes] = {
     "mlp": ("tensor",),
     "experts": ("expert",),
     "router": (),  # a router's scores of all experts: small, so everywhere
+    "classes": (),  # of a head that tells texts apart
     "positions": (),
     "buckets": (),  # of a learned bias by distance
     "sinusoids": (),  # of a distance

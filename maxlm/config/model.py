@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import InitVar, field
-from typing import Annotated, Any
+from typing import Annotated, Any, assert_never
 
 from maxlm.config.adapter import Adapter
 from maxlm.config.attention import Attention
@@ -127,8 +127,40 @@ class LmHead:
 class ScalarHead:
     """One number for each position, as reward and value models have it (arXiv:2203.02155, section 3.5)."""
 
+    lm: LmHead | None = None
+    """Logits over the vocabulary too, for a loss of the text beside that of the numbers; None: none."""
 
-Head = LmHead | ScalarHead
+
+@config("model.head.", changes=Changes.IDENTITY)
+class ClassHead:
+    """A number for each class at each position, of which a softmax makes probabilities (GPT-1's l_y = h W_y, Radford et
+    al. 2018, section 3.2)."""
+
+    n_classes: Annotated[int, Range(ge=2)]
+    """Classes, counted from 0."""
+    lm: LmHead | None = None
+    """As of `ScalarHead`."""
+
+
+class Pooling(enum.Enum):
+    """Which states of a text become its vector."""
+
+    MEAN = "mean"
+    """The mean of all tokens' states."""
+    LAST = "last"
+    """The state of the last token, which alone has seen all others."""
+
+
+@config("model.head.", changes=Changes.IDENTITY)
+class EmbedHead:
+    """Vectors of texts. One number is learned beside the decoder, by which cosines are multiplied in training: it
+    begins as log(1 / 0.07) and is kept at or below log(100) (CLIP, arXiv:2103.00020, section 2.5)."""
+
+    pooling: Pooling = Pooling.MEAN
+    """Of which states, in training and wherever the model is used."""
+
+
+Head = LmHead | ScalarHead | ClassHead | EmbedHead
 
 
 @config("model.medusa.", changes=Changes.IDENTITY)
@@ -229,7 +261,7 @@ class ModelConfig:
                 "model.blocks and model.first_blocks have DeepNorm beside another residual; its constants are those of "
                 "a whole model: use one DeepNorm for all"
             )
-        if self.mup_base_width is not None and isinstance(self.head, LmHead) and self.head.normalized:
+        if self.mup_base_width is not None and self.lm_head is not None and self.lm_head.normalized:
             raise UserError(
                 "model.mup_base_width has no rule for model.head.normalized = True, whose rows have one length at any "
                 "width; use one of the two"
@@ -301,9 +333,22 @@ class ModelConfig:
         return noisy or (self.adapter is not None and self.adapter.draws)
 
     @property
+    def lm_head(self) -> LmHead | None:
+        """What makes logits over the vocabulary, be it beside another head; None: nothing."""
+        match self.head:
+            case LmHead():
+                return self.head
+            case ScalarHead() | ClassHead():
+                return self.head.lm
+            case EmbedHead():
+                return None
+            case _:
+                assert_never(self.head)
+
+    @property
     def tied(self) -> bool:
         """Whether the embedding table multiplies hidden states too."""
-        return isinstance(self.head, LmHead) and self.head.tied
+        return self.lm_head is not None and self.lm_head.tied
 
 
 def padded_vocabulary(ids: int, parts: int = 1) -> int:

@@ -13,10 +13,11 @@ from maxlm.config.errors import UserError
 from maxlm.config.execution import ExecutionConfig
 from maxlm.config.fields import Changes, NotEmpty, NotNegative, PathName, Positive, Range, Seed, config, shown
 from maxlm.config.layout_rules import broken_layout_rules
-from maxlm.config.model import LmHead, ModelConfig
+from maxlm.config.model import ModelConfig
 from maxlm.config.optimizer import AdamW, OptimizerConfig
 from maxlm.config.sharding import ShardingConfig
 from maxlm.config.task import Pretrain, Task, TrainMedusa
+from maxlm.config.task_rules import broken_task_rules
 
 _HELD_OUT_TOKENS = 2**20
 
@@ -195,10 +196,9 @@ class RunConfig:
                 f"train.seq_len = {train.seq_len} is longer than model.max_seq_len = {model.max_seq_len}; "
                 f"use at most {model.max_seq_len} or raise model.max_seq_len"
             )
-        if isinstance(self.task, Pretrain) and not isinstance(model.head, LmHead):
-            failures.append(
-                f"model.head = {type(model.head).__name__} gives no logits, which task = Pretrain learns; use LmHead"
-            )
+        failures += broken_task_rules(
+            self.task, model, init_from=self.checkpoint.init_from, sample_tokens=self.observe.sample_tokens
+        )
         if isinstance(self.task, TrainMedusa):
             failures += self._failures_of_medusa()
         elif model.medusa is not None:

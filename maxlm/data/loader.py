@@ -46,14 +46,22 @@ class Batches:
         seq_len: int,
         split: Split,
         texts: bool,
+        virtual: int,
     ) -> None:
         self.batch_size, self.seq_len, self.split = batch_size, seq_len, split
         self.tokenizer = opened[0].tokenizer
-        self._windows = [_windows(data, split, seq_len) for data in opened]
+        self._windows = [_windows(data, split, seq_len, virtual) for data in opened]
         self.texts: int | None = None
         """The most texts in a row of those sets that have texts, S; None: the batches do not tell of them."""
         if texts:
             self.texts = max(windows.most_texts for windows in self._windows if isinstance(windows, RecordWindows))
+        of_records = [windows if isinstance(windows, RecordWindows) else None for windows in self._windows]
+        self.beside: dict[str, npt.NDArray[np.float32]] = {}
+        """What else is known of each text, by its number: further arrays of the batches, as `text_value`; 0 where there
+        is no text."""
+        self._first_texts = np.cumsum([0, *(windows.n_texts if windows else 0 for windows in of_records)])
+        self.n_texts = int(self._first_texts[-1])
+        self.largest_value = max((windows.largest_value for windows in of_records if windows), default=0.0)
         self.shortened = sum(windows.shortened for windows in self._windows if isinstance(windows, RecordWindows))
         """Records that are longer than a window, and lose their oldest turns."""
         for data, windows in zip(opened, self._windows, strict=True):
@@ -78,6 +86,8 @@ class Batches:
         A loss of l nats a token is l / log(2) / bytes_per_token bits a byte."""
         self.fingerprint = self._fingerprint(opened, weights, seed)
         """SHA-256 in hex of all that decides the order and contents of the batches; where the folders lie does not."""
+        self.contents = self._hash(self._texts_and_tokenizer(opened))
+        """The same of what decides their texts, in whatever order."""
 
     def __getitem__(self, step: int) -> Batch:
         """All rows of batch number `step`, counted from 0.
@@ -96,8 +106,8 @@ class Batches:
 
         Where `texts` is not None, also what losses of whole texts read; text s of a row is its segment s + 1:
             text_ends: float32 [len(rows), seq_len]; 1 at the last token of each text, else 0.
-            text_record, text_number: int32 [len(rows), texts]; which record of the row each text is of, and its number
-                in its data set; NO_TEXT where the row has no such text.
+            text_record, text_number: int32 [len(rows), texts]; which record of the row each text is of, and its number,
+                counted through all data sets; NO_TEXT where the row has no such text.
             text_value: float32 [len(rows), texts]; see `maxlm.data.texts.Text`.
 
         A validation split with fewer windows than a batch makes one batch, in which the last rows have no loss.
@@ -113,20 +123,28 @@ class Batches:
         numbers = [step * self.batch_size + row for row in wanted]
         lacking = np.array([self.n_windows is not None and number >= self.n_windows for number in numbers], np.bool_)
         elements = np.array([self._order[0 if no else n] for n, no in zip(numbers, lacking, strict=True)], np.int64)
+        return self._of_windows(elements, lacking)
+
+    def once(self) -> Iterator[Batch]:
+        """Batches that have each window once, in the order of the files; the last may have rows without loss."""
+        n_windows = int(self._firsts[-1])
+        for start in range(0, n_windows, self.batch_size):
+            elements = np.arange(start, start + self.batch_size)
+            yield self._of_windows(np.where(elements < n_windows, elements, 0), elements >= n_windows)
+
+    def _of_windows(self, elements: npt.NDArray[np.int64], lacking: npt.NDArray[np.bool_]) -> Batch:
+        """Windows by number, counted through all data sets; those that are `lacking` have no loss and no texts."""
         sources = np.searchsorted(self._firsts, elements, side="right") - 1
-        windows = [
-            (self._windows[source], int(number))
-            for source, number in zip(sources, elements - self._firsts[sources], strict=True)
-        ]
+        windows = [(int(source), int(n)) for source, n in zip(sources, elements - self._firsts[sources], strict=True)]
         tokens = np.empty((len(elements), self.seq_len + 1), np.int32)
         begins, counts = np.zeros(tokens.shape, np.bool_), np.empty(tokens.shape, np.bool_)
         for row, (source, number) in enumerate(windows):
-            source.fill(number, tokens[row], begins[row], counts[row])
+            self._windows[source].fill(number, tokens[row], begins[row], counts[row])
         batch = pack(tokens, begins, counts)
         batch["loss_mask"][lacking] = 0
         return batch if self.texts is None else batch | self._texts(windows, lacking)
 
-    def _texts(self, windows: Sequence[tuple[Any, int]], lacking: npt.NDArray[np.bool_]) -> Batch:
+    def _texts(self, windows: Sequence[tuple[int, int]], lacking: npt.NDArray[np.bool_]) -> Batch:
         """What `rows` says of texts; none in the rows that are `lacking`."""
         rows = len(windows)
         ends = np.zeros((rows, self.seq_len), np.float32)
@@ -134,9 +152,14 @@ class Batches:
         values = np.zeros((rows, self.texts or 0), np.float32)
         for row in np.flatnonzero(~lacking).tolist():
             source, number = windows[row]
-            whose[row], values[row], places = source.texts(number, self.texts)
+            of_records = self._windows[source]
+            assert isinstance(of_records, RecordWindows), "only such have texts"
+            whose[row], values[row], places = of_records.texts(number, self.texts or 0)
+            whose[row, 1, : len(places)] += self._first_texts[source]
             ends[row, places] = 1
-        return {"text_ends": ends} | dict(zip(OF_TEXTS, (whose[:, 0], whose[:, 1], values), strict=True))
+        found: Batch = {"text_ends": ends} | dict(zip(OF_TEXTS, (whose[:, 0], whose[:, 1], values), strict=True))
+        there = found["text_number"] != NO_TEXT
+        return found | {name: np.where(there, values[whose[:, 1]], 0) for name, values in self.beside.items()}
 
     def _make_order(self, weights: Sequence[float], seed: int) -> grain.MapDataset[int]:
         """The numbers of windows, counted through all data sets, in the order in which they are read."""
@@ -149,26 +172,40 @@ class Batches:
         return grain.MapDataset.mix(ranges, weights) if len(ranges) > 1 else ranges[0]
 
     def _fingerprint(self, opened: Sequence[Prepared], weights: Sequence[float], seed: int) -> str:
-        decides = {
-            "format": FORMAT_VERSION,
-            "split": self.split.value,
+        decides = self._texts_and_tokenizer(opened) | {
             "batch_size": self.batch_size,
-            "seq_len": self.seq_len,
             "seed": seed,
             "weights": list(weights) if len(weights) > 1 else [],
+            # Should a version of Grain ever shuffle in another way, this tells.
+            "order": [self._order[i] for i in range(min(_PROBED_ELEMENTS, len(self._order)))],
+        }
+        return self._hash(decides)
+
+    def _texts_and_tokenizer(self, opened: Sequence[Prepared]) -> dict[str, Any]:
+        return {
+            "format": FORMAT_VERSION,
+            "split": self.split.value,
+            "seq_len": self.seq_len,
             "tokenizer": self.tokenizer.fingerprint,
             "shards": [
                 [[one for one in shard.sha256s if one is not None] for shard in data.info.shards(self.split)]
                 for data in opened
             ],
-            # Should a version of Grain ever shuffle in another way, this tells.
-            "order": [self._order[i] for i in range(min(_PROBED_ELEMENTS, len(self._order)))],
         }
+
+    @staticmethod
+    def _hash(decides: dict[str, Any]) -> str:
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
 def open_batches(
-    config: DataConfig, *, batch_size: int, seq_len: int, split: Split, purpose: Purpose | None = None
+    config: DataConfig,
+    *,
+    batch_size: int,
+    seq_len: int,
+    split: Split,
+    purpose: Purpose | None = None,
+    virtual: int = 0,
 ) -> Batches:
     """Open the prepared folders of `config` for batches of `batch_size` windows of `seq_len` tokens.
 
@@ -180,6 +217,7 @@ def open_batches(
         seq_len: tokens of a row.
         split: of the data.
         purpose: what all folders must be prepared for, to have batches with `texts`; None: whatever they are for.
+        virtual: `ModelConfig.virtual_tokens`, which stand before each text, at its positions 0, 1, ...
 
     Raises:
         UserError: a folder was prepared for something else, is not finished or damaged; the data sets' tokenizers
@@ -206,15 +244,16 @@ def open_batches(
         seq_len,
         split,
         purpose is not None,
+        virtual,
     )
 
 
-def _windows(data: Prepared, split: Split, seq_len: int) -> Windows | RecordWindows:
+def _windows(data: Prepared, split: Split, seq_len: int, virtual: int) -> Windows | RecordWindows:
     stream = data.stream(split)
     if not data.info.of_records:
-        return Windows(stream, seq_len)
+        return Windows(stream, seq_len, virtual=virtual)
     bos = data.tokenizer.bos_id
-    return RecordWindows(stream, seq_len, filler=data.tokenizer.eos_id, head=0 if bos is None else 1)
+    return RecordWindows(stream, seq_len, filler=data.tokenizer.eos_id, head=0 if bos is None else 1, virtual=virtual)
 
 
 def _check_purpose(data: Prepared, purpose: Purpose | None) -> None:
@@ -263,7 +302,7 @@ def _global_batch(batches: Batches, sharding: jax.sharding.NamedSharding, step: 
             assert index is not None, "only devices of this process are asked for"
             return values[place[index[0]]][:, index[1]]
 
-        shape, of_text = (batches.batch_size, values.shape[1]), name in OF_TEXTS
+        shape, of_text = (batches.batch_size, values.shape[1]), name in (*OF_TEXTS, *batches.beside)
         return jax.make_array_from_callback(shape, by_row if of_text else sharding, part, dtype=values.dtype)
 
     return {name: make(name, values) for name, values in batches.rows(step, rows).items()}

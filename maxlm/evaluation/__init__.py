@@ -10,6 +10,8 @@ prompting.py: how questions are put: the settings
 demonstrations.py: solved questions before a question, and their order
 reasoning.py: chains of thought, votes
 confidence.py: calibration, and whom to answer
+judgements.py: held-out texts of reward models, preferences, classifiers, vectors
+ratings.py: Elo, win rates, rewards of two models as one
 sandbox.py: runs programs that a model wrote
 confined.py: the sandbox from inside, a program of its own
 harness.py: a model for lm-eval

@@ -289,7 +289,7 @@ def _examined(
     """The means of the marks, with their intervals."""
     measures = []
     for name in names:
-        found = marking.bootstrap([record[name] for record in records], seed=asking.seed)
+        found = marking.mean([record[name] for record in records], seed=asking.seed)
         measures.append(
             Measured(
                 exam=exam,

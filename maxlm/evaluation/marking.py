@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections import Counter
@@ -65,26 +66,41 @@ def passes_at(passed: Sequence[bool], ranks: Sequence[float], n: int) -> float:
     return float(any(passed[i] for i in best))
 
 
-class Resampled(NamedTuple):
-    """A figure, and where 95 % of those of resampled questions lie."""
+class Estimate(NamedTuple):
+    """A figure, and the ends of its 95 % interval."""
 
     value: float
     low: float
     high: float
 
 
-def bootstrap(values: Sequence[float], *, seed: int = 0, resamples: int = 1000) -> Resampled:
-    """The mean of the values, one for each question, with its percentile interval (Efron 1979)."""
+def mean(values: Sequence[float], *, seed: int = 0, resamples: int = 1000) -> Estimate:
+    """The mean of the values, one in [0, 1] for each question.
+
+    Of zeros and ones it is a proportion, with Wilson's interval, which has a width also where all are alike; else with
+    the percentile interval of resampled questions.
+    """
     found = np.asarray(values, np.float64)
+    if np.isin(found, (0, 1)).all():
+        return proportion(int(found.sum()), len(found))
     interval = bootstrap_of(lambda places: float(found[places].mean()), len(found), seed=seed, resamples=resamples)
     assert interval is not None
     return interval
 
 
+def proportion(right: int, questions: int) -> Estimate:
+    """right / questions, with the score interval, without a correction for continuity (Wilson 1927, "Probable
+    inference, the law of succession, and statistical inference")."""
+    z, share = 1.959963984540054, right / questions  # 97.5 % of a normal distribution lie below z
+    middle = (share + z**2 / (2 * questions)) / (1 + z**2 / questions)
+    half = z * math.sqrt(share * (1 - share) / questions + (z / (2 * questions)) ** 2) / (1 + z**2 / questions)
+    return Estimate(share, 0.0 if right == 0 else middle - half, 1.0 if right == questions else middle + half)
+
+
 def bootstrap_of(
     statistic: Callable[[npt.NDArray[np.int64]], float | None], questions: int, *, seed: int = 0, resamples: int = 1000
-) -> Resampled | None:
-    """As `bootstrap`, of any figure.
+) -> Estimate | None:
+    """Any figure, with its percentile interval (Efron 1979). That is a point where every draw has the same figure.
 
     Args:
         statistic: the figure of the questions at these places, or None where it has none.
@@ -100,7 +116,7 @@ def bootstrap_of(
         return None
     drawn = (statistic(rng.integers(questions, size=questions)) for _ in range(resamples))
     low, high = np.quantile([one for one in drawn if one is not None], [0.025, 0.975])
-    return Resampled(value, float(low), float(high))
+    return Estimate(value, float(low), float(high))
 
 
 def log_softmax(values: npt.ArrayLike) -> npt.NDArray[np.float64]:

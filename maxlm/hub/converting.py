@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -119,7 +120,7 @@ def open_run(place: Path) -> Opened:
         parameters=lambda: load_run(folder, step=run.step).parameters,
         dtype="float32",
         tokenizer=run.tokenizer,
-        family=_family_of_origin(published),
+        family=family_of_origin(published),
         copy_tokenizer=copy,
         place=folder,
         config=run.config,
@@ -160,13 +161,16 @@ def write_published(opened: Opened, folder: Path, dtype: str | None) -> None:
     )
 
 
-def write_run(opened: Opened, folder: Path, *, parameters: Any = None) -> None:
+def write_run(
+    opened: Opened, folder: Path, *, parameters: Any = None, more: Mapping[str, Any] = MappingProxyType({})
+) -> None:
     """A run folder with one checkpoint, without an optimizer: to be asked, exported, or started from.
 
     Args:
         opened: the model.
         folder: new.
         parameters: in place of its own, with `Weight`s of fewer bits among them. What those are, the checkpoint says.
+        more: what else the checkpoint says.
 
     Raises:
         UserError: there is no tokenizer, something is at `folder`, or it cannot be written.
@@ -179,6 +183,7 @@ def write_run(opened: Opened, folder: Path, *, parameters: Any = None) -> None:
         opened.tokenizer.save(place / "tokenizer")
         write_origin(place, opened.family, opened.copy_tokenizer)
         meta = {
+            **more,
             "tokenizer": opened.tokenizer.fingerprint,
             "config": serialize.to_dict(config),
             "data": {"next_batch": 0, "fingerprint": "none: not trained here"},
@@ -201,7 +206,7 @@ def _deferred(opened: Opened, array: shapes.Array) -> Deferred:
     )
 
 
-def _family_of_origin(folder: Path) -> ModelFamily | None:
+def family_of_origin(folder: Path) -> ModelFamily | None:
     """Of a run that was made of a published model."""
     if not (folder / "config.json").is_file():
         return None
@@ -232,7 +237,7 @@ def report(opened: Opened, folder: Path | None) -> Iterator[str]:
 
 def _compare_logits(opened: Opened, folder: Path) -> str:
     """With transformers, where it is installed, has the family and reads the folder."""
-    family = _family_of_origin(folder)
+    family = family_of_origin(folder)
     if family is not None and family.needs_code:
         return (
             f"logits: not compared, as transformers reads {family.model_type} only with code that comes with the "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import operator
@@ -39,8 +38,8 @@ from maxlm.config import (
 from maxlm.data.chat import ChatTemplate, find_chat_template
 from maxlm.data.text_ends import TextEnds, published_ends
 from maxlm.data.tokenizers import Tokenizer, open_tokenizer
-from maxlm.hub import gguf_tokenizer, peft
-from maxlm.hub.folder import TOKENIZER_FILES, Pieces, copy_tokenizer, family_of, open_folder, write_folder, write_origin
+from maxlm.hub import gguf_tokenizer
+from maxlm.hub.folder import TOKENIZER_FILES, Pieces, copy_tokenizer, open_folder, write_folder, write_origin
 from maxlm.hub.gguf_file import GgufFile
 from maxlm.hub.gguf_weights import open_weights
 from maxlm.hub.names import Piece
@@ -50,9 +49,7 @@ from maxlm.inference import load
 from maxlm.inference.bases import Base, RunBase
 from maxlm.inference.language_model import LanguageModel
 from maxlm.inference.load import ONE_DEVICE, LoadedRun, layout_for
-from maxlm.inference.mixed_adapters import LoadedAdapter
 from maxlm.models import abstract_parameters
-from maxlm.models.adapters import replaced
 from maxlm.models.weights.kinds import Quantised, Weight
 from maxlm.shapes import Array
 from maxlm.sharding import Layout
@@ -224,46 +221,6 @@ def load_chosen(chosen: ChosenModel) -> LoadedRun:
         return load_run(chosen.run, step=chosen.step, sharding=chosen.sharding)
     kind, place = next((kind, Path(one)) for kind in KINDS if (one := getattr(chosen, kind)) is not None)
     return load_published(KINDS[kind](place), sharding=chosen.sharding)
-
-
-def load_adapters(chosen: ChosenModel, named: Sequence[str]) -> dict[str, LoadedAdapter]:
-    """Adapters of what a command line names, from `NAME=DIR`, each a run folder.
-
-    Raises:
-        UserError: one is not written so, a name comes twice, or as `load.load_adapter`.
-    """
-    found = dict[str, LoadedAdapter]()
-    base = open_base(_place(chosen)) if named else None
-    for one in named:
-        name, equals, folder = one.partition("=")
-        if not (name and equals and folder) or name in found:
-            why = "comes twice" if name in found else "must be NAME=DIR"
-            raise UserError(f"--adapter {one} {why}; use a name of its own for each, as in --adapter sums=runs/sums")
-        assert base is not None
-        is_peft = (Path(folder) / peft.CONFIG).is_file()
-        found[name] = _peft_adapter(Path(folder), base) if is_peft else load.load_adapter(Path(folder), base)
-    return found
-
-
-def _peft_adapter(folder: Path, base: Base) -> LoadedAdapter:
-    """A folder as peft writes them. It names no base by what that is: names and shapes must fit.
-
-    Raises:
-        UserError: they do not, or it is damaged.
-    """
-    prefer = base.family if isinstance(base, PublishedBase) else None
-    read = peft.read_peft(folder, base.model, family_of(base.model, prefer)[0].names_of(base.model))
-    parameters: dict[str, Any] = {}
-    for name, values in read.arrays.items():
-        parameters = replaced(parameters, name.split("/"), jnp.asarray(values))
-    return LoadedAdapter(dataclasses.replace(base.model, adapter=read.adapter), parameters.get(shapes.PREFIX, {}))
-
-
-def _place(chosen: ChosenModel) -> str:
-    """As `checkpoint.init_from` names it."""
-    if chosen.run is not None:
-        return chosen.run if chosen.step is None else str(Path(chosen.run, "checkpoints", str(chosen.step)))
-    return next(f"{kind}:{place}" for kind in KINDS if (place := getattr(chosen, kind)) is not None)
 
 
 def load_draft(speculation: Speculation | None) -> LoadedRun | None:

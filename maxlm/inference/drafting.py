@@ -153,18 +153,18 @@ class Lookup(Drafter):
 
     def __init__(self, config: PromptLookup) -> None:
         self._config = config
-        self._followed: weakref.WeakKeyDictionary[Sequence, WithMlp] = weakref.WeakKeyDictionary()
+        self._followed: weakref.WeakKeyDictionary[Sequence, Followed] = weakref.WeakKeyDictionary()
 
     def propose(self, asked: list[tuple[Sequence, int]]) -> list[list[int]]:
         """As `Drafter`."""
         return [self._of(sequence, most) if most else [] for sequence, most in asked]
 
     def _of(self, sequence: Sequence, most: int) -> list[int]:
-        known = self._followed.setdefault(sequence, WithMlp(self._config.shortest, self._config.ngram))
+        known = self._followed.setdefault(sequence, Followed(self._config.shortest, self._config.ngram))
         return known.guess(sequence.tokens, most)
 
 
-class WithMlp:
+class Followed:
     """Of a text that grows: where each run of tokens stood last, but for the end."""
 
     def __init__(self, shortest: int, longest: int) -> None:

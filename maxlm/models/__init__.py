@@ -28,6 +28,7 @@ tokens.py: what is known of each token: position, document, seed
 
 from maxlm.models.decoder import (
     Decoder,
+    DecoderOutput,
     abstract_parameters,
     bind,
     init_parameters,
@@ -40,6 +41,7 @@ from maxlm.models.unembedding import Unembedding
 
 __all__ = [
     "Decoder",
+    "DecoderOutput",
     "Execution",
     "Tokens",
     "Unembedding",

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_policies
 
 from maxlm import shapes
-from maxlm.config import BaseFormat, BlockConfig, Learned, LmHead, ModelConfig, Remat, ScalarHead, Sinusoidal
+from maxlm.config import BaseFormat, BlockConfig, Learned, LmHead, ModelConfig, Remat, Sinusoidal
 from maxlm.config.remat import SAVED_NAMES
 from maxlm.models import ops
 from maxlm.models.adapters import adapted, base_of, begin, composed, held
@@ -71,6 +71,8 @@ class Decoder(nnx.Module):
     unembed: nnx.Param
     unembed_bias: nnx.Param
     score: nnx.Param
+    classes: nnx.Param
+    log_scale: nnx.Param
 
     def __init__(self, config: ModelConfig, key: jax.Array):
         self.config = config
@@ -167,18 +169,15 @@ class Decoder(nnx.Module):
 
     @property
     def unembedding(self) -> Unembedding:
-        """What makes logits of hidden states. With an LmHead."""
-        match self.config.head:
-            case LmHead() as head:
-                table: Weight = ops.bare(self.embed[...]) if head.tied else self.unembed[...]
-                table = ops.unit_rows(table) if head.normalized else table
-                bias = self.unembed_bias[...] if head.bias else None
-                scale = head.scale if self.config.wider == 1 else (head.scale or 1.0) / self.config.wider
-                return Unembedding(table, bias, scale, head.soft_cap)
-            case ScalarHead():
-                raise ValueError("a model with a ScalarHead has no logits; its results are `scalars`")
-            case _:
-                assert_never(self.config.head)
+        """What makes logits of hidden states. With an LmHead, or one beside another head."""
+        head = self.config.lm_head
+        if head is None:
+            raise ValueError(f"a model with {self.config.head} has no logits")
+        table: Weight = ops.bare(self.embed[...]) if head.tied else self.unembed[...]
+        table = ops.unit_rows(table) if head.normalized else table
+        bias = self.unembed_bias[...] if head.bias else None
+        scale = head.scale if self.config.wider == 1 else (head.scale or 1.0) / self.config.wider
+        return Unembedding(table, bias, scale, head.soft_cap)
 
     def later(self, hidden: jax.Array, how: Execution) -> list[tuple[jax.Array, Unembedding]]:
         """Of each Medusa head k = 1, 2, ... what makes logits of the token k places after the next one.
@@ -195,6 +194,11 @@ class Decoder(nnx.Module):
         """One number for each position: [B, T, D] -> float32 [B, T]. With a ScalarHead."""
         score = self.score[...].astype(hidden.dtype)
         return jnp.einsum("btd,d->bt", hidden, score, preferred_element_type=jnp.float32)
+
+    def class_logits(self, hidden: jax.Array) -> jax.Array:
+        """A number for each class: [B, T, D] -> float32 [B, T, C]. With a ClassHead."""
+        classes = self.classes[...].astype(hidden.dtype)
+        return jnp.einsum("btd,cd->btc", hidden, classes, preferred_element_type=jnp.float32)
 
 
 @functools.cache

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import jax
@@ -33,10 +35,18 @@ class Execution:
         config = dataclasses.replace(self.config, remat=Remat.NONE, kernels=KernelConfig())
         return Execution(layout, config)
 
-    def arrange(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """A batch of arrays [B, ...] or [B, T] in the order in which this mesh cuts it: rows as a pipeline's
-        micro-batches, columns as a ring's chunks. All that knows rows and columns by number comes before."""
-        return in_ring_order(self.layout, in_pipeline_order(self.layout, batch, self.micro_batches))
+    def arrange(self, batch: dict[str, jax.Array], of_texts: Collection[str] = ()) -> dict[str, jax.Array]:
+        """A batch of arrays [B] or [B, T] in the order in which this mesh cuts it: rows as a pipeline's micro-batches,
+        columns as a ring's chunks. All that knows rows and columns by number comes before.
+
+        Args:
+            batch: it.
+            of_texts: names of arrays [B, S] in it, whose columns are not tokens but a row's texts.
+        """
+        by_token = {name: x for name, x in batch.items() if name not in of_texts}
+        by_text = {name: batch[name] for name in of_texts}
+        order = functools.partial(in_pipeline_order, self.layout, micro_batches=self.micro_batches)
+        return in_ring_order(self.layout, order(by_token)) | order(by_text, columns=None)
 
     @property
     def dtype(self) -> jnp.dtype:

@@ -120,7 +120,9 @@ def pipelined(layout: Layout, run: Run, layers: Any, items: Any, *, micro_batche
     return jax.tree.map(from_stages, items), jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), sums)
 
 
-def in_pipeline_order(layout: Layout, batch: dict[str, jax.Array], micro_batches: int) -> dict[str, jax.Array]:
+def in_pipeline_order(
+    layout: Layout, batch: dict[str, jax.Array], micro_batches: int, *, columns: str | None = "seq"
+) -> dict[str, jax.Array]:
     """The batch with its rows in the order in which a pipeline on this mesh cuts them; as it is without one.
 
     Row r then is in micro-batch r % micro_batches on every mesh, which matters where a loss is about a micro-batch.
@@ -134,7 +136,7 @@ def in_pipeline_order(layout: Layout, batch: dict[str, jax.Array], micro_batches
         order = np.arange(x.shape[0]).reshape(shards, -1, micro_batches).swapaxes(1, 2).reshape(-1)
         if np.array_equal(order, np.arange(x.shape[0])):
             return x
-        dims = ("batch", "seq")[: x.ndim]
+        dims = ("batch", columns)[: x.ndim]
         whole = layout.constrain(x, None, *dims[1:])  # 4 bytes a token
         return layout.constrain(whole[order], *dims)
 

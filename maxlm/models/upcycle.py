@@ -1,5 +1,6 @@
 """Start a model from the parameters of another: arrays of the same shape as they are, a dense MLP as every expert of a
-mixture (sparse upcycling, Komatsuzaki et al. 2022, arXiv:2212.05055), its head as every Medusa head."""
+mixture (sparse upcycling, Komatsuzaki et al. 2022, arXiv:2212.05055), its head as every Medusa head; a head of another
+kind is new."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from maxlm import shapes
 from maxlm.config import Experts, GatedMlp, ModelConfig, UserError
 
 _EXPERTS = tuple(f"mlp/{name}_{kind}" for kind in ("proj", "bias") for name in ("gate", "up", "down"))
@@ -28,8 +30,8 @@ def upcycle(
     Args:
         source, target: the models; both have the same number of layers.
         parameters: of the source, as of `init_parameters`.
-        new: initial ones of the target, from which come the routers of layers that were dense, and the first matrices
-            of Medusa heads that the source has not.
+        new: initial ones of the target, from which come the routers of layers that were dense, the first matrices of
+            Medusa heads that the source has not, and a head of another kind.
 
     Raises:
         UserError: another array differs in shape, or is in one model alone.
@@ -40,6 +42,8 @@ def upcycle(
     there = outside(parameters)
     if source.medusa is None and target.medusa is not None:
         there |= _as_medusa_heads(target, there, new["medusa"])
+    if type(source.head) is not type(target.head):
+        there = _with_head(source, target, there, outside(new))
     layers = []
     for i, (old, fresh) in enumerate(zip(_layers(source, parameters), _layers(target, new), strict=True)):
         if isinstance(source.layers[i].mlp, GatedMlp) and isinstance(target.layers[i].mlp, Experts):
@@ -54,6 +58,13 @@ def _as_experts(old: Named, new: Named) -> Named:
     fits = [name for name in there if old[name].shape == new[name].shape[1:]]
     experts = {name: jnp.broadcast_to(old[name], new[name].shape) for name in fits}
     return experts | {name: new[name] for name in _ROUTER if name in new}
+
+
+def _with_head(source: ModelConfig, target: ModelConfig, old: Named, new: Named) -> Named:
+    """What another head has not is new, what it does not need is left."""
+    wanted, there = ({array.name for array in shapes.head(model)} for model in (target, source))
+    kept = {name: x for name, x in old.items() if name not in there - wanted}
+    return kept | {name: new[name] for name in wanted - there}
 
 
 def _as_medusa_heads(target: ModelConfig, old: Named, new: dict[str, Any]) -> Named:

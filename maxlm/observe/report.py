@@ -33,6 +33,11 @@ _EXPERT_CURVES = {
     "moe_dropped_share": "Share of dropped choices, mean over layers",
     "auxiliary_loss": "Auxiliary loss of the routers, sum over layers",
 }
+_PICTURES = {
+    "eval_calibration": ("Calibration: share that is right", "predicted"),
+    "eval_accuracy_by_margin": ("Share of pairs that are right", "margin, nats"),
+    "eval_accuracy_by_rating": ("Share of pairs that are right", "how far their ratings are apart"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +83,7 @@ def write_report(
         f"<p class=sub>{escape(_subtitle(facts, metrics))}</p>",
         _tiles(_summary(facts, metrics, evals)),
         *_curves(metrics, evals),
-        _section("Held-out text", _eval_table(evals)),
+        _section("Held-out text", _eval_table(evals) + _pictures(evals)),
         _section("Samples", "".join(_sample(row) for row in samples[-_SAMPLES_SHOWN:])),
         _section("Checkpoints", _checkpoint_table(checkpoints)),
         _section("Switched off, or not readable", _pairs(problems.items())),
@@ -189,11 +194,27 @@ def _curves(metrics: Sequence[Row], evals: Sequence[Row]) -> list[str]:
 
 
 def _eval_table(evals: Sequence[Row]) -> str:
-    columns = {
-        "step": "step", "tokens": "tokens trained", "eval_loss": "loss, nats/token", "eval_perplexity": "perplexity",
+    known = {
+        "step": "step", "tokens": "tokens trained", "eval_loss": "loss", "eval_perplexity": "perplexity",
         "eval_bits_per_byte": "bits/byte", "eval_tokens": "tokens measured",
     }  # fmt: skip
-    return _table(list(columns.values()), [[_cell(row.get(key)) for key in columns] for row in evals])
+    if any("eval_perplexity" in row for row in evals):
+        known["eval_loss"] = "loss, nats/token"
+    there = dict.fromkeys(key for row in evals for key, value in row.items() if not isinstance(value, list))
+    columns = [*(key for key in known if key in there), *(key for key in there if key not in known)]
+    names = [known.get(key, key.removeprefix("eval_").replace("_", " ")) for key in columns]
+    return _table(names, [[_cell(row.get(key)) for key in columns] for row in evals])
+
+
+def _pictures(evals: Sequence[Row]) -> str:
+    """Of the newest measurement: its lists of points."""
+    drawn = []
+    for key, value in (evals[-1] if evals else {}).items():
+        if isinstance(value, list) and value:
+            title, x_label = _PICTURES.get(key, (key.removeprefix("eval_").replace("_", " "), ""))
+            line = Line(label="", style="eval", points=[(x, y) for x, y in value], marks=True)
+            drawn.append(chart(title, [line], x_label=x_label))
+    return "".join(["<div class=charts>", *drawn, "</div>"]) if drawn else ""
 
 
 def _checkpoint_table(checkpoints: Sequence[SavedCheckpoint]) -> str:

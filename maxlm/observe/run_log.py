@@ -261,7 +261,9 @@ class RunLog:
         )
 
     def _write(self, step: int, group: str, values: Mapping[str, Any]) -> None:
-        """Pass on what a curve can show: known and finite. A figure of several layers is a curve for each."""
+        """Pass on what a curve can show: known and finite. A figure of several layers is a curve for each; points are a
+        picture of their own."""
+        values = {key: value for key, value in values.items() if not _is_points(value)}
         curves = {key: value for key, value in values.items() if not isinstance(value, list | str)}
         for key, figures in values.items():
             if isinstance(figures, list):
@@ -346,3 +348,7 @@ class RunLog:
                 f"{100 * bubble:.3g} % of a step's layers (pipeline bubble, by count of turns)"
             )
         return lines
+
+
+def _is_points(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], list)

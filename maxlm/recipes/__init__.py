@@ -2,6 +2,12 @@
 
 pretrain.py: next token of prepared text
 sft.py: what the assistant wrote in conversations
+preference.py: which of two completions is better
+reward.py: a number for each completion
+classify.py: a class for each text
+embed.py: a vector for each text
+of_texts.py: what the last four share
+reference.py: the model that a policy is held to
 train_medusa.py: heads that guess at later tokens, on a trained model
 taught.py: the tokenizer and the template of a run that is taught with conversations
 starting.py: what a new run may start from: another run, or a published model
@@ -9,9 +15,9 @@ starting.py: what a new run may start from: another run, or a published model
 
 from __future__ import annotations
 
-from maxlm.config import Pretrain, RunConfig, Sft, TrainMedusa
+from maxlm.config import Classify, Embed, Preference, Pretrain, Reward, RunConfig, Sft, TrainMedusa
 from maxlm.inference.load import LoadedRun
-from maxlm.recipes import pretrain, sft, train_medusa
+from maxlm.recipes import classify, embed, preference, pretrain, reward, sft, train_medusa
 from maxlm.sharding import Layout
 from maxlm.training.loop import Recipe
 
@@ -27,5 +33,13 @@ def recipe(config: RunConfig, layout: Layout) -> Recipe[LoadedRun]:
             return pretrain.recipe(config, config.task, layout)
         case Sft():
             return sft.recipe(config, config.task, layout)
+        case Preference():
+            return preference.recipe(config, config.task, layout)
+        case Reward():
+            return reward.recipe(config, config.task, layout)
+        case Classify():
+            return classify.recipe(config, config.task, layout)
+        case Embed():
+            return embed.recipe(config, config.task, layout)
         case TrainMedusa():
             return train_medusa.recipe(config, config.task, layout)

@@ -147,10 +147,12 @@ def added(kind: AdapterKind, array: Array) -> Iterator[Array]:
                 path = f"{PREFIX}/{array.name}/{name}"
                 role = Role.OTHER if len(shape) == 1 else Role.PRODUCT
                 yield Array(path, shape, ("rank",) * len(shape), init, role, Part.ADAPTER, 0)
-        case Prefix(length=length, hidden=None):
-            yield replace(one("rows", {"rank": length} | sizes, Normal(0.02), Role.OTHER), uses=0.0)
-        case Prefix(hidden=int(hidden)):
-            yield replace(one("out", {"rank": hidden} | sizes, Normal((3 * hidden) ** -0.5), Role.PRODUCT), uses=0.0)
+        case Prefix():
+            if kind.hidden is None:
+                yield replace(one("rows", {"rank": kind.length} | sizes, Normal(0.02), Role.OTHER), uses=0.0)
+                return
+            into = Normal((3 * kind.hidden) ** -0.5)
+            yield replace(one("out", {"rank": kind.hidden} | sizes, into, Role.PRODUCT), uses=0.0)
             yield replace(one("out_bias", sizes, Constant(0), Role.OTHER), uses=0.0)
         case _:
             assert_never(kind)
@@ -174,7 +176,7 @@ def _of_encoder(encoder: MlpEncoder | LstmEncoder | None, D: int) -> Iterator[tu
         case None:
             return
         case MlpEncoder(hidden=hidden):
-            widths = (D, hidden, hidden, D)
+            widths: tuple[int, ...] = (D, hidden, hidden, D)
         case LstmEncoder(hidden=hidden):
             widths = (2 * hidden, hidden, D)
             for way in ("forward", "backward"):

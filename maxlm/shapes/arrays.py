@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple, assert_never
@@ -17,7 +18,9 @@ from maxlm.config import (
     Alibi,
     Attention,
     BlockConfig,
+    ClassHead,
     DeepNorm,
+    EmbedHead,
     ExpertChoiceRouter,
     Experts,
     GatedMlp,
@@ -92,15 +95,22 @@ def embedding(model: ModelConfig) -> Iterator[Array]:
 def head(model: ModelConfig) -> Iterator[Array]:
     """What turns the last hidden states into results."""
     init, D = Normal(model.init_std), {"embed": model.d_model}
+    if (lm := model.lm_head) is not None:
+        V = {"vocab": model.vocab_size}
+        if not lm.tied:
+            yield _array("unembed", V | D, init, Role.PRODUCT, Part.UNEMBEDDING, inputs=D)
+        if lm.bias:
+            yield _array("unembed_bias", V, Constant(0), Role.OTHER, Part.UNEMBEDDING)
     match model.head:
-        case LmHead(tied=tied, bias=bias):
-            V = {"vocab": model.vocab_size}
-            if not tied:
-                yield _array("unembed", V | D, init, Role.PRODUCT, Part.UNEMBEDDING, inputs=D)
-            if bias:
-                yield _array("unembed_bias", V, Constant(0), Role.OTHER, Part.UNEMBEDDING)
+        case LmHead():
+            pass
         case ScalarHead():
             yield _array("score", D, _to_few(model), Role.PRODUCT, Part.UNEMBEDDING)
+        case ClassHead(n_classes=n_classes):
+            yield _array("classes", {"classes": n_classes} | D, _to_few(model), Role.PRODUCT, Part.UNEMBEDDING)
+        case EmbedHead():
+            scale = Constant(math.log(1 / 0.07))
+            yield _array("log_scale", {"vector": 1}, scale, Role.OTHER, Part.UNEMBEDDING, 0.0)
         case _:
             assert_never(model.head)
 

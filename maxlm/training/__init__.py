@@ -8,9 +8,14 @@ step.py: gradient, optimizer: one step
 keeper.py: the state of a run in its folder
 finite.py: no state with NaN is saved, or gone on from
 config_file.py: config.json, and other settings for a run that goes on
+rank_budget.py: what AdaLoRA does in a step beside the loss
 router_metrics.py: load and drops of each mixture
 warm_start.py: parameters of another run
 losses.py: cross-entropy and log-probabilities without the logits of a whole batch
+text_objective.py: what objectives about whole texts share
+preference_objective.py: DPO and its kin, KTO
+judging.py: reward models and classifiers
+nearness.py: vectors of texts
 text_sums.py: sums over each text of a batch
 preference_losses.py: losses of preferences, rewards and embeddings, as functions of such sums
 optimizers.py: optax transformations from configs

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from maxlm import shapes
 from maxlm.checkpoint import manifest
 from maxlm.checkpoint.checkpointer import Checkpointer
 from maxlm.checkpoint.reference import Reference
@@ -63,7 +64,7 @@ class Keeper:
     ) -> None:
         self._saved.close()
 
-    def restore(self, shapes: TrainState) -> TrainState | None:
+    def restore(self, wanted: TrainState) -> TrainState | None:
         """The state of the newest intact checkpoint, without what is frozen, and without the base under an adapter, in
         whose places the parameters have None; None without one.
 
@@ -73,7 +74,7 @@ class Keeper:
         """
         on_rank_0("prepare the folder of checkpoints", self._saved.prepare)
         restored = self._saved.restore_latest(
-            params=self._own(shapes.parameters), optimizer=_optimizer_item(shapes), judge=self._file.compare
+            params=self._own(wanted.parameters), optimizer=_optimizer_item(wanted), judge=self._file.compare
         )
         if restored is None:
             if (done := report_step(self._run_dir)) is not None:
@@ -129,7 +130,8 @@ class Keeper:
             meta["frozen"] = self.reference.to_json()
         if self.base is not None:
             meta["base"] = dict(self.base)
-        self._saved.save(step, params=own, optimizer=_optimizer_item(state), meta=meta)
+        stacks = {array.name for array in shapes.arrays(self._config.model) if array.dims[0] == "layers"}
+        self._saved.save(step, params=own, optimizer=_optimizer_item(state), meta=meta, stacks=stacks)
 
     def listed(self) -> list[SavedCheckpoint]:
         """The finished checkpoints, as the report lists them."""

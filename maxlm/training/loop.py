@@ -18,7 +18,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import jax
 
 from maxlm.checkpoint.lock import lock_run, require_seen
-from maxlm.checkpoint.reference import read_reference
+from maxlm.checkpoint.reference import Reference
 from maxlm.compile_cache import enable_compilation_cache, release_compiler_memory
 from maxlm.config import RunConfig, UserError, serialize
 from maxlm.config.changes import check_allowed
@@ -64,8 +64,8 @@ class Measure(Protocol):
     every: int
     """Steps between measurements; 0: none but the one at the end, which all have."""
 
-    def __call__(self, step: int, state: TrainState) -> Mapping[str, float | str | None]:
-        """The row, without the step. Every process calls it."""
+    def __call__(self, step: int, state: TrainState) -> Mapping[str, float | str | list[list[float]] | None]:
+        """The row, without the step; of lists of points [x, y] the report draws a picture. Every process calls it."""
         ...
 
     def line(self, step: int, row: Mapping[str, Any]) -> str:
@@ -95,8 +95,9 @@ class Recipe(Generic[R]):
     measures: tuple[Measure, ...] = ()
     start: Start | None = None
     """Reads `checkpoint.init_from` for a new run; and, where the model has an adapter, whenever a run goes on."""
-    frozen: str | None = None
-    """Run folder, or RUN_DIR/checkpoints/STEP, whose parameters are `TrainState.frozen`, as `objective.frozen` says."""
+    frozen: Callable[[Any, dict[str, Any] | None], tuple[Any, Reference]] | None = None
+    """Reads `TrainState.frozen`, in the shapes of `objective.frozen`; what the run's checkpoint says of it comes beside
+    them, None in a new run. `functools.partial(read_reference, place)` reads another run's parameters."""
     tokenizer: Vocabulary | None = None
     """Copied to the run folder; None: the task has no text."""
     outcome: Callable[[int, TrainState], R] = _nothing
@@ -203,7 +204,7 @@ def run(
             require_finite(state, f"checkpoint.init_from = {config.checkpoint.init_from}", "name another checkpoint")
         frozen = None
         if recipe.frozen is not None:
-            frozen, keeper.reference = read_reference(recipe.frozen, recipe.objective.frozen, keeper.meta.get("frozen"))
+            frozen, keeper.reference = recipe.frozen(recipe.objective.frozen, keeper.meta.get("frozen"))
         keeper.begin()
         if is_main and recipe.tokenizer is not None and not (keeper.meta and (run_dir / "tokenizer").exists()):
             recipe.tokenizer.save(run_dir / "tokenizer")

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from maxlm.config import RunConfig
-from maxlm.models import Decoder, Execution, Tokens, bind, declared, init_parameters
+from maxlm.config import ModelConfig, RunConfig
+from maxlm.models import Decoder, DecoderOutput, Execution, Tokens, bind, declared, init_parameters
 from maxlm.models.moe import balance_biases
 from maxlm.sharding import Layout
 from maxlm.training.losses import LossSums, cross_entropy_sums
@@ -90,9 +90,8 @@ def in_parts(objective: Objective, layout: Layout, batch: Batch, parts: int) -> 
     """
 
     def cut(name: str, x: jax.Array) -> jax.Array:
-        dims = (
-            objective.arrays[name].dims if name in objective.arrays else ["batch"]
-        )  # what the step drew has rows alone
+        # What the step drew has rows alone.
+        dims = objective.arrays[name].dims if name in objective.arrays else ["batch"]
         return layout.constrain(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), None, *dims)
 
     return {name: cut(name, x) for name, x in batch.items()}
@@ -126,21 +125,33 @@ class NextToken(Objective):
 
     def loss(self, params: Params, frozen: Any, batch: Batch, counted: Any) -> Sums:
         """Of a batch as `arrays` says, with rows left out or seeds added."""
-        train, model = self._config.train, bind(self._config.model, params)
-        batch = self._how.arrange(batch)
-        tokens = Tokens(batch["positions"], batch["segment_ids"], seeds=batch.get("seeds"))
-        output = model(self._embeddings(model, batch, tokens), tokens, self._how)
+        train, batch = self._config.train, self._how.arrange(batch)
+        model, output = self._read(self._config.model, params, batch)
         with jax.named_scope("loss"):
             sums = self._cross_entropy(model, output.hidden, batch)
             means = {"loss": sums.cross_entropy, "z_loss": train.z_loss * sums.log_z_squared}
-            routers = [stats for stats in output.router if stats is not None]
-            objective = sums.objective
-            if routers:
-                # A router's loss is about all tokens, also those that the mask leaves out; all together weigh what the
-                # counted ones do.
-                means["auxiliary_loss"] = sum((stats.auxiliary.sum() for stats in routers), jnp.float32(0)) * counted
-                objective += means["auxiliary_loss"]
-            return Sums(objective, jnp.sum(batch["loss_mask"]), means, output.router)
+            return self._sums(sums.objective, jnp.sum(batch["loss_mask"]), means, output, counted)
+
+    def _read(self, model: ModelConfig, params: Params, batch: Batch) -> tuple[Decoder, DecoderOutput]:
+        """The model's states of a batch in the mesh's order."""
+        decoder = bind(model, params)
+        tokens = Tokens(batch["positions"], batch["segment_ids"], seeds=batch.get("seeds"))
+        return decoder, decoder(self._embeddings(decoder, batch, tokens), tokens, self._how)
+
+    def _sums(
+        self,
+        objective: jax.Array,
+        weight: jax.Array,
+        means: dict[str, jax.Array],
+        output: DecoderOutput,
+        share: jax.Array,
+    ) -> Sums:
+        """With the routers' losses. Those are about all tokens, also those that nothing counts; all together weigh what
+        the whole batch does: `share` is its weight for each of its tokens."""
+        if routers := [stats for stats in output.router if stats is not None]:
+            means["auxiliary_loss"] = sum((stats.auxiliary.sum() for stats in routers), jnp.float32(0)) * share
+            objective += means["auxiliary_loss"]
+        return Sums(objective, weight, means, output.router)
 
     def _embeddings(self, model: Decoder, batch: Batch, tokens: Tokens) -> jax.Array:
         """What the layers begin with."""
@@ -153,9 +164,7 @@ class NextToken(Objective):
 
     def settle(self, params: Params, router: Any) -> tuple[Params, dict[str, jax.Array]]:
         """Biases of SigmoidRouters that follow the load; how evenly each layer's experts were used."""
-        if self._config.model.adapter is None:  # a base stays as it is
-            params = balance_biases(self._config.model, params, router)
-        return params, router_metrics(router)
+        return balance_biases(self._config.model, params, router), router_metrics(router)
 
 
 def make_evaluate(objective: Objective, layout: Layout) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:

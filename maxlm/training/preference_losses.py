@@ -136,23 +136,35 @@ class InfoNce(NamedTuple):
     """1 where the query's own passage is nearer than all others."""
 
 
-def info_nce(queries: jax.Array, passages: jax.Array, log_scale: jax.Array, counts: jax.Array) -> InfoNce:
+def info_nce(
+    queries: jax.Array,
+    passages: jax.Array,
+    log_scale: jax.Array,
+    counts: jax.Array,
+    negatives: jax.Array | None = None,
+    negative_counts: jax.Array | None = None,
+) -> InfoNce:
     """Half the cross-entropy of each query's own passage among all passages, and half that of each passage's own query
-    among all queries, by cosines times exp(log_scale) (CLIP, arXiv:2103.00020, figure 3).
+    among all queries, by cosines times exp(log_scale) (CLIP, arXiv:2103.00020, figure 3). Passages that are nobody's
+    own are among all passages too (DPR, arXiv:2004.04906, section 3.2).
 
     Args:
         queries: float32 [N, D], of any length.
         passages: [N, D]; passage i belongs to query i.
         log_scale: a scalar, learned.
         counts: bool [N], which pairs there are; the others are nobody's negatives and have no loss.
+        negatives: [M, D], passages that are no query's own; None: there are none.
+        negative_counts: bool [M], which of them there are.
     """
     unit = lambda x: x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-12))
-    cosines = jnp.einsum("id,jd->ij", unit(queries), unit(passages), precision="highest")
-    logits = jnp.exp(log_scale) * cosines
-    logits = jnp.where(counts[:, None] & counts[None, :], logits, -jnp.inf)
-    # Pairs that are not there: a row of -inf alone has no finite logsumexp.
-    logits = jnp.where(jnp.eye(len(logits), dtype=bool) & ~counts[:, None], 0, logits)
-    own = jnp.diagonal(logits)
-    loss = (jax.nn.logsumexp(logits, 1) + jax.nn.logsumexp(logits, 0)) / 2 - own
-    right = (logits.argmax(1) == jnp.arange(len(logits))) & counts
+    cosines = lambda x, y: jnp.exp(log_scale) * jnp.einsum("id,jd->ij", unit(x), unit(y), precision="highest")
+    # A pair that is not there has itself alone, so that its row has a finite logsumexp.
+    itself = jnp.eye(len(queries), dtype=bool)
+    logits = jnp.where(counts[:, None] & counts | itself, cosines(queries, passages), -jnp.inf)
+    of_queries = logits
+    if negatives is not None and negative_counts is not None:
+        others = jnp.where(counts[:, None] & negative_counts, cosines(queries, negatives), -jnp.inf)
+        of_queries = jnp.concatenate([logits, others], 1)
+    loss = (jax.nn.logsumexp(of_queries, 1) + jax.nn.logsumexp(logits, 0)) / 2 - jnp.diagonal(logits)
+    right = (of_queries.argmax(1) == jnp.arange(len(logits))) & counts
     return InfoNce(jnp.where(counts, loss, 0), right.astype(jnp.float32))

@@ -18,6 +18,7 @@ from maxlm.config import RunConfig, StatePart, UserError
 from maxlm.sharding import Layout, all_devices, make_layout
 from maxlm.training.objective import Batch, NextToken, Objective, Params, Sums, in_parts, make_evaluate
 from maxlm.training.optimizers import make_optimizer
+from maxlm.training.rank_budget import RankBudget
 from maxlm.training.schedules import learning_rate_schedule
 from maxlm.training.state import TrainState, init_state, state_shardings
 
@@ -138,7 +139,7 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
     )
     part, adapts = functools.partial(trained, objective.declared), config.model.adapter is not None
     optimizer = make_optimizer(config.optimizer, learning_rate, part(objective.declared), layers=config.model.repeats)
-    gradient = gradient_function(config, layout, objective)
+    gradient, budget = gradient_function(config, layout, objective), RankBudget.of(config)
 
     def init() -> TrainState:
         parameters = objective.init(jax.random.key(config.train.seed))
@@ -151,12 +152,19 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
         # it came on.
         per_token = 1.0 / jnp.maximum(sums.weight, 1.0)
         gradients = jax.tree.map(lambda g: g * per_token, gradients)
+        updates_made = state.step - state.skipped  # what the schedule counts
+        more: dict[str, jax.Array] = {}
+        if budget is not None:
+            gradients, more = budget.penalise(state.parameters, gradients)
         with jax.named_scope("optimizer"):
             grad_norm = optax.tree.norm(gradients)
             old = part(state.parameters)
             updates, new_optimizer = optimizer.update(gradients, state.optimizer, old)
             new_parameters = joined(optax.apply_updates(old, updates), state.parameters)
             new_parameters, figures = objective.settle(new_parameters, sums.router)
+            if budget is not None:
+                ranks = budget.settle(state.parameters, gradients, new_parameters, updates_made)
+                new_parameters, more = ranks[0], more | ranks[1]
             if adapts:  # of the base nothing changes, whatever settles
                 new_parameters = joined(part(new_parameters), state.parameters)
             update_norm = optax.tree.norm(updates)
@@ -172,8 +180,7 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
             frozen=state.frozen,
         )
         means = {name: total * per_token for name, total in {"loss": sums.objective, **sums.means}.items()}
-        updates_made = state.step - state.skipped  # what the schedule counts
-        figures = means | figures | {
+        figures = means | figures | more | {
             "grad_norm": grad_norm,
             "update_norm": update_norm,
             "learning_rate": jnp.asarray(learning_rate(updates_made), jnp.float32),

@@ -1,0 +1,88 @@
+"""Rules between a task and the rest of a run."""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from maxlm.config.model import ClassHead, EmbedHead, Head, LmHead, ModelConfig, ScalarHead
+from maxlm.config.task import (
+    Classify,
+    Dpo,
+    Embed,
+    Ipo,
+    Kto,
+    Orpo,
+    Preference,
+    Pretrain,
+    Reward,
+    Sft,
+    SimPo,
+    Task,
+    TrainMedusa,
+)
+
+
+def broken_task_rules(task: Task, model: ModelConfig, *, init_from: str | None, sample_tokens: int) -> list[str]:
+    """A line for each broken rule.
+
+    Args:
+        task: what is learned.
+        model: by what.
+        init_from: `checkpoint.init_from`.
+        sample_tokens: of `observe`.
+    """
+    name, head, failures = type(task).__name__, type(model.head).__name__, []
+    wanted = _head(task).__name__
+    if head != wanted:
+        lack = f"gives no logits, which task = {name} learns" if wanted == "LmHead" else f"is not what {name} trains"
+        failures.append(f"model.head = {head} {lack}; use {wanted}")
+    if isinstance(task, Reward | Classify) and isinstance(model.head, ScalarHead | ClassHead):
+        if task.lm_weight and model.head.lm is None:
+            failures.append(
+                f"task.lm_weight = {task.lm_weight} weighs a loss of logits, and model.head.lm is None; use an LmHead "
+                "there, or 0"
+            )
+        if not task.lm_weight and model.head.lm is not None:
+            failures.append(
+                "model.head.lm makes logits that task.lm_weight = 0 never looks at; use None, or a weight above 0"
+            )
+    if isinstance(task, Preference):
+        failures += _of_reference(task, init_from)
+    if sample_tokens and not isinstance(model.head, LmHead):
+        failures.append(
+            f"observe.sample_tokens = {sample_tokens} needs a model that writes, model.head = {head} does not; use 0"
+        )
+    return failures
+
+
+def _head(task: Task) -> type[Head]:
+    match task:
+        case Pretrain() | Sft() | TrainMedusa() | Preference():
+            return LmHead
+        case Reward():
+            return ScalarHead
+        case Classify():
+            return ClassHead
+        case Embed():
+            return EmbedHead
+        case _:
+            assert_never(task)
+
+
+def _of_reference(task: Preference, init_from: str | None) -> list[str]:
+    """What the policy is held to."""
+    loss = type(task.loss).__name__
+    match task.loss:
+        case Orpo() | SimPo():
+            said = "reference" if task.reference is not None else "reference_ahead" if task.reference_ahead else None
+            value = task.reference if said == "reference" else True
+            return [f"task.{said} = {value}: task.loss = {loss} has no reference; leave it out"] if said else []
+        case Dpo() | Ipo() | Kto():
+            if task.reference is not None or init_from is not None:
+                return []
+            return [
+                f"task.loss = {loss} holds the model to a reference, and task.reference and checkpoint.init_from are "
+                "None; name a run that was trained on the chosen answers, in checkpoint.init_from"
+            ]
+        case _:
+            assert_never(task.loss)

@@ -1,0 +1,79 @@
+"""Preference optimisation: a policy that is moved toward what people prefer, with or without a reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, assert_never
+
+from maxlm.config import Dpo, Ipo, Kto, Orpo, Preference, Purpose, RunConfig, SimPo, UserError
+from maxlm.data.tokenizers import Tokenizer
+from maxlm.evaluation.judgements import judge_labelled_ratios, judge_log_probs, judge_ratios
+from maxlm.inference.load import LoadedRun
+from maxlm.recipes.of_texts import Splits, open_splits, recipe_of_texts
+from maxlm.recipes.reference import ReferenceModel, log_probs_ahead
+from maxlm.sharding import Layout
+from maxlm.training.loop import Recipe
+from maxlm.training.preference_objective import AHEAD, LabelledTexts, PairedTexts, Referenced
+
+
+def recipe(config: RunConfig, task: Preference, layout: Layout) -> Recipe[LoadedRun]:
+    """
+    Raises:
+        UserError: the data is not there, is damaged, too small, was prepared for another purpose, or has more ids than
+            the model; or the reference is not there, is damaged, or has another tokenizer.
+    """
+    splits = open_splits(config, Purpose.KTO if isinstance(task.loss, Kto) else Purpose.PREFERENCE)
+    tokenizer = splits.train.tokenizer
+    match task.loss:
+        case Orpo() | SimPo() as loss:
+            alone = lambda config, texts: PairedTexts(config, layout, texts, loss)
+            return recipe_of_texts(config, layout, splits, alone, judge_log_probs)
+        case Dpo() | Ipo() | Kto():
+            pass
+        case _:
+            assert_never(task.loss)
+    place = task.reference or config.checkpoint.init_from
+    assert place is not None, "RunConfig.validate asks for one"
+    try:
+        reference = ReferenceModel(place, tokenizer.fingerprint)
+    except UserError as error:
+        raise UserError(f"the reference {place}: {error}") from error
+    special = _special_ids(tokenizer) if isinstance(task.loss, Dpo) and task.loss.mask_special else ()
+
+    def make(config: RunConfig, texts: int, *, ahead: bool = task.reference_ahead) -> Referenced:
+        held: dict[str, Any] = {"special_ids": special}
+        held |= {"ahead": True} if ahead else {"reference": reference.model}
+        match task.loss:
+            case Kto() as loss:
+                return LabelledTexts(config, layout, texts, loss, **held)
+            case Dpo() | Ipo() as loss:
+                return PairedTexts(config, layout, texts, loss, **held)
+            case _:
+                raise AssertionError("has no reference")
+
+    judge = judge_labelled_ratios if isinstance(task.loss, Kto) else judge_ratios
+    if task.reference_ahead:
+        _ask_ahead(reference, make(config, splits.texts, ahead=False), layout, splits, config, special)
+        return recipe_of_texts(config, layout, splits, make, judge)
+    return recipe_of_texts(config, layout, splits, make, judge, frozen=reference.read)
+
+
+def _ask_ahead(
+    reference: ReferenceModel,
+    objective: Referenced,
+    layout: Layout,
+    splits: Splits,
+    config: RunConfig,
+    special: tuple[int, ...],
+) -> None:
+    """Puts what the reference says of each text beside the texts."""
+    folder, choice = Path(config.data.datasets[0].path), f"{special} {config.execution.dtype}"
+    for batches in splits:
+        if batches is not None:
+            batches.beside[AHEAD] = log_probs_ahead(reference, objective, layout, batches, folder, choice)
+
+
+def _special_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Of tokens that are no text."""
+    ends = [one for one in (tokenizer.bos_id, tokenizer.eos_id) if one is not None]
+    return tuple(sorted({*tokenizer.specials.values(), *ends}))
