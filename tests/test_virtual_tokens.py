@@ -13,6 +13,7 @@ from helpers import initial_parameters, one_device, packed_batch, place, plainly
 from run_folder import BYTE_MODEL
 from test_engine import finish, loaded
 
+from maxlm.checkpoint.store import named_leaves
 from maxlm.config import (
     AdamW,
     Adapter,
@@ -31,7 +32,7 @@ from maxlm.inference.engine import Engine
 from maxlm.inference.language_model import LanguageModel
 from maxlm.inference.request import Request
 from maxlm.models import Tokens, bind, ops
-from maxlm.models.adapters import base_of
+from maxlm.models.adapters import base_of, learned
 from maxlm.models.prompts import encoded
 from maxlm.shapes import PREFIX, arrays
 from maxlm.training import make_trainer
@@ -77,6 +78,20 @@ def test_a_prompt_is_embeddings_before_the_text(name: str) -> None:
     hidden = base(x, Tokens(jnp.arange(P + IDS.shape[1])[None]), how).hidden
     wanted = ops.logits(hidden, base.unembedding)[:, P:]
     np.testing.assert_allclose(language_model(model, parameters)(IDS), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mlp", "lstm", "prefix"])
+def test_what_made_them_is_dropped_when_they_are_learned(name: str) -> None:
+    model = on(small_model(), KINDS[name])
+    parameters = grown(model)
+    without, kept = learned(model, parameters)
+    assert {array.name.split("/")[-1] for array in arrays(without) if array.trained} == {"rows"}
+    shapes = {name: leaf.shape for name, leaf in named_leaves(kept).items()}
+    assert shapes == {array.name: array.shape for array in arrays(without)}
+    np.testing.assert_allclose(
+        language_model(without, kept)(IDS), language_model(model, parameters)(IDS), rtol=1e-5, atol=1e-5
+    )
+    assert learned(without, kept) == (without, kept)
 
 
 def test_a_prefix_of_a_texts_own_keys_and_values_is_that_text() -> None:
@@ -145,7 +160,7 @@ def test_the_engine_puts_them_before_each_prompt(name: str) -> None:
     for at, score in enumerate(scores):
         for token, log_prob in ((score.token, score.logprob), *score.top):
             assert log_prob == pytest.approx(wanted[at, token], abs=2e-5)
-    with pytest.raises(UserError, match="65 tokens"):
+    with pytest.raises(UserError, match=r"make 65, more than model\.max_seq_len = 64"):
         engine.submit(dataclasses.replace(asked, prompt=(1,) * (model.max_seq_len - P), max_new_tokens=1))
 
 

@@ -12,11 +12,14 @@ from maxlm import shapes
 from maxlm.config import (
     AdaLora,
     Adapter,
+    AdapterKind,
     BaseFormat,
     Bottleneck,
     DyLora,
     Ia3,
     Lora,
+    LstmEncoder,
+    MlpEncoder,
     ModelConfig,
     Prefix,
     Prompt,
@@ -99,6 +102,23 @@ def adapted(config: ModelConfig, parameters: dict[str, Any]) -> dict[str, Any]:
         else:
             found = replaced(found, path, changed(config.adapter, weight, own))
     return found
+
+
+def learned(config: ModelConfig, parameters: dict[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
+    """The same model without what virtual tokens were made by while they were learned; of other adapters as it is."""
+    adapter = config.adapter
+    match None if adapter is None else adapter.kind:
+        case Prompt(encoder=MlpEncoder() | LstmEncoder()) as kind:
+            without: AdapterKind = dataclasses.replace(kind, encoder=None)
+        case Prefix(hidden=int()) as kind:
+            without = dataclasses.replace(kind, hidden=None)
+        case _:
+            return config, parameters
+    assert adapter is not None
+    made, found = adapted(config, parameters), {k: tree for k, tree in parameters.items() if k != shapes.PREFIX}
+    for array in targets(config):
+        found = replaced(found, [shapes.PREFIX, *array.name.split("/"), "rows"], at(made, array.name).rows)
+    return dataclasses.replace(config, adapter=dataclasses.replace(adapter, kind=without)), found
 
 
 def targets(config: ModelConfig) -> list[shapes.Array]:
