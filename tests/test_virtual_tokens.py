@@ -23,8 +23,8 @@ from maxlm.config import (
     LstmEncoder,
     MlpEncoder,
     ModelConfig,
-    Prefix,
-    Prompt,
+    PrefixTuning,
+    PromptTuning,
     UserError,
 )
 from maxlm.data.packing import insert_virtual
@@ -41,11 +41,11 @@ pytestmark = pytest.mark.usefixtures("programs_kept")
 
 P = 3
 KINDS = {
-    "prompt": Prompt(length=P),
-    "mlp": Prompt(length=P, encoder=MlpEncoder(hidden=8)),
-    "lstm": Prompt(length=P, encoder=LstmEncoder(hidden=8)),
-    "prefix": Prefix(length=P, hidden=8),
-    "deep": Prefix(length=P, hidden=None),
+    "prompt": PromptTuning(length=P),
+    "mlp": PromptTuning(length=P, encoder=MlpEncoder(hidden=8)),
+    "lstm": PromptTuning(length=P, encoder=LstmEncoder(hidden=8)),
+    "prefix": PrefixTuning(length=P, hidden=8),
+    "deep": PrefixTuning(length=P, hidden=None),
 }
 
 
@@ -96,7 +96,7 @@ def test_what_made_them_is_dropped_when_they_are_learned(name: str) -> None:
 
 def test_a_prefix_of_a_texts_own_keys_and_values_is_that_text() -> None:
     """In a model of one layer without positions, whose keys are easily made by hand."""
-    model = on(with_attention(small_model(n_layers=1), position=None), Prefix(length=P, hidden=None))
+    model = on(with_attention(small_model(n_layers=1), position=None), PrefixTuning(length=P, hidden=None))
     parameters, context = grown(model), np.array([5, 9, 2])
     block = parameters["blocks"]["0"]
     x = np.asarray(parameters["embed"], np.float64)[context]

@@ -51,8 +51,8 @@ from maxlm.config.adapter import (
     Lora,
     LstmEncoder,
     MlpEncoder,
-    Prefix,
-    Prompt,
+    PrefixTuning,
+    PromptTuning,
 )
 from maxlm.config.attention import Attention, FixedPattern, GroupedQuery, LatentAttention, QkNorm, StridedPattern
 from maxlm.config.chosen import ChosenModel
@@ -285,11 +285,11 @@ __all__ = [
     "PreNorm",
     "Preference",
     "PreferenceLoss",
-    "Prefix",
+    "PrefixTuning",
     "PrepareConfig",
     "Pretrain",
-    "Prompt",
     "PromptLookup",
+    "PromptTuning",
     "Purpose",
     "QkNorm",
     "QuantMethod",

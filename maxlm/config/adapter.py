@@ -192,7 +192,7 @@ class Prefix:
     (section 4.3); None: they are learned themselves (P-tuning v2, arXiv:2110.07602)."""
 
 
-AdapterKind = Lora | DyLora | AdaLora | Ia3 | Bottleneck | Prompt | Prefix
+AdapterKind = Lora | DyLora | AdaLora | Ia3 | Bottleneck | PromptTuning | PrefixTuning
 """The union of the kinds."""
 
 
@@ -216,7 +216,7 @@ class Adapter:
                 return dropout > 0
             case DyLora():
                 return True
-            case AdaLora() | Ia3() | Bottleneck() | Prompt() | Prefix():
+            case AdaLora() | Ia3() | Bottleneck() | PromptTuning() | PrefixTuning():
                 return False
             case _:
                 assert_never(self.kind)
@@ -225,7 +225,7 @@ class Adapter:
     def virtual_tokens(self) -> int:
         """Before each text."""
         match self.kind:
-            case Prompt(length=length) | Prefix(length=length):
+            case PromptTuning(length=length) | PrefixTuning(length=length):
                 return length
             case Lora() | DyLora() | AdaLora() | Ia3() | Bottleneck():
                 return 0

@@ -23,7 +23,18 @@ import numpy as np
 import numpy.typing as npt
 
 from maxlm import shapes
-from maxlm.config import AdaLora, Adapter, Bottleneck, DyLora, Ia3, Lora, ModelConfig, Prefix, Prompt, UserError
+from maxlm.config import (
+    AdaLora,
+    Adapter,
+    Bottleneck,
+    DyLora,
+    Ia3,
+    Lora,
+    ModelConfig,
+    PrefixTuning,
+    PromptTuning,
+    UserError,
+)
 from maxlm.config.json_file import read_object
 from maxlm.hub.folder import Pieces, appearing
 from maxlm.hub.names import Names, Piece, Tensor, Transposed, tensors, to_ours, to_theirs
@@ -225,7 +236,7 @@ class _Own:
                 return {"ia3_l": outputs[:, None]}
             case Bottleneck():
                 raise UserError("model.adapter.kind = Bottleneck: peft has no such adapters; use the run folder")
-            case Prompt() | Prefix():
+            case PromptTuning() | PrefixTuning():
                 raise UserError(
                     f"model.adapter.kind = {type(kind).__name__} is not written in peft's format; use the run folder"
                 )
@@ -408,7 +419,7 @@ def _said(adapter: Adapter, ranks: Mapping[str, int], inputs_of: Sequence[str]) 
             }
         case Ia3():
             return {"peft_type": "IA3", "feedforward_modules": list(inputs_of)}
-        case Bottleneck() | Prompt() | Prefix():
+        case Bottleneck() | PromptTuning() | PrefixTuning():
             raise AssertionError("refused before")
         case _:
             assert_never(kind)

@@ -21,8 +21,8 @@ from maxlm.config import (
     LstmEncoder,
     MlpEncoder,
     ModelConfig,
-    Prefix,
-    Prompt,
+    PrefixTuning,
+    PromptTuning,
     WeightFormat,
 )
 from maxlm.models.parameters import declared, initial
@@ -108,9 +108,9 @@ def learned(config: ModelConfig, parameters: dict[str, Any]) -> tuple[ModelConfi
     """The same model without what virtual tokens were made by while they were learned; of other adapters as it is."""
     adapter = config.adapter
     match None if adapter is None else adapter.kind:
-        case Prompt(encoder=MlpEncoder() | LstmEncoder()) as kind:
+        case PromptTuning(encoder=MlpEncoder() | LstmEncoder()) as kind:
             without: AdapterKind = dataclasses.replace(kind, encoder=None)
-        case Prefix(hidden=int()) as kind:
+        case PrefixTuning(hidden=int()) as kind:
             without = dataclasses.replace(kind, hidden=None)
         case _:
             return config, parameters
@@ -143,11 +143,11 @@ def changed(adapter: Adapter, weight: Weight, own: dict[str, Any]) -> Weight:
         case Bottleneck():
             assert not kind.parallel
             return MlpAfter(weight, small_mlp(kind, own))
-        case Prompt():
+        case PromptTuning():
             return Begun(weight, encoded(kind.encoder, own))
-        case Prefix(hidden=None):
+        case PrefixTuning(hidden=None):
             return Begun(weight, own["rows"])
-        case Prefix():
+        case PrefixTuning():
             stacked = "lrkh" if own["out"].ndim == 4 else "rkh"
             rows = jnp.einsum(f"pr,{stacked}->{stacked.replace('r', 'p')}", own["made"], own["out"])
             return Begun(weight, rows + jnp.expand_dims(own["out_bias"], -3))

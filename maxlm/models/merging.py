@@ -10,7 +10,18 @@ import jax
 import jax.numpy as jnp
 
 from maxlm import shapes
-from maxlm.config import AdaLora, Adapter, Bottleneck, DyLora, Ia3, Lora, ModelConfig, Prefix, Prompt, UserError
+from maxlm.config import (
+    AdaLora,
+    Adapter,
+    Bottleneck,
+    DyLora,
+    Ia3,
+    Lora,
+    ModelConfig,
+    PrefixTuning,
+    PromptTuning,
+    UserError,
+)
 from maxlm.models.adapters import at, changed, replaced, targets
 from maxlm.models.weights.around import plain
 
@@ -80,7 +91,7 @@ def scaled(adapter: Adapter, factor: float) -> Adapter:
             return replace(adapter, kind=replace(kind, scale=kind.scale * factor))
         case Ia3():
             raise UserError("model.adapter.kind = Ia3 has no scale; merge it, or take it as it is")
-        case Prompt() | Prefix():
+        case PromptTuning() | PrefixTuning():
             raise UserError(f"model.adapter.kind = {type(kind).__name__} has no scale; take it as it is")
         case _:
             assert_never(kind)
@@ -137,7 +148,7 @@ def _mergeable(config: ModelConfig) -> Adapter:
     match kind := config.adapter.kind:
         case Lora() | DyLora() | AdaLora() | Ia3():
             return config.adapter
-        case Prompt() | Prefix():
+        case PromptTuning() | PrefixTuning():
             raise UserError(
                 f"model.adapter.kind = {type(kind).__name__} is tokens of its own, which no weight can be merged with"
             )

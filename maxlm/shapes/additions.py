@@ -21,8 +21,8 @@ from maxlm.config import (
     Lora,
     LstmEncoder,
     MlpEncoder,
-    Prefix,
-    Prompt,
+    PrefixTuning,
+    PromptTuning,
     UserError,
 )
 from maxlm.shapes.array import Array, Constant, Normal, Part, Role
@@ -68,9 +68,9 @@ def targets(kind: AdapterKind, base: Sequence[Array]) -> list[Array]:
             if both := [array.name for array in more if array in found]:
                 raise UserError(f"model.adapter.kind has {both[0]} in targets and inputs_of; use one")
             return found + more
-        case Prompt():
+        case PromptTuning():
             return [array for array in base if array.name == "embed"]
-        case Prefix():
+        case PrefixTuning():
             if any("from_latent" in array.dims for array in base):
                 raise UserError("model.adapter.kind = Prefix has keys and values, and not the latents of this model")
             return [array for array in possible if array.name.endswith(("attention/k_proj", "attention/v_proj"))]
@@ -140,14 +140,14 @@ def added(kind: AdapterKind, array: Array) -> Iterator[Array]:
             yield one("down_bias", R, Constant(0), Role.OTHER)
             yield one("up", R | sizes, Constant(0), Role.PRODUCT)
             yield one("up_bias", {"vector": D}, Constant(0), Role.OTHER)
-        case Prompt(length=length, encoder=encoder):
+        case PromptTuning(length=length, encoder=encoder):
             yield replace(one("rows", {"rank": length, "vector": array.shape[1]}, Normal(0.02), Role.OTHER), uses=0.0)
             for name, shape in _of_encoder(encoder, array.shape[1]):
                 init = Constant(0) if len(shape) == 1 else Normal((3 * shape[0]) ** -0.5)
                 path = f"{PREFIX}/{array.name}/{name}"
                 role = Role.OTHER if len(shape) == 1 else Role.PRODUCT
                 yield Array(path, shape, ("rank",) * len(shape), init, role, Part.ADAPTER, 0)
-        case Prefix():
+        case PrefixTuning():
             if kind.hidden is None:
                 yield replace(one("rows", {"rank": kind.length} | sizes, Normal(0.02), Role.OTHER), uses=0.0)
                 return
@@ -164,7 +164,7 @@ def _rank(kind: AdapterKind) -> int:
             return rank
         case Bottleneck(size=size):
             return size
-        case Ia3() | Prompt() | Prefix():
+        case Ia3() | PromptTuning() | PrefixTuning():
             return 0
         case _:
             assert_never(kind)
@@ -192,7 +192,7 @@ def _of_encoder(encoder: MlpEncoder | LstmEncoder | None, D: int) -> Iterator[tu
 
 def _shared(kind: AdapterKind) -> Iterator[Array]:
     """What all layers of a prefix are made of."""
-    if isinstance(kind, Prefix) and kind.hidden is not None:
+    if isinstance(kind, PrefixTuning) and kind.hidden is not None:
         size = kind.hidden
         of = lambda name, shape, init, role: Array(
             f"{PREFIX}/prefix/{name}", shape, ("rank",) * len(shape), init, role, Part.ADAPTER, 0
