@@ -7,6 +7,7 @@ steps.py: what the benchmarks of training steps share; no command
 data_throughput.py: tokens a second from prepared shards
 decode.py: milliseconds a token and temporary bytes of decoding
 decode_compiled.py: what a decode step of large models moves, by the compilers
+posttrain.py: tasks after pre-training beside pre-training, and beside TRL
 serving.py: what many requests cost beyond their tokens
 checkpoint.py: seconds to save and restore
 conversion.py: seconds and memory of maxlm.convert

@@ -13,6 +13,7 @@ serve.py: command: answer requests over HTTP
 chat.py: command: talk with a model
 convert.py: command: published models to run folders, and back
 evaluate.py: command: held-out loss
+synthesize.py: command: records that a model writes
 inspect.py: command: list, verify, hash
 sharding.py: the mesh, and jax shardings of the table in config/dims.py
 hardware.py: every chip: FLOP/s, memory, links, with sources

@@ -11,18 +11,24 @@ from published import MODELS
 
 from maxlm.config import (
     Activation,
+    AdaLora,
+    Adapter,
+    AdapterKind,
     Alibi,
     Attention,
     BlockConfig,
+    Bottleneck,
     Capacity,
     DeepNorm,
     Dropless,
+    DyLora,
     DynamicNtkScaling,
     ExpertChoiceRouter,
     ExpertGroups,
     Experts,
     GatedMlp,
     GroupedQuery,
+    Ia3,
     LatentAttention,
     LayerNorm,
     Learned,
@@ -30,6 +36,7 @@ from maxlm.config import (
     Llama3RopeScaling,
     LmHead,
     LongRopeScaling,
+    Lora,
     Mlp,
     ModelConfig,
     NoisyTopKRouter,
@@ -233,6 +240,28 @@ def models(draw: st.DrawFn) -> ModelConfig:
         mup_base_width=None if normalized else draw(some(None, 8)),
         first_blocks=first,
     )
+
+
+def adapters() -> st.SearchStrategy[AdapterKind]:
+    """That any model can have."""
+    targets = some(("q_proj", "v_proj"), ("all-linear",), ("o_proj",), ("attention/*",))
+    low_rank: dict[str, Any] = {"rank": some(1, 3), "alpha": some(1.0, 8.0), "targets": targets}
+    return st.one_of(
+        st.builds(Lora, **low_rank, rank_stabilized=FLAG, dora=FLAG, dropout=some(0.0, 0.5)),
+        st.builds(DyLora, **low_rank),
+        st.builds(AdaLora, rank=some(3, 4), target_rank=some(1, 3), targets=targets),
+        st.builds(Ia3, targets=some((), ("v_proj",)), inputs_of=some(("o_proj",), ("q_proj", "o_proj"))),
+        st.builds(
+            Bottleneck, size=some(1, 5), activation=some(*Activation), parallel=FLAG, scale=some(1.0, 4.0),
+            targets=st.just(("o_proj",)),
+        ),
+    )  # fmt: skip
+
+
+@st.composite
+def adapted_models(draw: st.DrawFn) -> ModelConfig:
+    """Any model, with an adapter."""
+    return dataclasses.replace(draw(models()), adapter=Adapter(kind=draw(adapters()), full=draw(some((), ("embed",)))))
 
 
 @st.composite

@@ -61,6 +61,7 @@ COMMANDS = {
         "generate",
         "convert",
         "evaluate",
+        "synthesize",
         "inspect",
         "launch",
         "serve",
@@ -86,6 +87,7 @@ LAZY = {
     "maxlm/hub/tensor_files.py": {"safetensors"},  # the same
     "maxlm/inference/structured.py": {"llguidance"},  # the extra `serve`
     "maxlm/hub/converting.py": {"torch", "transformers"},  # a comparison for who has them
+    "maxlm/data/sharegpt.py": {"bs4"},  # the extra `docs`: only who cleans pages has it
     "maxlm/serving/passages.py": {"bs4", "pypdf"},  # the extra `docs`
     "maxlm/chat.py": {"rich"},  # --help starts without it
     "maxlm/inspect.py": {"rich"},  # a listing as JSON starts without it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,21 @@ def test_what_counts_is_the_assistants_words_and_the_ends_of_its_turns(name: str
     assert last.ids == text.ids and counted(tokenizer, last) == counted(tokenizer, text)[1:]
     [whole] = encode({"messages": messages}, template, tokenizer, counted=Counted.ALL)
     assert whole.ids == text.ids and all(whole.counts)
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_any_words_are_learned_as_they_are_and_nothing_else(name: str, made: Make) -> None:
+    """Pieces of control tokens, of roles and of what templates look for, in any order."""
+    kind, source, end = STOCK[name]
+    tokenizer, template = made(kind, source)
+    controls = ["<|im_end|>", "<|im_start|>assistant\n", "</s>", "<eos>", "<end_of_turn>", "<|eot_id|>"]
+    pieces = [*controls, "a", " ", "\n", "<|im_", "end|>", "assistant", "{{", "<|start_header_id|>", "\u00e9"]
+    draw = random.Random(name)
+    for _ in range(25):
+        words = [f"x{''.join(draw.choices(pieces, k=draw.randint(0, 6)))}x" for _ in range(2 * draw.randint(1, 3))]
+        messages = [(user, assistant)[n % 2](word) for n, word in enumerate(words)]
+        [text] = encode({"messages": messages}, template, tokenizer)
+        assert counted(tokenizer, text) == [word + end for word in words[1::2]]
 
 
 BUILT = {
@@ -243,6 +259,17 @@ def test_turns_that_a_template_writes_in_another_way_later(made: Make) -> None:
     )
     [text] = encode({"messages": TALK}, template, tokenizer)
     assert counted(tokenizer, text) == [" Same.</s>", " No <|im_end|> of <|eot_id|> it</s> here</s>"]
+
+
+def test_what_the_prompt_begins_is_not_learned(made: Make) -> None:
+    """Prompts that begin a thought, which conversations have empty and without its line break (Nemotron 3)."""
+    thought = "('<think></think>' if message.role == 'assistant' else '') + message['content']"
+    source = chats.CHATML.replace("message['content']", thought)
+    source = source.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}")
+    tokenizer, template = made("chatml", source)
+    [text] = encode({"messages": TALK[1:]}, template, tokenizer)
+    assert spelled(tokenizer, text.ids).endswith("<think></think>No <|im_end|> of <|eot_id|> it</s> here<|im_end|>\n")
+    assert counted(tokenizer, text)[0] == "</think>Same.<|im_end|>"
 
 
 QWEN_3 = """{%- set ns = namespace(last=-1) %}
@@ -432,9 +459,9 @@ WRONG: list[tuple[dict[str, Any], Purpose, str]] = [
      "message 2 is of user after assistant that calls tools, where tool must be"),
     ({"messages": [user("a"), {"role": "tool", "content": "x"}]}, Purpose.SFT, "message 1 is of tool after user"),
     ({"messages": [user("a")]}, Purpose.SFT, "ends with user, and the assistant must have the last word"),
-    ({"messages": [user("a"), assistant(" \n")]}, Purpose.SFT, r"messages\[1\]: the turn of assistant is empty"),
-    ({"messages": [user(""), assistant("a")]}, Purpose.SFT, r"messages\[0\]: the turn of user is empty"),
-    ({"messages": [user("a"), {"role": "assistant"}]}, Purpose.SFT, "the turn of assistant is empty"),
+    ({"messages": [user("a"), assistant(" \n")]}, Purpose.SFT, "messages: message 1, the turn of assistant, is empty"),
+    ({"messages": [user(""), assistant("a")]}, Purpose.SFT, "messages: message 0, the turn of user, is empty"),
+    ({"messages": [user("a"), {"role": "assistant"}]}, Purpose.SFT, "the turn of assistant, is empty"),
     ({"messages": [user("a"), {"role": "assistant", "content": 3}]}, Purpose.SFT, "content holds a number, not text"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, assistant("a")]}, Purpose.SFT,
      "a part of type 'image_url'; only text"),
@@ -553,3 +580,5 @@ class TestShorter:
         texts, lost = fitted(pair, 8, 1)
         assert [t.ids for t in texts] == [[9, 4, 5, 6], [9, 4, 7, 8]] and lost == 7
         assert [t.value for t in texts] == [1, 0]
+        with pytest.raises(UserError, match="2 texts of a record do not fit into 5 ids"):
+            fitted(pair, 5, 1)

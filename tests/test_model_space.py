@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from helpers import FLOAT32, gradient_function, one_device, packed_batch, plainly, run_decoder, small_run, through_cache
 from hypothesis import HealthCheck, given, settings
-from model_space import models, nearly_published
+from model_space import adapted_models, models, nearly_published
 from test_layouts import assert_close
 
 from maxlm.config import (
@@ -97,9 +97,15 @@ def test_a_model_is_what_it_declares_and_survives_a_file(model: ModelConfig) -> 
     check_declared(model)
 
 
+@quick(5)
+@given(model=adapted_models())
+def test_a_model_with_an_adapter_is_what_it_declares(model: ModelConfig) -> None:
+    check_declared(model)
+
+
 @pytest.mark.nightly
 @many(500)
-@given(model=models())
+@given(model=models() | adapted_models())
 def test_many_models_are_what_they_declare(model: ModelConfig) -> None:
     check_declared(model)
 
@@ -181,7 +187,7 @@ def test_every_way_of_running_a_model_says_the_same(model: ModelConfig) -> None:
 
 @pytest.mark.nightly
 @many(100)
-@given(model=models())
+@given(model=models() | adapted_models())
 def test_every_way_of_running_many_models_says_the_same(model: ModelConfig) -> None:
     check_computed(model, gradients=True)
 

@@ -31,7 +31,7 @@ from maxlm.inference.load import load_run
 from maxlm.models import Tokens, bind, ops
 from maxlm.recipes import recipe
 from maxlm.sharding import make_layout
-from maxlm.training.answers import Answers
+from maxlm.training.assistant_loss import Answers
 from maxlm.training.loop import run
 from maxlm.training.objective import Sums
 from maxlm.training.step import gradient_function

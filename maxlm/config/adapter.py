@@ -170,7 +170,7 @@ class LstmEncoder:
 
 
 @config("model.adapter.kind.", changes=Changes.IDENTITY)
-class Prompt:
+class PromptTuning:
     """Virtual tokens before each text, whose embeddings are learned (Lester et al. 2021, arXiv:2104.08691). They take
     positions, and count in `model.max_seq_len` and `train.seq_len`."""
 
@@ -181,7 +181,7 @@ class Prompt:
 
 
 @config("model.adapter.kind.", changes=Changes.IDENTITY)
-class Prefix:
+class PrefixTuning:
     """Virtual tokens before each text, whose keys and values are learned in each layer (prefix tuning, Li & Liang 2021,
     arXiv:2101.00190). Keys have no position of their own; the text's begin behind the virtual tokens."""
 

@@ -7,9 +7,18 @@ sources.py: documents from files, hubs and the standard library
 documents.py: a document, what is no text, what could not be read
 input_files.py: which files, their bytes decompressed
 records.py: JSON, CSV and parquet with many documents each
+named_tokenizer.py: which tokenizer a word means
 tokenizers.py: bytes, sentencepiece, tokenizer.json
 token_bytes.py: what a token of a tokenizer.json adds to a text
 named_ends.py: what files beside a tokenizer say of that
+build.py: command: records from records, texts and threads
+mixing.py: sets of instructions in given shares
+wordings.py: records of a task in several wordings
+raw_tasks.py: questions out of raw text
+sharegpt.py: conversations from web pages, cleaned and split
+reply_trees.py: replies to replies as conversations and rankings
+ghost.py: an instruction that holds for a conversation
+near_duplicates.py: ROUGE-L, and texts unlike all before them
 chat_report.py: conversations as tokens for people, figures of them
 text_ends.py: where texts of a model begin and end
 chat.py: conversations to ids, by the template of a published model

@@ -8,25 +8,21 @@ import sys
 if not __package__:  # run by its path: Python then looks in this file's folder first, where inspect.py is not its own
     sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}maxlm{os.sep}")[0]
 
-from dataclasses import field, replace
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from maxlm.config import (
-    ByteTokenizer,
     Conversations,
     Counted,
     Documents,
     Files,
     HuggingFaceDataset,
-    HuggingFaceTokenizer,
     PrepareConfig,
     Purpose,
-    SentencePieceTokenizer,
     StandardLibrary,
-    TokenizerConfig,
     TokenizerSource,
     TrainSentencePiece,
     UserError,
@@ -44,11 +40,12 @@ _USAGE = f"""From documents to prepared folders of tokens.
 {_PROG} tokenizer train PATH... --out DIR --vocab_size 32000
 {_PROG} tokenizer report PATH... --tokenizer DIR
 {_PROG} chat PATH... --tokenizer DIR     show conversations as tokens, and which of them count
+{_PROG} build                            records of conversations from other data
 
 Without PATH the documents are the Python standard library's own sources. --debug shows tracebacks.
 Exit code: 0 all was read, {EXIT_UNREADABLE} done without the documents that cannot be read, 2 a mistake to mend, 1 a
 failure."""
-_TRAIN, _BYTES = "train", "bytes"
+_TRAIN = "train"
 
 
 @config("--")
@@ -187,12 +184,16 @@ def main(argv: list[str]) -> int:
             description = "Measure a tokenizer's compression."
             prog = f"{_PROG} tokenizer report"
             unreadable = _report(parse(TokenizerReport, rest, prog=prog, description=description, flags=True))
+        case ["build", *rest]:
+            from maxlm.data.build import main as build
+
+            unreadable = build(rest)
         case ["chat", *rest]:
             description = "Show conversations as tokens, and which of them count."
             unreadable = _chat(parse(ShowChats, rest, prog=f"{_PROG} chat", description=description, flags=True))
         case _:
             words = " ".join(arguments[:2])
-            raise UserError(f"unknown command {words!r}; use prepare, chat, tokenizer train or tokenizer report")
+            raise UserError(f"unknown command {words!r}; use prepare, chat, build, tokenizer train or tokenizer report")
     return EXIT_UNREADABLE if unreadable else 0
 
 
@@ -255,12 +256,13 @@ def _train(command: Train) -> int:
 
 def _report(command: TokenizerReport, except_for: Path | None = None) -> int:
     from maxlm.data.documents import Unreadable
+    from maxlm.data.named_tokenizer import named_tokenizer
     from maxlm.data.sources import first_bytes, iterate_documents
     from maxlm.data.tokenizers import open_tokenizer
     from maxlm.data.train_tokenizer import measure, report
 
-    named = _named_tokenizer(command.tokenizer, command.eos, command.bos)
-    tokenizer, unreadable = open_tokenizer(named), Unreadable()
+    tokenizer = open_tokenizer(named_tokenizer(command.tokenizer, command.eos, command.bos))
+    unreadable = Unreadable()
     documents = iterate_documents(command.input.documents(), unreadable, except_for)
     print(report(tokenizer, measure(tokenizer, first_bytes(documents, command.max_bytes))))
     if summary := unreadable.summary():
@@ -274,14 +276,13 @@ def _chat(command: ShowChats) -> int:
     from maxlm.data.chat_report import report, survey
     from maxlm.data.chat_templates import choose_template
     from maxlm.data.documents import Unreadable
+    from maxlm.data.named_tokenizer import named_tokenizer
     from maxlm.data.sources import iterate_documents
     from maxlm.data.tokenizers import open_tokenizer
 
     path, unreadable = Path(command.tokenizer), Unreadable()
     folder = path if path.is_dir() else path.parent
-    published = path.is_dir() and (path / "tokenizer_config.json").is_file()
-    named = str(path / "tokenizer.json") if published else command.tokenizer
-    tokenizer = open_tokenizer(_named_tokenizer(named, command.eos, command.bos))
+    tokenizer = open_tokenizer(named_tokenizer(command.tokenizer, command.eos, command.bos))
     config = Conversations(
         paths=command.paths,
         pattern=command.pattern,
@@ -301,36 +302,12 @@ def _chat(command: ShowChats) -> int:
 
 def _tokenizer_of(command: Prepare) -> TokenizerSource:
     if command.tokenizer != _TRAIN:
-        return _named_tokenizer(command.tokenizer, command.eos, command.bos)
+        from maxlm.data.named_tokenizer import named_tokenizer
+
+        return named_tokenizer(command.tokenizer, command.eos, command.bos)
     if command.eos is not None or command.bos is not None:
         raise UserError("--eos and --bos name tokens of a tokenizer.json; name it by --tokenizer, or leave them out")
     return command.train
-
-
-def _named_tokenizer(name: str, eos: str | None, bos: str | None) -> TokenizerConfig:
-    """The tokenizer that a word on the command line means."""
-    from maxlm.data.tokenizers import saved_tokenizer
-
-    path = Path(name)
-    if name == _BYTES:
-        tokenizer: TokenizerConfig = ByteTokenizer()
-    elif path.is_dir():
-        tokenizer = saved_tokenizer(path)
-    elif path.suffix in (".json", ".tiktoken"):
-        tokenizer = HuggingFaceTokenizer(path=name)
-    elif path.suffix == ".model":
-        tokenizer = SentencePieceTokenizer(path=name)
-    else:
-        raise UserError(
-            f"--tokenizer {name}: must be train, bytes, a .model file, a .json file, qwen.tiktoken or a folder with a "
-            "tokenizer"
-        )
-    changes = {key: token for key, token in (("eos", eos), ("bos", bos)) if token is not None}
-    if not changes:
-        return tokenizer
-    if not isinstance(tokenizer, HuggingFaceTokenizer):
-        raise UserError(f"--tokenizer {name}: has its own end of a document; leave out --eos and --bos")
-    return replace(tokenizer, **changes)
 
 
 if __name__ == "__main__":

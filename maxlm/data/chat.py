@@ -101,7 +101,26 @@ class ChatTemplate:
             ChatError: as `encode`.
         """
         asked = self._values(messages, tools, add_generation_prompt, variables)
-        return self._rendered(asked, tools is not None, time.time() if now is None else now)
+        text: str = self._ask(asked, tools is not None, time.time() if now is None else now)["text"]
+        return text
+
+    def prefixes(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        cuts: Sequence[tuple[int, bool]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        now: float,
+        **variables: Any,
+    ) -> list[str]:
+        """For each of `cuts` what `render` says of so many first messages; the bool is `add_generation_prompt`.
+
+        Raises:
+            ChatError: as `encode`.
+        """
+        asked = self._values(messages, tools, False, variables)
+        texts: list[str] = self._ask(asked, tools is not None, now, cuts=cuts)["texts"]
+        return texts
 
     def encode(
         self,
@@ -134,7 +153,7 @@ class ChatTemplate:
             self._values(messages, tools, add_generation_prompt, variables),
             time.time() if now is None else now,
         )
-        render = lambda changed: self._rendered(asked | changed, tools is not None, now)
+        render = lambda changed: self._ask(asked | changed, tools is not None, now)["text"]
         text = render({})
         ids, places = tokenizer.encode_places(text, specials=True)
         specials = tokenizer.specials
@@ -158,11 +177,11 @@ class ChatTemplate:
             raise ChatError(f"messages: {error}; they must be what JSON can hold, in Unicode") from error
         return values
 
-    def _rendered(self, values: dict[str, Any], has_tools: bool, now: float) -> str:
+    def _ask(self, values: dict[str, Any], has_tools: bool, now: float, **more: Any) -> dict[str, Any]:
         source = self.sources.get("tool_use" if has_tools else "default", self.sources.get("default"))
         if source is None:
             raise ChatError(f"{self.place}: has no chat template for this; its templates: {', '.join(self.sources)}")
-        answer = _RENDERER.ask({"source": source, "values": values, "limit": _MAX_CHARS, "now": now})
+        answer = _RENDERER.ask({"source": source, "values": values, "limit": _MAX_CHARS, "now": now, **more})
         if "refused" in answer:
             raise ChatError(f"messages: the chat template refuses them: {' '.join(answer['refused'].split())}")
         if "broken" in answer:
@@ -170,7 +189,7 @@ class ChatTemplate:
             raise ChatError(
                 f"{self.place}: its chat template does not work here ({why}); use another model or template"
             )
-        return answer["text"]
+        return answer
 
     def _own(
         self, text: str, values: dict[str, Any], specials: Mapping[str, int], render: Any, free: Iterator[str]
@@ -345,14 +364,14 @@ class _Renderer:
         self._connection: Connection | None = None
         atexit.register(self.stop)
 
-    def ask(self, question: dict[str, Any]) -> dict[str, str]:
+    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
         """What the worker answers; `broken` if it does not in time, or dies."""
         with self._lock:
             connection = self._connection or self._start()
             try:
                 connection.send_bytes(json.dumps(question).encode())
                 if connection.poll(_SECONDS):
-                    answer: dict[str, str] = json.loads(connection.recv_bytes())
+                    answer: dict[str, Any] = json.loads(connection.recv_bytes())
                     return answer
                 why = f"it takes more than {_SECONDS:g} s"
             except (EOFError, OSError):

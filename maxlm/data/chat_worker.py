@@ -56,6 +56,19 @@ def _compiled(source: str) -> jinja2.Template:
     return environment.from_string(source)
 
 
+def _answer(asked: dict[str, Any]) -> dict[str, Any]:
+    """As `_rendered`; or, where `cuts` are asked for, `texts` of that many first messages each, with or without words
+    for the assistant's turn after them."""
+    texts = []
+    for count, prompt in asked.get("cuts", ()):
+        messages = asked["values"]["messages"][:count]
+        found = _rendered(asked | {"values": asked["values"] | {"messages": messages, "add_generation_prompt": prompt}})
+        if "text" not in found:
+            return found
+        texts.append(found["text"])
+    return {"texts": texts} if "cuts" in asked else _rendered(asked)
+
+
 def _rendered(asked: dict[str, Any]) -> dict[str, str]:
     """`text`; or `refused`, the template's own words; or `broken`, why there is none."""
     now = datetime.datetime.fromtimestamp(asked["now"])
@@ -88,7 +101,7 @@ def _serve(connection: Connection) -> None:
             asked = connection.recv_bytes()
         except EOFError:  # who asked is gone
             return
-        connection.send_bytes(json.dumps(_rendered(json.loads(asked))).encode())
+        connection.send_bytes(json.dumps(_answer(json.loads(asked))).encode())
 
 
 if __name__ == "__main__":

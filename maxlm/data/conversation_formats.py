@@ -99,6 +99,18 @@ def read(record: Mapping[str, Any], purpose: Purpose, classes: Sequence[str] = (
     return _for(purpose, present, example, classes)
 
 
+def turns_of(record: Mapping[str, Any]) -> list[Turn]:
+    """The turns of a conversation that is not one of several answers, as they are: roles may be in any order.
+
+    Raises:
+        BadRecord: it is of another format, or a turn has no role or no text.
+    """
+    for key in ("messages", "conversations"):
+        if record.get(key) is not None:
+            return [*_system(record), *_messages(record[key], key)]
+    raise BadRecord(f"has the keys {_shown(sorted(record))}, and neither messages nor conversations")
+
+
 def _for(purpose: Purpose, record: Mapping[str, Any], example: Example, classes: Sequence[str]) -> Example:
     several, labelled = len(example.answers) > 1, "label" in record
     match purpose:
@@ -147,13 +159,13 @@ def _passages(record: Mapping[str, Any], purpose: Purpose, classes: Sequence[str
 
 
 def _openai(record: Mapping[str, Any]) -> Example:
-    messages = _checked(_messages(record["messages"], "messages"), "messages", whole=True)
+    messages = in_order(_messages(record["messages"], "messages"), "messages", whole=True)
     return Example([], [Answer(messages, 1.0)], _tools(record))
 
 
 def _sharegpt(record: Mapping[str, Any]) -> Example:
     messages = _messages(record["conversations"], "conversations")
-    messages = _checked([*_system(record), *messages], "conversations", whole=True)
+    messages = in_order([*_system(record), *messages], "conversations", whole=True)
     return Example([], [Answer(messages, 1.0)], _tools(record))
 
 
@@ -198,7 +210,7 @@ def _preference(record: Mapping[str, Any]) -> Example:
             message["content"].strip() for message in prompt
         ]:
             raise BadRecord("prompt: is another than what chosen and rejected begin with")
-        _checked(prompt, "chosen", whole=False)
+        in_order(prompt, "chosen", whole=False)
         answers = [_completion(prompt, one, key) for one, key in zip(answers, ("chosen", "rejected"), strict=True)]
     elif given:
         prompt = _prompt(record)
@@ -252,14 +264,14 @@ def _prompt(record: Mapping[str, Any]) -> list[Turn]:
     asked = record[key]
     if isinstance(asked, str):
         return [*_system(record), _user(_text(asked, key))]
-    return _checked([*_system(record), *_messages(asked, key)], key, whole=False)
+    return in_order([*_system(record), *_messages(asked, key)], key, whole=False)
 
 
 def _completion(prompt: list[Turn], value: Any, key: str) -> list[Turn]:
     messages = [_assistant(_text(value, key))] if isinstance(value, str) else _messages(value, key)
     if not messages:
         raise BadRecord(f"{key}: is empty")
-    return _checked([*prompt, *messages], key, whole=True)[len(prompt) :]
+    return in_order([*prompt, *messages], key, whole=True)[len(prompt) :]
 
 
 def _system(record: Mapping[str, Any]) -> list[Turn]:
@@ -319,8 +331,6 @@ def _message(value: Any, place: str) -> Turn:
         content = "".join(_part(part, place) for part in content)
     if content is not None and not isinstance(content, str):
         raise BadRecord(f"{place}: content holds {_kind(content)}, not text")
-    if not (content or "").strip() and role != "tool" and not calls:
-        raise BadRecord(f"{place}: the turn of {role} is empty")
     kept = ("name", "tool_call_id", "reasoning_content", "weight")
     message = {"role": role, "content": content or ""} | {key: value[key] for key in kept if value.get(key) is not None}
     return message | ({"tool_calls": [_call(call, place) for call in calls]} if calls else {})
@@ -374,13 +384,16 @@ def _tools(record: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     return found
 
 
-def _checked(messages: list[Turn], key: str, *, whole: bool) -> list[Turn]:
-    """The messages, whose roles are in order.
+def in_order(messages: list[Turn], key: str, *, whole: bool) -> list[Turn]:
+    """The messages, of which none is empty, and whose roles are in order.
 
     Args:
         messages: of a conversation, from its beginning.
-        key: where they are, for messages.
+        key: where they are, for what is said of them.
         whole: whether the assistant has the last word; else it comes next.
+
+    Raises:
+        BadRecord: it is not so.
     """
     before: Turn | None = None
     for n, message in enumerate(messages):
@@ -389,6 +402,8 @@ def _checked(messages: list[Turn], key: str, *, whole: bool) -> list[Turn]:
         if message["role"] not in allowed:
             after = "at the beginning" if last is None else f"after {last}{' that calls tools' if calling else ''}"
             raise BadRecord(f"{key}: message {n} is of {message['role']} {after}, where {' or '.join(allowed)} must be")
+        if not message["content"].strip() and message["role"] != "tool" and "tool_calls" not in message:
+            raise BadRecord(f"{key}: message {n}, the turn of {message['role']}, is empty")
         before = message
     last = before["role"] if before else None
     if whole and last != "assistant":

@@ -159,15 +159,19 @@ class _Talk(NamedTuple):
                 pass
             case _:
                 assert_never(counted)
-        counts = [False] * len(chat.ids)
-        done = 0
+        cuts = [(n, True) for n in turns] + [(n + 1, False) for n in turns if n + 1 < len(messages)]
+        begins = dict(zip(cuts, self._render(messages, cuts), strict=True))
+        starts, stops = list[int](), list[int]()
         for n in turns:
-            start, stop = self._turn(messages, n, chat)
-            if start < done:
+            start, stop = self._turn(messages, n, chat, begins[n, True], begins.get((n + 1, False), chat.text))
+            if stops and start < stops[-1]:
                 raise BadRecord(f"message {n}: the template does not keep it apart from the turn before it")
-            done = stop
-            for i, (a, b) in enumerate(chat.places):
-                counts[i] |= a < stop and (b > start or a >= start)
+            starts.append(start)
+            stops.append(stop)
+        counts = [False] * len(chat.ids)
+        for i, (a, b) in enumerate(chat.places):
+            turn = bisect.bisect_right(stops, a)  # the first that ends after the token begins
+            counts[i] = turn < len(turns) and (b > starts[turn] or a >= starts[turn])
         if not any(counts):
             raise BadRecord("nothing counts: no turn is the assistant's to learn")
         return Text(chat.ids, counts, value)
@@ -184,16 +188,16 @@ class _Talk(NamedTuple):
             if tool["function"]["name"] not in chat.text:
                 raise BadRecord("the template leaves out tools; use another template")
 
-    def _turn(self, messages: list[Turn], n: int, chat: Chat) -> tuple[int, int]:
+    def _turn(self, messages: list[Turn], n: int, chat: Chat, before: str, through: str) -> tuple[int, int]:
         """Where the turn of message n begins and ends in the text, its end token included."""
-        before = self._render(messages[:n], True)
-        through = self._render(messages[: n + 1], False) if n + 1 < len(messages) else chat.text
         spans: tuple[Span, ...] | None = None
         start = len(before)
         if not chat.text.startswith(before):
+            start = next((i for i, (a, b) in enumerate(zip(before, chat.text, strict=False)) if a != b), len(chat.text))
+        if before[start:].strip():  # blanks that only the prompt has are as if it had none
             spans = self._spans(messages, n)
             start = self._start_around(before, _span(spans, n), chat, n)
-        elif any(control[0] == start for control in chat.controls) and before == self._render(messages[:n], False):
+        elif any(control[0] == start for control in chat.controls) and [before] == self._render(messages, [(n, False)]):
             spans = self._spans(messages, n)  # it does not say "now the assistant": it has no words of its own for that
             start = _characters(_span(spans, n), chat)[0]
         inside = [control for control in chat.controls if start <= control[0] and control[1] <= len(through)]
@@ -247,10 +251,8 @@ class _Talk(NamedTuple):
                 f"({error}); count the last turn alone"
             ) from error
 
-    def _render(self, messages: list[Turn], prompt: bool) -> str:
-        return self.template.render(
-            messages, tools=self.tools, add_generation_prompt=prompt, now=_NOW, **self.variables
-        )
+    def _render(self, messages: list[Turn], cuts: list[tuple[int, bool]]) -> list[str]:
+        return self.template.prefixes(messages, cuts, tools=self.tools, now=_NOW, **self.variables)
 
     @property
     def _names(self) -> re.Pattern[str]:

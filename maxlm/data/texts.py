@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from maxlm.config import UserError
+
 
 class Text(NamedTuple):
     """Ids as the model sees them. A record is a list of texts, which stay together."""
@@ -61,6 +63,9 @@ def fitted(record: Sequence[Text], max_len: int, head: int = 0) -> tuple[list[Te
         record: at least one text; each has an id that counts.
         max_len: ids that may stay; at least `head` + 2 for each text.
         head: ids at the beginning of each text that always stay.
+
+    Raises:
+        UserError: there is less room than that.
     """
     over = sum(len(text.ids) for text in record) - max_len
     if over <= 0:
@@ -78,5 +83,10 @@ def fitted(record: Sequence[Text], max_len: int, head: int = 0) -> tuple[list[Te
         drop = lambda values: [*values[:head], *values[head + cut :]]
         return [Text(drop(ids), drop(counts), value) for ids, counts, value in record], cut * len(record)
     share = max_len // len(record)
+    if share < head + 2:
+        raise UserError(
+            f"the {len(record)} texts of a record do not fit into {max_len} ids; train with a seq_len of at least "
+            f"{(head + 2) * len(record)}"
+        )
     found = [truncated(text, share, head) for text in record]
     return [text for text, _ in found], sum(lost for _, lost in found)

@@ -9,6 +9,9 @@ embed.py: a vector for each text
 of_texts.py: what the last four share
 reference.py: the model that a policy is held to
 train_medusa.py: heads that guess at later tokens, on a trained model
+self_instruct.py: tasks that a model writes after those of people
+answering.py: conversations answered anew, perhaps with a context
+toolformer.py: calls of tools that help a model to go on
 taught.py: the tokenizer and the template of a run that is taught with conversations
 starting.py: what a new run may start from: another run, or a published model
 """

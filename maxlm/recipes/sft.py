@@ -7,7 +7,7 @@ from maxlm.inference.load import LoadedRun
 from maxlm.recipes.pretrain import batches, recipe_on
 from maxlm.recipes.taught import taught
 from maxlm.sharding import Layout
-from maxlm.training.answers import Answers
+from maxlm.training.assistant_loss import Answers
 from maxlm.training.loop import Recipe
 
 

@@ -2,7 +2,7 @@
 
 loop.py: a run of any recipe, top to bottom
 objective.py: what is minimised; next-token prediction, and the call of the model
-answers.py: what fine-tuning adds to the loss of the next token
+assistant_loss.py: what fine-tuning adds to the loss of the next token
 later_tokens.py: the loss of heads that guess at later tokens
 step.py: gradient, optimizer: one step
 keeper.py: the state of a run in its folder

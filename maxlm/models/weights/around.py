@@ -85,7 +85,7 @@ class MlpAfter(Around):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Begun(Around):
-    """A weight whose results for the first positions of a text are learned ones. See `config.PromptTuning` and `PrefixTuning`."""
+    """A weight whose results for the first positions of a text are learned ones. See `config.PromptTuning`."""
 
     rows: jax.Array
     """float32 [P, *outputs]: of positions 0 .. P - 1."""
