@@ -1,4 +1,4 @@
-"""A two-layer classifier (500,864 parameters) that tells good, middling and bad reviews apart.
+"""A two-layer classifier (494,592 parameters) that tells good, middling and bad reviews apart.
 
     python -m maxlm.train --config configs/classify_tiny.py
 

@@ -1,4 +1,4 @@
-"""A two-layer model (451,201 parameters) of vectors by which questions find their answers.
+"""A two-layer model (445,057 parameters) of vectors by which questions find their answers.
 
     python -m maxlm.train --config configs/embed_tiny.py
     python -m maxlm.serve --run runs/embed_tiny

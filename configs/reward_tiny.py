@@ -1,4 +1,4 @@
-"""A two-layer reward model (451,328 parameters) that finds polite answers better than rude ones.
+"""A two-layer reward model (445,184 parameters) that finds polite answers better than rude ones.
 
     python -m maxlm.train --config configs/reward_tiny.py
 
