@@ -234,12 +234,9 @@ class _Own:
                     return {"ia3_l": self._one(tensor.parts[0], "inputs", ()).T}
                 outputs = self._joined(tensor, here, "outputs", (), 1.0)
                 return {"ia3_l": outputs[:, None]}
-            case Bottleneck():
-                raise UserError("model.adapter.kind = Bottleneck: peft has no such adapters; use the run folder")
-            case PromptTuning() | PrefixTuning():
-                raise UserError(
-                    f"model.adapter.kind = {type(kind).__name__} is not written in peft's format; use the run folder"
-                )
+            case Bottleneck() | PromptTuning() | PrefixTuning():
+                name = type(kind).__name__
+                raise UserError(f"model.adapter.kind = {name} is not written in peft's format; use the run folder")
             case _:
                 assert_never(kind)
 

@@ -72,9 +72,7 @@ def targets(kind: AdapterKind, base: Sequence[Array]) -> list[Array]:
             return [array for array in base if array.name == "embed"]
         case PrefixTuning():
             if any("from_latent" in array.dims for array in base):
-                raise UserError(
-                    "model.adapter.kind = PrefixTuning has keys and values, not latents as this model"
-                )
+                raise UserError("model.adapter.kind = PrefixTuning has keys and values, not latents as this model")
             return [array for array in possible if array.name.endswith(("attention/k_proj", "attention/v_proj"))]
         case _:
             assert_never(kind)
