@@ -159,7 +159,13 @@ def _measure(options: EvaluateOptions, run: LoadedRun) -> None:
     if isinstance(config.task, Preference | Reward | Classify | Embed):
         return _measure_texts(options, config, run)
     try:
-        batches = open_batches(config.data, batch_size=train.batch_size, seq_len=train.seq_len, split=Split.VALIDATION)
+        batches = open_batches(
+            config.data,
+            batch_size=train.batch_size,
+            seq_len=train.seq_len,
+            split=Split.VALIDATION,
+            virtual=config.model.virtual_tokens,
+        )
     except UserError as error:
         raise error if options.data else UserError(f"{error}; or name other data with --data DIR") from error
     if batches.tokenizer.fingerprint != run.tokenizer.fingerprint:

@@ -57,10 +57,9 @@ def preferences(tmp_path_factory: pytest.TempPathFactory, records: list[dict[str
     return prepared(folder / "out", write(folder / "in", records), Purpose.PREFERENCE)
 
 
-def opened(dataset: Dataset, split: Split = Split.TRAIN, seq_len: int = T) -> Batches:
-    return open_batches(
-        DataConfig(datasets=(dataset,)), batch_size=4, seq_len=seq_len, split=split, purpose=Purpose.PREFERENCE
-    )
+def opened(dataset: Dataset, split: Split = Split.TRAIN, seq_len: int = T, virtual: int = 0) -> Batches:
+    data, purpose = DataConfig(datasets=(dataset,)), Purpose.PREFERENCE
+    return open_batches(data, batch_size=4, seq_len=seq_len, split=split, purpose=purpose, virtual=virtual)
 
 
 def texts_in(batch: dict[str, np.ndarray], row: int) -> list[tuple[list[int], list[float], float, int, int]]:
@@ -80,6 +79,24 @@ def texts_in(batch: dict[str, np.ndarray], row: int) -> list[tuple[list[int], li
         mask, value = batch["loss_mask"][row, at].tolist(), float(batch["text_value"][row, s])
         found.append((whole, mask, value, int(record), int(batch["text_number"][row, s])))
     return found
+
+
+def test_records_are_as_whole_with_virtual_tokens_before_each_text(preferences: Dataset) -> None:
+    """Which no loss counts, nor the token behind them; and all else is as without."""
+
+    def every(virtual: int) -> dict[int, tuple[list[int], list[float], float]]:
+        batches, found = opened(preferences, virtual=virtual), {}
+        rows = len(batches._windows[0])
+        for number in range(rows):  # of an epoch, whatever the order
+            batch = batches.rows(number // 4, [number % 4])
+            for whole, mask, value, _, text in texts_in(batch, 0):
+                found[text] = whole, mask, value
+        return found
+
+    plain, shifted = every(0), every(5)
+    assert plain.keys() == shifted.keys() and len(plain) == len(shifted)
+    for text, (whole, mask, value) in plain.items():
+        assert shifted[text] == ([0] * 5 + whole, [0.0] * 5 + mask, value)
 
 
 def test_every_epoch_has_each_record_once_and_whole(preferences: Dataset, records: list[dict[str, Any]]) -> None:

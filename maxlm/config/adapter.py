@@ -152,7 +152,47 @@ class Bottleneck:
     """The last matrices of what they stand at: o_proj is an attention, down_proj an MLP without routed experts."""
 
 
-AdapterKind = Lora | DyLora | AdaLora | Ia3 | Bottleneck
+@config("model.adapter.kind.encoder.", changes=Changes.IDENTITY)
+class MlpEncoder:
+    """W2 relu(W1 relu(W0 e)), each with a bias, of each virtual token's vector e (P-tuning, arXiv:2103.10385)."""
+
+    hidden: Positive[int] = 128
+    """Inner width."""
+
+
+@config("model.adapter.kind.encoder.", changes=Changes.IDENTITY)
+class LstmEncoder:
+    """W1 relu(W0 [f; b]), each with a bias, of what a bidirectional LSTM makes of the vectors of all virtual tokens
+    (P-tuning, arXiv:2103.10385, equation 4)."""
+
+    hidden: Positive[int] = 128
+    """Width of the LSTM in each direction, and of the layer behind."""
+
+
+@config("model.adapter.kind.", changes=Changes.IDENTITY)
+class PromptTuning:
+    """Virtual tokens before each text, whose embeddings are learned (Lester et al. 2021, arXiv:2104.08691). They take
+    positions, and count in `model.max_seq_len` and `train.seq_len`."""
+
+    length: Positive[int] = 20
+    """Virtual tokens of a text."""
+    encoder: MlpEncoder | LstmEncoder | None = None
+    """What the embeddings are made by while they are learned; None: they are learned themselves."""
+
+
+@config("model.adapter.kind.", changes=Changes.IDENTITY)
+class PrefixTuning:
+    """Virtual tokens before each text, whose keys and values are learned in each layer (prefix tuning, Li & Liang 2021,
+    arXiv:2101.00190). Keys have no position of their own; the text's begin behind the virtual tokens."""
+
+    length: Positive[int] = 20
+    """Virtual tokens of a text."""
+    hidden: Positive[int] | None = 512
+    """Width of what makes them while they are learned: W2 tanh(W1 e), each with a bias, for vectors e of this width
+    (section 4.3); None: they are learned themselves (P-tuning v2, arXiv:2110.07602)."""
+
+
+AdapterKind = Lora | DyLora | AdaLora | Ia3 | Bottleneck | PromptTuning | PrefixTuning
 """The union of the kinds."""
 
 
@@ -176,7 +216,18 @@ class Adapter:
                 return dropout > 0
             case DyLora():
                 return True
-            case AdaLora() | Ia3() | Bottleneck():
+            case AdaLora() | Ia3() | Bottleneck() | PromptTuning() | PrefixTuning():
                 return False
+            case _:
+                assert_never(self.kind)
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Before each text."""
+        match self.kind:
+            case PromptTuning(length=length) | PrefixTuning(length=length):
+                return length
+            case Lora() | DyLora() | AdaLora() | Ia3() | Bottleneck():
+                return 0
             case _:
                 assert_never(self.kind)

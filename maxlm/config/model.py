@@ -303,6 +303,12 @@ class ModelConfig:
         return next((kind for kind in kinds if isinstance(kind, DeepNorm)), None)
 
     @property
+    def virtual_tokens(self) -> int:
+        """Before each text: what an adapter adds. They have no ids; where one must stand, it is the last one of the
+        vocabulary, which padded vocabularies leave unused."""
+        return 0 if self.adapter is None else self.adapter.virtual_tokens
+
+    @property
     def decodes(self) -> bool:
         """Whether a token depends on earlier ones alone."""
         return self.looks_ahead is None

@@ -46,10 +46,11 @@ class Batches:
         seq_len: int,
         split: Split,
         texts: bool,
+        virtual: int,
     ) -> None:
         self.batch_size, self.seq_len, self.split = batch_size, seq_len, split
         self.tokenizer = opened[0].tokenizer
-        self._windows = [_windows(data, split, seq_len) for data in opened]
+        self._windows = [_windows(data, split, seq_len, virtual) for data in opened]
         self.texts: int | None = None
         """The most texts in a row of those sets that have texts, S; None: the batches do not tell of them."""
         if texts:
@@ -198,7 +199,13 @@ class Batches:
 
 
 def open_batches(
-    config: DataConfig, *, batch_size: int, seq_len: int, split: Split, purpose: Purpose | None = None
+    config: DataConfig,
+    *,
+    batch_size: int,
+    seq_len: int,
+    split: Split,
+    purpose: Purpose | None = None,
+    virtual: int = 0,
 ) -> Batches:
     """Open the prepared folders of `config` for batches of `batch_size` windows of `seq_len` tokens.
 
@@ -210,6 +217,7 @@ def open_batches(
         seq_len: tokens of a row.
         split: of the data.
         purpose: what all folders must be prepared for, to have batches with `texts`; None: whatever they are for.
+        virtual: `ModelConfig.virtual_tokens`, which stand before each text, at its positions 0, 1, ...
 
     Raises:
         UserError: a folder was prepared for something else, is not finished or damaged; the data sets' tokenizers
@@ -236,15 +244,16 @@ def open_batches(
         seq_len,
         split,
         purpose is not None,
+        virtual,
     )
 
 
-def _windows(data: Prepared, split: Split, seq_len: int) -> Windows | RecordWindows:
+def _windows(data: Prepared, split: Split, seq_len: int, virtual: int) -> Windows | RecordWindows:
     stream = data.stream(split)
     if not data.info.of_records:
-        return Windows(stream, seq_len)
+        return Windows(stream, seq_len, virtual=virtual)
     bos = data.tokenizer.bos_id
-    return RecordWindows(stream, seq_len, filler=data.tokenizer.eos_id, head=0 if bos is None else 1)
+    return RecordWindows(stream, seq_len, filler=data.tokenizer.eos_id, head=0 if bos is None else 1, virtual=virtual)
 
 
 def _check_purpose(data: Prepared, purpose: Purpose | None) -> None:

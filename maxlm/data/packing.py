@@ -17,9 +17,11 @@ class Windows:
     window.
     """
 
-    def __init__(self, stream: TokenStream, seq_len: int) -> None:
+    def __init__(self, stream: TokenStream, seq_len: int, *, virtual: int = 0) -> None:
+        """`virtual`: tokens that stand before each text for an adapter; what then has no room falls off at the end."""
         self._stream = stream
         self._seq_len = seq_len
+        self._virtual = virtual
 
     def __len__(self) -> int:
         return max(0, (len(self._stream) - 1) // self._seq_len)
@@ -37,6 +39,28 @@ class Windows:
         `begins` must be all False before.
         """
         self._stream.read(number * self._seq_len, tokens, begins, counts)
+        if self._virtual:
+            insert_virtual(self._virtual, tokens, begins, counts)
+
+
+def insert_virtual(
+    n: int, tokens: npt.NDArray[np.int32], begins: npt.NDArray[np.bool_], counts: npt.NDArray[np.bool_]
+) -> None:
+    """Put n places before the window's first token and before each beginning, in place; what has no room falls off.
+
+    The loss counts neither them nor the token behind them, which no token of its text comes before. Their id is 0, and
+    nothing reads it.
+    """
+    starts = np.union1d([0], np.flatnonzero(begins))
+    old = tokens.copy(), counts.copy()
+    at = np.arange(len(tokens)) + n * np.searchsorted(starts, np.arange(len(tokens)), side="right")
+    inside = at < len(tokens)
+    tokens[:], counts[:], begins[:] = 0, False, False
+    tokens[at[inside]], counts[at[inside]] = old[0][inside], old[1][inside]
+    firsts = starts + n * np.arange(len(starts))
+    begins[firsts[firsts < len(tokens)]] = True
+    behind = firsts + n
+    counts[behind[behind < len(tokens)]] = False
 
 
 def pack(tokens: npt.NDArray[np.int32], begins: npt.NDArray[np.bool_], counts: npt.NDArray[np.bool_]) -> Batch:

@@ -26,8 +26,10 @@ class RecordWindows:
     is longer than a window is shortened as `texts.fitted` says.
     """
 
-    def __init__(self, stream: TokenStream, seq_len: int, *, filler: int, head: int) -> None:
-        """`head`: ids at the beginning of each text that always stay, such as bos."""
+    def __init__(self, stream: TokenStream, seq_len: int, *, filler: int, head: int, virtual: int = 0) -> None:
+        """`head`: ids at the beginning of each text that always stay, such as bos; `virtual`: as of `Windows`, with
+        which a record is as whole as without."""
+        self._virtual = virtual
         self._stream, self._seq_len, self._filler, self._head = stream, seq_len, filler, head
         self._starts = stream.starts()
         texts = stream.texts()
@@ -36,7 +38,7 @@ class RecordWindows:
         """The first text of each record, and at the end the number of texts."""
         self.n_texts = len(texts)
         self.largest_value = float(self._values.max()) if len(texts) else 0.0
-        lengths = np.diff(self._starts[self._firsts])
+        lengths = np.diff(self._starts[self._firsts]) + virtual * np.diff(self._firsts)
         self.shortened = int((lengths > seq_len).sum())
         """Records that are longer than a window."""
         self._windows = _packed(np.minimum(lengths, seq_len), seq_len)
@@ -93,7 +95,11 @@ class RecordWindows:
         for i in range(first, stop):
             of_text = slice(int(self._starts[i]) - start, int(self._starts[i + 1]) - start)
             found.append(Text(ids[of_text].tolist(), counts[of_text].tolist(), float(self._values[i])))
-        return fitted(found, self._seq_len, self._head)[0]
+        if not self._virtual:
+            return fitted(found, self._seq_len, self._head)[0]
+        texts = fitted(found, self._seq_len - self._virtual * len(found), self._head)[0]
+        before = [0] * self._virtual, [False] * (self._virtual + 1)
+        return [Text(before[0] + text.ids, before[1] + text.counts[1:], text.value) for text in texts]
 
 
 def _packed(lengths: npt.NDArray[np.int64], room: int) -> list[list[int]]:

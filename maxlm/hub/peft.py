@@ -23,7 +23,18 @@ import numpy as np
 import numpy.typing as npt
 
 from maxlm import shapes
-from maxlm.config import AdaLora, Adapter, Bottleneck, DyLora, Ia3, Lora, ModelConfig, UserError
+from maxlm.config import (
+    AdaLora,
+    Adapter,
+    Bottleneck,
+    DyLora,
+    Ia3,
+    Lora,
+    ModelConfig,
+    PrefixTuning,
+    PromptTuning,
+    UserError,
+)
 from maxlm.config.json_file import read_object
 from maxlm.hub.folder import Pieces, appearing
 from maxlm.hub.names import Names, Piece, Tensor, Transposed, tensors, to_ours, to_theirs
@@ -168,7 +179,7 @@ def write_peft(folder: Path, config: ModelConfig, pieces: Pieces, names: Names, 
         written = own.theirs(tensor, changed)
         if isinstance(adapter.kind, Ia3) and "inputs" in own.names(parts[0]):
             inputs_of.append(module)
-        elif not isinstance(adapter.kind, Ia3 | Bottleneck) and len(written["lora_A.weight"]) != adapter.kind.rank:
+        elif isinstance(kind := adapter.kind, Lora | DyLora | AdaLora) and len(written["lora_A.weight"]) != kind.rank:
             ranks[module] = len(written["lora_A.weight"])
         out |= {f"{_PREFIX}{module}.{ending}": values for ending, values in written.items()}
     full = {array.name for array in declared.values() if array.trained and not array.name.startswith(shapes.PREFIX)}
@@ -223,8 +234,9 @@ class _Own:
                     return {"ia3_l": self._one(tensor.parts[0], "inputs", ()).T}
                 outputs = self._joined(tensor, here, "outputs", (), 1.0)
                 return {"ia3_l": outputs[:, None]}
-            case Bottleneck():
-                raise UserError("model.adapter.kind = Bottleneck: peft has no such adapters; use the run folder")
+            case Bottleneck() | PromptTuning() | PrefixTuning():
+                name = type(kind).__name__
+                raise UserError(f"model.adapter.kind = {name} is not written in peft's format; use the run folder")
             case _:
                 assert_never(kind)
 
@@ -404,7 +416,7 @@ def _said(adapter: Adapter, ranks: Mapping[str, int], inputs_of: Sequence[str]) 
             }
         case Ia3():
             return {"peft_type": "IA3", "feedforward_modules": list(inputs_of)}
-        case Bottleneck():
+        case Bottleneck() | PromptTuning() | PrefixTuning():
             raise AssertionError("refused before")
         case _:
             assert_never(kind)

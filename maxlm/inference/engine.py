@@ -23,7 +23,7 @@ from maxlm.inference.drafting import Drafter, drafter_of
 from maxlm.inference.engine_stats import EngineStats
 from maxlm.inference.mixed_adapters import LoadedAdapter, check_adapter
 from maxlm.inference.programs import Programs, pool_sizes
-from maxlm.inference.request import TOP_SCORES, BadRequest, Delta, Finish, QueueFull, Request, TokenScore
+from maxlm.inference.request import TOP_SCORES, BadRequest, Delta, Finish, QueueFull, Request, TokenScore, with_virtual
 from maxlm.inference.rows import Read, fill, in_place
 from maxlm.inference.scheduler import Scheduler, Sequence, Stage, StepPlan
 from maxlm.inference.settings import Settings, settings_row
@@ -102,6 +102,7 @@ class Engine:
         for name, adapter in adapters.items():
             check_adapter(name, adapter, model)
         self._adapters: dict[str | None, int] = {None: 0} | {name: n for n, name in enumerate(adapters, start=1)}
+        self._virtual = model.virtual_tokens
         self.config, self.max_length, self.vocab_size = config, model.max_seq_len, model.vocab_size
         layout = decoding_layout(run.layout, model.d_model)
         how = Execution.of(run.config, run.layout).decoding(layout)
@@ -147,12 +148,13 @@ class Engine:
         if self.full:
             raise QueueFull(f"{self.config.queue} requests wait already, as engine.queue says; try again later")
         self.check(request)
+        text, request = request, with_virtual(request, self._virtual)
         sequence = Sequence(request, next(self._numbers), list(request.prompt))
         if (other := request.twin) is not None:
             sequence.twin = Sequence(other, sequence.number, list(other.prompt), leader=sequence)
         shard = min(range(len(self._shards)), key=lambda i: len(self._shards[i].running) + len(self._shards[i].waiting))
         deadline = None if request.deadline_s is None else time.monotonic() + request.deadline_s
-        stream = TextStream(self.tokenizer, request.prompt, request.stop)
+        stream = TextStream(self.tokenizer, text.prompt, text.stop)
         constraint = self._constraint(request)
         allowed = None if constraint is None else constraint.mask()
         ticket = Ticket(sequence, shard, stream, deadline, constraint, allowed)
@@ -176,16 +178,17 @@ class Engine:
             if request.adapter not in self._adapters:
                 there = " or ".join(name for name in self._adapters if name) or "none: the engine has no adapters"
                 raise UserError(f"adapter = {request.adapter!r} is not here; use {there}")
+            virtual = self._virtual
             if "" in request.stop:
                 raise UserError("stop: holds an empty string, which stands before every text; leave it out")
             for name in ("logprobs", "prompt_logprobs"):
                 n = getattr(request, name)
                 if n is not None and not 0 <= n <= TOP_SCORES:
                     raise UserError(f"{name} = {n}; must lie in [0, {TOP_SCORES}]")
-            check_lengths(len(request.prompt), request.max_new_tokens, self.max_length)
-            prompts = [len(request.prompt)]
+            check_lengths(virtual + len(request.prompt), request.max_new_tokens, self.max_length)
+            prompts = [virtual + len(request.prompt)]
             if (twin := request.twin) is not None:
-                prompts.append(len(twin.prompt))
+                prompts.append(virtual + len(twin.prompt))
                 slots = min(self.config.slots, self._programs.widths[-1])
                 check_guided(request, twin, self.max_length, slots)
             if not self._shards[0].fits(*(n + request.max_new_tokens for n in prompts)):
@@ -342,8 +345,8 @@ class Engine:
         self._programs.begin(self._slot(shard, sequence), text)
         sequence.begun = True
         if not sequence.generated:
-            self._counts["prompt"] += len(request.prompt)
-            self._counts["cached"] += sequence.cached
+            self._counts["prompt"] += len(request.prompt) - self._virtual
+            self._counts["cached"] += max(sequence.cached - self._virtual, 0)
 
     def _with_drafts(self, plans: list[StepPlan | None], drafter: Drafter) -> list[StepPlan | None]:
         """The plans with guesses, of which all texts' are made at once."""
@@ -443,8 +446,8 @@ class Engine:
             tokens=tuple(tokens),
             text=text,
             scores=of_tokens,
-            prompt_scores=tuple(ticket.prompt_scores) if first else (),
-            cached_tokens=sequence.cached if first else 0,
+            prompt_scores=tuple(ticket.prompt_scores[self._virtual :]) if first else (),
+            cached_tokens=max(sequence.cached - self._virtual, 0) if first else 0,
             seconds=0.0 if first else seconds,
         )
         ticket.begun = True

@@ -110,9 +110,16 @@ class LanguageModel:
         positions: npt.ArrayLike | None,
     ) -> jax.Array:
         limit = self.config.max_seq_len
+        virtual = self.config.virtual_tokens
+        if virtual and (segment_ids is not None or positions is not None):
+            raise UserError(
+                f"segment_ids and positions do not go with the {virtual} virtual tokens that stand before a text; give "
+                "texts in rows of their own"
+            )
         ids = _integers("tokens", tokens, self.config.vocab_size, "model.vocab_size")
         if ids.ndim not in (1, 2) or not ids.size:
             raise UserError(f"tokens have the shape {list(ids.shape)}; must be [B, T], or [T] for one row, not empty")
+        ids = np.pad(ids, [*[(0, 0)] * (ids.ndim - 1), (virtual, 0)])
         if ids.shape[-1] > limit:
             raise UserError(
                 f"tokens have {ids.shape[-1]} columns, more than model.max_seq_len = {limit}; use at most {limit}"
@@ -136,6 +143,7 @@ class LanguageModel:
         )
         found: jax.Array = program(self.parameters, *arguments)
         found = found if len(found) == rows else found[:rows]
+        found = found[:, virtual:] if virtual else found
         return found[0] if ids.ndim == 1 else found
 
     @property

@@ -37,6 +37,7 @@ from maxlm.inference.generator import Generation, Generator
 from maxlm.inference.language_model import LanguageModel
 from maxlm.inference.mixed_adapters import LoadedAdapter
 from maxlm.models import abstract_parameters, declared
+from maxlm.models.adapters import learned
 from maxlm.models.base import laid, own
 from maxlm.shapes import PREFIX
 from maxlm.sharding import Layout, all_devices, make_layout
@@ -193,6 +194,9 @@ def _load_run(
     parameters = restored.params
     if config.model.adapter is not None:
         parameters = _with_base(run_dir, config.model, layout, restored, open_base, deferred=deferred)
+        if not deferred:
+            model, parameters = learned(config.model, parameters)
+            config = dataclasses.replace(config, model=model)
     return LoadedRun(
         config=config,
         layout=layout,

@@ -112,6 +112,16 @@ def one_more(request: Request, tokens: tuple[int, ...], *, top: int, told: tuple
     )
 
 
+def with_virtual(request: Request, n: int) -> Request:
+    """The request with places for n virtual tokens before its prompt, and before its negative one. Nothing reads what
+    stands there but penalties of repetition, to which it is one more 0."""
+    if not n:
+        return request
+    before, twin = (0,) * n, request.twin
+    negative = request.negative_prompt if twin is None else before + twin.prompt
+    return dataclasses.replace(request, prompt=before + request.prompt, negative_prompt=negative)
+
+
 def nth_seed(seed: int, n: int) -> int:
     """Of the n-th of several texts that are asked for with one seed; the first one's is the seed itself."""
     return seed if n == 0 else int(np.random.SeedSequence((seed, n)).generate_state(1)[0])

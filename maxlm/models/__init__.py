@@ -19,6 +19,7 @@ unembedding.py: hidden states to logits
 adapters.py: few parameters in place of all
 merging.py: an adapter made a part of its base, or one with others
 base.py: the model under them
+prompts.py: what makes virtual tokens while they are learned
 medusa.py: heads that guess at later tokens
 weights/: what a product takes as its weight: a plain array, or one of fewer bits
 parameters.py: parameters as maxlm/shapes declares them

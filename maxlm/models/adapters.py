@@ -9,9 +9,25 @@ import jax
 import jax.numpy as jnp
 
 from maxlm import shapes
-from maxlm.config import AdaLora, Adapter, BaseFormat, Bottleneck, DyLora, Ia3, Lora, ModelConfig, WeightFormat
+from maxlm.config import (
+    AdaLora,
+    Adapter,
+    AdapterKind,
+    BaseFormat,
+    Bottleneck,
+    DyLora,
+    Ia3,
+    Lora,
+    LstmEncoder,
+    MlpEncoder,
+    ModelConfig,
+    PrefixTuning,
+    PromptTuning,
+    WeightFormat,
+)
 from maxlm.models.parameters import declared, initial
-from maxlm.models.weights.around import MlpAfter, Rescaled, SmallMlp, plain
+from maxlm.models.prompts import encoded, tanh_rows
+from maxlm.models.weights.around import Begun, MlpAfter, Rescaled, SmallMlp, plain
 from maxlm.models.weights.holding import quantised
 from maxlm.models.weights.kinds import Quantised, Weight
 from maxlm.models.weights.low_rank import LowRank, lengths
@@ -73,8 +89,11 @@ def adapted(config: ModelConfig, parameters: dict[str, Any]) -> dict[str, Any]:
         nothing = {f"{of}_adapter": jnp.zeros(config.repeats) for of in ("attention", "mlp")}
         for stack in found.keys() & {"blocks", "first_blocks"}:
             found[stack] = {i: {**block, **nothing} for i, block in found[stack].items()}
+    made = tanh_rows(parameters[shapes.PREFIX].get("prefix"))
     for array in targets(config):
         weight, own = at(parameters, array.name), at(parameters[shapes.PREFIX], array.name)
+        if made is not None:
+            own = {**own, "made": made}
         path = array.name.split("/")
         if _is_parallel(config):
             assert isinstance(config.adapter.kind, Bottleneck)
@@ -83,6 +102,23 @@ def adapted(config: ModelConfig, parameters: dict[str, Any]) -> dict[str, Any]:
         else:
             found = replaced(found, path, changed(config.adapter, weight, own))
     return found
+
+
+def learned(config: ModelConfig, parameters: dict[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
+    """The same model without what virtual tokens were made by while they were learned; of other adapters as it is."""
+    adapter = config.adapter
+    match None if adapter is None else adapter.kind:
+        case PromptTuning(encoder=MlpEncoder() | LstmEncoder()) as kind:
+            without: AdapterKind = dataclasses.replace(kind, encoder=None)
+        case PrefixTuning(hidden=int()) as kind:
+            without = dataclasses.replace(kind, hidden=None)
+        case _:
+            return config, parameters
+    assert adapter is not None
+    made, found = adapted(config, parameters), {k: tree for k, tree in parameters.items() if k != shapes.PREFIX}
+    for array in targets(config):
+        found = replaced(found, [shapes.PREFIX, *array.name.split("/"), "rows"], at(made, array.name).rows)
+    return dataclasses.replace(config, adapter=dataclasses.replace(adapter, kind=without)), found
 
 
 def targets(config: ModelConfig) -> list[shapes.Array]:
@@ -107,6 +143,14 @@ def changed(adapter: Adapter, weight: Weight, own: dict[str, Any]) -> Weight:
         case Bottleneck():
             assert not kind.parallel
             return MlpAfter(weight, small_mlp(kind, own))
+        case PromptTuning():
+            return Begun(weight, encoded(kind.encoder, own))
+        case PrefixTuning(hidden=None):
+            return Begun(weight, own["rows"])
+        case PrefixTuning():
+            stacked = "lrkh" if own["out"].ndim == 4 else "rkh"
+            rows = jnp.einsum(f"pr,{stacked}->{stacked.replace('r', 'p')}", own["made"], own["out"])
+            return Begun(weight, rows + jnp.expand_dims(own["out_bias"], -3))
         case _:
             assert_never(kind)
 

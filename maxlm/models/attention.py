@@ -68,6 +68,7 @@ class GroupedQueryLayer(nnx.Module):
         k = ops.project(layout, "btd,dkh->btkh", x, self.k_proj[...], biases[1])
         v = ops.project(layout, "btd,dkh->btkh", x, self.v_proj[...], biases[2])
         q, k = self._placed(*self._normed(q, k), tokens, layout)
+        k, v = (ops.begun(w, y, tokens.positions) for w, y in ((self.k_proj[...], k), (self.v_proj[...], v)))
         q, k, v = (checkpoint_name(y, name) for y, name in ((q, "query"), (k, "key"), (v, "value")))
 
         if cache is None:

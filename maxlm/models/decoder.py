@@ -101,7 +101,8 @@ class Decoder(nnx.Module):
     def embeddings(self, ids: jax.Array, tokens: Tokens, how: Execution) -> jax.Array:
         """What the layers begin with: int32 [B, T] token ids -> [B, T, D] in the compute dtype."""
         with jax.named_scope("embed"):
-            x = ops.embed(how.layout, self.embed[...], ids, how.dtype)
+            x = ops.embed(how.layout, ops.bare(self.embed[...]), ids, how.dtype)
+            x = ops.begun(self.embed[...], x, tokens.positions)
             if self.config.embedding_scale is not None:
                 x *= jnp.asarray(self.config.embedding_scale, x.dtype)
             match self.config.embedded_position:
@@ -172,7 +173,7 @@ class Decoder(nnx.Module):
         head = self.config.lm_head
         if head is None:
             raise ValueError(f"a model with {self.config.head} has no logits")
-        table: Weight = self.embed[...] if head.tied else self.unembed[...]
+        table: Weight = ops.bare(self.embed[...]) if head.tied else self.unembed[...]
         table = ops.unit_rows(table) if head.normalized else table
         bias = self.unembed_bias[...] if head.bias else None
         scale = head.scale if self.config.wider == 1 else (head.scale or 1.0) / self.config.wider

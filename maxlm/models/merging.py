@@ -10,7 +10,18 @@ import jax
 import jax.numpy as jnp
 
 from maxlm import shapes
-from maxlm.config import AdaLora, Adapter, Bottleneck, DyLora, Ia3, Lora, ModelConfig, UserError
+from maxlm.config import (
+    AdaLora,
+    Adapter,
+    Bottleneck,
+    DyLora,
+    Ia3,
+    Lora,
+    ModelConfig,
+    PrefixTuning,
+    PromptTuning,
+    UserError,
+)
 from maxlm.models.adapters import at, changed, replaced, targets
 from maxlm.models.weights.around import plain
 
@@ -80,6 +91,8 @@ def scaled(adapter: Adapter, factor: float) -> Adapter:
             return replace(adapter, kind=replace(kind, scale=kind.scale * factor))
         case Ia3():
             raise UserError("model.adapter.kind = Ia3 has no scale; merge it, or take it as it is")
+        case PromptTuning() | PrefixTuning():
+            raise UserError(f"model.adapter.kind = {type(kind).__name__} has no scale; take it as it is")
         case _:
             assert_never(kind)
 
@@ -132,13 +145,17 @@ def weighted_sum(adapters: Sequence[Weighted]) -> tuple[Adapter, dict[str, Any]]
 
 def _mergeable(config: ModelConfig) -> Adapter:
     assert config.adapter is not None
-    match config.adapter.kind:
+    match kind := config.adapter.kind:
         case Lora() | DyLora() | AdaLora() | Ia3():
             return config.adapter
+        case PromptTuning() | PrefixTuning():
+            raise UserError(
+                f"model.adapter.kind = {type(kind).__name__} is tokens of its own, which no weight can be merged with"
+            )
         case Bottleneck():
             raise UserError("model.adapter.kind = Bottleneck is a layer of its own, which no weight can be merged with")
         case _:
-            assert_never(config.adapter.kind)
+            assert_never(kind)
 
 
 def _changed(

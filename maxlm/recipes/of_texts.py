@@ -65,7 +65,12 @@ def open_splits(config: RunConfig, purpose: Purpose) -> Splits:
     on_rank_0("prepare the data", lambda: ensure_prepared(config.data))
     train = config.train
     open_split = lambda split: open_batches(
-        config.data, batch_size=train.batch_size, seq_len=train.seq_len, split=split, purpose=purpose
+        config.data,
+        batch_size=train.batch_size,
+        seq_len=train.seq_len,
+        split=split,
+        purpose=purpose,
+        virtual=config.model.virtual_tokens,
     )
     found = Splits(open_split(Split.TRAIN), None if train.eval_batches == 0 else open_split(Split.VALIDATION))
     opened = [split for split in found if split is not None]

@@ -123,7 +123,13 @@ def batches(config: RunConfig, split: Split | str = Split.TRAIN) -> Batches:
         raise UserError(f"split = {split!r} must be {' or '.join(repr(known.value) for known in Split)}")
     on_rank_0("prepare the data", lambda: ensure_prepared(config.data))
     train = config.train
-    return open_batches(config.data, batch_size=train.batch_size, seq_len=train.seq_len, split=Split(split))
+    return open_batches(
+        config.data,
+        batch_size=train.batch_size,
+        seq_len=train.seq_len,
+        split=Split(split),
+        virtual=config.model.virtual_tokens,
+    )
 
 
 class FileFeed:
@@ -154,9 +160,7 @@ class HeldOutText:
         train = config.train
         self.every = train.eval_every
         self._tokens_per_step = train.batch_size * train.seq_len
-        self._batches = open_batches(
-            config.data, batch_size=train.batch_size, seq_len=train.seq_len, split=Split.VALIDATION
-        )
+        self._batches = batches(config, Split.VALIDATION)
         assert self._batches.n_batches is not None, "a validation split has an end"
         self._n_batches = train.held_out_batches(self._batches.n_batches)
         self._sharding = layout.sharding(layout.activation("batch", "seq"))

@@ -62,7 +62,7 @@ def serve_model(
         check=engine.check,
         tokenizer=run.tokenizer,
         ends=run.ends or TextEnds.of_documents(run.tokenizer),
-        max_length=run.config.model.max_seq_len,
+        max_length=run.config.model.max_seq_len - run.config.model.virtual_tokens,
         vocab_size=run.config.model.vocab_size,
         created=int(time.time()),
         chat=run.chat,

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import assert_never
 
-from maxlm.config import ALL_LINEAR, AdaLora, Adapter, AdapterKind, Bottleneck, DyLora, Ia3, Lora, UserError
+from maxlm.config import (
+    ALL_LINEAR,
+    AdaLora,
+    Adapter,
+    AdapterKind,
+    Bottleneck,
+    DyLora,
+    Ia3,
+    Lora,
+    LstmEncoder,
+    MlpEncoder,
+    PrefixTuning,
+    PromptTuning,
+    UserError,
+)
 from maxlm.shapes.array import Array, Constant, Normal, Part, Role
 
 PREFIX = "adapter"
@@ -28,7 +43,8 @@ def with_adapter(adapter: Adapter, base: Sequence[Array]) -> list[Array]:
     for array in targets(adapter.kind, base):
         if found[array.name].trained:
             raise UserError(f"model.adapter.full has {array.name}, which model.adapter.kind.targets has too; use one")
-    return [*found.values(), *(new for array in targets(adapter.kind, base) for new in added(adapter.kind, array))]
+    new = [new for array in targets(adapter.kind, base) for new in added(adapter.kind, array)]
+    return [*found.values(), *new, *_shared(adapter.kind)]
 
 
 def targets(kind: AdapterKind, base: Sequence[Array]) -> list[Array]:
@@ -52,6 +68,12 @@ def targets(kind: AdapterKind, base: Sequence[Array]) -> list[Array]:
             if both := [array.name for array in more if array in found]:
                 raise UserError(f"model.adapter.kind has {both[0]} in targets and inputs_of; use one")
             return found + more
+        case PromptTuning():
+            return [array for array in base if array.name == "embed"]
+        case PrefixTuning():
+            if any("from_latent" in array.dims for array in base):
+                raise UserError("model.adapter.kind = PrefixTuning has keys and values, not latents as this model")
+            return [array for array in possible if array.name.endswith(("attention/k_proj", "attention/v_proj"))]
         case _:
             assert_never(kind)
 
@@ -118,6 +140,20 @@ def added(kind: AdapterKind, array: Array) -> Iterator[Array]:
             yield one("down_bias", R, Constant(0), Role.OTHER)
             yield one("up", R | sizes, Constant(0), Role.PRODUCT)
             yield one("up_bias", {"vector": D}, Constant(0), Role.OTHER)
+        case PromptTuning(length=length, encoder=encoder):
+            yield replace(one("rows", {"rank": length, "vector": array.shape[1]}, Normal(0.02), Role.OTHER), uses=0.0)
+            for name, shape in _of_encoder(encoder, array.shape[1]):
+                init = Constant(0) if len(shape) == 1 else Normal((3 * shape[0]) ** -0.5)
+                path = f"{PREFIX}/{array.name}/{name}"
+                role = Role.OTHER if len(shape) == 1 else Role.PRODUCT
+                yield Array(path, shape, ("rank",) * len(shape), init, role, Part.ADAPTER, 0)
+        case PrefixTuning():
+            if kind.hidden is None:
+                yield replace(one("rows", {"rank": kind.length} | sizes, Normal(0.02), Role.OTHER), uses=0.0)
+                return
+            into = Normal((3 * kind.hidden) ** -0.5)
+            yield replace(one("out", {"rank": kind.hidden} | sizes, into, Role.PRODUCT), uses=0.0)
+            yield replace(one("out_bias", sizes, Constant(0), Role.OTHER), uses=0.0)
         case _:
             assert_never(kind)
 
@@ -128,10 +164,42 @@ def _rank(kind: AdapterKind) -> int:
             return rank
         case Bottleneck(size=size):
             return size
-        case Ia3():
+        case Ia3() | PromptTuning() | PrefixTuning():
             return 0
         case _:
             assert_never(kind)
+
+
+def _of_encoder(encoder: MlpEncoder | LstmEncoder | None, D: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of what makes a prompt's embeddings."""
+    match encoder:
+        case None:
+            return
+        case MlpEncoder(hidden=hidden):
+            widths: tuple[int, ...] = (D, hidden, hidden, D)
+        case LstmEncoder(hidden=hidden):
+            widths = (2 * hidden, hidden, D)
+            for way in ("forward", "backward"):
+                yield f"{way}_inputs", (D, 4 * hidden)
+                yield f"{way}_state", (hidden, 4 * hidden)
+                yield f"{way}_bias", (4 * hidden,)
+        case _:
+            assert_never(encoder)
+    for i, (into, out) in enumerate(itertools.pairwise(widths)):
+        yield f"layer_{i}", (into, out)
+        yield f"layer_{i}_bias", (out,)
+
+
+def _shared(kind: AdapterKind) -> Iterator[Array]:
+    """What all layers of a prefix are made of."""
+    if isinstance(kind, PrefixTuning) and kind.hidden is not None:
+        size = kind.hidden
+        of = lambda name, shape, init, role: Array(
+            f"{PREFIX}/prefix/{name}", shape, ("rank",) * len(shape), init, role, Part.ADAPTER, 0
+        )
+        yield of("rows", (kind.length, size), Normal(0.02), Role.OTHER)
+        yield of("inner", (size, size), Normal((3 * size) ** -0.5), Role.PRODUCT)
+        yield of("inner_bias", (size,), Constant(0), Role.OTHER)
 
 
 def is_linear(array: Array) -> bool:

@@ -13,7 +13,7 @@ backends.py: kernels named in the config
 
 from kernels_pallas import DistanceBias, Scores, TokenTree
 from maxlm.models.ops.attention import attention, causal
-from maxlm.models.ops.dense import activate, dense, embed, glu, logits, project, small_mlp, unit_rows
+from maxlm.models.ops.dense import activate, bare, begun, dense, embed, glu, logits, project, small_mlp, unit_rows
 from maxlm.models.ops.experts import (
     EXPERT_IN_DIMS,
     EXPERT_OUT_DIMS,
@@ -39,6 +39,8 @@ __all__ = [
     "activate",
     "attention",
     "attention_to_blocks",
+    "bare",
+    "begun",
     "capacity_experts",
     "causal",
     "dense",

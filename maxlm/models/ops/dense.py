@@ -17,7 +17,7 @@ from maxlm.config import Activation, GluSave, KernelConfig, Nonlinearity, Swish
 from maxlm.models.ops.backends import blaming
 from maxlm.models.ops.ring import in_ring_order
 from maxlm.models.unembedding import Unembedding
-from maxlm.models.weights.around import MlpAfter, Rescaled, SmallMlp
+from maxlm.models.weights.around import Begun, MlpAfter, Rescaled, SmallMlp
 from maxlm.models.weights.by_channel import ByChannel, Float8, Int8, Int8Activations, Int8Outliers
 from maxlm.models.weights.by_group import ByGroup
 from maxlm.models.weights.by_layer import ByLayer, in_layer
@@ -58,6 +58,8 @@ def project(layout: Layout, subscripts: str, x: jax.Array, w: Weight, bias: jax.
             return y + small_mlp(layout, y, mlp)
         case ByRow():
             return _with_rows_own(layout, subscripts, x, w, bias)
+        case Begun(base=base):
+            y = project(layout, subscripts, x, base)
         case ByGroup() | NormalFloat4() | jax.Array():
             y = _product(layout, subscripts, x, dense(layout, w, x.dtype))
         case _:
@@ -239,6 +241,20 @@ def _takes_matrices(layout: Layout, dtype: jnp.dtype) -> bool:
     product takes no transposed matrix.
     """
     return layout.mesh.size == 1 and layout.on_cpu and dtype == jnp.float32
+
+
+def begun(w: Weight, x: jax.Array, positions: jax.Array) -> jax.Array:
+    """What a weight has made, [B, T, ...], with what is learned in place of it at the first positions, int32 [B, T]."""
+    if not isinstance(w, Begun):
+        return x
+    n = w.rows.shape[0]
+    inside = (positions < n).reshape(*positions.shape, *[1] * (x.ndim - 2))
+    return jnp.where(inside, w.rows[positions.clip(0, n - 1)].astype(x.dtype), x)
+
+
+def bare(w: Weight) -> Weight:
+    """The weight without what is learned for the first positions."""
+    return w.base if isinstance(w, Begun) else w
 
 
 def embed(layout: Layout, table: Weight, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:

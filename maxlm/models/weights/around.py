@@ -82,6 +82,19 @@ class MlpAfter(Around):
         raise NotImplementedError("what follows this weight is no matrix")
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Begun(Around):
+    """A weight whose results for the first positions of a text are learned ones. See `config.PromptTuning`."""
+
+    rows: jax.Array
+    """float32 [P, *outputs]: of positions 0 .. P - 1."""
+
+    def dense(self, dtype: jnp.dtype) -> jax.Array:
+        """The weight, as it is for all other positions."""
+        return plain(self.base).astype(dtype)
+
+
 def plain(weight: Any) -> jax.Array:
     """Any weight as a float32 array."""
     return weight.astype(jnp.float32) if isinstance(weight, jax.Array) else weight.dense(jnp.dtype(jnp.float32))
