@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
         )
     print(f"maxlm {__version__}. Each command lists its options with --help.\n")
     for module, does in commands():
-        print(f"  python -m {module:<14}  {does}")
+        print(f"  python -m {module:<16}  {does}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from maxlm.config import ChosenModel, Dataset, UserError, WeightFormat
+from maxlm.config import (
+    ChosenModel,
+    Classify,
+    Dataset,
+    Embed,
+    Preference,
+    Reward,
+    RunConfig,
+    UserError,
+    WeightFormat,
+)
 from maxlm.config.cli import parse, run_command
 from maxlm.config.fields import NotEmpty, NotNegative, PathName, Positive, Seed, config
 
@@ -145,6 +155,8 @@ def _measure(options: EvaluateOptions, run: LoadedRun) -> None:
         data = dataclasses.replace(data, datasets=(Dataset(path=options.data),))
     config = dataclasses.replace(run.config, train=train, data=data)
     config.validate(run.layout.mesh.size)
+    if isinstance(config.task, Preference | Reward | Classify | Embed):
+        return _measure_texts(options, config, run)
     try:
         batches = open_batches(config.data, batch_size=train.batch_size, seq_len=train.seq_len, split=Split.VALIDATION)
     except UserError as error:
@@ -178,6 +190,24 @@ def _measure(options: EvaluateOptions, run: LoadedRun) -> None:
             f"step {run.step}: held-out loss {result.loss:.4f} nats/token, perplexity {result.perplexity:.3f}, "
             f"{result.bits_per_byte:.4f} bits/byte ({result.tokens} tokens)"
         )
+
+
+def _measure_texts(options: EvaluateOptions, config: RunConfig, run: LoadedRun) -> None:
+    """Held-out figures of a run about whole texts, as its training measures them."""
+    from maxlm.recipes import recipe
+    from maxlm.recipes.of_texts import measure_held_out
+
+    # Enough for any split where the whole of it is asked for.
+    batches = options.batches or (2**31 - 1 if options.whole or options.data else config.train.eval_batches)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_batches=batches or None))
+    made = recipe(config, run.layout)
+    if made.tokenizer is not None and made.tokenizer.fingerprint != run.tokenizer.fingerprint:
+        raise UserError(
+            f"{config.data.datasets[0].path}: prepared with tokenizer {made.tokenizer.fingerprint[:12]}..., "
+            f"{options.model.place} uses {run.tokenizer.fingerprint[:12]}...; prepare the data with its tokenizer"
+        )
+    row, line = measure_held_out(made, run.parameters, run.step)
+    print(json.dumps({"run": options.model.place, "step": run.step, **row}) if options.json else line)
 
 
 def _exams(options: EvaluateOptions) -> dict[str, Exam | None]:

@@ -70,6 +70,7 @@ COMMANDS = (
     "serve",
     "chat",
     "quantize",
+    "synthesize",
 )
 SMALL = {
     "model.d_model": 32,

@@ -37,6 +37,9 @@ class Expected:
 
 M4, M8 = 1 << 22, 1 << 23
 
+SMALL = 384 * 128 + 2 * (4 * 128**2 + 3 * 128 * 344 + 2 * 128) + 128
+"""Of a decoder without a head."""
+
 EXPECTED = {
     # embed and unembed 2 V D; a block 4 D^2 + 3 D F + 2 D; final norm D
     "tiny": Expected(devices=1, parameters=2 * 4096 * 256 + 4 * (4 * 256**2 + 3 * 256 * 688 + 2 * 256) + 256),
@@ -51,6 +54,12 @@ EXPECTED = {
         devices=1,
         parameters=2 * 4096 * 256 + 4 * (4 * 256**2 + 3 * 256 * 688 + 2 * 256) + 256 + 3 * (256**2 + 4096 * 256),
     ),
+    # As tiny, of other sizes; those below on two such layers, with D, 3 D + V D and 1 for their heads
+    "dpo_tiny": Expected(devices=1, parameters=2 * 384 * 128 + 4 * (4 * 128**2 + 3 * 128 * 344 + 2 * 128) + 128),
+    "kto_tiny": Expected(devices=1, parameters=2 * 384 * 128 + 4 * (4 * 128**2 + 3 * 128 * 344 + 2 * 128) + 128),
+    "reward_tiny": Expected(devices=1, parameters=SMALL + 128),
+    "classify_tiny": Expected(devices=1, parameters=SMALL + 3 * 128 + 384 * 128),
+    "embed_tiny": Expected(devices=1, parameters=SMALL + 1),
     # Published: Mixtral 46.7B and 12.9B, DeepSeekMoE 16.4B and 2.8B, Qwen3 30.5B and 3.3B; the totals are exact in the
     # released weights. Switch-Base's decoder is half of a model: by hand, six dense layers and six with 128 experts.
     "mixtral8x7b": Expected(devices=128, parameters=46_702_792_704, active=12_879_925_248),

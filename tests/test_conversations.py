@@ -286,12 +286,29 @@ QWEN_3 = """{%- set ns = namespace(last=-1) %}
 {%- if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"""
 
 
+def test_control_tokens_around_calls_do_not_end_a_turn(made: Make) -> None:
+    """Nor where the template writes the same turn in another way when it is the last."""
+    source = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}"
+        "{% for call in m.tool_calls or [] %}{{ '<|endoftext|>' + call.function.name + '<|endoftext|>' }}{% endfor %}"
+        "{{ ('!' if loop.last else '') + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    tokenizer, template = made("chatml", source)
+    call = assistant("See.", tool_calls=[chats.CALL])
+    talk = [user("a"), call, {"role": "tool", "content": "sun"}, assistant("Sunny.")]
+    [text] = encode({"messages": talk}, template, tokenizer)
+    assert counted(tokenizer, text) == ["See.<|endoftext|>get_weather<|endoftext|><|im_end|>", "Sunny.!<|im_end|>"]
+
+
 def test_a_template_that_would_teach_nothing_or_something_else_is_refused(made: Make) -> None:
     for source, words in [
         ("{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}{% if add_generation_prompt %}"
          "assistant: {% endif %}", "no control token, so that a model would never learn to stop"),
         (chats.CHATML.replace("message['content']", "('x' if message.role == 'user' else message.content)"),
          "leaves out or changes the text of user"),
+        (chats.CHATML.replace("message['role'] +", "message['role'].replace('assistant', 'model') +"),
+         "nobody can say where the assistant's turn begins"),
         (chats.MISTRAL, "leaves out or changes the text of system"),  # as it came: only while the user is the last
         ("{{ raise_exception('Not\\nthis') }}", "refuses them: Not this"),
         ("{{ messages[9].content }}", "does not work here"),
@@ -423,6 +440,8 @@ class TestPurposes:
         assert texts_of(bad, Purpose.BINARY) == [(" n<|eos|>", 0)]
         assert texts_of(good, Purpose.KTO, before=bad) == [(" y<|eos|>", 1), (" n<|eos|>", 0)]
         assert texts_of(bad, Purpose.KTO, before=good) == [(" n<|eos|>", -1), (" y<|eos|>", 0)]
+        for label in ("1", "TRUE"):  # as tables have them
+            assert texts_of({**good, "label": label}, Purpose.BINARY) == texts_of(good, Purpose.BINARY)
         with pytest.raises(BadRecord, match="there is none"):
             encode(good, PLAIN, BYTES, purpose=Purpose.KTO)
         with pytest.raises(BadRecord, match="record before it: has the keys"):
@@ -433,6 +452,7 @@ class TestPurposes:
     def test_classes_and_passages_are_as_documents(self) -> None:
         [text] = encode({"text": "ab", "label": "no"}, None, BYTES, purpose=Purpose.CLASSIFY, classes=("yes", "no"))
         assert text == Text([256, 97, 98, 257], [True] * 4, 1.0)
+        assert encode({"text": "ab", "label": "7"}, None, BYTES, purpose=Purpose.CLASSIFY)[0].value == 7
         record = {"messages": [user("a"), assistant("b")], "label": 3}
         [text] = encode(record, PLAIN, BYTES, purpose=Purpose.CLASSIFY)
         assert all(text.counts) and text.value == 3

@@ -320,6 +320,13 @@ class ModelConfig:
         return None
 
     @property
+    def draws(self) -> bool:
+        """Whether training draws numbers in each step: the noise of routers, what an adapter leaves out."""
+        mlps = [block.mlp for block in self.blocks]
+        noisy = any(isinstance(mlp, Experts) and isinstance(mlp.router, NoisyTopKRouter) for mlp in mlps)
+        return noisy or (self.adapter is not None and self.adapter.draws)
+
+    @property
     def lm_head(self) -> LmHead | None:
         """What makes logits over the vocabulary, be it beside another head; None: nothing."""
         match self.head:
@@ -331,13 +338,6 @@ class ModelConfig:
                 return None
             case _:
                 assert_never(self.head)
-
-    @property
-    def draws(self) -> bool:
-        """Whether training draws numbers in each step: the noise of routers, what an adapter leaves out."""
-        mlps = [block.mlp for block in self.blocks]
-        noisy = any(isinstance(mlp, Experts) and isinstance(mlp.router, NoisyTopKRouter) for mlp in mlps)
-        return noisy or (self.adapter is not None and self.adapter.draws)
 
     @property
     def tied(self) -> bool:

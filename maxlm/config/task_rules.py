@@ -13,13 +13,13 @@ from maxlm.config.task import (
     Kto,
     Orpo,
     Preference,
-    Pretrain,
     Reward,
-    Sft,
     SimPo,
     Task,
-    TrainMedusa,
 )
+
+_HEADS: dict[type[Task], type[Head]] = {Reward: ScalarHead, Classify: ClassHead, Embed: EmbedHead}
+"""What tasks train that do not learn by logits over the vocabulary."""
 
 
 def broken_task_rules(task: Task, model: ModelConfig, *, init_from: str | None, sample_tokens: int) -> list[str]:
@@ -32,7 +32,7 @@ def broken_task_rules(task: Task, model: ModelConfig, *, init_from: str | None, 
         sample_tokens: of `observe`.
     """
     name, head, failures = type(task).__name__, type(model.head).__name__, []
-    wanted = _head(task).__name__
+    wanted = _HEADS.get(type(task), LmHead).__name__
     if head != wanted:
         lack = f"gives no logits, which task = {name} learns" if wanted == "LmHead" else f"is not what {name} trains"
         failures.append(f"model.head = {head} {lack}; use {wanted}")
@@ -53,20 +53,6 @@ def broken_task_rules(task: Task, model: ModelConfig, *, init_from: str | None, 
             f"observe.sample_tokens = {sample_tokens} needs a model that writes, model.head = {head} does not; use 0"
         )
     return failures
-
-
-def _head(task: Task) -> type[Head]:
-    match task:
-        case Pretrain() | Sft() | TrainMedusa() | Preference():
-            return LmHead
-        case Reward():
-            return ScalarHead
-        case Classify():
-            return ClassHead
-        case Embed():
-            return EmbedHead
-        case _:
-            assert_never(task)
 
 
 def _of_reference(task: Preference, init_from: str | None) -> list[str]:

@@ -433,12 +433,16 @@ def _numbers(values: Any, key: str, count: int) -> list[float]:
 
 
 def _good(label: Any) -> bool:
-    if label not in (True, False, 1, -1):
+    words = {"true": True, "false": False, "1": True, "0": False}  # of a table, where all is text
+    found = words.get(label.lower(), label) if isinstance(label, str) else label
+    if found not in (True, False, 1, -1):
         raise BadRecord(f"label = {label!r} must be true or false")
-    return bool(label == 1)
+    return bool(found == 1)
 
 
 def _class(label: Any, classes: Sequence[str]) -> float:
+    if isinstance(label, str) and not classes and label.isdecimal() and len(label) < 9:
+        label = int(label)  # of a table, where all is text
     if isinstance(label, str):
         if label not in classes:
             raise BadRecord(f"label = {label!r} is none of the classes ({', '.join(classes) or 'none is named'})")

@@ -14,13 +14,14 @@ import numpy.typing as npt
 
 from maxlm.evaluation.confidence import auroc, calibration_error
 
-Texts = Mapping[str, npt.NDArray[Any]]
-Floats = npt.NDArray[np.float64]
+TextArrays = Mapping[str, npt.NDArray[Any]]
+"""What `TextObjective.by_text` says of many rows."""
+_Floats = npt.NDArray[np.float64]
 
 _BUCKETS = 8
 
 
-def judge_rewards(texts: Texts) -> dict[str, Any]:
+def judge_rewards(texts: TextArrays) -> dict[str, Any]:
     """Of a reward model: its scores, how often the better text of a pair has the higher one by how sure it is of that
     (sigmoid of the difference, arXiv:2112.00861, section 3.3) and by how far their ratings are apart."""
     reward, there = _wide(texts["reward"]), texts["text_record"] >= 0
@@ -35,7 +36,7 @@ def judge_rewards(texts: Texts) -> dict[str, Any]:
     return found
 
 
-def judge_labels(texts: Texts) -> dict[str, Any]:
+def judge_labels(texts: TextArrays) -> dict[str, Any]:
     """Of a reward model that judges single texts."""
     there = texts["text_record"] >= 0
     reward, good = _wide(texts["reward"][there]), texts["text_value"][there] > 0.5
@@ -45,7 +46,7 @@ def judge_labels(texts: Texts) -> dict[str, Any]:
     return found | _of_confidence(_sigmoid(np.abs(reward)), _wide((reward > 0) == good))
 
 
-def judge_ratios(texts: Texts) -> dict[str, Any]:
+def judge_ratios(texts: TextArrays) -> dict[str, Any]:
     """Of a policy with a reference: how often the better text of a pair has gained more, by how much more, in nats; and
     how far the policy is from its reference."""
     better, worse = _pairs(texts)
@@ -53,7 +54,7 @@ def judge_ratios(texts: Texts) -> dict[str, Any]:
     return {"accuracy_by_margin": buckets(np.abs(margin), _right(margin))} | _of_kl(texts)
 
 
-def judge_labelled_ratios(texts: Texts) -> dict[str, Any]:
+def judge_labelled_ratios(texts: TextArrays) -> dict[str, Any]:
     """The same of texts with labels: how often a text that has gained is a desired one."""
     there = (texts["text_record"] >= 0) & (texts["text_value"] != 0)
     ratio, desired = _wide(texts["log_ratio"][there]), _wide(texts["text_value"][there] > 0)
@@ -61,7 +62,7 @@ def judge_labelled_ratios(texts: Texts) -> dict[str, Any]:
     return ({} if area is None else {"auroc": area}) | _of_kl(texts)
 
 
-def judge_log_probs(texts: Texts) -> dict[str, Any]:
+def judge_log_probs(texts: TextArrays) -> dict[str, Any]:
     """Of a policy without a reference: how often the better text of a pair is the likelier one a token, by how many
     nats."""
     each = _wide(texts["log_prob"]) / np.maximum(texts["tokens"], 1)
@@ -70,7 +71,7 @@ def judge_log_probs(texts: Texts) -> dict[str, Any]:
     return {"accuracy_by_margin": buckets(np.abs(margin), _right(margin))}
 
 
-def judge_classes(texts: Texts) -> dict[str, Any]:
+def judge_classes(texts: TextArrays) -> dict[str, Any]:
     """Of a classifier: whether it is as sure as it is right, and its accuracy over classes of equal weight."""
     there = texts["text_record"] >= 0
     logits, wanted = _wide(texts["logits"][there]), texts["text_value"][there].astype(int)
@@ -81,7 +82,7 @@ def judge_classes(texts: Texts) -> dict[str, Any]:
     return {"balanced_accuracy": float(np.mean(by_class))} | _of_confidence(probabilities.max(-1), right)
 
 
-def judge_retrieval(texts: Texts) -> dict[str, Any]:
+def judge_retrieval(texts: TextArrays) -> dict[str, Any]:
     """Of vectors: at which place each query finds its own passage among all that are held out, nearest first by
     cosine."""
     there, value = texts["text_record"] >= 0, texts["text_value"]
@@ -110,25 +111,25 @@ def retrieval(queries: npt.NDArray[Any], passages: npt.NDArray[Any], own: npt.ND
     return recalls | {"mrr": float((1 / place).mean()), "passages": len(passages)}
 
 
-def buckets(x: Floats, right: Floats, most: int = _BUCKETS) -> list[list[float]]:
+def buckets(x: _Floats, right: _Floats, most: int = _BUCKETS) -> list[list[float]]:
     """Points (mean of x, mean of right) of equally many, from the smallest x up."""
     parts = np.array_split(np.argsort(x, kind="stable"), min(most, len(x)))
     return [[float(x[part].mean()), float(right[part].mean())] for part in parts if len(part)]
 
 
-def _of_confidence(confidence: Floats, right: Floats) -> dict[str, Any]:
+def _of_confidence(confidence: _Floats, right: _Floats) -> dict[str, Any]:
     if not len(right):
         return {}
     return {"calibration_error": calibration_error(confidence, right), "calibration": buckets(confidence, right)}
 
 
-def _of_kl(texts: Texts) -> dict[str, Any]:
+def _of_kl(texts: TextArrays) -> dict[str, Any]:
     if "kl" not in texts:
         return {}
     return {"kl": float(_wide(texts["kl"]).sum() / max(_wide(texts["tokens"]).sum(), 1))}
 
 
-def _pairs(texts: Texts) -> tuple[tuple[npt.NDArray[Any], ...], tuple[npt.NDArray[Any], ...]]:
+def _pairs(texts: TextArrays) -> tuple[tuple[npt.NDArray[Any], ...], tuple[npt.NDArray[Any], ...]]:
     """Places of the better and of the worse text of each pair."""
     record, value = texts["text_record"], texts["text_value"]
     same = (record[:, :, None] == record[:, None, :]) & (record[:, :, None] >= 0)
@@ -136,16 +137,16 @@ def _pairs(texts: Texts) -> tuple[tuple[npt.NDArray[Any], ...], tuple[npt.NDArra
     return (row, better), (row, worse)
 
 
-def _wide(x: npt.NDArray[Any]) -> Floats:
+def _wide(x: npt.NDArray[Any]) -> _Floats:
     return x.astype(np.float64)
 
 
-def _right(margin: Floats) -> Floats:
+def _right(margin: _Floats) -> _Floats:
     """1 above 0, 1/2 at 0, else 0."""
-    right: Floats = (np.sign(margin) + 1) / 2
+    right: _Floats = (np.sign(margin) + 1) / 2
     return right
 
 
-def _sigmoid(x: Floats) -> Floats:
-    sigmoid: Floats = 1 / (1 + np.exp(-x))
+def _sigmoid(x: _Floats) -> _Floats:
+    sigmoid: _Floats = 1 / (1 + np.exp(-x))
     return sigmoid

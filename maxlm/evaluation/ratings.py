@@ -10,8 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from maxlm.config import UserError
+from maxlm.evaluation.marking import Estimate
+from maxlm.evaluation.marking import mean as mean_of
 
-Floats = npt.NDArray[np.float64]
+_Floats = npt.NDArray[np.float64]
 
 _POINTS = 400 / math.log(10)
 """Of Elo's scale for a nat of the odds: ten to one is 400 points."""
@@ -56,7 +58,7 @@ def elo(comparisons: Sequence[Comparison], mean: float = 1000.0) -> dict[str, fl
     return {name: mean + _POINTS * float(nats[i]) for name, i in place.items()}
 
 
-def _likeliest(wins: Floats) -> Floats:
+def _likeliest(wins: _Floats) -> _Floats:
     """Bradley-Terry's strengths in nats, of mean 0, by Newton's method; wins[i, j]: how often i won against j."""
     strengths, games = np.zeros(len(wins)), wins + wins.T
     for _ in range(100):
@@ -70,34 +72,19 @@ def _likeliest(wins: Floats) -> Floats:
         strengths = strengths + step
         if np.abs(step).max() < 1e-10:
             break
-    centred: Floats = strengths - strengths.mean()
+    centred: _Floats = strengths - strengths.mean()
     return centred
 
 
-class WinRate(NamedTuple):
-    """Of one player against another."""
-
-    rate: float
-    """A draw counts as half a win."""
-    low: float
-    high: float
-    """Its 95 % interval (Wilson 1927)."""
-    games: int
-
-
-def win_rate(comparisons: Sequence[Comparison], player: str, other: str) -> WinRate | None:
-    """None: they have not met."""
+def win_rate(comparisons: Sequence[Comparison], player: str, other: str) -> Estimate | None:
+    """How often one player is better than another, a draw as half a win, with its 95 % interval; None: they have not
+    met."""
     scores = [one.score for one in comparisons if (one.first, one.second) == (player, other)]
     scores += [1 - one.score for one in comparisons if (one.first, one.second) == (other, player)]
-    if not scores:
-        return None
-    n, rate, z = len(scores), sum(scores) / len(scores), 1.959964
-    middle, reach = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    whole = 1 + z * z / n
-    return WinRate(rate, max(0.0, (middle - reach) / whole), min(1.0, (middle + reach) / whole), n)
+    return mean_of(scores) if scores else None
 
 
-def by_reward(first: str, second: str, rewards: Floats, others: Floats) -> list[Comparison]:
+def by_reward(first: str, second: str, rewards: _Floats, others: _Floats) -> list[Comparison]:
     """Of the rewards of two players' answers to the same questions."""
     return [Comparison(first, second, (float(np.sign(a - b)) + 1) / 2) for a, b in zip(rewards, others, strict=True)]
 
@@ -123,13 +110,13 @@ class RewardScale(NamedTuple):
             raise UserError(f"{values.size} rewards with one value have no scale; give rewards of several texts")
         return RewardScale(float(values.mean()), float(values.std()))
 
-    def normalised(self, rewards: npt.ArrayLike) -> Floats:
+    def normalised(self, rewards: npt.ArrayLike) -> _Floats:
         """With mean 0 and standard deviation 1 on those texts."""
-        scaled: Floats = (np.asarray(rewards, np.float64) - self.mean) / self.std
+        scaled: _Floats = (np.asarray(rewards, np.float64) - self.mean) / self.std
         return scaled
 
 
-def gated(helpfulness: npt.ArrayLike, safety: npt.ArrayLike, risky: npt.ArrayLike, threshold: float = 0.15) -> Floats:
+def gated(helpfulness: npt.ArrayLike, safety: npt.ArrayLike, risky: npt.ArrayLike, threshold: float = 0.15) -> _Floats:
     """One reward of two models, each the sigmoid of its score: that of safety where the prompt may lead to something
     unsafe or the answer is held to be, else that of helpfulness; as a logit, whitened (Llama 2, arXiv:2307.09288,
     section 3.2.3).

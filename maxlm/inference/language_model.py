@@ -12,6 +12,7 @@ import numpy.typing as npt
 from maxlm.config import (
     BlockConfig,
     Dropless,
+    EmbedHead,
     ExecutionConfig,
     ExpertChoiceRouter,
     Experts,
@@ -38,10 +39,10 @@ class LanguageModel:
             parameters: nested dicts of float32 arrays, as `maxlm.models.init_parameters` makes them, or of `Weight`s.
 
         Raises:
-            UserError: the model has no logits.
+            UserError: the model has neither logits nor vectors.
         """
         self.config = _dropless(model)
-        if not isinstance(self.config.head, LmHead):
+        if not isinstance(self.config.head, LmHead | EmbedHead):
             raise UserError(f"model.head = {type(self.config.head).__name__} gives no logits; use a run with an LmHead")
         # As for decoding: rows of any length, which a mesh with a seq or stage axis could not cut.
         self._layout = decoding_layout(layout, self.config.d_model)
@@ -77,8 +78,11 @@ class LanguageModel:
             out. V is model.vocab_size, which may have more ids than the tokenizer.
 
         Raises:
-            UserError: not integers, not of such a shape, longer than model.max_seq_len, or out of range.
+            UserError: not integers, not of such a shape, longer than model.max_seq_len, or out of range; or the model
+                has an EmbedHead, and `hidden` alone.
         """
+        if isinstance(self.config.head, EmbedHead):
+            raise UserError("model.head = EmbedHead gives no logits; use a run with an LmHead")
         return self._run(self._compiled, tokens, segment_ids, positions)
 
     __call__ = logits

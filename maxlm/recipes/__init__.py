@@ -7,7 +7,7 @@ reward.py: a number for each completion
 classify.py: a class for each text
 embed.py: a vector for each text
 of_texts.py: what the last four share
-reference.py: the model that a policy is held to
+held_to.py: the model that a policy is held to
 train_medusa.py: heads that guess at later tokens, on a trained model
 self_instruct.py: tasks that a model writes after those of people
 answering.py: conversations answered anew, perhaps with a context

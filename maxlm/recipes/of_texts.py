@@ -6,16 +6,18 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import numpy.typing as npt
 
 from maxlm.config import Purpose, RunConfig, UserError
 from maxlm.data.loader import Batches, global_batches, open_batches
 from maxlm.data.prepare import ensure_prepared
-from maxlm.data.shards import Split
+from maxlm.data.shards import CHAT, Split
+from maxlm.evaluation.judgements import TextArrays
 from maxlm.inference.load import LoadedRun
 from maxlm.processes.joining import on_rank_0
 from maxlm.recipes import pretrain
@@ -26,9 +28,7 @@ from maxlm.training.objective import Batch, Params
 from maxlm.training.state import TrainState
 from maxlm.training.text_objective import TextObjective
 
-Texts = Mapping[str, npt.NDArray[Any]]
-"""What `TextObjective.by_text` says of many rows: arrays [rows, S, ...]."""
-Judge = Callable[[Texts], Mapping[str, Any]]
+JudgeTexts = Callable[[TextArrays], Mapping[str, Any]]
 """Figures of held-out texts, beside the means of the loss: numbers, or lists of points [x, y] for the report."""
 Make = Callable[[RunConfig, int], TextObjective]
 """The objective of a config, for so many texts in a row."""
@@ -70,7 +70,7 @@ def recipe_of_texts(
     layout: Layout,
     splits: Splits,
     make: Make,
-    judge: Judge,
+    judge: JudgeTexts,
     *,
     frozen: Any = None,
 ) -> Recipe[LoadedRun]:
@@ -81,8 +81,13 @@ def recipe_of_texts(
     """
     objective = make(config, splits.texts)
     without_loss = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_batches=0))
+    talks = any((Path(one.path) / CHAT).is_dir() for one in config.data.datasets)
     made = pretrain.recipe_on(
-        without_loss, layout, objective, splits.train, taught(config.data, splits.train.tokenizer)
+        without_loss,
+        layout,
+        objective,
+        splits.train,
+        taught(config.data, splits.train.tokenizer) if talks else None,
     )
     loaded = lambda step, state: dataclasses.replace(made.outcome(step, state), config=config)
     measures: tuple[Measure, ...] = made.measures
@@ -91,13 +96,29 @@ def recipe_of_texts(
     return dataclasses.replace(made, measures=measures, frozen=frozen, outcome=loaded)
 
 
+def measure_held_out(recipe: Recipe[LoadedRun], parameters: Params, step: int) -> tuple[Mapping[str, Any], str]:
+    """The figures of held-out texts for these parameters, and how the console says them.
+
+    Raises:
+        UserError: the reference cannot be read; or there is nothing held out.
+    """
+    [measure] = [one for one in recipe.measures if isinstance(one, HeldOutRecords)]
+    frozen = None if recipe.frozen is None else recipe.frozen(recipe.objective.frozen, None)[0]
+    nothing = jnp.int32(0)
+    state = TrainState(
+        step=nothing, parameters=parameters, optimizer=None, skipped=nothing, skipped_in_row=nothing, frozen=frozen
+    )
+    row = measure(step, state)
+    return row, measure.line(step, row)
+
+
 class HeldOutRecords:
     """The loss, its figures and what a judge makes of each text, over the validation split or its first batches, as
     `train.eval_batches` says, every `train.eval_every` steps."""
 
     name = "eval"
 
-    def __init__(self, config: RunConfig, layout: Layout, make: Make, batches: Batches, judge: Judge) -> None:
+    def __init__(self, config: RunConfig, layout: Layout, make: Make, batches: Batches, judge: JudgeTexts) -> None:
         train = config.train
         self.every, self._batches, self._judge = train.eval_every, batches, judge
         self._tokens_per_step = train.batch_size * train.seq_len

@@ -9,8 +9,8 @@ from maxlm.config import Dpo, Ipo, Kto, Orpo, Preference, Purpose, RunConfig, Si
 from maxlm.data.tokenizers import Tokenizer
 from maxlm.evaluation.judgements import judge_labelled_ratios, judge_log_probs, judge_ratios
 from maxlm.inference.load import LoadedRun
+from maxlm.recipes.held_to import ReferenceModel, log_probs_ahead
 from maxlm.recipes.of_texts import Splits, open_splits, recipe_of_texts
-from maxlm.recipes.reference import ReferenceModel, log_probs_ahead
 from maxlm.sharding import Layout
 from maxlm.training.loop import Recipe
 from maxlm.training.preference_objective import AHEAD, LabelledTexts, PairedTexts, Referenced

@@ -3,6 +3,7 @@
 served.py: a model as the server needs it
 loading.py: a loaded model as one that is served
 embedding.py: texts as vectors
+vectors_only.py: in place of an engine, for a model of vectors
 passages.py: pieces of files
 retrieval.py: passages near to a question
 preferences.py: answers that people have ranked

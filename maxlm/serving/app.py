@@ -157,12 +157,18 @@ async def _embeddings(service: Service, request: Request) -> Response:
     served = service.find(asked.model)
     if served.embed is None:
         raise ApiError(400, "this server gives no embeddings; start it with --embeddings", code="unsupported")
+    if served.pooling is not None and asked.pooling not in (None, served.pooling):
+        words = f"pooling = {asked.pooling}: {served.name} was trained with {served.pooling}; leave it out"
+        raise ApiError(400, words, param="pooling", code="invalid_value")
     ids = [prompt_ids(served, text, f"input.{i}") for i, text in enumerate(asked.input)]
+    if served.pooling is not None:
+        ends = [[served.tokenizer.eos_id] if isinstance(text, str) else [] for text in asked.input]
+        ids = [one + end for one, end in zip(ids, ends, strict=True)]
     for i, one in enumerate(ids):
         if len(one) > served.max_length:
             words = f"input.{i} has {len(one)} tokens, must have at most {served.max_length}"
             raise ApiError(400, words, param="input", code="context_length_exceeded")
-    vectors = await _in_thread(served.embed, ids, asked.pooling or "mean")
+    vectors = await _in_thread(served.embed, ids, asked.pooling or served.pooling or "mean")
     as_bytes = lambda vector: base64.b64encode(np.asarray(vector, "<f4").tobytes()).decode()
     of = as_bytes if asked.encoding_format == "base64" else list
     data = [{"object": "embedding", "index": i, "embedding": of(vector)} for i, vector in enumerate(vectors)]

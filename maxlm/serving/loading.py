@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from maxlm.config import DocumentsConfig, EngineConfig, UserError, WeightFormat
+from maxlm.config import DocumentsConfig, EmbedHead, EngineConfig, UserError, WeightFormat
 from maxlm.data.text_ends import TextEnds
 from maxlm.inference.engine import Engine
 from maxlm.inference.load import LoadedRun, load_run
@@ -18,6 +18,7 @@ from maxlm.serving.embedding import Embedder
 from maxlm.serving.passages import passages_of
 from maxlm.serving.retrieval import Index
 from maxlm.serving.served import Served
+from maxlm.serving.vectors_only import VectorsOnly
 
 
 def serve_model(
@@ -31,7 +32,7 @@ def serve_model(
     documents: DocumentsConfig = DocumentsConfig(),
     adapters: Mapping[str, LoadedAdapter] = MappingProxyType({}),
 ) -> dict[str, Served]:
-    """Place the weights, compile, and start the engine's thread.
+    """Place the weights, compile, and start the engine's thread; a model that was trained for vectors needs none.
 
     Args:
         run: the model.
@@ -51,7 +52,9 @@ def serve_model(
     """
     if name in adapters:
         raise UserError(f"--adapter {name}=... has the model's name; use another, or give the model one with --name")
-    index = _index(run, documents)
+    head, index = run.config.model.head, _index(run, documents)
+    if isinstance(head, EmbedHead):
+        return {name: _vectors_only(run, name, head.pooling.value)}
     engine = Engine(run, config, weights=weights, draft=draft, adapters=adapters)
     served = Served(
         name=name,
@@ -68,6 +71,23 @@ def serve_model(
     )
     of_adapter = lambda name: dataclasses.replace(served, name=name, adapter=name, embed=None)
     return {name: served} | {name: of_adapter(name) for name in adapters}
+
+
+def _vectors_only(run: LoadedRun, name: str, pooling: str) -> Served:
+    """A model that makes vectors, and no text."""
+    idle = VectorsOnly(name)
+    return Served(
+        name=name,
+        loop=idle,
+        check=idle.check,
+        tokenizer=run.tokenizer,
+        ends=TextEnds.of_documents(run.tokenizer),
+        max_length=run.config.model.max_seq_len,
+        vocab_size=run.config.model.vocab_size,
+        created=int(time.time()),
+        embed=Embedder(run.model),
+        pooling=pooling,
+    )
 
 
 def _index(run: LoadedRun, config: DocumentsConfig) -> Index | None:

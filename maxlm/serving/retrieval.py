@@ -9,7 +9,7 @@ import numpy as np
 from maxlm.data.tokenizers import Tokenizer
 from maxlm.serving.passages import Passage
 
-Embed = Callable[[list[list[int]], str], list[list[float]]]
+EmbedTexts = Callable[[list[list[int]], str], list[list[float]]]
 _ASK = "Answer the question at the end from these sources, and cite them by their numbers, like [1]."
 
 
@@ -17,7 +17,7 @@ class Index:
     """Passages with a vector each: the mean of the last layer's states, of unit length."""
 
     def __init__(
-        self, passages: Sequence[Passage], embed: Embed, tokenizer: Tokenizer, *, top: int, longest: int
+        self, passages: Sequence[Passage], embed: EmbedTexts, tokenizer: Tokenizer, *, top: int, longest: int
     ) -> None:
         """
         Args:

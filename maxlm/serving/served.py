@@ -71,6 +71,8 @@ class Served:
     engine's thread, where all others would wait, then does not."""
     embed: Callable[[list[list[int]], str], list[list[float]]] | None = None
     """Texts as vectors of unit length; the second is `mean` or `last`. From any thread."""
+    pooling: str | None = None
+    """Of a model that was trained for vectors: which of the two it was trained with, on texts with eos at their end."""
 
     documents: Index | None = None
     """What conversations are answered from."""

@@ -13,7 +13,7 @@ from maxlm.models import Decoder, DecoderOutput, abstract_parameters, ops
 from maxlm.sharding import Layout
 from maxlm.training import preference_losses as losses
 from maxlm.training.objective import Batch, BatchArray, Params, Sums
-from maxlm.training.text_objective import LogProbs, TextObjective
+from maxlm.training.text_objective import TextLogProbs, TextObjective
 
 PairLoss = Dpo | Ipo | Orpo | SimPo
 
@@ -117,7 +117,7 @@ class PairedTexts(Referenced):
             return self._sums(mean(of_pairs), weights.sum(), means, output, counted)
 
     def _of_pairs(
-        self, of_tokens: jax.Array, of_texts: LogProbs, frozen: Any, batch: Batch
+        self, of_tokens: jax.Array, of_texts: TextLogProbs, frozen: Any, batch: Batch
     ) -> tuple[jax.Array, jax.Array]:
         """The loss of each pair [B, S, S], and each text's implied reward [B, S], in the unit of the loss's margin."""
         pair = lambda values: (_chosen(values), _rejected(values))

@@ -18,7 +18,7 @@ OF_TEXTS = ("text_record", "text_value", "text_number")
 """Names of the arrays [B, S] of a batch."""
 
 
-class LogProbs(NamedTuple):
+class TextLogProbs(NamedTuple):
     """Of each text, float32 [B, S]."""
 
     total: jax.Array
@@ -95,9 +95,9 @@ class TextObjective(NextToken):
         chunk = self._config.train.loss_chunk
         return token_log_probs(self._layout, output.hidden, model.unembedding, batch["targets"], chunk=chunk)
 
-    def _log_probs(self, of_tokens: jax.Array, mask: jax.Array, batch: Batch) -> LogProbs:
+    def _log_probs(self, of_tokens: jax.Array, mask: jax.Array, batch: Batch) -> TextLogProbs:
         """[B, T] and [B, T] -> of each text."""
-        return LogProbs(self._totals(of_tokens * mask, batch), self._totals(mask, batch))
+        return TextLogProbs(self._totals(of_tokens * mask, batch), self._totals(mask, batch))
 
     def _totals(self, values: jax.Array, batch: Batch) -> jax.Array:
         """[B, T] or [B, T, D] -> the sums of each text, float32 [B, S] or [B, S, D]."""
