@@ -109,7 +109,7 @@ def test_records_are_prepared_from_the_command_line(tmp_path: Path, capsys: pyte
         assert (tmp_path / name / "chat" / "chat_template.jinja").read_text() == chats.CHATML
     with pytest.raises(UserError, match="of records; say --purpose"):
         main(["prepare", file, "--template", "plain", "--tokenizer", "bytes", "--out", str(tmp_path / "three")])
-    with pytest.raises(UserError, match="--purpose sft: records are read from files"):
+    with pytest.raises(UserError, match="--purpose sft: records come from files"):
         main(["prepare", "--stdlib", "--purpose", "sft", "--tokenizer", "bytes", "--out", str(tmp_path / "three")])
-    with pytest.raises(UserError, match="has no key 'text'.*or purpose, of conversations"):
+    with pytest.raises(UserError, match=r"has no key 'text'.*or purpose, of conversations"):
         main(["prepare", file, "--tokenizer", "bytes", "--out", str(tmp_path / "three")])
