@@ -325,9 +325,7 @@ def _documents_of(command: Prepare) -> Documents:
             raise UserError("--template, --counted, --classes and --max_tokens are of records; say --purpose sft, too")
         return command.input.documents()
     if not command.input.paths or command.input != Input(paths=command.input.paths, pattern=command.input.pattern):
-        raise UserError(
-            f"--purpose {command.purpose.value}: records come from files; name them, and nothing else"
-        )
+        raise UserError(f"--purpose {command.purpose.value}: records come from files; name them, and nothing else")
     return command.records.conversations(command.input.paths, command.input.pattern, command.purpose)
 
 
