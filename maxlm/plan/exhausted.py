@@ -13,6 +13,7 @@ from maxlm.plan.memory import estimate_memory
 
 _KEYS = {
     "parameters": "sharding.fsdp or sharding.tensor",
+    "reference": "task.reference_ahead",
     "optimizer": "sharding.fsdp, or another optimizer (optimizer.moment_dtype, Adafactor)",
     "gradients": "sharding.fsdp",
     "copies": "sharding.fsdp",

@@ -15,6 +15,7 @@ pass of the last layer, when everything still is saved and the gradients of all 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,7 @@ from maxlm.config import (
     Zero,
     pipeline_ticks,
 )
+from maxlm.config.task_rules import reference_beside
 from maxlm.plan.block_memory import BlockMemory, block_memory
 from maxlm.plan.machines import Platform
 from maxlm.plan.work import layer_runs, local_tokens, loss_tokens
@@ -46,6 +48,8 @@ class MemoryEstimate:
 
     parameters: int
     """Float32; the base under an adapter as it is held."""
+    reference: int
+    """Parameters of the model that preferences are held to, as large as the policy's without an adapter."""
     optimizer: int
     """Adam's two moments, or Adafactor's factors, of what is trained."""
     batch: int
@@ -66,7 +70,8 @@ class MemoryEstimate:
     @property
     def at_peak(self) -> dict[str, int]:
         """The parts that are there when the device is fullest, by name: those of the loss, or those of the layers."""
-        always = {name: getattr(self, name) for name in ("parameters", "optimizer", "batch", "copies", "activations")}
+        names = ("parameters", *(["reference"] if self.reference else []), "optimizer", "batch", "copies", "activations")
+        always = {name: getattr(self, name) for name in names}
         loss = {"gradients": self.accumulated, "logits": self.logits}
         layers = {"gradients": self.gradients, "working": self.working}
         return always | max(loss, layers, key=lambda parts: sum(parts.values()))
@@ -218,6 +223,7 @@ class _Step:
         layers = self._layers(config.model.blocks)
         return MemoryEstimate(
             parameters=state.parameters,
+            reference=self._reference(),
             optimizer=state.optimizer,
             batch=5 * 4 * local_tokens(config, self.sizes),
             gradients=state.gradients + accumulated,
@@ -227,6 +233,12 @@ class _Step:
             logits=self._logits(),
             working=self._working(layers, state.gathered),
         )
+
+    def _reference(self) -> int:
+        if not reference_beside(self.config.task, self.config.model):
+            return 0
+        model, zero = dataclasses.replace(self.config.model, adapter=None), self.config.sharding.zero
+        return sum(shapes.held_bytes(model, array, self.sizes, zero) for array in shapes.arrays(model))
 
     @property
     def itemsize(self) -> int:
