@@ -70,7 +70,14 @@ class MemoryEstimate:
     @property
     def at_peak(self) -> dict[str, int]:
         """The parts that are there when the device is fullest, by name: those of the loss, or those of the layers."""
-        names = ("parameters", *(["reference"] if self.reference else []), "optimizer", "batch", "copies", "activations")
+        names = (
+            "parameters",
+            *(["reference"] if self.reference else []),
+            "optimizer",
+            "batch",
+            "copies",
+            "activations",
+        )
         always = {name: getattr(self, name) for name in names}
         loss = {"gradients": self.accumulated, "logits": self.logits}
         layers = {"gradients": self.gradients, "working": self.working}
