@@ -12,7 +12,7 @@ import dataclasses
 
 from configs.reward_tiny import records
 from configs.sft_tiny import get_config as sft
-from maxlm.config import Adapter, AdamW, CheckpointConfig, CosineSchedule, Lora, ObserveConfig, Purpose, RunConfig
+from maxlm.config import AdamW, Adapter, CheckpointConfig, CosineSchedule, Lora, ObserveConfig, Purpose, RunConfig
 
 
 def get_config() -> RunConfig:
