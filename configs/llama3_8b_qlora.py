@@ -1,6 +1,7 @@
 """QLoRA on Llama 3 8B (Dettmers et al. 2023, arXiv:2305.14314): 8,198,033,408 parameters, 167,772,160 of them trained.
 
-    python -m maxlm.data prepare chats.jsonl --help
+    python -m maxlm.data prepare chats.jsonl --purpose sft --tokenizer models/Meta-Llama-3-8B --template llama3 \\
+        --out data/oasst1
     python -m maxlm.train --config configs/llama3_8b_qlora.py
 
 The base, read from the published folder, is held in NF4; beside each of its matrices are two of rank 64. Rank, alpha,
