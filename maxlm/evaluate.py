@@ -24,6 +24,7 @@ from maxlm.config import (
     Dataset,
     Embed,
     Preference,
+    Purpose,
     Reward,
     RunConfig,
     UserError,
@@ -201,11 +202,16 @@ def _measure(options: EvaluateOptions, run: LoadedRun) -> None:
 def _measure_texts(options: EvaluateOptions, config: RunConfig, run: LoadedRun) -> None:
     """Held-out figures of a run about whole texts, as its training measures them."""
     from maxlm.recipes import recipe
-    from maxlm.recipes.of_texts import measure_held_out
+    from maxlm.recipes.embed import probe
+    from maxlm.recipes.of_texts import measure_held_out, purposes
 
     # Enough for any split where the whole of it is asked for.
     batches = options.batches or (2**31 - 1 if options.whole or options.data else config.train.eval_batches)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_batches=batches or None))
+    if isinstance(config.task, Embed) and purposes(config.data) == {Purpose.CLASSIFY}:
+        found = probe(config, run.layout, run.parameters)
+        said = f"step {run.step:,}  linear probe right of {found['held_out']} texts: {found['linear_probe']:.4g}"
+        return print(json.dumps({"run": options.model.place, "step": run.step, **found}) if options.json else said)
     made = recipe(config, run.layout)
     if made.tokenizer is not None and made.tokenizer.fingerprint != run.tokenizer.fingerprint:
         raise UserError(

@@ -27,7 +27,6 @@ from maxlm.inference.language_model import LanguageModel
 from maxlm.inference.load import ONE_DEVICE, layout_for
 from maxlm.models import declared
 from maxlm.models.adapters import begin
-from maxlm.shapes import Part
 
 LOGITS = Path(__file__).with_name("peft_logits.npz")
 
@@ -125,13 +124,13 @@ KINDS: dict[str, AdapterKind] = {
 """What is written here and read by peft."""
 
 
-def written(base: str, kind: AdapterKind, folder: Path) -> np.ndarray:
+def written(base: str, kind: AdapterKind, folder: Path, full: tuple[str, ...] = ()) -> np.ndarray:
     """A model and an adapter with random numbers, as folders `base` and `adapter`; logits of both as they are here."""
     write_model(MODELS[base], folder / "base")
     plain, model = load_model(folder / "base")
-    made = dataclasses.replace(model, adapter=Adapter(kind=kind))
+    made = dataclasses.replace(model, adapter=Adapter(kind=kind, full=full))
     rng = np.random.default_rng(1)
-    vary = lambda array, x: x + 0.1 * rng.standard_normal(x.shape, np.float32) if array.part is Part.ADAPTER else x
+    vary = lambda array, x: x + 0.1 * rng.standard_normal(x.shape, np.float32) if array.trained else x
     parameters = begin(made, plain.parameters, jax.random.key(0))
     parameters = jax.tree.map(vary, declared(made), parameters)
     family = FAMILIES[MODELS[base]["model_type"]]
@@ -144,10 +143,10 @@ def read_by_peft() -> None:
     """What is written here, with matrices that differ in what the base has as one, in peft."""
     import peft
 
-    for base in ("llama", "gpt2", "gpt_neox"):
+    for base, full in (("llama", ("unembed", "*norm/scale")), ("qwen2", ("embed",)), ("gpt2", ()), ("gpt_neox", ())):
         for name, kind in KINDS.items():
             with tempfile.TemporaryDirectory() as scratch:
-                ours = written(base, kind, Path(scratch))
+                ours = written(base, kind, Path(scratch), full)
                 model = open_in_transformers(Path(scratch) / "base")
                 adapted = peft.PeftModel.from_pretrained(model, Path(scratch) / "adapter")
                 theirs = logits_of_transformers(adapted.eval(), ids())

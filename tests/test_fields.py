@@ -135,6 +135,8 @@ NONE_IS_A_CHOICE = {
     "LmHead.soft_cap",
     "ModelConfig.embedding_scale",
     "ModelConfig.mup_base_width",
+    "PrefixTuning.hidden",
+    "Conversations.max_tokens",
     "Dropless.buffer",
     "Capacity.group_size",
     "AdamW.clip_norm",
@@ -155,6 +157,11 @@ AT_MOST_ONE = {
     "CosineSchedule.final_fraction",
     "LinearSchedule.final_fraction",
     "WsdSchedule.final_fraction",
+    "Lora.dropout",
+    "AdaLora.beta1",
+    "AdaLora.beta2",
+    "Gold.beta",
+    "Dpo.label_smoothing",
 }
 
 
@@ -211,7 +218,7 @@ FLOATS = [number for number in numbers() if number.kind is float]
 
 @pytest.mark.parametrize("number", FLOATS, ids=lambda number: number.key)
 def test_a_float_may_be_written_as_an_int(number: Number) -> None:
-    value = 0 if number.key in AT_MOST_ONE else 2
+    value = 1 if number.key == "Gold.beta" else 0 if number.key in AT_MOST_ONE else 2
     for written in (value, float(value)):
         assert getattr(change(number.cls, number.name, written), number.name) == value
 

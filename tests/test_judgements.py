@@ -74,6 +74,14 @@ def test_retrieval_counts_places() -> None:
     assert found["recall_1"] == 0.75 and found["mrr"] == pytest.approx((3 + 1 / 2) / 4)
 
 
+def test_a_linear_probe_reads_what_is_linear() -> None:
+    x = RNG.normal(size=(300, 8))
+    classes = (x @ RNG.normal(size=(8, 3))).argmax(1)
+    assert judgements.linear_probe(x[:200], classes[:200], x[200:], classes[200:]) > 0.85
+    shuffled = RNG.permutation(classes[:200])
+    assert judgements.linear_probe(x[:200], shuffled, x[200:], classes[200:]) < 0.6
+
+
 def test_elo_finds_the_ratings_that_made_the_games() -> None:
     strengths = {"a": 1200.0, "b": 1000.0, "c": 800.0}
     games = []

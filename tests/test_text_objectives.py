@@ -223,13 +223,13 @@ CASES = {
     ),
     "embed": Case(Embed(), records([(1, 0), (1, 0, -1), (1, 0), (1, 0), (1, 0, -1, -1), (1, 0)]), EmbedHead(), nce),
 }
-NIGHTLY = ("ipo", "orpo", "simpo", "binary", "classify")
+NIGHTLY = ("dpo", "reward", "ipo", "orpo", "simpo", "binary", "classify")
 EACH = [pytest.param(name, marks=pytest.mark.nightly if name in NIGHTLY else ()) for name in CASES]
 
 
 def config_of(case: Case, rows: int, parts: int = 1, sharding: ShardingConfig | None = None) -> RunConfig:
     config = plain_run(
-        small_model(head=case.head, vocab_size=64),
+        small_model(head=case.head, n_layers=1),
         sharding,
         batch_size=rows,
         seq_len=T,

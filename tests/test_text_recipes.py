@@ -15,9 +15,12 @@ import pytest
 from helpers import small_run
 from train_runs import rows
 
+from maxlm import evaluate
 from maxlm.checkpoint.state_hash import state_hash
+from maxlm.checkpoint.store import Store
 from maxlm.config import (
     AdamW,
+    Adapter,
     BinaryReward,
     ByteTokenizer,
     CheckpointConfig,
@@ -44,6 +47,7 @@ from maxlm.config import (
     SimPo,
     Task,
 )
+from maxlm.data.prepare import ensure_prepared
 from maxlm.recipes import recipe
 from maxlm.training import loop
 from maxlm.training.loop import run
@@ -153,6 +157,19 @@ def test_dpo_begins_at_its_reference_and_goes_on_to_the_same_state(folder: Path,
     goes_on_as_it_went(config)
 
 
+@pytest.mark.nightly
+def test_under_an_adapter_is_its_reference(folder: Path, taught: Path) -> None:
+    """Nothing is read beside the state; where a part of the base trains as a whole, the base is."""
+    for adapter in (Adapter(), Adapter(full=("final_norm/*",))):
+        place = folder / f"adapter{len(adapter.full)}"
+        config = from_run(run_config(folder, Preference(), Purpose.PREFERENCE, run_dir=str(place)), taught)
+        run(dataclasses.replace(config, model=dataclasses.replace(config.model, adapter=adapter)), recipe)
+        first, *_, last = rows(place)
+        assert first["loss"] == pytest.approx(np.log(2), rel=1e-6) and first["reward_accuracy"] == 0.5
+        assert last["reward_margin"] != 0
+        assert ("frozen" in Store().record(place / "checkpoints" / "4").meta) == bool(adapter.full)
+
+
 REST: dict[str, tuple[Task, Purpose, Any, list[str]]] = {
     "kto": (Preference(loss=Kto()), Purpose.KTO, LmHead(), ["kl", "reward_desired", "reward_undesired"]),
     "simpo": (Preference(loss=SimPo()), Purpose.PREFERENCE, LmHead(), ["reward_accuracy"]),
@@ -163,17 +180,33 @@ REST: dict[str, tuple[Task, Purpose, Any, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.nightly if name != "reward" else ()) for name in REST]
-)
-def test_the_other_tasks_run_and_are_measured(name: str, folder: Path, request: pytest.FixtureRequest) -> None:
-    task, purpose, head, figures = REST[name]
-    config = run_config(folder, task, purpose, head, run_dir=str(folder / name))
-    if name != "reward":
-        config = from_run(config, request.getfixturevalue("taught"))
+def runs_and_is_measured(name: str, config: RunConfig) -> dict[str, Any]:
     assert run(config, recipe).step == 4
-    row = rows(folder / name)[-1]
-    assert all(np.isfinite(row[figure]) for figure in ("loss", "grad_norm", *figures))
-    [measured] = rows(folder / name, "evals")
+    row = rows(Path(config.run_dir))[-1]
+    assert all(np.isfinite(row[figure]) for figure in ("loss", "grad_norm", *REST[name][3]))
+    [measured] = rows(Path(config.run_dir), "evals")
     assert np.isfinite(measured["eval_loss"])
+    return measured
+
+
+def test_a_reward_model_runs_and_is_measured(folder: Path) -> None:
+    task, purpose, head, _ = REST["reward"]
+    runs_and_is_measured("reward", run_config(folder, task, purpose, head))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", REST)
+def test_the_other_tasks_start_from_a_run_and_go_on(
+    name: str, folder: Path, taught: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task, purpose, head, _ = REST[name]
+    config = from_run(run_config(folder, task, purpose, head, run_dir=str(folder / name)), taught)
+    measured = runs_and_is_measured(name, config)
     goes_on_as_it_went(config)
+    evaluate.main(["--run", config.run_dir, "--whole", "--json"])
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert said["eval_loss"] == pytest.approx(measured["eval_loss"], rel=1e-5)
+    if name == "embed":
+        ensure_prepared(run_config(folder, Classify(), Purpose.CLASSIFY).data)
+        evaluate.main(["--run", config.run_dir, "--data", str(folder / "data-classify"), "--json"])
+        assert 0 <= json.loads(capsys.readouterr().out.splitlines()[-1])["linear_probe"] <= 1

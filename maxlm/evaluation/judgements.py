@@ -111,6 +111,33 @@ def retrieval(queries: npt.NDArray[Any], passages: npt.NDArray[Any], own: npt.ND
     return recalls | {"mrr": float((1 / place).mean()), "passages": len(passages)}
 
 
+def linear_probe(
+    vectors: npt.NDArray[Any],
+    classes: npt.NDArray[np.integer],
+    held_out: npt.NDArray[Any],
+    wanted: npt.NDArray[np.integer],
+    ridge: float = 1e-3,
+) -> float:
+    """How often a linear map from vectors of unit length to classes is right on other texts: one with a bias, fitted by
+    least squares to one number for each class, 1 or 0 (ridge regression, whose solution is one and exact).
+
+    Args:
+        vectors: [N, D], to fit.
+        classes: [N], of each.
+        held_out: [M, D].
+        wanted: [M].
+        ridge: weight of the squares of the map, for each text.
+    """
+
+    def inputs(x: npt.NDArray[Any]) -> _Floats:
+        unit = _wide(x) / np.maximum(np.linalg.norm(_wide(x), axis=-1, keepdims=True), 1e-12)
+        return np.concatenate([unit, np.ones((len(x), 1))], 1)
+
+    x, y = inputs(vectors), np.eye(1 + int(max(classes.max(), wanted.max())))[classes]
+    found = np.linalg.solve(x.T @ x + ridge * len(x) * np.eye(x.shape[1]), x.T @ y)
+    return float(((inputs(held_out) @ found).argmax(1) == wanted).mean())
+
+
 def buckets(x: _Floats, right: _Floats, most: int = _BUCKETS) -> list[list[float]]:
     """Points (mean of x, mean of right) of equally many, from the smallest x up."""
     parts = np.array_split(np.argsort(x, kind="stable"), min(most, len(x)))

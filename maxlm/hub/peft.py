@@ -53,7 +53,7 @@ _KNOWN = (
     *("alpha_pattern", "fan_in_fan_out", "target_modules", "exclude_modules", "feedforward_modules", "modules_to_save"),
     *("layers_to_transform", "layers_pattern", "init_lora_weights", "init_ia3_weights", "loftq_config", "init_r"),
     *("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step", "qalora_group_size"),
-    *("megatron_core", "ephemeral_gpu_offload"),
+    *("megatron_core", "ephemeral_gpu_offload", "ensure_weight_tying"),
 )
 """Keys of adapter_config.json that are understood, or say nothing of what the adapter computes."""
 _NOTHING: tuple[Any, ...] = (None, False, "none", [], {})
@@ -101,8 +101,9 @@ def read_peft(folder: Path, base: ModelConfig, names: Names) -> PeftAdapter:
         wanted = {f"{_PREFIX}{name}.{ending}" for name in modules for ending in own}
         wanted |= {_PREFIX + tensor.name for tensor in saved}
         there = files.entries.keys()
+        tied = _PREFIX + _head(names) if base.tied and said.get("ensure_weight_tying") else None
         problems = [f"{name} is missing" for name in sorted(wanted - there)]
-        problems += [f"{name} is not expected" for name in sorted(there - wanted)]
+        problems += [f"{name} is not expected" for name in sorted(there - wanted) if name != tied]
         if problems or not wanted:
             more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
             what = problems[:_SHOWN] + more or ["there is nothing in it"]
@@ -110,10 +111,17 @@ def read_peft(folder: Path, base: ModelConfig, names: Names) -> PeftAdapter:
                 f"{folder / FILE}: the tensors are not those that {CONFIG} says of this base; use the model that the "
                 f"adapter was trained on, and both files from one place: {'; '.join(what)}"
             )
+        if tied in there and not any(np.array_equal(files.read(tied), files.read(_PREFIX + one.name)) for one in saved):
+            raise UserError(f"{folder / FILE}: {tied} differs from the embedding table, which the base ties it to")
         read = lambda name: np.asarray(files.read(_PREFIX + name), np.float32)
         found = {name: {ending: read(f"{name}.{ending}") for ending in own} for name in modules}
         full = {tensor.name: read(tensor.name) for tensor in saved}
     adapter = Adapter(kind=_kind(folder, said, modules, found), full=_full(saved))
+    if base.tied and "embed" in adapter.full and not said.get("ensure_weight_tying"):
+        raise UserError(
+            f"{folder / CONFIG}: modules_to_save has the embedding table, which is the head's too in this base, but "
+            "without ensure_weight_tying peft has trained one of the two alone; merge it with peft"
+        )
     made = dataclasses.replace(base, adapter=adapter)
     declared = {array.name: array for array in shapes.arrays(made)}
     arrays: dict[str, Values] = {}
@@ -186,10 +194,13 @@ def write_peft(folder: Path, config: ModelConfig, pieces: Pieces, names: Names, 
     saved = [tensor for tensor in of_base if any(part.array.name in full for part in tensor.parts)]
     for tensor in saved:
         out[_PREFIX + tensor.name] = np.asarray(tensor.join(pieces(tensor.parts)), np.float32)
+        if config.tied and tensor.parts[0].array.name == "embed":  # peft wants both, and keeps them one
+            out[_PREFIX + _head(names)] = out[_PREFIX + tensor.name]
     everything = [tensor.name.removesuffix(".weight") for tensor in of_base if tensor.name.endswith(".weight")]
     values = {
         "base_model_name_or_path": base,
         "bias": "none",
+        **({"ensure_weight_tying": True} if config.tied and "embed" in full else {}),
         "fan_in_fan_out": transposed == {True},
         "inference_mode": True,
         "modules_to_save": sorted({tensor.name.rpartition(".")[0] for tensor in saved}) or None,
@@ -486,6 +497,11 @@ def _short(modules: Sequence[str], everything: Sequence[str]) -> list[str]:
     words = {last(name) for name in modules}
     others = {last(name) for name in set(everything) - set(modules)}
     return sorted(words) if not words & others else sorted(modules)
+
+
+def _head(names: Names) -> str:
+    """What a family calls an output table."""
+    return next((theirs for theirs, ours in names.top.items() if ours == "unembed"), "lm_head.weight")
 
 
 def _full(saved: Sequence[Tensor]) -> tuple[str, ...]:

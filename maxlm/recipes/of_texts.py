@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maxlm.config import Purpose, RunConfig, UserError
+from maxlm.config import Conversations, DataConfig, Purpose, RunConfig, UserError
 from maxlm.data.loader import Batches, global_batches, open_batches
 from maxlm.data.prepare import ensure_prepared
-from maxlm.data.shards import CHAT, Split
+from maxlm.data.shards import CHAT, Split, open_prepared
 from maxlm.evaluation.judgements import TextArrays
 from maxlm.inference.load import LoadedRun
 from maxlm.processes.joining import on_rank_0
@@ -44,6 +44,16 @@ class Splits(NamedTuple):
     def texts(self) -> int:
         assert self.train.texts is not None
         return self.train.texts
+
+
+def purposes(data: DataConfig) -> set[Purpose | None]:
+    """What the folders were prepared for; None: to be running text.
+
+    Raises:
+        UserError: a folder is not finished or damaged.
+    """
+    opened = [open_prepared(Path(one.path), verify=False).info.prepare.documents for one in data.datasets]
+    return {documents.purpose if isinstance(documents, Conversations) else None for documents in opened}
 
 
 def open_splits(config: RunConfig, purpose: Purpose) -> Splits:

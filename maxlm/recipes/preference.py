@@ -40,9 +40,13 @@ def recipe(config: RunConfig, task: Preference, layout: Layout) -> Recipe[Loaded
         raise UserError(f"the reference {place}: {error}") from error
     special = _special_ids(tokenizer) if isinstance(task.loss, Dpo) and task.loss.mask_special else ()
 
-    def make(config: RunConfig, texts: int, *, ahead: bool = task.reference_ahead) -> Referenced:
+    adapter = config.model.adapter
+    # What trains as a whole beside an adapter is not as it was in the base.
+    under = task.reference is None and adapter is not None and not adapter.full
+
+    def make(config: RunConfig, texts: int, *, ahead: bool = task.reference_ahead, under: bool = under) -> Referenced:
         held: dict[str, Any] = {"special_ids": special}
-        held |= {"ahead": True} if ahead else {"reference": reference.model}
+        held |= {"ahead": True} if ahead else {"under": True} if under else {"reference": reference.model}
         match task.loss:
             case Kto() as loss:
                 return LabelledTexts(config, layout, texts, loss, **held)
@@ -53,9 +57,9 @@ def recipe(config: RunConfig, task: Preference, layout: Layout) -> Recipe[Loaded
 
     judge = judge_labelled_ratios if isinstance(task.loss, Kto) else judge_ratios
     if task.reference_ahead:
-        _ask_ahead(reference, make(config, splits.texts, ahead=False), layout, splits, config, special)
+        _ask_ahead(reference, make(config, splits.texts, ahead=False, under=False), layout, splits, config, special)
         return recipe_of_texts(config, layout, splits, make, judge)
-    return recipe_of_texts(config, layout, splits, make, judge, frozen=reference.read)
+    return recipe_of_texts(config, layout, splits, make, judge, frozen=None if under else reference.read)
 
 
 def _ask_ahead(

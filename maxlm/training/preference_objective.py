@@ -8,8 +8,10 @@ from typing import Any, assert_never
 import jax
 import jax.numpy as jnp
 
+from maxlm import shapes
 from maxlm.config import Dpo, Ipo, Kto, ModelConfig, Orpo, RunConfig, SimPo
 from maxlm.models import Decoder, DecoderOutput, abstract_parameters, ops
+from maxlm.models.adapters import base_of
 from maxlm.sharding import Layout
 from maxlm.training import preference_losses as losses
 from maxlm.training.objective import Batch, BatchArray, Params, Sums
@@ -31,6 +33,7 @@ class Referenced(TextObjective):
         texts: int,
         *,
         reference: ModelConfig | None = None,
+        under: bool = False,
         ahead: bool = False,
         special_ids: Sequence[int] = (),
     ) -> None:
@@ -38,11 +41,13 @@ class Referenced(TextObjective):
         Args:
             config, layout, texts: as of `TextObjective`.
             reference: the model whose parameters are `frozen`; None: there is none.
+            under: the reference is the base under the model's adapter, instead.
             ahead: batches have `AHEAD` instead.
             special_ids: ids that log-ratios leave out.
         """
         super().__init__(config, layout, texts)
-        self._reference, self._special_ids = reference, jnp.asarray(special_ids, jnp.int32)
+        self._reference = base_of(config.model) if under else reference
+        self._under, self._special_ids = under, jnp.asarray(special_ids, jnp.int32)
         self.frozen = None if reference is None else abstract_parameters(reference, layout)
         if ahead:
             self.arrays |= {AHEAD: BatchArray((config.train.batch_size, texts), jnp.float32, ("batch", None))}
@@ -78,6 +83,15 @@ class Referenced(TextObjective):
         """The log-ratio of each text, float32 [B, S]."""
         return self._totals(of_tokens * self._mask(batch), batch) - self._of_reference(frozen, batch)
 
+    def _held_to(self, params: Params, frozen: Any) -> Any:
+        """The reference's parameters."""
+        if not self._under:
+            return frozen
+        return jax.lax.stop_gradient({name: tree for name, tree in params.items() if name != shapes.PREFIX})
+
+    def by_text(self, params: Params, frozen: Any, batch: Batch) -> dict[str, jax.Array]:
+        return super().by_text(params, self._held_to(params, frozen), batch)
+
     def _mask(self, batch: Batch) -> jax.Array:
         """Of the tokens that log-ratios are about."""
         if not len(self._special_ids):
@@ -98,6 +112,7 @@ class PairedTexts(Referenced):
 
     def loss(self, params: Params, frozen: Any, batch: Batch, counted: Any) -> Sums:
         batch = self._in_order(batch)
+        frozen = self._held_to(params, frozen)
         model, output = self._read(self._config.model, params, batch)
         weights = losses.pair_weights(batch["text_record"], batch["text_value"])
         with jax.named_scope("loss"):
@@ -155,6 +170,7 @@ class LabelledTexts(Referenced):
         share = super().counted(params, frozen, batch)
         if self._at_once:
             return share, None
+        frozen = self._held_to(params, frozen)
 
         def of_rows(batch: Batch) -> tuple[jax.Array, jax.Array]:
             batch = self._in_order(batch)
@@ -164,7 +180,7 @@ class LabelledTexts(Referenced):
         return share, losses.kto_reference(*self._of_all_rows(of_rows, batch))
 
     def loss(self, params: Params, frozen: Any, batch: Batch, counted: Any) -> Sums:
-        share, reference = counted
+        (share, reference), frozen = counted, self._held_to(params, frozen)
         batch = self._in_order(batch)
         model, output = self._read(self._config.model, params, batch)
         with jax.named_scope("loss"):
