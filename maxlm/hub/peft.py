@@ -37,7 +37,7 @@ from maxlm.config import (
 from maxlm.config.json_file import read_object
 from maxlm.hub.folder import Pieces, appearing
 from maxlm.hub.names import Names, Piece, Tensor, Transposed, tensors, to_ours, to_theirs
-from maxlm.hub.peft_settings import CONFIG, ends, is_target, require_known, short
+from maxlm.hub.peft_settings import CONFIG, ends, is_target, require_known, said_of, short
 from maxlm.hub.tensor_files import Spec, TensorFolder, write_tensors
 from maxlm.models.adapters import base_of, replaced
 from maxlm.shapes import Array
@@ -192,7 +192,7 @@ def write_peft(folder: Path, config: ModelConfig, pieces: Pieces, names: Names, 
         "modules_to_save": sorted({tensor.name.rpartition(".")[0] for tensor in saved}) or None,
         "target_modules": short(modules, everything),
         "task_type": "CAUSAL_LM",
-        **_said(adapter, ranks, short(inputs_of, everything)),
+        **said_of(adapter, ranks, short(inputs_of, everything)),
     }
     with appearing(folder) as place:
         (place / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
@@ -392,31 +392,6 @@ def _norm(said: Mapping[str, Any], module: str, found: Mapping[str, Values]) -> 
     a, b = a.astype(np.float64), b.astype(np.float64)
     square = np.sum((a @ a.T) * (b.T @ b))  # of a product of low rank, which is never made
     return float(_scale(said, module, rank) * math.sqrt(max(square, 0.0)))
-
-
-def _said(adapter: Adapter, ranks: Mapping[str, int], inputs_of: Sequence[str]) -> dict[str, Any]:
-    """What adapter_config.json has of a kind alone."""
-    match kind := adapter.kind:
-        case Lora() | DyLora() | AdaLora():
-            lora = kind if isinstance(kind, Lora) else Lora(rank=kind.rank, alpha=kind.alpha)
-            grown = {name: rank / kind.rank for name, rank in ranks.items()}
-            root = 0.5 if lora.rank_stabilized else 1.0
-            return {
-                "peft_type": "LORA",
-                "r": lora.rank,
-                "lora_alpha": int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
-                "lora_dropout": lora.dropout,
-                "use_rslora": lora.rank_stabilized,
-                "use_dora": lora.dora,
-                "rank_pattern": dict(ranks),
-                "alpha_pattern": {name: lora.alpha * times**root for name, times in grown.items()},
-            }
-        case Ia3():
-            return {"peft_type": "IA3", "feedforward_modules": list(inputs_of)}
-        case Bottleneck() | PromptTuning() | PrefixTuning():
-            raise AssertionError("refused before")
-        case _:
-            assert_never(kind)
 
 
 def _endings(folder: Path, said: Mapping[str, Any]) -> list[str]:
