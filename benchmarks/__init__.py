@@ -9,6 +9,7 @@ compare_llama_cpp.py: decoding a GGUF file, beside llama.cpp
 decode.py: milliseconds a token and temporary bytes of decoding
 decode_compiled.py: what a decode step of large models moves, by the compilers
 posttrain.py: tasks after pre-training beside pre-training, and beside TRL
+server_overhead.py: what the server takes beyond the engine
 serving.py: what many requests cost beyond their tokens
 checkpoint.py: seconds to save and restore
 conversion.py: seconds and memory of maxlm.convert

@@ -263,7 +263,7 @@ def maxlm(file: Path, weights: str, batch: int) -> Figures:
     enable_compilation_cache()
     run = load_chosen(ChosenModel(gguf=str(file), weights=WeightFormat(weights)))
     weight_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(run.parameters))
-    engine = Engine(run, EngineConfig(slots=batch, cache_tokens=128 * batch), weights=WeightFormat(weights))
+    engine = Engine(run, EngineConfig(slots=batch, tokens_per_step=batch, cache_tokens=128 * batch), weights=WeightFormat(weights))
     del run
 
     def decode(new: int) -> int:
