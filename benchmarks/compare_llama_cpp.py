@@ -7,10 +7,11 @@
 counted. Every figure comes from a process of its own, pinned to one core; the sides take turns (A B C A B C ...), so
 that the load of the machine meets all of them. A ratio is the median over the rounds, with its range.
 
-What the sides hold. The file's tables have 4 bits (Q4_1), and so llama.cpp reads it. maxlm gives them back in float32, or
-makes 8 bits of that (w8a8). So a rival also reads the file's numbers as float32, and rounded to 8 bits (Q8_0, which
+What the sides hold. The file's tables have 4 bits (Q4_1), and so llama.cpp reads it. maxlm gives them back in float32,
+or makes 8 bits of that (w8a8). So a rival also reads the file's numbers as float32, and rounded to 8 bits (Q8_0, which
 multiplies by activations in 8 bits, as w8a8 does). llama.cpp keeps its cache in float16, as it does by default; maxlm
-in float32. The package's llama.cpp is built for AVX2; what it was built for stands in the results.
+in float32. The package's llama.cpp is built for AVX2; what it was built for stands in the results. maxlm's engine is
+told to read as many tokens in a step as there are texts (`engine.tokens_per_step`).
 
 tokens_per_cpu_s    new tokens for each second that the process kept a core busy
 tokens_per_s        for each second of the clock
@@ -263,7 +264,9 @@ def maxlm(file: Path, weights: str, batch: int) -> Figures:
     enable_compilation_cache()
     run = load_chosen(ChosenModel(gguf=str(file), weights=WeightFormat(weights)))
     weight_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(run.parameters))
-    engine = Engine(run, EngineConfig(slots=batch, tokens_per_step=batch, cache_tokens=128 * batch), weights=WeightFormat(weights))
+    engine = Engine(
+        run, EngineConfig(slots=batch, tokens_per_step=batch, cache_tokens=128 * batch), weights=WeightFormat(weights)
+    )
     del run
 
     def decode(new: int) -> int:
