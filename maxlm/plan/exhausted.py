@@ -16,6 +16,7 @@ _KEYS = {
     "optimizer": "sharding.fsdp, or another optimizer (optimizer.moment_dtype, Adafactor)",
     "gradients": "sharding.fsdp",
     "copies": "sharding.fsdp",
+    "reference": "sharding.fsdp or task.reference_ahead = True",
     "batch": "train.batch_size",
     "activations": "train.micro_batches or execution.remat = full",
     "logits": "train.loss_chunk",

@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, assert_never
 
 from maxlm import shapes
@@ -46,6 +46,8 @@ class MemoryEstimate:
 
     parameters: int
     """Float32; the base under an adapter as it is held."""
+    reference: int
+    """Parameters of a model that the policy is held to and that is there in each step, taken to be of its size."""
     optimizer: int
     """Adam's two moments, or Adafactor's factors, of what is trained."""
     batch: int
@@ -66,7 +68,8 @@ class MemoryEstimate:
     @property
     def at_peak(self) -> dict[str, int]:
         """The parts that are there when the device is fullest, by name: those of the loss, or those of the layers."""
-        always = {name: getattr(self, name) for name in ("parameters", "optimizer", "batch", "copies", "activations")}
+        names = ("parameters", "reference", "optimizer", "batch", "copies", "activations")
+        always = {name: getattr(self, name) for name in names}
         loss = {"gradients": self.accumulated, "logits": self.logits}
         layers = {"gradients": self.gradients, "working": self.working}
         return always | max(loss, layers, key=lambda parts: sum(parts.values()))
@@ -218,6 +221,7 @@ class _Step:
         layers = self._layers(config.model.blocks)
         return MemoryEstimate(
             parameters=state.parameters,
+            reference=self._reference() if config.holds_reference else 0,
             optimizer=state.optimizer,
             batch=5 * 4 * local_tokens(config, self.sizes),
             gradients=state.gradients + accumulated,
@@ -227,6 +231,11 @@ class _Step:
             logits=self._logits(),
             working=self._working(layers, state.gathered),
         )
+
+    def _reference(self) -> int:
+        """Float32, without what an adapter adds."""
+        model, zero = replace(self.config.model, adapter=None), self.config.sharding.zero
+        return sum(shapes.held_bytes(model, array, self.sizes, zero) for array in shapes.arrays(model))
 
     @property
     def itemsize(self) -> int:
