@@ -11,9 +11,10 @@ import chats
 import pytest
 from rich.console import Console
 
-from maxlm.config import UserError
+from maxlm.config import Conversations, Purpose, UserError
 from maxlm.data.__main__ import EXIT_UNREADABLE, main
 from maxlm.data.chat_report import Survey, pieces, report
+from maxlm.data.shards import Split, open_prepared
 from maxlm.data.texts import Text
 from maxlm.data.tokenizers import Bytes
 
@@ -91,3 +92,24 @@ def test_colours_say_which_tokens_count() -> None:
         "\x1b[36m<|bos|>\x1b[0m\x1b[2ma\x1b[0m\x1b[2m\u65e5\x1b[0m"
         "\x1b[1;32mb\x1b[0m\x1b[32mc\x1b[0m\x1b[1;7;32m<|eos|>\x1b[0m"
     ) in out.getvalue()
+
+
+def test_records_are_prepared_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the template that came with the tokenizer; then, with the tokenizer of that data, with the same one."""
+    folder = chats.write_folder(tmp_path / "model", "chatml", chats.CHATML)
+    file = write(tmp_path, *({"prompt": f"{n}", "chosen": "b", "rejected": "c"} for n in range(9)))
+    words = ["prepare", file, "--purpose", "preference", "--workers", "1", "--validation_fraction", "0"]
+    assert main([*words, "--tokenizer", str(folder), "--out", str(tmp_path / "one")]) == 0
+    assert main([*words, "--tokenizer", str(tmp_path / "one" / "tokenizer"), "--out", str(tmp_path / "two")]) == 0
+    assert "18 texts" in capsys.readouterr().out
+    for name in ("one", "two"):
+        info = open_prepared(tmp_path / name, verify=True).info
+        assert isinstance(info.prepare.documents, Conversations)
+        assert info.prepare.documents.purpose is Purpose.PREFERENCE and info.documents(Split.TRAIN) == 18
+        assert (tmp_path / name / "chat" / "chat_template.jinja").read_text() == chats.CHATML
+    with pytest.raises(UserError, match="of records; say --purpose"):
+        main(["prepare", file, "--template", "plain", "--tokenizer", "bytes", "--out", str(tmp_path / "three")])
+    with pytest.raises(UserError, match="--purpose sft: records come from files"):
+        main(["prepare", "--stdlib", "--purpose", "sft", "--tokenizer", "bytes", "--out", str(tmp_path / "three")])
+    with pytest.raises(UserError, match=r"has no key 'text'.*or purpose, of conversations"):
+        main(["prepare", file, "--tokenizer", "bytes", "--out", str(tmp_path / "three")])

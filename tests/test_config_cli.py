@@ -127,6 +127,8 @@ def test_a_mistyped_key_names_the_nearest(override: str, nearest: str) -> None:
         (["--zzz=1"], ["unknown key --zzz", "--help lists all keys"]),
         (["stray"], ["stray", "--key=value"]),
         (["--optimizer=adafactor"], ["--optimizer is a group", "--optimizer.learning_rate", "config file"]),
+        (["--model.adapter", "Lora"], ["--model.adapter: model.adapter has no keys", "chosen in the config file"]),
+        (["--model.adapter.kind.rank=4"], ["--model.adapter.kind.rank: model.adapter has no keys"]),
         (["--train.steps=many"], ["--train.steps", "'many'"]),
         (["--train.steps=1.5"], ["--train.steps", "'1.5' is not a whole number"]),
         (["--train.steps=1e400"], ["--train.steps", "'1e400' is not a whole number"]),

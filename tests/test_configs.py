@@ -40,6 +40,8 @@ M4, M8 = 1 << 22, 1 << 23
 SMALL = 384 * 128 + 2 * (4 * 128**2 + 3 * 128 * 344 + 2 * 128) + 128
 """Of a decoder without a head."""
 
+SFT = 2 * 384 * 128 + 4 * (4 * 128**2 + 3 * 128 * 344 + 2 * 128) + 128
+
 EXPECTED = {
     # embed and unembed 2 V D; a block 4 D^2 + 3 D F + 2 D; final norm D
     "tiny": Expected(devices=1, parameters=2 * 4096 * 256 + 4 * (4 * 256**2 + 3 * 256 * 688 + 2 * 256) + 256),
@@ -55,8 +57,10 @@ EXPECTED = {
         parameters=2 * 4096 * 256 + 4 * (4 * 256**2 + 3 * 256 * 688 + 2 * 256) + 256 + 3 * (256**2 + 4096 * 256),
     ),
     # As tiny, of other sizes; those below on two such layers, with D, 3 D + V D and 1 for their heads
-    "dpo_tiny": Expected(devices=1, parameters=2 * 384 * 128 + 4 * (4 * 128**2 + 3 * 128 * 344 + 2 * 128) + 128),
-    "kto_tiny": Expected(devices=1, parameters=2 * 384 * 128 + 4 * (4 * 128**2 + 3 * 128 * 344 + 2 * 128) + 128),
+    "sft_tiny": Expected(devices=1, parameters=SFT),
+    "dpo_tiny": Expected(devices=1, parameters=SFT),
+    "kto_tiny": Expected(devices=1, parameters=SFT),
+    "lora_tiny": Expected(devices=1, parameters=SFT + 4 * 8 * (4 * (128 + 128) + 3 * (128 + 344))),
     "reward_tiny": Expected(devices=1, parameters=SMALL + 128),
     "classify_tiny": Expected(devices=1, parameters=SMALL + 3 * 128 + 384 * 128),
     "embed_tiny": Expected(devices=1, parameters=SMALL + 1),

@@ -433,6 +433,17 @@ class TestPurposes:
         [best] = texts_of(ranked, Purpose.SFT)
         assert best == (" y<|eos|>", 1)
 
+    def test_each_text_begins_once(self, made: Make) -> None:
+        tokenizer, template = made("llama", chats.LLAMA_3)
+        pair = {"prompt": "c", "chosen": "y", "rejected": "n"}
+        for purpose, record in (
+            (Purpose.PREFERENCE, pair),
+            (Purpose.KTO, {"prompt": "c", "completion": "y", "label": True}),
+            (Purpose.SFT, pair),
+        ):
+            for text in encode(record, template, tokenizer, purpose=purpose, before=record):
+                assert text.ids[0] == tokenizer.bos_id and text.ids.count(tokenizer.bos_id) == 1
+
     def test_labels(self) -> None:
         good = {"prompt": "c", "completion": "y", "label": True}
         bad = {"messages": [user("a"), assistant("b"), user("c"), assistant("n")], "label": 0}

@@ -19,6 +19,8 @@ from tokenizers import AddedToken, Tokenizer, models, processors
 
 from maxlm import convert, generate
 from maxlm.config import SamplingConfig, UserError
+from maxlm.data.chat import find_chat_template, save_chat_template
+from maxlm.data.chat_templates import choose_template
 from maxlm.data.text_ends import TextEnds, published_ends
 from maxlm.data.tokenizers import load_tokenizer
 from maxlm.hub.folder import appearing
@@ -320,6 +322,23 @@ def test_texts_of_an_exported_run_begin_as_its_documents(
     tokenizer = find_tokenizer(tmp_path / "back")
     assert published_ends(tmp_path / "back", tokenizer) == TextEnds.of_documents(tokenizer) == ((V - 3,), (V - 1,))
     assert tokenizer.fingerprint == load_tokenizer(tmp_path / "run/tokenizer").fingerprint
+
+
+def test_an_exported_run_has_the_template_that_it_was_taught_with(folder: Path, tmp_path: Path) -> None:
+    """And not the one that the first model came with."""
+    say(folder, "tokenizer_config.json", chat_template="{{ messages[0].content }}", bos_token="<s>", eos_token="</s>")
+    run(f"hf:{folder}", f"run:{tmp_path}/run")
+    tokenizer = load_tokenizer(tmp_path / "run/tokenizer")
+    template = choose_template("plain", tokenizer)
+    save_chat_template(template, tmp_path / "run/chat", ends=[7, tokenizer.eos_id])
+    run(f"run:{tmp_path}/run", f"run:{tmp_path}/again")
+    run(f"run:{tmp_path}/again", f"hf:{tmp_path}/back")
+    for place in ("again/published", "back"):
+        found = find_chat_template(tmp_path / place)
+        assert found is not None and found.sources == template.sources
+        assert found.tokens["eos_token"] == template.tokens["eos_token"]
+        assert "chat_template" not in said(tmp_path / place, "tokenizer_config.json")
+        assert set(published_ends(tmp_path / place, tokenizer).last) == {7, tokenizer.eos_id}
 
 
 def test_a_folder_without_a_tokenizer_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -191,7 +191,10 @@ def runs_and_is_measured(name: str, config: RunConfig) -> dict[str, Any]:
 
 def test_a_reward_model_runs_and_is_measured(folder: Path) -> None:
     task, purpose, head, _ = REST["reward"]
-    runs_and_is_measured("reward", run_config(folder, task, purpose, head))
+    config = run_config(folder, task, purpose, head)
+    runs_and_is_measured("reward", config)
+    report = (Path(config.run_dir) / "report.html").read_text()
+    assert "Share of pairs that are right, of a batch" in report and "nats a token" not in report
 
 
 @pytest.mark.nightly

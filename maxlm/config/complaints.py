@@ -25,7 +25,7 @@ def one_line(complaint: str, known: list[str], prog: str) -> str:
         if inner := [name for name in known if name.startswith(f"{key}.")]:
             remedy = f"set its keys, such as --{inner[0]}, or choose its class in the config file"
             return f"--{key} is a group; {remedy} {see_help}"
-        if lacking := _past_the_end(key, known):
+        if lacking := _past_the_end(key, known) or _left_out(key, known):
             return f"--{key}: {lacking} {see_help}"
         alike = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
         near = difflib.get_close_matches(key, alike, n=1, cutoff=0) or difflib.get_close_matches(
@@ -52,6 +52,15 @@ def _past_the_end(key: str, known: list[str]) -> str | None:
             entries = "1 entry, number 0" if len(there) == 1 else f"{len(there)} entries, 0 to {len(there) - 1}"
             return f"{items[:-1]} has {entries}; add more in the config file"
     return None
+
+
+def _left_out(key: str, known: list[str]) -> str | None:
+    """What to say of `model.adapter` and of `model.adapter.kind.rank` where the config has none."""
+    names = key.split(".")
+    found = [name for n in range(1, len(names) + 1) if (name := ".".join(names[:n])) in known]
+    if not found or any(name.startswith(f"{found[-1]}.") for name in known):
+        return None
+    return f"{found[-1]} has no keys here; a class, where it takes one, is chosen in the config file"
 
 
 def option_names(cls: type, prefix: str = "") -> Iterator[str]:

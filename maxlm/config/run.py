@@ -16,7 +16,7 @@ from maxlm.config.layout_rules import broken_layout_rules
 from maxlm.config.model import ModelConfig
 from maxlm.config.optimizer import AdamW, OptimizerConfig
 from maxlm.config.sharding import ShardingConfig
-from maxlm.config.task import Dpo, Ipo, Kto, Preference, Pretrain, Task, TrainMedusa
+from maxlm.config.task import Pretrain, Task, TrainMedusa
 from maxlm.config.task_rules import broken_task_rules
 
 _HELD_OUT_TOKENS = 2**20
@@ -170,17 +170,6 @@ class RunConfig:
         if moved := vars(self.model)["moved"]:
             object.__setattr__(self, "execution", dataclasses.replace(self.execution, **moved))
             object.__setattr__(self, "model", dataclasses.replace(self.model, moved=None))
-
-    @property
-    def holds_reference(self) -> bool:
-        """Whether a step holds a second model, which is not trained: the reference of preferences. Under an adapter the
-        base is one, unless arrays of it are trained as a whole."""
-        match self.task:
-            case Preference(loss=Dpo() | Ipo() | Kto(), reference=reference, reference_ahead=False):
-                adapter = self.model.adapter
-                return reference is not None or adapter is None or bool(adapter.full)
-            case _:
-                return False
 
     def broken_layout_rules(self, n_devices: int, micro_batches: int | None = None) -> list[str]:
         """A line for each broken rule of `layout_rules.py`, which hold between model, batch and mesh; of the config

@@ -72,3 +72,21 @@ def _of_reference(task: Preference, init_from: str | None) -> list[str]:
             ]
         case _:
             assert_never(task.loss)
+
+
+def under_adapter(task: Preference, model: ModelConfig) -> bool:
+    """Whether the reference is the base under the adapter: what trains as a whole is not as it was in the base."""
+    return task.reference is None and model.adapter is not None and not model.adapter.full
+
+
+def reference_beside(task: Task, model: ModelConfig) -> bool:
+    """Whether a step reads the parameters of a reference, beside those that it trains."""
+    if not isinstance(task, Preference):
+        return False
+    match task.loss:
+        case Orpo() | SimPo():
+            return False
+        case Dpo() | Ipo() | Kto():
+            return not task.reference_ahead and not under_adapter(task, model)
+        case _:
+            assert_never(task.loss)

@@ -36,6 +36,7 @@ EXIT_UNREADABLE = 3
 _USAGE = f"""From documents to prepared folders of tokens.
 
 {_PROG} prepare PATH... --out DIR        tokenise files and folders (--help lists all keys)
+{_PROG} prepare PATH... --out DIR --purpose sft    of conversations, preferences, classes (docs/posttrain.md)
 {_PROG} prepare --config configs/x.py    prepare what a run's config names
 {_PROG} tokenizer train PATH... --out DIR --vocab_size 32000
 {_PROG} tokenizer report PATH... --tokenizer DIR
@@ -80,11 +81,41 @@ class Input:
 
 
 @config("--")
+class Records:
+    """How records become texts."""
+
+    template: NotEmpty[str] | None = Conversations.template
+    """A built-in chat template (chatml, llama2, llama3, mistral, qwen, zephyr, plain, raw), or a file of Jinja2; None:
+    that beside the tokenizer, or plain."""
+    counted: Counted = Conversations.counted
+    """Which tokens of a conversation are learned."""
+    classes: tuple[str, ...] = Conversations.classes
+    """Names of the classes, in the order of their numbers, where labels are names."""
+    max_tokens: Positive[int] | None = Conversations.max_tokens
+    """Longer conversations lose their oldest turns; None: none does."""
+
+    def conversations(self, paths: tuple[str, ...], pattern: str, purpose: Purpose) -> Conversations:
+        return Conversations(
+            paths=paths,
+            pattern=pattern,
+            purpose=purpose,
+            template=self.template,
+            counted=self.counted,
+            classes=self.classes,
+            max_tokens=self.max_tokens,
+        )
+
+
+@config("--")
 class Prepare:
     """Where documents, tokenizer and shards are, and how they are cut."""
 
     input: tyro.conf.OmitArgPrefixes[Input] = field(default_factory=Input)
     """Which documents."""
+    purpose: Purpose | None = None
+    """The files have records (conversations and others, see docs/posttrain.md) that are read for this; None: texts."""
+    records: tyro.conf.OmitArgPrefixes[Records] = field(default_factory=Records)
+    """How records become texts."""
     out: PathName | None = None
     """Folder to write."""
     config: PathName | None = None
@@ -146,19 +177,12 @@ class ShowChats:
     """Files and folders."""
     tokenizer: PathName
     """`bytes`, a .model file, a tokenizer.json, a folder of a published model, or one that `tokenizer train` wrote."""
-    template: NotEmpty[str] | None = None
-    """A built-in chat template (chatml, llama2, llama3, mistral, qwen, zephyr, plain, raw), or a file of Jinja2; None:
-    that beside the tokenizer, or plain."""
     show: NotNegative[int] = 3
     """Records whose tokens are shown."""
     purpose: Purpose = Conversations.purpose
     """What they are read for."""
-    counted: Counted = Conversations.counted
-    """Which tokens of a conversation are learned."""
-    classes: tuple[str, ...] = Conversations.classes
-    """Names of the classes, in the order of their numbers, where labels are names."""
-    max_tokens: Positive[int] | None = Conversations.max_tokens
-    """Longer conversations lose their oldest turns; None: none does."""
+    records: tyro.conf.OmitArgPrefixes[Records] = field(default_factory=Records)
+    """How records become texts."""
     pattern: NotEmpty[str] = Conversations.pattern
     """Names taken from folders, as in the shell."""
     eos: NotEmpty[str] | None = None
@@ -211,7 +235,7 @@ def _prepare(argv: list[str]) -> int:
     if command.out is None:
         raise UserError("--out is missing; name the folder to write, for example --out data/mine")
     config = PrepareConfig(
-        documents=command.input.documents(),
+        documents=_documents_of(command),
         tokenizer=_tokenizer_of(command),
         validation_fraction=command.validation_fraction,
         shard_tokens=command.shard_tokens,
@@ -230,6 +254,9 @@ def _show(folder: Path) -> int:
     print(f"{folder}: vocabulary {info.vocab_size:,}, tokenizer {info.tokenizer_fingerprint[:12]}, {info.dtype}")
     for split in Split:
         tokens, documents, size = info.tokens(split), info.documents(split), info.text_bytes(split)
+        if info.of_records:
+            print(f"  {split.value:<11}{documents:>12,} texts {tokens:>16,} tokens {size:>16,} bytes that count")
+            continue
         ratio = f", {size / tokens:.3f} bytes/token" if tokens else ""
         print(f"  {split.value:<11}{documents:>12,} documents {tokens:>16,} tokens {size:>16,} bytes of text{ratio}")
     if info.cut_document is not None:
@@ -283,21 +310,23 @@ def _chat(command: ShowChats) -> int:
     path, unreadable = Path(command.tokenizer), Unreadable()
     folder = path if path.is_dir() else path.parent
     tokenizer = open_tokenizer(named_tokenizer(command.tokenizer, command.eos, command.bos))
-    config = Conversations(
-        paths=command.paths,
-        pattern=command.pattern,
-        purpose=command.purpose,
-        template=command.template,
-        counted=command.counted,
-        classes=command.classes,
-        max_tokens=command.max_tokens,
-    )
-    template = choose_template(command.template, tokenizer, folder)
+    config = command.records.conversations(command.paths, command.pattern, command.purpose)
+    template = choose_template(config.template, tokenizer, folder)
     found = survey(iterate_documents(config, unreadable), config, template, tokenizer, command.show)
     report(surroundings.console(highlight=False, soft_wrap=True), found, tokenizer)
     if summary := unreadable.summary():
         print(summary, file=sys.stderr)
     return unreadable.count + sum(map(len, found.refused.values()))
+
+
+def _documents_of(command: Prepare) -> Documents:
+    if command.purpose is None:
+        if command.records != Records():
+            raise UserError("--template, --counted, --classes and --max_tokens are of records; say --purpose sft, too")
+        return command.input.documents()
+    if not command.input.paths or command.input != Input(paths=command.input.paths, pattern=command.input.pattern):
+        raise UserError(f"--purpose {command.purpose.value}: records come from files; name them, and nothing else")
+    return command.records.conversations(command.input.paths, command.input.pattern, command.purpose)
 
 
 def _tokenizer_of(command: Prepare) -> TokenizerSource:

@@ -12,6 +12,7 @@ from pathlib import Path
 from maxlm.config import UserError
 from maxlm.config.json_file import read_bytes
 from maxlm.data.chat import ChatTemplate, find_chat_template
+from maxlm.data.shards import CHAT, TOKENIZER
 from maxlm.data.tokenizers import Tokenizer
 
 _MAX_SOURCE = 1 << 20
@@ -167,13 +168,16 @@ def choose_template(name: str | None, tokenizer: Tokenizer, folder: Path | None 
     Args:
         name: one of `BUILT_IN`, or a file of Jinja2; None: the folder's own, or `plain` if it has none.
         tokenizer: whose names of bos and eos the template writes.
-        folder: where the tokenizer lies, perhaps with a template beside it.
+        folder: where the tokenizer lies, perhaps with a template beside it, or, of prepared data and of a run, in their
+            folder `chat`.
 
     Raises:
         UserError: there is no such template, or the tokenizer has not the control tokens that it needs.
     """
     if name is None:
         own = None if folder is None else find_chat_template(folder)
+        if own is None and folder is not None and folder.name == TOKENIZER:  # of prepared data or a run
+            own = find_chat_template(folder.parent / CHAT)
         if own is not None:
             return own
         name = "plain"

@@ -252,7 +252,8 @@ def _record(record: object, file: str, row: int, key: str | None, unreadable: Un
             yield from document(text, file, row, key, unreadable)
     elif key not in record:
         known = [name[:40] for name in sorted(record)[:8]]
-        unreadable.report(file, row, f"has no key {key!r}, only {known}; set text_key, or leave it out with pattern")
+        remedy = "set text_key (or purpose, of conversations and the like), or leave it out with pattern"
+        unreadable.report(file, row, f"has no key {key!r}, only {known}; {remedy}")
     else:
         yield from document(record[key], file, row, key, unreadable)
 

@@ -20,10 +20,19 @@ from maxlm.checkpoint.checkpointer import Checkpointer
 from maxlm.checkpoint.reference import PUBLISHED, run_and_step
 from maxlm.checkpoint.store import Deferred
 from maxlm.config import CheckpointConfig, Dtype, ExecutionConfig, ModelConfig, RunConfig, serialize
+from maxlm.data.shards import CHAT
 from maxlm.data.tokenizers import Tokenizer
 from maxlm.hub.families import FAMILIES
 from maxlm.hub.family import ModelFamily
-from maxlm.hub.folder import Pieces, appearing, copy_tokenizer, write_ends, write_folder, write_origin
+from maxlm.hub.folder import (
+    Pieces,
+    appearing,
+    copy_template,
+    copy_tokenizer,
+    write_ends,
+    write_folder,
+    write_origin,
+)
 from maxlm.hub.models import PublishedModel, load_run, no_tokenizer, number_format, open_base, pieces_of, untrained
 from maxlm.hub.names import Piece
 from maxlm.hub.published import Published
@@ -112,6 +121,10 @@ def open_run(place: Path) -> Opened:
             copy_tokenizer(folder / "tokenizer", target)
             write_ends(target, {"bos_token_id": run.tokenizer.bos_id, "eos_token_id": run.tokenizer.eos_id})
             _write_tokenizer_config(run.tokenizer, target)
+        if (folder / CHAT).is_dir():
+            assert run.ends is not None
+            copy_template(folder / CHAT, target)
+            write_ends(target, {"eos_token_id": list(run.ends.last)})
 
     return Opened(
         model=run.config.model,

@@ -34,11 +34,12 @@ from maxlm.hub.weights import PublishedWeights
 Pieces = Callable[[Sequence[Piece]], list[npt.NDArray[Any]]]
 """Gives the parts of arrays that a tensor holds."""
 GENERATION = "generation_config.json"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "qwen.tiktoken")
 """Each of them is a tokenizer."""
 TOKENIZER_FILES = (
     *VOCABULARIES,
-    "tokenizer_config.json",
+    _TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     GENERATION,
@@ -154,6 +155,18 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         elif (source / name).is_symlink():
             raise UserError(f"{source / name}: is a link to nothing; download it again")
     write_ends(target, _ids_of_ends(source / "config.json") | _ids_of_ends(target / GENERATION))
+
+
+def copy_template(taught: Path, target: Path) -> None:
+    """The chat template that a run was taught with, and the tokens that it writes, in place of any that is there."""
+    said = _said(target / _TOKENIZER_CONFIG)
+    said.pop("chat_template", None)
+    for file in taught.rglob("*.jinja"):
+        place = target / file.relative_to(taught)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, place)
+    text = json.dumps(said | _said(taught / _TOKENIZER_CONFIG), indent=2, ensure_ascii=False) + "\n"
+    (target / _TOKENIZER_CONFIG).write_text(text, encoding="utf-8")
 
 
 def write_ends(folder: Path, ids: Mapping[str, int | list[int] | None]) -> None:

@@ -34,8 +34,13 @@ def smooth(raw: Points) -> Points:
     return result
 
 
+def loss_name(evals: Sequence[Row]) -> str:
+    """With its unit, where it is a token's cross-entropy: that of pairs, classes and vectors has no perplexity."""
+    return "loss" if evals and not any("eval_perplexity" in row for row in evals) else "loss, nats a token"
+
+
 def loss_curve(metrics: Sequence[Row], evals: Sequence[Row], path: Path) -> Path | None:
-    """Write a PNG of the losses (nats a token) and the learning rate over the tokens trained on; None: no loss to draw.
+    """Write a PNG of the losses and the learning rate over the tokens trained on; None: no loss to draw.
 
     Raises:
         UserError: matplotlib (the extra `viz`) is absent.
@@ -57,7 +62,7 @@ def loss_curve(metrics: Sequence[Row], evals: Sequence[Row], path: Path) -> Path
     loss.plot(*zip(*smooth(train), strict=True), color="#1f4e9c", linewidth=2, label="training, smoothed")
     if held_out := points(evals, "eval_loss"):
         loss.plot(*zip(*held_out, strict=True), "o-", color="#c8501e", markersize=5, linewidth=1.2, label="held-out")
-    loss.set_ylabel("loss, nats a token")
+    loss.set_ylabel(loss_name(evals))
     loss.legend(frameon=False)
     if rates := points(metrics, "learning_rate"):
         rate.plot(*zip(*rates, strict=True), color="#3b7d4f")

@@ -18,7 +18,7 @@ from maxlm.config import UserError
 from maxlm.config.json_file import read_object
 from maxlm.observe.guard import reason
 from maxlm.observe.metrics import Row, read_rows
-from maxlm.observe.plots import points, smooth
+from maxlm.observe.plots import loss_name, points, smooth
 from maxlm.observe.svg import Line, chart
 from maxlm.observe.text import gibibytes, short
 
@@ -33,6 +33,12 @@ _EXPERT_CURVES = {
     "moe_dropped_share": "Share of dropped choices, mean over layers",
     "auxiliary_loss": "Auxiliary loss of the routers, sum over layers",
 }
+_TASK_CURVES = {
+    "reward_margin": "Reward of the better answer less that of the worse",
+    "reward_accuracy": "Share of pairs that are right, of a batch",
+    "accuracy": "Share that is right, of a batch",
+}
+
 _PICTURES = {
     "eval_calibration": ("Calibration: share that is right", "predicted"),
     "eval_accuracy_by_margin": ("Share of pairs that are right", "margin, nats"),
@@ -184,7 +190,8 @@ def _curves(metrics: Sequence[Row], evals: Sequence[Row]) -> list[str]:
         "grad_norm": "Gradient norm before clipping",
         "tokens_per_s": "Tokens per second",
     }
-    charts = [chart("Loss, nats a token", loss, x_label="tokens")]
+    single = {key: title for key, title in _TASK_CURVES.items() if _known(metrics, key)} | single
+    charts = [chart(loss_name(evals).capitalize(), loss, x_label="tokens")]
     for key, title in _EXPERT_CURVES.items():
         if means := [{**row, key: _mean(row[key])} for row in metrics if row.get(key) is not None]:
             charts.append(chart(title, [Line(label="", style="smooth", points=points(means, key))], x_label="tokens"))

@@ -15,10 +15,11 @@ pass of the last layer, when everything still is saved and the gradients of all 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple, assert_never
 
 from maxlm import shapes
@@ -34,6 +35,7 @@ from maxlm.config import (
     Zero,
     pipeline_ticks,
 )
+from maxlm.config.task_rules import reference_beside
 from maxlm.plan.block_memory import BlockMemory, block_memory
 from maxlm.plan.machines import Platform
 from maxlm.plan.work import layer_runs, local_tokens, loss_tokens
@@ -47,7 +49,7 @@ class MemoryEstimate:
     parameters: int
     """Float32; the base under an adapter as it is held."""
     reference: int
-    """Parameters of a model that the policy is held to and that is there in each step, taken to be of its size."""
+    """Parameters of the model that preferences are held to, as large as the policy's without an adapter."""
     optimizer: int
     """Adam's two moments, or Adafactor's factors, of what is trained."""
     batch: int
@@ -68,7 +70,14 @@ class MemoryEstimate:
     @property
     def at_peak(self) -> dict[str, int]:
         """The parts that are there when the device is fullest, by name: those of the loss, or those of the layers."""
-        names = ("parameters", "reference", "optimizer", "batch", "copies", "activations")
+        names = (
+            "parameters",
+            *(["reference"] if self.reference else []),
+            "optimizer",
+            "batch",
+            "copies",
+            "activations",
+        )
         always = {name: getattr(self, name) for name in names}
         loss = {"gradients": self.accumulated, "logits": self.logits}
         layers = {"gradients": self.gradients, "working": self.working}
@@ -221,7 +230,7 @@ class _Step:
         layers = self._layers(config.model.blocks)
         return MemoryEstimate(
             parameters=state.parameters,
-            reference=self._reference() if config.holds_reference else 0,
+            reference=self._reference(),
             optimizer=state.optimizer,
             batch=5 * 4 * local_tokens(config, self.sizes),
             gradients=state.gradients + accumulated,
@@ -233,8 +242,9 @@ class _Step:
         )
 
     def _reference(self) -> int:
-        """Float32, without what an adapter adds."""
-        model, zero = replace(self.config.model, adapter=None), self.config.sharding.zero
+        if not reference_beside(self.config.task, self.config.model):
+            return 0
+        model, zero = dataclasses.replace(self.config.model, adapter=None), self.config.sharding.zero
         return sum(shapes.held_bytes(model, array, self.sizes, zero) for array in shapes.arrays(model))
 
     @property

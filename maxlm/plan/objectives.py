@@ -19,6 +19,7 @@ from maxlm.config import (
     SimPo,
     TrainMedusa,
 )
+from maxlm.config.task_rules import reference_beside
 from maxlm.models.adapters import base_of
 from maxlm.sharding import Layout
 from maxlm.training.assistant_loss import Answers
@@ -57,7 +58,8 @@ def _of_preferences(config: RunConfig, task: Preference, layout: Layout) -> Obje
     if task.reference_ahead:
         reference: dict[str, Any] = {"ahead": True}
     else:
-        reference = {"reference": base_of(config.model)} if config.holds_reference else {"under": True}
+        beside = reference_beside(task, config.model)
+        reference = {"reference": base_of(config.model)} if beside else {"under": True}
     match task.loss:
         case Orpo() | SimPo() as loss:
             return PairedTexts(config, layout, _TEXTS, loss)

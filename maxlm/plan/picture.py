@@ -13,7 +13,7 @@ from maxlm.plan.tables import micro_batches, verdict
 
 PARTS = {
     "parameters": ("parameters", "#1f4e9c"),
-    "reference": ("parameters of the reference", "#3f7f6f"),
+    "reference": ("parameters of the reference", "#3b7d4f"),
     "gradients": ("gradients", "#5b8bd0"),
     "optimizer": ("optimizer state", "#9db4d3"),
     "activations": ("activations saved for the backward pass", "#c8501e"),

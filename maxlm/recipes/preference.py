@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from maxlm.config import Dpo, Ipo, Kto, Orpo, Preference, Purpose, RunConfig, SimPo, UserError
+from maxlm.config.task_rules import under_adapter
 from maxlm.data.tokenizers import Tokenizer
 from maxlm.evaluation.judgements import judge_labelled_ratios, judge_log_probs, judge_ratios
 from maxlm.inference.load import LoadedRun
@@ -40,9 +41,7 @@ def recipe(config: RunConfig, task: Preference, layout: Layout) -> Recipe[Loaded
         raise UserError(f"the reference {place}: {error}") from error
     special = _special_ids(tokenizer) if isinstance(task.loss, Dpo) and task.loss.mask_special else ()
 
-    adapter = config.model.adapter
-    # What trains as a whole beside an adapter is not as it was in the base.
-    under = task.reference is None and adapter is not None and not adapter.full
+    under = under_adapter(task, config.model)
 
     def make(config: RunConfig, texts: int, *, ahead: bool = task.reference_ahead, under: bool = under) -> Referenced:
         held: dict[str, Any] = {"special_ids": special}
