@@ -14,6 +14,7 @@ breaks.py: what stops the run on many more devices
 search.py: the fastest layouts that fit
 advice.py: the cheapest changes that would make a run fit
 compiled.py: the step through the chip's own compiler
+objectives.py: what a config learns, without its data
 cache.py: compiled results, kept by a hash
 out_of_memory.py: a compiler's complaint: wanted, available, largest buffers
 serving.py: what serving takes, and how fast it can be

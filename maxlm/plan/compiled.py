@@ -29,6 +29,7 @@ from maxlm.plan.collectives import Collective, collectives, summed
 from maxlm.plan.hlo import Program
 from maxlm.plan.kernels import Kernel, kernels, spilled, total_spills
 from maxlm.plan.machines import CpuMachine, GpuMachine, Machine, TpuMachine, gpu_config, memory_limit, tpu_topology
+from maxlm.plan.objectives import objective_of
 from maxlm.plan.out_of_memory import Buffer, DoesNotFit, largest_arrays, parse_refusal, with_sources
 from maxlm.sharding import make_layout
 from maxlm.training import make_trainer
@@ -104,7 +105,7 @@ def compile_step(config: RunConfig, target: Machine) -> CompiledStep | DoesNotFi
     start = time.process_time()
     with _compiler_output() as log, warnings.catch_warnings(record=True) as caught:
         layout = make_layout(config.sharding, target_devices(target))
-        trainer = make_trainer(config, layout)
+        trainer = make_trainer(config, layout, objective_of(config, layout))
         lowered = trainer.step.lower(trainer.state, trainer.batch)
         try:
             compiled: jax.stages.Compiled | DoesNotFit = lowered.compile()

@@ -13,10 +13,10 @@ from maxlm.plan.memory import estimate_memory
 
 _KEYS = {
     "parameters": "sharding.fsdp or sharding.tensor",
-    "reference": "task.reference_ahead",
     "optimizer": "sharding.fsdp, or another optimizer (optimizer.moment_dtype, Adafactor)",
     "gradients": "sharding.fsdp",
     "copies": "sharding.fsdp",
+    "reference": "sharding.fsdp or task.reference_ahead = True",
     "batch": "train.batch_size",
     "activations": "train.micro_batches or execution.remat = full",
     "logits": "train.loss_chunk",

@@ -1,0 +1,71 @@
+"""What a config learns, for a step that is compiled without its data."""
+
+from __future__ import annotations
+
+from typing import Any, assert_never
+
+from maxlm.config import (
+    Classify,
+    Dpo,
+    Embed,
+    Ipo,
+    Kto,
+    Orpo,
+    Preference,
+    Pretrain,
+    Reward,
+    RunConfig,
+    Sft,
+    SimPo,
+    TrainMedusa,
+)
+from maxlm.config.task_rules import reference_beside
+from maxlm.models.adapters import base_of
+from maxlm.sharding import Layout
+from maxlm.training.assistant_loss import Answers
+from maxlm.training.judging import Classes, Rewards
+from maxlm.training.later_tokens import LaterTokens
+from maxlm.training.nearness import Vectors
+from maxlm.training.objective import NextToken, Objective
+from maxlm.training.preference_objective import LabelledTexts, PairedTexts
+
+_TEXTS = 2
+"""In a row: one record of two. How many there are only the data can tell; it hardly changes a step."""
+
+
+def objective_of(config: RunConfig, layout: Layout) -> Objective:
+    """As the recipe of `config.task` makes it; a reference is taken to be of the model's own kind."""
+    match config.task:
+        case Pretrain():
+            return NextToken(config, layout)
+        case Sft() as task:
+            return Answers(config, task, layout)
+        case TrainMedusa() as task:
+            return LaterTokens(config, task, layout)
+        case Preference() as task:
+            return _of_preferences(config, task, layout)
+        case Reward() as task:
+            return Rewards(config, layout, _TEXTS, task)
+        case Classify() as task:
+            return Classes(config, layout, _TEXTS, task)
+        case Embed():
+            return Vectors(config, layout, _TEXTS)
+        case _:
+            assert_never(config.task)
+
+
+def _of_preferences(config: RunConfig, task: Preference, layout: Layout) -> Objective:
+    if task.reference_ahead:
+        reference: dict[str, Any] = {"ahead": True}
+    else:
+        beside = reference_beside(task, config.model)
+        reference = {"reference": base_of(config.model)} if beside else {"under": True}
+    match task.loss:
+        case Orpo() | SimPo() as loss:
+            return PairedTexts(config, layout, _TEXTS, loss)
+        case Dpo() | Ipo() as loss:
+            return PairedTexts(config, layout, _TEXTS, loss, **reference)
+        case Kto() as loss:
+            return LabelledTexts(config, layout, _TEXTS, loss, **reference)
+        case _:
+            assert_never(task.loss)
