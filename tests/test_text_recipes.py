@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from helpers import small_run
+from helpers import one_device, small_run
 from train_runs import rows
 
 from maxlm import evaluate
@@ -46,6 +46,7 @@ from maxlm.config import (
     Sft,
     SimPo,
     Task,
+    UserError,
 )
 from maxlm.data.prepare import ensure_prepared
 from maxlm.recipes import recipe
@@ -154,7 +155,33 @@ def test_dpo_begins_at_its_reference_and_goes_on_to_the_same_state(folder: Path,
             assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6)
     files = list((folder / "data-preference").glob("reference-*.npy"))
     assert len(files) == 2  # of either split
-    goes_on_as_it_went(config)
+    for one in (config, ahead):
+        goes_on_as_it_went(one)
+
+
+def test_what_a_reference_said_ahead_is_kept_and_is_of_the_step_that_the_run_began_with(
+    folder: Path, taught: Path
+) -> None:
+    config = from_run(run_config(folder, Preference(reference_ahead=True), Purpose.PREFERENCE), taught)
+    nothing, found = recipe(config, one_device()).frozen(None, None)
+    assert nothing is None and found.step == 2
+    kept = {file: file.read_bytes() for file in (folder / "data-preference").glob("reference-*.npy")}
+    assert len(kept) == 2  # of either split
+    for saved, words in (
+        ({"step": 3}, "no finished checkpoint of step 3"),
+        ({"fingerprint": "0" * 64}, "this run began"),
+    ):
+        with pytest.raises(UserError, match=words):
+            recipe(config, one_device()).frozen(None, found.to_json() | saved)
+    for broken in (b"", b"\x80\x04N.", *(whole[:-3] for whole in kept.values())):
+        for file in kept:
+            file.write_bytes(broken)
+        with pytest.raises(UserError, match="reference-.*npy: is no array of NumPy .*remove it"):
+            recipe(config, one_device()).frozen(None, found.to_json())
+    for file in kept:
+        file.unlink()
+    assert recipe(config, one_device()).frozen(None, found.to_json()) == (None, found)
+    assert kept == {file: file.read_bytes() for file in (folder / "data-preference").glob("reference-*.npy")}
 
 
 @pytest.mark.nightly

@@ -253,7 +253,11 @@ def _windows(data: Prepared, split: Split, seq_len: int, virtual: int) -> Window
     if not data.info.of_records:
         return Windows(stream, seq_len, virtual=virtual)
     bos = data.tokenizer.bos_id
-    return RecordWindows(stream, seq_len, filler=data.tokenizer.eos_id, head=0 if bos is None else 1, virtual=virtual)
+    head = 0 if bos is None else 1
+    try:
+        return RecordWindows(stream, seq_len, filler=data.tokenizer.eos_id, head=head, virtual=virtual)
+    except UserError as error:
+        raise UserError(f"{data.folder}: {error}") from error
 
 
 def _check_purpose(data: Prepared, purpose: Purpose | None) -> None:
