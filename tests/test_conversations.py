@@ -13,7 +13,7 @@ import chats
 import pytest
 import sentencepiece
 
-from maxlm.config import Counted, HuggingFaceTokenizer, Purpose, UserError
+from maxlm.config import Conversations, Counted, HuggingFaceTokenizer, Purpose, UserError
 from maxlm.data.chat import ChatTemplate, find_chat_template
 from maxlm.data.chat_templates import BUILT_IN, choose_template
 from maxlm.data.conversation_formats import BadRecord
@@ -537,6 +537,11 @@ def test_what_is_wrong_is_one_line(number: int) -> None:
     with pytest.raises(BadRecord, match=words) as caught:
         encode(record, PLAIN, BYTES, purpose=purpose)
     assert "\n" not in str(caught.value)
+
+
+def test_a_class_has_one_name() -> None:
+    with pytest.raises(UserError, match=r"classes = .* has 'b' twice"):
+        Conversations(paths=("x",), classes=("a", "b", "b"))
 
 
 def test_answers_that_a_template_makes_equal_are_refused() -> None:

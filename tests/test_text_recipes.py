@@ -92,6 +92,9 @@ def run_config(folder: Path, task: Task, purpose: Purpose, head: Any = LmHead(),
     return dataclasses.replace(base, **values | changes)
 
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def on_one_device() -> Iterator[None]:
     """test_text_objectives.py compares eight with one."""
@@ -163,7 +166,8 @@ def test_what_a_reference_said_ahead_is_kept_and_is_of_the_step_that_the_run_beg
     folder: Path, taught: Path
 ) -> None:
     config = from_run(run_config(folder, Preference(reference_ahead=True), Purpose.PREFERENCE), taught)
-    nothing, found = recipe(config, one_device()).frozen(None, None)
+    read = lambda saved: recipe(config, one_device()).frozen(None, saved)  # type: ignore[misc]
+    nothing, found = read(None)
     assert nothing is None and found.step == 2
     kept = {file: file.read_bytes() for file in (folder / "data-preference").glob("reference-*.npy")}
     assert len(kept) == 2  # of either split
@@ -172,15 +176,15 @@ def test_what_a_reference_said_ahead_is_kept_and_is_of_the_step_that_the_run_beg
         ({"fingerprint": "0" * 64}, "this run began"),
     ):
         with pytest.raises(UserError, match=words):
-            recipe(config, one_device()).frozen(None, found.to_json() | saved)
+            read(found.to_json() | saved)
     for broken in (b"", b"\x80\x04N.", *(whole[:-3] for whole in kept.values())):
         for file in kept:
             file.write_bytes(broken)
-        with pytest.raises(UserError, match="reference-.*npy: is no array of NumPy .*remove it"):
-            recipe(config, one_device()).frozen(None, found.to_json())
+        with pytest.raises(UserError, match=r"reference-.*npy: is no array of NumPy .*remove it"):
+            read(found.to_json())
     for file in kept:
         file.unlink()
-    assert recipe(config, one_device()).frozen(None, found.to_json()) == (None, found)
+    assert read(found.to_json()) == (None, found)
     assert kept == {file: file.read_bytes() for file in (folder / "data-preference").glob("reference-*.npy")}
 
 

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import itertools
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def log_probs_ahead(
         values[numbers[numbers >= 0]] = of_texts[numbers >= 0]
 
     def write() -> None:
-        part = file.with_suffix(".part")
+        part = file.with_suffix(f".{secrets.token_hex(4)}.part")  # other runs may be writing the same
         try:
             with part.open("wb") as opened:
                 np.save(opened, values)

@@ -66,7 +66,7 @@ def refuse_bad_answers(data: DataConfig) -> None:
         purpose = documents.purpose if isinstance(documents, Conversations) else Purpose.SFT
         if purpose in (Purpose.PREFERENCE, Purpose.KTO, Purpose.BINARY):
             raise UserError(
-                f"{one.path}: was prepared with purpose = {purpose.value}, and the task would learn the bad answers too; "
+                f"{one.path}: was prepared with purpose = {purpose.value}, and the task would learn bad answers too; "
                 "prepare it in another folder with purpose = sft, which takes the best answer of each record"
             )
 
