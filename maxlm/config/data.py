@@ -128,8 +128,8 @@ class Conversations:
     def __post_init__(self) -> None:
         if twice := [name for name in self.classes if self.classes.count(name) > 1]:
             raise UserError(
-                f"data.datasets[].prepare.documents.classes = {shown(self.classes)} has {twice[0]!r} twice, which would "
-                "be two classes; name each once"
+                f"data.datasets[].prepare.documents.classes = {shown(self.classes)} has {twice[0]!r} twice; name "
+                "each class once"
             )
 
 
