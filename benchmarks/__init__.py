@@ -5,9 +5,11 @@ moe_tiny.py: a mixture against the dense model of equal active parameters
 layouts.py: what each layout costs beyond one device
 steps.py: what the benchmarks of training steps share; no command
 data_throughput.py: tokens a second from prepared shards
+compare_llama_cpp.py: decoding a GGUF file, beside llama.cpp
 decode.py: milliseconds a token and temporary bytes of decoding
 decode_compiled.py: what a decode step of large models moves, by the compilers
 posttrain.py: tasks after pre-training beside pre-training, and beside TRL
+server_overhead.py: what the server takes beyond the engine
 serving.py: what many requests cost beyond their tokens
 checkpoint.py: seconds to save and restore
 conversion.py: seconds and memory of maxlm.convert

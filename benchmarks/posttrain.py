@@ -6,8 +6,8 @@
 The model of `benchmarks.compare_torch`: 4 layers, d_model 256, 8 heads, d_ff 688, vocabulary 4096 untied, float32,
 AdamW, gradients clipped at norm 1, nothing recomputed. Every text is as long as every other, so that nobody pads: SFT
 has 8 conversations of 512 tokens a step, half of them the assistant's; DPO 8 pairs of 2 x 256 tokens, with the
-reference in memory and asked in each step; LoRA is SFT with rank 8 at every matrix. Both sides run their whole loop,
-their own loading of data included; the first steps are not counted.
+reference in memory and asked in each step; LoRA is SFT with rank 8 at every matrix. Both sides run their whole
+loop, their own loading of data included; the first steps are not counted.
 
 Every figure comes from a process of its own; the sides take turns. A ratio is the median over the rounds, with its
 range.

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning in small: 640 short conversations, byte by byte, from nothing.
+"""Supervised fine-tuning in small (889,984 parameters): 640 short conversations, byte by byte, from nothing.
 
     python -m maxlm.train --config configs/sft_tiny.py
     python -m maxlm.chat --run runs/sft_tiny

@@ -22,7 +22,8 @@ from maxlm import load_model
 from maxlm.config import AdaLora, Adapter, AdapterKind, Dtype, ExecutionConfig, Ia3, Lora
 from maxlm.hub.families import FAMILIES
 from maxlm.hub.models import pieces_of
-from maxlm.hub.peft import CONFIG, FILE, write_peft
+from maxlm.hub.peft import FILE, write_peft
+from maxlm.hub.peft_settings import CONFIG
 from maxlm.inference.language_model import LanguageModel
 from maxlm.inference.load import ONE_DEVICE, layout_for
 from maxlm.models import declared

@@ -25,7 +25,8 @@ from maxlm.hub.families import FAMILIES
 from maxlm.hub.folder import family_of, open_folder
 from maxlm.hub.models import pieces_of
 from maxlm.hub.names import Names
-from maxlm.hub.peft import CONFIG, FILE, PeftAdapter, over, read_peft, write_peft
+from maxlm.hub.peft import FILE, PeftAdapter, over, read_peft, write_peft
+from maxlm.hub.peft_settings import CONFIG
 from maxlm.inference.language_model import LanguageModel
 from maxlm.models import abstract_parameters, declared
 from maxlm.shapes import PREFIX

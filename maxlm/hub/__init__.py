@@ -12,6 +12,7 @@ gguf_tokenizer.py: its vocabulary as a tokenizer.json
 families/: the families, by model_type
 family.py: what a family is
 peft.py: adapters as peft writes them
+peft_settings.py: what their adapter_config.json may say
 adapted.py: models with an adapter, merged or written so
 names.py: how our arrays lie in published tensors
 published.py: config.json, key by key

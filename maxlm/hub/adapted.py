@@ -20,7 +20,8 @@ from maxlm.hub.family import ModelFamily
 from maxlm.hub.folder import family_of
 from maxlm.hub.models import KINDS, open_base, pieces_of
 from maxlm.hub.names import Names, Piece
-from maxlm.hub.peft import CONFIG, over, read_peft, write_peft
+from maxlm.hub.peft import over, read_peft, write_peft
+from maxlm.hub.peft_settings import CONFIG
 from maxlm.inference import load
 from maxlm.inference.bases import Base, BaseReference
 from maxlm.inference.mixed_adapters import LoadedAdapter

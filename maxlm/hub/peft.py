@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, assert_never
@@ -38,28 +37,15 @@ from maxlm.config import (
 from maxlm.config.json_file import read_object
 from maxlm.hub.folder import Pieces, appearing
 from maxlm.hub.names import Names, Piece, Tensor, Transposed, tensors, to_ours, to_theirs
+from maxlm.hub.peft_settings import CONFIG, ends, is_target, require_known, said_of, short
 from maxlm.hub.tensor_files import Spec, TensorFolder, write_tensors
 from maxlm.models.adapters import base_of, replaced
 from maxlm.shapes import Array
 
 Values = npt.NDArray[np.float32]
-CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"
+FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _SHOWN = 5
-
-_KNOWN = (
-    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-    *("inference_mode", "runtime_config", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern"),
-    *("alpha_pattern", "fan_in_fan_out", "target_modules", "exclude_modules", "feedforward_modules", "modules_to_save"),
-    *("layers_to_transform", "layers_pattern", "init_lora_weights", "init_ia3_weights", "loftq_config", "init_r"),
-    *("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step", "qalora_group_size"),
-    *("megatron_core", "ephemeral_gpu_offload", "ensure_weight_tying"),
-)
-"""Keys of adapter_config.json that are understood, or say nothing of what the adapter computes."""
-_NOTHING: tuple[Any, ...] = (None, False, "none", [], {})
-"""Values with which any other key says nothing either."""
-_BEGUN = (True, False, "gaussian", "eva", "orthogonal")
-"""Values of init_lora_weights with which the base stayed as it was."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +72,7 @@ def read_peft(folder: Path, base: ModelConfig, names: Names) -> PeftAdapter:
             have, has another one, or one of another shape than the base's; or the kind is not one of ours.
     """
     said = read_object(folder / CONFIG, "the settings of an adapter, as peft writes them")
-    _require_known(folder, said)
+    require_known(folder, said)
     linear = {array.name for array in shapes.arrays(base) if shapes.is_linear(array)}
     whole = tensors(base, names)
     modules = {
@@ -94,8 +80,8 @@ def read_peft(folder: Path, base: ModelConfig, names: Names) -> PeftAdapter:
         for tensor in whole
         if tensor.name.endswith(".weight") and all(part.array.name in linear for part in tensor.parts)
     }
-    modules = {name: tensor for name, tensor in modules.items() if _is_target(folder, said, name)}
-    saved = [tensor for tensor in whole if _ends(tensor.name.rpartition(".")[0], said.get("modules_to_save") or [])]
+    modules = {name: tensor for name, tensor in modules.items() if is_target(folder, said, name)}
+    saved = [tensor for tensor in whole if ends(tensor.name.rpartition(".")[0], said.get("modules_to_save") or [])]
     with TensorFolder(folder, FILE) as files:
         own = _endings(folder, said)
         wanted = {f"{_PREFIX}{name}.{ending}" for name in modules for ending in own}
@@ -204,9 +190,9 @@ def write_peft(folder: Path, config: ModelConfig, pieces: Pieces, names: Names, 
         "fan_in_fan_out": transposed == {True},
         "inference_mode": True,
         "modules_to_save": sorted({tensor.name.rpartition(".")[0] for tensor in saved}) or None,
-        "target_modules": _short(modules, everything),
+        "target_modules": short(modules, everything),
         "task_type": "CAUSAL_LM",
-        **_said(adapter, ranks, _short(inputs_of, everything)),
+        **said_of(adapter, ranks, short(inputs_of, everything)),
     }
     with appearing(folder) as place:
         (place / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
@@ -253,7 +239,7 @@ class _Own:
 
     def _low_rank(self, tensor: Tensor, here: Sequence[bool]) -> dict[str, Values]:
         """The parts of a tensor share one A in peft: if ours do not, theirs is all of them one below another."""
-        targeted = [part for part, is_target in zip(tensor.parts, here, strict=True) if is_target]
+        targeted = [part for part, there in zip(tensor.parts, here, strict=True) if there]
         parts = [self._one(part, "a", part.array.inputs) for part in targeted]
         if all(np.array_equal(one, parts[0]) for one in parts):
             found = {"lora_A.weight": parts[0], "lora_B.weight": self._joined(tensor, here, "b", ("rank",), 0.0)}
@@ -288,8 +274,8 @@ class _Own:
         """Of all parts, with the same number everywhere in those that have none."""
         first = tensor.parts[here.index(True)]
         found, values = [], []
-        for part, is_target in zip(tensor.parts, here, strict=True):
-            if is_target:
+        for part, there in zip(tensor.parts, here, strict=True):
+            if there:
                 piece = self._array(part, name, inputs)
                 values.append(self._values(piece))
             else:
@@ -360,7 +346,7 @@ def _kind(
 ) -> Lora | Ia3:
     names = sorted({part.array.name for tensor in modules.values() for part in tensor.parts})
     if said["peft_type"] == "IA3":
-        ahead = [name for name in modules if _ends(name, said.get("feedforward_modules") or [])]
+        ahead = [name for name in modules if ends(name, said.get("feedforward_modules") or [])]
         inputs_of = sorted({part.array.name for name in ahead for part in modules[name].parts})
         return Ia3(targets=tuple(name for name in names if name not in inputs_of), inputs_of=tuple(inputs_of))
     dora = bool(said.get("use_dora"))
@@ -393,7 +379,7 @@ def _low_rank(said: Mapping[str, Any], found: Mapping[str, Values]) -> tuple[Val
 def _scale(said: Mapping[str, Any], module: str, rank: int) -> float:
     """Of a module's B A, as peft computes it."""
     patterns = said.get("alpha_pattern") or {}
-    alpha = next((value for key, value in patterns.items() if _ends(module, [key])), said.get("lora_alpha", 8))
+    alpha = next((value for key, value in patterns.items() if ends(module, [key])), said.get("lora_alpha", 8))
     if said["peft_type"] == "ADALORA":
         return float(alpha) / (rank + 1e-5)
     return float(alpha) / (math.sqrt(rank) if said.get("use_rslora") else rank)
@@ -408,31 +394,6 @@ def _norm(said: Mapping[str, Any], module: str, found: Mapping[str, Values]) -> 
     return float(_scale(said, module, rank) * math.sqrt(max(square, 0.0)))
 
 
-def _said(adapter: Adapter, ranks: Mapping[str, int], inputs_of: Sequence[str]) -> dict[str, Any]:
-    """What adapter_config.json has of a kind alone."""
-    match kind := adapter.kind:
-        case Lora() | DyLora() | AdaLora():
-            lora = kind if isinstance(kind, Lora) else Lora(rank=kind.rank, alpha=kind.alpha)
-            grown = {name: rank / kind.rank for name, rank in ranks.items()}
-            root = 0.5 if lora.rank_stabilized else 1.0
-            return {
-                "peft_type": "LORA",
-                "r": lora.rank,
-                "lora_alpha": int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
-                "lora_dropout": lora.dropout,
-                "use_rslora": lora.rank_stabilized,
-                "use_dora": lora.dora,
-                "rank_pattern": dict(ranks),
-                "alpha_pattern": {name: lora.alpha * times**root for name, times in grown.items()},
-            }
-        case Ia3():
-            return {"peft_type": "IA3", "feedforward_modules": list(inputs_of)}
-        case Bottleneck() | PromptTuning() | PrefixTuning():
-            raise AssertionError("refused before")
-        case _:
-            assert_never(kind)
-
-
 def _endings(folder: Path, said: Mapping[str, Any]) -> list[str]:
     match said.get("peft_type"):
         case "LORA":
@@ -443,60 +404,6 @@ def _endings(folder: Path, said: Mapping[str, Any]) -> list[str]:
             return ["ia3_l"]
         case other:
             raise UserError(f"{folder / CONFIG}: peft_type = {other!r} must be LORA, ADALORA or IA3")
-
-
-def _require_known(folder: Path, said: Mapping[str, Any]) -> None:
-    for key, value in said.items():
-        if key not in _KNOWN and value not in _NOTHING:
-            raise UserError(
-                f"{folder / CONFIG}: {key} = {json.dumps(value)[:60]} is not understood; merge it with peft"
-            )
-    begun = said.get("init_lora_weights", True)
-    if not any(begun is known or begun == known for known in _BEGUN):
-        raise UserError(
-            f"{folder / CONFIG}: init_lora_weights = {begun!r} has changed the base too; convert it with peft "
-            "(path_initial_model_for_weight_conversion)"
-        )
-    if said.get("peft_type") == "ADALORA" and said.get("rank_pattern"):
-        raise UserError(f"{folder / CONFIG}: rank_pattern of ADALORA is not read; merge the adapter with peft")
-    kinds: dict[str, Any] = {
-        "lora_alpha": int | float,
-        "lora_dropout": int | float,
-        "alpha_pattern": dict,
-        "modules_to_save": list,
-        "feedforward_modules": list,
-    }
-    for key, kind in kinds.items():
-        if said.get(key) is not None and not isinstance(said[key], kind):
-            raise UserError(f"{folder / CONFIG}: {key} = {json.dumps(said[key])[:60]} is not as peft writes it")
-
-
-def _is_target(folder: Path, said: Mapping[str, Any], module: str) -> bool:
-    """Whether peft puts the adapter at a module, as its `check_target_module_exists` says."""
-    wanted, but = said.get("target_modules"), said.get("exclude_modules") or []
-    if not isinstance(wanted, list) or not isinstance(but, list):
-        raise UserError(
-            f"{folder / CONFIG}: target_modules and exclude_modules must be lists of names; write the names out"
-        )
-    if module in but or _ends(module, but) or not _ends(module, wanted):
-        return False
-    layers = said.get("layers_to_transform")
-    if layers is None:
-        return True
-    number = re.search(r"\.(\d+)\.", module)
-    return number is not None and int(number[1]) in (layers if isinstance(layers, list) else [layers])
-
-
-def _ends(module: str, endings: Sequence[str]) -> bool:
-    return any(module == ending or module.endswith(f".{ending}") for ending in endings)
-
-
-def _short(modules: Sequence[str], everything: Sequence[str]) -> list[str]:
-    """Their last words, where those name no other module."""
-    last = lambda name: name.rpartition(".")[2]
-    words = {last(name) for name in modules}
-    others = {last(name) for name in set(everything) - set(modules)}
-    return sorted(words) if not words & others else sorted(modules)
 
 
 def _head(names: Names) -> str:

@@ -159,7 +159,8 @@ class Programs:
 
         How a product or a sum is rounded depends on how many rows it has. Of the numbers that are tried only one class
         is used: that of `most`, if the config names it; else the one with the most members, and of equal ones that with
-        the fewest rows, so that a lone text does not pay for the room that many need.
+        a row for as many slots as any has, but with no more rows than that, so that a lone text does not pay for the
+        room that many prompts need.
         """
         began = time.perf_counter()
         widths = sorted({max(most // n, min(2, most)) for n in (1, 4, 16)})
@@ -179,7 +180,8 @@ class Programs:
             home = next((members for known, members in classes if _same(known, answer)), None)
             classes.append((answer, [width])) if home is None else home.append(width)
         named = self._config.tokens_per_step is not None
-        chosen = max((members for _, members in classes), key=lambda members: (named and most in members, len(members)))
+        worth = lambda members: (named and most in members, len(members), min(members[-1], self._config.slots))
+        chosen = max((members for _, members in classes), key=worth)
         seconds = time.perf_counter() - began
         _LOG.info("engine: compiled in %.1f s; a step has %s tokens", seconds, " or ".join(map(str, chosen)))
         return {width: programs[width] for width in chosen}
