@@ -49,7 +49,7 @@ class Batches:
         virtual: int,
     ) -> None:
         self.batch_size, self.seq_len, self.split = batch_size, seq_len, split
-        self.tokenizer = opened[0].tokenizer
+        self.tokenizer, self._virtual = opened[0].tokenizer, virtual
         self._windows = [_windows(data, split, seq_len, virtual) for data in opened]
         self.texts: int | None = None
         """The most texts in a row of those sets that have texts, S; None: the batches do not tell of them."""
@@ -182,7 +182,7 @@ class Batches:
         return self._hash(decides)
 
     def _texts_and_tokenizer(self, opened: Sequence[Prepared]) -> dict[str, Any]:
-        return {
+        return ({"virtual": self._virtual} if self._virtual else {}) | {
             "format": FORMAT_VERSION,
             "split": self.split.value,
             "seq_len": self.seq_len,
