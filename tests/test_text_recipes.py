@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import one_device, small_run
+from run_folder import make_run
 from train_runs import rows
 
 from maxlm import evaluate
@@ -162,30 +163,31 @@ def test_dpo_begins_at_its_reference_and_goes_on_to_the_same_state(folder: Path,
         goes_on_as_it_went(one)
 
 
-def test_what_a_reference_said_ahead_is_kept_and_is_of_the_step_that_the_run_began_with(
-    folder: Path, taught: Path
-) -> None:
-    config = from_run(run_config(folder, Preference(reference_ahead=True), Purpose.PREFERENCE), taught)
-    read = lambda saved: recipe(config, one_device()).frozen(None, saved)  # type: ignore[misc]
-    nothing, found = read(None)
-    assert nothing is None and found.step == 2
-    kept = {file: file.read_bytes() for file in (folder / "data-preference").glob("reference-*.npy")}
+def test_what_a_reference_said_ahead_is_kept_and_is_of_the_step_that_the_run_began_with(tmp_path: Path) -> None:
+    place = make_run(tmp_path).run_dir  # of steps 1 and 2
+
+    def read(place: str, saved: Any) -> Any:
+        task = Preference(reference=place, reference_ahead=True)
+        frozen = recipe(run_config(tmp_path, task, Purpose.PREFERENCE), one_device()).frozen
+        assert frozen is not None
+        return frozen(None, saved)
+
+    nothing, began = read(f"{place}/checkpoints/1", None)
+    assert nothing is None and began.step == 1
+    kept = {file: file.read_bytes() for file in (tmp_path / "data-preference").glob("reference-*.npy")}
     assert len(kept) == 2  # of either split
-    for saved, words in (
-        ({"step": 3}, "no finished checkpoint of step 3"),
-        ({"fingerprint": "0" * 64}, "this run began"),
-    ):
-        with pytest.raises(UserError, match=words):
-            read(found.to_json() | saved)
+    assert read(place, began.to_json()) == (None, began)  # though it has been trained further
+    with pytest.raises(UserError, match="this run began with"):
+        read(place, began.to_json() | {"step": 2})
     for broken in (b"", b"\x80\x04N.", *(whole[:-3] for whole in kept.values())):
         for file in kept:
             file.write_bytes(broken)
         with pytest.raises(UserError, match=r"reference-.*npy: is no array of NumPy .*remove it"):
-            read(found.to_json())
+            read(place, began.to_json())
     for file in kept:
         file.unlink()
-    assert read(found.to_json()) == (None, found)
-    assert kept == {file: file.read_bytes() for file in (folder / "data-preference").glob("reference-*.npy")}
+    read(place, began.to_json())
+    assert kept == {file: file.read_bytes() for file in (tmp_path / "data-preference").glob("reference-*")}
 
 
 @pytest.mark.nightly
