@@ -201,6 +201,7 @@ def _measure(options: EvaluateOptions, run: LoadedRun) -> None:
 
 def _measure_texts(options: EvaluateOptions, config: RunConfig, run: LoadedRun) -> None:
     """Held-out figures of a run about whole texts, as its training measures them."""
+    from maxlm.checkpoint.store import Store
     from maxlm.recipes import recipe
     from maxlm.recipes.embed import probe
     from maxlm.recipes.of_texts import measure_held_out, purposes
@@ -218,7 +219,8 @@ def _measure_texts(options: EvaluateOptions, config: RunConfig, run: LoadedRun) 
             f"{config.data.datasets[0].path}: prepared with tokenizer {made.tokenizer.fingerprint[:12]}..., "
             f"{options.model.place} uses {run.tokenizer.fingerprint[:12]}...; prepare the data with its tokenizer"
         )
-    row, line = measure_held_out(made, run.parameters, run.step)
+    trained = Store().record((Path(options.model.place) / "checkpoints" / str(run.step)).absolute())
+    row, line = measure_held_out(made, run.parameters, run.step, trained.meta.get("frozen"))
     print(json.dumps({"run": options.model.place, "step": run.step, **row}) if options.json else line)
 
 

@@ -201,7 +201,9 @@ def test_a_base_that_is_gone_or_another_is_told_in_one_line(
     away = place.rename(tmp_path / "away")
     try:
         for load in loads:
-            with pytest.raises(UserError, match=r"base .*/run/?.* cannot be read .*bring it back, or put a link there"):
+            with pytest.raises(
+                UserError, match=r"base .*/run/?.* cannot be read .*bring it back, or (put a link|name in)"
+            ):
                 load(run_dir)
         make_run_again(place, base)
         for load in loads:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import chats
 import pytest
 import sentencepiece
 
-from maxlm.config import Counted, HuggingFaceTokenizer, Purpose, UserError
+from maxlm.config import Conversations, Counted, HuggingFaceTokenizer, Purpose, UserError
 from maxlm.data.chat import ChatTemplate, find_chat_template
 from maxlm.data.chat_templates import BUILT_IN, choose_template
 from maxlm.data.conversation_formats import BadRecord
@@ -517,7 +518,7 @@ WRONG: list[tuple[dict[str, Any], Purpose, str]] = [
     ({"prompt": "b", "chosen": [user("a"), assistant("x")], "rejected": [user("a"), assistant("y")]},
      Purpose.PREFERENCE, "prompt: is another than what chosen and rejected begin with"),
     ({"chosen": [user("a"), assistant("x")], "rejected": [user("b"), assistant("y")]}, Purpose.PREFERENCE,
-     "chosen: ends with None"),
+     "chosen and rejected begin with different messages"),
     ({"prompt": "a", "chosen": "x", "rejected": "y", "score_chosen": 1, "score_rejected": 1}, Purpose.PREFERENCE,
      "score_chosen = 1 is not more than score_rejected = 1"),
     ({"prompt": "a", "completions": ["x"], "ranks": [1]}, Purpose.PREFERENCE, "a list of at least two"),
@@ -525,6 +526,9 @@ WRONG: list[tuple[dict[str, Any], Purpose, str]] = [
     ({"prompt": "a", "completions": ["x", "y"], "ranks": [1]}, Purpose.PREFERENCE, "ranks: must be 2 numbers"),
     ({"prompt": "a", "completions": ["x", "y"], "ratings": [1, float("nan")]}, Purpose.PREFERENCE, "must be 2 numbers"),
     ({"prompt": "a", "completions": ["x", "y"], "ratings": [1, 1]}, Purpose.PREFERENCE, "ratings: all are equal"),
+    ({"prompt": "a", "completions": ["x", "y"], "ratings": [1, 1 + 1e-9]}, Purpose.PREFERENCE, "ratings: all are eq"),
+    ({"prompt": "a", "completions": ["x", "y"], "ratings": [1, 1e300]}, Purpose.PREFERENCE, r"within \+-1000000000"),
+    ({"prompt": "a", "completions": ["x", "y"], "ratings": [1, 10**400]}, Purpose.PREFERENCE, "must be 2 numbers"),
     ({"text": "a"}, Purpose.CLASSIFY, "has no label, only 'text'; classify needs them"),
     ({"text": " ", "label": 1}, Purpose.CLASSIFY, "text: is empty"),
     ({"text": "a", "label": "x"}, Purpose.CLASSIFY, "label = 'x' is none of the classes"),
@@ -544,6 +548,20 @@ def test_what_is_wrong_is_one_line(number: int) -> None:
     with pytest.raises(BadRecord, match=words) as caught:
         encode(record, PLAIN, BYTES, purpose=purpose)
     assert "\n" not in str(caught.value)
+
+
+def test_a_class_has_one_name() -> None:
+    with pytest.raises(UserError, match=r"classes = .* has 'b' twice"):
+        Conversations(paths=("x",), classes=("a", "b", "b"))
+
+
+def test_answers_that_a_template_makes_equal_are_refused() -> None:
+    source = "{% for m in messages %}{{ m.content | trim }}{{ eos_token }}{% endfor %}"
+    trimming = dataclasses.replace(PLAIN, sources={"default": source})
+    pair = {"prompt": "a", "chosen": "x", "rejected": " x"}
+    with pytest.raises(BadRecord, match="equal as the template writes them"):
+        encode(pair, trimming, BYTES, purpose=Purpose.PREFERENCE)
+    assert len(encode({**pair, "rejected": " y"}, trimming, BYTES, purpose=Purpose.PREFERENCE)) == 2
 
 
 def test_long_conversations_lose_whole_turns_and_keep_the_system() -> None:

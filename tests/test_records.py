@@ -62,6 +62,18 @@ def opened(dataset: Dataset, split: Split = Split.TRAIN, seq_len: int = T, virtu
     return open_batches(data, batch_size=4, seq_len=seq_len, split=split, purpose=purpose, virtual=virtual)
 
 
+def test_more_answers_than_fit_are_refused_at_once(tmp_path: Path) -> None:
+    """Not by the batch that comes to them."""
+    ranking = {"prompt": "a", "completions": [f"{n}" for n in range(20)], "ranks": list(range(20))}
+    dataset = prepared(tmp_path / "out", write(tmp_path / "in", [ranking, *pairs(3)]), Purpose.PREFERENCE,
+                       validation_fraction=0.0)  # fmt: skip
+    least = 20 * 3  # of each text bos, an id of the prompt and one of the answer
+    with pytest.raises(UserError, match=f"train.seq_len = {least - 1} is too short for the 20 texts of a record; use"):
+        opened(dataset, seq_len=least - 1)
+    batches = opened(dataset, seq_len=least)
+    assert max((batches[n]["text_number"] >= 0).sum(1).max() for n in range(2)) == 20
+
+
 def texts_in(batch: dict[str, np.ndarray], row: int) -> list[tuple[list[int], list[float], float, int, int]]:
     """Each text of a row by its segment: inputs, mask, value, record, number."""
     found = []

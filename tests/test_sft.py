@@ -22,6 +22,8 @@ from maxlm.config import (
     Gold,
     ObserveConfig,
     PrepareConfig,
+    Pretrain,
+    Purpose,
     RunConfig,
     Sft,
     ShardingConfig,
@@ -171,3 +173,14 @@ def test_running_text_alone_is_refused(tmp_path: Path) -> None:
     data = DataConfig(datasets=(Dataset(path=str(tmp_path / "text"), prepare=text),))
     with pytest.raises(UserError, match="is running text, and the task learns from conversations"):
         run(dataclasses.replace(config, data=data), recipe)
+
+
+def test_bad_answers_are_not_learned(tmp_path: Path) -> None:
+    config = sft_config(tmp_path)
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    documents = Conversations(paths=(str(tmp_path / "pairs.jsonl"),), purpose=Purpose.PREFERENCE)
+    pairs = PrepareConfig(documents=documents, tokenizer=ByteTokenizer(), validation_fraction=0, workers=1)
+    sets = (*config.data.datasets, Dataset(path=str(tmp_path / "pairs"), prepare=pairs))
+    for task in (Sft(), Pretrain()):
+        with pytest.raises(UserError, match="pairs: was prepared with purpose = preference, and the task would learn"):
+            recipe(dataclasses.replace(config, task=task, data=DataConfig(datasets=sets)), one_device())

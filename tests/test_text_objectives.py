@@ -17,6 +17,7 @@ from helpers import initial_parameters, one_device, plainly, run_decoder, small_
 from helpers import small_run as plain_run
 
 from maxlm.config import (
+    Adapter,
     BinaryReward,
     BradleyTerry,
     ClassHead,
@@ -30,6 +31,7 @@ from maxlm.config import (
     ModelConfig,
     Orpo,
     Preference,
+    PromptTuning,
     Reward,
     RunConfig,
     ScalarHead,
@@ -363,3 +365,19 @@ def test_dpo_begins_at_log_2_with_half_of_the_pairs_right() -> None:
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.frozen))
     again = trainer.step(state, trainer.place(batch))[1].figures
     assert float(again["loss"]) < math.log(2) and float(again["reward_accuracy"]) > 0.5
+
+
+def test_a_reference_reads_texts_without_the_virtual_tokens_before_them() -> None:
+    """They are the policy's; to the reference they would be so many tokens of id 0."""
+    some = records([[1, 0]] * 3)
+    with_virtual = [[Text([0] * 3 + ids, [False] * 3 + counts, value) for ids, counts, value in one] for one in some]
+    config, layout = config_of(Case(Preference(), some), 3), one_device()
+    frozen = initial_parameters(config.model)
+    found = []
+    for adapter, texts in ((None, some), (Adapter(kind=PromptTuning(length=3)), with_virtual)):
+        tuned = dataclasses.replace(config, model=dataclasses.replace(config.model, adapter=adapter))
+        objective = PairedTexts(tuned, layout, TEXTS, Dpo(), reference=config.model)
+        numbers, values = map(np.asarray, jax.jit(objective.reference_log_probs)(frozen, text_batch(texts, 3)))
+        found.append(values[numbers >= 0][np.argsort(numbers[numbers >= 0])])
+    assert len(found[0]) == 6 and (found[0] < 0).all()
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5)

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from helpers import small_run
+from helpers import one_device, small_run
+from run_folder import make_run
 from train_runs import rows
 
 from maxlm import evaluate
@@ -46,6 +47,7 @@ from maxlm.config import (
     Sft,
     SimPo,
     Task,
+    UserError,
 )
 from maxlm.data.prepare import ensure_prepared
 from maxlm.recipes import recipe
@@ -89,6 +91,9 @@ def run_config(folder: Path, task: Task, purpose: Purpose, head: Any = LmHead(),
         "run_dir": str(folder / type(task).__name__.lower()),
     }
     return dataclasses.replace(base, **values | changes)
+
+
+pytestmark = pytest.mark.usefixtures("programs_kept")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -154,7 +159,35 @@ def test_dpo_begins_at_its_reference_and_goes_on_to_the_same_state(folder: Path,
             assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6)
     files = list((folder / "data-preference").glob("reference-*.npy"))
     assert len(files) == 2  # of either split
-    goes_on_as_it_went(config)
+    for one in (config, ahead):
+        goes_on_as_it_went(one)
+
+
+def test_what_a_reference_said_ahead_is_kept_and_is_of_the_step_that_the_run_began_with(tmp_path: Path) -> None:
+    place = make_run(tmp_path).run_dir  # of steps 1 and 2
+
+    def read(place: str, saved: Any) -> Any:
+        task = Preference(reference=place, reference_ahead=True)
+        frozen = recipe(run_config(tmp_path, task, Purpose.PREFERENCE), one_device()).frozen
+        assert frozen is not None
+        return frozen(None, saved)
+
+    nothing, began = read(f"{place}/checkpoints/1", None)
+    assert nothing is None and began.step == 1
+    kept = {file: file.read_bytes() for file in (tmp_path / "data-preference").glob("reference-*.npy")}
+    assert len(kept) == 2  # of either split
+    assert read(place, began.to_json()) == (None, began)  # though it has been trained further
+    with pytest.raises(UserError, match="this run began with"):
+        read(place, began.to_json() | {"step": 2})
+    for broken in (b"", b"\x80\x04N.", *(whole[:-3] for whole in kept.values())):
+        for file in kept:
+            file.write_bytes(broken)
+        with pytest.raises(UserError, match=r"reference-.*npy: is no array of NumPy .*remove it"):
+            read(place, began.to_json())
+    for file in kept:
+        file.unlink()
+    read(place, began.to_json())
+    assert kept == {file: file.read_bytes() for file in (tmp_path / "data-preference").glob("reference-*")}
 
 
 @pytest.mark.nightly

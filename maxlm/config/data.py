@@ -5,7 +5,8 @@ from __future__ import annotations
 import enum
 from typing import Annotated
 
-from maxlm.config.fields import BelowOne, Changes, Filled, NotEmpty, PathName, Positive, Range, Seed, config
+from maxlm.config.errors import UserError
+from maxlm.config.fields import BelowOne, Changes, Filled, NotEmpty, PathName, Positive, Range, Seed, config, shown
 from maxlm.config.purposes import Counted, Purpose
 
 
@@ -123,6 +124,13 @@ class Conversations:
     """Names of classes, where labels are names; the first is class 0."""
     max_tokens: Positive[int] | None = None
     """Longer conversations lose their oldest turns; None: none does before a window ends."""
+
+    def __post_init__(self) -> None:
+        if twice := [name for name in self.classes if self.classes.count(name) > 1]:
+            raise UserError(
+                f"data.datasets[].prepare.documents.classes = {shown(self.classes)} has {twice[0]!r} twice; name "
+                "each class once"
+            )
 
 
 Documents = StandardLibrary | Files | HuggingFaceDataset | Conversations

@@ -18,10 +18,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, assert_never
+
+import numpy as np
 
 from maxlm.config import Purpose, UserError
 
@@ -43,6 +44,8 @@ _FOLLOWS: dict[str | None, tuple[str, ...]] = {
     "tool": ("tool", "assistant"),
 }
 """Which roles may follow a role; after an assistant that calls tools, only `tool`."""
+_MOST = 10**9
+"""The largest rank or rating."""
 _HUMAN = re.compile(r"\n\n(Human|Assistant):[ ]?")
 """Between turns in Anthropic's files of preferences (arXiv:2204.05862)."""
 
@@ -210,6 +213,8 @@ def _preference(record: Mapping[str, Any]) -> Example:
             message["content"].strip() for message in prompt
         ]:
             raise BadRecord("prompt: is another than what chosen and rejected begin with")
+        if not prompt:
+            raise BadRecord("chosen and rejected begin with different messages, and there is no prompt; add prompt")
         in_order(prompt, "chosen", whole=False)
         answers = [_completion(prompt, one, key) for one, key in zip(answers, ("chosen", "rejected"), strict=True)]
     elif given:
@@ -427,9 +432,9 @@ def _text(value: Any, key: str) -> str:
 
 def _numbers(values: Any, key: str, count: int) -> list[float]:
     fits = isinstance(values, list) and len(values) == count
-    if not fits or not all(type(one) in (int, float) and math.isfinite(one) for one in values):
-        raise BadRecord(f"{key}: must be {count} numbers, one for each completion")
-    return list(map(float, values))
+    if not fits or not all(type(one) in (int, float) and abs(one) <= _MOST for one in values):
+        raise BadRecord(f"{key}: must be {count} numbers within +-{_MOST}, one for each completion")
+    return [float(np.float32(one)) for one in values]  # as they are kept: what is equal there is equal here
 
 
 def _good(label: Any) -> bool:

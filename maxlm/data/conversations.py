@@ -95,11 +95,21 @@ def encode(
         return texts if other is None else [*texts, talk.text(short.prompt, other, 0.0, counted)]
 
     texts = made(0)
+    if purpose is Purpose.PREFERENCE:
+        _refuse_equal(texts)
     if max_tokens is None or max(len(text.ids) for text in texts) <= max_tokens:
         return texts
     fits = lambda left_out: max(len(text.ids) for text in made(left_out)) <= max_tokens
     texts = made(bisect.bisect_left(range(_exchanges(example) - 1), True, key=fits))
     return [truncated(text, max_tokens, int(text.ids[0] == tokenizer.bos_id))[0] for text in texts]
+
+
+def _refuse_equal(texts: list[Text]) -> None:
+    """A template may leave out what two answers differ by, as blanks at their ends."""
+    values = dict[tuple[int, ...], float]()
+    for text in texts:
+        if values.setdefault(tuple(text.ids), text.value) != text.value:
+            raise BadRecord("two completions are equal as the template writes them, and one is preferred to the other")
 
 
 def _exchanges(example: Example) -> int:

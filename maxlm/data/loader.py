@@ -49,7 +49,7 @@ class Batches:
         virtual: int,
     ) -> None:
         self.batch_size, self.seq_len, self.split = batch_size, seq_len, split
-        self.tokenizer = opened[0].tokenizer
+        self.tokenizer, self._virtual = opened[0].tokenizer, virtual
         self._windows = [_windows(data, split, seq_len, virtual) for data in opened]
         self.texts: int | None = None
         """The most texts in a row of those sets that have texts, S; None: the batches do not tell of them."""
@@ -182,7 +182,7 @@ class Batches:
         return self._hash(decides)
 
     def _texts_and_tokenizer(self, opened: Sequence[Prepared]) -> dict[str, Any]:
-        return {
+        return ({"virtual": self._virtual} if self._virtual else {}) | {
             "format": FORMAT_VERSION,
             "split": self.split.value,
             "seq_len": self.seq_len,
@@ -253,7 +253,11 @@ def _windows(data: Prepared, split: Split, seq_len: int, virtual: int) -> Window
     if not data.info.of_records:
         return Windows(stream, seq_len, virtual=virtual)
     bos = data.tokenizer.bos_id
-    return RecordWindows(stream, seq_len, filler=data.tokenizer.eos_id, head=0 if bos is None else 1, virtual=virtual)
+    head = 0 if bos is None else 1
+    try:
+        return RecordWindows(stream, seq_len, filler=data.tokenizer.eos_id, head=head, virtual=virtual)
+    except UserError as error:
+        raise UserError(f"{data.folder}: {error}") from error
 
 
 def _check_purpose(data: Prepared, purpose: Purpose | None) -> None:

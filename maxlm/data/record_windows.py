@@ -13,6 +13,7 @@ from collections import defaultdict
 import numpy as np
 import numpy.typing as npt
 
+from maxlm.config import UserError
 from maxlm.data.shards import TokenStream
 from maxlm.data.texts import Text, fitted
 
@@ -28,7 +29,11 @@ class RecordWindows:
 
     def __init__(self, stream: TokenStream, seq_len: int, *, filler: int, head: int, virtual: int = 0) -> None:
         """`head`: ids at the beginning of each text that always stay, such as bos; `virtual`: as of `Windows`, with
-        which a record is as whole as without."""
+        which a record is as whole as without.
+
+        Raises:
+            UserError: a record has more texts than fit into a window, however short each is made.
+        """
         self._virtual = virtual
         self._stream, self._seq_len, self._filler, self._head = stream, seq_len, filler, head
         self._starts = stream.starts()
@@ -39,6 +44,12 @@ class RecordWindows:
         self.n_texts = len(texts)
         self.largest_value = float(self._values.max()) if len(texts) else 0.0
         lengths = np.diff(self._starts[self._firsts]) + virtual * np.diff(self._firsts)
+        least = np.where(lengths > seq_len, np.diff(self._firsts) * (virtual + head + 2), 0)
+        if (most := int(least.max(initial=0))) > seq_len:
+            raise UserError(
+                f"train.seq_len = {seq_len} is too short for the {np.diff(self._firsts)[least.argmax()]} texts of a "
+                f"record; use at least {most}, or leave out answers"
+            )
         self.shortened = int((lengths > seq_len).sum())
         """Records that are longer than a window."""
         self._windows = _packed(np.minimum(lengths, seq_len), seq_len)

@@ -231,7 +231,8 @@ def open_again(saved: Mapping[str, str], open_base: OpenBase, *, instead: str | 
     """
     there = saved["place"]
     place = there if instead is None else _with_step(instead, there)
-    remedy = "bring it back, or put a link there to where it is now"
+    named = "name in checkpoint.init_from" if instead is not None else "put a link there to"
+    remedy = f"bring it back, or {named} where it is now"
     try:
         base = open_base(place)
         found = base.fingerprint()

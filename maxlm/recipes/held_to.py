@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -68,30 +70,32 @@ class ReferenceModel:
 
 
 def log_probs_ahead(
-    reference: ReferenceModel, objective: Referenced, layout: Layout, batches: Batches, folder: Path, choice: str
+    parameters: Any,
+    found: Reference,
+    objective: Referenced,
+    layout: Layout,
+    batches: Batches,
+    folder: Path,
+    choice: str,
 ) -> npt.NDArray[np.float32]:
     """What the reference says of each text of `batches`, by the text's number: float32 [texts]. Read from
     `reference-HASH.npy` in `folder`, if a run before has computed it.
 
     Args:
-        reference: the model.
-        objective: with its parameters as `frozen`.
+        parameters, found: of `ReferenceModel.read`.
+        objective: with these parameters as `frozen`.
         layout: of the run.
         batches: of one split.
         folder: of the data.
         choice: what else decides the numbers.
 
     Raises:
-        UserError: the reference cannot be read, or the file not written.
+        UserError: the file is damaged, or cannot be written.
     """
-    frozen, found = reference.read(objective.frozen, None)
     decides = f"{found.fingerprint} {batches.contents} {choice}"
     file = folder / f"reference-{hashlib.sha256(decides.encode()).hexdigest()[:16]}.npy"
     if on_rank_0("look for the reference's log-probabilities", file.is_file):
-        values: npt.NDArray[np.float32] = np.load(file, allow_pickle=False)
-        if values.shape == (batches.n_texts,) and values.dtype == np.float32:
-            return values
-        raise UserError(f"{file}: has {values.dtype} {list(values.shape)}, the data {batches.n_texts} texts; remove it")
+        return _read_ahead(file, batches.n_texts)
     values = np.zeros(batches.n_texts, np.float32)
     program = jax.jit(objective.reference_log_probs, out_shardings=layout.sharding())
     for batch in batches.once():
@@ -99,14 +103,16 @@ def log_probs_ahead(
             name: jax.device_put(batch[name], layout.sharding(layout.activation(*array.dims)))
             for name, array in objective.arrays.items()
         }
-        numbers, of_texts = (np.asarray(x) for x in program(frozen, put))
+        numbers, of_texts = (np.asarray(x) for x in program(parameters, put))
         values[numbers[numbers >= 0]] = of_texts[numbers >= 0]
 
     def write() -> None:
-        part = file.with_suffix(".part")
+        part = file.with_suffix(f".{secrets.token_hex(4)}.part")  # other runs may be writing the same
         try:
             with part.open("wb") as opened:
                 np.save(opened, values)
+                opened.flush()
+                os.fsync(opened.fileno())
             part.replace(file)
         except OSError as error:
             with contextlib.suppress(OSError):
@@ -117,6 +123,19 @@ def log_probs_ahead(
             ) from error
 
     on_rank_0("keep the reference's log-probabilities", write)
+    return values
+
+
+def _read_ahead(file: Path, n_texts: int) -> npt.NDArray[np.float32]:
+    try:
+        values: npt.NDArray[np.float32] = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{file}: is no array of NumPy ({error}); remove it, it is computed again") from error
+    if values.shape != (n_texts,) or values.dtype != np.float32 or not np.isfinite(values).all():
+        raise UserError(
+            f"{file}: has {values.dtype} {list(values.shape)}, must have float32 [{n_texts}], all finite; remove it, "
+            "it is computed again"
+        )
     return values
 
 

@@ -111,14 +111,17 @@ def recipe_of_texts(
     return dataclasses.replace(made, measures=measures, frozen=frozen, outcome=loaded)
 
 
-def measure_held_out(recipe: Recipe[LoadedRun], parameters: Params, step: int) -> tuple[Mapping[str, Any], str]:
-    """The figures of held-out texts for these parameters, and how the console says them.
+def measure_held_out(
+    recipe: Recipe[LoadedRun], parameters: Params, step: int, saved: dict[str, Any] | None
+) -> tuple[Mapping[str, Any], str]:
+    """The figures of held-out texts for these parameters, and how the console says them. `saved`: what the step's
+    checkpoint says of what is frozen.
 
     Raises:
         UserError: the reference cannot be read; or there is nothing held out.
     """
     [measure] = [one for one in recipe.measures if isinstance(one, HeldOutRecords)]
-    frozen = None if recipe.frozen is None else recipe.frozen(recipe.objective.frozen, None)[0]
+    frozen = None if recipe.frozen is None else recipe.frozen(recipe.objective.frozen, saved)[0]
     nothing = jnp.int32(0)
     state = TrainState(
         step=nothing, parameters=parameters, optimizer=None, skipped=nothing, skipped_in_row=nothing, frozen=frozen

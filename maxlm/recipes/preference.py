@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any, assert_never
 
+from maxlm.checkpoint.reference import Reference
 from maxlm.config import Dpo, Ipo, Kto, Orpo, Preference, Purpose, RunConfig, SimPo, UserError
 from maxlm.config.task_rules import under_adapter
 from maxlm.data.tokenizers import Tokenizer
@@ -56,24 +58,29 @@ def recipe(config: RunConfig, task: Preference, layout: Layout) -> Recipe[Loaded
 
     judge = judge_labelled_ratios if isinstance(task.loss, Kto) else judge_ratios
     if task.reference_ahead:
-        _ask_ahead(reference, make(config, splits.texts, ahead=False, under=False), layout, splits, config, special)
-        return recipe_of_texts(config, layout, splits, make, judge)
+        live = make(config, splits.texts, ahead=False, under=False)
+        choice = f"{special} {config.execution.dtype}"
+        ask = functools.partial(_ask_ahead, reference, live, layout, splits, Path(config.data.datasets[0].path), choice)
+        return recipe_of_texts(config, layout, splits, make, judge, frozen=ask)
     return recipe_of_texts(config, layout, splits, make, judge, frozen=None if under else reference.read)
 
 
 def _ask_ahead(
     reference: ReferenceModel,
-    objective: Referenced,
+    live: Referenced,
     layout: Layout,
     splits: Splits,
-    config: RunConfig,
-    special: tuple[int, ...],
-) -> None:
-    """Puts what the reference says of each text beside the texts."""
-    folder, choice = Path(config.data.datasets[0].path), f"{special} {config.execution.dtype}"
+    folder: Path,
+    choice: str,
+    shapes: None,
+    saved: dict[str, Any] | None,
+) -> tuple[None, Reference]:
+    """Puts what the reference says of each text beside the texts; as of `Recipe.frozen`, with nothing to be held."""
+    parameters, found = reference.read(live.frozen, saved)
     for batches in splits:
         if batches is not None:
-            batches.beside[AHEAD] = log_probs_ahead(reference, objective, layout, batches, folder, choice)
+            batches.beside[AHEAD] = log_probs_ahead(parameters, found, live, layout, batches, folder, choice)
+    return None, found
 
 
 def _special_ids(tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -7,15 +7,26 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from maxlm.config import EngineConfig, ObserveConfig, Pretrain, RunConfig, SamplingConfig, UserError
+from maxlm.config import (
+    Conversations,
+    DataConfig,
+    EngineConfig,
+    ObserveConfig,
+    Pretrain,
+    Purpose,
+    RunConfig,
+    SamplingConfig,
+    UserError,
+)
 from maxlm.config.fields import shown
 from maxlm.config.model import padded_vocabulary
 from maxlm.data.chat import ChatTemplate
 from maxlm.data.loader import Batches, global_batches, open_batches
 from maxlm.data.prepare import ensure_prepared
-from maxlm.data.shards import Split
+from maxlm.data.shards import Split, open_prepared
 from maxlm.data.text_ends import TextEnds
 from maxlm.data.tokenizers import Tokenizer
 from maxlm.evaluation.perplexity import held_out
@@ -40,7 +51,24 @@ def recipe(config: RunConfig, task: Pretrain, layout: Layout) -> Recipe[LoadedRu
         UserError: the data is not there, is damaged, too small, or has more ids than the model; or the model cannot
             draw the sample that is asked for at the end.
     """
-    return recipe_on(config, layout, NextToken(config, layout), batches(config))
+    data = batches(config)
+    refuse_bad_answers(config.data)
+    return recipe_on(config, layout, NextToken(config, layout), data)
+
+
+def refuse_bad_answers(data: DataConfig) -> None:
+    """
+    Raises:
+        UserError: a data set has answers that are there to be told from better ones, and would be learned like those.
+    """
+    for one in data.datasets:
+        documents = open_prepared(Path(one.path), verify=False).info.prepare.documents
+        purpose = documents.purpose if isinstance(documents, Conversations) else Purpose.SFT
+        if purpose in (Purpose.PREFERENCE, Purpose.KTO, Purpose.BINARY):
+            raise UserError(
+                f"{one.path}: was prepared with purpose = {purpose.value}, and the task would learn bad answers too; "
+                "prepare it in another folder with purpose = sft, which takes the best answer of each record"
+            )
 
 
 def recipe_on(

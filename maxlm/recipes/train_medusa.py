@@ -33,7 +33,9 @@ def recipe(config: RunConfig, task: TrainMedusa, layout: Layout) -> Recipe[Loade
         UserError: as of pre-training.
     """
     objective = LaterTokens(config, task, layout)
-    made = pretrain.recipe_on(config, layout, objective, pretrain.batches(config))
+    data = pretrain.batches(config)
+    pretrain.refuse_bad_answers(config.data)
+    made = pretrain.recipe_on(config, layout, objective, data)
     measures: list[Measure] = [HeldOutHeads(config, layout, objective)] if config.train.eval_batches != 0 else []
     measures += [measure for measure in made.measures if measure.name != pretrain.HeldOutText.name]
     return dataclasses.replace(made, measures=tuple(measures))
