@@ -94,6 +94,18 @@ def test_what_does_not_fit_the_base_is_refused(tmp_path: Path) -> None:
     refused(r"init_lora_weights = 'pissa' has changed the base", init_lora_weights="pissa")
     refused(r"must be lists of names", target_modules=".*_proj")
     refused(r"lora_alpha = \"5\" is not as peft writes it", lora_alpha="5")
+    refused(r"lora_alpha = NaN is not as peft writes it", lora_alpha=float("nan"))
+    refused(r"alpha_pattern = .*Infinity.* is not as peft writes it", alpha_pattern={"q_proj": float("inf")})
+    refused(r"r = 0 is not as peft writes it", r=0)
+    refused(r"r = true is not as peft writes it", r=True)
+    refused(r"rank_pattern = \[3\] is not as peft writes it", rank_pattern=[3])
+    refused(r"says rank 1000000000 of .*_proj, whose tensors in adapter_model.safetensors have 3", r=10**9)
+    refused(r"says rank 2 of .*q_proj, whose tensors", rank_pattern={"q_proj": 2})
+    refused(r"modules_to_save has nope, which this base has not", modules_to_save=["nope"])
+    (tmp_path / "adapter" / CONFIG).write_text(json.dumps(said))
+    (tmp_path / "adapter" / FILE).rename(tmp_path / "adapter" / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"adapter_model\.bin: is a pickle, which may run code and is not read"):
+        read_peft(tmp_path / "adapter", model, names)
 
 
 def test_the_command_converts_both_ways_and_merges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,7 +37,7 @@ from maxlm.config import (
 from maxlm.config.json_file import read_object
 from maxlm.hub.folder import Pieces, appearing
 from maxlm.hub.names import Names, Piece, Tensor, Transposed, tensors, to_ours, to_theirs
-from maxlm.hub.peft_settings import CONFIG, ends, is_target, require_known, said_of, short
+from maxlm.hub.peft_settings import CONFIG, ends, is_target, rank_of, require_known, said_of, short
 from maxlm.hub.tensor_files import Spec, TensorFolder, write_tensors
 from maxlm.models.adapters import base_of, replaced
 from maxlm.shapes import Array
@@ -82,6 +82,14 @@ def read_peft(folder: Path, base: ModelConfig, names: Names) -> PeftAdapter:
     }
     modules = {name: tensor for name, tensor in modules.items() if is_target(folder, said, name)}
     saved = [tensor for tensor in whole if ends(tensor.name.rpartition(".")[0], said.get("modules_to_save") or [])]
+    for name in said.get("modules_to_save") or []:
+        if not any(ends(tensor.name.rpartition(".")[0], [name]) for tensor in saved):
+            raise UserError(f"{folder / CONFIG}: modules_to_save has {name}, which this base has not")
+    if (folder / "adapter_model.bin").exists() and not (folder / FILE).exists():
+        raise UserError(
+            f"{folder / 'adapter_model.bin'}: is a pickle, which may run code and is not read; save it again with peft "
+            "as safetensors (model.save_pretrained(DIR))"
+        )
     with TensorFolder(folder, FILE) as files:
         own = _endings(folder, said)
         wanted = {f"{_PREFIX}{name}.{ending}" for name in modules for ending in own}
@@ -312,6 +320,11 @@ def _own_pieces(
     match kind := adapter.kind:
         case Lora():
             a, b, rank = _low_rank(said, found)
+            if said["peft_type"] == "LORA" and rank != (told := rank_of(said, module)):
+                raise UserError(
+                    f"{folder / CONFIG}: says rank {told} of {module}, whose tensors in {FILE} have {rank}; use both "
+                    "files from one place"
+                )
             _require_shape(folder, f"{module}: A", a, (rank, columns))
             _require_shape(folder, f"{module}: B", b, (rows, rank))
             b = b * (_scale(said, module, rank) / kind.scale)

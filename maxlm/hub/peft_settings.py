@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -44,16 +45,35 @@ def require_known(folder: Path, said: Mapping[str, Any]) -> None:
         )
     if said.get("peft_type") == "ADALORA" and said.get("rank_pattern"):
         raise UserError(f"{folder / CONFIG}: rank_pattern of ADALORA is not read; merge the adapter with peft")
-    kinds: dict[str, Any] = {
-        "lora_alpha": int | float,
-        "lora_dropout": int | float,
-        "alpha_pattern": dict,
-        "modules_to_save": list,
-        "feedforward_modules": list,
+    names = lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value)
+    each = lambda fits: lambda value: isinstance(value, dict) and all(map(fits, value.values()))
+    rules: dict[str, Callable[[Any], bool]] = {
+        "r": _is_rank,
+        "rank_pattern": each(_is_rank),
+        "lora_alpha": _is_number,
+        "alpha_pattern": each(_is_number),
+        "lora_dropout": lambda value: _is_number(value) and 0 <= value < 1,
+        "modules_to_save": names,
+        "feedforward_modules": names,
     }
-    for key, kind in kinds.items():
-        if said.get(key) is not None and not isinstance(said[key], kind):
+    for key, fits in rules.items():
+        if said.get(key) is not None and not fits(said[key]):
             raise UserError(f"{folder / CONFIG}: {key} = {json.dumps(said[key])[:60]} is not as peft writes it")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def rank_of(said: Mapping[str, Any], module: str) -> int:
+    """What it says that the rank of a module is; of LORA."""
+    patterns = said.get("rank_pattern") or {}
+    found: int = next((rank for key, rank in patterns.items() if ends(module, [key])), said.get("r", 8))
+    return found
 
 
 def is_target(folder: Path, said: Mapping[str, Any], module: str) -> bool:
