@@ -150,6 +150,18 @@ def open_base(place: str) -> Base:
     return RunBase(path if kind == "run" else place)
 
 
+def files_fingerprint(path: Path) -> str:
+    """SHA-256 in hex of a published model: of a file, or of a folder's config.json and safetensors with their names."""
+    files = [path] if path.is_file() else sorted([path / "config.json", *path.glob("*.safetensors")])
+    digest = hashlib.sha256()
+    for file in files:
+        if path.is_dir():
+            digest.update(file.name.encode() + b"\n")
+        with file.open("rb") as open_file:
+            digest.update(hashlib.file_digest(open_file, "sha256").digest())
+    return digest.hexdigest()
+
+
 class PublishedBase:
     """A published model, of `maxlm.hub.models.KINDS`."""
 
@@ -165,18 +177,7 @@ class PublishedBase:
         self._path = path
 
     def fingerprint(self) -> str:
-        files = (
-            [self._path]
-            if self._path.is_file()
-            else sorted([self._path / "config.json", *self._path.glob("*.safetensors")])
-        )
-        digest = hashlib.sha256()
-        for file in files:
-            if self._path.is_dir():
-                digest.update(file.name.encode() + b"\n")
-            with file.open("rb") as open_file:
-                digest.update(hashlib.file_digest(open_file, "sha256").digest())
-        return digest.hexdigest()
+        return files_fingerprint(self._path)
 
     def read(self, names: set[str], layout: Layout, made: Callable[[Array, Weight], Weight]) -> dict[str, Weight]:
         found = dict[str, Weight]()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import os
 import secrets
 from pathlib import Path
@@ -18,12 +17,11 @@ from maxlm.checkpoint.reference import Reference, read_reference, run_and_step
 from maxlm.config import UserError
 from maxlm.data.loader import Batches
 from maxlm.data.tokenizers import load_tokenizer
+from maxlm.hub.models import files_fingerprint
 from maxlm.processes.joining import on_rank_0
 from maxlm.recipes.starting import open_source
 from maxlm.sharding import Layout
 from maxlm.training.preference_objective import Referenced
-
-_READ_BYTES = 1 << 24
 
 
 class ReferenceModel:
@@ -51,7 +49,7 @@ class ReferenceModel:
         if self._run is not None:
             return read_reference(self._run, shapes, saved)
         kind, _, path = self._place.partition(":")
-        found = Reference(folder=f"{kind}:{Path(path).absolute()}", step=0, fingerprint=_hash_of_files(Path(path)))
+        found = Reference(folder=f"{kind}:{Path(path).absolute()}", step=0, fingerprint=files_fingerprint(Path(path)))
         if saved is not None and found.fingerprint != saved["fingerprint"]:
             raise UserError(
                 f"{self._place}: its files have SHA-256 {found.fingerprint[:12]}..., this run began with "
@@ -137,16 +135,3 @@ def _read_ahead(file: Path, n_texts: int) -> npt.NDArray[np.float32]:
             "it is computed again"
         )
     return values
-
-
-def _hash_of_files(path: Path) -> str:
-    """SHA-256 of a file, or of those of a folder that are a model's, with their names."""
-    kinds = ("*.safetensors", "*.bin", "*.json", "*.model")
-    files = [path] if path.is_file() else sorted(set(itertools.chain(*map(path.glob, kinds))))
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.name if len(files) > 1 else ''} {file.stat().st_size}\n".encode())
-        with file.open("rb") as opened:
-            while data := opened.read(_READ_BYTES):
-                digest.update(data)
-    return digest.hexdigest()
