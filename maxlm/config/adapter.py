@@ -192,7 +192,18 @@ class PrefixTuning:
     (section 4.3); None: they are learned themselves (P-tuning v2, arXiv:2110.07602)."""
 
 
-AdapterKind = Lora | DyLora | AdaLora | Ia3 | Bottleneck | PromptTuning | PrefixTuning
+@config("model.adapter.kind.", changes=Changes.IDENTITY)
+class LlamaAdapter:
+    """Attention in each layer to learned vectors too, with a softmax and a gate of its own: head n makes o + g_n
+    softmax(scale q K^T) V of its output o, with K and V by the layer's own projections of the vectors, at no position.
+    The gates begin as 0 (LLaMA-Adapter, Zhang et al. 2023, arXiv:2303.16199, equations 6 to 9). There the topmost
+    layers alone have vectors, here all do, and the gates say how much of them."""
+
+    length: Positive[int] = 10
+    """Vectors of a layer."""
+
+
+AdapterKind = Lora | DyLora | AdaLora | Ia3 | Bottleneck | PromptTuning | PrefixTuning | LlamaAdapter
 """The union of the kinds."""
 
 
@@ -216,7 +227,7 @@ class Adapter:
                 return dropout > 0
             case DyLora():
                 return True
-            case AdaLora() | Ia3() | Bottleneck() | PromptTuning() | PrefixTuning():
+            case AdaLora() | Ia3() | Bottleneck() | PromptTuning() | PrefixTuning() | LlamaAdapter():
                 return False
             case _:
                 assert_never(self.kind)
@@ -227,7 +238,7 @@ class Adapter:
         match self.kind:
             case PromptTuning(length=length) | PrefixTuning(length=length):
                 return length
-            case Lora() | DyLora() | AdaLora() | Ia3() | Bottleneck():
+            case Lora() | DyLora() | AdaLora() | Ia3() | Bottleneck() | LlamaAdapter():
                 return 0
             case _:
                 assert_never(self.kind)

@@ -28,6 +28,7 @@ from maxlm.config import (
     Bottleneck,
     DyLora,
     Ia3,
+    LlamaAdapter,
     Lora,
     ModelConfig,
     PrefixTuning,
@@ -239,7 +240,7 @@ class _Own:
                     return {"ia3_l": self._one(tensor.parts[0], "inputs", ()).T}
                 outputs = self._joined(tensor, here, "outputs", (), 1.0)
                 return {"ia3_l": outputs[:, None]}
-            case Bottleneck() | PromptTuning() | PrefixTuning():
+            case Bottleneck() | PromptTuning() | PrefixTuning() | LlamaAdapter():
                 name = type(kind).__name__
                 raise UserError(f"model.adapter.kind = {name} is not written in peft's format; use the run folder")
             case _:

@@ -9,7 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, assert_never
 
-from maxlm.config import AdaLora, Adapter, Bottleneck, DyLora, Ia3, Lora, PrefixTuning, PromptTuning, UserError
+from maxlm.config import (
+    AdaLora,
+    Adapter,
+    Bottleneck,
+    DyLora,
+    Ia3,
+    LlamaAdapter,
+    Lora,
+    PrefixTuning,
+    PromptTuning,
+    UserError,
+)
 
 CONFIG = "adapter_config.json"
 _KNOWN = (
@@ -124,7 +135,7 @@ def said_of(adapter: Adapter, ranks: Mapping[str, int], inputs_of: Sequence[str]
             }
         case Ia3():
             return {"peft_type": "IA3", "feedforward_modules": list(inputs_of)}
-        case Bottleneck() | PromptTuning() | PrefixTuning():
+        case Bottleneck() | PromptTuning() | PrefixTuning() | LlamaAdapter():
             raise AssertionError("refused before")
         case _:
             assert_never(kind)

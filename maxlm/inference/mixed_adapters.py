@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maxlm import shapes
-from maxlm.config import Bottleneck, LatentAttention, ModelConfig, PrefixTuning, PromptTuning, UserError
+from maxlm.config import Bottleneck, LatentAttention, LlamaAdapter, ModelConfig, PrefixTuning, PromptTuning, UserError
 from maxlm.models import Execution, declared
 from maxlm.models.adapters import at, changed, targets
 from maxlm.models.weights.around import Rescaled
@@ -40,7 +40,7 @@ def check_adapter(name: str, adapter: LoadedAdapter, model: ModelConfig) -> None
             f"adapter {name}: it has trained {', '.join(adapter.model.adapter.full)} as a whole, which requests of "
             "other adapters cannot share; serve that run by itself, with --run"
         )
-    if isinstance(kind := adapter.model.adapter.kind, Bottleneck | PromptTuning | PrefixTuning):
+    if isinstance(kind := adapter.model.adapter.kind, Bottleneck | PromptTuning | PrefixTuning | LlamaAdapter):
         raise UserError(
             f"adapter {name}: it is a {type(kind).__name__}, and LoRA kinds and IA3 alone stand beside others; serve "
             "that run by itself, with --run"

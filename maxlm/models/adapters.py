@@ -17,6 +17,7 @@ from maxlm.config import (
     Bottleneck,
     DyLora,
     Ia3,
+    LlamaAdapter,
     Lora,
     LstmEncoder,
     MlpEncoder,
@@ -27,7 +28,7 @@ from maxlm.config import (
 )
 from maxlm.models.parameters import declared, initial
 from maxlm.models.prompts import encoded, tanh_rows
-from maxlm.models.weights.around import Begun, MlpAfter, Rescaled, SmallMlp, plain
+from maxlm.models.weights.around import Begun, MlpAfter, Prompted, Rescaled, SmallMlp, plain
 from maxlm.models.weights.holding import quantised
 from maxlm.models.weights.kinds import Quantised, Weight
 from maxlm.models.weights.low_rank import LowRank, lengths
@@ -151,6 +152,8 @@ def changed(adapter: Adapter, weight: Weight, own: dict[str, Any]) -> Weight:
             stacked = "lrkh" if own["out"].ndim == 4 else "rkh"
             rows = jnp.einsum(f"pr,{stacked}->{stacked.replace('r', 'p')}", own["made"], own["out"])
             return Begun(weight, rows + jnp.expand_dims(own["out_bias"], -3))
+        case LlamaAdapter():
+            return Prompted(weight, own["rows"], own["gate"])
         case _:
             assert_never(kind)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import assert_never
 
 import jax
@@ -90,8 +91,16 @@ class GroupedQueryLayer(nnx.Module):
                 layout, q, (k, v), cache, layer, table, *rows, self._scores(), tree=tokens.pages.tree
             )
             cache = KeyValueBlocks(*arrays)
+        out = ops.prompted(self.q_proj[...], q, out, functools.partial(self._unplaced, layout), self._scale)
         out_bias = self.o_bias[...] if config.out_bias else None
         return ops.project(layout, "btnh,nhd->btd", out, self.o_proj[...], out_bias), cache
+
+    def _unplaced(self, layout: Layout, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of vectors that stand nowhere: [B, T, D] -> [B, T, K, H] twice."""
+        biases = (self.k_bias[...], self.v_bias[...]) if self.config.qkv_bias else (None, None)
+        k = ops.project(layout, "btd,dkh->btkh", x, self.k_proj[...], biases[0])
+        v = ops.project(layout, "btd,dkh->btkh", x, self.v_proj[...], biases[1])
+        return self._normed(k, k)[1] if self.config.qk_norm is QkNorm.HEADS else k, v
 
     def _normed(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Queries and keys, after their norms."""
@@ -130,6 +139,11 @@ class GroupedQueryLayer(nnx.Module):
             q = (q * log_length_factors(tokens.positions, config.log_length)[..., None, None]).astype(q.dtype)
         return q, k
 
+    @property
+    def _scale(self) -> float:
+        """Of the scores."""
+        return self.config.scale or self.config.head_dim**-0.5
+
     def _scores(self) -> ops.Scores:
         """All that shapes the scores, beside queries and keys."""
         config = self.config
@@ -145,7 +159,7 @@ class GroupedQueryLayer(nnx.Module):
                 assert_never(config.position)
         return ops.Scores(
             mask=ops.causal(config.window, config.pattern),
-            scale=config.scale or config.head_dim**-0.5,
+            scale=self._scale,
             soft_cap=config.soft_cap,
             alibi_slopes=slopes,
             relative_bias=bias,

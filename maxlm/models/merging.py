@@ -16,6 +16,7 @@ from maxlm.config import (
     Bottleneck,
     DyLora,
     Ia3,
+    LlamaAdapter,
     Lora,
     ModelConfig,
     PrefixTuning,
@@ -91,7 +92,7 @@ def scaled(adapter: Adapter, factor: float) -> Adapter:
             return replace(adapter, kind=replace(kind, scale=kind.scale * factor))
         case Ia3():
             raise UserError("model.adapter.kind = Ia3 has no scale; merge it, or take it as it is")
-        case PromptTuning() | PrefixTuning():
+        case PromptTuning() | PrefixTuning() | LlamaAdapter():
             raise UserError(f"model.adapter.kind = {type(kind).__name__} has no scale; take it as it is")
         case _:
             assert_never(kind)
@@ -152,8 +153,10 @@ def _mergeable(config: ModelConfig) -> Adapter:
             raise UserError(
                 f"model.adapter.kind = {type(kind).__name__} is tokens of its own, which no weight can be merged with"
             )
-        case Bottleneck():
-            raise UserError("model.adapter.kind = Bottleneck is a layer of its own, which no weight can be merged with")
+        case Bottleneck() | LlamaAdapter():
+            raise UserError(
+                f"model.adapter.kind = {type(kind).__name__} is a layer of its own, which no weight can be merged with"
+            )
         case _:
             assert_never(kind)
 

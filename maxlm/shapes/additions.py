@@ -18,6 +18,7 @@ from maxlm.config import (
     Bottleneck,
     DyLora,
     Ia3,
+    LlamaAdapter,
     Lora,
     LstmEncoder,
     MlpEncoder,
@@ -74,6 +75,13 @@ def targets(kind: AdapterKind, base: Sequence[Array]) -> list[Array]:
             if any("from_latent" in array.dims for array in base):
                 raise UserError("model.adapter.kind = PrefixTuning has keys and values, not latents as this model")
             return [array for array in possible if array.name.endswith(("attention/k_proj", "attention/v_proj"))]
+        case LlamaAdapter():
+            for dim, made in (("from_latent", "latents"), ("sinusoids", "distances")):
+                if any(dim in array.dims for array in base):
+                    raise UserError(
+                        f"model.adapter.kind = LlamaAdapter has keys of its own, and those of this model have {made}"
+                    )
+            return [array for array in possible if array.name.endswith("attention/q_proj")]
         case _:
             assert_never(kind)
 
@@ -147,6 +155,9 @@ def added(kind: AdapterKind, array: Array) -> Iterator[Array]:
                 path = f"{PREFIX}/{array.name}/{name}"
                 role = Role.OTHER if len(shape) == 1 else Role.PRODUCT
                 yield Array(path, shape, ("rank",) * len(shape), init, role, Part.ADAPTER, 0)
+        case LlamaAdapter(length=length):
+            yield replace(one("rows", {"rank": length} | inputs, Normal(0.02), Role.OTHER), uses=0.0)
+            yield one("gate", {"heads": sizes["heads"]}, Constant(0), Role.OTHER)
         case PrefixTuning():
             if kind.hidden is None:
                 yield replace(one("rows", {"rank": kind.length} | sizes, Normal(0.02), Role.OTHER), uses=0.0)
@@ -164,7 +175,7 @@ def _rank(kind: AdapterKind) -> int:
             return rank
         case Bottleneck(size=size):
             return size
-        case Ia3() | PromptTuning() | PrefixTuning():
+        case Ia3() | PromptTuning() | PrefixTuning() | LlamaAdapter():
             return 0
         case _:
             assert_never(kind)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+from collections.abc import Callable
 from typing import Literal, assert_never
 
 import jax
@@ -17,7 +18,7 @@ from maxlm.config import Activation, GluSave, KernelConfig, Nonlinearity, Swish
 from maxlm.models.ops.backends import blaming
 from maxlm.models.ops.ring import in_ring_order
 from maxlm.models.unembedding import Unembedding
-from maxlm.models.weights.around import Begun, MlpAfter, Rescaled, SmallMlp
+from maxlm.models.weights.around import Begun, MlpAfter, Prompted, Rescaled, SmallMlp
 from maxlm.models.weights.by_channel import ByChannel, Float8, Int8, Int8Activations, Int8Outliers
 from maxlm.models.weights.by_group import ByGroup
 from maxlm.models.weights.by_layer import ByLayer, in_layer
@@ -58,7 +59,7 @@ def project(layout: Layout, subscripts: str, x: jax.Array, w: Weight, bias: jax.
             return y + small_mlp(layout, y, mlp)
         case ByRow():
             return _with_rows_own(layout, subscripts, x, w, bias)
-        case Begun(base=base):
+        case Begun(base=base) | Prompted(base=base):
             y = project(layout, subscripts, x, base)
         case ByGroup() | NormalFloat4() | jax.Array():
             y = _product(layout, subscripts, x, dense(layout, w, x.dtype))
@@ -250,6 +251,26 @@ def begun(w: Weight, x: jax.Array, positions: jax.Array) -> jax.Array:
     n = w.rows.shape[0]
     inside = (positions < n).reshape(*positions.shape, *[1] * (x.ndim - 2))
     return jnp.where(inside, w.rows[positions.clip(0, n - 1)].astype(x.dtype), x)
+
+
+def prompted(
+    w: Weight, q: jax.Array, out: jax.Array, made: Callable[[jax.Array], tuple[jax.Array, jax.Array]], scale: float
+) -> jax.Array:
+    """What attention has made, [B, T, N, H], with what the queries find in the vectors of a `Prompted` weight.
+
+    Args:
+        w: of the queries.
+        q: [B, T, N, H], as they attend.
+        out: [B, T, N, H].
+        made: [1, P, D] -> the layer's keys and values of vectors, [1, P, K, H] each.
+        scale: of the scores.
+    """
+    if not isinstance(w, Prompted):
+        return out
+    keys, values = (x[0].astype(jnp.float32) for x in made(w.rows[None].astype(q.dtype)))
+    groups = q.astype(jnp.float32).reshape(*q.shape[:2], keys.shape[1], -1, q.shape[-1])
+    found = jnp.einsum("btkgp,pkh->btkgh", jax.nn.softmax(scale * jnp.einsum("btkgh,pkh->btkgp", groups, keys)), values)
+    return out + (w.gate[:, None] * found.reshape(out.shape)).astype(out.dtype)
 
 
 def bare(w: Weight) -> Weight:

@@ -95,6 +95,21 @@ class Begun(Around):
         return plain(self.base).astype(dtype)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Prompted(Around):
+    """A weight of queries, which attend to learned vectors too. See `config.LlamaAdapter`."""
+
+    rows: jax.Array
+    """float32 [P, D]."""
+    gate: jax.Array
+    """float32 [N]: of each head."""
+
+    def dense(self, dtype: jnp.dtype) -> jax.Array:
+        """The weight."""
+        return plain(self.base).astype(dtype)
+
+
 def plain(weight: Any) -> jax.Array:
     """Any weight as a float32 array."""
     return weight.astype(jnp.float32) if isinstance(weight, jax.Array) else weight.dense(jnp.dtype(jnp.float32))
