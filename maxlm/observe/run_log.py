@@ -25,7 +25,7 @@ from maxlm.observe.plots import loss_curve
 from maxlm.observe.report import SavedCheckpoint, write_report
 from maxlm.observe.text import short
 from maxlm.observe.writers import TensorBoardWriter, WandbWriter, Writer, import_wandb
-from maxlm.shapes import flops_per_token, mfu, parameter_count
+from maxlm.shapes import arrays, flops_per_token, mfu, parameter_count
 
 _PICTURE_S = 120.0
 """Seconds for loss.png: matplotlib looks at every font when it is first imported."""
@@ -293,7 +293,13 @@ class RunLog:
             "n_devices": self._n_devices,
             "n_processes": n_processes,
             "peak_flops_per_device": self._peak,
-            "parameters": {**asdict(count), "total": count.total, "active": count.active, "matmul": count.matmul},
+            "parameters": {
+                **asdict(count),
+                "total": count.total,
+                "active": count.active,
+                "matmul": count.matmul,
+                "trained": sum(array.size for array in arrays(self._config.model) if array.trained),
+            },
             "flops_per_token": {
                 **asdict(self._flops),
                 "total": self._flops.total,
@@ -335,6 +341,8 @@ class RunLog:
         size = f"{short(parameters['total'])} parameters ({parameters['total']:,})"
         if self._moe_layers:
             size += f", {short(parameters['active'])} active a token ({parameters['active']:,}),"
+        if (trained := parameters["trained"]) < parameters["total"]:
+            size += f", of which {short(trained)} ({trained:,}) are trained,"
         lines = [
             f"run folder {self._run_dir}",
             f"model of {size} on {machine}, {facts['tokens_per_step']:,} tokens a step",
