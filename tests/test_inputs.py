@@ -19,7 +19,16 @@ from faults.documents import DAMAGE, ENDS, GIVEN, Damage, Given, check_damage, c
 from faults.documents import out_inside_the_input as check_out_inside
 from faults.tools import Ended
 
-from maxlm.config import ByteTokenizer, DataConfig, Dataset, Files, HuggingFaceTokenizer, PrepareConfig, UserError
+from maxlm.config import (
+    ByteTokenizer,
+    DataConfig,
+    Dataset,
+    Files,
+    HuggingFaceTokenizer,
+    PrepareConfig,
+    UserError,
+    serialize,
+)
 from maxlm.config.json_file import MAX_DEPTH, parse_object, read_object
 from maxlm.data import documents, workers
 from maxlm.data.__main__ import main
@@ -27,7 +36,7 @@ from maxlm.data.dealing import last_part
 from maxlm.data.documents import Unreadable
 from maxlm.data.loader import open_batches
 from maxlm.data.prepare import prepare
-from maxlm.data.shards import Split, read_info
+from maxlm.data.shards import UNFINISHED, Split, read_info
 from maxlm.data.sources import iterate_documents
 from maxlm.data.tokenizers import load_tokenizer, open_tokenizer
 
@@ -273,8 +282,10 @@ def test_a_stopped_worker_is_given_up(tmp_path: Path, monkeypatch: pytest.Monkey
             started.append(self._process)
 
     monkeypatch.setattr(workers, "_Worker", Noted)
-    blocks = (workers.DocumentBlock(i, [b"text"], "") for i in range(100))
-    answers = workers.tokenise_blocks(tmp_path / "tokenizer", blocks, 2)
+    made_with = PrepareConfig(documents=Files(paths=("texts",)), tokenizer=ByteTokenizer())
+    (tmp_path / UNFINISHED).write_text(json.dumps(serialize.to_dict(made_with)))
+    blocks = (workers.DocumentBlock(i, [b"text"], "", b"text", [("texts", i)]) for i in range(100))
+    answers = workers.tokenise_blocks(tmp_path, blocks, 2)
     next(answers)
     for process in started:
         os.kill(process.pid, signal.SIGSTOP)

@@ -178,8 +178,8 @@ def test_vectors_are_served_as_they_were_trained(tmp_path: Any) -> None:
         tokenizer=tokenizer,
         step=0,
     )
-    served = serve_model(run, "vectors", EngineConfig(), WeightFormat.DTYPE)
-    with running_server(Service(models={"vectors": served})) as (url, _):
+    models = serve_model(run, "vectors", EngineConfig(), WeightFormat.DTYPE)
+    with running_server(Service(models=models)) as (url, _):
         post = lambda path, **body: httpx.post(f"{url}/v1/{path}", json={"model": "vectors"} | body)
         [found] = post("embeddings", input="abc").json()["data"]
         state = np.asarray(run.model.hidden(tokenizer.document_ids(tokenizer.encode("abc"))))[-1]

@@ -32,10 +32,11 @@ from maxlm.config import (
 from maxlm.data import dealing
 from maxlm.data.__main__ import main
 from maxlm.data.documents import Unreadable
+from maxlm.data.encoders import text_hash
 from maxlm.data.prepare import ensure_prepared, prepare
 from maxlm.data.shards import Split, open_prepared, token_dtype
 from maxlm.data.sources import iterate_documents
-from maxlm.data.workers import DocumentBlock, text_hash, tokenise_blocks
+from maxlm.data.workers import DocumentBlock, tokenise_blocks
 
 TEXTS = [f"document {i}: " + "lorem ipsum dolor " * (i * 7 % 40) + "\n" for i in range(300)]
 
@@ -228,7 +229,7 @@ def test_any_number_of_workers_writes_the_same_bytes(
 _KILLED = """
 import os, pathlib, signal, sys
 from maxlm.config import ByteTokenizer, Files, PrepareConfig
-from maxlm.data import dealing, prepare, workers
+from maxlm.data import dealing, encoders, prepare
 corpus, out, fraction, events = sys.argv[1], pathlib.Path(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])
 dealing._BLOCK_DOCUMENTS = 5
 prepare._SECONDS_BETWEEN_RECORDS = 0.0
@@ -242,7 +243,7 @@ def mortal(function):
         return function(*arguments)
     return call
 
-workers.tokenise = mortal(workers.tokenise)
+encoders.tokenise = mortal(encoders.tokenise)
 os.fsync = mortal(os.fsync)
 pathlib.Path.replace = mortal(pathlib.Path.replace)
 documents = Files(paths=(corpus,))
@@ -351,7 +352,7 @@ def test_a_full_disk_is_one_line_and_the_run_continues(
 
 def test_a_dead_worker_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a tokenising process died \(exit code 1\)"):
-        list(tokenise_blocks(tmp_path / "no tokenizer here", [DocumentBlock(0, [b"x"], "")], 2))
+        list(tokenise_blocks(tmp_path / "no tokenizer here", [DocumentBlock(0, [b"x"], "", b"x", [("x", 1)])], 2))
 
 
 @pytest.mark.parametrize("name", ["train-00001.tokens", "train-00000.offsets", "validation-00000.tokens"])
