@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from typing import Any, NamedTuple
 
 import jax
@@ -66,9 +67,9 @@ class TextObjective(NextToken):
         model, output = self._read(self._config.model, params, batch)
         return {name: batch[name] for name in OF_TEXTS} | self._of_texts(model, output, frozen, batch)
 
+    @abc.abstractmethod
     def _of_texts(self, model: Decoder, output: DecoderOutput, frozen: Any, batch: Batch) -> dict[str, jax.Array]:
         """Arrays [B, S, ...] by name."""
-        raise NotImplementedError
 
     def counted(self, params: Params, frozen: Any, batch: Batch) -> Any:
         """The batch's weight for each of its tokens."""
