@@ -8,6 +8,11 @@ classify.py: a class for each text
 embed.py: a vector for each text
 of_texts.py: what the last four share
 held_to.py: the model that a policy is held to
+grpo.py: what is worth more than other answers to the same prompt
+ppo.py: the same with a critic
+reinforced.py: what both share
+rollouts.py: answers of the policy, as batches
+writing.py: the engine that writes them
 train_medusa.py: heads that guess at later tokens, on a trained model
 self_instruct.py: tasks that a model writes after those of people
 answering.py: conversations answered anew, perhaps with a context
@@ -18,9 +23,9 @@ starting.py: what a new run may start from: another run, or a published model
 
 from __future__ import annotations
 
-from maxlm.config import Classify, Embed, Preference, Pretrain, Reward, RunConfig, Sft, TrainMedusa
+from maxlm.config import Classify, Embed, Grpo, Ppo, Preference, Pretrain, Reward, RunConfig, Sft, TrainMedusa
 from maxlm.inference.load import LoadedRun
-from maxlm.recipes import classify, embed, preference, pretrain, reward, sft, train_medusa
+from maxlm.recipes import classify, embed, grpo, ppo, preference, pretrain, reward, sft, train_medusa
 from maxlm.sharding import Layout
 from maxlm.training.loop import Recipe
 
