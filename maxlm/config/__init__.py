@@ -13,6 +13,8 @@ remat.py: which named results each remat policy keeps
 families.py: model families as functions from sizes to a model
 task.py: what a run learns
 task_rules.py: what a task needs of the rest
+kl.py: what it costs a policy to leave its reference
+policy.py: advantages of a policy's samples, weights of their tokens
 data.py: documents, tokenizers, mixtures
 purposes.py: what records of conversations are for
 quantization.py: ways to make weights smaller
@@ -80,6 +82,7 @@ from maxlm.config.engine import CacheFormat, EngineConfig
 from maxlm.config.errors import UserError
 from maxlm.config.execution import Backend, Dtype, ExecutionConfig, GluSave, KernelConfig, Remat, WeightFormat
 from maxlm.config.families import llama, palm, with_experts
+from maxlm.config.kl import AdaptiveKl, FixedKl, KlController, KlEstimator
 from maxlm.config.mixture import (
     Capacity,
     Dispatch,
@@ -125,6 +128,7 @@ from maxlm.config.optimizer import (
     Schedule,
     WsdSchedule,
 )
+from maxlm.config.policy import Advantage, Aggregation, BatchMean, GroupMean, LeaveOneOut
 from maxlm.config.position import (
     Alibi,
     DynamicNtkScaling,
@@ -194,11 +198,15 @@ __all__ = [
     "AdamW",
     "Adapter",
     "AdapterKind",
+    "AdaptiveKl",
+    "Advantage",
+    "Aggregation",
     "Alibi",
     "Attention",
     "Axes",
     "Backend",
     "BaseFormat",
+    "BatchMean",
     "BeamConfig",
     "BinaryReward",
     "BlockConfig",
@@ -238,11 +246,13 @@ __all__ = [
     "ExpertGroups",
     "Experts",
     "Files",
+    "FixedKl",
     "FixedPattern",
     "GatedMlp",
     "GlmRope",
     "GluSave",
     "Gold",
+    "GroupMean",
     "GroupedQuery",
     "GuidanceConfig",
     "Head",
@@ -252,10 +262,13 @@ __all__ = [
     "InverseSqrtSchedule",
     "Ipo",
     "KernelConfig",
+    "KlController",
+    "KlEstimator",
     "Kto",
     "LatentAttention",
     "LayerNorm",
     "Learned",
+    "LeaveOneOut",
     "LimitsConfig",
     "LinearScaling",
     "LinearSchedule",
