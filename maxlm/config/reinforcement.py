@@ -122,5 +122,3 @@ class Ppo(Reinforced):
     text_weight: NotNegative[float] = 0.0
     """Of the loss of running text among the data sets, beside (PPO-ptx, InstructGPT's equation 2: 27.8); 0: there is
     none."""
-
-

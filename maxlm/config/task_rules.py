@@ -11,9 +11,9 @@ from maxlm.config.task import (
     Classify,
     Dpo,
     Embed,
+    Grpo,
     Ipo,
     Kto,
-    Grpo,
     Orpo,
     Ppo,
     Preference,
@@ -27,7 +27,13 @@ _HEADS: dict[type[Task], type[Head]] = {Reward: ScalarHead, Classify: ClassHead,
 
 
 def broken_task_rules(
-    task: Task, model: ModelConfig, *, init_from: str | None, sample_tokens: int, batch_size: int, rhythm: dict[str, int]
+    task: Task,
+    model: ModelConfig,
+    *,
+    init_from: str | None,
+    sample_tokens: int,
+    batch_size: int,
+    rhythm: dict[str, int],
 ) -> list[str]:
     """A line for each broken rule.
 

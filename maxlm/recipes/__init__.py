@@ -23,15 +23,18 @@ starting.py: what a new run may start from: another run, or a published model
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 from maxlm.config import Classify, Embed, Grpo, Ppo, Preference, Pretrain, Reward, RunConfig, Sft, TrainMedusa
 from maxlm.inference.load import LoadedRun
 from maxlm.recipes import classify, embed, grpo, ppo, preference, pretrain, reward, sft, train_medusa
+from maxlm.recipes.reinforced import Functions
 from maxlm.sharding import Layout
 from maxlm.training.loop import Recipe
 
 
-def recipe(config: RunConfig, layout: Layout) -> Recipe[LoadedRun]:
-    """The recipe of `config.task`, on the mesh of `layout`.
+def recipe(config: RunConfig, layout: Layout, functions: Functions = MappingProxyType({})) -> Recipe[LoadedRun]:
+    """The recipe of `config.task`, on the mesh of `layout`. `functions`: of the config file, for rewards that name one.
 
     Raises:
         UserError: the data or another run that it needs is not there or does not fit.
@@ -51,3 +54,7 @@ def recipe(config: RunConfig, layout: Layout) -> Recipe[LoadedRun]:
             return embed.recipe(config, config.task, layout)
         case TrainMedusa():
             return train_medusa.recipe(config, config.task, layout)
+        case Grpo():
+            return grpo.recipe(config, config.task, layout, functions)
+        case Ppo():
+            return ppo.recipe(config, config.task, layout, functions)

@@ -7,7 +7,7 @@ from typing import Any, assert_never
 from maxlm.config import BatchMean, GroupMean, Grpo, LeaveOneOut, RunConfig
 from maxlm.inference.load import LoadedRun
 from maxlm.recipes.reinforced import Functions, pieces
-from maxlm.recipes.rollouts import Arrays, Numbers, Rollout, RolloutFeed
+from maxlm.recipes.rollouts import Arrays, Numbers, Rollout
 from maxlm.sharding import Layout
 from maxlm.training import policy_losses as losses
 from maxlm.training.loop import Recipe

@@ -79,9 +79,7 @@ def _critic(config: RunConfig, task: Ppo) -> ModelConfig:
 def _start(config: RunConfig, task: Ppo, layout: Layout, found: Pieces, critic: ModelConfig) -> Start:
     """Of the policy as of any run, with a critic beside it."""
     place, key = (
-        (config.checkpoint.init_from, "checkpoint.init_from")
-        if task.critic is None
-        else (task.critic, "task.critic")
+        (config.checkpoint.init_from, "checkpoint.init_from") if task.critic is None else (task.critic, "task.critic")
     )
     of_policy = found.start
     assert of_policy is not None and place is not None, "RunConfig.validate asks for a start"

@@ -51,8 +51,8 @@ class Rollout(NamedTuple):
 
 
 Learn = Callable[[Rollout, dict[str, Any]], tuple[Arrays, dict[str, float]]]
-"""What a task makes of a rollout and of the feed's memory, which it may change: the other arrays of its batches, by row,
-and figures to log."""
+"""What a task makes of a rollout and of the feed's memory, which it may change: the other arrays of its batches, by
+row, and figures to log."""
 
 
 class RolloutFeed:
@@ -213,9 +213,9 @@ def check_lengths(prompts: Prompts, room: int, key: str) -> None:
     long = [n for n in range(len(prompts)) if len(prompts[n].ids) > room]
     if long:
         raise UserError(
-            f"{prompts.folders[0]}: {len(long):,} of {len(prompts):,} prompts are too long; the first, number {long[0]}, "
-            f"has {len(prompts[long[0]].ids)} ids, and {key} leave {max(room, 0)}; use a longer train.seq_len, a smaller "
-            "task.rollouts.max_new_tokens, or prepare the prompts with max_tokens"
+            f"{prompts.folders[0]}: {len(long):,} of {len(prompts):,} prompts are too long; the first, number "
+            f"{long[0]}, has {len(prompts[long[0]].ids)} ids, and {key} leave {max(room, 0)}; use a longer "
+            "train.seq_len, a smaller task.rollouts.max_new_tokens, or prepare the prompts with max_tokens"
         )
 
 

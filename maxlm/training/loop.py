@@ -49,7 +49,7 @@ class Feed(Protocol):
     fingerprint: str
     """Of all that decides the batches. A run goes on only with the feed that it began with."""
     memory: dict[str, Any]
-    """What decides later batches beside step and state, as JSON: checkpoints have it, and a run that goes on gets it."""
+    """What decides later batches beside step and state, as JSON. Checkpoints have it; a run that goes on gets it."""
 
     def next(self, step: int, state: TrainState) -> Batch:
         """The batch of a step, counted from 0, as `Objective.arrays` says; asked for in order, from any step on."""

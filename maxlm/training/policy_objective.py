@@ -36,9 +36,9 @@ class _OfTokens(NamedTuple):
 
 
 class PolicyGradient(NextToken):
-    """Beside those of `NextToken` a batch has, float32 [B, T]: `token_weights`, what each counted token weighs and 0 for
-    others, `old_log_probs` of the policy as it wrote them, `advantages`; and `row_weights` [B, 1], which together are
-    what the sums are divided by (`policy_losses.token_weights`)."""
+    """Beside those of `NextToken` a batch has, float32 [B, T]: `token_weights`, what each counted token weighs and 0
+    for others, `old_log_probs` of the policy as it wrote them, `advantages`; and `row_weights` [B, 1], which together
+    are what the sums are divided by (`policy_losses.token_weights`)."""
 
     _more: tuple[str, ...] = ()
     """Names of further arrays of tokens."""
@@ -98,7 +98,9 @@ class PolicyGradient(NextToken):
         if (model := self._reference) is None:
             return found
         held_to = parameters_of_base(of_model(params)) if self._under else frozen
-        return found | {"reference_log_probs": self._of_targets(self._read_other(model, held_to, batch), batch).log_probs}
+        return found | {
+            "reference_log_probs": self._of_targets(self._read_other(model, held_to, batch), batch).log_probs
+        }
 
     def loss(self, params: Params, frozen: Any, batch: Batch, counted: Any) -> Sums:
         batch = self._how.arrange(batch, ["row_weights"])
@@ -150,9 +152,7 @@ class GroupPolicy(PolicyGradient):
 
     def _of_tokens(self, params: Params, policy: TokenScores, batch: Batch) -> _OfTokens:
         task, old = self._task, batch["old_log_probs"]
-        surrogate = losses.clipped_surrogate(
-            policy.log_probs, old, batch["advantages"], task.clip_low, task.clip_high
-        )
+        surrogate = losses.clipped_surrogate(policy.log_probs, old, batch["advantages"], task.clip_low, task.clip_high)
         if not task.kl_weight:
             return _OfTokens(surrogate, jnp.float32(0), {})
         kl = losses.kl_estimate(policy.log_probs, batch["reference_log_probs"], task.kl_estimator)

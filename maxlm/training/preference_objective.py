@@ -8,7 +8,6 @@ from typing import Any, assert_never
 import jax
 import jax.numpy as jnp
 
-from maxlm import shapes
 from maxlm.config import Dpo, Ipo, Kto, ModelConfig, Orpo, RunConfig, SimPo
 from maxlm.models import Decoder, DecoderOutput, abstract_parameters, ops
 from maxlm.models.adapters import base_of, parameters_of_base

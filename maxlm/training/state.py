@@ -15,8 +15,8 @@ from maxlm.models.weights.holding import places
 from maxlm.sharding import Layout
 
 CRITIC = "critic"
-"""Parameters under this key are of a critic, beside those of the model. A checkpoint has them with the optimizer's state:
-inference reads neither."""
+"""Parameters under this key are of a critic, beside those of the model. A checkpoint has them with the optimizer's
+state: inference reads neither."""
 
 
 def of_model(parameters: Any) -> Any:

@@ -33,7 +33,8 @@ class StepOutput(NamedTuple):
     figures: dict[str, jax.Array]
     """Everything to log: scalars, or one figure for each layer that has it. Always `loss`, `grad_norm` (the global L2
     norm before clipping), `update_norm` (of what is added to the parameters), `learning_rate` and `skipped_steps`
-    (since the start, this one included); and each entry of `Sums.means`, divided by the weight of the batch, and of `Sums.largest`."""
+    (since the start, this one included); each entry of `Sums.means`, divided by the weight of the batch, and of
+    `Sums.largest`."""
     weight: jax.Array
     """`Sums.weight` of the batch."""
     skipped_in_row: jax.Array
