@@ -1,4 +1,4 @@
-"""Learning from rewards, on the model's own outputs: against formulas in float64, and one result however a batch is cut."""
+"""Learning from rewards: against formulas in float64 of the model, and one result however a batch is cut."""
 
 from __future__ import annotations
 
