@@ -15,6 +15,7 @@ task.py: what a run learns
 task_rules.py: what a task needs of the rest
 data.py: documents, tokenizers, mixtures
 purposes.py: what records of conversations are for
+rewards.py: what is good in a completion
 quantization.py: ways to make weights smaller
 optimizer.py: AdamW, Adafactor, schedules
 sharding.py: sizes of the mesh axes, ZeRO stages, presets
@@ -145,6 +146,20 @@ from maxlm.config.position import (
 )
 from maxlm.config.purposes import Counted, Purpose
 from maxlm.config.quantization import QuantMethod
+from maxlm.config.rewards import (
+    BadReward,
+    ExactReward,
+    FormatReward,
+    FunctionReward,
+    JudgeReward,
+    LengthReward,
+    ModelReward,
+    NumberReward,
+    PatternReward,
+    RewardSource,
+    SchemaReward,
+    ProgramReward,
+)
 from maxlm.config.run import CheckpointConfig, LimitsConfig, ObserveConfig, RunConfig, StepRange, TrainConfig
 from maxlm.config.sampling import BeamConfig, ContrastiveConfig, GuidanceConfig, SamplingConfig
 from maxlm.config.sharding import (
@@ -198,6 +213,7 @@ __all__ = [
     "Attention",
     "Axes",
     "Backend",
+    "BadReward",
     "BaseFormat",
     "BeamConfig",
     "BinaryReward",
@@ -233,12 +249,15 @@ __all__ = [
     "EmbedHead",
     "EmbeddedPosition",
     "EngineConfig",
+    "ExactReward",
     "ExecutionConfig",
     "ExpertChoiceRouter",
     "ExpertGroups",
     "Experts",
     "Files",
     "FixedPattern",
+    "FormatReward",
+    "FunctionReward",
     "GatedMlp",
     "GlmRope",
     "GluSave",
@@ -251,11 +270,13 @@ __all__ = [
     "Ia3",
     "InverseSqrtSchedule",
     "Ipo",
+    "JudgeReward",
     "KernelConfig",
     "Kto",
     "LatentAttention",
     "LayerNorm",
     "Learned",
+    "LengthReward",
     "LimitsConfig",
     "LinearScaling",
     "LinearSchedule",
@@ -271,15 +292,18 @@ __all__ = [
     "MlpConfig",
     "MlpEncoder",
     "ModelConfig",
+    "ModelReward",
     "NoisyTopKRouter",
     "Nonlinearity",
     "Norm",
     "NtkScaling",
+    "NumberReward",
     "ObserveConfig",
     "OptimizerConfig",
     "Orpo",
     "OutputNorm",
     "Parallel",
+    "PatternReward",
     "PieceModel",
     "Pooling",
     "Position",
@@ -302,6 +326,7 @@ __all__ = [
     "ResidualInit",
     "Reward",
     "RewardLoss",
+    "RewardSource",
     "RmsNorm",
     "Rope",
     "RopeScaling",
@@ -311,6 +336,7 @@ __all__ = [
     "Sandwich",
     "ScalarHead",
     "Schedule",
+    "SchemaReward",
     "SentencePieceTokenizer",
     "Sft",
     "ShardingConfig",
@@ -325,6 +351,7 @@ __all__ = [
     "StridedPattern",
     "Swish",
     "Task",
+    "ProgramReward",
     "TokenizerConfig",
     "TokenizerSource",
     "TopKRouter",
