@@ -156,9 +156,9 @@ from maxlm.config.rewards import (
     ModelReward,
     NumberReward,
     PatternReward,
+    ProgramReward,
     RewardSource,
     SchemaReward,
-    ProgramReward,
 )
 from maxlm.config.run import CheckpointConfig, LimitsConfig, ObserveConfig, RunConfig, StepRange, TrainConfig
 from maxlm.config.sampling import BeamConfig, ContrastiveConfig, GuidanceConfig, SamplingConfig
@@ -314,6 +314,7 @@ __all__ = [
     "PrefixTuning",
     "PrepareConfig",
     "Pretrain",
+    "ProgramReward",
     "PromptLookup",
     "PromptTuning",
     "Purpose",
@@ -351,7 +352,6 @@ __all__ = [
     "StridedPattern",
     "Swish",
     "Task",
-    "ProgramReward",
     "TokenizerConfig",
     "TokenizerSource",
     "TopKRouter",

@@ -37,5 +37,6 @@ writer.py: shard files that survive a kill
 shards.py: the prepared folder and its checks
 record_windows.py: windows of whole records
 packing.py: windows, segments, positions, loss mask
+prompts.py: prompts with their records
 loader.py: batch(step), mixtures, global arrays
 """
