@@ -18,6 +18,7 @@ kl.py: what it costs a policy to leave its reference
 policy.py: advantages of a policy's samples, weights of their tokens
 data.py: documents, tokenizers, mixtures
 purposes.py: what records of conversations are for
+rewards.py: what is good in a completion
 quantization.py: ways to make weights smaller
 optimizer.py: AdamW, Adafactor, schedules
 sharding.py: sizes of the mesh axes, ZeRO stages, presets
@@ -151,6 +152,20 @@ from maxlm.config.position import (
 from maxlm.config.purposes import Counted, Purpose
 from maxlm.config.quantization import QuantMethod
 from maxlm.config.reinforcement import Grpo, Ppo, Reinforced, Rollouts
+from maxlm.config.rewards import (
+    BadReward,
+    ExactReward,
+    FormatReward,
+    FunctionReward,
+    JudgeReward,
+    LengthReward,
+    ModelReward,
+    NumberReward,
+    PatternReward,
+    ProgramReward,
+    RewardSource,
+    SchemaReward,
+)
 from maxlm.config.run import CheckpointConfig, LimitsConfig, ObserveConfig, RunConfig, StepRange, TrainConfig
 from maxlm.config.sampling import BeamConfig, ContrastiveConfig, GuidanceConfig, SamplingConfig
 from maxlm.config.sharding import (
@@ -207,6 +222,7 @@ __all__ = [
     "Attention",
     "Axes",
     "Backend",
+    "BadReward",
     "BaseFormat",
     "BatchMean",
     "BeamConfig",
@@ -243,6 +259,7 @@ __all__ = [
     "EmbedHead",
     "EmbeddedPosition",
     "EngineConfig",
+    "ExactReward",
     "ExecutionConfig",
     "ExpertChoiceRouter",
     "ExpertGroups",
@@ -250,6 +267,8 @@ __all__ = [
     "Files",
     "FixedKl",
     "FixedPattern",
+    "FormatReward",
+    "FunctionReward",
     "GatedMlp",
     "GlmRope",
     "GluSave",
@@ -264,6 +283,7 @@ __all__ = [
     "Ia3",
     "InverseSqrtSchedule",
     "Ipo",
+    "JudgeReward",
     "KernelConfig",
     "KlController",
     "KlEstimator",
@@ -272,6 +292,7 @@ __all__ = [
     "LayerNorm",
     "Learned",
     "LeaveOneOut",
+    "LengthReward",
     "LimitsConfig",
     "LinearScaling",
     "LinearSchedule",
@@ -287,15 +308,18 @@ __all__ = [
     "MlpConfig",
     "MlpEncoder",
     "ModelConfig",
+    "ModelReward",
     "NoisyTopKRouter",
     "Nonlinearity",
     "Norm",
     "NtkScaling",
+    "NumberReward",
     "ObserveConfig",
     "OptimizerConfig",
     "Orpo",
     "OutputNorm",
     "Parallel",
+    "PatternReward",
     "PieceModel",
     "Pooling",
     "Position",
@@ -307,6 +331,7 @@ __all__ = [
     "PrefixTuning",
     "PrepareConfig",
     "Pretrain",
+    "ProgramReward",
     "PromptLookup",
     "PromptTuning",
     "Purpose",
@@ -320,6 +345,7 @@ __all__ = [
     "ResidualInit",
     "Reward",
     "RewardLoss",
+    "RewardSource",
     "RmsNorm",
     "Rollouts",
     "Rope",
@@ -330,6 +356,7 @@ __all__ = [
     "Sandwich",
     "ScalarHead",
     "Schedule",
+    "SchemaReward",
     "SentencePieceTokenizer",
     "Sft",
     "ShardingConfig",

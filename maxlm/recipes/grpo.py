@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, assert_never
 
 from maxlm.config import BatchMean, GroupMean, Grpo, LeaveOneOut, RunConfig
 from maxlm.inference.load import LoadedRun
-from maxlm.recipes.reinforced import Functions, pieces
+from maxlm.recipes.reinforced import pieces
+from maxlm.recipes.rewards import RewardFunction
 from maxlm.recipes.rollouts import Arrays, Numbers, Rollout
 from maxlm.sharding import Layout
 from maxlm.training import policy_losses as losses
@@ -14,7 +16,7 @@ from maxlm.training.loop import Recipe
 from maxlm.training.policy_objective import GroupPolicy
 
 
-def recipe(config: RunConfig, task: Grpo, layout: Layout, functions: Functions) -> Recipe[LoadedRun]:
+def recipe(config: RunConfig, task: Grpo, layout: Layout, functions: Mapping[str, RewardFunction]) -> Recipe[LoadedRun]:
     """
     Raises:
         UserError: the prompts, a reward or the reference is not there, is damaged, or does not fit the model.

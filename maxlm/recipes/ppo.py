@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from maxlm.config import Aggregation, ModelConfig, Ppo, Purpose, RunConfig, ScalarHead, UserError
@@ -13,7 +15,8 @@ from maxlm.data.loader import open_batches
 from maxlm.data.shards import Split, read_info
 from maxlm.inference.load import LoadedRun
 from maxlm.models.adapters import base_of
-from maxlm.recipes.reinforced import Functions, Pieces, pieces
+from maxlm.recipes.reinforced import Pieces, pieces
+from maxlm.recipes.rewards import RewardFunction
 from maxlm.recipes.rollouts import Arrays, Rollout
 from maxlm.recipes.starting import open_source
 from maxlm.sharding import Layout
@@ -25,7 +28,7 @@ from maxlm.training.step import Trainer
 from maxlm.training.warm_start import Start, WarmStart, warm_start
 
 
-def recipe(config: RunConfig, task: Ppo, layout: Layout, functions: Functions) -> Recipe[LoadedRun]:
+def recipe(config: RunConfig, task: Ppo, layout: Layout, functions: Mapping[str, RewardFunction]) -> Recipe[LoadedRun]:
     """
     Raises:
         UserError: the prompts, running text, a reward, the critic or the reference is not there, is damaged, or does
@@ -40,9 +43,8 @@ def recipe(config: RunConfig, task: Ppo, layout: Layout, functions: Functions) -
         beta = memory.setdefault("beta", task.kl.beta)
         kl = np.zeros(mask.shape)
         if "reference_log_probs" in arrays:
-            kl = np.asarray(
-                losses.kl_estimate(arrays["old_log_probs"], arrays["reference_log_probs"], task.kl_estimator)
-            )
+            both = (jnp.asarray(arrays[name]) for name in ("old_log_probs", "reference_log_probs"))
+            kl = np.asarray(losses.kl_estimate(*both, task.kl_estimator), np.float64)
         rewards = losses.per_token_rewards(answered.rewards, kl, mask, beta)
         ahead = losses.gae(rewards, arrays["old_values"], mask, task.gamma, task.gae_lambda)
         weights = losses.token_weights(mask, Aggregation.TOKEN_MEAN, task.rollouts.max_new_tokens)

@@ -16,7 +16,7 @@ from maxlm.inference.load import LoadedRun
 from maxlm.processes.joining import on_rank_0
 from maxlm.recipes.held_to import ReferenceModel
 from maxlm.recipes.pretrain import Sample, check_sample
-from maxlm.recipes.rewards import Rewards, open_rewards
+from maxlm.recipes.rewards import RewardFunction, RewardSum
 from maxlm.recipes.rollouts import Arrays, Learn, PromptScores, RolloutFeed, RolloutFigures, check_lengths
 from maxlm.recipes.starting import starting
 from maxlm.recipes.taught import Taught, taught
@@ -26,9 +26,6 @@ from maxlm.training.loop import Measure, Recipe
 from maxlm.training.policy_objective import PolicyGradient
 from maxlm.training.state import TrainState, of_model
 from maxlm.training.warm_start import Start
-
-Functions = Mapping[str, Callable[..., Any]]
-"""Those of the config file, by name."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +38,7 @@ class Pieces:
     prompts: Prompts
     held_out: Prompts | None
     taught: Taught
-    rewards: Rewards
+    rewards: RewardSum
     reference: ReferenceModel | None
     under: bool
 
@@ -106,7 +103,9 @@ class Pieces:
         )
 
 
-def pieces(config: RunConfig, task: Reinforced, layout: Layout, functions: Functions, *, held: bool) -> Pieces:
+def pieces(
+    config: RunConfig, task: Reinforced, layout: Layout, functions: Mapping[str, RewardFunction], *, held: bool
+) -> Pieces:
     """Prepares the data first, if the config says how and nobody has.
 
     Args:
@@ -142,6 +141,13 @@ def pieces(config: RunConfig, task: Reinforced, layout: Layout, functions: Funct
             reference = ReferenceModel(place, tokenizer.fingerprint)
         except UserError as error:
             raise UserError(f"the reference {place}: {error}") from error
+    rewards = RewardSum(
+        task.rewards,
+        task.on_bad_reward,
+        tokenizer=tokenizer.fingerprint,
+        sharding=config.sharding,
+        functions=functions,
+    )
     return Pieces(
         config=config,
         task=task,
@@ -149,7 +155,7 @@ def pieces(config: RunConfig, task: Reinforced, layout: Layout, functions: Funct
         prompts=prompts,
         held_out=held_out,
         taught=told,
-        rewards=open_rewards(task, told, functions),
+        rewards=rewards,
         reference=reference,
         under=under,
     )

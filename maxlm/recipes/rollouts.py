@@ -15,7 +15,8 @@ from maxlm.data.packing import pack
 from maxlm.data.prompts import Prompt, Prompts
 from maxlm.inference.request import Finish
 from maxlm.observe.text import short
-from maxlm.recipes.rewards import Judged, Rewards, Sample
+from maxlm.recipes.completions import Completion
+from maxlm.recipes.rewards import Judged, RewardSum
 from maxlm.recipes.writing import PolicyWriter, Written, seed_of
 from maxlm.sharding import Layout
 from maxlm.training import policy_losses as losses
@@ -24,7 +25,7 @@ from maxlm.training.policy_objective import PolicyGradient
 from maxlm.training.state import TrainState, of_model
 
 Numbers = npt.NDArray[np.float64]
-Arrays = dict[str, npt.NDArray[np.generic]]
+Arrays = dict[str, npt.NDArray[Any]]
 
 
 class Answered(NamedTuple):
@@ -69,7 +70,7 @@ class RolloutFeed:
         objective: PolicyGradient,
         writer: PolicyWriter,
         prompts: Prompts,
-        rewards: Rewards,
+        rewards: RewardSum,
         learn: Learn,
         *,
         redraws: int = 0,
@@ -162,7 +163,8 @@ class RolloutFeed:
         for n, prompt in enumerate(prompts):
             own = slice(n * S, (n + 1) * S)
             parts = {name: values[own] for name, values in judged.parts.items()}
-            yield Answered([prompt], written[own], judged.total[own], judged.usable[own], parts)
+            worth = np.where(judged.usable, judged.total, 0.0)[own]
+            yield Answered([prompt], written[own], worth, judged.usable[own], parts)
 
     def _order(self, number: int, epoch: int) -> npt.NDArray[np.int64]:
         """In which the rows of a rollout are learned from."""
@@ -182,7 +184,7 @@ class RolloutFeed:
                 found.setdefault(name, np.zeros(arrays["inputs"].shape, np.float32))[rows] = np.asarray(values)
         return found
 
-    def _placed(self, batch: Mapping[str, npt.NDArray[np.generic]]) -> Batch:
+    def _placed(self, batch: Arrays) -> Batch:
         dims = {name: self._objective.arrays[name].dims for name in batch}
         place = lambda name, x: jax.device_put(x, self._layout.sharding(self._layout.activation(*dims[name])))
         return {name: place(name, x) for name, x in batch.items()}
@@ -193,10 +195,10 @@ def sampling(rollouts: Rollouts) -> SamplingConfig:
     return SamplingConfig(temperature=rollouts.temperature, top_k=rollouts.top_k, top_p=rollouts.top_p)
 
 
-def judge(rewards: Rewards, prompts: Sequence[Prompt], written: Sequence[Written]) -> Judged:
+def judge(rewards: RewardSum, prompts: Sequence[Prompt], written: Sequence[Written]) -> Judged:
     """What completions are worth."""
     texts = zip(prompts, written, strict=True)
-    return rewards([Sample(prompt, one.text, one.tokens, one.finish) for prompt, one in texts])
+    return rewards([Completion(prompt, one.text, one.tokens, one.finish) for prompt, one in texts])
 
 
 def check_lengths(prompts: Prompts, room: int, key: str) -> None:
@@ -292,7 +294,7 @@ class PromptScores:
 
     name = "eval"
 
-    def __init__(self, config: RunConfig, task: Reinforced, writer: PolicyWriter, prompts: Prompts, rewards: Rewards):
+    def __init__(self, config: RunConfig, task: Reinforced, writer: PolicyWriter, prompts: Prompts, rewards: RewardSum):
         self.every, self._seed, self._rollouts = config.train.eval_every, config.train.seed, task.rollouts
         self._tokens_per_step = config.train.batch_size * config.train.seq_len
         self._writer, self._rewards = writer, rewards
