@@ -3,8 +3,8 @@
     python -m maxlm.train --config configs/sort_sft.py
     python -m maxlm.train --config configs/grpo_sort.py
 
-Hardware: two CPU cores, no download; two minutes. Each step the model answers 32 prompts eight times each; what is right
-more often than the others of its prompt becomes more likely. `eval_reward` is the share of right answers to prompts that
+Hardware: two CPU cores, no download; two minutes. Each step the model answers 32 prompts eight times each; right answers
+become more likely where others to the same prompt are wrong. `eval_reward` is the share of right answers to prompts that
 it never trains on.
 """
 

@@ -43,8 +43,8 @@ def recipe(config: RunConfig, task: Ppo, layout: Layout, functions: Mapping[str,
         beta = memory.setdefault("beta", task.kl.beta)
         kl = np.zeros(mask.shape)
         if "reference_log_probs" in arrays:
-            both = (jnp.asarray(arrays[name]) for name in ("old_log_probs", "reference_log_probs"))
-            kl = np.asarray(losses.kl_estimate(*both, task.kl_estimator), np.float64)
+            policy, other = jnp.asarray(arrays["old_log_probs"]), jnp.asarray(arrays["reference_log_probs"])
+            kl = np.asarray(losses.kl_estimate(policy, other, task.kl_estimator), np.float64)
         rewards = losses.per_token_rewards(answered.rewards, kl, mask, beta)
         ahead = losses.gae(rewards, arrays["old_values"], mask, task.gamma, task.gae_lambda)
         weights = losses.token_weights(mask, Aggregation.TOKEN_MEAN, task.rollouts.max_new_tokens)
