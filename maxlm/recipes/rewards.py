@@ -260,8 +260,9 @@ def _exact(task: ExactReward, completion: Completion) -> float:
 
 
 def _matches(task: PatternReward, completion: Completion) -> float:
-    pattern = task.pattern if task.key is None else _words(_of_record(completion, task.key), task.key)
-    assert pattern is not None, "the config has one of them"
+    pattern = task.pattern
+    if pattern is None:
+        pattern = _words(_of_record(completion, task.key), task.key)
     try:
         return float(verifiers.matches(completion.text, pattern, task.timeout_s))
     except (re.error, RecursionError, OverflowError) as error:
@@ -270,7 +271,7 @@ def _matches(task: PatternReward, completion: Completion) -> float:
 
 def _fits(task: SchemaReward, opened: CheckedSchema | None, completion: Completion) -> float:
     schema = opened
-    if task.key is not None:
+    if schema is None:
         found = _of_record(completion, task.key)
         try:
             schema = CheckedSchema(
@@ -278,7 +279,6 @@ def _fits(task: SchemaReward, opened: CheckedSchema | None, completion: Completi
             )
         except (UserError, ValueError) as error:
             raise _NoNumber(str(error)) from error
-    assert schema is not None, "the config has one of them"
     text = verifiers.part_after(completion.text, task.after)
     return float(text is not None and verifiers.fits_schema(text, schema, task.timeout_s))
 
