@@ -13,8 +13,8 @@ from maxlm.config import UserError
 
 T = TypeVar("T")
 
-LONGEST_S = 1e8
-"""Three years: what is longer no clock of the system takes."""
+LONGEST_S = 1e6
+"""Eleven days: much longer limits are more than the system's clocks take."""
 _AGAIN_S = 0.1
 """Seconds between reminders, as what is to end may catch the first."""
 
