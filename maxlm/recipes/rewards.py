@@ -41,7 +41,7 @@ from maxlm.config.fields import shown
 from maxlm.config.json_file import read_object
 from maxlm.config.rewards import SERVERS
 from maxlm.evaluation import verifiers
-from maxlm.evaluation.json_schema import CheckedSchema, json_value
+from maxlm.evaluation.json_schema import CheckedSchema, EndlessSchema, json_value
 from maxlm.evaluation.marking import exact_match, normalized_match
 from maxlm.evaluation.sandbox import Sandbox, SandboxLimits
 from maxlm.evaluation.time_limit import TimeUp, within
@@ -280,7 +280,10 @@ def _fits(task: SchemaReward, opened: CheckedSchema | None, completion: Completi
         except (UserError, ValueError) as error:
             raise _NoNumber(str(error)) from error
     text = verifiers.part_after(completion.text, task.after)
-    return float(text is not None and verifiers.fits_schema(text, schema, task.timeout_s))
+    try:
+        return float(text is not None and verifiers.fits_schema(text, schema, task.timeout_s))
+    except EndlessSchema as error:
+        raise _NoNumber(str(error)) from error
 
 
 def _tested(task: ProgramReward, sandbox: Sandbox, completions: Sequence[Completion]) -> list[Score]:
