@@ -83,7 +83,8 @@ def check_schema(schema: Any, place: str) -> None:
 
 def _check_rule(keyword: str, value: Any, where: str) -> None:
     kinds, _ = _RULES[keyword]
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+    fits: bool = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+    if not fits:
         raise UserError(f"{where} = {json.dumps(value)[:60]} is not what this keyword takes")
     match keyword:
         case "type":
