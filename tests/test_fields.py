@@ -148,6 +148,7 @@ NONE_IS_A_CHOICE = {
     "LimitsConfig.step_s",
 }
 MINUS_ONE_IS_WHAT_REMAINS = {f"ShardingConfig.{axis}" for axis in ("data", "fsdp", "stage", "seq", "tensor", "expert")}
+ANY_SIGN = {"ModelReward.mean"}
 BELOW_ANOTHER = {"Llama3RopeScaling.low_freq_factor", "YarnScaling.beta_slow"}
 """Of high_freq_factor and beta_fast, whose names a message begins with where these are too large."""
 AT_MOST_ONE = {
@@ -171,7 +172,9 @@ def accepted(number: Number, value: Any) -> bool:
         case None:
             return number.key in NONE_IS_A_CHOICE
         case -1:
-            return number.key in MINUS_ONE_IS_WHAT_REMAINS
+            return number.key in MINUS_ONE_IS_WHAT_REMAINS | ANY_SIGN
+        case -0.5:
+            return number.key in ANY_SIGN
         case int() if value == 10**30:  # float32 holds it, and how large is too large only an experiment knows
             return number.kind is float and number.key not in AT_MOST_ONE | BELOW_ANOTHER
         case _:
