@@ -146,6 +146,8 @@ NONE_IS_A_CHOICE = {
     "LimitsConfig.join_s",
     "LimitsConfig.silent_s",
     "LimitsConfig.step_s",
+    "Rollouts.importance_cap",
+    "Ppo.largest_kl",
 }
 MINUS_ONE_IS_WHAT_REMAINS = {f"ShardingConfig.{axis}" for axis in ("data", "fsdp", "stage", "seq", "tensor", "expert")}
 ANY_SIGN = {"ModelReward.mean"}
@@ -163,6 +165,10 @@ AT_MOST_ONE = {
     "AdaLora.beta2",
     "Gold.beta",
     "Dpo.label_smoothing",
+    "Grpo.clip_low",
+    "Ppo.gamma",
+    "Ppo.gae_lambda",
+    "Rollouts.top_p",
 }
 
 
@@ -221,7 +227,7 @@ FLOATS = [number for number in numbers() if number.kind is float]
 
 @pytest.mark.parametrize("number", FLOATS, ids=lambda number: number.key)
 def test_a_float_may_be_written_as_an_int(number: Number) -> None:
-    value = 1 if number.key == "Gold.beta" else 0 if number.key in AT_MOST_ONE else 2
+    value = 1 if number.key in ("Gold.beta", "Rollouts.top_p") else 0 if number.key in AT_MOST_ONE else 2
     for written in (value, float(value)):
         assert getattr(change(number.cls, number.name, written), number.name) == value
 

@@ -80,7 +80,7 @@ class PolicyGradient(NextToken):
 
     def scores(self, params: Params, frozen: Any, batch: Batch) -> dict[str, jax.Array]:
         """What is said of the tokens of a batch of `NextToken` before it is learned from, float32 [B, T], a micro-batch
-        at a time: `old_log_probs` and the `entropy` of each distribution; `reference_log_probs`, if there is a reference.
+        at a time: `old_log_probs`, the `entropy` of each distribution, and `reference_log_probs`, if there is one.
 
         By the very operations of `loss`, on as many rows: until the parameters change, both say the same.
         """
