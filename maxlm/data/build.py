@@ -20,7 +20,7 @@ from maxlm.data import ghost, mixing, raw_tasks, reply_trees, sharegpt, wordings
 from maxlm.data.conversation_formats import BadRecord, in_order, turns_of
 from maxlm.data.documents import Document, Unreadable
 from maxlm.data.named_tokenizer import named_tokenizer
-from maxlm.data.problems import Problem, ProblemKind, problems
+from maxlm.data.problems import MadeProblem, ProblemKind, problems
 from maxlm.data.sources import iterate_documents
 from maxlm.data.tokenizers import open_tokenizer
 
@@ -307,7 +307,7 @@ def _problems(command: Problems) -> int:
     return _write(command.out, made, Unreadable())
 
 
-def _problem(one: Problem, form: ProblemForm) -> dict[str, Any]:
+def _problem(one: MadeProblem, form: ProblemForm) -> dict[str, Any]:
     match form:
         case ProblemForm.RECORDS:
             return {"prompt": one.prompt, "completion": one.answer, "answer": one.answer}

@@ -14,29 +14,11 @@ _HELD_OUT = 16
 """One of so many problems is held out."""
 _TRIES = 64
 """Problems that are drawn for each that is wanted, before there are held to be no more."""
-_SMALL = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-]
-_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+_SMALL = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+)  # fmt: skip
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 _SCALES = ((10**9, "billion"), (10**6, "million"), (1000, "thousand"), (100, "hundred"))
 
 
@@ -60,7 +42,7 @@ class ProblemKind(enum.Enum):
                 assert_never(self)
 
 
-class Problem(NamedTuple):
+class MadeProblem(NamedTuple):
     """A question, and the only right answer to it."""
 
     prompt: str
@@ -71,11 +53,11 @@ class Problem(NamedTuple):
 
 def problems(
     kind: ProblemKind, count: int, seed: int, *, held_out: bool = False, digits: int | None = None
-) -> Iterator[Problem]:
+) -> Iterator[MadeProblem]:
     """So many different ones, the same for the same arguments.
 
-    One problem in sixteen, chosen by a hash of what it asks for, is held out: it comes only with `held_out`, and then no
-    other does. So whatever the seeds, no problem of one part is in the other.
+    One problem in sixteen, chosen by a hash of what it asks for, is held out: it comes only with `held_out`, and then
+    no other does. So whatever the seeds, no problem of one part is in the other.
 
     Args:
         kind: of problems.
@@ -111,18 +93,18 @@ def in_words(number: int) -> str:
     return f"{tens}-{_SMALL[number % 10]}" if number % 10 else tens
 
 
-def _drawn(kind: ProblemKind, digits: int, draw: random.Random) -> Problem:
+def _drawn(kind: ProblemKind, digits: int, draw: random.Random) -> MadeProblem:
     match kind:
         case ProblemKind.SORT:
             number = "".join(draw.choices("0123456789", k=digits))
-            return Problem(f"Sort {number}.", "".join(sorted(number)), number)
+            return MadeProblem(f"Sort {number}.", "".join(sorted(number)), number)
         case ProblemKind.ADDITION:
             a, b = draw.randrange(10**digits), draw.randrange(10**digits)
             said = f"{in_words(a)} plus {in_words(b)}" if draw.random() < 0.5 else f"{a} + {b}"
-            return Problem(f"What is {said}?", str(a + b), f"{min(a, b)} + {max(a, b)}")
+            return MadeProblem(f"What is {said}?", str(a + b), f"{min(a, b)} + {max(a, b)}")
         case _:
             assert_never(kind)
 
 
-def _is_held_out(problem: Problem) -> bool:
+def _is_held_out(problem: MadeProblem) -> bool:
     return blake2b(problem.key.encode(), digest_size=8).digest()[0] % _HELD_OUT == 0
