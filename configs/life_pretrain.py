@@ -7,7 +7,7 @@ or this part alone, after `launch/life.sh data`:
     python -m maxlm.train --config configs/life_pretrain.py
 
 Hardware: two CPU cores, 1 GB of memory, no download; about four minutes. Two windows in three are of the Python standard
-library's own sources, the third of problems: digits to sort, and sums in digits and in words.
+library's own sources, the third of sums, in digits and in words.
 """
 
 from maxlm.config import (
@@ -30,7 +30,7 @@ from maxlm.config import (
 
 
 def get_config() -> RunConfig:
-    problems = Files(paths=("data/life/sort_text.jsonl", "data/life/addition_text.jsonl"))
+    sums = Files(paths=("data/life/addition_text.jsonl",))
     return RunConfig(
         model=llama(vocab_size=384, d_model=128, n_layers=4, n_heads=4, d_ff=344, max_seq_len=256),
         execution=ExecutionConfig(dtype=Dtype.FLOAT32),
@@ -44,17 +44,15 @@ def get_config() -> RunConfig:
                     ),
                 ),
                 Dataset(
-                    path="data/life/problems",
-                    prepare=PrepareConfig(
-                        documents=problems, tokenizer=ByteTokenizer(), validation_fraction=0.02
-                    ),
+                    path="data/life/sums",
+                    prepare=PrepareConfig(documents=sums, tokenizer=ByteTokenizer(), validation_fraction=0.02),
                 ),
             )
         ),
-        train=TrainConfig(steps=450, batch_size=32, seq_len=128, eval_every=150, eval_batches=8),
+        train=TrainConfig(steps=800, batch_size=32, seq_len=128, eval_every=200, eval_batches=8),
         optimizer=AdamW(learning_rate=3e-3, schedule=CosineSchedule(warmup_steps=20)),
-        checkpoint=CheckpointConfig(every=150),
-        observe=ObserveConfig(sample_prompt="Sort 352914. ", sample_tokens=32),
+        checkpoint=CheckpointConfig(every=200),
+        observe=ObserveConfig(sample_prompt="What is 12 + 7? ", sample_tokens=32),
         target="cpu:1",
         run_dir="runs/life/pretrain",
     )

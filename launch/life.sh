@@ -17,7 +17,6 @@ problems() { # KIND NAME, and options
   [[ -e data/life/$2.jsonl ]] || python -m maxlm.data build problems "$1" --out "data/life/$2.jsonl" "${@:3}"
 }
 
-problems sort sort_text --count 20000 --seed 1 --as text
 problems addition addition_text --count 12000 --seed 1 --as text
 problems sort sort --count 1000 --seed 2
 problems addition addition --count 1000 --seed 2
