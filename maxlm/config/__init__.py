@@ -12,9 +12,13 @@ execution.py: number formats, remat, kernels
 remat.py: which named results each remat policy keeps
 families.py: model families as functions from sizes to a model
 task.py: what a run learns
+reinforcement.py: what runs learn that learn from rewards
 task_rules.py: what a task needs of the rest
+kl.py: what it costs a policy to leave its reference
+policy.py: advantages of a policy's samples, weights of their tokens
 data.py: documents, tokenizers, mixtures
 purposes.py: what records of conversations are for
+rewards.py: what is good in a completion
 quantization.py: ways to make weights smaller
 optimizer.py: AdamW, Adafactor, schedules
 sharding.py: sizes of the mesh axes, ZeRO stages, presets
@@ -80,6 +84,7 @@ from maxlm.config.engine import CacheFormat, EngineConfig
 from maxlm.config.errors import UserError
 from maxlm.config.execution import Backend, Dtype, ExecutionConfig, GluSave, KernelConfig, Remat, WeightFormat
 from maxlm.config.families import llama, palm, with_experts
+from maxlm.config.kl import AdaptiveKl, FixedKl, KlController, KlEstimator
 from maxlm.config.mixture import (
     Capacity,
     Dispatch,
@@ -125,6 +130,7 @@ from maxlm.config.optimizer import (
     Schedule,
     WsdSchedule,
 )
+from maxlm.config.policy import Advantage, Aggregation, BatchMean, GroupMean, LeaveOneOut
 from maxlm.config.position import (
     Alibi,
     DynamicNtkScaling,
@@ -145,6 +151,21 @@ from maxlm.config.position import (
 )
 from maxlm.config.purposes import Counted, Purpose
 from maxlm.config.quantization import QuantMethod
+from maxlm.config.reinforcement import Grpo, Ppo, Reinforced, Rollouts
+from maxlm.config.rewards import (
+    BadReward,
+    ExactReward,
+    FormatReward,
+    FunctionReward,
+    JudgeReward,
+    LengthReward,
+    ModelReward,
+    NumberReward,
+    PatternReward,
+    ProgramReward,
+    RewardSource,
+    SchemaReward,
+)
 from maxlm.config.run import CheckpointConfig, LimitsConfig, ObserveConfig, RunConfig, StepRange, TrainConfig
 from maxlm.config.sampling import BeamConfig, ContrastiveConfig, GuidanceConfig, SamplingConfig
 from maxlm.config.sharding import (
@@ -194,11 +215,16 @@ __all__ = [
     "AdamW",
     "Adapter",
     "AdapterKind",
+    "AdaptiveKl",
+    "Advantage",
+    "Aggregation",
     "Alibi",
     "Attention",
     "Axes",
     "Backend",
+    "BadReward",
     "BaseFormat",
+    "BatchMean",
     "BeamConfig",
     "BinaryReward",
     "BlockConfig",
@@ -233,17 +259,23 @@ __all__ = [
     "EmbedHead",
     "EmbeddedPosition",
     "EngineConfig",
+    "ExactReward",
     "ExecutionConfig",
     "ExpertChoiceRouter",
     "ExpertGroups",
     "Experts",
     "Files",
+    "FixedKl",
     "FixedPattern",
+    "FormatReward",
+    "FunctionReward",
     "GatedMlp",
     "GlmRope",
     "GluSave",
     "Gold",
+    "GroupMean",
     "GroupedQuery",
+    "Grpo",
     "GuidanceConfig",
     "Head",
     "HuggingFaceDataset",
@@ -251,11 +283,16 @@ __all__ = [
     "Ia3",
     "InverseSqrtSchedule",
     "Ipo",
+    "JudgeReward",
     "KernelConfig",
+    "KlController",
+    "KlEstimator",
     "Kto",
     "LatentAttention",
     "LayerNorm",
     "Learned",
+    "LeaveOneOut",
+    "LengthReward",
     "LimitsConfig",
     "LinearScaling",
     "LinearSchedule",
@@ -271,30 +308,36 @@ __all__ = [
     "MlpConfig",
     "MlpEncoder",
     "ModelConfig",
+    "ModelReward",
     "NoisyTopKRouter",
     "Nonlinearity",
     "Norm",
     "NtkScaling",
+    "NumberReward",
     "ObserveConfig",
     "OptimizerConfig",
     "Orpo",
     "OutputNorm",
     "Parallel",
+    "PatternReward",
     "PieceModel",
     "Pooling",
     "Position",
     "PostNorm",
+    "Ppo",
     "PreNorm",
     "Preference",
     "PreferenceLoss",
     "PrefixTuning",
     "PrepareConfig",
     "Pretrain",
+    "ProgramReward",
     "PromptLookup",
     "PromptTuning",
     "Purpose",
     "QkNorm",
     "QuantMethod",
+    "Reinforced",
     "RelativeBias",
     "RelativeSinusoids",
     "Remat",
@@ -302,7 +345,9 @@ __all__ = [
     "ResidualInit",
     "Reward",
     "RewardLoss",
+    "RewardSource",
     "RmsNorm",
+    "Rollouts",
     "Rope",
     "RopeScaling",
     "Router",
@@ -311,6 +356,7 @@ __all__ = [
     "Sandwich",
     "ScalarHead",
     "Schedule",
+    "SchemaReward",
     "SentencePieceTokenizer",
     "Sft",
     "ShardingConfig",

@@ -18,6 +18,7 @@ judging.py: reward models and classifiers
 nearness.py: vectors of texts
 text_sums.py: sums over each text of a batch
 preference_losses.py: losses of preferences, rewards and embeddings, as functions of such sums
+policy_losses.py: policy gradients: surrogates, KL estimates, advantages
 optimizers.py: optax transformations from configs
 schedules.py: learning rates
 state.py: the train state and where its arrays live
