@@ -3,7 +3,7 @@
     python -m maxlm.train --config configs/life_dpo.py
 
 Of configs/data/manners.jsonl, a polite and a rude answer to each question. The run in runs/life/sft is where it starts
-and what it is held to. Hardware: two CPU cores, 1 GB of memory, no download; about a minute.
+and what it is held to (889,984 parameters). Hardware: two CPU cores, 1 GB of memory, no download; about a minute.
 """
 
 import dataclasses

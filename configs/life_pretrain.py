@@ -1,13 +1,10 @@
-"""The first part of a model's life in small (docs/life.md): 889,984 parameters learn to continue text, byte by byte.
+"""The first part of a small life (docs/life.md): 889,984 parameters learn to continue text, byte by byte.
 
-    make life
-
-or this part alone, after `launch/life.sh data`:
-
+    python -m maxlm.data build problems addition --count 12000 --seed 1 --as text --out data/life/addition_text.jsonl
     python -m maxlm.train --config configs/life_pretrain.py
 
-Hardware: two CPU cores, 1 GB of memory, no download; about four minutes. Two windows in three are of the Python standard
-library's own sources, the third of sums, in digits and in words.
+`make life` does this and all that follows. Hardware: two CPU cores, 1 GB of memory, no download; two to three minutes.
+Two windows in three are of the Python standard library's own sources, the third of sums, in digits and in words.
 """
 
 from maxlm.config import (
@@ -49,9 +46,9 @@ def get_config() -> RunConfig:
                 ),
             )
         ),
-        train=TrainConfig(steps=800, batch_size=32, seq_len=128, eval_every=200, eval_batches=8),
+        train=TrainConfig(steps=450, batch_size=32, seq_len=128, eval_every=150, eval_batches=8),
         optimizer=AdamW(learning_rate=3e-3, schedule=CosineSchedule(warmup_steps=20)),
-        checkpoint=CheckpointConfig(every=200),
+        checkpoint=CheckpointConfig(every=150),
         observe=ObserveConfig(sample_prompt="What is 12 + 7? ", sample_tokens=32),
         target="cpu:1",
         run_dir="runs/life/pretrain",

@@ -19,15 +19,26 @@ from maxlm.config.cli import parse, run_command
 from maxlm.config.fields import Filled, NotNegative, PathName, Positive, config
 
 if TYPE_CHECKING:
-    from maxlm.evaluation.side_by_side import Question
+    import numpy as np
+    import numpy.typing as npt
+
+    from maxlm.evaluation.side_by_side import Question, Said
     from maxlm.observe.comparison import Compared
+    from maxlm.recipes.model_reward import RewardModel
+
+    Files = dict[str, list[Question]]
+    """What is asked of each file."""
 
 _DESCRIPTION = """Several runs on one page.
 
 A table with a row for each run, in the order given, and their curves, from the files in the run folders. With --prompts
 each run answers the same prompts, always with the likeliest token: where records have the key answer, the table has the
-share that is exactly right, and the page has the texts side by side. A run may be a folder that maxlm.quantize wrote.
+share that is exactly right, and the page has the texts side by side. With --judge a reward model says how often a run's
+answers are better than those of the first run. A run may be a folder that maxlm.quantize wrote.
 Exit code 2: one line says what was wrong."""
+
+_WIDTH = 160
+"""Of the table where nobody looks at a terminal."""
 
 
 @config("--")
@@ -39,7 +50,10 @@ class CompareOptions:
     out: Annotated[PathName, tyro.conf.arg(metavar="FILE")]
     """The page to write, HTML; a file that is there is replaced."""
     prompts: Annotated[tuple[PathName, ...], tyro.conf.arg(metavar="FILE ...")] = ()
-    """Files of records that can be prompts (docs/posttrain.md), perhaps with the key answer."""
+    """Files of records that can be prompts (docs/posttrain.md), perhaps with the key answer; or folders prepared with
+    --purpose prompts, of which those held out are asked."""
+    judge: Annotated[PathName | None, tyro.conf.arg(metavar="RUN_DIR")] = None
+    """A run of task = Reward that scores the answers; None: nobody does."""
     limit: Positive[int] | None = None
     """Prompts of each file, from the first; None: all."""
     shown: NotNegative[int] = 8
@@ -52,6 +66,8 @@ class CompareOptions:
     def __post_init__(self) -> None:
         if twice := [run for run in self.runs if self.runs.count(run) > 1]:
             raise UserError(f"{twice[0]} is named twice; name each run once")
+        if self.judge is not None and not self.prompts:
+            raise UserError(f"--judge {self.judge} scores answers; name what is asked with --prompts FILE")
 
 
 def main(argv: list[str]) -> None:
@@ -79,7 +95,7 @@ def main(argv: list[str]) -> None:
 
         files = {path: read_questions(path, options.limit) for path in options.prompts}
         shown = [one.text for questions in files.values() for one in questions[: options.shown]]
-        runs = [_asked(run, files, options) for run in runs]
+        runs = _asked(runs, files, options)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_comparison(out, runs, shown)
@@ -89,45 +105,106 @@ def main(argv: list[str]) -> None:
     said = Table(*columns)
     for row in rows:
         said.add_row(*row)
-    console().print(said)
+    console(width=None if sys.stdout.isatty() else _WIDTH).print(said)
     print(f"{out} is written")
 
 
-def _asked(run: Compared, files: dict[str, list[Question]], options: CompareOptions) -> Compared:
-    """With its answers, if it is a model that writes text."""
+def _asked(runs: list[Compared], files: Files, options: CompareOptions) -> list[Compared]:
+    """With their answers, those that write text, and what these are worth."""
     import dataclasses
+    import functools
 
     import jax
 
     from maxlm.compile_cache import enable_compilation_cache
-    from maxlm.config import LmHead
-    from maxlm.evaluation.marking import exact_match, proportion
+    from maxlm.config import LmHead, ModelReward, ShardingConfig
     from maxlm.evaluation.side_by_side import answers
     from maxlm.hub.models import load_run
-    from maxlm.observe.comparison import Answered
+    from maxlm.recipes.model_reward import RewardModel
 
     enable_compilation_cache()
-    loaded = load_run(run.folder)
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded.parameters))
-    figures, shown = {**run.figures, "weights, MB": f"{size / 1e6:.2f}"}, list[Answered]()
-    if not isinstance(loaded.config.model.head, LmHead):
-        return dataclasses.replace(run, figures=figures)
-    every = [question for questions in files.values() for question in questions]
-    print(f"{run.folder}: answers {len(every)} prompts", file=sys.stderr, flush=True)
-    try:
-        said = iter(answers(loaded, every, options.max_new_tokens))
-    except UserError as error:
-        raise UserError(f"{run.folder}: {error}") from error
+
+    @functools.cache
+    def judge(tokenizer: str) -> RewardModel:
+        assert options.judge is not None
+        return RewardModel(ModelReward(run=options.judge), tokenizer=tokenizer, sharding=ShardingConfig(data=1))
+
+    questions = [question for some in files.values() for question in some]
+    found: list[Compared] = []
+    rewards: dict[str, npt.NDArray[np.float64]] = {}
+    for run in runs:
+        loaded = load_run(run.folder)
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded.parameters))
+        run = dataclasses.replace(run, figures={**run.figures, "weights, MB": f"{size / 1e6:.2f}"})
+        if isinstance(loaded.config.model.head, LmHead):
+            print(f"{run.folder}: answers {len(questions)} prompts", file=sys.stderr, flush=True)
+            try:
+                said = answers(loaded, questions, options.max_new_tokens)
+            except UserError as error:
+                raise UserError(f"{run.folder}: {error}") from error
+            run = dataclasses.replace(_marked(run, files, said, options.shown), talks=loaded.chat is not None)
+            if options.judge is not None:
+                scores = _scores(judge(loaded.tokenizer.fingerprint), questions, said)
+                figures = {**run.figures, **_compared_by_reward(run.name, scores, rewards)}
+                run, rewards[run.name] = dataclasses.replace(run, figures=figures), scores
+        found.append(run)
+    return found
+
+
+def _marked(run: Compared, files: Files, said: Sequence[Said], shown: int) -> Compared:
+    """With its answers, and the share of each file that is exactly right."""
+    import dataclasses
+
+    from maxlm.evaluation.marking import exact_match, proportion
+    from maxlm.observe.comparison import Answered
+
+    figures, answers, done = dict(run.figures), list[Answered](), 0
     for path, questions in files.items():
-        texts = [next(said) for _ in questions]
-        right = [bool(exact_match(text, one.answers)) if one.answers else None
-                 for text, one in zip(texts, questions, strict=True)]  # fmt: skip
-        known = [one for one in right if one is not None]
-        if known:
+        texts = [one.text for one in said[done : done + len(questions)]]
+        done += len(questions)
+        marked = [
+            Answered(text, bool(exact_match(text, one.answers)) if one.answers else None)
+            for one, text in zip(questions, texts, strict=True)
+        ]
+        if known := [one.right for one in marked if one.right is not None]:
             share = proportion(sum(known), len(known))
             figures[Path(path).stem] = f"{share.value:.0%} ({share.low:.0%} to {share.high:.0%})"
-        shown += map(Answered, texts[: options.shown], right[: options.shown])
-    return dataclasses.replace(run, figures=figures, answers=shown, talks=loaded.chat is not None)
+        answers += marked[:shown]
+    return dataclasses.replace(run, figures=figures, answers=answers)
+
+
+def _scores(judge: RewardModel, questions: Sequence[Question], said: Sequence[Said]) -> npt.NDArray[np.float64]:
+    """Of each answer."""
+    import numpy as np
+
+    from maxlm.data.prompts import Prompt
+    from maxlm.recipes.completions import Completion
+
+    prompts = [
+        Prompt(n, answer.ids, one.turns, {} if one.tools is None else {"tools": one.tools})
+        for n, (one, answer) in enumerate(zip(questions, said, strict=True))
+    ]
+    found = judge(
+        [Completion(prompt, one.text, one.tokens, one.finish) for prompt, one in zip(prompts, said, strict=True)]
+    )
+    for question, score in zip(questions, found, strict=True):
+        if isinstance(score, str):
+            raise UserError(f"--judge: has no score for an answer to {question.text[:60]!r}: {score}")
+    return np.array(found, np.float64)
+
+
+def _compared_by_reward(
+    name: str, scores: npt.NDArray[np.float64], others: dict[str, npt.NDArray[np.float64]]
+) -> dict[str, str]:
+    """The mean, and how often the answers are better than those of the first run, a draw as half a win."""
+    from maxlm.evaluation.ratings import by_reward, win_rate
+
+    figures = {"reward": f"{scores.mean():.3f}"}
+    for first in list(others)[:1]:
+        share = win_rate(by_reward(name, first, scores, others[first]), name, first)
+        assert share is not None, "they have met"
+        figures[f"wins against {first}"] = f"{share.value:.0%} ({share.low:.0%} to {share.high:.0%})"
+    return figures
 
 
 def _quantised(folder: Path) -> dict[str, str]:

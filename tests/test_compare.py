@@ -9,15 +9,30 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers import small_run
 from run_folder import BYTE_MODEL, parameters_of
 
 from maxlm.checkpoint.checkpointer import Checkpointer
 from maxlm.compare import main
-from maxlm.config import CheckpointConfig, ObserveConfig, Reward, SamplingConfig, ScalarHead, Sft, UserError, serialize
+from maxlm.config import (
+    ByteTokenizer,
+    CheckpointConfig,
+    Conversations,
+    ObserveConfig,
+    PrepareConfig,
+    Purpose,
+    Reward,
+    SamplingConfig,
+    ScalarHead,
+    Sft,
+    UserError,
+    serialize,
+)
 from maxlm.data.chat import save_chat_template
 from maxlm.data.chat_templates import choose_template
+from maxlm.data.prepare import prepare
 from maxlm.data.tokenizers import Bytes
 from maxlm.evaluation.marking import proportion
 from maxlm.evaluation.side_by_side import Question, answers, read_questions
@@ -127,6 +142,34 @@ def test_every_run_has_a_row_and_answers(folder: Path, tmp_path: Path, capsys: p
     assert "taught: loss" in page and "67%" in capsys.readouterr().out
 
 
+def test_a_judge_says_how_often_a_run_is_better_than_the_first(folder: Path, tmp_path: Path) -> None:
+    """Counted from the reward of each conversation, one by one."""
+    file = write(tmp_path / "exam.jsonl", *({"prompt": f"{a}+1="} for a in range(5)))
+    questions, judge = read_questions(file), load_run(folder / "reward")
+    words = [str(folder / "text"), str(folder / "taught"), "--prompts", file, "--max_new_tokens", "8"]
+    main([*words, "--judge", str(folder / "reward"), "--out", str(tmp_path / "page.html")])
+    runs = Tables((tmp_path / "page.html").read_text()).tables[0]
+    rows = {row[0]: dict(zip(runs[0], row, strict=True)) for row in runs[1:]}
+    rewards = {}
+    for name in rows:
+        texts = [(*one.ids, *one.tokens) for one in answers(load_run(folder / name), questions, 8)]
+        rewards[name] = [float(judge.model.last(np.array([ids]), np.array([len(ids)]))[0]) for ids in texts]
+        assert float(rows[name]["reward"]) == pytest.approx(np.mean(rewards[name]), abs=1e-3)
+    better = [float(a > b) for a, b in zip(rewards["taught"], rewards["text"], strict=True)]
+    assert rows["taught"]["wins against text"].startswith(f"{np.mean(better):.0%} (")
+    assert rows["text"]["wins against text"] == "-"
+
+
+def test_prompts_held_out_in_a_prepared_folder_are_asked(tmp_path: Path) -> None:
+    file = write(tmp_path / "p.jsonl", *({"prompt": f"{a}+1=", "answer": a + 1} for a in range(40)))
+    documents = Conversations(paths=(file,), purpose=Purpose.PROMPTS)
+    prepare(PrepareConfig(documents=documents, tokenizer=ByteTokenizer(), validation_fraction=0.3), tmp_path / "data")
+    held_out = [json.loads(line) for line in (tmp_path / "data" / "validation-00000.records").read_text().splitlines()]
+    asked = read_questions(str(tmp_path / "data"))
+    assert [(one.text, one.answers) for one in asked] == [(one["prompt"], (str(one["answer"]),)) for one in held_out]
+    assert len(held_out) > 3 and read_questions(str(tmp_path / "data"), limit=2) == asked[:2]
+
+
 def test_a_page_of_files_alone_loads_no_model(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("maxlm.hub.models.load_run", lambda *_: pytest.fail("a model is loaded"))
     main([str(folder / "text"), str(folder / "taught"), "--out", str(tmp_path / "page.html")])
@@ -140,13 +183,16 @@ def test_a_model_is_asked_as_it_was_taught(folder: Path) -> None:
     for name, prompt in (("taught", "User: 1+1=\n\nAssistant:"), ("text", "1+1=")):
         loaded = load_run(folder / name)
         greedy = loaded.generate(prompt, max_new_tokens=8, sampling=SamplingConfig(temperature=0))
-        assert answers(loaded, [question] * 2, 8) == [greedy.text.strip()] * 2
+        first, second = answers(loaded, [question] * 2, 8)
+        assert first == second and first.text == greedy.text.strip() and list(first.tokens) == greedy.tokens
 
 
 def test_what_does_not_fit_is_one_line(folder: Path, tmp_path: Path) -> None:
     taught, page = str(folder / "taught"), ["--out", str(tmp_path / "page.html")]
     with pytest.raises(UserError, match="is named twice"):
         main([taught, taught, *page])
+    with pytest.raises(UserError, match="--judge x scores answers; name what is asked"):
+        main([taught, *page, "--judge", "x"])
     with pytest.raises(UserError, match=r"is no run folder, it has no config\.json"):
         main([str(tmp_path), *page])
     for records, why in (

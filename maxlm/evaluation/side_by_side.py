@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from maxlm.config import Conversations, EngineConfig, Purpose, SamplingConfig, UserError
+from maxlm.config import Conversations, DataConfig, Dataset, EngineConfig, Purpose, SamplingConfig, UserError
 from maxlm.data.conversation_formats import BadRecord, Example, Turn, read
 from maxlm.data.documents import Unreadable
+from maxlm.data.prompts import open_prompts
+from maxlm.data.shards import RECORD, Split
 from maxlm.data.sources import iterate_documents
 from maxlm.data.text_ends import TextEnds
 from maxlm.inference.generator import Generator
 from maxlm.inference.load import LoadedRun
-from maxlm.inference.request import Request
+from maxlm.inference.request import Finish, Request
 
 ANSWER = "answer"
 """The key of a record that says what is right: text, a number, or a list of such."""
@@ -34,21 +37,40 @@ class Question(NamedTuple):
         return str(self.turns[-1]["content"])
 
 
+class Said(NamedTuple):
+    """What a model says to a question."""
+
+    ids: tuple[int, ...]
+    """As it was asked."""
+    tokens: tuple[int, ...]
+    """Of its answer, with the one that ended it."""
+    finish: Finish
+    """Why it ended."""
+    text: str
+    """Without blanks at the ends."""
+
+
 def read_questions(path: str, limit: int | None = None) -> list[Question]:
-    """Of a file of records that can be prompts; the first so many, or all.
+    """Of a file of records that can be prompts, or those held out in a folder that was prepared as prompts; the first
+    so many, or all.
 
     Raises:
         UserError: it cannot be read, has no record, or one that is no prompt.
     """
     found = list[Question]()
+    if (Path(path) / RECORD).is_file():
+        held_out = open_prompts(DataConfig(datasets=(Dataset(path=path),)), Split.VALIDATION)
+        if held_out is None:
+            raise UserError(f"{path}: has no prompts held out; prepare it with a larger validation_fraction")
+        for n in range(min(len(held_out), limit or len(held_out))):
+            prompt = held_out[n]
+            found.append(_question(prompt.record))
+        return found
     for document in iterate_documents(Conversations(paths=(path,), purpose=Purpose.PROMPTS), Unreadable(strict=True)):
         if len(found) == limit:
             break
-        record = json.loads(document.text)
         try:
-            example = read(record, Purpose.PROMPTS)
-            assert isinstance(example, Example), "a prompt is of a conversation"
-            found.append(Question(example.prompt, example.tools, _right(record)))
+            found.append(_question(json.loads(document.text)))
         except BadRecord as error:
             raise UserError(f"{document.file}:{document.row}: {error}") from error
     if not found:
@@ -56,8 +78,8 @@ def read_questions(path: str, limit: int | None = None) -> list[Question]:
     return found
 
 
-def answers(run: LoadedRun, questions: Sequence[Question], max_new_tokens: int) -> list[str]:
-    """What the model answers to each, taking the likeliest token each time, without blanks at the ends.
+def answers(run: LoadedRun, questions: Sequence[Question], max_new_tokens: int) -> list[Said]:
+    """What the model answers to each, taking the likeliest token each time.
 
     A model with a chat template is asked in its words. One without goes on with the text of the turns.
 
@@ -82,7 +104,20 @@ def answers(run: LoadedRun, questions: Sequence[Question], max_new_tokens: int) 
         )
         for prompt in prompts
     ]
-    return [one.text.strip() for one in generator.answer(requests)]
+    return [
+        Said(prompt, tuple(one.tokens), Finish.STOP if one.tokens[-1] in ends.last else Finish.LENGTH, one.text.strip())
+        for prompt, one in zip(prompts, generator.answer(requests), strict=True)
+    ]
+
+
+def _question(record: Mapping[str, Any]) -> Question:
+    """
+    Raises:
+        BadRecord: it is no prompt, or what it says to be right cannot be.
+    """
+    example = read(record, Purpose.PROMPTS)
+    assert isinstance(example, Example), "a prompt is of a conversation"
+    return Question(example.prompt, example.tools, _right(record))
 
 
 def _right(record: Mapping[str, Any]) -> tuple[str, ...]:
