@@ -59,6 +59,7 @@ COMMANDS = {
         "serve",
         "chat",
         "quantize",
+        "compare",
         "data/__main__",
         "plan/__main__",
     )
