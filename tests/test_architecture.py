@@ -98,6 +98,7 @@ SAME_FILE: dict[str, str] = {
     "xla.py": "a body of each operation",
     "tpu.py": "a body of each operation",
     "gpu.py": "a body of each operation",
+    "prompts.py": "what is to be answered, and vectors of virtual tokens",
     "chat.py": "the command, and conversations as ids",
     "attention.py": "the layer, and under models/ops/ its way over the mesh",
     "loop.py": "the run of a recipe, and grouped products group by group",

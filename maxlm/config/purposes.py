@@ -21,6 +21,9 @@ class Purpose(enum.Enum):
     """One text, its value the number of its class."""
     EMBED = "embed"
     """A query, value 1; what it should find, value 0; what it should not find, value -1 each."""
+    PROMPTS = "prompts"
+    """One text of which nothing counts, value 0: a prompt, up to where the answer begins. The whole record is kept with
+    it, for those that judge answers."""
 
 
 class Counted(enum.Enum):

@@ -35,7 +35,10 @@ encoders.py: documents to tokens, in these processes
 workers.py: tokenising processes
 writer.py: shard files that survive a kill
 shards.py: the prepared folder and its checks
+shard_bytes.py: numbers of its files, read where needed
 record_windows.py: windows of whole records
 packing.py: windows, segments, positions, loss mask
+orders.py: shuffled epochs of several sets, by weights
 loader.py: batch(step), mixtures, global arrays
+prompts.py: prompts to be answered, with their records
 """

@@ -12,7 +12,7 @@ from __future__ import annotations
 import bisect
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, assert_never
 
 from maxlm.config import Counted, Purpose
@@ -38,7 +38,7 @@ def encode(
     max_tokens: int | None = None,
     variables: Mapping[str, Any] | None = None,
 ) -> list[Text]:
-    """The texts of a record, as `Purpose` says. Each has at least one id that counts.
+    """The texts of a record, as `Purpose` says. Each but a prompt has at least one id that counts.
 
     Ids are the template's: no bos and no eos is added to what it writes. Outside conversations, as of queries, texts
     are as documents are. A token that is partly the assistant's counts.
@@ -52,7 +52,8 @@ def encode(
         classes: names of the classes, where labels are names.
         before: the record before it, for KTO.
         max_tokens: of each text. A longer conversation loses its oldest turns, from a user's up to the next one's, and
-            keeps what the system says; if one exchange is still too long, it is cut as `truncated` does.
+            keeps what the system says; if one exchange is still too long, it is cut as `truncated` does, and a prompt
+            is refused: an answer to a part of it could not be judged.
         variables: more that the template reads, such as `enable_thinking`.
 
     Raises:
@@ -91,6 +92,8 @@ def encode(
 
     def made(left_out: int) -> list[Text]:
         short = _without_oldest(example, left_out)
+        if purpose is Purpose.PROMPTS:
+            return [talk.prompt(short.prompt)]
         texts = [talk.text(short.prompt, answer.messages, answer.value, counted) for answer in short.answers]
         return texts if other is None else [*texts, talk.text(short.prompt, other, 0.0, counted)]
 
@@ -101,6 +104,10 @@ def encode(
         return texts
     fits = lambda left_out: max(len(text.ids) for text in made(left_out)) <= max_tokens
     texts = made(bisect.bisect_left(range(_exchanges(example) - 1), True, key=fits))
+    if purpose is Purpose.PROMPTS:
+        if (length := len(texts[0].ids)) > max_tokens:
+            raise BadRecord(f"is a prompt of {length} tokens with its last turn alone, max_tokens = {max_tokens}")
+        return texts
     return [truncated(text, max_tokens, int(text.ids[0] == tokenizer.bos_id))[0] for text in texts]
 
 
@@ -144,11 +151,29 @@ class _Talk(NamedTuple):
         said = [*prompt, *answer]
         turns = [n for n, message in enumerate(said) if message["role"] == "assistant" and n >= len(prompt)]
         turns = [n for n in turns if said[n].get("weight") != 0]  # of OpenAI: a turn that is not to be learned
+        return self._made(said, lambda messages: self._text(messages, turns, value, counted))
+
+    def prompt(self, said: list[Turn]) -> Text:
+        """The conversation up to where the assistant's next turn begins, of which nothing counts.
+
+        Raises:
+            BadRecord: see `encode`.
+        """
+
+        def asked(messages: list[Turn]) -> Text:
+            chat = self.template.encode(self.tokenizer, messages, tools=self.tools, now=_NOW, **self.variables)
+            self._check_all_is_there(messages, chat)
+            return Text(chat.ids, [False] * len(chat.ids), 0.0)
+
+        return self._made(said, asked)
+
+    def _made(self, said: list[Turn], make: Callable[[list[Turn]], Text]) -> Text:
+        """What `make` makes of messages as templates know them."""
         messages = [{key: inner for key, inner in message.items() if key != "weight"} for message in said]
         errors: list[ChatError] = []
         for arguments in (lambda value: value, _as_string):  # most templates want objects, some the string itself
             try:
-                return self._text(_with_arguments(messages, arguments), turns, value, counted)
+                return make(_with_arguments(messages, arguments))
             except ChatError as error:
                 errors.append(error)
                 if not any("tool_calls" in message for message in messages):
