@@ -17,6 +17,7 @@ kl.py: what it costs a policy to leave its reference
 policy.py: advantages of a policy's samples, weights of their tokens
 data.py: documents, tokenizers, mixtures
 purposes.py: what records of conversations are for
+rewards.py: what is good in a completion
 quantization.py: ways to make weights smaller
 optimizer.py: AdamW, Adafactor, schedules
 sharding.py: sizes of the mesh axes, ZeRO stages, presets
@@ -149,6 +150,20 @@ from maxlm.config.position import (
 )
 from maxlm.config.purposes import Counted, Purpose
 from maxlm.config.quantization import QuantMethod
+from maxlm.config.rewards import (
+    BadReward,
+    ExactReward,
+    FormatReward,
+    FunctionReward,
+    JudgeReward,
+    LengthReward,
+    ModelReward,
+    NumberReward,
+    PatternReward,
+    ProgramReward,
+    RewardSource,
+    SchemaReward,
+)
 from maxlm.config.run import CheckpointConfig, LimitsConfig, ObserveConfig, RunConfig, StepRange, TrainConfig
 from maxlm.config.sampling import BeamConfig, ContrastiveConfig, GuidanceConfig, SamplingConfig
 from maxlm.config.sharding import (
@@ -205,6 +220,7 @@ __all__ = [
     "Attention",
     "Axes",
     "Backend",
+    "BadReward",
     "BaseFormat",
     "BatchMean",
     "BeamConfig",
@@ -241,6 +257,7 @@ __all__ = [
     "EmbedHead",
     "EmbeddedPosition",
     "EngineConfig",
+    "ExactReward",
     "ExecutionConfig",
     "ExpertChoiceRouter",
     "ExpertGroups",
@@ -248,6 +265,8 @@ __all__ = [
     "Files",
     "FixedKl",
     "FixedPattern",
+    "FormatReward",
+    "FunctionReward",
     "GatedMlp",
     "GlmRope",
     "GluSave",
@@ -261,6 +280,7 @@ __all__ = [
     "Ia3",
     "InverseSqrtSchedule",
     "Ipo",
+    "JudgeReward",
     "KernelConfig",
     "KlController",
     "KlEstimator",
@@ -269,6 +289,7 @@ __all__ = [
     "LayerNorm",
     "Learned",
     "LeaveOneOut",
+    "LengthReward",
     "LimitsConfig",
     "LinearScaling",
     "LinearSchedule",
@@ -284,15 +305,18 @@ __all__ = [
     "MlpConfig",
     "MlpEncoder",
     "ModelConfig",
+    "ModelReward",
     "NoisyTopKRouter",
     "Nonlinearity",
     "Norm",
     "NtkScaling",
+    "NumberReward",
     "ObserveConfig",
     "OptimizerConfig",
     "Orpo",
     "OutputNorm",
     "Parallel",
+    "PatternReward",
     "PieceModel",
     "Pooling",
     "Position",
@@ -303,6 +327,7 @@ __all__ = [
     "PrefixTuning",
     "PrepareConfig",
     "Pretrain",
+    "ProgramReward",
     "PromptLookup",
     "PromptTuning",
     "Purpose",
@@ -315,6 +340,7 @@ __all__ = [
     "ResidualInit",
     "Reward",
     "RewardLoss",
+    "RewardSource",
     "RmsNorm",
     "Rope",
     "RopeScaling",
@@ -324,6 +350,7 @@ __all__ = [
     "Sandwich",
     "ScalarHead",
     "Schedule",
+    "SchemaReward",
     "SentencePieceTokenizer",
     "Sft",
     "ShardingConfig",

@@ -1,0 +1,64 @@
+"""A limit on the time of what cannot be trusted to end: functions of others, regular expressions."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import TypeVar
+
+from maxlm.config import UserError
+
+T = TypeVar("T")
+
+_AGAIN_S = 0.1
+"""Seconds between reminders, as what is to end may catch the first."""
+
+
+class TimeUp(Exception):
+    """A call took longer than it may."""
+
+
+class _Alarm(BaseException):
+    """Passes through `except Exception`."""
+
+
+def within(seconds: float, call: Callable[[], T]) -> T:
+    """What `call` gives, if it does so in time.
+
+    SIGALRM interrupts it, which also ends a regular expression, a sleep or a wait for the network; not a function of C
+    that does not look at signals. An alarm that somebody else has set is set again.
+
+    Args:
+        seconds: by the clock.
+        call: in this thread.
+
+    Raises:
+        TimeUp: it does not.
+        UserError: this is not the main thread, which alone gets signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        raise UserError("a time limit needs the main thread, which alone is interrupted; call this from there")
+    armed = True
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if armed:
+            raise _Alarm
+
+    before, began = signal.signal(signal.SIGALRM, end), time.monotonic()
+    others, again = signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN_S)
+    try:
+        try:
+            return call()
+        finally:
+            armed = False
+    except _Alarm:
+        raise TimeUp(f"took more than {seconds:g} s") from None
+    finally:
+        armed = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL if before is None else before)
+        left = max(others - (time.monotonic() - began), 1e-3) if others else 0.0
+        signal.setitimer(signal.ITIMER_REAL, left, again)
