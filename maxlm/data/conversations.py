@@ -21,7 +21,7 @@ from maxlm.data.conversation_formats import BadRecord, Example, Passages, Turn, 
 from maxlm.data.texts import Text, truncated
 from maxlm.data.tokenizers import Tokenizer
 
-_NOW = 1_722_000_000.0
+NOW = 1_722_000_000.0
 """2024-07-26, the day of Llama 3.1's template, wherever one asks for the time: the same records are the same ids."""
 _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 
@@ -182,7 +182,7 @@ class _Talk(NamedTuple):
 
     def _text(self, messages: list[Turn], turns: list[int], value: float, counted: Counted) -> Text:
         chat = self.template.encode(
-            self.tokenizer, messages, tools=self.tools, add_generation_prompt=False, now=_NOW, **self.variables
+            self.tokenizer, messages, tools=self.tools, add_generation_prompt=False, now=NOW, **self.variables
         )
         self._check_all_is_there(messages, chat)
         match counted:
@@ -277,7 +277,7 @@ class _Talk(NamedTuple):
     def _spans(self, messages: list[Turn], n: int) -> tuple[Span, ...]:
         try:
             return self.template.encode(
-                self.tokenizer, messages, tools=self.tools, add_generation_prompt=False, spans=True, now=_NOW,
+                self.tokenizer, messages, tools=self.tools, add_generation_prompt=False, spans=True, now=NOW,
                 **self.variables,
             ).spans  # fmt: skip
         except ChatError as error:
@@ -287,7 +287,7 @@ class _Talk(NamedTuple):
             ) from error
 
     def _render(self, messages: list[Turn], cuts: list[tuple[int, bool]]) -> list[str]:
-        return self.template.prefixes(messages, cuts, tools=self.tools, now=_NOW, **self.variables)
+        return self.template.prefixes(messages, cuts, tools=self.tools, now=NOW, **self.variables)
 
     @property
     def _names(self) -> re.Pattern[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import builtins
-import collections.abc
+import collections
 import ctypes
 import itertools
 import os
@@ -21,8 +21,17 @@ from typing import Any, BinaryIO
 _SET_DUMPABLE = 4
 """Of prctl: whether processes of the same user may look into this one."""
 _PROGRAM = "solution.py"
-_LISTED = (list, tuple, set, frozenset, range, collections.deque, collections.abc.Iterator, collections.abc.MappingView)
-_SCALARS = (bool, int, float, complex, str, bytes, type(None))
+_LISTED: tuple[Any, ...] = (
+    list,
+    tuple,
+    set,
+    frozenset,
+    range,
+    collections.deque,
+    collections.abc.Iterator,
+    collections.abc.MappingView,
+)
+_SCALARS: tuple[Any, ...] = (bool, int, float, complex, str, bytes, type(None))
 
 
 def written(value: Any) -> str:
@@ -72,8 +81,9 @@ class _Program:
         if kind == "*":
             return _Thing(self, int(text))
         error = getattr(builtins, text, None) if kind == "!" else None
-        known = isinstance(error, type) and issubclass(error, Exception)
-        raise (error if known else RuntimeError)(f"the program: {text or 'has ended'}")
+        if not (isinstance(error, type) and issubclass(error, Exception)):
+            error = RuntimeError
+        raise error(f"the program: {text or 'has ended'}")
 
 
 class _Thing:
@@ -131,4 +141,4 @@ def serve(asked: BinaryIO, answers: BinaryIO) -> None:
 
 
 if __name__ == "__main__":
-    serve(*(os.fdopen(int(number), mode) for number, mode in zip(sys.argv[1:], ("rb", "wb"), strict=True)))
+    serve(os.fdopen(int(sys.argv[1]), "rb"), os.fdopen(int(sys.argv[2]), "wb"))

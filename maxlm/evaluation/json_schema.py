@@ -16,8 +16,8 @@ from typing import Any
 from maxlm.config import UserError
 
 _NOTES = frozenset(
-    "$schema $id $comment $anchor title description default examples deprecated readOnly writeOnly format "
-    "contentEncoding contentMediaType".split()
+    {"$schema", "$id", "$comment", "$anchor", "title", "description", "default", "examples", "deprecated"}
+    | {"readOnly", "writeOnly", "format", "contentEncoding", "contentMediaType"}
 )
 """Keywords that allow or forbid nothing."""
 _MAX_DIGITS = 300

@@ -6,6 +6,7 @@ get it that is not the one that was meant, so that each says at its function wha
 
 from __future__ import annotations
 
+import collections
 import functools
 import re
 from collections.abc import Callable, Sequence
@@ -33,10 +34,8 @@ def last_number(text: str) -> Fraction | None:
 
     Only the last counts: a list of guesses is worth no more than its last.
     """
-    found = None
-    for found in _NUMBER.finditer(text):
-        pass
-    return None if found is None else _value(found)
+    found = collections.deque(_NUMBER.finditer(text), maxlen=1)
+    return _value(found[0]) if found else None
 
 
 def _value(found: re.Match[str]) -> Fraction | None:
@@ -124,7 +123,7 @@ def overlong(tokens: int, at_most: int, buffer: int) -> float:
 
 def program_of(completion: str) -> str:
     """The inside of the last block between lines that begin with ```; the whole text, if there is none."""
-    blocks, lines = list[list[str]](), None
+    blocks, lines = list[list[str]](), None  # type: list[list[str]], list[str] | None
     for line in completion.splitlines():
         if line.lstrip().startswith("```"):
             if lines is not None:

@@ -4,9 +4,13 @@ pretrain.py: next token of prepared text
 sft.py: what the assistant wrote in conversations
 preference.py: which of two completions is better
 reward.py: a number for each completion
+rewards.py: what is good in completions, from several sources
+completions.py: what a policy wrote, and what is said of it
+model_reward.py: rewards of a reward model
+judge.py: rewards of a model that answers yes or no
 classify.py: a class for each text
 embed.py: a vector for each text
-of_texts.py: what the last four share
+of_texts.py: what reward, preference, classify and embed share
 held_to.py: the model that a policy is held to
 train_medusa.py: heads that guess at later tokens, on a trained model
 self_instruct.py: tasks that a model writes after those of people
@@ -18,15 +22,26 @@ starting.py: what a new run may start from: another run, or a published model
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from maxlm.config import Classify, Embed, Preference, Pretrain, Reward, RunConfig, Sft, TrainMedusa
 from maxlm.inference.load import LoadedRun
 from maxlm.recipes import classify, embed, preference, pretrain, reward, sft, train_medusa
+from maxlm.recipes.rewards import RewardFunction
 from maxlm.sharding import Layout
 from maxlm.training.loop import Recipe
 
 
-def recipe(config: RunConfig, layout: Layout) -> Recipe[LoadedRun]:
+def recipe(
+    config: RunConfig, layout: Layout, functions: Mapping[str, RewardFunction] = MappingProxyType({})
+) -> Recipe[LoadedRun]:
     """The recipe of `config.task`, on the mesh of `layout`.
+
+    Args:
+        config: all of the run.
+        layout: where it runs.
+        functions: those of the config file, by name, for a `FunctionReward`.
 
     Raises:
         UserError: the data or another run that it needs is not there or does not fit.
