@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maxlm.config import BadReward, ChosenModel, Conversations, Files, Grpo, Ppo, UserError
+from maxlm.config import BadReward, ChosenModel, Conversations, Files, UserError
 from maxlm.config.cli import parse, parse_run, run_command
 from maxlm.config.synthesis import Answering, Attacks, Best, Calls, Instructions, JudgedBy, Star
 
@@ -196,7 +196,7 @@ def _best(options: Best) -> Iterator[dict[str, Any]]:
 
 def _star(options: Star) -> Iterator[dict[str, Any]]:
     from maxlm.hub.models import load_chosen
-    from maxlm.recipes.responding import Question, RunRespondent
+    from maxlm.recipes.responding import RunRespondent
     from maxlm.recipes.star import star
 
     def hint(asked: Question) -> str | None:
@@ -231,7 +231,9 @@ def _attacks(options: Attacks) -> Iterator[dict[str, Any]]:
     for n, one in enumerate(() if options.earlier is None else _records((options.earlier,))):
         asked, score = one.get("prompt"), one.get("rating")
         if not isinstance(asked, str) or not isinstance(score, int | float):
-            raise UserError(f"--earlier {options.earlier}: record {n + 1} has no prompt and rating; name a file of attacks")
+            raise UserError(
+                f"--earlier {options.earlier}: record {n + 1} has no prompt and rating; name a file of attacks"
+            )
         earlier.append((asked, float(score)))
     run, sharding = load_chosen(options.model), options.model.sharding
     asker = RunExaminee(run if options.attacker is None else open_model(options.attacker, sharding).run)
@@ -242,7 +244,7 @@ def _attacks(options: Attacks) -> Iterator[dict[str, Any]]:
     if options.classifier is None:
         judge = _judge(options.by, options.model, run)
     else:
-        judge = ClassJudge(options.classifier, options.harmful, sharding)
+        judge = ClassJudge(options.classifier, options.harmful, sharding, conversations=options.conversations)
     tally = Counter[str]()
     for found in attacks(
         ask, target, judge, tally, count=options.count, rounds=options.rounds, at_once=options.at_once,
@@ -265,13 +267,15 @@ def _judge(by: JudgedBy, chosen: ChosenModel, run: LoadedRun) -> Judge:
     if by.rewards is not None:
         asked = parse_run(["--config", by.rewards], prog=_PROG, description="")
         match asked.config.task:
-            case Grpo() | Ppo():
-                sources = (*asked.config.task.rewards, *sources)
-            case _:
-                raise UserError(f"--rewards {by.rewards}: its task has no rewards; name a config of Grpo or Ppo")
+            case object(rewards=tuple() as rewards):
+                sources = (*rewards, *sources)
+            case task:
+                raise UserError(f"--rewards {by.rewards}: its task, {type(task).__name__}, has no rewards")
         functions.update(asked.functions)
     if not sources:
-        raise UserError("nothing says what an answer is worth; name --rewards, --reward_run, --number, --exact or --judge")
+        raise UserError(
+            "nothing says what an answer is worth; name --rewards, --reward_run, --number, --exact or --judge"
+        )
     return RewardSum(
         sources,
         BadReward.SKIP,
@@ -294,14 +298,14 @@ def _questions(paths: tuple[str, ...]) -> list[Question]:
     from maxlm.data.conversation_formats import BadRecord
     from maxlm.recipes.responding import question
 
-    found = list[Question]()
+    found: list[Question] = []
     for n, record in enumerate(_records(paths)):
         try:
             found.append(question(n, record))
         except BadRecord as error:
             raise UserError(f"{paths[0]}: record {n + 1} {error}") from error
     if not found:
-        raise UserError(f"{paths[0]}: has no records; write prompts, as {{\"prompt\": \"...\"}}")
+        raise UserError(f'{paths[0]}: has no records; write prompts, as {{"prompt": "..."}}')
     return found
 
 
@@ -309,15 +313,13 @@ def _conversations(paths: tuple[str, ...]) -> list[tuple[list[Turn], dict[str, A
     """The turns of each record, and what else it has."""
     from maxlm.data.conversation_formats import BadRecord, in_order, turns_of
 
-    found = list[tuple[list[Turn], dict[str, Any]]]()
+    found: list[tuple[list[Turn], dict[str, Any]]] = []
     for n, record in enumerate(_records(paths)):
         try:
             turns = in_order(turns_of(record), "messages", whole=True)
         except BadRecord as error:
             raise UserError(f"{paths[0]}: record {n + 1} {error}") from error
-        found.append(
-            (turns, {key: value for key, value in record.items() if key not in ("messages", "conversations")})
-        )
+        found.append((turns, {key: value for key, value in record.items() if key not in ("messages", "conversations")}))
     return found
 
 

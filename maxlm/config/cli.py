@@ -18,7 +18,7 @@ import traceback
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -191,7 +191,7 @@ class Command:
     print_config: bool
     allow_change: tuple[str, ...] = ()
     """Keys and groups that may differ from what the run's checkpoint was trained with."""
-    functions: Mapping[str, Callable[..., Any]] = types.MappingProxyType({})
+    functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     """Of the file; a saved config.json has none."""
 
 

@@ -161,7 +161,7 @@ class _Talk(NamedTuple):
         """
 
         def asked(messages: list[Turn]) -> Text:
-            chat = self.template.encode(self.tokenizer, messages, tools=self.tools, now=_NOW, **self.variables)
+            chat = self.template.encode(self.tokenizer, messages, tools=self.tools, now=NOW, **self.variables)
             self._check_all_is_there(messages, chat)
             return Text(chat.ids, [False] * len(chat.ids), 0.0)
 

@@ -73,14 +73,15 @@ def attacks(
         fresh = dict[str, int]()
         for text, questions in zip(written, shown, strict=True):
             tally["written"] += 1
-            if (one := _question(text)) is None:
+            if (said := _question(text)) is None:
                 tally["no question"] += 1
-            elif one in known or one in fresh:
+            elif said in known or said in fresh:
                 tally["asked before"] += 1
             else:
-                fresh[one] = len(questions)
+                fresh[said] = len(questions)
         asked = [
-            Question(done + n, [{"role": "user", "content": one}], None, {"prompt": one}) for n, one in enumerate(fresh)
+            Question(done + n, [{"role": "user", "content": said}], None, {"prompt": said})
+            for n, said in enumerate(fresh)
         ][: count - done]
         samples = target(asked, [nth_seed(seed, one.number) for one in asked])
         answered = [(one, sample) for one, sample in zip(asked, samples, strict=True) if sample is not None]

@@ -34,9 +34,7 @@ class ClassJudge:
         self._run, self._conversations, self._harmful = open_model(place, sharding).run, conversations, [*harmful]
         head = self._run.config.model.head
         if not isinstance(head, ClassHead):
-            raise UserError(
-                f"{place}: has model.head = {type(head).__name__}, which tells no classes; name a run of task = Classify"
-            )
+            raise UserError(f"{place}: its {type(head).__name__} tells no classes; name a run of task = Classify")
         if wrong := [one for one in harmful if one >= head.n_classes]:
             raise UserError(f"{place}: has classes from 0 to {head.n_classes - 1}, and no {wrong[0]}")
         if not harmful:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 from maxlm.config import Purpose, SamplingConfig, UserError
 from maxlm.data.conversation_formats import Example, Turn, read
+from maxlm.data.conversations import NOW
 from maxlm.data.prompts import Prompt
 from maxlm.data.text_ends import TextEnds
 from maxlm.inference.load import LoadedRun
@@ -114,5 +115,5 @@ class RunRespondent:
         return found
 
     def _prompt(self, asked: Question) -> Prompt:
-        ids = self._template.encode(self._run.tokenizer, asked.turns, tools=asked.tools).ids
+        ids = self._template.encode(self._run.tokenizer, asked.turns, tools=asked.tools, now=NOW).ids
         return Prompt(asked.number, tuple(ids), asked.turns, asked.record)
