@@ -18,7 +18,7 @@ import traceback
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -189,10 +189,10 @@ class Command:
     file_config: RunConfig
     """The config as the file has it, before overrides."""
     print_config: bool
+    functions: Mapping[str, Callable[..., Any]]
+    """Of the file, see `PythonConfig`; a saved config.json has none."""
     allow_change: tuple[str, ...] = ()
     """Keys and groups that may differ from what the run's checkpoint was trained with."""
-    functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
-    """Of the file; a saved config.json has none."""
 
 
 def parse_run(argv: Sequence[str], *, prog: str, description: str) -> Command:

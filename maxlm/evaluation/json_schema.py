@@ -6,6 +6,7 @@ reward that is easier to get than it looks.
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import re
@@ -69,10 +70,12 @@ def check_schema(schema: Any, place: str) -> None:
             if keyword == "type" and (wrong := [one for one in _listed(value) if one not in _TYPES]):
                 raise UserError(f"{where} holds {wrong[0]!r}; known are {', '.join(_TYPES)}")
         elif keyword not in _NOTES:
-            raise UserError(f"{where}: this keyword is not known here; known are {', '.join(sorted(_KNOWN))}")
+            near = difflib.get_close_matches(keyword, _KNOWN, n=2)
+            hint = f"; did you mean {' or '.join(near)}?" if near else "; leave it out, or write it in other keywords"
+            raise UserError(f"{where}: this keyword is not known here{hint}")
 
 
-class Schema:
+class CheckedSchema:
     """A schema that has been checked."""
 
     def __init__(self, schema: Any, place: str) -> None:

@@ -22,14 +22,14 @@ class TimeUp(Exception):
 
 
 class _Alarm(BaseException):
-    """Passes through `except Exception`."""
+    """Passes through `except Exception`, up to the limit that it is of."""
 
 
 def within(seconds: float, call: Callable[[], T]) -> T:
     """What `call` gives, if it does so in time.
 
     SIGALRM interrupts it, which also ends a regular expression, a sleep or a wait for the network; not a function of C
-    that does not look at signals. An alarm that somebody else has set is set again.
+    that does not look at signals. Limits may stand inside each other, and an alarm that somebody else has set rings.
 
     Args:
         seconds: by the clock.
@@ -41,24 +41,32 @@ def within(seconds: float, call: Callable[[], T]) -> T:
     """
     if threading.current_thread() is not threading.main_thread():
         raise UserError("a time limit needs the main thread, which alone is interrupted; call this from there")
-    armed = True
+    alarm, armed, began = _Alarm(), True, time.monotonic()
+    passed = lambda: time.monotonic() - began + 1e-3
+    others, again = signal.getitimer(signal.ITIMER_REAL)
 
-    def end(number: int, frame: FrameType | None) -> None:
-        if armed:
-            raise _Alarm
+    def ring(number: int, frame: FrameType | None) -> None:
+        nonlocal others
+        if others and passed() >= others:
+            others = passed() + again if again else 0.0
+            if callable(before):
+                before(number, frame)
+        if armed and passed() >= seconds:
+            raise alarm
 
-    before, began = signal.signal(signal.SIGALRM, end), time.monotonic()
-    others, again = signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN_S)
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, min(seconds, others or seconds), _AGAIN_S)
     try:
         try:
             return call()
         finally:
             armed = False
-    except _Alarm:
+    except _Alarm as found:
+        if found is not alarm:
+            raise
         raise TimeUp(f"took more than {seconds:g} s") from None
     finally:
         armed = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, signal.SIG_DFL if before is None else before)
-        left = max(others - (time.monotonic() - began), 1e-3) if others else 0.0
-        signal.setitimer(signal.ITIMER_REAL, left, again)
+        signal.setitimer(signal.ITIMER_REAL, max(others - passed(), 1e-3) if others else 0.0, again)

@@ -14,7 +14,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from maxlm.evaluation import asked
-from maxlm.evaluation.json_schema import Schema, json_value
+from maxlm.evaluation.json_schema import CheckedSchema, json_value
 from maxlm.evaluation.time_limit import within
 
 _MAX_DIGITS = 1000
@@ -80,13 +80,13 @@ def matches(text: str, pattern: str, seconds: float) -> bool:
     return within(seconds, lambda: re.fullmatch(pattern, text.strip()) is not None)
 
 
-def fits_schema(text: str, schema: Schema, seconds: float) -> bool:
+def fits_schema(text: str, schema: CheckedSchema, seconds: float) -> bool:
     """Whether the text is one value in JSON, with nothing around it, that the schema allows. NaN, infinite numbers,
     keys that stand twice and numbers of more than 300 digits are none of JSON.
 
     Raises:
         TimeUp: an expression in the schema takes longer.
-        UserError: as `within`, or as `Schema.allows`.
+        UserError: as `within`, or as `CheckedSchema.allows`.
     """
     try:
         value = json_value(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import json
+import math
 import os
 import time
 import urllib.error
@@ -59,7 +60,7 @@ def means(scores: Sequence[Score], rules: int) -> list[Score]:
 
 def _share(yes: float, no: float) -> float:
     """p(yes) / (p(yes) + p(no)), of log-probabilities of which one at least is finite."""
-    return float(1 / (1 + np.exp(np.clip(no - yes, -700, 700))))
+    return float(np.exp(yes - np.logaddexp(yes, no)))
 
 
 class ModelJudge:
@@ -160,9 +161,10 @@ class ServerJudge:
                 f"{self._place}: its answer has no choices.0.logprobs.content.0.top_logprobs; use a server that tells "
                 "log-probabilities"
             ) from error
-        of = lambda word: np.logaddexp.reduce([value for token, value in told if token and word.startswith(token)])
+        told = [(token, value) for token, value in told if token and value < math.inf]  # nor is NaN a log-probability
+        of = lambda word: float(np.logaddexp.reduce([value for token, value in told if word.startswith(token)]))
         yes, no = of(_YES), of(_NO)
-        if np.isneginf([yes, no]).all() or np.isnan([yes, no]).any():
+        if yes == no == -math.inf:
             return f"the judge finds neither Yes nor No among the {_TOP} likeliest ways to begin its answer"
         return _share(yes, no)
 

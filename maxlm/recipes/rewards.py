@@ -41,7 +41,7 @@ from maxlm.config.fields import shown
 from maxlm.config.json_file import read_object
 from maxlm.config.rewards import SERVERS
 from maxlm.evaluation import verifiers
-from maxlm.evaluation.json_schema import Schema, json_value
+from maxlm.evaluation.json_schema import CheckedSchema, json_value
 from maxlm.evaluation.marking import exact_match, normalized_match
 from maxlm.evaluation.sandbox import Sandbox, SandboxLimits
 from maxlm.evaluation.time_limit import TimeUp, within
@@ -192,7 +192,7 @@ def _opened(
             return "program", functools.partial(_tested, task, sandbox), False, ""
         case SchemaReward():
             schema = None if task.path is None else read_object(Path(task.path), "a JSON schema")
-            opened = None if schema is None else Schema(schema, str(task.path))
+            opened = None if schema is None else CheckedSchema(schema, str(task.path))
             contents = "" if schema is None else hashlib.sha256(json.dumps(schema).encode()).hexdigest()
             return "schema", _each(functools.partial(_fits, task, opened)), False, contents
         case NumberReward():
@@ -268,12 +268,14 @@ def _matches(task: PatternReward, completion: Completion) -> float:
         raise _NoNumber(f"{task.key!r} of its record is no regular expression of Python ({error})") from error
 
 
-def _fits(task: SchemaReward, opened: Schema | None, completion: Completion) -> float:
+def _fits(task: SchemaReward, opened: CheckedSchema | None, completion: Completion) -> float:
     schema = opened
     if task.key is not None:
         found = _of_record(completion, task.key)
         try:
-            schema = Schema(json_value(found) if isinstance(found, str) else found, f"{task.key!r} of its record")
+            schema = CheckedSchema(
+                json_value(found) if isinstance(found, str) else found, f"{task.key!r} of its record"
+            )
         except (UserError, ValueError) as error:
             raise _NoNumber(str(error)) from error
     assert schema is not None, "the config has one of them"
