@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from maxlm.data.encoders import ends_of_answers
 from maxlm.data.prompts import Prompt
 from maxlm.data.shards import CHAT
 from maxlm.data.tokenizers import Bytes
+from maxlm.hub import models
 from maxlm.hub.models import load_run
 from maxlm.inference.request import Finish
 from maxlm.recipes.class_judge import ClassJudge
@@ -54,13 +57,16 @@ def run_of(folder: Path, model: ModelConfig, likely: str = "") -> str:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Each is read once, and its engine made once."""
     folder = tmp_path_factory.mktemp("runs")
-    return {
-        "writer": run_of(folder / "writer", WRITER, "ab"),
-        "asker": run_of(folder / "asker", WRITER, "abcdefgh????"),
-        "classifier": run_of(folder / "classifier", CLASSIFIER),
-    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "load_chosen", functools.cache(models.load_chosen))
+        yield {
+            "writer": run_of(folder / "writer", WRITER, "ab"),
+            "asker": run_of(folder / "asker", WRITER, "abcdefgh????"),
+            "classifier": run_of(folder / "classifier", CLASSIFIER),
+        }
 
 
 @pytest.fixture
@@ -86,7 +92,7 @@ def test_best_of_several(runs: dict[str, str], prompts: str, tmp_path: Path, cap
     shutil.copytree(runs["writer"], other)
     asked = ["best", prompts, "--run", runs["writer"], "--exact=answer"]
     found = written(
-        *asked, "--n=2", "--also", str(other), "--temperatures", "0.5", "1.5", "--every", out=tmp_path / "out"
+        *asked, "--n=2", "--also", str(other), "--temperatures", "0.5", "1.5", "--every", out=tmp_path / "out.jsonl"
     )
     assert {"rating", "by", "answer", "messages"} == set(found[0])
     assert {one["by"] for one in found} == {f"{place} at {t}" for place in (runs["writer"], other) for t in (0.5, 1.5)}
@@ -110,7 +116,7 @@ def test_chains_that_reach_the_answer(runs: dict[str, str], prompts: str, tmp_pa
 def test_attacks(runs: dict[str, str], tmp_path: Path) -> None:
     asked = [
         "attacks", "--run", runs["asker"], "--classifier", runs["classifier"], "--harmful", "0", "2", "--count=12",
-        "--attacker", runs["asker"], "--at_once=8", "--rounds=4", "--shots=2",
+        "--at_once=8", "--rounds=4", "--shots=2",
     ]  # fmt: skip
     found = written(*asked, "--everything", out=tmp_path / "out.jsonl")
     assert 5 < len(found) <= 12 and len({one["prompt"] for one in found}) == len(found)
@@ -122,7 +128,9 @@ def test_attacks(runs: dict[str, str], tmp_path: Path) -> None:
         p = np.exp(classes @ state) / np.exp(classes @ state).sum()
         assert one["rating"] == pytest.approx(p[1], rel=1e-4) and one["label"] == (one["rating"] >= 0.5)
     threshold = float(np.median([one["rating"] for one in found]))
-    more = written(*asked, "--threshold", str(threshold), "--earlier", str(tmp_path / "out.jsonl"), out=tmp_path / "more.jsonl")
+    more = written(
+        *asked, "--threshold", str(threshold), "--earlier", str(tmp_path / "out.jsonl"), out=tmp_path / "more.jsonl"
+    )
     assert not {one["prompt"] for one in more} & {one["prompt"] for one in found}
     assert more and all(one["rating"] < threshold and not one["label"] for one in more)
 
@@ -163,6 +171,7 @@ def test_what_is_wrong_is_one_line(runs: dict[str, str], prompts: str, tmp_path:
         (["attacks", *model, "--classifier", runs["writer"]], "its LmHead tells no classes"),
         (["attacks", *model, "--classifier", runs["classifier"], "--harmful=3"], "classes from 0 to 2, and no 3"),
         (["attacks", *model, "--exact=a", "--earlier", prompts], "record 1 has no prompt and rating"),
+        (["attacks", *model, "--exact=a", "--attacker=hf:none"], "none: "),
     ]:
         with pytest.raises(UserError) as caught:
             main(command)
