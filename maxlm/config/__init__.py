@@ -12,6 +12,7 @@ execution.py: number formats, remat, kernels
 remat.py: which named results each remat policy keeps
 families.py: model families as functions from sizes to a model
 task.py: what a run learns
+reinforcement.py: what runs learn that learn from rewards
 task_rules.py: what a task needs of the rest
 kl.py: what it costs a policy to leave its reference
 policy.py: advantages of a policy's samples, weights of their tokens
@@ -151,6 +152,7 @@ from maxlm.config.position import (
 )
 from maxlm.config.purposes import Counted, Purpose
 from maxlm.config.quantization import QuantMethod
+from maxlm.config.reinforcement import Grpo, Ppo, Reinforced, Rollouts
 from maxlm.config.rewards import (
     BadReward,
     ExactReward,
@@ -274,6 +276,7 @@ __all__ = [
     "Gold",
     "GroupMean",
     "GroupedQuery",
+    "Grpo",
     "GuidanceConfig",
     "Head",
     "HuggingFaceDataset",
@@ -322,6 +325,7 @@ __all__ = [
     "Pooling",
     "Position",
     "PostNorm",
+    "Ppo",
     "PreNorm",
     "Preference",
     "PreferenceLoss",
@@ -334,6 +338,7 @@ __all__ = [
     "Purpose",
     "QkNorm",
     "QuantMethod",
+    "Reinforced",
     "RelativeBias",
     "RelativeSinusoids",
     "Remat",
@@ -343,6 +348,7 @@ __all__ = [
     "RewardLoss",
     "RewardSource",
     "RmsNorm",
+    "Rollouts",
     "Rope",
     "RopeScaling",
     "Router",

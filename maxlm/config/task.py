@@ -6,6 +6,7 @@ from dataclasses import field
 from typing import Annotated
 
 from maxlm.config.fields import Changes, NotNegative, PathName, Positive, Range, config
+from maxlm.config.reinforcement import Grpo, Ppo
 
 
 @config("task.", changes=Changes.IDENTITY)
@@ -165,5 +166,5 @@ class Embed:
     (InfoNCE as CLIP has it, arXiv:2103.00020, figure 3). With an `EmbedHead`."""
 
 
-Task = Pretrain | Sft | TrainMedusa | Preference | Reward | Classify | Embed
+Task = Pretrain | Sft | TrainMedusa | Preference | Reward | Classify | Embed | Grpo | Ppo
 """The union of the tasks."""

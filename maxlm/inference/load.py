@@ -164,7 +164,8 @@ def _load_run(
     devices = _devices(sharding)
     rows = _rows(sharding, len(devices))
     train = dataclasses.replace(saved.train, batch_size=rows, micro_batches=1, profile_steps=None)
-    dataclasses.replace(saved, sharding=sharding, train=train).validate(len(devices))
+    if failures := dataclasses.replace(saved, sharding=sharding, train=train).broken_layout_rules(len(devices)):
+        raise UserError("\n".join(failures))
     # The kernels that the run was trained with need not exist on this device.
     execution = dataclasses.replace(saved.execution, kernels=KernelConfig())
     config = dataclasses.replace(saved, sharding=sharding, execution=execution)

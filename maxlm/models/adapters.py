@@ -39,6 +39,11 @@ def base_of(config: ModelConfig) -> ModelConfig:
     return config if config.adapter is None else dataclasses.replace(config, adapter=None)
 
 
+def parameters_of_base(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Those of `base_of` the model, among the parameters of the model."""
+    return {name: tree for name, tree in parameters.items() if name != shapes.PREFIX}
+
+
 def composed(config: ModelConfig) -> ModelConfig:
     """The model as its decoder is built: without an adapter that is all in the weights."""
     return config if _is_parallel(config) else base_of(config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,17 @@ class Unembedding:
     """float32 [V]."""
     scale: float | None = field(default=None, metadata={"static": True})
     soft_cap: float | None = field(default=None, metadata={"static": True})
+
+    def cooled(self, temperature: float) -> Unembedding:
+        """What makes logits / temperature."""
+        if temperature == 1:
+            return self
+        return replace(
+            self,
+            scale=(1 if self.scale is None else self.scale) / temperature,
+            bias=None if self.bias is None else self.bias / temperature,
+            soft_cap=None if self.soft_cap is None else self.soft_cap / temperature,
+        )
 
     def finish(self, product: jax.Array) -> jax.Array:
         """hidden @ table.T -> logits, both float32 [..., V], or the same part of V that bias is."""

@@ -12,6 +12,11 @@ classify.py: a class for each text
 embed.py: a vector for each text
 of_texts.py: what reward, preference, classify and embed share
 held_to.py: the model that a policy is held to
+grpo.py: what is worth more than other answers to the same prompt
+ppo.py: the same with a critic
+reinforced.py: what both share
+rollouts.py: answers of the policy, as batches
+writing.py: the engine that writes them
 train_medusa.py: heads that guess at later tokens, on a trained model
 self_instruct.py: tasks that a model writes after those of people
 answering.py: conversations answered anew, perhaps with a context
@@ -30,9 +35,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from maxlm.config import Classify, Embed, Preference, Pretrain, Reward, RunConfig, Sft, TrainMedusa
+from maxlm.config import Classify, Embed, Grpo, Ppo, Preference, Pretrain, Reward, RunConfig, Sft, TrainMedusa
 from maxlm.inference.load import LoadedRun
-from maxlm.recipes import classify, embed, preference, pretrain, reward, sft, train_medusa
+from maxlm.recipes import classify, embed, grpo, ppo, preference, pretrain, reward, sft, train_medusa
 from maxlm.recipes.rewards import RewardFunction
 from maxlm.sharding import Layout
 from maxlm.training.loop import Recipe
@@ -66,3 +71,7 @@ def recipe(
             return embed.recipe(config, config.task, layout)
         case TrainMedusa():
             return train_medusa.recipe(config, config.task, layout)
+        case Grpo():
+            return grpo.recipe(config, config.task, layout, functions)
+        case Ppo():
+            return ppo.recipe(config, config.task, layout, functions)

@@ -96,7 +96,7 @@ def recipe_on(
     if train.eval_batches != 0:
         measures.append(HeldOutText(config, layout, objective))
     if config.observe.sample_tokens:
-        _check_sample(config, tokenizer, None if taught is None else taught.chat)
+        check_sample(config, tokenizer, None if taught is None else taught.chat)
         measures.append(Sample(observe=config.observe, loaded=loaded))
     return Recipe(
         objective=objective,
@@ -108,7 +108,7 @@ def recipe_on(
     )
 
 
-def _check_sample(config: RunConfig, tokenizer: Tokenizer, chat: ChatTemplate | None) -> None:
+def check_sample(config: RunConfig, tokenizer: Tokenizer, chat: ChatTemplate | None) -> None:
     """Before the first step, not after the last.
 
     Raises:
@@ -167,6 +167,7 @@ class FileFeed:
         self._batches, self._sharding = batches, layout.sharding(layout.activation("batch", "seq"))
         self._ahead: Generator[Batch, None, None] | None = None
         self.fingerprint = batches.fingerprint
+        self.memory: dict[str, Any] = {}
 
     def next(self, step: int, state: TrainState) -> Batch:
         if self._ahead is None:

@@ -8,10 +8,9 @@ from typing import Any, assert_never
 import jax
 import jax.numpy as jnp
 
-from maxlm import shapes
 from maxlm.config import Dpo, Ipo, Kto, ModelConfig, Orpo, RunConfig, SimPo
 from maxlm.models import Decoder, DecoderOutput, abstract_parameters, ops
-from maxlm.models.adapters import base_of
+from maxlm.models.adapters import base_of, parameters_of_base
 from maxlm.sharding import Layout
 from maxlm.training import preference_losses as losses
 from maxlm.training.objective import Batch, BatchArray, Params, Sums
@@ -63,7 +62,7 @@ class Referenced(TextObjective):
         of_texts = self._log_probs(of_tokens, batch["loss_mask"], batch)
         found = {"log_prob": of_texts.total, "tokens": of_texts.tokens}
         if self._reference is not None:
-            other = self._read_reference(self._reference, frozen, batch)
+            other = self._read_other(self._reference, frozen, batch)
             found["kl"] = self._totals(_divergence((model, output), other) * batch["loss_mask"], batch)
         if self._reference is not None or AHEAD in self.arrays:
             found["log_ratio"] = self._ratios(of_tokens, frozen, batch)
@@ -74,20 +73,10 @@ class Referenced(TextObjective):
             return batch[AHEAD]
         assert self._reference is not None
         without_noise = {name: x for name, x in batch.items() if name != "seeds"}
-        model, output = self._read_reference(self._reference, frozen, without_noise)
+        model, output = self._read_other(self._reference, frozen, without_noise)
         return jax.lax.stop_gradient(
             self._totals(self._token_log_probs(model, output, batch) * self._mask(batch), batch)
         )
-
-    def _read_reference(self, model: ModelConfig, params: Params, batch: Batch) -> tuple[Decoder, DecoderOutput]:
-        """It has no virtual tokens: a text does not see those of the batch, and begins at position 0."""
-        if virtual := self._config.model.virtual_tokens:
-            of_text = batch["positions"] >= virtual
-            batch = batch | {
-                "positions": jnp.maximum(batch["positions"] - virtual, 0),
-                "segment_ids": 2 * batch["segment_ids"] + of_text,
-            }
-        return self._read(model, params, batch)
 
     def _ratios(self, of_tokens: jax.Array, frozen: Any, batch: Batch) -> jax.Array:
         """The log-ratio of each text, float32 [B, S]."""
@@ -95,9 +84,7 @@ class Referenced(TextObjective):
 
     def _held_to(self, params: Params, frozen: Any) -> Any:
         """The reference's parameters."""
-        if not self._under:
-            return frozen
-        return jax.lax.stop_gradient({name: tree for name, tree in params.items() if name != shapes.PREFIX})
+        return jax.lax.stop_gradient(parameters_of_base(params)) if self._under else frozen
 
     def by_text(self, params: Params, frozen: Any, batch: Batch) -> dict[str, jax.Array]:
         return super().by_text(params, self._held_to(params, frozen), batch)
