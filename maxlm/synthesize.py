@@ -16,14 +16,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maxlm.config import BadReward, ChosenModel, Conversations, Files, UserError
+from maxlm.config import ChosenModel, Conversations, Files, Reinforced, UserError
 from maxlm.config.cli import parse, parse_run, run_command
 from maxlm.config.synthesis import Answering, Attacks, Best, Calls, Instructions, JudgedBy, Star
 
 if TYPE_CHECKING:
     from maxlm.data.conversation_formats import Turn
     from maxlm.inference.load import LoadedRun
+    from maxlm.recipes.completions import Completion
     from maxlm.recipes.responding import Judge, Question
+    from maxlm.recipes.rewards import Judged
 
 _PROG = "python -m maxlm.synthesize"
 _USAGE = f"""Records that a model writes, as JSON lines. The same model, input and seed give the same.
@@ -184,7 +186,8 @@ def _best(options: Best) -> Iterator[dict[str, Any]]:
             sampling = dataclasses.replace(options.sampling, temperature=temperature)
             name = f"{place} at {temperature:g}" if options.temperatures else place
             respondents.append(RunRespondent(one, sampling, options.max_new_tokens, name))
-    judge, tally = _judge(options.by, options.model, run), Counter[str]()
+    tally = Counter[str]()
+    judge = _counting(_judge(options.by, options.model, run), tally)
     for some in _at_once(questions, options.at_once):
         for asked, found in candidates(some, respondents, judge, tally, n=options.n, seed=options.seed):
             if not options.pairs:
@@ -209,7 +212,8 @@ def _star(options: Star) -> Iterator[dict[str, Any]]:
     examples = [] if options.examples is None else _conversations((options.examples,))
     run = load_chosen(options.model)
     respondent = RunRespondent(run, options.sampling, options.max_new_tokens, options.model.place)
-    judge, tally = _judge(options.by, options.model, run), Counter[str]()
+    tally = Counter[str]()
+    judge = _counting(_judge(options.by, options.model, run), tally)
     for some in _at_once(questions, options.at_once):
         yield from star(
             some, respondent, judge, tally, tries=options.tries, every=options.every, threshold=options.threshold,
@@ -266,11 +270,10 @@ def _judge(by: JudgedBy, chosen: ChosenModel, run: LoadedRun) -> Judge:
     sources, functions = by.sources, dict[str, Callable[..., Any]]()
     if by.rewards is not None:
         asked = parse_run(["--config", by.rewards], prog=_PROG, description="")
-        match asked.config.task:
-            case object(rewards=tuple() as rewards):
-                sources = (*rewards, *sources)
-            case task:
-                raise UserError(f"--rewards {by.rewards}: its task, {type(task).__name__}, has no rewards")
+        task = asked.config.task
+        if not isinstance(task, Reinforced):
+            raise UserError(f"--rewards {by.rewards}: its task, {type(task).__name__}, has no rewards")
+        sources = (*task.rewards, *sources)
         functions.update(asked.functions)
     if not sources:
         raise UserError(
@@ -278,14 +281,34 @@ def _judge(by: JudgedBy, chosen: ChosenModel, run: LoadedRun) -> Judge:
         )
     return RewardSum(
         sources,
-        BadReward.SKIP,
+        by.on_bad_reward,
         tokenizer=run.tokenizer.fingerprint,
         sharding=chosen.sharding,
         functions=functions,
     )
 
 
+def _counting(judge: Judge, tally: Counter[str]) -> Judge:
+    """The same, which tells the tally how many have a reward."""
+
+    def counted(completions: Sequence[Completion]) -> Judged:
+        judged = judge(completions)
+        tally["judged"] += int(judged.usable.sum())
+        tally["without a reward"] += int((~judged.usable).sum())
+        return judged
+
+    return counted
+
+
 def _tell(tally: Counter[str]) -> None:
+    """
+    Raises:
+        UserError: nothing was asked, or nothing has a reward.
+    """
+    if tally["too long to be asked"] and not tally["judged"] + tally["without a reward"]:
+        raise UserError("no prompt has room for --max_new_tokens more in the model's length; use less")
+    if tally["without a reward"] and not tally["judged"]:
+        raise UserError(f"none of {tally['without a reward']} answers has a reward; --on_bad_reward stop says why")
     print(", ".join(f"{count:,} {what}" for what, count in tally.items() if count))
 
 

@@ -86,7 +86,7 @@ def test_candidates_are_those_of_all_models_best_first() -> None:
         Candidate("aaa", 3, "one"), Candidate("bbb", 3, "two"), Candidate("aa", 2, "one"),
         Candidate("bb", 2, "two"), Candidate("a", 1, "one"), Candidate("b", 1, "two"),
     ]  # fmt: skip
-    assert +tally == {"prompts": 1, "answers": 6}
+    assert +tally == {"prompts": 1, "answers asked for": 6}
     assert len({*first.seeds, *second.seeds}) == 6
 
 
@@ -96,8 +96,7 @@ def test_what_cannot_be_learned_is_left_out_and_counted() -> None:
     [found], tally = texts(asked({"prompt": "q"}), Scripted(lambda text, seed: next(said)), n=6, judge=judge)
     assert found == [Candidate("fine", 1, "model")]
     assert tally == {
-        "prompts": 1, "answers": 1, "given before": 1, "cut or empty": 2, "too long to be asked": 1,
-        "without a reward": 1,
+        "prompts": 1, "answers asked for": 6, "given before": 1, "cut or empty": 2, "too long to be asked": 1
     }  # fmt: skip
 
 
@@ -190,7 +189,7 @@ def test_chains_that_reach_the_answer_are_kept_and_others_told_it() -> None:
         {"messages": [user("3+3"), assistant("told, it is 6")], "answer": "6", "rationalized": True},
     ]  # the hint is nowhere in what is learned
     assert [one.turns[-1]["content"] for one in model.asked] == ["2+2", "3+3", "?", "3+3\n\n(It is 6.)"]
-    assert tally == {"prompts": 3, "solved": 1, "rationalized": 1, "unsolved": 1}
+    assert +tally == {"prompts": 3, "solved": 1, "rationalized": 1, "unsolved": 1}
     found, model, tally = solved(*SUMS, say=clever, hint=None)
     assert len(found) == 1 and len(model.asked) == 3 and tally["unsolved"] == 2
 

@@ -99,11 +99,29 @@ def test_best_of_several(runs: dict[str, str], prompts: str, tmp_path: Path, cap
     assert all(one["rating"] == (said(one) == one["answer"]) for one in found)
     assert {one["rating"] for one in found} == {0.0, 1.0}
     told = capsys.readouterr().out
-    assert "6 prompts" in told and f"{len(found)} answers" in told and f"{len(found)} records" in told
+    assert "6 prompts, 48 answers asked for, " in told and f"{len(found)} records" in told
     pairs = written(*asked, "--n=6", "--pairs", "--margin=0.5", out=tmp_path / "out.jsonl")
     assert pairs and all(one["chosen"][0]["content"] == one["answer"] for one in pairs)
     assert all(one["rejected"][0]["content"] != one["answer"] for one in pairs)
     assert all(one["messages"][-1]["role"] == "user" for one in pairs)
+
+
+def test_rewards_of_a_config_file(runs: dict[str, str], prompts: str, tmp_path: Path) -> None:
+    """With its functions."""
+    file = tmp_path / "short.py"
+    file.write_text(
+        "import dataclasses\n"
+        "from configs.grpo_sort import get_config as grpo\n"
+        "from maxlm.config import FunctionReward\n"
+        "def short(prompt, completion, record):\n"
+        "    return int(prompt[1:]) - 0.5 * len(completion)\n"
+        "def get_config():\n"
+        "    base = grpo()\n"
+        "    task = dataclasses.replace(base.task, rewards=(FunctionReward(name='short', weight=2.0),))\n"
+        "    return dataclasses.replace(base, task=task)\n"
+    )
+    found = written("best", prompts, "--run", runs["writer"], "--rewards", str(file), out=tmp_path / "out.jsonl")
+    assert found and all(one["rating"] == 2 * int(one["messages"][0]["content"][1:]) - len(said(one)) for one in found)
 
 
 def test_chains_that_reach_the_answer(runs: dict[str, str], prompts: str, tmp_path: Path) -> None:
@@ -156,7 +174,7 @@ def test_what_is_wrong_is_one_line(runs: dict[str, str], prompts: str, tmp_path:
     empty, odd = tmp_path / "empty.jsonl", tmp_path / "odd.jsonl"
     empty.write_text("")
     odd.write_text('{"text": "a"}\n')
-    model = ["--run", runs["writer"], "--out", str(tmp_path / "out.jsonl")]
+    model, few = ["--run", runs["writer"], "--out", str(tmp_path / "out.jsonl")], "--max_new_tokens=12"
     for command, message in [
         (["best", prompts, *model], "nothing says what an answer is worth; name --rewards, "),
         (["best", str(odd), *model, "--exact=answer"], "record 1 has the keys 'text', of no known format"),
@@ -167,6 +185,12 @@ def test_what_is_wrong_is_one_line(runs: dict[str, str], prompts: str, tmp_path:
         (["best", prompts, *model, "--rewards=configs/tiny.py"], "its task, Pretrain, has no rewards"),
         (["best", prompts, *model, "--exact=a", "--also=none"], "none: not a run folder"),
         (["best", prompts, *model, "--reward_run", runs["writer"]], "gives no reward; name a run of task = Reward"),
+        (["best", prompts, *model, "--exact=a", "--max_new_tokens=127"], "no prompt has room for --max_new_tokens"),
+        (["best", prompts, *model, "--exact=a", few], "answers has a reward; --on_bad_reward stop says why"),
+        (
+            ["best", prompts, *model, "--exact=a", few, "--on_bad_reward=stop"],
+            "its record has no key 'a'; it has prompt, ",
+        ),
         (["star", prompts, *model, "--exact=answer", "--hint=told"], "has no {answer}, where the answer comes"),
         (["attacks", *model, "--classifier", runs["writer"]], "its LmHead tells no classes"),
         (["attacks", *model, "--classifier", runs["classifier"], "--harmful=3"], "classes from 0 to 2, and no 3"),

@@ -9,7 +9,7 @@ import tyro
 from maxlm.config.chosen import ChosenModel
 from maxlm.config.errors import UserError
 from maxlm.config.fields import Filled, Fraction, NotNegative, PathName, Positive, Seed, config
-from maxlm.config.rewards import ExactReward, JudgeReward, ModelReward, NumberReward, RewardSource
+from maxlm.config.rewards import BadReward, ExactReward, JudgeReward, ModelReward, NumberReward, RewardSource
 from maxlm.config.sampling import SamplingConfig
 
 
@@ -93,6 +93,8 @@ class JudgedBy:
     """A run, hf:DIR, gguf:FILE or the address of a server, which is asked each --rule."""
     rule: tuple[str, ...] = ()
     """Questions to which a good answer has the answer yes."""
+    on_bad_reward: BadReward = BadReward.SKIP
+    """What becomes of an answer that has no reward."""
 
     def __post_init__(self) -> None:
         if (self.judge is None) != (not self.rule):

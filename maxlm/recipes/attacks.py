@@ -90,12 +90,10 @@ def attacks(
         done += len(asked)
         judged = judge([sample for _, sample in answered])
         for (one, sample), score, usable in zip(answered, judged.total, judged.usable, strict=True):
-            if not usable:
-                tally["without a score"] += 1
-                continue
-            words = one.record["prompt"]
-            known[words] = float(score)
-            yield Attack(words, sample.text.strip(), float(score), fresh[words])
+            if usable:
+                words = one.record["prompt"]
+                known[words] = float(score)
+                yield Attack(words, sample.text.strip(), float(score), fresh[words])
         if done >= count:
             return
 

@@ -40,11 +40,13 @@ def candidates(
         questions: asked together.
         respondents: each of them answers.
         judge: what answers are worth.
-        tally: counts what was asked, answered, and left out, and why.
+        tally: counts what was asked, and what was left out, and why.
         n: answers of each respondent to each question.
         seed: of all.
     """
     each = len(respondents) * n
+    tally["prompts"] += len(questions)
+    tally["answers asked for"] += each * len(questions)
     found: list[list[Candidate]] = [[] for _ in questions]
     for r, respondent in enumerate(respondents):
         asked = [(i, one) for i, one in enumerate(questions) for _ in range(n)]
@@ -56,15 +58,11 @@ def candidates(
         tally["cut or empty"] += len(there) - len(whole)
         judged = judge([sample for _, sample in whole])
         for (i, sample), score, usable in zip(whole, judged.total, judged.usable, strict=True):
-            if not usable:
-                tally["without a reward"] += 1
-            elif sample.text.strip() in (one.text for one in found[i]):
+            if sample.text.strip() in (one.text for one in found[i]):
                 tally["given before"] += 1
-            else:
+            elif usable:
                 found[i].append(Candidate(sample.text.strip(), float(score), respondent.name))
     for one, own in zip(questions, found, strict=True):
-        tally["prompts"] += 1
-        tally["answers"] += len(own)
         yield one, sorted(own, key=lambda candidate: -candidate.score)
 
 

@@ -51,11 +51,11 @@ def star(
     """
     tally["prompts"] += len(questions)
     plain = [_shown(one, examples, None) for one in questions]
-    found = _right(questions, plain, respondent, judge, 0, tries, threshold, seed)
+    found = _right(questions, plain, respondent, judge, tally, 0, tries, threshold, seed)
     told = {n: hint(one) for n, one in enumerate(questions) if not found[n]} if hint is not None else {}
     missed = [n for n, text in told.items() if text is not None]
     hinted = [_shown(questions[n], examples, told[n]) for n in missed]
-    again = _right([questions[n] for n in missed], hinted, respondent, judge, 1, tries, threshold, seed)
+    again = _right([questions[n] for n in missed], hinted, respondent, judge, tally, 1, tries, threshold, seed)
     by_hint = dict(zip(missed, again, strict=True))
     for n, one in enumerate(questions):
         texts = found[n] or by_hint.get(n, [])
@@ -69,6 +69,7 @@ def _right(
     asked: Sequence[Question],
     respondent: Respondent,
     judge: Judge,
+    tally: Counter[str],
     turn: int,
     tries: int,
     threshold: float,
@@ -81,6 +82,7 @@ def _right(
     said = respondent([one for one in asked for _ in range(tries)], seeds)
     places = [n for n in range(len(questions)) for _ in range(tries)]
     there = [(n, _without(questions[n], sample)) for n, sample in zip(places, said, strict=True) if sample is not None]
+    tally["too long to be asked"] += len(said) - len(there)
     judged = judge([sample for _, sample in there])
     right = judged.usable & (np.nan_to_num(judged.total, nan=-np.inf) >= threshold)
     found: list[list[str]] = [[] for _ in questions]
