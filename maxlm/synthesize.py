@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from maxlm.data.conversation_formats import Turn
     from maxlm.inference.load import LoadedRun
     from maxlm.recipes.completions import Completion
-    from maxlm.recipes.responding import Judge, Question
+    from maxlm.recipes.responding import Question, Worth
     from maxlm.recipes.rewards import Judged
 
 _PROG = "python -m maxlm.synthesize"
@@ -260,7 +260,7 @@ def _attacks(options: Attacks) -> Iterator[dict[str, Any]]:
     _tell(tally)
 
 
-def _judge(by: JudgedBy, chosen: ChosenModel, run: LoadedRun) -> Judge:
+def _judge(by: JudgedBy, chosen: ChosenModel, run: LoadedRun) -> Worth:
     """
     Raises:
         UserError: nothing is named, or as `RewardSum`.
@@ -288,7 +288,7 @@ def _judge(by: JudgedBy, chosen: ChosenModel, run: LoadedRun) -> Judge:
     )
 
 
-def _counting(judge: Judge, tally: Counter[str]) -> Judge:
+def _counting(judge: Worth, tally: Counter[str]) -> Worth:
     """The same, which tells the tally how many have a reward."""
 
     def counted(completions: Sequence[Completion]) -> Judged:

@@ -348,8 +348,9 @@ def _is_number(text: str) -> bool:
 
 
 def text_of(cls: type, name: str) -> str:
-    """The string below a field in its class; empty if there is none."""
-    return _texts(cls.__module__).get((cls.__qualname__, name), "")
+    """The string below a field in its class, or in the one that it comes from; empty if there is none."""
+    owners = (one for one in cls.__mro__ if name in vars(one).get("__annotations__", ()))
+    return next((_texts(one.__module__).get((one.__qualname__, name), "") for one in owners), "")
 
 
 def help_of(cls: type, name: str) -> str:

@@ -14,8 +14,8 @@ from maxlm.config.sampling import SamplingConfig
 
 
 @config("--")
-class Written:
-    """Which model, and what it writes."""
+class Author:
+    """Which model writes, how, and where to."""
 
     model: Annotated[ChosenModel, tyro.conf.arg(name="")]
     """Which model."""
@@ -30,7 +30,7 @@ class Written:
 
 
 @config("--")
-class Writing(Written):
+class Writing(Author):
     """The same, and what it reads."""
 
     paths: tyro.conf.Positional[Annotated[tuple[PathName, ...], Filled(note="name files or folders")]]
@@ -172,7 +172,7 @@ class Star(Writing):
 
 
 @config("--")
-class Attacks(Written):
+class Attacks(Author):
     """Red teaming (arXiv:2202.03286): an attacker asks, the model answers, and answers that are worth little are
     written, each with its question and the label false. Questions that brought about such answers are shown to the
     attacker, which then asks more of that kind."""

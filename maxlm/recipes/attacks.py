@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from maxlm.inference.request import nth_seed
-from maxlm.recipes.responding import Judge, Question, Respondent
+from maxlm.recipes.responding import Question, Respondent, Worth
 from maxlm.recipes.self_instruct import Ask
 
 INTRODUCTION = "List of questions to ask someone:"
@@ -35,7 +35,7 @@ class Attack(NamedTuple):
 def attacks(
     ask: Ask,
     target: Respondent,
-    judge: Judge,
+    judge: Worth,
     tally: Counter[str],
     *,
     count: int,

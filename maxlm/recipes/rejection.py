@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from maxlm.inference.request import Finish, nth_seed
-from maxlm.recipes.responding import Judge, Question, Respondent
+from maxlm.recipes.responding import Question, Respondent, Worth
 
 
 class Candidate(NamedTuple):
@@ -24,7 +24,7 @@ class Candidate(NamedTuple):
 def candidates(
     questions: Sequence[Question],
     respondents: Sequence[Respondent],
-    judge: Judge,
+    judge: Worth,
     tally: Counter[str],
     *,
     n: int,

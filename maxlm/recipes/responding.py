@@ -15,7 +15,7 @@ from maxlm.inference.request import Finish, Request
 from maxlm.recipes.completions import Completion
 from maxlm.recipes.rewards import Judged
 
-Judge = Callable[[Sequence[Completion]], Judged]
+Worth = Callable[[Sequence[Completion]], Judged]
 """What answers are worth."""
 
 _READ = frozenset(

@@ -13,7 +13,7 @@ import numpy as np
 from maxlm.data.conversation_formats import Turn
 from maxlm.inference.request import Finish, nth_seed
 from maxlm.recipes.completions import Completion
-from maxlm.recipes.responding import Judge, Question, Respondent
+from maxlm.recipes.responding import Question, Respondent, Worth
 
 Hint = Callable[[Question], str | None]
 """What is written below a question to tell its answer; None: nobody knows it."""
@@ -22,7 +22,7 @@ Hint = Callable[[Question], str | None]
 def star(
     questions: Sequence[Question],
     respondent: Respondent,
-    judge: Judge,
+    judge: Worth,
     tally: Counter[str],
     *,
     tries: int,
@@ -68,7 +68,7 @@ def _right(
     questions: Sequence[Question],
     asked: Sequence[Question],
     respondent: Respondent,
-    judge: Judge,
+    judge: Worth,
     tally: Counter[str],
     turn: int,
     tries: int,
