@@ -348,9 +348,9 @@ def _is_number(text: str) -> bool:
 
 
 def text_of(cls: type, name: str) -> str:
-    """The string below a field in its class, or in the one that it comes from; empty if there is none."""
-    owners = (one for one in cls.__mro__ if name in vars(one).get("__annotations__", ()))
-    return next((_texts(one.__module__).get((one.__qualname__, name), "") for one in owners), "")
+    """The string below a field in its class; empty if there is none."""
+    classes = [one for one in cls.__mro__ if name in vars(one).get("__annotations__", {})]
+    return _texts(classes[0].__module__).get((classes[0].__qualname__, name), "") if classes else ""
 
 
 def help_of(cls: type, name: str) -> str:

@@ -18,6 +18,7 @@ raw_tasks.py: questions out of raw text
 sharegpt.py: conversations from web pages, cleaned and split
 reply_trees.py: replies to replies as conversations and rankings
 ghost.py: an instruction that holds for a conversation
+problems.py: problems made by rule, with their answers
 near_duplicates.py: ROUGE-L, and texts unlike all before them
 chat_report.py: conversations as tokens for people, figures of them
 text_ends.py: where texts of a model begin and end

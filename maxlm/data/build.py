@@ -1,24 +1,26 @@
-"""`python -m maxlm.data build`: records of conversations from records, texts and threads. JSON in, JSON lines out; the
-same input and options give the same bytes."""
+"""`python -m maxlm.data build`: records of conversations from records, texts, threads and rules. JSON in, JSON lines
+out; the same input and options give the same bytes."""
 
 from __future__ import annotations
 
+import enum
 import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, assert_never
 
 import tyro
 
 from maxlm.config import Conversations, Files, UserError
 from maxlm.config.cli import parse
-from maxlm.config.fields import Filled, Fraction, NotEmpty, NotNegative, PathName, Positive, Seed, config
+from maxlm.config.fields import Filled, Fraction, NotEmpty, NotNegative, PathName, Positive, Range, Seed, config
 from maxlm.data import ghost, mixing, raw_tasks, reply_trees, sharegpt, wordings
 from maxlm.data.conversation_formats import BadRecord, in_order, turns_of
 from maxlm.data.documents import Document, Unreadable
 from maxlm.data.named_tokenizer import named_tokenizer
+from maxlm.data.problems import MadeProblem, ProblemKind, problems
 from maxlm.data.sources import iterate_documents
 from maxlm.data.tokenizers import open_tokenizer
 
@@ -33,6 +35,7 @@ USAGE = f"""Records of conversations from other data, as JSON lines.
 {PROG} threads PATH... --out FILE       trees of replies (OpenAssistant, Reddit)
 {PROG} ghost PATH... --out FILE         an instruction that holds for a conversation (Llama 2)
 {PROG} unpair PATH... --out FILE        preferences as single answers with labels (for kto)
+{PROG} problems KIND --out FILE         problems with one right answer each (sort, addition)
 
 --help after a name lists its options."""
 
@@ -152,6 +155,35 @@ class Unpair:
     """Preferences: prompt, chosen and rejected, as text or messages."""
 
 
+class ProblemForm(enum.Enum):
+    """What a line of the file is."""
+
+    RECORDS = "records"
+    """A record with prompt, completion and answer: for SFT, and as a prompt for tasks that judge answers."""
+    TEXT = "text"
+    """A document, prompt and answer as running text: for pre-training."""
+
+
+@config("--")
+class Problems:
+    """Which problems, and how many."""
+
+    kind: tyro.conf.Positional[ProblemKind]
+    """What is to be done."""
+    out: PathName
+    """File to write, which must not be there."""
+    count: Positive[int] = 1000
+    """Problems to write, all different."""
+    seed: Seed = 0
+    """Which ones."""
+    held_out: bool = False
+    """Those that no file without this word has, whatever its seed."""
+    form: Annotated[ProblemForm, tyro.conf.arg(name="as")] = ProblemForm.RECORDS
+    """What a line of the file is."""
+    digits: Annotated[int, Range(ge=1, le=9)] | None = None
+    """Of each number, at most; None: six to sort, two to add."""
+
+
 class _Made(NamedTuple):
     """What became of a record."""
 
@@ -267,6 +299,24 @@ def _unpair(command: Unpair) -> int:
     return _each(command.input, labelled)
 
 
+def _problems(command: Problems) -> int:
+    found = problems(
+        command.kind, command.count, command.seed, held_out=command.held_out, digits=command.digits
+    )  # fmt: skip
+    made = (_Made(command.kind.value, [_problem(one, command.form)]) for one in found)
+    return _write(command.out, made, Unreadable())
+
+
+def _problem(one: MadeProblem, form: ProblemForm) -> dict[str, Any]:
+    match form:
+        case ProblemForm.RECORDS:
+            return {"prompt": one.prompt, "completion": one.answer, "answer": one.answer}
+        case ProblemForm.TEXT:
+            return {"text": f"{one.prompt} {one.answer}"}
+        case _:
+            assert_never(form)
+
+
 _BUILDERS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "mix": (Mix, _mix),
     "tasks": (Tasks, _tasks),
@@ -275,6 +325,7 @@ _BUILDERS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "threads": (Threads, _threads),
     "ghost": (Ghost, _ghost),
     "unpair": (Unpair, _unpair),
+    "problems": (Problems, _problems),
 }
 
 

@@ -10,6 +10,7 @@ prompting.py: how questions are put: the settings
 demonstrations.py: solved questions before a question, and their order
 reasoning.py: chains of thought, votes
 confidence.py: calibration, and whom to answer
+side_by_side.py: the same prompts put to several models
 judgements.py: held-out texts of reward models, preferences, classifiers, vectors
 ratings.py: Elo, win rates, rewards of two models as one
 verifiers.py: answers verified without a model: numbers, formats, tests

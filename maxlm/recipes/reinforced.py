@@ -45,9 +45,10 @@ class Pieces:
     @property
     def held_to(self) -> dict[str, Any]:
         """Arguments of a `PolicyGradient`."""
+        drawn = {"tokens": self.taught.tokenizer.vocab_size}
         if self.reference is not None:
-            return {"reference": self.reference.model}
-        return {"under": self.under}
+            return drawn | {"reference": self.reference.model}
+        return drawn | {"under": self.under}
 
     @property
     def start(self) -> Start | None:

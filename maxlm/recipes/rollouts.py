@@ -117,7 +117,7 @@ class RolloutFeed:
         arrays = _rows(answered, self._config.model.virtual_tokens, self._config.train.seq_len, self._rollouts)
         orders = [self._order(number, epoch) for epoch in range(self._rollouts.epochs)]
         arrays |= self._scored(state, arrays, orders[0])
-        figures |= _mismatch(arrays)
+        figures |= _of_scores(arrays)
         made, more = self._learn(Rollout(answered, arrays), self.memory)
         if (cap := self._rollouts.importance_cap) is not None:
             sampled = arrays["old_log_probs"], arrays["sampler_log_probs"], arrays["loss_mask"]
@@ -125,8 +125,7 @@ class RolloutFeed:
         arrays |= made
         wanted = {name: array.dtype for name, array in self._objective.arrays.items() if name in arrays}
         arrays = {name: arrays[name].astype(dtype) for name, dtype in wanted.items()}
-        self.figures = figures | more | {"seconds": time.perf_counter() - began, "learning_seconds": 0.0}
-        self.figures["writing_seconds"] = judged - began
+        self.figures = figures | more | {"writing_seconds": judged - began, "seconds": time.perf_counter() - began}
         return [{name: x[rows] for name, x in arrays.items()} for order in orders for rows in self._cut(order)]
 
     def _answers(self, number: int) -> tuple[Answered, dict[str, Any]]:
@@ -260,13 +259,17 @@ def _figures(answered: Answered, samples: int) -> dict[str, Any]:
     }
 
 
-def _mismatch(arrays: Arrays) -> dict[str, float]:
-    """How far the engine's log-probabilities are from those of the program that trains."""
+def _of_scores(arrays: Arrays) -> dict[str, float]:
+    """The policy's entropy, and how far the engine's log-probabilities are from those of the program that trains."""
     there = arrays["loss_mask"] > 0
     apart = (arrays["old_log_probs"].astype(np.float64) - arrays["sampler_log_probs"])[there]
     if not apart.size:
-        return {"sampler_ratio": 1.0, "sampler_largest": 0.0}
-    return {"sampler_ratio": float(np.exp(apart).mean()), "sampler_largest": float(np.abs(apart).max())}
+        return {"entropy": 0.0, "sampler_ratio": 1.0, "sampler_largest": 0.0}
+    return {
+        "entropy": float(arrays["entropy"][there].mean()),
+        "sampler_ratio": float(np.exp(apart).mean()),
+        "sampler_largest": float(np.abs(apart).max()),
+    }
 
 
 class RolloutFigures:

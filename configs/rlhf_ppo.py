@@ -1,0 +1,48 @@
+"""The third part of the classic chain: the policy of rlhf_sft.py (889,984 parameters) learns from the reward model of
+rlhf_reward.py (PPO-ptx).
+
+    python -m maxlm.train --config configs/rlhf_ppo.py
+
+The critic begins as the reward model, which is smaller than the policy. A penalty for leaving the policy of rlhf_sft.py
+is part of the reward, and the text of pre-training is learned beside (InstructGPT's equation 2). Hardware: two CPU
+cores, 2 GB of memory, no download; about four minutes.
+"""
+
+import dataclasses
+
+from configs.life_pretrain import get_config as pretrain
+from configs.rlhf_sft import get_config as sft
+from configs.rlhf_sft import records
+from maxlm.config import (
+    AdamW,
+    CheckpointConfig,
+    ConstantSchedule,
+    DataConfig,
+    ModelReward,
+    ObserveConfig,
+    Ppo,
+    Purpose,
+    Rollouts,
+    RunConfig,
+)
+
+
+def get_config() -> RunConfig:
+    base = sft()
+    library = pretrain().data.datasets[0]
+    prompts = records("prompts", Purpose.PROMPTS, "configs/data/manners.jsonl")
+    return dataclasses.replace(
+        base,
+        data=DataConfig(datasets=(prompts, library)),
+        train=dataclasses.replace(base.train, steps=120, batch_size=32, seq_len=160, eval_every=40),
+        optimizer=AdamW(learning_rate=1e-4, schedule=ConstantSchedule(warmup_steps=0)),
+        checkpoint=CheckpointConfig(every=40, init_from="runs/rlhf/sft"),
+        observe=ObserveConfig(sample_prompt="Where is the bakery?", sample_tokens=64),
+        task=Ppo(
+            rewards=(ModelReward(run="runs/rlhf/reward"),),
+            critic="runs/rlhf/reward",
+            text_weight=1.0,
+            rollouts=Rollouts(prompts=32, samples=1, max_new_tokens=80, eval_prompts=32),
+        ),
+        run_dir="runs/rlhf/ppo",
+    )
