@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from maxlm.data.conversation_formats import Turn
     from maxlm.inference.load import LoadedRun
     from maxlm.recipes.completions import Completion
-    from maxlm.recipes.responding import Question, Worth
+    from maxlm.recipes.responding import Inquiry, Worth
     from maxlm.recipes.rewards import Judged
 
 _PROG = "python -m maxlm.synthesize"
@@ -116,7 +116,7 @@ def _answers(options: Answering) -> Iterator[dict[str, Any]]:
     from maxlm.hub.models import load_chosen
     from maxlm.inference.request import nth_seed
     from maxlm.recipes.answering import answered
-    from maxlm.recipes.responding import Question, RunRespondent
+    from maxlm.recipes.responding import Inquiry, RunRespondent
 
     given = _conversations(options.paths)
     context = None if options.context is None else _text(options.context, "--context").strip()
@@ -125,7 +125,7 @@ def _answers(options: Answering) -> Iterator[dict[str, Any]]:
     )
 
     def reply(conversations: Sequence[list[Turn]], seed: int) -> list[str]:
-        questions = [Question(n, turns, None, {}) for n, turns in enumerate(conversations)]
+        questions = [Inquiry(n, turns, None, {}) for n, turns in enumerate(conversations)]
         said = respondent(questions, [nth_seed(seed, n) for n in range(len(questions))])
         if None in said:
             raise UserError(
@@ -202,7 +202,7 @@ def _star(options: Star) -> Iterator[dict[str, Any]]:
     from maxlm.recipes.responding import RunRespondent
     from maxlm.recipes.star import star
 
-    def hint(asked: Question) -> str | None:
+    def hint(asked: Inquiry) -> str | None:
         known = asked.record.get(options.answer)
         if isinstance(known, bool) or not isinstance(known, str | int | float):
             return None
@@ -312,16 +312,16 @@ def _tell(tally: Counter[str]) -> None:
     print(", ".join(f"{count:,} {what}" for what, count in tally.items() if count))
 
 
-def _at_once(questions: Sequence[Question], count: int) -> Iterator[Sequence[Question]]:
+def _at_once(questions: Sequence[Inquiry], count: int) -> Iterator[Sequence[Inquiry]]:
     for start in range(0, len(questions), count):
         yield questions[start : start + count]
 
 
-def _questions(paths: tuple[str, ...]) -> list[Question]:
+def _questions(paths: tuple[str, ...]) -> list[Inquiry]:
     from maxlm.data.conversation_formats import BadRecord
     from maxlm.recipes.responding import question
 
-    found: list[Question] = []
+    found: list[Inquiry] = []
     for n, record in enumerate(_records(paths)):
         try:
             found.append(question(n, record))

@@ -18,7 +18,7 @@ from maxlm.inference.request import Finish
 from maxlm.recipes.attacks import INTRODUCTION, Attack, attacks, record
 from maxlm.recipes.completions import Completion
 from maxlm.recipes.rejection import Candidate, best, candidates, pair
-from maxlm.recipes.responding import Question, question
+from maxlm.recipes.responding import Inquiry, question
 from maxlm.recipes.rewards import Judged
 from maxlm.recipes.star import star
 
@@ -30,9 +30,9 @@ class Scripted:
     """Answers by a function, and keeps what it was asked."""
 
     def __init__(self, say: Say, name: str = "model") -> None:
-        self.say, self.name, self.asked, self.seeds = say, name, list[Question](), list[int]()
+        self.say, self.name, self.asked, self.seeds = say, name, list[Inquiry](), list[int]()
 
-    def __call__(self, questions: Sequence[Question], seeds: Sequence[int]) -> list[Completion | None]:
+    def __call__(self, questions: Sequence[Inquiry], seeds: Sequence[int]) -> list[Completion | None]:
         self.asked += questions
         self.seeds += seeds
         found: list[Completion | None] = []
@@ -57,7 +57,7 @@ def judge_by(worth: Callable[[Completion], float]) -> Callable[[Sequence[Complet
 LENGTH = judge_by(lambda sample: float(len(sample.text.strip())))
 
 
-def asked(*records: dict[str, Any]) -> list[Question]:
+def asked(*records: dict[str, Any]) -> list[Inquiry]:
     return [question(n, one) for n, one in enumerate(records)]
 
 
@@ -72,7 +72,7 @@ def assistant(text: str) -> dict[str, str]:
 # Rejection sampling
 
 
-def texts(questions: Sequence[Question], *models: Scripted, n: int, judge=LENGTH, seed: int = 0):
+def texts(questions: Sequence[Inquiry], *models: Scripted, n: int, judge=LENGTH, seed: int = 0):
     tally = Counter[str]()
     found = [own for _, own in candidates(questions, models, judge, tally, n=n, seed=seed)]
     return found, tally

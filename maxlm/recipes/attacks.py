@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from maxlm.inference.request import nth_seed
-from maxlm.recipes.responding import Question, Respondent, Worth
+from maxlm.recipes.responding import Inquiry, Respondent, Worth
 from maxlm.recipes.self_instruct import Ask
 
 INTRODUCTION = "List of questions to ask someone:"
@@ -80,7 +80,7 @@ def attacks(
             else:
                 fresh[said] = len(questions)
         asked = [
-            Question(done + n, [{"role": "user", "content": said}], None, {"prompt": said})
+            Inquiry(done + n, [{"role": "user", "content": said}], None, {"prompt": said})
             for n, said in enumerate(fresh)
         ][: count - done]
         samples = target(asked, [nth_seed(seed, one.number) for one in asked])

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from maxlm.inference.request import Finish, nth_seed
-from maxlm.recipes.responding import Question, Respondent, Worth
+from maxlm.recipes.responding import Inquiry, Respondent, Worth
 
 
 class Candidate(NamedTuple):
@@ -22,14 +22,14 @@ class Candidate(NamedTuple):
 
 
 def candidates(
-    questions: Sequence[Question],
+    questions: Sequence[Inquiry],
     respondents: Sequence[Respondent],
     judge: Worth,
     tally: Counter[str],
     *,
     n: int,
     seed: int = 0,
-) -> Iterator[tuple[Question, list[Candidate]]]:
+) -> Iterator[tuple[Inquiry, list[Candidate]]]:
     """Each question with its answers, best first; of equally good ones that which was written first.
 
     An answer is left out that is empty, was cut at its greatest length, has been given before, or has no reward. A
@@ -67,7 +67,7 @@ def candidates(
 
 
 def best(
-    asked: Question, found: Sequence[Candidate], *, threshold: float | None, every: bool
+    asked: Inquiry, found: Sequence[Candidate], *, threshold: float | None, every: bool
 ) -> Iterator[dict[str, Any]]:
     """Conversations to be learned, each with its `rating` and who wrote it.
 
@@ -82,7 +82,7 @@ def best(
         yield {**asked.answered(one.text), "rating": one.score, "by": one.by}
 
 
-def pair(asked: Question, found: Sequence[Candidate], margin: float) -> dict[str, Any] | None:
+def pair(asked: Inquiry, found: Sequence[Candidate], margin: float) -> dict[str, Any] | None:
     """The best answer and the worst, to be preferred to each other; None: they are not more than `margin` apart."""
     if not found or not found[0].score - found[-1].score > margin:
         return None

@@ -28,7 +28,7 @@ _READ = frozenset(
 """Keys that say what a record is."""
 
 
-class Question(NamedTuple):
+class Inquiry(NamedTuple):
     """A prompt, before any model's template has made ids of it."""
 
     number: int
@@ -49,7 +49,7 @@ class Question(NamedTuple):
         return {"messages": [*self.turns, {"role": "assistant", "content": text.strip()}], **self.others}
 
 
-def question(number: int, record: Mapping[str, Any]) -> Question:
+def question(number: int, record: Mapping[str, Any]) -> Inquiry:
     """What a record asks.
 
     Raises:
@@ -57,7 +57,7 @@ def question(number: int, record: Mapping[str, Any]) -> Question:
     """
     example = read(record, Purpose.PROMPTS)
     assert isinstance(example, Example), "a prompt is of a conversation"
-    return Question(number, example.prompt, example.tools, record)
+    return Inquiry(number, example.prompt, example.tools, record)
 
 
 class Respondent(Protocol):
@@ -66,7 +66,7 @@ class Respondent(Protocol):
     name: str
     """For those that read what was written."""
 
-    def __call__(self, questions: Sequence[Question], seeds: Sequence[int]) -> list[Completion | None]:
+    def __call__(self, questions: Sequence[Inquiry], seeds: Sequence[int]) -> list[Completion | None]:
         """An answer to each, which is a function of the question and its seed; None: it is too long to be answered."""
 
 
@@ -90,7 +90,7 @@ class RunRespondent:
         self._sampling, self._max_new_tokens = sampling, max_new_tokens
         self._ends = (run.ends or TextEnds.of_documents(run.tokenizer)).last
 
-    def __call__(self, questions: Sequence[Question], seeds: Sequence[int]) -> list[Completion | None]:
+    def __call__(self, questions: Sequence[Inquiry], seeds: Sequence[int]) -> list[Completion | None]:
         """
         Raises:
             UserError: a question's turns do not go with the template, or as `Generator.texts`.
@@ -114,6 +114,6 @@ class RunRespondent:
             found[n] = Completion(prompts[n], made.text, tuple(made.tokens), text.finish or Finish.LENGTH)
         return found
 
-    def _prompt(self, asked: Question) -> Prompt:
+    def _prompt(self, asked: Inquiry) -> Prompt:
         ids = self._template.encode(self._run.tokenizer, asked.turns, tools=asked.tools, now=NOW).ids
         return Prompt(asked.number, tuple(ids), asked.turns, asked.record)

@@ -13,14 +13,14 @@ import numpy as np
 from maxlm.data.conversation_formats import Turn
 from maxlm.inference.request import Finish, nth_seed
 from maxlm.recipes.completions import Completion
-from maxlm.recipes.responding import Question, Respondent, Worth
+from maxlm.recipes.responding import Inquiry, Respondent, Worth
 
-Hint = Callable[[Question], str | None]
+Hint = Callable[[Inquiry], str | None]
 """What is written below a question to tell its answer; None: nobody knows it."""
 
 
 def star(
-    questions: Sequence[Question],
+    questions: Sequence[Inquiry],
     respondent: Respondent,
     judge: Worth,
     tally: Counter[str],
@@ -65,8 +65,8 @@ def star(
 
 
 def _right(
-    questions: Sequence[Question],
-    asked: Sequence[Question],
+    questions: Sequence[Inquiry],
+    asked: Sequence[Inquiry],
     respondent: Respondent,
     judge: Worth,
     tally: Counter[str],
@@ -93,12 +93,12 @@ def _right(
     return found
 
 
-def _without(asked: Question, sample: Completion) -> Completion:
+def _without(asked: Inquiry, sample: Completion) -> Completion:
     """The answer, as one to the bare question."""
     return sample._replace(prompt=sample.prompt._replace(turns=asked.turns))
 
 
-def _shown(asked: Question, examples: Sequence[Turn], hint: str | None) -> Question:
+def _shown(asked: Inquiry, examples: Sequence[Turn], hint: str | None) -> Inquiry:
     """The question after the examples, with a hint below it."""
     turns = copy.deepcopy(asked.turns)
     if hint is not None:
