@@ -66,11 +66,7 @@ class LoadedRun:
 
     @functools.cached_property
     def model(self) -> LanguageModel:
-        """Logits of tokens. Made once, and with it the programs that it has compiled.
-
-        Raises:
-            UserError: the model has no logits.
-        """
+        """Logits of tokens, or what its head makes of them. Made once, with the programs that it has compiled."""
         return LanguageModel(self.config.model, self.config.execution, self.layout, self.parameters)
 
     @functools.cached_property

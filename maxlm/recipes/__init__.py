@@ -21,6 +21,11 @@ train_medusa.py: heads that guess at later tokens, on a trained model
 self_instruct.py: tasks that a model writes after those of people
 answering.py: conversations answered anew, perhaps with a context
 toolformer.py: calls of tools that help a model to go on
+responding.py: models that answer prompts, for the builders below
+rejection.py: of several answers the best, or the best and the worst
+star.py: chains of thought that reach the right answer
+attacks.py: questions of one model to which another answers badly
+class_judge.py: what answers are worth by a classifier
 taught.py: the tokenizer and the template of a run that is taught with conversations
 starting.py: what a new run may start from: another run, or a published model
 """
