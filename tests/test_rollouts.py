@@ -1,5 +1,5 @@
-"""Runs that learn from rewards: they learn what is rewarded and nothing else, and go on after a kill as if there had been
-none."""
+"""Runs that learn from rewards: they learn what is rewarded and nothing else, and go on after a kill as if there had
+been none."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ LETTERS = "abcdefgh"
 
 
 def walk(prompt: str, completion: str, record: Mapping[str, Any]) -> float:
-    """A little decision process: each of three letters is worth 1/3 if it is an odd number of places from the one before
-    it. The best is 1; letters by chance have 1/2."""
+    """A little decision process: each of three letters is worth 1/3 if it is an odd number of places from the one
+    before it. The best is 1; letters by chance have 1/2."""
     said = (prompt + completion)[:4]
     odd = sum((ord(a) - ord(b)) % 2 for a, b in itertools.pairwise(said) if a in LETTERS and b in LETTERS)
     return odd / 3 if len(completion) == 3 else 0.0
@@ -114,7 +114,7 @@ def run_config(folder: Path, task: Any, purpose: Purpose = Purpose.PROMPTS, **ch
     return dataclasses.replace(base, **values | changes)
 
 
-WALK = (FunctionReward(name="walk"),)
+WALK, ARM = (FunctionReward(name="walk"),), (FunctionReward(name="arm"),)
 ROLLOUTS = Rollouts(prompts=8, samples=4, max_new_tokens=4, slots=8, eval_prompts=16)
 reinforce = functools.partial(recipe, functions=FUNCTIONS)
 
@@ -125,12 +125,10 @@ reinforce = functools.partial(recipe, functions=FUNCTIONS)
         (Grpo(rewards=WALK, advantage=GroupMean(divide_by_std=False)), 40),
         (Grpo(rewards=WALK, advantage=LeaveOneOut()), 40),
         (Ppo(rewards=WALK, kl=FixedKl(beta=0.001)), 60),
-        pytest.param(
-            Grpo(rewards=(FunctionReward(name="arm"),), advantage=LeaveOneOut()), 40, marks=pytest.mark.nightly
-        ),
-        pytest.param(Grpo(rewards=(FunctionReward(name="arm"),)), 40, marks=pytest.mark.nightly),
+        pytest.param(Grpo(rewards=ARM, advantage=LeaveOneOut()), 40, marks=pytest.mark.nightly),
+        pytest.param(Grpo(rewards=ARM), 40, marks=pytest.mark.nightly),
         pytest.param(Grpo(rewards=WALK, advantage=BatchMean()), 40, marks=pytest.mark.nightly),
-        pytest.param(Ppo(rewards=(FunctionReward(name="arm"),)), 60, marks=pytest.mark.nightly),
+        pytest.param(Ppo(rewards=ARM), 60, marks=pytest.mark.nightly),
     ],
     ids=["grpo", "rloo", "ppo", "arm-rloo", "arm-grpo", "reinforce", "arm-ppo"],
 )
@@ -142,9 +140,9 @@ def test_the_best_policy_is_found(folder: Path, tmp_path: Path, task: Reinforced
     train = dataclasses.replace(config.train, steps=steps, batch_size=64, log_every=10)
     config = dataclasses.replace(config, train=train, checkpoint=dataclasses.replace(config.checkpoint, every=steps))
     assert run(config, reinforce).step == steps
-    [measured] = rows(tmp_path / "run" / "evals.jsonl")
+    [measured] = rows(tmp_path / "run", "evals")
     assert measured["eval_reward"] > 0.93
-    seen = rows(tmp_path / "run" / "rollouts.jsonl")
+    seen = rows(tmp_path / "run", "rollouts")
     assert seen[0]["reward"] < 0.6, "it did not know it before"
     assert all(row["sampler_largest"] < 1e-4 for row in seen)
 
@@ -202,7 +200,7 @@ def test_adapter_learns_from_rewards_on_a_frozen_base(folder: Path, tmp_path: Pa
     config = run_config(folder, task, run_dir=str(tmp_path / "run"))
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, adapter=Lora(rank=2, alpha=4)))
     assert run(config, reinforce).step == 4
-    row = rows(tmp_path / "run" / "metrics.jsonl")[-1]
+    row = rows(tmp_path / "run", "metrics")[-1]
     assert row["reference_kl"] > 0, "after two steps it is not the base any more"
 
 
@@ -210,7 +208,7 @@ def test_equal_rewards_teach_nothing_and_are_counted(folder: Path, tmp_path: Pat
     config = run_config(folder, Grpo(rewards=(FunctionReward(name="one"),), rollouts=ROLLOUTS), run_dir=str(tmp_path))
     result = run(config, functools.partial(recipe, functions={"one": lambda prompt, completion, record: 1.0}))
     assert result.loss == 0.0
-    for row in rows(tmp_path / "rollouts.jsonl"):
+    for row in rows(tmp_path, "rollouts"):
         assert row["equal_groups"] == 1.0 and row["reward"] == 1.0
 
 
@@ -224,8 +222,8 @@ def test_bad_rewards_stop_the_run_or_are_skipped(folder: Path, tmp_path: Path) -
         run(run_config(folder, task, run_dir=str(tmp_path / "stop")), asked)
     task = dataclasses.replace(task, on_bad_reward=BadReward.SKIP)
     run(run_config(folder, task, run_dir=str(tmp_path / "skip")), asked)
-    assert all(row["skipped"] > 0 for row in rows(tmp_path / "skip" / "rollouts.jsonl"))
-    assert all(np.isfinite(row["loss"]) for row in rows(tmp_path / "skip" / "metrics.jsonl"))
+    assert all(row["skipped"] > 0 for row in rows(tmp_path / "skip", "rollouts"))
+    assert all(np.isfinite(row["loss"]) for row in rows(tmp_path / "skip", "metrics"))
 
 
 def test_changed_reward_is_noticed_when_a_run_goes_on(folder: Path, tmp_path: Path) -> None:
@@ -280,4 +278,4 @@ def test_what_was_rewarded_in_the_wrong_order_is_not_learned(folder: Path, tmp_p
     run(
         dataclasses.replace(config, train=train, checkpoint=dataclasses.replace(config.checkpoint, every=40)), reinforce
     )
-    assert rows(tmp_path / "rollouts.jsonl")[-1]["reward"] < 0.6
+    assert rows(tmp_path, "rollouts")[-1]["reward"] < 0.6

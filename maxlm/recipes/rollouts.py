@@ -246,13 +246,13 @@ def _figures(texts: RolloutTexts, samples: int) -> dict[str, Any]:
     equal = np.mean([np.ptp(group[there]) == 0 if there.any() else True
                      for group, there in zip(groups, usable.reshape(groups.shape), strict=True)])  # fmt: skip
     mean = lambda values: float(values[usable].mean()) if usable.any() else 0.0
-    return {
+    of_groups = {"equal_groups": float(equal)} if samples > 1 else {}
+    return of_groups | {
         "reward": mean(rewards),
         "reward_std": float(rewards[usable].std()) if usable.any() else 0.0,
         **({name: mean(values) for name, values in texts.parts.items()} if len(texts.parts) > 1 else {}),
         "length": float(lengths.mean()),
         "cut": float(np.mean([one.finish is Finish.LENGTH for one in texts.written])),
-        "equal_groups": float(equal),
         "skipped": int((~usable).sum()),
         "text": texts.written[0].text,
     }
@@ -287,7 +287,7 @@ class RolloutFigures:
             return f"step {step:,}  no rollout since this run went on"
         return (
             f"rollout {row['rollout']:,}  reward {row['reward']:.4g}  length {row['length']:.4g}  "
-            f"equal groups {row['equal_groups']:.0%}  written in {row['writing_seconds']:.3g} s"
+            f"entropy {row['entropy']:.3g}  written in {row['writing_seconds']:.3g} s"
         )
 
 
