@@ -102,7 +102,7 @@ def recipe_on(
         objective=objective,
         feed=FileFeed(data, layout),
         measures=tuple(measures),
-        start=starting(config, layout, tokenizer.fingerprint),
+        start=starting(config, layout, tokenizer.fingerprint, taught),
         tokenizer=tokenizer if taught is None else taught,
         outcome=loaded,
     )
