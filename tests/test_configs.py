@@ -59,6 +59,7 @@ EXPECTED = {
     # As tiny, of other sizes; those below on two such layers, with D, 3 D + V D and 1 for their heads
     "sft_tiny": Expected(devices=1, parameters=SFT),
     "dpo_tiny": Expected(devices=1, parameters=SFT),
+    "context_tiny": Expected(devices=1, parameters=SFT),
     "kto_tiny": Expected(devices=1, parameters=SFT),
     "lora_tiny": Expected(devices=1, parameters=SFT + 4 * 8 * (4 * (128 + 128) + 3 * (128 + 344))),
     "reward_tiny": Expected(devices=1, parameters=SMALL + 128),

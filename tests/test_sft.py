@@ -209,7 +209,7 @@ def test_another_form_of_conversations_than_the_model_knows_is_told(learned: tup
     assert re.fullmatch(parted, said)
     known = Known(taught_with("plain", tmp_path).chat, taught_with("plain", tmp_path).ends)
     [said] = otherwise(Preference(), taught_with("raw", tmp_path), known)
-    assert "which preferences and rewards are nearly never meant to be" in said
+    assert "for task = Preference that is nearly always a mistake" in said
     # On a base under an adapter, and of a published model, whose template looks otherwise and writes the same.
     adapted = dataclasses.replace(sft_config(tmp_path).model, adapter=Adapter())
     assert re.fullmatch(parted, starts_from(f"run:{place}", tmp_path, "raw", model=adapted)[-1])

@@ -31,6 +31,7 @@ from maxlm.config import (
     Conversations,
     DataConfig,
     Dataset,
+    DistillContext,
     Dpo,
     Embed,
     EmbedHead,
@@ -63,6 +64,8 @@ def lines_of(purpose: Purpose) -> list[dict[str, Any]]:
     match purpose:
         case Purpose.PREFERENCE:
             return [{"prompt": f"{a}?", "chosen": f"{a}", "rejected": b} for a, b in pairs]
+        case Purpose.CONTEXT:
+            return [{"prompt": f"{a}?", "completion": a, "context": b} for a, b in pairs]
         case Purpose.KTO | Purpose.BINARY:
             return [{"prompt": f"{a}?", "completion": c, "label": c == a} for a, b in pairs for c in (a, b)]
         case Purpose.CLASSIFY:
@@ -204,6 +207,7 @@ def test_under_an_adapter_is_its_reference(folder: Path, taught: Path) -> None:
 
 
 REST: dict[str, tuple[Task, Purpose, Any, list[str]]] = {
+    "context": (DistillContext(), Purpose.CONTEXT, LmHead(), []),
     "kto": (Preference(loss=Kto()), Purpose.KTO, LmHead(), ["kl", "reward_desired", "reward_undesired"]),
     "simpo": (Preference(loss=SimPo()), Purpose.PREFERENCE, LmHead(), ["reward_accuracy"]),
     "reward": (Reward(), Purpose.PREFERENCE, ScalarHead(), ["reward_accuracy", "reward_margin"]),

@@ -7,6 +7,7 @@ from typing import assert_never
 from maxlm.config.model import ClassHead, EmbedHead, Head, LmHead, ModelConfig, ScalarHead
 from maxlm.config.task import (
     Classify,
+    DistillContext,
     Dpo,
     Embed,
     Ipo,
@@ -48,6 +49,11 @@ def broken_task_rules(task: Task, model: ModelConfig, *, init_from: str | None, 
             )
     if isinstance(task, Preference):
         failures += _of_reference(task, init_from)
+    if isinstance(task, DistillContext) and task.reference is None and init_from is None:
+        failures.append(
+            "task = DistillContext learns what another model says that is told a context, and task.reference and "
+            "checkpoint.init_from are None; name a model that answers, in checkpoint.init_from"
+        )
     if sample_tokens and not isinstance(model.head, LmHead):
         failures.append(
             f"observe.sample_tokens = {sample_tokens} needs a model that writes, model.head = {head} does not; use 0"
@@ -74,13 +80,15 @@ def _of_reference(task: Preference, init_from: str | None) -> list[str]:
             assert_never(task.loss)
 
 
-def under_adapter(task: Preference, model: ModelConfig) -> bool:
+def under_adapter(task: Preference | DistillContext, model: ModelConfig) -> bool:
     """Whether the reference is the base under the adapter: what trains as a whole is not as it was in the base."""
     return task.reference is None and model.adapter is not None and not model.adapter.full
 
 
 def reference_beside(task: Task, model: ModelConfig) -> bool:
     """Whether a step reads the parameters of a reference, beside those that it trains."""
+    if isinstance(task, DistillContext):
+        return not under_adapter(task, model)
     if not isinstance(task, Preference):
         return False
     match task.loss:

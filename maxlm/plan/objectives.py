@@ -6,6 +6,7 @@ from typing import Any, assert_never
 
 from maxlm.config import (
     Classify,
+    DistillContext,
     Dpo,
     Embed,
     Ipo,
@@ -23,6 +24,7 @@ from maxlm.config.task_rules import reference_beside
 from maxlm.models.adapters import base_of
 from maxlm.sharding import Layout
 from maxlm.training.assistant_loss import Answers
+from maxlm.training.context_objective import UntoldTexts
 from maxlm.training.judging import Classes, Rewards
 from maxlm.training.later_tokens import LaterTokens
 from maxlm.training.nearness import Vectors
@@ -42,6 +44,8 @@ def objective_of(config: RunConfig, layout: Layout) -> Objective:
             return Answers(config, task, layout)
         case TrainMedusa() as task:
             return LaterTokens(config, task, layout)
+        case DistillContext() as task:
+            return UntoldTexts(config, layout, _TEXTS, **_reference(config, task))
         case Preference() as task:
             return _of_preferences(config, task, layout)
         case Reward() as task:
@@ -54,12 +58,12 @@ def objective_of(config: RunConfig, layout: Layout) -> Objective:
             assert_never(config.task)
 
 
+def _reference(config: RunConfig, task: Preference | DistillContext) -> dict[str, Any]:
+    return {"reference": base_of(config.model)} if reference_beside(task, config.model) else {"under": True}
+
+
 def _of_preferences(config: RunConfig, task: Preference, layout: Layout) -> Objective:
-    if task.reference_ahead:
-        reference: dict[str, Any] = {"ahead": True}
-    else:
-        beside = reference_beside(task, config.model)
-        reference = {"reference": base_of(config.model)} if beside else {"under": True}
+    reference = {"ahead": True} if task.reference_ahead else _reference(config, task)
     match task.loss:
         case Orpo() | SimPo() as loss:
             return PairedTexts(config, layout, _TEXTS, loss)

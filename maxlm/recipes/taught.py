@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from maxlm.config import DataConfig, Preference, Reward, Task, UserError
+from maxlm.config import DataConfig, DistillContext, Preference, Reward, Task, UserError
 from maxlm.data.chat import ChatError, ChatTemplate, find_chat_template
 from maxlm.data.shards import CHAT
 from maxlm.data.text_ends import TextEnds, published_ends
@@ -83,8 +83,11 @@ def otherwise(task: Task, taught: Taught, known: Known) -> list[str]:
     if (end := taught.ends.last[0]) not in known.ends.last:
         ends = " or ".join(map(name, known.ends.last))
         found.append(f"end of an answer: the model knows {ends}, the data has {name(end)}")
-    if isinstance(task, Preference | Reward):
-        advice = "which preferences and rewards are nearly never meant to be: prepare with the model's own template"
+    if isinstance(task, DistillContext | Preference | Reward):  # about what the model says already
+        name_of_task = type(task).__name__
+        advice = (
+            f"for task = {name_of_task} that is nearly always a mistake, prepare the data with the model's template"
+        )
         found = [f"{one}; {advice}" for one in found]
     return found
 
