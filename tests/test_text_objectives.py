@@ -46,7 +46,7 @@ from maxlm.sharding import Layout, make_layout
 from maxlm.training.context_objective import UntoldTexts
 from maxlm.training.judging import Classes, Rewards
 from maxlm.training.nearness import Vectors
-from maxlm.training.preference_objective import LabelledTexts, PairedTexts
+from maxlm.training.preference_objective import DIVERGENCE, LabelledTexts, PairedTexts
 from maxlm.training.step import gradient_function, make_trainer
 from maxlm.training.text_objective import TextObjective
 
@@ -145,6 +145,7 @@ class Known(NamedTuple):
     value: float
     says: np.ndarray  # log-probabilities of all ids in place of each counted one
     reference_says: np.ndarray
+    apart: np.ndarray  # log-ratios of the counted ones
 
     @property
     def each(self):
@@ -321,28 +322,27 @@ def known_of(model: ModelConfig, parameters: Any, frozen: Any, some: list[Record
         hidden = run_decoder(model, parameters, plainly(), ids, tokens).hidden
         return hidden, ops.logits(hidden, bind(model, parameters).unembedding) if model.lm_head else hidden
 
-    def log_probs(found) -> list[tuple[float, int, np.ndarray]]:
+    def log_probs(found) -> list[tuple[np.ndarray, np.ndarray]]:
         if model.lm_head is None:
-            return [(0.0, 1, np.zeros(0))] * len(texts)
+            return [(np.zeros(1), np.zeros(1))] * len(texts)
         logits = np.float64(found[1])
         logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
         which = [[i for i in range(1, len(text.ids)) if text.counts[i]] for text in texts]
         return [
-            (sum(row[i - 1, text.ids[i]] for i in places), len(places), row[[i - 1 for i in places]])
+            (row[[i - 1 for i in places], [text.ids[i] for i in places]], row[[i - 1 for i in places]])
             for row, text, places in zip(logits, texts, which, strict=True)
         ]
 
     ours, theirs = forward(parameters), forward(frozen)
     found = []
     head = next((parameters[name] for name in ("score", "classes") if name in parameters), np.zeros(model.d_model))
-    for row, text, (log_prob, tokens, says), (other, _, reference_says) in zip(
+    for row, text, (own, says), (other, reference_says) in zip(
         np.float64(ours[0]), texts, log_probs(ours), log_probs(theirs), strict=True
     ):
         n = len(text.ids)
         at_end = np.float64(head) @ row[n - 1]
-        found.append(
-            Known(log_prob, tokens, log_prob - other, at_end, row[:n].mean(0), text.value, says, reference_says)
-        )
+        rest = at_end, row[:n].mean(0), text.value, says, reference_says, own - other
+        found.append(Known(own.sum(), len(own), (own - other).sum(), *rest))
     left = iter(found)
     return [[next(left) for _ in record] for record in some]
 
@@ -363,9 +363,16 @@ def test_a_task_is_its_formula_and_the_same_however_the_batch_is_cut(name: str) 
     unpacked = text_batch(case.records, rows=8)
     sums, gradient, figures = of_batch(alone, one_device(), unpacked, parameters, frozen)
     assert case.formula is not None
-    wanted = case.formula(case.records, known_of(model, parameters, frozen, case.records))
+    known = known_of(model, parameters, frozen, case.records)
+    wanted = case.formula(case.records, known)
     assert sums.means.get("loss", sums.objective) / sums.weight == pytest.approx(wanted, rel=2e-5)
     assert max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(gradient)) > 1e-3
+    if name in ("dpo", "ipo", "kto"):
+        estimate = lambda of: (of.apart**2).mean() / 2
+        wanted = over_pairs(lambda c, r: (estimate(c) + estimate(r)) / 2)(case.records, known)
+        if name == "kto":
+            wanted = np.mean([estimate(own) for own, _ in known])
+        assert sums.means[DIVERGENCE] / sums.weight == pytest.approx(wanted, rel=2e-5)
     # Several in a row, some rows of nothing; 4 micro-batches, over 8 devices.
     cut = config_of(case, rows=16, parts=4, sharding=case.cut)
     packed = text_batch(case.records, rows=16)
@@ -389,12 +396,13 @@ def test_dpo_begins_at_log_2_with_half_of_the_pairs_right() -> None:
     before = jax.device_get(frozen)
     state, output = trainer.step(dataclasses.replace(state, frozen=frozen), trainer.place(batch))
     figures = jax.device_get(output.figures)
-    assert figures["reward_margin"] == figures["reward_chosen"] == 0
+    assert figures["reward_margin"] == figures["reward_chosen"] == figures[DIVERGENCE] == 0
     assert figures["loss"] == np.float32(math.log(2))
     assert figures["reward_accuracy"] == 0.5
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.frozen))
     again = trainer.step(state, trainer.place(batch))[1].figures
     assert float(again["loss"]) < math.log(2) and float(again["reward_accuracy"]) > 0.5
+    assert float(again[DIVERGENCE]) > 0
 
 
 def test_a_reference_reads_texts_without_the_virtual_tokens_before_them() -> None:
