@@ -85,16 +85,21 @@ def under_adapter(task: Preference | DistillContext, model: ModelConfig) -> bool
     return task.reference is None and model.adapter is not None and not model.adapter.full
 
 
-def reference_beside(task: Task, model: ModelConfig) -> bool:
-    """Whether a step reads the parameters of a reference, beside those that it trains."""
+def asks_reference(task: Task) -> bool:
+    """Whether a step puts its batch through a reference, too."""
     if isinstance(task, DistillContext):
-        return not under_adapter(task, model)
+        return True
     if not isinstance(task, Preference):
         return False
     match task.loss:
         case Orpo() | SimPo():
             return False
         case Dpo() | Ipo() | Kto():
-            return not task.reference_ahead and not under_adapter(task, model)
+            return not task.reference_ahead
         case _:
             assert_never(task.loss)
+
+
+def reference_beside(task: Task, model: ModelConfig) -> bool:
+    """Whether a step reads the parameters of a reference, beside those that it trains."""
+    return isinstance(task, Preference | DistillContext) and asks_reference(task) and not under_adapter(task, model)
