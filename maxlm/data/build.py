@@ -20,6 +20,7 @@ from maxlm.data.conversation_formats import BadRecord, in_order, turns_of
 from maxlm.data.documents import Document, Unreadable
 from maxlm.data.named_tokenizer import named_tokenizer
 from maxlm.data.sources import iterate_documents
+from maxlm.data.tagging import TagPlace, Wording, tagged
 from maxlm.data.tokenizers import open_tokenizer
 
 PROG = "python -m maxlm.data build"
@@ -33,6 +34,7 @@ USAGE = f"""Records of conversations from other data, as JSON lines.
 {PROG} threads PATH... --out FILE       trees of replies (OpenAssistant, Reddit)
 {PROG} ghost PATH... --out FILE         an instruction that holds for a conversation (Llama 2)
 {PROG} unpair PATH... --out FILE        preferences as single answers with labels (for kto)
+{PROG} tags PATH... --out FILE          good and bad answers as conversations that say which they are
 
 --help after a name lists its options."""
 
@@ -152,6 +154,22 @@ class Unpair:
     """Preferences: prompt, chosen and rejected, as text or messages."""
 
 
+@config("--")
+class Tags:
+    """Which answers, and what is said of them."""
+
+    input: tyro.conf.OmitArgPrefixes[Given]
+    """Answers with label (good or not), rating or ratings, or chosen and rejected."""
+    good: NotEmpty[str] = "CORRECT SOLUTION"
+    """Of answers that are good, or chosen."""
+    bad: NotEmpty[str] = "INCORRECT SOLUTION"
+    """Of others."""
+    rating: NotEmpty[str] = "RATING:"
+    """Before a number."""
+    place: TagPlace = TagPlace.PROMPT
+    """The first line of the question, or of what the system says."""
+
+
 class _Made(NamedTuple):
     """What became of a record."""
 
@@ -267,6 +285,11 @@ def _unpair(command: Unpair) -> int:
     return _each(command.input, labelled)
 
 
+def _tags(command: Tags) -> int:
+    wording = Wording(command.good, command.bad, command.rating)
+    return _each(command.input, lambda n, record: tagged(record, wording, command.place))
+
+
 _BUILDERS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "mix": (Mix, _mix),
     "tasks": (Tasks, _tasks),
@@ -275,6 +298,7 @@ _BUILDERS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "threads": (Threads, _threads),
     "ghost": (Ghost, _ghost),
     "unpair": (Unpair, _unpair),
+    "tags": (Tags, _tags),
 }
 
 
