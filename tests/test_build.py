@@ -426,3 +426,15 @@ def test_a_tag_is_of_the_last_answer_alone(tmp_path: Path, capsys: pytest.Captur
     printed = capsys.readouterr().out
     for reason in ("nothing to tag answers by", "rating = 'x' must be a number", "two lists of the same length"):
         assert reason in printed
+
+
+def test_a_disk_that_fills_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / "in.jsonl", {"prompt": "q", "completion": "a", "label": True})
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(UserError, match=r"--out .*o: cannot be written \(No space left on device\); make room"):
+        main(["build", "tags", file, "--out", str(tmp_path / "o")])
+    assert [one.name for one in tmp_path.iterdir()] == ["in.jsonl"]

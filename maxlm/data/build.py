@@ -3,6 +3,7 @@ same input and options give the same bytes."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -329,15 +330,19 @@ def _each(given: Given, make: Callable[[int, dict[str, Any]], list[dict[str, Any
 
 
 def _write(out: str, made: Iterable[_Made], unreadable: Unreadable) -> int:
-    """Write the records, and say how many records were used, made and refused. The file appears when it is whole."""
+    """Write the records, and say how many records were used, made and refused. The file appears when it is whole.
+
+    Raises:
+        UserError: it is there already, or cannot be written.
+    """
     file = Path(out)
     if file.exists():
         raise UserError(f"--out {file}: is there already; name a new file")
-    file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(file.name + ".partial")
     used = written = 0
     refused = list[str]()
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("w") as stream:
             for place, records in made:
                 if isinstance(records, BadRecord):
@@ -347,10 +352,15 @@ def _write(out: str, made: Iterable[_Made], unreadable: Unreadable) -> int:
                 for record in records:
                     stream.write(json.dumps(record, ensure_ascii=False) + "\n")
                     written += 1
-    except BaseException:
-        partial.unlink(missing_ok=True)
+        os.replace(partial, file)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(
+                f"--out {file}: cannot be written ({error.strerror}); make room, or name a file elsewhere"
+            ) from error
         raise
-    os.replace(partial, file)
     print(f"{file}: {written:,} records from {used:,}")
     if refused:
         print(f"{len(refused):,} refused:", *refused[:_SHOWN], sep="\n  ")
