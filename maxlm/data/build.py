@@ -21,7 +21,7 @@ from maxlm.data.conversation_formats import BadRecord, in_order, turns_of
 from maxlm.data.documents import Document, Unreadable
 from maxlm.data.named_tokenizer import named_tokenizer
 from maxlm.data.sources import iterate_documents
-from maxlm.data.tagging import TagPlace, Wording, tagged
+from maxlm.data.tagging import TagPlace, TagWords, tagged
 from maxlm.data.tokenizers import open_tokenizer
 
 PROG = "python -m maxlm.data build"
@@ -287,7 +287,7 @@ def _unpair(command: Unpair) -> int:
 
 
 def _tags(command: Tags) -> int:
-    wording = Wording(command.good, command.bad, command.rating)
+    wording = TagWords(command.good, command.bad, command.rating)
     return _each(command.input, lambda n, record: tagged(record, wording, command.place))
 
 

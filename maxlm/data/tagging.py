@@ -26,7 +26,7 @@ class TagPlace(enum.Enum):
     """The first line of what the system says."""
 
 
-class Wording(NamedTuple):
+class TagWords(NamedTuple):
     """What is said of answers."""
 
     good: str
@@ -35,7 +35,7 @@ class Wording(NamedTuple):
     """Before the number."""
 
 
-def tagged(record: Mapping[str, Any], wording: Wording, place: TagPlace) -> list[dict[str, Any]]:
+def tagged(record: Mapping[str, Any], wording: TagWords, place: TagPlace) -> list[dict[str, Any]]:
     """Each answer of a record as a conversation with its tag: of labels, of `chosen` and `rejected`, of a `rating` or
     of several `ratings`.
 
