@@ -22,6 +22,7 @@ from maxlm.config import (
     ChosenModel,
     Classify,
     Dataset,
+    DistillContext,
     Embed,
     Preference,
     Purpose,
@@ -156,7 +157,7 @@ def _measure(options: EvaluateOptions, run: LoadedRun) -> None:
         data = dataclasses.replace(data, datasets=(Dataset(path=options.data),))
     config = dataclasses.replace(run.config, train=train, data=data)
     config.validate(run.layout.mesh.size)
-    if isinstance(config.task, Preference | Reward | Classify | Embed):
+    if isinstance(config.task, DistillContext | Preference | Reward | Classify | Embed):
         return _measure_texts(options, config, run)
     try:
         batches = open_batches(

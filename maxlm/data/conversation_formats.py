@@ -8,6 +8,7 @@
 | prompt, completion [label] | a pair, and whether it is good |
 | chosen, rejected [prompt or messages, score_chosen, score_rejected] | a preference |
 | prompt, completions, ranks or ratings | a ranking; rank 1 is the best, of ratings the largest |
+| any of these, context | what a teacher is told at the beginning of the conversation, for context distillation |
 | text, label | a text and its class |
 | query, positive [negative] | what a query should find, and should not |
 | prompt; or messages, conversations | to be answered; a last turn of the assistant is left out |
@@ -69,6 +70,8 @@ class Example(NamedTuple):
     """Nothing of it counts; empty if all is in the one answer."""
     answers: list[Answer]
     tools: list[dict[str, Any]] | None
+    context: str | None = None
+    """What only a teacher is told."""
 
 
 class Passages(NamedTuple):
@@ -104,6 +107,13 @@ def read(record: Mapping[str, Any], purpose: Purpose, classes: Sequence[str] = (
     return _for(purpose, present, example, classes)
 
 
+def told(turns: Sequence[Turn], context: str) -> list[Turn]:
+    """A conversation at whose beginning the system says the context, and then what else it says."""
+    own = turns[:1] if turns[0]["role"] == "system" else []
+    said = "\n\n".join([context, *(turn["content"] for turn in own)])
+    return [{"role": "system", "content": said}, *turns[len(own) :]]
+
+
 def turns_of(record: Mapping[str, Any]) -> list[Turn]:
     """The turns of a conversation that is not one of several answers, as they are: roles may be in any order.
 
@@ -124,6 +134,11 @@ def _for(purpose: Purpose, record: Mapping[str, Any], example: Example, classes:
             if labelled and not several and not _good(record["label"]):
                 raise BadRecord(f"label = {record['label']!r}: sft would learn an answer that is labelled bad")
             return example._replace(answers=[best._replace(value=1.0)])
+        case Purpose.CONTEXT:
+            context = record.get("context")
+            if not isinstance(context, str):
+                raise BadRecord("context: is missing, or no text; it is what the teacher is told, and may be empty")
+            return _for(Purpose.SFT, record, example, classes)._replace(context=context)
         case Purpose.PREFERENCE:
             if not several:
                 raise BadRecord("has one answer; a preference needs chosen and rejected, or completions with ratings")

@@ -53,7 +53,7 @@ class RewardedRun:
     @property
     def start(self) -> Start | None:
         """As of `Recipe`."""
-        return starting(self.config, self.layout, self.taught.fingerprint)
+        return starting(self.config, self.layout, self.taught.fingerprint, self.taught)
 
     def recipe(
         self,
