@@ -112,7 +112,7 @@ def _curves(runs: Sequence[Compared]) -> str:
     for run in runs:
         metrics, evals = (read_rows(run.folder / f"{name}.jsonl") for name in ("metrics", "evals"))
         charts.append(loss_chart(f"{run.name}: {loss_name(evals)}", metrics, evals))
-        charts += task_charts(metrics, f"{run.name}: ")
+        charts += task_charts(metrics, evals, f"{run.name}: ")
     drawn = "".join(charts)
     return f"<div class=charts>{drawn}</div>" if drawn else ""
 
