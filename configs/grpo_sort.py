@@ -3,9 +3,9 @@
     python -m maxlm.train --config configs/sort_sft.py
     python -m maxlm.train --config configs/grpo_sort.py
 
-Hardware: two CPU cores, no download; two minutes. Each step the model answers 32 prompts eight times each; right answers
-become more likely where others to the same prompt are wrong. `eval_reward` is the share of right answers to prompts that
-it never trains on.
+Hardware: two CPU cores, no download; two minutes. Each step the model answers 32 prompts eight times each; right
+answers become more likely where others to the same prompt are wrong. `eval_reward` is the share of right answers to
+prompts that it never trains on.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ def get_config() -> RunConfig:
     return dataclasses.replace(
         base,
         data=problems(Purpose.PROMPTS),
-        train=dataclasses.replace(base.train, steps=100, batch_size=256, eval_every=50),
+        train=dataclasses.replace(base.train, steps=100, batch_size=256, eval_every=25),
         optimizer=AdamW(learning_rate=3e-4, schedule=ConstantSchedule(warmup_steps=0)),
         checkpoint=CheckpointConfig(every=50, init_from="runs/sort_sft"),
         task=Grpo(

@@ -106,6 +106,7 @@ SAME_FILE: dict[str, str] = {
     "engine.py": "the settings, and what follows them",
     "execution.py": "the settings, and what follows them",
     "mlp.py": "the settings, and what follows them",
+    "rewards.py": "the settings, and what follows them",
     "sampling.py": "the settings, and what follows them",
     "sharding.py": "the settings, and what follows them",
     "request.py": "of machines for a run, and of a text",

@@ -360,17 +360,15 @@ def test_configs_are_saved_and_changed_like_all_others() -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: PatternReward(), "pattern and key are both None"),
-        (lambda: PatternReward(pattern="a", key="b"), "are both given"),
         (lambda: PatternReward(pattern="("), "is no regular expression"),
-        (lambda: SchemaReward(), "path and key are both None"),
         (lambda: LengthReward(at_most=10, buffer=11), "buffer = 11 must be at most at_most = 10"),
         (lambda: FormatReward(tags=("think", "think")), "names a tag twice"),
         (lambda: FormatReward(tags=("<think>",)), "names have no <"),
         (lambda: FormatReward(tags=()), "not be empty"),
         (lambda: JudgeReward(judge="runs/x", rules=("a",), model="m"), "is of a server"),
         (lambda: JudgeReward(judge="runs/x", rules=(" ",)), "write questions"),
-        (lambda: NumberReward(weight=math.nan), "be finite"),
+        (lambda: NumberReward(weight=math.nan), "weight = nan must be at least 0"),
+        (lambda: NumberReward(weight=-1), "weight = -1 must be at least 0"),
         (lambda: FunctionReward(name="f", timeout_s=0.0), r"timeout_s = 0\.0 must be"),
     ],
 )

@@ -304,6 +304,11 @@ def test_a_schema_is_read_as_jsonschema_reads_it(schema: Any) -> None:
         ({"anyOf": []}, "must be a list of schemas"),
         ({"items": [1]}, "an object, True or False"),
         ({"$ref": "#/$defs/x"}, "leads nowhere"),
+        ({"pattern": "("}, "is no regular expression"),
+        ({"patternProperties": {"(": True}}, "is no regular expression"),
+        ({"multipleOf": 0}, "must be positive"),
+        ({"required": [["a"]]}, "must hold names"),
+        ({"type": [["a"]]}, "holds"),
         ({"$ref": "http://example.org/s"}, "must begin with #/"),
         ([], "not list"),
     ],
@@ -320,11 +325,13 @@ def test_a_schema_that_never_ends() -> None:
         fits_schema(json.dumps("a" * 60), CheckedSchema({"pattern": "(a+)+$x"}, "s"), 0.2)
 
 
-def test_deep_values_are_compared() -> None:
-    value = 1
-    for _ in range(300):
-        value = [value]
-    assert not fits_schema(json.dumps(value), CheckedSchema({"items": {"const": 2}}, "s"), 5.0)
+def test_deep_values_are_compared_and_deeper_ones_refused() -> None:
+    tree = CheckedSchema(
+        {"$defs": {"t": {"anyOf": [{"items": {"$ref": "#/$defs/t"}}]}}, "allOf": [{"$ref": "#/$defs/t"}]}, "s"
+    )
+    nested = lambda depth, inner: "[" * depth + inner + "]" * depth
+    assert fits_schema(nested(64, "1"), tree, 5.0) and not fits_schema(nested(65, "1"), tree, 5.0)
+    assert not fits_schema(nested(900, "1"), tree, 5.0)
 
 
 # Programs

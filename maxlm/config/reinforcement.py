@@ -24,7 +24,7 @@ class Rollouts:
     """Tokens of a completion, at most."""
     epochs: Positive[int] = 1
     """Times that the completions of a rollout are gone through."""
-    temperature: Annotated[float, Range(gt=0, le=100)] = 1.0
+    temperature: Positive[float] = 1.0
     """Divides the logits, here and in the loss: the policy is what is drawn from."""
     top_k: NotNegative[int] = 0
     """Draw from this many likeliest tokens; 0: from all. The loss knows nothing of it: see `importance_cap`."""

@@ -9,7 +9,7 @@ from typing import Annotated
 from maxlm.config.errors import UserError
 from maxlm.config.fields import Changes, NotEmpty, NotNegative, PathName, Positive, Range, config
 
-_Seconds = Annotated[float, Range(gt=0, le=3600), Changes.NOTHING]
+_Seconds = Annotated[Positive[float], Changes.NOTHING]
 
 
 class BadReward(enum.Enum):
@@ -28,8 +28,8 @@ class ModelReward:
 
     run: PathName
     """A run of `task = Reward`: RUN_DIR or RUN_DIR/checkpoints/STEP."""
-    weight: float = 1.0
-    """In the sum of all."""
+    weight: NotNegative[float] = 1.0
+    """In the sum of all; 0: it is measured only."""
     mean: float = 0.0
     """Of its scores on texts that everybody knows, which becomes 0: a loss of differences says nothing of it."""
     std: Positive[float] = 1.0
@@ -47,8 +47,8 @@ class NumberReward:
     """What the number must come after, such as `####`, the last time that it stands there; "": nothing."""
     tolerance: NotNegative[float] = 0.0
     """How far apart both may be."""
-    weight: float = 1.0
-    """In the sum of all."""
+    weight: NotNegative[float] = 1.0
+    """In the sum of all; 0: it is measured only."""
 
 
 @config("task.rewards[].", changes=Changes.IDENTITY)
@@ -61,8 +61,8 @@ class ExactReward:
     """What the answer must come after, the last time that it stands there; "": the whole completion is the answer."""
     normalized: bool = False
     """Compare in small letters, without punctuation and articles (SQuAD, arXiv:1606.05250)."""
-    weight: float = 1.0
-    """In the sum of all."""
+    weight: NotNegative[float] = 1.0
+    """In the sum of all; 0: it is measured only."""
 
 
 @config("task.rewards[].", changes=Changes.IDENTITY)
@@ -71,15 +71,14 @@ class PatternReward:
 
     pattern: str | None = None
     """The expression; None: each record has its own. `(?s).*` around it finds it anywhere."""
-    key: str | None = None
-    """Of the record; None: `pattern` has it."""
+    key: NotEmpty[str] = "pattern"
+    """Of the record, where it has its own."""
     timeout_s: _Seconds = 1.0
     """Seconds that one match may take: some expressions try for ever."""
-    weight: float = 1.0
-    """In the sum of all."""
+    weight: NotNegative[float] = 1.0
+    """In the sum of all; 0: it is measured only."""
 
     def __post_init__(self) -> None:
-        _one_of("pattern", self.pattern, "key", self.key)
         if self.pattern is not None:
             try:
                 re.compile(self.pattern)
@@ -95,17 +94,14 @@ class SchemaReward:
 
     path: PathName | None = None
     """File of the schema; None: each record has its own."""
-    key: str | None = None
-    """Of the record: an object, or an object in JSON; None: `path` has it."""
+    key: NotEmpty[str] = "schema"
+    """Of the record, where it has its own: an object, or an object in JSON."""
     after: str = ""
     """What the value must come after, such as `</think>`, the last time that it stands there; "": nothing."""
     timeout_s: _Seconds = 1.0
     """Seconds that one comparison may take: a schema may hold regular expressions."""
-    weight: float = 1.0
-    """In the sum of all."""
-
-    def __post_init__(self) -> None:
-        _one_of("path", self.path, "key", self.key)
+    weight: NotNegative[float] = 1.0
+    """In the sum of all; 0: it is measured only."""
 
 
 @config("task.rewards[].", changes=Changes.IDENTITY)
@@ -122,8 +118,8 @@ class ProgramReward:
     """Seconds for the program and its tests together, by the clock."""
     memory_mb: Annotated[Positive[int], Changes.NOTHING] = 1024
     """MiB of address space of each process."""
-    weight: float = 1.0
-    """In the sum of all."""
+    weight: NotNegative[float] = 1.0
+    """In the sum of all; 0: it is measured only."""
 
 
 @config("task.rewards[].", changes=Changes.IDENTITY)
@@ -134,8 +130,8 @@ class LengthReward:
     """Tokens of a completion, from which on it is -1."""
     buffer: Positive[int]
     """Tokens over which it falls."""
-    weight: float = 1.0
-    """In the sum of all."""
+    weight: NotNegative[float] = 1.0
+    """In the sum of all; 0: it is measured only."""
 
     def __post_init__(self) -> None:
         if self.buffer > self.at_most:
@@ -156,8 +152,8 @@ class FormatReward:
     """Whether an answer follows the last of them; else nothing does."""
     begun: bool = False
     """The prompt ends with the first tag, as some templates write it: completions begin behind it."""
-    weight: float = 1.0
-    """In the sum of all."""
+    weight: NotNegative[float] = 1.0
+    """In the sum of all; 0: it is measured only."""
 
     def __post_init__(self) -> None:
         wrong = [tag for tag in self.tags if not tag or set(tag) & set("<>/")]
@@ -184,8 +180,8 @@ class JudgeReward:
     """Seconds that a server may take for one answer."""
     retries: Annotated[int, Range(ge=0, le=10), Changes.NOTHING] = 2
     """How often a server is asked again that does not answer, or is too busy."""
-    weight: float = 1.0
-    """In the sum of all."""
+    weight: NotNegative[float] = 1.0
+    """In the sum of all; 0: it is measured only."""
 
     def __post_init__(self) -> None:
         if blank := [rule for rule in self.rules if not rule.strip()]:
@@ -211,8 +207,8 @@ class FunctionReward:
     """Of the function."""
     timeout_s: _Seconds = 10.0
     """Seconds that one call may take."""
-    weight: float = 1.0
-    """In the sum of all."""
+    weight: NotNegative[float] = 1.0
+    """In the sum of all; 0: it is measured only."""
 
 
 RewardSource = (
@@ -227,13 +223,3 @@ RewardSource = (
     | JudgeReward
     | FunctionReward
 )
-
-
-def _one_of(name: str, value: str | None, other: str, instead: str | None) -> None:
-    """
-    Raises:
-        UserError: not just one of two is there.
-    """
-    if (value is None) == (instead is None):
-        state = "are both None" if value is None else "are both given"
-        raise UserError(f"task.rewards[].{name} and {other} {state}; use one of them")

@@ -15,14 +15,14 @@ from fractions import Fraction
 from typing import Any
 
 from maxlm.config import UserError
+from maxlm.config.json_file import MAX_DEPTH, MAX_DIGITS
 
 _NOTES = frozenset(
     {"$schema", "$id", "$comment", "$anchor", "title", "description", "default", "examples", "deprecated"}
     | {"readOnly", "writeOnly", "format", "contentEncoding", "contentMediaType"}
 )
 """Keywords that allow or forbid nothing."""
-_MAX_DIGITS = 300
-"""Of a number in JSON."""
+_TOO_DEEP = f"nested more than {MAX_DEPTH} deep"
 
 
 def json_value(text: str) -> Any:
@@ -30,14 +30,22 @@ def json_value(text: str) -> Any:
 
     Raises:
         ValueError: it is not JSON, a key stands twice in an object, a number is infinite, none or longer than 300
-            digits, or it is nested too deep.
+            digits, or it is nested more than 64 deep.
     """
     try:
-        return json.loads(
+        value = json.loads(
             text, parse_constant=_refused, parse_float=_float, parse_int=_integer, object_pairs_hook=_object
         )
     except RecursionError as error:
-        raise ValueError("nested too deep") from error
+        raise ValueError(_TOO_DEEP) from error
+    rest = [(value, 0)]
+    while rest:
+        inner, depth = rest.pop()
+        if depth > MAX_DEPTH:
+            raise ValueError(_TOO_DEEP)
+        members = inner.values() if isinstance(inner, dict) else inner if isinstance(inner, list) else ()
+        rest += [(one, depth + 1) for one in members]
+    return value
 
 
 def check_schema(schema: Any, place: str) -> None:
@@ -63,16 +71,44 @@ def check_schema(schema: Any, place: str) -> None:
                 raise UserError(f"{where}: must be an object of schemas")
             for name, one in value.items():
                 check_schema(one, f"{where}/{name}")
+                if keyword == "patternProperties":
+                    _check_pattern(name, where)
         elif keyword in _RULES:
-            kinds, _ = _RULES[keyword]
-            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-                raise UserError(f"{where} = {json.dumps(value)[:60]} is not what this keyword takes")
-            if keyword == "type" and (wrong := [one for one in _listed(value) if one not in _TYPES]):
-                raise UserError(f"{where} holds {wrong[0]!r}; known are {', '.join(_TYPES)}")
+            _check_rule(keyword, value, where)
         elif keyword not in _NOTES:
             near = difflib.get_close_matches(keyword, _KNOWN, n=2)
             hint = f"; did you mean {' or '.join(near)}?" if near else "; leave it out, or write it in other keywords"
             raise UserError(f"{where}: this keyword is not known here{hint}")
+
+
+def _check_rule(keyword: str, value: Any, where: str) -> None:
+    kinds, _ = _RULES[keyword]
+    fits: bool = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+    if not fits:
+        raise UserError(f"{where} = {json.dumps(value)[:60]} is not what this keyword takes")
+    match keyword:
+        case "type":
+            if wrong := [one for one in _listed(value) if one not in list(_TYPES)]:
+                raise UserError(f"{where} holds {wrong[0]!r}; known are {', '.join(_TYPES)}")
+        case "required":
+            if not all(isinstance(one, str) for one in value):
+                raise UserError(f"{where}: must hold names")
+        case "multipleOf":
+            if not value > 0:
+                raise UserError(f"{where} = {value} must be positive")
+        case "pattern":
+            _check_pattern(value, where)
+
+
+def _check_pattern(pattern: str, where: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UserError(f"{where}: {pattern!r} is no regular expression of Python ({error})") from error
+
+
+class EndlessSchema(UserError):
+    """A schema that asks of a value what it asks of it."""
 
 
 class CheckedSchema:
@@ -87,7 +123,10 @@ class CheckedSchema:
         Raises:
             UserError: as `check_schema`; or a reference leads nowhere.
         """
-        check_schema(schema, place)
+        try:
+            check_schema(schema, place)
+        except RecursionError as error:
+            raise UserError(f"{place}: is {_TOO_DEEP}") from error
         self._schema, self._place = schema, place
         for reference in _references(schema):
             self._at(reference)
@@ -96,12 +135,12 @@ class CheckedSchema:
         """Whether a value of `json_value` is one of the schema's.
 
         Raises:
-            UserError: the schema refers to itself without end.
+            EndlessSchema: it refers to itself without end.
         """
         try:
             return self._fits(value, self._schema)
         except RecursionError as error:
-            raise UserError(f"{self._place}: refers to itself without end") from error
+            raise EndlessSchema(f"{self._place}: refers to itself without end") from error
 
     def _fits(self, value: Any, schema: Any) -> bool:
         if isinstance(schema, bool):
@@ -252,7 +291,7 @@ def _float(digits: str) -> float:
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > _MAX_DIGITS:
+    if len(digits) > MAX_DIGITS:
         raise ValueError("a number is too long")
     return int(digits)
 

@@ -13,6 +13,8 @@ from maxlm.config import UserError
 
 T = TypeVar("T")
 
+LONGEST_S = 1e6
+"""Eleven days: much longer limits are more than the system's clocks take."""
 _AGAIN_S = 0.1
 """Seconds between reminders, as what is to end may catch the first."""
 
@@ -55,7 +57,7 @@ def within(seconds: float, call: Callable[[], T]) -> T:
             raise alarm
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, min(seconds, others or seconds), _AGAIN_S)
+    signal.setitimer(signal.ITIMER_REAL, min(seconds, others or seconds, LONGEST_S), _AGAIN_S)
     try:
         try:
             return call()

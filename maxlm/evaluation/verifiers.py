@@ -15,7 +15,7 @@ from pathlib import Path
 
 from maxlm.evaluation import asked
 from maxlm.evaluation.json_schema import CheckedSchema, json_value
-from maxlm.evaluation.time_limit import within
+from maxlm.evaluation.time_limit import LONGEST_S, within
 
 _MAX_DIGITS = 1000
 """Of a number: reading one takes time with the square of its digits."""
@@ -170,4 +170,4 @@ def passes(completion: str, tests: str, run: RunProgram, seconds: float) -> bool
         UserError: the sandbox cannot be built.
     """
     program = program_of(completion)
-    return bool(program.strip()) and run(tested(program, tests), seconds) is None
+    return bool(program.strip()) and run(tested(program, tests), min(seconds, LONGEST_S)) is None

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 
 from maxlm.models.weights.kinds import Weight
 
+_NEVER = -1e9
+"""Added to a logit: the exponential is 0, and nothing times it is NaN."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -35,6 +38,13 @@ class Unembedding:
             bias=None if self.bias is None else self.bias / temperature,
             soft_cap=None if self.soft_cap is None else self.soft_cap / temperature,
         )
+
+    def only(self, n: int) -> Unembedding:
+        """What makes logits by which no id from n on comes."""
+        if n >= self.table.shape[0]:
+            return self
+        bias = jnp.zeros(self.table.shape[0]) if self.bias is None else self.bias
+        return replace(self, bias=jnp.where(jnp.arange(len(bias)) < n, bias, _NEVER))
 
     def finish(self, product: jax.Array) -> jax.Array:
         """hidden @ table.T -> logits, both float32 [..., V], or the same part of V that bias is."""

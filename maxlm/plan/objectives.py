@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, assert_never
 
 from maxlm.config import (
     Classify,
     Dpo,
     Embed,
+    Grpo,
     Ipo,
     Kto,
+    ModelConfig,
     Orpo,
+    Ppo,
     Preference,
     Pretrain,
     Reward,
     RunConfig,
+    ScalarHead,
     Sft,
     SimPo,
     TrainMedusa,
@@ -27,6 +32,7 @@ from maxlm.training.judging import Classes, Rewards
 from maxlm.training.later_tokens import LaterTokens
 from maxlm.training.nearness import Vectors
 from maxlm.training.objective import NextToken, Objective
+from maxlm.training.policy_objective import ActorCritic, GroupPolicy
 from maxlm.training.preference_objective import LabelledTexts, PairedTexts
 
 _TEXTS = 2
@@ -34,7 +40,7 @@ _TEXTS = 2
 
 
 def objective_of(config: RunConfig, layout: Layout) -> Objective:
-    """As the recipe of `config.task` makes it; a reference is taken to be of the model's own kind."""
+    """As the recipe of `config.task` makes it; a reference and a critic are taken to be of the model's own kind."""
     match config.task:
         case Pretrain():
             return NextToken(config, layout)
@@ -50,16 +56,26 @@ def objective_of(config: RunConfig, layout: Layout) -> Objective:
             return Classes(config, layout, _TEXTS, task)
         case Embed():
             return Vectors(config, layout, _TEXTS)
+        case Grpo() as task:
+            return GroupPolicy(config, task, layout, reference=_beside(config))
+        case Ppo() as task:
+            critic = dataclasses.replace(base_of(config.model), head=ScalarHead())
+            return ActorCritic(config, task, layout, critic, reference=_beside(config))
         case _:
             assert_never(config.task)
+
+
+def _beside(config: RunConfig) -> ModelConfig | None:
+    """The reference that is held, if one is."""
+    return base_of(config.model) if reference_beside(config.task, config.model) else None
 
 
 def _of_preferences(config: RunConfig, task: Preference, layout: Layout) -> Objective:
     if task.reference_ahead:
         reference: dict[str, Any] = {"ahead": True}
     else:
-        beside = reference_beside(task, config.model)
-        reference = {"reference": base_of(config.model)} if beside else {"under": True}
+        beside = _beside(config)
+        reference = {"under": True} if beside is None else {"reference": beside}
     match task.loss:
         case Orpo() | SimPo() as loss:
             return PairedTexts(config, layout, _TEXTS, loss)

@@ -21,6 +21,7 @@ from maxlm.config import JudgeReward, LmHead, ShardingConfig, UserError
 from maxlm.data.chat import ChatError
 from maxlm.data.conversations import NOW
 from maxlm.evaluation.marking import log_softmax
+from maxlm.evaluation.time_limit import LONGEST_S
 from maxlm.recipes.completions import Completion, Score
 from maxlm.recipes.model_reward import open_model, outputs_of
 
@@ -179,7 +180,7 @@ class ServerJudge:
         for attempt in range(task.retries + 1):
             try:
                 request = urllib.request.Request(where, data, self._headers)
-                with urllib.request.urlopen(request, timeout=task.timeout_s) as answer:
+                with urllib.request.urlopen(request, timeout=min(task.timeout_s, LONGEST_S)) as answer:
                     return json.loads(answer.read(_MAX_BYTES))
             except urllib.error.HTTPError as error:
                 why = f"says {error.code} {' '.join(error.read(300).decode(errors='replace').split())}"

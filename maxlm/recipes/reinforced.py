@@ -17,7 +17,7 @@ from maxlm.processes.joining import on_rank_0
 from maxlm.recipes.held_to import ReferenceModel
 from maxlm.recipes.pretrain import Sample, check_sample
 from maxlm.recipes.rewards import RewardFunction, RewardSum
-from maxlm.recipes.rollouts import Arrays, Learn, PromptScores, RolloutFeed, RolloutFigures, check_lengths
+from maxlm.recipes.rollouts import Learn, PromptScores, RolloutFeed, RolloutFigures, RowArrays, check_lengths
 from maxlm.recipes.starting import starting
 from maxlm.recipes.taught import Taught, taught
 from maxlm.recipes.writing import PolicyWriter
@@ -29,7 +29,7 @@ from maxlm.training.warm_start import Start
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pieces:
+class RewardedRun:
     """Of a run that is made."""
 
     config: RunConfig
@@ -45,9 +45,10 @@ class Pieces:
     @property
     def held_to(self) -> dict[str, Any]:
         """Arguments of a `PolicyGradient`."""
+        drawn = {"tokens": self.taught.tokenizer.vocab_size}
         if self.reference is not None:
-            return {"reference": self.reference.model}
-        return {"under": self.under}
+            return drawn | {"reference": self.reference.model}
+        return drawn | {"under": self.under}
 
     @property
     def start(self) -> Start | None:
@@ -61,7 +62,7 @@ class Pieces:
         *,
         start: Start | None,
         redraws: int = 0,
-        beside: Callable[[int], Arrays] | None = None,
+        beside: Callable[[int], RowArrays] | None = None,
     ) -> Recipe[LoadedRun]:
         """Of an objective, and of what makes its batches; the rest as of `RolloutFeed`."""
         config, task, told = self.config, self.task, self.taught
@@ -103,9 +104,9 @@ class Pieces:
         )
 
 
-def pieces(
+def rewarded(
     config: RunConfig, task: Reinforced, layout: Layout, functions: Mapping[str, RewardFunction], *, held: bool
-) -> Pieces:
+) -> RewardedRun:
     """Prepares the data first, if the config says how and nobody has.
 
     Args:
@@ -148,7 +149,7 @@ def pieces(
         sharding=config.sharding,
         functions=functions,
     )
-    return Pieces(
+    return RewardedRun(
         config=config,
         task=task,
         layout=layout,

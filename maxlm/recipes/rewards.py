@@ -41,7 +41,7 @@ from maxlm.config.fields import shown
 from maxlm.config.json_file import read_object
 from maxlm.config.rewards import SERVERS
 from maxlm.evaluation import verifiers
-from maxlm.evaluation.json_schema import CheckedSchema, json_value
+from maxlm.evaluation.json_schema import CheckedSchema, EndlessSchema, json_value
 from maxlm.evaluation.marking import exact_match, normalized_match
 from maxlm.evaluation.sandbox import Sandbox, SandboxLimits
 from maxlm.evaluation.time_limit import TimeUp, within
@@ -260,8 +260,9 @@ def _exact(task: ExactReward, completion: Completion) -> float:
 
 
 def _matches(task: PatternReward, completion: Completion) -> float:
-    pattern = task.pattern if task.key is None else _words(_of_record(completion, task.key), task.key)
-    assert pattern is not None, "the config has one of them"
+    pattern = task.pattern
+    if pattern is None:
+        pattern = _words(_of_record(completion, task.key), task.key)
     try:
         return float(verifiers.matches(completion.text, pattern, task.timeout_s))
     except (re.error, RecursionError, OverflowError) as error:
@@ -270,7 +271,7 @@ def _matches(task: PatternReward, completion: Completion) -> float:
 
 def _fits(task: SchemaReward, opened: CheckedSchema | None, completion: Completion) -> float:
     schema = opened
-    if task.key is not None:
+    if schema is None:
         found = _of_record(completion, task.key)
         try:
             schema = CheckedSchema(
@@ -278,9 +279,11 @@ def _fits(task: SchemaReward, opened: CheckedSchema | None, completion: Completi
             )
         except (UserError, ValueError) as error:
             raise _NoNumber(str(error)) from error
-    assert schema is not None, "the config has one of them"
     text = verifiers.part_after(completion.text, task.after)
-    return float(text is not None and verifiers.fits_schema(text, schema, task.timeout_s))
+    try:
+        return float(text is not None and verifiers.fits_schema(text, schema, task.timeout_s))
+    except EndlessSchema as error:
+        raise _NoNumber(str(error)) from error
 
 
 def _tested(task: ProgramReward, sandbox: Sandbox, completions: Sequence[Completion]) -> list[Score]:

@@ -15,7 +15,7 @@ from maxlm.inference.load import LoadedRun
 from maxlm.inference.request import Finish, Request
 
 
-class Written(NamedTuple):
+class WrittenText(NamedTuple):
     """A completion."""
 
     tokens: tuple[int, ...]
@@ -53,7 +53,7 @@ class PolicyWriter:
         self._ends = (run.ends or TextEnds.of_documents(run.tokenizer)).last
         self._generator = Generator(run, engine=self._engine)
 
-    def write(self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: SamplingConfig) -> list[Written]:
+    def write(self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: SamplingConfig) -> list[WrittenText]:
         """A completion of each prompt: a function of the parameters, its prompt, its seed and `sampling`."""
         assert self._generator is not None, "`update` comes first"
         asked = [
@@ -73,7 +73,7 @@ class PolicyWriter:
             made = text.generation
             assert text.finish is not None, "all have ended"
             log_probs = tuple(score.logprob for score in text.scores)
-            found.append(Written(tuple(made.tokens), (True,) * len(made.tokens), log_probs, text.finish, made.text))
+            found.append(WrittenText(tuple(made.tokens), (True,) * len(made.tokens), log_probs, text.finish, made.text))
         return found
 
 

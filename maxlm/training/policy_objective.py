@@ -49,17 +49,20 @@ class PolicyGradient(NextToken):
         task: Reinforced,
         layout: Layout,
         *,
+        tokens: int | None = None,
         reference: ModelConfig | None = None,
         under: bool = False,
     ) -> None:
         """
         Args:
             config, task, layout: of the run.
+            tokens: ids that the policy may draw, the first so many; None: all.
             reference: the model whose parameters are `frozen`; None: there is none.
             under: the reference is the base under the model's adapter, instead.
         """
         super().__init__(config, layout)
         self._rollouts, self._entropy_weight = task.rollouts, task.entropy_weight
+        self._tokens = tokens or config.model.vocab_size
         self._reference, self._under = base_of(config.model) if under else reference, under
         self.frozen = None if reference is None else abstract_parameters(reference, layout)
         rows, columns = config.train.batch_size, config.train.seq_len
@@ -77,7 +80,7 @@ class PolicyGradient(NextToken):
 
     def scores(self, params: Params, frozen: Any, batch: Batch) -> dict[str, jax.Array]:
         """What is said of the tokens of a batch of `NextToken` before it is learned from, float32 [B, T], a micro-batch
-        at a time: `old_log_probs`; `reference_log_probs`, if there is a reference.
+        at a time: `old_log_probs`, the `entropy` of each distribution, and `reference_log_probs`, if there is one.
 
         By the very operations of `loss`, on as many rows: until the parameters change, both say the same.
         """
@@ -94,7 +97,8 @@ class PolicyGradient(NextToken):
         return {name: jnp.zeros(at.shape).at[at].set(x.ravel()).reshape(shape) for name, x in found.items()}
 
     def _scores(self, params: Params, frozen: Any, batch: Batch) -> dict[str, jax.Array]:
-        found = {"old_log_probs": self._policy(params, batch).log_probs}
+        policy = self._policy(params, batch)
+        found = {"old_log_probs": policy.log_probs, "entropy": policy.entropy}
         if (model := self._reference) is None:
             return found
         held_to = parameters_of_base(of_model(params)) if self._under else frozen
@@ -136,7 +140,7 @@ class PolicyGradient(NextToken):
     def _of_targets(self, states: Any, batch: Batch) -> TokenScores:
         """Of a model's states: each target under the distribution that tokens are drawn from."""
         (model, output), chunk = states, self._config.train.loss_chunk
-        unembedding = model.unembedding.cooled(self._rollouts.temperature)
+        unembedding = model.unembedding.cooled(self._rollouts.temperature).only(self._tokens)
         return token_scores(self._layout, output.hidden, unembedding, batch["targets"], chunk=chunk)
 
 
