@@ -171,7 +171,7 @@ def test_prompts_held_out_in_a_prepared_folder_are_asked(tmp_path: Path) -> None
 
 
 def test_a_page_of_files_alone_loads_no_model(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maxlm.hub.models.load_run", lambda *_: pytest.fail("a model is loaded"))
+    monkeypatch.setattr("maxlm.recipes.compared.load_run", lambda *_: pytest.fail("a model is loaded"))
     main([str(folder / "text"), str(folder / "taught"), "--out", str(tmp_path / "page.html")])
     [runs] = Tables((tmp_path / "page.html").read_text()).tables
     assert [row[0] for row in runs[1:]] == ["text", "taught"]

@@ -20,6 +20,7 @@ rollouts.py: answers of the policy, as batches
 writing.py: the engine that writes them
 train_medusa.py: heads that guess at later tokens, on a trained model
 self_instruct.py: tasks that a model writes after those of people
+compared.py: runs that answer the same prompts, judged
 answering.py: conversations answered anew, perhaps with a context
 toolformer.py: calls of tools that help a model to go on
 responding.py: models that answer prompts, for the builders below
