@@ -52,12 +52,13 @@ def language_model(model: ModelConfig, parameters: Any) -> LanguageModel:
     return LanguageModel(model, plainly().config, one_device(), parameters)
 
 
-def test_it_is_its_formula() -> None:
+@pytest.mark.parametrize("one_gate", [False, True])
+def test_it_is_its_formula(one_gate: bool) -> None:
     """Head by head in float64; grouped heads share keys and values."""
     rng = np.random.default_rng(3)
     B, T, N, K, H, D, scale = 2, 4, 4, 2, 8, 16, 0.3
     q, out = rng.standard_normal((2, B, T, N, H))
-    rows, gate = rng.standard_normal((P, D)), rng.standard_normal(N)
+    rows, gate = rng.standard_normal((P, D)), np.full(N, rng.standard_normal()) if one_gate else rng.standard_normal(N)
     wk, wv = rng.standard_normal((2, D, K, H))
     wanted = out.copy()
     for n in range(N):
@@ -66,7 +67,7 @@ def test_it_is_its_formula() -> None:
         shares = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
         wanted[:, :, n] += gate[n] * np.einsum("btp,ph->bth", shares, v)
     single = lambda x: jnp.asarray(x, jnp.float32)
-    weight = Prompted(single(np.zeros((D, N, H))), single(rows), single(gate))
+    weight = Prompted(single(np.zeros((D, N, H))), single(rows), single(gate[:1] if one_gate else gate))
     made = lambda x: (jnp.einsum("btd,dkh->btkh", x, single(wk)), jnp.einsum("btd,dkh->btkh", x, single(wv)))
     np.testing.assert_allclose(ops.prompted(weight, single(q), single(out), made, scale), wanted, rtol=1e-4, atol=1e-5)
 
