@@ -80,7 +80,7 @@ def test_it_begins_as_its_base_and_gates_learn_first(qk_norm: QkNorm | None) -> 
     np.testing.assert_array_equal(language_model(model, parameters)(IDS), language_model(base_of(model), base)(IDS))
     assert {array.name.rsplit("/", 1)[1] for array in arrays(model) if array.trained} == {"rows", "gate"}
     objective, batch = NextToken(config, one_device()), packed_batch(config)
-    gradient = jax.grad(lambda p: objective.loss(p, None, batch, jnp.float32(1)).objective)
+    gradient = jax.jit(jax.grad(lambda p: objective.loss(p, None, batch, jnp.float32(1)).objective))
     at_first = gradient(parameters)[PREFIX]["blocks"]["0"]["attention"]["q_proj"]
     assert np.abs(at_first["gate"]).min() > 0 and not np.any(at_first["rows"])
     later = gradient(grown(model))[PREFIX]["blocks"]["0"]["attention"]["q_proj"]
@@ -91,11 +91,10 @@ def test_sharded_is_unsharded() -> None:
     sharding = ShardingConfig(data=2, tensor=2, seq=2)
     config = small_run(adapted(small_model()), sharding)
     batch, parameters, layout = packed_batch(config), grown(config.model), make_layout(sharding)
-    want = NextToken(config, one_device()).loss(parameters, None, batch, jnp.float32(1)).objective
+    loss = lambda layout: jax.jit(lambda p, b: NextToken(config, layout).loss(p, None, b, jnp.float32(1)).objective)
+    want = loss(one_device())(parameters, batch)
     with jax.set_mesh(layout.mesh):
-        got = jax.jit(lambda p, b: NextToken(config, layout).loss(p, None, b, jnp.float32(1)).objective)(
-            parameters, batch
-        )
+        got = loss(layout)(parameters, batch)
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
