@@ -40,7 +40,7 @@ LORA = Adapter(kind=Lora(rank=2))
 
 
 def config_of(task: Task, head: Head | None = None, adapter: Adapter | None = None) -> RunConfig:
-    config = small_run(small_model(head=head or LmHead(), adapter=adapter), ShardingConfig(data=2, fsdp=4))
+    config = small_run(small_model(head=head or LmHead(), adapter=adapter), ShardingConfig(data=2, fsdp=2, tensor=2))
     return dataclasses.replace(config, task=task, checkpoint=CheckpointConfig(init_from="runs/other"))
 
 
@@ -67,7 +67,10 @@ def test_a_reference_is_counted_where_a_step_holds_one(task: Task, adapter: Adap
     frozen = make_trainer(config, layout, objective_of(config, layout)).state.frozen
     sizes = [4 * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(frozen)]
     assert bool(sizes) is held
-    assert estimate_memory(config, 8, Platform.CPU).reference == sum(sizes)
+    found = estimate_memory(config, 8, Platform.CPU)
+    before = estimate_memory(dataclasses.replace(config, task=Sft()), 8, Platform.CPU)
+    assert found.reference == sum(sizes) and found.peak == before.peak + sum(sizes)
+    assert ("reference" in found.at_peak) is held and "reference" not in before.at_peak
 
 
 @pytest.mark.parametrize(

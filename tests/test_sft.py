@@ -49,7 +49,8 @@ from maxlm.training.step import gradient_function, make_trainer
 
 def sums(config: RunConfig, task: Sft, batch: dict[str, Any], parameters: Any) -> Sums:
     objective = Answers(config, task, one_device())
-    return objective.loss(parameters, None, batch, objective.counted(parameters, None, batch))
+    found = lambda p, batch: objective.loss(p, None, batch, objective.counted(p, None, batch))
+    return jax.jit(found)(parameters, batch)
 
 
 def masked(config: RunConfig, share: float = 0.3) -> dict[str, Any]:
@@ -60,11 +61,14 @@ def masked(config: RunConfig, share: float = 0.3) -> dict[str, Any]:
 
 def log_probs(config: RunConfig, parameters: Any, batch: dict[str, Any]) -> np.ndarray:
     """float64 [B, T] of the targets, from the logits of the whole batch."""
-    tokens = Tokens(batch["positions"], batch["segment_ids"])
-    hidden = run_decoder(config.model, parameters, plainly(), batch["inputs"], tokens).hidden
-    logits = np.stack(
-        [np.asarray(ops.logits(row, bind(config.model, parameters).unembedding), np.float64) for row in hidden]
-    )
+
+    @jax.jit
+    def forward(parameters: Any, batch: Any) -> jax.Array:
+        tokens = Tokens(batch["positions"], batch["segment_ids"])
+        hidden = run_decoder(config.model, parameters, plainly(), batch["inputs"], tokens).hidden
+        return ops.logits(hidden, bind(config.model, parameters).unembedding)
+
+    logits = np.asarray(forward(parameters, batch), np.float64)
     logits -= np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) + logits.max(
         -1, keepdims=True
     )
@@ -86,10 +90,11 @@ def test_golds_gradient_is_that_of_the_weighted_log_probabilities() -> None:
     """The weights are constants: with them written down, the gradient is the same."""
     config = small_run()
     batch, parameters = masked(config), initial_parameters(config.model)
-    with_gold = jax.grad(lambda p: sums(config, Sft(gold=Gold()), batch, p).objective)(parameters)
+    gradient = lambda task, batch: jax.jit(jax.grad(lambda p: sums(config, task, batch, p).objective))(parameters)
+    with_gold = gradient(Sft(gold=Gold()), batch)
     logp = log_probs(config, parameters, batch)
     fixed = batch | {"loss_mask": jnp.asarray(batch["loss_mask"] * np.maximum(np.exp(logp) ** 0.5, 0.05), jnp.float32)}
-    plain = jax.grad(lambda p: sums(config, Sft(), fixed, p).objective)(parameters)
+    plain = gradient(Sft(), fixed)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), with_gold, plain)
 
 
@@ -125,7 +130,7 @@ def test_micro_batches_of_unequal_answers_are_the_whole_batch(task: Sft) -> None
     for parts in (1, 2):
         one = dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batches=parts))
         objective = Answers(one, task, one_device())
-        found.append(gradient_function(one, one_device(), objective)(parameters, None, batch))
+        found.append(jax.jit(gradient_function(one, one_device(), objective))(parameters, None, batch))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *found)
 
 
@@ -135,7 +140,8 @@ def test_sharded_is_unsharded() -> None:
     batch, parameters = masked(config), initial_parameters(config.model)
     task, layout = Sft(neftune_alpha=5.0, gold=Gold()), make_layout(sharding)
     whole, cut = Answers(config, task, one_device()), Answers(config, task, layout)
-    want = whole.loss(parameters, None, whole.draw(batch, jax.random.key(0)), jnp.float32(1))
+    drawn = whole.draw(batch, jax.random.key(0))
+    want = jax.jit(lambda p, b: whole.loss(p, None, b, jnp.float32(1)))(parameters, drawn)
     with jax.set_mesh(layout.mesh):
         drawn = jax.jit(cut.draw)(batch, jax.random.key(0))
         got = jax.jit(lambda p, b: cut.loss(p, None, b, jnp.float32(1)))(parameters, drawn)
