@@ -107,13 +107,6 @@ def read(record: Mapping[str, Any], purpose: Purpose, classes: Sequence[str] = (
     return _for(purpose, present, example, classes)
 
 
-def told(turns: Sequence[Turn], context: str) -> list[Turn]:
-    """A conversation at whose beginning the system says the context, and then what else it says."""
-    own = turns[:1] if turns[0]["role"] == "system" else []
-    said = "\n\n".join([context, *(turn["content"] for turn in own)])
-    return [{"role": "system", "content": said}, *turns[len(own) :]]
-
-
 def turns_of(record: Mapping[str, Any]) -> list[Turn]:
     """The turns of a conversation that is not one of several answers, as they are: roles may be in any order.
 
@@ -286,13 +279,9 @@ _FORMATS: list[tuple[frozenset[str], Callable[[Mapping[str, Any]], Example]]] = 
     (frozenset({"instruction", "output"}), _alpaca),
 ]
 """The first whose keys a record has."""
-
-
 _ASKED: list[tuple[frozenset[str], Callable[[Mapping[str, Any]], Example]]] = [
     (frozenset({"chosen", "rejected"}), _preference),
-    (frozenset({"prompt"}), _asked),
-    (frozenset({"messages"}), _asked),
-    (frozenset({"conversations"}), _asked),
+    *((frozenset({key}), _asked) for key in ("prompt", "messages", "conversations")),
     (frozenset({"instruction", "output"}), _alpaca),
 ]
 """The same of what is to be answered, whose answers may be missing, or anything."""

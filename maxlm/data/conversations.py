@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, assert_never
 
 from maxlm.config import Counted, Purpose
 from maxlm.data.chat import Chat, ChatError, ChatTemplate, Span
-from maxlm.data.conversation_formats import BadRecord, Example, Passages, Turn, read, told
+from maxlm.data.conversation_formats import BadRecord, Example, Passages, Turn, read
 from maxlm.data.texts import Text, truncated
 from maxlm.data.tokenizers import Tokenizer
 
@@ -146,6 +146,13 @@ def _without_oldest(example: Example, count: int) -> Example:
     if example.prompt:
         return example._replace(prompt=left)
     return example._replace(answers=[example.answers[0]._replace(messages=left)])
+
+
+def told(turns: Sequence[Turn], context: str) -> list[Turn]:
+    """A conversation at whose beginning the system says the context, and then what else it says."""
+    own = turns[:1] if turns[0]["role"] == "system" else []
+    said = "\n\n".join([context, *(turn["content"] for turn in own)])
+    return [{"role": "system", "content": said}, *turns[len(own) :]]
 
 
 class _Talk(NamedTuple):

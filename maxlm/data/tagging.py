@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from maxlm.config import Purpose
-from maxlm.data.conversation_formats import BadRecord, Example, Turn, read, told
+from maxlm.data.conversation_formats import BadRecord, Example, Turn, read
+from maxlm.data.conversations import told
 
 _OF_PROMPT = ("prompt", "messages", "system", "tools")
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from maxlm.data.conversation_formats import Turn, told
+from maxlm.data.conversation_formats import Turn
+from maxlm.data.conversations import told
 
 
 class Speaker(Protocol):
