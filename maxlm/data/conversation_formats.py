@@ -494,8 +494,5 @@ def _shown(keys: Sequence[str]) -> str:
 
 
 def _kind(value: Any) -> str:
-    kinds: dict[type, str] = {
-        type(None): "null", str: "text", int: "a number", float: "a number", bool: "true or false", list: "a list",
-        dict: "an object",
-    }  # fmt: skip
-    return kinds.get(type(value), type(value).__name__)
+    kinds = {str: "text", int: "a number", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
+    return "null" if value is None else kinds.get(type(value), type(value).__name__)
