@@ -5,7 +5,7 @@
     python -m maxlm.train --config configs/life_sft.py
     python -m maxlm.chat --run runs/life/sft
 
-It starts from the run in runs/life/pretrain (889,984 parameters), and has 3,640 conversations. Hardware: two CPU cores,
+It starts from the run in runs/life/pretrain (889,984 parameters), and has 4,120 conversations. Hardware: two CPU cores,
 1 GB of memory, no download; about two minutes.
 """
 
@@ -37,7 +37,8 @@ def records(name: str, purpose: Purpose, *paths: str) -> DataConfig:
 
 def get_config() -> RunConfig:
     base = pretrain()
-    files = ("configs/data/conversations.jsonl", "data/life/sort.jsonl", "data/life/addition.jsonl")
+    own = ("configs/data/conversations.jsonl", "configs/data/demonstrations.jsonl")
+    files = (*own, "data/life/sort.jsonl", "data/life/addition.jsonl")
     return dataclasses.replace(
         base,
         data=records("conversations", Purpose.SFT, *files),
