@@ -4,7 +4,7 @@
     python -m maxlm.train --config configs/rlhf_sft.py
 
 People demonstrate answers of both kinds, polite and rude ones: each question of configs/data/demonstrations.jsonl has
-one of each. Hardware: two CPU cores, 1 GB of memory, no download; about two minutes.
+one of each. Hardware: two CPU cores, 1 GB of memory, no download; about a minute.
 """
 
 import dataclasses
@@ -36,6 +36,7 @@ def get_config() -> RunConfig:
     return dataclasses.replace(
         base,
         data=DataConfig(datasets=(records("demonstrations", Purpose.SFT, "configs/data/demonstrations.jsonl"),)),
+        train=dataclasses.replace(base.train, steps=100, eval_every=50),
         checkpoint=CheckpointConfig(every=100, init_from="runs/life/pretrain"),
         observe=ObserveConfig(sample_prompt="Where is the bakery?", sample_tokens=64),
         run_dir="runs/rlhf/sft",
