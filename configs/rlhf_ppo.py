@@ -18,6 +18,7 @@ from maxlm.config import (
     CheckpointConfig,
     ConstantSchedule,
     DataConfig,
+    FixedKl,
     ModelReward,
     ObserveConfig,
     Ppo,
@@ -39,7 +40,8 @@ def get_config() -> RunConfig:
         checkpoint=CheckpointConfig(every=40, init_from="runs/rlhf/sft"),
         observe=ObserveConfig(sample_prompt="Where is the bakery?", sample_tokens=64),
         task=Ppo(
-            rewards=(ModelReward(run="runs/rlhf/reward"),),
+            rewards=(ModelReward(run="runs/rlhf/reward", std=5.0),),  # as eval_reward_std of that run says
+            kl=FixedKl(beta=0.1),
             critic="runs/rlhf/reward",
             text_weight=1.0,
             rollouts=Rollouts(prompts=32, samples=1, max_new_tokens=80, eval_prompts=32),

@@ -50,6 +50,8 @@ class Tables(HTMLParser):
         self.tables: list[list[list[str]]] = []
         self.right: list[str] = []
         self._class: str | None = None
+        self._inside = False
+        """Whether a cell is being read."""
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -60,15 +62,16 @@ class Tables(HTMLParser):
                 self.tables[-1].append([])
             case "th" | "td":
                 self.tables[-1][-1].append("")
-                self._class = dict(attrs).get("class")
+                self._class, self._inside = dict(attrs).get("class"), True
 
     def handle_endtag(self, tag: str) -> None:
         if tag in ("th", "td") and self._class == "right":
             self.right.append(self.tables[-1][-1][-1])
-        self._class = None if tag in ("th", "td") else self._class
+        if tag in ("th", "td"):
+            self._class, self._inside = None, False
 
     def handle_data(self, data: str) -> None:
-        if self.tables and self.tables[-1] and self.tables[-1][-1]:
+        if self._inside:
             self.tables[-1][-1][-1] += data.strip("\n")
 
 
