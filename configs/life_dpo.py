@@ -19,7 +19,7 @@ def get_config() -> RunConfig:
         base,
         data=records("manners", Purpose.PREFERENCE, "configs/data/manners.jsonl"),
         train=dataclasses.replace(base.train, steps=40, batch_size=8, eval_every=20),
-        optimizer=AdamW(learning_rate=1e-4, schedule=CosineSchedule(warmup_steps=5)),
+        optimizer=AdamW(learning_rate=5e-5, schedule=CosineSchedule(warmup_steps=5)),
         checkpoint=CheckpointConfig(every=20, init_from="runs/life/sft"),
         observe=ObserveConfig(sample_prompt="Where is the bakery?", sample_tokens=48),
         task=Preference(loss=Dpo(beta=0.1, nll_weight=0.2)),

@@ -42,9 +42,9 @@ def get_config() -> RunConfig:
     return dataclasses.replace(
         base,
         data=records("conversations", Purpose.SFT, *files),
-        train=dataclasses.replace(base.train, steps=200, batch_size=16, seq_len=256, eval_every=100),
-        optimizer=AdamW(learning_rate=1e-3, schedule=CosineSchedule(warmup_steps=10)),
-        checkpoint=CheckpointConfig(every=100, init_from="runs/life/pretrain"),
+        train=dataclasses.replace(base.train, steps=250, batch_size=16, seq_len=256, eval_every=125),
+        optimizer=AdamW(learning_rate=2e-3, schedule=CosineSchedule(warmup_steps=10)),
+        checkpoint=CheckpointConfig(every=125, init_from="runs/life/pretrain"),
         observe=ObserveConfig(sample_prompt="Sort 352914.", sample_tokens=32),
         task=Sft(),
         run_dir="runs/life/sft",

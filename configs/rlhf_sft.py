@@ -11,9 +11,11 @@ import dataclasses
 
 from configs.life_sft import get_config as sft
 from maxlm.config import (
+    AdamW,
     ByteTokenizer,
     CheckpointConfig,
     Conversations,
+    CosineSchedule,
     DataConfig,
     Dataset,
     ObserveConfig,
@@ -37,6 +39,7 @@ def get_config() -> RunConfig:
         base,
         data=DataConfig(datasets=(records("demonstrations", Purpose.SFT, "configs/data/demonstrations.jsonl"),)),
         train=dataclasses.replace(base.train, steps=100, eval_every=50),
+        optimizer=AdamW(learning_rate=1e-3, schedule=CosineSchedule(warmup_steps=10)),
         checkpoint=CheckpointConfig(every=100, init_from="runs/life/pretrain"),
         observe=ObserveConfig(sample_prompt="Where is the bakery?", sample_tokens=64),
         run_dir="runs/rlhf/sft",
