@@ -22,10 +22,11 @@ from langchain_openai import ChatOpenAI
 from pydantic import BaseModel, SecretStr
 
 from maxlm.data.chat import ChatTemplate
+from maxlm.data.tool_calls import ToolReader
 from maxlm.inference.request import Finish
 from maxlm.inference.structured import JsonSchema
 from maxlm.serving.app import Service
-from maxlm.serving.chat_format import ToolReader, conversation_ids
+from maxlm.serving.chat_format import conversation_ids
 from maxlm.serving.jobs import completion_job
 from maxlm.serving.schema import CalledFunction, CompletionRequest, Message, ToolCall
 from maxlm.serving.served import Served

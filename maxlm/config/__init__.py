@@ -19,6 +19,7 @@ policy.py: advantages of a policy's samples, weights of their tokens
 data.py: documents, tokenizers, mixtures
 purposes.py: what records of conversations are for
 rewards.py: what is good in a completion
+tools.py: what a policy may call while it writes
 quantization.py: ways to make weights smaller
 optimizer.py: AdamW, Adafactor, schedules
 sharding.py: sizes of the mesh axes, ZeRO stages, presets
@@ -202,6 +203,7 @@ from maxlm.config.task import (
     Task,
     TrainMedusa,
 )
+from maxlm.config.tools import Calculator, DocsSearch, ToolChoice
 
 __all__ = [
     "ACTIVATION_DIMS",
@@ -232,6 +234,7 @@ __all__ = [
     "BradleyTerry",
     "ByteTokenizer",
     "CacheFormat",
+    "Calculator",
     "Capacity",
     "CheckpointConfig",
     "ChosenModel",
@@ -247,6 +250,7 @@ __all__ = [
     "Dataset",
     "DeepNorm",
     "Dispatch",
+    "DocsSearch",
     "Documents",
     "DocumentsConfig",
     "Dpo",
@@ -373,6 +377,7 @@ __all__ = [
     "Task",
     "TokenizerConfig",
     "TokenizerSource",
+    "ToolChoice",
     "TopKRouter",
     "TrainConfig",
     "TrainMedusa",

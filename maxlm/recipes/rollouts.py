@@ -92,7 +92,7 @@ class RolloutFeed:
         self._scores = jax.jit(objective.scores, out_shardings=layout.sharding())
         self._batches: list[Arrays] = []
         self.stride = task.rollouts.steps(config.train.batch_size)
-        self.fingerprint = f"{prompts.fingerprint} {rewards.fingerprint}"
+        self.fingerprint = f"{prompts.fingerprint} {rewards.fingerprint} {writer.fingerprint}"
         self.memory: dict[str, Any] = {"prompts": 0}
         self.figures: dict[str, float | str] = {}
         """Of the newest rollout."""
@@ -196,8 +196,9 @@ def sampling(rollouts: Rollouts) -> SamplingConfig:
 
 def judge(rewards: RewardSum, prompts: Sequence[Prompt], written: Sequence[Written]) -> Judged:
     """What completions are worth."""
+    heard = lambda one: len(one.tokens) - sum(one.drawn)
     texts = zip(prompts, written, strict=True)
-    return rewards([Completion(prompt, one.text, one.tokens, one.finish) for prompt, one in texts])
+    return rewards([Completion(prompt, one.text, one.tokens, one.finish, heard(one)) for prompt, one in texts])
 
 
 def check_lengths(prompts: Prompts, room: int, key: str) -> None:
@@ -255,6 +256,9 @@ def _figures(answered: Answered, samples: int) -> dict[str, Any]:
         "cut": float(np.mean([one.finish is Finish.LENGTH for one in answered.written])),
         "equal_groups": float(equal),
         "skipped": int((~usable).sum()),
+        "calls": float(np.mean([one.calls for one in answered.written])),
+        "failed_calls": sum(one.failed for one in answered.written),
+        "unanswered": sum(one.unanswered for one in answered.written),
         "text": answered.written[0].text,
     }
 
@@ -314,7 +318,7 @@ class PromptScores:
             row[f"eval_reward{name}"] = mean(judged.total)
             if len(judged.parts) > 1:
                 row |= {f"eval_{part}{name}": mean(values) for part, values in judged.parts.items()}
-            row[f"eval_length{name}"] = float(np.mean([len(one.tokens) for one in written]))
+            row[f"eval_length{name}"] = float(np.mean([sum(one.drawn) for one in written]))
         return row
 
     def line(self, step: int, row: Mapping[str, Any]) -> str:
