@@ -1,7 +1,8 @@
 """Calls of tools out of the text of an answer.
 
-Two forms of calls are known, whatever the model: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>` (Hermes,
-Qwen), and an answer that is such an object, or a list of them, and nothing else (Llama 3 with `parameters`, Mistral).
+Three forms of calls are known, whatever the model: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>` (Hermes,
+Qwen); an answer that is such an object, or a list of them, and nothing else (Llama 3 with `parameters`, Mistral); and
+lines at its end with `Call: ` and such an object (the built-in template `plain`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-CALL_OPENS, _CLOSE = "<tool_call>", "</tool_call>"
+_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+_LINE = "\nCall: "
 _LONGEST_CALL = 1 << 20
 """Characters of a call; longer ones are text."""
 
@@ -51,11 +53,11 @@ class ToolReader:
                     break
                 if self._held.lstrip()[0] in "{[" and len(self._held) <= _LONGEST_CALL:
                     break  # the whole answer may be a call: its end shows it
-            if (start := self._held.find(CALL_OPENS)) >= 0:
+            if (start := self._held.find(_OPEN)) >= 0:
                 shown += self._show(start)
                 if (end := self._held.find(_CLOSE)) >= 0:
                     whole = self._held[: end + len(_CLOSE)]
-                    found = self._calls(whole[len(CALL_OPENS) : -len(_CLOSE)])
+                    found = self._calls(whole[len(_OPEN) : -len(_CLOSE)])
                     self._held = self._held[len(whole) :]
                     self._begun = True
                     calls += found
@@ -63,14 +65,21 @@ class ToolReader:
                     continue
                 if len(self._held) <= _LONGEST_CALL:
                     break
-            shown += self._show(len(self._held) - _beginning(self._held, CALL_OPENS))
+            start = self._held.find(_LINE + "{")
+            if start >= 0 and len(self._held) <= _LONGEST_CALL:
+                shown += self._show(start)
+                break  # the rest may be calls: its end shows it
+            waits = max(_beginning(self._held, word) for word in (_OPEN, _LINE + "{"))
+            shown += self._show(len(self._held) - waits)
             break
         return shown, calls
 
     def finish(self) -> tuple[str, list[Called]]:
         """When no more will come."""
         rest, self._held = self._held, ""
-        calls = self._calls(rest.strip().removeprefix(CALL_OPENS)) if rest else []
+        lines = rest.strip().removeprefix(_OPEN).removeprefix(_LINE.strip()).split(_LINE)
+        found = [self._calls(line) for line in lines]
+        calls = [call for some in found for call in some] if all(found) else []
         return ("" if calls else rest), calls
 
     def _show(self, n: int) -> str:
@@ -95,6 +104,11 @@ class ToolReader:
                 Called(f"call_{uuid.uuid4().hex[:24]}", one["name"], json.dumps(arguments, ensure_ascii=False))
             )
         return found
+
+
+def seems_call(text: str) -> bool:
+    """Whether an answer looks as if it called a tool, though perhaps it does so in no way that is known."""
+    return _OPEN in text or _LINE in text
 
 
 def _beginning(text: str, word: str) -> int:

@@ -15,7 +15,7 @@ from maxlm.data.conversation_formats import BadRecord, Turn
 from maxlm.data.conversations import between_turns
 from maxlm.data.passages import passages_of
 from maxlm.data.tokenizers import Tokenizer
-from maxlm.data.tool_calls import CALL_OPENS, ToolReader
+from maxlm.data.tool_calls import ToolReader, seems_call
 from maxlm.inference.embedding import Embedder
 from maxlm.inference.load import ONE_DEVICE
 from maxlm.inference.retrieval import Index, numbered
@@ -69,7 +69,7 @@ class Toolbox:
         turn: Turn = {"role": "assistant", "content": (shown + rest).strip()}
         made = [(one.name, json.loads(one.arguments)) for one in [*first, *last]]
         if not made:
-            return Calls(turn, [("", {})]) if CALL_OPENS in text else None
+            return Calls(turn, [("", {})]) if seems_call(text) else None
         functions = [{"name": name, "arguments": arguments} for name, arguments in made]
         named = [{"id": _id(n), "type": "function", "function": one} for n, one in enumerate(functions)]
         return Calls({**turn, "tool_calls": named}, made)
@@ -131,7 +131,7 @@ def _open(tool: ToolChoice) -> tuple[Callable[[str], str | None], str]:
             index = Index(
                 passages, Embedder(run.model), run.tokenizer, top=tool.top, longest=run.config.model.max_seq_len
             )
-            decides = f"{fingerprint} {numbered(passages)}"
+            decides = f"{fingerprint} {tool.top} {numbered(passages)}"
             return lambda query: numbered(index.find(query)), hashlib.sha256(decides.encode()).hexdigest()
         case _:
             assert_never(tool)

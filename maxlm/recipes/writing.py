@@ -115,6 +115,8 @@ class PolicyWriter:
                 draft.add(text.generation.tokens, [score.logprob for score in text.scores])
                 draft.text, draft.finish = text.generation.text, text.finish
             going = [draft for draft in going if self._goes_on(draft, may=turn < replies)]
+            if not going:
+                break
         return [draft.written for draft in drafts]
 
     def _request(self, draft: _Draft, turn: int, sampling: SamplingConfig) -> Request:
