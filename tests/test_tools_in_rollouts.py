@@ -33,9 +33,9 @@ from maxlm.config import (
     PrepareConfig,
     Purpose,
     Rollouts,
+    RolloutTool,
     RunConfig,
     SamplingConfig,
-    ToolChoice,
     UserError,
 )
 from maxlm.data.chat import ChatTemplate, find_chat_template
@@ -108,7 +108,7 @@ class Scripted:
 
 def write(
     scripts: Sequence[Sequence[Sequence[int]]],
-    tools: Sequence[ToolChoice] = CALCULATOR,
+    tools: Sequence[RolloutTool] = CALCULATOR,
     *,
     template: ChatTemplate = PLAIN,
     tokenizer: Tokenizer = BYTES,

@@ -203,7 +203,7 @@ from maxlm.config.task import (
     Task,
     TrainMedusa,
 )
-from maxlm.config.tools import Calculator, DocsSearch, ToolChoice
+from maxlm.config.tools import Calculator, DocsSearch, RolloutTool
 
 __all__ = [
     "ACTIVATION_DIMS",
@@ -351,6 +351,7 @@ __all__ = [
     "RewardLoss",
     "RewardSource",
     "RmsNorm",
+    "RolloutTool",
     "Rollouts",
     "Rope",
     "RopeScaling",
@@ -377,7 +378,6 @@ __all__ = [
     "Task",
     "TokenizerConfig",
     "TokenizerSource",
-    "ToolChoice",
     "TopKRouter",
     "TrainConfig",
     "TrainMedusa",

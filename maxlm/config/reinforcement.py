@@ -10,7 +10,7 @@ from maxlm.config.fields import BelowOne, Changes, Filled, Fraction, NotNegative
 from maxlm.config.kl import FixedKl, KlController, KlEstimator
 from maxlm.config.policy import Advantage, Aggregation, GroupMean
 from maxlm.config.rewards import BadReward, RewardSource
-from maxlm.config.tools import ToolChoice
+from maxlm.config.tools import RolloutTool
 
 
 @config("task.rollouts.", changes=Changes.IDENTITY)
@@ -24,7 +24,7 @@ class Rollouts:
     """Completions of each."""
     max_new_tokens: Positive[int] = 256
     """Tokens of a completion that the policy draws, at most."""
-    tools: tuple[ToolChoice, ...] = ()
+    tools: tuple[RolloutTool, ...] = ()
     """What the policy may call while it writes; the template tells it of them, in place of the tools of records. What
     they answer is read and not learned, and needs room in `train.seq_len`."""
     tool_turns: Positive[int] = 4

@@ -30,4 +30,4 @@ class DocsSearch:
     """What the model calls it."""
 
 
-ToolChoice = Calculator | DocsSearch
+RolloutTool = Calculator | DocsSearch

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, assert_never
 
-from maxlm.config import Calculator, DocsSearch, ToolChoice
+from maxlm.config import Calculator, DocsSearch, RolloutTool
 from maxlm.data.chat import ChatTemplate
 from maxlm.data.conversation_formats import BadRecord, Turn
 from maxlm.data.conversations import between_turns
@@ -23,7 +23,7 @@ from maxlm.recipes.model_reward import open_model
 from maxlm.recipes.toolformer import calculator
 
 
-class Calls(NamedTuple):
+class ToolCalls(NamedTuple):
     """Of a turn of the policy."""
 
     turn: Turn
@@ -32,7 +32,7 @@ class Calls(NamedTuple):
     """Names and arguments; of what looks like a call and is none, "" and nothing."""
 
 
-class Reply(NamedTuple):
+class ToolReply(NamedTuple):
     """What comes before the policy's next turn."""
 
     turns: list[Turn]
@@ -40,13 +40,13 @@ class Reply(NamedTuple):
     ids: list[int]
     """All that the template writes there."""
     failed: int
-    """Calls that were wrong."""
+    """ToolCalls that were wrong."""
 
 
 class Toolbox:
     """The tools of a run."""
 
-    def __init__(self, tools: Sequence[ToolChoice], template: ChatTemplate, tokenizer: Tokenizer) -> None:
+    def __init__(self, tools: Sequence[RolloutTool], template: ChatTemplate, tokenizer: Tokenizer) -> None:
         """
         Args:
             tools: which.
@@ -62,19 +62,19 @@ class Toolbox:
         self.fingerprint = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
         """SHA-256 in hex of all that decides what they answer."""
 
-    def calls(self, text: str) -> Calls | None:
+    def calls(self, text: str) -> ToolCalls | None:
         """Those of a turn's text; None: it has none."""
         reader = ToolReader(list(self._tools))
         (shown, first), (rest, last) = reader.add(text), reader.finish()
         turn: Turn = {"role": "assistant", "content": (shown + rest).strip()}
         made = [(one.name, json.loads(one.arguments)) for one in [*first, *last]]
         if not made:
-            return Calls(turn, [("", {})]) if seems_call(text) else None
+            return ToolCalls(turn, [("", {})]) if seems_call(text) else None
         functions = [{"name": name, "arguments": arguments} for name, arguments in made]
         named = [{"id": _id(n), "type": "function", "function": one} for n, one in enumerate(functions)]
-        return Calls({**turn, "tool_calls": named}, made)
+        return ToolCalls({**turn, "tool_calls": named}, made)
 
-    def reply(self, said: Sequence[Turn], calls: Calls) -> Reply | None:
+    def reply(self, said: Sequence[Turn], calls: ToolCalls) -> ToolReply | None:
         """What the tools answer after `said` and the turn with the calls; None: the template does not take it."""
         results = [self._result(name, arguments) for name, arguments in calls.made]
         turns: list[Turn] = [
@@ -86,7 +86,7 @@ class Toolbox:
             ids = between_turns(whole, len(said), self._template, self._tokenizer, self._definitions)
         except BadRecord:
             return None
-        return Reply(turns, ids, sum(not right for _, right in results))
+        return ToolReply(turns, ids, sum(not right for _, right in results))
 
     def _result(self, name: str, arguments: Mapping[str, Any]) -> tuple[str, bool]:
         """For the model, and whether the call was right."""
@@ -98,7 +98,7 @@ class Toolbox:
         return (f"Error: {key} must be a text: {wanted}", False) if result is None else (result, True)
 
 
-def definitions(tools: Sequence[ToolChoice]) -> list[dict[str, Any]]:
+def definitions(tools: Sequence[RolloutTool]) -> list[dict[str, Any]]:
     """As JSON schemas of functions, for templates."""
     found = []
     for tool in tools:
@@ -109,7 +109,7 @@ def definitions(tools: Sequence[ToolChoice]) -> list[dict[str, Any]]:
     return found
 
 
-def _words(tool: ToolChoice) -> tuple[str, str, str]:
+def _words(tool: RolloutTool) -> tuple[str, str, str]:
     """What it does, the name of its argument, and what that is."""
     match tool:
         case Calculator():
@@ -120,7 +120,7 @@ def _words(tool: ToolChoice) -> tuple[str, str, str]:
             assert_never(tool)
 
 
-def _open(tool: ToolChoice) -> tuple[Callable[[str], str | None], str]:
+def _open(tool: RolloutTool) -> tuple[Callable[[str], str | None], str]:
     """What it says of its argument, or None, and a fingerprint of what decides that."""
     match tool:
         case Calculator():
