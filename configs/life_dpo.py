@@ -18,9 +18,9 @@ def get_config() -> RunConfig:
     return dataclasses.replace(
         base,
         data=records("manners", Purpose.PREFERENCE, "configs/data/manners.jsonl"),
-        train=dataclasses.replace(base.train, steps=60, batch_size=8, eval_every=30),
-        optimizer=AdamW(learning_rate=3e-4, schedule=CosineSchedule(warmup_steps=5)),
-        checkpoint=CheckpointConfig(every=30, init_from="runs/life/sft"),
+        train=dataclasses.replace(base.train, steps=40, batch_size=8, eval_every=20),
+        optimizer=AdamW(learning_rate=5e-5, schedule=CosineSchedule(warmup_steps=5)),
+        checkpoint=CheckpointConfig(every=20, init_from="runs/life/sft"),
         observe=ObserveConfig(sample_prompt="Where is the bakery?", sample_tokens=48),
         task=Preference(loss=Dpo(beta=0.1, nll_weight=0.2)),
         run_dir="runs/life/dpo",

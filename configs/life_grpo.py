@@ -5,7 +5,7 @@ nothing but whether its answers are right (GRPO).
     python -m maxlm.train --config configs/life_grpo.py
     python -m maxlm.chat --run runs/life/grpo
 
-Each step the model answers 16 prompts eight times each; answers that are right become more likely where others to the
+Each step the model answers 32 prompts eight times each; answers that are right become more likely where others to the
 same prompt are wrong. Hardware: two CPU cores, 2 GB of memory, no download; about four minutes.
 """
 
@@ -31,12 +31,12 @@ def get_config() -> RunConfig:
     return dataclasses.replace(
         base,
         data=records("prompts", Purpose.PROMPTS, "data/life/prompts.jsonl"),
-        train=dataclasses.replace(base.train, steps=150, batch_size=128, seq_len=48, eval_every=50),
-        optimizer=AdamW(learning_rate=3e-4, schedule=ConstantSchedule(warmup_steps=0)),
+        train=dataclasses.replace(base.train, steps=100, batch_size=256, seq_len=48, eval_every=50),
+        optimizer=AdamW(learning_rate=1e-4, schedule=ConstantSchedule(warmup_steps=10)),
         checkpoint=CheckpointConfig(every=50, init_from="runs/life/dpo"),
         observe=ObserveConfig(sample_prompt="Sort 352914.", sample_tokens=16),
         task=Grpo(
-            rewards=(ExactReward(),), rollouts=Rollouts(prompts=16, samples=8, max_new_tokens=12, eval_prompts=64)
+            rewards=(ExactReward(),), rollouts=Rollouts(prompts=32, samples=8, max_new_tokens=12, eval_prompts=64)
         ),
         run_dir="runs/life/grpo",
     )

@@ -5,7 +5,7 @@
     python -m maxlm.train --config configs/life_sft.py
     python -m maxlm.chat --run runs/life/sft
 
-It starts from the run in runs/life/pretrain (889,984 parameters), and has 3,640 conversations. Hardware: two CPU cores,
+It starts from the run in runs/life/pretrain (889,984 parameters), and has 4,120 conversations. Hardware: two CPU cores,
 1 GB of memory, no download; about two minutes.
 """
 
@@ -37,13 +37,14 @@ def records(name: str, purpose: Purpose, *paths: str) -> DataConfig:
 
 def get_config() -> RunConfig:
     base = pretrain()
-    files = ("configs/data/conversations.jsonl", "data/life/sort.jsonl", "data/life/addition.jsonl")
+    own = ("configs/data/conversations.jsonl", "configs/data/demonstrations.jsonl")
+    files = (*own, "data/life/sort.jsonl", "data/life/addition.jsonl")
     return dataclasses.replace(
         base,
         data=records("conversations", Purpose.SFT, *files),
-        train=dataclasses.replace(base.train, steps=200, batch_size=16, seq_len=256, eval_every=100),
-        optimizer=AdamW(learning_rate=1e-3, schedule=CosineSchedule(warmup_steps=10)),
-        checkpoint=CheckpointConfig(every=100, init_from="runs/life/pretrain"),
+        train=dataclasses.replace(base.train, steps=250, batch_size=16, seq_len=256, eval_every=125),
+        optimizer=AdamW(learning_rate=2e-3, schedule=CosineSchedule(warmup_steps=10)),
+        checkpoint=CheckpointConfig(every=125, init_from="runs/life/pretrain"),
         observe=ObserveConfig(sample_prompt="Sort 352914.", sample_tokens=32),
         task=Sft(),
         run_dir="runs/life/sft",

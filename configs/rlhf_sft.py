@@ -4,16 +4,18 @@
     python -m maxlm.train --config configs/rlhf_sft.py
 
 People demonstrate answers of both kinds, polite and rude ones: each question of configs/data/demonstrations.jsonl has
-one of each. Hardware: two CPU cores, 1 GB of memory, no download; about two minutes.
+one of each. Hardware: two CPU cores, 1 GB of memory, no download; about a minute.
 """
 
 import dataclasses
 
 from configs.life_sft import get_config as sft
 from maxlm.config import (
+    AdamW,
     ByteTokenizer,
     CheckpointConfig,
     Conversations,
+    CosineSchedule,
     DataConfig,
     Dataset,
     ObserveConfig,
@@ -36,6 +38,8 @@ def get_config() -> RunConfig:
     return dataclasses.replace(
         base,
         data=DataConfig(datasets=(records("demonstrations", Purpose.SFT, "configs/data/demonstrations.jsonl"),)),
+        train=dataclasses.replace(base.train, steps=100, eval_every=50),
+        optimizer=AdamW(learning_rate=1e-3, schedule=CosineSchedule(warmup_steps=10)),
         checkpoint=CheckpointConfig(every=100, init_from="runs/life/pretrain"),
         observe=ObserveConfig(sample_prompt="Where is the bakery?", sample_tokens=64),
         run_dir="runs/rlhf/sft",

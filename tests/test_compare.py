@@ -35,7 +35,7 @@ from maxlm.data.chat_templates import choose_template
 from maxlm.data.prepare import prepare
 from maxlm.data.tokenizers import Bytes
 from maxlm.evaluation.marking import proportion
-from maxlm.evaluation.side_by_side import Question, answers, read_questions
+from maxlm.evaluation.side_by_side import Said, answers, read_questions
 from maxlm.hub.models import load_run
 from maxlm.quantize import main as quantize
 
@@ -50,6 +50,8 @@ class Tables(HTMLParser):
         self.tables: list[list[list[str]]] = []
         self.right: list[str] = []
         self._class: str | None = None
+        self._inside = False
+        """Whether a cell is being read."""
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -60,15 +62,16 @@ class Tables(HTMLParser):
                 self.tables[-1].append([])
             case "th" | "td":
                 self.tables[-1][-1].append("")
-                self._class = dict(attrs).get("class")
+                self._class, self._inside = dict(attrs).get("class"), True
 
     def handle_endtag(self, tag: str) -> None:
         if tag in ("th", "td") and self._class == "right":
             self.right.append(self.tables[-1][-1][-1])
-        self._class = None if tag in ("th", "td") else self._class
+        if tag in ("th", "td"):
+            self._class, self._inside = None, False
 
     def handle_data(self, data: str) -> None:
-        if self.tables and self.tables[-1] and self.tables[-1][-1]:
+        if self._inside:
             self.tables[-1][-1][-1] += data.strip("\n")
 
 
@@ -106,24 +109,35 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_run_has_a_row_and_answers(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """First nobody says what is right. Then what one run has said to some is, and the shares are counted from that."""
+ASKED = ("1+1=", "2+1=", [{"role": "user", "content": "3+1="}], "<b>4</b>")
+
+
+@pytest.fixture(scope="module")
+def said(folder: Path) -> dict[str, list[Said]]:
+    """What each run answers."""
+    questions = read_questions(write(folder / "asked.jsonl", *({"prompt": one} for one in ASKED)))
+    return {name: answers(load_run(folder / name), questions, 8) for name in ("text", "taught", "int8")}
+
+
+def test_every_run_has_a_row_and_answers(
+    folder: Path, said: dict[str, list[Said]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of what one run says some is called right, and the shares are counted from that. The judge's figures are of the
+    reward of each conversation, one by one."""
     names, out = ["text", "taught", "int8", "reward"], tmp_path / "new" / "page.html"
-    asked = ["1+1=", "2+1=", [{"role": "user", "content": "3+1="}], "<b>4</b>"]
-    words = [*(str(folder / name) for name in names), "--max_new_tokens", "8", "--out", str(out), "--prompts"]
-    main([*words, write(tmp_path / "exam.jsonl", *({"prompt": one} for one in asked))])
-    runs, said = Tables(out.read_text()).tables
-    assert said[0] == ["asked", "text", "taught", "int8"] and "exam" not in runs[0]
-    assert [row[0] for row in said[1:]] == ["1+1=", "2+1=", "3+1=", "<b>4</b>"]
-    texts = {name: [row[n] for row in said[1:]] for n, name in enumerate(said[0])}
-    answers = [f" {texts['taught'][0]} ", ["?", texts["taught"][1]], 17, None]
-    records = ({"prompt": one, "answer": answer} for one, answer in zip(asked, answers, strict=True))
-    main([*words, write(tmp_path / "exam.jsonl", *records)])
+    texts = {name: [one.text for one in given] for name, given in said.items()}
+    right = [f" {texts['taught'][0]} ", ["?", texts["taught"][1]], 17, None]
+    records = ({"prompt": one, "answer": answer} for one, answer in zip(ASKED, right, strict=True))
+    asked = ["--prompts", write(tmp_path / "exam.jsonl", *records), "--max_new_tokens", "8"]
+    main([*(str(folder / name) for name in names), *asked, "--judge", str(folder / "reward"), "--out", str(out)])
     page = out.read_text()
     assert not re.search(r"(src|href)=|<script|https?://", page)  # needs nothing else
     found = Tables(page)
-    runs, again = found.tables
-    assert again == said
+    runs, shown = found.tables
+    assert shown[0] == ["asked", "text", "taught", "int8"]
+    assert [row[0] for row in shown[1:]] == ["1+1=", "2+1=", "3+1=", "<b>4</b>"]
+    for n, given in enumerate(texts.values(), start=1):
+        assert [" ".join(row[n].split()) for row in shown[1:]] == [" ".join(text.split()) for text in given]
     rows = {row[0]: dict(zip(runs[0], row, strict=True)) for row in runs[1:]}
     assert list(rows) == names
     assert [rows[name]["learned by"] for name in names] == ["Pretrain", "Sft", "quantised, int8", "Reward"]
@@ -133,31 +147,20 @@ def test_every_run_has_a_row_and_answers(folder: Path, tmp_path: Path, capsys: p
     assert rows["int8"]["steps"] == rows["reward"]["exam"] == "-"
     assert 2 * float(rows["int8"]["weights, MB"]) < float(rows["taught"]["weights, MB"])
     for name in ("text", "taught", "int8"):
-        right = [texts[name][0] == texts["taught"][0], texts[name][1] in ("?", texts["taught"][1]), False]
-        share = proportion(sum(right), 3)
+        share = proportion(sum(map(str.__eq__, texts[name][:2], texts["taught"])), 3)
         assert rows[name]["exam"] == f"{share.value:.0%} ({share.low:.0%} to {share.high:.0%})"
-    assert rows["taught"]["exam"] == "67% (21% to 94%)" and found.right[0] in texts["taught"]
-    commands = page[page.index("To talk to one") :]
-    assert "--run " + str(folder / "int8") in commands and str(folder / "text") not in commands  # it knows no turns
-    assert "taught: loss" in page and "67%" in capsys.readouterr().out
-
-
-def test_a_judge_says_how_often_a_run_is_better_than_the_first(folder: Path, tmp_path: Path) -> None:
-    """Counted from the reward of each conversation, one by one."""
-    file = write(tmp_path / "exam.jsonl", *({"prompt": f"{a}+1="} for a in range(5)))
-    questions, judge = read_questions(file), load_run(folder / "reward")
-    words = [str(folder / "text"), str(folder / "taught"), "--prompts", file, "--max_new_tokens", "8"]
-    main([*words, "--judge", str(folder / "reward"), "--out", str(tmp_path / "page.html")])
-    runs = Tables((tmp_path / "page.html").read_text()).tables[0]
-    rows = {row[0]: dict(zip(runs[0], row, strict=True)) for row in runs[1:]}
-    rewards = {}
-    for name in rows:
-        texts = [(*one.ids, *one.tokens) for one in answers(load_run(folder / name), questions, 8)]
-        rewards[name] = [float(judge.model.last(np.array([ids]), np.array([len(ids)]))[0]) for ids in texts]
+    assert rows["taught"]["exam"] == "67% (21% to 94%)" and len(found.right) >= 2
+    judge, rewards = load_run(folder / "reward"), dict[str, list[float]]()
+    for name, spoken in said.items():
+        ids = [np.array([[*one.ids, *one.tokens]]) for one in spoken]
+        rewards[name] = [judge.model.last(one, np.array([one.size])).item() for one in ids]
         assert float(rows[name]["reward"]) == pytest.approx(np.mean(rewards[name]), abs=1e-3)
     better = [float(a > b) for a, b in zip(rewards["taught"], rewards["text"], strict=True)]
     assert rows["taught"]["wins against text"].startswith(f"{np.mean(better):.0%} (")
     assert rows["text"]["wins against text"] == "-"
+    commands = page[page.index("To talk to one") :]
+    assert "--run " + str(folder / "int8") in commands and str(folder / "text") not in commands  # it knows no turns
+    assert "taught: loss" in page and "67%" in capsys.readouterr().out
 
 
 def test_prompts_held_out_in_a_prepared_folder_are_asked(tmp_path: Path) -> None:
@@ -171,20 +174,17 @@ def test_prompts_held_out_in_a_prepared_folder_are_asked(tmp_path: Path) -> None
 
 
 def test_a_page_of_files_alone_loads_no_model(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maxlm.hub.models.load_run", lambda *_: pytest.fail("a model is loaded"))
+    monkeypatch.setattr("maxlm.recipes.compared.load_run", lambda *_: pytest.fail("a model is loaded"))
     main([str(folder / "text"), str(folder / "taught"), "--out", str(tmp_path / "page.html")])
     [runs] = Tables((tmp_path / "page.html").read_text()).tables
     assert [row[0] for row in runs[1:]] == ["text", "taught"]
 
 
-def test_a_model_is_asked_as_it_was_taught(folder: Path) -> None:
+def test_a_model_is_asked_as_it_was_taught(folder: Path, said: dict[str, list[Said]]) -> None:
     """In the words of its template; one without goes on with the text. Both are what the generator says to that."""
-    question = Question([{"role": "user", "content": "1+1="}], None, ())
     for name, prompt in (("taught", "User: 1+1=\n\nAssistant:"), ("text", "1+1=")):
-        loaded = load_run(folder / name)
-        greedy = loaded.generate(prompt, max_new_tokens=8, sampling=SamplingConfig(temperature=0))
-        first, second = answers(loaded, [question] * 2, 8)
-        assert first == second and first.text == greedy.text.strip() and list(first.tokens) == greedy.tokens
+        greedy = load_run(folder / name).generate(prompt, max_new_tokens=8, sampling=SamplingConfig(temperature=0))
+        assert said[name][0].text == greedy.text.strip() and list(said[name][0].tokens) == greedy.tokens
 
 
 def test_what_does_not_fit_is_one_line(folder: Path, tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ EXPECTED = {
     "rlhf_reward": Expected(devices=1, parameters=SMALL + 128),
     "rlhf_ppo": Expected(devices=1, parameters=SFT),
     "dpo_tiny": Expected(devices=1, parameters=SFT),
+    "context_tiny": Expected(devices=1, parameters=SFT),
     "kto_tiny": Expected(devices=1, parameters=SFT),
     "lora_tiny": Expected(devices=1, parameters=SFT + 4 * 8 * (4 * (128 + 128) + 3 * (128 + 344))),
     "reward_tiny": Expected(devices=1, parameters=SMALL + 128),

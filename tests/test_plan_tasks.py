@@ -15,6 +15,7 @@ from maxlm.config import (
     CheckpointConfig,
     ClassHead,
     Classify,
+    DistillContext,
     Embed,
     EmbedHead,
     Kto,
@@ -39,7 +40,7 @@ LORA = Adapter(kind=Lora(rank=2))
 
 
 def config_of(task: Task, head: Head | None = None, adapter: Adapter | None = None) -> RunConfig:
-    config = small_run(small_model(head=head or LmHead(), adapter=adapter), ShardingConfig(data=2, fsdp=4))
+    config = small_run(small_model(head=head or LmHead(), adapter=adapter), ShardingConfig(data=2, fsdp=2, tensor=2))
     return dataclasses.replace(config, task=task, checkpoint=CheckpointConfig(init_from="runs/other"))
 
 
@@ -53,9 +54,11 @@ def config_of(task: Task, head: Head | None = None, adapter: Adapter | None = No
         (Preference(), LORA, False),  # the base under it
         (Preference(reference="runs/third"), LORA, True),
         (Preference(), dataclasses.replace(LORA, full=("unembed",)), True),
+        (DistillContext(), None, True),
+        (DistillContext(), LORA, False),
         (Sft(), None, False),
     ],
-    ids=["dpo", "kto", "simpo", "ahead", "adapter", "named", "full parts", "sft"],
+    ids=["dpo", "kto", "simpo", "ahead", "adapter", "named", "full parts", "context", "context under", "sft"],
 )
 def test_a_reference_is_counted_where_a_step_holds_one(task: Task, adapter: Adapter | None, held: bool) -> None:
     """Against the shards of what the trainer holds."""
@@ -64,13 +67,22 @@ def test_a_reference_is_counted_where_a_step_holds_one(task: Task, adapter: Adap
     frozen = make_trainer(config, layout, objective_of(config, layout)).state.frozen
     sizes = [4 * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(frozen)]
     assert bool(sizes) is held
-    assert estimate_memory(config, 8, Platform.CPU).reference == sum(sizes)
+    found = estimate_memory(config, 8, Platform.CPU)
+    before = estimate_memory(dataclasses.replace(config, task=Sft()), 8, Platform.CPU)
+    assert found.reference == sum(sizes) and found.peak == before.peak + sum(sizes)
+    assert ("reference" in found.at_peak) is held and "reference" not in before.at_peak
 
 
 @pytest.mark.parametrize(
     ("task", "head"),
-    [(Sft(), None), (Reward(), ScalarHead()), (Classify(), ClassHead(n_classes=3)), (Embed(), EmbedHead())],
-    ids=["sft", "reward", "classify", "embed"],
+    [
+        (Sft(), None),
+        (DistillContext(), None),
+        (Reward(), ScalarHead()),
+        (Classify(), ClassHead(n_classes=3)),
+        (Embed(), EmbedHead()),
+    ],
+    ids=["sft", "context", "reward", "classify", "embed"],
 )
 def test_the_step_of_a_task_is_traced_without_its_data(task: Task, head: Head | None) -> None:
     config = config_of(task, head)
@@ -80,8 +92,8 @@ def test_the_step_of_a_task_is_traced_without_its_data(task: Task, head: Head | 
     assert output.figures["loss"].shape == ()
 
 
-@pytest.mark.parametrize("name", ["sft", "dpo", "kto", "reward", "classify", "embed"])
+@pytest.mark.parametrize("name", ["sft", "context", "dpo", "kto", "reward", "classify", "embed"])
 def test_presets_are_planned(name: str) -> None:
     config = importlib.import_module(f"configs.{name}_tiny").get_config()
     found = estimate_memory(config, 1, Platform.CPU)
-    assert found.peak > found.parameters > 0 and bool(found.reference) is (name in ("dpo", "kto"))
+    assert found.peak > found.parameters > 0 and bool(found.reference) is (name in ("context", "dpo", "kto"))

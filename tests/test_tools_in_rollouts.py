@@ -49,9 +49,9 @@ from maxlm.inference.generator import Generation, Generator
 from maxlm.inference.load import load_run
 from maxlm.inference.request import Finish, Request, TokenScore, nth_seed
 from maxlm.recipes import recipe, rollouts
-from maxlm.recipes.rollouts import Answered
+from maxlm.recipes.rollouts import RolloutTexts
 from maxlm.recipes.tools import Toolbox, definitions
-from maxlm.recipes.writing import PolicyWriter, Written
+from maxlm.recipes.writing import PolicyWriter, WrittenText
 from maxlm.training import loop
 from maxlm.training.loop import run
 from maxlm.training.policy_objective import GroupPolicy
@@ -114,7 +114,7 @@ def write(
     tokenizer: Tokenizer = BYTES,
     length: int = 4096,
     **changes: Any,
-) -> tuple[Prompt, list[Written], Scripted]:
+) -> tuple[Prompt, list[WrittenText], Scripted]:
     """Of one prompt as many completions as scripts, each the ids of its turns."""
     record = {"messages": [ASKED], "tools": definitions(tools)}
     [asked] = encode(record, template, tokenizer, purpose=Purpose.PROMPTS)
@@ -136,7 +136,7 @@ def call_line(expression: str, name: str = "calculator", key: str = "expression"
     return line(json.dumps({"name": name, "arguments": {key: expression}}))
 
 
-def heard(one: Written) -> str:
+def heard(one: WrittenText) -> str:
     """What was said to a completion, of bytes."""
     return BYTES.decode([token for token, drawn in zip(one.tokens, one.drawn, strict=True) if not drawn])
 
@@ -325,7 +325,7 @@ def test_nothing_is_learned_of_what_tools_say_and_all_of_it_is_read() -> None:
     task = Grpo(rewards=(NumberReward(),), rollouts=Rollouts(tools=CALCULATOR, prompts=1, samples=2))
     prompt, written, _ = write([[call_line("1+1"), line("It is 2.")], [line("3.")]], length=801)
     assert len(prompt.ids) + len(written[0].tokens) < 800
-    answered = Answered([prompt], written, np.zeros(2), np.ones(2, np.bool_), {})
+    answered = RolloutTexts([prompt], written, np.zeros(2), np.ones(2, np.bool_), {})
     arrays = rollouts._rows(answered, 0, 800, task.rollouts)
     own = np.zeros(801, np.bool_)
     own[len(prompt.ids) :][: len(written[0].drawn)] = written[0].drawn

@@ -28,6 +28,7 @@ layout_rules.py: what must divide what
 chosen.py: the model that a command is for
 sampling.py: how the next token is drawn, or a text searched for
 docs_search.py: documents that a model answers from
+synthesis.py: what writes records with a model
 engine.py: texts at once, and room for them
 speculation.py: where drafts of texts come from
 changes.py: what a run may go on with, and what it is told
@@ -187,6 +188,7 @@ from maxlm.config.task import (
     BinaryReward,
     BradleyTerry,
     Classify,
+    DistillContext,
     Dpo,
     Embed,
     Gold,
@@ -250,6 +252,7 @@ __all__ = [
     "Dataset",
     "DeepNorm",
     "Dispatch",
+    "DistillContext",
     "DocsSearch",
     "Documents",
     "DocumentsConfig",

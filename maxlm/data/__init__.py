@@ -17,6 +17,7 @@ wordings.py: records of a task in several wordings
 raw_tasks.py: questions out of raw text
 sharegpt.py: conversations from web pages, cleaned and split
 reply_trees.py: replies to replies as conversations and rankings
+tagging.py: answers that say how good they are
 ghost.py: an instruction that holds for a conversation
 problems.py: problems made by rule, with their answers
 near_duplicates.py: ROUGE-L, and texts unlike all before them

@@ -95,11 +95,15 @@ def encode(
         if purpose is Purpose.PROMPTS:
             return [talk.prompt(short.prompt)]
         texts = [talk.text(short.prompt, answer.messages, answer.value, counted) for answer in short.answers]
+        if short.context is not None:
+            return [*texts, talk.told(short, counted)]
         return texts if other is None else [*texts, talk.text(short.prompt, other, 0.0, counted)]
 
     texts = made(0)
     if purpose is Purpose.PREFERENCE:
         _refuse_equal(texts)
+    if purpose is Purpose.CONTEXT:
+        _refuse_others(texts)
     if max_tokens is None or max(len(text.ids) for text in texts) <= max_tokens:
         return texts
     fits = lambda left_out: max(len(text.ids) for text in made(left_out)) <= max_tokens
@@ -108,6 +112,8 @@ def encode(
         if (length := len(texts[0].ids)) > max_tokens:
             raise BadRecord(f"is a prompt of {length} tokens with its last turn alone, max_tokens = {max_tokens}")
         return texts
+    if purpose is Purpose.CONTEXT and (most := max(len(text.ids) for text in texts)) > max_tokens:
+        raise BadRecord(f"the context and one exchange are {most} tokens, more than max_tokens = {max_tokens}")
     return [truncated(text, max_tokens, int(text.ids[0] == tokenizer.bos_id))[0] for text in texts]
 
 
@@ -130,6 +136,13 @@ def _refuse_equal(texts: list[Text]) -> None:
             raise BadRecord("two completions are equal as the template writes them, and one is preferred to the other")
 
 
+def _refuse_others(texts: list[Text]) -> None:
+    """A tokenizer may put what the assistant says together with what is before it."""
+    counted = [[i for i, counts in zip(text.ids, text.counts, strict=True) if counts] for text in texts]
+    if counted[0] != counted[1]:
+        raise BadRecord("the answers are other tokens after the context; use a template that keeps turns apart")
+
+
 def _exchanges(example: Example) -> int:
     return sum(turn["role"] == "user" for turn in example.prompt or example.answers[0].messages)
 
@@ -144,6 +157,13 @@ def _without_oldest(example: Example, count: int) -> Example:
     if example.prompt:
         return example._replace(prompt=left)
     return example._replace(answers=[example.answers[0]._replace(messages=left)])
+
+
+def told(turns: Sequence[Turn], context: str) -> list[Turn]:
+    """A conversation at whose beginning the system says the context, and then what else it says."""
+    own = turns[:1] if turns[0]["role"] == "system" else []
+    said = "\n\n".join([context, *(turn["content"] for turn in own)])
+    return [{"role": "system", "content": said}, *turns[len(own) :]]
 
 
 class _Talk(NamedTuple):
@@ -202,6 +222,19 @@ class _Talk(NamedTuple):
                 if not any("tool_calls" in message for message in messages):
                     break
         raise BadRecord(str(errors[0])) from errors[0]
+
+    def told(self, example: Example, counted: Counted) -> Text:
+        """The conversation with its context at the beginning, where it has any.
+
+        Raises:
+            BadRecord: see `encode`.
+        """
+        [answer], context = example.answers, example.context or ""
+        if not context.strip():
+            return self.text(example.prompt, answer.messages, 0.0, counted)
+        if example.prompt:
+            return self.text(told(example.prompt, context), answer.messages, 0.0, counted)
+        return self.text([], told(answer.messages, context), 0.0, counted)
 
     def _text(self, messages: list[Turn], turns: list[int], value: float, counted: Counted) -> Text:
         chat = self.template.encode(

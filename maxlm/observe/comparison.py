@@ -9,6 +9,9 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
+from rich.table import Table
+from rich.text import Text
+
 from maxlm.config import Preference, RunConfig, UserError, serialize
 from maxlm.observe.metrics import Row, read_rows
 from maxlm.observe.page import cell, section, table, write_page
@@ -52,6 +55,14 @@ def table_of(runs: Sequence[Compared]) -> tuple[list[str], list[list[str]]]:
     rows = [{"run": run.name, **_from_files(run.folder), **run.figures} for run in runs]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     return columns, [[row.get(key, "-") for key in columns] for row in rows]
+
+
+def as_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """The same for a terminal."""
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
 
 
 def write_comparison(path: Path, runs: Sequence[Compared], questions: Sequence[str]) -> None:
@@ -112,7 +123,7 @@ def _curves(runs: Sequence[Compared]) -> str:
     for run in runs:
         metrics, evals = (read_rows(run.folder / f"{name}.jsonl") for name in ("metrics", "evals"))
         charts.append(loss_chart(f"{run.name}: {loss_name(evals)}", metrics, evals))
-        charts += task_charts(metrics, f"{run.name}: ")
+        charts += task_charts(metrics, evals, f"{run.name}: ")
     drawn = "".join(charts)
     return f"<div class=charts>{drawn}</div>" if drawn else ""
 

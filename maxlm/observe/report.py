@@ -34,6 +34,7 @@ _EXPERT_CURVES = {
 }
 _TASK_CURVES = {
     "reward_margin": "Reward of the better answer less that of the worse",
+    "kl_estimate": "Estimate of the KL to the reference, nats a token",
     "reward_accuracy": "Share of pairs that are right, of a batch",
     "accuracy": "Share that is right, of a batch",
 }
@@ -180,13 +181,18 @@ def loss_chart(title: str, metrics: Sequence[Row], evals: Sequence[Row]) -> str:
     return chart(title, loss, x_label="tokens")
 
 
-def task_charts(metrics: Sequence[Row], of: str = "") -> list[str]:
+def task_charts(metrics: Sequence[Row], evals: Sequence[Row], of: str = "") -> list[str]:
     """What else the task looks at, as HTML; `of` stands before each title."""
-    return [
-        chart(of + title, [Line(label="", style="smooth", points=points(metrics, key))], x_label="tokens")
-        for key, title in _TASK_CURVES.items()
-        if _known(metrics, key)
+    reward = [
+        Line(label="drawn", style="smooth", points=points(evals, "eval_reward"), marks=True),
+        Line(label="the likeliest", style="eval", points=points(evals, "eval_reward_greedy"), marks=True),
     ]
+    charts = [chart(f"{of}Reward of answers to held-out prompts", reward, x_label="tokens")]
+    for key, title in _TASK_CURVES.items():
+        charts.append(
+            chart(of + title, [Line(label="", style="smooth", points=points(metrics, key))], x_label="tokens")
+        )
+    return charts
 
 
 def _curves(metrics: Sequence[Row], evals: Sequence[Row]) -> list[str]:
@@ -195,7 +201,7 @@ def _curves(metrics: Sequence[Row], evals: Sequence[Row]) -> list[str]:
         "grad_norm": "Gradient norm before clipping",
         "tokens_per_s": "Tokens per second",
     }
-    charts = [loss_chart(loss_name(evals).capitalize(), metrics, evals), *task_charts(metrics)]
+    charts = [loss_chart(loss_name(evals).capitalize(), metrics, evals), *task_charts(metrics, evals)]
     for key, title in _EXPERT_CURVES.items():
         if means := [{**row, key: _mean(row[key])} for row in metrics if row.get(key) is not None]:
             charts.append(chart(title, [Line(label="", style="smooth", points=points(means, key))], x_label="tokens"))

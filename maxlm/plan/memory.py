@@ -49,7 +49,8 @@ class MemoryEstimate:
     parameters: int
     """Float32; the base under an adapter as it is held."""
     reference: int
-    """Parameters of the model that preferences are held to, as large as the policy's without an adapter."""
+    """Parameters of the model that preferences are held to, or that is told a context: as large as the policy's without
+    an adapter."""
     optimizer: int
     """Adam's two moments, or Adafactor's factors, of what is trained."""
     batch: int

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, assert_never
 
+import numpy as np
+import numpy.typing as npt
+
 from maxlm.config import BatchMean, GroupMean, Grpo, LeaveOneOut, RunConfig
 from maxlm.inference.load import LoadedRun
-from maxlm.recipes.reinforced import pieces
+from maxlm.recipes.reinforced import rewarded
 from maxlm.recipes.rewards import RewardFunction
-from maxlm.recipes.rollouts import Arrays, Numbers, Rollout
+from maxlm.recipes.rollouts import Rollout, RowArrays
 from maxlm.sharding import Layout
 from maxlm.training import policy_losses as losses
 from maxlm.training.loop import Recipe
@@ -21,13 +24,13 @@ def recipe(config: RunConfig, task: Grpo, layout: Layout, functions: Mapping[str
     Raises:
         UserError: the prompts, a reward or the reference is not there, is damaged, or does not fit the model.
     """
-    found = pieces(config, task, layout, functions, held=task.kl_weight > 0)
+    found = rewarded(config, task, layout, functions, held=task.kl_weight > 0)
     objective = GroupPolicy(config, task, layout, **found.held_to)
 
-    def learn(rollout: Rollout, memory: dict[str, Any]) -> tuple[Arrays, dict[str, float]]:
-        answered, mask = rollout.answered, rollout.arrays["loss_mask"]
-        groups = answered.rewards.reshape(-1, task.rollouts.samples)
-        of_texts = advantages(task, groups, answered.usable.reshape(groups.shape)).ravel()
+    def learn(rollout: Rollout, memory: dict[str, Any]) -> tuple[RowArrays, dict[str, float]]:
+        texts, mask = rollout.texts, rollout.arrays["loss_mask"]
+        groups = texts.rewards.reshape(-1, task.rollouts.samples)
+        of_texts = advantages(task, groups, texts.usable.reshape(groups.shape)).ravel()
         weights = losses.token_weights(mask, task.aggregation, task.rollouts.max_new_tokens)
         return {
             "advantages": of_texts[:, None] * mask,
@@ -38,7 +41,7 @@ def recipe(config: RunConfig, task: Grpo, layout: Layout, functions: Mapping[str
     return found.recipe(objective, learn, start=found.start, redraws=task.redraws)
 
 
-def advantages(task: Grpo, rewards: Numbers, usable: Any) -> Numbers:
+def advantages(task: Grpo, rewards: npt.NDArray[np.float64], usable: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
     """[P, S] -> [P, S]."""
     match task.advantage:
         case GroupMean(divide_by_std=divide, eps=eps):

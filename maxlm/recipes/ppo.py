@@ -15,9 +15,9 @@ from maxlm.data.loader import open_batches
 from maxlm.data.shards import Split, read_info
 from maxlm.inference.load import LoadedRun
 from maxlm.models.adapters import base_of
-from maxlm.recipes.reinforced import Pieces, pieces
+from maxlm.recipes.reinforced import RewardedRun, rewarded
 from maxlm.recipes.rewards import RewardFunction
-from maxlm.recipes.rollouts import Arrays, Rollout
+from maxlm.recipes.rollouts import Rollout, RowArrays
 from maxlm.recipes.starting import open_source
 from maxlm.sharding import Layout
 from maxlm.training import policy_losses as losses
@@ -34,18 +34,18 @@ def recipe(config: RunConfig, task: Ppo, layout: Layout, functions: Mapping[str,
         UserError: the prompts, running text, a reward, the critic or the reference is not there, is damaged, or does
             not fit the model.
     """
-    found = pieces(config, task, layout, functions, held=task.kl.beta > 0)
+    found = rewarded(config, task, layout, functions, held=task.kl.beta > 0)
     critic = _critic(config, task)
     objective = ActorCritic(config, task, layout, critic, **found.held_to)
 
-    def learn(rollout: Rollout, memory: dict[str, Any]) -> tuple[Arrays, dict[str, float]]:
-        answered, arrays, mask = rollout.answered, rollout.arrays, rollout.arrays["loss_mask"]
+    def learn(rollout: Rollout, memory: dict[str, Any]) -> tuple[RowArrays, dict[str, float]]:
+        texts, arrays, mask = rollout.texts, rollout.arrays, rollout.arrays["loss_mask"]
         beta = memory.setdefault("beta", task.kl.beta)
         kl = np.zeros(mask.shape)
         if "reference_log_probs" in arrays:
             policy, other = jnp.asarray(arrays["old_log_probs"]), jnp.asarray(arrays["reference_log_probs"])
             kl = np.asarray(losses.kl_estimate(policy, other, task.kl_estimator), np.float64)
-        rewards = losses.per_token_rewards(answered.rewards, kl, mask, beta)
+        rewards = losses.per_token_rewards(texts.rewards, kl, mask, beta)
         ahead = losses.gae(rewards, arrays["old_values"], mask, task.gamma, task.gae_lambda)
         weights = losses.token_weights(mask, Aggregation.TOKEN_MEAN, task.rollouts.max_new_tokens)
         of_text = float((kl * mask).sum() / max((mask.sum(1) > 0).sum(), 1))
@@ -55,7 +55,7 @@ def recipe(config: RunConfig, task: Ppo, layout: Layout, functions: Mapping[str,
             "returns": ahead.returns,
             "token_weights": weights.of_tokens,
             "row_weights": weights.of_rows[:, None],
-        }, {"kl": of_text, "beta": beta}
+        }, {"reference_kl": of_text, "kl_beta": beta}
 
     return found.recipe(
         objective, learn, start=_start(config, task, layout, found, critic), beside=_running_text(config, task)
@@ -78,7 +78,7 @@ def _critic(config: RunConfig, task: Ppo) -> ModelConfig:
     return model
 
 
-def _start(config: RunConfig, task: Ppo, layout: Layout, found: Pieces, critic: ModelConfig) -> Start:
+def _start(config: RunConfig, task: Ppo, layout: Layout, found: RewardedRun, critic: ModelConfig) -> Start:
     """Of the policy as of any run, with a critic beside it."""
     place, key = (
         (config.checkpoint.init_from, "checkpoint.init_from") if task.critic is None else (task.critic, "task.critic")

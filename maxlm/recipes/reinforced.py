@@ -17,7 +17,7 @@ from maxlm.processes.joining import on_rank_0
 from maxlm.recipes.held_to import ReferenceModel
 from maxlm.recipes.pretrain import Sample, check_sample
 from maxlm.recipes.rewards import RewardFunction, RewardSum
-from maxlm.recipes.rollouts import Arrays, Learn, PromptScores, RolloutFeed, RolloutFigures, check_lengths
+from maxlm.recipes.rollouts import Learn, PromptScores, RolloutFeed, RolloutFigures, RowArrays, check_lengths
 from maxlm.recipes.starting import starting
 from maxlm.recipes.taught import Taught, taught
 from maxlm.recipes.tools import Toolbox, definitions
@@ -30,7 +30,7 @@ from maxlm.training.warm_start import Start
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pieces:
+class RewardedRun:
     """Of a run that is made."""
 
     config: RunConfig
@@ -55,7 +55,7 @@ class Pieces:
     @property
     def start(self) -> Start | None:
         """As of `Recipe`."""
-        return starting(self.config, self.layout, self.taught.fingerprint)
+        return starting(self.config, self.layout, self.taught.fingerprint, self.taught)
 
     def recipe(
         self,
@@ -64,7 +64,7 @@ class Pieces:
         *,
         start: Start | None,
         redraws: int = 0,
-        beside: Callable[[int], Arrays] | None = None,
+        beside: Callable[[int], RowArrays] | None = None,
     ) -> Recipe[LoadedRun]:
         """Of an objective, and of what makes its batches; the rest as of `RolloutFeed`."""
         config, task, told = self.config, self.task, self.taught
@@ -106,9 +106,9 @@ class Pieces:
         )
 
 
-def pieces(
+def rewarded(
     config: RunConfig, task: Reinforced, layout: Layout, functions: Mapping[str, RewardFunction], *, held: bool
-) -> Pieces:
+) -> RewardedRun:
     """Prepares the data first, if the config says how and nobody has.
 
     Args:
@@ -155,7 +155,7 @@ def pieces(
         sharding=config.sharding,
         functions=functions,
     )
-    return Pieces(
+    return RewardedRun(
         config=config,
         task=task,
         layout=layout,

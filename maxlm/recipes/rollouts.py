@@ -17,41 +17,40 @@ from maxlm.inference.request import Finish
 from maxlm.observe.text import short
 from maxlm.recipes.completions import Completion
 from maxlm.recipes.rewards import Judged, RewardSum
-from maxlm.recipes.writing import PolicyWriter, Written, seed_of
+from maxlm.recipes.writing import PolicyWriter, WrittenText, seed_of
 from maxlm.sharding import Layout
 from maxlm.training import policy_losses as losses
 from maxlm.training.objective import Batch
 from maxlm.training.policy_objective import PolicyGradient
 from maxlm.training.state import TrainState, of_model
 
-Numbers = npt.NDArray[np.float64]
-Arrays = dict[str, npt.NDArray[Any]]
+RowArrays = dict[str, npt.NDArray[Any]]
 
 
-class Answered(NamedTuple):
+class RolloutTexts(NamedTuple):
     """Completions of the prompts of a rollout: P prompts, S samples of each, R = P S rows in that order."""
 
     prompts: list[Prompt]
-    written: list[Written]
+    written: list[WrittenText]
     """[R]."""
-    rewards: Numbers
+    rewards: npt.NDArray[np.float64]
     """[R]; 0 where there is none."""
     usable: npt.NDArray[np.bool_]
     """[R]."""
-    parts: dict[str, Numbers]
+    parts: dict[str, npt.NDArray[np.float64]]
     """[R] of each reward."""
 
 
 class Rollout(NamedTuple):
     """What is known of the rows of a rollout before it is learned from."""
 
-    answered: Answered
-    arrays: Arrays
+    texts: RolloutTexts
+    arrays: RowArrays
     """[R, T], as batches have them: those of `NextToken`, where `loss_mask` is what is learned from, and those of
     `PolicyGradient.scores`."""
 
 
-Learn = Callable[[Rollout, dict[str, Any]], tuple[Arrays, dict[str, float]]]
+Learn = Callable[[Rollout, dict[str, Any]], tuple[RowArrays, dict[str, float]]]
 """What a task makes of a rollout and of the feed's memory, which it may change: the other arrays of its batches, by
 row, and figures to log."""
 
@@ -74,7 +73,7 @@ class RolloutFeed:
         learn: Learn,
         *,
         redraws: int = 0,
-        beside: Callable[[int], Arrays] | None = None,
+        beside: Callable[[int], RowArrays] | None = None,
     ) -> None:
         """
         Args:
@@ -90,7 +89,7 @@ class RolloutFeed:
         self._writer, self._prompts, self._rewards, self._learn = writer, prompts, rewards, learn
         self._redraws, self._beside = redraws, beside
         self._scores = jax.jit(objective.scores, out_shardings=layout.sharding())
-        self._batches: list[Arrays] = []
+        self._batches: list[RowArrays] = []
         self.stride = task.rollouts.steps(config.train.batch_size)
         self.fingerprint = f"{prompts.fingerprint} {rewards.fingerprint} {writer.fingerprint}"
         self.memory: dict[str, Any] = {"prompts": 0}
@@ -109,16 +108,16 @@ class RolloutFeed:
     def close(self) -> None:
         pass
 
-    def _rollout(self, number: int, state: TrainState) -> list[Arrays]:
+    def _rollout(self, number: int, state: TrainState) -> list[RowArrays]:
         began = time.perf_counter()
         self._writer.update(of_model(state.parameters))
-        answered, figures = self._answers(number)
+        texts, figures = self._answers(number)
         judged = time.perf_counter()
-        arrays = _rows(answered, self._config.model.virtual_tokens, self._config.train.seq_len, self._rollouts)
+        arrays = _rows(texts, self._config.model.virtual_tokens, self._config.train.seq_len, self._rollouts)
         orders = [self._order(number, epoch) for epoch in range(self._rollouts.epochs)]
         arrays |= self._scored(state, arrays, orders[0])
         figures |= _of_scores(arrays)
-        made, more = self._learn(Rollout(answered, arrays), self.memory)
+        made, more = self._learn(Rollout(texts, arrays), self.memory)
         if (cap := self._rollouts.importance_cap) is not None:
             sampled = arrays["old_log_probs"], arrays["sampler_log_probs"], arrays["loss_mask"]
             made["advantages"] = made["advantages"] * losses.truncated_weights(*sampled, cap)
@@ -128,11 +127,11 @@ class RolloutFeed:
         self.figures = figures | more | {"writing_seconds": judged - began, "seconds": time.perf_counter() - began}
         return [{name: x[rows] for name, x in arrays.items()} for order in orders for rows in self._cut(order)]
 
-    def _answers(self, number: int) -> tuple[Answered, dict[str, Any]]:
+    def _answers(self, number: int) -> tuple[RolloutTexts, dict[str, Any]]:
         """Of as many prompts as a rollout has; those whose completions are worth the same give way to others, as far as
         `redraws` goes."""
         S, wanted = self._rollouts.samples, self._rollouts.prompts
-        useful, useless, drawn = list[Answered](), list[Answered](), 0
+        useful, useless, drawn = list[RolloutTexts](), list[RolloutTexts](), 0
         for _ in range(1 + self._redraws):
             asked = [self._prompts.drawn(self.memory["prompts"] + n) for n in range(wanted - len(useful))]
             for group in self._groups(asked):
@@ -143,16 +142,16 @@ class RolloutFeed:
             if len(useful) == wanted:
                 break
         groups = useful + useless[: wanted - len(useful)]
-        found = Answered(
+        found = RolloutTexts(
             prompts=[prompt for group in groups for prompt in group.prompts],
             written=[one for group in groups for one in group.written],
             rewards=np.concatenate([group.rewards for group in groups]),
             usable=np.concatenate([group.usable for group in groups]),
             parts={name: np.concatenate([group.parts[name] for group in groups]) for name in groups[0].parts},
         )
-        return found, {"rollout": number, "drawn_prompts": drawn} | _figures(found, S)
+        return found, {"rollout": number, "drawn_prompts": drawn} | _figures(found, self._rollouts)
 
-    def _groups(self, prompts: Sequence[Prompt]) -> Iterator[Answered]:
+    def _groups(self, prompts: Sequence[Prompt]) -> Iterator[RolloutTexts]:
         """Each prompt with its completions and what they are worth."""
         S, first = self._rollouts.samples, self.memory["prompts"]
         seeds = [seed_of(self._config.train.seed, first + n, i) for n in range(len(prompts)) for i in range(S)]
@@ -163,7 +162,7 @@ class RolloutFeed:
             own = slice(n * S, (n + 1) * S)
             parts = {name: values[own] for name, values in judged.parts.items()}
             worth = np.where(judged.usable, judged.total, 0.0)[own]
-            yield Answered([prompt], written[own], worth, judged.usable[own], parts)
+            yield RolloutTexts([prompt], written[own], worth, judged.usable[own], parts)
 
     def _order(self, number: int, epoch: int) -> npt.NDArray[np.int64]:
         """In which the rows of a rollout are learned from."""
@@ -174,16 +173,16 @@ class RolloutFeed:
         """The rows of each batch, [batches, B]."""
         return order.reshape(-1, self._config.train.batch_size)
 
-    def _scored(self, state: TrainState, arrays: Arrays, order: npt.NDArray[np.int64]) -> Arrays:
+    def _scored(self, state: TrainState, arrays: RowArrays, order: npt.NDArray[np.int64]) -> RowArrays:
         """What the policy, the reference and the critic say of all rows, in the very batches of the first epoch."""
-        found: Arrays = {}
+        found: RowArrays = {}
         for rows in self._cut(order):
             batch = self._placed({name: x[rows] for name, x in arrays.items() if name in self._objective.arrays})
             for name, values in self._scores(state.parameters, state.frozen, batch).items():
                 found.setdefault(name, np.zeros(arrays["inputs"].shape, np.float32))[rows] = np.asarray(values)
         return found
 
-    def _placed(self, batch: Arrays) -> Batch:
+    def _placed(self, batch: RowArrays) -> Batch:
         dims = {name: self._objective.arrays[name].dims for name in batch}
         place = lambda name, x: jax.device_put(x, self._layout.sharding(self._layout.activation(*dims[name])))
         return {name: place(name, x) for name, x in batch.items()}
@@ -194,7 +193,7 @@ def sampling(rollouts: Rollouts) -> SamplingConfig:
     return SamplingConfig(temperature=rollouts.temperature, top_k=rollouts.top_k, top_p=rollouts.top_p)
 
 
-def judge(rewards: RewardSum, prompts: Sequence[Prompt], written: Sequence[Written]) -> Judged:
+def judge(rewards: RewardSum, prompts: Sequence[Prompt], written: Sequence[WrittenText]) -> Judged:
     """What completions are worth."""
     heard = lambda one: len(one.tokens) - sum(one.drawn)
     texts = zip(prompts, written, strict=True)
@@ -221,49 +220,55 @@ def check_lengths(prompts: Prompts, room: int, key: str) -> None:
         )
 
 
-def _rows(answered: Answered, virtual: int, length: int, rollouts: Rollouts) -> Arrays:
+def _rows(texts: RolloutTexts, virtual: int, length: int, rollouts: Rollouts) -> RowArrays:
     """Texts as rows [R, T], with what the sampler said of each target."""
-    S, R = rollouts.samples, len(answered.written)
+    S, R = rollouts.samples, len(texts.written)
     tokens = np.zeros((R, length + 1), np.int32)
     begins, counts = np.zeros(tokens.shape, np.bool_), np.zeros(tokens.shape, np.bool_)
     log_probs = np.zeros(tokens.shape, np.float32)
-    for n, one in enumerate(answered.written):
-        prompt = (0,) * virtual + answered.prompts[n // S].ids
+    for n, one in enumerate(texts.written):
+        prompt = (0,) * virtual + texts.prompts[n // S].ids
         start, end = len(prompt), len(prompt) + len(one.tokens)
         tokens[n, :start], tokens[n, start:end] = prompt, one.tokens
         begins[n, 0] = True
         begins[n, end : end + 1] = True  # what fills the row is no part of the text
         log_probs[n, start:end] = one.log_probs
-        learned = answered.usable[n] and (rollouts.learn_cut or one.finish is not Finish.LENGTH)
+        learned = texts.usable[n] and (rollouts.learn_cut or one.finish is not Finish.LENGTH)
         counts[n, start:end] = np.asarray(one.drawn) & learned
     arrays = pack(tokens, begins, counts)
     return arrays | {"sampler_log_probs": log_probs[:, 1:]}
 
 
-def _figures(answered: Answered, samples: int) -> dict[str, Any]:
+def _figures(texts: RolloutTexts, rollouts: Rollouts) -> dict[str, Any]:
     """What one sees of a rollout."""
-    usable, rewards = answered.usable, answered.rewards
-    lengths = np.array([sum(one.drawn) for one in answered.written])
-    groups = rewards.reshape(-1, samples)
+    usable, rewards = texts.usable, texts.rewards
+    lengths = np.array([sum(one.drawn) for one in texts.written])
+    groups = rewards.reshape(-1, rollouts.samples)
     equal = np.mean([np.ptp(group[there]) == 0 if there.any() else True
                      for group, there in zip(groups, usable.reshape(groups.shape), strict=True)])  # fmt: skip
     mean = lambda values: float(values[usable].mean()) if usable.any() else 0.0
-    return {
-        "reward": mean(rewards),
-        "reward_std": float(rewards[usable].std()) if usable.any() else 0.0,
-        **({name: mean(values) for name, values in answered.parts.items()} if len(answered.parts) > 1 else {}),
-        "length": float(lengths.mean()),
-        "cut": float(np.mean([one.finish is Finish.LENGTH for one in answered.written])),
-        "equal_groups": float(equal),
-        "skipped": int((~usable).sum()),
-        "calls": float(np.mean([one.calls for one in answered.written])),
-        "failed_calls": sum(one.failed for one in answered.written),
-        "unanswered": sum(one.unanswered for one in answered.written),
-        "text": answered.written[0].text,
+    of_groups = {"equal_groups": float(equal)} if rollouts.samples > 1 else {}
+    of_tools = {
+        "calls": float(np.mean([one.calls for one in texts.written])),
+        "failed_calls": sum(one.failed for one in texts.written),
+        "unanswered": sum(one.unanswered for one in texts.written),
     }
+    return (
+        of_groups
+        | (of_tools if rollouts.tools else {})
+        | {
+            "reward": mean(rewards),
+            "reward_std": float(rewards[usable].std()) if usable.any() else 0.0,
+            **({name: mean(values) for name, values in texts.parts.items()} if len(texts.parts) > 1 else {}),
+            "length": float(lengths.mean()),
+            "cut": float(np.mean([one.finish is Finish.LENGTH for one in texts.written])),
+            "skipped": int((~usable).sum()),
+            "text": texts.written[0].text,
+        }
+    )
 
 
-def _of_scores(arrays: Arrays) -> dict[str, float]:
+def _of_scores(arrays: RowArrays) -> dict[str, float]:
     """The policy's entropy, and how far the engine's log-probabilities are from those of the program that trains."""
     there = arrays["loss_mask"] > 0
     apart = (arrays["old_log_probs"].astype(np.float64) - arrays["sampler_log_probs"])[there]
@@ -292,7 +297,7 @@ class RolloutFigures:
             return f"step {step:,}  no rollout since this run went on"
         return (
             f"rollout {row['rollout']:,}  reward {row['reward']:.4g}  length {row['length']:.4g}  "
-            f"equal groups {row['equal_groups']:.0%}  written in {row['writing_seconds']:.3g} s"
+            f"entropy {row['entropy']:.3g}  written in {row['writing_seconds']:.3g} s"
         )
 
 

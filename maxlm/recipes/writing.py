@@ -18,7 +18,7 @@ from maxlm.inference.request import Finish, Request, nth_seed
 from maxlm.recipes.tools import Toolbox
 
 
-class Written(NamedTuple):
+class WrittenText(NamedTuple):
     """A completion."""
 
     tokens: tuple[int, ...]
@@ -41,7 +41,7 @@ class Written(NamedTuple):
 
 @dataclasses.dataclass
 class _Draft:
-    """A completion that grows; what it shares with `Written` is as there."""
+    """A completion that grows; what it shares with `WrittenText` is as there."""
 
     prompt: Prompt
     seed: int
@@ -63,10 +63,10 @@ class _Draft:
         self.log_probs += [0.0] * len(tokens) if log_probs is None else log_probs
 
     @property
-    def written(self) -> Written:
+    def written(self) -> WrittenText:
         """As it is."""
         lists = tuple(self.tokens), tuple(self.drawn), tuple(self.log_probs)
-        return Written(*lists, self.finish, self.text, self.calls, self.failed, self.unanswered)
+        return WrittenText(*lists, self.finish, self.text, self.calls, self.failed, self.unanswered)
 
 
 class PolicyWriter:
@@ -99,7 +99,7 @@ class PolicyWriter:
         self._ends = (run.ends or TextEnds.of_documents(run.tokenizer)).last
         self._generator = Generator(run, engine=self._engine)
 
-    def write(self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: SamplingConfig) -> list[Written]:
+    def write(self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: SamplingConfig) -> list[WrittenText]:
         """A completion of each prompt: a function of the parameters, its prompt, its seed and `sampling`.
 
         Where it calls tools, their answers are added to it as the template writes them, and it goes on: the tokens that

@@ -35,6 +35,7 @@ from maxlm.shapes.count import (
     mfu,
     parameter_count,
     prefill_flops,
+    reading_flops,
 )
 from maxlm.shapes.device import FLOAT32, device_bytes, device_cuts, device_shape
 from maxlm.shapes.pools import CACHE_SHARE, block_bytes, cache_blocks, pools_bytes, window_of, windows
@@ -77,6 +78,7 @@ __all__ = [
     "parameter_count",
     "pools_bytes",
     "prefill_flops",
+    "reading_flops",
     "shared_experts",
     "targets",
     "window_of",
