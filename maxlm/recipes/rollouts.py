@@ -130,7 +130,7 @@ class RolloutFeed:
     def _answers(self, number: int) -> tuple[RolloutTexts, dict[str, Any]]:
         """Of as many prompts as a rollout has; those whose completions are worth the same give way to others, as far as
         `redraws` goes."""
-        S, wanted = self._rollouts.samples, self._rollouts.prompts
+        wanted = self._rollouts.prompts
         useful, useless, drawn = list[RolloutTexts](), list[RolloutTexts](), 0
         for _ in range(1 + self._redraws):
             asked = [self._prompts.drawn(self.memory["prompts"] + n) for n in range(wanted - len(useful))]
