@@ -19,6 +19,7 @@ policy.py: advantages of a policy's samples, weights of their tokens
 data.py: documents, tokenizers, mixtures
 purposes.py: what records of conversations are for
 rewards.py: what is good in a completion
+tools.py: what a policy may call while it writes
 quantization.py: ways to make weights smaller
 optimizer.py: AdamW, Adafactor, schedules
 sharding.py: sizes of the mesh axes, ZeRO stages, presets
@@ -204,6 +205,7 @@ from maxlm.config.task import (
     Task,
     TrainMedusa,
 )
+from maxlm.config.tools import Calculator, DocsSearch, RolloutTool
 
 __all__ = [
     "ACTIVATION_DIMS",
@@ -234,6 +236,7 @@ __all__ = [
     "BradleyTerry",
     "ByteTokenizer",
     "CacheFormat",
+    "Calculator",
     "Capacity",
     "CheckpointConfig",
     "ChosenModel",
@@ -250,6 +253,7 @@ __all__ = [
     "DeepNorm",
     "Dispatch",
     "DistillContext",
+    "DocsSearch",
     "Documents",
     "DocumentsConfig",
     "Dpo",
@@ -350,6 +354,7 @@ __all__ = [
     "RewardLoss",
     "RewardSource",
     "RmsNorm",
+    "RolloutTool",
     "Rollouts",
     "Rope",
     "RopeScaling",

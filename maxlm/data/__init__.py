@@ -29,6 +29,8 @@ chat_templates.py: built-in templates, and which one a name means
 texts.py: texts of post-training with what counts of them, shortened
 conversation_formats.py: records of conversations, by their keys
 conversations.py: a record as texts, what the assistant wrote
+tool_calls.py: calls of tools out of text
+passages.py: documents of a folder in pieces
 tiktoken.py: a .tiktoken file as a tokenizer.json
 train_tokenizer.py: training a tokenizer, compression report
 prepare.py: documents to shards

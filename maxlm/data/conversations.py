@@ -117,6 +117,17 @@ def encode(
     return [truncated(text, max_tokens, int(text.ids[0] == tokenizer.bos_id))[0] for text in texts]
 
 
+def between_turns(
+    said: list[Turn], n: int, template: ChatTemplate, tokenizer: Tokenizer, tools: list[dict[str, Any]]
+) -> list[int]:
+    """The ids after the token that ends the assistant's turn n, up to where its next turn begins.
+
+    Raises:
+        BadRecord: the template refuses the messages, or nobody can say where that turn ends.
+    """
+    return _Talk(template, tokenizer, tools, {}).between(said, n).ids
+
+
 def _refuse_equal(texts: list[Text]) -> None:
     """A template may leave out what two answers differ by, as blanks at their ends."""
     values = dict[tuple[int, ...], float]()
@@ -186,6 +197,18 @@ class _Talk(NamedTuple):
             return Text(chat.ids, [False] * len(chat.ids), 0.0)
 
         return self._made(said, asked)
+
+    def between(self, said: list[Turn], n: int) -> Text:
+        """See `between_turns`; nothing counts."""
+
+        def after(messages: list[Turn]) -> Text:
+            chat = self.template.encode(self.tokenizer, messages, tools=self.tools, now=NOW, **self.variables)
+            self._check_all_is_there(messages, chat)
+            _, stop = self._turn(messages, n, chat, *self._render(messages, [(n, True), (n + 1, False)]))
+            ids = [i for i, (start, _) in zip(chat.ids, chat.places, strict=True) if start >= stop]
+            return Text(ids, [False] * len(ids), 0.0)
+
+        return self._made(said, after)
 
     def _made(self, said: list[Turn], make: Callable[[list[Turn]], Text]) -> Text:
         """What `make` makes of messages as templates know them."""

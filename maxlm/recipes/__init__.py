@@ -18,6 +18,7 @@ ppo.py: the same with a critic
 reinforced.py: what both share
 rollouts.py: answers of the policy, as batches
 writing.py: the engine that writes them
+tools.py: what it may call while it writes
 train_medusa.py: heads that guess at later tokens, on a trained model
 self_instruct.py: tasks that a model writes after those of people
 compared.py: runs that answer the same prompts, judged
