@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from maxlm.config import EngineConfig, Rollouts, SamplingConfig
+from maxlm.config import Rollouts, SamplingConfig
 from maxlm.data.prompts import Prompt
 from maxlm.data.text_ends import TextEnds
 from maxlm.inference.generator import Generator
@@ -40,7 +40,7 @@ class PolicyWriter:
             length: tokens of the longest text, with its prompt.
         """
         self._loaded, self._rollouts = loaded, rollouts
-        self._engine = EngineConfig(slots=rollouts.slots, cache_tokens=rollouts.slots * length)
+        self._engine = rollouts.engine(length)
         self._generator: Generator | None = None
         self._ends: tuple[int, ...] = ()
 
