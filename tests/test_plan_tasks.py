@@ -155,6 +155,7 @@ def test_the_engine_that_writes_is_counted(axes: dict[str, int], adapter: Adapte
 
 def test_an_engine_is_beside_the_compiled_step() -> None:
     found = Forecast(config_of(GRPO), parse_machine("gpu:h200:8"))
+    assert found.limit is not None
     room = found.limit - found.memory.engine
     assert found.with_compiled(CompilerReport(fits=True, peak=room, details={})).fits
     assert not found.with_compiled(CompilerReport(fits=True, peak=room + 1, details={})).fits
@@ -163,6 +164,7 @@ def test_an_engine_is_beside_the_compiled_step() -> None:
 def test_a_rollout_of_8b_by_hand() -> None:
     """Llama 3 8B on eight H200 (989.4 TFLOP/s, 450 GB/s of links): 1,024 texts at once, 128 a device."""
     config = load_config(str(Path(__file__).parent.parent / "configs/llama3_8b_grpo.py"))
+    assert isinstance(config.task, Grpo)
     target, N = parse_machine("gpu:h200:8"), 8_030_261_248 - 128_256 * 4096
     found = rollout_time(Forecast(config, target))
     assert found is not None and found.at_once == found.texts == 1024
