@@ -102,6 +102,7 @@ EXPECTED = {
     "llama2_13b": Expected(devices=128, parameters=13_015_864_320, tokens=2.0e12, batch_tokens=M4),
     "llama2_70b": Expected(devices=512, parameters=68_976_648_192, tokens=2.0e12, batch_tokens=M4),
     "llama3_8b": Expected(devices=64, parameters=8_030_261_248, tokens=15e12, batch_tokens=M8),
+    "llama3_8b_grpo": Expected(devices=8, parameters=8_030_261_248),
     "llama3_8b_qlora": Expected(devices=1, parameters=8_030_261_248 + 167_772_160),
     "llama3_70b": Expected(devices=512, parameters=70_553_706_496, tokens=15e12, batch_tokens=M8),
 }

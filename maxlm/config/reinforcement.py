@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Annotated
 
+from maxlm.config.engine import EngineConfig
 from maxlm.config.errors import UserError
 from maxlm.config.fields import BelowOne, Changes, Filled, Fraction, NotNegative, PathName, Positive, Range, config
 from maxlm.config.kl import FixedKl, KlController, KlEstimator
@@ -62,6 +63,10 @@ class Rollouts:
     def steps(self, batch_size: int) -> int:
         """Optimizer steps that a rollout is for."""
         return self.completions * self.epochs // batch_size
+
+    def engine(self, length: int) -> EngineConfig:
+        """That writes, with room for a text of so many tokens in every slot."""
+        return EngineConfig(slots=self.slots, cache_tokens=self.slots * length)
 
 
 @config("task.", changes=Changes.IDENTITY)

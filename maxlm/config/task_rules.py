@@ -140,13 +140,22 @@ def asks_reference(task: Task) -> bool:
             assert_never(task.loss)
 
 
+def rollout_asks_reference(task: Grpo | Ppo) -> bool:
+    """Whether the texts of a rollout go through a reference, too."""
+    match task:
+        case Grpo():
+            return task.kl_weight > 0
+        case Ppo():
+            return task.kl.beta > 0
+        case _:
+            assert_never(task)
+
+
 def reference_beside(task: Task, model: ModelConfig) -> bool:
     """Whether the parameters of a reference are held, beside those that are trained."""
     match task:
-        case Grpo():
-            held = task.kl_weight > 0
-        case Ppo():
-            held = task.kl.beta > 0
+        case Grpo() | Ppo():
+            held = rollout_asks_reference(task)
         case Preference() | DistillContext():
             held = asks_reference(task)
         case _:

@@ -29,7 +29,7 @@ from maxlm.config import (
 from maxlm.hardware import Chip
 from maxlm.plan.machines import Machine
 from maxlm.plan.traffic import AxisTraffic, Link
-from maxlm.plan.work import LayerRuns, layer_runs, loss_tokens, only_read, turns
+from maxlm.plan.work import LayerRuns, layer_runs, loss_tokens, only_read, trained, turns
 from maxlm.shapes import (
     FLOAT32,
     FlopsPerToken,
@@ -47,12 +47,12 @@ _DAY = 86_400
 
 @dataclass(frozen=True, kw_only=True)
 class TimeBound:
-    """The least time of a training step."""
+    """The least time of a training step; what a policy writes before it is no part of that (`plan/rollouts.py`)."""
 
     compute_seconds: float
     """Multiplications of a device, recomputed ones too, and those of models that a step only reads (`only_read`), such
-    as a reference, over its peak in the compute dtype. Of attention only what the
-    causal mask leaves, as our kernels skip the rest; the scores once more in the backward pass, as they do."""
+    as a reference, over its peak in the compute dtype. Of attention only what the causal mask leaves, as our kernels
+    skip the rest; the scores once more in the backward pass, as they do."""
     memory_seconds: float
     """Bytes to and from a device's memory over its bandwidth; `memory_bytes` says which."""
     traffic_seconds: Mapping[str, float]
@@ -152,8 +152,12 @@ def memory_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
     Micro-batches add up gradients. The optimizer reads and writes parameters and moments, and reads gradients, twice if
     it clips them. What is elementwise is taken to happen on the way, and costs nothing; padding moves nothing.
     """
+    return sum(_learning_bytes(one, sizes) for one in trained(config)) + _read_bytes(config, sizes)
+
+
+def _learning_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
     moved = sum(_layer_bytes(config, sizes, layer, backward=True) for layer in layer_runs(config, sizes))
-    return moved + _loss_bytes(config, sizes) + _state_bytes(config, sizes) + _read_bytes(config, sizes)
+    return moved + _loss_bytes(config, sizes) + _state_bytes(config, sizes)
 
 
 def _read_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
@@ -173,8 +177,8 @@ def _read_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
 def _work(config: RunConfig, sizes: Mapping[str, int], devices: int) -> float:
     """FLOPs of a device in a step, as they are computed: flash attention's backward pass has five products of the size
     of the scores, where 12 N H T has four (Dao 2023, arXiv:2307.08691, section 3.1)."""
-    flops = step_flops(config, sizes)
-    done = flops.causal + flops.causal_recompute + flops.causal_attention_term / 6
+    every = [step_flops(one, sizes) for one in trained(config)]
+    done = sum(flops.causal + flops.causal_recompute + flops.causal_attention_term / 6 for flops in every)
     done += sum(reading_flops(one.model, config.train.seq_len) for one in only_read(config, sizes))
     return done * (config.train.batch_size * config.train.seq_len) / devices
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, assert_never
 
 from maxlm.config import (
@@ -19,13 +18,13 @@ from maxlm.config import (
     Pretrain,
     Reward,
     RunConfig,
-    ScalarHead,
     Sft,
     SimPo,
     TrainMedusa,
 )
 from maxlm.config.task_rules import reference_beside
 from maxlm.models.adapters import base_of
+from maxlm.plan.work import critic_of
 from maxlm.sharding import Layout
 from maxlm.training.assistant_loss import Answers
 from maxlm.training.context_objective import UntoldTexts
@@ -62,8 +61,7 @@ def objective_of(config: RunConfig, layout: Layout) -> Objective:
         case Grpo() as task:
             return GroupPolicy(config, task, layout, **_reference(config, task))
         case Ppo() as task:
-            critic = dataclasses.replace(base_of(config.model), head=ScalarHead())
-            return ActorCritic(config, task, layout, critic, **_reference(config, task))
+            return ActorCritic(config, task, layout, critic_of(config.model), **_reference(config, task))
         case _:
             assert_never(config.task)
 

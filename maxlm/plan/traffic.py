@@ -33,7 +33,7 @@ from maxlm.config import (
 )
 from maxlm.hardware import Switched, Torus
 from maxlm.plan.machines import TPUS, GpuMachine, Machine, TpuMachine
-from maxlm.plan.work import LayerRuns, layer_runs, local_tokens, loss_tokens, only_read, turns
+from maxlm.plan.work import LayerRuns, layer_runs, local_tokens, loss_tokens, only_read, trained, turns
 from maxlm.shapes import FLOAT32, Array, Part, device_bytes, device_shape
 
 
@@ -75,11 +75,21 @@ def estimate_traffic(config: RunConfig, target: Machine) -> list[AxisTraffic]:
     """
     sizes = config.sharding.sizes(target.devices)
     ledger = _Ledger(sizes, doubled=whole_torus(target, sizes["fsdp"]))
-    _count(ledger, config)
+    for one in trained(config):
+        _count(ledger, one)
     for one in only_read(config, sizes):
         _count(replace(ledger, backward=False), one)
     inner = _within(config, target)
     return [one for axis in MESH_AXES if sizes[axis] > 1 for one in _over_links(ledger, axis, inner, target)]
+
+
+def gather_seconds(config: RunConfig, target: Machine, size: float) -> float:
+    """Seconds that links take, at least, to gather arrays of so many bytes from the fsdp axis of a config; the target
+    is no processor."""
+    sizes = config.sharding.sizes(target.devices)
+    ledger = _Ledger(sizes, doubled=whole_torus(target, sizes["fsdp"]))
+    ledger.over_fsdp(size, "gathers parameters")
+    return max(one.seconds or 0.0 for one in _over_links(ledger, "fsdp", _within(config, target), target))
 
 
 def _count(ledger: _Ledger, config: RunConfig) -> None:

@@ -7,7 +7,19 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from maxlm.config import ACTIVATION_DIMS, BlockConfig, Embed, Kto, Preference, Remat, RunConfig, pipeline_ticks
+from maxlm.config import (
+    ACTIVATION_DIMS,
+    BlockConfig,
+    Embed,
+    Kto,
+    ModelConfig,
+    Ppo,
+    Preference,
+    Remat,
+    RunConfig,
+    ScalarHead,
+    pipeline_ticks,
+)
 from maxlm.config.task_rules import asks_reference
 
 
@@ -51,6 +63,18 @@ def loss_tokens(config: RunConfig, sizes: Mapping[str, int]) -> tuple[int, int]:
     at one time, cut over its stages."""
     parts = 1 if sizes["stage"] > 1 else config.train.micro_batches
     return parts, local_tokens(config, sizes) // parts
+
+
+def critic_of(model: ModelConfig) -> ModelConfig:
+    """The critic beside a policy, as far as a config tells: of the policy's own kind."""
+    return dataclasses.replace(model, adapter=None, head=ScalarHead())
+
+
+def trained(config: RunConfig) -> list[RunConfig]:
+    """A config for each model that a step learns from its batch: its own, and the critic of PPO."""
+    if not isinstance(config.task, Ppo):
+        return [config]
+    return [config, dataclasses.replace(config, model=critic_of(config.model))]
 
 
 def only_read(config: RunConfig, sizes: Mapping[str, int]) -> list[RunConfig]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from maxlm.config import EngineConfig, Rollouts, SamplingConfig
+from maxlm.config import Rollouts, SamplingConfig
 from maxlm.data.conversation_formats import Turn
 from maxlm.data.prompts import Prompt
 from maxlm.data.text_ends import TextEnds
@@ -83,7 +83,7 @@ class PolicyWriter:
             tools: that it may call.
         """
         self._loaded, self._rollouts, self._longest, self._tools = loaded, rollouts, length, tools
-        self._engine = EngineConfig(slots=rollouts.slots, cache_tokens=rollouts.slots * length)
+        self._engine = rollouts.engine(length)
         self._generator: Generator | None = None
         self._ends: tuple[int, ...] = ()
         self.fingerprint = "" if tools is None else tools.fingerprint

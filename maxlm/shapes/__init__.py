@@ -26,7 +26,7 @@ from maxlm.shapes.arrays import (
     norm,
     shared_experts,
 )
-from maxlm.shapes.base_bytes import held_bytes
+from maxlm.shapes.base_bytes import decoding_bytes, held_bytes
 from maxlm.shapes.count import (
     FlopsPerToken,
     ParameterCount,
@@ -59,6 +59,7 @@ __all__ = [
     "block_bytes",
     "block_norms",
     "cache_blocks",
+    "decoding_bytes",
     "decoding_flops",
     "device_bytes",
     "device_cuts",
