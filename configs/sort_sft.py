@@ -1,4 +1,4 @@
-"""114,000 parameters that have seen how six digits are sorted, and do it right about three times in four.
+"""148,288 parameters that have seen how six digits are sorted, and do it right about three times in four.
 
     python -m maxlm.data build problems sort --count 6000 --out data/sort.jsonl
     python -m maxlm.train --config configs/sort_sft.py
