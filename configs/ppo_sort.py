@@ -1,4 +1,4 @@
-"""The model of sort_sft.py learns to sort six digits from nothing but whether its answers are right, by PPO.
+"""The model of sort_sft.py (148,288 parameters) learns to sort six digits by PPO from right and wrong alone.
 
     python -m maxlm.train --config configs/sort_sft.py
     python -m maxlm.train --config configs/ppo_sort.py
@@ -18,7 +18,7 @@ def get_config() -> RunConfig:
     return dataclasses.replace(
         base,
         train=dataclasses.replace(base.train, steps=200, batch_size=128),
-        checkpoint=CheckpointConfig(every=50, init_from="runs/sort_sft"),
+        checkpoint=CheckpointConfig(every=100, init_from="runs/sort_sft"),
         task=Ppo(
             rewards=(ExactReward(),),
             kl=FixedKl(beta=0.01),
