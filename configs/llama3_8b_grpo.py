@@ -8,8 +8,8 @@
 A record of problems.jsonl: {"prompt": "...", "answer": "42"}. 64 completions of each prompt, 1024 tokens each at most,
 1024 completions a step, one step a rollout, learning rate and the distance to the reference are the paper's (section
 4.2); theirs is a model of 7B.
-Hardware: one host of H200 (8 chips); by arithmetic (`python -m maxlm.plan --config llama3_8b_grpo`) about 53 of 105 GiB a
-GPU, 26 of them weights and cache of the engine that writes 128 texts on each.
+Hardware: one host of H200 (8 chips); by arithmetic (`python -m maxlm.plan --config llama3_8b_grpo`) about 53 of 105 GiB
+a GPU, 26 of them weights and cache of the engine that writes 128 texts on each.
 Time and final loss: not measured.
 """
 
