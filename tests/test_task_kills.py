@@ -20,17 +20,23 @@ from xla_flags import xla_flags
 from maxlm.checkpoint import retention
 from maxlm.config import (
     Adapter,
+    AdaptiveKl,
     ClassHead,
     Classify,
     Dpo,
     Embed,
     EmbedHead,
+    ExactReward,
+    Grpo,
     Kto,
+    LengthReward,
     Lora,
     MedusaHeads,
+    Ppo,
     Preference,
     Purpose,
     Reward,
+    Rollouts,
     RunConfig,
     ScalarHead,
     Sft,
@@ -39,8 +45,12 @@ from maxlm.config import (
     serialize,
 )
 
-STEPS, EVERY = 60, 7
+STEPS, EVERY = 63, 7
 """More steps than a pipe of one page has lines for: a run that is not read cannot end before it is killed."""
+
+REWARDS = (ExactReward(key="completion"), LengthReward(at_most=8, buffer=6))
+ROLLOUTS = Rollouts(prompts=7, samples=8, max_new_tokens=8, eval_prompts=4)
+"""Of seven steps, so that some kills come in the midst of one."""
 
 TASKS: dict[str, tuple[Task, Purpose, dict[str, Any]]] = {
     "sft": (Sft(neftune_alpha=1.0), Purpose.SFT, {}),
@@ -50,6 +60,8 @@ TASKS: dict[str, tuple[Task, Purpose, dict[str, Any]]] = {
     "classify": (Classify(), Purpose.CLASSIFY, {"head": ClassHead(n_classes=2)}),
     "embed": (Embed(), Purpose.EMBED, {"head": EmbedHead()}),
     "medusa": (TrainMedusa(), Purpose.SFT, {"medusa": MedusaHeads(n_heads=2)}),
+    "grpo": (Grpo(rewards=REWARDS, rollouts=ROLLOUTS), Purpose.PROMPTS, {}),
+    "ppo": (Ppo(rewards=REWARDS, rollouts=ROLLOUTS, kl=AdaptiveKl()), Purpose.PROMPTS, {}),
     "adapter": (Sft(), Purpose.SFT, {"adapter": Adapter(kind=Lora(rank=2, dropout=0.1))}),
 }
 """Each task with its data, and what it changes of the model that it starts from. In `preference` and `kto` that model
