@@ -135,8 +135,8 @@ class RolloutFeed:
         for _ in range(1 + self._redraws):
             asked = [self._prompts.drawn(self.memory["prompts"] + n) for n in range(wanted - len(useful))]
             for group in self._groups(asked):
-                equal = np.ptp(group.rewards[group.usable]) == 0 if group.usable.any() else True
-                (useless if equal and self._redraws else useful).append(group)
+                equal = self._redraws and _equal(group.rewards, group.usable)
+                (useless if equal else useful).append(group)
             self.memory["prompts"] += len(asked)
             drawn += len(asked)
             if len(useful) == wanted:
@@ -243,9 +243,8 @@ def _figures(texts: RolloutTexts, rollouts: Rollouts) -> dict[str, Any]:
     """What one sees of a rollout."""
     usable, rewards = texts.usable, texts.rewards
     lengths = np.array([sum(one.drawn) for one in texts.written])
-    groups = rewards.reshape(-1, rollouts.samples)
-    equal = np.mean([np.ptp(group[there]) == 0 if there.any() else True
-                     for group, there in zip(groups, usable.reshape(groups.shape), strict=True)])  # fmt: skip
+    groups = zip(*(x.reshape(-1, rollouts.samples) for x in (rewards, usable)), strict=True)
+    equal = np.mean([_equal(*group) for group in groups])
     mean = lambda values: float(values[usable].mean()) if usable.any() else 0.0
     of_groups = {"equal_groups": float(equal)} if rollouts.samples > 1 else {}
     of_tools = {
@@ -266,6 +265,11 @@ def _figures(texts: RolloutTexts, rollouts: Rollouts) -> dict[str, Any]:
             "text": texts.written[0].text,
         }
     )
+
+
+def _equal(rewards: npt.NDArray[np.float64], usable: npt.NDArray[np.bool_]) -> bool:
+    """Whether completions are all worth the same, so that nothing can be learned of them."""
+    return not usable.any() or bool(np.ptp(rewards[usable]) == 0)
 
 
 def _of_scores(arrays: RowArrays) -> dict[str, float]:
