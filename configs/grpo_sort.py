@@ -1,4 +1,4 @@
-"""The model of sort_sft.py learns to sort six digits from nothing but whether its answers are right (GRPO).
+"""The model of sort_sft.py (148,288 parameters) learns to sort six digits by GRPO from right and wrong alone.
 
     python -m maxlm.train --config configs/sort_sft.py
     python -m maxlm.train --config configs/grpo_sort.py

@@ -1,4 +1,4 @@
-"""114,000 parameters that have seen how six digits are sorted, and do it right about seven times in ten.
+"""148,288 parameters that have seen how six digits are sorted, and do it right about three times in four.
 
     python -m maxlm.data build problems sort --count 6000 --out data/sort.jsonl
     python -m maxlm.train --config configs/sort_sft.py
@@ -38,9 +38,9 @@ def get_config() -> RunConfig:
         model=llama(vocab_size=384, d_model=64, n_layers=2, n_heads=4, d_ff=172, max_seq_len=32),
         execution=ExecutionConfig(dtype=Dtype.FLOAT32),
         data=problems(Purpose.SFT),
-        train=TrainConfig(steps=120, batch_size=128, seq_len=16, eval_every=60),
+        train=TrainConfig(steps=160, batch_size=128, seq_len=16, eval_every=80),
         optimizer=AdamW(learning_rate=3e-3, schedule=CosineSchedule(warmup_steps=20)),
-        checkpoint=CheckpointConfig(every=120),
+        checkpoint=CheckpointConfig(every=160),
         observe=ObserveConfig(sample_prompt="352914", sample_tokens=8),
         task=Sft(),
         target="cpu:1",

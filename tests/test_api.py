@@ -344,8 +344,9 @@ def test_the_longest_row_and_the_last_id_pass(run: LoadedRun) -> None:
 
 def test_a_model_without_logits_is_refused(run: LoadedRun) -> None:
     config = dataclasses.replace(run.config, model=dataclasses.replace(BYTE_MODEL, head=ClassHead(n_classes=2)))
+    classifier = dataclasses.replace(run, config=config, parameters=parameters_of(config)).model
     with pytest.raises(UserError, match="ClassHead gives no logits"):
-        _ = dataclasses.replace(run, config=config).model
+        classifier.logits([1])
 
 
 # Text

@@ -81,7 +81,7 @@ LAZY = {
     "maxlm/inference/structured.py": {"llguidance"},  # the extra `serve`
     "maxlm/hub/converting.py": {"torch", "transformers"},  # a comparison for who has them
     "maxlm/data/sharegpt.py": {"bs4"},  # the extra `docs`: only who cleans pages has it
-    "maxlm/serving/passages.py": {"bs4", "pypdf"},  # the extra `docs`
+    "maxlm/data/passages.py": {"bs4", "pypdf"},  # the extra `docs`
     "maxlm/chat.py": {"rich"},  # --help starts without it
     "maxlm/inspect.py": {"rich"},  # a listing as JSON starts without it
     "maxlm/surroundings.py": {"rich"},
@@ -108,6 +108,7 @@ SAME_FILE: dict[str, str] = {
     "mlp.py": "the settings, and what follows them",
     "rewards.py": "the settings, and what follows them",
     "sampling.py": "the settings, and what follows them",
+    "tools.py": "the settings, and what follows them",
     "sharding.py": "the settings, and what follows them",
     "request.py": "of machines for a run, and of a text",
     "step.py": "of training, and of decoding",

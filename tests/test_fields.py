@@ -32,6 +32,7 @@ from maxlm.config import (
 )
 from maxlm.config.cli import load_config, parse, parse_run
 from maxlm.config.fields import Filled, NotEmpty, PathName, Positive, Range, config, help_of, require, text_of
+from maxlm.config.synthesis import Answering, Attacks, Best, Calls, Instructions, Star
 from maxlm.data.__main__ import Prepare, TokenizerReport, Train
 from maxlm.evaluate import EvaluateOptions
 from maxlm.evaluation.prompting import Prompting
@@ -50,6 +51,12 @@ COMMANDS = (
     Prepare,
     Train,
     TokenizerReport,
+    Instructions,
+    Answering,
+    Calls,
+    Best,
+    Star,
+    Attacks,
     *DESTINATIONS.values(),
 )
 

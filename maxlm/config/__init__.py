@@ -19,6 +19,7 @@ policy.py: advantages of a policy's samples, weights of their tokens
 data.py: documents, tokenizers, mixtures
 purposes.py: what records of conversations are for
 rewards.py: what is good in a completion
+tools.py: what a policy may call while it writes
 quantization.py: ways to make weights smaller
 optimizer.py: AdamW, Adafactor, schedules
 sharding.py: sizes of the mesh axes, ZeRO stages, presets
@@ -27,6 +28,7 @@ layout_rules.py: what must divide what
 chosen.py: the model that a command is for
 sampling.py: how the next token is drawn, or a text searched for
 docs_search.py: documents that a model answers from
+synthesis.py: what writes records with a model
 engine.py: texts at once, and room for them
 speculation.py: where drafts of texts come from
 changes.py: what a run may go on with, and what it is told
@@ -186,6 +188,7 @@ from maxlm.config.task import (
     BinaryReward,
     BradleyTerry,
     Classify,
+    DistillContext,
     Dpo,
     Embed,
     Gold,
@@ -202,6 +205,7 @@ from maxlm.config.task import (
     Task,
     TrainMedusa,
 )
+from maxlm.config.tools import Calculator, DocsSearch, RolloutTool
 
 __all__ = [
     "ACTIVATION_DIMS",
@@ -232,6 +236,7 @@ __all__ = [
     "BradleyTerry",
     "ByteTokenizer",
     "CacheFormat",
+    "Calculator",
     "Capacity",
     "CheckpointConfig",
     "ChosenModel",
@@ -247,6 +252,8 @@ __all__ = [
     "Dataset",
     "DeepNorm",
     "Dispatch",
+    "DistillContext",
+    "DocsSearch",
     "Documents",
     "DocumentsConfig",
     "Dpo",
@@ -347,6 +354,7 @@ __all__ = [
     "RewardLoss",
     "RewardSource",
     "RmsNorm",
+    "RolloutTool",
     "Rollouts",
     "Rope",
     "RopeScaling",

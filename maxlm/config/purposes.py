@@ -10,6 +10,9 @@ class Purpose(enum.Enum):
 
     SFT = "sft"
     """One text: the conversation, value 1; of rated completions the best."""
+    CONTEXT = "context"
+    """Two texts: the conversation, value 1; and, value 0, the same with the record's `context` at its beginning. What
+    counts is the same tokens in both."""
     PREFERENCE = "preference"
     """Two or more completions of one prompt, each text with the prompt; of the larger value is what is preferred."""
     KTO = "kto"

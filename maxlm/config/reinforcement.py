@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Annotated
 
+from maxlm.config.engine import EngineConfig
+from maxlm.config.errors import UserError
 from maxlm.config.fields import BelowOne, Changes, Filled, Fraction, NotNegative, PathName, Positive, Range, config
 from maxlm.config.kl import FixedKl, KlController, KlEstimator
 from maxlm.config.policy import Advantage, Aggregation, GroupMean
 from maxlm.config.rewards import BadReward, RewardSource
+from maxlm.config.tools import RolloutTool
 
 
 @config("task.rollouts.", changes=Changes.IDENTITY)
@@ -21,7 +24,12 @@ class Rollouts:
     samples: Positive[int] = 8
     """Completions of each."""
     max_new_tokens: Positive[int] = 256
-    """Tokens of a completion, at most."""
+    """Tokens of a completion that the policy draws, at most."""
+    tools: tuple[RolloutTool, ...] = ()
+    """What the policy may call while it writes; the template tells it of them, in place of the tools of records. What
+    they answer is read and not learned, and needs room in `train.seq_len`."""
+    tool_turns: Positive[int] = 4
+    """Times that a completion goes on after calls, at most."""
     epochs: Positive[int] = 1
     """Times that the completions of a rollout are gone through."""
     temperature: Positive[float] = 1.0
@@ -42,6 +50,11 @@ class Rollouts:
     """Held-out prompts whose completions are judged every `train.eval_every` steps, once drawn and once the likeliest;
     0: none."""
 
+    def __post_init__(self) -> None:
+        names = [tool.name for tool in self.tools]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"task.rollouts.tools has {twice[0]!r} twice; give one of them another name")
+
     @property
     def completions(self) -> int:
         """Of a rollout."""
@@ -50,6 +63,10 @@ class Rollouts:
     def steps(self, batch_size: int) -> int:
         """Optimizer steps that a rollout is for."""
         return self.completions * self.epochs // batch_size
+
+    def engine(self, length: int) -> EngineConfig:
+        """That writes, with room for a text of so many tokens in every slot."""
+        return EngineConfig(slots=self.slots, cache_tokens=self.slots * length)
 
 
 @config("task.", changes=Changes.IDENTITY)

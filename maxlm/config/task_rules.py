@@ -9,6 +9,7 @@ from maxlm.config.model import ClassHead, EmbedHead, Head, LmHead, ModelConfig, 
 from maxlm.config.reinforcement import Reinforced
 from maxlm.config.task import (
     Classify,
+    DistillContext,
     Dpo,
     Embed,
     Grpo,
@@ -64,6 +65,11 @@ def broken_task_rules(
         failures += _of_reference(task, init_from)
     if isinstance(task, Reinforced):
         failures += _of_rollouts(task, init_from, batch_size, rhythm)
+    if isinstance(task, DistillContext) and task.reference is None and init_from is None:
+        failures.append(
+            "task = DistillContext learns what another model says that is told a context, and task.reference and "
+            "checkpoint.init_from are None; name a model that answers, in checkpoint.init_from"
+        )
     if sample_tokens and not isinstance(model.head, LmHead):
         failures.append(
             f"observe.sample_tokens = {sample_tokens} needs a model that writes, model.head = {head} does not; use 0"
@@ -114,22 +120,44 @@ def _of_rollouts(task: Reinforced, init_from: str | None, batch_size: int, rhyth
     return failures
 
 
-def under_adapter(task: Preference | Reinforced, model: ModelConfig) -> bool:
+def under_adapter(task: Preference | DistillContext | Reinforced, model: ModelConfig) -> bool:
     """Whether the reference is the base under the adapter: what trains as a whole is not as it was in the base."""
     return task.reference is None and model.adapter is not None and not model.adapter.full
 
 
-def reference_beside(task: Task, model: ModelConfig) -> bool:
-    """Whether the parameters of a reference are held, beside those that are trained."""
-    if isinstance(task, Grpo | Ppo):
-        held = task.kl_weight if isinstance(task, Grpo) else task.kl.beta
-        return bool(held) and not under_adapter(task, model)
+def asks_reference(task: Task) -> bool:
+    """Whether a step puts its batch through a reference, too."""
+    if isinstance(task, DistillContext):
+        return True
     if not isinstance(task, Preference):
         return False
     match task.loss:
         case Orpo() | SimPo():
             return False
         case Dpo() | Ipo() | Kto():
-            return not task.reference_ahead and not under_adapter(task, model)
+            return not task.reference_ahead
         case _:
             assert_never(task.loss)
+
+
+def rollout_asks_reference(task: Grpo | Ppo) -> bool:
+    """Whether the texts of a rollout go through a reference, too."""
+    match task:
+        case Grpo():
+            return task.kl_weight > 0
+        case Ppo():
+            return task.kl.beta > 0
+        case _:
+            assert_never(task)
+
+
+def reference_beside(task: Task, model: ModelConfig) -> bool:
+    """Whether the parameters of a reference are held, beside those that are trained."""
+    match task:
+        case Grpo() | Ppo():
+            held = rollout_asks_reference(task)
+        case Preference() | DistillContext():
+            held = asks_reference(task)
+        case _:
+            return False
+    return held and not under_adapter(task, model)

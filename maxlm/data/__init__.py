@@ -17,6 +17,7 @@ wordings.py: records of a task in several wordings
 raw_tasks.py: questions out of raw text
 sharegpt.py: conversations from web pages, cleaned and split
 reply_trees.py: replies to replies as conversations and rankings
+tagging.py: answers that say how good they are
 ghost.py: an instruction that holds for a conversation
 problems.py: problems made by rule, with their answers
 near_duplicates.py: ROUGE-L, and texts unlike all before them
@@ -28,6 +29,8 @@ chat_templates.py: built-in templates, and which one a name means
 texts.py: texts of post-training with what counts of them, shortened
 conversation_formats.py: records of conversations, by their keys
 conversations.py: a record as texts, what the assistant wrote
+tool_calls.py: calls of tools out of text
+passages.py: documents of a folder in pieces
 tiktoken.py: a .tiktoken file as a tokenizer.json
 train_tokenizer.py: training a tokenizer, compression report
 prepare.py: documents to shards

@@ -8,6 +8,7 @@
 | prompt, completion [label] | a pair, and whether it is good |
 | chosen, rejected [prompt or messages, score_chosen, score_rejected] | a preference |
 | prompt, completions, ranks or ratings | a ranking; rank 1 is the best, of ratings the largest |
+| any of these, context | what a teacher is told at the beginning of the conversation, for context distillation |
 | text, label | a text and its class |
 | query, positive [negative] | what a query should find, and should not |
 | prompt; or messages, conversations | to be answered; a last turn of the assistant is left out |
@@ -69,6 +70,8 @@ class Example(NamedTuple):
     """Nothing of it counts; empty if all is in the one answer."""
     answers: list[Answer]
     tools: list[dict[str, Any]] | None
+    context: str | None = None
+    """What only a teacher is told."""
 
 
 class Passages(NamedTuple):
@@ -124,6 +127,11 @@ def _for(purpose: Purpose, record: Mapping[str, Any], example: Example, classes:
             if labelled and not several and not _good(record["label"]):
                 raise BadRecord(f"label = {record['label']!r}: sft would learn an answer that is labelled bad")
             return example._replace(answers=[best._replace(value=1.0)])
+        case Purpose.CONTEXT:
+            context = record.get("context")
+            if not isinstance(context, str):
+                raise BadRecord("context: is missing, or no text; it is what the teacher is told, and may be empty")
+            return _for(Purpose.SFT, record, example, classes)._replace(context=context)
         case Purpose.PREFERENCE:
             if not several:
                 raise BadRecord("has one answer; a preference needs chosen and rejected, or completions with ratings")
@@ -271,13 +279,9 @@ _FORMATS: list[tuple[frozenset[str], Callable[[Mapping[str, Any]], Example]]] = 
     (frozenset({"instruction", "output"}), _alpaca),
 ]
 """The first whose keys a record has."""
-
-
 _ASKED: list[tuple[frozenset[str], Callable[[Mapping[str, Any]], Example]]] = [
     (frozenset({"chosen", "rejected"}), _preference),
-    (frozenset({"prompt"}), _asked),
-    (frozenset({"messages"}), _asked),
-    (frozenset({"conversations"}), _asked),
+    *((frozenset({key}), _asked) for key in ("prompt", "messages", "conversations")),
     (frozenset({"instruction", "output"}), _alpaca),
 ]
 """The same of what is to be answered, whose answers may be missing, or anything."""
@@ -490,8 +494,5 @@ def _shown(keys: Sequence[str]) -> str:
 
 
 def _kind(value: Any) -> str:
-    kinds: dict[type, str] = {
-        type(None): "null", str: "text", int: "a number", float: "a number", bool: "true or false", list: "a list",
-        dict: "an object",
-    }  # fmt: skip
-    return kinds.get(type(value), type(value).__name__)
+    kinds = {str: "text", int: "a number", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
+    return "null" if value is None else kinds.get(type(value), type(value).__name__)

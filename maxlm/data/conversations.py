@@ -95,11 +95,15 @@ def encode(
         if purpose is Purpose.PROMPTS:
             return [talk.prompt(short.prompt)]
         texts = [talk.text(short.prompt, answer.messages, answer.value, counted) for answer in short.answers]
+        if short.context is not None:
+            return [*texts, talk.told(short, counted)]
         return texts if other is None else [*texts, talk.text(short.prompt, other, 0.0, counted)]
 
     texts = made(0)
     if purpose is Purpose.PREFERENCE:
         _refuse_equal(texts)
+    if purpose is Purpose.CONTEXT:
+        _refuse_others(texts)
     if max_tokens is None or max(len(text.ids) for text in texts) <= max_tokens:
         return texts
     fits = lambda left_out: max(len(text.ids) for text in made(left_out)) <= max_tokens
@@ -108,7 +112,20 @@ def encode(
         if (length := len(texts[0].ids)) > max_tokens:
             raise BadRecord(f"is a prompt of {length} tokens with its last turn alone, max_tokens = {max_tokens}")
         return texts
+    if purpose is Purpose.CONTEXT and (most := max(len(text.ids) for text in texts)) > max_tokens:
+        raise BadRecord(f"the context and one exchange are {most} tokens, more than max_tokens = {max_tokens}")
     return [truncated(text, max_tokens, int(text.ids[0] == tokenizer.bos_id))[0] for text in texts]
+
+
+def between_turns(
+    said: list[Turn], n: int, template: ChatTemplate, tokenizer: Tokenizer, tools: list[dict[str, Any]]
+) -> list[int]:
+    """The ids after the token that ends the assistant's turn n, up to where its next turn begins.
+
+    Raises:
+        BadRecord: the template refuses the messages, or nobody can say where that turn ends.
+    """
+    return _Talk(template, tokenizer, tools, {}).between(said, n).ids
 
 
 def _refuse_equal(texts: list[Text]) -> None:
@@ -117,6 +134,13 @@ def _refuse_equal(texts: list[Text]) -> None:
     for text in texts:
         if values.setdefault(tuple(text.ids), text.value) != text.value:
             raise BadRecord("two completions are equal as the template writes them, and one is preferred to the other")
+
+
+def _refuse_others(texts: list[Text]) -> None:
+    """A tokenizer may put what the assistant says together with what is before it."""
+    counted = [[i for i, counts in zip(text.ids, text.counts, strict=True) if counts] for text in texts]
+    if counted[0] != counted[1]:
+        raise BadRecord("the answers are other tokens after the context; use a template that keeps turns apart")
 
 
 def _exchanges(example: Example) -> int:
@@ -133,6 +157,13 @@ def _without_oldest(example: Example, count: int) -> Example:
     if example.prompt:
         return example._replace(prompt=left)
     return example._replace(answers=[example.answers[0]._replace(messages=left)])
+
+
+def told(turns: Sequence[Turn], context: str) -> list[Turn]:
+    """A conversation at whose beginning the system says the context, and then what else it says."""
+    own = turns[:1] if turns[0]["role"] == "system" else []
+    said = "\n\n".join([context, *(turn["content"] for turn in own)])
+    return [{"role": "system", "content": said}, *turns[len(own) :]]
 
 
 class _Talk(NamedTuple):
@@ -167,6 +198,18 @@ class _Talk(NamedTuple):
 
         return self._made(said, asked)
 
+    def between(self, said: list[Turn], n: int) -> Text:
+        """See `between_turns`; nothing counts."""
+
+        def after(messages: list[Turn]) -> Text:
+            chat = self.template.encode(self.tokenizer, messages, tools=self.tools, now=NOW, **self.variables)
+            self._check_all_is_there(messages, chat)
+            _, stop = self._turn(messages, n, chat, *self._render(messages, [(n, True), (n + 1, False)]))
+            ids = [i for i, (start, _) in zip(chat.ids, chat.places, strict=True) if start >= stop]
+            return Text(ids, [False] * len(ids), 0.0)
+
+        return self._made(said, after)
+
     def _made(self, said: list[Turn], make: Callable[[list[Turn]], Text]) -> Text:
         """What `make` makes of messages as templates know them."""
         messages = [{key: inner for key, inner in message.items() if key != "weight"} for message in said]
@@ -179,6 +222,19 @@ class _Talk(NamedTuple):
                 if not any("tool_calls" in message for message in messages):
                     break
         raise BadRecord(str(errors[0])) from errors[0]
+
+    def told(self, example: Example, counted: Counted) -> Text:
+        """The conversation with its context at the beginning, where it has any.
+
+        Raises:
+            BadRecord: see `encode`.
+        """
+        [answer], context = example.answers, example.context or ""
+        if not context.strip():
+            return self.text(example.prompt, answer.messages, 0.0, counted)
+        if example.prompt:
+            return self.text(told(example.prompt, context), answer.messages, 0.0, counted)
+        return self.text([], told(answer.messages, context), 0.0, counted)
 
     def _text(self, messages: list[Turn], turns: list[int], value: float, counted: Counted) -> Text:
         chat = self.template.encode(

@@ -10,10 +10,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from maxlm.config import DataConfig, Purpose, UserError
-from maxlm.data.conversation_formats import Example, Turn, read
+from maxlm.config import Conversations, DataConfig, Purpose, UserError
+from maxlm.data.chat import find_chat_template
+from maxlm.data.conversation_formats import BadRecord, Example, Turn, read
+from maxlm.data.conversations import encode
 from maxlm.data.orders import endless
 from maxlm.data.shards import (
+    CHAT,
     FORMAT_VERSION,
     Prepared,
     Split,
@@ -32,7 +35,7 @@ class Prompt(NamedTuple):
     number: int
     """In the split, counted through all data sets of prompts."""
     ids: tuple[int, ...]
-    """As the model is asked: the conversation by the template, up to where the assistant's turn begins."""
+    """As the model is asked: the conversation by the template, with tools, up to where the assistant's turn begins."""
     turns: list[Turn]
     """The conversation so far; whole, also where `max_tokens` has left its oldest turns out of the ids."""
     record: Mapping[str, Any]
@@ -42,7 +45,15 @@ class Prompt(NamedTuple):
 class Prompts:
     """Those of one split, by number. Made by `open_prompts`."""
 
-    def __init__(self, opened: Sequence[Prepared], weights: Sequence[float], seed: int, split: Split) -> None:
+    def __init__(
+        self,
+        opened: Sequence[Prepared],
+        weights: Sequence[float],
+        seed: int,
+        split: Split,
+        tools: Sequence[Mapping[str, Any]],
+    ) -> None:
+        self._opened, self._tools = tuple(opened), list(tools)
         self.tokenizer = opened[0].tokenizer
         self.folders = tuple(data.folder for data in opened)
         self._streams = [data.stream(split) for data in opened]
@@ -56,6 +67,7 @@ class Prompts:
             "shards": [[shard.sha256s for shard in data.info.shards(split)] for data in opened],
             "seed": seed,
             "weights": list(weights) if len(weights) > 1 else [],
+            "tools": self._tools,
             # Should a version of Grain ever shuffle in another way, this tells.
             "order": [self._order[n] for n in range(_PROBED)],
         }
@@ -69,7 +81,8 @@ class Prompts:
         """
         Raises:
             IndexError: `number` lies outside.
-            UserError: a file holds what cannot be, or has become shorter since it was checked.
+            UserError: a file holds what cannot be, or has become shorter since it was checked; or the template does not
+                tell a model of the tools.
             MachineFailure: the disk fails.
         """
         if not 0 <= number < len(self):
@@ -82,7 +95,8 @@ class Prompts:
         record = stream.record(own)
         example = read(record, Purpose.PROMPTS)
         assert isinstance(example, Example), "a prompt is of a conversation"
-        return Prompt(number, tuple(ids.tolist()), example.prompt, record)
+        asked = self._told(number, self._opened[source], record) if self._tools else ids.tolist()
+        return Prompt(number, tuple(asked), example.prompt, record)
 
     def drawn(self, n: int) -> Prompt:
         """The n-th of a stream without end, counted from 0: a function of the folders, `data.seed`, the weights and n.
@@ -92,9 +106,25 @@ class Prompts:
         """
         return self[self._order[n]]
 
+    def _told(self, number: int, data: Prepared, record: Mapping[str, Any]) -> list[int]:
+        """The ids of a prompt with the tools; those in the folder are without."""
+        documents, template = data.info.prepare.documents, find_chat_template(data.folder / CHAT)
+        assert isinstance(documents, Conversations), "of prompts"
+        told = {**record, "tools": self._tools}
+        try:
+            [text] = encode(told, template, self.tokenizer, purpose=Purpose.PROMPTS, max_tokens=documents.max_tokens)
+        except BadRecord as error:
+            raise UserError(f"{data.folder}: prompt {number} with the tools that are to be called: {error}") from error
+        return text.ids
 
-def open_prompts(config: DataConfig, split: Split) -> Prompts | None:
+
+def open_prompts(config: DataConfig, split: Split, tools: Sequence[Mapping[str, Any]] = ()) -> Prompts | None:
     """The prompts of those folders of `config` that were prepared as such; None: of validation, which holds none.
+
+    Args:
+        config: with the folders.
+        split: to open.
+        tools: JSON schemas of functions that the model is told of, in place of those of the records; (): as prepared.
 
     Raises:
         UserError: no folder was; one is not finished or damaged; or their tokenizers differ.
@@ -115,4 +145,8 @@ def open_prompts(config: DataConfig, split: Split) -> Prompts | None:
         )
     check_one_tokenizer(opened)
     there = [pair for pair in zip(opened, weights, strict=True) if pair[0].info.documents(split)]
-    return Prompts([data for data, _ in there], [weight for _, weight in there], config.seed, split) if there else None
+    return (
+        Prompts([data for data, _ in there], [weight for _, weight in there], config.seed, split, tools)
+        if there
+        else None
+    )

@@ -71,7 +71,7 @@ class RunExaminee:
                 tokens, and nothing is put before them.
 
         Raises:
-            UserError: the model has no logits, or with `chat` no chat template.
+            UserError: with `chat` the model has no chat template.
         """
         if chat and run.chat is None:
             raise UserError("the model has no chat template; leave out --chat")

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from maxlm.config import (
     BlockConfig,
+    ClassHead,
     Dropless,
     EmbedHead,
     ExecutionConfig,
@@ -39,13 +40,8 @@ class LanguageModel:
             execution: its dtype counts.
             layout: where the parameters lie.
             parameters: nested dicts of float32 arrays, as `maxlm.models.init_parameters` makes them, or of `Weight`s.
-
-        Raises:
-            UserError: the model has neither logits, vectors nor numbers of texts.
         """
         self.config = _dropless(model)
-        if not isinstance(self.config.head, LmHead | EmbedHead | ScalarHead):
-            raise self._no_logits()
         # As for decoding: rows of any length, which a mesh with a seq or stage axis could not cut.
         self._layout = decoding_layout(layout, self.config.d_model)
         self._how = Execution(layout, execution).decoding(self._layout)
@@ -83,7 +79,7 @@ class LanguageModel:
 
         Raises:
             UserError: not integers, not of such a shape, longer than model.max_seq_len, or out of range; or the model
-                has an EmbedHead or a ScalarHead, and no logits.
+                has no LmHead.
         """
         if not isinstance(self.config.head, LmHead):
             raise self._no_logits()
@@ -107,14 +103,15 @@ class LanguageModel:
         return self._run(self._compiled_hidden, tokens, segment_ids, positions)
 
     def last(self, tokens: npt.ArrayLike, lengths: npt.ArrayLike) -> npt.NDArray[np.float32]:
-        """What the head makes of each text's last token: logits of the next one, or with a ScalarHead a number.
+        """What the head makes of each text's last token: logits of the next one, with a ScalarHead a number, with a
+        ClassHead logits of its classes.
 
         Args:
             tokens: integers [B, T], as of `logits`, each row with a text and then any ids.
             lengths: integers [B], tokens of each text.
 
         Returns:
-            float32 [B, V], or [B], on the host.
+            float32 [B, V], [B], or [B, C], on the host.
 
         Raises:
             UserError: as `logits`; or the model has an EmbedHead.
@@ -189,6 +186,8 @@ class LanguageModel:
         states, model = jnp.take_along_axis(hidden, ends[:, None, None], 1), bind(self.config, parameters)
         if isinstance(self.config.head, ScalarHead):
             return model.scalars(states)[:, 0]
+        if isinstance(self.config.head, ClassHead):
+            return model.class_logits(states)[:, 0]
         return ops.logits(states, model.unembedding)[:, 0]
 
     def _hidden(self, parameters: Any, ids: jax.Array, known: tuple[jax.Array | None, ...]) -> jax.Array:

@@ -34,6 +34,7 @@ _EXPERT_CURVES = {
 }
 _TASK_CURVES = {
     "reward_margin": "Reward of the better answer less that of the worse",
+    "kl_estimate": "Estimate of the KL to the reference, nats a token",
     "reward_accuracy": "Share of pairs that are right, of a batch",
     "accuracy": "Share that is right, of a batch",
 }

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, assert_never
 
 from maxlm.config import (
     Classify,
+    DistillContext,
     Dpo,
     Embed,
     Grpo,
     Ipo,
     Kto,
-    ModelConfig,
     Orpo,
     Ppo,
     Preference,
     Pretrain,
     Reward,
     RunConfig,
-    ScalarHead,
     Sft,
     SimPo,
     TrainMedusa,
 )
 from maxlm.config.task_rules import reference_beside
 from maxlm.models.adapters import base_of
+from maxlm.plan.work import critic_of
 from maxlm.sharding import Layout
 from maxlm.training.assistant_loss import Answers
+from maxlm.training.context_objective import UntoldTexts
 from maxlm.training.judging import Classes, Rewards
 from maxlm.training.later_tokens import LaterTokens
 from maxlm.training.nearness import Vectors
@@ -48,6 +48,8 @@ def objective_of(config: RunConfig, layout: Layout) -> Objective:
             return Answers(config, task, layout)
         case TrainMedusa() as task:
             return LaterTokens(config, task, layout)
+        case DistillContext() as task:
+            return UntoldTexts(config, layout, _TEXTS, **_reference(config, task))
         case Preference() as task:
             return _of_preferences(config, task, layout)
         case Reward() as task:
@@ -57,25 +59,19 @@ def objective_of(config: RunConfig, layout: Layout) -> Objective:
         case Embed():
             return Vectors(config, layout, _TEXTS)
         case Grpo() as task:
-            return GroupPolicy(config, task, layout, reference=_beside(config))
+            return GroupPolicy(config, task, layout, **_reference(config, task))
         case Ppo() as task:
-            critic = dataclasses.replace(base_of(config.model), head=ScalarHead())
-            return ActorCritic(config, task, layout, critic, reference=_beside(config))
+            return ActorCritic(config, task, layout, critic_of(config.model), **_reference(config, task))
         case _:
             assert_never(config.task)
 
 
-def _beside(config: RunConfig) -> ModelConfig | None:
-    """The reference that is held, if one is."""
-    return base_of(config.model) if reference_beside(config.task, config.model) else None
+def _reference(config: RunConfig, task: Preference | DistillContext | Grpo | Ppo) -> dict[str, Any]:
+    return {"reference": base_of(config.model)} if reference_beside(task, config.model) else {"under": True}
 
 
 def _of_preferences(config: RunConfig, task: Preference, layout: Layout) -> Objective:
-    if task.reference_ahead:
-        reference: dict[str, Any] = {"ahead": True}
-    else:
-        beside = _beside(config)
-        reference = {"under": True} if beside is None else {"reference": beside}
+    reference = {"ahead": True} if task.reference_ahead else _reference(config, task)
     match task.loss:
         case Orpo() | SimPo() as loss:
             return PairedTexts(config, layout, _TEXTS, loss)

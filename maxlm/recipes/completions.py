@@ -14,11 +14,13 @@ class Completion(NamedTuple):
 
     prompt: Prompt
     text: str
-    """Without the token that ended it."""
+    """Without the token that ended it; where tools were called, of the last turn alone."""
     tokens: tuple[int, ...]
-    """With it."""
+    """All, with it, and with what tools said."""
     finish: Finish
     """Why it ended."""
+    heard: int = 0
+    """Of the tokens, those that tools said."""
 
 
 Score = float | str

@@ -114,15 +114,21 @@ class RewardModel:
         return [out if isinstance(out, str) else float(self._scale.normalised(out)) for out in outputs]
 
     def _ids(self, completion: Completion) -> Sequence[int] | str:
-        """The conversation as in the data that it was trained on: by its template, with the end of the answer's turn.
-        Ids of the policy, which may spell the same in other tokens, are taken where there is none."""
-        prompt, template = completion.prompt, self._run.chat
-        if template is None:
-            return (*prompt.ids, *completion.tokens)
-        said = [*prompt.turns, {"role": "assistant", "content": completion.text}]
-        try:
-            return template.encode(
-                self._run.tokenizer, said, tools=prompt.record.get("tools"), add_generation_prompt=False, now=NOW
-            ).ids
-        except ChatError as error:
-            return str(error)
+        """Ids of the policy, which may spell the same in other tokens, are taken where there is no template."""
+        if self._run.chat is None:
+            return (*completion.prompt.ids, *completion.tokens)
+        return conversation_ids(self._run, completion)
+
+
+def conversation_ids(run: LoadedRun, completion: Completion) -> Sequence[int] | str:
+    """The conversation as in data that a model with a chat template was trained on, with the end of the answer's turn;
+    or why there is none."""
+    assert run.chat is not None, "looked at when it was read"
+    prompt = completion.prompt
+    said = [*prompt.turns, {"role": "assistant", "content": completion.text}]
+    try:
+        return run.chat.encode(
+            run.tokenizer, said, tools=prompt.record.get("tools"), add_generation_prompt=False, now=NOW
+        ).ids
+    except ChatError as error:
+        return str(error)

@@ -55,7 +55,7 @@ def recipe(config: RunConfig, task: Ppo, layout: Layout, functions: Mapping[str,
             "returns": ahead.returns,
             "token_weights": weights.of_tokens,
             "row_weights": weights.of_rows[:, None],
-        }, {"kl": of_text, "beta": beta}
+        }, {"reference_kl": of_text, "kl_beta": beta}
 
     return found.recipe(
         objective, learn, start=_start(config, task, layout, found, critic), beside=_running_text(config, task)

@@ -20,6 +20,7 @@ from maxlm.recipes.rewards import RewardFunction, RewardSum
 from maxlm.recipes.rollouts import Learn, PromptScores, RolloutFeed, RolloutFigures, RowArrays, check_lengths
 from maxlm.recipes.starting import starting
 from maxlm.recipes.taught import Taught, taught
+from maxlm.recipes.tools import Toolbox, definitions
 from maxlm.recipes.writing import PolicyWriter
 from maxlm.sharding import Layout
 from maxlm.training.loop import Measure, Recipe
@@ -41,6 +42,7 @@ class RewardedRun:
     rewards: RewardSum
     reference: ReferenceModel | None
     under: bool
+    tools: Toolbox | None
 
     @property
     def held_to(self) -> dict[str, Any]:
@@ -53,7 +55,7 @@ class RewardedRun:
     @property
     def start(self) -> Start | None:
         """As of `Recipe`."""
-        return starting(self.config, self.layout, self.taught.fingerprint)
+        return starting(self.config, self.layout, self.taught.fingerprint, self.taught)
 
     def recipe(
         self,
@@ -70,7 +72,7 @@ class RewardedRun:
         def loaded(step: int, state: TrainState) -> LoadedRun:
             return self._loaded(of_model(state.parameters), step)
 
-        writer = PolicyWriter(self._loaded, task.rollouts, config.train.seq_len + 1)
+        writer = PolicyWriter(self._loaded, task.rollouts, config.train.seq_len + 1, self.tools)
         feed = RolloutFeed(
             config, task, self.layout, objective, writer, self.prompts, self.rewards, learn,
             redraws=redraws, beside=beside,
@@ -118,7 +120,8 @@ def rewarded(
         UserError: the prompts, a reward or the reference is not there, is damaged, or does not fit the model.
     """
     on_rank_0("prepare the data", lambda: ensure_prepared(config.data))
-    prompts, held_out = (open_prompts(config.data, split) for split in (Split.TRAIN, Split.VALIDATION))
+    known = definitions(task.rollouts.tools)
+    prompts, held_out = (open_prompts(config.data, split, known) for split in (Split.TRAIN, Split.VALIDATION))
     if prompts is None:
         raise UserError(f"{config.data.datasets[0].path}: holds no prompt to train on; add some")
     tokenizer, model = prompts.tokenizer, config.model
@@ -128,7 +131,10 @@ def rewarded(
             f"tokenizer ({config.data.datasets[0].path}); use at least {tokenizer.vocab_size}, best "
             f"{padded_vocabulary(tokenizer.vocab_size)}: a multiple of 128, whose last rows no id uses"
         )
-    told = taught(config.data, tokenizer)
+    told, tools = taught(config.data, tokenizer), None
+    if task.rollouts.tools:
+        assert told.chat is not None, "`taught` finds one"
+        tools = Toolbox(task.rollouts.tools, told.chat, tokenizer)
     most = min(config.train.seq_len + 1, model.max_seq_len) - task.rollouts.max_new_tokens - model.virtual_tokens
     key = f"train.seq_len = {config.train.seq_len} and task.rollouts.max_new_tokens = {task.rollouts.max_new_tokens}"
     for split in (prompts, held_out):
@@ -159,4 +165,5 @@ def rewarded(
         rewards=rewards,
         reference=reference,
         under=under,
+        tools=tools,
     )

@@ -202,7 +202,7 @@ def _opened(
         case PatternReward():
             return "pattern", _each(functools.partial(_matches, task)), False, ""
         case LengthReward():
-            length = lambda one: verifiers.overlong(len(one.tokens), task.at_most, task.buffer)
+            length = lambda one: verifiers.overlong(len(one.tokens) - one.heard, task.at_most, task.buffer)
             return "length", _each(length), False, ""
         case FormatReward():
             form = lambda one: verifiers.has_format(one.text, task.tags, rest=task.rest, begun=task.begun)

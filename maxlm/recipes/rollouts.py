@@ -91,7 +91,7 @@ class RolloutFeed:
         self._scores = jax.jit(objective.scores, out_shardings=layout.sharding())
         self._batches: list[RowArrays] = []
         self.stride = task.rollouts.steps(config.train.batch_size)
-        self.fingerprint = f"{prompts.fingerprint} {rewards.fingerprint}"
+        self.fingerprint = f"{prompts.fingerprint} {rewards.fingerprint} {writer.fingerprint}"
         self.memory: dict[str, Any] = {"prompts": 0}
         self.figures: dict[str, float | str] = {}
         """Of the newest rollout."""
@@ -130,7 +130,7 @@ class RolloutFeed:
     def _answers(self, number: int) -> tuple[RolloutTexts, dict[str, Any]]:
         """Of as many prompts as a rollout has; those whose completions are worth the same give way to others, as far as
         `redraws` goes."""
-        S, wanted = self._rollouts.samples, self._rollouts.prompts
+        wanted = self._rollouts.prompts
         useful, useless, drawn = list[RolloutTexts](), list[RolloutTexts](), 0
         for _ in range(1 + self._redraws):
             asked = [self._prompts.drawn(self.memory["prompts"] + n) for n in range(wanted - len(useful))]
@@ -149,7 +149,7 @@ class RolloutFeed:
             usable=np.concatenate([group.usable for group in groups]),
             parts={name: np.concatenate([group.parts[name] for group in groups]) for name in groups[0].parts},
         )
-        return found, {"rollout": number, "drawn_prompts": drawn} | _figures(found, S)
+        return found, {"rollout": number, "drawn_prompts": drawn} | _figures(found, self._rollouts)
 
     def _groups(self, prompts: Sequence[Prompt]) -> Iterator[RolloutTexts]:
         """Each prompt with its completions and what they are worth."""
@@ -195,8 +195,9 @@ def sampling(rollouts: Rollouts) -> SamplingConfig:
 
 def judge(rewards: RewardSum, prompts: Sequence[Prompt], written: Sequence[WrittenText]) -> Judged:
     """What completions are worth."""
+    heard = lambda one: len(one.tokens) - sum(one.drawn)
     texts = zip(prompts, written, strict=True)
-    return rewards([Completion(prompt, one.text, one.tokens, one.finish) for prompt, one in texts])
+    return rewards([Completion(prompt, one.text, one.tokens, one.finish, heard(one)) for prompt, one in texts])
 
 
 def check_lengths(prompts: Prompts, room: int, key: str) -> None:
@@ -238,24 +239,33 @@ def _rows(texts: RolloutTexts, virtual: int, length: int, rollouts: Rollouts) ->
     return arrays | {"sampler_log_probs": log_probs[:, 1:]}
 
 
-def _figures(texts: RolloutTexts, samples: int) -> dict[str, Any]:
+def _figures(texts: RolloutTexts, rollouts: Rollouts) -> dict[str, Any]:
     """What one sees of a rollout."""
     usable, rewards = texts.usable, texts.rewards
     lengths = np.array([sum(one.drawn) for one in texts.written])
-    groups = rewards.reshape(-1, samples)
+    groups = rewards.reshape(-1, rollouts.samples)
     equal = np.mean([np.ptp(group[there]) == 0 if there.any() else True
                      for group, there in zip(groups, usable.reshape(groups.shape), strict=True)])  # fmt: skip
     mean = lambda values: float(values[usable].mean()) if usable.any() else 0.0
-    return {
-        "reward": mean(rewards),
-        "reward_std": float(rewards[usable].std()) if usable.any() else 0.0,
-        **({name: mean(values) for name, values in texts.parts.items()} if len(texts.parts) > 1 else {}),
-        "length": float(lengths.mean()),
-        "cut": float(np.mean([one.finish is Finish.LENGTH for one in texts.written])),
-        "equal_groups": float(equal),
-        "skipped": int((~usable).sum()),
-        "text": texts.written[0].text,
+    of_groups = {"equal_groups": float(equal)} if rollouts.samples > 1 else {}
+    of_tools = {
+        "calls": float(np.mean([one.calls for one in texts.written])),
+        "failed_calls": sum(one.failed for one in texts.written),
+        "unanswered": sum(one.unanswered for one in texts.written),
     }
+    return (
+        of_groups
+        | (of_tools if rollouts.tools else {})
+        | {
+            "reward": mean(rewards),
+            "reward_std": float(rewards[usable].std()) if usable.any() else 0.0,
+            **({name: mean(values) for name, values in texts.parts.items()} if len(texts.parts) > 1 else {}),
+            "length": float(lengths.mean()),
+            "cut": float(np.mean([one.finish is Finish.LENGTH for one in texts.written])),
+            "skipped": int((~usable).sum()),
+            "text": texts.written[0].text,
+        }
+    )
 
 
 def _of_scores(arrays: RowArrays) -> dict[str, float]:
@@ -287,7 +297,7 @@ class RolloutFigures:
             return f"step {step:,}  no rollout since this run went on"
         return (
             f"rollout {row['rollout']:,}  reward {row['reward']:.4g}  length {row['length']:.4g}  "
-            f"equal groups {row['equal_groups']:.0%}  written in {row['writing_seconds']:.3g} s"
+            f"entropy {row['entropy']:.3g}  written in {row['writing_seconds']:.3g} s"
         )
 
 
@@ -313,7 +323,7 @@ class PromptScores:
             row[f"eval_reward{name}"] = mean(judged.total)
             if len(judged.parts) > 1:
                 row |= {f"eval_{part}{name}": mean(values) for part, values in judged.parts.items()}
-            row[f"eval_length{name}"] = float(np.mean([len(one.tokens) for one in written]))
+            row[f"eval_length{name}"] = float(np.mean([sum(one.drawn) for one in written]))
         return row
 
     def line(self, step: int, row: Mapping[str, Any]) -> str:

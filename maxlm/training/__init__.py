@@ -14,6 +14,7 @@ warm_start.py: parameters of another run
 losses.py: cross-entropy and log-probabilities without the logits of a whole batch
 text_objective.py: what objectives about whole texts share
 preference_objective.py: DPO and its kin, KTO
+context_objective.py: context distillation
 policy_objective.py: PPO, GRPO and its kin
 judging.py: reward models and classifiers
 nearness.py: vectors of texts

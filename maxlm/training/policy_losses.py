@@ -44,7 +44,6 @@ def clipped_surrogate(
     advantages: jax.Array,
     low: float,
     high: float,
-    dual: float | None = None,
 ) -> Clipped:
     """-min(r A, clip(r, 1 - low, 1 + high) A) with r = exp(log_probs - old_log_probs) (PPO, Schulman et al. 2017,
     arXiv:1707.06347, equation 7; high above low is "clip-higher" of DAPO, arXiv:2503.14476, equation 10).
@@ -55,17 +54,10 @@ def clipped_surrogate(
         advantages: A. Nothing is learned through them.
         low: epsilon, how much less likely a token becomes before nothing is learned any more.
         high: the same of how much more likely.
-        dual: c, above 1: where A < 0 the loss is at most c |A|, which ends what a ratio far above 1 would do there
-            (Ye et al. 2019, arXiv:1912.09729); None: it is not bounded.
     """
     ratio = jnp.exp(jnp.minimum(log_probs - old_log_probs, _MOST_LOG_RATIO))
     free, bounded = ratio * advantages, jnp.clip(ratio, 1 - low, 1 + high) * advantages
-    gain, clipped = jnp.minimum(free, bounded), bounded < free
-    if dual is not None:
-        least = dual * advantages
-        lower = (advantages < 0) & (gain < least)
-        gain, clipped = jnp.where(lower, least, gain), clipped | lower
-    return Clipped(-gain, clipped)
+    return Clipped(-jnp.minimum(free, bounded), bounded < free)
 
 
 def clipped_value_loss(values: jax.Array, old_values: jax.Array, returns: jax.Array, clip: float) -> Clipped:
@@ -81,17 +73,6 @@ def clipped_value_loss(values: jax.Array, old_values: jax.Array, returns: jax.Ar
     held = old_values + jnp.clip(values - old_values, -clip, clip)
     free, bounded = jnp.square(values - returns), jnp.square(held - returns)
     return Clipped(0.5 * jnp.maximum(free, bounded), bounded > free)
-
-
-def entropy(logits: jax.Array) -> jax.Array:
-    """-sum p log p = logsumexp(x) - sum p x over the last axis, in nats: [..., V] -> [...].
-
-    A logit of -inf is a token that cannot come, and adds 0. `losses.token_scores` has the same of a model's states
-    without the logits of a whole batch.
-    """
-    probabilities = jax.nn.softmax(logits, -1)
-    finite = jnp.where(jnp.isneginf(logits), 0, logits)
-    return jax.nn.logsumexp(logits, -1) - (probabilities * finite).sum(-1)
 
 
 def kl_estimate(log_probs: jax.Array, reference: jax.Array, estimator: KlEstimator) -> jax.Array:
@@ -167,7 +148,7 @@ def gae(rewards: npt.ArrayLike, values: npt.ArrayLike, mask: _Mask, gamma: float
     return Gae(advantages, np.where(counts, advantages + values, 0))
 
 
-def whitened(values: npt.ArrayLike, mask: _Mask, shift_mean: bool = True) -> _Numbers:
+def whitened(values: npt.ArrayLike, mask: _Mask) -> _Numbers:
     """(x - mean) / sqrt(variance + 1e-8) over all counted values; 0 elsewhere.
 
     The variance is that of the population, divided by their number, as in the code of Ziegler et al. 2019
@@ -176,15 +157,13 @@ def whitened(values: npt.ArrayLike, mask: _Mask, shift_mean: bool = True) -> _Nu
     Args:
         values: of any shape.
         mask: of the same, which of them count. What stands elsewhere is not looked at.
-        shift_mean: False: the mean is added again, as for rewards whose sign means something.
     """
     counts = np.asarray(mask, bool)
     x = np.where(counts, np.asarray(values, np.float64), 0)
     n = max(counts.sum(), 1)
     mean = x.sum() / n
     variance = (np.square(x - mean) * counts).sum() / n
-    found = (x - mean) / np.sqrt(variance + 1e-8) + (0 if shift_mean else mean)
-    return np.where(counts, found, 0)
+    return np.where(counts, (x - mean) / np.sqrt(variance + 1e-8), 0)
 
 
 def per_token_rewards(scores: npt.ArrayLike, kl: npt.ArrayLike, mask: _Mask, beta: float) -> _Numbers:
@@ -293,18 +272,6 @@ def token_weights(mask: _Mask, aggregation: Aggregation, max_tokens: int) -> Tok
             return TokenWeights(counts / max_tokens, texts)
         case _:
             assert_never(aggregation)
-
-
-def overlong_penalty(lengths: npt.ArrayLike, max_tokens: int, cache: int) -> _Numbers:
-    """What is added to a text's reward: 0 up to max_tokens - cache tokens, then less with each token, -1 at max_tokens
-    and above ("soft overlong punishment", DAPO, Yu et al. 2025, arXiv:2503.14476, equation 13).
-
-    Args:
-        lengths: tokens of each text.
-        max_tokens: L_max.
-        cache: L_cache, at least 1.
-    """
-    return np.clip((max_tokens - cache - np.asarray(lengths, np.float64)) / cache, -1, 0)
 
 
 def truncated_weights(trainer: npt.ArrayLike, sampler: npt.ArrayLike, mask: _Mask, cap: float) -> _Numbers:
