@@ -18,7 +18,6 @@ from maxlm.config import (
     CheckpointConfig,
     ConstantSchedule,
     DataConfig,
-    FixedKl,
     ModelReward,
     ObserveConfig,
     Ppo,
@@ -35,16 +34,15 @@ def get_config() -> RunConfig:
     return dataclasses.replace(
         base,
         data=DataConfig(datasets=(prompts, library)),
-        train=dataclasses.replace(base.train, steps=80, batch_size=32, seq_len=160, eval_every=40),
-        optimizer=AdamW(learning_rate=1e-4, schedule=ConstantSchedule(warmup_steps=0)),
-        checkpoint=CheckpointConfig(every=40, init_from="runs/rlhf/sft"),
+        train=dataclasses.replace(base.train, steps=60, batch_size=64, seq_len=128, eval_every=20),
+        optimizer=AdamW(learning_rate=3e-5, schedule=ConstantSchedule(warmup_steps=0)),
+        checkpoint=CheckpointConfig(every=20, init_from="runs/rlhf/sft"),
         observe=ObserveConfig(sample_prompt="Where is the bakery?", sample_tokens=64),
         task=Ppo(
             rewards=(ModelReward(run="runs/rlhf/reward", std=5.0),),  # as eval_reward_std of that run says
-            kl=FixedKl(beta=0.1),
             critic="runs/rlhf/reward",
             text_weight=1.0,
-            rollouts=Rollouts(prompts=32, samples=1, max_new_tokens=80, eval_prompts=32),
+            rollouts=Rollouts(prompts=64, samples=1, max_new_tokens=72, eval_prompts=32),
         ),
         run_dir="runs/rlhf/ppo",
     )
