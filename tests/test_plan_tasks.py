@@ -50,7 +50,7 @@ from maxlm.plan.analysis import CompilerReport, Forecast
 from maxlm.plan.machines import Platform, parse_machine
 from maxlm.plan.memory import estimate_memory
 from maxlm.plan.objectives import objective_of
-from maxlm.plan.rollouts import rollout_time
+from maxlm.plan.rollout_time import rollout_time
 from maxlm.sharding import decoding_layout, make_layout
 from maxlm.training import make_trainer
 

@@ -116,7 +116,7 @@ def _plan(config: RunConfig, target: Machine, options: argparse.Namespace) -> in
     print_report(found, breaks, console)
     more: dict[str, Json] = {}
     if isinstance(config.task, Reinforced):
-        from maxlm.plan.rollouts import rollout_time  # these import jax: other plans do without
+        from maxlm.plan.rollout_time import rollout_time  # these import jax: other plans do without
         from maxlm.plan.serving_tables import print_rollout
 
         if (time := rollout_time(found)) is not None:

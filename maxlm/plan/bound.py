@@ -47,7 +47,7 @@ _DAY = 86_400
 
 @dataclass(frozen=True, kw_only=True)
 class TimeBound:
-    """The least time of a training step; what a policy writes before it is no part of that (`plan/rollouts.py`)."""
+    """The least time of a training step; what a policy writes before it is no part of that (`plan/rollout_time.py`)."""
 
     compute_seconds: float
     """Multiplications of a device, recomputed ones too, and those of models that a step only reads (`only_read`), such

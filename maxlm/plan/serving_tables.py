@@ -7,7 +7,7 @@ from rich.text import Text
 
 from maxlm.config import CacheFormat, WeightFormat
 from maxlm.plan.analysis import gib, mesh_text
-from maxlm.plan.rollouts import RolloutTime
+from maxlm.plan.rollout_time import RolloutTime
 from maxlm.plan.serving import DeviceWork, ServingForecast, serving_warnings
 from maxlm.plan.tables import giga, seconds, table_of
 from maxlm.shapes import decoding_flops, prefill_flops
