@@ -4,9 +4,9 @@ rlhf_reward.py (PPO-ptx).
     python -m maxlm.train --config configs/rlhf_ppo.py
 
 The critic begins as the reward model, which is smaller than the policy. A penalty for leaving the policy of rlhf_sft.py
-is part of the reward, and the text of pre-training is learned beside (InstructGPT's equation 2). With more than 40 steps
-the answers please this reward model still more, and another one less (docs/life.md). Hardware: two CPU cores, 2 GB of
-memory, no download; two to three minutes.
+is part of the reward, and the text of pre-training is learned beside (InstructGPT's equation 2). After more than 40
+steps the answers please this reward model still more, and another one less (docs/life.md). Hardware: two CPU cores,
+2 GB of memory, no download; two to three minutes.
 """
 
 import dataclasses
