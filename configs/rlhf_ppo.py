@@ -4,8 +4,9 @@ rlhf_reward.py (PPO-ptx).
     python -m maxlm.train --config configs/rlhf_ppo.py
 
 The critic begins as the reward model, which is smaller than the policy. A penalty for leaving the policy of rlhf_sft.py
-is part of the reward, and the text of pre-training is learned beside (InstructGPT's equation 2). Hardware: two CPU
-cores, 2 GB of memory, no download; about three minutes.
+is part of the reward, and the text of pre-training is learned beside (InstructGPT's equation 2). After more than 40
+steps the answers please this reward model still more, and another one less (docs/life.md). Hardware: two CPU cores,
+2 GB of memory, no download; two to three minutes.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ def get_config() -> RunConfig:
     return dataclasses.replace(
         base,
         data=DataConfig(datasets=(prompts, library)),
-        train=dataclasses.replace(base.train, steps=60, batch_size=64, seq_len=128, eval_every=20),
+        train=dataclasses.replace(base.train, steps=40, batch_size=64, seq_len=128, eval_every=20),
         optimizer=AdamW(learning_rate=3e-5, schedule=ConstantSchedule(warmup_steps=0)),
         checkpoint=CheckpointConfig(every=20, init_from="runs/rlhf/sft"),
         observe=ObserveConfig(sample_prompt="Where is the bakery?", sample_tokens=64),
