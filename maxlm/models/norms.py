@@ -43,4 +43,4 @@ class NormLayer(nnx.Module):
 def _inverse_root(x: jax.Array) -> jax.Array:
     """1 / sqrt(x), correctly rounded twice. XLA's rsqrt is rounded on a CPU as the loop around it happens to be: with a
     gradient in the same program otherwise than without."""
-    return 1 / jnp.sqrt(x)
+    return jnp.sqrt(1 / x)
