@@ -48,9 +48,9 @@ def test_sorting_is_learned_from_its_own_rewards_alone(tmp_path: Path, monkeypat
     run(config, recipe)
     before = np.mean([row["reward"] for row in rows(tmp_path / "grpo", "rollouts")[:2]])
     after = rows(tmp_path / "grpo", "evals")[-1]
-    assert 0.6 < before < 0.85
+    assert 0.6 < before < 0.82
     assert after["eval_reward"] > before + 0.12
-    assert after["eval_reward_greedy"] > 0.95
+    assert after["eval_reward_greedy"] > 0.9
 
     right = RewardSum.__call__
 

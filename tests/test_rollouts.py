@@ -247,6 +247,7 @@ def test_changed_reward_is_noticed_when_a_run_goes_on(folder: Path, tmp_path: Pa
     ("changes", "words"),
     [
         ({"prompts": 5}, "train.batch_size = 16 must divide the 20 completions"),
+        ({"prompts": 32, "samples": 1}, "leaves GroupMean nothing to compare a completion with"),
         ({"epochs": 3}, "checkpoint.every = 2 must be a multiple of 6"),
         ({"max_new_tokens": 9}, "prompts are too long; the first"),
     ],

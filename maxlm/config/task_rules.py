@@ -6,6 +6,7 @@ import math
 from typing import assert_never
 
 from maxlm.config.model import ClassHead, EmbedHead, Head, LmHead, ModelConfig, ScalarHead
+from maxlm.config.policy import GroupMean, LeaveOneOut
 from maxlm.config.reinforcement import Reinforced
 from maxlm.config.task import (
     Classify,
@@ -112,6 +113,11 @@ def _of_rollouts(task: Reinforced, init_from: str | None, batch_size: int, rhyth
             f"train.batch_size), as a run is saved between rollouts alone; use for example {-(-rhythm[key] // n) * n}"
             for key in steps
         ]
+    if isinstance(task, Grpo) and isinstance(task.advantage, GroupMean | LeaveOneOut) and rollouts.samples < 2:
+        failures.append(
+            f"task.rollouts.samples = {rollouts.samples} leaves {type(task.advantage).__name__} nothing to compare a "
+            "completion with; use at least 2, or BatchMean"
+        )
     if init_from is None:
         failures.append(
             f"task = {type(task).__name__} trains a model that can answer already: checkpoint.init_from is None; name "

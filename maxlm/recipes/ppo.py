@@ -69,7 +69,10 @@ def _critic(config: RunConfig, task: Ppo) -> ModelConfig:
     """
     if task.critic is None:
         return dataclasses.replace(base_of(config.model), head=ScalarHead())
-    model = open_source(task.critic).model
+    try:
+        model = open_source(task.critic).model
+    except UserError as error:
+        raise UserError(f"task.critic = {task.critic}: {error}") from error
     if not isinstance(model.head, ScalarHead):
         raise UserError(
             f"task.critic = {task.critic}: its model.head is {type(model.head).__name__}; name a run of task = Reward, "

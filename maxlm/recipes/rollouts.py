@@ -93,7 +93,7 @@ class RolloutFeed:
         self.stride = task.rollouts.steps(config.train.batch_size)
         self.fingerprint = f"{prompts.fingerprint} {rewards.fingerprint} {writer.fingerprint}"
         self.memory: dict[str, Any] = {"prompts": 0}
-        self.figures: dict[str, float | str] = {}
+        self.figures: dict[str, float | str | None] = {}
         """Of the newest rollout."""
 
     def next(self, step: int, state: TrainState) -> Batch:
@@ -245,7 +245,7 @@ def _figures(texts: RolloutTexts, rollouts: Rollouts) -> dict[str, Any]:
     lengths = np.array([sum(one.drawn) for one in texts.written])
     groups = zip(*(x.reshape(-1, rollouts.samples) for x in (rewards, usable)), strict=True)
     equal = np.mean([_equal(*group) for group in groups])
-    mean = lambda values: float(values[usable].mean()) if usable.any() else 0.0
+    mean = lambda values: float(values[usable].mean()) if usable.any() else None
     of_groups = {"equal_groups": float(equal)} if rollouts.samples > 1 else {}
     of_tools = {
         "calls": float(np.mean([one.calls for one in texts.written])),
@@ -257,7 +257,7 @@ def _figures(texts: RolloutTexts, rollouts: Rollouts) -> dict[str, Any]:
         | (of_tools if rollouts.tools else {})
         | {
             "reward": mean(rewards),
-            "reward_std": float(rewards[usable].std()) if usable.any() else 0.0,
+            "reward_std": float(rewards[usable].std()) if usable.any() else None,
             **({name: mean(values) for name, values in texts.parts.items()} if len(texts.parts) > 1 else {}),
             "length": float(lengths.mean()),
             "cut": float(np.mean([one.finish is Finish.LENGTH for one in texts.written])),
@@ -272,12 +272,12 @@ def _equal(rewards: npt.NDArray[np.float64], usable: npt.NDArray[np.bool_]) -> b
     return not usable.any() or bool(np.ptp(rewards[usable]) == 0)
 
 
-def _of_scores(arrays: RowArrays) -> dict[str, float]:
+def _of_scores(arrays: RowArrays) -> dict[str, float | None]:
     """The policy's entropy, and how far the engine's log-probabilities are from those of the program that trains."""
     there = arrays["loss_mask"] > 0
     apart = (arrays["old_log_probs"].astype(np.float64) - arrays["sampler_log_probs"])[there]
     if not apart.size:
-        return {"entropy": 0.0, "sampler_ratio": 1.0, "sampler_largest": 0.0}
+        return dict.fromkeys(("entropy", "sampler_ratio", "sampler_largest"))
     return {
         "entropy": float(arrays["entropy"][there].mean()),
         "sampler_ratio": float(np.exp(apart).mean()),
@@ -299,10 +299,15 @@ class RolloutFigures:
     def line(self, step: int, row: Mapping[str, Any]) -> str:
         if not row:
             return f"step {step:,}  no rollout since this run went on"
-        return (
-            f"rollout {row['rollout']:,}  reward {row['reward']:.4g}  length {row['length']:.4g}  "
-            f"entropy {row['entropy']:.3g}  written in {row['writing_seconds']:.3g} s"
-        )
+        said = f"rollout {row['rollout']:,}  reward {_shown(row['reward'])}  length {row['length']:.4g}"
+        if "equal_groups" in row:
+            said += f"  equal groups {row['equal_groups']:.0%}"
+        said += f"  entropy {_shown(row['entropy'])}  written in {row['writing_seconds']:.3g} s"
+        if row["entropy"] is None:
+            return f"{said}  (nothing is learned: every completion was left out)"
+        if row.get("equal_groups") == 1:
+            return f"{said}  (nothing is learned: the completions of each prompt are all worth the same)"
+        return said
 
 
 class PromptScores:
@@ -331,8 +336,11 @@ class PromptScores:
         return row
 
     def line(self, step: int, row: Mapping[str, Any]) -> str:
-        said = lambda value: "none" if value is None else f"{value:.4g}"
         return (
-            f"step {step:,}  held-out reward {said(row['eval_reward'])} drawn, {said(row['eval_reward_greedy'])} "
+            f"step {step:,}  held-out reward {_shown(row['eval_reward'])} drawn, {_shown(row['eval_reward_greedy'])} "
             f"greedy  over {short(len(self._prompts))} prompts"
         )
+
+
+def _shown(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4g}"
