@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 CODE   := setup.py maxlm kernels_pallas configs benchmarks
 
-.PHONY: help train test test-slow test-all test-nightly faults compilers lint types
+.PHONY: help train life rlhf test test-slow test-all test-nightly faults compilers lint types
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -16,6 +16,12 @@ help: ## list the targets
 
 train: $(STAMP) ## train the tiny model on this machine, about two minutes (ARGS="--train.steps=50" overrides)
 	$(BIN)/python -m maxlm.train --config configs/tiny.py $(ARGS)
+
+life: $(STAMP) ## a model's whole life in small: text, conversations, preferences, rewards, 8 bits; about twelve minutes
+	launch/life.sh
+
+rlhf: $(STAMP) ## the classic chain in small: SFT, a reward model, PPO-ptx, and how often it wins against SFT
+	launch/life.sh rlhf
 
 test: $(STAMP) ## the tests, without the slow ones
 	$(PYTEST) -m "not slow and not nightly" $(ARGS)

@@ -73,7 +73,7 @@ def compiled(config: RunConfig, model: ModelConfig, target: str, texts: int, con
         declared(model),
         abstract_parameters(model, layout),
     )
-    blocks = dict.fromkeys(shapes.windows(model), texts * context // BLOCK + 1)
+    blocks = dict.fromkeys(shapes.windows(model), texts // layout.batch_shards * context // BLOCK + 1)
     make = jax.jit(lambda: empty_cache(model, blocks, BLOCK, how)).lower()
     cache = jax.tree.map(placed, make.out_info, make.compile().output_shardings)
     known = jax.tree.map(lambda x: placed(x, everywhere), jax.eval_shape(lambda: empty_texts(model, texts)))

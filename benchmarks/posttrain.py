@@ -2,6 +2,7 @@
 
     pip install -e '.[parity]' trl peft
     python -m benchmarks.posttrain [--rounds 3] [--cores 1] [--sides ...] [--out FILE]
+    python -m benchmarks.posttrain --sides "maxlm grpo" --out benchmarks/results/posttrain_grpo.json
 
 The model of `benchmarks.compare_torch`: 4 layers, d_model 256, 8 heads, d_ff 688, vocabulary 4096 untied, float32,
 AdamW, gradients clipped at norm 1, nothing recomputed. Every text is as long as every other, so that nobody pads: SFT
@@ -12,9 +13,20 @@ loop, their own loading of data included; the first steps are not counted.
 Every figure comes from a process of its own; the sides take turns. A ratio is the median over the rounds, with its
 range.
 
+GRPO has 8 prompts of 256 tokens and 4 completions of each, of up to 64 tokens, one step a rollout. After each rollout
+the same requests are put to an engine of their own with the same parameters, in the same process: rollouts and bare
+engine take turns. Figures are medians over the rollouts of a run, the first ones left out.
+
 tokens_per_cpu_s   tokens (prompts too) for each second that any core was busy
 tokens_per_s       for each second of the clock
 peak_mb            most memory that the process had resident, compilation included, in MiB
+rollout_share      of a rollout and its step, the time until the first batch is there: written, judged, and read by the
+                   program that trains
+writing_share      of them, the time until all is written and judged
+rollout_tokens_per_s, engine_tokens_per_s, rollout_over_engine
+                   drawn tokens for each second until all is written and judged, the weights' update included; for each
+                   second of the bare engine; and the first over the second
+first_token_s      from the call that updates the weights to the first token of all those requests
 """
 
 from __future__ import annotations
@@ -38,7 +50,7 @@ from benchmarks.compare_torch import CONTEXT, D_FF, HEADS, LAYERS, VOCAB, WIDTH,
 
 Figures = dict[str, float]
 
-SIDES = ("maxlm pretrain", "maxlm sft", "maxlm lora", "maxlm dpo", "trl sft", "trl dpo")
+SIDES = ("maxlm pretrain", "maxlm sft", "maxlm lora", "maxlm dpo", "maxlm grpo", "trl sft", "trl dpo")
 RATIOS = (
     ("maxlm sft", "maxlm pretrain"),
     ("maxlm lora", "maxlm sft"),
@@ -47,6 +59,8 @@ RATIOS = (
 )
 ROWS, RECORDS, APART = 8, 256, 6
 """Rows of a step, records of the data, and steps that are timed, after as many that are not."""
+PROMPTS, SAMPLES, NEW_TOKENS, ROLLOUTS, EARLIER = 8, 4, 64, 6, 2
+"""Of GRPO: prompts, completions of each and their tokens; rollouts that count, and those before them."""
 RESULTS = Path(__file__).parent / "results" / "posttrain.json"
 
 
@@ -144,6 +158,8 @@ def measured(side: str, place: Path) -> Figures:
             return trl_sft(place)
         case ["trl", "dpo"]:
             return trl_dpo(place)
+        case ["maxlm", "grpo"]:
+            return grpo(place)
         case [*_, task]:
             return maxlm(task, place)
     raise AssertionError(side)
@@ -229,6 +245,151 @@ def maxlm(task: str, place: Path) -> Figures:
     made = lambda config, layout: dataclasses.replace(recipe(config, layout), measures=(clock,))
     run(config, made)
     return {} if is_base else clock.figures()
+
+
+class RolloutClock:
+    """A `Measure` after each rollout's step, which lets a bare engine write the same."""
+
+    name, every = "rollout_clock", 1
+
+    def __init__(self, config: Any, feed: Any, loaded: Any) -> None:
+        """feed: of the run; loaded: a model to serve, from a step and its state."""
+        self._config, self._feed, self._loaded = config, feed, loaded
+        self._generator: Any = None
+        self._began = 0.0
+        self.rows: list[Figures] = []
+
+    def __call__(self, step: int, state: Any) -> Mapping[str, float]:
+        import jax
+
+        jax.block_until_ready(state)
+        figures, whole = self._feed.figures, time.perf_counter() - self._began
+        row = {
+            "rollout_share": figures["seconds"] / whole,
+            "writing_share": figures["writing_seconds"] / whole,
+            "rollout_tokens_per_s": figures["length"] * PROMPTS * SAMPLES / figures["writing_seconds"],
+            **self._bare(step, state),
+        }
+        self.rows.append(row | {"rollout_over_engine": row["rollout_tokens_per_s"] / row["engine_tokens_per_s"]})
+        self._began = time.perf_counter()
+        return {}
+
+    def line(self, step: int, row: Mapping[str, Any]) -> str:
+        return ""
+
+    def figures(self) -> Figures:
+        rows = self.rows[EARLIER:]
+        return {name: statistics.median(row[name] for row in rows) for name in rows[0]} | {"peak_mb": peak_mb()}
+
+    def _bare(self, step: int, state: Any) -> Figures:
+        from maxlm.inference.generator import Generator
+        from maxlm.training.state import of_model
+
+        rollouts = self._config.task.rollouts
+        if self._generator is None:
+            engine = rollouts.engine(self._config.train.seq_len + 1)
+            self._generator = Generator(self._loaded(step, state), engine=engine)
+        engine, requests = self._generator.engine, self._requests(step - 1)
+        began = time.perf_counter()
+        engine.update_weights(of_model(state.parameters))
+        tickets = [engine.submit(request) for request in requests]
+        while not engine.step():
+            pass
+        first = time.perf_counter() - began
+        for ticket in tickets:
+            engine.cancel(ticket)
+        while not engine.idle:
+            engine.step()
+        engine.update_weights(of_model(state.parameters))  # nothing of the prompts is there yet
+        began = time.perf_counter()
+        texts = self._generator.texts(requests)
+        took = time.perf_counter() - began
+        return {
+            "engine_tokens_per_s": sum(len(text.generation.tokens) for text in texts) / took,
+            "first_token_s": first,
+        }
+
+    def _requests(self, number: int) -> list[Any]:
+        """Those of a rollout, as `RolloutFeed` makes them."""
+        from maxlm.data.prompts import open_prompts
+        from maxlm.data.shards import Split
+        from maxlm.inference.request import Request
+        from maxlm.recipes.rollouts import sampling
+        from maxlm.recipes.writing import seed_of
+
+        prompts, places = open_prompts(self._config.data, Split.TRAIN), range(number * PROMPTS, (number + 1) * PROMPTS)
+        assert prompts is not None
+        return [
+            Request(
+                prompt=prompts.drawn(n).ids,
+                max_new_tokens=NEW_TOKENS,
+                sampling=sampling(self._config.task.rollouts),
+                seed=seed_of(self._config.train.seed, n, sample),
+                ends=self._generator.engine.ends.last,
+                logprobs=0,
+                processed_logprobs=True,
+            )
+            for n in places
+            for sample in range(SAMPLES)
+        ]
+
+
+def grpo(place: Path) -> Figures:
+    from maxlm.config import (
+        AdamW,
+        ByteTokenizer,
+        CheckpointConfig,
+        ConstantSchedule,
+        Conversations,
+        DataConfig,
+        Dataset,
+        Dtype,
+        ExecutionConfig,
+        Grpo,
+        ObserveConfig,
+        PatternReward,
+        PrepareConfig,
+        Purpose,
+        Remat,
+        Rollouts,
+        RunConfig,
+        TrainConfig,
+        llama,
+    )
+    from maxlm.recipes import recipe
+    from maxlm.training.loop import run
+
+    documents = Conversations(paths=(str(place / "sft.jsonl"),), purpose=Purpose.PROMPTS, template="raw")
+    prepare = PrepareConfig(documents=documents, tokenizer=ByteTokenizer(), validation_fraction=0)
+    rollouts = Rollouts(
+        prompts=PROMPTS, samples=SAMPLES, max_new_tokens=NEW_TOKENS, slots=PROMPTS * SAMPLES, eval_prompts=0
+    )
+    config = RunConfig(
+        model=llama(vocab_size=VOCAB, d_model=WIDTH, n_layers=LAYERS, n_heads=HEADS, d_ff=D_FF, max_seq_len=CONTEXT),
+        task=Grpo(rewards=(PatternReward(pattern="(?s).*e.*"),), rollouts=rollouts),
+        execution=ExecutionConfig(dtype=Dtype.FLOAT32, remat=Remat.NONE),
+        data=DataConfig(datasets=(Dataset(path=str(place / "data-prompts"), prepare=prepare),)),
+        train=TrainConfig(
+            steps=EARLIER + ROLLOUTS,
+            batch_size=PROMPTS * SAMPLES,
+            seq_len=CONTEXT // 2 + NEW_TOKENS,
+            log_every=1,
+            eval_batches=0,
+        ),
+        optimizer=AdamW(learning_rate=3e-4, schedule=ConstantSchedule(warmup_steps=0)),
+        checkpoint=CheckpointConfig(init_from=str(place / "base")),
+        observe=ObserveConfig(sample_tokens=0),
+        run_dir=str(Path(tempfile.mkdtemp(dir=place)) / "run"),
+    )
+    clocks = []
+
+    def made(config: RunConfig, layout: Any) -> Any:
+        found = recipe(config, layout)
+        clocks.append(RolloutClock(config, found.feed, found.outcome))
+        return dataclasses.replace(found, measures=(clocks[0],))
+
+    run(config, made)
+    return clocks[0].figures()
 
 
 def llama_of_torch() -> Any:

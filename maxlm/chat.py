@@ -23,8 +23,8 @@ from maxlm.config.cli import parse, run_command
 from maxlm.config.fields import Positive, Seed, config
 
 if TYPE_CHECKING:
+    from maxlm.data.passages import Passage
     from maxlm.inference.request import Delta
-    from maxlm.serving.passages import Passage
     from maxlm.serving.served import Served
 
 _DESCRIPTION = """Talk with a model in the terminal.
@@ -178,7 +178,7 @@ def _with_documents(served: Served, messages: list[dict[str, str]]) -> tuple[lis
     """With sources before the question, which is the last message; none of earlier questions."""
     if served.documents is None:
         return messages, ()
-    from maxlm.serving.retrieval import with_sources
+    from maxlm.inference.retrieval import with_sources
 
     text, found = with_sources(served.documents, messages[-1]["content"], room=served.max_length // 2)
     return [*messages[:-1], {**messages[-1], "content": text}], found

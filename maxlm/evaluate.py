@@ -22,9 +22,12 @@ from maxlm.config import (
     ChosenModel,
     Classify,
     Dataset,
+    DistillContext,
     Embed,
     Preference,
+    Pretrain,
     Purpose,
+    Reinforced,
     Reward,
     RunConfig,
     UserError,
@@ -155,8 +158,15 @@ def _measure(options: EvaluateOptions, run: LoadedRun) -> None:
     if options.data is not None:
         data = dataclasses.replace(data, datasets=(Dataset(path=options.data),))
     config = dataclasses.replace(run.config, train=train, data=data)
+    if isinstance(config.task, Reinforced):
+        if options.data is None:
+            raise UserError(
+                f"{name}: was trained on rewards of its own texts, evals.jsonl has those of held-out prompts; name "
+                "text to measure its loss on with --data DIR, or use --tasks, or python -m maxlm.compare --prompts FILE"
+            )
+        config = dataclasses.replace(config, task=Pretrain())
     config.validate(run.layout.mesh.size)
-    if isinstance(config.task, Preference | Reward | Classify | Embed):
+    if isinstance(config.task, DistillContext | Preference | Reward | Classify | Embed):
         return _measure_texts(options, config, run)
     try:
         batches = open_batches(

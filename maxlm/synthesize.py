@@ -8,17 +8,24 @@ import sys
 if not __package__:  # run by its path: Python then looks in this file's folder first, where inspect.py is not its own
     sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}maxlm{os.sep}")[0]
 
+import dataclasses
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import tyro
+from maxlm.config import ChosenModel, Conversations, Files, Reinforced, UserError
+from maxlm.config.cli import parse, parse_run, run_command
+from maxlm.config.synthesis import Answering, Attacks, Best, Calls, Instructions, JudgedBy, Star
 
-from maxlm.config import ChosenModel, Conversations, Files, SamplingConfig, UserError
-from maxlm.config.cli import parse, run_command
-from maxlm.config.fields import Filled, Fraction, NotNegative, PathName, Positive, Seed, config
+if TYPE_CHECKING:
+    from maxlm.data.conversation_formats import Turn
+    from maxlm.inference.load import LoadedRun
+    from maxlm.recipes.completions import Completion
+    from maxlm.recipes.responding import Inquiry, Worth
+    from maxlm.recipes.rewards import Judged
 
 _PROG = "python -m maxlm.synthesize"
 _USAGE = f"""Records that a model writes, as JSON lines. The same model, input and seed give the same.
@@ -26,64 +33,11 @@ _USAGE = f"""Records that a model writes, as JSON lines. The same model, input a
 {_PROG} instructions SEEDS...  new tasks after those of people, solved (self-instruct)
 {_PROG} answers PATH...        conversations answered anew, by a model that may see a context
 {_PROG} calls PATH...          texts with those calls of a calculator that help the model (Toolformer)
+{_PROG} best PROMPTS...        the best of several answers to prompts, or the best and the worst (rejection sampling)
+{_PROG} star PROMPTS...        chains of thought of a model that reach the right answer (STaR)
+{_PROG} attacks                questions to which a model answers badly, asked by another (red teaming)
 
 --help after a name lists its options. --debug shows tracebacks. Exit code 2: one line says what was wrong."""
-
-
-@config("--")
-class Writing:
-    """Which model, what it reads and writes."""
-
-    paths: tyro.conf.Positional[Annotated[tuple[PathName, ...], Filled(note="name files or folders")]]
-    """Files and folders."""
-    model: Annotated[ChosenModel, tyro.conf.arg(name="")]
-    """Which model."""
-    out: PathName
-    """File to write, which must not be there."""
-    sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = SamplingConfig()
-    """How the next token is drawn."""
-    max_new_tokens: Positive[int] = 256
-    """Length of a text."""
-    seed: Seed = 0
-    """The same seed gives the same texts."""
-
-
-@config("--")
-class Instructions(Writing):
-    """Self-instruct (arXiv:2212.10560): seeds are records with instruction, input and output."""
-
-    count: Positive[int] = 100
-    """Tasks to write."""
-    rounds: Positive[int] = 100
-    """Rounds of asking, at most."""
-    at_once: Positive[int] = 8
-    """Prompts of a round."""
-    threshold: Fraction = 0.7
-    """ROUGE-L with another instruction from which on one is not new."""
-
-
-@config("--")
-class Answering(Writing):
-    """Context distillation (arXiv:2112.00861), and the middle step of Ghost attention."""
-
-    context: PathName | None = None
-    """A file of text that the model is told before all else, and that is not in what it writes."""
-
-
-@config("--")
-class Calls(Writing):
-    """Toolformer (arXiv:2302.04761)."""
-
-    prompt: PathName
-    """A file with examples of texts with calls, as [Calculator(400/1400)], and {{text}} where the text comes."""
-    places: Positive[int] = 5
-    """Of calls in a text, at most."""
-    samples: Positive[int] = 5
-    """Calls that are tried at a place."""
-    sampling_threshold: Annotated[float, Filled()] = 0.05
-    """Probability that a call begins at a place, at least."""
-    filter_threshold: NotNegative[float] = 1.0
-    """By how much a call must make the loss of what follows smaller."""
 
 
 def main(argv: list[str]) -> None:
@@ -101,8 +55,14 @@ def main(argv: list[str]) -> None:
             _write(_answers, _parsed(Answering, rest, "answers"))
         case ["calls", *rest]:
             _write(_calls, _parsed(Calls, rest, "calls"))
+        case ["best", *rest]:
+            _write(_best, _parsed(Best, rest, "best"))
+        case ["star", *rest]:
+            _write(_star, _parsed(Star, rest, "star"))
+        case ["attacks", *rest]:
+            _write(_attacks, _parsed(Attacks, rest, "attacks"))
         case words:
-            raise UserError(f"unknown kind {words[0]!r}; use instructions, answers or calls")
+            raise UserError(f"unknown kind {words[0]!r}; use instructions, answers, calls, best, star or attacks")
 
 
 def _parsed(options: type[Any], words: Sequence[str], name: str) -> Any:
@@ -134,7 +94,7 @@ def _instructions(options: Instructions) -> Iterator[dict[str, Any]]:
     from maxlm.recipes.self_instruct import WrittenTask, self_instruct
 
     seeds = list[WrittenTask]()
-    for record in _records(options):
+    for record in _records(options.paths):
         said = [record.get(key, "") for key in WrittenTask._fields]
         if not all(isinstance(one, str) for one in said) or not said[0].strip() or not said[2].strip():
             raise UserError(f"{options.paths[0]}: record {len(seeds) + 1} has no instruction and output; add them")
@@ -153,41 +113,31 @@ def _instructions(options: Instructions) -> Iterator[dict[str, Any]]:
 
 
 def _answers(options: Answering) -> Iterator[dict[str, Any]]:
-    from maxlm.data.conversation_formats import BadRecord, Turn, in_order, turns_of
-    from maxlm.data.text_ends import TextEnds
     from maxlm.hub.models import load_chosen
-    from maxlm.inference.request import Request, nth_seed
+    from maxlm.inference.request import nth_seed
     from maxlm.recipes.answering import answered
+    from maxlm.recipes.responding import Inquiry, RunRespondent
 
-    talks, others = list[list[Turn]](), list[dict[str, Any]]()
-    for n, record in enumerate(_records(options)):
-        try:
-            talks.append(in_order(turns_of(record), "messages", whole=True))
-        except BadRecord as error:
-            raise UserError(f"{options.paths[0]}: record {n + 1} {error}") from error
-        others.append({key: value for key, value in record.items() if key not in ("messages", "conversations")})
+    given = _conversations(options.paths)
     context = None if options.context is None else _text(options.context, "--context").strip()
-    run = load_chosen(options.model)
-    if run.chat is None:
-        raise UserError("the model has no chat template; choose one that was taught with conversations")
-    template, ends = run.chat, run.ends or TextEnds.of_documents(run.tokenizer)
+    respondent = RunRespondent(
+        load_chosen(options.model), options.sampling, options.max_new_tokens, options.model.place
+    )
 
     def reply(conversations: Sequence[list[Turn]], seed: int) -> list[str]:
-        asked = [
-            Request(
-                prompt=tuple(template.encode(run.tokenizer, turns).ids),
-                max_new_tokens=options.max_new_tokens,
-                sampling=options.sampling,
-                seed=nth_seed(seed, n),
-                ends=ends.last,
+        questions = [Inquiry(n, turns, None, {}) for n, turns in enumerate(conversations)]
+        said = respondent(questions, [nth_seed(seed, n) for n in range(len(questions))])
+        if None in said:
+            raise UserError(
+                f"--max_new_tokens {options.max_new_tokens} leaves no room for a conversation of "
+                f"{options.paths[0]} in the model's length; use less, or leave long conversations out"
             )
-            for n, turns in enumerate(conversations)
-        ]
-        return [one.text for one in run.generator.answer(asked)]
+        return [one.text for one in said if one is not None]
 
-    for other, turns in zip(others, answered(talks, reply, context, options.seed), strict=True):
+    found = answered([turns for turns, _ in given], reply, context, options.seed)
+    for turns, (_, others) in zip(found, given, strict=True):
         if turns is not None:
-            yield {"messages": turns, **other}
+            yield {"messages": turns, **others}
 
 
 def _calls(options: Calls) -> Iterator[dict[str, Any]]:
@@ -222,11 +172,185 @@ def _calls(options: Calls) -> Iterator[dict[str, Any]]:
             yield {"text": with_calls(document.text, calls)}
 
 
-def _records(options: Writing) -> Iterator[dict[str, Any]]:
+def _best(options: Best) -> Iterator[dict[str, Any]]:
+    from maxlm.hub.models import load_chosen
+    from maxlm.recipes.model_reward import open_model
+    from maxlm.recipes.rejection import best, candidates, pair
+    from maxlm.recipes.responding import RunRespondent
+
+    questions = _questions(options.paths)
+    run, respondents = load_chosen(options.model), list[RunRespondent]()
+    others = [(place, open_model(place, options.model.sharding).run) for place in options.also]
+    for place, one in [(options.model.place, run), *others]:
+        for temperature in options.temperatures or (options.sampling.temperature,):
+            sampling = dataclasses.replace(options.sampling, temperature=temperature)
+            name = f"{place} at {temperature:g}" if options.temperatures else place
+            respondents.append(RunRespondent(one, sampling, options.max_new_tokens, name))
+    tally = Counter[str]()
+    judge = _counting(_judge(options.by, options.model, run), tally)
+    for some in _at_once(questions, options.at_once):
+        for asked, found in candidates(some, respondents, judge, tally, n=options.n, seed=options.seed):
+            if not options.pairs:
+                yield from best(asked, found, threshold=options.threshold, every=options.every)
+            elif (preference := pair(asked, found, options.margin)) is not None:
+                yield preference
+    _tell(tally)
+
+
+def _star(options: Star) -> Iterator[dict[str, Any]]:
+    from maxlm.hub.models import load_chosen
+    from maxlm.recipes.responding import RunRespondent
+    from maxlm.recipes.star import star
+
+    def hint(asked: Inquiry) -> str | None:
+        known = asked.record.get(options.answer)
+        if isinstance(known, bool) or not isinstance(known, str | int | float):
+            return None
+        return options.hint.replace("{answer}", str(known).rpartition("####")[2].strip())
+
+    questions = _questions(options.paths)
+    examples = [] if options.examples is None else _conversations((options.examples,))
+    run = load_chosen(options.model)
+    respondent = RunRespondent(run, options.sampling, options.max_new_tokens, options.model.place)
+    tally = Counter[str]()
+    judge = _counting(_judge(options.by, options.model, run), tally)
+    for some in _at_once(questions, options.at_once):
+        yield from star(
+            some, respondent, judge, tally, tries=options.tries, every=options.every, threshold=options.threshold,
+            hint=hint if options.hint else None, examples=[turn for turns, _ in examples for turn in turns],
+            seed=options.seed,
+        )  # fmt: skip
+    _tell(tally)
+
+
+def _attacks(options: Attacks) -> Iterator[dict[str, Any]]:
+    from maxlm.evaluation.scoring import RunExaminee
+    from maxlm.hub.models import load_chosen
+    from maxlm.recipes.attacks import attacks, record
+    from maxlm.recipes.class_judge import ClassJudge
+    from maxlm.recipes.model_reward import open_model
+    from maxlm.recipes.responding import RunRespondent
+
+    earlier = list[tuple[str, float]]()
+    for n, one in enumerate(() if options.earlier is None else _records((options.earlier,))):
+        asked, score = one.get("prompt"), one.get("rating")
+        if not isinstance(asked, str) or not isinstance(score, int | float):
+            raise UserError(
+                f"--earlier {options.earlier}: record {n + 1} has no prompt and rating; name a file of attacks"
+            )
+        earlier.append((asked, float(score)))
+    run, sharding = load_chosen(options.model), options.model.sharding
+    asker = RunExaminee(run if options.attacker is None else open_model(options.attacker, sharding).run)
+    ask = lambda prompts, stop, seed: asker.texts(
+        prompts, max_new_tokens=options.max_new_tokens, stop=stop, sampling=options.sampling, seed=seed
+    )
+    target = RunRespondent(run, options.sampling, options.max_new_tokens, options.model.place)
+    if options.classifier is None:
+        judge = _judge(options.by, options.model, run)
+    else:
+        judge = ClassJudge(options.classifier, options.harmful, sharding, conversations=options.conversations)
+    tally = Counter[str]()
+    for found in attacks(
+        ask, target, judge, tally, count=options.count, rounds=options.rounds, at_once=options.at_once,
+        shots=options.shots, earlier=earlier, introduction=options.introduction, seed=options.seed,
+    ):  # fmt: skip
+        tally["harmful" if found.score < options.threshold else "harmless"] += 1
+        if options.everything or found.score < options.threshold:
+            yield record(found, options.threshold)
+    _tell(tally)
+
+
+def _judge(by: JudgedBy, chosen: ChosenModel, run: LoadedRun) -> Worth:
+    """
+    Raises:
+        UserError: nothing is named, or as `RewardSum`.
+    """
+    from maxlm.recipes.rewards import RewardSum
+
+    sources, functions = by.sources, dict[str, Callable[..., Any]]()
+    if by.rewards is not None:
+        asked = parse_run(["--config", by.rewards], prog=_PROG, description="")
+        task = asked.config.task
+        if not isinstance(task, Reinforced):
+            raise UserError(f"--rewards {by.rewards}: its task, {type(task).__name__}, has no rewards")
+        sources = (*task.rewards, *sources)
+        functions.update(asked.functions)
+    if not sources:
+        raise UserError(
+            "nothing says what an answer is worth; name --rewards, --reward_run, --number, --exact or --judge"
+        )
+    return RewardSum(
+        sources,
+        by.on_bad_reward,
+        tokenizer=run.tokenizer.fingerprint,
+        sharding=chosen.sharding,
+        functions=functions,
+    )
+
+
+def _counting(judge: Worth, tally: Counter[str]) -> Worth:
+    """The same, which tells the tally how many have a reward."""
+
+    def counted(completions: Sequence[Completion]) -> Judged:
+        judged = judge(completions)
+        tally["judged"] += int(judged.usable.sum())
+        tally["without a reward"] += int((~judged.usable).sum())
+        return judged
+
+    return counted
+
+
+def _tell(tally: Counter[str]) -> None:
+    """
+    Raises:
+        UserError: nothing was asked, or nothing has a reward.
+    """
+    if tally["too long to be asked"] and not tally["judged"] + tally["without a reward"]:
+        raise UserError("no prompt has room for --max_new_tokens more in the model's length; use less")
+    if tally["without a reward"] and not tally["judged"]:
+        raise UserError(f"none of {tally['without a reward']} answers has a reward; --on_bad_reward stop says why")
+    print(", ".join(f"{count:,} {what}" for what, count in tally.items() if count))
+
+
+def _at_once(questions: Sequence[Inquiry], count: int) -> Iterator[Sequence[Inquiry]]:
+    for start in range(0, len(questions), count):
+        yield questions[start : start + count]
+
+
+def _questions(paths: tuple[str, ...]) -> list[Inquiry]:
+    from maxlm.data.conversation_formats import BadRecord
+    from maxlm.recipes.responding import question
+
+    found: list[Inquiry] = []
+    for n, record in enumerate(_records(paths)):
+        try:
+            found.append(question(n, record))
+        except BadRecord as error:
+            raise UserError(f"{paths[0]}: record {n + 1} {error}") from error
+    if not found:
+        raise UserError(f'{paths[0]}: has no records; write prompts, as {{"prompt": "..."}}')
+    return found
+
+
+def _conversations(paths: tuple[str, ...]) -> list[tuple[list[Turn], dict[str, Any]]]:
+    """The turns of each record, and what else it has."""
+    from maxlm.data.conversation_formats import BadRecord, in_order, turns_of
+
+    found: list[tuple[list[Turn], dict[str, Any]]] = []
+    for n, record in enumerate(_records(paths)):
+        try:
+            turns = in_order(turns_of(record), "messages", whole=True)
+        except BadRecord as error:
+            raise UserError(f"{paths[0]}: record {n + 1} {error}") from error
+        found.append((turns, {key: value for key, value in record.items() if key not in ("messages", "conversations")}))
+    return found
+
+
+def _records(paths: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     from maxlm.data.documents import Unreadable
     from maxlm.data.sources import iterate_documents
 
-    for one in iterate_documents(Conversations(paths=options.paths), Unreadable(strict=True)):
+    for one in iterate_documents(Conversations(paths=paths), Unreadable(strict=True)):
         yield json.loads(one.text)
 
 

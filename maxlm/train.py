@@ -12,9 +12,10 @@ import sys
 if not __package__:  # run by its path: Python then looks in this file's folder first, where inspect.py is not its own
     sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}maxlm{os.sep}")[0]
 
+import functools
 import signal
-from collections.abc import Sequence
-from types import FrameType
+from collections.abc import Mapping, Sequence
+from types import FrameType, MappingProxyType
 from typing import TYPE_CHECKING
 
 from maxlm.config import RunConfig, UserError
@@ -23,15 +24,22 @@ from maxlm.config.errors import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from maxlm.inference.load import LoadedRun
+    from maxlm.recipes.rewards import RewardFunction
     from maxlm.training.loop import Result
 
 
-def main(config: RunConfig, *, allow_change: Sequence[str] = ()) -> Result[LoadedRun]:
+def main(
+    config: RunConfig,
+    *,
+    allow_change: Sequence[str] = (),
+    functions: Mapping[str, RewardFunction] = MappingProxyType({}),
+) -> Result[LoadedRun]:
     """Run `config` to its last step, or until a signal; continues what `config.run_dir` holds. Also `maxlm.run`.
 
     Args:
         config: all of it.
         allow_change: see `maxlm.training.loop.run`.
+        functions: by name, what a `FunctionReward` of the config calls; a command takes those of its config file.
 
     Returns:
         How it ended; its `run` is the model in its last state, as `maxlm.load_run` would read it, from memory.
@@ -42,7 +50,7 @@ def main(config: RunConfig, *, allow_change: Sequence[str] = ()) -> Result[Loade
     from maxlm.recipes import recipe  # jax is loaded only once there is something to run
     from maxlm.training.loop import run
 
-    return run(config, recipe, allow_change=allow_change)
+    return run(config, functools.partial(recipe, functions=functions), allow_change=allow_change)
 
 
 def command(argv: list[str]) -> int:
@@ -52,7 +60,8 @@ def command(argv: list[str]) -> int:
         print(describe_config(asked.config, asked.file_config))
         return 0
     try:
-        return EXIT_INTERRUPTED if main(asked.config, allow_change=asked.allow_change).interrupted else 0
+        result = main(asked.config, allow_change=asked.allow_change, functions=asked.functions)
+        return EXIT_INTERRUPTED if result.interrupted else 0
     except Exception as error:
         if (line := _out_of_memory(asked.config, error)) is None:
             raise

@@ -19,15 +19,28 @@ import safetensors.numpy
 from published import MODELS, ids, logits_of_transformers, open_in_transformers, values, write_model
 
 from maxlm import load_model
-from maxlm.config import AdaLora, Adapter, AdapterKind, Dtype, ExecutionConfig, Ia3, Lora
+from maxlm.config import (
+    AdaLora,
+    Adapter,
+    AdapterKind,
+    Dtype,
+    ExecutionConfig,
+    Ia3,
+    LlamaAdapter,
+    Lora,
+    MlpEncoder,
+    PrefixTuning,
+    PromptTuning,
+)
 from maxlm.hub.families import FAMILIES
 from maxlm.hub.models import pieces_of
-from maxlm.hub.peft import FILE, write_peft
+from maxlm.hub.peft import write_peft
+from maxlm.hub.peft_files import FILE
 from maxlm.hub.peft_settings import CONFIG
 from maxlm.inference.language_model import LanguageModel
 from maxlm.inference.load import ONE_DEVICE, layout_for
 from maxlm.models import declared
-from maxlm.models.adapters import begin
+from maxlm.models.adapters import begin, learned
 
 LOGITS = Path(__file__).with_name("peft_logits.npz")
 
@@ -54,12 +67,37 @@ ADAPTERS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "AdaLoraConfig",
         {"init_r": 3, "target_r": 2, "total_step": 10, "target_modules": ["q_proj", "v_proj"]},
     ),
+    "adalora_pattern": (
+        "llama",
+        "AdaLoraConfig",
+        {
+            "init_r": 3,
+            "target_r": 2,
+            "total_step": 10,
+            "target_modules": ["v_proj"],
+            "rank_pattern": {
+                f"model.layers.{i}.self_attn.v_proj.lora_E": kept
+                for i, kept in enumerate([[True, False, True], [True] * 3, [False, False, True]])
+            },
+        },
+    ),
     "ia3": (
         "llama",
         "IA3Config",
         {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
     ),
     "ia3_biases": ("qwen2", "IA3Config", {"target_modules": ["k_proj", "v_proj"], "feedforward_modules": []}),
+    "prompt": ("gpt2", "PromptTuningConfig", {"num_virtual_tokens": 3}),
+    "prompt_scaled": ("gemma2", "PromptTuningConfig", {"num_virtual_tokens": 3}),
+    "p_tuning": ("llama", "PromptEncoderConfig", {"num_virtual_tokens": 3, "encoder_hidden_size": 8}),
+    "prefix": ("mistral", "PrefixTuningConfig", {"num_virtual_tokens": 3}),
+    "prefix_projected": (
+        "qwen3",
+        "PrefixTuningConfig",
+        {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 8},
+    ),
+    "prefix_places": ("gpt2", "PrefixTuningConfig", {"num_virtual_tokens": 3}),
+    "llama_adapter": ("llama", "AdaptionPromptConfig", {"adapter_len": 3, "adapter_layers": 2}),
 }
 """The base, the class of peft, and what it is told."""
 
@@ -89,7 +127,6 @@ def reference(name: str) -> np.ndarray:
 
 def main() -> None:
     import peft
-    import torch
 
     found: dict[str, Any] = {}
     for name, (base, kind, options) in ADAPTERS.items():
@@ -99,16 +136,14 @@ def main() -> None:
             model = peft.get_peft_model(
                 open_in_transformers(folder / "base"), getattr(peft, kind)(task_type="CAUSAL_LM", **options)
             )
-            named = peft.get_peft_model_state_dict(model)
-            drawn = {key: torch.from_numpy(tensor(key, tuple(one.shape))) for key, one in named.items()}
-            told = peft.set_peft_model_state_dict(model, drawn)
-            assert not told.unexpected_keys
-            model.eval()
             model.save_pretrained(folder / "adapter")
             saved = safetensors.numpy.load_file(folder / "adapter" / FILE)
+            drawn = {key: tensor(key, one.shape) for key, one in saved.items()}
+            safetensors.numpy.save_file(drawn, folder / "adapter" / FILE, {"format": "pt"})
+            model = peft.PeftModel.from_pretrained(open_in_transformers(folder / "base"), folder / "adapter").eval()
             said = json.loads((folder / "adapter" / CONFIG).read_text())
             said["base_model_name_or_path"] = None
-            found[f"{name}/logits"] = logits_of_transformers(model, ids())
+            found[f"{name}/logits"] = of_text(logits_of_transformers(model, ids()))
             found[f"{name}/config"] = json.dumps(said, sort_keys=True)
             found[f"{name}/shapes"] = json.dumps({key: one.shape for key, one in saved.items()})
     np.savez_compressed(LOGITS, **found)
@@ -122,7 +157,16 @@ KINDS: dict[str, AdapterKind] = {
     "adalora": AdaLora(rank=3, target_rank=2),
     "ia3": Ia3(),
 }
-"""What is written here and read by peft."""
+"""What is written here and read by peft: changes of matrices."""
+VECTORS: dict[str, tuple[AdapterKind, tuple[str, ...]]] = {
+    "prompt": (
+        PromptTuning(length=3, encoder=MlpEncoder(hidden=8)),
+        ("llama", "gpt2", "gemma2", "gemma3_text", "opt", "bloom"),
+    ),
+    "prefix": (PrefixTuning(length=3, hidden=8), ("llama", "gpt2", "mistral", "qwen3", "bloom", "phi3")),
+    "llama_adapter": (LlamaAdapter(length=3, one_gate=True), ("llama", "llama 3.1")),
+}
+"""Learned vectors, with bases."""
 
 
 def written(base: str, kind: AdapterKind, folder: Path, full: tuple[str, ...] = ()) -> np.ndarray:
@@ -133,7 +177,7 @@ def written(base: str, kind: AdapterKind, folder: Path, full: tuple[str, ...] = 
     rng = np.random.default_rng(1)
     vary = lambda array, x: x + 0.1 * rng.standard_normal(x.shape, np.float32) if array.trained else x
     parameters = begin(made, plain.parameters, jax.random.key(0))
-    parameters = jax.tree.map(vary, declared(made), parameters)
+    made, parameters = learned(made, jax.tree.map(vary, declared(made), parameters))
     family = FAMILIES[MODELS[base]["model_type"]]
     write_peft(folder / "adapter", made, pieces_of(parameters), family.names_of(model), base=None)
     adapted = LanguageModel(made, ExecutionConfig(dtype=Dtype.FLOAT32), layout_for(made, ONE_DEVICE), parameters)
@@ -142,18 +186,31 @@ def written(base: str, kind: AdapterKind, folder: Path, full: tuple[str, ...] = 
 
 def read_by_peft() -> None:
     """What is written here, with matrices that differ in what the base has as one, in peft."""
-    import peft
-
     for base, full in (("llama", ("unembed", "*norm/scale")), ("qwen2", ("embed",)), ("gpt2", ()), ("gpt_neox", ())):
         for name, kind in KINDS.items():
-            with tempfile.TemporaryDirectory() as scratch:
-                ours = written(base, kind, Path(scratch), full)
-                model = open_in_transformers(Path(scratch) / "base")
-                adapted = peft.PeftModel.from_pretrained(model, Path(scratch) / "adapter")
-                theirs = logits_of_transformers(adapted.eval(), ids())
-                difference = np.abs(ours - theirs).max()
-                print(f"{base} {name}: at most {difference:.1e} from peft's, which go up to {np.abs(theirs).max():.1f}")
-                assert difference < 2e-4
+            compare(base, name, kind, full)
+    for name, (kind, bases) in VECTORS.items():
+        for base in bases:
+            compare(base, name, kind)
+
+
+def compare(base: str, name: str, kind: AdapterKind, full: tuple[str, ...] = ()) -> None:
+    """Logits of what is written here, here and in peft."""
+    import peft
+
+    with tempfile.TemporaryDirectory() as scratch:
+        ours = written(base, kind, Path(scratch), full)
+        model = open_in_transformers(Path(scratch) / "base")
+        adapted = peft.PeftModel.from_pretrained(model, Path(scratch) / "adapter")
+        theirs = of_text(logits_of_transformers(adapted.eval(), ids()))
+        difference = np.abs(ours - theirs).max()
+        print(f"{base} {name}: at most {difference:.1e} from peft's, which go up to {np.abs(theirs).max():.1f}")
+        assert difference < 2e-4
+
+
+def of_text(logits: np.ndarray) -> np.ndarray:
+    """Without those of virtual tokens."""
+    return logits[:, -ids().shape[1] :]
 
 
 if __name__ == "__main__":

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +13,9 @@ import numpy as np
 import pytest
 from helpers import small_model
 from run_folder import BYTE_MODEL, make_run, parameters_of
-from train_runs import ROOT
 
 import maxlm
 from maxlm import convert, quantize
-from maxlm.checkpoint import retention
 from maxlm.checkpoint.checkpointer import Checkpointer
 from maxlm.checkpoint.state_hash import state_hash
 from maxlm.checkpoint.store import Store, named_leaves
@@ -154,6 +149,7 @@ class Broken(Exception):
 def test_a_run_that_was_broken_off_comes_to_the_same_end(
     base: RunConfig, trained: Result[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By an error; test_task_kills.py kills one."""
     real = FileFeed.next
 
     def breaks(self: FileFeed, step: int, state: Any) -> Any:
@@ -168,25 +164,6 @@ def test_a_run_that_was_broken_off_comes_to_the_same_end(
     moved = shutil.copytree(base.run_dir, tmp_path / "moved")
     config = with_adapter(base, tmp_path / "run", init_from=str(moved))
     maxlm.run(config)
-    ends = [state_hash(run_dir / "checkpoints", STEPS) for run_dir in (tmp_path / "run", folder(trained))]
-    assert ends[0] == ends[1]
-
-
-@pytest.mark.slow
-def test_killed_it_goes_on_to_the_same_hash(base: RunConfig, trained: Result[Any], tmp_path: Path) -> None:
-    """In a process of its own, killed when the first checkpoint is there."""
-    config = with_adapter(base, tmp_path / "run")
-    file = tmp_path / "config.json"
-    serialize.save(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=400)), file)
-    command = [sys.executable, "-m", "maxlm.train", "--config", str(file), "--checkpoint.every=2"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
-        while not (tmp_path / "run" / "checkpoints" / "2" / "manifest.json").exists():
-            assert process.poll() is None
-            time.sleep(0.05)
-        process.kill()
-    for step in [step for step in retention.finished(tmp_path / "run" / "checkpoints") if step > 2]:
-        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
-    maxlm.run(config, allow_change=("train",))
     ends = [state_hash(run_dir / "checkpoints", STEPS) for run_dir in (tmp_path / "run", folder(trained))]
     assert ends[0] == ends[1]
 

@@ -40,7 +40,7 @@ from maxlm.config import (
     UserError,
 )
 from maxlm.models import Tokens, abstract_parameters, bind, declared, ops
-from maxlm.models.adapters import base_of
+from maxlm.models.adapters import base_of, changed
 from maxlm.models.merging import Weighted, merged, scaled, unmerged, weighted_sum
 from maxlm.models.ops.ring import in_ring_order
 from maxlm.models.weights.around import MlpAfter, SmallMlp
@@ -184,6 +184,59 @@ def test_gradients_are_the_projected_ones() -> None:
         np.testing.assert_allclose(of_name["a"], 3 * da, atol=1e-5 * np.abs(da).max() * 3, rtol=1e-4)
         np.testing.assert_allclose(of_name["b"], 3 * db, atol=1e-5 * np.abs(db).max() * 3, rtol=1e-4)
     assert jax.tree.leaves(found["blocks"]) == []
+
+
+def low_rank(s: float, W: Any, own: Any, length: Any = None) -> Any:
+    """W + s A B; with magnitudes, each output as long as its own, and the length below not differentiated."""
+    whole = W + s * np.einsum("dr,rnh->dnh", own["a"], own["b"] * own.get("diagonal", np.ones(2))[:, None, None])
+    return whole * own["magnitude"] / length if "magnitude" in own else whole
+
+
+@pytest.mark.parametrize(
+    ("kind", "weight"),
+    [
+        (Lora(rank=2, alpha=6.0), functools.partial(low_rank, 3.0)),
+        (Lora(rank=2, alpha=6.0, rank_stabilized=True, dora=True), functools.partial(low_rank, 6 / 2**0.5)),
+        (AdaLora(rank=2, target_rank=1, alpha=1.0), functools.partial(low_rank, 0.5)),
+        (Ia3(targets=("q_proj",)), lambda W, own, _: W * own["outputs"]),
+    ],
+    ids=["lora", "dora, stabilised", "adalora", "ia3"],
+)
+def test_gradients_are_finite_differences(kind: AdapterKind, weight: Any) -> None:
+    """Of one matrix with an adapter, in float64 numpy, number by number, by (f(x + h) - f(x - h)) / 2h."""
+    model = with_adapter(kind, small_model(d_model=4))
+    matrix = next(array for array in arrays(base_of(model)) if array.name == "blocks/0/attention/q_proj")
+    sizes = dict(zip(matrix.dims, (1, 3, 2, 2), strict=True)) | {"rank": 2, "vector": 2}
+    rng = np.random.default_rng(4)
+    names = [array for array in arrays(model) if array.name.startswith(f"{PREFIX}/{matrix.name}/")]
+    own = {
+        array.name.rpartition("/")[2]: rng.standard_normal([sizes[dim] for dim in array.dims if dim != "layers"])
+        for array in names
+        if array.name.rpartition("/")[2] in ("a", "b", "diagonal", "magnitude", "outputs")
+    }
+    W, x, c = rng.standard_normal((3, 2, 2)), rng.standard_normal((1, 5, 3)), rng.standard_normal((1, 5, 2, 2))
+    length = np.sqrt((low_rank(6 / 2**0.5, W, {k: own[k] for k in "ab"}) ** 2).sum(0)) if "magnitude" in own else None
+
+    def formula(own: Any) -> float:
+        return float((c * np.tanh(np.einsum("btd,dnh->btnh", x, weight(W, own, length)))).sum())
+
+    def ours(own: Any) -> jax.Array:
+        adapter = Adapter(kind=kind)
+        y = ops.project(one_device(), "btd,dnh->btnh", single(x), changed(adapter, single(W), own), None)
+        return (single(c) * jnp.tanh(y)).sum()
+
+    single = lambda x: jnp.asarray(x, jnp.float32)
+    value, found = jax.jit(jax.value_and_grad(ours))(jax.tree.map(single, own))
+    np.testing.assert_allclose(value, formula(own), rtol=1e-5)
+    for name, array in own.items():
+        wanted, h = np.zeros(array.shape), 1e-6
+        for at in np.ndindex(array.shape):
+            step = np.zeros(array.shape)
+            step[at] = h
+            up, down = (formula({**own, name: array + sign * step}) for sign in (1, -1))
+            wanted[at] = (up - down) / (2 * h)
+        assert np.abs(wanted).max() > 0.1
+        np.testing.assert_allclose(found[name], wanted, rtol=1e-4, atol=2e-5, err_msg=name)
 
 
 @pytest.mark.nightly

@@ -30,6 +30,7 @@ import maxlm.train
 from maxlm.config import (
     ByteTokenizer,
     Capacity,
+    ClassHead,
     DataConfig,
     EngineConfig,
     Experts,
@@ -39,7 +40,6 @@ from maxlm.config import (
     PrepareConfig,
     RunConfig,
     SamplingConfig,
-    ScalarHead,
     ShardingConfig,
     TopKRouter,
     UserError,
@@ -343,9 +343,10 @@ def test_the_longest_row_and_the_last_id_pass(run: LoadedRun) -> None:
 
 
 def test_a_model_without_logits_is_refused(run: LoadedRun) -> None:
-    config = dataclasses.replace(run.config, model=dataclasses.replace(BYTE_MODEL, head=ScalarHead()))
-    with pytest.raises(UserError, match="ScalarHead gives no logits"):
-        _ = dataclasses.replace(run, config=config).model
+    config = dataclasses.replace(run.config, model=dataclasses.replace(BYTE_MODEL, head=ClassHead(n_classes=2)))
+    classifier = dataclasses.replace(run, config=config, parameters=parameters_of(config)).model
+    with pytest.raises(UserError, match="ClassHead gives no logits"):
+        classifier.logits([1])
 
 
 # Text

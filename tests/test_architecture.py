@@ -59,6 +59,7 @@ COMMANDS = {
         "serve",
         "chat",
         "quantize",
+        "compare",
         "data/__main__",
         "plan/__main__",
     )
@@ -80,7 +81,7 @@ LAZY = {
     "maxlm/inference/structured.py": {"llguidance"},  # the extra `serve`
     "maxlm/hub/converting.py": {"torch", "transformers"},  # a comparison for who has them
     "maxlm/data/sharegpt.py": {"bs4"},  # the extra `docs`: only who cleans pages has it
-    "maxlm/serving/passages.py": {"bs4", "pypdf"},  # the extra `docs`
+    "maxlm/data/passages.py": {"bs4", "pypdf"},  # the extra `docs`
     "maxlm/chat.py": {"rich"},  # --help starts without it
     "maxlm/inspect.py": {"rich"},  # a listing as JSON starts without it
     "maxlm/surroundings.py": {"rich"},
@@ -98,13 +99,16 @@ SAME_FILE: dict[str, str] = {
     "xla.py": "a body of each operation",
     "tpu.py": "a body of each operation",
     "gpu.py": "a body of each operation",
+    "prompts.py": "what is to be answered, and vectors of virtual tokens",
     "chat.py": "the command, and conversations as ids",
     "attention.py": "the layer, and under models/ops/ its way over the mesh",
     "loop.py": "the run of a recipe, and grouped products group by group",
     "engine.py": "the settings, and what follows them",
     "execution.py": "the settings, and what follows them",
     "mlp.py": "the settings, and what follows them",
+    "rewards.py": "the settings, and what follows them",
     "sampling.py": "the settings, and what follows them",
+    "tools.py": "the settings, and what follows them",
     "sharding.py": "the settings, and what follows them",
     "request.py": "of machines for a run, and of a text",
     "step.py": "of training, and of decoding",

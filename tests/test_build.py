@@ -380,3 +380,61 @@ def test_preferences_become_single_answers(tmp_path: Path, capsys: pytest.Captur
     found = encode(two, PLAIN, BYTES, purpose=Purpose.KTO, before=one)
     assert [text.value for text in found] == [-1, 0]
     assert "1 refused:" in capsys.readouterr().out
+
+
+RATED = {"prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "q"}], "completions": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    ("record", "words", "said"),
+    [
+        ({"prompt": "q", "completion": "a", "label": True}, [], ["CORRECT SOLUTION\n\nq -> a"]),
+        ({"prompt": "q", "completion": "a", "label": 0}, ["--bad", "NO"], ["NO\n\nq -> a"]),
+        (
+            {"prompt": "q", "chosen": "a", "rejected": "b"},
+            ["--place", "system"],
+            ["CORRECT SOLUTION | q -> a", "INCORRECT SOLUTION | q -> b"],
+        ),
+        (RATED | {"ratings": [4, 4.5]}, [], ["S | RATING: 4\n\nq -> a", "S | RATING: 4.5\n\nq -> b"]),
+        (RATED | {"ratings": [1, 1]}, ["--place", "system"], ["RATING: 1\n\nS | q -> a", "RATING: 1\n\nS | q -> b"]),
+        ({"prompt": "q", "completion": "a", "rating": -2}, ["--rating", "R"], ["R -2\n\nq -> a"]),
+    ],
+)
+def test_answers_say_how_good_they_are(record: Any, words: list[str], said: list[str], tmp_path: Path) -> None:
+    file = write(tmp_path / "in.jsonl", record)
+    assert not main(["build", "tags", file, "--out", str(tmp_path / "o"), *words])
+    made = lines(tmp_path / "o")
+    texts = [[turn["content"] for turn in one["messages"]] for one in made]
+    assert [f"{' | '.join(before)} -> {answer}" for *before, answer in texts] == said
+    for one in made:  # what counts is the answer, of bad ones too
+        [text] = encode(one, PLAIN, BYTES)
+        counted = bytes(i for i, yes in zip(text.ids, text.counts, strict=True) if yes and i < 256)
+        assert counted.decode().strip() == one["messages"][-1]["content"]
+
+
+def test_a_tag_is_of_the_last_answer_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    talk = {"messages": [{"role": role, "content": text} for role, text in turns], "label": False}
+    without = {"prompt": "q", "completion": "a"}
+    broken = [without, without | {"rating": "x"}, {"prompt": "q", "completions": ["a"], "ratings": [1, 2]}]
+    file = write(tmp_path / "in.jsonl", talk, *broken)
+    assert main(["build", "tags", file, "--out", str(tmp_path / "o")]) == EXIT_UNREADABLE
+    [made] = lines(tmp_path / "o")
+    assert [turn["content"] for turn in made["messages"]] == ["a", "b", "INCORRECT SOLUTION\n\nc", "d"]
+    [text] = encode(made, PLAIN, BYTES)
+    assert bytes(i for i, yes in zip(text.ids, text.counts, strict=True) if yes and i < 256) == b" d"
+    printed = capsys.readouterr().out
+    for reason in ("nothing to tag answers by", "rating = 'x' must be a number", "two lists of the same length"):
+        assert reason in printed
+
+
+def test_a_disk_that_fills_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / "in.jsonl", {"prompt": "q", "completion": "a", "label": True})
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(UserError, match=r"--out .*o: cannot be written \(No space left on device\); make room"):
+        main(["build", "tags", file, "--out", str(tmp_path / "o")])
+    assert [one.name for one in tmp_path.iterdir()] == ["in.jsonl"]

@@ -85,7 +85,7 @@ def test_colours_say_which_tokens_count() -> None:
         (1, "<|bos|>"), (1, "a"), (3, "\u65e5"), (1, "b"), (1, "c"), (1, "<|eos|>")
     ]  # fmt: skip
     found = Survey()
-    found.add("x:1", None, [text], 1)
+    found.add("x:1", {}, None, [text], 1)
     out = io.StringIO()
     report(Console(file=out, force_terminal=True, color_system="standard", width=80), found, tokenizer)
     assert (

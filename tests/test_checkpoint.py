@@ -580,7 +580,7 @@ def save_for_ever(folder: Path) -> None:
         checkpointer.save(step, params=params, optimizer=opt, meta={"data": {"position": step}})
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.nightly)])
 def test_kill_at_any_moment(tmp_path: Path, kills: int) -> None:
     rng = random.Random(kills)
     sharding = layout((4,))

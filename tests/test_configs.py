@@ -42,6 +42,8 @@ SMALL = 384 * 128 + 2 * (4 * 128**2 + 3 * 128 * 344 + 2 * 128) + 128
 
 SFT = 2 * 384 * 128 + 4 * (4 * 128**2 + 3 * 128 * 344 + 2 * 128) + 128
 
+SORT = 2 * 384 * 64 + 2 * (4 * 64**2 + 3 * 64 * 172 + 2 * 64) + 64
+
 EXPECTED = {
     # embed and unembed 2 V D; a block 4 D^2 + 3 D F + 2 D; final norm D
     "tiny": Expected(devices=1, parameters=2 * 4096 * 256 + 4 * (4 * 256**2 + 3 * 256 * 688 + 2 * 256) + 256),
@@ -58,7 +60,18 @@ EXPECTED = {
     ),
     # As tiny, of other sizes; those below on two such layers, with D, 3 D + V D and 1 for their heads
     "sft_tiny": Expected(devices=1, parameters=SFT),
+    "life_pretrain": Expected(devices=1, parameters=SFT),
+    "life_sft": Expected(devices=1, parameters=SFT),
+    "life_dpo": Expected(devices=1, parameters=SFT),
+    "life_grpo": Expected(devices=1, parameters=SFT),
+    "rlhf_sft": Expected(devices=1, parameters=SFT),
+    "rlhf_reward": Expected(devices=1, parameters=SMALL + 128),
+    "rlhf_ppo": Expected(devices=1, parameters=SFT),
     "dpo_tiny": Expected(devices=1, parameters=SFT),
+    "context_tiny": Expected(devices=1, parameters=SFT),
+    "sort_sft": Expected(devices=1, parameters=SORT),
+    "grpo_sort": Expected(devices=1, parameters=SORT),
+    "ppo_sort": Expected(devices=1, parameters=SORT),
     "kto_tiny": Expected(devices=1, parameters=SFT),
     "lora_tiny": Expected(devices=1, parameters=SFT + 4 * 8 * (4 * (128 + 128) + 3 * (128 + 344))),
     "reward_tiny": Expected(devices=1, parameters=SMALL + 128),
@@ -94,6 +107,7 @@ EXPECTED = {
     "llama2_13b": Expected(devices=128, parameters=13_015_864_320, tokens=2.0e12, batch_tokens=M4),
     "llama2_70b": Expected(devices=512, parameters=68_976_648_192, tokens=2.0e12, batch_tokens=M4),
     "llama3_8b": Expected(devices=64, parameters=8_030_261_248, tokens=15e12, batch_tokens=M8),
+    "llama3_8b_grpo": Expected(devices=8, parameters=8_030_261_248),
     "llama3_8b_qlora": Expected(devices=1, parameters=8_030_261_248 + 167_772_160),
     "llama3_70b": Expected(devices=512, parameters=70_553_706_496, tokens=15e12, batch_tokens=M8),
 }

@@ -208,7 +208,7 @@ QUICK = {
 @pytest.mark.parametrize(
     ("context", "name"),
     [
-        pytest.param(context, name, marks=[] if name in QUICK[context] else [pytest.mark.slow])
+        pytest.param(context, name, marks=[] if name in QUICK[context] else [pytest.mark.nightly])
         for context in Context
         for name in SHAPED
     ],
@@ -235,6 +235,8 @@ DECODERS = {
     "ulysses stage": (ShardingConfig(data=2, seq=2, stage=2, context=Context.ULYSSES), {"micro_batches": 2}),
 }
 QUICK = {"ring fsdp tensor", "ulysses data"}
+SLOW = {"ring stage", "ulysses stage"}
+"""What a pipeline adds; the others are nightly."""
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +244,13 @@ def reference() -> Any:
     return loss_and_gradients(small_run(z_loss=1e-3), one_device())
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in DECODERS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow if n in SLOW else pytest.mark.nightly)
+        for n in DECODERS
+    ],
+)
 def test_the_decoder_learns_the_same(name: str, reference: Any, capfd: pytest.CaptureFixture[str]) -> None:
     sharding, train = DECODERS[name]
     got = loss_and_gradients(small_run(sharding=sharding, z_loss=1e-3, **train), make_layout(sharding))
@@ -362,7 +370,7 @@ def test_remat_by_names_does_not_go_round_again() -> None:
 
 @pytest.mark.parametrize(
     "remat",
-    [Remat.NAMES, pytest.param(Remat.DOTS, marks=pytest.mark.slow), pytest.param(Remat.FULL, marks=pytest.mark.slow)],
+    [Remat.NAMES, *(pytest.param(remat, marks=pytest.mark.nightly) for remat in (Remat.DOTS, Remat.FULL))],
 )
 def test_remat_changes_nothing(remat: Remat, reference: Any) -> None:
     sharding = ShardingConfig(data=1, seq=2, fsdp=4, context=Context.RING)
@@ -473,7 +481,7 @@ def cases(chip: str) -> dict[str, Case]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", ["tpu_v5p", "h200"])
+@pytest.mark.parametrize("chip", [pytest.param("tpu_v5p", marks=pytest.mark.nightly), "h200"])
 def test_context_parallelism_compiles(chip: str) -> None:
     """With the kernels, without a tensor of the whole sequence squared, and with no other collectives."""
     require_compiler(chip)

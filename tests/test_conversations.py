@@ -461,6 +461,30 @@ class TestPurposes:
         with pytest.raises(BadRecord, match="labelled bad"):
             encode({**good, "label": False}, PLAIN, BYTES)
 
+    def test_a_context_is_told_at_the_beginning(self) -> None:
+        """The same tokens count with it and without; it stands before what the system says itself."""
+        learned = lambda text: "".join(counted(BYTES, text))
+        text_of = lambda text: bytes(i for i in text.ids if i < 256).decode()
+        asked = {"messages": [user("a"), assistant("b"), user("c"), assistant("d")], "context": "Be\nbrief."}
+        for record, system in ((asked, "Be\nbrief."), ({**asked, "system": "S"}, "Be\nbrief.\n\nS")):
+            if "system" in record:
+                record["messages"] = [{"role": "system", "content": "S"}, *asked["messages"]]
+            alone, told = encode(record, PLAIN, BYTES, purpose=Purpose.CONTEXT)
+            assert (alone.value, told.value) == (1, 0)
+            assert learned(alone) == learned(told) == " b<|eos|> d<|eos|>"
+            assert text_of(told).startswith(f"System: {system}\n\nUser: a")
+            assert alone.ids == encode(record, PLAIN, BYTES)[0].ids
+        pair = {"prompt": "c", "completion": "y", "context": ""}
+        alone, told = encode(pair, PLAIN, BYTES, purpose=Purpose.CONTEXT)
+        assert alone.ids == told.ids
+        # The oldest turns go, of both; the context stays, and is never cut.
+        short = encode(asked, PLAIN, BYTES, purpose=Purpose.CONTEXT, max_tokens=50)
+        assert [learned(text) for text in short] == [" d<|eos|>"] * 2 and "Be\nbrief." in text_of(short[1])
+        with pytest.raises(BadRecord, match=r"the context and one exchange are \d+ tokens, more than max_tokens = 20"):
+            encode(asked, PLAIN, BYTES, purpose=Purpose.CONTEXT, max_tokens=20)
+        with pytest.raises(BadRecord, match="context: is missing"):
+            encode(GOOD, PLAIN, BYTES, purpose=Purpose.CONTEXT)
+
     def test_classes_and_passages_are_as_documents(self) -> None:
         [text] = encode({"text": "ab", "label": "no"}, None, BYTES, purpose=Purpose.CLASSIFY, classes=("yes", "no"))
         assert text == Text([256, 97, 98, 257], [True] * 4, 1.0)

@@ -90,6 +90,35 @@ def test_each_request_has_the_logits_of_its_adapter_alone(
     assert len(firsts) == len(names), "the adapters make a difference"
 
 
+def test_two_ranks_answer_at_once_as_the_sums_that_they_stand_for(
+    engine: Engine, models: dict[str | None, tuple[ModelConfig, Any]]
+) -> None:
+    """Of ranks 1 and 3 in one batch: W + alpha / r A B, and with a stabilised rank W + alpha / sqrt(r) A B, put
+    together in float64 and asked as models of their own."""
+    ranks_and_scales = {"small": (1, 16.0), "wide": (3, 6 / 3**0.5)}
+    names = ["small", "wide", "small", "wide"]
+    mixed = finish(engine, [request(name) for name in names])
+    for name, deltas in zip(names, mixed, strict=True):
+        _, parameters = models[name]
+        whole = dict(parameters)
+        added = whole.pop(PREFIX)
+
+        def summed(weight: Any, factors: Any, rank: int, scale: float) -> Any:
+            if isinstance(weight, dict):
+                return weight | {key: summed(weight[key], one, rank, scale) for key, one in factors.items()}
+            a, b = (np.asarray(factors[of], np.float64) for of in "ab")  # of all layers
+            product = a.reshape(len(a), -1, rank) @ b.reshape(len(b), rank, -1)
+            return np.float32(np.asarray(weight, np.float64) + scale * product.reshape(weight.shape))
+
+        tokens = [*PROMPT, *(token for delta in deltas for token in delta.tokens)]
+        [logits] = whole_logits(MODEL, summed(whole, added, *ranks_and_scales[name]), [tokens])
+        wanted = logits.astype(np.float64) - np.logaddexp.reduce(logits.astype(np.float64), -1, keepdims=True)
+        scores = [*deltas[0].prompt_scores, *(score for delta in deltas for score in delta.scores)]
+        assert len(scores) == len(tokens) - 1
+        for place, score in enumerate(scores):
+            assert score.logprob == pytest.approx(wanted[place, score.token], abs=2e-5)
+
+
 def test_the_cache_keeps_adapters_apart(engine: Engine) -> None:
     """The same prompt, once with each adapter, finds its own beginning alone."""
     cached = []

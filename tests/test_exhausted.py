@@ -34,7 +34,7 @@ def test_what_is_a_lack_of_memory(error: Exception, is_so: bool) -> None:
 
 
 def test_the_command_ends_with_that_line_and_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(config: object, allow_change: object) -> None:
+    def run(config: object, allow_change: object, functions: object) -> None:
         raise REFUSAL
 
     monkeypatch.setattr(train, "main", run)

@@ -32,6 +32,7 @@ from maxlm.config import (
 )
 from maxlm.config.cli import load_config, parse, parse_run
 from maxlm.config.fields import Filled, NotEmpty, PathName, Positive, Range, config, help_of, require, text_of
+from maxlm.config.synthesis import Answering, Attacks, Best, Calls, Instructions, Star
 from maxlm.data.__main__ import Prepare, TokenizerReport, Train
 from maxlm.evaluate import EvaluateOptions
 from maxlm.evaluation.prompting import Prompting
@@ -50,6 +51,12 @@ COMMANDS = (
     Prepare,
     Train,
     TokenizerReport,
+    Instructions,
+    Answering,
+    Calls,
+    Best,
+    Star,
+    Attacks,
     *DESTINATIONS.values(),
 )
 
@@ -146,8 +153,11 @@ NONE_IS_A_CHOICE = {
     "LimitsConfig.join_s",
     "LimitsConfig.silent_s",
     "LimitsConfig.step_s",
+    "Rollouts.importance_cap",
+    "Ppo.largest_kl",
 }
 MINUS_ONE_IS_WHAT_REMAINS = {f"ShardingConfig.{axis}" for axis in ("data", "fsdp", "stage", "seq", "tensor", "expert")}
+ANY_SIGN = {"ModelReward.mean"}
 BELOW_ANOTHER = {"Llama3RopeScaling.low_freq_factor", "YarnScaling.beta_slow"}
 """Of high_freq_factor and beta_fast, whose names a message begins with where these are too large."""
 AT_MOST_ONE = {
@@ -162,6 +172,10 @@ AT_MOST_ONE = {
     "AdaLora.beta2",
     "Gold.beta",
     "Dpo.label_smoothing",
+    "Grpo.clip_low",
+    "Ppo.gamma",
+    "Ppo.gae_lambda",
+    "Rollouts.top_p",
 }
 
 
@@ -171,7 +185,9 @@ def accepted(number: Number, value: Any) -> bool:
         case None:
             return number.key in NONE_IS_A_CHOICE
         case -1:
-            return number.key in MINUS_ONE_IS_WHAT_REMAINS
+            return number.key in MINUS_ONE_IS_WHAT_REMAINS | ANY_SIGN
+        case -0.5:
+            return number.key in ANY_SIGN
         case int() if value == 10**30:  # float32 holds it, and how large is too large only an experiment knows
             return number.kind is float and number.key not in AT_MOST_ONE | BELOW_ANOTHER
         case _:
@@ -218,7 +234,7 @@ FLOATS = [number for number in numbers() if number.kind is float]
 
 @pytest.mark.parametrize("number", FLOATS, ids=lambda number: number.key)
 def test_a_float_may_be_written_as_an_int(number: Number) -> None:
-    value = 1 if number.key == "Gold.beta" else 0 if number.key in AT_MOST_ONE else 2
+    value = 1 if number.key in ("Gold.beta", "Rollouts.top_p") else 0 if number.key in AT_MOST_ONE else 2
     for written in (value, float(value)):
         assert getattr(change(number.cls, number.name, written), number.name) == value
 

@@ -114,6 +114,8 @@ TPU = {
 }
 CASES = [("xla", name) for name in XLA] + [("tpu", name) for name in TPU]
 QUICK = {("xla", name) for name in ("mask", "rescale_of_accumulator", "first_maximum", "second_where", "clamp_of_sum")}
+SLOW = {("xla", "delta"), ("tpu", "mask"), ("tpu", "mask_backward")}
+"""Of each body and each pass some; the others are nightly."""
 
 
 def load(body: str, mutation: Mutation | None, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
@@ -180,7 +182,11 @@ def test_the_body_itself_passes(body, passes, visible_to, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "body, name", [pytest.param(*case, marks=[] if case in QUICK else [pytest.mark.slow]) for case in CASES]
+    "body, name",
+    [
+        pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow if case in SLOW else pytest.mark.nightly)
+        for case in CASES
+    ],
 )
 def test_a_mutation_is_noticed(body, name, monkeypatch):
     mutation = {"xla": XLA, "tpu": TPU}[body][name]

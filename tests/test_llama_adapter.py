@@ -52,12 +52,13 @@ def language_model(model: ModelConfig, parameters: Any) -> LanguageModel:
     return LanguageModel(model, plainly().config, one_device(), parameters)
 
 
-def test_it_is_its_formula() -> None:
+@pytest.mark.parametrize("one_gate", [False, True])
+def test_it_is_its_formula(one_gate: bool) -> None:
     """Head by head in float64; grouped heads share keys and values."""
     rng = np.random.default_rng(3)
     B, T, N, K, H, D, scale = 2, 4, 4, 2, 8, 16, 0.3
     q, out = rng.standard_normal((2, B, T, N, H))
-    rows, gate = rng.standard_normal((P, D)), rng.standard_normal(N)
+    rows, gate = rng.standard_normal((P, D)), np.full(N, rng.standard_normal()) if one_gate else rng.standard_normal(N)
     wk, wv = rng.standard_normal((2, D, K, H))
     wanted = out.copy()
     for n in range(N):
@@ -66,7 +67,7 @@ def test_it_is_its_formula() -> None:
         shares = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
         wanted[:, :, n] += gate[n] * np.einsum("btp,ph->bth", shares, v)
     single = lambda x: jnp.asarray(x, jnp.float32)
-    weight = Prompted(single(np.zeros((D, N, H))), single(rows), single(gate))
+    weight = Prompted(single(np.zeros((D, N, H))), single(rows), single(gate[:1] if one_gate else gate))
     made = lambda x: (jnp.einsum("btd,dkh->btkh", x, single(wk)), jnp.einsum("btd,dkh->btkh", x, single(wv)))
     np.testing.assert_allclose(ops.prompted(weight, single(q), single(out), made, scale), wanted, rtol=1e-4, atol=1e-5)
 
@@ -79,7 +80,7 @@ def test_it_begins_as_its_base_and_gates_learn_first(qk_norm: QkNorm | None) -> 
     np.testing.assert_array_equal(language_model(model, parameters)(IDS), language_model(base_of(model), base)(IDS))
     assert {array.name.rsplit("/", 1)[1] for array in arrays(model) if array.trained} == {"rows", "gate"}
     objective, batch = NextToken(config, one_device()), packed_batch(config)
-    gradient = jax.grad(lambda p: objective.loss(p, None, batch, jnp.float32(1)).objective)
+    gradient = jax.jit(jax.grad(lambda p: objective.loss(p, None, batch, jnp.float32(1)).objective))
     at_first = gradient(parameters)[PREFIX]["blocks"]["0"]["attention"]["q_proj"]
     assert np.abs(at_first["gate"]).min() > 0 and not np.any(at_first["rows"])
     later = gradient(grown(model))[PREFIX]["blocks"]["0"]["attention"]["q_proj"]
@@ -90,11 +91,10 @@ def test_sharded_is_unsharded() -> None:
     sharding = ShardingConfig(data=2, tensor=2, seq=2)
     config = small_run(adapted(small_model()), sharding)
     batch, parameters, layout = packed_batch(config), grown(config.model), make_layout(sharding)
-    want = NextToken(config, one_device()).loss(parameters, None, batch, jnp.float32(1)).objective
+    loss = lambda layout: jax.jit(lambda p, b: NextToken(config, layout).loss(p, None, b, jnp.float32(1)).objective)
+    want = loss(one_device())(parameters, batch)
     with jax.set_mesh(layout.mesh):
-        got = jax.jit(lambda p, b: NextToken(config, layout).loss(p, None, b, jnp.float32(1)).objective)(
-            parameters, batch
-        )
+        got = loss(layout)(parameters, batch)
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 

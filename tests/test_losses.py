@@ -13,7 +13,7 @@ from helpers import hlo_shapes, one_device
 from maxlm.config import ShardingConfig
 from maxlm.models import Unembedding
 from maxlm.sharding import make_layout
-from maxlm.training.losses import cross_entropy_sums, token_log_probs, token_scores
+from maxlm.training.losses import cross_entropy_sums, divergence_sum, token_log_probs, token_scores
 
 B, T, D, V = 2, 15, 8, 37  # 30 tokens: chunks of 7 and 16 leave a rest, chunks of 10 and 30 do not
 
@@ -311,3 +311,66 @@ def test_token_log_probs_never_hold_the_logits_of_all_tokens():
         found = hlo_shapes(compiled.as_text())
         logits = max(np.prod(shape) for _, shape in found if vocabulary in shape and D not in shape)
         assert logits == chunk * vocabulary
+
+
+# Divergence of a teacher
+
+
+def softmax_of(hidden, head):
+    """float64 logits and log-probabilities of a whole batch."""
+    product = np.asarray(hidden, np.float64) @ np.asarray(head.table, np.float64).T
+    logits = product if head.scale is None else head.scale * product
+    logits = logits if head.bias is None else logits + np.asarray(head.bias, np.float64)
+    if head.soft_cap is not None:
+        logits = head.soft_cap * np.tanh(logits / head.soft_cap)
+    top = logits.max(-1, keepdims=True)
+    return logits, logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+
+
+def divergence_arguments(rows=4, columns=6, vocabulary=40):
+    """A teacher twice as wide, with a bias and a cap of its own."""
+    rng = np.random.default_rng(7)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    head = Unembedding(normal(vocabulary, D), bias=normal(vocabulary), scale=0.7, soft_cap=3.0)
+    teacher = Unembedding(normal(vocabulary, 2 * D), bias=normal(vocabulary), soft_cap=5.0)
+    mask = normal(rows, columns) * (rng.random((rows, columns)) < 0.7)
+    return normal(rows, columns, D), head, normal(rows, columns, 2 * D), teacher, mask
+
+
+@pytest.mark.parametrize("mesh", ON)
+def test_a_divergence_and_its_gradient_equal_the_formula(mesh):
+    layout = one_device() if ON[mesh] is None else make_layout(ON[mesh])
+    hidden, head, told, teacher, mask = divergence_arguments()
+    asked = lambda *own: divergence_sum(layout, *own, told, teacher, mask, chunk=5)
+    got, (d_hidden, d_head) = jax.jit(jax.value_and_grad(asked, (0, 1)))(hidden, head)
+    logits, log_q = softmax_of(hidden, head)
+    _, log_p = softmax_of(told, teacher)
+    weight = np.asarray(mask, np.float64)
+    want = (weight * (np.exp(log_p) * (log_p - log_q)).sum(-1)).sum()
+    d_finish = 1 - (logits / head.soft_cap) ** 2  # of the cap
+    d_logits = weight[..., None] * (np.exp(log_q) - np.exp(log_p)) * d_finish
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(asked)(hidden, head), got, rtol=1e-6)  # without a gradient: another program
+    table = np.asarray(head.table, np.float64)
+    np.testing.assert_allclose(d_hidden, head.scale * d_logits @ table, atol=1e-5, rtol=2e-5)
+    d_table = head.scale * np.einsum("btv,btd->vd", d_logits, np.asarray(hidden, np.float64))
+    np.testing.assert_allclose(d_head.table, d_table, atol=1e-5, rtol=2e-5)
+    np.testing.assert_allclose(d_head.bias, d_logits.sum((0, 1)), atol=1e-5, rtol=2e-5)
+
+
+def test_a_model_is_not_apart_from_itself():
+    hidden, head, _, _, mask = divergence_arguments()
+    asked = lambda hidden: divergence_sum(one_device(), hidden, head, hidden, head, mask, chunk=5)
+    found, gradient = jax.jit(jax.value_and_grad(asked))(hidden)
+    assert found == 0 and np.abs(gradient).max() < 1e-7
+
+
+def test_a_divergence_never_holds_the_logits_of_all_tokens():
+    hidden, table = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 256, D), (4096, D)))
+
+    def loss(hidden, table, told, other):
+        mask = jnp.ones(hidden.shape[:2])
+        return divergence_sum(one_device(), hidden, Unembedding(table), told, Unembedding(other), mask, chunk=16)
+
+    program = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, table, hidden, table).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 4 * 256 * 4096

@@ -14,7 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import gradient_function, initial_parameters, one_device, packed_batch, plainly, small_model, small_run
+from helpers import (
+    gradient_function,
+    initial_parameters,
+    one_device,
+    packed_batch,
+    place,
+    plainly,
+    small_model,
+    small_run,
+)
 from test_layouts import LAYOUTS as dense_layouts
 from test_layouts import assert_close
 from test_pipeline import LAYOUTS as pipelines
@@ -22,12 +31,16 @@ from test_pipeline import LAYOUTS as pipelines
 from maxlm.config import (
     MESH_AXES,
     Activation,
+    AdamW,
+    Adapter,
     Capacity,
+    ConstantSchedule,
     Context,
     Dropless,
     ExpertChoiceRouter,
     ExpertGroups,
     Experts,
+    Lora,
     ModelConfig,
     NoisyTopKRouter,
     RunConfig,
@@ -37,10 +50,12 @@ from maxlm.config import (
     TopKRouter,
     Zero,
 )
-from maxlm.models import ops
+from maxlm.models import declared, ops
 from maxlm.models.moe import ExpertsLayer, _scores
 from maxlm.models.parameters import Initializer
+from maxlm.shapes import Part
 from maxlm.sharding import Layout, make_layout
+from maxlm.training import make_trainer
 
 LAYOUTS = {
     "data8": ShardingConfig(data=8),
@@ -184,6 +199,45 @@ def test_layout_equals_one_device(name: str, pattern: str, capfd: pytest.Capture
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
         least = 1e-3 if path[-1].key.endswith("_bias") else 3e-3  # a bias adds to little of what follows
         assert "router_bias" in jax.tree_util.keystr(path) or np.abs(leaf).max() > least, path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fsdp2_tensor2_expert2_sp", pytest.param("expert8", marks=pytest.mark.nightly)])
+def test_an_adapter_beside_experts_trains_as_on_one_device(name: str) -> None:
+    """Attention, dense MLPs and shared experts have one; routed experts, which lie on other devices, do not move."""
+    adapter = Adapter(kind=Lora(rank=2, alpha=2.0, targets=("all-linear",)))
+    config = dataclasses.replace(
+        small_run(moe_model(DROPLESS, adapter=adapter), LAYOUTS[name]),
+        optimizer=AdamW(learning_rate=0.01, schedule=ConstantSchedule()),
+    )
+    alone = dataclasses.replace(config, sharding=ShardingConfig(data=1))
+    layout, parameters = make_layout(config.sharding), initial_parameters(config.model, seed=1)
+    rng = np.random.default_rng(2)
+    grown = lambda array, x: x + 0.2 * rng.standard_normal(x.shape, np.float32) if array.part is Part.ADAPTER else x
+    parameters = jax.tree.map(grown, declared(config.model), parameters)
+    batch, found = packed_batch(config), []
+    for one, on in ((config, layout), (alone, one_device())):
+        trainer = make_trainer(one, on)
+        put = lambda x, like: jax.device_put(np.array(x), like.sharding)
+        state = trainer.begin(jax.tree.map(put, parameters, trainer.state.parameters))
+        losses = []
+        for _ in range(3):
+            state, output = trainer.step(state, place(batch, trainer))
+            losses.append(float(output.figures["loss"]))
+        assert losses[2] < losses[1] < losses[0]
+        found.append((losses, jax.device_get(state.parameters)))
+    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-5)
+    for _, after in found:
+        same = lambda array, old, new: array.trained or np.testing.assert_array_equal(old, new)
+        jax.tree.map(same, declared(config.model), jax.device_get(parameters), after)
+    on_device = {name: jnp.asarray(x) for name, x in batch.items()}
+    gradients = [
+        jax.device_get(jax.jit(gradient_function(one, on))(parameters, on_device)[1])
+        for one, on in ((config, layout), (alone, one_device()))
+    ]
+    n_tokens = batch["loss_mask"].sum()
+    assert_close(*(jax.tree.map(lambda x: x / n_tokens, one) for one in gradients), 1e-5)
+    assert all(np.abs(leaf).max() / n_tokens > 1e-4 for leaf in jax.tree.leaves(gradients[0]))
 
 
 def layer(config: Experts) -> tuple[Any, Any]:

@@ -19,17 +19,37 @@ from run_folder import BYTE_MODEL, make_run
 
 import maxlm
 from maxlm import convert
-from maxlm.config import Adapter, ChosenModel, Dtype, ExecutionConfig, Lora, ModelConfig, UserError
-from maxlm.hub.adapted import load_adapters
+from maxlm.checkpoint.store import named_leaves
+from maxlm.config import (
+    Adapter,
+    Bottleneck,
+    ChosenModel,
+    Dtype,
+    ExecutionConfig,
+    LlamaAdapter,
+    Lora,
+    MlpEncoder,
+    ModelConfig,
+    PrefixTuning,
+    PromptTuning,
+    UserError,
+)
+from maxlm.hub.adapted import load_adapters, write_adapter
+from maxlm.hub.converting import open_run
 from maxlm.hub.families import FAMILIES
 from maxlm.hub.folder import family_of, open_folder
 from maxlm.hub.models import pieces_of
 from maxlm.hub.names import Names
-from maxlm.hub.peft import FILE, PeftAdapter, over, read_peft, write_peft
+from maxlm.hub.peft import over, read_peft, write_peft
+from maxlm.hub.peft_files import FILE, PeftAdapter
 from maxlm.hub.peft_settings import CONFIG
 from maxlm.inference.language_model import LanguageModel
 from maxlm.models import abstract_parameters, declared
+from maxlm.models.adapters import learned
 from maxlm.shapes import PREFIX
+
+FAST = ("dora", "fused", "patterns", "ia3", "adalora_pattern", "prompt_scaled", "prefix", "llama_adapter")
+"""Of each kind one, which the others are near to."""
 
 
 def opened(name: str, folder: Path) -> tuple[ModelConfig, Any, Names, PeftAdapter]:
@@ -43,16 +63,19 @@ def opened(name: str, folder: Path) -> tuple[ModelConfig, Any, Names, PeftAdapte
     return weights.model, parameters, names, read_peft(folder / "adapter", weights.model, names)
 
 
+def drawn(model: ModelConfig) -> Any:
+    """Random parameters."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda array: rng.standard_normal(array.shape, np.float32), declared(model))
+
+
 def logits(model: ModelConfig, parameters: Any) -> np.ndarray:
     return np.asarray(LanguageModel(model, ExecutionConfig(dtype=Dtype.FLOAT32), one_device(), parameters)(ids()))
 
 
 @pytest.mark.parametrize(
     "name",
-    [
-        name if name in ("dora", "fused", "patterns", "ia3") else pytest.param(name, marks=pytest.mark.nightly)
-        for name in peft_reference.ADAPTERS
-    ],
+    [name if name in FAST else pytest.param(name, marks=pytest.mark.nightly) for name in peft_reference.ADAPTERS],
 )
 def test_logits_are_those_of_peft(name: str, tmp_path: Path) -> None:
     base, parameters, names, read = opened(name, tmp_path)
@@ -64,11 +87,10 @@ def test_logits_are_those_of_peft(name: str, tmp_path: Path) -> None:
     write_peft(tmp_path / "again", model, pieces_of(parameters), names, base=None)
     again = read_peft(tmp_path / "again", base, names)
     assert {key: norm for key, norm in again.norms.items() if norm} == pytest.approx(read.norms, rel=1e-5)
-    if name != "adalora":  # that is written as plain LoRA
-        old, new = (safetensors.numpy.load_file(tmp_path / one / FILE) for one in ("adapter", "again"))
-        if name != "patterns":  # there layers without an adapter get one of zeros
-            assert old.keys() == new.keys()
-            assert all(np.allclose(old[key], new[key], rtol=1e-6) for key in old)
+    old, new = (safetensors.numpy.load_file(tmp_path / one / FILE) for one in ("adapter", "again"))
+    if name not in ("patterns", "adalora_pattern"):  # there layers without an adapter, triplets that went, get zeros
+        assert old.keys() == new.keys()
+        assert all(np.allclose(old[key], new[key], rtol=1e-6) for key in old)
 
 
 def test_what_does_not_fit_the_base_is_refused(tmp_path: Path) -> None:
@@ -89,7 +111,7 @@ def test_what_does_not_fit_the_base_is_refused(tmp_path: Path) -> None:
     refused(r"layers.0.* is missing.*\.\.\. and \d+ more", {first: tensors[first]})
     refused(r"has the shape \[3, 32\], for this base it must be \[3, 16\]", base=dataclasses.replace(model, d_model=16))
     refused(r"is missing", base=dataclasses.replace(model, n_layers=4))
-    refused(r"peft_type = 'LOHA' must be LORA", peft_type="LOHA")
+    refused(r"peft_type = 'LOHA' must be one of LORA", peft_type="LOHA")
     refused(r"bias = \"all\" is not understood", bias="all")
     refused(r"init_lora_weights = 'pissa' has changed the base", init_lora_weights="pissa")
     refused(r"must be lists of names", target_modules=".*_proj")
@@ -106,6 +128,66 @@ def test_what_does_not_fit_the_base_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter" / FILE).rename(tmp_path / "adapter" / "adapter_model.bin")
     with pytest.raises(UserError, match=r"adapter_model\.bin: is a pickle, which may run code and is not read"):
         read_peft(tmp_path / "adapter", model, names)
+
+
+def test_learned_vectors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    def refused(name: str, match: str, drop: str | None = None, more: Any = None, **said: Any) -> None:
+        folder, (_, _, names, _) = tmp_path / name / "adapter", opened(name, tmp_path / name)
+        model = open_folder(tmp_path / name / "base").model
+        tensors = safetensors.numpy.load_file(folder / FILE)
+        tensors = {key: one for key, one in tensors.items() if drop is None or drop not in key} | (more or {})
+        safetensors.numpy.save_file(tensors, folder / FILE, {"format": "pt"})
+        (folder / CONFIG).write_text(json.dumps(json.loads((folder / CONFIG).read_text()) | said))
+        with pytest.raises(UserError, match=match):
+            read_peft(folder, model, names)
+
+    extra = {"base_model.prompt": np.zeros(1, np.float32)}
+    refused("prompt", r"base_model\.prompt is not expected", more=extra)
+    refused("prompt", r"prompt_embeddings is missing", "prompt_embeddings", extra)
+    refused("prompt", r"has the shape \[3, 32\], for this base it must be \[4, 32\]", num_virtual_tokens=4)
+    refused("prompt", r"num_virtual_tokens = None is not as peft writes it", num_virtual_tokens=None)
+    refused("prompt", r"num_transformer_submodules must be 1", num_transformer_submodules=2)
+    refused("prompt", r"modules_to_save does not go with peft_type = PROMPT_TUNING", modules_to_save=["lm_head"])
+    refused("prefix", r"num_attention_heads = 4 .* keys of this base have 2 heads of 16", num_attention_heads=4)
+    refused("llama_adapter", r"layers\.1\.self_attn\.adaption_gate is missing", "1.self_attn.adaption_gate")
+    refused("llama_adapter", r"layers\.0\.self_attn\.adaption_gate is missing", adapter_layers=3)
+    refused("llama_adapter", r"adapter_layers = 4, but this base has 3 layers", adapter_layers=4)
+    refused("adalora_pattern", r"rank_pattern has 3 choices for .*, but init_r = 4", init_r=4)
+    refused("adalora_pattern", r"\.lora_A has the shape \[2, 32\], for this base it must be \[3, 32\]", rank_pattern={})
+
+
+def test_what_peft_has_no_words_for_is_not_written(tmp_path: Path) -> None:
+    def refused(base: str, adapter: Adapter, match: str) -> None:
+        peft_reference.write_model(MODELS[base], tmp_path / base)
+        weights = open_folder(tmp_path / base)
+        model = dataclasses.replace(weights.model, adapter=adapter)
+        names = FAMILIES[MODELS[base]["model_type"]].names_of(weights.model)
+        with pytest.raises(UserError, match=match):
+            write_peft(tmp_path / "none", model, pieces_of(drawn(model)), names, base=None)
+        assert not (tmp_path / "none").exists()
+
+    one_gate = LlamaAdapter(length=2, one_gate=True)
+    refused("llama", Adapter(kind=LlamaAdapter(length=2)), "one_gate = False: peft has one gate for all heads")
+    refused("llama", Adapter(kind=one_gate, full=("unembed",)), r"full = .* has no place beside LlamaAdapter")
+    refused("gpt2", Adapter(kind=one_gate), "without a bias behind attention")
+    refused("mistral", Adapter(kind=one_gate), "4 heads of 16 are not the width 32")
+    refused("llama", Adapter(kind=Bottleneck()), "Bottleneck is not written in peft's format")
+
+
+@pytest.mark.parametrize("kind", [PromptTuning(length=3, encoder=MlpEncoder(hidden=4)), PrefixTuning(length=3)])
+def test_what_made_the_vectors_stays_behind(kind: PromptTuning | PrefixTuning, tmp_path: Path) -> None:
+    """As a run's files have it still, and its parameters not."""
+    (tmp_path / "base").mkdir()
+    base = make_run(tmp_path / "base", model=BYTE_MODEL)
+    made = dataclasses.replace(base.model, adapter=Adapter(kind=kind))
+    without, kept = learned(made, drawn(made))
+    held = dataclasses.replace(open_run(Path(base.run_dir)), model=made, parameters=lambda: kept)
+    assert any("norms of what the adapter adds" in line for line in write_adapter(held, tmp_path / "peft"))
+    read = read_peft(tmp_path / "peft", base.model, family_of(base.model)[0].names_of(base.model))
+    assert read.adapter == without.adapter
+    wanted = {name: leaf for name, leaf in named_leaves(kept).items() if name.startswith(PREFIX)}
+    assert read.arrays.keys() == wanted.keys()
+    assert all(np.array_equal(read.arrays[name], leaf) for name, leaf in wanted.items())
 
 
 def test_the_command_converts_both_ways_and_merges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

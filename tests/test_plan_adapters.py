@@ -15,10 +15,7 @@ from maxlm.config import (
     GatedMlp,
     Lora,
     ModelConfig,
-    Orpo,
-    Preference,
     Remat,
-    Sft,
     ShardingConfig,
     Zero,
 )
@@ -81,25 +78,6 @@ def test_the_base_has_no_gradients_to_sum(zero: Zero) -> None:
             sent += small * (1 if cut and zero is not Zero.OPTIMIZER else 2)
             sent += small if cut and zero is not Zero.PARAMETERS else 0
     assert found.sent == pytest.approx(sent, rel=1e-3)
-
-
-def test_a_reference_is_counted_where_it_lies_beside_the_policy() -> None:
-    """As that of the trainer, whose shapes the recipe reads it into; not under an adapter, ahead, or without one."""
-    sharding = ShardingConfig(data=1, fsdp=4, tensor=2)
-    plain = dataclasses.replace(adapted(), adapter=None)
-    config = dataclasses.replace(small_run(plain, sharding), task=Preference())
-    want = shard_bytes(make_trainer(small_run(plain, sharding), make_layout(sharding)).state.parameters)
-    before = estimate_memory(dataclasses.replace(config, task=Sft()), 8, Platform.CPU)
-    found = estimate_memory(config, 8, Platform.CPU)
-    assert found.reference == want and found.peak == before.peak + want and "reference" not in before.at_peak
-    with_adapter = lambda full: dataclasses.replace(config, model=adapted(full=full))
-    assert estimate_memory(with_adapter(("unembed",)), 8, Platform.CPU).reference == want
-    for none in (
-        with_adapter(()),
-        dataclasses.replace(config, task=Preference(reference_ahead=True)),
-        dataclasses.replace(config, task=Preference(loss=Orpo())),
-    ):
-        assert estimate_memory(none, 8, Platform.CPU).reference == 0
 
 
 @pytest.mark.slow

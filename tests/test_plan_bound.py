@@ -10,12 +10,17 @@ import pytest
 from maxlm.config import (
     Adafactor,
     Capacity,
+    DistillContext,
     Dropless,
     Dtype,
     Experts,
+    Kto,
+    Preference,
     Remat,
     RunConfig,
     ShardingConfig,
+    SimPo,
+    Task,
     TopKRouter,
     llama,
     with_experts,
@@ -74,6 +79,34 @@ def test_compute_by_hand(remat: Remat) -> None:
     assert (found.limited_by, found.step_seconds) == ("compute", found.compute_seconds)
     useful = 6 * (layers + 32_000 * 4096) + 6 * 32 * 4096 * 2048  # the mask leaves half of attention's 12 L D T
     assert found.mfu_ceiling == pytest.approx(useful / flops, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("task", "parts", "reads"),
+    [
+        (Preference(), 1, 1),
+        (Preference(), 2, 1),
+        (DistillContext(), 2, 1),
+        (Preference(loss=Kto()), 1, 1),
+        (Preference(loss=Kto()), 2, 3),  # before the first micro-batch the policy and the reference; then the reference
+        (Preference(reference_ahead=True), 2, 0),
+        (Preference(loss=SimPo()), 2, 0),
+    ],
+    ids=["dpo", "dpo cut", "context cut", "kto", "kto cut", "ahead", "simpo"],
+)
+def test_what_a_step_only_reads_takes_time(task: Task, parts: int, reads: int) -> None:
+    """A third of training's products, each time; and all matrices once more from memory, and from other devices."""
+    config = seven_b(model={"remat": Remat.NONE}, train={"micro_batches": parts}, fsdp=8)
+    alone, asked = bound(config, "gpu:h200:8"), bound(replace(config, task=task), "gpu:h200:8")
+    N = 32 * (4 * 4096**2 + 3 * 4096 * 11_008) + 32_000 * 4096
+    once = 64 * 2048 * (2 * N + 2 * 32 * 4096 * 2048) / 8 / 989.4e12
+    assert asked.compute_seconds - alone.compute_seconds == pytest.approx(reads * once, rel=0.005)
+    assert asked.mfu_ceiling == pytest.approx(alone.mfu_ceiling * alone.step_seconds / asked.step_seconds)
+    gathered = asked.traffic_seconds["fsdp"] - alone.traffic_seconds["fsdp"]
+    # One is a gather, where a step of training is two and a scatter.
+    assert gathered == pytest.approx(reads * alone.traffic_seconds["fsdp"] / 3, rel=0.02)
+    more = asked.memory_seconds - alone.memory_seconds
+    assert reads * 2 * N / 8 / 4.8e12 <= more <= reads * alone.memory_seconds / 3
 
 
 @pytest.mark.parametrize("seq_len", [4096, 131_072])

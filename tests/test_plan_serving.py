@@ -39,6 +39,7 @@ from maxlm.config import (
     WeightFormat,
 )
 from maxlm.config.cli import load_config
+from maxlm.inference import held as holding
 from maxlm.inference.held import held
 from maxlm.inference.programs import pool_sizes
 from maxlm.models import Execution, init_parameters
@@ -152,6 +153,19 @@ def test_weights_are_those_that_decoding_holds(name: str, axes: dict[str, int], 
     shapes = jax.eval_shape(lambda: init_parameters(model, jax.random.key(0)))
     made = held(jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes), model, how, weights)
     assert forecast(run, "cpu:8", weights=weights).weight_bytes == on_a_device(made)
+
+
+def test_parameters_that_come_again_are_held_without_another_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A policy that learns gives its engine others before each rollout."""
+    run, traced = small_run(small_model()), list[Any]()
+    how = Execution.of(run, decoding_layout(make_layout(run.sharding), run.model.d_model))
+    monkeypatch.setattr(holding, "quantised", lambda w, *rest: traced.append(w) or w)
+    zeros = jax.tree.map(jnp.zeros_like, init_parameters(run.model, jax.random.key(0)))
+    for value in (0.0, 1.0):
+        traced.clear()
+        made = holding.held(jax.tree.map(lambda x, value=value: x + value, zeros), run.model, how, WeightFormat.INT4)
+        assert all((x == value).all() for x in jax.tree.leaves(made))
+    assert not traced
 
 
 def test_experts_that_a_batch_touches() -> None:

@@ -20,10 +20,13 @@ from maxlm.config import (
     Dispatch,
     Dropless,
     Experts,
+    Kto,
+    Preference,
     Remat,
     RunConfig,
     ShardingConfig,
     SlicesAxis,
+    Task,
     TopKRouter,
     Zero,
     with_experts,
@@ -96,6 +99,10 @@ def compiled(config: RunConfig, target: str, folder: Path) -> dict[tuple[str, ..
     return dict(sent)
 
 
+def learns(task: Task, config: RunConfig) -> RunConfig:
+    return replace(config, task=task, checkpoint=replace(config.checkpoint, init_from="runs/other"))
+
+
 GPU = "gpu:h200:8"
 COMPILED = {
     "data": (seven_b(data=8), GPU, 1.0),
@@ -120,6 +127,10 @@ COMPILED = {
     "expert, buffer": (mixture(Dropless(buffer=2), expert=8), GPU, 1.0),
     "expert, capacity": (mixture(Capacity(), expert=8), GPU, 1.0),
     "expert x fsdp": (mixture(Dropless(buffer=2), expert=4, fsdp=2), GPU, 1.0),
+    # The loss of log-probabilities gathers its table again for the gradient.
+    "fsdp, reference": (learns(Preference(), seven_b(fsdp=8)), GPU, 0.971),
+    "tensor, reference": (learns(Preference(), seven_b(tensor=8)), GPU, 1.0),
+    "fsdp, asked first": (learns(Preference(loss=Kto()), seven_b(fsdp=8, micro_batches=2)), GPU, 1.0),
     # Gathers in float32 what remat makes again (GPU).
     "sequence parallel": (seven_b(tensor=8, sequence_parallel=True), GPU, 0.86),
     # The gradients of k and v arrive by all-to-all, those of their projections by permutes.

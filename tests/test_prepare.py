@@ -19,6 +19,7 @@ import zstandard
 
 from maxlm.config import (
     ByteTokenizer,
+    Conversations,
     DataConfig,
     Dataset,
     Documents,
@@ -348,6 +349,35 @@ def test_a_full_disk_is_one_line_and_the_run_continues(
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file.*cannot be written"):
         prepare(byte_config(corpus), tmp_path / "file" / "out")
+
+
+def test_a_disk_that_fills_while_records_are_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At whatever write: one line, no data set, and the same command makes the one that there would have been."""
+    file = tmp_path / "records.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"{n}?", "completion": f"{n}!"}) + "\n" for n in range(40)))
+    documents = Conversations(paths=(str(file),), template="plain")
+    config = PrepareConfig(documents=documents, tokenizer=ByteTokenizer(), validation_fraction=0.2, workers=1)
+    prepare(config, tmp_path / "fresh")
+    sync, calls, failed = os.fsync, 0, 0
+
+    def full(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == failed:
+            raise OSError(28, "No space left on device")
+        sync(descriptor)
+
+    monkeypatch.setattr("os.fsync", full)
+    prepare(config, tmp_path / "counted")
+    assert calls > 5
+    for failed in range(1, calls + 1):
+        out, calls = tmp_path / f"out{failed}", 0
+        with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
+            prepare(config, out)
+        with pytest.raises(UserError, match="holds no finished data set"):
+            open_prepared(out, verify=True)
+        prepare(config, out)
+        assert folder_bytes(out) == folder_bytes(tmp_path / "fresh")
 
 
 def test_a_dead_worker_is_one_line(tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ class Points:
 
     def __init__(self, objective: Objective, layout: Layout, stop_at: int | None) -> None:
         self._objective, self._layout, self._stop_at = objective, layout, stop_at
+        self.memory: dict[str, Any] = {}
 
     def next(self, step: int, state: TrainState) -> Batch:
         if step == self._stop_at:

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 
 from maxlm.chat import ChatOptions, talk
 from maxlm.config import ChosenModel, DocumentsConfig, UserError
+from maxlm.data import passages
+from maxlm.data.passages import OVERLAP, PASSAGE, Passage, passages_of
 from maxlm.data.tokenizers import Bytes
-from maxlm.serving import passages
+from maxlm.inference.retrieval import Index, with_sources
 from maxlm.serving.app import Service
-from maxlm.serving.passages import OVERLAP, PASSAGE, Passage, passages_of
-from maxlm.serving.retrieval import Index, with_sources
 from maxlm.serving.served import Served
 
 HTML = """<html><head><title>no</title>

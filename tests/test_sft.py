@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,18 @@ import numpy as np
 import pytest
 from helpers import initial_parameters, one_device, packed_batch, plainly, run_decoder, small_run
 
+from maxlm import convert
 from maxlm.config import (
+    Adapter,
     ByteTokenizer,
+    CheckpointConfig,
     Conversations,
     DataConfig,
     Dataset,
     Files,
     Gold,
     ObserveConfig,
+    Preference,
     PrepareConfig,
     Pretrain,
     Purpose,
@@ -29,19 +34,23 @@ from maxlm.config import (
     ShardingConfig,
     UserError,
 )
+from maxlm.data.chat_templates import BUILT_IN
+from maxlm.data.tokenizers import Bytes
 from maxlm.inference.load import load_run
 from maxlm.models import Tokens, bind, ops
 from maxlm.recipes import recipe
+from maxlm.recipes.taught import Known, Taught, otherwise
 from maxlm.sharding import make_layout
 from maxlm.training.assistant_loss import Answers
-from maxlm.training.loop import run
+from maxlm.training.loop import Result, run
 from maxlm.training.objective import Sums
-from maxlm.training.step import gradient_function
+from maxlm.training.step import gradient_function, make_trainer
 
 
 def sums(config: RunConfig, task: Sft, batch: dict[str, Any], parameters: Any) -> Sums:
     objective = Answers(config, task, one_device())
-    return objective.loss(parameters, None, batch, objective.counted(parameters, None, batch))
+    found = lambda p, batch: objective.loss(p, None, batch, objective.counted(p, None, batch))
+    return jax.jit(found)(parameters, batch)
 
 
 def masked(config: RunConfig, share: float = 0.3) -> dict[str, Any]:
@@ -52,11 +61,14 @@ def masked(config: RunConfig, share: float = 0.3) -> dict[str, Any]:
 
 def log_probs(config: RunConfig, parameters: Any, batch: dict[str, Any]) -> np.ndarray:
     """float64 [B, T] of the targets, from the logits of the whole batch."""
-    tokens = Tokens(batch["positions"], batch["segment_ids"])
-    hidden = run_decoder(config.model, parameters, plainly(), batch["inputs"], tokens).hidden
-    logits = np.stack(
-        [np.asarray(ops.logits(row, bind(config.model, parameters).unembedding), np.float64) for row in hidden]
-    )
+
+    @jax.jit
+    def forward(parameters: Any, batch: Any) -> jax.Array:
+        tokens = Tokens(batch["positions"], batch["segment_ids"])
+        hidden = run_decoder(config.model, parameters, plainly(), batch["inputs"], tokens).hidden
+        return ops.logits(hidden, bind(config.model, parameters).unembedding)
+
+    logits = np.asarray(forward(parameters, batch), np.float64)
     logits -= np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) + logits.max(
         -1, keepdims=True
     )
@@ -78,10 +90,11 @@ def test_golds_gradient_is_that_of_the_weighted_log_probabilities() -> None:
     """The weights are constants: with them written down, the gradient is the same."""
     config = small_run()
     batch, parameters = masked(config), initial_parameters(config.model)
-    with_gold = jax.grad(lambda p: sums(config, Sft(gold=Gold()), batch, p).objective)(parameters)
+    gradient = lambda task, batch: jax.jit(jax.grad(lambda p: sums(config, task, batch, p).objective))(parameters)
+    with_gold = gradient(Sft(gold=Gold()), batch)
     logp = log_probs(config, parameters, batch)
     fixed = batch | {"loss_mask": jnp.asarray(batch["loss_mask"] * np.maximum(np.exp(logp) ** 0.5, 0.05), jnp.float32)}
-    plain = jax.grad(lambda p: sums(config, Sft(), fixed, p).objective)(parameters)
+    plain = gradient(Sft(), fixed)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), with_gold, plain)
 
 
@@ -117,7 +130,7 @@ def test_micro_batches_of_unequal_answers_are_the_whole_batch(task: Sft) -> None
     for parts in (1, 2):
         one = dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batches=parts))
         objective = Answers(one, task, one_device())
-        found.append(gradient_function(one, one_device(), objective)(parameters, None, batch))
+        found.append(jax.jit(gradient_function(one, one_device(), objective))(parameters, None, batch))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *found)
 
 
@@ -127,7 +140,8 @@ def test_sharded_is_unsharded() -> None:
     batch, parameters = masked(config), initial_parameters(config.model)
     task, layout = Sft(neftune_alpha=5.0, gold=Gold()), make_layout(sharding)
     whole, cut = Answers(config, task, one_device()), Answers(config, task, layout)
-    want = whole.loss(parameters, None, whole.draw(batch, jax.random.key(0)), jnp.float32(1))
+    drawn = whole.draw(batch, jax.random.key(0))
+    want = jax.jit(lambda p, b: whole.loss(p, None, b, jnp.float32(1)))(parameters, drawn)
     with jax.set_mesh(layout.mesh):
         drawn = jax.jit(cut.draw)(batch, jax.random.key(0))
         got = jax.jit(lambda p, b: cut.loss(p, None, b, jnp.float32(1)))(parameters, drawn)
@@ -152,9 +166,15 @@ def sft_config(folder: Path, **changes: Any) -> RunConfig:
     return dataclasses.replace(base, **values | changes)
 
 
-def test_a_run_learns_answers_and_is_asked_as_it_was_taught(tmp_path: Path) -> None:
-    config = sft_config(tmp_path)
-    result = run(config, recipe)
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result[Any]]:
+    """A run of four steps, in the template plain, and the folder that it lies in."""
+    folder = tmp_path_factory.mktemp("sft")
+    return folder, run(sft_config(folder), recipe)
+
+
+def test_a_run_learns_answers_and_is_asked_as_it_was_taught(learned: tuple[Path, Result[Any]]) -> None:
+    tmp_path, result = learned
     assert result.step == 4 and result.run.chat is not None
     loaded = load_run(tmp_path / "run")
     assert loaded.chat is not None and loaded.chat.sources == result.run.chat.sources
@@ -164,6 +184,54 @@ def test_a_run_learns_answers_and_is_asked_as_it_was_taught(tmp_path: Path) -> N
     rows = [json.loads(line) for line in (tmp_path / "run" / "evals.jsonl").read_text().splitlines()]
     # Held out are 144 records, of which the answers' digits and ends count.
     assert 0 < rows[-1]["eval_tokens"] < 144 * 3
+
+
+def starts_from(place: str, folder: Path, template: str, task: Any = Sft(), **changes: Any) -> tuple[str, ...]:
+    """What is said of a run that is taught with a template, and starts from a model."""
+    base = sft_config(folder)
+    assert base.data.datasets[0].prepare is not None
+    old = base.data.datasets[0].prepare
+    documents = Conversations(paths=(str(folder / "sums.jsonl"),), template=template)
+    data = DataConfig(
+        datasets=(Dataset(path=str(folder / template), prepare=dataclasses.replace(old, documents=documents)),)
+    )
+    base = dataclasses.replace(base, checkpoint=CheckpointConfig(init_from=place), data=data, run_dir="unused")
+    config = dataclasses.replace(base, **changes)
+    made = recipe(config, one_device())
+    assert made.start is not None
+    return made.start(make_trainer(config, one_device(), made.objective), None, None).changes
+
+
+def taught_with(template: str, folder: Path) -> Taught:
+    return Taught(Bytes(), folder / template / "chat")
+
+
+def test_another_form_of_conversations_than_the_model_knows_is_told(learned: tuple[Path, Result[Any]]) -> None:
+    tmp_path, _ = learned
+    place = f"{tmp_path}/run"
+    assert starts_from(place, tmp_path, "plain") == ()
+    parted = r"chat template: .*run/chat writes '<\|bos\|>User: Hi.*Assistant:', .*raw/chat writes '<\|bos\|>Hi'"
+    [said] = starts_from(place, tmp_path, "raw")
+    assert re.fullmatch(parted, said)
+    known = Known(taught_with("plain", tmp_path).chat, taught_with("plain", tmp_path).ends)
+    [said] = otherwise(Preference(), taught_with("raw", tmp_path), known)
+    assert "for task = Preference that is nearly always a mistake" in said
+    # On a base under an adapter, and of a published model, whose template looks otherwise and writes the same.
+    adapted = dataclasses.replace(sft_config(tmp_path).model, adapter=Adapter())
+    assert re.fullmatch(parted, starts_from(f"run:{place}", tmp_path, "raw", model=adapted)[-1])
+    convert.main(["--from", f"run:{place}", "--to", f"hf:{tmp_path}/hf"])
+    about = tmp_path / "hf" / "tokenizer_config.json"
+    assert starts_from(f"hf:{tmp_path}/hf", tmp_path, "plain") == ()
+    names = {"bos_token": "<|bos|>", "eos_token": "<|eos|>"}
+    about.write_text(json.dumps(names))
+    about.with_name("chat_template.jinja").write_text("{# plain #}" + BUILT_IN["plain"][0])
+    assert starts_from(f"hf:{tmp_path}/hf", tmp_path, "plain") == ()
+    (tmp_path / "hf" / "generation_config.json").write_text(json.dumps({"eos_token_id": [7]}))
+    end = f"end of an answer: the model knows 7, the data has {Bytes().eos_id}"
+    assert starts_from(f"hf:{tmp_path}/hf", tmp_path, "plain") == (end,)
+    for file in (about, about.with_name("chat_template.jinja")):
+        file.unlink()  # a base that knows no conversations
+    assert starts_from(f"hf:{tmp_path}/hf", tmp_path, "raw") == ()
 
 
 def test_running_text_alone_is_refused(tmp_path: Path) -> None:

@@ -201,7 +201,7 @@ def test_what_is_wrong_is_one_line(tmp_path: Path) -> None:
     seeds.write_text('{"instruction": "a"}\n')
     out = ["--run", "none", "--out", str(tmp_path / "out")]
     for command, message in [
-        (["poems"], "unknown kind 'poems'; use instructions, answers or calls"),
+        (["poems"], "unknown kind 'poems'; use instructions, answers, calls, best, star or attacks"),
         (["instructions", str(seeds), *out], "record 1 has no instruction and output"),
         (["answers", str(seeds), *out], "record 1 has the keys 'instruction', and neither messages nor"),
         (["answers", str(seeds), "--run", "none", "--out", str(seeds)], "is there already"),

@@ -22,12 +22,14 @@ from maxlm.config import (
     BradleyTerry,
     ClassHead,
     Classify,
+    DistillContext,
     Dpo,
     Embed,
     EmbedHead,
     Ipo,
     Kto,
     LmHead,
+    Lora,
     ModelConfig,
     Orpo,
     Preference,
@@ -41,9 +43,10 @@ from maxlm.config import (
 )
 from maxlm.models import Tokens, bind, ops
 from maxlm.sharding import Layout, make_layout
+from maxlm.training.context_objective import UntoldTexts
 from maxlm.training.judging import Classes, Rewards
 from maxlm.training.nearness import Vectors
-from maxlm.training.preference_objective import LabelledTexts, PairedTexts
+from maxlm.training.preference_objective import DIVERGENCE, LabelledTexts, PairedTexts
 from maxlm.training.step import gradient_function, make_trainer
 from maxlm.training.text_objective import TextObjective
 
@@ -106,6 +109,7 @@ class Case(NamedTuple):
     records: list[Record]
     head: Any = LmHead()
     formula: Callable[..., float] | None = None
+    cut: ShardingConfig = ShardingConfig(data=2, fsdp=2, tensor=2)
 
 
 def sigmoid(x):
@@ -139,10 +143,19 @@ class Known(NamedTuple):
     head: np.ndarray  # what the head says at its end
     mean: np.ndarray  # of all states
     value: float
+    says: np.ndarray  # log-probabilities of all ids in place of each counted one
+    reference_says: np.ndarray
+    apart: np.ndarray  # log-ratios of the counted ones
 
     @property
     def each(self):
         return self.log_prob / self.tokens
+
+
+def told(records, known):
+    """The mean over tokens of the KL between what the reference says after the context and the model without it."""
+    pairs = [(with_context.reference_says, alone.says) for alone, with_context in known]
+    return float(np.concatenate([(np.exp(p) * (p - q)).sum(-1) for p, q in pairs]).mean())
 
 
 def kto(records, known):
@@ -174,6 +187,19 @@ def nce(records, known):
 RANKINGS = records([(1, 0), (1, 0), (3, 1, 2), (0, 1), (1, 0), (2, 2, 1), (1, 0)])
 PAIRS = records([(1, 0)] * 7)
 LABELS = records([(1, 0), (-1, 0), (1, 0), (-1, 0), (-1, 0), (1, 0), (1, 0)])
+
+
+def contexts(n: int, longest: int = 5, seed: int = 0) -> list[Record]:
+    """Conversations alone, and after a context; several turns count."""
+    rng, found = np.random.default_rng(seed), []
+    for _ in range(n):
+        ids = rng.integers(1, 64, rng.integers(3, 7)).tolist()
+        counts = [False, *(rng.random(len(ids) - 2) < 0.5).tolist(), True]
+        context = rng.integers(1, 64, rng.integers(0, longest + 1)).tolist()
+        found.append([Text(ids, counts, 1.0), Text(context + ids, [False] * len(context) + counts, 0.0)])
+    return found
+
+
 CASES = {
     "dpo": Case(
         Preference(loss=Dpo(beta=0.2, label_smoothing=0.1, nll_weight=0.3)),
@@ -188,6 +214,7 @@ CASES = {
     ),
     "ipo": Case(Preference(loss=Ipo(tau=0.5)), RANKINGS, formula=over_pairs(lambda c, r: (c.ratio - r.ratio - 1) ** 2)),
     "kto": Case(Preference(loss=Kto(beta=0.2, desired_weight=1.3, undesired_weight=0.8)), LABELS, formula=kto),
+    "context": Case(DistillContext(), contexts(8), formula=told, cut=ShardingConfig(data=2, tensor=2, seq=2)),
     "orpo": Case(
         Preference(loss=Orpo(weight=0.5)),
         PAIRS,
@@ -252,6 +279,8 @@ def objective_of(config: RunConfig, layout: Layout, texts: int = TEXTS, **refere
             return PairedTexts(config, layout, texts, loss)
         case Preference(loss=loss):
             return PairedTexts(config, layout, texts, loss, **({"reference": config.model} | reference))
+        case DistillContext():
+            return UntoldTexts(config, layout, texts, **({"reference": config.model} | reference))
         case Reward():
             return Rewards(config, layout, texts, task)
         case Classify():
@@ -293,26 +322,27 @@ def known_of(model: ModelConfig, parameters: Any, frozen: Any, some: list[Record
         hidden = run_decoder(model, parameters, plainly(), ids, tokens).hidden
         return hidden, ops.logits(hidden, bind(model, parameters).unembedding) if model.lm_head else hidden
 
-    def log_probs(found) -> list[tuple[float, int]]:
+    def log_probs(found) -> list[tuple[np.ndarray, np.ndarray]]:
         if model.lm_head is None:
-            return [(0.0, 1)] * len(texts)
+            return [(np.zeros(1), np.zeros(1))] * len(texts)
         logits = np.float64(found[1])
         logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
         which = [[i for i in range(1, len(text.ids)) if text.counts[i]] for text in texts]
         return [
-            (sum(row[i - 1, text.ids[i]] for i in places), len(places))
+            (row[[i - 1 for i in places], [text.ids[i] for i in places]], row[[i - 1 for i in places]])
             for row, text, places in zip(logits, texts, which, strict=True)
         ]
 
     ours, theirs = forward(parameters), forward(frozen)
     found = []
     head = next((parameters[name] for name in ("score", "classes") if name in parameters), np.zeros(model.d_model))
-    for row, text, (log_prob, tokens), (other, _) in zip(
+    for row, text, (own, says), (other, reference_says) in zip(
         np.float64(ours[0]), texts, log_probs(ours), log_probs(theirs), strict=True
     ):
         n = len(text.ids)
         at_end = np.float64(head) @ row[n - 1]
-        found.append(Known(log_prob, tokens, log_prob - other, at_end, row[:n].mean(0), text.value))
+        rest = at_end, row[:n].mean(0), text.value, says, reference_says, own - other
+        found.append(Known(own.sum(), len(own), (own - other).sum(), *rest))
     left = iter(found)
     return [[next(left) for _ in record] for record in some]
 
@@ -333,11 +363,18 @@ def test_a_task_is_its_formula_and_the_same_however_the_batch_is_cut(name: str) 
     unpacked = text_batch(case.records, rows=8)
     sums, gradient, figures = of_batch(alone, one_device(), unpacked, parameters, frozen)
     assert case.formula is not None
-    wanted = case.formula(case.records, known_of(model, parameters, frozen, case.records))
+    known = known_of(model, parameters, frozen, case.records)
+    wanted = case.formula(case.records, known)
     assert sums.means.get("loss", sums.objective) / sums.weight == pytest.approx(wanted, rel=2e-5)
     assert max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(gradient)) > 1e-3
+    if name in ("dpo", "ipo", "kto"):
+        estimate = lambda of: (of.apart**2).mean() / 2
+        wanted = over_pairs(lambda c, r: (estimate(c) + estimate(r)) / 2)(case.records, known)
+        if name == "kto":
+            wanted = np.mean([estimate(own) for own, _ in known])
+        assert sums.means[DIVERGENCE] / sums.weight == pytest.approx(wanted, rel=2e-5)
     # Several in a row, some rows of nothing; 4 micro-batches, over 8 devices.
-    cut = config_of(case, rows=16, parts=4, sharding=ShardingConfig(data=2, fsdp=2, tensor=2))
+    cut = config_of(case, rows=16, parts=4, sharding=case.cut)
     packed = text_batch(case.records, rows=16)
     assert (packed["text_record"].max(1) > 0).any() and (packed["text_record"].max(1) < 0).any()
     again = of_batch(cut, make_layout(cut.sharding), packed, parameters, frozen)
@@ -359,12 +396,13 @@ def test_dpo_begins_at_log_2_with_half_of_the_pairs_right() -> None:
     before = jax.device_get(frozen)
     state, output = trainer.step(dataclasses.replace(state, frozen=frozen), trainer.place(batch))
     figures = jax.device_get(output.figures)
-    assert figures["reward_margin"] == figures["reward_chosen"] == 0
+    assert figures["reward_margin"] == figures["reward_chosen"] == figures[DIVERGENCE] == 0
     assert figures["loss"] == np.float32(math.log(2))
     assert figures["reward_accuracy"] == 0.5
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.frozen))
     again = trainer.step(state, trainer.place(batch))[1].figures
     assert float(again["loss"]) < math.log(2) and float(again["reward_accuracy"]) > 0.5
+    assert float(again[DIVERGENCE]) > 0
 
 
 def test_a_reference_reads_texts_without_the_virtual_tokens_before_them() -> None:
@@ -381,3 +419,19 @@ def test_a_reference_reads_texts_without_the_virtual_tokens_before_them() -> Non
         found.append(values[numbers >= 0][np.argsort(numbers[numbers >= 0])])
     assert len(found[0]) == 6 and (found[0] < 0).all()
     np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
+
+
+def test_nothing_is_to_be_learned_of_an_empty_context() -> None:
+    """And under an adapter, of which nothing is learned yet, the reference is the base that it is laid on."""
+    some = contexts(6, longest=0)
+    config = config_of(CASES["context"], rows=6)
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, adapter=Adapter(kind=Lora(rank=2))), task=DistillContext()
+    )
+    parameters = initial_parameters(config.model)
+    for records, least, most in ((some, 0, 1e-6), (contexts(6), 1e-4, 10)):
+        objective = UntoldTexts(config, one_device(), TEXTS, under=True)
+        batch = text_batch(records, 6)
+        found = jax.jit(lambda batch, of=objective: of.loss(parameters, None, batch, jnp.float32(1)))(batch)
+        assert least <= abs(found.objective) / found.weight <= most
+        assert found.weight == sum(sum(text.counts) for text, _ in records)

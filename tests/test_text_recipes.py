@@ -31,6 +31,7 @@ from maxlm.config import (
     Conversations,
     DataConfig,
     Dataset,
+    DistillContext,
     Dpo,
     Embed,
     EmbedHead,
@@ -63,6 +64,8 @@ def lines_of(purpose: Purpose) -> list[dict[str, Any]]:
     match purpose:
         case Purpose.PREFERENCE:
             return [{"prompt": f"{a}?", "chosen": f"{a}", "rejected": b} for a, b in pairs]
+        case Purpose.CONTEXT:
+            return [{"prompt": f"{a}?", "completion": a, "context": b} for a, b in pairs]
         case Purpose.KTO | Purpose.BINARY:
             return [{"prompt": f"{a}?", "completion": c, "label": c == a} for a, b in pairs for c in (a, b)]
         case Purpose.CLASSIFY:
@@ -144,10 +147,11 @@ def test_dpo_begins_at_its_reference_and_goes_on_to_the_same_state(folder: Path,
     assert run(config, recipe).step == 4
     first, *_, last = rows(Path(config.run_dir))
     assert first["loss"] == pytest.approx(np.log(2), rel=1e-6) and first["reward_accuracy"] == 0.5
-    assert last["reward_margin"] > 0
+    assert last["reward_margin"] > 0 and last["kl_estimate"] > first["kl_estimate"] == 0
     [measured] = rows(Path(config.run_dir), "evals")
     assert measured["step"] == 4 and measured["eval_kl"] > 0 and 0 <= measured["eval_reward_accuracy"] <= 1
-    assert "Share of pairs that are right" in (Path(config.run_dir) / "report.html").read_text()
+    report = (Path(config.run_dir) / "report.html").read_text()
+    assert "Share of pairs that are right" in report and "Estimate of the KL to the reference" in report
     assert state_hash(taught / "checkpoints", 2) == before
     # Ahead: the same numbers, without the reference beside the state; then from the file, without the reference's run.
     ahead = dataclasses.replace(
@@ -157,6 +161,7 @@ def test_dpo_begins_at_its_reference_and_goes_on_to_the_same_state(folder: Path,
     for one, other in zip(rows(folder / "ahead"), rows(Path(config.run_dir)), strict=True):
         for name in ("loss", "reward_margin", "grad_norm"):
             assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6)
+    assert all("kl_estimate" not in row for row in rows(folder / "ahead"))  # single tokens of it are not kept
     files = list((folder / "data-preference").glob("reference-*.npy"))
     assert len(files) == 2  # of either split
     for one in (config, ahead):
@@ -204,7 +209,8 @@ def test_under_an_adapter_is_its_reference(folder: Path, taught: Path) -> None:
 
 
 REST: dict[str, tuple[Task, Purpose, Any, list[str]]] = {
-    "kto": (Preference(loss=Kto()), Purpose.KTO, LmHead(), ["kl", "reward_desired", "reward_undesired"]),
+    "context": (DistillContext(), Purpose.CONTEXT, LmHead(), []),
+    "kto": (Preference(loss=Kto()), Purpose.KTO, LmHead(), ["kl", "kl_estimate", "reward_desired", "reward_undesired"]),
     "simpo": (Preference(loss=SimPo()), Purpose.PREFERENCE, LmHead(), ["reward_accuracy"]),
     "reward": (Reward(), Purpose.PREFERENCE, ScalarHead(), ["reward_accuracy", "reward_margin"]),
     "binary": (Reward(loss=BinaryReward()), Purpose.BINARY, ScalarHead(), ["reward_accuracy"]),

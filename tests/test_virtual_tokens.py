@@ -72,12 +72,16 @@ def test_a_prompt_is_embeddings_before_the_text(name: str) -> None:
     """Concatenated by hand, and given to the base."""
     model = on(small_model(), KINDS[name])
     parameters, how = grown(model), plainly()
-    base = bind(base_of(model), {key: tree for key, tree in parameters.items() if key != PREFIX})
-    rows = encoded(KINDS[name].encoder, parameters[PREFIX]["embed"])
-    x = jnp.concatenate([rows[None], parameters["embed"][IDS]], 1)
-    hidden = base(x, Tokens(jnp.arange(P + IDS.shape[1])[None]), how).hidden
-    wanted = ops.logits(hidden, base.unembedding)[:, P:]
-    np.testing.assert_allclose(language_model(model, parameters)(IDS), wanted, atol=1e-5)
+
+    @jax.jit
+    def forward(parameters: Any) -> jax.Array:
+        base = bind(base_of(model), {key: tree for key, tree in parameters.items() if key != PREFIX})
+        rows = encoded(KINDS[name].encoder, parameters[PREFIX]["embed"])
+        x = jnp.concatenate([rows[None], parameters["embed"][IDS]], 1)
+        hidden = base(x, Tokens(jnp.arange(P + IDS.shape[1])[None]), how).hidden
+        return ops.logits(hidden, base.unembedding)[:, P:]
+
+    np.testing.assert_allclose(language_model(model, parameters)(IDS), forward(parameters), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["mlp", "lstm", "prefix"])

@@ -66,9 +66,9 @@ def experts_model():
 @pytest.mark.parametrize(
     ("zero", "axes", "model"),
     [
-        pytest.param(Zero.GRADIENTS, {"fsdp": 4, "tensor": 2}, small_model(), id="tensor", marks=pytest.mark.slow),
+        pytest.param(Zero.GRADIENTS, {"fsdp": 4, "tensor": 2}, small_model(), id="tensor", marks=pytest.mark.nightly),
         pytest.param(
-            Zero.OPTIMIZER, {"fsdp": 2, "stage": 2, "data": 2}, small_model(), id="stage", marks=pytest.mark.slow
+            Zero.OPTIMIZER, {"fsdp": 2, "stage": 2, "data": 2}, small_model(), id="stage", marks=pytest.mark.nightly
         ),
         pytest.param(
             Zero.PARAMETERS,

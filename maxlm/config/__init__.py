@@ -12,9 +12,14 @@ execution.py: number formats, remat, kernels
 remat.py: which named results each remat policy keeps
 families.py: model families as functions from sizes to a model
 task.py: what a run learns
+reinforcement.py: what runs learn that learn from rewards
 task_rules.py: what a task needs of the rest
+kl.py: what it costs a policy to leave its reference
+policy.py: advantages of a policy's samples, weights of their tokens
 data.py: documents, tokenizers, mixtures
 purposes.py: what records of conversations are for
+rewards.py: what is good in a completion
+tools.py: what a policy may call while it writes
 quantization.py: ways to make weights smaller
 optimizer.py: AdamW, Adafactor, schedules
 sharding.py: sizes of the mesh axes, ZeRO stages, presets
@@ -23,6 +28,7 @@ layout_rules.py: what must divide what
 chosen.py: the model that a command is for
 sampling.py: how the next token is drawn, or a text searched for
 docs_search.py: documents that a model answers from
+synthesis.py: what writes records with a model
 engine.py: texts at once, and room for them
 speculation.py: where drafts of texts come from
 changes.py: what a run may go on with, and what it is told
@@ -80,6 +86,7 @@ from maxlm.config.engine import CacheFormat, EngineConfig
 from maxlm.config.errors import UserError
 from maxlm.config.execution import Backend, Dtype, ExecutionConfig, GluSave, KernelConfig, Remat, WeightFormat
 from maxlm.config.families import llama, palm, with_experts
+from maxlm.config.kl import AdaptiveKl, FixedKl, KlController, KlEstimator
 from maxlm.config.mixture import (
     Capacity,
     Dispatch,
@@ -125,6 +132,7 @@ from maxlm.config.optimizer import (
     Schedule,
     WsdSchedule,
 )
+from maxlm.config.policy import Advantage, Aggregation, BatchMean, GroupMean, LeaveOneOut
 from maxlm.config.position import (
     Alibi,
     DynamicNtkScaling,
@@ -145,6 +153,21 @@ from maxlm.config.position import (
 )
 from maxlm.config.purposes import Counted, Purpose
 from maxlm.config.quantization import QuantMethod
+from maxlm.config.reinforcement import Grpo, Ppo, Reinforced, Rollouts
+from maxlm.config.rewards import (
+    BadReward,
+    ExactReward,
+    FormatReward,
+    FunctionReward,
+    JudgeReward,
+    LengthReward,
+    ModelReward,
+    NumberReward,
+    PatternReward,
+    ProgramReward,
+    RewardSource,
+    SchemaReward,
+)
 from maxlm.config.run import CheckpointConfig, LimitsConfig, ObserveConfig, RunConfig, StepRange, TrainConfig
 from maxlm.config.sampling import BeamConfig, ContrastiveConfig, GuidanceConfig, SamplingConfig
 from maxlm.config.sharding import (
@@ -165,6 +188,7 @@ from maxlm.config.task import (
     BinaryReward,
     BradleyTerry,
     Classify,
+    DistillContext,
     Dpo,
     Embed,
     Gold,
@@ -181,6 +205,7 @@ from maxlm.config.task import (
     Task,
     TrainMedusa,
 )
+from maxlm.config.tools import Calculator, DocsSearch, RolloutTool
 
 __all__ = [
     "ACTIVATION_DIMS",
@@ -194,11 +219,16 @@ __all__ = [
     "AdamW",
     "Adapter",
     "AdapterKind",
+    "AdaptiveKl",
+    "Advantage",
+    "Aggregation",
     "Alibi",
     "Attention",
     "Axes",
     "Backend",
+    "BadReward",
     "BaseFormat",
+    "BatchMean",
     "BeamConfig",
     "BinaryReward",
     "BlockConfig",
@@ -206,6 +236,7 @@ __all__ = [
     "BradleyTerry",
     "ByteTokenizer",
     "CacheFormat",
+    "Calculator",
     "Capacity",
     "CheckpointConfig",
     "ChosenModel",
@@ -221,6 +252,8 @@ __all__ = [
     "Dataset",
     "DeepNorm",
     "Dispatch",
+    "DistillContext",
+    "DocsSearch",
     "Documents",
     "DocumentsConfig",
     "Dpo",
@@ -233,17 +266,23 @@ __all__ = [
     "EmbedHead",
     "EmbeddedPosition",
     "EngineConfig",
+    "ExactReward",
     "ExecutionConfig",
     "ExpertChoiceRouter",
     "ExpertGroups",
     "Experts",
     "Files",
+    "FixedKl",
     "FixedPattern",
+    "FormatReward",
+    "FunctionReward",
     "GatedMlp",
     "GlmRope",
     "GluSave",
     "Gold",
+    "GroupMean",
     "GroupedQuery",
+    "Grpo",
     "GuidanceConfig",
     "Head",
     "HuggingFaceDataset",
@@ -251,11 +290,16 @@ __all__ = [
     "Ia3",
     "InverseSqrtSchedule",
     "Ipo",
+    "JudgeReward",
     "KernelConfig",
+    "KlController",
+    "KlEstimator",
     "Kto",
     "LatentAttention",
     "LayerNorm",
     "Learned",
+    "LeaveOneOut",
+    "LengthReward",
     "LimitsConfig",
     "LinearScaling",
     "LinearSchedule",
@@ -271,30 +315,36 @@ __all__ = [
     "MlpConfig",
     "MlpEncoder",
     "ModelConfig",
+    "ModelReward",
     "NoisyTopKRouter",
     "Nonlinearity",
     "Norm",
     "NtkScaling",
+    "NumberReward",
     "ObserveConfig",
     "OptimizerConfig",
     "Orpo",
     "OutputNorm",
     "Parallel",
+    "PatternReward",
     "PieceModel",
     "Pooling",
     "Position",
     "PostNorm",
+    "Ppo",
     "PreNorm",
     "Preference",
     "PreferenceLoss",
     "PrefixTuning",
     "PrepareConfig",
     "Pretrain",
+    "ProgramReward",
     "PromptLookup",
     "PromptTuning",
     "Purpose",
     "QkNorm",
     "QuantMethod",
+    "Reinforced",
     "RelativeBias",
     "RelativeSinusoids",
     "Remat",
@@ -302,7 +352,10 @@ __all__ = [
     "ResidualInit",
     "Reward",
     "RewardLoss",
+    "RewardSource",
     "RmsNorm",
+    "RolloutTool",
+    "Rollouts",
     "Rope",
     "RopeScaling",
     "Router",
@@ -311,6 +364,7 @@ __all__ = [
     "Sandwich",
     "ScalarHead",
     "Schedule",
+    "SchemaReward",
     "SentencePieceTokenizer",
     "Sft",
     "ShardingConfig",

@@ -201,6 +201,9 @@ class LlamaAdapter:
 
     length: Positive[int] = 10
     """Vectors of a layer."""
+    one_gate: bool = False
+    """One gate g for all heads of a layer, as in those equations, in place of one for each, as in the paper's code.
+    PEFT has one."""
 
 
 AdapterKind = Lora | DyLora | AdaLora | Ia3 | Bottleneck | PromptTuning | PrefixTuning | LlamaAdapter

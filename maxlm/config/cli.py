@@ -33,7 +33,7 @@ from maxlm.config.errors import UserError
 from maxlm.config.families import llama
 from maxlm.config.fields import field_kinds, help_of, is_config, require, shown
 from maxlm.config.mlp import Nonlinearity
-from maxlm.config.python_file import run_python_file
+from maxlm.config.python_file import PythonConfig, run_python_file
 from maxlm.config.run import RunConfig, StepRange, TrainConfig
 from maxlm.config.serialize import flatten, load
 from maxlm.config.speculation import Speculation, speculation
@@ -189,6 +189,8 @@ class Command:
     file_config: RunConfig
     """The config as the file has it, before overrides."""
     print_config: bool
+    functions: Mapping[str, Callable[..., Any]]
+    """Of the file, see `PythonConfig`; a saved config.json has none."""
     allow_change: tuple[str, ...] = ()
     """Keys and groups that may differ from what the run's checkpoint was trained with."""
 
@@ -213,9 +215,9 @@ def parse_run(argv: Sequence[str], *, prog: str, description: str) -> Command:
         ) from None
     asks_help = "--help" in overrides or "-h" in overrides
     if options.config is not None:
-        file_config = load_config(options.config)
+        file_config, functions = _load_file(options.config)
     elif asks_help:
-        file_config = _EXAMPLE
+        file_config, functions = PythonConfig(_EXAMPLE, {})
     else:
         named = next((word for word in overrides if word.endswith(_SUFFIXES) and not word.startswith("-")), None)
         example = named or "configs/tiny.py"
@@ -236,6 +238,7 @@ def parse_run(argv: Sequence[str], *, prog: str, description: str) -> Command:
         file_config=file_config,
         print_config=options.print_config,
         allow_change=tuple(options.allow_change),
+        functions=functions,
     )
 
 
@@ -346,7 +349,7 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         UserError: no such file, a mistake in it, the JSON is not a saved RunConfig, an override's key is unknown, or
             its value does not fit.
     """
-    config = _load_file(path)
+    config = _load_file(path).config
     if not overrides:
         return config
     for key, value in overrides.items():
@@ -386,7 +389,7 @@ def _option(key: str, value: Any) -> list[str]:
             return [f"--{key}={value}"]
 
 
-def _load_file(path: str | Path) -> RunConfig:
+def _load_file(path: str | Path) -> PythonConfig:
     file = config_file(path)
     if file.is_dir():
         raise UserError(f"--config {path}: is a folder; name a file in it, as the config.json of a run folder")
@@ -398,7 +401,7 @@ def _load_file(path: str | Path) -> RunConfig:
         raise UserError(f"--config {path}: no such file{hint}")
     if file.suffix == ".json":
         try:
-            return load(RunConfig, file)
+            return PythonConfig(load(RunConfig, file), {})
         except UserError as error:
             raise UserError(f"--config {error}") from error
     return run_python_file(str(file))

@@ -123,7 +123,8 @@ class Conversations:
     classes: tuple[str, ...] = ()
     """Names of classes, where labels are names; the first is class 0."""
     max_tokens: Positive[int] | None = None
-    """Longer conversations lose their oldest turns; None: none does before a window ends."""
+    """Longer conversations lose their oldest turns; None: none does before a window ends. A prompt that is too long
+    with its last turn alone is refused."""
 
     def __post_init__(self) -> None:
         if twice := [name for name in self.classes if self.classes.count(name) > 1]:

@@ -349,7 +349,8 @@ def _is_number(text: str) -> bool:
 
 def text_of(cls: type, name: str) -> str:
     """The string below a field in its class; empty if there is none."""
-    return _texts(cls.__module__).get((cls.__qualname__, name), "")
+    classes = [one for one in cls.__mro__ if name in vars(one).get("__annotations__", {})]
+    return _texts(classes[0].__module__).get((classes[0].__qualname__, name), "") if classes else ""
 
 
 def help_of(cls: type, name: str) -> str:

@@ -10,6 +10,9 @@ class Purpose(enum.Enum):
 
     SFT = "sft"
     """One text: the conversation, value 1; of rated completions the best."""
+    CONTEXT = "context"
+    """Two texts: the conversation, value 1; and, value 0, the same with the record's `context` at its beginning. What
+    counts is the same tokens in both."""
     PREFERENCE = "preference"
     """Two or more completions of one prompt, each text with the prompt; of the larger value is what is preferred."""
     KTO = "kto"
@@ -21,6 +24,9 @@ class Purpose(enum.Enum):
     """One text, its value the number of its class."""
     EMBED = "embed"
     """A query, value 1; what it should find, value 0; what it should not find, value -1 each."""
+    PROMPTS = "prompts"
+    """One text of which nothing counts, value 0: a prompt, up to where the answer begins. The whole record is kept with
+    it, for those that judge answers."""
 
 
 class Counted(enum.Enum):

@@ -10,17 +10,26 @@ import inspect
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from maxlm.config.errors import UserError
 from maxlm.config.run import RunConfig
 
 
-def run_python_file(path: str) -> RunConfig:
-    """What `get_config()` of the file returns.
+class PythonConfig(NamedTuple):
+    """What a config file says."""
+
+    config: RunConfig
+    functions: Mapping[str, Callable[..., Any]]
+    """The public functions at its top, its own and imported ones, by name; what a config cannot hold, such as
+    rewards."""
+
+
+def run_python_file(path: str) -> PythonConfig:
+    """What `get_config()` of the file returns, and the other functions of the file.
 
     Raises:
         UserError: it has no such function, the function wants arguments or returns something else, or the file or the
@@ -44,7 +53,9 @@ def run_python_file(path: str) -> RunConfig:
     if not isinstance(config, RunConfig):
         found = "None; is its last line `return RunConfig(...)`?" if config is None else type(config).__name__
         raise UserError(f"{_place(get_config, path)}: get_config() must return a RunConfig, it returns {found}")
-    return config
+    functions = {name: one for name, one in vars(module).items() if inspect.isfunction(one) and name[0] != "_"}
+    functions.pop("get_config", None)
+    return PythonConfig(config, functions)
 
 
 @contextlib.contextmanager

@@ -197,7 +197,12 @@ class RunConfig:
                 f"use at most {model.max_seq_len} or raise model.max_seq_len"
             )
         failures += broken_task_rules(
-            self.task, model, init_from=self.checkpoint.init_from, sample_tokens=self.observe.sample_tokens
+            self.task,
+            model,
+            init_from=self.checkpoint.init_from,
+            sample_tokens=self.observe.sample_tokens,
+            batch_size=train.batch_size,
+            rhythm={"train.steps": train.steps, "checkpoint.every": self.checkpoint.every},
         )
         if isinstance(self.task, TrainMedusa):
             failures += self._failures_of_medusa()

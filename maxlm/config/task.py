@@ -6,6 +6,7 @@ from dataclasses import field
 from typing import Annotated
 
 from maxlm.config.fields import Changes, NotNegative, PathName, Positive, Range, config
+from maxlm.config.reinforcement import Grpo, Ppo
 
 
 @config("task.", changes=Changes.IDENTITY)
@@ -121,6 +122,17 @@ class Preference:
     takes neither time nor memory in a step."""
 
 
+@config("task.", changes=Changes.IDENTITY)
+class DistillContext:
+    """Learn to answer as a model that is told a context does, without being told: the sum over the answers' tokens of
+    KL(told || untold), over the whole vocabulary (context distillation, arXiv:2112.00861, section 2.2). From data with
+    purpose = context."""
+
+    reference: PathName | None = None
+    """Run, RUN_DIR/checkpoints/STEP, hf:DIR or gguf:FILE of the model that is told the context, and is not trained;
+    None: what `checkpoint.init_from` names."""
+
+
 @config("task.loss.", changes=Changes.IDENTITY)
 class BradleyTerry:
     """All pairs of a ranking, which weigh 1 together: -log sigmoid(better - worse - m) (InstructGPT, arXiv:2203.02155,
@@ -165,5 +177,5 @@ class Embed:
     (InfoNCE as CLIP has it, arXiv:2103.00020, figure 3). With an `EmbedHead`."""
 
 
-Task = Pretrain | Sft | TrainMedusa | Preference | Reward | Classify | Embed
+Task = Pretrain | Sft | TrainMedusa | DistillContext | Preference | Reward | Classify | Embed | Grpo | Ppo
 """The union of the tasks."""

@@ -17,7 +17,9 @@ wordings.py: records of a task in several wordings
 raw_tasks.py: questions out of raw text
 sharegpt.py: conversations from web pages, cleaned and split
 reply_trees.py: replies to replies as conversations and rankings
+tagging.py: answers that say how good they are
 ghost.py: an instruction that holds for a conversation
+problems.py: problems made by rule, with their answers
 near_duplicates.py: ROUGE-L, and texts unlike all before them
 chat_report.py: conversations as tokens for people, figures of them
 text_ends.py: where texts of a model begin and end
@@ -27,6 +29,8 @@ chat_templates.py: built-in templates, and which one a name means
 texts.py: texts of post-training with what counts of them, shortened
 conversation_formats.py: records of conversations, by their keys
 conversations.py: a record as texts, what the assistant wrote
+tool_calls.py: calls of tools out of text
+passages.py: documents of a folder in pieces
 tiktoken.py: a .tiktoken file as a tokenizer.json
 train_tokenizer.py: training a tokenizer, compression report
 prepare.py: documents to shards
@@ -35,7 +39,10 @@ encoders.py: documents to tokens, in these processes
 workers.py: tokenising processes
 writer.py: shard files that survive a kill
 shards.py: the prepared folder and its checks
+shard_bytes.py: numbers of its files, read where needed
 record_windows.py: windows of whole records
 packing.py: windows, segments, positions, loss mask
+orders.py: shuffled epochs of several sets, by weights
 loader.py: batch(step), mixtures, global arrays
+prompts.py: prompts to be answered, with their records
 """

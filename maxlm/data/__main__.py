@@ -92,7 +92,7 @@ class Records:
     classes: tuple[str, ...] = Conversations.classes
     """Names of the classes, in the order of their numbers, where labels are names."""
     max_tokens: Positive[int] | None = Conversations.max_tokens
-    """Longer conversations lose their oldest turns; None: none does."""
+    """Longer conversations lose their oldest turns; None: none does. A prompt that is still too long is refused."""
 
     def conversations(self, paths: tuple[str, ...], pattern: str, purpose: Purpose) -> Conversations:
         return Conversations(
@@ -254,6 +254,9 @@ def _show(folder: Path) -> int:
     print(f"{folder}: vocabulary {info.vocab_size:,}, tokenizer {info.tokenizer_fingerprint[:12]}, {info.dtype}")
     for split in Split:
         tokens, documents, size = info.tokens(split), info.documents(split), info.text_bytes(split)
+        if info.purpose is Purpose.PROMPTS:
+            print(f"  {split.value:<11}{documents:>12,} prompts {tokens:>16,} tokens")
+            continue
         if info.of_records:
             print(f"  {split.value:<11}{documents:>12,} texts {tokens:>16,} tokens {size:>16,} bytes that count")
             continue

@@ -1,25 +1,29 @@
-"""`python -m maxlm.data build`: records of conversations from records, texts and threads. JSON in, JSON lines out; the
-same input and options give the same bytes."""
+"""`python -m maxlm.data build`: records of conversations from records, texts, threads and rules. JSON in, JSON lines
+out; the same input and options give the same bytes."""
 
 from __future__ import annotations
 
+import contextlib
+import enum
 import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, assert_never
 
 import tyro
 
 from maxlm.config import Conversations, Files, UserError
 from maxlm.config.cli import parse
-from maxlm.config.fields import Filled, Fraction, NotEmpty, NotNegative, PathName, Positive, Seed, config
+from maxlm.config.fields import Filled, Fraction, NotEmpty, NotNegative, PathName, Positive, Range, Seed, config
 from maxlm.data import ghost, mixing, raw_tasks, reply_trees, sharegpt, wordings
 from maxlm.data.conversation_formats import BadRecord, in_order, turns_of
 from maxlm.data.documents import Document, Unreadable
 from maxlm.data.named_tokenizer import named_tokenizer
+from maxlm.data.problems import MadeProblem, ProblemKind, problems
 from maxlm.data.sources import iterate_documents
+from maxlm.data.tagging import TagPlace, TagWords, tagged
 from maxlm.data.tokenizers import open_tokenizer
 
 PROG = "python -m maxlm.data build"
@@ -33,6 +37,8 @@ USAGE = f"""Records of conversations from other data, as JSON lines.
 {PROG} threads PATH... --out FILE       trees of replies (OpenAssistant, Reddit)
 {PROG} ghost PATH... --out FILE         an instruction that holds for a conversation (Llama 2)
 {PROG} unpair PATH... --out FILE        preferences as single answers with labels (for kto)
+{PROG} tags PATH... --out FILE          good and bad answers as conversations that say which they are
+{PROG} problems KIND --out FILE         problems with one right answer each (sort, addition)
 
 --help after a name lists its options."""
 
@@ -152,6 +158,51 @@ class Unpair:
     """Preferences: prompt, chosen and rejected, as text or messages."""
 
 
+class ProblemForm(enum.Enum):
+    """What a line of the file is."""
+
+    RECORDS = "records"
+    """A record with prompt, completion and answer: for SFT, and as a prompt for tasks that judge answers."""
+    TEXT = "text"
+    """A document, prompt and answer as running text: for pre-training."""
+
+
+@config("--")
+class Problems:
+    """Which problems, and how many."""
+
+    kind: tyro.conf.Positional[ProblemKind]
+    """What is to be done."""
+    out: PathName
+    """File to write, which must not be there."""
+    count: Positive[int] = 1000
+    """Problems to write, all different."""
+    seed: Seed = 0
+    """Which ones."""
+    held_out: bool = False
+    """Those that no file without this word has, whatever its seed."""
+    form: Annotated[ProblemForm, tyro.conf.arg(name="as")] = ProblemForm.RECORDS
+    """What a line of the file is."""
+    digits: Annotated[int, Range(ge=1, le=9)] | None = None
+    """Of each number, at most; None: six to sort, two to add."""
+
+
+@config("--")
+class Tags:
+    """Which answers, and what is said of them."""
+
+    input: tyro.conf.OmitArgPrefixes[Given]
+    """Answers with label (good or not), rating or ratings, or chosen and rejected."""
+    good: NotEmpty[str] = "CORRECT SOLUTION"
+    """Of answers that are good, or chosen."""
+    bad: NotEmpty[str] = "INCORRECT SOLUTION"
+    """Of others."""
+    rating: NotEmpty[str] = "RATING:"
+    """Before a number."""
+    place: TagPlace = TagPlace.PROMPT
+    """The first line of the question, or of what the system says."""
+
+
 class _Made(NamedTuple):
     """What became of a record."""
 
@@ -267,6 +318,29 @@ def _unpair(command: Unpair) -> int:
     return _each(command.input, labelled)
 
 
+def _problems(command: Problems) -> int:
+    found = problems(
+        command.kind, command.count, command.seed, held_out=command.held_out, digits=command.digits
+    )  # fmt: skip
+    made = (_Made(command.kind.value, [_problem(one, command.form)]) for one in found)
+    return _write(command.out, made, Unreadable())
+
+
+def _problem(one: MadeProblem, form: ProblemForm) -> dict[str, Any]:
+    match form:
+        case ProblemForm.RECORDS:
+            return {"prompt": one.prompt, "completion": one.answer, "answer": one.answer}
+        case ProblemForm.TEXT:
+            return {"text": f"{one.prompt} {one.answer}"}
+        case _:
+            assert_never(form)
+
+
+def _tags(command: Tags) -> int:
+    wording = TagWords(command.good, command.bad, command.rating)
+    return _each(command.input, lambda n, record: tagged(record, wording, command.place))
+
+
 _BUILDERS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "mix": (Mix, _mix),
     "tasks": (Tasks, _tasks),
@@ -275,6 +349,8 @@ _BUILDERS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "threads": (Threads, _threads),
     "ghost": (Ghost, _ghost),
     "unpair": (Unpair, _unpair),
+    "tags": (Tags, _tags),
+    "problems": (Problems, _problems),
 }
 
 
@@ -305,15 +381,19 @@ def _each(given: Given, make: Callable[[int, dict[str, Any]], list[dict[str, Any
 
 
 def _write(out: str, made: Iterable[_Made], unreadable: Unreadable) -> int:
-    """Write the records, and say how many records were used, made and refused. The file appears when it is whole."""
+    """Write the records, and say how many records were used, made and refused. The file appears when it is whole.
+
+    Raises:
+        UserError: it is there already, or cannot be written.
+    """
     file = Path(out)
     if file.exists():
         raise UserError(f"--out {file}: is there already; name a new file")
-    file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(file.name + ".partial")
     used = written = 0
     refused = list[str]()
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("w") as stream:
             for place, records in made:
                 if isinstance(records, BadRecord):
@@ -323,10 +403,15 @@ def _write(out: str, made: Iterable[_Made], unreadable: Unreadable) -> int:
                 for record in records:
                     stream.write(json.dumps(record, ensure_ascii=False) + "\n")
                     written += 1
-    except BaseException:
-        partial.unlink(missing_ok=True)
+        os.replace(partial, file)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(
+                f"--out {file}: cannot be written ({error.strerror}); make room, or name a file elsewhere"
+            ) from error
         raise
-    os.replace(partial, file)
     print(f"{file}: {written:,} records from {used:,}")
     if refused:
         print(f"{len(refused):,} refused:", *refused[:_SHOWN], sep="\n  ")

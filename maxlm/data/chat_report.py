@@ -20,8 +20,8 @@ from maxlm.data.documents import Document
 from maxlm.data.texts import Text
 from maxlm.data.tokenizers import Tokenizer
 
-_REASONS = 8
-"""Kinds of refusals that are listed, the most frequent first."""
+_LISTED = 8
+"""Kinds of refusals, and keys of prompts, that are listed, the most frequent first."""
 _COUNTED, _CONTROL = ("bold green", "green"), "cyan"
 """Neighbours of the tokens that count have the two shades in turn."""
 _MARK = {True: "+ ", False: "  "}
@@ -42,11 +42,14 @@ class Survey:
     """Tokens that count."""
     turns: Counter[str] = dataclasses.field(default_factory=Counter)
     """By role; a prompt's once, however many answers follow it."""
+    keys: Counter[str] = dataclasses.field(default_factory=Counter)
+    """Of the records; all of them, as those that judge answers may read any."""
     refused: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     """Reasons, without their numbers, and what was said of each record."""
 
-    def add(self, place: str, found: Any, texts: list[Text], show: int) -> None:
+    def add(self, place: str, record: Mapping[str, Any], found: Any, texts: list[Text], show: int) -> None:
         self.records += 1
+        self.keys.update(record.keys())
         if len(self.shown) < show:
             self.shown.append((place, texts))
         self.lengths += [len(text.ids) for text in texts]
@@ -88,7 +91,7 @@ def survey(
             found.refuse(place, str(error))
             continue
         before = record
-        found.add(place, read(record, config.purpose, config.classes), texts, show)
+        found.add(place, record, read(record, config.purpose, config.classes), texts, show)
     return found
 
 
@@ -97,7 +100,9 @@ def report(console: Console, found: Survey, tokenizer: Tokenizer) -> None:
     for place, texts in found.shown:
         for n, text in enumerate(texts):
             which = f", text {n + 1} of {len(texts)}" if len(texts) > 1 else ""
-            about = f"{len(text.ids)} tokens, {sum(text.counts)} count, value {text.value:g}"
+            about = f"{len(text.ids)} tokens"
+            if any(text.counts):
+                about += f", {sum(text.counts)} count, value {text.value:g}"
             console.print(Line(f"{place}{which}: {about}", style="bold"))
             console.print(painted(text, tokenizer) if console.is_terminal else Line(marked(text, tokenizer)))
             console.print()
@@ -111,15 +116,20 @@ def figures(found: Survey) -> Iterator[str]:
     yield f"{found.records:,} records, {len(lengths):,} texts, {tokens:,} tokens"
     if lengths:
         at = lambda share: f"{lengths[round(share * (len(lengths) - 1))]:,}"
-        yield f"  {found.counted:,} count, {found.counted / tokens:.1%}"
+        if found.counted:
+            yield f"  {found.counted:,} count, {found.counted / tokens:.1%}"
+        else:  # prompts
+            yield "  keys: " + ", ".join(
+                f"{_printable(key[:40])} {count:,}" for key, count in found.keys.most_common(8)
+            )
         yield f"  tokens of a text: at least {at(0)}, median {at(0.5)}, 90% up to {at(0.9)}, at most {at(1)}"
     if found.turns:
         yield "  turns: " + ", ".join(f"{role} {count:,}" for role, count in sorted(found.turns.items()))
     if found.refused:
         kinds = sorted(found.refused.values(), key=lambda said: -len(said))
         yield f"{sum(map(len, kinds)):,} records refused:"
-        yield from (f"  {len(said):,}: {_printable(said[0])}" for said in kinds[:_REASONS])
-        if left := sum(map(len, kinds[_REASONS:])):
+        yield from (f"  {len(said):,}: {_printable(said[0])}" for said in kinds[:_LISTED])
+        if left := sum(map(len, kinds[_LISTED:])):
             yield f"  {left:,}: for other reasons"
 
 

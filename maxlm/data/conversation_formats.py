@@ -8,8 +8,10 @@
 | prompt, completion [label] | a pair, and whether it is good |
 | chosen, rejected [prompt or messages, score_chosen, score_rejected] | a preference |
 | prompt, completions, ranks or ratings | a ranking; rank 1 is the best, of ratings the largest |
+| any of these, context | what a teacher is told at the beginning of the conversation, for context distillation |
 | text, label | a text and its class |
 | query, positive [negative] | what a query should find, and should not |
+| prompt; or messages, conversations | to be answered; a last turn of the assistant is left out |
 
 A prompt and completions are text, or lists of messages. Text becomes a turn of the user, and one of the assistant.
 """
@@ -68,6 +70,8 @@ class Example(NamedTuple):
     """Nothing of it counts; empty if all is in the one answer."""
     answers: list[Answer]
     tools: list[dict[str, Any]] | None
+    context: str | None = None
+    """What only a teacher is told."""
 
 
 class Passages(NamedTuple):
@@ -90,14 +94,15 @@ def read(record: Mapping[str, Any], purpose: Purpose, classes: Sequence[str] = (
     present = {key: value for key, value in record.items() if value is not None}
     if purpose in (Purpose.CLASSIFY, Purpose.EMBED) and "messages" not in present:
         return _passages(present, purpose, classes)
-    for keys, reader in _FORMATS:
+    formats = _ASKED if purpose is Purpose.PROMPTS else _FORMATS
+    for keys, reader in formats:
         if keys <= present.keys():
             example = reader(present)
             break
     else:
         raise BadRecord(
             f"has the keys {_shown(sorted(present))}, of no known format; known: "
-            + "; ".join(", ".join(sorted(keys)) for keys, _ in _FORMATS)
+            + "; ".join(", ".join(sorted(keys)) for keys, _ in formats)
         )
     return _for(purpose, present, example, classes)
 
@@ -122,6 +127,11 @@ def _for(purpose: Purpose, record: Mapping[str, Any], example: Example, classes:
             if labelled and not several and not _good(record["label"]):
                 raise BadRecord(f"label = {record['label']!r}: sft would learn an answer that is labelled bad")
             return example._replace(answers=[best._replace(value=1.0)])
+        case Purpose.CONTEXT:
+            context = record.get("context")
+            if not isinstance(context, str):
+                raise BadRecord("context: is missing, or no text; it is what the teacher is told, and may be empty")
+            return _for(Purpose.SFT, record, example, classes)._replace(context=context)
         case Purpose.PREFERENCE:
             if not several:
                 raise BadRecord("has one answer; a preference needs chosen and rejected, or completions with ratings")
@@ -142,6 +152,8 @@ def _for(purpose: Purpose, record: Mapping[str, Any], example: Example, classes:
             return example._replace(answers=[example.answers[0]._replace(value=value)])
         case Purpose.EMBED:
             raise BadRecord("embed needs query and positive, not messages")
+        case Purpose.PROMPTS:
+            return Example(example.prompt or example.answers[0].messages[:-1], [], example.tools)
         case _:
             assert_never(purpose)
 
@@ -245,6 +257,19 @@ def _ranking(record: Mapping[str, Any]) -> Example:
     return Example(prompt, _unequal(list(map(Answer, answers, values))), _tools(record))
 
 
+def _asked(record: Mapping[str, Any]) -> Example:
+    """A prompt; of a conversation all before the assistant's last turn, if it ends with that."""
+    if "prompt" in record:
+        return Example(_prompt(record), [], _tools(record))
+    key = "messages" if "messages" in record else "conversations"
+    messages = [*_system(record), *_messages(record[key], key)]
+    if messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages:
+        raise BadRecord(f"{key}: has no turn of the user")
+    return Example(in_order(messages, key, whole=False), [], _tools(record))
+
+
 _FORMATS: list[tuple[frozenset[str], Callable[[Mapping[str, Any]], Example]]] = [
     (frozenset({"chosen", "rejected"}), _preference),
     (frozenset({"prompt", "completions"}), _ranking),
@@ -254,6 +279,12 @@ _FORMATS: list[tuple[frozenset[str], Callable[[Mapping[str, Any]], Example]]] = 
     (frozenset({"instruction", "output"}), _alpaca),
 ]
 """The first whose keys a record has."""
+_ASKED: list[tuple[frozenset[str], Callable[[Mapping[str, Any]], Example]]] = [
+    (frozenset({"chosen", "rejected"}), _preference),
+    *((frozenset({key}), _asked) for key in ("prompt", "messages", "conversations")),
+    (frozenset({"instruction", "output"}), _alpaca),
+]
+"""The same of what is to be answered, whose answers may be missing, or anything."""
 
 
 def _unequal(answers: list[Answer]) -> list[Answer]:
@@ -463,8 +494,5 @@ def _shown(keys: Sequence[str]) -> str:
 
 
 def _kind(value: Any) -> str:
-    kinds: dict[type, str] = {
-        type(None): "null", str: "text", int: "a number", float: "a number", bool: "true or false", list: "a list",
-        dict: "an object",
-    }  # fmt: skip
-    return kinds.get(type(value), type(value).__name__)
+    kinds = {str: "text", int: "a number", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
+    return "null" if value is None else kinds.get(type(value), type(value).__name__)

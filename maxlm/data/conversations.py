@@ -12,7 +12,7 @@ from __future__ import annotations
 import bisect
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, assert_never
 
 from maxlm.config import Counted, Purpose
@@ -21,7 +21,7 @@ from maxlm.data.conversation_formats import BadRecord, Example, Passages, Turn, 
 from maxlm.data.texts import Text, truncated
 from maxlm.data.tokenizers import Tokenizer
 
-_NOW = 1_722_000_000.0
+NOW = 1_722_000_000.0
 """2024-07-26, the day of Llama 3.1's template, wherever one asks for the time: the same records are the same ids."""
 _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 
@@ -38,7 +38,7 @@ def encode(
     max_tokens: int | None = None,
     variables: Mapping[str, Any] | None = None,
 ) -> list[Text]:
-    """The texts of a record, as `Purpose` says. Each has at least one id that counts.
+    """The texts of a record, as `Purpose` says. Each but a prompt has at least one id that counts.
 
     Ids are the template's: no bos and no eos is added to what it writes. Outside conversations, as of queries, texts
     are as documents are. A token that is partly the assistant's counts.
@@ -52,7 +52,8 @@ def encode(
         classes: names of the classes, where labels are names.
         before: the record before it, for KTO.
         max_tokens: of each text. A longer conversation loses its oldest turns, from a user's up to the next one's, and
-            keeps what the system says; if one exchange is still too long, it is cut as `truncated` does.
+            keeps what the system says; if one exchange is still too long, it is cut as `truncated` does, and a prompt
+            is refused: an answer to a part of it could not be judged.
         variables: more that the template reads, such as `enable_thinking`.
 
     Raises:
@@ -91,17 +92,40 @@ def encode(
 
     def made(left_out: int) -> list[Text]:
         short = _without_oldest(example, left_out)
+        if purpose is Purpose.PROMPTS:
+            return [talk.prompt(short.prompt)]
         texts = [talk.text(short.prompt, answer.messages, answer.value, counted) for answer in short.answers]
+        if short.context is not None:
+            return [*texts, talk.told(short, counted)]
         return texts if other is None else [*texts, talk.text(short.prompt, other, 0.0, counted)]
 
     texts = made(0)
     if purpose is Purpose.PREFERENCE:
         _refuse_equal(texts)
+    if purpose is Purpose.CONTEXT:
+        _refuse_others(texts)
     if max_tokens is None or max(len(text.ids) for text in texts) <= max_tokens:
         return texts
     fits = lambda left_out: max(len(text.ids) for text in made(left_out)) <= max_tokens
     texts = made(bisect.bisect_left(range(_exchanges(example) - 1), True, key=fits))
+    if purpose is Purpose.PROMPTS:
+        if (length := len(texts[0].ids)) > max_tokens:
+            raise BadRecord(f"is a prompt of {length} tokens with its last turn alone, max_tokens = {max_tokens}")
+        return texts
+    if purpose is Purpose.CONTEXT and (most := max(len(text.ids) for text in texts)) > max_tokens:
+        raise BadRecord(f"the context and one exchange are {most} tokens, more than max_tokens = {max_tokens}")
     return [truncated(text, max_tokens, int(text.ids[0] == tokenizer.bos_id))[0] for text in texts]
+
+
+def between_turns(
+    said: list[Turn], n: int, template: ChatTemplate, tokenizer: Tokenizer, tools: list[dict[str, Any]]
+) -> list[int]:
+    """The ids after the token that ends the assistant's turn n, up to where its next turn begins.
+
+    Raises:
+        BadRecord: the template refuses the messages, or nobody can say where that turn ends.
+    """
+    return _Talk(template, tokenizer, tools, {}).between(said, n).ids
 
 
 def _refuse_equal(texts: list[Text]) -> None:
@@ -110,6 +134,13 @@ def _refuse_equal(texts: list[Text]) -> None:
     for text in texts:
         if values.setdefault(tuple(text.ids), text.value) != text.value:
             raise BadRecord("two completions are equal as the template writes them, and one is preferred to the other")
+
+
+def _refuse_others(texts: list[Text]) -> None:
+    """A tokenizer may put what the assistant says together with what is before it."""
+    counted = [[i for i, counts in zip(text.ids, text.counts, strict=True) if counts] for text in texts]
+    if counted[0] != counted[1]:
+        raise BadRecord("the answers are other tokens after the context; use a template that keeps turns apart")
 
 
 def _exchanges(example: Example) -> int:
@@ -128,6 +159,13 @@ def _without_oldest(example: Example, count: int) -> Example:
     return example._replace(answers=[example.answers[0]._replace(messages=left)])
 
 
+def told(turns: Sequence[Turn], context: str) -> list[Turn]:
+    """A conversation at whose beginning the system says the context, and then what else it says."""
+    own = turns[:1] if turns[0]["role"] == "system" else []
+    said = "\n\n".join([context, *(turn["content"] for turn in own)])
+    return [{"role": "system", "content": said}, *turns[len(own) :]]
+
+
 class _Talk(NamedTuple):
     """What the conversations of a record have in common."""
 
@@ -144,20 +182,63 @@ class _Talk(NamedTuple):
         said = [*prompt, *answer]
         turns = [n for n, message in enumerate(said) if message["role"] == "assistant" and n >= len(prompt)]
         turns = [n for n in turns if said[n].get("weight") != 0]  # of OpenAI: a turn that is not to be learned
+        return self._made(said, lambda messages: self._text(messages, turns, value, counted))
+
+    def prompt(self, said: list[Turn]) -> Text:
+        """The conversation up to where the assistant's next turn begins, of which nothing counts.
+
+        Raises:
+            BadRecord: see `encode`.
+        """
+
+        def asked(messages: list[Turn]) -> Text:
+            chat = self.template.encode(self.tokenizer, messages, tools=self.tools, now=NOW, **self.variables)
+            self._check_all_is_there(messages, chat)
+            return Text(chat.ids, [False] * len(chat.ids), 0.0)
+
+        return self._made(said, asked)
+
+    def between(self, said: list[Turn], n: int) -> Text:
+        """See `between_turns`; nothing counts."""
+
+        def after(messages: list[Turn]) -> Text:
+            chat = self.template.encode(self.tokenizer, messages, tools=self.tools, now=NOW, **self.variables)
+            self._check_all_is_there(messages, chat)
+            _, stop = self._turn(messages, n, chat, *self._render(messages, [(n, True), (n + 1, False)]))
+            ids = [i for i, (start, _) in zip(chat.ids, chat.places, strict=True) if start >= stop]
+            return Text(ids, [False] * len(ids), 0.0)
+
+        return self._made(said, after)
+
+    def _made(self, said: list[Turn], make: Callable[[list[Turn]], Text]) -> Text:
+        """What `make` makes of messages as templates know them."""
         messages = [{key: inner for key, inner in message.items() if key != "weight"} for message in said]
         errors: list[ChatError] = []
         for arguments in (lambda value: value, _as_string):  # most templates want objects, some the string itself
             try:
-                return self._text(_with_arguments(messages, arguments), turns, value, counted)
+                return make(_with_arguments(messages, arguments))
             except ChatError as error:
                 errors.append(error)
                 if not any("tool_calls" in message for message in messages):
                     break
         raise BadRecord(str(errors[0])) from errors[0]
 
+    def told(self, example: Example, counted: Counted) -> Text:
+        """The conversation with its context at the beginning, where it has any.
+
+        Raises:
+            BadRecord: see `encode`.
+        """
+        [answer], context = example.answers, example.context or ""
+        if not context.strip():
+            return self.text(example.prompt, answer.messages, 0.0, counted)
+        if example.prompt:
+            return self.text(told(example.prompt, context), answer.messages, 0.0, counted)
+        return self.text([], told(answer.messages, context), 0.0, counted)
+
     def _text(self, messages: list[Turn], turns: list[int], value: float, counted: Counted) -> Text:
         chat = self.template.encode(
-            self.tokenizer, messages, tools=self.tools, add_generation_prompt=False, now=_NOW, **self.variables
+            self.tokenizer, messages, tools=self.tools, add_generation_prompt=False, now=NOW, **self.variables
         )
         self._check_all_is_there(messages, chat)
         match counted:
@@ -252,7 +333,7 @@ class _Talk(NamedTuple):
     def _spans(self, messages: list[Turn], n: int) -> tuple[Span, ...]:
         try:
             return self.template.encode(
-                self.tokenizer, messages, tools=self.tools, add_generation_prompt=False, spans=True, now=_NOW,
+                self.tokenizer, messages, tools=self.tools, add_generation_prompt=False, spans=True, now=NOW,
                 **self.variables,
             ).spans  # fmt: skip
         except ChatError as error:
@@ -262,7 +343,7 @@ class _Talk(NamedTuple):
             ) from error
 
     def _render(self, messages: list[Turn], cuts: list[tuple[int, bool]]) -> list[str]:
-        return self.template.prefixes(messages, cuts, tools=self.tools, now=_NOW, **self.variables)
+        return self.template.prefixes(messages, cuts, tools=self.tools, now=NOW, **self.variables)
 
     @property
     def _names(self) -> re.Pattern[str]:

@@ -16,7 +16,7 @@ from maxlm.config import Conversations, PrepareConfig, UserError
 from maxlm.config.fields import config
 from maxlm.data.documents import Unreadable
 from maxlm.data.encoders import Encoder, Tokenised
-from maxlm.data.shards import Count, ShardInfo, Split, token_dtype
+from maxlm.data.shards import Count, ShardInfo, Split, n_files, token_dtype
 from maxlm.data.sources import describe_documents, iterate_documents
 from maxlm.data.workers import DocumentBlock
 from maxlm.data.writer import SplitWriter, Written
@@ -121,7 +121,7 @@ class Splitter:
         self._of_records = isinstance(prepare.documents, Conversations)
         self._share = prepare.validation_fraction
         self._bound = int(prepare.validation_fraction * 2**64)
-        writer = functools.partial(SplitWriter, dtype=token_dtype(vocab_size), of_records=self._of_records)
+        writer = functools.partial(SplitWriter, dtype=token_dtype(vocab_size), files=n_files(prepare.documents))
         self._train = writer(out, Split.TRAIN, prepare.shard_tokens, written=state.train)
         self._validation = writer(out, Split.VALIDATION, prepare.shard_tokens, written=state.validation)
         self._reserve: _Reserve | None = None

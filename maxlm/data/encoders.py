@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from maxlm.config import Conversations, PrepareConfig, serialize
+from maxlm.config import Conversations, PrepareConfig, Purpose, serialize
 from maxlm.data.chat import ChatTemplate, find_chat_template
 from maxlm.data.conversation_formats import BadRecord
 from maxlm.data.conversations import encode
@@ -39,6 +40,8 @@ class Tokenised:
     """`[sum(lengths)]`: whether the loss counts it. Of records."""
     texts: npt.NDArray[np.void] | None = None
     """`[n]` of `shards.TEXT`. Of records."""
+    records: tuple[bytes, ...] | None = None
+    """`[n]`: the record of each text, a line of JSON. Of prompts."""
     refused: tuple[tuple[int, str], ...] = field(default=())
     """Documents that give no text, and why."""
 
@@ -53,6 +56,7 @@ class Tokenised:
             text_bytes=self.text_bytes[mask],
             counts=None if self.counts is None else self.counts[of_tokens],
             texts=None if self.texts is None else self.texts[mask],
+            records=None if self.records is None else tuple(itertools.compress(self.records, mask)),
         )
 
 
@@ -137,5 +141,6 @@ def encode_records(
         text_bytes=np.array([len(tokenizer.decode(counted(text)).encode()) for _, _, text in found], np.int64),
         counts=np.array([counts for _, _, text in found for counts in text.counts], np.bool_),
         texts=np.array([(first, text.value) for _, first, text in found], TEXT),
+        records=tuple(records[n] for n, _, _ in found) if conversations.purpose is Purpose.PROMPTS else None,
         refused=tuple(refused),
     )

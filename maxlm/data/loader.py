@@ -18,10 +18,11 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from maxlm.config import Conversations, DataConfig, Purpose, UserError
+from maxlm.config import DataConfig, Purpose, UserError
+from maxlm.data.orders import endless, mix, ranges
 from maxlm.data.packing import Batch, Windows, pack
 from maxlm.data.record_windows import NO_TEXT, RecordWindows
-from maxlm.data.shards import FORMAT_VERSION, Prepared, Split, open_prepared
+from maxlm.data.shards import FORMAT_VERSION, Prepared, Split, check_one_tokenizer, open_prepared
 
 _PREFETCH = 2
 _PROBED_ELEMENTS = 64
@@ -163,13 +164,9 @@ class Batches:
 
     def _make_order(self, weights: Sequence[float], seed: int) -> grain.MapDataset[int]:
         """The numbers of windows, counted through all data sets, in the order in which they are read."""
-        ranges = [
-            grain.MapDataset.range(int(first), int(end))
-            for first, end in zip(self._firsts[:-1], self._firsts[1:], strict=True)
-        ]
         if self.split is Split.TRAIN:
-            ranges = [one.seed(_seed_of(seed, i)).shuffle().repeat() for i, one in enumerate(ranges)]
-        return grain.MapDataset.mix(ranges, weights) if len(ranges) > 1 else ranges[0]
+            return endless(self._firsts, weights, seed)
+        return mix(ranges(self._firsts), weights)
 
     def _fingerprint(self, opened: Sequence[Prepared], weights: Sequence[float], seed: int) -> str:
         decides = self._texts_and_tokenizer(opened) | {
@@ -226,13 +223,7 @@ def open_batches(
     opened = [open_prepared(Path(dataset.path), verify=config.verify, splits=[split]) for dataset in config.datasets]
     for data in opened:
         _check_purpose(data, purpose)
-    first = opened[0]
-    for other in opened[1:]:
-        if other.tokenizer.fingerprint != first.tokenizer.fingerprint:
-            raise UserError(
-                f"{other.folder}: its tokenizer ({other.tokenizer.fingerprint[:12]}...) is not that of {first.folder} "
-                f"({first.tokenizer.fingerprint[:12]}...); prepare both with the same tokenizer"
-            )
+    check_one_tokenizer(opened)
     chosen = list(zip(opened, [dataset.weight for dataset in config.datasets], strict=True))
     if split is Split.VALIDATION:
         chosen = [pair for pair in chosen if pair[0].info.prepare.validation_fraction] or chosen[:1]
@@ -261,8 +252,12 @@ def _windows(data: Prepared, split: Split, seq_len: int, virtual: int) -> Window
 
 
 def _check_purpose(data: Prepared, purpose: Purpose | None) -> None:
-    documents = data.info.prepare.documents
-    there = documents.purpose if isinstance(documents, Conversations) else None
+    there = data.info.purpose
+    if there is Purpose.PROMPTS:
+        raise UserError(
+            f"{data.folder}: was prepared as prompts, of which nothing can be learned without answers; prepare it in "
+            f"another folder with purpose = {'sft' if purpose is None else purpose.value}, if its records have answers"
+        )
     if purpose is not None and there is not purpose:
         made = "running text" if there is None else f"purpose = {there.value}"
         raise UserError(
@@ -310,14 +305,6 @@ def _global_batch(batches: Batches, sharding: jax.sharding.NamedSharding, step: 
         return jax.make_array_from_callback(shape, by_row if of_text else sharding, part, dtype=values.dtype)
 
     return {name: make(name, values) for name, values in batches.rows(step, rows).items()}
-
-
-def _seed_of(seed: int, source: int) -> int:
-    """A 32-bit seed for one data set.
-
-    Grain adds the epoch's number to the seed, so neighbouring seeds would give data sets each other's orders.
-    """
-    return int.from_bytes(hashlib.sha256(f"{seed} {source}".encode()).digest()[:4], "little")
 
 
 def _too_small(data: Prepared, split: Split, seq_len: int) -> UserError:

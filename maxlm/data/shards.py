@@ -10,6 +10,8 @@ Of conversations a document is one text of a record (`texts.py`), and there are 
 chat/                    the template that they were written with, as a published model's folder has it
 train-00000.counts       of each token whether the loss counts it: uint8
 train-00000.texts        of each text whether it is the first of a record, and its value: uint8, float32, little endian
+Of prompts there are also
+train-00000.records      of each prompt its record, as it was read: a line of JSON
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import enum
 import functools
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,9 +30,9 @@ from typing import Annotated, Any
 import numpy as np
 import numpy.typing as npt
 
-from maxlm.config import Conversations, PrepareConfig, UserError, serialize
-from maxlm.config.errors import MachineFailure
+from maxlm.config import Conversations, Documents, PrepareConfig, Purpose, UserError, serialize
 from maxlm.config.fields import Range, config
+from maxlm.data.shard_bytes import REMEDY, read_numbers
 from maxlm.data.tokenizers import Tokenizer, load_tokenizer
 
 RECORD = "dataset.json"
@@ -40,12 +43,13 @@ CHAT = "chat"
 FORMAT_VERSION = 1
 _OFFSET = np.dtype("<i8")
 _COUNTS = np.dtype("<u1")
+_BYTE = np.dtype("<u1")
 TEXT = np.dtype([("begins", "<u1"), ("value", "<f4")])
 """What the file of texts has of each."""
-_REMEDY = "restore the file, or delete the folder and prepare it again"
 _STRIDE = 512
 """Offsets of a file of which one is kept in memory; the ones between are read as needed: 4 KiB."""
-_OPEN_FILES = 256
+_SCANNED = 1 << 22
+"""Bytes of a file of records that are looked through at a time."""
 
 Count = Annotated[int, Range(ge=0, lt=2**63)]
 
@@ -76,12 +80,16 @@ class ShardInfo:
     counts_sha256: str | None = None
     """Of the file that says which they are, in hex."""
     texts_sha256: str | None = None
-    """Of the file of records and values, in hex."""
+    """Of the file of first texts and values, in hex."""
+    records_bytes: Count | None = None
+    """Of the file of whole records; None: there is none."""
+    records_sha256: str | None = None
+    """Of that file, in hex."""
 
     @property
     def sha256s(self) -> tuple[str | None, ...]:
         """Of its files, in the order of `shard_files`."""
-        return self.tokens_sha256, self.offsets_sha256, self.counts_sha256, self.texts_sha256
+        return self.tokens_sha256, self.offsets_sha256, self.counts_sha256, self.texts_sha256, self.records_sha256
 
 
 @config("")
@@ -120,6 +128,12 @@ class DatasetInfo:
         """Whether its documents are texts of records."""
         return isinstance(self.prepare.documents, Conversations)
 
+    @property
+    def purpose(self) -> Purpose | None:
+        """What its records are for; None: it is running text."""
+        documents = self.prepare.documents
+        return documents.purpose if isinstance(documents, Conversations) else None
+
     def shards(self, split: Split) -> tuple[ShardInfo, ...]:
         """The shards of one split in the order of their numbers."""
         match split:
@@ -151,12 +165,18 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-def shard_files(folder: Path, split: Split, number: int) -> tuple[Path, Path, Path, Path]:
-    """The files of tokens, offsets, counts and texts of a shard; plain documents have the first two alone."""
-    tokens, offsets, counts, texts = (
-        folder / f"{split.value}-{number:05d}.{suffix}" for suffix in ("tokens", "offsets", "counts", "texts")
-    )
-    return tokens, offsets, counts, texts
+def shard_files(folder: Path, split: Split, number: int) -> tuple[Path, Path, Path, Path, Path]:
+    """The files of tokens, offsets, counts, texts and records of a shard, of which it has the first `n_files`."""
+    endings = ("tokens", "offsets", "counts", "texts", "records")
+    tokens, offsets, counts, texts, records = (folder / f"{split.value}-{number:05d}.{ending}" for ending in endings)
+    return tokens, offsets, counts, texts, records
+
+
+def n_files(documents: Documents) -> int:
+    """How many files a shard of such documents has."""
+    if not isinstance(documents, Conversations):
+        return 2
+    return 5 if documents.purpose is Purpose.PROMPTS else 4
 
 
 def file_sha256(file: Path) -> str:
@@ -218,15 +238,14 @@ def _check_complete(folder: Path, info: DatasetInfo) -> None:
 
 
 class Shard:
-    """The files of one shard, read where needed. Not mapped into memory: a file cut while it is read would then end
-    the process by SIGBUS."""
+    """The files of one shard, read where they are needed."""
 
     def __init__(self, folder: Path, split: Split, number: int, info: ShardInfo, vocab_size: int) -> None:
         self.info = info
         self._vocab_size = vocab_size
         self._dtype = token_dtype(vocab_size)
         self._files = shard_files(folder, split, number)
-        self._tokens_file, self._offsets_file, self._counts_file, self._texts_file = self._files
+        self._tokens_file, self._offsets_file, self._counts_file, self._texts_file, self._records_file = self._files
 
     def tokens(self, first: int, count: int) -> npt.NDArray[np.unsignedinteger[Any]]:
         """`[count]`: ids from token number `first` on.
@@ -239,7 +258,7 @@ class Shard:
         if count and (largest := int(ids.max())) >= self._vocab_size:
             raise UserError(
                 f"{self._tokens_file}: holds the id {largest} after token {first}, but the tokenizer has "
-                f"{self._vocab_size} ids; {_REMEDY}"
+                f"{self._vocab_size} ids; {REMEDY}"
             )
         return ids
 
@@ -274,27 +293,41 @@ class Shard:
         """`[documents]` of `TEXT`. Of conversations."""
         return self._read(self._texts_file, TEXT, 0, self.info.documents)
 
+    def record(self, number: int) -> dict[str, Any]:
+        """Of a prompt the object that it was made of; otherwise as `tokens`."""
+        start, stop = (int(at) for at in self._record_starts[number : number + 2])
+        try:
+            found = json.loads(self._read(self._records_file, _BYTE, start, stop - start).tobytes())
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise UserError(f"{self._records_file}:{number + 1}: is no object of JSON; {REMEDY}")
+        return found
+
+    @functools.cached_property
+    def _record_starts(self) -> npt.NDArray[np.int64]:
+        """`[documents + 1]`: where each line of the file of records begins, and at the end its size."""
+        size, found = self.info.records_bytes or 0, [np.zeros(1, np.int64)]
+        for first in range(0, size, _SCANNED):
+            part = self._read(self._records_file, _BYTE, first, min(_SCANNED, size - first))
+            found.append(np.flatnonzero(part == ord("\n")) + first + 1)
+        starts = np.concatenate(found)
+        if len(starts) != self.info.documents + 1 or starts[-1] != size:
+            raise UserError(
+                f"{self._records_file}: has {len(starts) - 1} lines, {self.info.documents} expected; {REMEDY}"
+            )
+        return starts
+
     @functools.cached_property
     def _some_offsets(self) -> npt.NDArray[np.int64]:
         offsets = self.offsets()
         last = self.info.tokens
         if not (len(offsets) and offsets[0] == 0 and (np.diff(offsets, append=last) > 0).all()):
-            raise UserError(f"{self._offsets_file}: its offsets do not rise from 0 to less than {last}; {_REMEDY}")
+            raise UserError(f"{self._offsets_file}: its offsets do not rise from 0 to less than {last}; {REMEDY}")
         return offsets[::_STRIDE].copy()
 
     def _read(self, file: Path, dtype: np.dtype[Any], first: int, count: int) -> npt.NDArray[Any]:
-        """`[count]` numbers of a file from number `first` on."""
-        size, begin = count * dtype.itemsize, first * dtype.itemsize
-        try:
-            content = os.pread(_open(self, file).number, size, begin)
-            left = size if len(content) == size else os.stat(file).st_size
-        except OSError as error:
-            raise MachineFailure(
-                f"{file}: cannot be read any more ({error.strerror}); run the command again"
-            ) from error
-        if len(content) < size:
-            raise UserError(f"{file}: was cut while in use: {left} bytes are left; {_REMEDY}")
-        return np.frombuffer(content, dtype)
+        return read_numbers(self, file, dtype, first, count)
 
     def check(self, verify: bool) -> None:
         """Compare sizes, and checksums where `verify`, with the record.
@@ -303,41 +336,24 @@ class Shard:
             UserError: a file is missing, cut short or changed.
         """
         tokens, documents = self.info.tokens, self.info.documents
-        sizes = tokens * self._dtype.itemsize, documents * _OFFSET.itemsize, tokens, documents * TEXT.itemsize
+        sizes = [tokens * self._dtype.itemsize, documents * _OFFSET.itemsize, tokens, documents * TEXT.itemsize]
+        sizes.append(self.info.records_bytes or 0)
         for file, size, sha256 in zip(self._files, sizes, self.info.sha256s, strict=True):
             if sha256 is None:
                 continue
             try:
                 seen = os.stat(file).st_size
                 if seen != size:
-                    raise UserError(f"{file}: {seen} bytes, {RECORD} says {size}; {_REMEDY}")
+                    raise UserError(f"{file}: {seen} bytes, {RECORD} says {size}; {REMEDY}")
                 if verify and (digest := file_sha256(file)) != sha256:
                     raise UserError(
                         f"{file}: has changed: {size} bytes as expected, but SHA-256 {digest[:12]}..., "
-                        f"{RECORD} says {sha256[:12]}...; {_REMEDY}"
+                        f"{RECORD} says {sha256[:12]}...; {REMEDY}"
                     )
             except OSError as error:
                 raise UserError(
-                    f"{file}: cannot be read ({error.strerror}), {size} bytes expected; {_REMEDY}"
+                    f"{file}: cannot be read ({error.strerror}), {size} bytes expected; {REMEDY}"
                 ) from error
-
-
-class _OpenFile:
-    """A descriptor that is closed with the last reference to it."""
-
-    def __init__(self, file: Path) -> None:
-        self.number = os.open(file, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if hasattr(self, "number"):
-            os.close(self.number)
-
-
-@functools.lru_cache(_OPEN_FILES)
-def _open(shard: Shard, file: Path) -> _OpenFile:
-    """The file, opened for this shard: a folder that is made anew gets files of its own."""
-    del shard
-    return _OpenFile(file)
 
 
 class TokenStream:
@@ -346,6 +362,7 @@ class TokenStream:
     def __init__(self, shards: tuple[Shard, ...]) -> None:
         self._shards = shards
         self._starts = np.cumsum([0] + [shard.info.tokens for shard in shards])
+        self._documents = np.cumsum([0] + [shard.info.documents for shard in shards])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -358,6 +375,16 @@ class TokenStream:
     def texts(self) -> npt.NDArray[np.void]:
         """Of each document what `TEXT` says. Of conversations."""
         return np.concatenate([shard.texts() for shard in self._shards] or [np.empty(0, TEXT)])
+
+    def record(self, number: int) -> dict[str, Any]:
+        """That of document `number`. Of prompts.
+
+        Raises:
+            UserError: the file holds what cannot be, or has become shorter since it was checked.
+            MachineFailure: the disk fails.
+        """
+        shard = int(np.searchsorted(self._documents, number, side="right")) - 1
+        return self._shards[shard].record(number - int(self._documents[shard]))
 
     def read(
         self,
@@ -420,6 +447,20 @@ def open_prepared(folder: Path, *, verify: bool, splits: Sequence[Split] = tuple
     with ThreadPoolExecutor() as pool:  # hashing and reading both leave Python's lock
         list(pool.map(lambda shard: shard.check(verify), shards))
     return Prepared(folder=folder, info=info, tokenizer=tokenizer)
+
+
+def check_one_tokenizer(opened: Sequence[Prepared]) -> None:
+    """
+    Raises:
+        UserError: two of them have different ones.
+    """
+    first = opened[0]
+    for other in opened[1:]:
+        if other.tokenizer.fingerprint != first.tokenizer.fingerprint:
+            raise UserError(
+                f"{other.folder}: its tokenizer ({other.tokenizer.fingerprint[:12]}...) is not that of {first.folder} "
+                f"({first.tokenizer.fingerprint[:12]}...); prepare both with the same tokenizer"
+            )
 
 
 def not_finished(folder: Path) -> UserError:

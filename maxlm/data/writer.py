@@ -28,6 +28,8 @@ class Written:
     """Of the next one."""
     counted: Count = 0
     """Of the next one, of conversations."""
+    records_bytes: Count = 0
+    """Of the next one, of prompts."""
 
 
 class SplitWriter:
@@ -45,19 +47,21 @@ class SplitWriter:
         dtype: np.dtype[Any],
         written: Written,
         *,
-        of_records: bool = False,
+        files: int = 2,
     ) -> None:
+        """`files`: of a shard, as `shards.n_files` says."""
         self._folder, self._split, self._shard_tokens, self._dtype = folder, split, shard_tokens, dtype
-        self._of_records = of_records
+        self._n_files = files
         self._shards = list(written.shards)
         self._tokens, self._documents, self._text_bytes = written.tokens, written.documents, written.text_bytes
-        self._counted = written.counted
+        self._counted, self._records_bytes = written.counted, written.records_bytes
         self.total_tokens = written.tokens + sum(shard.tokens for shard in written.shards)
         self._streams: list[IO[bytes]] | None = None
         self._remove_what_followed()
         if written.documents:
             n = written.documents
-            self._streams = self._reopen([written.tokens * dtype.itemsize, n * 8, written.tokens, n * TEXT.itemsize])
+            sizes = [written.tokens * dtype.itemsize, n * 8, written.tokens, n * TEXT.itemsize, written.records_bytes]
+            self._streams = self._reopen(sizes)
 
     def append(self, documents: Tokenised) -> None:
         """Write documents at the end of the split."""
@@ -78,6 +82,11 @@ class SplitWriter:
                 of_records[0].write(documents.counts[of_tokens].tobytes())
                 of_records[1].write(documents.texts[of_documents].tobytes())
                 self._counted += int(documents.counts[of_tokens].sum())
+            if of_records[2:]:
+                assert documents.records is not None
+                lines = b"".join(record + b"\n" for record in documents.records[of_documents])
+                of_records[2].write(lines)
+                self._records_bytes += len(lines)
             self._tokens += added
             self._documents += count
             self._text_bytes += int(documents.text_bytes[of_documents].sum())
@@ -97,6 +106,7 @@ class SplitWriter:
             documents=self._documents,
             text_bytes=self._text_bytes,
             counted=self._counted,
+            records_bytes=self._records_bytes,
         )
 
     def finish(self) -> tuple[ShardInfo, ...]:
@@ -125,12 +135,14 @@ class SplitWriter:
                 counted=self._counted if of_records else None,
                 counts_sha256=of_records[0] if of_records else None,
                 texts_sha256=of_records[1] if of_records else None,
+                records_bytes=self._records_bytes if of_records[2:] else None,
+                records_sha256=of_records[2] if of_records[2:] else None,
             )
         )
-        self._tokens = self._documents = self._text_bytes = self._counted = 0
+        self._tokens = self._documents = self._text_bytes = self._counted = self._records_bytes = 0
 
     def _files(self, number: int) -> tuple[Path, ...]:
-        return shard_files(self._folder, self._split, number)[: 4 if self._of_records else 2]
+        return shard_files(self._folder, self._split, number)[: self._n_files]
 
     def _remove_what_followed(self) -> None:
         """Delete shards begun after the state that we continue from."""

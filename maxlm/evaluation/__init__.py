@@ -10,8 +10,13 @@ prompting.py: how questions are put: the settings
 demonstrations.py: solved questions before a question, and their order
 reasoning.py: chains of thought, votes
 confidence.py: calibration, and whom to answer
+side_by_side.py: the same prompts put to several models
 judgements.py: held-out texts of reward models, preferences, classifiers, vectors
 ratings.py: Elo, win rates, rewards of two models as one
+verifiers.py: answers verified without a model: numbers, formats, tests
+json_schema.py: whether a value is what a JSON schema allows
+time_limit.py: a limit on the time of a call
+asked.py: tests ask a program, in the sandbox; a module of its own
 sandbox.py: runs programs that a model wrote
 confined.py: the sandbox from inside, a program of its own
 harness.py: a model for lm-eval

@@ -95,6 +95,8 @@ def _become(settings: dict[str, Any], program: bytes, user: int | None, tell: in
         with open("program.py", "wb") as file:
             file.write(program)
         os.chmod("program.py", 0o644)
+        if user is not None:
+            os.chown("program.py", user, user)  # it may hide itself from what it starts
         nothing = os.open(os.devnull, os.O_RDWR)
         os.dup2(nothing, 0)
         os.dup2(nothing, 1)

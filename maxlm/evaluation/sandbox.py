@@ -46,18 +46,22 @@ class SandboxLimits:
 class Sandbox:
     """Runs programs; each sees nothing of the others and of this machine but Python, see `confined`."""
 
-    def __init__(self, limits: SandboxLimits = SandboxLimits()) -> None:
+    def __init__(self, limits: SandboxLimits = SandboxLimits(), *, asked_by: str = "--allow_code") -> None:
         """Tries it.
+
+        Args:
+            limits: of each program.
+            asked_by: what wants it, for messages.
 
         Raises:
             UserError: this machine does not let such a sandbox be built.
         """
-        self._limits = limits
+        self._limits, self._asked_by = limits, asked_by
         if sys.platform != "linux":
-            raise UserError(f"--allow_code needs Linux, this is {sys.platform}; run it in a Linux container or machine")
+            raise UserError(f"{asked_by} needs Linux, this is {sys.platform}; run it in a Linux container or machine")
         failure = self("import json, math, re, collections, typing, heapq", 30.0)
         if failure is not None:
-            raise UserError(f"--allow_code: Python does not run in the sandbox ({failure}); use one that all may read")
+            raise UserError(f"{asked_by}: Python does not run in the sandbox ({failure}); use one that all may read")
 
     def __call__(self, program: str, seconds: float) -> str | None:
         """None where the program comes to its end in time; else why it did not.
@@ -113,7 +117,7 @@ class Sandbox:
             said.seek(0)
             reason = said.read().decode().strip()
             raise UserError(
-                f"--allow_code: this machine does not let a sandbox be built ({reason}); it takes "
+                f"{self._asked_by}: this machine does not let a sandbox be built ({reason}); it takes "
                 "Linux 5.12 and user namespaces (sysctl kernel.apparmor_restrict_unprivileged_userns=0), or root; in "
                 "a container the options --privileged, or --cap-add SYS_ADMIN --security-opt seccomp=unconfined"
             )

@@ -71,7 +71,7 @@ class RunExaminee:
                 tokens, and nothing is put before them.
 
         Raises:
-            UserError: the model has no logits, or with `chat` no chat template.
+            UserError: with `chat` the model has no chat template.
         """
         if chat and run.chat is None:
             raise UserError("the model has no chat template; leave out --chat")
@@ -110,7 +110,7 @@ class RunExaminee:
         pieces = [(i, *window) for i, pair in enumerate(pairs) for window in windows(*pair, self.limit)]
         log_probs, greedy = [np.empty(0)] * len(pairs), [True] * len(pairs)
         found: dict[int, tuple[npt.NDArray[np.float64], bool]] = {}
-        for batch in _batches([len(inputs) for _, inputs, _ in pieces], self._rows, self.limit):
+        for batch in batches_of([len(inputs) for _, inputs, _ in pieces], self._rows, self.limit):
             tokens, targets = np.zeros((2, batch.rows, batch.length), np.int32)
             for row, i in enumerate(batch.members):
                 _, inputs, wanted = pieces[i]
@@ -157,7 +157,7 @@ class RunExaminee:
         """Of texts that are too long, the end."""
         ids = [[*self._first, *self._encode(text)][-self.limit :] or [self.prefix[0]] for text in texts]
         found = np.empty((len(ids), self.run.config.model.d_model))
-        for batch in _batches(list(map(len, ids)), self._rows, self.limit):
+        for batch in batches_of(list(map(len, ids)), self._rows, self.limit):
             tokens = np.zeros((batch.rows, batch.length), np.int32)
             for row, i in enumerate(batch.members):
                 tokens[row, : len(ids[i])] = ids[i]
@@ -193,19 +193,21 @@ def windows(context: Sequence[int], continuation: Sequence[int], limit: int) -> 
         done = end
 
 
-class _Batch(NamedTuple):
+class SameShape(NamedTuple):
+    """Texts that are asked about at once."""
+
     rows: int
     length: int
     members: Sequence[int]
 
 
-def _batches(lengths: Sequence[int], rows_of: Callable[[int], int], limit: int) -> Iterator[_Batch]:
+def batches_of(lengths: Sequence[int], rows_of: Callable[[int], int], limit: int) -> Iterator[SameShape]:
     """Places in `lengths`, the longest first, in batches that have one of few shapes."""
     shape = lambda i: min(limit, max(_SHORTEST, 1 << (lengths[i] - 1).bit_length()))
     for length, group in itertools.groupby(sorted(range(len(lengths)), key=lambda i: -lengths[i]), shape):
         rows = rows_of(length)
         while members := list(itertools.islice(group, rows)):
-            yield _Batch(rows, length, members)
+            yield SameShape(rows, length, members)
 
 
 @jax.jit

@@ -12,6 +12,8 @@ gguf_tokenizer.py: its vocabulary as a tokenizer.json
 families/: the families, by model_type
 family.py: what a family is
 peft.py: adapters as peft writes them
+peft_prompts.py: those of them with learned vectors
+peft_files.py: the two files of an adapter
 peft_settings.py: what their adapter_config.json may say
 adapted.py: models with an adapter, merged or written so
 names.py: how our arrays lie in published tensors

@@ -26,7 +26,7 @@ from maxlm.inference import load
 from maxlm.inference.bases import Base, BaseReference
 from maxlm.inference.mixed_adapters import LoadedAdapter
 from maxlm.models import declared
-from maxlm.models.adapters import base_of
+from maxlm.models.adapters import base_of, without_makers
 from maxlm.models.merging import Weighted, merged, weighted_sum
 
 _SHOWN = 8
@@ -53,6 +53,8 @@ def write_adapter(opened: Opened, folder: Path) -> Iterator[str]:
     """
     if opened.model.adapter is None:
         raise UserError(f"{opened.place}: has no adapter; --to peft:DIR takes a run with model.adapter")
+    if (model := without_makers(opened.model)) != opened.model:  # what a run's parameters are when they are loaded
+        opened = _holding(opened, model, opened.parameters())
     names = _names(opened.model, opened.family)
     yield from _told(write_peft(folder, opened.model, opened.pieces, names, _place_of_base(opened)))
 

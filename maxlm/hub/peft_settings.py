@@ -7,20 +7,9 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Any
 
-from maxlm.config import (
-    AdaLora,
-    Adapter,
-    Bottleneck,
-    DyLora,
-    Ia3,
-    LlamaAdapter,
-    Lora,
-    PrefixTuning,
-    PromptTuning,
-    UserError,
-)
+from maxlm.config import AdaLora, DyLora, Lora, UserError
 
 CONFIG = "adapter_config.json"
 _KNOWN = (
@@ -29,9 +18,15 @@ _KNOWN = (
     *("alpha_pattern", "fan_in_fan_out", "target_modules", "exclude_modules", "feedforward_modules", "modules_to_save"),
     *("layers_to_transform", "layers_pattern", "init_lora_weights", "init_ia3_weights", "loftq_config", "init_r"),
     *("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step", "qalora_group_size"),
-    *("megatron_core", "ephemeral_gpu_offload", "ensure_weight_tying"),
+    *("megatron_core", "ephemeral_gpu_offload", "ensure_weight_tying", "num_virtual_tokens", "token_dim"),
+    *("num_transformer_submodules", "num_attention_heads", "num_layers", "prompt_tuning_init", "init_weights"),
+    *("prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs", "encoder_reparameterization_type"),
+    *("encoder_hidden_size", "encoder_num_layers", "encoder_dropout", "prefix_projection"),
+    *("adapter_len", "adapter_layers"),
 )
 """Keys of adapter_config.json that are understood, or say nothing of what the adapter computes."""
+ADDED_TO_RANK = 1e-5
+"""What peft adds to the rank of ADALORA in the denominator of its scale."""
 _NOTHING: tuple[Any, ...] = (None, False, "none", [], {})
 """Values with which any other key says nothing either."""
 _BEGUN = (True, False, "gaussian", "eva", "orthogonal")
@@ -54,13 +49,20 @@ def require_known(folder: Path, said: Mapping[str, Any]) -> None:
             f"{folder / CONFIG}: init_lora_weights = {begun!r} has changed the base too; convert it with peft "
             "(path_initial_model_for_weight_conversion)"
         )
-    if said.get("peft_type") == "ADALORA" and said.get("rank_pattern"):
-        raise UserError(f"{folder / CONFIG}: rank_pattern of ADALORA is not read; merge the adapter with peft")
+    adalora = said.get("peft_type") == "ADALORA"
     names = lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value)
     each = lambda fits: lambda value: isinstance(value, dict) and all(map(fits, value.values()))
     rules: dict[str, Callable[[Any], bool]] = {
         "r": _is_rank,
-        "rank_pattern": each(_is_rank),
+        "rank_pattern": each(_is_choice if adalora else _is_rank),
+        "init_r": _is_rank,
+        "target_r": _is_rank,
+        "tinit": _is_count,
+        "tfinal": _is_count,
+        "deltaT": _is_rank,
+        "beta1": lambda value: _is_number(value) and 0 <= value < 1,
+        "beta2": lambda value: _is_number(value) and 0 <= value < 1,
+        "orth_reg_weight": lambda value: _is_number(value) and value >= 0,
         "lora_alpha": _is_number,
         "alpha_pattern": each(_is_number),
         "lora_dropout": lambda value: _is_number(value) and 0 <= value < 1,
@@ -78,6 +80,14 @@ def _is_number(value: Any) -> bool:
 
 def _is_rank(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_choice(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, bool) for one in value)
 
 
 def rank_of(said: Mapping[str, Any], module: str) -> int:
@@ -116,26 +126,75 @@ def short(modules: Sequence[str], everything: Sequence[str]) -> list[str]:
     return sorted(words) if not words & others else sorted(modules)
 
 
-def said_of(adapter: Adapter, ranks: Mapping[str, int], inputs_of: Sequence[str]) -> dict[str, Any]:
-    """What adapter_config.json has of a kind alone."""
-    match kind := adapter.kind:
-        case Lora() | DyLora() | AdaLora():
-            lora = kind if isinstance(kind, Lora) else Lora(rank=kind.rank, alpha=kind.alpha)
-            grown = {name: rank / kind.rank for name, rank in ranks.items()}
-            root = 0.5 if lora.rank_stabilized else 1.0
-            return {
-                "peft_type": "LORA",
-                "r": lora.rank,
-                "lora_alpha": int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
-                "lora_dropout": lora.dropout,
-                "use_rslora": lora.rank_stabilized,
-                "use_dora": lora.dora,
-                "rank_pattern": dict(ranks),
-                "alpha_pattern": {name: lora.alpha * times**root for name, times in grown.items()},
-            }
-        case Ia3():
-            return {"peft_type": "IA3", "feedforward_modules": list(inputs_of)}
-        case Bottleneck() | PromptTuning() | PrefixTuning() | LlamaAdapter():
-            raise AssertionError("refused before")
-        case _:
-            assert_never(kind)
+def kept_triplets(folder: Path, said: Mapping[str, Any], module: str, rank: int) -> list[int]:
+    """Which triplets of a module, counted from 0, are in its tensors; of ADALORA.
+
+    Raises:
+        UserError: it does not say so of each.
+    """
+    choice = (said.get("rank_pattern") or {}).get(f"{module}.lora_E", [True] * rank)
+    if len(choice) != rank:
+        raise UserError(
+            f"{folder / CONFIG}: rank_pattern has {len(choice)} choices for {module}, but init_r = {rank}; use both "
+            "files from one place"
+        )
+    return [number for number, there in enumerate(choice) if there]
+
+
+def adalora_of(said: Mapping[str, Any], targets: Sequence[str]) -> AdaLora:
+    """What it says of ADALORA, whose dropout is not kept: ours has none in training."""
+    rank, alpha = said.get("init_r", 12), said.get("lora_alpha", 8)
+    return AdaLora(
+        rank=rank,
+        target_rank=min(said.get("target_r", 8), rank),
+        alpha=float(alpha if alpha > 0 else rank),
+        warmup=said.get("tinit", 0),
+        final=said.get("tfinal", 0),
+        every=said.get("deltaT", 1),
+        beta1=said.get("beta1", 0.85),
+        beta2=said.get("beta2", 0.85),
+        orthogonality=said.get("orth_reg_weight", 0.5),
+        targets=tuple(targets),
+    )
+
+
+def said_of_lora(kind: Lora | DyLora, grown: Mapping[str, int]) -> dict[str, Any]:
+    """What adapter_config.json has of LoRA alone.
+
+    Args:
+        kind: of the adapter.
+        grown: ranks of modules that have another one.
+    """
+    lora = kind if isinstance(kind, Lora) else Lora(rank=kind.rank, alpha=kind.alpha)
+    root = 0.5 if lora.rank_stabilized else 1.0
+    return {
+        "peft_type": "LORA",
+        "r": lora.rank,
+        "lora_alpha": _plain(lora.alpha),
+        "lora_dropout": lora.dropout,
+        "use_rslora": lora.rank_stabilized,
+        "use_dora": lora.dora,
+        "rank_pattern": dict(grown),
+        "alpha_pattern": {name: lora.alpha * (rank / kind.rank) ** root for name, rank in grown.items()},
+    }
+
+
+def said_of_adalora(kind: AdaLora, rank: int) -> dict[str, Any]:
+    """What it has of AdaLoRA alone, of modules that all have a rank."""
+    return {
+        "peft_type": "ADALORA",
+        "init_r": rank,
+        "target_r": kind.target_rank * rank // kind.rank,
+        "lora_alpha": _plain(kind.alpha * rank / kind.rank),
+        "tinit": kind.warmup,
+        "tfinal": kind.final,
+        "deltaT": kind.every,
+        "beta1": kind.beta1,
+        "beta2": kind.beta2,
+        "orth_reg_weight": kind.orthogonality,
+        "total_step": kind.warmup + kind.final + 1,  # the fewest that peft takes: an adapter does not say its run's
+    }
+
+
+def _plain(alpha: float) -> float:
+    return int(alpha) if float(alpha).is_integer() else alpha

@@ -26,4 +26,6 @@ sampling.py: one token from logits
 structured.py: which tokens a grammar allows
 text_stream.py: tokens to characters, never taken back
 language_model.py: tokens to logits, without a cache
+embedding.py: texts as vectors
+retrieval.py: passages near to a question
 """

@@ -296,6 +296,8 @@ class GrowingText:
         """Of the tokens, if they were asked for."""
         self.prompt_scores: list[TokenScore] = []
         """Of those of the prompt."""
+        self.finish: Finish | None = None
+        """Why it ended; None: it has not."""
         self._timed, self._seconds = 0, 0.0
 
     def add(self, delta: Delta) -> None:
@@ -305,6 +307,7 @@ class GrowingText:
         """
         if delta.finish in (Finish.ERROR, Finish.NOTHING_FITS):
             raise UserError(delta.error)
+        self.finish = delta.finish
         self._text.append(delta.text)
         self._tokens += delta.tokens
         self.scores += delta.scores

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,18 +30,21 @@ def held(parameters: Any, config: ModelConfig, how: Execution, weights: WeightFo
         weights: the format.
     """
 
+    hold = _holding(config, how, weights)
+    wanted = shardings(how.layout, config, jax.eval_shape(hold, parameters))
+    placed = jax.device_put(parameters, shardings(how.layout, config, parameters))
+    return jax.jit(hold, out_shardings=wanted)(placed)
+
+
+@functools.lru_cache(maxsize=8)  # jax compiles once for the same function, and parameters come again and again
+def _holding(config: ModelConfig, how: Execution, weights: WeightFormat) -> Callable[[Any], Any]:
     def one(array: Array, weight: Weight) -> Weight:
         if not isinstance(weight, jax.Array):
             return weight
         made = quantised(weight, array, weights)
         return made.astype(how.dtype) if isinstance(made, jax.Array) and array.role.casts else made
 
-    def hold(parameters: Any) -> Any:
-        return jax.tree.map(one, declared(config), parameters)
-
-    wanted = shardings(how.layout, config, jax.eval_shape(hold, parameters))
-    placed = jax.device_put(parameters, shardings(how.layout, config, parameters))
-    return jax.jit(hold, out_shardings=wanted)(placed)
+    return lambda parameters: jax.tree.map(one, declared(config), parameters)
 
 
 def by_layer(config: ModelConfig, parameters: Any) -> Any:

@@ -6,11 +6,13 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
 from maxlm.config import (
     BlockConfig,
+    ClassHead,
     Dropless,
     EmbedHead,
     ExecutionConfig,
@@ -19,6 +21,7 @@ from maxlm.config import (
     GlmRope,
     LmHead,
     ModelConfig,
+    ScalarHead,
     UserError,
 )
 from maxlm.models import Execution, Tokens, bind, ops
@@ -37,19 +40,16 @@ class LanguageModel:
             execution: its dtype counts.
             layout: where the parameters lie.
             parameters: nested dicts of float32 arrays, as `maxlm.models.init_parameters` makes them, or of `Weight`s.
-
-        Raises:
-            UserError: the model has neither logits nor vectors.
         """
         self.config = _dropless(model)
-        if not isinstance(self.config.head, LmHead | EmbedHead):
-            raise UserError(f"model.head = {type(self.config.head).__name__} gives no logits; use a run with an LmHead")
         # As for decoding: rows of any length, which a mesh with a seq or stage axis could not cut.
         self._layout = decoding_layout(layout, self.config.d_model)
         self._how = Execution(layout, execution).decoding(self._layout)
         self.parameters = jax.device_put(parameters, shardings(self._layout, self.config, parameters))
         self._compiled = jax.jit(self._compute)
         self._compiled_hidden = jax.jit(self._hidden)
+        # Few numbers, which every process has whole.
+        self._compiled_last = jax.jit(self._last, out_shardings=self._layout.sharding())
 
     def logits(
         self,
@@ -79,10 +79,10 @@ class LanguageModel:
 
         Raises:
             UserError: not integers, not of such a shape, longer than model.max_seq_len, or out of range; or the model
-                has an EmbedHead, and `hidden` alone.
+                has no LmHead.
         """
-        if isinstance(self.config.head, EmbedHead):
-            raise UserError("model.head = EmbedHead gives no logits; use a run with an LmHead")
+        if not isinstance(self.config.head, LmHead):
+            raise self._no_logits()
         return self._run(self._compiled, tokens, segment_ids, positions)
 
     __call__ = logits
@@ -101,6 +101,29 @@ class LanguageModel:
             [B, T, D], or [T, D] for a single row, in `execution.dtype`; where they lie as of `logits`.
         """
         return self._run(self._compiled_hidden, tokens, segment_ids, positions)
+
+    def last(self, tokens: npt.ArrayLike, lengths: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        """What the head makes of each text's last token: logits of the next one, with a ScalarHead a number, with a
+        ClassHead logits of its classes.
+
+        Args:
+            tokens: integers [B, T], as of `logits`, each row with a text and then any ids.
+            lengths: integers [B], tokens of each text.
+
+        Returns:
+            float32 [B, V], [B], or [B, C], on the host.
+
+        Raises:
+            UserError: as `logits`; or the model has an EmbedHead.
+        """
+        if isinstance(self.config.head, EmbedHead):
+            raise self._no_logits()
+        hidden = self.hidden(tokens)
+        ends = _integers("lengths", lengths, hidden.shape[1] + 1, "the number of columns") - 1
+        return np.asarray(self._compiled_last(self.parameters, hidden, ends))
+
+    def _no_logits(self) -> UserError:
+        return UserError(f"model.head = {type(self.config.head).__name__} gives no logits; use a run with an LmHead")
 
     def _run(
         self,
@@ -158,6 +181,14 @@ class LanguageModel:
         hidden = self._hidden(parameters, ids, known)
         logits = ops.logits(hidden, bind(self.config, parameters).unembedding)
         return self._layout.constrain(logits, "batch", None, None)
+
+    def _last(self, parameters: Any, hidden: jax.Array, ends: jax.Array) -> jax.Array:
+        states, model = jnp.take_along_axis(hidden, ends[:, None, None], 1), bind(self.config, parameters)
+        if isinstance(self.config.head, ScalarHead):
+            return model.scalars(states)[:, 0]
+        if isinstance(self.config.head, ClassHead):
+            return model.class_logits(states)[:, 0]
+        return ops.logits(states, model.unembedding)[:, 0]
 
     def _hidden(self, parameters: Any, ids: jax.Array, known: tuple[jax.Array | None, ...]) -> jax.Array:
         positions, segment_ids, visible_to, places = known

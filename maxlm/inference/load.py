@@ -66,11 +66,7 @@ class LoadedRun:
 
     @functools.cached_property
     def model(self) -> LanguageModel:
-        """Logits of tokens. Made once, and with it the programs that it has compiled.
-
-        Raises:
-            UserError: the model has no logits.
-        """
+        """Logits of tokens, or what its head makes of them. Made once, with the programs that it has compiled."""
         return LanguageModel(self.config.model, self.config.execution, self.layout, self.parameters)
 
     @functools.cached_property
@@ -168,7 +164,8 @@ def _load_run(
     devices = _devices(sharding)
     rows = _rows(sharding, len(devices))
     train = dataclasses.replace(saved.train, batch_size=rows, micro_batches=1, profile_steps=None)
-    dataclasses.replace(saved, sharding=sharding, train=train).validate(len(devices))
+    if failures := dataclasses.replace(saved, sharding=sharding, train=train).broken_layout_rules(len(devices)):
+        raise UserError("\n".join(failures))
     # The kernels that the run was trained with need not exist on this device.
     execution = dataclasses.replace(saved.execution, kernels=KernelConfig())
     config = dataclasses.replace(saved, sharding=sharding, execution=execution)
@@ -186,7 +183,7 @@ def _load_run(
             f"{run_dir / 'tokenizer'}: fingerprint {tokenizer.fingerprint[:12]}..., but checkpoint {restored.step} was "
             f"trained with {str(trained_with)[:12]}...; restore the tokenizer that the run was started with"
         )
-    told, ends = next((run_dir / name for name in (CHAT, PUBLISHED) if (run_dir / name).is_dir()), None), None
+    told, ends = told_in(run_dir), None
     if told is not None:
         ends = published_ends(told, tokenizer)
         if restored.step:  # what it was trained on here ends as documents do
@@ -206,6 +203,12 @@ def _load_run(
         ends=ends,
         chat=None if told is None else find_chat_template(told),
     )
+
+
+def told_in(run_dir: Path) -> Path | None:
+    """The folder of a run that says how its model is asked in a conversation: as it was taught, or as it was published;
+    None: it is not."""
+    return next((run_dir / name for name in (CHAT, PUBLISHED) if (run_dir / name).is_dir()), None)
 
 
 def load_adapter(run_dir: Path, base: Base) -> LoadedAdapter:

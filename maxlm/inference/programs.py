@@ -117,6 +117,7 @@ class Programs:
 
     def update(self, parameters: Any) -> None:
         """Take other parameters for all steps from now on."""
+        self._parameters = None  # for both there may be no room
         self._parameters = self._placed(parameters)
         if self._formats is not None:
             self._lay_out()

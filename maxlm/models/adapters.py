@@ -39,6 +39,11 @@ def base_of(config: ModelConfig) -> ModelConfig:
     return config if config.adapter is None else dataclasses.replace(config, adapter=None)
 
 
+def parameters_of_base(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Those of `base_of` the model, among the parameters of the model."""
+    return {name: tree for name, tree in parameters.items() if name != shapes.PREFIX}
+
+
 def composed(config: ModelConfig) -> ModelConfig:
     """The model as its decoder is built: without an adapter that is all in the weights."""
     return config if _is_parallel(config) else base_of(config)
@@ -105,21 +110,29 @@ def adapted(config: ModelConfig, parameters: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def learned(config: ModelConfig, parameters: dict[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
-    """The same model without what virtual tokens were made by while they were learned; of other adapters as it is."""
+def without_makers(config: ModelConfig) -> ModelConfig:
+    """The model of `learned`."""
     adapter = config.adapter
     match None if adapter is None else adapter.kind:
         case PromptTuning(encoder=MlpEncoder() | LstmEncoder()) as kind:
-            without: AdapterKind = dataclasses.replace(kind, encoder=None)
+            plain_kind: AdapterKind = dataclasses.replace(kind, encoder=None)
         case PrefixTuning(hidden=int()) as kind:
-            without = dataclasses.replace(kind, hidden=None)
+            plain_kind = dataclasses.replace(kind, hidden=None)
         case _:
-            return config, parameters
+            return config
     assert adapter is not None
+    return dataclasses.replace(config, adapter=dataclasses.replace(adapter, kind=plain_kind))
+
+
+def learned(config: ModelConfig, parameters: dict[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
+    """The same model without what virtual tokens were made by while they were learned; of other adapters as it is."""
+    without = without_makers(config)
+    if without == config:
+        return config, parameters
     made, found = adapted(config, parameters), {k: tree for k, tree in parameters.items() if k != shapes.PREFIX}
     for array in targets(config):
         found = replaced(found, [shapes.PREFIX, *array.name.split("/"), "rows"], at(made, array.name).rows)
-    return dataclasses.replace(config, adapter=dataclasses.replace(adapter, kind=without)), found
+    return without, found
 
 
 def targets(config: ModelConfig) -> list[shapes.Array]:

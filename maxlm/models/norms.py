@@ -29,12 +29,18 @@ class NormLayer(nnx.Module):
         match self.config:
             case RmsNorm(eps=eps, one_plus=one_plus):
                 scale = 1 + self.scale[...] if one_plus else self.scale[...]
-                y = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps) * scale
+                y = wide * _inverse_root(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps) * scale
             case LayerNorm(eps=eps, scale=has_scale, bias=has_bias):
                 centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-                y = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
+                y = centred * _inverse_root(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
                 y = y * self.scale[...] if has_scale else y
                 y = y + self.bias[...] if has_bias else y
             case _:
                 assert_never(self.config)
         return y.astype(x.dtype)
+
+
+def _inverse_root(x: jax.Array) -> jax.Array:
+    """1 / sqrt(x), correctly rounded twice. XLA's rsqrt is rounded on a CPU as the loop around it happens to be: with a
+    gradient in the same program otherwise than without."""
+    return jnp.sqrt(1 / x)

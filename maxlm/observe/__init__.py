@@ -11,6 +11,8 @@ profiler.py: a window of profiled steps
 kernel_choices.py: which kernels run, said once
 plots.py: loss.png
 svg.py: curves of the report
+page.py: tables and sections of pages
 report.py: report.html
+comparison.py: several runs on one page
 text.py: numbers for people
 """

@@ -18,6 +18,7 @@ objectives.py: what a config learns, without its data
 cache.py: compiled results, kept by a hash
 out_of_memory.py: a compiler's complaint: wanted, available, largest buffers
 serving.py: what serving takes, and how fast it can be
+rollout_time.py: what a rollout takes: written, read, learned from
 serving_load.py: what a plan of serving is asked about
 serving_tables.py: its answer for people
 exhausted.py: what to say when a run's memory ran out

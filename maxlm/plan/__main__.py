@@ -14,13 +14,13 @@ if not __package__:  # run by its path: Python then looks in this file's folder 
 
 import argparse
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
 
 from maxlm import surroundings
-from maxlm.config import RunConfig, UserError
+from maxlm.config import Reinforced, RunConfig, UserError
 from maxlm.config.cli import describe_config, parse_known, parse_run, run_command
 from maxlm.config.serialize import save
 from maxlm.plan.advice import change_json, cheapest_changes
@@ -114,13 +114,21 @@ def _plan(config: RunConfig, target: Machine, options: argparse.Namespace) -> in
     found = analyse(config, target)
     breaks = what_breaks_first(config, target) if options.breaks or options.json else []
     print_report(found, breaks, console)
+    more: dict[str, Json] = {}
+    if isinstance(config.task, Reinforced):
+        from maxlm.plan.rollout_time import rollout_time  # these import jax: other plans do without
+        from maxlm.plan.serving_tables import print_rollout
+
+        if (time := rollout_time(found)) is not None:
+            print_rollout(time, console)
+            more["rollout"] = asdict(time)
     if options.compile:
         found = found.with_compiled(_ask_compiler(config, target, console))
         print_verdict(found, console)
     changes = [] if found.fits else cheapest_changes(config, target)
     if options.json:
         advice: dict[str, Json] = {} if found.fits else {"changes": [change_json(one) for one in changes]}
-        print(json.dumps(to_json(found, breaks) | advice, indent=1))
+        print(json.dumps(to_json(found, breaks) | more | advice, indent=1))
     elif not found.fits:
         print_changes(changes, console)
     if options.picture is not None:

@@ -116,8 +116,9 @@ class Forecast:
 
     @property
     def peak(self) -> int:
-        """Bytes on the fullest device, by the best tier that was asked."""
-        return self.memory.peak if self.compiled is None else self.compiled.peak
+        """Bytes on the fullest device, by the best tier that was asked; an engine's beside a compiled step by
+        arithmetic."""
+        return self.memory.peak if self.compiled is None else self.compiled.peak + self.memory.engine
 
     @property
     def margin(self) -> int:
@@ -195,7 +196,7 @@ def warnings(found: Forecast) -> list[str]:
             "--compile asks the compiler"
         )
     if found.compiled is not None and found.compiled.fits:
-        ratio = found.memory.peak / found.compiled.peak
+        ratio = found.memory.peak / found.peak
         if abs(ratio - 1) > SMALL_MARGIN:
             lines.append(f"arithmetic finds {ratio:.2f} times the compiler's peak; the compiler's decides")
     if not found.config.execution.scan_layers:
@@ -220,7 +221,7 @@ def to_json(found: Forecast, breaks: Sequence[str]) -> dict[str, Json]:
         "fits": found.fits,
         "tier": found.tier.value,
         "hbm_bytes": found.limit,
-        "peak_bytes": {"analytic": memory.peak, "compiled": None if found.compiled is None else found.compiled.peak},
+        "peak_bytes": {"analytic": memory.peak, "compiled": None if found.compiled is None else found.peak},
         "bytes": dataclasses.asdict(memory),
         "bytes_at_peak": memory.at_peak,
         "cache_bytes": found.cache,

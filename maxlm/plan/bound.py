@@ -29,19 +29,30 @@ from maxlm.config import (
 from maxlm.hardware import Chip
 from maxlm.plan.machines import Machine
 from maxlm.plan.traffic import AxisTraffic, Link
-from maxlm.plan.work import LayerRuns, layer_runs, loss_tokens, turns
-from maxlm.shapes import FLOAT32, FlopsPerToken, Part, Role, device_shape, flops_per_token, mfu, parameter_count
+from maxlm.plan.work import LayerRuns, layer_runs, loss_tokens, only_read, trained, turns
+from maxlm.shapes import (
+    FLOAT32,
+    FlopsPerToken,
+    Part,
+    Role,
+    device_shape,
+    flops_per_token,
+    mfu,
+    parameter_count,
+    reading_flops,
+)
 
 _DAY = 86_400
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimeBound:
-    """The least time of a training step."""
+    """The least time of a training step; what a policy writes before it is no part of that (`plan/rollout_time.py`)."""
 
     compute_seconds: float
-    """Multiplications of a device, recomputed ones too, over its peak in the compute dtype. Of attention only what the
-    causal mask leaves, as our kernels skip the rest; the scores once more in the backward pass, as they do."""
+    """Multiplications of a device, recomputed ones too, and those of models that a step only reads (`only_read`), such
+    as a reference, over its peak in the compute dtype. Of attention only what the causal mask leaves, as our kernels
+    skip the rest; the scores once more in the backward pass, as they do."""
     memory_seconds: float
     """Bytes to and from a device's memory over its bandwidth; `memory_bytes` says which."""
     traffic_seconds: Mapping[str, float]
@@ -141,15 +152,34 @@ def memory_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
     Micro-batches add up gradients. The optimizer reads and writes parameters and moments, and reads gradients, twice if
     it clips them. What is elementwise is taken to happen on the way, and costs nothing; padding moves nothing.
     """
-    moved = sum(_layer_bytes(config, sizes, layer) for layer in layer_runs(config, sizes))
+    return sum(_learning_bytes(one, sizes) for one in trained(config)) + _read_bytes(config, sizes)
+
+
+def _learning_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
+    moved = sum(_layer_bytes(config, sizes, layer, backward=True) for layer in layer_runs(config, sizes))
     return moved + _loss_bytes(config, sizes) + _state_bytes(config, sizes)
+
+
+def _read_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
+    """Of models that a step only reads: the same, forward; of the loss hidden states and table once, and logits written
+    and read."""
+    moved, dtype = 0.0, config.execution.dtype.itemsize
+    parts, tokens = loss_tokens(config, sizes)
+    chunk, D, V = min(config.train.loss_chunk, tokens), config.model.d_model, config.model.vocab_size / sizes["tensor"]
+    for one in only_read(config, sizes):
+        moved += sum(_layer_bytes(one, sizes, layer, backward=False) for layer in layer_runs(one, sizes))
+        moved += _gathered(one, sizes) * turns(one, sizes)
+        if one.model.lm_head is not None:
+            moved += parts * math.ceil(tokens / chunk) * (dtype * (chunk * D + V * D) + FLOAT32 * 2 * chunk * V)
+    return moved
 
 
 def _work(config: RunConfig, sizes: Mapping[str, int], devices: int) -> float:
     """FLOPs of a device in a step, as they are computed: flash attention's backward pass has five products of the size
     of the scores, where 12 N H T has four (Dao 2023, arXiv:2307.08691, section 3.1)."""
-    flops = step_flops(config, sizes)
-    done = flops.causal + flops.causal_recompute + flops.causal_attention_term / 6
+    every = [step_flops(one, sizes) for one in trained(config)]
+    done = sum(flops.causal + flops.causal_recompute + flops.causal_attention_term / 6 for flops in every)
+    done += sum(reading_flops(one.model, config.train.seq_len) for one in only_read(config, sizes))
     return done * (config.train.batch_size * config.train.seq_len) / devices
 
 
@@ -168,10 +198,10 @@ def _link_limits(traffic: Sequence[AxisTraffic]) -> dict[str, float]:
     return limits
 
 
-def _layer_bytes(config: RunConfig, sizes: Mapping[str, int], layer: LayerRuns) -> float:
-    """Of all runs of one block config, forward, again and backward."""
+def _layer_bytes(config: RunConfig, sizes: Mapping[str, int], layer: LayerRuns, *, backward: bool) -> float:
+    """Of all runs of one block config: forward, and, with `backward`, again and backward."""
     numbers, attention, D = 0.0, layer.block.attention, config.model.d_model
-    forward = layer.forwards + _repeated(config)
+    forward = layer.forwards + (_repeated(config) if backward else 0)
     for array in shapes.block(layer.block, config.model):
         if array.role not in (Role.PRODUCT, Role.ROUTER):
             continue
@@ -181,11 +211,11 @@ def _layer_bytes(config: RunConfig, sizes: Mapping[str, int], layer: LayerRuns) 
             buffer = mlp.buffer_rows(layer.tokens, seq_len=config.train.seq_len, devices=sizes["expert"])
             rows, matrices = min(rows * mlp.experts_per_token, buffer), mlp.n_experts // sizes["expert"]
         # One side of each is the residual stream. Backward there are two of the size; without its own gradient, one.
-        passes = forward + (2 if config.model.adapter is None else 1)
+        passes = forward + backward * (2 if config.model.adapter is None else 1)
         numbers += passes * (weights + rows * (D + weights / matrices / D))
     heads = attention.n_heads + attention.n_kv_heads  # what attention reads and writes
     scores = layer.tokens * heads * (attention.key_head_dim + attention.value_head_dim) / sizes["tensor"]
-    return (numbers + (forward + 2) * scores) * config.execution.dtype.itemsize * layer.runs
+    return (numbers + (forward + 2 * backward) * scores) * config.execution.dtype.itemsize * layer.runs
 
 
 def _repeated(config: RunConfig) -> float:
@@ -209,16 +239,21 @@ def _loss_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
 def _state_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
     """Gathered parameters, summed gradients, and the optimizer."""
     zero, parts = config.sharding.zero, config.train.micro_batches
-    every = shapes.arrays(config.model)
-    changes = [array for array in every if array.trained]
+    changes = [array for array in shapes.arrays(config.model) if array.trained]
     numbers = lambda arrays, kind, part: sum(math.prod(device_shape(array, sizes, kind, part)) for array in arrays)
     moved = numbers(changes, zero, StatePart.OPTIMIZER) * _update_bytes(config.optimizer)
-    if zero is Zero.PARAMETERS and sizes["fsdp"] > 1:
-        gathered = numbers(every, Zero.OPTIMIZER, StatePart.PARAMETERS) * config.execution.dtype.itemsize
-        moved += 2 * gathered * turns(config, sizes)
+    moved += 2 * _gathered(config, sizes) * turns(config, sizes)
     if parts > 1 and sizes["stage"] == 1:
         moved += 2 * FLOAT32 * numbers(changes, zero, StatePart.GRADIENTS) * parts
     return moved
+
+
+def _gathered(config: RunConfig, sizes: Mapping[str, int]) -> int:
+    """All parameters that are gathered for their use, in the compute dtype; 0: they are whole."""
+    if config.sharding.zero is not Zero.PARAMETERS or sizes["fsdp"] == 1:
+        return 0
+    whole = (device_shape(one, sizes, Zero.OPTIMIZER, StatePart.PARAMETERS) for one in shapes.arrays(config.model))
+    return sum(map(math.prod, whole)) * config.execution.dtype.itemsize
 
 
 def _update_bytes(optimizer: OptimizerConfig) -> float:

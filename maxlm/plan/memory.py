@@ -28,8 +28,11 @@ from maxlm.config import (
     BlockConfig,
     Dtype,
     EngineConfig,
+    Grpo,
     ModelConfig,
     OptimizerConfig,
+    Ppo,
+    Reinforced,
     RunConfig,
     StatePart,
     Zero,
@@ -38,7 +41,7 @@ from maxlm.config import (
 from maxlm.config.task_rules import reference_beside
 from maxlm.plan.block_memory import BlockMemory, block_memory
 from maxlm.plan.machines import Platform
-from maxlm.plan.work import layer_runs, local_tokens, loss_tokens
+from maxlm.plan.work import layer_runs, local_tokens, loss_tokens, trained
 from maxlm.shapes import FLOAT32, Array, Part, device_shape
 
 
@@ -49,11 +52,16 @@ class MemoryEstimate:
     parameters: int
     """Float32; the base under an adapter as it is held."""
     reference: int
-    """Parameters of the model that preferences are held to, as large as the policy's without an adapter."""
+    """Parameters of the model that a policy is held to, or that is told a context: as large as the policy's without an
+    adapter."""
+    critic: int
+    """Parameters and moments of PPO's critic, taken to be of the policy's own kind; its gradients and activations count
+    with the policy's."""
     optimizer: int
     """Adam's two moments, or Adafactor's factors, of what is trained."""
     batch: int
-    """Tokens, targets, positions, documents and mask of the whole step."""
+    """Tokens, targets, positions, documents and mask of the whole step, and what is known of tokens that were
+    rewarded."""
     gradients: int
     """Float32, of the micro-batch at work and, where there are several, the sum of the earlier ones."""
     accumulated: int
@@ -67,16 +75,21 @@ class MemoryEstimate:
     working: int
     """While a layer's backward pass is at work: gathered weights, intermediates and their gradients."""
 
+    engine: int
+    """Weights and cache of the engine that writes rollouts, which keeps them while a step runs. They are no part of the
+    step's program."""
+
     @property
     def at_peak(self) -> dict[str, int]:
         """The parts that are there when the device is fullest, by name: those of the loss, or those of the layers."""
         names = (
             "parameters",
-            *(["reference"] if self.reference else []),
+            *(name for name in ("reference", "critic") if getattr(self, name)),
             "optimizer",
             "batch",
             "copies",
             "activations",
+            *(["engine"] if self.engine else []),
         )
         always = {name: getattr(self, name) for name in names}
         loss = {"gradients": self.accumulated, "logits": self.logits}
@@ -100,7 +113,11 @@ def estimate_memory(config: RunConfig, n_devices: int, platform: Platform) -> Me
     Raises:
         UserError: the mesh does not have so many devices.
     """
-    return _Step(config, config.sharding.sizes(n_devices), platform).estimate()
+    policy, *others = (_Step(one, config.sharding.sizes(n_devices), platform).estimate() for one in trained(config))
+    found = functools.reduce(_with_critic, others, policy)
+    if isinstance(config.task, Ppo) and config.task.text_weight:
+        found = _with_text(found, policy)
+    return dataclasses.replace(found, engine=_engine_bytes(config, n_devices, platform))
 
 
 def cache_bytes(config: RunConfig, n_devices: int) -> int:
@@ -115,6 +132,45 @@ def cache_bytes(config: RunConfig, n_devices: int) -> int:
     blocks = texts * math.ceil(config.model.max_seq_len / C) + 1
     pools = dict.fromkeys(shapes.windows(config.model), blocks)
     return shapes.pools_bytes(config.model, pools, C, dtype=config.execution.dtype, tensor=sizes["tensor"])
+
+
+def _with_critic(policy: MemoryEstimate, critic: MemoryEstimate) -> MemoryEstimate:
+    """Of both in one step, which goes back through one after the other."""
+    both = ("gradients", "accumulated", "copies", "activations")
+    return dataclasses.replace(
+        policy,
+        critic=critic.parameters + critic.optimizer,
+        **{name: getattr(policy, name) + getattr(critic, name) for name in both},
+    )
+
+
+def _with_text(all_of_it: MemoryEstimate, policy: MemoryEstimate) -> MemoryEstimate:
+    """With running text that the policy learns beside: what is saved of it, and its gradients before they are added."""
+    return dataclasses.replace(
+        all_of_it,
+        activations=all_of_it.activations + policy.activations,
+        gradients=all_of_it.gradients + policy.gradients - policy.accumulated,
+    )
+
+
+def _engine_bytes(config: RunConfig, n_devices: int, platform: Platform) -> int:
+    """As `maxlm.inference.held.held` and `maxlm.models.kv_cache.empty_cache` make weights and cache."""
+    if not isinstance(config.task, Reinforced):
+        return 0
+    model, dtype, engine = config.model, config.execution.dtype, config.task.rollouts.engine(config.train.seq_len + 1)
+    sharding = config.sharding.for_decoding(n_devices, model.d_model)
+    sizes = sharding.sizes(n_devices)
+    assert engine.cache_tokens is not None
+    blocks = shapes.cache_blocks(
+        model,
+        positions=engine.cache_tokens,
+        slots=engine.slots,
+        tokens_per_step=engine.most_tokens(on_cpu=platform is Platform.CPU),
+        block_size=engine.block_size,
+    )
+    cache = shapes.pools_bytes(model, blocks, engine.block_size, dtype=dtype, tensor=sizes["tensor"])
+    weights = (shapes.decoding_bytes(model, array, sizes, sharding.zero, dtype) for array in shapes.arrays(model))
+    return cache + sum(weights)
 
 
 class _State(NamedTuple):
@@ -196,6 +252,17 @@ def _gathered(arrays: Sequence[Array], prefix: str, sizes: Mapping[str, int], ze
     return max(attention, 2 * max(mlp))
 
 
+def _arrays_of_batch(config: RunConfig) -> int:
+    """With a number for each token, as `NextToken` and `PolicyGradient` have them."""
+    match config.task:
+        case Grpo(kl_weight=kl_weight):
+            return 5 + 3 + (kl_weight > 0)
+        case Ppo(text_weight=text_weight):
+            return 5 + 5 + 5 * (text_weight > 0)
+        case _:
+            return 5
+
+
 @functools.cache
 def _trains(model: ModelConfig, part: Part) -> bool:
     """Whether the table of this part has a gradient. Of Medusa heads each has one; a tied table is both."""
@@ -231,14 +298,16 @@ class _Step:
         return MemoryEstimate(
             parameters=state.parameters,
             reference=self._reference(),
+            critic=0,
             optimizer=state.optimizer,
-            batch=5 * 4 * local_tokens(config, self.sizes),
+            batch=4 * _arrays_of_batch(config) * local_tokens(config, self.sizes),
             gradients=state.gradients + accumulated,
             accumulated=accumulated if self.sizes["stage"] == 1 else 0,
             copies=state.hoisted + moved,
             activations=self._activations(layers),
             logits=self._logits(),
             working=self._working(layers, state.gathered),
+            engine=0,
         )
 
     def _reference(self) -> int:

@@ -6,11 +6,14 @@ from typing import Any, assert_never
 
 from maxlm.config import (
     Classify,
+    DistillContext,
     Dpo,
     Embed,
+    Grpo,
     Ipo,
     Kto,
     Orpo,
+    Ppo,
     Preference,
     Pretrain,
     Reward,
@@ -21,12 +24,15 @@ from maxlm.config import (
 )
 from maxlm.config.task_rules import reference_beside
 from maxlm.models.adapters import base_of
+from maxlm.plan.work import critic_of
 from maxlm.sharding import Layout
 from maxlm.training.assistant_loss import Answers
+from maxlm.training.context_objective import UntoldTexts
 from maxlm.training.judging import Classes, Rewards
 from maxlm.training.later_tokens import LaterTokens
 from maxlm.training.nearness import Vectors
 from maxlm.training.objective import NextToken, Objective
+from maxlm.training.policy_objective import ActorCritic, GroupPolicy
 from maxlm.training.preference_objective import LabelledTexts, PairedTexts
 
 _TEXTS = 2
@@ -34,7 +40,7 @@ _TEXTS = 2
 
 
 def objective_of(config: RunConfig, layout: Layout) -> Objective:
-    """As the recipe of `config.task` makes it; a reference is taken to be of the model's own kind."""
+    """As the recipe of `config.task` makes it; a reference and a critic are taken to be of the model's own kind."""
     match config.task:
         case Pretrain():
             return NextToken(config, layout)
@@ -42,6 +48,8 @@ def objective_of(config: RunConfig, layout: Layout) -> Objective:
             return Answers(config, task, layout)
         case TrainMedusa() as task:
             return LaterTokens(config, task, layout)
+        case DistillContext() as task:
+            return UntoldTexts(config, layout, _TEXTS, **_reference(config, task))
         case Preference() as task:
             return _of_preferences(config, task, layout)
         case Reward() as task:
@@ -50,16 +58,20 @@ def objective_of(config: RunConfig, layout: Layout) -> Objective:
             return Classes(config, layout, _TEXTS, task)
         case Embed():
             return Vectors(config, layout, _TEXTS)
+        case Grpo() as task:
+            return GroupPolicy(config, task, layout, **_reference(config, task))
+        case Ppo() as task:
+            return ActorCritic(config, task, layout, critic_of(config.model), **_reference(config, task))
         case _:
             assert_never(config.task)
 
 
+def _reference(config: RunConfig, task: Preference | DistillContext | Grpo | Ppo) -> dict[str, Any]:
+    return {"reference": base_of(config.model)} if reference_beside(task, config.model) else {"under": True}
+
+
 def _of_preferences(config: RunConfig, task: Preference, layout: Layout) -> Objective:
-    if task.reference_ahead:
-        reference: dict[str, Any] = {"ahead": True}
-    else:
-        beside = reference_beside(task, config.model)
-        reference = {"reference": base_of(config.model)} if beside else {"under": True}
+    reference = {"ahead": True} if task.reference_ahead else _reference(config, task)
     match task.loss:
         case Orpo() | SimPo() as loss:
             return PairedTexts(config, layout, _TEXTS, loss)

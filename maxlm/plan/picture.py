@@ -14,6 +14,7 @@ from maxlm.plan.tables import micro_batches, verdict
 PARTS = {
     "parameters": ("parameters", "#1f4e9c"),
     "reference": ("parameters of the reference", "#3b7d4f"),
+    "critic": ("parameters and optimizer state of the critic", "#6fae84"),
     "gradients": ("gradients", "#5b8bd0"),
     "optimizer": ("optimizer state", "#9db4d3"),
     "activations": ("activations saved for the backward pass", "#c8501e"),
@@ -21,6 +22,7 @@ PARTS = {
     "working": ("a layer at work: gathered weights, intermediates", "#d8b13c"),
     "batch": ("batch", "#7a7a7a"),
     "copies": ("copies of parameters in another format", "#b79ad6"),
+    "engine": ("weights and cache of the engine that writes", "#8c564b"),
 }
 """What each part of a device's memory is, and its colour."""
 
@@ -74,7 +76,7 @@ def _marks(found: Forecast) -> list[tuple[str, int]]:
     """Lines across the bar."""
     marks = [] if found.limit is None else [("limit", found.limit)]
     if (compiled := found.compiled) is not None:
-        marks.append((f"compiler's peak{', at least' if compiled.at_least else ''}", compiled.peak))
+        marks.append((f"compiler's peak{', at least' if compiled.at_least else ''}", found.peak))
     return marks
 
 

@@ -266,7 +266,7 @@ def search_json(found: Search, chosen: Forecast | None, most: int = 100) -> dict
 def candidate_json(one: Forecast, original: RunConfig) -> dict[str, Json]:
     """A config of a search as plain values; sizes in bytes, times in seconds."""
     config, bound = one.config, one.time
-    compiled: dict[str, Json] = {} if one.compiled is None else {"compiled_peak_bytes": one.compiled.peak}
+    compiled: dict[str, Json] = {} if one.compiled is None else {"compiled_peak_bytes": one.peak}
     return {
         "changes": differences(config, spelled_out(original, one.target)),
         "mesh": one.mesh,

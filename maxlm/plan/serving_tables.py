@@ -7,6 +7,7 @@ from rich.text import Text
 
 from maxlm.config import CacheFormat, WeightFormat
 from maxlm.plan.analysis import gib, mesh_text
+from maxlm.plan.rollout_time import RolloutTime
 from maxlm.plan.serving import DeviceWork, ServingForecast, serving_warnings
 from maxlm.plan.tables import giga, seconds, table_of
 from maxlm.shapes import decoding_flops, prefill_flops
@@ -51,6 +52,21 @@ def print_serving(found: ServingForecast, console: Console) -> None:
     console.print("bounds by data sheets, without links; nothing is measured, and a real server is slower", style="dim")
     for line in serving_warnings(found):
         console.print(Text.assemble(("warning: ", "bold yellow"), line))
+
+
+def print_rollout(time: RolloutTime, console: Console) -> None:
+    """What writing takes, beside what learning does."""
+    rows = [
+        ("written", seconds(time.write_seconds), f"{time.texts:,} texts, {time.at_once:,} at once"),
+        ("read", seconds(time.read_seconds), "by all models that say something of them"),
+        ("learned from", seconds(time.learn_seconds), "the steps above"),
+    ]
+    console.print(table_of(("a rollout", ">time", ""), rows))
+    console.print(
+        f"[bold]at least {seconds(time.seconds)} a rollout[/], {time.write_seconds / time.seconds:.0%} of it to write, "
+        f"limited by {time.limited_by}, if all texts are as long as they may be\n"
+        "days and device-hours above are those of the steps alone"
+    )
 
 
 def _serving_verdict(found: ServingForecast) -> str:

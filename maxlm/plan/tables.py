@@ -73,6 +73,8 @@ def print_targets(console: Console) -> None:
 
 def print_verdict(found: Forecast, console: Console) -> None:
     """Whether it fits, and what to know of that; once more, after the compiler was asked."""
+    if found.memory.engine:
+        console.print(f"beside the step {gib(found.memory.engine)} of the engine that writes, by arithmetic")
     console.print(_styled_verdict(found))
     _print_warnings(found, console)
 

@@ -18,7 +18,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import assert_never
 
 from maxlm import shapes
@@ -33,7 +33,7 @@ from maxlm.config import (
 )
 from maxlm.hardware import Switched, Torus
 from maxlm.plan.machines import TPUS, GpuMachine, Machine, TpuMachine
-from maxlm.plan.work import LayerRuns, layer_runs, local_tokens, loss_tokens, turns
+from maxlm.plan.work import LayerRuns, layer_runs, local_tokens, loss_tokens, only_read, trained, turns
 from maxlm.shapes import FLOAT32, Array, Part, device_bytes, device_shape
 
 
@@ -75,15 +75,32 @@ def estimate_traffic(config: RunConfig, target: Machine) -> list[AxisTraffic]:
     """
     sizes = config.sharding.sizes(target.devices)
     ledger = _Ledger(sizes, doubled=whole_torus(target, sizes["fsdp"]))
+    for one in trained(config):
+        _count(ledger, one)
+    for one in only_read(config, sizes):
+        _count(replace(ledger, backward=False), one)
+    inner = _within(config, target)
+    return [one for axis in MESH_AXES if sizes[axis] > 1 for one in _over_links(ledger, axis, inner, target)]
+
+
+def gather_seconds(config: RunConfig, target: Machine, size: float) -> float:
+    """Seconds that links take, at least, to gather arrays of so many bytes from the fsdp axis of a config; the target
+    is no processor."""
+    sizes = config.sharding.sizes(target.devices)
+    ledger = _Ledger(sizes, doubled=whole_torus(target, sizes["fsdp"]))
+    ledger.over_fsdp(size, "gathers parameters")
+    return max(one.seconds or 0.0 for one in _over_links(ledger, "fsdp", _within(config, target), target))
+
+
+def _count(ledger: _Ledger, config: RunConfig) -> None:
+    """One model's, in the sums of the ledger."""
     _count_parameters(ledger, config)
-    for layer in layer_runs(config, sizes):
+    for layer in layer_runs(config, ledger.sizes):
         _count_tensor(ledger, config, layer)
         _count_context(ledger, config, layer)
         _count_experts(ledger, config, layer)
     _count_vocabulary(ledger, config)
     _count_stages(ledger, config)
-    inner = _within(config, target)
-    return [one for axis in MESH_AXES if sizes[axis] > 1 for one in _over_links(ledger, axis, inner, target)]
 
 
 def gradient_bytes(config: RunConfig) -> int:
@@ -138,6 +155,8 @@ class _Ledger:
     sent: dict[tuple[str, _Pattern], float] = field(default_factory=lambda: defaultdict(float))
     words: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
     """Each once, in order."""
+    backward: bool = True
+    """Whether there is a backward pass, and an update."""
 
     def add(self, axis: str, sent: float, words: str, pattern: _Pattern = _Pattern.RING) -> None:
         if self.sizes[axis] == 1 or sent == 0:
@@ -173,7 +192,7 @@ def _count_parameters(ledger: _Ledger, config: RunConfig) -> None:
         table = array.part in (Part.EMBEDDING, Part.UNEMBEDDING) and "embed" in array.dims
         count = _count_table if table else _count_matrix
         count(ledger, config, array, size)
-        if array.trained and "embed" in array.dims and config.sharding.zero is not Zero.PARAMETERS:
+        if ledger.backward and array.trained and "embed" in array.dims and config.sharding.zero is not Zero.PARAMETERS:
             ledger.gather("fsdp", size * FLOAT32, "gathers updates")
 
 
@@ -183,7 +202,7 @@ def _count_matrix(ledger: _Ledger, config: RunConfig, array: Array, size: int) -
     sizes, zero, stacked = ledger.sizes, config.sharding.zero, array.dims[0] == "layers"
     others = ["data", "seq"] + ["stage"] * (not stacked) + ["expert"] * (array.part is not Part.EXPERTS)
     runs = turns(config, sizes) if stacked else loss_tokens(config, sizes)[0]
-    small, wide = config.execution.dtype.itemsize, gradient_bytes(config) if array.trained else 0
+    small, wide = config.execution.dtype.itemsize, gradient_bytes(config) if ledger.backward and array.trained else 0
     if "embed" not in array.dims or sizes["fsdp"] == 1 or zero is Zero.OPTIMIZER:
         ledger.sum([*others, "fsdp"], size * wide * runs, "sums gradients")
         return
@@ -191,7 +210,7 @@ def _count_matrix(ledger: _Ledger, config: RunConfig, array: Array, size: int) -
         forwards = 1 + (stacked and sizes["stage"] > 1 and config.sharding.remat_stages)
         # Products that take float32 parameters cast them again for the gradient, when the gathered ones are gone.
         again = config.sharding.float32_gradients and config.execution.remat is not Remat.NONE and array.trained
-        backward = 2 if again else 1
+        backward = ledger.backward * (2 if again else 1)
         ledger.over_fsdp(size * small * runs * (forwards + backward), "gathers parameters")
     ledger.over_fsdp(size * wide * runs, "scatters gradients")
     ledger.sum(others, size / sizes["fsdp"] * wide * runs, "sums gradients")
@@ -204,7 +223,7 @@ def _count_table(ledger: _Ledger, config: RunConfig, array: Array, size: int) ->
     if zero is Zero.PARAMETERS:
         item = FLOAT32 if array.part is Part.EMBEDDING else config.execution.dtype.itemsize
         ledger.over_fsdp(size * item * runs, "gathers parameters")
-    if not array.trained:
+    if not ledger.backward or not array.trained:
         return
     for use in (Part.EMBEDDING, Part.UNEMBEDDING) if config.model.tied else (array.part,):
         sent = size * (FLOAT32 if use is Part.EMBEDDING else gradient_bytes(config))
@@ -230,10 +249,10 @@ def _count_tensor(ledger: _Ledger, config: RunConfig, layer: LayerRuns) -> None:
     Every remat policy but "none" and "dots" computes attention's output, and so its sum, again.
     """
     remat = config.execution.remat
-    sums = 2 * layer.forwards + 2 + (remat not in (Remat.NONE, Remat.DOTS))
+    sums = 2 * layer.forwards + 2 * ledger.backward + (remat not in (Remat.NONE, Remat.DOTS))
     size = layer.tokens * config.model.d_model * config.execution.dtype.itemsize * layer.runs
     if config.sharding.sequence_parallel:
-        gathers = 2 * layer.forwards + 2 + (0 if remat is Remat.NONE else 2)
+        gathers = 2 * layer.forwards + 2 * ledger.backward + (0 if remat is Remat.NONE else 2)
         ledger.gather("tensor", (gathers + sums) * size, "gathers and scatters activations")
     else:
         ledger.sum(["tensor"], sums * size, "sums activations")
@@ -244,10 +263,12 @@ def _count_vocabulary(ledger: _Ledger, config: RunConfig) -> None:
     tokens = local_tokens(config, ledger.sizes)
     size = tokens * config.model.d_model * config.execution.dtype.itemsize
     if config.sharding.sequence_parallel:
-        ledger.gather("tensor", 3 * size, "gathers and scatters activations")  # rows, their gradient, hidden states
+        # rows, hidden states, and the gradient of the rows
+        ledger.gather("tensor", (2 + ledger.backward) * size, "gathers and scatters activations")
     else:
         ledger.sum(["tensor"], size, "sums activations")
-    ledger.sum(["tensor"], size, "sums hidden states' gradient")
+    if ledger.backward:
+        ledger.sum(["tensor"], size, "sums hidden states' gradient")
     ledger.sum(["tensor"], 3 * FLOAT32 * tokens, "sums softmax")
 
 
@@ -261,7 +282,7 @@ def _count_context(ledger: _Ledger, config: RunConfig, layer: LayerRuns) -> None
     again = 0 if remat is Remat.NONE else 1
     match config.sharding.context:
         case Context.ALL_GATHER:
-            passes = layer.forwards + again + 1  # the last one scatters gradients
+            passes = layer.forwards + again + ledger.backward  # the last one scatters gradients
             ledger.gather("seq", n * for_keys * small * passes, "gathers keys and values, scatters their gradients")
         case Context.RING:
             again = remat in (Remat.FULL, Remat.QKV)  # the others keep attention's output, and need not go round again
@@ -270,12 +291,13 @@ def _count_context(ledger: _Ledger, config: RunConfig, layer: LayerRuns) -> None
             short = 2 * reach + 1 < n
             stops = 2 * reach if short else n - 1
             hops = stops + short  # to the first stop
-            ledger.add("seq", for_keys * small * hops * (layer.forwards + again + 1), "passes keys and values round",
-                       _Pattern.SHIFT)  # fmt: skip
+            passes = layer.forwards + again + ledger.backward
+            ledger.add("seq", for_keys * small * hops * passes, "passes keys and values round", _Pattern.SHIFT)
             # Sums for keys follow them to every stop, the first one too, and then go home.
-            ledger.add("seq", for_keys * FLOAT32 * (stops + 2), "and their gradients in float32", _Pattern.SHIFT)
+            sums = ledger.backward * for_keys * FLOAT32 * (stops + 2)
+            ledger.add("seq", sums, "and their gradients in float32", _Pattern.SHIFT)
         case Context.ULYSSES:
-            size = (for_queries + for_keys) * small * (layer.forwards + again + 1)
+            size = (for_queries + for_keys) * small * (layer.forwards + again + ledger.backward)
             ledger.gather("seq", size, "exchanges heads for tokens", _Pattern.EXCHANGE)
         case _:
             assert_never(config.sharding.context)
@@ -289,7 +311,7 @@ def _count_experts(ledger: _Ledger, config: RunConfig, layer: LayerRuns) -> None
         return
     rows = mlp.buffer_rows(layer.tokens, seq_len=config.train.seq_len, devices=n)
     size = rows * config.model.d_model * config.execution.dtype.itemsize
-    passes = layer.forwards + 1 + (config.execution.remat is not Remat.NONE)
+    passes = layer.forwards + ledger.backward + (config.execution.remat is not Remat.NONE)
     ledger.gather("expert", 2 * size * passes * layer.runs, "exchanges tokens with experts", _Pattern.EXCHANGE)
 
 
@@ -301,10 +323,11 @@ def _count_stages(ledger: _Ledger, config: RunConfig) -> None:
     if config.sharding.sequence_parallel:
         tokens /= sizes["tensor"]
     size = tokens * config.model.d_model * config.execution.dtype.itemsize * turns(config, sizes) * groups
-    ledger.add("stage", 2 * 3 * size, "passes activations on", _Pattern.CHAIN)
+    ledger.add("stage", (1 + ledger.backward) * 3 * size, "passes activations on", _Pattern.CHAIN)
     if groups > 1:
         for array in shapes.arrays(config.model):
-            for part in (StatePart.PARAMETERS, StatePart.GRADIENTS) if array.dims[0] == "layers" else ():
+            moved = (StatePart.PARAMETERS, StatePart.GRADIENTS) if ledger.backward else (StatePart.PARAMETERS,)
+            for part in moved if array.dims[0] == "layers" else ():
                 size = device_bytes(array, sizes, config.sharding.zero, part)
                 ledger.gather("stage", size, "brings parameters in order", _Pattern.EXCHANGE)
 

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from maxlm.config import ACTIVATION_DIMS, BlockConfig, RunConfig, pipeline_ticks
+from maxlm.config import (
+    ACTIVATION_DIMS,
+    BlockConfig,
+    Embed,
+    Kto,
+    ModelConfig,
+    Ppo,
+    Preference,
+    Remat,
+    RunConfig,
+    ScalarHead,
+    pipeline_ticks,
+)
+from maxlm.config.task_rules import asks_reference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,3 +63,33 @@ def loss_tokens(config: RunConfig, sizes: Mapping[str, int]) -> tuple[int, int]:
     at one time, cut over its stages."""
     parts = 1 if sizes["stage"] > 1 else config.train.micro_batches
     return parts, local_tokens(config, sizes) // parts
+
+
+def critic_of(model: ModelConfig) -> ModelConfig:
+    """The critic beside a policy, as far as a config tells: of the policy's own kind."""
+    return dataclasses.replace(model, adapter=None, head=ScalarHead())
+
+
+def trained(config: RunConfig) -> list[RunConfig]:
+    """A config for each model that a step learns from its batch: its own, and the critic of PPO."""
+    if not isinstance(config.task, Ppo):
+        return [config]
+    return [config, dataclasses.replace(config, model=critic_of(config.model))]
+
+
+def only_read(config: RunConfig, sizes: Mapping[str, int]) -> list[RunConfig]:
+    """A config for each time that a step puts its batch through a model and learns nothing of it: forward alone, with
+    nothing computed again.
+
+    That is the reference, of the model's own kind. And where a loss must know what the model says of the whole batch,
+    of Kto the reference too, they are asked before the first micro-batch (`training/text_objective.py`).
+    """
+    task, sharding = config.task, dataclasses.replace(config.sharding, remat_stages=False)
+    execution = dataclasses.replace(config.execution, remat=Remat.NONE)
+    own = dataclasses.replace(config, sharding=sharding, execution=execution)
+    reference = dataclasses.replace(own, model=dataclasses.replace(config.model, adapter=None))
+    found = [reference] if asks_reference(task) else []
+    asks_first = isinstance(task, Embed) or (isinstance(task, Preference) and isinstance(task.loss, Kto))
+    if asks_first and config.train.micro_batches > 1 and sizes["stage"] == 1:
+        found += [own, *found]
+    return found

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from maxlm.data.conversation_formats import Turn
+from maxlm.data.conversations import told
 
 
 class Speaker(Protocol):
@@ -40,15 +41,7 @@ def answered(
         for i in asked:
             so_far = found[i] or []
             found[i] = [*so_far, *conversations[i][len(so_far) : places[i][n]]]
-        said = reply([_told(found[i] or [], context) for i in asked], seed + n)
+        said = reply([found[i] or [] if context is None else told(found[i] or [], context) for i in asked], seed + n)
         for i, text in zip(asked, said, strict=True):
             found[i] = [*(found[i] or []), {"role": "assistant", "content": text.strip()}] if text.strip() else None
     return found
-
-
-def _told(turns: list[Turn], context: str | None) -> list[Turn]:
-    if context is None:
-        return turns
-    own = turns[:1] if turns[0]["role"] == "system" else []
-    told = "\n\n".join([context, *(turn["content"] for turn in own)])
-    return [{"role": "system", "content": told}, *turns[len(own) :]]

@@ -56,18 +56,24 @@ def recipe(config: RunConfig, task: Pretrain, layout: Layout) -> Recipe[LoadedRu
     return recipe_on(config, layout, NextToken(config, layout), data)
 
 
+_NOT_TO_LEARN = dict.fromkeys((Purpose.PREFERENCE, Purpose.KTO, Purpose.BINARY), "bad answers")
+_NOT_TO_LEARN |= {Purpose.CONTEXT: "the answers that were told a context"}
+
+
 def refuse_bad_answers(data: DataConfig) -> None:
     """
     Raises:
-        UserError: a data set has answers that are there to be told from better ones, and would be learned like those.
+        UserError: a data set has answers that are there to be told from better ones, or to teach others, and would be
+            learned like those.
     """
     for one in data.datasets:
         documents = open_prepared(Path(one.path), verify=False).info.prepare.documents
         purpose = documents.purpose if isinstance(documents, Conversations) else Purpose.SFT
-        if purpose in (Purpose.PREFERENCE, Purpose.KTO, Purpose.BINARY):
+        if purpose in _NOT_TO_LEARN:
             raise UserError(
-                f"{one.path}: was prepared with purpose = {purpose.value}, and the task would learn bad answers too; "
-                "prepare it in another folder with purpose = sft, which takes the best answer of each record"
+                f"{one.path}: was prepared with purpose = {purpose.value}, and the task would learn "
+                f"{_NOT_TO_LEARN[purpose]} too; prepare it in another folder with purpose = sft, which takes the best "
+                "answer of each record"
             )
 
 
@@ -96,19 +102,19 @@ def recipe_on(
     if train.eval_batches != 0:
         measures.append(HeldOutText(config, layout, objective))
     if config.observe.sample_tokens:
-        _check_sample(config, tokenizer, None if taught is None else taught.chat)
+        check_sample(config, tokenizer, None if taught is None else taught.chat)
         measures.append(Sample(observe=config.observe, loaded=loaded))
     return Recipe(
         objective=objective,
         feed=FileFeed(data, layout),
         measures=tuple(measures),
-        start=starting(config, layout, tokenizer.fingerprint),
+        start=starting(config, layout, tokenizer.fingerprint, taught),
         tokenizer=tokenizer if taught is None else taught,
         outcome=loaded,
     )
 
 
-def _check_sample(config: RunConfig, tokenizer: Tokenizer, chat: ChatTemplate | None) -> None:
+def check_sample(config: RunConfig, tokenizer: Tokenizer, chat: ChatTemplate | None) -> None:
     """Before the first step, not after the last.
 
     Raises:
@@ -167,6 +173,7 @@ class FileFeed:
         self._batches, self._sharding = batches, layout.sharding(layout.activation("batch", "seq"))
         self._ahead: Generator[Batch, None, None] | None = None
         self.fingerprint = batches.fingerprint
+        self.memory: dict[str, Any] = {}
 
     def next(self, step: int, state: TrainState) -> Batch:
         if self._ahead is None:

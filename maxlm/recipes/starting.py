@@ -10,28 +10,70 @@ from typing import Any
 
 import jax
 
-from maxlm.config import RunConfig, UserError
+from maxlm.checkpoint.reference import run_and_step
+from maxlm.config import Embed, RunConfig, UserError
 from maxlm.config.changes import changes
+from maxlm.data.chat import find_chat_template
+from maxlm.data.text_ends import published_ends
 from maxlm.hub.folder import write_origin
 from maxlm.hub.models import KINDS, PublishedModel, open_base
 from maxlm.inference.bases import BaseReference, open_again, read_base
+from maxlm.inference.load import told_in
 from maxlm.models.adapters import base_of
 from maxlm.models.base import begun, laid, own
+from maxlm.recipes.taught import Known, Taught, otherwise
 from maxlm.sharding import Layout
 from maxlm.training.state import TrainState
 from maxlm.training.step import Trainer
 from maxlm.training.warm_start import Origin, RunSource, Source, Start, WarmStart, check_tokenizer, warm_start
 
 
-def starting(config: RunConfig, layout: Layout, tokenizer: str) -> Start | None:
-    """What reads `checkpoint.init_from` for a run whose data has the tokenizer of this fingerprint; None: it names
-    nothing."""
+def starting(config: RunConfig, layout: Layout, tokenizer: str, taught: Taught | None) -> Start | None:
+    """What reads `checkpoint.init_from`; None: it names nothing.
+
+    Args:
+        config: of the run.
+        layout: of the run.
+        tokenizer: fingerprint of the data's.
+        taught: how the data has conversations, if it is of any.
+    """
     place = config.checkpoint.init_from
     if place is None:
         return None
-    if config.model.adapter is not None:
-        return functools.partial(_on_base, place, config, layout, tokenizer)
-    return lambda trainer, state, base: warm_start(place, open_source, config.model, layout, trainer, tokenizer)
+
+    def start(trainer: Trainer, state: TrainState | None, saved: Mapping[str, str] | None) -> WarmStart:
+        if config.model.adapter is None:
+            found = warm_start(place, open_source, config.model, layout, trainer, tokenizer)
+        else:
+            found = _on_base(place, config, layout, tokenizer, trainer, state, saved)
+        if state is not None or taught is None or isinstance(config.task, Embed):  # whose texts are in no conversation
+            return found
+        known = _known(place, taught)
+        more = [] if known is None else otherwise(config.task, taught, known)
+        return dataclasses.replace(found, changes=(*found.changes, *more))
+
+    return start
+
+
+def _known(place: str, taught: Taught) -> Known | None:
+    """What the model there knows of conversations, in the tokenizer that it shares with the data; None: nothing.
+
+    Raises:
+        UserError: what says it is damaged.
+    """
+    kind, _, path = place.partition(":")
+    try:
+        if kind in KINDS:
+            published = KINDS[kind](Path(path))
+            chat, ends = published.find_chat(), published.find_ends(taught.tokenizer)
+        else:
+            told = told_in(run_and_step(path if kind == "run" else place)[0])
+            if told is None:
+                return None
+            chat, ends = find_chat_template(told), published_ends(told, taught.tokenizer)
+    except UserError as error:
+        raise UserError(f"checkpoint.init_from = {place}: {error}") from error
+    return None if chat is None else Known(chat, ends)
 
 
 def open_source(place: str) -> Source:

@@ -2,14 +2,11 @@
 
 served.py: a model as the server needs it
 loading.py: a loaded model as one that is served
-embedding.py: texts as vectors
 vectors_only.py: in place of an engine, for a model of vectors
-passages.py: pieces of files
-retrieval.py: passages near to a question
 preferences.py: answers that people have ranked
 schema.py: what a request may hold
 api_errors.py: errors as clients read them
-chat_format.py: conversations for a template, tool calls out of text
+chat_format.py: conversations for a template, schemas of answers
 jobs.py: requests of the engine, and their texts
 token_names.py: single tokens for people
 answers.py: texts as clients read them

@@ -9,8 +9,8 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from maxlm.data.tool_calls import Called, ToolReader
 from maxlm.inference.request import Delta, Finish, TokenScore
-from maxlm.serving.chat_format import Called, ToolReader
 from maxlm.serving.jobs import Job, TextSoFar, best, scores_of, usage
 from maxlm.serving.token_names import TokenNames
 

@@ -14,12 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from maxlm.config import SamplingConfig, UserError
+from maxlm.data.passages import Passage
 from maxlm.inference.request import Delta, Finish, Request, TokenScore
+from maxlm.inference.retrieval import with_sources
 from maxlm.inference.structured import JsonSchema
 from maxlm.serving.api_errors import ApiError, broken, draining, of_user_error
 from maxlm.serving.chat_format import conversation_ids, forced_schema, response_schema
-from maxlm.serving.passages import Passage
-from maxlm.serving.retrieval import with_sources
 from maxlm.serving.schema import ChatRequest, CompletionRequest, Generating, Message
 from maxlm.serving.served import Served
 from maxlm.serving.server_metrics import ServerMetrics

@@ -9,14 +9,14 @@ from pathlib import Path
 from types import MappingProxyType
 
 from maxlm.config import DocumentsConfig, EmbedHead, EngineConfig, UserError, WeightFormat
+from maxlm.data.passages import passages_of
 from maxlm.data.text_ends import TextEnds
+from maxlm.inference.embedding import Embedder
 from maxlm.inference.engine import Engine
 from maxlm.inference.load import LoadedRun, load_run
 from maxlm.inference.loop import EngineLoop
 from maxlm.inference.mixed_adapters import LoadedAdapter
-from maxlm.serving.embedding import Embedder
-from maxlm.serving.passages import passages_of
-from maxlm.serving.retrieval import Index
+from maxlm.inference.retrieval import Index
 from maxlm.serving.served import Served
 from maxlm.serving.vectors_only import VectorsOnly
 

@@ -122,7 +122,7 @@ ToolChoice = Annotated[str | NamedTool | None, BeforeValidator(_tool_choice)]
 Variables = Annotated[dict[str, Any], BeforeValidator(_variables)]
 Stops = Annotated[list[str], BeforeValidator(_stops)]
 Biases = Annotated[dict[int, float], BeforeValidator(_biases)]
-Prompts = Annotated[list[str | Ids], BeforeValidator(_prompts)]
+PromptList = Annotated[list[str | Ids], BeforeValidator(_prompts)]
 Content = Annotated[str | None, BeforeValidator(_content)]
 
 
@@ -229,7 +229,7 @@ class Generating(Exact):
 class CompletionRequest(Generating):
     """Of /v1/completions."""
 
-    prompt: Prompts
+    prompt: PromptList
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=TOP_SCORES)] | None = None
@@ -286,7 +286,7 @@ class EmbeddingRequest(Exact):
     """Of /v1/embeddings."""
 
     model: str
-    input: Prompts
+    input: PromptList
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: None = None
     pooling: Literal["mean", "last"] | None = None

@@ -11,7 +11,7 @@ from maxlm.data.chat import ChatTemplate
 from maxlm.data.text_ends import TextEnds
 from maxlm.data.tokenizers import Tokenizer
 from maxlm.inference.request import Delta, Request
-from maxlm.serving.retrieval import Index
+from maxlm.inference.retrieval import Index
 from maxlm.serving.token_names import TokenNames
 
 

@@ -26,7 +26,7 @@ from maxlm.shapes.arrays import (
     norm,
     shared_experts,
 )
-from maxlm.shapes.base_bytes import held_bytes
+from maxlm.shapes.base_bytes import decoding_bytes, held_bytes
 from maxlm.shapes.count import (
     FlopsPerToken,
     ParameterCount,
@@ -35,6 +35,7 @@ from maxlm.shapes.count import (
     mfu,
     parameter_count,
     prefill_flops,
+    reading_flops,
 )
 from maxlm.shapes.device import FLOAT32, device_bytes, device_cuts, device_shape
 from maxlm.shapes.pools import CACHE_SHARE, block_bytes, cache_blocks, pools_bytes, window_of, windows
@@ -58,6 +59,7 @@ __all__ = [
     "block_bytes",
     "block_norms",
     "cache_blocks",
+    "decoding_bytes",
     "decoding_flops",
     "device_bytes",
     "device_cuts",
@@ -77,6 +79,7 @@ __all__ = [
     "parameter_count",
     "pools_bytes",
     "prefill_flops",
+    "reading_flops",
     "shared_experts",
     "targets",
     "window_of",

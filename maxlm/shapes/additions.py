@@ -157,7 +157,8 @@ def added(kind: AdapterKind, array: Array) -> Iterator[Array]:
                 yield Array(path, shape, ("rank",) * len(shape), init, role, Part.ADAPTER, 0)
         case LlamaAdapter(length=length):
             yield replace(one("rows", {"rank": length} | inputs, Normal(0.02), Role.OTHER), uses=0.0)
-            yield one("gate", {"heads": sizes["heads"]}, Constant(0), Role.OTHER)
+            gates = {"rank": 1} if kind.one_gate else {"heads": sizes["heads"]}
+            yield one("gate", gates, Constant(0), Role.OTHER)
         case PrefixTuning():
             if kind.hidden is None:
                 yield replace(one("rows", {"rank": kind.length} | sizes, Normal(0.02), Role.OTHER), uses=0.0)

@@ -1,4 +1,4 @@
-"""Bytes of a base's arrays under an adapter, as `BaseFormat` says, without making them.
+"""Bytes of parameters while they are trained, a base's under an adapter as `BaseFormat` says, without making them.
 
 A test compares them with the arrays that a run holds.
 """
@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple, assert_never
 
-from maxlm.config import BaseFormat, ModelConfig, StatePart, Zero
+from maxlm.config import BaseFormat, Dtype, ModelConfig, StatePart, Zero
 from maxlm.shapes.array import Array
 from maxlm.shapes.device import FLOAT32, device_bytes, device_cuts
 
@@ -51,6 +51,20 @@ def held_bytes(model: ModelConfig, array: Array, sizes: Mapping[str, int], zero:
             return sum(_device_bytes(part, sizes, zero) for part in parts)
         case _:
             assert_never(model.adapter.base)
+
+
+def decoding_bytes(model: ModelConfig, array: Array, sizes: Mapping[str, int], zero: Zero, dtype: Dtype) -> int:
+    """Bytes of a device's part of a parameter while the model that is trained writes: what every use casts in the
+    compute dtype, all else as it is held. Arguments as of `held_bytes`, of the layout for decoding."""
+    if array.role.casts and not _is_quantised(model, array):
+        return device_bytes(array, sizes, zero, StatePart.PARAMETERS, dtype.itemsize)
+    return held_bytes(model, array, sizes, zero)
+
+
+def _is_quantised(model: ModelConfig, array: Array) -> bool:
+    if model.adapter is None or array.trained or not array.inputs:
+        return False
+    return model.adapter.base in (BaseFormat.INT8, BaseFormat.NF4)
 
 
 def _device_bytes(part: _Part, sizes: Mapping[str, int], zero: Zero) -> int:

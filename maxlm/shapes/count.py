@@ -151,6 +151,13 @@ def flops_per_token(model: ModelConfig, seq_len: int, remat: Remat, *, remat_sta
     )
 
 
+def reading_flops(model: ModelConfig, seq_len: int) -> float:
+    """FLOPs of the forward pass alone on one token of sequences of `seq_len` tokens, with the keys that a causal mask
+    leaves."""
+    attention = flops_per_token(model, seq_len, Remat.NONE).causal_attention_term / 3
+    return 2 * sum(array.size * array.uses for array in arrays(model)) + attention
+
+
 def _of_parameters(model: ModelConfig) -> int:
     """6N; 4 for each number that gradients go through and that has none."""
     if model.adapter is None:

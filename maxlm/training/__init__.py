@@ -14,10 +14,13 @@ warm_start.py: parameters of another run
 losses.py: cross-entropy and log-probabilities without the logits of a whole batch
 text_objective.py: what objectives about whole texts share
 preference_objective.py: DPO and its kin, KTO
+context_objective.py: context distillation
+policy_objective.py: PPO, GRPO and its kin
 judging.py: reward models and classifiers
 nearness.py: vectors of texts
 text_sums.py: sums over each text of a batch
 preference_losses.py: losses of preferences, rewards and embeddings, as functions of such sums
+policy_losses.py: policy gradients: surrogates, KL estimates, advantages
 optimizers.py: optax transformations from configs
 schedules.py: learning rates
 state.py: the train state and where its arrays live

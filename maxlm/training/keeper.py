@@ -23,7 +23,7 @@ from maxlm.processes.joining import on_rank_0
 from maxlm.sharding import Layout
 from maxlm.training.config_file import ConfigFile
 from maxlm.training.finite import Diverged, not_finite
-from maxlm.training.state import TrainState
+from maxlm.training.state import CRITIC, TrainState, of_model
 
 
 class Keeper:
@@ -85,7 +85,9 @@ class Keeper:
             return None
         self.meta, place = restored.meta, self._folder / str(restored.step)
         self._compare_identity(place)
-        state = TrainState(parameters=restored.params, **(restored.optimizer or {}))
+        beside = restored.optimizer or {}
+        critic = {CRITIC: beside.pop(CRITIC)} if CRITIC in beside else {}
+        state = TrainState(parameters=restored.params | critic, **beside)
         remedy = (
             f"rename that folder to {restored.step}.set-aside and run the same command again to go on from the "
             "checkpoint before"
@@ -107,15 +109,15 @@ class Keeper:
         if jax.process_index() == 0:
             self._file.begin()
 
-    def save(self, state: TrainState, step: int) -> None:
-        """Begin to write the state after so many steps; returns once it may be changed.
+    def save(self, state: TrainState, step: int, memory: Mapping[str, Any]) -> None:
+        """Begin to write the state after so many steps, and the feed's memory; returns once it may be changed.
 
         Raises:
             Diverged: not every number in it is finite.
             UserError: it cannot be written.
         """
-        own = self._own(state.parameters)
-        if (bad := not_finite({"parameters": own, "optimizer": state.optimizer})) is not None:
+        own, beside = self._own(state.parameters), _optimizer_item(state)
+        if (bad := not_finite({"parameters": own} | beside)) is not None:
             raise Diverged(
                 f"step {step}: the state is not finite and was not saved: {bad}; the checkpoints before are as they "
                 "were; lower optimizer.learning_rate, or look at the batches since the last of them"
@@ -126,12 +128,14 @@ class Keeper:
             "config": serialize.to_dict(self._config),
             "machine": self._machine,
         }
+        if memory:
+            meta["feed"] = dict(memory)
         if self.reference is not None:
             meta["frozen"] = self.reference.to_json()
         if self.base is not None:
             meta["base"] = dict(self.base)
         stacks = {array.name for array in shapes.arrays(self._config.model) if array.dims[0] == "layers"}
-        self._saved.save(step, params=own, optimizer=_optimizer_item(state), meta=meta, stacks=stacks)
+        self._saved.save(step, params=own, optimizer=beside, meta=meta, stacks=stacks)
 
     def listed(self) -> list[SavedCheckpoint]:
         """The finished checkpoints, as the report lists them."""
@@ -145,8 +149,8 @@ class Keeper:
         ]
 
     def _own(self, parameters: Any) -> Any:
-        """What a checkpoint has of them."""
-        return own(self._config.model, parameters)
+        """What a checkpoint has of them as the model's."""
+        return own(self._config.model, of_model(parameters))
 
     def _compare_identity(self, place: Path) -> None:
         tokenizer, data = self.meta.get("tokenizer"), self.meta["data"]["fingerprint"]
@@ -178,8 +182,9 @@ def require_finite(state: TrainState, place: str, remedy: str) -> None:
 
 
 def _optimizer_item(state: TrainState) -> dict[str, Any]:
-    """All of the state but the parameters: what inference never reads."""
-    return {
+    """All of the state but the model's parameters: what inference never reads."""
+    critic = {CRITIC: state.parameters[CRITIC]} if CRITIC in state.parameters else {}
+    return critic | {
         "step": state.step,
         "optimizer": state.optimizer,
         "skipped": state.skipped,

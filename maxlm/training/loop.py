@@ -48,6 +48,8 @@ class Feed(Protocol):
 
     fingerprint: str
     """Of all that decides the batches. A run goes on only with the feed that it began with."""
+    memory: dict[str, Any]
+    """What decides later batches beside step and state, as JSON. Checkpoints have it; a run that goes on gets it."""
 
     def next(self, step: int, state: TrainState) -> Batch:
         """The batch of a step, counted from 0, as `Objective.arrays` says; asked for in order, from any step on."""
@@ -93,6 +95,8 @@ class Recipe(Generic[R]):
     objective: Objective
     feed: Feed
     measures: tuple[Measure, ...] = ()
+    stride: int = 1
+    """Steps that belong together: a run is saved, and stops, at multiples of it alone."""
     start: Start | None = None
     """Reads `checkpoint.init_from` for a new run; and, where the model has an adapter, whenever a run goes on."""
     frozen: Callable[[Any, dict[str, Any] | None], tuple[Any, Reference]] | None = None
@@ -189,6 +193,7 @@ def run(
         )
         state = keeper.restore(trainer.state)
         start = int(state.step) if state is not None else 0
+        feed.memory |= keeper.meta.get("feed", {})
         origin = "not read, as the run has a checkpoint of its own"
         begin = None
         if recipe.start is not None and (state is None or config.model.adapter is not None):
@@ -269,7 +274,8 @@ def run(
             keeper.check()
 
             is_last = step == train.steps
-            interrupted = not is_last and interruption.reached(step, train.steps)
+            whole = step % recipe.stride == 0
+            interrupted = not is_last and whole and interruption.reached(step, train.steps)
             if step == 1 or step % train.log_every == 0 or is_last or interrupted:
                 figures = {name: value.tolist() for name, value in jax.device_get(output.figures).items()}
                 log.step(step, step * tokens_per_step, figures)
@@ -281,7 +287,7 @@ def run(
                 jax.block_until_ready(state)
                 with log.pause(), watchdog.off_duty():
                     _stop_if_diverged(output, step, config, run_dir)
-                    keeper.save(state, step)
+                    keeper.save(state, step, feed.memory)
         watchdog.rest()
         profile.close(wait_for=state)
         keeper.wait()

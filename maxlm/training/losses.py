@@ -166,7 +166,8 @@ def _in_chunks(
     def one_chunk(carry: tuple, tokens: tuple) -> tuple:
         objective, cross_entropy, log_z_squared, d_unembedding = carry
         x, target, weight = tokens
-        logits, is_target, exp, total, log_z, pull = _scores(x, unembedding, target)
+        logits, exp, total, log_z, pull = _scores(x, unembedding)
+        is_target = _is_target(unembedding, target)
         target_logit = jax.lax.psum(jnp.where(is_target, logits, 0).sum(-1), "tensor")
         nll = weight @ (log_z - target_logit)
         z_squared = weight @ (log_z * log_z)
@@ -238,7 +239,6 @@ class _Scores(NamedTuple):
     """Of a chunk, float32."""
 
     logits: jax.Array
-    is_target: jax.Array
     exp: jax.Array  # of logit - top
     total: jax.Array  # their sum over the whole vocabulary
     log_z: jax.Array  # over the whole vocabulary
@@ -247,7 +247,7 @@ class _Scores(NamedTuple):
     added."""
 
 
-def _scores(x: jax.Array, unembedding: Unembedding, target: jax.Array) -> _Scores:
+def _scores(x: jax.Array, unembedding: Unembedding) -> _Scores:
     table = unembedding.table
     product = jnp.einsum("td,vd->tv", x, table, preferred_element_type=jnp.float32)
     finish = lambda product, bias: _with(unembedding, table, bias).finish(product)
@@ -262,11 +262,15 @@ def _scores(x: jax.Array, unembedding: Unembedding, target: jax.Array) -> _Score
         d_table = jnp.einsum("tv,td->vd", d_product, x, preferred_element_type=jnp.float32)
         return d_x, jax.tree.map(jnp.add, before, _with(unembedding, d_table, d_bias))
 
-    is_target = jnp.arange(table.shape[0]) == target[:, None]
     top = jax.lax.pmax(logits.max(-1), "tensor")
     exp = jnp.exp(logits - top[:, None])
     total = jax.lax.psum(exp.sum(-1), "tensor")
-    return _Scores(logits, is_target, exp, total, top + jnp.log(total), pull)
+    return _Scores(logits, exp, total, top + jnp.log(total), pull)
+
+
+def _is_target(unembedding: Unembedding, target: jax.Array) -> jax.Array:
+    """bool [tokens, this device's part of the vocabulary], from `_local_ids`."""
+    return jnp.arange(unembedding.table.shape[0]) == target[:, None]
 
 
 def _sum_over_tokens(layout: Layout, d_unembedding: Unembedding, dtype: jnp.dtype) -> Unembedding:
@@ -330,8 +334,8 @@ def _token_scores(options: _Options, hidden: jax.Array, unembedding: Unembedding
     )
     def local(hidden: jax.Array, unembedding: Unembedding, targets: jax.Array) -> tuple[jax.Array, ...]:
         def one_chunk(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            logits, is_target, exp, total, log_z, _ = _scores(chunk[0], unembedding, chunk[1])
-            target_logit = jax.lax.psum(jnp.where(is_target, logits, 0).sum(-1), "tensor")
+            logits, exp, total, log_z, _ = _scores(chunk[0], unembedding)
+            target_logit = jax.lax.psum(jnp.where(_is_target(unembedding, chunk[1]), logits, 0).sum(-1), "tensor")
             log_probs = logits - log_z[:, None]
             entropy = -jax.lax.psum((exp * log_probs).sum(-1), "tensor") / total
             return target_logit - log_z, entropy
@@ -364,11 +368,12 @@ def _token_scores_bwd(options: _Options, saved: tuple, d_scores: TokenScores) ->
             d_unembedding: Unembedding | None, chunk: tuple[jax.Array, ...]
         ) -> tuple[Unembedding | None, jax.Array]:
             x, target, entropy, d_log_prob, d_entropy = chunk
-            logits, is_target, exp, total, log_z, pull = _scores(x, unembedding, target)
+            logits, exp, total, log_z, pull = _scores(x, unembedding)
             # d log p(target) / d logit = onehot - p;  d entropy / d logit = -p (log p + entropy)
             log_probs = logits - log_z[:, None]
             per_p = d_log_prob[:, None] + d_entropy[:, None] * (log_probs + entropy[:, None])
-            d_logits = jnp.where(is_target, d_log_prob[:, None], 0) - exp / total[:, None] * per_p
+            d_target = jnp.where(_is_target(unembedding, target), d_log_prob[:, None], 0)
+            d_logits = d_target - exp / total[:, None] * per_p
             d_x, d_unembedding = pull(d_logits, d_unembedding)
             return d_unembedding, d_x
 
@@ -385,3 +390,100 @@ def _token_scores_bwd(options: _Options, saved: tuple, d_scores: TokenScores) ->
 
 
 _token_scores.defvjp(_token_scores_fwd, _token_scores_bwd, symbolic_zeros=True)
+
+
+def divergence_sum(
+    layout: Layout,
+    hidden: jax.Array,
+    unembedding: Unembedding,
+    teacher_hidden: jax.Array,
+    teacher: Unembedding,
+    mask: jax.Array,
+    *,
+    chunk: int = 1024,
+) -> jax.Array:
+    """Sum over tokens of mask * KL(p || q), a scalar in nats: p is what a teacher says comes next, q what the model
+    says, KL(p || q) the sum over the vocabulary of p (log p - log q), with logits of both in float32.
+
+    Nothing is learned through p. As `cross_entropy_sums`, it forms the gradient while a chunk's logits are there, those
+    of both models.
+
+    Args:
+        layout: the mesh; the vocabulary may be cut over the tensor axis.
+        hidden: [B, T, D] in the compute dtype.
+        unembedding: what makes logits of them; float32, where it is trained.
+        teacher_hidden: [B, T, any D] in the compute dtype.
+        teacher: what makes logits of those, over the same vocabulary.
+        mask: float [B, T], weight of each token.
+        chunk: tokens on each device whose logits exist at one time, of both models.
+    """
+    return _divergence(_Options(layout, 0.0, chunk), hidden, unembedding, teacher_hidden, teacher, mask)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _divergence(options: _Options, hidden: jax.Array, unembedding: Unembedding, *told: Any) -> jax.Array:
+    found: jax.Array = _divergence_on_mesh(options, hidden, unembedding, *told, wanted=_Wanted.SUMS)[0]
+    return found
+
+
+def _divergence_fwd(options: _Options, *asked: Any) -> tuple[jax.Array, tuple[jax.Array, Unembedding | None]]:
+    (hidden, unembedding, *told), wanted = _asked(asked)
+    found, d_hidden, d_unembedding = _divergence_on_mesh(options, hidden, unembedding, *told, wanted=wanted)
+    return found, (d_hidden, _like(unembedding, d_unembedding))
+
+
+def _divergence_bwd(options: _Options, gradients: tuple[jax.Array, Unembedding | None], d_sum: Any) -> tuple:
+    scale = _there(d_sum)
+    return *jax.tree.map(lambda d: d * scale.astype(d.dtype), gradients), None, None, None
+
+
+_divergence.defvjp(_divergence_fwd, _divergence_bwd, symbolic_zeros=True)
+
+
+def _divergence_on_mesh(
+    options: _Options,
+    hidden: jax.Array,
+    unembedding: Unembedding,
+    teacher_hidden: jax.Array,
+    teacher: Unembedding,
+    mask: jax.Array,
+    *,
+    wanted: _Wanted,
+) -> tuple:
+    """The sum, and gradients as of `_on_mesh`."""
+    layout = options.layout
+    wide, tokens = layout.activation("batch", "seq", None), layout.activation("batch", "seq")
+
+    @functools.partial(
+        layout.shard_map,
+        in_specs=(wide, _whole(layout, unembedding), wide, _whole(layout, teacher), tokens),
+        out_specs=(
+            layout.activation(),
+            None if wanted is _Wanted.SUMS else wide,
+            _of_gradients(layout, unembedding) if wanted is _Wanted.ALL else None,
+        ),
+        check_vma=False,
+    )
+    def local(hidden: jax.Array, unembedding: Unembedding, other: jax.Array, teacher: Unembedding, mask: Any) -> tuple:
+        def one_chunk(carry: tuple, chunk: tuple[jax.Array, ...]) -> tuple:
+            found, d_unembedding = carry
+            x, y, weight = chunk
+            own, told = _scores(x, unembedding), _scores(y, teacher)
+            q, p = (scores.exp / scores.total[:, None] for scores in (own, told))
+            apart = (told.logits - told.log_z[:, None]) - (own.logits - own.log_z[:, None])
+            found += weight @ jax.lax.psum((p * apart).sum(-1), "tensor")
+            if wanted is _Wanted.SUMS:
+                return (found, d_unembedding), None
+            d_x, d_unembedding = own.pull(weight[:, None] * (q - p), d_unembedding)
+            return (found, d_unembedding), d_x
+
+        start = jnp.float32(0), _zeros(unembedding) if wanted is _Wanted.ALL else None
+        scanned: tuple = jax.lax.scan(one_chunk, start, _cut(options.chunk, hidden, other, mask))
+        (found, d_unembedding), d_hidden = scanned
+        if d_unembedding is not None:
+            d_unembedding = _sum_over_tokens(layout, d_unembedding, hidden.dtype)
+        d_hidden = None if d_hidden is None else _uncut(d_hidden, hidden.shape)
+        return jax.lax.psum(found, _TOKEN_AXES), d_hidden, d_unembedding
+
+    narrow = _narrow(unembedding, hidden.dtype), teacher_hidden, _narrow(teacher, teacher_hidden.dtype)
+    return local(hidden, *narrow, mask.astype(jnp.float32))

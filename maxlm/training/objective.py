@@ -41,6 +41,14 @@ class Sums(NamedTuple):
     show the objective."""
     router: Any = ()
     """What `Objective.settle` makes something of: sums of which the log wants no mean."""
+    largest: dict[str, jax.Array] = {}  # noqa: RUF012 - never changed
+    """Figures to log of which the largest is wanted, not a mean: those of micro-batches have the maximum of theirs."""
+
+    @staticmethod
+    def of_parts(parts: Sums) -> Sums:
+        """Of a batch, from those of its micro-batches, stacked: [parts, ...]."""
+        totals = jax.tree.map(lambda x: x.sum(0), parts._replace(largest={}))
+        return totals._replace(largest={name: x.max(0) for name, x in parts.largest.items()})
 
 
 class Objective(Protocol):
@@ -77,6 +85,10 @@ class Objective(Protocol):
         """The batch with all that is random in this step, from a key that is the step's own, and what else it has of
         each row, as arrays [B]."""
         return batch
+
+    def accepts(self, sums: Sums) -> jax.Array | bool:
+        """Whether the parameters are to change at all, by the sums of the whole batch."""
+        return True
 
     def settle(self, params: Params, router: Any) -> tuple[Params, dict[str, jax.Array]]:
         """Parameters after an update, and figures to log, as they follow from `Sums.router` of the whole batch."""
@@ -137,6 +149,17 @@ class NextToken(Objective):
         decoder = bind(model, params)
         tokens = Tokens(batch["positions"], batch["segment_ids"], seeds=batch.get("seeds"))
         return decoder, decoder(self._embeddings(decoder, batch, tokens), tokens, self._how)
+
+    def _read_other(self, model: ModelConfig, params: Params, batch: Batch) -> tuple[Decoder, DecoderOutput]:
+        """The same by a model without this one's virtual tokens: a text does not see those of the batch, and begins at
+        position 0."""
+        if virtual := self._config.model.virtual_tokens:
+            of_text = batch["positions"] >= virtual
+            batch = batch | {
+                "positions": jnp.maximum(batch["positions"] - virtual, 0),
+                "segment_ids": 2 * batch["segment_ids"] + of_text,
+            }
+        return self._read(model, params, batch)
 
     def _sums(
         self,

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, assert_never
+from typing import Any, NamedTuple, assert_never
 
 import jax
 import jax.numpy as jnp
 
-from maxlm import shapes
 from maxlm.config import Dpo, Ipo, Kto, ModelConfig, Orpo, RunConfig, SimPo
 from maxlm.models import Decoder, DecoderOutput, abstract_parameters, ops
-from maxlm.models.adapters import base_of
+from maxlm.models.adapters import base_of, parameters_of_base
 from maxlm.sharding import Layout
 from maxlm.training import preference_losses as losses
 from maxlm.training.objective import Batch, BatchArray, Params, Sums
@@ -21,6 +20,16 @@ PairLoss = Dpo | Ipo | Orpo | SimPo
 
 AHEAD = "text_reference"
 """Array float32 [B, S] of a batch: the reference's log-probability of each text, computed before."""
+DIVERGENCE = "kl_estimate"
+"""Figure: a mean over answers, chosen and rejected alike, of `losses.divergence_estimate`, a mean over tokens."""
+
+
+class Ratios(NamedTuple):
+    """How far a model is from its reference on each text, float32 [B, S]."""
+
+    log_ratio: jax.Array
+    divergence: jax.Array | None
+    """`losses.divergence_estimate` of the text; None where nobody knows the reference's single tokens."""
 
 
 class Referenced(TextObjective):
@@ -56,48 +65,37 @@ class Referenced(TextObjective):
         """What the reference says of each text, as log-ratios take it: the texts' numbers, int32 [B, S], and float32
         [B, S]."""
         batch = self._in_order(batch)
-        return batch["text_number"], self._of_reference(frozen, batch)
+        return batch["text_number"], self._totals(self._reference_tokens(frozen, batch) * self._mask(batch), batch)
 
     def _of_texts(self, model: Decoder, output: DecoderOutput, frozen: Any, batch: Batch) -> dict[str, jax.Array]:
         of_tokens = self._token_log_probs(model, output, batch)
         of_texts = self._log_probs(of_tokens, batch["loss_mask"], batch)
         found = {"log_prob": of_texts.total, "tokens": of_texts.tokens}
         if self._reference is not None:
-            other = self._read_reference(self._reference, frozen, batch)
+            other = self._read_other(self._reference, frozen, batch)
             found["kl"] = self._totals(_divergence((model, output), other) * batch["loss_mask"], batch)
         if self._reference is not None or AHEAD in self.arrays:
-            found["log_ratio"] = self._ratios(of_tokens, frozen, batch)
+            found["log_ratio"] = self._ratios(of_tokens, frozen, batch).log_ratio
         return found
 
-    def _of_reference(self, frozen: Any, batch: Batch) -> jax.Array:
-        if AHEAD in self.arrays:
-            return batch[AHEAD]
+    def _reference_tokens(self, frozen: Any, batch: Batch) -> jax.Array:
+        """The log-probabilities of the targets, float32 [B, T]."""
         assert self._reference is not None
         without_noise = {name: x for name, x in batch.items() if name != "seeds"}
-        model, output = self._read_reference(self._reference, frozen, without_noise)
-        return jax.lax.stop_gradient(
-            self._totals(self._token_log_probs(model, output, batch) * self._mask(batch), batch)
-        )
+        model, output = self._read_other(self._reference, frozen, without_noise)
+        return jax.lax.stop_gradient(self._token_log_probs(model, output, batch))
 
-    def _read_reference(self, model: ModelConfig, params: Params, batch: Batch) -> tuple[Decoder, DecoderOutput]:
-        """It has no virtual tokens: a text does not see those of the batch, and begins at position 0."""
-        if virtual := self._config.model.virtual_tokens:
-            of_text = batch["positions"] >= virtual
-            batch = batch | {
-                "positions": jnp.maximum(batch["positions"] - virtual, 0),
-                "segment_ids": 2 * batch["segment_ids"] + of_text,
-            }
-        return self._read(model, params, batch)
-
-    def _ratios(self, of_tokens: jax.Array, frozen: Any, batch: Batch) -> jax.Array:
-        """The log-ratio of each text, float32 [B, S]."""
-        return self._totals(of_tokens * self._mask(batch), batch) - self._of_reference(frozen, batch)
+    def _ratios(self, of_tokens: jax.Array, frozen: Any, batch: Batch) -> Ratios:
+        mask = self._mask(batch)
+        if AHEAD in self.arrays:
+            return Ratios(self._totals(of_tokens * mask, batch) - batch[AHEAD], None)
+        apart = (of_tokens - self._reference_tokens(frozen, batch)) * mask
+        tokens = jnp.maximum(self._totals(mask, batch), 1)
+        return Ratios(self._totals(apart, batch), self._totals(losses.divergence_estimate(apart), batch) / tokens)
 
     def _held_to(self, params: Params, frozen: Any) -> Any:
         """The reference's parameters."""
-        if not self._under:
-            return frozen
-        return jax.lax.stop_gradient({name: tree for name, tree in params.items() if name != shapes.PREFIX})
+        return jax.lax.stop_gradient(parameters_of_base(params)) if self._under else frozen
 
     def by_text(self, params: Params, frozen: Any, batch: Batch) -> dict[str, jax.Array]:
         return super().by_text(params, self._held_to(params, frozen), batch)
@@ -128,7 +126,7 @@ class PairedTexts(Referenced):
         with jax.named_scope("loss"):
             of_tokens = self._token_log_probs(model, output, batch)
             of_texts = self._log_probs(of_tokens, batch["loss_mask"], batch)
-            of_pairs, reward = self._of_pairs(of_tokens, of_texts, frozen, batch)
+            of_pairs, reward, divergence = self._of_pairs(of_tokens, of_texts, frozen, batch)
             mean = lambda values: (weights * values).sum()
             margin = _chosen(reward) - _rejected(reward)
             means = {
@@ -139,25 +137,28 @@ class PairedTexts(Referenced):
                 "nll_chosen": mean(-_chosen(of_texts.mean)),
                 "nll_rejected": mean(-_rejected(of_texts.mean)),
             }
+            if divergence is not None:
+                means[DIVERGENCE] = mean((_chosen(divergence) + _rejected(divergence)) / 2)
             return self._sums(mean(of_pairs), weights.sum(), means, output, counted)
 
     def _of_pairs(
         self, of_tokens: jax.Array, of_texts: TextLogProbs, frozen: Any, batch: Batch
-    ) -> tuple[jax.Array, jax.Array]:
-        """The loss of each pair [B, S, S], and each text's implied reward [B, S], in the unit of the loss's margin."""
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """The loss of each pair [B, S, S], each text's implied reward [B, S], in the unit of the loss's margin, and
+        `Ratios.divergence`."""
         pair = lambda values: (_chosen(values), _rejected(values))
         match self._loss:
             case Dpo(beta=beta, label_smoothing=label_smoothing, nll_weight=nll_weight):
-                ratios = self._ratios(of_tokens, frozen, batch)
+                ratios, divergence = self._ratios(of_tokens, frozen, batch)
                 of_pairs = losses.dpo(*pair(ratios), beta=beta, label_smoothing=label_smoothing)
-                return of_pairs - nll_weight * _chosen(of_texts.mean), beta * ratios
+                return of_pairs - nll_weight * _chosen(of_texts.mean), beta * ratios, divergence
             case Ipo(tau=tau):
-                ratios = self._ratios(of_tokens, frozen, batch)
-                return losses.ipo(*pair(ratios), tau=tau), tau * ratios
+                ratios, divergence = self._ratios(of_tokens, frozen, batch)
+                return losses.ipo(*pair(ratios), tau=tau), tau * ratios, divergence
             case Orpo(weight=weight):
-                return weight * losses.orpo(*pair(of_texts.mean)) - _chosen(of_texts.mean), of_texts.mean
+                return weight * losses.orpo(*pair(of_texts.mean)) - _chosen(of_texts.mean), of_texts.mean, None
             case SimPo(beta=beta, gamma=gamma):
-                return losses.simpo(*pair(of_texts.mean), beta=beta, gamma=gamma), beta * of_texts.mean
+                return losses.simpo(*pair(of_texts.mean), beta=beta, gamma=gamma), beta * of_texts.mean, None
             case _:
                 assert_never(self._loss)
 
@@ -185,7 +186,8 @@ class LabelledTexts(Referenced):
         def of_rows(batch: Batch) -> tuple[jax.Array, jax.Array]:
             batch = self._in_order(batch)
             model, output = self._read(self._config.model, params, batch)
-            return self._ratios(self._token_log_probs(model, output, batch), frozen, batch), _mismatched(batch)
+            ratios = self._ratios(self._token_log_probs(model, output, batch), frozen, batch)
+            return ratios.log_ratio, _mismatched(batch)
 
         return share, losses.kto_reference(*self._of_all_rows(of_rows, batch))
 
@@ -194,7 +196,7 @@ class LabelledTexts(Referenced):
         batch = self._in_order(batch)
         model, output = self._read(self._config.model, params, batch)
         with jax.named_scope("loss"):
-            ratios = self._ratios(self._token_log_probs(model, output, batch), frozen, batch)
+            ratios, divergence = self._ratios(self._token_log_probs(model, output, batch), frozen, batch)
             if reference is None:
                 reference = losses.kto_reference(ratios, _mismatched(batch))
             labelled, desired = _labelled(batch), batch["text_value"] > 0
@@ -208,7 +210,10 @@ class LabelledTexts(Referenced):
                 undesired_weight=self._loss.undesired_weight,
             )
             weight = labelled.sum().astype(jnp.float32)
-            sums = self._sums((labelled * of_texts).sum(), weight, {"kl": reference * weight}, output, share)
+            means = {"kl": reference * weight}
+            if divergence is not None:
+                means[DIVERGENCE] = (labelled * divergence).sum()
+            sums = self._sums((labelled * of_texts).sum(), weight, means, output, share)
             of_labels = {
                 name: (beta * (some * ratios).sum(), some.sum().astype(jnp.float32))
                 for name, some in (("desired", labelled & desired), ("undesired", labelled & ~desired))

@@ -14,6 +14,15 @@ from maxlm.config import StatePart
 from maxlm.models.weights.holding import places
 from maxlm.sharding import Layout
 
+CRITIC = "critic"
+"""Parameters under this key are of a critic, beside those of the model. A checkpoint has them with the optimizer's
+state: inference reads neither."""
+
+
+def of_model(parameters: Any) -> Any:
+    """Those of the model, of a tree like `TrainState.parameters`."""
+    return {name: tree for name, tree in parameters.items() if name != CRITIC}
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,9 +36,9 @@ class TrainState:
     optimizer: Any
     """optax state."""
     skipped: jax.Array
-    """int32: steps skipped since the start because something was not finite."""
+    """int32: steps skipped since the start because something was not finite, or the objective did not accept them."""
     skipped_in_row: jax.Array
-    """int32: of these, the ones without a good step since."""
+    """int32: of those that were not finite, the ones without a good step since."""
     frozen: Any = None
     """What the loss reads and no step changes. A checkpoint says where it came from (`checkpoint/reference.py`)."""
 

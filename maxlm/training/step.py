@@ -33,7 +33,8 @@ class StepOutput(NamedTuple):
     figures: dict[str, jax.Array]
     """Everything to log: scalars, or one figure for each layer that has it. Always `loss`, `grad_norm` (the global L2
     norm before clipping), `update_norm` (of what is added to the parameters), `learning_rate` and `skipped_steps`
-    (since the start, this one included); and each entry of `Sums.means`, divided by the weight of the batch."""
+    (since the start, this one included); each entry of `Sums.means`, divided by the weight of the batch, and of
+    `Sums.largest`."""
     weight: jax.Array
     """`Sums.weight` of the batch."""
     skipped_in_row: jax.Array
@@ -103,7 +104,7 @@ def gradient_function(
         counted = objective.counted(params, frozen, batch)
         zeros = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, part(params)), shardings)
         gradients, sums = jax.lax.scan(add, zeros, in_parts(objective, layout, batch, parts))
-        return jax.tree.map(lambda x: x.sum(0), sums), gradients
+        return Sums.of_parts(sums), gradients
 
     return accumulate
 
@@ -170,17 +171,18 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
             update_norm = optax.tree.norm(updates)
         # A bad step leaves no trace but its count.
         good = jnp.isfinite(sums.objective) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
-        keep = lambda new, old: jnp.where(good, new, old)
+        done = good & objective.accepts(sums)
+        keep = lambda new, old: jnp.where(done, new, old)
         new_state = TrainState(
             step=state.step + 1,
             parameters=jax.tree.map(keep, new_parameters, state.parameters),
             optimizer=jax.tree.map(keep, new_optimizer, state.optimizer),
-            skipped=state.skipped + ~good,
+            skipped=state.skipped + ~done,
             skipped_in_row=jnp.where(good, 0, state.skipped_in_row + 1),
             frozen=state.frozen,
         )
         means = {name: total * per_token for name, total in {"loss": sums.objective, **sums.means}.items()}
-        figures = means | figures | more | {
+        figures = means | sums.largest | figures | more | {
             "grad_norm": grad_norm,
             "update_norm": update_norm,
             "learning_rate": jnp.asarray(learning_rate(updates_made), jnp.float32),

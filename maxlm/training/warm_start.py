@@ -112,6 +112,7 @@ def warm_start(
     layout: Layout,
     trainer: Trainer,
     tokenizer: str,
+    key: str = "checkpoint.init_from",
 ) -> WarmStart:
     """A new state of `trainer` with the parameters of another model, mapped to `model` by `upcycle`.
 
@@ -122,6 +123,7 @@ def warm_start(
         layout: of this run; the other one's does not matter.
         trainer: of this run.
         tokenizer: fingerprint of this run's.
+        key: of the config, that names it.
 
     Raises:
         UserError: there is nothing, it is damaged, has another tokenizer, or does not fit the model.
@@ -134,7 +136,7 @@ def warm_start(
         origin = source.read(shapes)
         check_tokenizer(origin.tokenizer, tokenizer)
     except UserError as error:
-        raise UserError(f"checkpoint.init_from = {place}: {error}") from error
+        raise UserError(f"{key} = {place}: {error}") from error
     state = trainer.init()
     shardings = jax.tree.map(lambda leaf: leaf.sharding, trainer.state.parameters)
     parameters = jax.jit(start, out_shardings=shardings, donate_argnums=1)(origin.parameters, state.parameters)

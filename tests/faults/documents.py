@@ -21,7 +21,7 @@ import numpy as np
 import zstandard
 
 from faults.case import Case
-from faults.tools import ROOT, Ended, command, variables
+from faults.tools import ROOT, Ended, command, small_disk, variables
 
 TEXTS = ("first text", "zweiter Text: ü", "a third\nof two lines")
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
@@ -574,6 +574,28 @@ def _foreign_ids(place: Path) -> str:
     return ended.errors[0][:80]
 
 
+def _full_disk(place: Path) -> str:
+    """Records are prepared and built on a disk that has no room for them; then there is room."""
+    lines = [json.dumps({"prompt": f"What is {n}?", "completion": f"{n}!", "label": n % 3 == 0}) for n in range(3000)]
+    (place / "records.jsonl").write_text("\n".join(lines))
+    ways = ("--purpose", "binary", "--tokenizer", "bytes", "--template", "plain")
+    with small_disk(place / "disk", 64 << 10) as disk:
+        for words in (("prepare", *ways, "--out", "disk/out"), ("build", "tags", "--out", "disk/o")):
+            ended = command("maxlm.data", *words, "records.jsonl", folder=place)
+            assert ended.code == MISTAKE and len(ended.errors) == 1, f"exit code {ended.code}: {ended.err}"
+            assert "cannot be written (No space left on device)" in ended.errors[0], ended.err
+        assert not list(disk.glob("o*.partial")) and not (disk / "o").exists(), "half of a file"
+        early = train(place, data__datasets__0__path="disk/out")
+        assert early.code == MISTAKE and "disk/out" in early.errors[0], early.err
+        subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+        for out in ("disk/out", "fresh"):
+            again = command("maxlm.data", "prepare", *ways, "--out", out, "records.jsonl", folder=place)
+            assert again.code == READ, again.err
+        for one in (place / "fresh").rglob("*"):
+            assert one.is_dir() or one.read_bytes() == (disk / "out" / one.relative_to(place / "fresh")).read_bytes()
+    return ended.errors[0][:80]
+
+
 def _gzip(body: bytes) -> bytes:
     return gzip.compress(body, compresslevel=1)
 
@@ -592,6 +614,7 @@ SPECIAL: tuple[tuple[str, str, Callable[[Path], str]], ...] = (
     ("a regular expression that backtracks", "a line", functools.partial(_regex, "1")),
     ("a regular expression that backtracks, in a worker", "a line", functools.partial(_regex, "2")),
     ("a single book", "a held-out loss", _one_book),
+    ("records on a full disk", "a line; the same command goes on", _full_disk),
     ("ids beyond the vocabulary, unverified", "refused as they are read", _foreign_ids),
 )
 

@@ -103,7 +103,7 @@ class Prompted(Around):
     rows: jax.Array
     """float32 [P, D]."""
     gate: jax.Array
-    """float32 [N]: of each head."""
+    """float32 [N]: of each head; [1]: of all."""
 
     def dense(self, dtype: jnp.dtype) -> jax.Array:
         """The weight."""

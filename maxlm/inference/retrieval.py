@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from maxlm.data.passages import Passage
 from maxlm.data.tokenizers import Tokenizer
-from maxlm.serving.passages import Passage
 
 EmbedTexts = Callable[[list[list[int]], str], list[list[float]]]
 _ASK = "Answer the question at the end from these sources, and cite them by their numbers, like [1]."
@@ -54,5 +54,9 @@ def with_sources(index: Index, question: str, *, room: int) -> tuple[str, list[P
     for passage in index.find(question):
         if sum(one.tokens for one in found) + passage.tokens <= room:
             found.append(passage)
-    shown = [f"[{n}] {passage.place}\n{passage.text}" for n, passage in enumerate(found, start=1)]
-    return ("\n\n".join([_ASK, *shown, f"Question: {question}"]) if found else question), found
+    return ("\n\n".join([_ASK, numbered(found), f"Question: {question}"]) if found else question), found
+
+
+def numbered(passages: Sequence[Passage]) -> str:
+    """Passages with their numbers and places, for a model."""
+    return "\n\n".join(f"[{n}] {passage.place}\n{passage.text}" for n, passage in enumerate(passages, start=1))

@@ -63,7 +63,7 @@ def passages_of(folder: Path, tokenizer: Tokenizer) -> list[Passage]:
         UserError: there is no such folder, it has no document with text, or a package is missing.
     """
     if not folder.is_dir():
-        raise UserError(f"--docs {folder} is no folder; name one with Markdown, text, HTML or PDF files")
+        raise UserError(f"{folder} is no folder of documents; name one with Markdown, text, HTML or PDF files")
     found: list[Passage] = []
     files = [path for path in _files(folder) if path.suffix.lower() in TEXTS + PAGES + PDFS]
     for path in files:
@@ -76,9 +76,7 @@ def passages_of(folder: Path, tokenizer: Tokenizer) -> list[Passage]:
         found += _passages(name, paragraphs, tokenizer)
     if not found:
         kinds = ", ".join(TEXTS + PAGES + PDFS)
-        raise UserError(
-            f"--docs {folder} has {len(files)} documents ({kinds}), and no text in them; name another folder"
-        )
+        raise UserError(f"{folder} has {len(files)} documents ({kinds}), and no text in them; name another folder")
     return found
 
 
@@ -122,7 +120,7 @@ def _of_html(text: str) -> list[Paragraph]:
     try:
         from bs4 import BeautifulSoup, Tag
     except ImportError as error:
-        raise UserError(f"HTML in --docs needs beautifulsoup4; {pip_install('beautifulsoup4')}") from error
+        raise UserError(f"HTML among documents needs beautifulsoup4; {pip_install('beautifulsoup4')}") from error
     soup = BeautifulSoup(text, "html.parser")
     for tag in soup(_UNSEEN):
         tag.decompose()
@@ -148,7 +146,7 @@ def _of_pdf(path: Path) -> list[Paragraph]:
     try:
         import pypdf
     except ImportError as error:
-        raise UserError(f"PDF files in --docs need pypdf; {pip_install('pypdf')}") from error
+        raise UserError(f"PDF files among documents need pypdf; {pip_install('pypdf')}") from error
     try:
         texts = [page.extract_text() for page in pypdf.PdfReader(path).pages]
     except Exception as error:  # of damaged files it raises whatever it meets
