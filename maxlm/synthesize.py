@@ -94,7 +94,7 @@ def _instructions(options: Instructions) -> Iterator[dict[str, Any]]:
     from maxlm.recipes.self_instruct import WrittenTask, self_instruct
 
     seeds = list[WrittenTask]()
-    for record in _records(options.paths):
+    for record in _records(options.paths, options.limit):
         said = [record.get(key, "") for key in WrittenTask._fields]
         if not all(isinstance(one, str) for one in said) or not said[0].strip() or not said[2].strip():
             raise UserError(f"{options.paths[0]}: record {len(seeds) + 1} has no instruction and output; add them")
@@ -118,7 +118,7 @@ def _answers(options: Answering) -> Iterator[dict[str, Any]]:
     from maxlm.recipes.answering import answered
     from maxlm.recipes.responding import Inquiry, RunRespondent
 
-    given = _conversations(options.paths)
+    given = _conversations(options.paths, options.limit)
     context = None if options.context is None else _text(options.context, "--context").strip()
     respondent = RunRespondent(
         load_chosen(options.model), options.sampling, options.max_new_tokens, options.model.place
@@ -162,7 +162,8 @@ def _calls(options: Calls) -> Iterator[dict[str, Any]]:
                 prompts, max_new_tokens=options.max_new_tokens, stop=stop, sampling=options.sampling, seed=seed
             )
 
-    for n, document in enumerate(iterate_documents(Files(paths=options.paths), Unreadable(strict=True))):
+    texts = iterate_documents(Files(paths=options.paths), Unreadable(strict=True))
+    for n, document in enumerate(itertools.islice(texts, options.limit)):
         calls = useful_calls(
             document.text, Asked(), {"Calculator": calculator}, prompt, places=options.places, samples=options.samples,
             sampling_threshold=options.sampling_threshold, filter_threshold=options.filter_threshold,
@@ -178,7 +179,7 @@ def _best(options: Best) -> Iterator[dict[str, Any]]:
     from maxlm.recipes.rejection import best, candidates, pair
     from maxlm.recipes.responding import RunRespondent
 
-    questions = _questions(options.paths)
+    questions = _questions(options.paths, options.limit)
     run, respondents = load_chosen(options.model), list[RunRespondent]()
     others = [(place, open_model(place, options.model.sharding).run) for place in options.also]
     for place, one in [(options.model.place, run), *others]:
@@ -208,7 +209,7 @@ def _star(options: Star) -> Iterator[dict[str, Any]]:
             return None
         return options.hint.replace("{answer}", str(known).rpartition("####")[2].strip())
 
-    questions = _questions(options.paths)
+    questions = _questions(options.paths, options.limit)
     examples = [] if options.examples is None else _conversations((options.examples,))
     run = load_chosen(options.model)
     respondent = RunRespondent(run, options.sampling, options.max_new_tokens, options.model.place)
@@ -317,12 +318,12 @@ def _at_once(questions: Sequence[Inquiry], count: int) -> Iterator[Sequence[Inqu
         yield questions[start : start + count]
 
 
-def _questions(paths: tuple[str, ...]) -> list[Inquiry]:
+def _questions(paths: tuple[str, ...], limit: int | None) -> list[Inquiry]:
     from maxlm.data.conversation_formats import BadRecord
     from maxlm.recipes.responding import question
 
     found: list[Inquiry] = []
-    for n, record in enumerate(_records(paths)):
+    for n, record in enumerate(_records(paths, limit)):
         try:
             found.append(question(n, record))
         except BadRecord as error:
@@ -332,12 +333,12 @@ def _questions(paths: tuple[str, ...]) -> list[Inquiry]:
     return found
 
 
-def _conversations(paths: tuple[str, ...]) -> list[tuple[list[Turn], dict[str, Any]]]:
+def _conversations(paths: tuple[str, ...], limit: int | None = None) -> list[tuple[list[Turn], dict[str, Any]]]:
     """The turns of each record, and what else it has."""
     from maxlm.data.conversation_formats import BadRecord, in_order, turns_of
 
     found: list[tuple[list[Turn], dict[str, Any]]] = []
-    for n, record in enumerate(_records(paths)):
+    for n, record in enumerate(_records(paths, limit)):
         try:
             turns = in_order(turns_of(record), "messages", whole=True)
         except BadRecord as error:
@@ -346,11 +347,12 @@ def _conversations(paths: tuple[str, ...]) -> list[tuple[list[Turn], dict[str, A
     return found
 
 
-def _records(paths: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def _records(paths: tuple[str, ...], limit: int | None = None) -> Iterator[dict[str, Any]]:
     from maxlm.data.documents import Unreadable
     from maxlm.data.sources import iterate_documents
 
-    for one in iterate_documents(Conversations(paths=paths), Unreadable(strict=True)):
+    found = iterate_documents(Conversations(paths=paths), Unreadable(strict=True))
+    for one in itertools.islice(found, limit):
         yield json.loads(one.text)
 
 

@@ -35,6 +35,8 @@ class Writing(Author):
 
     paths: tyro.conf.Positional[Annotated[tuple[PathName, ...], Filled(note="name files or folders")]]
     """Files and folders."""
+    limit: Positive[int] | None = None
+    """Records to read, the first ones; None: all."""
 
 
 @config("--")
