@@ -122,7 +122,7 @@ def test_an_answer_learned_begins_where_the_prompt_ends(dataset: Dataset) -> Non
 )
 def test_records_of_every_kind_can_be_asked(record: dict[str, Any], turns: list[dict[str, Any]]) -> None:
     found = read(record, Purpose.PROMPTS)
-    assert found == (turns, [], [TOOL] if "tools" in record else None)
+    assert found == (turns, [], [TOOL] if "tools" in record else None, None)
 
 
 @pytest.mark.parametrize(

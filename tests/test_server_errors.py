@@ -187,6 +187,7 @@ def test_what_is_wrong_is_said(url: str, served: Served) -> None:
         found = []
         for path, change, status, param, words in WRONG:
             answer = client.post(path, json={**GOOD[path], **change})
+            assert answer.status_code == status, (path, change)
             error = error_of(answer)
             if (answer.status_code, error["param"]) != (status, param) or words not in error["message"]:
                 found.append((change, answer.status_code, error))

@@ -7,7 +7,18 @@ from typing import Annotated
 
 from maxlm.config.engine import EngineConfig
 from maxlm.config.errors import UserError
-from maxlm.config.fields import BelowOne, Changes, Filled, Fraction, NotNegative, PathName, Positive, Range, config
+from maxlm.config.fields import (
+    BelowOne,
+    Changes,
+    Filled,
+    Fraction,
+    NotNegative,
+    PathName,
+    Positive,
+    Range,
+    config,
+    shown,
+)
 from maxlm.config.kl import FixedKl, KlController, KlEstimator
 from maxlm.config.policy import Advantage, Aggregation, GroupMean
 from maxlm.config.rewards import BadReward, RewardSource
@@ -53,7 +64,7 @@ class Rollouts:
     def __post_init__(self) -> None:
         names = [tool.name for tool in self.tools]
         if twice := [name for name in names if names.count(name) > 1]:
-            raise UserError(f"task.rollouts.tools has {twice[0]!r} twice; give one of them another name")
+            raise UserError(f"task.rollouts.tools has {shown(twice[0])} twice; give one of them another name")
 
     @property
     def completions(self) -> int:

@@ -7,7 +7,7 @@ import re
 from typing import Annotated
 
 from maxlm.config.errors import UserError
-from maxlm.config.fields import Changes, NotEmpty, NotNegative, PathName, Positive, Range, config
+from maxlm.config.fields import Changes, NotEmpty, NotNegative, PathName, Positive, Range, config, shown
 
 _Seconds = Annotated[Positive[float], Changes.NOTHING]
 
@@ -84,7 +84,7 @@ class PatternReward:
                 re.compile(self.pattern)
             except (re.error, RecursionError, OverflowError) as error:
                 raise UserError(
-                    f"task.rewards[].pattern = {self.pattern!r} is no regular expression of Python ({error})"
+                    f"task.rewards[].pattern = {shown(self.pattern)} is no regular expression of Python ({error})"
                 ) from error
 
 
@@ -158,8 +158,8 @@ class FormatReward:
     def __post_init__(self) -> None:
         wrong = [tag for tag in self.tags if not tag or set(tag) & set("<>/")]
         if wrong or len(set(self.tags)) < len(self.tags):
-            why = f"holds {wrong[0]!r}; names have no <, > or /" if wrong else "names a tag twice; use each once"
-            raise UserError(f"task.rewards[].tags = {self.tags!r} {why}")
+            why = f"holds {shown(wrong[0])}; names have no <, > or /" if wrong else "names a tag twice; use each once"
+            raise UserError(f"task.rewards[].tags = {shown(self.tags)} {why}")
 
 
 @config("task.rewards[].", changes=Changes.IDENTITY)
@@ -185,12 +185,12 @@ class JudgeReward:
 
     def __post_init__(self) -> None:
         if blank := [rule for rule in self.rules if not rule.strip()]:
-            raise UserError(f"task.rewards[].rules holds {blank[0]!r}; write questions, such as 'Is it polite?'")
+            raise UserError(f"task.rewards[].rules holds {shown(blank[0])}; write questions, such as 'Is it polite?'")
         if not self.judge.startswith(SERVERS) and (self.model or self.api_key):
             said = "model" if self.model else "api_key"
             raise UserError(
-                f"task.rewards[].{said} = {getattr(self, said)!r} is of a server, and judge = {self.judge!r} is none; "
-                "leave it out, or use judge = 'http://HOST:PORT/v1'"
+                f"task.rewards[].{said} = {shown(getattr(self, said))} is of a server, and judge = {shown(self.judge)} "
+                "is none; leave it out, or use judge = 'http://HOST:PORT/v1'"
             )
 
 

@@ -40,7 +40,15 @@ class NormLayer(nnx.Module):
         return y.astype(x.dtype)
 
 
+@jax.custom_jvp
 def _inverse_root(x: jax.Array) -> jax.Array:
     """1 / sqrt(x), correctly rounded twice. XLA's rsqrt is rounded on a CPU as the loop around it happens to be: with a
     gradient in the same program otherwise than without."""
     return jnp.sqrt(1 / x)
+
+
+@_inverse_root.defjvp
+def _inverse_root_jvp(x: tuple[jax.Array], d_x: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """-1/2 x^-1.5, without the square of x, which may overflow."""
+    root = _inverse_root(x[0])
+    return root, -0.5 * (root / x[0]) * d_x[0]
