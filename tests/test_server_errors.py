@@ -103,7 +103,7 @@ WRONG: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (TEXT, {"suffix": "x"}, 400, "suffix", "suffix"),
     (TEXT, {"response_format": {"type": "xml"}}, 400, "response_format.type", "'text', 'json_object' or 'json_schema'"),
     (TEXT, {"response_format": {"type": "json_schema"}}, 400, "response_format", "json_schema must be there"),
-    (TEXT, {"n": 9}, 429, None, "8 requests wait already"),
+    (TEXT, {"n": 128}, 429, None, "8 requests wait already"),
     (TEXT, {"n": 128, "prompt": ["x"] * 17}, 400, None, "17 prompts with 128 texts each must be at most 2,048 texts"),
     (TEXT, {"min_tokens": 2**31}, 400, "min_tokens", "min_tokens = 2147483648: must be less than"),
     (CHAT, {"messages": []}, 400, "messages", "messages = []: must be"),
