@@ -4,7 +4,7 @@
     python -m maxlm.train --config configs/ppo_sort.py
 
 A critic, which begins as the policy with a head that says 0, learns what is still to come; the policy is held near the
-one that it began as. Hardware: two CPU cores, no download; three minutes.
+one that it began as. Hardware: two CPU cores, no download; some minutes.
 """
 
 import dataclasses

@@ -14,7 +14,6 @@ from helpers import one_device, small_model
 from helpers import small_run as plain_run
 
 from maxlm.config import (
-    FixedKl,
     Grpo,
     KlEstimator,
     ModelConfig,
@@ -228,7 +227,3 @@ def test_batch_that_moved_too_far_changes_nothing() -> None:
         assert int(state.skipped) == (not moved[shift])
         assert int(output.skipped_in_row) == 0, "a run does not stop because of it"
     assert moved == {0.04: True, 0.06: False}
-
-
-def test_kl_control_is_exported() -> None:
-    assert Ppo(rewards=REWARDS).kl == FixedKl()
