@@ -2,65 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
-import jax
-import numpy as np
 import pytest
-from train_runs import rows
 
-from configs import grpo_sort, sort_sft
-from maxlm.config import DataConfig, RunConfig
-from maxlm.data.problems import ProblemKind, problems
-from maxlm.recipes import recipe
-from maxlm.recipes.rewards import RewardSum
-from maxlm.training import loop
-from maxlm.training.loop import run
-
-pytestmark = pytest.mark.nightly
+ROOT = Path(__file__).parent.parent
 
 
-def moved(config: RunConfig, folder: Path, name: str) -> RunConfig:
-    """With all its folders there."""
-    [dataset] = config.data.datasets
-    assert dataset.prepare is not None
-    documents = dataclasses.replace(dataset.prepare.documents, paths=(str(folder / "sort.jsonl"),))
-    prepare = dataclasses.replace(dataset.prepare, documents=documents)
-    dataset = dataclasses.replace(dataset, path=str(folder / Path(dataset.path).name), prepare=prepare)
-    start = None if config.checkpoint.init_from is None else str(folder / "sft")
-    return dataclasses.replace(
-        config,
-        data=DataConfig(datasets=(dataset,)),
-        checkpoint=dataclasses.replace(config.checkpoint, init_from=start),
-        run_dir=str(folder / name),
+@pytest.mark.parametrize(
+    ("steps", "shuffled_steps", "gain"),
+    [
+        pytest.param(60, 30, 0.06, marks=pytest.mark.slow),
+        pytest.param(100, 100, 0.12, marks=pytest.mark.nightly),
+    ],
+)
+def test_sorting_is_learned_from_its_own_rewards_alone(
+    tmp_path: Path, steps: int, shuffled_steps: int, gain: float
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, "tests/sort_pair.py", str(tmp_path), str(steps), str(shuffled_steps)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
-
-
-def test_sorting_is_learned_from_its_own_rewards_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "all_devices", lambda: jax.devices()[:1])
-    with (tmp_path / "sort.jsonl").open("w") as file:
-        for one in problems(ProblemKind.SORT, 6000, 0):
-            file.write(f'{{"prompt": "{one.prompt}", "completion": "{one.answer}", "answer": "{one.answer}"}}\n')
-    run(moved(sort_sft.get_config(), tmp_path, "sft"), recipe)
-    config = moved(grpo_sort.get_config(), tmp_path, "grpo")
-    run(config, recipe)
-    before = np.mean([row["reward"] for row in rows(tmp_path / "grpo", "rollouts")[:2]])
-    after = rows(tmp_path / "grpo", "evals")[-1]
-    assert 0.6 < before < 0.82
-    assert after["eval_reward"] > before + 0.12
-    assert after["eval_reward_greedy"] > 0.9
-
-    right = RewardSum.__call__
-
-    def shuffled(self: RewardSum, completions: Any) -> Any:
-        judged = right(self, completions)
-        return judged._replace(total=np.random.default_rng(0).permutation(judged.total))
-
-    monkeypatch.setattr(RewardSum, "__call__", shuffled)
-    train = dataclasses.replace(config.train, eval_every=0)
-    rollouts = dataclasses.replace(config.task.rollouts, eval_prompts=0)
-    task = dataclasses.replace(config.task, rollouts=rollouts)
-    run(dataclasses.replace(config, train=train, task=task, run_dir=str(tmp_path / "shuffled")), recipe)
-    assert rows(tmp_path / "shuffled", "rollouts")[-1]["reward"] < 0.2
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert 0.6 < found["before"] < 0.82
+    assert found["after"] > found["before"] + gain
+    assert found["greedy"] > 0.88
+    assert found["shuffled"] < 0.2
