@@ -16,10 +16,15 @@ from helpers import FLOAT32, initial_parameters, loss_function, one_device, smal
 from test_loader import make
 from test_pipeline import assert_close
 
+import maxlm
+from maxlm import evaluate
 from maxlm.config import (
+    AdamW,
     BlankInfilling,
     ByteTokenizer,
     CausalLm,
+    CheckpointConfig,
+    ConstantSchedule,
     Context,
     Conversations,
     DataConfig,
@@ -30,6 +35,7 @@ from maxlm.config import (
     MaskedLm,
     Mixed,
     ModelConfig,
+    ObserveConfig,
     Prediction,
     PrefixLm,
     PrepareConfig,
@@ -56,7 +62,7 @@ from maxlm.training import NextToken
 T = 48
 PREDICTIONS: dict[str, Prediction] = {
     "prefix": PrefixLm(mode="[S]"),
-    "spans": SpanCorruption(n_sentinels=30),
+    "spans": SpanCorruption(density=0.5, mean_span=1.0, n_sentinels=25),
     "blanks": BlankInfilling(),
     "suffix": SuffixInfilling(),
     "middle": FillInMiddle(),
@@ -296,7 +302,7 @@ def test_packed_exercises_have_the_loss_that_they_have_alone(text: Dataset) -> N
     together = loss(parameters, rows)
     pieces = [(row, piece) for row in range(8) for piece in segments({k: v[row] for k, v in rows.items()})]
     alone = []
-    for some in itertools.batched(pieces, 8):
+    for some in (pieces[first : first + 8] for first in range(0, len(pieces), 8)):
         batch = {key: np.zeros_like(values) for key, values in rows.items()}
         batch["visible_to"] += np.arange(1, T + 1, dtype=np.int32)
         for i, (row, piece) in enumerate(some):
@@ -385,6 +391,35 @@ def test_values_that_contradict_each_other(make_one: Any, message: str) -> None:
     with pytest.raises(UserError) as caught:
         make_one()
     assert message in str(caught.value) and "; " in str(caught.value)
+
+
+@pytest.mark.nightly
+def test_a_run_goes_on_where_it_was_and_is_measured_as_it_was(
+    text: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ended(folder: str, steps: int) -> tuple[list[dict[str, Any]], Any]:
+        config = dataclasses.replace(
+            run_of(PREDICTIONS["mixed"], glm_model(), steps=steps, eval_every=2),
+            data=DataConfig(datasets=(text,)),
+            optimizer=AdamW(schedule=ConstantSchedule(warmup_steps=0)),
+            checkpoint=CheckpointConfig(every=2),
+            observe=ObserveConfig(sample_tokens=0),
+            run_dir=str(tmp_path / folder),
+        )
+        parameters = jax.device_get(maxlm.run(config).run.parameters)
+        return [json.loads(line) for line in (tmp_path / folder / "evals.jsonl").open()], parameters
+
+    rows, straight = ended("straight", 4)
+    ended("halves", 2)
+    again, resumed = ended("halves", 4)
+    jax.tree.map(np.testing.assert_array_equal, resumed, straight)
+    assert [row["eval_loss"] for row in again] == [row["eval_loss"] for row in rows]
+    assert "eval_bits_per_byte" not in rows[-1] and rows[-1]["eval_tokens"] > 0
+    capsys.readouterr()
+    evaluate.main(["--run", str(tmp_path / "straight"), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["bits_per_byte"] is None and found["tokens"] == rows[-1]["eval_tokens"]
+    assert found["loss"] == pytest.approx(rows[-1]["eval_loss"], rel=1e-5)
 
 
 def test_ul2_has_the_denoisers_of_table_1() -> None:

@@ -86,7 +86,7 @@ def _of_gaps(key: str, prediction: BlankInfilling | SpanCorruption, seq_len: int
         ]
     if isinstance(prediction, BlankInfilling):
         return []
-    needed = gaps(seq_len, density, mean_span)[1] + 1
+    needed = gaps(seq_len + 1, density, mean_span)[1] + 1
     if prediction.n_sentinels >= needed:
         return []
     return [

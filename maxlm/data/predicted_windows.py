@@ -45,14 +45,15 @@ class PredictedWindows:
     def _at(self, start: int, draw: int) -> tuple[Batch, int]:
         """The window that begins at a token, and how many tokens it took."""
         T = self._seq_len
-        ids = np.empty(min(2 * T, len(self._stream) - start), np.int32)  # no exercise is shorter than half its text
+        ids = np.empty(min(2 * T, len(self._stream) - start), np.int32)  # as a piece of two tokens may be one column
         begins, counts = np.zeros(len(ids), np.bool_), np.empty(len(ids), np.bool_)
         self._stream.read(start, ids, begins, counts)
         cuts = np.union1d([0, len(ids)], np.flatnonzero(begins)).tolist()
         row, at, used = Row(T), 0, 0
         for number, (first, stop) in enumerate(itertools.pairwise(cuts)):
             one = functools.partial(self._exercise, ids, first, draw, number)
-            length, exercise = fitted(one, stop - first, T - at)
+            # No exercise has less than a column for each token but one.
+            length, exercise = fitted(one, min(stop - first, T - at + 1), T - at)
             used = first + length
             if exercise is not None:
                 at = row.add(exercise)

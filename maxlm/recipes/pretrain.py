@@ -149,7 +149,7 @@ def batches(config: RunConfig, split: Split | str = Split.TRAIN) -> Batches:
 
     Returns:
         `batches[i]`, a dict of NumPy arrays [batch_size, seq_len]: `inputs`, `targets`, `segment_ids`, `positions`
-        int32, `loss_mask` float32, as `maxlm.data.packing.pack` says.
+        int32, `loss_mask` float32, as `maxlm.data.packing.pack` says; and what `task.predict` needs beside.
 
     Raises:
         UserError: no such split; the data is not there, is damaged, or is too small for a batch.
