@@ -22,6 +22,7 @@ from maxlm.config import (
     Dtype,
     ExecutionConfig,
     GlmRope,
+    GroupedQuery,
     Mixed,
     ModelConfig,
     ObserveConfig,
@@ -43,9 +44,8 @@ TOKENIZER = ByteTokenizer(special_tokens=special_tokens(TEXT))
 def model() -> ModelConfig:
     """Positions count in two: in the text, and in the gap that is written."""
     made = llama(vocab_size=384, d_model=128, n_layers=4, n_heads=4, d_ff=344, max_seq_len=256)
-    [block] = made.blocks
-    attention = dataclasses.replace(block.attention, position=GlmRope())
-    return dataclasses.replace(made, blocks=(dataclasses.replace(block, attention=attention),))
+    attention = GroupedQuery(n_heads=4, n_kv_heads=4, head_dim=32, position=GlmRope())
+    return dataclasses.replace(made, blocks=(dataclasses.replace(made.blocks[0], attention=attention),))
 
 
 def get_config() -> RunConfig:

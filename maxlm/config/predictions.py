@@ -12,7 +12,7 @@ from typing import Annotated, assert_never
 from maxlm.config.errors import UserError
 from maxlm.config.fields import Changes, Filled, Fraction, NotEmpty, Positive, Range, config, shown
 
-Share01 = Annotated[float, Range(gt=0, lt=1)]
+InnerShare = Annotated[float, Range(gt=0, lt=1)]
 """A share that leaves something on both sides."""
 
 
@@ -26,7 +26,7 @@ class PrefixLm:
     """The rest of a text from its first part, which sees itself whole and is not learned (arXiv:1910.10683, section
     3.2.1). Of a record the first part is all before the first token that counts."""
 
-    fraction: Share01 | None = None
+    fraction: InnerShare | None = None
     """Of a text, what its first part is; None: drawn anew for each text, every length as likely."""
     mode: NotEmpty[str] | None = None
     """Special token that stands before the text and tells what is asked (UL2: [S]); None: none."""
@@ -38,7 +38,7 @@ class SpanCorruption:
     sentinel is followed by what it stands for, and a last one ends it (T5, arXiv:1910.10683, section 3.1.4; here for a
     decoder, in one sequence)."""
 
-    density: Share01 = 0.15
+    density: InnerShare = 0.15
     """Of the tokens, how many are hidden."""
     mean_span: Annotated[float, Range(ge=1)] = 3.0
     """Mean length of a gap, in tokens."""
@@ -63,7 +63,7 @@ class BlankInfilling:
     that is written knows by its two positions in which gap it is, and where there (GLM, arXiv:2103.10360, sections 2.1
     and 2.3). Needs `GlmRope`."""
 
-    density: Share01 = 0.15
+    density: InnerShare = 0.15
     """Of the tokens, how many are hidden."""
     mean_span: Annotated[float, Range(ge=1)] = 3.0
     """Mean of the Poisson distribution of a gap's length, of which 0 is drawn again."""
@@ -123,7 +123,7 @@ class MaskedLm:
     """Some tokens from all others: of those chosen, most are masked, some are another token, some stay (BERT,
     arXiv:1810.04805, section 3.1, task 1). A model of it does not write."""
 
-    density: Share01 = 0.15
+    density: InnerShare = 0.15
     """Of the tokens, how many are to be found."""
     masked: Fraction = 0.8
     """Of these, how many become `mask`."""

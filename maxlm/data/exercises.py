@@ -29,7 +29,7 @@ from maxlm.config.prediction_rules import gaps
 from maxlm.config.predictions import parts, special_tokens
 from maxlm.data.tokenizers import Tokenizer
 
-Ids = npt.NDArray[np.int32]
+TokenIds = npt.NDArray[np.int32]
 Spans = npt.NDArray[np.int64]
 """[spans, 2]: where each starts and stops."""
 
@@ -37,22 +37,22 @@ Spans = npt.NDArray[np.int64]
 class Exercise(NamedTuple):
     """One exercise of n columns, int32 [n] each but `counts`."""
 
-    inputs: Ids
-    targets: Ids
+    inputs: TokenIds
+    targets: TokenIds
     counts: npt.NDArray[np.bool_]
     """Which targets the loss counts."""
-    ends: Ids
+    ends: TokenIds
     """Where the columns of this exercise end that each one sees."""
-    context: Ids
+    context: TokenIds
     """Position in the context, and place in the block that is written, as of `GlmRope`."""
-    block: Ids
+    block: TokenIds
 
 
-Make = Callable[[Ids, np.random.Generator], Exercise | None]
+MakeExercise = Callable[[TokenIds, np.random.Generator], Exercise | None]
 """The exercise of a piece of a document; None: the piece is too short for one."""
 
 
-def maker(prediction: Prediction, tokenizer: Tokenizer, key: str) -> Make:
+def maker(prediction: Prediction, tokenizer: Tokenizer, key: str) -> MakeExercise:
     """
     Args:
         prediction: what is asked.
@@ -66,19 +66,22 @@ def maker(prediction: Prediction, tokenizer: Tokenizer, key: str) -> Make:
         bounds = np.cumsum([share.weight for share in prediction.shares])
         made = [_single(one, tokenizer, where) for where, one in parts(prediction, key)]
 
-        def one_of_them(ids: Ids, draw: np.random.Generator) -> Exercise | None:
+        def one_of_them(ids: TokenIds, draw: np.random.Generator) -> Exercise | None:
             return made[int(np.searchsorted(bounds, draw.random() * bounds[-1], side="right"))](ids, draw)
 
         return one_of_them
     return _single(prediction, tokenizer, key)
 
 
-def answer_maker(prediction: Prediction, tokenizer: Tokenizer, key: str) -> tuple[int, Callable[[Ids, Any], Exercise]]:
+MakeAnswer = Callable[[TokenIds, npt.NDArray[np.bool_]], Exercise]
+"""The exercise of a text of a record, and of which of its tokens count: one must, and the first must not."""
+
+
+def answer_maker(prediction: Prediction, tokenizer: Tokenizer, key: str) -> tuple[int, MakeAnswer]:
     """Of texts of records, in which the first token that counts begins the answer.
 
     Returns:
-        How many columns an exercise has more than its text, at most; and what makes it of ids and of which of them
-        count, of which one must and the first must not.
+        How many columns an exercise has more than its text, at most; and what makes it.
 
     Raises:
         UserError: the prediction knows no answers; or the tokenizer lacks a special token.
@@ -88,7 +91,7 @@ def answer_maker(prediction: Prediction, tokenizer: Tokenizer, key: str) -> tupl
         case PrefixLm(mode=mode):
             before = [] if mode is None else [find(mode)]
 
-            def continued(ids: Ids, counts: npt.NDArray[np.bool_]) -> Exercise:
+            def continued(ids: TokenIds, counts: npt.NDArray[np.bool_]) -> Exercise:
                 known = np.concatenate([np.zeros(len(before), np.bool_), counts])
                 return left_to_right(_joined(before, ids), len(before) + int(counts.argmax()), known)
 
@@ -104,7 +107,7 @@ def answer_maker(prediction: Prediction, tokenizer: Tokenizer, key: str) -> tupl
             )
 
 
-def _single(prediction: SinglePrediction, tokenizer: Tokenizer, key: str) -> Make:
+def _single(prediction: SinglePrediction, tokenizer: Tokenizer, key: str) -> MakeExercise:
     find = functools.partial(_id, tokenizer, prediction, key)
     match prediction:
         case CausalLm():
@@ -112,7 +115,7 @@ def _single(prediction: SinglePrediction, tokenizer: Tokenizer, key: str) -> Mak
         case PrefixLm(fraction=fraction, mode=mode):
             before = [] if mode is None else [find(mode)]
 
-            def prefix(ids: Ids, draw: np.random.Generator) -> Exercise | None:
+            def prefix(ids: TokenIds, draw: np.random.Generator) -> Exercise | None:
                 if len(ids) < 2:
                     return None
                 given = int(draw.integers(1, len(ids))) if fraction is None else round(fraction * len(ids))
@@ -124,7 +127,7 @@ def _single(prediction: SinglePrediction, tokenizer: Tokenizer, key: str) -> Mak
             names = [prediction.sentinel.replace("{}", str(i)) for i in range(prediction.n_sentinels)]
             sentinels = np.array([find(name) for name in names], np.int32)
 
-            def spans(ids: Ids, draw: np.random.Generator) -> Exercise | None:
+            def spans(ids: TokenIds, draw: np.random.Generator) -> Exercise | None:
                 if len(ids) < 2:
                     return None
                 given, wanted = corrupt(ids, noise_mask(len(ids), density, mean_span, draw), sentinels)
@@ -134,14 +137,14 @@ def _single(prediction: SinglePrediction, tokenizer: Tokenizer, key: str) -> Mak
         case BlankInfilling(density=density, mean_span=mean_span, mask=mask, start=start, end=end):
             marks = find(mask), find(start), find(end)
 
-            def blanks(ids: Ids, draw: np.random.Generator) -> Exercise | None:
+            def blanks(ids: TokenIds, draw: np.random.Generator) -> Exercise | None:
                 return infill(ids, blank_spans(len(ids), density, mean_span, draw), *marks) if len(ids) > 1 else None
 
             return blanks
         case SuffixInfilling(least=least, most=most, mask=mask, start=start, end=end):
             marks = find(mask), find(start), find(end)
 
-            def suffix(ids: Ids, draw: np.random.Generator) -> Exercise | None:
+            def suffix(ids: TokenIds, draw: np.random.Generator) -> Exercise | None:
                 share = least + (most - least) * draw.random()
                 hidden = min(max(round(share * len(ids)), 1), len(ids))
                 return infill(ids, _last(hidden, ids), *marks) if len(ids) > 1 else None
@@ -150,7 +153,7 @@ def _single(prediction: SinglePrediction, tokenizer: Tokenizer, key: str) -> Mak
         case FillInMiddle(rate=rate, spm=spm, prefix=prefix_name, suffix=suffix_name, middle=middle_name):
             marks = find(prefix_name), find(suffix_name), find(middle_name)
 
-            def middle(ids: Ids, draw: np.random.Generator) -> Exercise | None:
+            def middle(ids: TokenIds, draw: np.random.Generator) -> Exercise | None:
                 turned, suffix_first = draw.random() < rate, draw.random() < spm
                 if len(ids) < 2:
                     return None
@@ -160,7 +163,7 @@ def _single(prediction: SinglePrediction, tokenizer: Tokenizer, key: str) -> Mak
         case MaskedLm(density=density, masked=masked, swapped=swapped, mask=mask):
             blank, ends = find(mask), [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
 
-            def some(ids: Ids, draw: np.random.Generator) -> Exercise | None:
+            def some(ids: TokenIds, draw: np.random.Generator) -> Exercise | None:
                 usable = np.flatnonzero(~np.isin(ids, ends))
                 if not len(usable):
                     return None
@@ -176,7 +179,7 @@ def _single(prediction: SinglePrediction, tokenizer: Tokenizer, key: str) -> Mak
             assert_never(prediction)
 
 
-def left_to_right(ids: Ids, prefix: int, counts: npt.NDArray[np.bool_] | None = None) -> Exercise:
+def left_to_right(ids: TokenIds, prefix: int, counts: npt.NDArray[np.bool_] | None = None) -> Exercise:
     """Each token from those before it, where the first `prefix` tokens see each other and are not learned.
 
     Args:
@@ -210,7 +213,7 @@ def noise_mask(n: int, density: float, mean_span: float, draw: np.random.Generat
     return np.repeat(np.tile([False, True], spans), lengths)
 
 
-def corrupt(ids: Ids, hidden: npt.NDArray[np.bool_], sentinels: Ids) -> tuple[Ids, Ids]:
+def corrupt(ids: TokenIds, hidden: npt.NDArray[np.bool_], sentinels: TokenIds) -> tuple[TokenIds, TokenIds]:
     """What is given and what is wanted (arXiv:1910.10683, figure 2): the text, a sentinel in place of each gap; and of
     each gap its sentinel and what was in it, and one more sentinel."""
     first = hidden & ~np.append(False, hidden[:-1])
@@ -238,7 +241,7 @@ def blank_spans(n: int, density: float, mean_span: float, draw: np.random.Genera
 
 
 def infill(
-    ids: Ids, spans: Spans, mask: int, start: int, end: int, counts: npt.NDArray[np.bool_] | None = None
+    ids: TokenIds, spans: Spans, mask: int, start: int, end: int, counts: npt.NDArray[np.bool_] | None = None
 ) -> Exercise:
     """The text with a mask in place of each span, which sees itself whole, and behind it what was in them, one after
     the other in the order given, each between start and end (arXiv:2103.10360, figure 2; positions count from 0).
@@ -274,7 +277,9 @@ def infill(
     )
 
 
-def turn(prefix: Ids, middle: Ids, suffix: Ids, marks: tuple[int, int, int], suffix_first: bool) -> Ids:
+def turn(
+    prefix: TokenIds, middle: TokenIds, suffix: TokenIds, marks: tuple[int, int, int], suffix_first: bool
+) -> TokenIds:
     """The middle at the end (arXiv:2207.14255, section 3), by the special tokens of prefix, suffix and middle."""
     of_prefix, of_suffix, of_middle = marks
     if suffix_first:
@@ -282,7 +287,7 @@ def turn(prefix: Ids, middle: Ids, suffix: Ids, marks: tuple[int, int, int], suf
     return _joined([of_prefix], prefix, [of_suffix], suffix, [of_middle], middle)
 
 
-def unmask(given: Ids, ids: Ids, chosen: npt.NDArray[np.int64]) -> Exercise:
+def unmask(given: TokenIds, ids: TokenIds, chosen: npt.NDArray[np.int64]) -> Exercise:
     """Tokens in their own place, where every token sees all."""
     n = len(ids)
     counts, columns = np.zeros(n, np.bool_), np.arange(n, dtype=np.int32)
@@ -291,8 +296,8 @@ def unmask(given: Ids, ids: Ids, chosen: npt.NDArray[np.int64]) -> Exercise:
 
 
 def _turned(
-    ids: Ids, tokenizer: Tokenizer, marks: tuple[int, int, int], suffix_first: bool, draw: np.random.Generator
-) -> Ids:
+    ids: TokenIds, tokenizer: Tokenizer, marks: tuple[int, int, int], suffix_first: bool, draw: np.random.Generator
+) -> TokenIds:
     """`turn` of what lies between the beginning and the end of a document, at two random places."""
     first = int(len(ids) > 0 and ids[0] == tokenizer.bos_id)
     last = len(ids) - int(len(ids) > first and ids[-1] == tokenizer.eos_id)
@@ -315,10 +320,10 @@ def _id(tokenizer: Tokenizer, prediction: Prediction, key: str, name: str) -> in
     return found
 
 
-def _last(n: int, ids: Ids) -> Spans:
+def _last(n: int, ids: TokenIds) -> Spans:
     """The span of the last n."""
     return np.array([[len(ids) - n, len(ids)]])
 
 
-def _joined(*pieces: Any) -> Ids:
+def _joined(*pieces: Any) -> TokenIds:
     return np.concatenate([np.asarray(piece, np.int32) for piece in pieces])

@@ -13,10 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from maxlm.config.predictions import ENDS, PLACES
-from maxlm.data.exercises import Exercise, Ids, Make
+from maxlm.data.exercises import Exercise, MakeAnswer, MakeExercise, TokenIds
 from maxlm.data.packing import Batch
 from maxlm.data.record_windows import RecordWindows
 from maxlm.data.shards import TokenStream
@@ -28,7 +27,7 @@ _PROBED = 64
 class PredictedWindows:
     """The stream cut into windows of `seq_len` columns."""
 
-    def __init__(self, stream: TokenStream, seq_len: int, make: Make, *, seed: int) -> None:
+    def __init__(self, stream: TokenStream, seq_len: int, make: MakeExercise, *, seed: int) -> None:
         self._stream, self._seq_len, self._make, self._seed = stream, seq_len, make, seed
         places = max(0, len(stream) - seq_len)  # where a window may begin: what follows fills it, but for a few columns
         probes = np.linspace(0, places, min(_PROBED, places), endpoint=False, dtype=np.int64).tolist()
@@ -49,7 +48,7 @@ class PredictedWindows:
         begins, counts = np.zeros(len(ids), np.bool_), np.empty(len(ids), np.bool_)
         self._stream.read(start, ids, begins, counts)
         cuts = np.union1d([0, len(ids)], np.flatnonzero(begins)).tolist()
-        row, at, used = Row(T), 0, 0
+        row, at, used = FilledRow(T), 0, 0
         for number, (first, stop) in enumerate(itertools.pairwise(cuts)):
             one = functools.partial(self._exercise, ids, first, draw, number)
             # No exercise has less than a column for each token but one.
@@ -61,7 +60,7 @@ class PredictedWindows:
                 break
         return row.arrays, used
 
-    def _exercise(self, ids: Ids, first: int, draw: int, number: int, length: int) -> Exercise | None:
+    def _exercise(self, ids: TokenIds, first: int, draw: int, number: int, length: int) -> Exercise | None:
         """Of so many tokens of a document's piece, of which any length has the same random numbers."""
         return self._make(ids[first : first + length], np.random.default_rng((self._seed, draw, number)))
 
@@ -73,7 +72,7 @@ class PredictedRecords(RecordWindows):
         self,
         stream: TokenStream,
         seq_len: int,
-        made: tuple[int, Callable[[Ids, npt.NDArray[np.bool_]], Exercise]],
+        made: tuple[int, MakeAnswer],
         *,
         filler: int,
         head: int,
@@ -87,7 +86,7 @@ class PredictedRecords(RecordWindows):
         T = self._seq_len
         ids, begins, counts = np.empty(T + 1, np.int32), np.zeros(T + 1, np.bool_), np.empty(T + 1, np.bool_)
         self.fill(number, ids, begins, counts)
-        row = Row(T)
+        row = FilledRow(T)
         for first, stop in itertools.pairwise([*np.flatnonzero(begins).tolist(), T + 1]):
             if counts[first:stop].any():
                 text = slice(first + self._room, stop)
@@ -98,7 +97,7 @@ class PredictedRecords(RecordWindows):
 Predicted = PredictedWindows | PredictedRecords
 
 
-class Row:
+class FilledRow:
     """A window that exercises are put into, each a segment; what remains is a segment that the loss does not count."""
 
     def __init__(self, seq_len: int) -> None:
