@@ -311,7 +311,7 @@ def _id(tokenizer: Tokenizer, prediction: Prediction, key: str, name: str) -> in
     found = tokenizer.specials.get(name)
     if found is None:
         needed = special_tokens(prediction)
-        words = ", ".join(map(repr, needed[:4])) + (", ..." if len(needed) > 4 else "")
+        words = ", ".join(map(repr, needed[:4])) + ("," if len(needed) == 1 else ", ..." if len(needed) > 4 else "")
         raise UserError(
             f"{key} = {type(prediction).__name__}(...) needs the special token {name!r}, which the data's tokenizer "
             f"lacks; prepare the data in another folder with special_tokens = ({words}) of its tokenizer, as "
