@@ -35,6 +35,7 @@ from maxlm.config import (
 )
 from maxlm.config.cli import parse, run_command
 from maxlm.config.fields import NotEmpty, NotNegative, PathName, Positive, Seed, config
+from maxlm.config.prediction_rules import default_prediction
 
 if TYPE_CHECKING:
     from maxlm.evaluation.examining import Asking
@@ -175,6 +176,7 @@ def _measure(options: EvaluateOptions, run: LoadedRun) -> None:
             seq_len=train.seq_len,
             split=Split.VALIDATION,
             virtual=config.model.virtual_tokens,
+            predict=default_prediction(config.task),
         )
     except UserError as error:
         raise error if options.data else UserError(f"{error}; or name other data with --data DIR") from error
@@ -203,9 +205,10 @@ def _measure(options: EvaluateOptions, run: LoadedRun) -> None:
     if options.json:
         print(json.dumps({"run": name, "step": run.step, **dataclasses.asdict(result)}))
     else:
+        bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits/byte"
         print(
-            f"step {run.step}: held-out loss {result.loss:.4f} nats/token, perplexity {result.perplexity:.3f}, "
-            f"{result.bits_per_byte:.4f} bits/byte ({result.tokens} tokens)"
+            f"step {run.step}: held-out loss {result.loss:.4f} nats/token, perplexity {result.perplexity:.3f}{bits} "
+            f"({result.tokens} tokens)"
         )
 
 

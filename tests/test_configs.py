@@ -58,6 +58,7 @@ EXPECTED = {
         devices=1,
         parameters=2 * 4096 * 256 + 4 * (4 * 256**2 + 3 * 256 * 688 + 2 * 256) + 256 + 3 * (256**2 + 4096 * 256),
     ),
+    "glm_tiny": Expected(devices=1, parameters=SFT),
     # As tiny, of other sizes; those below on two such layers, with D, 3 D + V D and 1 for their heads
     "sft_tiny": Expected(devices=1, parameters=SFT),
     "life_pretrain": Expected(devices=1, parameters=SFT),

@@ -155,6 +155,7 @@ NONE_IS_A_CHOICE = {
     "LimitsConfig.step_s",
     "Rollouts.importance_cap",
     "Ppo.largest_kl",
+    "PrefixLm.fraction",
 }
 MINUS_ONE_IS_WHAT_REMAINS = {f"ShardingConfig.{axis}" for axis in ("data", "fsdp", "stage", "seq", "tensor", "expert")}
 ANY_SIGN = {"ModelReward.mean"}
@@ -176,7 +177,15 @@ AT_MOST_ONE = {
     "Ppo.gamma",
     "Ppo.gae_lambda",
     "Rollouts.top_p",
+    "SuffixInfilling.least",
+    "SuffixInfilling.most",
+    "FillInMiddle.rate",
+    "FillInMiddle.spm",
+    "MaskedLm.masked",
+    "MaskedLm.swapped",
 }
+BETWEEN = {"PrefixLm.fraction", "SpanCorruption.density", "BlankInfilling.density", "MaskedLm.density"}
+"""More than 0 and less than 1."""
 
 
 def accepted(number: Number, value: Any) -> bool:
@@ -189,7 +198,7 @@ def accepted(number: Number, value: Any) -> bool:
         case -0.5:
             return number.key in ANY_SIGN
         case int() if value == 10**30:  # float32 holds it, and how large is too large only an experiment knows
-            return number.kind is float and number.key not in AT_MOST_ONE | BELOW_ANOTHER
+            return number.kind is float and number.key not in AT_MOST_ONE | BELOW_ANOTHER | BETWEEN
         case _:
             return False
 
@@ -209,7 +218,7 @@ NONSENSE = (*NUMBERS, "abc", "3", True, [], (), {}, None, int)
 def test_there_are_many_numbers() -> None:
     """Guards the next test."""
     assert len(numbers()) >= 75
-    assert {number.key for number in numbers()} > NONE_IS_A_CHOICE | MINUS_ONE_IS_WHAT_REMAINS | AT_MOST_ONE
+    assert {number.key for number in numbers()} > NONE_IS_A_CHOICE | MINUS_ONE_IS_WHAT_REMAINS | AT_MOST_ONE | BETWEEN
     assert {number.key for number in numbers() if number.optional} == NONE_IS_A_CHOICE
 
 
@@ -229,12 +238,18 @@ def test_nonsense_is_refused_in_one_line_that_names_the_key(number: Number) -> N
         assert "\n" not in message and len(message) < 200
 
 
-FLOATS = [number for number in numbers() if number.kind is float]
+FLOATS = [number for number in numbers() if number.kind is float and number.key not in BETWEEN]
 
 
 @pytest.mark.parametrize("number", FLOATS, ids=lambda number: number.key)
 def test_a_float_may_be_written_as_an_int(number: Number) -> None:
-    value = 1 if number.key in ("Gold.beta", "Rollouts.top_p") else 0 if number.key in AT_MOST_ONE else 2
+    value = (
+        1
+        if number.key in ("Gold.beta", "Rollouts.top_p", "SuffixInfilling.most")
+        else 0
+        if number.key in AT_MOST_ONE
+        else 2
+    )
     for written in (value, float(value)):
         assert getattr(change(number.cls, number.name, written), number.name) == value
 

@@ -172,6 +172,23 @@ def test_prompts_start_as_documents_do(trained: Tokenizer) -> None:
         assert tokenizer.decode(tokenizer.document_ids(ids)) == "def f"
 
 
+def test_special_tokens_are_no_text(tmp_path: Path) -> None:
+    names = ("[MASK]", "<extra_id_0>")
+    trained = train_sentencepiece(TrainSentencePiece(vocab_size=500, special_tokens=names), CODE, tmp_path / "trained")
+    Bytes(names).save(tmp_path / "bytes")
+    for tokenizer in (trained, load_tokenizer(tmp_path / "trained"), load_tokenizer(tmp_path / "bytes")):
+        ids = [tokenizer.specials[name] for name in names]
+        assert len({*ids, tokenizer.bos_id, tokenizer.eos_id}) == 4 and max(ids) < tokenizer.vocab_size
+        text = "a [MASK] and <extra_id_0>"
+        assert not {*tokenizer.encode(text)} & {*ids} and tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.decode(ids) == "" and [tokenizer.token_bytes()[i] for i in ids] == [None, None]
+    assert Bytes(names).fingerprint != Bytes().fingerprint != Bytes(names[:1]).fingerprint
+    file = tmp_path / "bytes" / "config.json"
+    file.write_text(file.read_text().replace('"[MASK]"', "3"))
+    with pytest.raises(UserError, match=r"not a tokenizer's descriptor: its special_tokens = .* must be strings"):
+        load_tokenizer(tmp_path / "bytes")
+
+
 def test_bytes() -> None:
     tokenizer = open_tokenizer(ByteTokenizer())
     assert tokenizer.encode("aé") == [97, 0xC3, 0xA9]

@@ -11,6 +11,8 @@ mixture.py: mixtures of experts: routers, dispatch
 execution.py: number formats, remat, kernels
 remat.py: which named results each remat policy keeps
 families.py: model families as functions from sizes to a model
+predictions.py: what is asked of running text
+prediction_rules.py: what that needs of the rest
 task.py: what a run learns
 reinforcement.py: what runs learn that learn from rewards
 task_rules.py: what a task needs of the rest
@@ -151,6 +153,21 @@ from maxlm.config.position import (
     Sinusoidal,
     YarnScaling,
 )
+from maxlm.config.predictions import (
+    BlankInfilling,
+    CausalLm,
+    FillInMiddle,
+    MaskedLm,
+    Mixed,
+    Prediction,
+    PrefixLm,
+    Share,
+    SinglePrediction,
+    SpanCorruption,
+    SuffixInfilling,
+    special_tokens,
+    ul2,
+)
 from maxlm.config.purposes import Counted, Purpose
 from maxlm.config.quantization import QuantMethod
 from maxlm.config.reinforcement import Grpo, Ppo, Reinforced, Rollouts
@@ -231,6 +248,7 @@ __all__ = [
     "BatchMean",
     "BeamConfig",
     "BinaryReward",
+    "BlankInfilling",
     "BlockConfig",
     "Bottleneck",
     "BradleyTerry",
@@ -238,6 +256,7 @@ __all__ = [
     "CacheFormat",
     "Calculator",
     "Capacity",
+    "CausalLm",
     "CheckpointConfig",
     "ChosenModel",
     "ClassHead",
@@ -272,6 +291,7 @@ __all__ = [
     "ExpertGroups",
     "Experts",
     "Files",
+    "FillInMiddle",
     "FixedKl",
     "FixedPattern",
     "FormatReward",
@@ -309,8 +329,10 @@ __all__ = [
     "LongRopeScaling",
     "Lora",
     "LstmEncoder",
+    "MaskedLm",
     "Medusa",
     "MedusaHeads",
+    "Mixed",
     "Mlp",
     "MlpConfig",
     "MlpEncoder",
@@ -333,8 +355,10 @@ __all__ = [
     "PostNorm",
     "Ppo",
     "PreNorm",
+    "Prediction",
     "Preference",
     "PreferenceLoss",
+    "PrefixLm",
     "PrefixTuning",
     "PrepareConfig",
     "Pretrain",
@@ -368,15 +392,19 @@ __all__ = [
     "SentencePieceTokenizer",
     "Sft",
     "ShardingConfig",
+    "Share",
     "SigmoidRouter",
     "SimPo",
+    "SinglePrediction",
     "Sinusoidal",
     "SlicesAxis",
+    "SpanCorruption",
     "Speculation",
     "StandardLibrary",
     "StatePart",
     "StepRange",
     "StridedPattern",
+    "SuffixInfilling",
     "Swish",
     "Task",
     "TokenizerConfig",
@@ -398,6 +426,8 @@ __all__ = [
     "palm",
     "pipeline_bubble",
     "pipeline_ticks",
+    "special_tokens",
+    "ul2",
     "with_experts",
 ]
 

@@ -7,12 +7,27 @@ from typing import Annotated
 
 from maxlm.config.errors import UserError
 from maxlm.config.fields import BelowOne, Changes, Filled, NotEmpty, PathName, Positive, Range, Seed, config, shown
+from maxlm.config.predictions import Prediction
 from maxlm.config.purposes import Counted, Purpose
+
+BYTE_ENDS = ("<|bos|>", "<|eos|>")
+"""Names of the ids before and after a document, where tokens are bytes."""
+
+
+def _refuse_twice(key: str, names: tuple[str, ...]) -> None:
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{key}: {shown(twice[0])} is there twice; name each token once")
 
 
 @config("data.datasets[].prepare.tokenizer.", changes=Changes.NOTHING)
 class ByteTokenizer:
     """UTF-8 bytes as ids 0..255, then the special ids. Needs no file."""
+
+    special_tokens: tuple[NotEmpty[str], ...] = ()
+    """Names of more special tokens, which no text spells; their ids come after those of bos and eos."""
+
+    def __post_init__(self) -> None:
+        _refuse_twice("data.datasets[].prepare.tokenizer.special_tokens", (*BYTE_ENDS, *self.special_tokens))
 
 
 @config("data.datasets[].prepare.tokenizer.", changes=Changes.NOTHING)
@@ -58,10 +73,18 @@ class TrainSentencePiece:
     """Allow pieces that are runs of spaces, as code needs."""
     user_symbols: tuple[str, ...] = ()
     """Strings that are always one piece."""
+    special_tokens: tuple[NotEmpty[str], ...] = ()
+    """Names of pieces that no text spells: what a prediction needs (`special_tokens(prediction)`)."""
     max_sentences: Positive[int] = 1_000_000
     """Lines sampled for training."""
     seed: Seed = 0
     """Which lines are sampled."""
+
+    def __post_init__(self) -> None:
+        usual = ("<unk>", "<s>", "</s>")
+        _refuse_twice(
+            "data.datasets[].prepare.tokenizer.special_tokens", (*usual, *self.user_symbols, *self.special_tokens)
+        )
 
 
 TokenizerConfig = ByteTokenizer | SentencePieceTokenizer | HuggingFaceTokenizer
@@ -164,6 +187,9 @@ class Dataset:
     """Folder that `python -m maxlm.data prepare` wrote."""
     weight: Annotated[Positive[float], Changes.IDENTITY] = 1.0
     """Share of the windows drawn from it, relative to the other data sets. Each one runs through its own epochs."""
+    predict: Annotated[Prediction | None, Changes.IDENTITY] = None
+    """What is asked of its texts, where that differs from the others' (`task.predict`): so instructions can stand among
+    running text; None: what the task says."""
     prepare: PrepareConfig | None = None
     """How to make the folder; training makes it first if it is not there."""
 

@@ -15,6 +15,7 @@ from maxlm.config.fields import Changes, NotEmpty, NotNegative, PathName, Positi
 from maxlm.config.layout_rules import broken_layout_rules
 from maxlm.config.model import ModelConfig
 from maxlm.config.optimizer import AdamW, OptimizerConfig
+from maxlm.config.prediction_rules import broken_prediction_rules
 from maxlm.config.sharding import ShardingConfig
 from maxlm.config.task import Pretrain, Task, TrainMedusa
 from maxlm.config.task_rules import broken_task_rules
@@ -203,6 +204,9 @@ class RunConfig:
             sample_tokens=self.observe.sample_tokens,
             batch_size=train.batch_size,
             rhythm={"train.steps": train.steps, "checkpoint.every": self.checkpoint.every},
+        )
+        failures += broken_prediction_rules(
+            self.task, self.data.datasets, model, seq_len=train.seq_len, sample_tokens=self.observe.sample_tokens
         )
         if isinstance(self.task, TrainMedusa):
             failures += self._failures_of_medusa()

@@ -6,12 +6,20 @@ from dataclasses import field
 from typing import Annotated
 
 from maxlm.config.fields import Changes, NotNegative, PathName, Positive, Range, config
+from maxlm.config.predictions import CausalLm, Prediction
 from maxlm.config.reinforcement import Grpo, Ppo
 
 
 @config("task.", changes=Changes.IDENTITY)
 class Pretrain:
-    """Predict the next token of running text."""
+    """Predict the next token of running text, or what else is asked of it.
+
+    What is asked belongs to the task, as it decides what the model can do; a data set that needs another question, such
+    as instructions among running text, has a `predict` of its own.
+    """
+
+    predict: Prediction = field(default_factory=CausalLm)
+    """What is asked of the texts of every data set that does not say it itself."""
 
 
 @config("task.", changes=Changes.IDENTITY)

@@ -42,6 +42,8 @@ shards.py: the prepared folder and its checks
 shard_bytes.py: numbers of its files, read where needed
 record_windows.py: windows of whole records
 packing.py: windows, segments, positions, loss mask
+exercises.py: what is given of a text, and what is to be found
+predicted_windows.py: windows of such exercises
 orders.py: shuffled epochs of several sets, by weights
 loader.py: batch(step), mixtures, global arrays
 prompts.py: prompts to be answered, with their records

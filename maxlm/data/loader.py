@@ -18,14 +18,19 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from maxlm.config import DataConfig, Purpose, UserError
+from maxlm.config import CausalLm, DataConfig, Prediction, Purpose, UserError, serialize
+from maxlm.config.prediction_rules import broken_window_rules
+from maxlm.config.predictions import arrays_beside, parts
+from maxlm.data.exercises import answer_maker, maker
 from maxlm.data.orders import endless, mix, ranges
 from maxlm.data.packing import Batch, Windows, pack
+from maxlm.data.predicted_windows import Predicted, PredictedRecords, PredictedWindows, beside
 from maxlm.data.record_windows import NO_TEXT, RecordWindows
 from maxlm.data.shards import FORMAT_VERSION, Prepared, Split, check_one_tokenizer, open_prepared
 
 _PREFETCH = 2
 _PROBED_ELEMENTS = 64
+_PROBED_ROWS = 2
 OF_TEXTS = ("text_record", "text_number", "text_value")
 """Arrays of a batch that have a column for each text of a row."""
 
@@ -48,10 +53,15 @@ class Batches:
         split: Split,
         texts: bool,
         virtual: int,
+        predict: Sequence[Prediction],
     ) -> None:
         self.batch_size, self.seq_len, self.split = batch_size, seq_len, split
         self.tokenizer, self._virtual = opened[0].tokenizer, virtual
-        self._windows = [_windows(data, split, seq_len, virtual) for data in opened]
+        self._predict = predict
+        self._beside = arrays_beside(predict)
+        self._windows = [
+            _windows(data, split, seq_len, virtual, one, seed) for data, one in zip(opened, predict, strict=True)
+        ]
         self.texts: int | None = None
         """The most texts in a row of those sets that have texts, S; None: the batches do not tell of them."""
         if texts:
@@ -79,12 +89,15 @@ class Batches:
             self.n_batches = max(1, self.n_windows // batch_size)
         self.tokens = sum(data.info.tokens(split) for data in opened)
         """Tokens in the split, with bos and eos, over all data sets."""
-        self.bytes_per_token = sum(
-            weight / sum(weights) * data.info.text_bytes(split) / data.info.counted(split)
-            for data, weight in zip(opened, weights, strict=True)
-        )
+        self.bytes_per_token: float | None = None
+        if all(isinstance(one, CausalLm) for one in predict):
+            self.bytes_per_token = sum(
+                weight / sum(weights) * data.info.text_bytes(split) / data.info.counted(split)
+                for data, weight in zip(opened, weights, strict=True)
+            )
         """UTF-8 bytes of text for each token that counts (a document's first token does not), in the mixture.
-        A loss of l nats a token is l / log(2) / bytes_per_token bits a byte."""
+        A loss of l nats a token is l / log(2) / bytes_per_token bits a byte. None: what is predicted is not the text,
+        each token once."""
         self.fingerprint = self._fingerprint(opened, weights, seed)
         """SHA-256 in hex of all that decides the order and contents of the batches; where the folders lie does not."""
         self.contents = self._hash(self._texts_and_tokenizer(opened))
@@ -103,7 +116,8 @@ class Batches:
         return (self[step] for step in (itertools.count() if self.n_batches is None else range(self.n_batches)))
 
     def rows(self, step: int, rows: slice | Sequence[int]) -> Batch:
-        """Some rows of batch number `step`: arrays `[len(rows), seq_len]`, see `maxlm.data.packing.pack`.
+        """Some rows of batch number `step`: arrays `[len(rows), seq_len]`, see `maxlm.data.packing.pack`; where more
+        than the next token is asked, also those that `config.predictions.arrays_beside` names.
 
         Where `texts` is not None, also what losses of whole texts read; text s of a row is its segment s + 1:
             text_ends: float32 [len(rows), seq_len]; 1 at the last token of each text, else 0.
@@ -124,24 +138,40 @@ class Batches:
         numbers = [step * self.batch_size + row for row in wanted]
         lacking = np.array([self.n_windows is not None and number >= self.n_windows for number in numbers], np.bool_)
         elements = np.array([self._order[0 if no else n] for n, no in zip(numbers, lacking, strict=True)], np.int64)
-        return self._of_windows(elements, lacking)
+        return self._of_windows(elements, lacking, numbers)
 
     def once(self) -> Iterator[Batch]:
         """Batches that have each window once, in the order of the files; the last may have rows without loss."""
         n_windows = int(self._firsts[-1])
         for start in range(0, n_windows, self.batch_size):
             elements = np.arange(start, start + self.batch_size)
-            yield self._of_windows(np.where(elements < n_windows, elements, 0), elements >= n_windows)
+            yield self._of_windows(
+                np.where(elements < n_windows, elements, 0), elements >= n_windows, elements.tolist()
+            )
 
-    def _of_windows(self, elements: npt.NDArray[np.int64], lacking: npt.NDArray[np.bool_]) -> Batch:
-        """Windows by number, counted through all data sets; those that are `lacking` have no loss and no texts."""
+    def _of_windows(
+        self, elements: npt.NDArray[np.int64], lacking: npt.NDArray[np.bool_], draws: Sequence[int]
+    ) -> Batch:
+        """Windows by number, counted through all data sets; those that are `lacking` have no loss and no texts.
+        `draws`: which random numbers each has, so that it is another example whenever it comes."""
         sources = np.searchsorted(self._firsts, elements, side="right") - 1
         windows = [(int(source), int(n)) for source, n in zip(sources, elements - self._firsts[sources], strict=True)]
         tokens = np.empty((len(elements), self.seq_len + 1), np.int32)
         begins, counts = np.zeros(tokens.shape, np.bool_), np.empty(tokens.shape, np.bool_)
+        predicted: dict[int, Batch] = {}
         for row, (source, number) in enumerate(windows):
-            self._windows[source].fill(number, tokens[row], begins[row], counts[row])
+            of_source = self._windows[source]
+            if isinstance(of_source, Predicted):
+                predicted[row] = of_source.row(number, draws[row])
+            else:
+                of_source.fill(number, tokens[row], begins[row], counts[row])
         batch = pack(tokens, begins, counts)
+        batch |= {name: values for name, values in beside(batch).items() if name in self._beside}
+        if predicted:
+            batch = {name: values.copy() for name, values in batch.items()}  # inputs and targets may share memory
+        for row, arrays in predicted.items():
+            for name in batch:
+                batch[name][row] = arrays[name]
         batch["loss_mask"][lacking] = 0
         return batch if self.texts is None else batch | self._texts(windows, lacking)
 
@@ -176,6 +206,11 @@ class Batches:
             # Should a version of Grain ever shuffle in another way, this tells.
             "order": [self._order[i] for i in range(min(_PROBED_ELEMENTS, len(self._order)))],
         }
+        if not all(isinstance(one, CausalLm) for one in self._predict):
+            first = self.rows(0, range(min(_PROBED_ROWS, self.batch_size)))
+            # Should numpy ever draw other numbers, the rows tell.
+            rows = hashlib.sha256(b"".join(first[name].tobytes() for name in sorted(first))).hexdigest()
+            decides["predict"] = [[type(one).__name__, serialize.to_dict(one)] for one in self._predict], rows
         return self._hash(decides)
 
     def _texts_and_tokenizer(self, opened: Sequence[Prepared]) -> dict[str, Any]:
@@ -203,6 +238,7 @@ def open_batches(
     split: Split,
     purpose: Purpose | None = None,
     virtual: int = 0,
+    predict: Prediction | None = None,
 ) -> Batches:
     """Open the prepared folders of `config` for batches of `batch_size` windows of `seq_len` tokens.
 
@@ -215,38 +251,50 @@ def open_batches(
         split: of the data.
         purpose: what all folders must be prepared for, to have batches with `texts`; None: whatever they are for.
         virtual: `ModelConfig.virtual_tokens`, which stand before each text, at its positions 0, 1, ...
+        predict: what is asked of the texts of a data set that does not say it; None: the next token.
 
     Raises:
         UserError: a folder was prepared for something else, is not finished or damaged; the data sets' tokenizers
-            differ; a split has fewer tokens than a window.
+            differ, or lack a special token; a split has fewer tokens than a window.
     """
     opened = [open_prepared(Path(dataset.path), verify=config.verify, splits=[split]) for dataset in config.datasets]
     for data in opened:
         _check_purpose(data, purpose)
     check_one_tokenizer(opened)
-    chosen = list(zip(opened, [dataset.weight for dataset in config.datasets], strict=True))
+    asked = [dataset.predict or predict or CausalLm() for dataset in config.datasets]
+    chosen = list(zip(opened, [dataset.weight for dataset in config.datasets], asked, strict=True))
     if split is Split.VALIDATION:
-        chosen = [pair for pair in chosen if pair[0].info.prepare.validation_fraction] or chosen[:1]
+        chosen = [one for one in chosen if one[0].info.prepare.validation_fraction] or chosen[:1]
     return Batches(
-        [data for data, _ in chosen],
-        [weight for _, weight in chosen],
+        [data for data, _, _ in chosen],
+        [weight for _, weight, _ in chosen],
         config.seed,
         batch_size,
         seq_len,
         split,
         purpose is not None,
         virtual,
+        [one for _, _, one in chosen],
     )
 
 
-def _windows(data: Prepared, split: Split, seq_len: int, virtual: int) -> Windows | RecordWindows:
-    stream = data.stream(split)
+def _windows(
+    data: Prepared, split: Split, seq_len: int, virtual: int, predict: Prediction, seed: int
+) -> Windows | RecordWindows | Predicted:
+    stream, tokenizer, key = data.stream(split), data.tokenizer, f"{data.folder}: predict"
+    causal = isinstance(predict, CausalLm)
+    if broken := [line for where, one in parts(predict, key) for line in broken_window_rules(where, one, seq_len)]:
+        raise UserError("\n".join(broken))
     if not data.info.of_records:
-        return Windows(stream, seq_len, virtual=virtual)
-    bos = data.tokenizer.bos_id
-    head = 0 if bos is None else 1
+        if causal:
+            return Windows(stream, seq_len, virtual=virtual)
+        return PredictedWindows(stream, seq_len, maker(predict, tokenizer, key), seed=seed)
+    head = 0 if tokenizer.bos_id is None else 1
+    made = None if causal else answer_maker(predict, tokenizer, key)
     try:
-        return RecordWindows(stream, seq_len, filler=data.tokenizer.eos_id, head=head, virtual=virtual)
+        if made is not None:
+            return PredictedRecords(stream, seq_len, made, filler=tokenizer.eos_id, head=head)
+        return RecordWindows(stream, seq_len, filler=tokenizer.eos_id, head=head, virtual=virtual)
     except UserError as error:
         raise UserError(f"{data.folder}: {error}") from error
 

@@ -21,6 +21,8 @@ import sentencepiece
 import tokenizers
 
 from maxlm.config import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, TokenizerConfig, UserError
+from maxlm.config.data import BYTE_ENDS
+from maxlm.config.fields import shown
 from maxlm.config.json_file import read_bytes, read_object
 from maxlm.data.named_ends import eos_ids_beside, names_beside
 from maxlm.data.tiktoken import to_json
@@ -65,8 +67,9 @@ class Tokenizer(abc.ABC):
 
     def __init__(self, definition: bytes) -> None:
         self._definition = definition
-        self._ends: dict[str, str] = {}
-        """Names of `eos` and `bos` where the definition does not say them."""
+        self._described: dict[str, Any] = {}
+        """Names of `eos` and `bos`, or of more special tokens, where the definition does not say them."""
+        self._specials: Mapping[str, int] = {}
         self.fingerprint = hashlib.sha256(definition).hexdigest()
 
     @property
@@ -89,7 +92,7 @@ class Tokenizer(abc.ABC):
     @property
     def specials(self) -> Mapping[str, int]:
         """Names of special tokens, which a text may spell without meaning them, and their ids."""
-        return {}
+        return self._specials
 
     @abc.abstractmethod
     def encode_places(self, text: str, *, specials: bool) -> tuple[list[int], list[tuple[int, int]]]:
@@ -133,7 +136,7 @@ class Tokenizer(abc.ABC):
         if file := _FILE.get(self.kind):
             (partial / file).write_bytes(self._definition)
         descriptor = {"kind": self.kind.value, "vocab_size": self.vocab_size, "fingerprint": self.fingerprint}
-        descriptor |= self._ends
+        descriptor |= self._described
         (partial / _DESCRIPTOR).write_text(json.dumps(descriptor, indent=2) + "\n")
         if folder.exists():
             shutil.rmtree(folder)
@@ -141,23 +144,23 @@ class Tokenizer(abc.ABC):
 
 
 class Bytes(Tokenizer):
-    """UTF-8 bytes as ids 0..255, bos 256, eos 257."""
+    """UTF-8 bytes as ids 0..255, bos 256, eos 257, and more special tokens from 258 on."""
 
     kind = TokenizerKind.BYTES
-    vocab_size = 258
     bos_id = 256
     eos_id = 257
     byte_ids = frozenset(range(256))
 
-    def __init__(self) -> None:
-        super().__init__(b"bytes 0..255, bos 256, eos 257")
+    def __init__(self, special_tokens: tuple[str, ...] = ()) -> None:
+        more = json.dumps(special_tokens).encode() if special_tokens else b""
+        super().__init__(b"bytes 0..255, bos 256, eos 257" + more)
+        self._specials = {name: 256 + i for i, name in enumerate((*BYTE_ENDS, *special_tokens))}
+        self.vocab_size = 256 + len(self._specials)
+        if special_tokens:
+            self._described = {"special_tokens": list(special_tokens)}
 
     def name_of(self, token: int) -> str | None:
         return None
-
-    @property
-    def specials(self) -> Mapping[str, int]:
-        return {"<|bos|>": self.bos_id, "<|eos|>": self.eos_id}
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(text.encode()) for text in texts]
@@ -169,7 +172,7 @@ class Bytes(Tokenizer):
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
     def token_bytes(self) -> list[bytes | None]:
-        return [*(bytes([i]) for i in range(256)), None, None]
+        return [*(bytes([i]) for i in range(256)), *[None] * len(self._specials)]
 
 
 class SentencePiece(Tokenizer):
@@ -307,11 +310,11 @@ class HuggingFace(Tokenizer):
         if (self.eos_id, self.bos_id) != (usual_eos, usual_bos):
             names = {i: name for name, i in vocabulary.items()}
             # Beside the file itself, they decide what a document's ids are; and the saved copy lies alone.
-            self._ends = {
+            self._described = {
                 "eos": names[self.eos_id],
                 "bos": "" if self.bos_id is None else names[self.bos_id],
             }
-            self.fingerprint = hashlib.sha256(self._definition + json.dumps(self._ends).encode()).hexdigest()
+            self.fingerprint = hashlib.sha256(self._definition + json.dumps(self._described).encode()).hexdigest()
 
     @property
     def text_size(self) -> int:
@@ -328,10 +331,6 @@ class HuggingFace(Tokenizer):
             for text in texts:
                 batch.append(self._model.encode(text, add_special_tokens=False).ids)
         return batch
-
-    @property
-    def specials(self) -> Mapping[str, int]:
-        return self._specials
 
     def encode_places(self, text: str, *, specials: bool) -> tuple[list[int], list[tuple[int, int]]]:
         model = self._obeying if specials else self._model
@@ -391,8 +390,8 @@ def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
         UserError: the file is missing, is not of that kind, or has no end-of-document token.
     """
     match config:
-        case ByteTokenizer():
-            return Bytes()
+        case ByteTokenizer(special_tokens=names):
+            return Bytes(names)
         case SentencePieceTokenizer(path=path):
             return SentencePiece(Path(path))
         case HuggingFaceTokenizer(path=path, eos=eos, bos=bos):
@@ -435,6 +434,9 @@ def _read_descriptor(folder: Path) -> dict[str, Any]:
         if not (fits and isinstance(value, str)):
             allowed = f"one of {kinds}; of a published model name the file itself" if key == "kind" else "a string"
             raise UserError(f"{file}: not a tokenizer's descriptor: its {key} = {value!r} must be {allowed}")
+    names = descriptor.get("special_tokens", [])
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise UserError(f"{file}: not a tokenizer's descriptor: its special_tokens = {shown(names)} must be strings")
     return descriptor
 
 
@@ -477,7 +479,7 @@ def _config_of(descriptor: dict[str, Any], folder: Path) -> TokenizerConfig:
     kind = TokenizerKind(descriptor["kind"])
     match kind:
         case TokenizerKind.BYTES:
-            return ByteTokenizer()
+            return ByteTokenizer(special_tokens=tuple(descriptor.get("special_tokens", ())))
         case TokenizerKind.SENTENCEPIECE:
             return SentencePieceTokenizer(path=str(folder / _FILE[kind]))
         case TokenizerKind.HUGGING_FACE:

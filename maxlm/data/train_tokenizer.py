@@ -45,6 +45,7 @@ def train_sentencepiece(config: TrainSentencePiece, documents: Iterable[str], fo
             byte_fallback=config.byte_fallback,
             allow_whitespace_only_pieces=config.whitespace_pieces,
             user_defined_symbols=list(config.user_symbols),
+            control_symbols=list(config.special_tokens),
             required_chars="\n\t",
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,

@@ -21,8 +21,8 @@ class HeldOut:
     """Cross-entropy, nats a token."""
     perplexity: float
     """It depends on the tokenizer."""
-    bits_per_byte: float
-    """It does not depend on the tokenizer."""
+    bits_per_byte: float | None
+    """It does not depend on the tokenizer; None: not every token of the text was predicted."""
     tokens: int
     """Tokens predicted."""
 
@@ -32,7 +32,7 @@ def held_out(
     parameters: Any,
     batches: Iterable[dict[str, jax.Array]],
     *,
-    bytes_per_token: float,
+    bytes_per_token: float | None,
 ) -> HeldOut:
     """Measure `parameters` on every batch.
 
@@ -54,7 +54,7 @@ def held_out(
     )
 
 
-def summary(*, nats: float, tokens: int, bytes_per_token: float) -> HeldOut:
+def summary(*, nats: float, tokens: int, bytes_per_token: float | None) -> HeldOut:
     """The figures from sums over all tokens.
 
     Raises:
@@ -66,6 +66,6 @@ def summary(*, nats: float, tokens: int, bytes_per_token: float) -> HeldOut:
     return HeldOut(
         loss=loss,
         perplexity=perplexity(loss),
-        bits_per_byte=bits_per_byte(loss, bytes_per_token),
+        bits_per_byte=None if bytes_per_token is None else bits_per_byte(loss, bytes_per_token),
         tokens=tokens,
     )

@@ -23,6 +23,7 @@ from maxlm.config import (
 )
 from maxlm.config.fields import shown
 from maxlm.config.model import padded_vocabulary
+from maxlm.config.prediction_rules import default_prediction
 from maxlm.data.chat import ChatTemplate
 from maxlm.data.loader import Batches, global_batches, open_batches
 from maxlm.data.prepare import ensure_prepared
@@ -148,7 +149,7 @@ def batches(config: RunConfig, split: Split | str = Split.TRAIN) -> Batches:
 
     Returns:
         `batches[i]`, a dict of NumPy arrays [batch_size, seq_len]: `inputs`, `targets`, `segment_ids`, `positions`
-        int32, `loss_mask` float32, as `maxlm.data.packing.pack` says.
+        int32, `loss_mask` float32, as `maxlm.data.packing.pack` says; and what `task.predict` needs beside.
 
     Raises:
         UserError: no such split; the data is not there, is damaged, or is too small for a batch.
@@ -163,6 +164,7 @@ def batches(config: RunConfig, split: Split | str = Split.TRAIN) -> Batches:
         seq_len=train.seq_len,
         split=Split(split),
         virtual=config.model.virtual_tokens,
+        predict=default_prediction(config.task),
     )
 
 
@@ -209,18 +211,20 @@ class HeldOutText:
                 itertools.islice(feed, self._n_batches),
                 bytes_per_token=self._batches.bytes_per_token,
             )
-        return {
+        row = {
             "tokens": step * self._tokens_per_step,
             "eval_loss": found.loss,
             "eval_perplexity": found.perplexity,
             "eval_bits_per_byte": found.bits_per_byte,
             "eval_tokens": found.tokens,
         }
+        return {key: value for key, value in row.items() if value is not None}
 
     def line(self, step: int, row: Mapping[str, Any]) -> str:
+        bits = row.get("eval_bits_per_byte")
         return (
             f"step {step:,}  held-out loss {row['eval_loss']:.4f}  perplexity {row['eval_perplexity']:,.4g}  "
-            f"{row['eval_bits_per_byte']:.4f} bits/byte  over {short(row['eval_tokens'])} tokens"
+            f"{'' if bits is None else f'{bits:.4f} bits/byte  '}over {short(row['eval_tokens'])} tokens"
         )
 
 

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from maxlm.config import ModelConfig, RunConfig
+from maxlm.config.prediction_rules import predictions
+from maxlm.config.predictions import ENDS, PLACES, arrays_beside
 from maxlm.models import Decoder, DecoderOutput, Execution, Tokens, bind, declared, init_parameters
 from maxlm.models.moe import balance_biases
 from maxlm.sharding import Layout
@@ -117,8 +119,10 @@ class NextToken(Objective):
         self._how = Execution.of(config, layout)
         self.declared = declared(config.model)
         shape, dims = (config.train.batch_size, config.train.seq_len), ("batch", "seq")
+        beside = arrays_beside(predictions(config.task, config.data.datasets))
         self.arrays = {
-            name: BatchArray(shape, jnp.int32, dims) for name in ("inputs", "targets", "segment_ids", "positions")
+            name: BatchArray(shape, jnp.int32, dims)
+            for name in ("inputs", "targets", "segment_ids", "positions", *beside)
         } | {"loss_mask": BatchArray(shape, jnp.float32, dims)}
 
     def init(self, key: jax.Array) -> Params:
@@ -147,7 +151,8 @@ class NextToken(Objective):
     def _read(self, model: ModelConfig, params: Params, batch: Batch) -> tuple[Decoder, DecoderOutput]:
         """The model's states of a batch in the mesh's order."""
         decoder = bind(model, params)
-        tokens = Tokens(batch["positions"], batch["segment_ids"], seeds=batch.get("seeds"))
+        places = jnp.stack([batch[name] for name in PLACES], axis=-1) if PLACES[0] in batch else None
+        tokens = Tokens(batch["positions"], batch["segment_ids"], batch.get(ENDS), places, batch.get("seeds"))
         return decoder, decoder(self._embeddings(decoder, batch, tokens), tokens, self._how)
 
     def _read_other(self, model: ModelConfig, params: Params, batch: Batch) -> tuple[Decoder, DecoderOutput]:
