@@ -31,7 +31,7 @@ def get_config() -> RunConfig:
     return dataclasses.replace(
         base,
         data=records("prompts", Purpose.PROMPTS, "data/life/prompts.jsonl"),
-        train=dataclasses.replace(base.train, steps=200, batch_size=256, seq_len=48, eval_every=50),
+        train=dataclasses.replace(base.train, steps=300, batch_size=256, seq_len=48, eval_every=50),
         optimizer=AdamW(learning_rate=2e-4, schedule=ConstantSchedule(warmup_steps=10)),
         checkpoint=CheckpointConfig(every=50, init_from="runs/life/dpo"),
         observe=ObserveConfig(sample_prompt="Sort 352914.", sample_tokens=16),
