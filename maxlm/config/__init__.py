@@ -84,7 +84,20 @@ from maxlm.config.dims import ACTIVATION_DIMS, CUT_BY_FSDP, PARAMETER_DIMS, Axes
 from maxlm.config.docs_search import DocumentsConfig
 from maxlm.config.engine import CacheFormat, EngineConfig
 from maxlm.config.errors import UserError
-from maxlm.config.execution import Backend, Dtype, ExecutionConfig, GluSave, KernelConfig, Remat, WeightFormat
+from maxlm.config.execution import (
+    Backend,
+    Dtype,
+    ExecutionConfig,
+    Float8Products,
+    GluSave,
+    Int8Products,
+    KernelConfig,
+    PlainProducts,
+    Products,
+    Remat,
+    RoundedWeights,
+    WeightFormat,
+)
 from maxlm.config.families import llama, palm, with_experts
 from maxlm.config.kl import AdaptiveKl, FixedKl, KlController, KlEstimator
 from maxlm.config.mixture import (
@@ -274,6 +287,7 @@ __all__ = [
     "Files",
     "FixedKl",
     "FixedPattern",
+    "Float8Products",
     "FormatReward",
     "FunctionReward",
     "GatedMlp",
@@ -288,6 +302,7 @@ __all__ = [
     "HuggingFaceDataset",
     "HuggingFaceTokenizer",
     "Ia3",
+    "Int8Products",
     "InverseSqrtSchedule",
     "Ipo",
     "JudgeReward",
@@ -328,6 +343,7 @@ __all__ = [
     "Parallel",
     "PatternReward",
     "PieceModel",
+    "PlainProducts",
     "Pooling",
     "Position",
     "PostNorm",
@@ -338,6 +354,7 @@ __all__ = [
     "PrefixTuning",
     "PrepareConfig",
     "Pretrain",
+    "Products",
     "ProgramReward",
     "PromptLookup",
     "PromptTuning",
@@ -358,6 +375,7 @@ __all__ = [
     "Rollouts",
     "Rope",
     "RopeScaling",
+    "RoundedWeights",
     "Router",
     "RunConfig",
     "SamplingConfig",
