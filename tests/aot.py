@@ -69,6 +69,8 @@ class Case:
     """No tensor may have two dims this large: attention's scores."""
     collectives: Collection[str] = ()
     """The kinds that must be there; no other may."""
+    products: Collection[str] | None = None
+    """Formats of what is multiplied, as "s8 x s8": each must be there, no other may. None: whatever they are."""
     on_chip_bytes: int | None = None
     """What our model says of the VMEM of the largest kernel; it may be wrong by a quarter. Not known of GPUs."""
 
@@ -83,6 +85,7 @@ class Report:
     error: str | None = None
     kernels: list[str] = dataclasses.field(default_factory=list)
     collectives: list[str] = dataclasses.field(default_factory=list)
+    products: list[str] = dataclasses.field(default_factory=list)
     shapes: list[list[int]] = dataclasses.field(default_factory=list)
     """Every distinct shape of the program with two dims or more."""
     argument_bytes: int = 0
@@ -160,6 +163,8 @@ def complaints(case: Case, report: Report) -> list[str]:
         found.append(f"kernels are {sorted(begins)}; one of each of {sorted(case.kernels)} belongs there")
     if set(report.collectives) != set(case.collectives):
         found.append(f"collectives are {sorted(set(report.collectives))}, not {sorted(set(case.collectives))}")
+    if case.products is not None and set(report.products) != set(case.products):
+        found.append(f"multiplies {report.products}, not {sorted(case.products)}")
     if report.temporary_bytes > case.temporary_bytes:
         found.append(f"allocates {report.temporary_bytes:,} bytes, more than {case.temporary_bytes:,}")
     if case.square is not None:
@@ -213,6 +218,7 @@ def _compile(name: str, case: Case, chip: str, log: Any, known_spills: dict[str,
         time.process_time() - start,
         kernels=[kernel for kernel, _ in kernels],
         collectives=re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", text),
+        products=_products(text),
         shapes=_shapes(text),
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
@@ -231,6 +237,13 @@ def _kernels(text: str) -> list[tuple[str, str]]:
             names = re.findall(r'op_name="[^"]*?(\w+)\)*/[^/"]+"', line)
             found.append((names[0] if names else line.split(" = ")[0].strip(), line))  # XLA's own have no op_name
     return found
+
+
+def _products(text: str) -> list[str]:
+    """Formats of both factors of each dot or convolution."""
+    formats = dict(re.findall(r"(%[\w.-]+) = ([a-z]+\d\w*)\[", text))
+    pairs = re.findall(r" (?:dot|convolution)\((%[\w.-]+), (%[\w.-]+)\)", text)
+    return sorted({f"{formats[left]} x {formats[right]}" for left, right in pairs})
 
 
 def _shapes(text: str) -> list[list[int]]:

@@ -86,7 +86,20 @@ from maxlm.config.dims import ACTIVATION_DIMS, CUT_BY_FSDP, PARAMETER_DIMS, Axes
 from maxlm.config.docs_search import DocumentsConfig
 from maxlm.config.engine import CacheFormat, EngineConfig
 from maxlm.config.errors import UserError
-from maxlm.config.execution import Backend, Dtype, ExecutionConfig, GluSave, KernelConfig, Remat, WeightFormat
+from maxlm.config.execution import (
+    Backend,
+    Dtype,
+    ExecutionConfig,
+    Float8Products,
+    GluSave,
+    Int8Products,
+    KernelConfig,
+    PlainProducts,
+    Products,
+    Remat,
+    RoundedWeights,
+    WeightFormat,
+)
 from maxlm.config.families import llama, palm, with_experts
 from maxlm.config.kl import AdaptiveKl, FixedKl, KlController, KlEstimator
 from maxlm.config.mixture import (
@@ -294,6 +307,7 @@ __all__ = [
     "FillInMiddle",
     "FixedKl",
     "FixedPattern",
+    "Float8Products",
     "FormatReward",
     "FunctionReward",
     "GatedMlp",
@@ -308,6 +322,7 @@ __all__ = [
     "HuggingFaceDataset",
     "HuggingFaceTokenizer",
     "Ia3",
+    "Int8Products",
     "InverseSqrtSchedule",
     "Ipo",
     "JudgeReward",
@@ -350,6 +365,7 @@ __all__ = [
     "Parallel",
     "PatternReward",
     "PieceModel",
+    "PlainProducts",
     "Pooling",
     "Position",
     "PostNorm",
@@ -362,6 +378,7 @@ __all__ = [
     "PrefixTuning",
     "PrepareConfig",
     "Pretrain",
+    "Products",
     "ProgramReward",
     "PromptLookup",
     "PromptTuning",
@@ -382,6 +399,7 @@ __all__ = [
     "Rollouts",
     "Rope",
     "RopeScaling",
+    "RoundedWeights",
     "Router",
     "RunConfig",
     "SamplingConfig",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import enum
 from dataclasses import field
+from typing import Annotated
 
 from maxlm.config.errors import UserError
-from maxlm.config.fields import Changes, config
+from maxlm.config.fields import Changes, Range, config
 
 
 class Dtype(enum.Enum):
@@ -107,6 +108,45 @@ class KernelConfig:
             raise UserError("execution.kernels.glu = cudnn does not exist; use auto, xla, tpu or gpu")
 
 
+@config("execution.products.", changes=Changes.TRAINING)
+class PlainProducts:
+    """In `execution.dtype`."""
+
+
+@config("execution.products.", changes=Changes.TRAINING)
+class Int8Products:
+    """Integers of 8 bits, in the forward pass and for the gradient of activations, each token and each output with a
+    scale of its own, made anew for each product; the gradient of weights in `execution.dtype`, as it sums over all
+    tokens (SwitchBack, arXiv:2304.13013, section 2.2, with vector-wise scales)."""
+
+
+@config("execution.products.", changes=Changes.TRAINING)
+class Float8Products:
+    """8-bit floats: activations and weights in e4m3, gradients in e5m2 (arXiv:2209.05433, section 3.2), all three
+    products. Each array has one scale, made of its largest number when the product is ("current scaling")."""
+
+
+@config("execution.products.", changes=Changes.TRAINING)
+class RoundedWeights:
+    """In `execution.dtype`, by weights rounded to what they are to be held in later (quantisation-aware training). The
+    gradient passes the rounding as if it were not there (straight-through, arXiv:1308.3432, section 4)."""
+
+    format: WeightFormat = WeightFormat.INT8
+    """What `maxlm.quantize` is to make of them by the nearest numbers."""
+    group: Annotated[int, Range(ge=8)] = 128
+    """Numbers of 4 bits that share a scale."""
+
+    def __post_init__(self) -> None:
+        if self.format in (WeightFormat.DTYPE, WeightFormat.W8A8, WeightFormat.LLM_INT8):
+            raise UserError(
+                f"execution.products.format = {self.format.value} rounds no weight, or activations too; use int8, "
+                "fp8, int4, int4_affine or nf4"
+            )
+
+
+Products = PlainProducts | Int8Products | Float8Products | RoundedWeights
+
+
 @config("execution.", changes=Changes.TRAINING)
 class ExecutionConfig:
     """How the model runs. Nothing here changes what it is: parameters and checkpoints are the same for every value."""
@@ -117,5 +157,7 @@ class ExecutionConfig:
     """What the backward pass computes again: nothing ("none") up to all but each block's input ("full")."""
     kernels: KernelConfig = field(default_factory=KernelConfig)
     """Which kernels compute it."""
+    products: Products = field(default_factory=PlainProducts)
+    """In which numbers training multiplies by the weights of layers."""
     scan_layers: bool = True
     """Compile one pattern and loop over it (fast to compile), or unroll every layer."""

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from maxlm.config.data import DataConfig
 from maxlm.config.errors import UserError
-from maxlm.config.execution import ExecutionConfig
+from maxlm.config.execution import ExecutionConfig, PlainProducts
 from maxlm.config.fields import Changes, NotEmpty, NotNegative, PathName, Positive, Range, Seed, config, shown
 from maxlm.config.layout_rules import broken_layout_rules
 from maxlm.config.model import ModelConfig
@@ -218,6 +218,13 @@ class RunConfig:
             failures.append(
                 "model.adapter is laid on a model that is there: checkpoint.init_from is None; name its run, or hf:DIR"
             )
+        if not isinstance(self.execution.products, PlainProducts):
+            frozen = "under model.adapter" if model.adapter is not None else "in task = TrainMedusa"
+            if model.adapter is not None or isinstance(self.task, TrainMedusa):
+                failures.append(
+                    f"execution.products = {type(self.execution.products).__name__} is for weights that are trained, "
+                    f"and {frozen} they are not; use PlainProducts"
+                )
         if model.mup_base_width is not None and not isinstance(self.optimizer, AdamW):
             failures.append(
                 f"model.mup_base_width = {model.mup_base_width} has rules for AdamW alone, not for "

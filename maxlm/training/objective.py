@@ -14,6 +14,7 @@ from maxlm.config.predictions import ENDS, PLACES, arrays_beside
 from maxlm.models import Decoder, DecoderOutput, Execution, Tokens, bind, declared, init_parameters
 from maxlm.models.moe import balance_biases
 from maxlm.sharding import Layout
+from maxlm.training.in_products import in_products
 from maxlm.training.losses import LossSums, cross_entropy_sums
 from maxlm.training.router_metrics import router_metrics
 
@@ -150,7 +151,7 @@ class NextToken(Objective):
 
     def _read(self, model: ModelConfig, params: Params, batch: Batch) -> tuple[Decoder, DecoderOutput]:
         """The model's states of a batch in the mesh's order."""
-        decoder = bind(model, params)
+        decoder = bind(model, in_products(self._how.config.products, model, params))
         places = jnp.stack([batch[name] for name in PLACES], axis=-1) if PLACES[0] in batch else None
         tokens = Tokens(batch["positions"], batch["segment_ids"], batch.get(ENDS), places, batch.get("seeds"))
         return decoder, decoder(self._embeddings(decoder, batch, tokens), tokens, self._how)

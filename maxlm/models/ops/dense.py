@@ -25,6 +25,7 @@ from maxlm.models.weights.by_layer import ByLayer, in_layer
 from maxlm.models.weights.by_row import ByRow
 from maxlm.models.weights.kinds import Weight
 from maxlm.models.weights.low_rank import LowRank
+from maxlm.models.weights.narrow import Narrow, narrow_einsum
 from maxlm.models.weights.normal_float import NormalFloat4
 from maxlm.models.weights.watched import Watched, watch
 from maxlm.sharding import Layout
@@ -47,6 +48,8 @@ def project(layout: Layout, subscripts: str, x: jax.Array, w: Weight, bias: jax.
             y += _scaled(layout, subscripts, outliers, w)
         case Watched(values=values, seen=seen):
             y = _product(layout, subscripts, watch(x, seen), dense(layout, values, x.dtype))
+        case Narrow(values=values, products=products):
+            y = narrow_einsum(products, subscripts, x, dense(layout, values, x.dtype))
         case ByLayer():
             y = in_layer(lambda w, x: project(layout, subscripts, x, w), w, x)
         case LowRank():

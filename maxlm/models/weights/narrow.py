@@ -1,0 +1,124 @@
+"""A float32 weight whose products are computed in 8 bits while it is trained.
+
+What is multiplied is rounded when the product is made, by scales of its own, and the scales come after the product. The
+weight stays float32, and so do the sums.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, field
+from typing import Any, Self, assert_never
+
+import jax
+import jax.numpy as jnp
+
+from maxlm.config import Float8Products, Int8Products
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Narrow:
+    """A weight, and in which numbers to multiply by it."""
+
+    values: jax.Array
+    """float32."""
+    products: Int8Products | Float8Products = field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return self.values.shape
+
+    def __getitem__(self, index: Any) -> Self:
+        """[...]: all of it."""
+        return self
+
+    def dense(self, dtype: jnp.dtype) -> jax.Array:
+        """As a plain array; who multiplies by it, does so in that dtype."""
+        return self.values.astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def narrow_einsum(products: Int8Products | Float8Products, subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """einsum(x, w) in x's dtype, summed in float32 or int32; the gradient of w in w's dtype.
+
+    Args:
+        products: which numbers are multiplied.
+        subscripts: "x,w->out"; the letters of out are those of x alone, then those of w alone.
+        x, w: arrays.
+    """
+    return _fwd(products, subscripts, x, w)[0]
+
+
+def _fwd(
+    products: Int8Products | Float8Products, subscripts: str, x: jax.Array, w: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    match products:
+        case Int8Products():
+            y = _by_vectors(subscripts, x, w)
+        case Float8Products():
+            y = _by_arrays(subscripts, _float8(x), _float8(w))
+        case _:
+            assert_never(products)
+    return y.astype(x.dtype), (x, w)
+
+
+def _bwd(
+    products: Int8Products | Float8Products, subscripts: str, kept: tuple[jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, w = kept
+    of_x, of_w, out = _letters(subscripts)
+    to_x, to_w = f"{out},{of_w}->{of_x}", f"{of_x},{out}->{of_w}"
+    match products:
+        case Int8Products():
+            dx = _by_vectors(to_x, g, w)
+            dw = jnp.einsum(to_w, x, g, preferred_element_type=w.dtype)
+        case Float8Products():
+            slope = _float8(g, jnp.float8_e5m2)
+            dx, dw = _by_arrays(to_x, slope, _float8(w)), _by_arrays(to_w, _float8(x), slope)
+        case _:
+            assert_never(products)
+    return dx.astype(x.dtype), dw.astype(w.dtype)
+
+
+narrow_einsum.defvjp(_fwd, _bwd)
+
+
+def _letters(subscripts: str) -> tuple[str, str, str]:
+    """Of both factors and of the result."""
+    factors, out = subscripts.split("->")
+    left, right = factors.split(",")
+    return left, right, out
+
+
+def _by_vectors(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """float32: integers from -127 to 127, summed in int32, with a scale for each vector that is summed over."""
+    of_a, of_b, out = _letters(subscripts)
+
+    def rounded(x: jax.Array, names: str) -> tuple[jax.Array, jax.Array]:
+        wide = x.astype(jnp.float32)
+        scales = jnp.abs(wide).max([i for i, name in enumerate(names) if name not in out], keepdims=True) / 127
+        return jnp.round(wide / jnp.where(scales == 0, 1, scales)).astype(jnp.int8), scales
+
+    (left, of_left), (right, of_right) = rounded(a, of_a), rounded(b, of_b)
+    y = jnp.einsum(subscripts, left, right, preferred_element_type=jnp.int32).astype(jnp.float32)
+    # A result's dims are those of a alone, then those of b alone, in their order.
+    own = math.prod(of_right.shape)
+    rest = tuple(size for name, size in zip(of_b, b.shape, strict=True) if name in out)
+    first = tuple(size for name, size in zip(of_a, a.shape, strict=True) if name in out)
+    assert own == math.prod(rest), "scales have what is not summed over"
+    return y * of_left.reshape(*first, *[1] * len(rest)) * of_right.reshape(rest)
+
+
+def _float8(x: jax.Array, dtype: Any = jnp.float8_e4m3fn) -> tuple[jax.Array, jax.Array]:
+    """The nearest numbers, and their scale: the largest becomes the largest that there is."""
+    wide = x.astype(jnp.float32)
+    scale = jnp.abs(wide).max() / float(jnp.finfo(dtype).max)
+    return (wide / jnp.where(scale == 0, 1, scale)).astype(dtype), scale
+
+
+def _by_arrays(subscripts: str, a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """float32: of numbers with one scale each."""
+    return jnp.einsum(subscripts, a[0], b[0], preferred_element_type=jnp.float32) * (a[1] * b[1])

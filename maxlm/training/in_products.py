@@ -1,0 +1,38 @@
+"""The parameters of a model as its loss multiplies by them."""
+
+from __future__ import annotations
+
+from typing import Any, assert_never
+
+import jax
+
+from maxlm import shapes
+from maxlm.config import Float8Products, Int8Products, ModelConfig, PlainProducts, Products, RoundedWeights
+from maxlm.models import declared
+from maxlm.models.weights.holding import quantised
+from maxlm.models.weights.kinds import Weight
+from maxlm.models.weights.narrow import Narrow
+from maxlm.shapes.additions import is_linear
+
+
+def in_products(products: Products, model: ModelConfig, parameters: Any) -> Any:
+    """Parameters of the model as `execution.products` says; gradients go through to the float32 arrays.
+
+    In 8 bits are the products of every layer's attention and dense MLP. Tables, the logits, routers, routed experts
+    and what Medusa's heads do are computed in the compute dtype.
+    """
+    match products:
+        case PlainProducts():
+            return parameters
+        case RoundedWeights():
+            return jax.tree.map(lambda array, w: _rounded(products, array, w), declared(model), parameters)
+        case Int8Products() | Float8Products():
+            narrow = lambda array, w: Narrow(w, products) if is_linear(array) else w
+            return jax.tree.map(narrow, declared(model), parameters)
+        case _:
+            assert_never(products)
+
+
+def _rounded(products: RoundedWeights, array: shapes.Array, w: jax.Array) -> jax.Array:
+    held: Weight = quantised(w, array, products.format, products.group)
+    return w if isinstance(held, jax.Array) else w + jax.lax.stop_gradient(held.dense(w.dtype) - w)
