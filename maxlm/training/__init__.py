@@ -6,6 +6,7 @@ assistant_loss.py: what fine-tuning adds to the loss of the next token
 later_tokens.py: the loss of heads that guess at later tokens
 step.py: gradient, optimizer: one step
 keeper.py: the state of a run in its folder
+spikes.py: spikes of the loss, and what is passed over to go back from one
 finite.py: no state with NaN is saved, or gone on from
 config_file.py: config.json, and other settings for a run that goes on
 rank_budget.py: what AdaLoRA does in a step beside the loss
