@@ -200,13 +200,13 @@ class Checkpointer:
         self._current = step
         return restored
 
-    def go_back(self, wanted: int, limit: int, *, params: Tree, optimizer: Tree) -> Restored:
+    def go_back(self, wanted: int, limit: int, why: str, *, params: Tree, optimizer: Tree) -> Restored:
         """Restore the newest intact step of at most `wanted`, or of at most `limit` where there is none, as
         `restore_latest` does, and go on from there: newer ones are set aside at once, so that a run that is killed now
         does not go on from them.
 
         A step that is a multiple of `checkpoint.every` is taken before others, which are there because somebody stopped
-        the run: where it goes back to does not depend on that.
+        the run: where it goes back to does not depend on that. `why`: in a few words, for the error.
 
         Raises:
             UserError: there is none; or the step holds other arrays than asked for.
@@ -224,7 +224,7 @@ class Checkpointer:
                     return step
                 self._warn(f"{self._folder / str(step)}: checkpoint refused: {problems[0]}; trying another")
             raise UserError(
-                f"{self._folder}: no intact checkpoint of step {limit} or before to go back to; there are "
+                f"{why}; {self._folder}: no intact checkpoint of step {limit} or before to go back to; there are "
                 f"{retention.finished(self._folder) or 'none'}"
             )
 

@@ -24,7 +24,7 @@ from maxlm.processes.joining import on_rank_0
 from maxlm.sharding import Layout
 from maxlm.training.config_file import ConfigFile
 from maxlm.training.finite import Diverged, not_finite
-from maxlm.training.spikes import Spikes
+from maxlm.training.spikes import Spike, Spikes
 from maxlm.training.state import CRITIC, TrainState, of_model
 
 
@@ -100,9 +100,9 @@ class Keeper:
             )
         return state
 
-    def go_back(self, wanted: int, limit: int, state: TrainState) -> TrainState:
-        """The state of the newest intact checkpoint of at most `wanted` steps, or of at most `limit` where there is
-        none, from which the run goes on. Newer ones are set aside, and the arrays of `state` are gone.
+    def go_back(self, spike: Spike, state: TrainState) -> TrainState:
+        """The state of the newest intact checkpoint far enough before a spike, or before it at all, from which the run
+        goes on. Newer ones are set aside, and the arrays of `state` are gone.
 
         Raises:
             UserError: there is no such checkpoint.
@@ -110,9 +110,8 @@ class Keeper:
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         for leaf in jax.tree.leaves((state.parameters, state.optimizer)):
             leaf.delete()  # there is no room for two states
-        restored = self._saved.go_back(
-            wanted, limit, params=self._own(like.parameters), optimizer=_optimizer_item(like)
-        )
+        own, beside = self._own(like.parameters), _optimizer_item(like)
+        restored = self._saved.go_back(spike.wanted, spike.first, spike.what, params=own, optimizer=beside)
         self.meta = restored.meta
         return dataclasses.replace(_state(restored), frozen=state.frozen)
 

@@ -282,7 +282,7 @@ def run(
                 spike = spikes.look(step, output)
             if spike is not None:
                 with watchdog.off_duty():
-                    state, output = keeper.go_back(spike.wanted, spike.first, state), None
+                    state, output = keeper.go_back(spike, state), None
                     step = int(state.step)
                     skip = spikes.go_back(spike, step, keeper.meta)
                     log.went_back(step, skip.windows, spike.first, spike.found, spike.what)
