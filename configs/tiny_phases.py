@@ -3,7 +3,7 @@
     python -m maxlm.train --config configs/tiny_phases.py
 
 As Llama 3 was trained (arXiv:2407.21783, section 3.4), with a batch that grows as GPT-3's did (arXiv:2005.14165,
-section 2.3): docs/phases.md. Hardware: two CPU cores, 1 GB of memory, no download; the text is the Python standard
+appendix B): docs/phases.md. Hardware: two CPU cores, 1 GB of memory, no download; the text is the Python standard
 library, and at the end the Python sources of maxlm too, in bytes.
 """
 

@@ -77,7 +77,7 @@ def linear_ramp(
     first: int, last: int, *, by: int, tokens: float, seq_len: int, micro_batch: int | None = None
 ) -> tuple[Phase, ...]:
     """Phases of a batch that grows in a straight line over the tokens seen, in equal stages (GPT-3, arXiv:2005.14165,
-    section 2.3 and appendix B: from 32 thousand tokens to 3.2 million over the first 4 to 12 billion).
+    appendix B: from 32 thousand tokens to 3.2 million over the first 4 to 12 billion).
 
     The batch before the first phase is `train.batch_size = first`.
 
