@@ -80,7 +80,7 @@ def _out_of_memory(config: RunConfig, error: Exception) -> str | None:
 
     if isinstance(error, UserError) or not is_exhausted(error):
         return None
-    return describe_exhausted(config, error)
+    return describe_exhausted(config.most_demanding, error)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

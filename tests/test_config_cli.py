@@ -152,7 +152,7 @@ def test_a_mistyped_key_names_the_nearest(override: str, nearest: str) -> None:
         (["--model.n_layers=-1"], ["model.n_layers = -1", "must be positive"]),
         (["--model.blocks.0.attention.n_kv_heads=3"], ["n_kv_heads = 3", "n_heads = 8", "[1, 2, 4, 8]"]),
         (["--model.blocks.0.attention.head_dim=7"], ["head_dim = 7", "use 8"]),
-        (["--data.datasets.0.weight=-1"], ["weight = -1", "must be positive"]),
+        (["--data.datasets.0.weight=-1"], ["weight = -1", "must be at least 0"]),
         (["--sharding.fsdp=-1", "--sharding.tensor=-1"], ["sharding.fsdp and sharding.tensor", "-1"]),
         (["--sharding.fsdp=0"], ["sharding.fsdp = 0", "at least 1"]),
         (["--train.profile_steps=ten"], ["'ten'", "FIRST:LAST"]),

@@ -53,6 +53,7 @@ EXPECTED = {
         parameters=2 * 4096 * 256 + 4 * (4 * 256**2 + 8 * 3 * 256 * 344 + 8 * 256 + 2 * 256) + 256,
         active=2 * 4096 * 256 + 4 * (4 * 256**2 + 3 * 256 * 688 + 8 * 256 + 2 * 256) + 256,
     ),
+    "tiny_phases": Expected(devices=1, parameters=2 * 384 * 128 + 2 * (4 * 128**2 + 3 * 128 * 352 + 2 * 128) + 128),
     # As tiny, with three heads of D^2 + V D
     "tiny_medusa": Expected(
         devices=1,

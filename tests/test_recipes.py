@@ -22,7 +22,8 @@ from maxlm.checkpoint.store import Store
 from maxlm.config import AdamW, CheckpointConfig, ConstantSchedule, ObserveConfig, RunConfig, UserError
 from maxlm.shapes.arrays import Array, Constant, Part, Role
 from maxlm.sharding import Layout
-from maxlm.training.loop import Diverged, Recipe, Result, run
+from maxlm.training.finite import Diverged
+from maxlm.training.loop import Recipe, Result, run
 from maxlm.training.objective import Batch, BatchArray, Objective, Sums
 from maxlm.training.state import TrainState
 

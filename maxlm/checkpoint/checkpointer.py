@@ -200,6 +200,40 @@ class Checkpointer:
         self._current = step
         return restored
 
+    def go_back(self, wanted: int, limit: int, why: str, *, params: Tree, optimizer: Tree) -> Restored:
+        """Restore the newest intact step of at most `wanted`, or of at most `limit` where there is none, as
+        `restore_latest` does, and go on from there: newer ones are set aside at once, so that a run that is killed now
+        does not go on from them.
+
+        A step that is a multiple of `checkpoint.every` is taken before others, which are there because somebody stopped
+        the run: where it goes back to does not depend on that. `why`: in a few words, for the error.
+
+        Raises:
+            UserError: there is none; or the step holds other arrays than asked for.
+        """
+        self.wait()
+
+        def choose() -> int:
+            there = [step for step in retention.finished(self._folder) if step <= limit]
+            best = lambda step: (step <= wanted, step % self._config.every == 0, step)
+            for step in sorted(there, key=best, reverse=True):
+                if not (problems := self._problems(step, ())):
+                    for newer in reversed([other for other in retention.finished(self._folder) if other > step]):
+                        place = retention.move_aside(self._folder, newer)
+                        self._warn(f"{place}: checkpoint {newer} was moved here, as the run goes back to {step}")
+                    return step
+                self._warn(f"{self._folder / str(step)}: checkpoint refused: {problems[0]}; trying another")
+            raise UserError(
+                f"{why}; {self._folder}: no intact checkpoint of step {limit} or before to go back to; there are "
+                f"{retention.finished(self._folder) or 'none'}"
+            )
+
+        step = self._agree(choose)
+        assert step is not None
+        restored = self._restore(step, {"params": params, "optimizer": optimizer})
+        self._current = step
+        return restored
+
     def restore_params(
         self, step: int | None, params: Tree | Callable[[Record], Tree], *, deferred: bool = False
     ) -> Restored:

@@ -19,6 +19,7 @@ task_rules.py: what a task needs of the rest
 kl.py: what it costs a policy to leave its reference
 policy.py: advantages of a policy's samples, weights of their tokens
 data.py: documents, tokenizers, mixtures
+phases.py: what changes while a run goes on, and going back from a spike
 purposes.py: what records of conversations are for
 rewards.py: what is good in a completion
 tools.py: what a policy may call while it writes
@@ -78,6 +79,7 @@ from maxlm.config.data import (
     PrepareConfig,
     SentencePieceTokenizer,
     StandardLibrary,
+    Stretch,
     TokenizerConfig,
     TokenizerSource,
     TrainSentencePiece,
@@ -147,6 +149,7 @@ from maxlm.config.optimizer import (
     Schedule,
     WsdSchedule,
 )
+from maxlm.config.phases import Phase, Rollback, linear_ramp
 from maxlm.config.policy import Advantage, Aggregation, BatchMean, GroupMean, LeaveOneOut
 from maxlm.config.position import (
     Alibi,
@@ -364,6 +367,7 @@ __all__ = [
     "OutputNorm",
     "Parallel",
     "PatternReward",
+    "Phase",
     "PieceModel",
     "PlainProducts",
     "Pooling",
@@ -395,6 +399,7 @@ __all__ = [
     "RewardLoss",
     "RewardSource",
     "RmsNorm",
+    "Rollback",
     "RolloutTool",
     "Rollouts",
     "Rope",
@@ -421,6 +426,7 @@ __all__ = [
     "StandardLibrary",
     "StatePart",
     "StepRange",
+    "Stretch",
     "StridedPattern",
     "SuffixInfilling",
     "Swish",
@@ -440,6 +446,7 @@ __all__ = [
     "fsdp",
     "fsdp_tp",
     "fsdp_tp_sp",
+    "linear_ramp",
     "llama",
     "palm",
     "pipeline_bubble",

@@ -13,7 +13,7 @@ from maxlm.config.fields import Changes, changes_of, is_config
 from maxlm.config.run import RunConfig, StepRange
 from maxlm.config.serialize import flatten
 
-DATA_ORDER = ("data", "train.batch_size", "train.seq_len")
+DATA_ORDER = ("data", "train.batch_size", "train.seq_len", "train.phases")
 """Keys and groups that decide which tokens a step reads; `--allow_change data` also lets other contents in."""
 
 
@@ -85,7 +85,7 @@ def check_allowed(config: RunConfig, keys: Sequence[str]) -> None:
             raise UserError(f"--allow_change {key}: must be a key of the config, such as model.norm.eps{hint}")
 
 
-def go_on(trained: RunConfig, config: RunConfig, allowed: Sequence[str], checkpoint: str) -> list[Changed]:
+def go_on(trained: RunConfig, config: RunConfig, allowed: Sequence[str], checkpoint: str, step: int) -> list[Changed]:
     """The differences that are to be told, and are no reason to stop.
 
     Args:
@@ -93,11 +93,15 @@ def go_on(trained: RunConfig, config: RunConfig, allowed: Sequence[str], checkpo
         config: what is to go on from there.
         allowed: keys and groups of which any change will do.
         checkpoint: how messages call it.
+        step: steps that it had done. Phases that have begun may not change.
 
     Raises:
         UserError: a line for each key whose other value makes another model, state or order of the data.
     """
     found = list(changes(trained, config))
+    begun, now_begun = ([one for one in run.train.phases if one.start < step] for run in (trained, config))
+    if begun != now_begun:
+        found = [one._replace(change=Changes.IDENTITY) if one.within(("train.phases",)) else one for one in found]
     refused = [one for one in found if one.change is Changes.IDENTITY and not one.within(allowed)]
     if refused:
         raise UserError(

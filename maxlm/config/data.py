@@ -6,7 +6,19 @@ import enum
 from typing import Annotated
 
 from maxlm.config.errors import UserError
-from maxlm.config.fields import BelowOne, Changes, Filled, NotEmpty, PathName, Positive, Range, Seed, config, shown
+from maxlm.config.fields import (
+    BelowOne,
+    Changes,
+    Filled,
+    NotEmpty,
+    NotNegative,
+    PathName,
+    Positive,
+    Range,
+    Seed,
+    config,
+    shown,
+)
 from maxlm.config.predictions import Prediction
 from maxlm.config.purposes import Counted, Purpose
 
@@ -185,13 +197,28 @@ class Dataset:
 
     path: PathName
     """Folder that `python -m maxlm.data prepare` wrote."""
-    weight: Annotated[Positive[float], Changes.IDENTITY] = 1.0
-    """Share of the windows drawn from it, relative to the other data sets. Each one runs through its own epochs."""
+    weight: Annotated[NotNegative[float], Changes.IDENTITY] = 1.0
+    """Share of the windows drawn from it, relative to the other data sets; 0: none, before a phase says otherwise. Each
+    one runs through its own epochs."""
     predict: Annotated[Prediction | None, Changes.IDENTITY] = None
     """What is asked of its texts, where that differs from the others' (`task.predict`): so instructions can stand among
     running text; None: what the task says."""
     prepare: PrepareConfig | None = None
     """How to make the folder; training makes it first if it is not there."""
+
+
+@config("data.past[].", changes=Changes.IDENTITY)
+class Stretch:
+    """Windows that are behind, one after the other."""
+
+    windows: NotNegative[int]
+    """How many, of all data sets together."""
+    seq_len: Positive[int]
+    """Tokens of each."""
+    weights: tuple[NotNegative[float], ...]
+    """Of the data sets, as they were drawn."""
+    steps: NotNegative[int] = 0
+    """Steps of this run that read them; 0: no step of it did."""
 
 
 @config("data.", changes=Changes.IDENTITY)
@@ -204,3 +231,21 @@ class DataConfig:
     """Shuffling and mixing."""
     verify: Annotated[bool, Changes.NOTHING] = True
     """Compare every shard's checksum with the folder's record before the first step."""
+    past: tuple[Stretch, ...] = ()
+    """What is not read again: training begins after it. `train.phases` add to it; a run that starts from another one's
+    parameters, in the midst of the same data, says here what that has read."""
+
+    def __post_init__(self) -> None:
+        if not any(self.weights):
+            raise UserError("data.datasets: every weight is 0, so that nothing is read; give one of them at least 1.0")
+        for i, stretch in enumerate(self.past):
+            if len(stretch.weights) != len(self.datasets) or not any(stretch.weights):
+                raise UserError(
+                    f"data.past.{i}.weights = {shown(stretch.weights)} must have a number for each of the "
+                    f"{len(self.datasets)} data.datasets, one of them above 0"
+                )
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of the data sets."""
+        return tuple(dataset.weight for dataset in self.datasets)

@@ -5,19 +5,21 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import field
-from typing import Annotated
+from typing import Annotated, assert_never
 
-from maxlm.config.data import DataConfig
+from maxlm.config.data import DataConfig, Stretch
 from maxlm.config.errors import UserError
 from maxlm.config.execution import ExecutionConfig, PlainProducts
 from maxlm.config.fields import Changes, NotEmpty, NotNegative, PathName, Positive, Range, Seed, config, shown
 from maxlm.config.layout_rules import broken_layout_rules
 from maxlm.config.model import ModelConfig
 from maxlm.config.optimizer import AdamW, OptimizerConfig
+from maxlm.config.phases import Phase, Rollback, Skip, broken_phase_rules, checkpoints_needed, with_rope
 from maxlm.config.prediction_rules import broken_prediction_rules
 from maxlm.config.sharding import ShardingConfig
-from maxlm.config.task import Pretrain, Task, TrainMedusa
+from maxlm.config.task import Pretrain, Sft, Task, TrainMedusa
 from maxlm.config.task_rules import broken_task_rules
 
 _HELD_OUT_TOKENS = 2**20
@@ -82,6 +84,11 @@ class TrainConfig:
     as holds a million tokens; 0: no measurement at all."""
     profile_steps: Annotated[StepRange | None, Changes.NOTHING] = None
     """Steps to record with the profiler, as FIRST:LAST."""
+    phases: tuple[Phase, ...] = ()
+    """What changes on the way, and from which step on: size of the batch, length of sequences, mixture, RoPE
+    (docs/phases.md). A run that goes on may change those that have not begun."""
+    rollback: Rollback | None = None
+    """What is done about a spike of the loss; None: nothing."""
 
     def held_out_batches(self, available: int) -> int:
         """How many batches a measurement takes of a validation split of so many."""
@@ -138,6 +145,12 @@ class LimitsConfig:
     """End the run then, with exit code 1."""
 
 
+def _read(data: DataConfig, train: TrainConfig, windows: int, steps: int) -> DataConfig:
+    """With so many more windows behind."""
+    more = Stretch(windows=windows, seq_len=train.seq_len, weights=data.weights, steps=steps)
+    return dataclasses.replace(data, past=(*data.past, more))
+
+
 @config("", changes=Changes.IDENTITY)
 class RunConfig:
     """Everything that decides a training run."""
@@ -172,6 +185,62 @@ class RunConfig:
             object.__setattr__(self, "execution", dataclasses.replace(self.execution, **moved))
             object.__setattr__(self, "model", dataclasses.replace(self.model, moved=None))
 
+    def at(self, step: int, skipped: Sequence[Skip] = ()) -> RunConfig:
+        """What decides a step, counted from 0, as a config without phases: `train.batch_size`, `micro_batches` and
+        `seq_len`, the data sets' weights and the model's RoPE are those of its phase, and `data.past` has what earlier
+        ones have read. So batch number `step` of that config is the one that the step reads.
+
+        Args:
+            step: which.
+            skipped: what the run has passed over before it.
+        """
+        train, data, model, begun = dataclasses.replace(self.train, phases=()), self.data, self.model, 0
+        ahead: list[Phase | Skip] = [*self.train.phases, *skipped]
+        for change in sorted(ahead, key=lambda one: one.start):  # at one step, phases first
+            if change.start > step:
+                break
+            if steps := change.start - begun:
+                data = _read(data, train, steps * train.batch_size, steps)
+            begun = change.start
+            match change:
+                case Skip():
+                    data = _read(data, train, change.windows, 0)
+                case Phase():
+                    sizes = {key: getattr(change, key) for key in ("batch_size", "micro_batches", "seq_len")}
+                    train = dataclasses.replace(train, **{key: n for key, n in sizes.items() if n is not None})
+                    if change.weights is not None:
+                        pairs = zip(data.datasets, change.weights, strict=True)
+                        sets = tuple(dataclasses.replace(one, weight=weight) for one, weight in pairs)
+                        data = dataclasses.replace(data, datasets=sets)
+                    if change.rope is not None:
+                        model = with_rope(model, change.rope)
+                case _:
+                    assert_never(change)
+        return dataclasses.replace(self, train=train, data=data, model=model)
+
+    def tokens(self, step: int) -> int:
+        """In the batches of so many steps."""
+        now = self.at(step)
+        earlier = [one for one in now.data.past if one.steps]
+        here = step - sum(one.steps for one in earlier)
+        return sum(one.windows * one.seq_len for one in earlier) + here * now.train.batch_size * now.train.seq_len
+
+    @property
+    def most_demanding(self) -> RunConfig:
+        """The config of the phase with the most tokens in a micro-batch, and of those with the most in a batch.
+
+        Raises:
+            UserError: the phases are none of this config's.
+        """
+        if failures := self._broken_phase_rules():
+            raise UserError("\n".join(failures))
+
+        def tokens(one: RunConfig) -> tuple[float, int]:
+            whole = one.train.batch_size * one.train.seq_len
+            return whole / one.train.micro_batches, whole
+
+        return max((self.at(step) for step in (0, *(phase.start for phase in self.train.phases))), key=tokens)
+
     def broken_layout_rules(self, n_devices: int, micro_batches: int | None = None) -> list[str]:
         """A line for each broken rule of `layout_rules.py`, which hold between model, batch and mesh; of the config
         with another number of micro-batches, if one is given."""
@@ -191,6 +260,42 @@ class RunConfig:
         Raises:
             UserError: one line for each broken rule: key, value, rule, and a value that would work.
         """
+        of_phases, told = self._broken_phase_rules(), self._failures(n_devices)
+        failures = [*of_phases, *self._failures_of_changes(), *told]
+        for i, phase in enumerate(() if of_phases else self.train.phases):
+            new = [line for line in self.at(phase.start)._failures(n_devices) if line not in told]
+            told += new
+            failures += [f"train.phases.{i} (from step {phase.start:,} on): {line}" for line in new]
+        if failures:
+            raise UserError("\n".join(failures))
+
+    def _broken_phase_rules(self) -> list[str]:
+        return broken_phase_rules(
+            self.train.phases, steps=self.train.steps, n_datasets=len(self.data.datasets), model=self.model
+        )
+
+    def _failures_of_changes(self) -> list[str]:
+        """Of what only tasks can have whose batches are functions of their number."""
+        train, task, failures = self.train, type(self.task).__name__, []
+        if train.phases and not isinstance(self.task, Pretrain | Sft):
+            failures.append(f"train.phases are of task = Pretrain and Sft, not of {task}; leave them out")
+        if (rollback := train.rollback) is None:
+            return failures
+        if not isinstance(self.task, Pretrain | Sft):
+            failures.append(f"train.rollback is of task = Pretrain and Sft, not of {task}; use None")
+        if self.model.adapter is not None:
+            failures.append("train.rollback restores whole models, and model.adapter is laid on one; use None")
+        needed = checkpoints_needed(rollback, self.checkpoint.every)
+        if self.checkpoint.keep_last < needed:
+            failures.append(
+                f"checkpoint.keep_last = {self.checkpoint.keep_last} may leave no checkpoint from before a spike: "
+                f"train.rollback looks back over {rollback.before + rollback.patience} steps (before + patience), and "
+                f"checkpoint.every = {self.checkpoint.every}; use at least {needed}"
+            )
+        return failures
+
+    def _failures(self, n_devices: int) -> list[str]:
+        """A line for each broken rule of a config whose phases are left aside."""
         model, train, failures = self.model, self.train, self.broken_layout_rules(n_devices)
         if train.seq_len > model.max_seq_len:
             failures.append(
@@ -240,8 +345,7 @@ class RunConfig:
                 f"train.profile_steps = {train.profile_steps} ends after train.steps = {train.steps}; use steps up to "
                 f"{train.steps}, or None"
             )
-        if failures:
-            raise UserError("\n".join(failures))
+        return failures
 
     def _failures_of_medusa(self) -> list[str]:
         """Of a run that trains heads."""

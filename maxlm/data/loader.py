@@ -13,16 +13,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 import numpy.typing as npt
 
-from maxlm.config import CausalLm, DataConfig, Prediction, Purpose, UserError, serialize
+from maxlm.config import CausalLm, DataConfig, Prediction, Purpose, Stretch, UserError, serialize
 from maxlm.config.prediction_rules import broken_window_rules
 from maxlm.config.predictions import arrays_beside, parts
 from maxlm.data.exercises import answer_maker, maker
-from maxlm.data.orders import endless, mix, ranges
+from maxlm.data.orders import endless, mix, place_after, ranges
 from maxlm.data.packing import Batch, Windows, pack
 from maxlm.data.predicted_windows import Predicted, PredictedRecords, PredictedWindows, beside
 from maxlm.data.record_windows import NO_TEXT, RecordWindows
@@ -39,8 +38,9 @@ class Batches:
     """Batches of one split, by number. Made by `open_batches`.
 
     The training order: each data set is shuffled anew for every epoch and has its own epochs; the data sets alternate
-    in proportion to their weights, which Grain rounds down to hundredths of the smallest. The validation order: the
-    same mixture, unshuffled, until the first data set is used up.
+    in proportion to their weights, which Grain rounds down to hundredths of the smallest. What is in `data.past` is
+    left out, and its steps count in the numbers of batches. The validation order: the same mixture, unshuffled, until
+    the first data set is used up.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class Batches:
         texts: bool,
         virtual: int,
         predict: Sequence[Prediction],
+        past: Sequence[Stretch] = (),
     ) -> None:
         self.batch_size, self.seq_len, self.split = batch_size, seq_len, split
         self.tokenizer, self._virtual = opened[0].tokenizer, virtual
@@ -79,7 +80,14 @@ class Batches:
             if not len(windows):
                 raise _too_small(data, split, seq_len)
         self._firsts = np.cumsum([0] + [len(windows) for windows in self._windows])
-        self._order = self._make_order(weights, seed)
+        place = place_after(past, seq_len, weights)
+        self.first = sum(one.steps for one in past)
+        """The number of the first batch."""
+        self._drawn = place.drawn
+        if split is Split.TRAIN:
+            self._order = endless(self._firsts, weights, seed, place.behind)
+        else:
+            self._order = mix(ranges(self._firsts), weights)
         self.n_windows: int | None = None
         """Those that do not fill a batch are in none, if there is a full one. None: without end."""
         self.n_batches: int | None = None
@@ -98,7 +106,7 @@ class Batches:
         """UTF-8 bytes of text for each token that counts (a document's first token does not), in the mixture.
         A loss of l nats a token is l / log(2) / bytes_per_token bits a byte. None: what is predicted is not the text,
         each token once."""
-        self.fingerprint = self._fingerprint(opened, weights, seed)
+        self.fingerprint = self._fingerprint(opened, weights, seed, past)
         """SHA-256 in hex of all that decides the order and contents of the batches; where the folders lie does not."""
         self.contents = self._hash(self._texts_and_tokenizer(opened))
         """The same of what decides their texts, in whatever order."""
@@ -112,8 +120,9 @@ class Batches:
         return self.rows(step, slice(None))
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batch 0, 1, ...: of training without end, of validation all."""
-        return (self[step] for step in (itertools.count() if self.n_batches is None else range(self.n_batches)))
+        """One after the other: of training without end, of validation all."""
+        numbers = itertools.count(self.first) if self.n_batches is None else range(self.n_batches)
+        return (self[step] for step in numbers)
 
     def rows(self, step: int, rows: slice | Sequence[int]) -> Batch:
         """Some rows of batch number `step`: arrays `[len(rows), seq_len]`, see `maxlm.data.packing.pack`; where more
@@ -130,12 +139,12 @@ class Batches:
         Raises:
             IndexError: `step` or a row lies outside.
         """
-        if step < 0 or (self.n_batches is not None and step >= self.n_batches):
+        if step < self.first or (self.n_batches is not None and step >= self.n_batches):
             raise IndexError(f"batch {step} of {self.n_batches}")
         wanted = range(self.batch_size)[rows] if isinstance(rows, slice) else rows
         if any(not 0 <= row < self.batch_size for row in wanted):
             raise IndexError(f"rows {list(wanted)} of a batch of {self.batch_size}")
-        numbers = [step * self.batch_size + row for row in wanted]
+        numbers = [self._drawn + (step - self.first) * self.batch_size + row for row in wanted]
         lacking = np.array([self.n_windows is not None and number >= self.n_windows for number in numbers], np.bool_)
         elements = np.array([self._order[0 if no else n] for n, no in zip(numbers, lacking, strict=True)], np.int64)
         return self._of_windows(elements, lacking, numbers)
@@ -192,13 +201,9 @@ class Batches:
         there = found["text_number"] != NO_TEXT
         return found | {name: np.where(there, values[whose[:, 1]], 0) for name, values in self.beside.items()}
 
-    def _make_order(self, weights: Sequence[float], seed: int) -> grain.MapDataset[int]:
-        """The numbers of windows, counted through all data sets, in the order in which they are read."""
-        if self.split is Split.TRAIN:
-            return endless(self._firsts, weights, seed)
-        return mix(ranges(self._firsts), weights)
-
-    def _fingerprint(self, opened: Sequence[Prepared], weights: Sequence[float], seed: int) -> str:
+    def _fingerprint(
+        self, opened: Sequence[Prepared], weights: Sequence[float], seed: int, past: Sequence[Stretch]
+    ) -> str:
         decides = self._texts_and_tokenizer(opened) | {
             "batch_size": self.batch_size,
             "seed": seed,
@@ -206,8 +211,10 @@ class Batches:
             # Should a version of Grain ever shuffle in another way, this tells.
             "order": [self._order[i] for i in range(min(_PROBED_ELEMENTS, len(self._order)))],
         }
+        if past:
+            decides["past"] = [[one.windows, one.seq_len, *one.weights] for one in past]
         if not all(isinstance(one, CausalLm) for one in self._predict):
-            first = self.rows(0, range(min(_PROBED_ROWS, self.batch_size)))
+            first = self.rows(self.first, range(min(_PROBED_ROWS, self.batch_size)))
             # Should numpy ever draw other numbers, the rows tell.
             rows = hashlib.sha256(b"".join(first[name].tobytes() for name in sorted(first))).hexdigest()
             decides["predict"] = [[type(one).__name__, serialize.to_dict(one)] for one in self._predict], rows
@@ -242,7 +249,7 @@ def open_batches(
 ) -> Batches:
     """Open the prepared folders of `config` for batches of `batch_size` windows of `seq_len` tokens.
 
-    Validation leaves out the data sets that were prepared with `validation_fraction = 0`.
+    Validation leaves out the data sets that were prepared with `validation_fraction = 0`, and those of weight 0.
 
     Args:
         config: the folders.
@@ -262,8 +269,9 @@ def open_batches(
         _check_purpose(data, purpose)
     check_one_tokenizer(opened)
     asked = [dataset.predict or predict or CausalLm() for dataset in config.datasets]
-    chosen = list(zip(opened, [dataset.weight for dataset in config.datasets], asked, strict=True))
+    chosen = list(zip(opened, config.weights, asked, strict=True))
     if split is Split.VALIDATION:
+        chosen = [one for one in chosen if one[1]]
         chosen = [one for one in chosen if one[0].info.prepare.validation_fraction] or chosen[:1]
     return Batches(
         [data for data, _, _ in chosen],
@@ -275,6 +283,7 @@ def open_batches(
         purpose is not None,
         virtual,
         [one for _, _, one in chosen],
+        config.past if split is Split.TRAIN else (),
     )
 
 

@@ -134,7 +134,7 @@ def open_prompts(config: DataConfig, split: Split, tools: Sequence[Mapping[str, 
         info = read_info(folder := Path(dataset.path))
         if info is None:
             raise not_finished(folder)
-        if info.purpose is Purpose.PROMPTS:
+        if info.purpose is Purpose.PROMPTS and dataset.weight:
             opened.append(open_prepared(folder, verify=config.verify, splits=[split]))
             weights.append(dataset.weight)
     if not opened:

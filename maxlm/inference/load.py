@@ -173,8 +173,9 @@ def _load_run(
     with Checkpointer(run_dir / "checkpoints", config.checkpoint) as checkpointer:
         wanted = functools.partial(_wanted, config.model, layout)
         restored = checkpointer.restore_params(step, wanted, deferred=deferred)
+    config = config.at(restored.step - 1)
     if trained := restored.meta.get("config"):  # of this very step
-        then = serialize.from_dict(RunConfig, trained)
+        then = serialize.from_dict(RunConfig, trained).at(restored.step - 1)
         execution = dataclasses.replace(then.execution, kernels=KernelConfig())
         config = dataclasses.replace(config, model=then.model, execution=execution)
     trained_with = restored.meta.get("tokenizer")

@@ -25,7 +25,7 @@ from maxlm.observe.plots import loss_curve
 from maxlm.observe.report import SavedCheckpoint, write_report
 from maxlm.observe.text import short
 from maxlm.observe.writers import TensorBoardWriter, WandbWriter, Writer, import_wandb
-from maxlm.shapes import arrays, flops_per_token, mfu, parameter_count
+from maxlm.shapes import FlopsPerToken, arrays, flops_per_token, mfu, parameter_count
 
 _PICTURE_S = 120.0
 """Seconds for loss.png: matplotlib looks at every font when it is first imported."""
@@ -88,8 +88,7 @@ class RunLog:
         self._moe_layers = [i for i, block in enumerate(config.model.layers) if isinstance(block.mlp, Experts)]
         self._n_devices, kind = len(devices), devices[0].device_kind
         self._stages = config.sharding.sizes(self._n_devices)["stage"]
-        again = self._stages > 1 and config.sharding.remat_stages
-        self._flops = flops_per_token(config.model, config.train.seq_len, config.execution.remat, remat_stages=again)
+        self._flops = self._flops_of(config)
         self._peak = peak_flops(kind, config.execution.dtype)
         self._console = console or Console(enabled=is_main)
         self._writers: list[Guarded[Writer]] = []
@@ -126,6 +125,28 @@ class RunLog:
             name = f"observe.wandb_project = {project!r}"
             self._writers.append(Guarded(name, make_wandb, self.switched_off, wait=False))
         self._write_facts()
+
+    def _flops_of(self, config: RunConfig) -> FlopsPerToken:
+        again = self._stages > 1 and config.sharding.remat_stages
+        return flops_per_token(config.model, config.train.seq_len, config.execution.remat, remat_stages=again)
+
+    def phase(self, config: RunConfig) -> None:
+        """From now on a step is as this config says."""
+        self._flops = self._flops_of(config)
+
+    def went_back(self, step: int, windows: int, first: int, found: int, what: str) -> None:
+        """The run goes on from the state after `step`, past so many windows of the data, because of a spike: the high
+        steps `first` + 1 to `found`, told by `what`. Rows of steps that are made again are dropped, and
+        `rollbacks.jsonl` gets one, under the first step that is made again."""
+        self.warning(f"spike: {what}; going back to step {step:,}, and on after {windows:,} windows of the data")
+        if not self._is_main or not self._files:
+            return
+        self._close_writers()
+        names = list(self._files)
+        self._close_files()
+        self._open(step, names)
+        row = {"restored_step": step, "first_step": first + 1, "last_step": found, "skipped_windows": windows}
+        self._files["rollbacks"](lambda file: file.append({"step": step + 1, **row}))
 
     def switched_off(self, name: str, reason: str) -> None:
         """Say once that a file or service gets no more, as the run goes on without it; from any thread."""
@@ -233,6 +254,9 @@ class RunLog:
         """Close files and writers."""
         self._console.stop()
         self._close_writers()
+        self._close_files()
+
+    def _close_files(self) -> None:
         for file in self._files.values():
             file.close(lambda rows: rows.close())
         if self._run_json is not None:

@@ -105,7 +105,28 @@ def main(argv: list[str]) -> int:
         return _serve(asked.config, target, load, options)
     if options.compile:
         prepare_compiler(target)  # also to say at once that there is no compiler
-    return _search(asked.config, target, options) if options.search else _plan(asked.config, target, options)
+    config = asked.config
+    if config.train.phases:
+        config = _largest_phase(config, target, options)
+    return _search(config, target, options) if options.search else _plan(config, target, options)
+
+
+def _largest_phase(config: RunConfig, target: Machine, options: argparse.Namespace) -> RunConfig:
+    """What is planned of a run with phases.
+
+    Raises:
+        UserError: a phase does not fit the machine's mesh; or `--out` would write one without the others.
+    """
+    if options.out is not None:
+        raise UserError("--out would write one of train.phases alone; leave it out, and copy the sharding by hand")
+    if not options.search:
+        config.validate(target.devices)
+    chosen = config.most_demanding
+    parts, phases = chosen.train.micro_batches, len(config.train.phases) + 1
+    _console(quiet=options.json).print(
+        f"of {phases} phases, the one with the most tokens in a micro-batch (train.micro_batches = {parts}):"
+    )
+    return chosen
 
 
 def _plan(config: RunConfig, target: Machine, options: argparse.Namespace) -> int:

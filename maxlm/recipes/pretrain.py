@@ -195,8 +195,7 @@ class HeldOutText:
 
     def __init__(self, config: RunConfig, layout: Layout, objective: Objective) -> None:
         train = config.train
-        self.every = train.eval_every
-        self._tokens_per_step = train.batch_size * train.seq_len
+        self.every, self._tokens = train.eval_every, config.tokens
         self._batches = batches(config, Split.VALIDATION)
         assert self._batches.n_batches is not None, "a validation split has an end"
         self._n_batches = train.held_out_batches(self._batches.n_batches)
@@ -212,7 +211,7 @@ class HeldOutText:
                 bytes_per_token=self._batches.bytes_per_token,
             )
         row = {
-            "tokens": step * self._tokens_per_step,
+            "tokens": self._tokens(step),
             "eval_loss": found.loss,
             "eval_perplexity": found.perplexity,
             "eval_bits_per_byte": found.bits_per_byte,

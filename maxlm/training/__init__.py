@@ -7,6 +7,7 @@ in_products.py: the parameters as the loss multiplies by them: in 8 bits, or rou
 later_tokens.py: the loss of heads that guess at later tokens
 step.py: gradient, optimizer: one step
 keeper.py: the state of a run in its folder
+spikes.py: spikes of the loss, and what is passed over to go back from one
 finite.py: no state with NaN is saved, or gone on from
 config_file.py: config.json, and other settings for a run that goes on
 rank_budget.py: what AdaLoRA does in a step beside the loss

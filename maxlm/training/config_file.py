@@ -34,7 +34,7 @@ class ConfigFile:
             self._trained = serialize.from_dict(RunConfig, meta["config"])
         except UserError as error:
             raise UserError(f"{checkpoint}: {error}") from error
-        self._changes = go_on(self._trained, self._config, self._allowed, str(checkpoint))
+        self._changes = go_on(self._trained, self._config, self._allowed, str(checkpoint), self._step)
 
     def other_data(self) -> bool:
         """Whether batches of another order, or with other contents, are allowed."""

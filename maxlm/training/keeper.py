@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -14,7 +15,7 @@ import jax
 
 from maxlm import shapes
 from maxlm.checkpoint import manifest
-from maxlm.checkpoint.checkpointer import Checkpointer
+from maxlm.checkpoint.checkpointer import Checkpointer, Restored
 from maxlm.checkpoint.reference import Reference
 from maxlm.config import RunConfig, UserError, serialize
 from maxlm.models.base import own
@@ -23,6 +24,7 @@ from maxlm.processes.joining import on_rank_0
 from maxlm.sharding import Layout
 from maxlm.training.config_file import ConfigFile
 from maxlm.training.finite import Diverged, not_finite
+from maxlm.training.spikes import Spike, Spikes
 from maxlm.training.state import CRITIC, TrainState, of_model
 
 
@@ -85,9 +87,7 @@ class Keeper:
             return None
         self.meta, place = restored.meta, self._folder / str(restored.step)
         self._compare_identity(place)
-        beside = restored.optimizer or {}
-        critic = {CRITIC: beside.pop(CRITIC)} if CRITIC in beside else {}
-        state = TrainState(parameters=restored.params | critic, **beside)
+        state = _state(restored)
         remedy = (
             f"rename that folder to {restored.step}.set-aside and run the same command again to go on from the "
             "checkpoint before"
@@ -100,6 +100,21 @@ class Keeper:
             )
         return state
 
+    def go_back(self, spike: Spike, state: TrainState) -> TrainState:
+        """The state of the newest intact checkpoint far enough before a spike, or before it at all, from which the run
+        goes on. Newer ones are set aside, and the arrays of `state` are gone.
+
+        Raises:
+            UserError: there is no such checkpoint.
+        """
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        for leaf in jax.tree.leaves((state.parameters, state.optimizer)):
+            leaf.delete()  # there is no room for two states
+        own, beside = self._own(like.parameters), _optimizer_item(like)
+        restored = self._saved.go_back(spike.wanted, spike.first, spike.what, params=own, optimizer=beside)
+        self.meta = restored.meta
+        return dataclasses.replace(_state(restored), frozen=state.frozen)
+
     def begin(self) -> None:
         """Say what is not as it was; write config.json, on process 0, for a run without a checkpoint or one that has
         lost it."""
@@ -109,8 +124,9 @@ class Keeper:
         if jax.process_index() == 0:
             self._file.begin()
 
-    def save(self, state: TrainState, step: int, memory: Mapping[str, Any]) -> None:
-        """Begin to write the state after so many steps, and the feed's memory; returns once it may be changed.
+    def save(self, state: TrainState, step: int, memory: Mapping[str, Any], spikes: Spikes) -> None:
+        """Begin to write the state after so many steps, the feed's memory, and that of spikes; returns once it may be
+        changed.
 
         Raises:
             Diverged: not every number in it is finite.
@@ -122,7 +138,7 @@ class Keeper:
                 f"step {step}: the state is not finite and was not saved: {bad}; the checkpoints before are as they "
                 "were; lower optimizer.learning_rate, or look at the batches since the last of them"
             )
-        meta = {
+        meta: dict[str, Any] = {
             "data": {"next_batch": step, "fingerprint": self._identity["data"]},
             "tokenizer": self._identity["tokenizer"],
             "config": serialize.to_dict(self._config),
@@ -130,6 +146,10 @@ class Keeper:
         }
         if memory:
             meta["feed"] = dict(memory)
+        if spikes.skipped:
+            meta["data"]["skipped"] = [list(one) for one in spikes.skipped]
+        if spikes.memory:
+            meta["spikes"] = spikes.memory
         if self.reference is not None:
             meta["frozen"] = self.reference.to_json()
         if self.base is not None:
@@ -179,6 +199,12 @@ def require_finite(state: TrainState, place: str, remedy: str) -> None:
     """
     if (bad := not_finite({"parameters": state.parameters, "optimizer": state.optimizer})) is not None:
         raise UserError(f"{place}: not finite: {bad}; {remedy}")
+
+
+def _state(restored: Restored) -> TrainState:
+    beside = restored.optimizer or {}
+    critic = {CRITIC: beside.pop(CRITIC)} if CRITIC in beside else {}
+    return TrainState(parameters=restored.params | critic, **beside)
 
 
 def _optimizer_item(state: TrainState) -> dict[str, Any]:

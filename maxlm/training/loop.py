@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ from maxlm.checkpoint.lock import lock_run, require_seen
 from maxlm.checkpoint.reference import Reference
 from maxlm.compile_cache import enable_compilation_cache, release_compiler_memory
 from maxlm.config import RunConfig, UserError, serialize
-from maxlm.config.changes import check_allowed
+from maxlm.config.changes import changes, check_allowed
+from maxlm.config.phases import Skip
 from maxlm.observe.console import Console
 from maxlm.observe.guard import reason
 from maxlm.observe.kernel_choices import KernelChoices
@@ -33,9 +33,9 @@ from maxlm.processes.joining import joined, on_rank_0
 from maxlm.processes.same import code_fingerprint, require_same
 from maxlm.processes.watchdog import Watchdog
 from maxlm.sharding import Layout, all_devices, make_layout
-from maxlm.training.finite import Diverged
 from maxlm.training.keeper import Keeper, require_finite
 from maxlm.training.objective import Batch, Objective
+from maxlm.training.spikes import Spikes
 from maxlm.training.state import TrainState
 from maxlm.training.step import StepOutput, make_trainer
 from maxlm.training.warm_start import Start
@@ -162,8 +162,8 @@ def run(
     Raises:
         UserError: the config does not fit the devices, the data, or what the run folder holds; the folder is in use or
             cannot be written; a checkpoint could not be written; or the recipe could not be made.
-        Diverged: train.max_skipped_steps steps in a row had a loss, gradient or update that is not finite; or the state
-            is not when it is to be saved.
+        Diverged: train.max_skipped_steps steps in a row had a loss, gradient or update that is not finite, or there was
+            one more spike than train.rollback goes back from; or the state is not finite when it is to be saved.
         Unmeasured: all is trained and saved, but a measurement failed.
     """
     check_allowed(config, allow_change)
@@ -181,19 +181,19 @@ def run(
         layout = make_layout(config.sharding)
         holder = on_rank_0("open the run folder", lambda: stack.enter_context(lock_run(run_dir)))
         require_seen(run_dir, holder)
-        recipe = make_recipe(config, layout)
-        feed = stack.enter_context(contextlib.closing(recipe.feed))
+        phases = stack.enter_context(contextlib.closing(_Phases(config, layout, make_recipe)))
+        recipe, trainer = phases.recipe, phases.trainer  # of the first; parameters and optimizer are those of all
         require_same("data", _identity(recipe))
 
         # ---- State: from the newest intact checkpoint, or new --------------------------------------------------------
-        trainer = make_trainer(config, layout, recipe.objective)
         console = Console(enabled=is_main)
         keeper = stack.enter_context(
             Keeper(config, layout, _identity(recipe), allow_change=allow_change, warn=console.warning)
         )
         state = keeper.restore(trainer.state)
         start = int(state.step) if state is not None else 0
-        feed.memory |= keeper.meta.get("feed", {})
+        recipe.feed.memory |= keeper.meta.get("feed", {})
+        spikes = Spikes(config, keeper.meta)
         origin = "not read, as the run has a checkpoint of its own"
         begin = None
         if recipe.start is not None and (state is None or config.model.adapter is not None):
@@ -224,7 +224,7 @@ def run(
                 is_main=is_main,
                 devices=devices,
                 console=console,
-                measures=[measure.name for measure in recipe.measures],
+                measures=[*(measure.name for measure in recipe.measures), *(["rollback"] if train.rollback else [])],
                 only_say=done,
             )
         )
@@ -235,12 +235,9 @@ def run(
             log.say(f"checkpoint.init_from = {config.checkpoint.init_from}: {origin}")
 
         # ---- Compile -------------------------------------------------------------------------------------------------
+        phases.go_to(start, spikes.skipped, log)
         if start < train.steps:
-            began = time.perf_counter()
-            with KernelChoices(log.say), log.waiting("compiling the train step"):
-                step_program, state = trainer.start(state, frozen)
-            release_compiler_memory()
-            log.say(f"compiled the train step in {time.perf_counter() - began:.1f} s")
+            state = phases.compile(state, frozen, log)
         else:
             assert state is not None, "without a checkpoint there are steps to do"
             state = dataclasses.replace(state, frozen=frozen)
@@ -249,11 +246,10 @@ def run(
         # ---- Train ---------------------------------------------------------------------------------------------------
         watchdog = stack.enter_context(Watchdog(config.limits))
         profile = ProfileWindow(config.train.profile_steps, run_dir, log.say, log.switched_off)
-        tokens_per_step = train.batch_size * train.seq_len
         ranks.begin_loop()
         ranks.meet("compile the train step")
         interruption.loop_begins()
-        log.start_clock(start, start * tokens_per_step)
+        log.start_clock(start, config.tokens(start))
         log.progress(start)
 
         output: StepOutput | None = None
@@ -261,33 +257,45 @@ def run(
         failed: list[Failure] = []
         step = start
         while step < train.steps and not interrupted:
-            batch = feed.next(step, state)
+            if step == phases.end:
+                with watchdog.off_duty():
+                    state = phases.enter(step, spikes.skipped, state, log)
+            batch = phases.recipe.feed.next(step, state)
             # The host runs one step ahead of the device, and looks at a step's figures while the next one is computed.
             before = output
             watchdog.step(step)
             with profile.step(step, wait_for=state), jax.transfer_guard("disallow"):
-                state, output = step_program(state, batch)
+                state, output = phases.program(state, batch)
             step += 1
             log.progress(step)
-            if before is not None:
-                _stop_if_diverged(before, step - 1, config, run_dir)
+            spike = None if before is None else spikes.look(step - 1, before)
             keeper.check()
 
             is_last = step == train.steps
-            whole = step % recipe.stride == 0
+            whole = step % phases.recipe.stride == 0
             interrupted = not is_last and whole and interruption.reached(step, train.steps)
+            saves = step % config.checkpoint.every == 0 or is_last or interrupted
             if step == 1 or step % train.log_every == 0 or is_last or interrupted:
                 figures = {name: value.tolist() for name, value in jax.device_get(output.figures).items()}
-                log.step(step, step * tokens_per_step, figures)
-            for measure in recipe.measures:
+                log.step(step, config.tokens(step), figures)
+            if spike is None and (saves or step == phases.end):
+                spike = spikes.look(step, output)
+            if spike is not None:
+                with watchdog.off_duty():
+                    state, output = keeper.go_back(spike, state), None
+                    step = int(state.step)
+                    skip = spikes.go_back(spike, step, keeper.meta)
+                    log.went_back(step, skip.windows, spike.first, spike.found, spike.what)
+                    state = phases.enter(step, spikes.skipped, state, log)
+                continue
+            for measure in phases.recipe.measures:
                 if measure.every and step % measure.every == 0 and not is_last:
                     with watchdog.off_duty():
                         _measure(measure, log, step, state, failed)
-            if step % config.checkpoint.every == 0 or is_last or interrupted:
+            if saves:
                 jax.block_until_ready(state)
                 with log.pause(), watchdog.off_duty():
-                    _stop_if_diverged(output, step, config, run_dir)
-                    keeper.save(state, step, feed.memory)
+                    keeper.save(state, step, phases.recipe.feed.memory, spikes)
         watchdog.rest()
         profile.close(wait_for=state)
         keeper.wait()
@@ -295,12 +303,12 @@ def run(
         if interrupted:
             log.say(f"stopped by a signal after step {step:,}; all is saved, the same command goes on")
             ranks.meet("end the run")
-            return Result(step=step, interrupted=True, loss=loss, files=None, run=recipe.outcome(step, state))
+            return Result(step=step, interrupted=True, loss=loss, files=None, run=phases.recipe.outcome(step, state))
 
         # ---- Last measurements and report ----------------------------------------------------------------------------
         files = Finished.found(run_dir) if is_main else None
         if not done:
-            for measure in recipe.measures:
+            for measure in phases.recipe.measures:
                 there = functools.partial(log.has_measured, measure.name, step)  # a run killed below comes here again
                 if not on_rank_0("look at earlier measurements", there):
                     _measure(measure, log, step, state, failed, last=True)
@@ -309,7 +317,7 @@ def run(
         if failed:
             raise Unmeasured(failed[-1], step)
         ranks.meet("end the run")
-        return Result(step=step, interrupted=False, loss=loss, files=files, run=recipe.outcome(step, state))
+        return Result(step=step, interrupted=False, loss=loss, files=files, run=phases.recipe.outcome(step, state))
 
 
 def _measure(
@@ -334,28 +342,67 @@ def _identity(recipe: Recipe) -> dict[str, str | None]:
     return {"tokenizer": tokenizer, "data": recipe.feed.fingerprint}
 
 
-def _stop_if_diverged(output: StepOutput, step: int, config: RunConfig, run_dir: Path) -> None:
-    """Raise Diverged, with a report in the run folder, once too many steps in a row were skipped."""
-    in_row = int(output.skipped_in_row)
-    if in_row < config.train.max_skipped_steps:
-        return
-    report = run_dir / "diverged.json"
-    values = {name: str(value) for name, value in jax.device_get(output.figures).items()}
-    facts = {
-        "step": step,
-        "skipped_in_row": in_row,
-        "metrics_of_last_step": values,
-        "config": serialize.to_dict(config),
-    }
-    where = f"the report is {report}"
-    if jax.process_index() == 0:
-        try:
-            report.write_text(json.dumps(facts, indent=2) + "\n")
-        except OSError as error:
-            where = f"the report {report} cannot be written ({error.strerror})"
-    raise Diverged(
-        f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']} or update norm "
-        f"{values['update_norm']} was not finite for {in_row} steps in a row (train.max_skipped_steps = "
-        f"{config.train.max_skipped_steps}); parameters are as before them, {where}; "
-        f"lower optimizer.learning_rate or look at the data from batch {step - in_row} on"
-    )
+class _Phases(Generic[R]):
+    """The phases of a run, one after the other on the same state: recipe and compiled step of the one it is in."""
+
+    def __init__(
+        self, config: RunConfig, layout: Layout, make_recipe: Callable[[RunConfig, Layout], Recipe[R]]
+    ) -> None:
+        """
+        Raises:
+            UserError: the recipe of a phase cannot be made: it is tried before the first step.
+        """
+        self._config, self._layout, self._make_recipe = config, layout, make_recipe
+        self._begin(config.at(0))
+        self._compiled: tuple[Any, ...] = ()
+        for phase in config.train.phases:
+            make_recipe(_unverified(config.at(phase.start)), layout).feed.close()
+
+    def _begin(self, now: RunConfig) -> None:
+        self._now = now
+        self.recipe = self._make_recipe(now, self._layout)
+        self.trainer = make_trainer(now, self._layout, self.recipe.objective)
+
+    def enter(self, step: int, skipped: Sequence[Skip], state: TrainState, log: RunLog) -> TrainState:
+        """Before a step of another phase, or one that goes on elsewhere in the data."""
+        self.go_to(step, skipped, log)
+        state = self.compile(state, state.frozen, log)
+        log.start_clock(step, self._config.tokens(step))
+        return state
+
+    def go_to(self, step: int, skipped: Sequence[Skip], log: RunLog) -> None:
+        """Make the recipe of a step, before which so much of the data is passed over."""
+        starts = [phase.start for phase in self._config.train.phases]
+        self.end = min((start for start in starts if start > step), default=self._config.train.steps)
+        """Steps done when the next phase begins, or the run ends."""
+        now = _unverified(self._config.at(step, skipped))
+        if now == _unverified(self._now):
+            return
+        if different := [str(one) for one in changes(self._now, now) if not one.within(("data.past", "data.verify"))]:
+            log.say(f"from step {step:,} on: {', '.join(different)}")
+        memory = self.recipe.feed.memory
+        self.close()
+        self._begin(now)
+        self.recipe.feed.memory |= memory
+        log.phase(now)
+
+    def compile(self, state: TrainState | None, frozen: Any, log: RunLog) -> TrainState:
+        """`program`, which makes a step of this phase; the state, or a new one, with `frozen` in it."""
+        decides = self._now.model, self._now.train
+        if state is not None and decides == self._compiled:
+            return dataclasses.replace(state, frozen=frozen)
+        began = time.perf_counter()
+        with KernelChoices(log.say), log.waiting("compiling the train step"):
+            self.program, state = self.trainer.start(state, frozen)
+        self._compiled = decides
+        release_compiler_memory()
+        log.say(f"compiled the train step in {time.perf_counter() - began:.1f} s")
+        return state
+
+    def close(self) -> None:
+        self.recipe.feed.close()
+
+
+def _unverified(config: RunConfig) -> RunConfig:
+    """Its data were compared with their checksums when the run began."""
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, verify=False))

@@ -96,7 +96,7 @@ class RunSource:
         trained = restored.meta.get("config")  # of this very step
         return Origin(
             parameters=restored.params,
-            model=serialize.from_dict(RunConfig, trained).model if trained else self.model,
+            model=serialize.from_dict(RunConfig, trained).at(restored.step - 1).model if trained else self.model,
             tokenizer=restored.meta["tokenizer"],
             step=restored.step,
         )
