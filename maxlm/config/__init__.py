@@ -85,7 +85,7 @@ from maxlm.config.docs_search import DocumentsConfig
 from maxlm.config.engine import CacheFormat, EngineConfig
 from maxlm.config.errors import UserError
 from maxlm.config.execution import Backend, Dtype, ExecutionConfig, GluSave, KernelConfig, Remat, WeightFormat
-from maxlm.config.families import llama, palm, with_experts
+from maxlm.config.families import gpt, llama, palm, with_experts
 from maxlm.config.kl import AdaptiveKl, FixedKl, KlController, KlEstimator
 from maxlm.config.mixture import (
     Capacity,
@@ -394,6 +394,7 @@ __all__ = [
     "fsdp",
     "fsdp_tp",
     "fsdp_tp_sp",
+    "gpt",
     "llama",
     "palm",
     "pipeline_bubble",
