@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -15,17 +16,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
-from helpers import PRESETS, one_device
+from helpers import ONE_OF_A_FAMILY, one_device
 
 from kernels_pallas import masks
 from kernels_pallas.attention import xla as attention_xla
 from maxlm import check
-from maxlm.checking import equal_gradients as equal
 from maxlm.checking.against_oracle import kernels
 from maxlm.checking.dealt_twice import data_order
+from maxlm.checking.equal_gradients import equal_gradients
 from maxlm.checking.going_on import checkpointed, going_on
 from maxlm.checking.shrinking import fit_mesh, mesh_kinds, shrink, without_balancing
-from maxlm.checking.sight import causality, isolation
+from maxlm.checking.sight import sight
 from maxlm.checking.small_batches import small_batch
 from maxlm.checking.verdicts import CheckRow, Verdict, rounding
 from maxlm.checkpoint.checkpointer import Checkpointer
@@ -51,9 +52,9 @@ from maxlm.config import (
 )
 from maxlm.config.cli import load_config
 from maxlm.data import orders
-from maxlm.models import ops
+from maxlm.models import init_parameters, ops
 from maxlm.plan.machines import parse_machine
-from maxlm.sharding import make_layout
+from maxlm.sharding import Layout, make_layout
 from maxlm.training import keeper as keeping
 from maxlm.training import step as stepping
 from maxlm.training.objective import NextToken, Sums
@@ -79,6 +80,11 @@ def config() -> RunConfig:
     return replace(small, model=smaller(small.model), train=train)
 
 
+@functools.cache
+def parameters_of(model: ModelConfig) -> Any:
+    return jax.jit(lambda: init_parameters(model, jax.random.key(0)))()
+
+
 def verdicts(rows: Iterator[CheckRow]) -> dict[str, Verdict]:
     return {row.name: row.verdict for row in rows}
 
@@ -86,7 +92,7 @@ def verdicts(rows: Iterator[CheckRow]) -> dict[str, Verdict]:
 # What is checked
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", ONE_OF_A_FAMILY)
 def test_every_preset_shrinks_to_what_a_mesh_of_twos_can_hold(name: str) -> None:
     whole = load_config(f"{ROOT}/configs/{name}.py")
     assert whole.target is not None
@@ -138,48 +144,57 @@ def test_rows_of_small_batches_count_differently_many_tokens(config: RunConfig) 
 # Sight
 
 
+def seen(config: RunConfig) -> dict[str, Verdict]:
+    return verdicts(sight(config, one_device(), parameters_of(config.model)))
+
+
 def test_a_mask_that_is_off_by_one_is_seen(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "causal", lambda window, pattern: masks.local(None, 1))
-    found = verdicts(causality(config, one_device()))
-    assert found == {"causality: gradients": Verdict.FAILED, "causality: tokens": Verdict.FAILED}
+    found = seen(config)
+    assert found["causality, xla: gradients"] is found["causality, xla: tokens"] is Verdict.FAILED
 
 
 def test_documents_that_see_each_other_are_seen(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = isolation(config, one_device())
-    as_it_is = verdicts(whole)
-    assert as_it_is["packed documents, xla: gradients"] is Verdict.PASSED
-    assert as_it_is["packed documents, xla: tokens"] is Verdict.PASSED
-    for other in ("tpu", "gpu", "cudnn"):
-        assert as_it_is[f"packed documents, {other}"] is Verdict.NOT_HERE
+    as_it_is = seen(config)
+    ours = {f"{what}, xla: {how}" for what in ("causality", "packed documents") for how in ("gradients", "tokens")}
+    others = {f"what a token sees, {other}" for other in ("tpu", "gpu", "cudnn")}
+    assert as_it_is == dict.fromkeys(ours, Verdict.PASSED) | dict.fromkeys(others, Verdict.NOT_HERE)
     original = ops.attention
 
     def blind(*arguments: Any, segment_ids: Any = None, **others: Any) -> jax.Array:
         return original(*arguments, segment_ids=None, **others)
 
     monkeypatch.setattr(ops, "attention", blind)
-    found = verdicts(isolation(config, one_device()))
+    found = seen(config)
     assert found["packed documents, xla: gradients"] is found["packed documents, xla: tokens"] is Verdict.FAILED
+    assert found["causality, xla: gradients"] is Verdict.PASSED
 
 
+@pytest.mark.nightly
 def test_a_kernel_that_the_config_names_must_be_here(config: RunConfig) -> None:
     named = replace(config.execution, kernels=replace(config.execution.kernels, attention=Backend.TPU))
     with pytest.raises(UserError, match=r"execution\.kernels\.attention = tpu"):
-        list(isolation(replace(config, execution=named), one_device()))
+        seen(replace(config, execution=named))
 
 
 @pytest.mark.nightly
 def test_of_experts_with_a_fixed_room_gradients_alone_are_compared(config: RunConfig) -> None:
     experts = Experts(n_experts=4, d_ff=16, router=TopKRouter(top_k=2), dispatch=Capacity())
-    found = verdicts(causality(replace(config, model=with_experts(config.model, experts)), one_device()))
-    assert found == {"causality: gradients": Verdict.PASSED, "causality: tokens": Verdict.NOT_HERE}
+    found = seen(replace(config, model=with_experts(config.model, experts)))
+    assert found["causality, xla: gradients"] is Verdict.PASSED
+    assert found["causality, xla: tokens"] is Verdict.NOT_HERE
 
 
 # Gradients
 
 
+def compared(config: RunConfig, mesh: Layout | None) -> list[CheckRow]:
+    return list(equal_gradients(config, one_device(), mesh, parameters_of(config.model)))
+
+
 def test_a_micro_batch_with_a_wrong_weight_is_seen(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mean over micro-batches of their means, as careless accumulation has it."""
-    good = list(equal.equal_gradients(config, one_device(), None))
+    good = compared(config, None)
     assert [row.verdict for row in good] == [Verdict.PASSED, Verdict.NOT_HERE]
     original = NextToken.loss
 
@@ -188,7 +203,7 @@ def test_a_micro_batch_with_a_wrong_weight_is_seen(config: RunConfig, monkeypatc
         return sums._replace(objective=sums.objective / sums.weight, weight=sums.weight * 0 + 1.0)
 
     monkeypatch.setattr(NextToken, "loss", own_mean)
-    bad = list(equal.equal_gradients(config, one_device(), None))
+    bad = compared(config, None)
     assert bad[0].verdict is Verdict.FAILED, str(bad[0])
 
 
@@ -198,7 +213,7 @@ def test_a_mesh_equals_one_device(config: RunConfig, sharding: dict[str, int]) -
     (block,) = config.model.blocks
     model = replace(config.model, n_layers=2, blocks=(block,))
     mesh = make_layout(ShardingConfig(**{"data": 1, **sharding}), jax.devices()[: 4 if len(sharding) > 1 else 2])
-    *_, row = equal.equal_gradients(replace(config, model=model), one_device(), mesh)
+    *_, row = compared(replace(config, model=model), mesh)
     assert row.verdict is Verdict.PASSED, str(row)
 
 
@@ -206,14 +221,14 @@ def test_a_mesh_equals_one_device(config: RunConfig, sharding: dict[str, int]) -
 def test_keys_at_wrong_places_on_a_mesh_are_seen(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax.lax, "axis_index", lambda axis: 0)
     mesh = make_layout(ShardingConfig(data=1, seq=2), jax.devices()[:2])
-    *_, row = equal.equal_gradients(config, one_device(), mesh)
+    *_, row = compared(config, mesh)
     assert row.verdict is Verdict.FAILED, str(row)
 
 
 @pytest.mark.nightly
 def test_bfloat16_is_compared_with_what_it_costs(config: RunConfig) -> None:
     half = replace(config, execution=replace(config.execution, dtype=Dtype.BFLOAT16))
-    first, second, _ = equal.equal_gradients(half, one_device(), None)
+    first, second, _ = compared(half, None)
     assert first.verdict is second.verdict is Verdict.PASSED
     assert first.seen is not None and first.seen > 1e-3, "or it was computed in float32"
 
@@ -322,7 +337,8 @@ def test_a_kernel_that_is_off_by_five_percent_is_seen(config: RunConfig, monkeyp
         return 1.05 * out, lse
 
     monkeypatch.setattr(attention_xla, "forward", wrong)
-    assert verdicts(kernels(config))["attention = formula, xla"] is Verdict.FAILED
+    row = next(row for row in kernels(config) if row.name == "attention = formula, xla")
+    assert row.verdict is Verdict.FAILED
 
 
 # The command
@@ -345,7 +361,7 @@ def test_what_raises_is_a_row_that_failed(
         yield CheckRow.at_most("first", 0, 0, "")
         raise RuntimeError("no\nluck")
 
-    names = ("causality", "isolation", "equal_gradients", "going_on", "kernels")
+    names = ("sight", "equal_gradients", "going_on", "kernels")
     quiet: dict[str, Callable[..., Iterator[CheckRow]]] = {name: lambda *_: iter(()) for name in names}
     for name, rows in (quiet | {"data_order": broken}).items():
         monkeypatch.setattr(checklist, name, rows)

@@ -10,5 +10,5 @@ equal_gradients.py: micro-batches, and the mesh against one device
 going_on.py: loss on one batch, checkpoints
 dealt_twice.py: the order of the data
 against_oracle.py: kernels against their formulas in float64
-small_batches.py: random tokens in packed documents
+small_batches.py: random tokens in packed documents, and how their programs are compiled
 """

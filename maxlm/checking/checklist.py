@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
+
+import jax
 
 from maxlm.checking.against_oracle import kernels
 from maxlm.checking.dealt_twice import data_order
 from maxlm.checking.equal_gradients import equal_gradients
 from maxlm.checking.going_on import going_on
 from maxlm.checking.shrinking import fit_mesh
-from maxlm.checking.sight import causality, isolation
+from maxlm.checking.sight import sight
 from maxlm.checking.verdicts import CheckRow
 from maxlm.config import MESH_AXES, DataConfig, RunConfig, ShardingConfig
+from maxlm.models import init_parameters
 from maxlm.sharding import Layout, all_devices, make_layout
 
 
@@ -26,13 +28,14 @@ def check(config: RunConfig, data: DataConfig) -> Iterator[CheckRow]:
     """
     devices = all_devices()
     one, mesh = make_layout(ShardingConfig(), devices[:1]), _mesh(config.sharding, len(devices))
+    with jax.default_device(devices[0]):
+        parameters = jax.jit(lambda: init_parameters(config.model, jax.random.key(0)))()
     checks: dict[str, Callable[[], Iterator[CheckRow]]] = {
-        "causality": partial(causality, config, one),
-        "packed documents": partial(isolation, config, one),
-        "gradients": partial(equal_gradients, config, one, mesh),
-        "run": partial(going_on, config, one),
-        "data": partial(data_order, config, data, one),
-        "kernels": partial(kernels, config),
+        "what a token sees": lambda: sight(config, one, parameters),
+        "gradients": lambda: equal_gradients(config, one, mesh, parameters),
+        "run": lambda: going_on(config, one),
+        "data": lambda: data_order(config, data, one),
+        "kernels": lambda: kernels(config),
     }
     for name, rows in checks.items():
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maxlm.checking.small_batches import in_haste
 from maxlm.checking.verdicts import CheckRow, rounding
-from maxlm.config import Backend, Capacity, ExecutionConfig, Experts, ModelConfig, RunConfig, UserError
-from maxlm.models import Execution, Tokens, bind, init_parameters, ops
+from maxlm.config import Backend, Capacity, Experts, ModelConfig, RunConfig, UserError
+from maxlm.models import Execution, Tokens, bind, ops
 from maxlm.sharding import Layout
 
 
@@ -28,48 +29,47 @@ class Sight(NamedTuple):
     """How far logits went when tokens that must not count became others, as a part of the largest logit."""
 
 
-def causality(config: RunConfig, layout: Layout) -> Iterator[CheckRow]:
-    """Of one document, with the config's kernels; on one device."""
-    if (reason := config.model.looks_ahead) is not None:
-        yield CheckRow.not_here("causality", f"this model is not causal: {reason}")
-        return
-    segments = np.zeros(config.train.seq_len, np.int32)
-    yield from _rows("causality", config, layout, config.execution, segments)
+def sight(config: RunConfig, layout: Layout, parameters: Any) -> Iterator[CheckRow]:
+    """With each kernel of attention that there is, of which "auto" is one; on one device.
 
-
-def isolation(config: RunConfig, layout: Layout) -> Iterator[CheckRow]:
-    """Of three documents in a row, with each kernel of attention that there is; on one device."""
-    T = config.train.seq_len
-    segments = np.searchsorted([T // 4 + 1, T // 2 + 3], np.arange(T), side="right").astype(np.int32)
+    Raises:
+        UserError: the config names a kernel that cannot do this here.
+    """
     for backend in Backend:
         if backend is Backend.AUTO:
             continue
-        name = f"packed documents, {backend.value}"
-        how = replace(config.execution, kernels=replace(config.execution.kernels, attention=backend))
+        execution = replace(config.execution, kernels=replace(config.execution.kernels, attention=backend))
         try:
-            yield from _rows(name, config, layout, how, segments)
+            yield from _rows(config, Execution(layout, execution), parameters)
         except UserError as error:  # how a kernel says that it cannot do this
             if config.execution.kernels.attention is backend:
                 raise
-            yield CheckRow.not_here(name, str(error))
+            reason = str(error).partition(": ")[2].partition("; use")[0]
+            yield CheckRow.not_here(f"what a token sees, {backend.value}", reason)
 
 
-def _rows(
-    name: str, config: RunConfig, layout: Layout, execution: ExecutionConfig, segments: np.ndarray
-) -> Iterator[CheckRow]:
-    model = config.model
-    found = look(model, layout, execution, segments)
-    yield CheckRow.at_most(
-        f"{name}: gradients",
-        found.forbidden if found.own > 0 else float("nan"),
-        0.0,
-        f"largest of an input that must not count; the least of a token for itself is {found.own:.1e}",
-    )
-    if competes(model):
-        yield CheckRow.not_here(f"{name}: tokens", "tokens of a group compete for the room that experts have")
-        return
-    bound = rounding(execution.dtype, jax.default_backend())
-    yield CheckRow.at_most(f"{name}: tokens", found.moved, bound, "how far logits moved when hidden tokens changed")
+def _rows(config: RunConfig, how: Execution, parameters: Any) -> Iterator[CheckRow]:
+    model, T = config.model, config.train.seq_len
+    ask = jax.jit(functools.partial(_ask, model, how), compiler_options=in_haste(how.layout))
+    name = how.kernels.attention.value
+    three = np.searchsorted([T // 4 + 1, T // 2 + 3], np.arange(T), side="right")
+    documents = {f"causality, {name}": np.zeros(T, np.int64), f"packed documents, {name}": three}
+    for name, segments in documents.items():
+        if name.startswith("causality") and model.looks_ahead is not None:
+            yield CheckRow.not_here(name, f"this model is not causal: {model.looks_ahead}")
+            continue
+        found = look(model, ask, parameters, segments)
+        yield CheckRow.at_most(
+            f"{name}: gradients",
+            found.forbidden if found.own > 0 else float("nan"),
+            0.0,
+            f"largest of an input that must not count; the least of a token for itself is {found.own:.1e}",
+        )
+        if competes(model):
+            yield CheckRow.not_here(f"{name}: tokens", "tokens of a group compete for the room that experts have")
+            continue
+        bound = rounding(how.config.dtype, jax.default_backend())
+        yield CheckRow.at_most(f"{name}: tokens", found.moved, bound, "how far logits moved when hidden tokens changed")
 
 
 def competes(model: ModelConfig) -> bool:
@@ -77,14 +77,14 @@ def competes(model: ModelConfig) -> bool:
     return any(isinstance(block.mlp, Experts) and isinstance(block.mlp.dispatch, Capacity) for block in model.blocks)
 
 
-def look(model: ModelConfig, layout: Layout, execution: ExecutionConfig, segments: np.ndarray) -> Sight:
+def look(model: ModelConfig, ask: Callable[..., Any], parameters: Any, segments: np.ndarray) -> Sight:
     """Ask for every position at once.
 
     Args:
         model: on one device.
-        layout: of that device.
-        execution: number format and kernels.
-        segments: int32 [T], the document of each token of a row.
+        ask: `_ask` of this model.
+        parameters: of this model.
+        segments: integers [T], the document of each token of a row.
     """
     T = len(segments)
     generator = np.random.default_rng(5)
@@ -97,8 +97,6 @@ def look(model: ModelConfig, layout: Layout, execution: ExecutionConfig, segment
     starts = np.searchsorted(segments, segments)
     rows = lambda x: jnp.asarray(np.broadcast_to(x, (T, T)), jnp.int32)
     tokens = Tokens(rows(places - starts), rows(segments) + 1)
-    parameters = jax.jit(lambda: init_parameters(model, jax.random.key(1)))()
-    ask = jax.jit(functools.partial(_ask, model, Execution(layout, execution)))
     gradients, logits = ask(parameters, jnp.asarray(same), tokens)
     _, others = ask(parameters, jnp.asarray(changed, jnp.int32), tokens)
     gradients, logits, others = np.asarray(gradients), np.asarray(logits), np.asarray(others)

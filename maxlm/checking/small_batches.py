@@ -1,11 +1,21 @@
-"""Batches of random tokens in packed documents of several lengths."""
+"""Batches of random tokens in packed documents of several lengths, and how what is computed of them is compiled."""
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 
 from maxlm.config import RunConfig
 from maxlm.data.packing import Batch, pack
+from maxlm.sharding import Layout
+
+
+def in_haste(layout: Layout) -> dict[str, int | bool] | None:
+    """Options of the compiler for programs that run once: that of CPUs takes longer to do its best than they run."""
+    if not layout.on_cpu:
+        return None
+    old = jax.__version_info__ < (0, 12)  # later ones have no other emitter of loops
+    return {"xla_backend_optimization_level": 1} | ({"xla_cpu_use_fusion_emitters": False} if old else {})
 
 
 def small_batch(config: RunConfig, number: int) -> Batch:
