@@ -64,15 +64,11 @@ def _force_devices(count: int) -> None:
 
 def _run(config: RunConfig, small: Shrunk, out: Path | None) -> int:
     began = time.perf_counter()
-    import jax  # --help stays instant, and the number of devices is said
-
-    from maxlm.checking.checklist import check
+    from maxlm.checking.checklist import check, this_machine  # these import jax, which was told of devices first
     from maxlm.compile_cache import enable_compilation_cache
-    from maxlm.sharding import all_devices
 
     enable_compilation_cache()
-    devices = all_devices()
-    machine = f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}"
+    machine = this_machine()
     print(f"checking on {machine}; shrunk: {', '.join(small.changes)}\n")
     rows: list[CheckRow] = []
     for row in check(small.config, config.data):

@@ -47,7 +47,7 @@ _BLOCK, _BLOCKS = 16, 4
 """Positions of a block of the cache, and blocks of a text."""
 _ROWS = 192
 
-Arrays = Mapping[str, Any]
+Found = Mapping[str, Any]
 
 
 class _Case(NamedTuple):
@@ -57,7 +57,7 @@ class _Case(NamedTuple):
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     options: Mapping[str, Any]
-    run: Callable[[str], Arrays]
+    run: Callable[[str], Found]
     """With one body: results and gradients by name."""
     right: Mapping[str, npt.NDArray[np.float64]]
 
@@ -148,7 +148,7 @@ def _attention(attention: Attention, dtype: Any) -> _Case:
     scores, said = _shaping(attention)
     options = vars(scores) | {"segment_ids": segments}
 
-    def run(body: str) -> Arrays:
+    def run(body: str) -> Found:
         out, back = jax.vjp(jax.jit(lambda *qkv: flash_attention(*qkv, **options, backend=body)), q, k, v)
         return dict(zip(("out", "dq", "dk", "dv"), (out, *back(d_out)), strict=True))
 
@@ -182,7 +182,7 @@ def _glu(act: Nonlinearity, dtype: Any) -> _Case:
         case _:
             assert_never(act)
 
-    def run(body: str) -> Arrays:
+    def run(body: str) -> Found:
         h, back = jax.vjp(jax.jit(functools.partial(fused_glu, **options, backend=body)), x, gate, up)
         return dict(zip(("h", "dx", "dw_gate", "dw_up"), (h, *back(dh)), strict=True))
 
@@ -196,7 +196,7 @@ def _grouped(dtype: Any) -> _Case:
     sizes = np.array([_ROWS // 2, 0, _ROWS // 3, _ROWS // 8], np.int32)
     x, w, dy = _normal(5, (_ROWS, D_MODEL), (len(sizes), D_MODEL, D_FF), (_ROWS, D_FF), dtype=dtype)
 
-    def run(body: str) -> Arrays:
+    def run(body: str) -> Found:
         product = lambda x, w: grouped_matmul(x, w, jnp.asarray(sizes), backend=body)
         out, back = jax.vjp(jax.jit(product), x, w)
         return dict(zip(("out", "dx", "dw"), (out, *back(dy)), strict=True))

@@ -44,6 +44,12 @@ def check(config: RunConfig, data: DataConfig) -> Iterator[CheckRow]:
             yield CheckRow.broken(name, error)
 
 
+def this_machine() -> str:
+    """Its devices and jax, in words."""
+    devices = all_devices()
+    return f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}"
+
+
 def _mesh(sharding: ShardingConfig, n_devices: int) -> Layout | None:
     fitted = fit_mesh(sharding, n_devices)
     if fitted is None:

@@ -26,7 +26,7 @@ _AFTER = 2
 _FALL = 0.02
 """Nats a token by which the loss falls at least; rounding moves it by a few thousandths."""
 
-Arrays = dict[str, npt.NDArray[Any]]
+StateArrays = dict[str, npt.NDArray[Any]]
 
 
 def going_on(config: RunConfig, layout: Layout) -> Iterator[CheckRow]:
@@ -56,7 +56,7 @@ def checkpointed(
     def keeper() -> Keeper:
         return Keeper(config, layout, {"data": "", "tokenizer": None}, allow_change=(), warn=warnings.append)
 
-    def go_on(state: TrainState) -> Arrays:
+    def go_on(state: TrainState) -> StateArrays:
         for number in range(_AFTER):
             state, _ = step(state, trainer.place(small_batch(config, 1 + number)))
         return arrays(state)
@@ -77,12 +77,12 @@ def checkpointed(
     yield _same(f"checkpoint: {_AFTER} steps after it", go_on(restored), undisturbed, said)
 
 
-def arrays(state: TrainState) -> Arrays:
+def arrays(state: TrainState) -> StateArrays:
     """A copy of everything in a state, by name."""
     return {name: np.array(leaf) for name, leaf in named_leaves(state).items()}
 
 
-def _same(name: str, some: Arrays, others: Arrays, said: str) -> CheckRow:
+def _same(name: str, some: StateArrays, others: StateArrays, said: str) -> CheckRow:
     """Bit for bit."""
     differ = [key for key in {**some, **others} if not _equal(some.get(key), others.get(key))]
     first = f", first {differ[0]}" if differ else ""
