@@ -49,10 +49,16 @@ def main(argv: list[str]) -> int:
     if asked.print_config:
         print(describe_config(asked.config, asked.file_config))
         return 0
+    out = None if options.json is None else Path(options.json)
+    try:
+        if out is not None:
+            out.touch()
+    except OSError as error:
+        raise UserError(f"--json {out}: {error.strerror}; name a file that can be written") from error
     target = asked.config.target
     small = shrink(asked.config, None if target is None else parse_machine(target).devices)
     _force_devices(small.devices)
-    return _run(asked.config, small, None if options.json is None else Path(options.json))
+    return _run(asked.config, small, out)
 
 
 def _force_devices(count: int) -> None:
@@ -77,7 +83,8 @@ def _run(config: RunConfig, small: Shrunk, out: Path | None) -> int:
     wall, count = time.perf_counter() - began, {kind: sum(row.verdict is kind for row in rows) for kind in Verdict}
     print(f"\n{', '.join(f'{n} {kind.value}' for kind, n in count.items())}; {wall:.0f} s")
     if out is not None:
-        _write(out, {"machine": machine, "shrunk": small.changes, "rows": [_json(row) for row in rows], "wall_s": wall})
+        told = {"machine": machine, "shrunk": small.changes, "rows": [_json(row) for row in rows], "wall_s": wall}
+        out.write_text(json.dumps(told, indent=1) + "\n")
     return EXIT_FAILED if count[Verdict.FAILED] else 0
 
 
@@ -85,13 +92,6 @@ def _json(row: CheckRow) -> dict[str, Any]:
     """NaN, which JSON has not, as text."""
     values = dataclasses.asdict(row) | {"verdict": row.verdict.name.lower()}
     return {key: str(value) if value != value else value for key, value in values.items()}
-
-
-def _write(out: Path, found: dict[str, Any]) -> None:
-    try:
-        out.write_text(json.dumps(found, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"--json {out}: {error.strerror}; name a file that can be written") from error
 
 
 if __name__ == "__main__":
