@@ -14,6 +14,7 @@ serve.py: command: answer requests over HTTP
 chat.py: command: talk with a model
 convert.py: command: published models to run folders, and back
 evaluate.py: command: held-out loss
+check.py: command: a self-test of a config on this machine
 synthesize.py: command: records that a model writes
 inspect.py: command: list, verify, hash
 sharding.py: the mesh, and jax shardings of the table in config/dims.py

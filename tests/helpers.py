@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 from maxlm.config import (
     BlockConfig,
@@ -42,6 +43,16 @@ from maxlm.training import step as steps
 
 PRESETS = sorted(path.stem for path in (Path(__file__).parent / "golden").glob("*.txt"))
 """The files of configs/ that come with maxlm; whoever puts one of their own beside them need not tell the tests."""
+
+OTHER_SIZES = {
+    *(f"gpt3_{size}" for size in ("125m", "350m", "760m", "1_3b", "2_7b", "6_7b", "13b")),
+    *("palm_8b", "palm_62b", "chinchilla_70b", "qwen_14b", "baichuan2_7b", "llama_350m", "llama_1b", "llama13b"),
+    *("llama33b", "llama2_13b", "llama3_405b"),
+}
+"""Of these, other sizes of another one."""
+
+ONE_OF_A_FAMILY = [pytest.param(name, marks=[pytest.mark.nightly] * (name in OTHER_SIZES)) for name in PRESETS]
+"""The others by default, these nightly: for what sizes do not change."""
 
 FLOAT32 = ExecutionConfig(dtype=Dtype.FLOAT32, remat=Remat.NONE)
 

@@ -64,6 +64,7 @@ COMMANDS = (
     "convert",
     "generate",
     "evaluate",
+    "check",
     "inspect",
     "launch",
     "data",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import PRESETS, small_run
+from helpers import ONE_OF_A_FAMILY, small_run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -355,7 +355,7 @@ def test_words_and_numbers_of_an_activation_are_overrides(tmp_path: Path) -> Non
         assert found.config == with_activation(small_run(), value)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", ONE_OF_A_FAMILY)
 def test_a_saved_config_is_a_config_file(name: str, tmp_path: Path) -> None:
     config, file = load_config(str(ROOT / "configs" / f"{name}.py")), tmp_path / "config.json"
     serialize.save(config, file)

@@ -102,7 +102,7 @@ from maxlm.config.execution import (
     RoundedWeights,
     WeightFormat,
 )
-from maxlm.config.families import llama, palm, with_experts
+from maxlm.config.families import gpt, llama, palm, with_experts
 from maxlm.config.kl import AdaptiveKl, FixedKl, KlController, KlEstimator
 from maxlm.config.mixture import (
     Capacity,
@@ -446,6 +446,7 @@ __all__ = [
     "fsdp",
     "fsdp_tp",
     "fsdp_tp_sp",
+    "gpt",
     "linear_ramp",
     "llama",
     "palm",

@@ -8,10 +8,10 @@ from maxlm.config.attention import GroupedQuery
 from maxlm.config.errors import UserError
 from maxlm.config.fields import Positive, require
 from maxlm.config.mixture import Experts
-from maxlm.config.mlp import GatedMlp
+from maxlm.config.mlp import Activation, GatedMlp, Mlp
 from maxlm.config.model import BlockConfig, LmHead, ModelConfig, Parallel
 from maxlm.config.norm import LayerNorm, RmsNorm
-from maxlm.config.position import Rope
+from maxlm.config.position import Learned, Rope
 
 
 def llama(
@@ -59,6 +59,48 @@ def llama(
         max_seq_len=max_seq_len,
         norm=RmsNorm(eps=norm_eps),
         head=LmHead(tied=tie_embeddings),
+        init_std=init_std,
+    )
+
+
+def gpt(
+    *,
+    vocab_size: int,
+    d_model: int,
+    n_layers: int,
+    n_heads: int,
+    max_seq_len: int,
+    activation: Activation = Activation.GELU_TANH,
+    band: int | None = None,
+    init_std: float = 0.02,
+) -> ModelConfig:
+    """GPT-2, GPT-3 and OPT (Radford et al. 2019, section 2.3; arXiv:2005.14165, 2205.01068): LayerNorm before attention
+    and a plain MLP of 4 d_model, learned positions, biases everywhere, one table for input and output.
+
+    `band`: keys that a query sees in every other layer, as in GPT-3; None: all earlier ones.
+
+    Raises:
+        UserError: d_model is not a multiple of n_heads; or a value out of its range.
+    """
+    for key, size in (("d_model", d_model), ("n_heads", n_heads)):
+        require(f"gpt(): {key}", size, Positive[int])
+    if d_model % n_heads:
+        near = sorted((n for n in range(1, d_model + 1) if d_model % n == 0), key=lambda n: abs(n - n_heads))[0]
+        raise UserError(f"gpt(): d_model = {d_model} is not a multiple of n_heads = {n_heads}; use n_heads = {near}")
+    attention = GroupedQuery(
+        n_heads=n_heads, n_kv_heads=n_heads, head_dim=d_model // n_heads, position=None, qkv_bias=True, out_bias=True
+    )
+    layers = [attention] if band is None else [attention, dataclasses.replace(attention, window=band)]
+    mlp = Mlp(d_ff=4 * d_model, activation=activation, bias=True)
+    return ModelConfig(
+        vocab_size=vocab_size,
+        d_model=d_model,
+        n_layers=n_layers,
+        blocks=tuple(BlockConfig(attention=one, mlp=mlp) for one in layers),
+        max_seq_len=max_seq_len,
+        norm=LayerNorm(),
+        embedded_position=Learned(),
+        head=LmHead(tied=True),
         init_std=init_std,
     )
 
