@@ -179,13 +179,18 @@ class Checkpointer:
         return retention.finished(self._folder)
 
     def restore_latest(
-        self, *, params: Tree, optimizer: Tree, judge: Callable[[Path, dict[str, Any]], None] | None = None
+        self,
+        *,
+        params: Tree,
+        optimizer: Tree | Callable[[Record], Tree],
+        judge: Callable[[Path, dict[str, Any]], None] | None = None,
     ) -> Restored | None:
         """Restore the newest step that is intact, in the shardings of the given trees of `jax.ShapeDtypeStruct`.
 
         The mesh and the number of devices may differ from those that wrote it. Each damaged step is refused with a
         warning. None: there is no finished step, so the run starts from the beginning. `judge` gets the step's folder
-        and `meta` before any array is looked at, and may raise.
+        and `meta` before any array is looked at, and may raise. What the optimizer's tree is may depend on what the
+        step says of itself.
 
         Raises:
             UserError: there are finished steps and none is intact; or the step holds other arrays than asked for.
@@ -196,6 +201,7 @@ class Checkpointer:
             return None
         if judge is not None:
             judge(self._folder / str(step), self.record(step).meta)
+        optimizer = optimizer(self.record(step)) if callable(optimizer) else optimizer
         restored = self._restore(step, {"params": params, "optimizer": optimizer})
         self._current = step
         return restored

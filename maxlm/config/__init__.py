@@ -35,6 +35,7 @@ changes.py: what a run may go on with, and what it is told
 cli.py: --config, overrides, how a command ends
 complaints.py: mistakes on a command line, in one line
 python_file.py: a config file in Python, and mistakes in it
+stability.py: float16's loss scale, spikes, the gradient's noise
 serialize.py: configs as JSON and back
 json_file.py: JSON of ours, read with limits
 earlier.py: keys and classes of earlier formats
@@ -184,6 +185,7 @@ from maxlm.config.sharding import (
     pipeline_ticks,
 )
 from maxlm.config.speculation import DraftModel, Medusa, PromptLookup, Speculation
+from maxlm.config.stability import LossScale, NoiseScale, SpikeRule
 from maxlm.config.task import (
     BinaryReward,
     BradleyTerry,
@@ -308,6 +310,7 @@ __all__ = [
     "LmHead",
     "LongRopeScaling",
     "Lora",
+    "LossScale",
     "LstmEncoder",
     "Medusa",
     "MedusaHeads",
@@ -316,6 +319,7 @@ __all__ = [
     "MlpEncoder",
     "ModelConfig",
     "ModelReward",
+    "NoiseScale",
     "NoisyTopKRouter",
     "Nonlinearity",
     "Norm",
@@ -373,6 +377,7 @@ __all__ = [
     "Sinusoidal",
     "SlicesAxis",
     "Speculation",
+    "SpikeRule",
     "StandardLibrary",
     "StatePart",
     "StepRange",

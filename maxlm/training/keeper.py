@@ -16,14 +16,19 @@ from maxlm import shapes
 from maxlm.checkpoint import manifest
 from maxlm.checkpoint.checkpointer import Checkpointer
 from maxlm.checkpoint.reference import Reference
+from maxlm.checkpoint.store import Record, named_leaves
 from maxlm.config import RunConfig, UserError, serialize
 from maxlm.models.base import own
 from maxlm.observe.report import SavedCheckpoint, report_step
 from maxlm.processes.joining import on_rank_0
 from maxlm.sharding import Layout
+from maxlm.training import stability
 from maxlm.training.config_file import ConfigFile
 from maxlm.training.finite import Diverged, not_finite
+from maxlm.training.stability import Stability
 from maxlm.training.state import CRITIC, TrainState, of_model
+
+_STABILITY = "stability"
 
 
 class Keeper:
@@ -74,7 +79,7 @@ class Keeper:
         """
         on_rank_0("prepare the folder of checkpoints", self._saved.prepare)
         restored = self._saved.restore_latest(
-            params=self._own(wanted.parameters), optimizer=_optimizer_item(wanted), judge=self._file.compare
+            params=self._own(wanted.parameters), optimizer=_as_saved(wanted), judge=self._file.compare
         )
         if restored is None:
             if (done := report_step(self._run_dir)) is not None:
@@ -87,7 +92,8 @@ class Keeper:
         self._compare_identity(place)
         beside = restored.optimizer or {}
         critic = {CRITIC: beside.pop(CRITIC)} if CRITIC in beside else {}
-        state = TrainState(parameters=restored.params | critic, **beside)
+        steady = self._steady(wanted.stability, beside.pop(_STABILITY, {}))
+        state = TrainState(parameters=restored.params | critic, stability=steady, **beside)
         remedy = (
             f"rename that folder to {restored.step}.set-aside and run the same command again to go on from the "
             "checkpoint before"
@@ -152,6 +158,19 @@ class Keeper:
         """What a checkpoint has of them as the model's."""
         return own(self._config.model, of_model(parameters))
 
+    def _steady(self, wanted: Stability, saved: dict[str, jax.Array]) -> Stability:
+        """Of each part what a checkpoint has of it; as at a first step, where it has none or one of another length."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted)
+        new = jax.jit(lambda: stability.begin(self._config), out_shardings=shardings)()
+
+        def part(name: str, begun: Any) -> Any:
+            leaves = named_leaves({name: begun})
+            if all(at in saved and saved[at].shape == leaf.shape for at, leaf in leaves.items()):
+                return jax.tree.unflatten(jax.tree.structure(begun), [saved[at] for at in leaves])
+            return begun
+
+        return Stability(**{name: part(name, begun) for name, begun in new._asdict().items()})
+
     def _compare_identity(self, place: Path) -> None:
         tokenizer, data = self.meta.get("tokenizer"), self.meta["data"]["fingerprint"]
         if tokenizer != self._identity["tokenizer"]:
@@ -189,7 +208,24 @@ def _optimizer_item(state: TrainState) -> dict[str, Any]:
         "optimizer": state.optimizer,
         "skipped": state.skipped,
         "skipped_in_row": state.skipped_in_row,
+        _STABILITY: state.stability,
     }
+
+
+def _as_saved(wanted: TrainState) -> Callable[[Record], dict[str, Any]]:
+    """The same, of a state of shapes, with the stability that a checkpoint has, whatever this run asks for: it is of
+    another length, or not there, where another config wrote it."""
+
+    def item(record: Record) -> dict[str, Any]:
+        lead, everywhere = f"{_STABILITY}/", wanted.step.sharding
+        saved = {
+            name.removeprefix(lead): jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
+            for name, (dtype, shape) in record.items["optimizer"].items()
+            if name.startswith(lead)
+        }
+        return _optimizer_item(wanted) | {_STABILITY: saved}
+
+    return item
 
 
 def machine_facts(layout: Layout) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import jax
+import numpy as np
 
 from maxlm.checkpoint.lock import lock_run, require_seen
 from maxlm.checkpoint.reference import Reference
@@ -37,8 +38,9 @@ from maxlm.training.finite import Diverged
 from maxlm.training.keeper import Keeper, require_finite
 from maxlm.training.objective import Batch, Objective
 from maxlm.training.state import TrainState
-from maxlm.training.step import StepOutput, make_trainer
+from maxlm.training.step import StepOutput, Trainer, make_trainer
 from maxlm.training.warm_start import Start
+from maxlm.training.watch import watch_row
 
 R = TypeVar("R")
 
@@ -257,20 +259,24 @@ def run(
         log.progress(start)
 
         output: StepOutput | None = None
+        batch: Batch | None = None
         interrupted = False
         failed: list[Failure] = []
         step = start
         while step < train.steps and not interrupted:
-            batch = feed.next(step, state)
             # The host runs one step ahead of the device, and looks at a step's figures while the next one is computed.
-            before = output
+            before, batch_before = output, batch
+            batch = feed.next(step, state)
+            if (every := config.observe.watch) and (step + 1) % every == 0:
+                with watchdog.off_duty():
+                    _watch(trainer, log, step + 1, state, batch)
             watchdog.step(step)
             with profile.step(step, wait_for=state), jax.transfer_guard("disallow"):
                 state, output = step_program(state, batch)
             step += 1
             log.progress(step)
             if before is not None:
-                _stop_if_diverged(before, step - 1, config, run_dir)
+                _stop_if_diverged(before, step - 1, config, run_dir, trainer, state, batch_before)
             keeper.check()
 
             is_last = step == train.steps
@@ -286,7 +292,7 @@ def run(
             if step % config.checkpoint.every == 0 or is_last or interrupted:
                 jax.block_until_ready(state)
                 with log.pause(), watchdog.off_duty():
-                    _stop_if_diverged(output, step, config, run_dir)
+                    _stop_if_diverged(output, step, config, run_dir, trainer, state, batch)
                     keeper.save(state, step, feed.memory)
         watchdog.rest()
         profile.close(wait_for=state)
@@ -329,21 +335,47 @@ def _measure(
         log.measured(measure.name, step, row, measure.line(step, row))
 
 
+def _watch(trainer: Trainer, log: RunLog, step: int, state: TrainState, batch: Batch) -> None:
+    """A row of watch.jsonl about the step to come, the `step`th; what fails is said once, and the run goes on."""
+    jax.block_until_ready(state)
+    with log.pause():
+        try:
+            row = watch_row(trainer.model, trainer.look(state, batch))
+        except Exception as error:
+            if jax.process_count() > 1:
+                raise  # the others may be in the midst of it
+            log.switched_off("observe.watch", reason(error))
+        else:
+            log.watched(step, row)
+
+
 def _identity(recipe: Recipe) -> dict[str, str | None]:
     tokenizer = None if recipe.tokenizer is None else recipe.tokenizer.fingerprint
     return {"tokenizer": tokenizer, "data": recipe.feed.fingerprint}
 
 
-def _stop_if_diverged(output: StepOutput, step: int, config: RunConfig, run_dir: Path) -> None:
-    """Raise Diverged, with a report in the run folder, once too many steps in a row were skipped."""
+def _stop_if_diverged(
+    output: StepOutput,
+    step: int,
+    config: RunConfig,
+    run_dir: Path,
+    trainer: Trainer,
+    state: TrainState,
+    batch: Batch | None,
+) -> None:
+    """Raise Diverged, with a report in the run folder, once too many steps in a row were skipped. The latest was the
+    `step`th, on `batch`; skipped as it was, the state is still the one that it began with."""
     in_row = int(output.skipped_in_row)
     if in_row < config.train.max_skipped_steps:
         return
+    assert batch is not None
+    first = _where_not_finite(trainer, state, step, batch)
     report = run_dir / "diverged.json"
     values = {name: str(value) for name, value in jax.device_get(output.figures).items()}
     facts = {
         "step": step,
         "skipped_in_row": in_row,
+        "first_not_finite": first,
         "metrics_of_last_step": values,
         "config": serialize.to_dict(config),
     }
@@ -356,6 +388,16 @@ def _stop_if_diverged(output: StepOutput, step: int, config: RunConfig, run_dir:
     raise Diverged(
         f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']} or update norm "
         f"{values['update_norm']} was not finite for {in_row} steps in a row (train.max_skipped_steps = "
-        f"{config.train.max_skipped_steps}); parameters are as before them, {where}; "
+        f"{config.train.max_skipped_steps}); first not finite: {first}; parameters are as before them, {where}; "
         f"lower optimizer.learning_rate or look at the data from batch {step - in_row} on"
     )
+
+
+def _where_not_finite(trainer: Trainer, state: TrainState, step: int, batch: Batch) -> str:
+    """Of the `step`th step, in a few words. Looking may fail, as it takes memory: the run ends with its own error."""
+    number: Any = np.int32(step - 1)
+    try:
+        found = trainer.first_not_finite(dataclasses.replace(state, step=number), batch)
+        return found or "nothing, when the step is computed again"
+    except Exception as error:
+        return f"not found ({reason(error)})"
