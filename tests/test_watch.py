@@ -147,7 +147,7 @@ def test_the_first_fault_is_named(words: str | None) -> None:
     ("change", "words"),
     [
         (poisoned((*BLOCK, "mlp", "down_proj"), (1, ...), 6e4), "output of block 2's mlp (forward)"),
-        (lambda parameters, batch: None, "gradient of unembed"),
+        (lambda parameters, batch: None, "gradient of final_norm/scale"),
     ],
 )
 def test_float16_that_overflows(change: Any, words: str) -> None:

@@ -103,11 +103,11 @@ def chunk_scores(x: jax.Array, unembedding: Unembedding) -> ChunkScores:
 
 def at_top(logits: jax.Array, top: jax.Array, values: jax.Array) -> jax.Array:
     """Zeros of the shape of this device's logits [tokens, V'], with each token's value at its largest logit; where
-    devices share that, with equal parts of the value."""
-    here = logits.max(-1) == top
-    parts = jax.lax.psum(here.astype(jnp.float32), "tensor")
-    is_first = jnp.arange(logits.shape[1]) == jnp.argmax(logits, -1)[:, None]
-    return jnp.where(is_first & here[:, None], (values / parts)[:, None], 0)
+    others are as large, equal parts at each. As large are those within 2^-20 of it: a compiler may compute logits
+    twice, and then in other bits."""
+    here = logits >= (top - jnp.abs(top) * 2.0**-20)[:, None]
+    parts = jax.lax.psum(here.sum(-1), "tensor")
+    return jnp.where(here, (values / parts)[:, None], 0)
 
 
 def is_target_of(unembedding: Unembedding, target: jax.Array) -> jax.Array:

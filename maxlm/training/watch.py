@@ -103,10 +103,10 @@ class _Part(NamedTuple):
 def _parts(model: ModelConfig, sizes: Mapping[str, Size]) -> Iterator[_Part]:
     first, entries = len(model.first_blocks), len(model.blocks)
     for name, size in sizes.items():
-        match name.split("/", 2):
+        match name.removeprefix("adapter/").split("/", 2):
             case ["first_blocks", i, rest]:
                 yield _Part(int(i), rest, size)
-            case ["blocks", i, rest]:
+            case ["blocks", i, rest] if size.norm.ndim:
                 for repeat, one in enumerate(zip(size.norm, size.largest, strict=True)):
                     yield _Part(first + repeat * entries + int(i), rest, Size(*one))
             case _:  # of a critic's layers, all together
