@@ -276,7 +276,8 @@ def run(
             step += 1
             log.progress(step)
             if before is not None:
-                _stop_if_diverged(before, step - 1, config, run_dir, trainer, state, batch_before)
+                where = functools.partial(_where_not_finite, trainer, watchdog, state, batch_before)
+                _stop_if_diverged(before, step - 1, config, run_dir, where)
             keeper.check()
 
             is_last = step == train.steps
@@ -292,7 +293,8 @@ def run(
             if step % config.checkpoint.every == 0 or is_last or interrupted:
                 jax.block_until_ready(state)
                 with log.pause(), watchdog.off_duty():
-                    _stop_if_diverged(output, step, config, run_dir, trainer, state, batch)
+                    where = functools.partial(_where_not_finite, trainer, watchdog, state, batch)
+                    _stop_if_diverged(output, step, config, run_dir, where)
                     keeper.save(state, step, feed.memory)
         watchdog.rest()
         profile.close(wait_for=state)
@@ -355,21 +357,14 @@ def _identity(recipe: Recipe) -> dict[str, str | None]:
 
 
 def _stop_if_diverged(
-    output: StepOutput,
-    step: int,
-    config: RunConfig,
-    run_dir: Path,
-    trainer: Trainer,
-    state: TrainState,
-    batch: Batch | None,
+    output: StepOutput, step: int, config: RunConfig, run_dir: Path, where: Callable[[int], str]
 ) -> None:
-    """Raise Diverged, with a report in the run folder, once too many steps in a row were skipped. The latest was the
-    `step`th, on `batch`; skipped as it was, the state is still the one that it began with."""
+    """Raise Diverged, with a report in the run folder, once too many steps in a row were skipped, the `step`th the
+    latest; `where` says what in it was not finite."""
     in_row = int(output.skipped_in_row)
     if in_row < config.train.max_skipped_steps:
         return
-    assert batch is not None
-    first = _where_not_finite(trainer, state, step, batch)
+    first = where(step)
     report = run_dir / "diverged.json"
     values = {name: str(value) for name, value in jax.device_get(output.figures).items()}
     facts = {
@@ -379,25 +374,28 @@ def _stop_if_diverged(
         "metrics_of_last_step": values,
         "config": serialize.to_dict(config),
     }
-    where = f"the report is {report}"
+    place = f"the report is {report}"
     if jax.process_index() == 0:
         try:
             report.write_text(json.dumps(facts, indent=2) + "\n")
         except OSError as error:
-            where = f"the report {report} cannot be written ({error.strerror})"
+            place = f"the report {report} cannot be written ({error.strerror})"
     raise Diverged(
         f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']} or update norm "
         f"{values['update_norm']} was not finite for {in_row} steps in a row (train.max_skipped_steps = "
-        f"{config.train.max_skipped_steps}); first not finite: {first}; parameters are as before them, {where}; "
+        f"{config.train.max_skipped_steps}); first not finite: {first}; parameters are as before them, {place}; "
         f"lower optimizer.learning_rate or look at the data from batch {step - in_row} on"
     )
 
 
-def _where_not_finite(trainer: Trainer, state: TrainState, step: int, batch: Batch) -> str:
-    """Of the `step`th step, in a few words. Looking may fail, as it takes memory: the run ends with its own error."""
+def _where_not_finite(trainer: Trainer, watchdog: Watchdog, state: TrainState, batch: Batch | None, step: int) -> str:
+    """What was not, in a few words, in the `step`th step on this batch; skipped as it was, the state is still the one
+    that it began with. Looking may fail, as it takes memory: the run ends with its own error."""
+    assert batch is not None, "it is that of a step"
     number: Any = np.int32(step - 1)
     try:
-        found = trainer.first_not_finite(dataclasses.replace(state, step=number), batch)
+        with watchdog.off_duty():
+            found = trainer.first_not_finite(dataclasses.replace(state, step=number), batch)
         return found or "nothing, when the step is computed again"
     except Exception as error:
         return f"not found ({reason(error)})"
