@@ -121,6 +121,13 @@ def steps(batches: list[dict[str, np.ndarray]]) -> list[tuple[TrainState, dict[s
     return found
 
 
+def test_a_step_that_asks_for_nothing_has_nothing_of_it() -> None:
+    plain = make_trainer(config(on=False), one_device(), Rows())
+    assert jax.tree.leaves(plain.state.stability) == []
+    figures = jax.eval_shape(plain.step, plain.state, plain.batch)[1].figures
+    assert set(figures) == {"loss", "grad_norm", "update_norm", "learning_rate", "skipped_steps"}
+
+
 # Spikes
 
 
