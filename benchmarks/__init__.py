@@ -14,6 +14,7 @@ serving.py: what many requests cost beyond their tokens
 checkpoint.py: seconds to save and restore
 conversion.py: seconds and memory of maxlm.convert
 guards.py: what a step pays for what watches over it
+stability.py: what a step pays for each thing that steadies it
 kernels_compiled.py: what the TPU compiler says of kernels and of what they replace
 context_memory.py: memory as a sequence and the seq axis grow together
 compile_time.py: compilation as layers and chips grow

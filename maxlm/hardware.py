@@ -19,14 +19,23 @@ class Peak:
     int8: float | None = None
     """Integer operations; None, here and below: the data sheet has no figure."""
     float8: float | None = None
+    float16: float | None = None
+    """None: the device has no float16 matrix unit, as no TPU has."""
 
     def of(self, dtype: Dtype) -> float | None:
         """FLOP/s; None: the device has no such matrix unit."""
         match dtype:
             case Dtype.BFLOAT16:
                 return None if self.bfloat16 is None else self.bfloat16 * 1e12
+            case Dtype.FLOAT16:
+                return None if self.float16 is None else self.float16 * 1e12
             case Dtype.FLOAT32:
                 return self.float32 * 1e12
+
+
+def _nvidia(bfloat16: float, float32: float, **others: float) -> Peak:
+    """Since Ampere NVIDIA's float16 is as fast as its bfloat16."""
+    return Peak(bfloat16, float32, float16=bfloat16, **others)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,13 +94,13 @@ _B200_BOARD = Switched(within_host=900e9, per_host=8, between_hosts=50e9)
 _PCIE_4 = Switched(within_host=31.5e9, per_host=8, between_hosts=1.25e9)
 _PCIE_5 = Switched(within_host=63e9, per_host=8, between_hosts=1.25e9)
 
-_A100 = Peak(312, 156, int8=624)  # A100 datasheet
-_HOPPER = Peak(989.4, 494.7, int8=1978.9, float8=1978.9)  # H100, H200 and GH200 datasheets, SXM
-_A10G = Peak(70, 35)  # Amazon's variant of the A10 with fewer units in use (EC2 G5 documentation)
-_L4 = Peak(121, 60)  # L4 datasheet
+_A100 = _nvidia(312, 156, int8=624)  # A100 datasheet
+_HOPPER = _nvidia(989.4, 494.7, int8=1978.9, float8=1978.9)  # H100, H200 and GH200 datasheets, SXM
+_A10G = _nvidia(70, 35)  # Amazon's variant of the A10 with fewer units in use (EC2 G5 documentation)
+_L4 = _nvidia(121, 60)  # L4 datasheet
 # GA102 whitepaper; Ada whitepaper; RTX Blackwell whitepaper; float32 accumulation.
-_RTX_3090, _RTX_4090, _RTX_5090 = Peak(71, 35.6), Peak(165.2, 82.6), Peak(209.5, 104.8)
-_HOPPER_NVL = Peak(835.5, 417.5, int8=1670.5, float8=1670.5)
+_RTX_3090, _RTX_4090, _RTX_5090 = _nvidia(71, 35.6), _nvidia(165.2, 82.6), _nvidia(209.5, 104.8)
+_HOPPER_NVL = _nvidia(835.5, 417.5, int8=1670.5, float8=1670.5)
 
 # TPU: peaks, bandwidth of the memory, largest slices and the network's share of a chip from the chip's page under
 # docs.cloud.google.com/tpu/docs; `memory` from the message of the chip's compiler (the least of libtpu 0.0.42 and
@@ -139,7 +148,7 @@ CHIPS: Mapping[str, Chip] = {
     # As nvidia-smi shows it, 143,771 MiB; XLA's list has 0.4 % more.
     "h200": Chip(peak=_HOPPER, memory=150_754_820_096, bandwidth=4.8e12, network=_HOPPER_BOARD),
     "b200": Chip(
-        peak=Peak(2250, 1125, int8=4500, float8=4500),  # HGX B200 datasheet, per GPU
+        peak=_nvidia(2250, 1125, int8=4500, float8=4500),  # HGX B200 datasheet, per GPU
         memory=191_514_411_008,
         bandwidth=7.67232e12,
         network=_B200_BOARD,
@@ -167,31 +176,31 @@ PEAKS: Mapping[str, Peak] = {
     "TPU v6 lite": CHIPS["v6e"].peak,
     "TPU v6e": CHIPS["v6e"].peak,
     "TPU7x": CHIPS["7x"].peak,
-    # NVIDIA Volta and Turing have float16 matrix units only. V100 and T4 datasheets, single precision.
-    "Tesla V100-SXM2-16GB": Peak(None, 15.7),
-    "Tesla V100-SXM2-32GB": Peak(None, 15.7),
-    "Tesla V100-PCIE-16GB": Peak(None, 14),
-    "Tesla V100-PCIE-32GB": Peak(None, 14),
-    "Tesla T4": Peak(None, 8.1),
+    # NVIDIA Volta and Turing have float16 matrix units only. V100 and T4 datasheets: tensor and single precision.
+    "Tesla V100-SXM2-16GB": Peak(None, 15.7, float16=125),
+    "Tesla V100-SXM2-32GB": Peak(None, 15.7, float16=125),
+    "Tesla V100-PCIE-16GB": Peak(None, 14, float16=112),
+    "Tesla V100-PCIE-32GB": Peak(None, 14, float16=112),
+    "Tesla T4": Peak(None, 8.1, float16=65),
     "NVIDIA A100-SXM4-40GB": _A100,
     "NVIDIA A100-SXM4-80GB": _A100,
     "NVIDIA A100-PCIE-40GB": _A100,
     "NVIDIA A100 80GB PCIe": _A100,
-    "NVIDIA A10": Peak(125, 62.5),  # A10 datasheet
+    "NVIDIA A10": _nvidia(125, 62.5),  # A10 datasheet
     "NVIDIA A10G": _A10G,
     "NVIDIA GeForce RTX 3090": _RTX_3090,
-    "NVIDIA RTX A6000": Peak(154.8, 77.4),
+    "NVIDIA RTX A6000": _nvidia(154.8, 77.4),
     "NVIDIA H100 80GB HBM3": _HOPPER,
-    "NVIDIA H100 PCIe": Peak(756, 378),
+    "NVIDIA H100 PCIe": _nvidia(756, 378),
     "NVIDIA H100 NVL": _HOPPER_NVL,
     "NVIDIA H200": _HOPPER,
     "NVIDIA H200 NVL": _HOPPER_NVL,
     "NVIDIA GH200 480GB": _HOPPER,
     "NVIDIA GH200 120GB": _HOPPER,
     "NVIDIA B200": CHIPS["b200"].peak,
-    "NVIDIA GB200": Peak(2500, 1250),  # GB200 NVL72 datasheet, per GPU
+    "NVIDIA GB200": _nvidia(2500, 1250),  # GB200 NVL72 datasheet, per GPU
     "NVIDIA L4": _L4,
-    "NVIDIA L40S": Peak(362, 183),  # L40S datasheet
+    "NVIDIA L40S": _nvidia(362, 183),  # L40S datasheet
     "NVIDIA GeForce RTX 4090": _RTX_4090,
     "NVIDIA GeForce RTX 5090": _RTX_5090,
 }

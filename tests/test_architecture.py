@@ -98,6 +98,7 @@ SAME_NAME: dict[str, str] = {
 SAME_FILE: dict[str, str] = {
     "api.py": "each operation of the kernels",
     "problem.py": "each operation of the kernels",
+    "stability.py": "the config, and what a step does with it",
     "xla.py": "a body of each operation",
     "tpu.py": "a body of each operation",
     "gpu.py": "a body of each operation",

@@ -162,9 +162,11 @@ NONE_IS_A_CHOICE = {
 }
 MINUS_ONE_IS_WHAT_REMAINS = {f"ShardingConfig.{axis}" for axis in ("data", "fsdp", "stage", "seq", "tensor", "expert")}
 ANY_SIGN = {"ModelReward.mean"}
-BELOW_ANOTHER = {"Llama3RopeScaling.low_freq_factor", "YarnScaling.beta_slow"}
-"""Of high_freq_factor and beta_fast, whose names a message begins with where these are too large."""
+BELOW_ANOTHER = {"Llama3RopeScaling.low_freq_factor", "YarnScaling.beta_slow", "LossScale.initial"}
+"""Below high_freq_factor and beta_fast, whose names a message begins with where these are too large; and below 2^24."""
 AT_MOST_ONE = {
+    "TrainConfig.embedding_gradient",
+    "NoiseScale.decay",
     "PrepareConfig.validation_fraction",
     "AdamW.b1",
     "AdamW.b2",
@@ -316,7 +318,7 @@ def test_outside_a_range_the_note_is_told(value: int) -> None:
             "train.seed = 4294967296 must be in [0, 4",
         ),
         (lambda: TrainConfig(steps=np.int64(9), batch_size=1, seq_len=1), "a whole number; write int(...) around it"),
-        (lambda: AdamW(moment_dtype="bfloat16"), "or Dtype.BFLOAT16; use Dtype.BFLOAT16"),
+        (lambda: AdamW(moment_dtype="bfloat16"), "or Dtype.FLOAT16; use Dtype.BFLOAT16"),
         (lambda: AdamW(schedule=CosineSchedule), "or ConstantSchedule(...); write CosineSchedule(...)"),
         (lambda: AdamW(schedule=Rope()), "optimizer.schedule = Rope(...) must be CosineSchedule(...), "),
         (lambda: AdamW(b1=1.0), "optimizer.b1 = 1.0 must be in [0, 1); use for example 0.9"),

@@ -18,8 +18,9 @@ from maxlm.training.losses import cross_entropy_sums, divergence_sum, token_log_
 B, T, D, V = 2, 15, 8, 37  # 30 tokens: chunks of 7 and 16 leave a rest, chunks of 10 and 30 do not
 
 
-def formula(hidden, table, targets, mask, z_loss=0.0):
-    """Objective, cross-entropy, log(Z)^2 and the objective's gradients for hidden and table, all logits at once."""
+def formula(hidden, table, targets, mask, z_loss=0.0, max_z_loss=0.0):
+    """Objective, cross-entropy, log(Z)^2, with max-z its sum of squares, and the objective's gradients for hidden and
+    table, all logits at once."""
     hidden, table, mask = (np.asarray(x, np.float64) for x in (hidden, table, mask))
     x, target, weight = hidden.reshape(-1, hidden.shape[-1]), np.asarray(targets).ravel(), mask.ravel()
     logits = x @ table.T
@@ -30,19 +31,26 @@ def formula(hidden, table, targets, mask, z_loss=0.0):
     log_z_squared = (weight * log_z**2).sum()
     d_logits = softmax * (1 + 2 * z_loss * log_z)[:, None]
     d_logits[np.arange(len(target)), target] -= 1
+    d_logits[np.arange(len(target)), logits.argmax(1)] += 2 * max_z_loss * top
     d_logits *= weight[:, None]
-    sums = cross_entropy + z_loss * log_z_squared, cross_entropy, log_z_squared
+    sums = [cross_entropy + z_loss * log_z_squared, cross_entropy, log_z_squared]
+    if max_z_loss:
+        sums.append((weight * top**2).sum())
+        sums[0] += max_z_loss * sums[3]
     return sums, (d_logits @ table).reshape(hidden.shape), d_logits.T @ x
 
 
-@functools.partial(jax.jit, static_argnames=("z_loss", "chunk"))
-def sums_and_gradients(hidden, table, targets, mask, *, z_loss=0.0, chunk=1024):
+@functools.partial(jax.jit, static_argnames=("layout", "z_loss", "max_z_loss", "chunk"))
+def sums_and_gradients(hidden, table, targets, mask, *, layout=None, z_loss=0.0, max_z_loss=0.0, chunk=1024):
+    weights = {"z_loss": z_loss, "max_z_loss": max_z_loss}
+
     def objective(hidden, table):
-        sums = cross_entropy_sums(one_device(), hidden, Unembedding(table), targets, mask, z_loss=z_loss, chunk=chunk)
+        on = layout or one_device()
+        sums = cross_entropy_sums(on, hidden, Unembedding(table), targets, mask, **weights, chunk=chunk)
         return sums.objective, sums
 
     (_, sums), gradients = jax.value_and_grad(objective, (0, 1), has_aux=True)(hidden, table)
-    return sums, *gradients
+    return tuple(x for x in sums if x is not None), *gradients
 
 
 def arguments(scale=1.0, seed=0):
@@ -70,12 +78,27 @@ def test_sums_and_gradients_equal_the_formula(chunk, z_loss):
     np.testing.assert_allclose(got[2], want[2], atol=5e-6, rtol=2e-5)
 
 
+@pytest.mark.parametrize("mesh", [None, ShardingConfig(data=2, tensor=4)])
+def test_the_square_of_the_largest_logit_equals_the_formula(mesh):
+    """On a mesh the largest logit is in the part of one of four devices."""
+    hidden, table, targets, mask = arguments()
+    table = jnp.concatenate([table, -table[:3]])  # 40 rows
+    layout = None if mesh is None else make_layout(mesh)
+    weights = {"z_loss": 0.1, "max_z_loss": 0.2}
+    got = sums_and_gradients(hidden, table, targets, mask, layout=layout, **weights, chunk=7)
+    want = formula(hidden, table, targets, mask, **weights)
+    tops = np.asarray(hidden).reshape(-1, D) @ np.asarray(table).T
+    assert len(set(tops.argmax(1) // 10)) == 4, "every device has some"
+    np.testing.assert_allclose(got[0], want[0], rtol=2e-6)
+    np.testing.assert_allclose(got[1], want[1], atol=1e-5, rtol=2e-5)
+    np.testing.assert_allclose(got[2], want[2], atol=1e-5, rtol=2e-5)
+
+
 def test_sums_are_the_same_without_a_gradient():
     """The forward pass alone runs other code than the one that also forms the gradient."""
-    sums = jax.jit(lambda h, w, *a: cross_entropy_sums(one_device(), h, Unembedding(w), *a, z_loss=0.1, chunk=7))(
-        *arguments()
-    )
-    np.testing.assert_array_equal(sums, sums_and_gradients(*arguments(), z_loss=0.1, chunk=7)[0])
+    options = {"z_loss": 0.1, "max_z_loss": 0.2, "chunk": 7}
+    sums = jax.jit(lambda h, w, *a: cross_entropy_sums(one_device(), h, Unembedding(w), *a, **options))(*arguments())
+    np.testing.assert_array_equal(sums, sums_and_gradients(*arguments(), **options)[0])
 
 
 @pytest.mark.parametrize("scale", [300.0, 1e4])

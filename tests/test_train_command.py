@@ -330,7 +330,8 @@ def test_a_loss_that_diverges(here: Here, tmp_path: Path) -> None:
         "--optimizer.schedule.warmup_steps=0",
     )  # fmt: skip
     line = complaint(ended, code=1)
-    for part in ("not finite for 3 steps in a row", str(run_dir / "diverged.json"), "optimizer.learning_rate"):
+    report = str(run_dir / "diverged.json")
+    for part in ("not finite for 3 steps in a row", "first not finite: ", report, "optimizer.learning_rate"):
         assert part in line
     assert '"skipped_in_row": 3' in (run_dir / "diverged.json").read_text()
     kept = inspect(run_dir, "--verify")["steps"]

@@ -18,6 +18,7 @@ from maxlm.config import RunConfig
 from maxlm.sharding import Layout
 from maxlm.training.keeper import Keeper
 from maxlm.training.objective import NextToken
+from maxlm.training.spikes import Spikes
 from maxlm.training.state import TrainState
 from maxlm.training.step import Trainer, make_trainer
 
@@ -64,7 +65,7 @@ def checkpointed(
     with keeper() as saving:
         saving.restore(trainer.state)
         saving.begin()
-        saving.save(state, STEPS, {})
+        saving.save(state, STEPS, {}, Spikes(config, {}))
         saving.wait()
     before = arrays(state)
     undisturbed = go_on(state)

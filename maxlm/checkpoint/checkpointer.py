@@ -25,6 +25,8 @@ from maxlm.processes.joining import on_rank_0
 
 _LOG = logging.getLogger("maxlm.checkpoint")
 
+OptimizerTree = Tree | Callable[[Record], Tree]
+"""What to restore beside the parameters; or what it is, by what the step holds."""
 _PROBE_BYTES = 1 << 16
 _CAUSES = tuple(
     os.strerror(number)
@@ -179,13 +181,18 @@ class Checkpointer:
         return retention.finished(self._folder)
 
     def restore_latest(
-        self, *, params: Tree, optimizer: Tree, judge: Callable[[Path, dict[str, Any]], None] | None = None
+        self,
+        *,
+        params: Tree,
+        optimizer: OptimizerTree,
+        judge: Callable[[Path, dict[str, Any]], None] | None = None,
     ) -> Restored | None:
         """Restore the newest step that is intact, in the shardings of the given trees of `jax.ShapeDtypeStruct`.
 
         The mesh and the number of devices may differ from those that wrote it. Each damaged step is refused with a
         warning. None: there is no finished step, so the run starts from the beginning. `judge` gets the step's folder
-        and `meta` before any array is looked at, and may raise.
+        and `meta` before any array is looked at, and may raise. What the optimizer's tree is may depend on what the
+        step says of itself.
 
         Raises:
             UserError: there are finished steps and none is intact; or the step holds other arrays than asked for.
@@ -196,11 +203,11 @@ class Checkpointer:
             return None
         if judge is not None:
             judge(self._folder / str(step), self.record(step).meta)
-        restored = self._restore(step, {"params": params, "optimizer": optimizer})
+        restored = self._restore_state(step, params, optimizer)
         self._current = step
         return restored
 
-    def go_back(self, wanted: int, limit: int, why: str, *, params: Tree, optimizer: Tree) -> Restored:
+    def go_back(self, wanted: int, limit: int, why: str, *, params: Tree, optimizer: OptimizerTree) -> Restored:
         """Restore the newest intact step of at most `wanted`, or of at most `limit` where there is none, as
         `restore_latest` does, and go on from there: newer ones are set aside at once, so that a run that is killed now
         does not go on from them.
@@ -230,7 +237,7 @@ class Checkpointer:
 
         step = self._agree(choose)
         assert step is not None
-        restored = self._restore(step, {"params": params, "optimizer": optimizer})
+        restored = self._restore_state(step, params, optimizer)
         self._current = step
         return restored
 
@@ -391,6 +398,10 @@ class Checkpointer:
                     "another run_dir"
                 )
         return record
+
+    def _restore_state(self, step: int, params: Tree, optimizer: OptimizerTree) -> Restored:
+        tree = optimizer(self.record(step)) if callable(optimizer) else optimizer
+        return self._restore(step, {"params": params, "optimizer": tree})
 
     def _restore(self, step: int, items: dict[str, Tree]) -> Restored:
         record = self._matching_record(step, items)

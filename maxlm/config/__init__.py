@@ -38,6 +38,7 @@ changes.py: what a run may go on with, and what it is told
 cli.py: --config, overrides, how a command ends
 complaints.py: mistakes on a command line, in one line
 python_file.py: a config file in Python, and mistakes in it
+stability.py: float16's loss scale, spikes, the gradient's noise
 serialize.py: configs as JSON and back
 json_file.py: JSON of ours, read with limits
 earlier.py: keys and classes of earlier formats
@@ -217,6 +218,7 @@ from maxlm.config.sharding import (
     pipeline_ticks,
 )
 from maxlm.config.speculation import DraftModel, Medusa, PromptLookup, Speculation
+from maxlm.config.stability import LossScale, NoiseScale, SpikeRule
 from maxlm.config.task import (
     BinaryReward,
     BradleyTerry,
@@ -346,6 +348,7 @@ __all__ = [
     "LmHead",
     "LongRopeScaling",
     "Lora",
+    "LossScale",
     "LstmEncoder",
     "MaskedLm",
     "Medusa",
@@ -356,6 +359,7 @@ __all__ = [
     "MlpEncoder",
     "ModelConfig",
     "ModelReward",
+    "NoiseScale",
     "NoisyTopKRouter",
     "Nonlinearity",
     "Norm",
@@ -423,6 +427,7 @@ __all__ = [
     "SlicesAxis",
     "SpanCorruption",
     "Speculation",
+    "SpikeRule",
     "StandardLibrary",
     "StatePart",
     "StepRange",

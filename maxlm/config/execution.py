@@ -8,6 +8,7 @@ from typing import Annotated
 
 from maxlm.config.errors import UserError
 from maxlm.config.fields import Changes, Range, config
+from maxlm.config.stability import LossScale
 
 
 class Dtype(enum.Enum):
@@ -15,11 +16,12 @@ class Dtype(enum.Enum):
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
 
     @property
     def itemsize(self) -> int:
         """Bytes of a number."""
-        return 2 if self is Dtype.BFLOAT16 else 4
+        return 4 if self is Dtype.FLOAT32 else 2
 
 
 class WeightFormat(enum.Enum):
@@ -152,7 +154,10 @@ class ExecutionConfig:
     """How the model runs. Nothing here changes what it is: parameters and checkpoints are the same for every value."""
 
     dtype: Dtype = Dtype.BFLOAT16
-    """Format of activations and matrix multiplications. Parameters are always float32."""
+    """Format of activations and matrix multiplications. Parameters are always float32. float16 is for GPUs without
+    bfloat16 (V100, T4), and trains with a scaled loss."""
+    loss_scale: LossScale = field(default_factory=LossScale)
+    """What the loss is multiplied by in float16."""
     remat: Remat = Remat.FULL
     """What the backward pass computes again: nothing ("none") up to all but each block's input ("full")."""
     kernels: KernelConfig = field(default_factory=KernelConfig)

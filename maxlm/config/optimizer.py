@@ -6,6 +6,7 @@ import math
 from dataclasses import field
 from typing import Annotated, NamedTuple
 
+from maxlm.config.errors import UserError
 from maxlm.config.execution import Dtype
 from maxlm.config.fields import BelowOne, Changes, Fraction, NotNegative, Positive, config
 
@@ -91,6 +92,13 @@ class AdamW:
     moment_dtype: Annotated[Dtype, Changes.IDENTITY] = Dtype.FLOAT32
     """Format in which the first moment is kept; bfloat16 saves 2 bytes a parameter. The second is float32 always: with
     b2 near 1 its steps are smaller than bfloat16 can tell apart."""
+
+    def __post_init__(self) -> None:
+        if self.moment_dtype is Dtype.FLOAT16:
+            raise UserError(
+                "optimizer.moment_dtype = float16 loses the moments of small gradients, whose scale no step knows; use "
+                "float32 or bfloat16"
+            )
 
     def state(self, shape: tuple[int, ...], layers: int) -> OptimizerState:
         """What it keeps for an array, of a model whose pattern occurs `layers` times."""

@@ -12,13 +12,14 @@ from typing import Annotated, assert_never
 from maxlm.config.data import DataConfig, Stretch
 from maxlm.config.errors import UserError
 from maxlm.config.execution import ExecutionConfig, PlainProducts
-from maxlm.config.fields import Changes, NotEmpty, NotNegative, PathName, Positive, Range, Seed, config, shown
+from maxlm.config.fields import Changes, Fraction, NotEmpty, NotNegative, PathName, Positive, Range, Seed, config, shown
 from maxlm.config.layout_rules import broken_layout_rules
 from maxlm.config.model import ModelConfig
 from maxlm.config.optimizer import AdamW, OptimizerConfig
 from maxlm.config.phases import Phase, Rollback, Skip, broken_phase_rules, checkpoints_needed, with_rope
 from maxlm.config.prediction_rules import broken_prediction_rules
 from maxlm.config.sharding import ShardingConfig
+from maxlm.config.stability import NoiseScale, SpikeRule
 from maxlm.config.task import Pretrain, Sft, Task, TrainMedusa
 from maxlm.config.task_rules import broken_task_rules
 
@@ -71,10 +72,20 @@ class TrainConfig:
     """Initial parameters, and everything else that is random."""
     z_loss: NotNegative[float] = 0.0
     """Weight of log(Z)^2 in the loss, which keeps the logits from drifting (PaLM, arXiv:2204.02311: 1e-4)."""
+    max_z_loss: NotNegative[float] = 0.0
+    """Weight of the square of the largest logit in the loss, to the same end (Baichuan 2, arXiv:2309.10305: 2e-4)."""
+    embedding_gradient: Fraction = 1.0
+    """What the gradient of the embeddings that enter the first layer is multiplied by (GLM-130B, arXiv:2210.02414:
+    0.1)."""
     loss_chunk: Positive[int] = 1024
     """Tokens, on one device, whose logits exist at one time."""
     max_skipped_steps: Annotated[Positive[int], Changes.NOTHING] = 10
-    """Steps in a row with a loss or gradient that is not finite, and therefore skipped, before the run stops."""
+    """Steps in a row with a loss or gradient that is not finite, and therefore skipped, before the run stops. In
+    float16 those alone count that came with the least loss scale."""
+    spikes: SpikeRule = field(default_factory=SpikeRule)
+    """Which finite steps are skipped."""
+    noise_scale: NoiseScale = field(default_factory=NoiseScale)
+    """Whether the gradient's noise is measured."""
     log_every: Annotated[Positive[int], Changes.NOTHING] = 10
     """Steps between lines of the console and rows of metrics.jsonl."""
     eval_every: Annotated[int, Range(ge=0, note="0 measures only at the end"), Changes.NOTHING] = 1000
@@ -119,6 +130,9 @@ class CheckpointConfig:
 class ObserveConfig:
     """Where figures go, besides the console, metrics.jsonl and TensorBoard."""
 
+    watch: Annotated[int, Range(ge=0, note="0 watches nothing")] = 0
+    """Steps between rows of watch.jsonl, with norms of gradients, parameters, updates and activations of every layer;
+    each costs about a step more; 0: none."""
     wandb_project: NotEmpty[str] | None = None
     """Weights & Biases project to log to (package wandb)."""
     sample_prompt: str = ""
@@ -345,7 +359,21 @@ class RunConfig:
                 f"train.profile_steps = {train.profile_steps} ends after train.steps = {train.steps}; use steps up to "
                 f"{train.steps}, or None"
             )
+        if train.noise_scale.measure:
+            failures += self._failures_of_noise(n_devices)
         return failures
+
+    def _failures_of_noise(self, n_devices: int) -> list[str]:
+        """Of a run that compares gradients of micro-batches."""
+        key = "train.noise_scale.measure = True"
+        if self.train.micro_batches == 1:
+            return [f"{key} compares micro-batches, but train.micro_batches = 1; use at least 2, or False"]
+        if self.sharding.stage != 1 and self.sharding.sizes(n_devices)["stage"] > 1:
+            return [
+                f"{key} needs the gradient of each micro-batch, which a pipeline (sharding.stage = "
+                f"{self.sharding.stage}) does not form; use sharding.stage = 1, or False"
+            ]
+        return []
 
     def _failures_of_medusa(self) -> list[str]:
         """Of a run that trains heads."""

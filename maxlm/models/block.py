@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import assert_never
 
 import jax
@@ -78,11 +79,12 @@ class Block(nnx.Module):
         cache: LayerCache | None,
         layer: jax.Array,
         keys: jax.Array | None,
+        look: Callable[[str, jax.Array], None] = lambda name, x: None,
     ) -> tuple[jax.Array, LayerCache | None, RouterStats | None]:
         """[B, T, D] -> [B, T, D], the cache with this layer's keys, and what its router did if it has one.
 
-        Arguments as in GroupedQueryLayer, and keys: a random key [B] for each row, for noise in training; None: no
-        noise.
+        Arguments as in GroupedQueryLayer; keys: a random key [B] for each row, for noise in training, None: no noise;
+        and look, which gets what "attention" and "mlp" put out, [B, T, D].
         """
         stats = None
 
@@ -97,7 +99,9 @@ class Block(nnx.Module):
             with jax.named_scope("attention"):
                 normed = how.layout.constrain(normed, "batch", "seq", "embed")
                 update, cache = self.attention(normed, tokens, how, cache, layer)
-                return beside(update, normed, "attention_adapter")
+                update = beside(update, normed, "attention_adapter")
+                look("attention", update)
+                return update
 
         def mlp(normed: jax.Array) -> jax.Array:
             nonlocal stats
@@ -110,7 +114,9 @@ class Block(nnx.Module):
                         update = self.mlp(normed, how)
                     case _:
                         assert_never(self.mlp)
-                return beside(update, normed, "mlp_adapter")
+                update = beside(update, normed, "mlp_adapter")
+                look("mlp", update)
+                return update
 
         def add(x: jax.Array, update: jax.Array) -> jax.Array:
             return x + how.layout.constrain(update, "batch", "residual_seq", "embed")

@@ -133,9 +133,7 @@ class Decoder(nnx.Module):
         item = _Item(x, first_cache, tokens)
         if n_first:
             with jax.named_scope("first_blocks"):
-                if tokens.seeds is not None:  # so that no layer draws what another does
-                    item = item._replace(tokens=tokens._replace(seeds=~tokens.seeds))
-                item = self._run_first(item, how)
+                item = self._run_first(item._replace(tokens=_of_first(tokens)), how)
                 first_cache = item.cache
         with jax.named_scope("blocks"):
             item, router = self._run_pattern(item._replace(cache=cache, tokens=tokens), how)
@@ -166,6 +164,38 @@ class Decoder(nnx.Module):
         if item.cache is not None:
             raise ValueError("a pipeline has no cache; decode on a mesh with stage = 1")
         return pipelined(how.layout, run, repeats, item, micro_batches=how.micro_batches)
+
+    def look(self, x: jax.Array, tokens: Tokens, how: Execution, of: Callable[[jax.Array], Any]) -> dict[str, Any]:
+        """What `of` makes of each activation [B, T, D] of a forward pass: of `embeddings` and `hidden`, the first and
+        the last, and stacked over the layers [L, ...], in their order, of the outputs of `attention` and `mlp` and of
+        the residual stream after each `block`. For looking at a model, not for training it: nothing is rematerialised.
+
+        Arguments as of a call.
+        """
+
+        def turn(graphs: tuple[Any, ...], tokens: Tokens, x: jax.Array, repeat: _Repeats) -> tuple[jax.Array, Any]:
+            layers = []
+            for i, (graph, parameters) in enumerate(zip(graphs, repeat.parameters, strict=True)):
+                found: dict[str, Any] = {}
+                keys = _keys(tokens, repeat.number * len(graphs) + i)
+                layer = nnx.merge(graph, with_keys(parameters, keys))
+                see = lambda name, x, found=found: found.update({name: of(x)})
+                x = layer(x, tokens, how, None, repeat.number, keys, see)[0]
+                layers.append(found | {"block": of(x)})
+            return x, _stacked(layers)
+
+        seen = {"embeddings": of(x)}
+        graphs, parameters = _split(self.blocks)
+        run = functools.partial(turn, graphs, tokens)
+        first = []
+        if self.config.first_blocks:
+            of_first, singles = _split(self.first_blocks)
+            x, layers = turn(of_first, _of_first(tokens), x, _Repeats(singles, jnp.int32(0)))
+            first.append(layers)
+        x, layers = jax.lax.scan(run, x, _Repeats(parameters, jnp.arange(self.config.repeats)))
+        in_order = jax.tree.map(lambda stack: stack.reshape(-1, *stack.shape[2:]), layers)
+        seen |= jax.tree.map(lambda *stacks: jnp.concatenate(stacks), *first, in_order)
+        return seen | {"hidden": of(self.final_norm(x) if self.config.final_norm else x)}
 
     @property
     def unembedding(self) -> Unembedding:
@@ -261,6 +291,15 @@ def abstract_parameters(config: ModelConfig, layout: Layout) -> dict[str, Any]:
     return jax.tree.map(place, kept, shardings(layout, config, kept))
 
 
+def _of_first(tokens: Tokens) -> Tokens:
+    """For the layers before the pattern, so that none draws what another does."""
+    return tokens if tokens.seeds is None else tokens._replace(seeds=~tokens.seeds)
+
+
+def _stacked(trees: list[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
 def _split(blocks: nnx.Dict) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The structure of each block, and its parameters."""
     graphs, parameters = zip(*(nnx.split(blocks[str(i)]) for i in range(len(blocks))), strict=True)
@@ -285,7 +324,7 @@ def _pattern(
         cache: LayerCache | None,
         number: jax.Array,
     ) -> tuple[jax.Array, LayerCache | None, RouterStats | None]:
-        keys = None if tokens.seeds is None else _row_keys(tokens.seeds, number * len(graphs) + i)
+        keys = _keys(tokens, number * len(graphs) + i)
         return nnx.merge(graph, with_keys(parameters, keys))(x, tokens, how, cache, number, keys)
 
     blocks = [_remat(how.config.remat, functools.partial(block, graph, i), barrier) for i, graph in enumerate(graphs)]
@@ -302,8 +341,11 @@ def _pattern(
     return run
 
 
-def _row_keys(seeds: jax.Array, layer: jax.Array) -> jax.Array:
-    """A random key [B] for each row in this layer, the same on every mesh and however the batch is cut."""
+def _keys(tokens: Tokens, layer: jax.Array) -> jax.Array | None:
+    """A random key [B] for each row in this layer, the same on every mesh and however the batch is cut; None: nothing
+    is drawn."""
+    if (seeds := tokens.seeds) is None:
+        return None
     return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), layer))(seeds)
 
 

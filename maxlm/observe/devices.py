@@ -42,6 +42,15 @@ def peak_flops(device_kind: str, dtype: Dtype) -> float | None:
     return None if peak is None else peak.of(dtype)
 
 
+def multiplies(device_kind: str, dtype: Dtype) -> bool:
+    """Whether devices of that kind have a matrix unit for it; so are taken those that are not in `PEAKS`, but for TPUs,
+    none of which has one for float16."""
+    peak = _PEAKS_BY_NAME.get(_normal(device_kind))
+    if peak is None:
+        return dtype is not Dtype.FLOAT16 or not _normal(device_kind).startswith("tpu")
+    return peak.of(dtype) is not None
+
+
 def memory_in_use(devices: Sequence[Device]) -> MemoryUse:
     """Memory of the fullest of this process's devices."""
     stats = [stat for device in devices if (stat := device.memory_stats())]

@@ -20,7 +20,8 @@ Row = dict[str, Any]
 
 COLUMNS = (
     "step", "time", "loss", "tokens", "tokens_per_s", "step_time_s", "mfu", "learning_rate", "grad_norm",
-    "update_norm", "skipped_steps", "z_loss", "memory_bytes",
+    "update_norm", "skipped_steps", "skipped_spikes", "loss_scale", "overflows", "z_loss", "max_z_loss", "memory_bytes",
+    "noise_scale", "noise_scale_sequences", "gradient_squared", "noise_trace",
     "auxiliary_loss", "moe_load_entropy", "moe_dropped_share", "moe_max_over_mean_load",
 )  # fmt: skip
 """The order of keys in a row of metrics.jsonl, as far as it has them; other figures follow. docs/observe.md says what

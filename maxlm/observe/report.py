@@ -199,6 +199,8 @@ def _curves(metrics: Sequence[Row], evals: Sequence[Row]) -> list[str]:
     single = {
         "learning_rate": "Learning rate",
         "grad_norm": "Gradient norm before clipping",
+        "loss_scale": "Loss scale of float16",
+        "noise_scale": "Gradient-noise scale, tokens",
         "tokens_per_s": "Tokens per second",
     }
     charts = [loss_chart(loss_name(evals).capitalize(), metrics, evals), *task_charts(metrics, evals)]

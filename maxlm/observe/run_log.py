@@ -100,7 +100,9 @@ class RunLog:
             return
         self._facts = self._find_facts(kind, 1 + max(device.process_index for device in devices))
         if not only_say:
-            self._open(resume_step, dict.fromkeys(["metrics", "evals", "samples", *(f"{name}s" for name in measures)]))
+            watch = ["watch"] if config.observe.watch else []
+            names = ["metrics", "evals", "samples", *watch, *(f"{name}s" for name in measures)]
+            self._open(resume_step, dict.fromkeys(names))
         self._console.start(
             config.train.steps,
             resume_step,
@@ -208,6 +210,12 @@ class RunLog:
         self._files[f"{name}s"](lambda file: file.append({"step": step, **row}))
         self._write(step, name, {key.removeprefix(f"{name}_"): value for key, value in row.items()})
         self._console.measured(line)
+
+    def watched(self, step: int, row: Mapping[str, float | list[float]]) -> None:
+        """Log a row of watch.jsonl; its numbers to writers as `watch/...`."""
+        if self._is_main:
+            self._files["watch"](lambda file: file.append({"step": step, **row}))
+            self._write(step, "watch", row)
 
     def has_measured(self, name: str, step: int) -> bool:
         """Whether `NAMEs.jsonl` has a row of the step."""

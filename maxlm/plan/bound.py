@@ -18,6 +18,7 @@ from maxlm import shapes
 from maxlm.config import (
     Adafactor,
     AdamW,
+    Dtype,
     Experts,
     OptimizerConfig,
     RunConfig,
@@ -139,7 +140,10 @@ def peak_flops(config: RunConfig, target: Machine, device: Chip) -> float:
         UserError: they have no unit for it.
     """
     if (peak := device.peak.of(config.execution.dtype)) is None:
-        raise UserError(f"model.dtype = {config.execution.dtype.value}, but {target} has no unit for it; use float32")
+        known = ", ".join(one.value for one in Dtype if device.peak.of(one) is not None)
+        raise UserError(
+            f"execution.dtype = {config.execution.dtype.value}, but {target} has no unit for it; use one of {known}"
+        )
     return peak
 
 

@@ -8,11 +8,14 @@ later_tokens.py: the loss of heads that guess at later tokens
 step.py: gradient, optimizer: one step
 keeper.py: the state of a run in its folder
 spikes.py: spikes of the loss, and what is passed over to go back from one
+stability.py: what a step remembers to keep steady: loss scale, spikes, the gradient's noise
+watch.py: the size of all that a step computes, and what in it is not finite
 finite.py: no state with NaN is saved, or gone on from
 config_file.py: config.json, and other settings for a run that goes on
 rank_budget.py: what AdaLoRA does in a step beside the loss
 router_metrics.py: load and drops of each mixture
 warm_start.py: parameters of another run
+chunk_scores.py: logits of a few tokens, over a device's part of the vocabulary
 losses.py: cross-entropy and log-probabilities without the logits of a whole batch
 text_objective.py: what objectives about whole texts share
 preference_objective.py: DPO and its kin, KTO

@@ -17,15 +17,20 @@ from maxlm import shapes
 from maxlm.checkpoint import manifest
 from maxlm.checkpoint.checkpointer import Checkpointer, Restored
 from maxlm.checkpoint.reference import Reference
+from maxlm.checkpoint.store import Record, named_leaves
 from maxlm.config import RunConfig, UserError, serialize
 from maxlm.models.base import own
 from maxlm.observe.report import SavedCheckpoint, report_step
 from maxlm.processes.joining import on_rank_0
 from maxlm.sharding import Layout
+from maxlm.training import stability
 from maxlm.training.config_file import ConfigFile
 from maxlm.training.finite import Diverged, not_finite
 from maxlm.training.spikes import Spike, Spikes
+from maxlm.training.stability import Stability
 from maxlm.training.state import CRITIC, TrainState, of_model
+
+_STABILITY = "stability"
 
 
 class Keeper:
@@ -76,7 +81,7 @@ class Keeper:
         """
         on_rank_0("prepare the folder of checkpoints", self._saved.prepare)
         restored = self._saved.restore_latest(
-            params=self._own(wanted.parameters), optimizer=_optimizer_item(wanted), judge=self._file.compare
+            params=self._own(wanted.parameters), optimizer=_as_saved(wanted), judge=self._file.compare
         )
         if restored is None:
             if (done := report_step(self._run_dir)) is not None:
@@ -87,7 +92,7 @@ class Keeper:
             return None
         self.meta, place = restored.meta, self._folder / str(restored.step)
         self._compare_identity(place)
-        state = _state(restored)
+        state = self._state(wanted, restored)
         remedy = (
             f"rename that folder to {restored.step}.set-aside and run the same command again to go on from the "
             "checkpoint before"
@@ -110,10 +115,10 @@ class Keeper:
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         for leaf in jax.tree.leaves((state.parameters, state.optimizer)):
             leaf.delete()  # there is no room for two states
-        own, beside = self._own(like.parameters), _optimizer_item(like)
+        own, beside = self._own(like.parameters), _as_saved(like)
         restored = self._saved.go_back(spike.wanted, spike.first, spike.what, params=own, optimizer=beside)
         self.meta = restored.meta
-        return dataclasses.replace(_state(restored), frozen=state.frozen)
+        return dataclasses.replace(self._state(like, restored), frozen=state.frozen)
 
     def begin(self) -> None:
         """Say what is not as it was; write config.json, on process 0, for a run without a checkpoint or one that has
@@ -172,6 +177,26 @@ class Keeper:
         """What a checkpoint has of them as the model's."""
         return own(self._config.model, of_model(parameters))
 
+    def _state(self, wanted: TrainState, restored: Restored) -> TrainState:
+        """Of what a checkpoint holds."""
+        beside = restored.optimizer or {}
+        critic = {CRITIC: beside.pop(CRITIC)} if CRITIC in beside else {}
+        steady = self._steady(wanted.stability, beside.pop(_STABILITY, {}))
+        return TrainState(parameters=restored.params | critic, stability=steady, **beside)
+
+    def _steady(self, wanted: Stability, saved: dict[str, jax.Array]) -> Stability:
+        """Of each part what a checkpoint has of it; as at a first step, where it has none or one of another length."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted)
+        new = jax.jit(lambda: stability.begin(self._config), out_shardings=shardings)()
+
+        def part(name: str, begun: Any) -> Any:
+            leaves = named_leaves({name: begun})
+            if all(at in saved and saved[at].shape == leaf.shape for at, leaf in leaves.items()):
+                return jax.tree.unflatten(jax.tree.structure(begun), [saved[at] for at in leaves])
+            return begun
+
+        return Stability(**{name: part(name, begun) for name, begun in new._asdict().items()})
+
     def _compare_identity(self, place: Path) -> None:
         tokenizer, data = self.meta.get("tokenizer"), self.meta["data"]["fingerprint"]
         if tokenizer != self._identity["tokenizer"]:
@@ -201,12 +226,6 @@ def require_finite(state: TrainState, place: str, remedy: str) -> None:
         raise UserError(f"{place}: not finite: {bad}; {remedy}")
 
 
-def _state(restored: Restored) -> TrainState:
-    beside = restored.optimizer or {}
-    critic = {CRITIC: beside.pop(CRITIC)} if CRITIC in beside else {}
-    return TrainState(parameters=restored.params | critic, **beside)
-
-
 def _optimizer_item(state: TrainState) -> dict[str, Any]:
     """All of the state but the model's parameters: what inference never reads."""
     critic = {CRITIC: state.parameters[CRITIC]} if CRITIC in state.parameters else {}
@@ -215,7 +234,24 @@ def _optimizer_item(state: TrainState) -> dict[str, Any]:
         "optimizer": state.optimizer,
         "skipped": state.skipped,
         "skipped_in_row": state.skipped_in_row,
+        _STABILITY: state.stability,
     }
+
+
+def _as_saved(wanted: TrainState) -> Callable[[Record], dict[str, Any]]:
+    """The same, of a state of shapes, with the stability that a checkpoint has, whatever this run asks for: it is of
+    another length, or not there, where another config wrote it."""
+
+    def item(record: Record) -> dict[str, Any]:
+        lead, everywhere = f"{_STABILITY}/", wanted.step.sharding
+        saved = {
+            name.removeprefix(lead): jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
+            for name, (dtype, shape) in record.items["optimizer"].items()
+            if name.startswith(lead)
+        }
+        return _optimizer_item(wanted) | {_STABILITY: saved}
+
+    return item
 
 
 def machine_facts(layout: Layout) -> dict[str, Any]:

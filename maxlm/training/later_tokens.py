@@ -11,7 +11,7 @@ from maxlm.config import RunConfig, TrainMedusa
 from maxlm.models import Tokens, Unembedding, bind, ops
 from maxlm.sharding import Layout
 from maxlm.training.losses import cross_entropy_sums
-from maxlm.training.objective import Batch, NextToken, Params, Sums
+from maxlm.training.objective import Batch, NextToken, Params, Sums, loss_options
 
 
 class LaterTokens(NextToken):
@@ -43,9 +43,7 @@ class LaterTokens(NextToken):
             objective, means = jnp.float32(0), {}
             for k, (states, unembedding) in enumerate(model.later(hidden, self._how), start=1):
                 targets, mask = batch[f"targets_{k}"], batch[f"mask_{k}"]
-                sums = cross_entropy_sums(
-                    layout, states, unembedding, targets, mask, z_loss=train.z_loss, chunk=train.loss_chunk
-                )
+                sums = cross_entropy_sums(layout, states, unembedding, targets, mask, **loss_options(train))
                 objective += self._weight**k * sums.objective
                 means[f"medusa_{k}_loss"] = sums.cross_entropy
             return Sums(objective, jnp.sum(batch["loss_mask"]), means)

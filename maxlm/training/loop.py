@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import jax
+import numpy as np
 
 from maxlm.checkpoint.lock import lock_run, require_seen
 from maxlm.checkpoint.reference import Reference
@@ -37,8 +38,9 @@ from maxlm.training.keeper import Keeper, require_finite
 from maxlm.training.objective import Batch, Objective
 from maxlm.training.spikes import Spikes
 from maxlm.training.state import TrainState
-from maxlm.training.step import StepOutput, make_trainer
+from maxlm.training.step import StepOutput, Trainer, make_trainer
 from maxlm.training.warm_start import Start
+from maxlm.training.watch import watch_row
 
 R = TypeVar("R")
 
@@ -253,6 +255,7 @@ def run(
         log.progress(start)
 
         output: StepOutput | None = None
+        batch: Batch | None = None
         interrupted = False
         failed: list[Failure] = []
         step = start
@@ -260,15 +263,21 @@ def run(
             if step == phases.end:
                 with watchdog.off_duty():
                     state = phases.enter(step, spikes.skipped, state, log)
-            batch = phases.recipe.feed.next(step, state)
             # The host runs one step ahead of the device, and looks at a step's figures while the next one is computed.
-            before = output
+            before, batch_before = output, batch
+            batch = phases.recipe.feed.next(step, state)
+            if (every := config.observe.watch) and (step + 1) % every == 0:
+                with watchdog.off_duty():
+                    _watch(phases.trainer, log, step + 1, state, batch)
             watchdog.step(step)
             with profile.step(step, wait_for=state), jax.transfer_guard("disallow"):
                 state, output = phases.program(state, batch)
             step += 1
             log.progress(step)
-            spike = None if before is None else spikes.look(step - 1, before)
+            spike = None
+            if before is not None:
+                where = functools.partial(_where_not_finite, phases.trainer, watchdog, state, batch_before)
+                spike = spikes.look(step - 1, before, where)
             keeper.check()
 
             is_last = step == train.steps
@@ -279,7 +288,8 @@ def run(
                 figures = {name: value.tolist() for name, value in jax.device_get(output.figures).items()}
                 log.step(step, config.tokens(step), figures)
             if spike is None and (saves or step == phases.end):
-                spike = spikes.look(step, output)
+                where = functools.partial(_where_not_finite, phases.trainer, watchdog, state, batch)
+                spike = spikes.look(step, output, where)
             if spike is not None:
                 with watchdog.off_duty():
                     state, output = keeper.go_back(spike, state), None
@@ -335,6 +345,20 @@ def _measure(
             log.warning(str(failed[-1]))
             return
         log.measured(measure.name, step, row, measure.line(step, row))
+
+
+def _watch(trainer: Trainer, log: RunLog, step: int, state: TrainState, batch: Batch) -> None:
+    """A row of watch.jsonl about the step to come, the `step`th; what fails is said once, and the run goes on."""
+    jax.block_until_ready(state)
+    with log.pause():
+        try:
+            row = watch_row(trainer.model, trainer.look(state, batch))
+        except Exception as error:
+            if jax.process_count() > 1:
+                raise  # the others may be in the midst of it
+            log.switched_off("observe.watch", reason(error))
+        else:
+            log.watched(step, row)
 
 
 def _identity(recipe: Recipe) -> dict[str, str | None]:
@@ -406,3 +430,16 @@ class _Phases(Generic[R]):
 def _unverified(config: RunConfig) -> RunConfig:
     """Its data were compared with their checksums when the run began."""
     return dataclasses.replace(config, data=dataclasses.replace(config.data, verify=False))
+
+
+def _where_not_finite(trainer: Trainer, watchdog: Watchdog, state: TrainState, batch: Batch | None, step: int) -> str:
+    """What was not, in a few words, in the `step`th step on this batch; skipped as it was, the state is still the one
+    that it began with. Looking may fail, as it takes memory: the run ends with its own error."""
+    assert batch is not None, "it is that of a step"
+    number: Any = np.int32(step - 1)
+    try:
+        with watchdog.off_duty():
+            found = trainer.first_not_finite(dataclasses.replace(state, step=number), batch)
+        return found or "nothing, when the step is computed again"
+    except Exception as error:
+        return f"not found ({reason(error)})"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypedDict
 
 import jax
 import jax.numpy as jnp
 
-from maxlm.config import ModelConfig, RunConfig
+from maxlm.config import ModelConfig, RunConfig, TrainConfig
 from maxlm.config.prediction_rules import predictions
 from maxlm.config.predictions import ENDS, PLACES, arrays_beside
 from maxlm.models import Decoder, DecoderOutput, Execution, Tokens, bind, declared, init_parameters
@@ -17,6 +17,7 @@ from maxlm.sharding import Layout
 from maxlm.training.in_products import in_products
 from maxlm.training.losses import LossSums, cross_entropy_sums
 from maxlm.training.router_metrics import router_metrics
+from maxlm.training.state import of_model
 
 Params = Any
 """Nested dicts of float32 arrays."""
@@ -97,6 +98,11 @@ class Objective(Protocol):
         """Parameters after an update, and figures to log, as they follow from `Sums.router` of the whole batch."""
         return params, {}
 
+    def look(self, params: Params, batch: Batch, of: Callable[[jax.Array], Any]) -> dict[str, Any]:
+        """What `of` makes of each activation of the model on some rows, as `Decoder.look` has them; nothing, for an
+        objective without such a model."""
+        return {}
+
 
 def in_parts(objective: Objective, layout: Layout, batch: Batch, parts: int) -> Batch:
     """The micro-batches of a batch, stacked: [B, ...] -> [parts, B / parts, ...].
@@ -147,14 +153,36 @@ class NextToken(Objective):
         with jax.named_scope("loss"):
             sums = self._cross_entropy(model, output.hidden, batch)
             means = {"loss": sums.cross_entropy, "z_loss": train.z_loss * sums.log_z_squared}
+            if sums.top_squared is not None:
+                means["max_z_loss"] = train.max_z_loss * sums.top_squared
             return self._sums(sums.objective, jnp.sum(batch["loss_mask"]), means, output, counted)
 
     def _read(self, model: ModelConfig, params: Params, batch: Batch) -> tuple[Decoder, DecoderOutput]:
         """The model's states of a batch in the mesh's order."""
         decoder = bind(model, in_products(self._how.config.products, model, params))
+        tokens = self._known(batch)
+        return decoder, decoder(self._begun(decoder, batch, tokens), tokens, self._how)
+
+    def _known(self, batch: Batch) -> Tokens:
+        """What the model knows of the tokens of a batch."""
         places = jnp.stack([batch[name] for name in PLACES], axis=-1) if PLACES[0] in batch else None
-        tokens = Tokens(batch["positions"], batch["segment_ids"], batch.get(ENDS), places, batch.get("seeds"))
-        return decoder, decoder(self._embeddings(decoder, batch, tokens), tokens, self._how)
+        return Tokens(batch["positions"], batch["segment_ids"], batch.get(ENDS), places, batch.get("seeds"))
+
+    def look(self, params: Params, batch: Batch, of: Callable[[jax.Array], Any]) -> dict[str, Any]:
+        like, model = batch["inputs"].shape, self._config.model
+        batch = self._how.arrange({name: x for name, x in batch.items() if x.ndim == 1 or x.shape == like})
+        decoder = bind(model, in_products(self._how.config.products, model, of_model(params)))
+        tokens = self._known(batch)
+        return decoder.look(self._begun(decoder, batch, tokens), tokens, self._how, of)
+
+    def _begun(self, decoder: Decoder, batch: Batch, tokens: Tokens) -> jax.Array:
+        """`_embeddings`, through which `train.embedding_gradient` of the gradient goes: alpha x + (1 - alpha)
+        stop_gradient(x) (GLM-130B, arXiv:2210.02414, section 3), written so that x keeps its bits."""
+        x, alpha = self._embeddings(decoder, batch, tokens), self._config.train.embedding_gradient
+        if alpha == 1:
+            return x
+        still = jax.lax.stop_gradient(x)
+        return still + jnp.asarray(alpha, x.dtype) * (x - still)
 
     def _read_other(self, model: ModelConfig, params: Params, batch: Batch) -> tuple[Decoder, DecoderOutput]:
         """The same by a model without this one's virtual tokens: a text does not see those of the batch, and begins at
@@ -188,12 +216,25 @@ class NextToken(Objective):
 
     def _cross_entropy(self, model: Decoder, hidden: jax.Array, batch: Batch) -> LossSums:
         """Of the targets, each with the weight that the mask gives it."""
-        train, loss = self._config.train, (model.unembedding, batch["targets"], batch["loss_mask"])
-        return cross_entropy_sums(self._layout, hidden, *loss, z_loss=train.z_loss, chunk=train.loss_chunk)
+        loss = (model.unembedding, batch["targets"], batch["loss_mask"])
+        return cross_entropy_sums(self._layout, hidden, *loss, **loss_options(self._config.train))
 
     def settle(self, params: Params, router: Any) -> tuple[Params, dict[str, jax.Array]]:
         """Biases of SigmoidRouters that follow the load; how evenly each layer's experts were used."""
         return balance_biases(self._config.model, params, router), router_metrics(router)
+
+
+class LossOptions(TypedDict):
+    """Of `cross_entropy_sums`."""
+
+    z_loss: float
+    max_z_loss: float
+    chunk: int
+
+
+def loss_options(train: TrainConfig) -> LossOptions:
+    """As a run's config says."""
+    return {"z_loss": train.z_loss, "max_z_loss": train.max_z_loss, "chunk": train.loss_chunk}
 
 
 def make_evaluate(objective: Objective, layout: Layout) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:

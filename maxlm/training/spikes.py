@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,8 +62,9 @@ class Spikes:
         losses = list(self._losses)
         return {"losses": losses, "high": self._high, "phase": self._phase, "undone": self._undone}
 
-    def look(self, step: int, output: StepOutput) -> Spike | None:
+    def look(self, step: int, output: StepOutput, where: Callable[[int], str]) -> Spike | None:
         """At the figures of step number `step`, counted from 1; waits for them. None: no spike, or looked at before.
+        `where` says what in a step was not finite first.
 
         Raises:
             Diverged: train.max_skipped_steps steps in a row were skipped, or there is a spike, and `train.rollback`
@@ -75,7 +76,7 @@ class Spikes:
         gone = in_row >= self._config.train.max_skipped_steps
         if (rule := self._rule) is None:
             if gone:
-                raise _diverged(self._config, output, step, in_row)
+                raise _diverged(self._config, output, step, in_row, where(step))
             return None
         phase = max((one.start for one in self._config.train.phases if one.start < step), default=0)
         if phase != self._phase:
@@ -83,7 +84,7 @@ class Spikes:
             self._phase, self._high = phase, 0
         loss = float(output.figures["loss"])
         usual = statistics.median(self._losses) if len(self._losses) == rule.window else math.inf
-        if in_row == 0 and loss <= usual + rule.margin:
+        if in_row == 0 and math.isfinite(loss) and loss <= usual + rule.margin:
             self._losses.append(loss)
             self._high = 0
             return None
@@ -116,13 +117,14 @@ class Spikes:
         return skip
 
 
-def _diverged(config: RunConfig, output: StepOutput, step: int, in_row: int) -> Diverged:
+def _diverged(config: RunConfig, output: StepOutput, step: int, in_row: int, first: str) -> Diverged:
     """With a report in the run folder."""
     report = Path(config.run_dir) / "diverged.json"
     values = {name: str(value) for name, value in jax.device_get(output.figures).items()}
     facts = {
         "step": step,
         "skipped_in_row": in_row,
+        "first_not_finite": first,
         "metrics_of_last_step": values,
         "config": serialize.to_dict(config),
     }
@@ -135,6 +137,6 @@ def _diverged(config: RunConfig, output: StepOutput, step: int, in_row: int) -> 
     return Diverged(
         f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']} or update norm "
         f"{values['update_norm']} was not finite for {in_row} steps in a row (train.max_skipped_steps = "
-        f"{config.train.max_skipped_steps}); parameters are as before them, {where}; "
+        f"{config.train.max_skipped_steps}); first not finite: {first}; parameters are as before them, {where}; "
         f"lower optimizer.learning_rate or look at the data from batch {step - in_row} on"
     )

@@ -13,6 +13,7 @@ import optax
 from maxlm.config import StatePart
 from maxlm.models.weights.holding import places
 from maxlm.sharding import Layout
+from maxlm.training.stability import Stability
 
 CRITIC = "critic"
 """Parameters under this key are of a critic, beside those of the model. A checkpoint has them with the optimizer's
@@ -36,14 +37,17 @@ class TrainState:
     optimizer: Any
     """optax state."""
     skipped: jax.Array
-    """int32: steps skipped since the start because something was not finite, or the objective did not accept them."""
+    """int32: steps skipped since the start because something was not finite, the objective did not accept them, or they
+    were spikes."""
     skipped_in_row: jax.Array
-    """int32: of those that were not finite, the ones without a good step since."""
+    """int32: of those that were not finite, the ones without a good step since, and without a loss scale to lower."""
+    stability: Stability = Stability()
+    """What steadies the steps to come; each part None where the config does not ask for it."""
     frozen: Any = None
     """What the loss reads and no step changes. A checkpoint says where it came from (`checkpoint/reference.py`)."""
 
 
-def init_state(parameters: Any, optimizer: Any) -> TrainState:
+def init_state(parameters: Any, optimizer: Any, stability: Stability = Stability()) -> TrainState:
     """A new state; run it under jit with `state_shardings` so that no device ever holds all of it."""
     zero = lambda: jnp.zeros((), jnp.int32)
     return TrainState(
@@ -52,6 +56,7 @@ def init_state(parameters: Any, optimizer: Any) -> TrainState:
         optimizer=optimizer,
         skipped=zero(),
         skipped_in_row=zero(),
+        stability=stability,
     )
 
 

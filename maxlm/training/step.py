@@ -14,13 +14,17 @@ import jax.numpy as jnp
 import optax
 
 from maxlm.checkpoint.store import named_leaves
-from maxlm.config import RunConfig, StatePart, UserError
+from maxlm.config import Dtype, ModelConfig, RunConfig, StatePart, UserError
+from maxlm.observe.devices import multiplies
 from maxlm.sharding import Layout, all_devices, make_layout
+from maxlm.training import stability
 from maxlm.training.objective import Batch, NextToken, Objective, Params, Sums, in_parts, make_evaluate
 from maxlm.training.optimizers import make_optimizer
 from maxlm.training.rank_budget import RankBudget
 from maxlm.training.schedules import learning_rate_schedule
+from maxlm.training.stability import PartNorms, StepFacts
 from maxlm.training.state import TrainState, init_state, state_shardings
+from maxlm.training.watch import Seen, activation_size, first_not_finite, sizes_of
 
 _CPU_OPTIONS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 """XLA for CPUs otherwise drops the barriers that put off each block's second forward pass until its gradient needs it,
@@ -40,6 +44,17 @@ class StepOutput(NamedTuple):
     skipped_in_row: jax.Array
 
 
+class Gradient(NamedTuple):
+    """Of a batch."""
+
+    sums: Sums
+    of_sum: Any
+    """Of the sums' objective, times what was asked for: a tree like the parameters', with None for those that are not
+    trained."""
+    parts: PartNorms | None
+    """Of the micro-batches' sums' objectives, times the same; where train.noise_scale asks for them."""
+
+
 class Trainer(NamedTuple):
     """The compiled programs of a run, and the shapes and shardings of its state."""
 
@@ -54,6 +69,9 @@ class Trainer(NamedTuple):
     do not touch it afterwards, `frozen` included."""
     evaluate: Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
     """See `make_evaluate`."""
+    look: Callable[[TrainState, Batch], Seen]
+    """What a step on this batch is made of, layer by layer; it changes nothing. Compiled when it is called."""
+    model: ModelConfig
     state: TrainState
     """Shapes and shardings of a state, as ShapeDtypeStruct."""
     batch: dict[str, jax.ShapeDtypeStruct]
@@ -65,6 +83,11 @@ class Trainer(NamedTuple):
         `maxlm.data.loader.global_batches` is for runs: each process reads its own rows, ahead of time.
         """
         return {name: jax.device_put(values, self.batch[name].sharding) for name, values in batch.items()}
+
+    def first_not_finite(self, state: TrainState, batch: Batch) -> str | None:
+        """What in a step on this batch is the first that is not finite, such as "output of block 3's mlp (forward)" or
+        "gradient of attention/q_proj of block 2", with blocks counted from 0; None: nothing. Every rank calls it."""
+        return first_not_finite(self.model, self.look(state, batch))
 
     def start(self, state: TrainState | None = None, frozen: Any = None) -> tuple[jax.stages.Compiled, TrainState]:
         """The compiled step, and `state` or a new one, which is made while the step compiles, with `frozen` in it."""
@@ -81,30 +104,41 @@ def gradient_function(
 
     The gradient is a tree like the parameters', with None for those that are not trained.
     """
+    found = _gradient_function(config, layout, objective)
+    return lambda params, frozen, batch: found(params, frozen, batch, None)[:2]
+
+
+def _gradient_function(
+    config: RunConfig, layout: Layout, objective: Objective
+) -> Callable[[Params, Any, Batch, jax.Array | None], Gradient]:
+    """The same, and what the objective is multiplied by before its gradient is formed -> the gradient of that."""
     part = functools.partial(trained, objective.declared)
     shardings = part(layout.shardings(objective.dims, StatePart.GRADIENTS))
 
-    def of_part(params: Params, frozen: Any, batch: Batch, counted: Any) -> tuple[Sums, Any]:
+    def of_part(params: Params, frozen: Any, batch: Batch, counted: Any, scale: jax.Array | None) -> tuple[Sums, Any]:
         def loss(changing: Params) -> tuple[jax.Array, Sums]:
             sums = objective.loss(joined(changing, params), frozen, batch, counted)
-            return sums.objective, sums
+            return sums.objective if scale is None else scale * sums.objective, sums
 
         gradients, sums = jax.grad(loss, has_aux=True)(part(params))
         return sums, jax.lax.with_sharding_constraint(gradients, shardings)
 
     parts = config.train.micro_batches
     if parts == 1 or layout.mesh.shape["stage"] > 1:  # a pipeline cuts the batch itself
-        return lambda params, frozen, batch: of_part(params, frozen, batch, objective.counted(params, frozen, batch))
+        return lambda params, frozen, batch, scale: Gradient(
+            *of_part(params, frozen, batch, objective.counted(params, frozen, batch), scale), None
+        )
 
-    def accumulate(params: Params, frozen: Any, batch: Batch) -> tuple[Sums, Any]:
-        def add(total: Any, part: Batch) -> tuple[Any, Sums]:
-            sums, gradients = of_part(params, frozen, part, counted)
-            return jax.tree.map(jnp.add, total, gradients), sums
+    def accumulate(params: Params, frozen: Any, batch: Batch, scale: jax.Array | None) -> Gradient:
+        def add(total: Any, part: Batch) -> tuple[Any, tuple[Sums, jax.Array | None]]:
+            sums, gradients = of_part(params, frozen, part, counted, scale)
+            norm = optax.tree.norm(gradients) if config.train.noise_scale.measure else None
+            return jax.tree.map(jnp.add, total, gradients), (sums, norm)
 
         counted = objective.counted(params, frozen, batch)
         zeros = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, part(params)), shardings)
-        gradients, sums = jax.lax.scan(add, zeros, in_parts(objective, layout, batch, parts))
-        return Sums.of_parts(sums), gradients
+        gradients, (sums, norms) = jax.lax.scan(add, zeros, in_parts(objective, layout, batch, parts))
+        return Gradient(Sums.of_parts(sums), gradients, None if norms is None else PartNorms(norms, sums.weight))
 
     return accumulate
 
@@ -128,31 +162,46 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
         objective: None: to predict the next token, whatever config.task is.
 
     Raises:
-        UserError: the objective makes other parameters than it declares; without a layout: the config does not fit the
-            devices, or its parts each other.
+        UserError: the objective makes other parameters than it declares; the devices do not compute in float16, if that
+            is asked for; without a layout: the config does not fit the devices, or its parts each other.
     """
     if layout is None:
         config.validate(len(all_devices()))
         layout = make_layout(config.sharding)
+    _check_float16(config, layout)
     objective = objective or NextToken(config, layout)
     learning_rate = learning_rate_schedule(
         config.optimizer.schedule, config.optimizer.learning_rate, config.train.steps
     )
     part, adapts = functools.partial(trained, objective.declared), config.model.adapter is not None
     optimizer = make_optimizer(config.optimizer, learning_rate, part(objective.declared), layers=config.model.repeats)
-    gradient, budget = gradient_function(config, layout, objective), RankBudget.of(config)
+    gradient, budget = _gradient_function(config, layout, objective), RankBudget.of(config)
 
     def init() -> TrainState:
         parameters = objective.init(jax.random.key(config.train.seed))
-        return init_state(parameters, optimizer.init(part(parameters)))
+        return init_state(parameters, optimizer.init(part(parameters)), stability.begin(config))
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepOutput]:
-        batch = objective.draw(batch, jax.random.fold_in(jax.random.key(config.train.seed), state.step))
-        sums, gradients = gradient(state.parameters, state.frozen, batch)
+    def drawn(state: TrainState, batch: Batch) -> Batch:
+        return objective.draw(batch, jax.random.fold_in(jax.random.key(config.train.seed), state.step))
+
+    def mean_gradient(state: TrainState, batch: Batch) -> tuple[Gradient, jax.Array]:
+        """Of the mean loss; and what makes a mean of a sum."""
+        scale = None
+        if state.stability.loss_scale is not None:  # of a sum over so many tokens
+            scale = state.stability.loss_scale.scale / (config.train.batch_size * config.train.seq_len)
+        sums, gradients, parts = gradient(state.parameters, state.frozen, batch, scale)
         # One division by the weight of the whole batch: every token weighs the same, whatever micro-batch or device
         # it came on.
         per_token = 1.0 / jnp.maximum(sums.weight, 1.0)
-        gradients = jax.tree.map(lambda g: g * per_token, gradients)
+        factor = per_token if scale is None else per_token / scale
+        if parts is not None:
+            each = parts.weights if scale is None else parts.weights * scale
+            parts = parts._replace(norms=parts.norms / jnp.where(each > 0, each, 1))
+        return Gradient(sums, jax.tree.map(lambda g: g * factor, gradients), parts), per_token
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepOutput]:
+        (sums, gradients, parts), per_token = mean_gradient(state, drawn(state, batch))
+        mean_norm = None if parts is None else optax.tree.norm(gradients)
         updates_made = state.step - state.skipped  # what the schedule counts
         more: dict[str, jax.Array] = {}
         if budget is not None:
@@ -171,24 +220,51 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
             update_norm = optax.tree.norm(updates)
         # A bad step leaves no trace but its count.
         good = jnp.isfinite(sums.objective) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
-        done = good & objective.accepts(sums)
+        loss = sums.means.get("loss", sums.objective) * per_token
+        done, spike = good & objective.accepts(sums), None
+        if (before := state.stability.spikes) is not None:
+            spike = done & stability.is_spike(config.train.spikes, before, loss, grad_norm)
+            done &= ~spike
+        facts = StepFacts(loss, grad_norm, good, spike, done, sums.weight, mean_norm, parts)
+        steady, of_stability = stability.settle(config, state.stability, facts)
         keep = lambda new, old: jnp.where(done, new, old)
         new_state = TrainState(
             step=state.step + 1,
             parameters=jax.tree.map(keep, new_parameters, state.parameters),
             optimizer=jax.tree.map(keep, new_optimizer, state.optimizer),
             skipped=state.skipped + ~done,
-            skipped_in_row=jnp.where(good, 0, state.skipped_in_row + 1),
+            skipped_in_row=jnp.where(
+                good, 0, state.skipped_in_row + stability.counts_as_bad(state.stability.loss_scale)
+            ),
+            stability=steady,
             frozen=state.frozen,
         )
         means = {name: total * per_token for name, total in {"loss": sums.objective, **sums.means}.items()}
-        figures = means | sums.largest | figures | more | {
+        figures = means | sums.largest | figures | more | of_stability | {
             "grad_norm": grad_norm,
             "update_norm": update_norm,
             "learning_rate": jnp.asarray(learning_rate(updates_made), jnp.float32),
             "skipped_steps": new_state.skipped,
         }  # fmt: skip
         return new_state, StepOutput(figures, sums.weight, new_state.skipped_in_row)
+
+    def look(state: TrainState, batch: Batch) -> Seen:
+        batch = drawn(state, batch)
+        (sums, gradients, _), per_token = mean_gradient(state, batch)
+        if budget is not None:
+            gradients, _ = budget.penalise(state.parameters, gradients)
+        old = part(state.parameters)
+        updates, _ = optimizer.update(gradients, state.optimizer, old)
+        parts = 1 if layout.mesh.shape["stage"] > 1 else config.train.micro_batches
+        some = {name: x[0] for name, x in in_parts(objective, layout, batch, parts).items()}
+        sizes = functools.partial(sizes_of, part(objective.declared))
+        return Seen(
+            loss=sums.means.get("loss", sums.objective) * per_token,
+            activations=objective.look(state.parameters, some, activation_size),
+            gradients=sizes(gradients),
+            parameters=sizes(old),
+            updates=sizes(updates),
+        )
 
     abstract = jax.eval_shape(init)
     _check_counted(objective.declared, abstract.parameters)
@@ -202,7 +278,7 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
         shardings,
     )
     begin_optimizer = jax.jit(
-        lambda some: init_state(None, optimizer.init(some)),
+        lambda some: init_state(None, optimizer.init(some), stability.begin(config)),
         out_shardings=dataclasses.replace(shardings, parameters=None, frozen=None),
     )
 
@@ -224,6 +300,8 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
             compiler_options=_CPU_OPTIONS if layout.on_cpu else None,
         ),
         evaluate=make_evaluate(objective, layout),
+        look=jax.jit(look, out_shardings=layout.sharding()),
+        model=config.model,
         state=shapes,
         batch={
             name: jax.ShapeDtypeStruct(
@@ -232,6 +310,14 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
             for name, array in objective.arrays.items()
         },
     )
+
+
+def _check_float16(config: RunConfig, layout: Layout) -> None:
+    kind = layout.mesh.devices.flat[0].device_kind
+    if config.execution.dtype is Dtype.FLOAT16 and not multiplies(kind, Dtype.FLOAT16):
+        raise UserError(
+            f"execution.dtype = float16 needs devices that multiply in it, and {kind} does not; use bfloat16"
+        )
 
 
 def _check_counted(declared: Any, built: Params) -> None:
