@@ -68,6 +68,7 @@ COMMANDS = (
     "launch",
     "data",
     "plan",
+    "scaling",
     "serve",
     "chat",
     "quantize",

@@ -38,6 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hub": {"config", "shapes", "sharding", "models", "checkpoint", "data", "inference"},
     "serving": {"config", "data", "inference"},
     "quantization": {"config", "shapes", "sharding", "models", "data", "inference", "hub"},
+    "scaling": {"config", "shapes", "observe", "surroundings"},
     "launching": {"config", "hardware"},
     "processes": {"config", "surroundings"},
     "compile_cache": {"surroundings"},
@@ -62,6 +63,7 @@ COMMANDS = {
         "compare",
         "data/__main__",
         "plan/__main__",
+        "scaling/__main__",
     )
 }
 """Command lines."""
@@ -75,6 +77,7 @@ LAZY = {
     "maxlm/data/input_files.py": {"zstandard"},
     "maxlm/observe/plots.py": {"matplotlib"},  # the extra `viz`
     "maxlm/plan/picture.py": {"matplotlib"},
+    "maxlm/scaling/drawing.py": {"matplotlib"},
     "maxlm/observe/writers.py": {"wandb"},  # who logs to it installs it
     "maxlm/hub/gguf_file.py": {"gguf"},  # the extra `weights`
     "maxlm/hub/tensor_files.py": {"safetensors"},  # the same
