@@ -78,7 +78,7 @@ def run(parameters: float, tokens: float, loss: float, curve: Sequence[tuple[flo
 def planted(
     law: ParametricLaw | JointLaw, noise: float = 0.0, seed: int = 0, flops: Sequence[float] = BUDGETS, sizes: int = 8
 ) -> list[MeasuredRun]:
-    """MeasuredRuns at budgets, of sizes around the best one, with noise in log-losses."""
+    """Runs at budgets, of sizes around the best one, with noise in log-losses."""
     rng = np.random.default_rng(seed)
     found = []
     for budget in flops:

@@ -13,7 +13,7 @@ from maxlm.scaling.log_fits import power_law
 from maxlm.scaling.measured_runs import MeasuredRun
 
 _POINTS = 1500
-"""Floats of FLOPs that are looked at, evenly in their logarithm (arXiv:2203.15556, section 3.1)."""
+"""Numbers of FLOPs that are looked at, evenly in their logarithm (arXiv:2203.15556, section 3.1)."""
 _FEWEST_SIZES = 4
 
 

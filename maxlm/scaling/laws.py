@@ -57,6 +57,11 @@ class PowerLaw:
         return cls(coefficient=numbers["scale"] ** numbers["alpha"], exponent=-numbers["alpha"])
 
 
+def _log_G(log_A: float, alpha: float, log_B: float, beta: float) -> float:
+    """log (alpha A / (beta B))^(1 / (alpha + beta))."""
+    return (math.log(alpha) + log_A - math.log(beta) - log_B) / (alpha + beta)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParametricLaw:
     """L(N, D) = E + A / N^alpha + B / D^beta (arXiv:2203.15556, equation 2)."""
@@ -73,7 +78,7 @@ class ParametricLaw:
 
     def optimum(self, flops: float) -> Optimum:
         """The least loss with 6ND = C (arXiv:2203.15556, equation 4)."""
-        parameters = self.G * (flops / FLOPS_PER_PARAMETER_TOKEN) ** self.a
+        parameters = math.exp(self.log_G) * (flops / FLOPS_PER_PARAMETER_TOKEN) ** self.a
         tokens = flops / FLOPS_PER_PARAMETER_TOKEN / parameters
         return Optimum(parameters, tokens, self.loss(parameters, tokens))
 
@@ -89,14 +94,13 @@ class ParametricLaw:
         return self.alpha / (self.alpha + self.beta)
 
     @property
-    def G(self) -> float:
+    def log_G(self) -> float:
         """N_opt = G (C/6)^a, D_opt = (C/6)^b / G."""
-        log = math.log(self.alpha) + math.log(self.A) - math.log(self.beta) - math.log(self.B)
-        return math.exp(log / (self.alpha + self.beta))
+        return _log_G(math.log(self.A), self.alpha, math.log(self.B), self.beta)
 
     def numbers(self) -> dict[str, float]:
         """Its constants, and those of the optimum."""
-        return {**dataclasses.asdict(self), "a": self.a, "b": self.b, "G": self.G}
+        return {**dataclasses.asdict(self), "a": self.a, "b": self.b, "G": math.exp(self.log_G)}
 
     @classmethod
     def of(cls, numbers: dict[str, float]) -> ParametricLaw:
@@ -119,9 +123,16 @@ class JointLaw:
 
     def optimum(self, flops: float) -> Optimum:
         """The least loss with 6ND = C: what is in brackets is a `ParametricLaw` with beta = 1."""
+        paid = flops / FLOPS_PER_PARAMETER_TOKEN
+        parameters = math.exp(self.log_G) * paid ** (1 / (1 + self.alpha_N / self.alpha_D))
+        tokens = paid / parameters
+        return Optimum(parameters, tokens, self.loss(parameters, tokens))
+
+    @property
+    def log_G(self) -> float:
+        """As of a `ParametricLaw`."""
         ratio = self.alpha_N / self.alpha_D
-        inner = ParametricLaw(E=0.0, A=self.N_c**ratio, B=self.D_c, alpha=ratio, beta=1.0).optimum(flops)
-        return inner._replace(loss=self.loss(inner.parameters, inner.tokens))
+        return _log_G(ratio * math.log(self.N_c), ratio, math.log(self.D_c), 1.0)
 
     def numbers(self) -> dict[str, float]:
         """Its constants, and the exponents of the optimum."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,7 +18,10 @@ _FLATTEST, _STEEPEST = 1e-3, 50.0
 """Exponents. At the first nothing falls any more; the second keeps a search from leaving the range of floats."""
 
 _LARGEST_LOG = 300.0
-"""Of N_c and D_c, which run away where loss is no such law."""
+"""Of constants, which run away where loss is no such law."""
+_LEAST_SHARE = math.log(1e-5)
+"""Log of what a term must be at least, of the smallest model or the shortest run, to count as seen."""
+FormulaLaw = TypeVar("FormulaLaw", ParametricLaw, JointLaw)
 
 _ALPHAS = np.array([0.05, 0.5, 1.0, 1.5, 2.0])
 _LOG_FACTORS = np.arange(0, 30, 5.0)
@@ -59,12 +63,17 @@ def fit_parametric(runs: Sequence[MeasuredRun], start: ParametricLaw | None = No
     found = robust_fit(predict, starts, log_loss)
     a, b, e = map(float, found[:3])
     alpha, beta = map(float, _exponents(found[3:]))
-    for name, exponent in (("parameters", alpha), ("tokens", beta)):
-        if exponent < _FLATTEST:
+    log_a, log_b = a + alpha * mid_x, b + beta * mid_y
+    for name, exponent, largest in (
+        ("parameters", alpha, a - alpha * x.min()),
+        ("tokens", beta, b - beta * y.min()),
+    ):
+        if exponent < _FLATTEST or largest < _LEAST_SHARE:
             raise UserError(f"the loss does not fall with the {name} of these runs; add runs that differ more in them")
-    return ParametricLaw(
-        E=math.exp(max(e, -100.0)), A=math.exp(a + alpha * mid_x), B=math.exp(b + beta * mid_y), alpha=alpha, beta=beta
-    )
+    if max(abs(log_a), abs(log_b)) > _LARGEST_LOG:
+        raise UserError("E + A / N^alpha + B / D^beta does not fit these runs: its constants run away; add runs")
+    law = ParametricLaw(E=math.exp(max(e, -_LARGEST_LOG)), A=math.exp(log_a), B=math.exp(log_b), alpha=alpha, beta=beta)
+    return _with_optimum(law)
 
 
 def _best_of_grid(x: Floats, y: Floats, log_loss: Floats, mid_x: float, mid_y: float) -> list[Floats]:
@@ -123,7 +132,14 @@ def fit_joint(runs: Sequence[MeasuredRun], start: JointLaw | None = None) -> Joi
     ratio, power = map(float, _exponents(found[2:]))
     if min(ratio, power) < _FLATTEST or max(abs(p / ratio + mid_x), abs(q + mid_y)) > _LARGEST_LOG:
         raise UserError("the loss does not fall with parameters and tokens as a joint power law; add runs that differ")
-    return JointLaw(N_c=math.exp(p / ratio + mid_x), D_c=math.exp(q + mid_y), alpha_N=ratio * power, alpha_D=power)
+    law = JointLaw(N_c=math.exp(p / ratio + mid_x), D_c=math.exp(q + mid_y), alpha_N=ratio * power, alpha_D=power)
+    return _with_optimum(law)
+
+
+def _with_optimum(law: FormulaLaw) -> FormulaLaw:
+    if abs(law.log_G) > _LARGEST_LOG:
+        raise UserError("the law of these runs has no best split of a budget; add runs that differ more")
+    return law
 
 
 def _exponents(logs: Floats) -> Floats:
