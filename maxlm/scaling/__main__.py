@@ -27,7 +27,7 @@ from maxlm.scaling.fitting import Fits, Fitting, as_json, fit_all, misfit, read_
 from maxlm.scaling.known_laws import KNOWN
 from maxlm.scaling.law_tables import of_constants, of_forecasts, of_optima, of_runs, of_sweep
 from maxlm.scaling.laws import JointLaw, ParametricLaw
-from maxlm.scaling.measured_runs import Reading, read_runs
+from maxlm.scaling.measured_runs import FlopsRule, Reading, read_runs
 from maxlm.scaling.sweep import Sweep, command, plan, run_all, write_configs
 
 _PROG = "python -m maxlm.scaling"
@@ -187,6 +187,12 @@ def _fit(options: FitOptions) -> int:
             print(f"{method.value}: no intervals, as most resamples of these runs give no law")
     for method, reason in fits.missing.items():
         print(f"{method.value}: not fitted: {reason}")
+    if runs.flops is FlopsRule.COUNTED:
+        ratios = [run.six_nd / run.flops for run in runs.runs]
+        print(
+            f"formulas for L(N, D) split a budget as 6ND, which is {min(ratios):.3g} to {max(ratios):.3g} times the "
+            "FLOPs that are counted of these runs"
+        )
     print(
         f"N: {options.reading.parameters.value} parameters; C: {runs.flops.value}; intervals: "
         f"{options.fitting.resamples} resamples of the runs, seed {options.fitting.seed}"

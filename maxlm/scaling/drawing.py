@@ -123,9 +123,9 @@ def _parabolas(axes: Any, fits: Fits, runs: Sequence[MeasuredRun]) -> None:
     tolerance = float(fits.about["tolerance"])
     found, _ = valleys(runs, tolerance)
     groups = [group for group in budgets(runs, tolerance) if len(group) >= FEWEST_SIZES]
-    shades = {id(group[0]): 0.75 * (1 - i / max(1, len(groups))) for i, group in enumerate(groups)}
-    for group in groups:
-        shade = (shades[id(group[0])], shades[id(group[0])], 0.8)
+    for i, group in enumerate(groups):
+        light = 0.75 * (1 - i / len(groups))
+        shade = (light, light, 0.8)
         one = next((one for one in found if one.runs[0] in group), None)
         flops = group[0].flops if one is None else one.flops
         n = np.array([run.parameters for run in group])
