@@ -54,7 +54,7 @@ def _figure(size: tuple[float, float]) -> Any:
 def _save(figure: Any, path: Path) -> None:
     part = path.with_suffix(".part")
     try:
-        figure.savefig(part, dpi=130, format="png")
+        figure.savefig(part, dpi=90, format="png")
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

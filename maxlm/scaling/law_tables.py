@@ -33,9 +33,9 @@ def _digits(value: float) -> str:
 
 
 def of_runs(runs: MeasuredRuns) -> Table:
-    """A row for each."""
+    """A row for each, by budgets and sizes."""
     table = _table(("run", "N", "tokens", "tokens / N", "FLOPs", "6ND", "loss"))
-    for run in sorted(runs.runs, key=lambda one: (one.flops, one.parameters)):
+    for run in sorted(runs.runs, key=lambda one: (float(f"{one.flops:.2g}"), one.parameters)):
         ratio = f"{run.tokens / run.parameters:.3g}"
         flops = f"{run.flops:.3g}", f"{run.six_nd:.3g}"
         table.add_row(run.name, short(run.parameters), short(run.tokens), ratio, *flops, f"{run.loss:.4f}")
