@@ -6,24 +6,21 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, assert_never
 
 from maxlm.config import (
     BlockConfig,
     ConstantSchedule,
-    CosineSchedule,
     GroupedQuery,
     InverseSqrtSchedule,
     LatentAttention,
-    LinearSchedule,
     ModelConfig,
     Pretrain,
     RunConfig,
     Schedule,
     UserError,
-    WsdSchedule,
     serialize,
 )
 from maxlm.config.errors import EXIT_INTERRUPTED
@@ -180,14 +177,9 @@ def _config(sized: RunConfig, steps: int, sweep: Sweep, base_width: int, name: s
 
 def _as_long(schedule: Schedule, factor: float) -> Schedule:
     """The schedule of a run that is `factor` times as long."""
-    warmup = round(schedule.warmup_steps * factor)
-    match schedule:
-        case WsdSchedule(decay_steps=decay):
-            return replace(schedule, warmup_steps=warmup, decay_steps=round(decay * factor))
-        case CosineSchedule() | LinearSchedule() | ConstantSchedule() | InverseSqrtSchedule():
-            return replace(schedule, warmup_steps=warmup)
-        case _:
-            assert_never(schedule)
+    # Its lengths are its keys in steps; everything else of a schedule is a share.
+    names = [one.name for one in fields(schedule) if one.name.endswith("_steps") and getattr(schedule, one.name)]
+    return replace(schedule, **{name: round(getattr(schedule, name) * factor) for name in names})
 
 
 def _devices(config: RunConfig) -> int:
