@@ -28,6 +28,7 @@ REQUIRED = [
     "cattrs>=26.2.1",  # dataclasses as JSON, without pickle
     "tensorboardX>=2.6.5",  # TensorBoard files without TensorFlow
     "numpy>=2.4.6",  # batches and shards on the host
+    "scipy>=1.17.1",  # fits of scaling laws; jax needs it too
     "ml_dtypes>=0.5.4",  # bfloat16 in numpy; jax needs it too
 ]
 

@@ -69,6 +69,7 @@ COMMANDS = (
     "launch",
     "data",
     "plan",
+    "scaling",
     "serve",
     "chat",
     "quantize",

@@ -38,6 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hub": {"config", "shapes", "sharding", "models", "checkpoint", "data", "inference"},
     "serving": {"config", "data", "inference"},
     "quantization": {"config", "shapes", "sharding", "models", "data", "inference", "hub"},
+    "scaling": {"config", "shapes", "observe", "surroundings"},
     "launching": {"config", "hardware"},
     "checking": {"config", "sharding", "models", "data", "checkpoint", "training", KERNELS},
     "processes": {"config", "surroundings"},
@@ -64,6 +65,7 @@ COMMANDS = {
         "compare",
         "data/__main__",
         "plan/__main__",
+        "scaling/__main__",
     )
 }
 """Command lines."""
@@ -77,6 +79,7 @@ LAZY = {
     "maxlm/data/input_files.py": {"zstandard"},
     "maxlm/observe/plots.py": {"matplotlib"},  # the extra `viz`
     "maxlm/plan/picture.py": {"matplotlib"},
+    "maxlm/scaling/drawing.py": {"matplotlib"},
     "maxlm/observe/writers.py": {"wandb"},  # who logs to it installs it
     "maxlm/hub/gguf_file.py": {"gguf"},  # the extra `weights`
     "maxlm/hub/tensor_files.py": {"safetensors"},  # the same

@@ -39,6 +39,7 @@ from maxlm.evaluation.prompting import Prompting
 from maxlm.generate import GenerateOptions
 from maxlm.inspect import InspectOptions
 from maxlm.launching.destinations import DESTINATIONS
+from maxlm.scaling.__main__ import DownstreamOptions, FitOptions, OptimalOptions, SweepOptions
 from maxlm.serve import ServeOptions
 
 ROOT = Path(__file__).parent.parent
@@ -57,6 +58,10 @@ COMMANDS = (
     Best,
     Star,
     Attacks,
+    FitOptions,
+    OptimalOptions,
+    SweepOptions,
+    DownstreamOptions,
     *DESTINATIONS.values(),
 )
 

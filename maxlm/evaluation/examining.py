@@ -179,6 +179,7 @@ def _choice_record(
         record["acc_calibrated"] = float(np.argmax(calibrated) == answer)
     return record | {
         "log_probs": scores[0].mean(0).tolist(),
+        "log_probs_per_byte": scores[2].mean(0).tolist(),
         "probabilities": probabilities.tolist(),
         "answer": answer,
         "right": float(np.argmax(probabilities) == answer),
