@@ -50,6 +50,7 @@ COMMANDS = {
     for name in (
         "__main__",
         "train",
+        "average",
         "generate",
         "convert",
         "evaluate",

@@ -21,7 +21,8 @@ purposes.py: what records of conversations are for
 rewards.py: what is good in a completion
 tools.py: what a policy may call while it writes
 quantization.py: ways to make weights smaller
-optimizer.py: AdamW, Adafactor, schedules
+optimizer.py: AdamW, Adafactor, Lion, Muon, SGD; groups of parameters, their average
+schedule.py: learning rates as functions of the step
 sharding.py: sizes of the mesh axes, ZeRO stages, presets
 dims.py: the table: which mesh axis cuts which dim of an array
 layout_rules.py: what must divide what
@@ -124,13 +125,18 @@ from maxlm.config.norm import LayerNorm, Norm, RmsNorm
 from maxlm.config.optimizer import (
     Adafactor,
     AdamW,
-    ConstantSchedule,
-    CosineSchedule,
-    InverseSqrtSchedule,
-    LinearSchedule,
+    EightBitMoments,
+    Ema,
+    HasDim,
+    Lion,
+    Muon,
+    MuonScale,
+    NameMatches,
     OptimizerConfig,
-    Schedule,
-    WsdSchedule,
+    Parameter,
+    ParameterGroup,
+    Sgd,
+    StateArray,
 )
 from maxlm.config.policy import Advantage, Aggregation, BatchMean, GroupMean, LeaveOneOut
 from maxlm.config.position import (
@@ -170,6 +176,17 @@ from maxlm.config.rewards import (
 )
 from maxlm.config.run import CheckpointConfig, LimitsConfig, ObserveConfig, RunConfig, StepRange, TrainConfig
 from maxlm.config.sampling import BeamConfig, ContrastiveConfig, GuidanceConfig, SamplingConfig
+from maxlm.config.schedule import (
+    ConstantSchedule,
+    CosineSchedule,
+    Decay,
+    Drop,
+    InverseSqrtSchedule,
+    LinearSchedule,
+    MultiStepSchedule,
+    Schedule,
+    WsdSchedule,
+)
 from maxlm.config.sharding import (
     MESH_AXES,
     Context,
@@ -250,6 +267,7 @@ __all__ = [
     "Counted",
     "DataConfig",
     "Dataset",
+    "Decay",
     "DeepNorm",
     "Dispatch",
     "DistillContext",
@@ -258,10 +276,13 @@ __all__ = [
     "DocumentsConfig",
     "Dpo",
     "DraftModel",
+    "Drop",
     "Dropless",
     "Dtype",
     "DyLora",
     "DynamicNtkScaling",
+    "EightBitMoments",
+    "Ema",
     "Embed",
     "EmbedHead",
     "EmbeddedPosition",
@@ -284,6 +305,7 @@ __all__ = [
     "GroupedQuery",
     "Grpo",
     "GuidanceConfig",
+    "HasDim",
     "Head",
     "HuggingFaceDataset",
     "HuggingFaceTokenizer",
@@ -303,6 +325,7 @@ __all__ = [
     "LimitsConfig",
     "LinearScaling",
     "LinearSchedule",
+    "Lion",
     "Llama3RopeScaling",
     "LlamaAdapter",
     "LmHead",
@@ -316,6 +339,10 @@ __all__ = [
     "MlpEncoder",
     "ModelConfig",
     "ModelReward",
+    "MultiStepSchedule",
+    "Muon",
+    "MuonScale",
+    "NameMatches",
     "NoisyTopKRouter",
     "Nonlinearity",
     "Norm",
@@ -326,6 +353,8 @@ __all__ = [
     "Orpo",
     "OutputNorm",
     "Parallel",
+    "Parameter",
+    "ParameterGroup",
     "PatternReward",
     "PieceModel",
     "Pooling",
@@ -367,6 +396,7 @@ __all__ = [
     "SchemaReward",
     "SentencePieceTokenizer",
     "Sft",
+    "Sgd",
     "ShardingConfig",
     "SigmoidRouter",
     "SimPo",
@@ -374,6 +404,7 @@ __all__ = [
     "SlicesAxis",
     "Speculation",
     "StandardLibrary",
+    "StateArray",
     "StatePart",
     "StepRange",
     "StridedPattern",

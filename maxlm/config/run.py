@@ -15,6 +15,7 @@ from maxlm.config.fields import Changes, NotEmpty, NotNegative, PathName, Positi
 from maxlm.config.layout_rules import broken_layout_rules
 from maxlm.config.model import ModelConfig
 from maxlm.config.optimizer import AdamW, OptimizerConfig
+from maxlm.config.schedule import schedule_remark
 from maxlm.config.sharding import ShardingConfig
 from maxlm.config.task import Pretrain, Task, TrainMedusa
 from maxlm.config.task_rules import broken_task_rules
@@ -250,10 +251,5 @@ class RunConfig:
 
     def remarks(self) -> list[str]:
         """A line for each choice that can be made and is seldom meant."""
-        warmup, steps = self.optimizer.schedule.warmup_steps, self.train.steps
-        if warmup < steps:
-            return []
-        return [
-            f"optimizer.schedule.warmup_steps = {warmup} leaves nothing of train.steps = {steps}: the learning rate "
-            "rises to the end"
-        ]
+        remark = schedule_remark(self.optimizer.schedule, self.train.steps)
+        return [] if remark is None else [remark]
