@@ -145,7 +145,7 @@ def test_what_cannot_be_averaged_is_refused_in_a_line(made: Steps, tmp_path: Pat
 
     assert "alone is its own mean; name more runs" in told(str(run))
     assert "no checkpoint of step 9; there are 1, 2, 3, 4" in told(str(run), "--steps", "9")
-    assert "--last 5, and it has 4 checkpoints" in told(str(run), "--last", "5")
+    assert "--last 5, and there are only checkpoints of 1, 2, 3, 4; a run" in told(str(run), "--last", "5")
     assert "both choose checkpoints" in told(str(run), "--last", "2", "--steps", "1")
     assert "3 numbers for 2 checkpoints" in told(str(run), "--last", "2", "--weights", "1", "1", "1")
     assert "are all 0" in told(str(run), "--last", "2", "--weights", "0", "0")

@@ -49,7 +49,7 @@ def checkpoints(runs: Sequence[str], *, steps: Sequence[int], last: int | None) 
             raise UserError(f"{run}: has no checkpoint of step {missing[0]}; there are {_listed(there)}")
         if last is not None and len(there) < last:
             raise UserError(
-                f"{run}: --last {last}, and it has {len(there)} checkpoints, {_listed(there)}; a run keeps more with "
+                f"{run}: --last {last}, and there are only checkpoints of {_listed(there)}; a run keeps more with "
                 "checkpoint.keep_last"
             )
         found += [folder / str(one) for one in wanted]
