@@ -6,6 +6,7 @@ Nothing is loaded before its name is used.
 
 __main__.py: command: list the commands
 train.py: command: train
+average.py: command: one model of several checkpoints
 compare.py: command: runs side by side
 launch.py: command: train somewhere else
 quantize.py: command: smaller weights, and what they cost

@@ -83,6 +83,13 @@ class Layout:
         cuts = _axes_of_dims(_without(spec, manual))
         return tuple(n // math.prod(mesh.shape[axis] for axis in cut) for n, cut in zip(shape, cuts, strict=True))
 
+    def divided(self, shape: Sequence[int], spec: PartitionSpec) -> PartitionSpec:
+        """The spec for an array of this shape, whose dims stay whole where their size does not divide."""
+        parts = [math.prod(self.mesh.shape[axis] for axis in axes) for axes in _axes_of_dims(spec)]
+        return PartitionSpec(
+            *(axes if n % part == 0 else None for n, axes, part in zip(shape, spec, parts, strict=True))
+        )
+
     @property
     def on_cpu(self) -> bool:
         """Whether its devices are the host's processor."""

@@ -60,6 +60,7 @@ ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/api.md").read_text(), re.M | re.S)
 COMMANDS = (
     "train",
+    "average",
     "compare",
     "convert",
     "generate",

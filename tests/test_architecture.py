@@ -52,6 +52,7 @@ COMMANDS = {
     for name in (
         "__main__",
         "train",
+        "average",
         "generate",
         "convert",
         "evaluate",

@@ -395,7 +395,7 @@ def test_a_config_file_that_is_no_saved_config_is_one_line(text: str, words: str
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
-        (("optimizer", "kind"), "UserError", "'UserError'; must be one of AdamW, Adafactor"),
+        (("optimizer", "kind"), "UserError", "'UserError'; must be one of AdamW, Adafactor, Lion, Muon, Sgd"),
         (("optimizer", "kind"), "os.system", "os.system"),
         (("optimizer", "schedule", "kind"), "AdamW", "AdamW"),
         (("optimizer", "momentum"), 0.9, "momentum"),

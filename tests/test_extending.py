@@ -22,7 +22,8 @@ from maxlm.config import *
 from maxlm.config import Activation
 from maxlm.config.norm import ScaleNorm
 from maxlm.config.position import FastPairs
-from maxlm.config.optimizer import ExponentialSchedule, Lion
+from maxlm.config.optimizer import Signum
+from maxlm.config.schedule import ExponentialSchedule
 from maxlm.config.task import Continue
 from maxlm.config.data import Sqlite
 
@@ -35,7 +36,7 @@ config = RunConfig(
     data=DataConfig(datasets=(Dataset(path="data", prepare=PrepareConfig(
         documents=documents, tokenizer=ByteTokenizer(), validation_fraction=0.0)),)),
     train=TrainConfig(steps=2, batch_size=2, seq_len=16, log_every=1, eval_batches=0),
-    optimizer=Lion(schedule=ExponentialSchedule()),
+    optimizer=Signum(schedule=ExponentialSchedule()),
     execution=ExecutionConfig(dtype=Dtype.FLOAT32, remat=Remat.NONE),
     observe=ObserveConfig(sample_tokens=0),
     task=Continue(),

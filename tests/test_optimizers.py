@@ -11,7 +11,7 @@ import optax
 import pytest
 from helpers import small_model, with_attention
 
-from maxlm.config import Adafactor, AdamW, Dtype, GatedMlp, QkNorm
+from maxlm.config import Adafactor, AdamW, Dtype, GatedMlp, Lion, Muon, MuonScale, QkNorm, Sgd
 from maxlm.models import declared, init_parameters
 from maxlm.shapes import Array, Constant, Part, Role
 from maxlm.training.optimizers import make_optimizer
@@ -20,6 +20,8 @@ DIMS = {
     "matrix": ("embed", "mlp"),
     "stacked": ("layers", "embed", "mlp"),
     "heads": ("layers", "embed", "heads", "head_dim"),
+    "experts": ("layers", "experts", "embed", "mlp"),
+    "table": ("vocab", "embed"),
     "norm": ("layers", "vector"),
     "bias": ("layers", "kv_heads", "head_dim"),
     "final_norm": ("vector",),
@@ -28,6 +30,8 @@ SHAPES = {
     "matrix": (7, 5),
     "stacked": (3, 4, 6),
     "heads": (3, 9, 2, 8),
+    "experts": (3, 2, 4, 3),
+    "table": (8, 5),
     "norm": (3, 7),
     "bias": (3, 2, 4),
     "final_norm": (7,),
@@ -60,12 +64,14 @@ def narrow(tree):
 def declared_as(dims):
     """Arrays with these dims, of which those that have an "embed" dim are matrices."""
 
-    def array(names):
-        role = Role.PRODUCT if "embed" in names else Role.OTHER
-        return Array("", (), names, Constant(0), role, Part.MLP)
+    def array(path, names):
+        role, name = Role.PRODUCT if "embed" in names else Role.OTHER, path[-1].key
+        inputs = ("embed",) if role.decays else ()
+        return Array(name, SHAPES.get(name, ()), names, Constant(0), role, Part.MLP, inputs=inputs)
 
     is_names = lambda leaf: isinstance(leaf, tuple)
-    return jax.tree.map(lambda leaf: array(leaf) if is_names(leaf) else leaf, dims, is_leaf=is_names)
+    make = lambda path, leaf: array(path, leaf) if is_names(leaf) else leaf
+    return jax.tree_util.tree_map_with_path(make, dims, is_leaf=is_names)
 
 
 def run(config, parameters, gradients, dims=DIMS, layers=LAYERS):
@@ -89,7 +95,7 @@ def clipped(gradient, limit):
 
 
 def decays(name):
-    return name in ("matrix", "stacked", "heads")
+    return "embed" in DIMS[name]
 
 
 def adamw(config, parameters, gradients):
@@ -110,6 +116,7 @@ def adafactor_one(config, x, gradients, factor, decay):
     """Algorithms 4 and 5 of arXiv:1804.04235 for one matrix or vector; gradients come clipped."""
     rms = lambda a: np.sqrt((a**2).mean())
     rows, columns, v = (np.zeros(x.shape[:-1]), np.zeros(x.shape[1:]), 0) if factor else (0, 0, np.zeros_like(x))
+    mean = np.zeros_like(x)
     for t, g in enumerate(gradients, 1):
         beta = 1 - t**-config.decay_rate
         if factor:
@@ -122,7 +129,8 @@ def adafactor_one(config, x, gradients, factor, decay):
         if config.update_clip is not None:
             u = u / max(1, rms(u) / config.update_clip)
         size = max(1e-3, rms(x)) if config.scale_by_parameter else 1
-        x = x - rate(t - 1) * (size * u + config.weight_decay * decay * x)
+        mean = config.b1 * mean + (1 - config.b1) * size * u
+        x = x - rate(t - 1) * (mean + config.weight_decay * decay * x)
     return x
 
 
@@ -168,10 +176,105 @@ def test_adamw_keeps_its_first_moment_in_bfloat16_if_asked():
         assert not np.array_equal(got[name], exact[name])
 
 
+def lion(config, parameters, gradients):
+    """Algorithm 2 of arXiv:2302.06675."""
+    x, m = dict(parameters), {n: np.zeros_like(p) for n, p in parameters.items()}
+    for t, gradient in enumerate(gradients, 1):
+        for name, g in clipped(gradient, config.clip_norm).items():
+            sign = np.sign(config.b1 * m[name] + (1 - config.b1) * g)
+            x[name] = x[name] - rate(t - 1) * (sign + config.weight_decay * decays(name) * x[name])
+            m[name] = config.b2 * m[name] + (1 - config.b2) * g
+    return x
+
+
+@pytest.mark.parametrize("config", [Lion(), Lion(b1=0.5, b2=0.7, weight_decay=0.0, clip_norm=None)])
+def test_lion_equals_the_paper(config):
+    parameters, gradients = parameters_and_gradients()
+    assert_close(run(config, parameters, gradients), lion(config, parameters, gradients))
+
+
+def sgd(config, parameters, gradients):
+    """Sutskever et al. 2013 as PyTorch has it, with the decay of arXiv:1711.05101, algorithm 1."""
+    x, sums = dict(parameters), {n: np.zeros_like(p) for n, p in parameters.items()}
+    for t, gradient in enumerate(gradients, 1):
+        for name, g in clipped(gradient, config.clip_norm).items():
+            sums[name] = config.momentum * sums[name] + g
+            step = g + config.momentum * sums[name] if config.nesterov else sums[name]
+            x[name] = x[name] - rate(t - 1) * (step + config.weight_decay * decays(name) * x[name])
+    return x
+
+
+@pytest.mark.parametrize("config", [Sgd(), Sgd(nesterov=True, weight_decay=0.2, clip_norm=None), Sgd(momentum=0.0)])
+def test_sgd_equals_its_formula(config):
+    parameters, gradients = parameters_and_gradients()
+    assert_close(run(config, parameters, gradients), sgd(config, parameters, gradients))
+
+
+def newton_schulz(x, steps):
+    """Of the post of Jordan et al. 2024, in float64."""
+    x = x / (np.linalg.norm(x) + 1e-7)
+    for _ in range(steps):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x
+
+
+INPUTS = {"matrix": 7, "stacked": 4, "heads": 9, "experts": 4}
+MATRICES_IN = {"matrix": 1, "stacked": LAYERS, "heads": LAYERS, "experts": 2 * LAYERS}
+
+
+def muon(config, parameters, gradients):
+    """Each matrix of each layer and expert by itself, heads side by side; AdamW for the rest."""
+    gradients = [clipped(gradient, config.clip_norm) for gradient in gradients]
+    adam = AdamW(clip_norm=None, weight_decay=0, b1=config.b1, b2=config.b2, eps=config.eps)
+    ratio = config.adam_learning_rate / config.learning_rate
+    want = {}
+    for name, x in parameters.items():
+        history = [{name: g[name]} for g in gradients]
+        if name not in INPUTS:
+            x = {name: x.copy()}
+            for t in range(1, len(history) + 1):  # a step of AdamW is the difference of two of its ends from 0
+                before, after = (adamw(adam, {name: 0 * x[name]}, history[:n])[name] for n in (t - 1, t))
+                decay = config.weight_decay * decays(name) * x[name]
+                x[name] = x[name] + ratio * (after - before - rate(t - 1) * decay)
+            want[name] = x[name]
+            continue
+        flat = lambda a, name=name: a.reshape(MATRICES_IN[name], INPUTS[name], -1)
+        matrices, momenta = flat(x).copy(), np.zeros_like(flat(x))
+        outputs = matrices.shape[-1]
+        scale = {
+            MuonScale.JORDAN: max(1, outputs / INPUTS[name]) ** 0.5,
+            MuonScale.MOONLIGHT: 0.2 * max(outputs, INPUTS[name]) ** 0.5,
+        }[config.scale]
+        for t, gradient in enumerate(history, 1):
+            momenta = config.momentum * momenta + flat(gradient[name])
+            ahead = flat(gradient[name]) + config.momentum * momenta if config.nesterov else momenta
+            made = np.stack([newton_schulz(one, config.newton_schulz_steps) for one in ahead])
+            matrices = matrices - rate(t - 1) * (scale * made + config.weight_decay * matrices)
+        want[name] = matrices.reshape(x.shape)
+    return want
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Muon(newton_schulz_dtype=Dtype.FLOAT32, learning_rate=0.02, adam_learning_rate=0.01),
+        Muon(
+            newton_schulz_dtype=Dtype.FLOAT32, scale=MuonScale.JORDAN, nesterov=False, clip_norm=None, weight_decay=0.0
+        ),
+    ],
+)
+def test_muon_equals_its_formula(config):
+    """Also says that heads are one matrix, that layers and experts are not, and that nothing else is one."""
+    parameters, gradients = parameters_and_gradients()
+    assert_close(run(config, parameters, gradients), muon(config, parameters, gradients), 2e-3)
+
+
 ADAFACTORS = {
     "paper": Adafactor(min_factored_dim=4, clip_norm=None),
     "clipped_and_decayed": Adafactor(min_factored_dim=4, clip_norm=1.0, weight_decay=0.3),
     "nothing_factored": Adafactor(min_factored_dim=100, clip_norm=None, update_clip=0.3),
+    "with_a_first_moment": Adafactor(min_factored_dim=4, b1=0.9, weight_decay=0.3),
     "bare": Adafactor(min_factored_dim=4, clip_norm=None, update_clip=None, scale_by_parameter=False, decay_rate=0.5),
 }
 
@@ -238,10 +341,11 @@ def test_decay_is_for_the_matrices(full_model):
     assert unmarked == {"scale"} | {f"{name}_bias" for name in ("q", "k", "v", "o", "gate", "up", "down")}
 
 
-@pytest.mark.parametrize("config", [AdamW(weight_decay=0.5), Adafactor(weight_decay=0.5)])
-def test_decay_shrinks_matrices_and_nothing_else(full_model, config):
+@pytest.mark.parametrize("cls", [AdamW, Adafactor, Lion, Muon, Sgd])
+def test_decay_shrinks_matrices_and_nothing_else(full_model, cls):
     """With gradients of zero, decay is all that is left."""
     arrays, parameters = full_model
+    config = cls(weight_decay=0.5)
     parameters = jax.tree.map(lambda p: p + 0.25, parameters)  # biases start at 0, where decay would not show
     after = run(config, parameters, [jax.tree.map(jnp.zeros_like, parameters)], arrays, layers=2)
     kept = 1 - rate(0) * 0.5

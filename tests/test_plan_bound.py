@@ -187,7 +187,7 @@ def test_optimizers_that_keep_less_move_less() -> None:
     )
     total = parameter_count(config.model).total
     assert adam - small == pytest.approx(4 * total)
-    assert adam - factored == pytest.approx(16 * total)
+    assert adam - factored == pytest.approx(16 * total, rel=2e-3)  # its factors are a thousandth of that
 
 
 def test_experts_read_all_weights_for_few_tokens() -> None:

@@ -20,15 +20,20 @@ from maxlm.config import (
     Capacity,
     DeepNorm,
     Dtype,
+    EightBitMoments,
+    Ema,
     EngineConfig,
     Experts,
     GatedMlp,
+    Lion,
+    Muon,
     OutputNorm,
     Parallel,
     PostNorm,
     QkNorm,
     Remat,
     Sandwich,
+    Sgd,
     ShardingConfig,
     Swish,
     TopKRouter,
@@ -39,6 +44,7 @@ from maxlm.models import Execution
 from maxlm.models.kv_cache import empty_cache
 from maxlm.plan.machines import Platform
 from maxlm.plan.memory import cache_bytes, estimate_memory
+from maxlm.plan.tables import optimizer_text
 from maxlm.shapes import arrays
 from maxlm.sharding import make_layout
 from maxlm.training import make_trainer
@@ -56,8 +62,18 @@ def shard_bytes(tree) -> int:
 
 @pytest.mark.parametrize(
     "optimizer",
-    [AdamW(), AdamW(moment_dtype=Dtype.BFLOAT16), Adafactor(min_factored_dim=8), Adafactor(min_factored_dim=40)],
-    ids=["adam", "adam bfloat16", "adafactor", "adafactor that factors little"],
+    [
+        AdamW(),
+        AdamW(moment_dtype=Dtype.BFLOAT16, average=Ema()),
+        AdamW(eight_bit=EightBitMoments(block=12, min_size=300)),
+        Adafactor(min_factored_dim=8),
+        Adafactor(min_factored_dim=40, b1=0.9, moment_dtype=Dtype.BFLOAT16),
+        Lion(moment_dtype=Dtype.BFLOAT16),
+        Muon(moment_dtype=Dtype.BFLOAT16),
+        Sgd(),
+        Sgd(momentum=0.0, average=Ema()),
+    ],
+    ids=lambda one: optimizer_text(one) + "+" * (one.average is not None) + "0" * (getattr(one, "momentum", 1) == 0),
 )
 @pytest.mark.parametrize(
     ("axes", "zero"),

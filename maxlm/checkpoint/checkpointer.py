@@ -280,9 +280,10 @@ class Checkpointer:
         """Some parameters of a step that was chosen, by their names in its record, in the shardings of these."""
         return self._read(step, lambda path: self._store.some(path, "params", params))
 
-    def deferred_parameters(self, step: int, names: Iterable[str]) -> dict[str, Deferred]:
-        """The same, to be read into host memory when each is asked for, also after `close`."""
-        return self._read(step, lambda path: self._store.deferred(path, "params", names))
+    def deferred_parameters(self, step: int, names: Iterable[str], *, item: str = "params") -> dict[str, Deferred]:
+        """The same, to be read into host memory when each is asked for, also after `close`; `optimizer` is the item
+        that has an average of them."""
+        return self._read(step, lambda path: self._store.deferred(path, item, names))
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """What `save` got as `meta`.

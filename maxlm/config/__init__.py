@@ -24,7 +24,8 @@ purposes.py: what records of conversations are for
 rewards.py: what is good in a completion
 tools.py: what a policy may call while it writes
 quantization.py: ways to make weights smaller
-optimizer.py: AdamW, Adafactor, schedules
+optimizer.py: AdamW, Adafactor, Lion, Muon, SGD; groups of parameters, their average
+schedule.py: learning rates as functions of the step
 sharding.py: sizes of the mesh axes, ZeRO stages, presets
 dims.py: the table: which mesh axis cuts which dim of an array
 layout_rules.py: what must divide what
@@ -142,13 +143,18 @@ from maxlm.config.norm import LayerNorm, Norm, RmsNorm
 from maxlm.config.optimizer import (
     Adafactor,
     AdamW,
-    ConstantSchedule,
-    CosineSchedule,
-    InverseSqrtSchedule,
-    LinearSchedule,
+    EightBitMoments,
+    Ema,
+    HasDim,
+    Lion,
+    Muon,
+    MuonScale,
+    NameMatches,
     OptimizerConfig,
-    Schedule,
-    WsdSchedule,
+    Parameter,
+    ParameterGroup,
+    Sgd,
+    StateArray,
 )
 from maxlm.config.phases import Phase, Rollback, linear_ramp
 from maxlm.config.policy import Advantage, Aggregation, BatchMean, GroupMean, LeaveOneOut
@@ -204,6 +210,17 @@ from maxlm.config.rewards import (
 )
 from maxlm.config.run import CheckpointConfig, LimitsConfig, ObserveConfig, RunConfig, StepRange, TrainConfig
 from maxlm.config.sampling import BeamConfig, ContrastiveConfig, GuidanceConfig, SamplingConfig
+from maxlm.config.schedule import (
+    ConstantSchedule,
+    CosineSchedule,
+    Decay,
+    Drop,
+    InverseSqrtSchedule,
+    LinearSchedule,
+    MultiStepSchedule,
+    Schedule,
+    WsdSchedule,
+)
 from maxlm.config.sharding import (
     MESH_AXES,
     Context,
@@ -287,6 +304,7 @@ __all__ = [
     "Counted",
     "DataConfig",
     "Dataset",
+    "Decay",
     "DeepNorm",
     "Dispatch",
     "DistillContext",
@@ -295,10 +313,13 @@ __all__ = [
     "DocumentsConfig",
     "Dpo",
     "DraftModel",
+    "Drop",
     "Dropless",
     "Dtype",
     "DyLora",
     "DynamicNtkScaling",
+    "EightBitMoments",
+    "Ema",
     "Embed",
     "EmbedHead",
     "EmbeddedPosition",
@@ -323,6 +344,7 @@ __all__ = [
     "GroupedQuery",
     "Grpo",
     "GuidanceConfig",
+    "HasDim",
     "Head",
     "HuggingFaceDataset",
     "HuggingFaceTokenizer",
@@ -343,6 +365,7 @@ __all__ = [
     "LimitsConfig",
     "LinearScaling",
     "LinearSchedule",
+    "Lion",
     "Llama3RopeScaling",
     "LlamaAdapter",
     "LmHead",
@@ -359,6 +382,10 @@ __all__ = [
     "MlpEncoder",
     "ModelConfig",
     "ModelReward",
+    "MultiStepSchedule",
+    "Muon",
+    "MuonScale",
+    "NameMatches",
     "NoiseScale",
     "NoisyTopKRouter",
     "Nonlinearity",
@@ -370,6 +397,8 @@ __all__ = [
     "Orpo",
     "OutputNorm",
     "Parallel",
+    "Parameter",
+    "ParameterGroup",
     "PatternReward",
     "Phase",
     "PieceModel",
@@ -418,6 +447,7 @@ __all__ = [
     "SchemaReward",
     "SentencePieceTokenizer",
     "Sft",
+    "Sgd",
     "ShardingConfig",
     "Share",
     "SigmoidRouter",
@@ -429,6 +459,7 @@ __all__ = [
     "Speculation",
     "SpikeRule",
     "StandardLibrary",
+    "StateArray",
     "StatePart",
     "StepRange",
     "Stretch",

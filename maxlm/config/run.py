@@ -18,6 +18,7 @@ from maxlm.config.model import ModelConfig
 from maxlm.config.optimizer import AdamW, OptimizerConfig
 from maxlm.config.phases import Phase, Rollback, Skip, broken_phase_rules, checkpoints_needed, with_rope
 from maxlm.config.prediction_rules import broken_prediction_rules
+from maxlm.config.schedule import schedule_remark
 from maxlm.config.sharding import ShardingConfig
 from maxlm.config.stability import NoiseScale, SpikeRule
 from maxlm.config.task import Pretrain, Sft, Task, TrainMedusa
@@ -393,10 +394,5 @@ class RunConfig:
 
     def remarks(self) -> list[str]:
         """A line for each choice that can be made and is seldom meant."""
-        warmup, steps = self.optimizer.schedule.warmup_steps, self.train.steps
-        if warmup < steps:
-            return []
-        return [
-            f"optimizer.schedule.warmup_steps = {warmup} leaves nothing of train.steps = {steps}: the learning rate "
-            "rises to the end"
-        ]
+        remark = schedule_remark(self.optimizer.schedule, self.train.steps)
+        return [] if remark is None else [remark]

@@ -2,6 +2,7 @@
 
 models.py: load_model, save_model, and a published model as a run to talk to
 converting.py: what the command maxlm.convert does
+averaging.py: what maxlm.average does: the mean of several checkpoints
 weights.py: a published model's arrays, from whatever kind of file
 folder.py: a Hugging Face folder, read and written
 resizing.py: a model for a vocabulary with more or fewer tokens

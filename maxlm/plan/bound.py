@@ -12,15 +12,11 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import assert_never
 
 from maxlm import shapes
 from maxlm.config import (
-    Adafactor,
-    AdamW,
     Dtype,
     Experts,
-    OptimizerConfig,
     RunConfig,
     StatePart,
     UserError,
@@ -245,7 +241,9 @@ def _state_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
     zero, parts = config.sharding.zero, config.train.micro_batches
     changes = [array for array in shapes.arrays(config.model) if array.trained]
     numbers = lambda arrays, kind, part: sum(math.prod(device_shape(array, sizes, kind, part)) for array in arrays)
-    moved = numbers(changes, zero, StatePart.OPTIMIZER) * _update_bytes(config.optimizer)
+    gradient = FLOAT32 if config.optimizer.clip_norm is None else 2 * FLOAT32
+    moved: float = numbers(changes, zero, StatePart.OPTIMIZER) * (2 * FLOAT32 + gradient)
+    moved += 2 * shapes.optimizer_bytes(config.model, config.optimizer, tuple(sizes.items()), zero)
     moved += 2 * _gathered(config, sizes) * turns(config, sizes)
     if parts > 1 and sizes["stage"] == 1:
         moved += 2 * FLOAT32 * numbers(changes, zero, StatePart.GRADIENTS) * parts
@@ -258,15 +256,3 @@ def _gathered(config: RunConfig, sizes: Mapping[str, int]) -> int:
         return 0
     whole = (device_shape(one, sizes, Zero.OPTIMIZER, StatePart.PARAMETERS) for one in shapes.arrays(config.model))
     return sum(map(math.prod, whole)) * config.execution.dtype.itemsize
-
-
-def _update_bytes(optimizer: OptimizerConfig) -> float:
-    """Bytes that an update reads and writes for each parameter: its value, its gradient, its moments."""
-    value_and_gradient = 3 * FLOAT32 + (FLOAT32 if optimizer.clip_norm is not None else 0)
-    match optimizer:
-        case AdamW(moment_dtype=dtype):
-            return value_and_gradient + 2 * FLOAT32 + 2 * dtype.itemsize
-        case Adafactor():
-            return value_and_gradient
-        case _:
-            assert_never(optimizer)

@@ -13,7 +13,7 @@ from maxlm.plan.memory import estimate_memory
 
 _KEYS = {
     "parameters": "sharding.fsdp or sharding.tensor",
-    "optimizer": "sharding.fsdp, or another optimizer (optimizer.moment_dtype, Adafactor)",
+    "optimizer": "sharding.fsdp, or another optimizer (optimizer.moment_dtype, eight_bit, Adafactor)",
     "gradients": "sharding.fsdp",
     "copies": "sharding.fsdp",
     "reference": "sharding.fsdp, or task.reference_ahead = True of Preference",

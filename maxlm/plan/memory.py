@@ -58,7 +58,7 @@ class MemoryEstimate:
     """Parameters and moments of PPO's critic, taken to be of the policy's own kind; its gradients and activations count
     with the policy's."""
     optimizer: int
-    """Adam's two moments, or Adafactor's factors, of what is trained."""
+    """Moments and averages of what is trained."""
     batch: int
     """Tokens, targets, positions, documents and mask of the whole step, and what is known of tokens that were
     rewarded."""
@@ -223,13 +223,11 @@ def _state(
             hoisted = sum(held.get(name, 0) for name in embed) if turned else 0
         case _:
             assert_never(platform)
-    kept = [optimizer.state(array.shape, model.repeats) for array in arrays]
-    moments = [pair for pair in zip(kept, of_trained(StatePart.OPTIMIZER), strict=True) if pair[1]]
     # Under ZeRO-2 TPUs scatter each layer's gradients at once, GPUs those of all layers after the loop.
     gradients = StatePart.GRADIENTS if platform is Platform.TPU else StatePart.PARAMETERS
     return _State(
         parameters=sum(shapes.held_bytes(model, array, axes, zero) for array in arrays),
-        optimizer=sum(number * sum(state.like_parameter) + state.everywhere for state, number in moments),
+        optimizer=shapes.optimizer_bytes(model, optimizer, sizes, zero),
         gradients=FLOAT32 * sum(of_trained(gradients)),
         moment=FLOAT32 * sum(of_trained(StatePart.OPTIMIZER)),
         stacked=FLOAT32 * sum(stacks[array.name] for array in arrays if array.name in stacks and array.trained),

@@ -8,15 +8,19 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import assert_never
 
 from maxlm.config import (
     Adafactor,
     AdamW,
     Dtype,
     Experts,
+    Lion,
+    Muon,
     OptimizerConfig,
     Remat,
     RunConfig,
+    Sgd,
     ShardingConfig,
     UserError,
     Zero,
@@ -234,13 +238,20 @@ def remats(config: RunConfig) -> list[Remat]:
 
 def optimizers(own: OptimizerConfig) -> list[OptimizerConfig]:
     """The config's own, then those that keep less."""
+    less = replace(own, moment_dtype=Dtype.BFLOAT16)
+    found = [own, less] if less != own else [own]
     match own:
         case AdamW():
-            less = replace(own, moment_dtype=Dtype.BFLOAT16)
-            factored = Adafactor(schedule=own.schedule, weight_decay=own.weight_decay, clip_norm=own.clip_norm)
-            return [own, less, factored] if less != own else [own, factored]
-        case Adafactor():
+            common = {
+                name: getattr(own, name) for name in ("schedule", "weight_decay", "clip_norm", "groups", "average")
+            }
+            return [*found, Adafactor(**common)]
+        case Adafactor(b1=0.0):
             return [own]
+        case Adafactor() | Lion() | Muon() | Sgd():
+            return found
+        case _:
+            assert_never(own)
 
 
 def differences(config: RunConfig, original: RunConfig) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from maxlm.config import Adafactor, AdamW, Dtype, OptimizerConfig, Zero
+from maxlm.config import AdamW, Dtype, OptimizerConfig, Zero
 from maxlm.hardware import CHIPS
 from maxlm.plan.advice import Change
 from maxlm.plan.analysis import CompilerReport, Forecast, gib, mesh_text, warnings
@@ -172,12 +172,11 @@ def micro_batches(found: Forecast) -> str:
 
 
 def optimizer_text(optimizer: OptimizerConfig) -> str:
-    """AdamW, AdamW/bf16 (its first moment) or Adafactor."""
-    match optimizer:
-        case AdamW():
-            return "AdamW/bf16" if optimizer.moment_dtype is Dtype.BFLOAT16 else "AdamW"
-        case Adafactor():
-            return "Adafactor"
+    """AdamW, AdamW/bf16 (its first moment) or AdamW/8bit; the others likewise."""
+    name = type(optimizer).__name__
+    if isinstance(optimizer, AdamW) and optimizer.eight_bit is not None:
+        return f"{name}/8bit"
+    return f"{name}/bf16" if optimizer.moment_dtype is Dtype.BFLOAT16 else name
 
 
 def seconds(time: float) -> str:

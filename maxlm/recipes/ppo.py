@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from maxlm.sharding import Layout
 from maxlm.training import policy_losses as losses
 from maxlm.training.loop import Recipe
 from maxlm.training.policy_objective import ActorCritic
-from maxlm.training.state import CRITIC, TrainState, of_model
+from maxlm.training.state import CRITIC, TrainState, init_state, of_model
 from maxlm.training.step import Trainer
 from maxlm.training.warm_start import Start, WarmStart, warm_start
 
@@ -94,11 +94,13 @@ def _start(config: RunConfig, task: Ppo, layout: Layout, found: RewardedRun, cri
         if state is not None:  # goes on: of the base under an adapter alone something is read
             critics = state.parameters[CRITIC]
         else:
-            one = _view(trainer, whole[CRITIC], lambda parameters: parameters[CRITIC])
+            one = _view(
+                trainer, whole[CRITIC], lambda parameters: parameters[CRITIC], lambda own: init_state(own, None)
+            )
             tokenizer = found.taught.fingerprint
             critics = warm_start(place, open_source, critic, layout, one, tokenizer, key=key).state.parameters
         beside = {CRITIC: critics}
-        view = _view(trainer, of_model(whole), of_model)._replace(begin=lambda own: trainer.begin(own | beside))
+        view = _view(trainer, of_model(whole), of_model, lambda own: trainer.begin(own | beside))
         own = None if state is None else dataclasses.replace(state, parameters=of_model(state.parameters))
         begun = of_policy(view, own, base)
         both = dataclasses.replace(begun.state, parameters=of_model(begun.state.parameters) | beside)
@@ -107,14 +109,14 @@ def _start(config: RunConfig, task: Ppo, layout: Layout, found: RewardedRun, cri
     return start
 
 
-def _view(trainer: Trainer, shapes: Any, part: Any) -> Trainer:
+def _view(trainer: Trainer, shapes: Any, part: Any, begin: Callable[[Any], TrainState]) -> Trainer:
     """The trainer, as it is to who knows a part of the parameters alone."""
 
     def init() -> TrainState:
         state = trainer.init()
         return dataclasses.replace(state, parameters=part(state.parameters))
 
-    return trainer._replace(init=init, state=dataclasses.replace(trainer.state, parameters=shapes))
+    return trainer._replace(init=init, begin=begin, state=dataclasses.replace(trainer.state, parameters=shapes))
 
 
 def _running_text(config: RunConfig, task: Ppo) -> Any:

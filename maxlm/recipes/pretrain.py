@@ -30,7 +30,7 @@ from maxlm.data.prepare import ensure_prepared
 from maxlm.data.shards import Split, open_prepared
 from maxlm.data.text_ends import TextEnds
 from maxlm.data.tokenizers import Tokenizer
-from maxlm.evaluation.perplexity import held_out
+from maxlm.evaluation.perplexity import HeldOut, held_out
 from maxlm.inference import generator
 from maxlm.inference.checks import check_lengths
 from maxlm.inference.load import LoadedRun
@@ -40,9 +40,11 @@ from maxlm.processes.joining import on_rank_0
 from maxlm.recipes.starting import starting
 from maxlm.recipes.taught import Taught
 from maxlm.sharding import Layout
+from maxlm.training.ema import averaged
 from maxlm.training.loop import Measure, Recipe
-from maxlm.training.objective import Batch, NextToken, Objective, make_evaluate
+from maxlm.training.objective import Batch, NextToken, Objective, Params, make_evaluate
 from maxlm.training.state import TrainState
+from maxlm.training.step import joined
 
 
 def recipe(config: RunConfig, task: Pretrain, layout: Layout) -> Recipe[LoadedRun]:
@@ -57,6 +59,8 @@ def recipe(config: RunConfig, task: Pretrain, layout: Layout) -> Recipe[LoadedRu
     return recipe_on(config, layout, NextToken(config, layout), data)
 
 
+AVERAGE = "eval_average_loss"
+"""Of a row: the held-out loss of the parameters that `optimizer.average` keeps."""
 _NOT_TO_LEARN = dict.fromkeys((Purpose.PREFERENCE, Purpose.KTO, Purpose.BINARY), "bad answers")
 _NOT_TO_LEARN |= {Purpose.CONTEXT: "the answers that were told a context"}
 
@@ -203,26 +207,33 @@ class HeldOutText:
         self._evaluate = make_evaluate(objective, layout)
 
     def __call__(self, step: int, state: TrainState) -> Mapping[str, float]:
-        with contextlib.closing(global_batches(self._batches, self._sharding, 0)) as feed:
-            found = held_out(
-                self._evaluate,
-                state.parameters,
-                itertools.islice(feed, self._n_batches),
-                bytes_per_token=self._batches.bytes_per_token,
-            )
+        found = self._measured(state.parameters)
+        average = averaged(state.optimizer)
+        more = {} if average is None else {AVERAGE: self._measured(joined(average, state.parameters)).loss}
         row = {
             "tokens": self._tokens(step),
             "eval_loss": found.loss,
             "eval_perplexity": found.perplexity,
             "eval_bits_per_byte": found.bits_per_byte,
             "eval_tokens": found.tokens,
+            **more,
         }
         return {key: value for key, value in row.items() if value is not None}
 
+    def _measured(self, parameters: Params) -> HeldOut:
+        with contextlib.closing(global_batches(self._batches, self._sharding, 0)) as feed:
+            return held_out(
+                self._evaluate,
+                parameters,
+                itertools.islice(feed, self._n_batches),
+                bytes_per_token=self._batches.bytes_per_token,
+            )
+
     def line(self, step: int, row: Mapping[str, Any]) -> str:
         bits = row.get("eval_bits_per_byte")
+        average = f"  of averaged parameters {row[AVERAGE]:.4f}" if AVERAGE in row else ""
         return (
-            f"step {step:,}  held-out loss {row['eval_loss']:.4f}  perplexity {row['eval_perplexity']:,.4g}  "
+            f"step {step:,}  held-out loss {row['eval_loss']:.4f}{average}  perplexity {row['eval_perplexity']:,.4g}  "
             f"{'' if bits is None else f'{bits:.4f} bits/byte  '}over {short(row['eval_tokens'])} tokens"
         )
 

@@ -7,6 +7,7 @@ count.py: parameters and FLOPs, counted from them
 pools.py: blocks of what decoding keeps
 base_bytes.py: a base under an adapter, as it is held
 device.py: a device's part of each, in training and as decoding holds it
+optimizer_state.py: what an optimizer keeps for them, and which of them are matrices to it
 """
 
 from maxlm.shapes.additions import PREFIX, is_input_of, is_linear, targets
@@ -38,6 +39,7 @@ from maxlm.shapes.count import (
     reading_flops,
 )
 from maxlm.shapes.device import FLOAT32, device_bytes, device_cuts, device_shape
+from maxlm.shapes.optimizer_state import MatrixDims, matrix_dims, optimizer_bytes, seen_by_optimizer
 from maxlm.shapes.pools import CACHE_SHARE, block_bytes, cache_blocks, pools_bytes, window_of, windows
 
 __all__ = [
@@ -49,6 +51,7 @@ __all__ = [
     "FlopsPerToken",
     "Init",
     "Kept",
+    "MatrixDims",
     "Normal",
     "ParameterCount",
     "Part",
@@ -72,14 +75,17 @@ __all__ = [
     "is_input_of",
     "is_linear",
     "kept",
+    "matrix_dims",
     "medusa_head",
     "mfu",
     "mlp",
     "norm",
+    "optimizer_bytes",
     "parameter_count",
     "pools_bytes",
     "prefill_flops",
     "reading_flops",
+    "seen_by_optimizer",
     "shared_experts",
     "targets",
     "window_of",

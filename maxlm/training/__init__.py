@@ -27,6 +27,9 @@ text_sums.py: sums over each text of a batch
 preference_losses.py: losses of preferences, rewards and embeddings, as functions of such sums
 policy_losses.py: policy gradients: surrogates, KL estimates, advantages
 optimizers.py: optax transformations from configs
+muon.py: updates made orthogonal
+eight_bit.py: moments of 8 bits
+ema.py: the average of parameters over steps
 schedules.py: learning rates
 state.py: the train state and where its arrays live
 """

@@ -8,8 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
+from jax.tree_util import keystr, tree_map_with_path
 
+from maxlm.checkpoint.store import named_leaves
 from maxlm.config import StatePart
 from maxlm.models.weights.holding import places
 from maxlm.sharding import Layout
@@ -64,7 +65,6 @@ def state_shardings(
     abstract: TrainState,
     declared: Any,
     layout: Layout,
-    optimizer: optax.GradientTransformation,
     trained: Callable[[Any], Any],
 ) -> TrainState:
     """A TrainState of shardings for a TrainState of shapes.
@@ -76,26 +76,23 @@ def state_shardings(
         abstract: from `jax.eval_shape` of `init_state`.
         declared: the `shapes.Array` of every parameter, in the parameters' tree.
         layout: the mesh and its rules.
-        optimizer: the one that made abstract.optimizer.
         trained: what it sees of a tree like the parameters'.
     """
     everywhere = layout.sharding()
-    dims = jax.tree.map(lambda array: array.dims, declared)
+    parameters = named_leaves(trained(declared))
 
-    def of_moment(leaf: Any, parameter: Any, sharding: Any) -> Any:
-        # A leaf of another shape is one of Adafactor's factors: a row or a column, small enough to be everywhere.
-        return sharding if leaf.shape == parameter.shape else everywhere
+    def of_optimizer(path: Any, leaf: Any) -> Any:
+        # An array for a parameter has the parameter's path in the end of its own. One with fewer dims is a factor of
+        # Adafactor's: a row or a column, small enough to be everywhere.
+        words = keystr(path, simple=True, separator="/").split("/")
+        ends = ("/".join(words[i:]) for i in range(len(words)))
+        array = next((parameters[end] for end in ends if end in parameters), None)
+        if array is None or leaf.ndim != len(array.dims):
+            return everywhere
+        return layout.sharding(layout.divided(leaf.shape, layout.parameter(array.dims, StatePart.OPTIMIZER)))
 
-    moments = optax.tree_utils.tree_map_params(
-        optimizer,
-        of_moment,
-        abstract.optimizer,
-        trained(abstract.parameters),
-        trained(layout.shardings(dims, StatePart.OPTIMIZER)),
-        transform_non_params=lambda _: everywhere,
-    )
     return dataclasses.replace(
         jax.tree.map(lambda _: everywhere, abstract),
         parameters=places(layout, declared, abstract.parameters),
-        optimizer=moments,
+        optimizer=tree_map_with_path(of_optimizer, abstract.optimizer),
     )

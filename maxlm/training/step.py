@@ -269,7 +269,7 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
     abstract = jax.eval_shape(init)
     _check_counted(objective.declared, abstract.parameters)
     shardings = dataclasses.replace(
-        state_shardings(abstract, objective.declared, layout, optimizer, part),
+        state_shardings(abstract, objective.declared, layout, part),
         frozen=jax.tree.map(lambda leaf: leaf.sharding, objective.frozen),
     )
     shapes = jax.tree.map(

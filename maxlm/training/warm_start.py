@@ -137,11 +137,11 @@ def warm_start(
         check_tokenizer(origin.tokenizer, tokenizer)
     except UserError as error:
         raise UserError(f"{key} = {place}: {error}") from error
-    state = trainer.init()
+    initial = trainer.init().parameters
     shardings = jax.tree.map(lambda leaf: leaf.sharding, trainer.state.parameters)
-    parameters = jax.jit(start, out_shardings=shardings, donate_argnums=1)(origin.parameters, state.parameters)
+    parameters = jax.jit(start, out_shardings=shardings, donate_argnums=1)(origin.parameters, initial)
     return WarmStart(
-        state=dataclasses.replace(state, parameters=parameters),
+        state=trainer.begin(parameters),
         step=origin.step,
         changes=tuple(str(one) for one in changes(origin.model, model, "model.")),
         keep=source.keep,
