@@ -151,10 +151,8 @@ from maxlm.config.optimizer import (
     MuonScale,
     NameMatches,
     OptimizerConfig,
-    Parameter,
     ParameterGroup,
     Sgd,
-    StateArray,
 )
 from maxlm.config.phases import Phase, Rollback, linear_ramp
 from maxlm.config.policy import Advantage, Aggregation, BatchMean, GroupMean, LeaveOneOut
@@ -397,7 +395,6 @@ __all__ = [
     "Orpo",
     "OutputNorm",
     "Parallel",
-    "Parameter",
     "ParameterGroup",
     "PatternReward",
     "Phase",
@@ -459,7 +456,6 @@ __all__ = [
     "Speculation",
     "SpikeRule",
     "StandardLibrary",
-    "StateArray",
     "StatePart",
     "StepRange",
     "Stretch",

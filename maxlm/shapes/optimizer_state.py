@@ -6,7 +6,8 @@ import functools
 import math
 from typing import NamedTuple
 
-from maxlm.config import ModelConfig, OptimizerConfig, Parameter, StateArray, StatePart, Zero
+from maxlm.config import ModelConfig, OptimizerConfig, StatePart, Zero
+from maxlm.config.optimizer import Parameter, StateArray
 from maxlm.shapes.array import Array, Role
 from maxlm.shapes.arrays import arrays
 from maxlm.shapes.device import device_cuts
