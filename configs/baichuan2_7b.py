@@ -6,8 +6,8 @@
 Hardware: TPU v5p-128 (64 chips); by arithmetic about 35 of 95 GB a chip. Time and final loss: not measured.
 
 As printed: sizes, rows of the output table of length 1, AdamW with betas 0.9 and 0.95, weight decay 0.1, gradients
-clipped at 0.5, warm-up over 2000 steps, learning rate. Batch and end of the cosine are not: ours are 4M tokens and a
-tenth. Not here: the loss on the largest logit (max-z).
+clipped at 0.5, warm-up over 2000 steps, learning rate, the loss on the largest logit (max-z). Batch and end of the
+cosine are not: ours are 4M tokens and a tenth.
 """
 
 from dataclasses import replace
@@ -37,7 +37,7 @@ def get_config() -> RunConfig:
         run,
         model=baichuan2(4096, 32, 32, 11_008),
         data=DataConfig(datasets=(Dataset(path="data/baichuan2"),)),
-        train=replace(run.train, steps=ceil(2.6e12 / (1024 * 4096)), batch_size=1024, seq_len=4096),
+        train=replace(run.train, steps=ceil(2.6e12 / (1024 * 4096)), batch_size=1024, seq_len=4096, max_z_loss=2e-4),
         optimizer=AdamW(learning_rate=2e-4, clip_norm=0.5, schedule=CosineSchedule(warmup_steps=2000)),
         run_dir="runs/baichuan2_7b",
     )

@@ -6,9 +6,9 @@
 Hardware: TPU v5p-1024 (512 chips); by arithmetic about 35 of 95 GB a chip. Time and final loss: not measured.
 
 As printed: sizes, DeepNorm (arXiv:2203.00555) with a factor of sqrt(2L), gated GELU, RoPE, batches of 4224 sequences,
-AdamW, a learning rate of 8e-5 that falls to a tenth. A recipe of the next token: GLM's own fills in blanks and sees its
-context whole. Not here: a batch that grows from 192 over the first 2.5 %, gradients of the embedding times 0.1, and
-float16.
+AdamW, a learning rate of 8e-5 that falls to a tenth, gradients of the embedding times 0.1. A recipe of the next token:
+GLM's own fills in blanks and sees its context whole. Not here: a batch that grows from 192 over the first 2.5 %, which
+so large a mesh does not cut, and float16.
 """
 
 from math import ceil
@@ -55,7 +55,7 @@ def get_config() -> RunConfig:
             head=LmHead(tied=True),
         ),
         data=DataConfig(datasets=(Dataset(path="data/glm"),)),
-        train=TrainConfig(steps=STEPS, batch_size=4224, seq_len=2048, micro_batches=3),
+        train=TrainConfig(steps=STEPS, batch_size=4224, seq_len=2048, micro_batches=3, embedding_gradient=0.1),
         optimizer=AdamW(learning_rate=8e-5, schedule=CosineSchedule(warmup_steps=STEPS // 200)),
         sharding=ShardingConfig(fsdp=32, tensor=4, sequence_parallel=True),
         checkpoint=CheckpointConfig(every=1000, keep_every=10_000),
