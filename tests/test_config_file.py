@@ -106,7 +106,7 @@ def test_the_file_is_right_without_a_mistake(tmp_path: Path) -> None:
         (
             "return run",
             "return replace(run, optimizer=AdamW)",
-            "mine.py:14: optimizer = AdamW must be AdamW(...) or",
+            "mine.py:14: optimizer = AdamW must be AdamW(...), Adafactor(...)",
         ),
         (
             "return run",

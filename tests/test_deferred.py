@@ -34,6 +34,7 @@ from maxlm.inference.load import ONE_DEVICE, deferred_run, load_run
 from maxlm.shapes import Array, Constant, Part, Role, arrays
 from maxlm.sharding import make_layout
 from maxlm.training.keeper import Keeper
+from maxlm.training.spikes import Spikes
 from maxlm.training.state import init_state
 
 RNG = np.random.default_rng(0)
@@ -155,7 +156,7 @@ def test_a_run_keeps_its_stacks_by_layer(tmp_path: Path, monkeypatch: pytest.Mon
     layout = make_layout(ONE_DEVICE, jax.devices()[:1])
     identity = {"data": "", "tokenizer": Bytes().fingerprint}
     with Keeper(config, layout, identity, allow_change=(), warn=lambda line: None) as keeper:
-        keeper.save(init_state(parameters_of(config), {}), 3, {})
+        keeper.save(init_state(parameters_of(config), {}), 3, {}, Spikes(config, {}))
     run = deferred_run(Path(config.run_dir), step=3)
     by_name = store.named_leaves(run.parameters)
     for array in arrays(config.model):

@@ -202,7 +202,7 @@ def test_greedy_is_the_naive_loop(greedy_tokens: list[list[int]]) -> None:
     run, new = loaded(), greedy_tokens[0]
     prompt = run.tokenizer.prompt_ids(PROMPTS[0])
     [logits] = whole_logits(BYTE_MODEL, run.parameters, [[*prompt, *new]])
-    assert new == np.argmax(logits[len(prompt) - 1 : -1, : Bytes.vocab_size], -1).tolist()
+    assert new == np.argmax(logits[len(prompt) - 1 : -1, : Bytes().vocab_size], -1).tolist()
     assert len(new) == 20
 
 
@@ -307,11 +307,11 @@ def test_one_token_needs_no_decoding(generator: Generator, greedy_tokens: list[l
 
 def test_padded_ids_are_never_chosen(generator: Generator) -> None:
     parameters = dict(parameters_of(small_run(BYTE_MODEL)))
-    parameters["unembed"] = parameters["unembed"].at[Bytes.vocab_size :].mul(100.0)
+    parameters["unembed"] = parameters["unembed"].at[Bytes().vocab_size :].mul(100.0)
     with with_parameters(generator, parameters):
         for sampling in (GREEDY, SamplingConfig(top_k=3)):
             [got] = generator.generate(["x"], max_new_tokens=15, sampling=sampling)
-            assert max(got.tokens) < Bytes.vocab_size
+            assert max(got.tokens) < Bytes().vocab_size
 
 
 def test_bfloat16_weights_change_no_logit() -> None:

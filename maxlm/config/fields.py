@@ -138,7 +138,7 @@ def config(prefix: str, *, changes: Changes | None = None, kw_only: bool = True)
     """
 
     def decorate(cls: type[T]) -> type[T]:
-        own = cls.__dict__.get("__post_init__")
+        own = getattr(cls, "__post_init__", None)  # also a parent's
 
         def check_then_own(self: T, *init_only: Any) -> None:
             check(self)

@@ -18,7 +18,7 @@ import numpy as np
 
 from faults.case import Case
 from faults.tools import ROOT, command
-from maxlm.config import ChosenModel, RunConfig, SamplingConfig, StepRange, UserError, serialize
+from maxlm.config import ChosenModel, HasDim, RunConfig, SamplingConfig, StepRange, UserError, serialize
 from maxlm.config.cli import load_config, parse, parse_run
 from maxlm.data.__main__ import Prepare, TokenizerReport, Train
 from maxlm.evaluate import EvaluateOptions
@@ -42,8 +42,8 @@ VALUES = (
 
 _KNOWN = {"accelerator": "v5e-8", "bucket": "gs://mine"}
 
-_ONE_OF_SEVERAL: dict[type, dict[str, Any]] = {ChosenModel: {"run": "runs/x"}}
-"""Of options that are optional each, and not all of them."""
+_ONE_OF_SEVERAL: dict[type, dict[str, Any]] = {ChosenModel: {"run": "runs/x"}, HasDim: {"dim": "vocab"}}
+"""Of options that are optional each, and not all of them; and of texts that not any will do for."""
 
 SMALL = (GenerateOptions, EvaluateOptions, InspectOptions, Prepare, Train, TokenizerReport, *DESTINATIONS.values())
 
