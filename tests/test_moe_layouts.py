@@ -161,8 +161,6 @@ BOTH = {"data8", "expert8", "fsdp2_tensor2_expert2_sp", "ring2_expert4", "stage2
 # Every axis, and every way of choosing; the other pairs by night.
 SLOW = {
     ("ring2_expert4", "groups"),
-    ("stage2_tensor2_expert2", "dropless_capacity"),
-    ("fsdp2_seq2_stage2", "dropless_capacity"),
     ("data2_seq2_tensor2", "noisy_ec"),
     ("stage2_fsdp2_expert2", "noisy_ec"),
 }

@@ -147,7 +147,7 @@ COMPILED = {
     "sequence parallel, TPU": (seven_b(tensor=4, sequence_parallel=True), "tpu:v5p:2x2x1", 1.0),
 }
 """Name -> config, target, and how much of the compiled program's bytes the estimate has."""
-OFTEN = {"fsdp", "ZeRO-2", "tensor", "seq, ring", "stage x fsdp", "expert, capacity", "fsdp x seq x tensor"}
+OFTEN = {"stage x fsdp", "expert, capacity", "fsdp x seq x tensor"}
 """Each axis once; the others, of which TPU programs take a minute and more, by night."""
 
 

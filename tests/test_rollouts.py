@@ -126,7 +126,7 @@ NIGHTLY = pytest.mark.nightly
 @pytest.mark.parametrize(
     ("task", "steps"),
     [
-        (Grpo(rewards=WALK, advantage=GroupMean(divide_by_std=False)), 40),
+        pytest.param(Grpo(rewards=WALK, advantage=GroupMean(divide_by_std=False)), 40, marks=NIGHTLY),
         (Ppo(rewards=WALK, kl=FixedKl(beta=0.001)), 60),
         pytest.param(Grpo(rewards=WALK, advantage=LeaveOneOut()), 40, marks=NIGHTLY),
         pytest.param(Grpo(rewards=WALK, advantage=BatchMean()), 40, marks=NIGHTLY),
@@ -272,6 +272,7 @@ def test_start_and_prompts_must_be_there(folder: Path, tmp_path: Path) -> None:
         run(dataclasses.replace(config, task=no_number), reinforce)
 
 
+@NIGHTLY
 def test_what_was_rewarded_in_the_wrong_order_is_not_learned(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """The control: each completion has the reward of another one."""
     right = RewardSum.__call__
