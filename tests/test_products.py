@@ -42,9 +42,11 @@ from maxlm.config import (
 )
 from maxlm.models import declared
 from maxlm.models.weights.holding import quantised
+from maxlm.models.weights.kinds import Quantised
 from maxlm.models.weights.narrow import narrow_einsum
 from maxlm.sharding import make_layout
 from maxlm.training import make_trainer
+from maxlm.training.in_products import in_products
 
 RANDOM = np.random.default_rng(0)
 X, W, G = (RANDOM.normal(size=size).astype(np.float32) for size in ((2, 5, 12), (12, 3, 4), (2, 5, 3, 4)))
@@ -123,7 +125,7 @@ def test_as_much_is_learned_in_8_bits() -> None:
 )  # fmt: skip
 def test_rounding_passes_gradients_on_from_where_it_comes_to(form: WeightFormat) -> None:
     """Loss and gradient are those of the plain model at the weights that `maxlm.quantize` makes."""
-    config = with_products(RoundedWeights(format=form, group=16), steps=1)
+    config = with_products(RoundedWeights(format=form, group_size=16), steps=1)
     parameters, batch = initial_parameters(config.model, seed=1), packed_batch(config)
     held = jax.tree.map(
         lambda array, w: w if isinstance(q := quantised(w, array, form, 16), jax.Array) else q.dense(jnp.float32),
@@ -137,6 +139,18 @@ def test_rounding_passes_gradients_on_from_where_it_comes_to(form: WeightFormat)
     assert abs(float(sums.objective - other.objective)) > 1e-4 * float(other.objective)
     for name, (got, wanted) in enumerate(zip(jax.tree.leaves(gradients), jax.tree.leaves(slopes), strict=True)):
         np.testing.assert_allclose(got, wanted, atol=2e-4, rtol=1e-4, err_msg=str(name))
+
+
+@pytest.mark.parametrize("products", [RoundedWeights(), Int8Products()])
+def test_what_is_held_in_fewer_bits_stays(products: Products) -> None:
+    """The config of a run says how it was trained, also once `maxlm.quantize` has made another of it."""
+    model = small_model()
+    held = jax.tree.map(
+        lambda array, w: quantised(w, array, WeightFormat.INT8), declared(model), initial_parameters(model)
+    )
+    kept = [w for w in jax.tree.leaves(held, is_leaf=lambda w: isinstance(w, Quantised)) if isinstance(w, Quantised)]
+    made = jax.tree.leaves(in_products(products, model, held), is_leaf=lambda w: isinstance(w, Quantised))
+    assert kept and all(any(w is other for other in made) for w in kept)
 
 
 @pytest.mark.nightly

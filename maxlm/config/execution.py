@@ -135,7 +135,7 @@ class RoundedWeights:
 
     format: WeightFormat = WeightFormat.INT8
     """What `maxlm.quantize` is to make of them by the nearest numbers."""
-    group: Annotated[int, Range(ge=8)] = 128
+    group_size: Annotated[int, Range(ge=8)] = 128
     """Numbers of 4 bits that share a scale."""
 
     def __post_init__(self) -> None:

@@ -27,12 +27,14 @@ def in_products(products: Products, model: ModelConfig, parameters: Any) -> Any:
         case RoundedWeights():
             return jax.tree.map(lambda array, w: _rounded(products, array, w), declared(model), parameters)
         case Int8Products() | Float8Products():
-            narrow = lambda array, w: Narrow(w, products) if is_linear(array) else w
+            narrow = lambda array, w: Narrow(w, products) if is_linear(array) and isinstance(w, jax.Array) else w
             return jax.tree.map(narrow, declared(model), parameters)
         case _:
             assert_never(products)
 
 
-def _rounded(products: RoundedWeights, array: shapes.Array, w: jax.Array) -> jax.Array:
-    held: Weight = quantised(w, array, products.format, products.group)
+def _rounded(products: RoundedWeights, array: shapes.Array, w: Weight) -> Weight:
+    if not isinstance(w, jax.Array):
+        return w
+    held: Weight = quantised(w, array, products.format, products.group_size)
     return w if isinstance(held, jax.Array) else w + jax.lax.stop_gradient(held.dense(w.dtype) - w)
