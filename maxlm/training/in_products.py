@@ -19,7 +19,8 @@ def in_products(products: Products, model: ModelConfig, parameters: Any) -> Any:
     """Parameters of the model as `execution.products` says; gradients go through to the float32 arrays.
 
     In 8 bits are the products of every layer's attention and dense MLP. Tables, the logits, routers, routed experts
-    and what Medusa's heads do are computed in the compute dtype.
+    and what Medusa's heads do are computed in the compute dtype. What is held in fewer bits already
+    stays as it is.
     """
     match products:
         case PlainProducts():
