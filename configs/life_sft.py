@@ -1,11 +1,11 @@
 """The second part of a small life (docs/life.md): the model of life_pretrain.py learns to answer questions.
 
-    python -m maxlm.data build problems sort --count 2000 --seed 2 --out data/life/sort.jsonl
+    python -m maxlm.data build problems sort --count 600 --seed 2 --out data/life/sort.jsonl
     python -m maxlm.data build problems addition --count 1000 --seed 2 --out data/life/addition.jsonl
     python -m maxlm.train --config configs/life_sft.py
     python -m maxlm.chat --run runs/life/sft
 
-It starts from the run in runs/life/pretrain (889,984 parameters), and has 4,120 conversations. Hardware: two CPU cores,
+It starts from the run in runs/life/pretrain (889,984 parameters), and has 2,720 conversations. Hardware: two CPU cores,
 1 GB of memory, no download; about two minutes.
 """
 

@@ -35,7 +35,7 @@ if [[ ${1:-} == rlhf ]]; then
   exit
 fi
 
-problems sort sort --count 800 --seed 2
+problems sort sort --count 600 --seed 2
 problems addition addition --count 1000 --seed 2
 problems sort prompts --count 4000 --seed 3
 problems sort sorting --count 100 --held_out # the exams, of which none of the above has a question
