@@ -24,6 +24,7 @@ from maxlm.config import (
     Dataset,
     DistillContext,
     Embed,
+    NoiseScale,
     Preference,
     Pretrain,
     Purpose,
@@ -154,10 +155,12 @@ def _measure(options: EvaluateOptions, run: LoadedRun) -> None:
     name = options.model.place
     as_trained = run.config.train
     batch_size = options.batch_size or as_trained.batch_size
-    train = dataclasses.replace(as_trained, batch_size=batch_size, micro_batches=1, profile_steps=None)
+    train = dataclasses.replace(
+        as_trained, batch_size=batch_size, micro_batches=1, profile_steps=None, noise_scale=NoiseScale()
+    )
     data = run.config.data
     if options.data is not None:
-        data = dataclasses.replace(data, datasets=(Dataset(path=options.data),))
+        data = dataclasses.replace(data, datasets=(Dataset(path=options.data),), past=())
     config = dataclasses.replace(run.config, train=train, data=data)
     if isinstance(config.task, Reinforced):
         if options.data is None:

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 from run_folder import make_run
-from train_runs import inspect, rows
+from train_runs import flip_byte, inspect, rows
 
 from maxlm import train
 from maxlm.average import main
@@ -129,6 +129,14 @@ def test_the_average_that_a_run_keeps(made: Steps, tmp_path: Path) -> None:
     main([str(made.folder), "--ema", "--out", str(tmp_path / "ema")])
     shares = [np.prod(KEPT), *((1 - KEPT[t]) * np.prod(KEPT[t + 1 :]) for t in range(4))]
     assert_mean(tmp_path / "ema", shares, [parameters for parameters, _ in made.states])
+
+
+def test_a_damaged_average_is_refused(made: Steps, tmp_path: Path) -> None:
+    run = shutil.copytree(made.folder, tmp_path / "run")
+    flip_byte(run / "checkpoints/4", "optimizer")
+    with pytest.raises(UserError, match="checkpoints/4"):
+        main([str(run), "--ema", "--out", str(tmp_path / "out")])
+    main([str(run), "--last", "2", "--out", str(tmp_path / "mean")])  # parameters are as they were
 
 
 def test_what_cannot_be_averaged_is_refused_in_a_line(made: Steps, tmp_path: Path) -> None:

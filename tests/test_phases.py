@@ -31,7 +31,10 @@ from maxlm.config import (
     ConstantSchedule,
     DataConfig,
     Dataset,
+    ExactReward,
     GroupedQuery,
+    Grpo,
+    NoiseScale,
     ObserveConfig,
     Phase,
     Rollback,
@@ -47,6 +50,7 @@ from maxlm.config.phases import Skip
 from maxlm.data.loader import Batches, open_batches
 from maxlm.data.orders import drawn_of_each, place_after
 from maxlm.data.shards import Split
+from maxlm.evaluate import main as evaluate
 from maxlm.plan.__main__ import main as plan
 from maxlm.sharding import Layout, make_layout
 from maxlm.training import make_trainer
@@ -147,6 +151,14 @@ def test_a_ramp_worked_by_hand() -> None:
         (
             dataclasses.replace(with_phases(Phase(start=1)), task=TrainMedusa()),
             r"train.phases are of task = Pretrain and Sft, not of TrainMedusa",
+        ),
+        (
+            dataclasses.replace(
+                small_run(),
+                data=DataConfig(datasets=(Dataset(path="a"),), past=(Stretch(windows=8, seq_len=32, weights=(1.0,)),)),
+                task=Grpo(rewards=(ExactReward(),)),
+            ),
+            r"data.past is of text that is read in order, which task = Grpo does not; leave it empty",
         ),
         (
             dataclasses.replace(
@@ -396,8 +408,8 @@ def test_phases_that_have_begun_may_not_change_and_later_ones_may(ramped: Path, 
 def text_run(folder: Path, **train: Any) -> RunConfig:
     """A run whose context grows, with another RoPE, and whose batch shrinks for it."""
     model = dataclasses.replace(BYTE_MODEL, n_layers=1, max_seq_len=32)
-    phases = (Phase(start=3, seq_len=32, batch_size=8, rope=Rope(theta=5e5)),)
-    made = make_run(folder, model=model, seq_len=16, batch_size=16, log_every=1, phases=phases, **train)
+    phases = (Phase(start=3, seq_len=32, batch_size=16, rope=Rope(theta=5e5)),)
+    made = make_run(folder, model=model, seq_len=16, batch_size=32, log_every=1, phases=phases, **train)
     return dataclasses.replace(
         made,
         observe=ObserveConfig(sample_tokens=0),
@@ -407,13 +419,21 @@ def text_run(folder: Path, **train: Any) -> RunConfig:
 
 
 @pytest.mark.slow
-def test_a_context_grows_and_the_model_that_is_loaded_has_its_rope(tmp_path: Path) -> None:
-    config = text_run(tmp_path, steps=4, eval_batches=0)
+def test_a_context_grows_and_the_model_that_is_loaded_has_its_rope(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noise = NoiseScale(measure=True)
+    config = text_run(tmp_path, steps=4, eval_batches=0, micro_batches=2, noise_scale=noise)
+    behind = dataclasses.replace(config.data, past=(Stretch(windows=8, seq_len=16, weights=(1.0,), steps=1),))
+    with pytest.raises(UserError, match=r"data.past.0.steps = 1 says that steps of this run have read it"):
+        maxlm.run(dataclasses.replace(config, data=behind))
     result = maxlm.run(config)
     attention = result.run.config.model.blocks[0].attention
     assert isinstance(attention, GroupedQuery) and attention.position == Rope(theta=5e5)
     found = [(row["step"], row["tokens"]) for row in rows(tmp_path / "grown")]
-    assert found == [(step, 256 * step) for step in range(1, 5)]
+    assert found == [(step, 512 * step) for step in range(1, 5)]
+    evaluate(["--run", str(tmp_path / "grown"), "--data", config.data.datasets[0].path, "--batches", "1"])
+    assert "held-out loss" in capsys.readouterr().out  # of other data there is nothing behind
     loaded = maxlm.load_run(tmp_path / "grown")
     assert loaded.config.model == result.run.config.model
     assert maxlm.load_run(tmp_path / "grown", step=2).config.model == config.model != loaded.config.model
@@ -432,7 +452,7 @@ def test_a_run_of_text_that_broke_off_ends_with_the_same_bits(tmp_path: Path, mo
     maxlm.run(stopped)
     assert same_state(tmp_path / "grown", tmp_path / "stopped", 6)
     (held_out,) = rows(tmp_path / "grown", "evals")
-    assert [held_out] == rows(tmp_path / "stopped", "evals") and held_out["tokens"] == 6 * 256
+    assert [held_out] == rows(tmp_path / "stopped", "evals") and held_out["tokens"] == 6 * 512
 
 
 _TWO = """\

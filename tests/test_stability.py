@@ -46,7 +46,7 @@ from maxlm.sharding import Layout, make_layout
 from maxlm.training import make_trainer
 from maxlm.training.loop import Recipe, Result, run
 from maxlm.training.objective import Batch, BatchArray, Objective, Sums
-from maxlm.training.stability import PartNorms, noise_estimates
+from maxlm.training.stability import PartNorms, noise_estimates, without_window
 from maxlm.training.state import TrainState
 
 B, D, STEPS = 32, 4, 12
@@ -173,6 +173,14 @@ def test_a_step_that_is_not_finite_is_no_spike() -> None:
         np.sort(state.stability.spikes.losses),
         np.sort([float(figures["loss"]) for i, (_, figures, _) in enumerate(found) if i != 6][-RULE.window :]),
     )
+
+
+def test_another_phase_begins_without_the_window_of_the_one_before() -> None:
+    state = steps([points(i) for i in range(6)])[-1][0].stability
+    emptied = without_window(state)
+    assert int(state.spikes.accepted) == 6 and int(emptied.spikes.accepted) == int(emptied.spikes.in_row) == 0
+    assert emptied._replace(spikes=None) == state._replace(spikes=None)
+    assert int(emptied.spikes.skipped) == int(state.spikes.skipped)
 
 
 # The gradient's noise

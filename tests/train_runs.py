@@ -234,9 +234,9 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def flip_byte(step: Path) -> Path:
-    """Change one byte in the middle of the largest array file of a checkpoint, and return that file."""
-    file = max((path for path in (step / "params").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+def flip_byte(step: Path, item: str = "params") -> Path:
+    """Change one byte in the middle of the largest array file of a checkpoint's item, and return that file."""
+    file = max((path for path in (step / item).rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     body = bytearray(file.read_bytes())
     body[len(body) // 2] ^= 1
     file.write_bytes(body)

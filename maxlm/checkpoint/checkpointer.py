@@ -285,14 +285,22 @@ class Checkpointer:
         that has an average of them."""
         return self._read(step, lambda path: self._store.deferred(path, item, names))
 
+    def verify(self, step: int, *, skip: tuple[str, ...] = ()) -> None:
+        """Compare the checksums of what a step holds, but for the items that are skipped.
+
+        Raises:
+            UserError: there is no such step, or it is damaged.
+        """
+        self.wait()
+        self._agree(lambda: self._intact(step, skip))
+
     def read_meta(self, step: int) -> dict[str, Any]:
         """What `save` got as `meta`.
 
         Raises:
             UserError: there is no such step, or it is damaged.
         """
-        self.wait()
-        self._agree(lambda: self._intact(step, ("params", "optimizer")))
+        self.verify(step, skip=("params", "optimizer"))
         return self.record(step).meta
 
     def _finish(self, step: int) -> None:

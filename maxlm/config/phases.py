@@ -51,7 +51,7 @@ class Rollback:
 
     margin: Positive[float] = 0.5
     """A step is high if its loss is above the median of the latest `window` ones that were not by more than this, in
-    nats a token; or if its loss, gradient or update is not finite."""
+    nats a token; or if its loss, gradient or update is not finite, beyond the overflows that a loss scale answers."""
     window: Positive[int] = 100
     """Losses that the median is of; a phase begins without any, and no finite loss is high before there are so many."""
     patience: Positive[int] = 20

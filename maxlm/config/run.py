@@ -18,6 +18,7 @@ from maxlm.config.model import ModelConfig
 from maxlm.config.optimizer import AdamW, OptimizerConfig
 from maxlm.config.phases import Phase, Rollback, Skip, broken_phase_rules, checkpoints_needed, with_rope
 from maxlm.config.prediction_rules import broken_prediction_rules
+from maxlm.config.reinforcement import Grpo, Ppo
 from maxlm.config.schedule import schedule_remark
 from maxlm.config.sharding import ShardingConfig
 from maxlm.config.stability import NoiseScale, SpikeRule
@@ -337,6 +338,11 @@ class RunConfig:
         if model.adapter is not None and self.checkpoint.init_from is None:
             failures.append(
                 "model.adapter is laid on a model that is there: checkpoint.init_from is None; name its run, or hf:DIR"
+            )
+        if self.data.past and isinstance(self.task, Grpo | Ppo):
+            failures.append(
+                f"data.past is of text that is read in order, which task = {type(self.task).__name__} does not; leave "
+                "it empty"
             )
         if not isinstance(self.execution.products, PlainProducts):
             frozen = "under model.adapter" if model.adapter is not None else "in task = TrainMedusa"

@@ -162,7 +162,7 @@ class Batches:
         self, elements: npt.NDArray[np.int64], lacking: npt.NDArray[np.bool_], draws: Sequence[int]
     ) -> Batch:
         """Windows by number, counted through all data sets; those that are `lacking` have no loss and no texts.
-        `draws`: which random numbers each has, so that it is another example whenever it comes."""
+        `draws`: which random numbers each has, so that it is another example in a later epoch."""
         sources = np.searchsorted(self._firsts, elements, side="right") - 1
         windows = [(int(source), int(n)) for source, n in zip(sources, elements - self._firsts[sources], strict=True)]
         tokens = np.empty((len(elements), self.seq_len + 1), np.int32)

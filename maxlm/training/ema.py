@@ -21,7 +21,8 @@ class EmaState(NamedTuple):
 
 
 def exponential_average(config: Ema) -> optax.GradientTransformation:
-    """Changes no update; averages what the parameters are after it. It begins with the first parameters."""
+    """Changes no update; averages what the parameters are after it, before anything settles (routers' biases, ranks of
+    AdaLoRA). It begins with the first parameters."""
 
     def init(parameters: Any) -> EmaState:
         return EmaState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, parameters))  # donated apart from them

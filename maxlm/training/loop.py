@@ -37,6 +37,7 @@ from maxlm.sharding import Layout, all_devices, make_layout
 from maxlm.training.keeper import Keeper, require_finite
 from maxlm.training.objective import Batch, Objective
 from maxlm.training.spikes import Spikes
+from maxlm.training.stability import without_window
 from maxlm.training.state import TrainState
 from maxlm.training.step import StepOutput, Trainer, make_trainer
 from maxlm.training.warm_start import Start
@@ -239,7 +240,7 @@ def run(
         # ---- Compile -------------------------------------------------------------------------------------------------
         phases.go_to(start, spikes.skipped, log)
         if start < train.steps:
-            state = phases.compile(state, frozen, log)
+            state = phases.compile(start, state, frozen, log)
         else:
             assert state is not None, "without a checkpoint there are steps to do"
             state = dataclasses.replace(state, frozen=frozen)
@@ -291,6 +292,7 @@ def run(
                 where = functools.partial(_where_not_finite, phases.trainer, watchdog, state, batch)
                 spike = spikes.look(step, output, where)
             if spike is not None:
+                profile.close(wait_for=state)
                 with watchdog.off_duty():
                     state, output = keeper.go_back(spike, state), None
                     step = int(state.step)
@@ -376,6 +378,12 @@ class _Phases(Generic[R]):
         Raises:
             UserError: the recipe of a phase cannot be made: it is tried before the first step.
         """
+        for i, stretch in enumerate(config.data.past):
+            if stretch.steps:
+                raise UserError(
+                    f"data.past.{i}.steps = {stretch.steps} says that steps of this run have read it, which its phases "
+                    "say themselves; use 0"
+                )
         self._config, self._layout, self._make_recipe = config, layout, make_recipe
         self._begin(config.at(0))
         self._compiled: tuple[Any, ...] = ()
@@ -390,7 +398,7 @@ class _Phases(Generic[R]):
     def enter(self, step: int, skipped: Sequence[Skip], state: TrainState, log: RunLog) -> TrainState:
         """Before a step of another phase, or one that goes on elsewhere in the data."""
         self.go_to(step, skipped, log)
-        state = self.compile(state, state.frozen, log)
+        state = self.compile(step, state, state.frozen, log)
         log.start_clock(step, self._config.tokens(step))
         return state
 
@@ -410,8 +418,10 @@ class _Phases(Generic[R]):
         self.recipe.feed.memory |= memory
         log.phase(now)
 
-    def compile(self, state: TrainState | None, frozen: Any, log: RunLog) -> TrainState:
-        """`program`, which makes a step of this phase; the state, or a new one, with `frozen` in it."""
+    def compile(self, step: int, state: TrainState | None, frozen: Any, log: RunLog) -> TrainState:
+        """`program`, which makes steps of this phase; the state before a step, or a new one, with `frozen` in it."""
+        if state is not None and any(phase.start == step for phase in self._config.train.phases):
+            state = dataclasses.replace(state, stability=without_window(state.stability))
         decides = self._now.model, self._now.train
         if state is not None and decides == self._compiled:
             return dataclasses.replace(state, frozen=frozen)

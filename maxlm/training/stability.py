@@ -87,6 +87,14 @@ class StepFacts(NamedTuple):
     parts: PartNorms | None
 
 
+def without_window(state: Stability) -> Stability:
+    """Where another phase begins: another mixture, length or batch has other losses and gradients."""
+    if state.spikes is None:
+        return state
+    emptied = state.spikes._replace(accepted=0 * state.spikes.accepted, in_row=0 * state.spikes.in_row)
+    return state._replace(spikes=emptied)
+
+
 def begin(config: RunConfig) -> Stability:
     """At the first step, or in a run that has done some without."""
     zero, none = jnp.float32(0), jnp.int32(0)
