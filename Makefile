@@ -17,7 +17,7 @@ help: ## list the targets
 train: $(STAMP) ## train the tiny model on this machine, about two minutes (ARGS="--train.steps=50" overrides)
 	$(BIN)/python -m maxlm.train --config configs/tiny.py $(ARGS)
 
-life: $(STAMP) ## a model's whole life in small: text, conversations, preferences, rewards, 8 bits; about twelve minutes
+life: $(STAMP) ## a model's whole life in small: text, conversations, preferences, rewards, 8 bits; about nine minutes
 	launch/life.sh
 
 rlhf: $(STAMP) ## the classic chain in small: SFT, a reward model, PPO-ptx, and how often it wins against SFT

@@ -6,7 +6,7 @@ nothing but whether its answers are right (GRPO).
     python -m maxlm.chat --run runs/life/grpo
 
 Each step the model answers 32 prompts eight times each; answers that are right become more likely where others to the
-same prompt are wrong. Hardware: two CPU cores, 2 GB of memory, no download; about four minutes.
+same prompt are wrong. Hardware: two CPU cores, 2 GB of memory, no download; about six minutes.
 """
 
 import dataclasses

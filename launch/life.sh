@@ -3,7 +3,7 @@
 # of it. Every line is a command of its own; what is done is not done again, so that after an interruption the same
 # command goes on where it was. docs/life.md says what one sees.
 #
-#   launch/life.sh             runs/life/report.html, in about twelve minutes on two cores
+#   launch/life.sh             runs/life/report.html, in about nine minutes on two cores
 #   launch/life.sh rlhf        the classic chain beside it: runs/rlhf/report.html
 #
 # ROOT is this repository's folder (default: the one above this script).
