@@ -7,7 +7,7 @@ Hardware: TPU v5p-1024 (512 chips); by arithmetic about 40 of 95 GB a chip. Time
 
 As printed: sizes, ALiBi (arXiv:2108.12409), a norm of the embeddings, batches of 2048 sequences, AdamW, a warm-up over
 375M tokens, a cosine to a tenth, which ends at 410B tokens there and with the run here. Parameters are those of the
-released weights.
+released weights. Not here: a batch that grows from 192 sequences. Initial values are ours.
 """
 
 from dataclasses import replace

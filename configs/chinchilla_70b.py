@@ -3,7 +3,8 @@
     python -m maxlm.train --config configs/chinchilla_70b.py
 
 Hardware: TPU v5p-1024 (512 chips); by arithmetic about 45 of 95 GB a chip. Data, and what is ours: as
-gopher_280b.py, whose architecture it has. AdamW's weight decay is not printed: ours is the default.
+gopher_280b.py, whose architecture it has. AdamW's weight decay is not printed: ours is the default, and
+so is the clipping at 1.
 Time and final loss: not measured. The batch is constant at its final 3M tokens, theirs begins with 1.5M.
 """
 

@@ -9,8 +9,8 @@ for the worst case would be four times the bytes to exchange, and take longer th
 measured.
 
 27 layers with 2 shared experts and 6 of 64 routed ones follow a dense first layer, whose width is that of the released
-weights. The paper cuts the learning rate by 0.316 after 80 % and again after 90 % of the steps; here it falls in a
-straight line over the last 20 % to the same end. "4.5K sequences" are read as 4608.
+weights. The learning rate is cut to 0.316 after 80 % and to 0.1 after 90 % of the steps, as printed. "4.5K sequences"
+are read as 4608.
 """
 
 from maxlm.config import (
@@ -20,11 +20,11 @@ from maxlm.config import (
     Dataset,
     Dropless,
     Experts,
+    MultiStepSchedule,
     RunConfig,
     ShardingConfig,
     TopKRouter,
     TrainConfig,
-    WsdSchedule,
     llama,
     with_experts,
 )
@@ -56,7 +56,7 @@ def get_config() -> RunConfig:
         train=TrainConfig(steps=STEPS, batch_size=4608, seq_len=4096, micro_batches=18),
         optimizer=AdamW(
             learning_rate=4.2e-4,
-            schedule=WsdSchedule(warmup_steps=2000, decay_steps=STEPS // 5, final_fraction=0.1),
+            schedule=MultiStepSchedule(warmup_steps=2000),
         ),
         sharding=ShardingConfig(fsdp=8, expert=8),
         checkpoint=CheckpointConfig(every=1000, keep_every=10_000),

@@ -9,10 +9,11 @@ about 85 of 95 GB a chip. Time and final loss: not measured.
 
 As printed: latent attention, experts chosen by sigmoids among those of 4 of 8 groups, biases that move by 0.001, three
 dense layers, AdamW, initial values of 0.006, a peak of 2.2e-4 after 2000 steps. Not here: the module that predicts one
-more token (14B more parameters), the balance loss of a sequence (weight 0.0001), FP8. The batch is constant at 15,360
-sequences, theirs grows to it over 469B tokens. Of the learning rate's five phases there are the warm-up, the constant
-one up to 10T tokens, and a fall over the rest, in a straight line. A device has room for twice its even share of
-tokens; the paper drops none.
+more token (14B more parameters), the balance loss of a sequence (weight 0.0001), their FP8 with a scale for each tile
+(`execution.products=Float8Products()` has one an array). The batch is constant at 15,360 sequences, theirs grows to it
+over 469B tokens, as `train.phases` can. Of the learning rate's five phases there are the warm-up, the constant one up
+to 10T tokens, and a cosine over the rest, which theirs ends at 14.3T, with two lower constants after it. A device has
+room for twice its even share of tokens; the paper drops none.
 """
 
 from math import ceil
@@ -23,12 +24,14 @@ from maxlm.config import (
     CheckpointConfig,
     DataConfig,
     Dataset,
+    Decay,
     Dropless,
     ExpertGroups,
     Experts,
     GatedMlp,
     LatentAttention,
     ModelConfig,
+    ResidualInit,
     RmsNorm,
     Rope,
     RunConfig,
@@ -69,12 +72,15 @@ def get_config() -> RunConfig:
             max_seq_len=4096,
             norm=RmsNorm(eps=1e-6),
             init_std=0.006,
+            residual_init=ResidualInit.NONE,
         ),
         data=DataConfig(datasets=(Dataset(path="data/deepseek_v3"),)),
         train=TrainConfig(steps=ceil(14.8e12 / BATCH), batch_size=15_360, seq_len=4096, micro_batches=15),
         optimizer=AdamW(
             learning_rate=2.2e-4,
-            schedule=WsdSchedule(warmup_steps=2000, decay_steps=ceil(4.8e12 / BATCH), final_fraction=0.1),
+            schedule=WsdSchedule(
+                warmup_steps=2000, decay_steps=ceil(4.8e12 / BATCH), decay=Decay.COSINE, final_fraction=0.1
+            ),
         ),
         sharding=ShardingConfig(fsdp=8, expert=64),
         checkpoint=CheckpointConfig(every=500, keep_every=10_000),

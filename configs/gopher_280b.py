@@ -8,7 +8,8 @@ Hardware: TPU v5p-2048 (1024 chips); by arithmetic about 75 of 95 GB a chip. Tim
 As printed: sizes, RMSNorm, the relative positions of Transformer-XL (arXiv:1901.02860), 32,000 tokens, warm-up over
 1500 steps, a cosine to a tenth, gradients clipped at 0.25. They are computed here as more dims of queries and keys, as
 many as the model's width, which attention pays for. Of weight decay, betas and eps the paper says nothing: ours are
-AdamW's defaults, without decay. The batch is constant at its final 6M tokens, theirs begins with 3M.
+AdamW's defaults, without decay. The batch is constant at its final 6M tokens, theirs begins with 3M
+(`train.phases` can double it).
 """
 
 from math import ceil

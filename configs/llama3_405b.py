@@ -7,6 +7,8 @@ Time and final loss: not measured.
 
 As printed: sizes, a peak of 8e-5 after 8000 steps, a cosine to 1 % of it, batches of 4M tokens in sequences of 4096, of
 8M in sequences of 8192 after 252M tokens, of 16M after 2.87T. The cosine ends with the run, theirs is of 1.2M steps.
+Not here: contexts up to 128K (further phases), annealing (`CosineSchedule(anneal_steps=...)`). Adam's numbers: as
+llama3_8b.py.
 """
 
 from dataclasses import replace

@@ -7,7 +7,8 @@ Hardware: TPU v5p-1024 (512 chips); by arithmetic about 35 of 95 GB a chip. Time
 
 As printed: sizes, ReLU, batches of 2M tokens, AdamW with weight decay 0.1, initial values of 0.006, warm-up over 2000
 steps, a straight line to a tenth, clipping at 1. That line reaches its tenth at 300B tokens there, with the run here.
-Not here: dropout of 0.1, float16, and the learning rates and clipping that were changed by hand on the way.
+Not here: dropout of 0.1, float16, which TPUs do not multiply, and the learning rates and clipping that were changed by
+hand on the way.
 """
 
 from dataclasses import replace

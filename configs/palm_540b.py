@@ -7,10 +7,11 @@ Hardware: TPU v5p, topology 8x12x12 (1152 chips); by arithmetic about 87 of 95 G
 Time and final loss: not measured. `palm_run` makes palm_8b and palm_62b too.
 
 As printed: sizes, blocks, z-loss, clipping, Adafactor with a momentum of 0.9 (here in bfloat16) and second moments of
-all numbers, a decay of them of 1 - k^-0.8, and a learning rate of 1e-2 for 10,000 steps that then falls with
-1 / sqrt(step). Not here: weight decay of the learning rate squared. The batch of 540B grows after 50,000 and 115,000
-steps, from 576 sequences to 1152 and 2016 where theirs has 512, 1024 and 2048: 18,432 = 144 x 128 is cut evenly by no
-power of two. The smaller ones have their largest batch from the start. Initial values: as `maxlm.config.palm` says.
+all numbers, a decay of them of 1 - k^-0.8, and a learning rate of 1e-2 for 10,000 steps that then falls with 1 /
+sqrt(step). Not here: weight decay of the learning rate squared. The batch of 540B grows after 50,000 and 115,000 steps,
+from 576 sequences to 1152 and 2016 where theirs has 512, 1024 and 2048: 288 parts of this mesh (data 2, fsdp 144, as
+18,432 = 144 x 128) cut a batch. The smaller ones have their largest batch from the start. Initial values: as
+`maxlm.config.palm` says.
 """
 
 from dataclasses import replace

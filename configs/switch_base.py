@@ -9,9 +9,10 @@ optimizer and gradients; 1 GB saved inputs of the blocks. Time and final loss: n
 
 The paper's model is an encoder-decoder: T5-Base with 128 experts in every second layer of both stacks, 7.4B parameters,
 trained to fill in spans. This is its decoder alone, 12 layers that predict the next token, with RoPE in place of T5's
-position biases. From the paper: top-1 routing, capacity factor 1.25, load-balancing weight 0.01, gated GELU, a router
-in float32, and 550k steps of 2^20 tokens (section 4.1); Adafactor with an inverse square root schedule is T5's
-(arXiv:1910.10683, section 3.1.2). Not here: initial weights scaled to 0.1, and noise on the router's input.
+position biases; `SpanCorruption` and `RelativeBias` are to be had, and not used here. From the paper: top-1 routing,
+capacity factor 1.25, load-balancing weight 0.01, gated GELU, a router in float32, and 550k steps of 2^20 tokens
+(section 4.1); Adafactor with an inverse square root schedule is T5's (arXiv:1910.10683, section 3.1.2). Not here:
+initial weights scaled to 0.1, and noise on the router's input.
 """
 
 from dataclasses import replace
@@ -49,7 +50,7 @@ def get_config() -> RunConfig:
         model=with_experts(gelu, experts, every=2),
         data=DataConfig(datasets=(Dataset(path="data/switch"),)),
         train=TrainConfig(steps=550_000, batch_size=2048, seq_len=512),
-        optimizer=Adafactor(learning_rate=1e-2, schedule=InverseSqrtSchedule(warmup_steps=10_000)),
+        optimizer=Adafactor(learning_rate=1e-2, schedule=InverseSqrtSchedule(warmup_steps=0, constant_steps=10_000)),
         sharding=ShardingConfig(expert=16),
         checkpoint=CheckpointConfig(every=2000, keep_every=50_000),
         target="tpu:v5p:2x2x4",
