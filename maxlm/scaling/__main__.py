@@ -20,7 +20,7 @@ from maxlm import surroundings
 from maxlm.config import UserError
 from maxlm.config.cli import parse, parse_known, parse_run, run_command
 from maxlm.config.fields import Filled, Fraction, NotEmpty, PathName, Positive, config
-from maxlm.scaling.downstream import Forecasting, foretell
+from maxlm.scaling.downstream import Forecasting, Relation, foretell
 from maxlm.scaling.drawing import check_picture, draw_downstream, draw_fits
 from maxlm.scaling.exam_results import read_outcomes
 from maxlm.scaling.fitting import Fits, Fitting, as_json, fit_all, misfit, read_fits, write_fits
@@ -271,7 +271,7 @@ def _downstream(options: DownstreamOptions) -> int:
         rows = [{**one._asdict(), "seen": None if one.seen is None else asdict(one.seen)} for one in foretold.forecasts]
         print(json.dumps({"law": law_json, "forecasts": rows, "resampled": foretold.resampled}))
         return 0
-    left = "log nll" if law.relation.value == "power" else "nll"
+    left = "log nll" if law.relation is Relation.POWER else "nll"
     n_runs = sum(one.flops is not None for one in foretold.fitted)
     print(f"{left} = {law.offset:.4g} {law.slope:+.4g} log C, of {n_runs} runs")
     print(

@@ -70,8 +70,8 @@ def draw_fits(fits: Fits, runs: Sequence[MeasuredRun], path: Path) -> None:
     colour = _by_size(runs)
     _curves(panels[0, 0], fits, runs, colour)
     _parabolas(panels[0, 1], fits, runs)
-    _optima(panels[0, 2], fits, runs, "parameters")
-    _optima(panels[1, 2], fits, runs, "tokens")
+    _optima(panels[0, 2], fits, runs, "parameters", exponent="a", label="N_opt, parameters")
+    _optima(panels[1, 2], fits, runs, "tokens", exponent="b", label="D_opt, tokens")
     method = next((one for one in (Method.PARAMETRIC, Method.JOINT) if one in fits.fits), None)
     law = None if method is None else fits.fits[method].law
     if isinstance(law, ParametricLaw | JointLaw) and method is not None:
@@ -139,24 +139,24 @@ def _parabolas(axes: Any, fits: Fits, runs: Sequence[MeasuredRun]) -> None:
     _legend(axes)
 
 
-def _optima(axes: Any, fits: Fits, runs: Sequence[MeasuredRun], what: str) -> None:
+def _optima(axes: Any, fits: Fits, runs: Sequence[MeasuredRun], key: str, *, exponent: str, label: str) -> None:
+    """`key`: of an optimum, with that exponent."""
     low, high = min(run.flops for run in runs), max(run.flops for run in runs)
     flops = np.geomspace(low, 30 * high, 60)
     for method, one in fits.fits.items():
         if isinstance(one.law, PowerLaw):
             continue
-        exponent = one.law.numbers()["a" if what == "parameters" else "b"]
-        values = [getattr(one.law.optimum(float(c)), what) for c in flops]
-        axes.plot(flops, values, color=_COLOURS[method], linewidth=1.6, label=f"{method.value}: C^{exponent:.2f}")
+        power = one.law.numbers()[exponent]
+        values = [getattr(one.law.optimum(float(c)), key) for c in flops]
+        axes.plot(flops, values, color=_COLOURS[method], linewidth=1.6, label=f"{method.value}: C^{power:.2f}")
         if one.resampled:
-            spread = [(one.optimum(float(c), fits.confidence) or (None, {}))[1][what] for c in flops]
+            spread = [(one.optimum(float(c), fits.confidence) or (None, {}))[1][key] for c in flops]
             axes.fill_between(flops, *np.array(spread).T, color=_COLOURS[method], alpha=0.1, linewidth=0)
     for valley in valleys(runs, float(fits.about["tolerance"]))[0]:
-        axes.plot(valley.flops, getattr(valley, what), "*", color="#c8501e", markersize=11)
+        axes.plot(valley.flops, getattr(valley, key), "*", color="#c8501e", markersize=11)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    name = "N_opt, parameters" if what == "parameters" else "D_opt, tokens"
-    _title(axes, f"{name}: best at each budget", "C, FLOPs", name)
+    _title(axes, f"{label}: best at each budget", "C, FLOPs", label)
     _legend(axes)
 
 
