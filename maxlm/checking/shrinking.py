@@ -92,6 +92,8 @@ def shrink(config: RunConfig, n_devices: int | None) -> Shrunk:
             micro_batches=MICRO_BATCHES,
             loss_chunk=min(config.train.loss_chunk, 100),
             profile_steps=None,
+            phases=(),
+            rollback=None,
         ),
         optimizer=replace(config.optimizer, schedule=ConstantSchedule()),
         checkpoint=replace(config.checkpoint, init_from=None),
