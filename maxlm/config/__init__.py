@@ -151,6 +151,7 @@ from maxlm.config.optimizer import (
     MuonScale,
     NameMatches,
     OptimizerConfig,
+    ParameterFormat,
     ParameterGroup,
     Sgd,
 )
@@ -395,6 +396,7 @@ __all__ = [
     "Orpo",
     "OutputNorm",
     "Parallel",
+    "ParameterFormat",
     "ParameterGroup",
     "PatternReward",
     "Phase",

@@ -71,6 +71,25 @@ class Ema:
     forgotten."""
 
 
+class ParameterFormat(enum.Enum):
+    """How a run holds the matrices that it trains; tables that are looked up, routers, norms and biases are float32."""
+
+    FLOAT32 = "float32"
+    """In the numbers that a step computes them in."""
+    BFLOAT16 = "bfloat16"
+    """In half of the memory, without a float32 copy: a step computes the new ones in float32 and rounds them up or down
+    by chance, so that they are right in the mean (stochastic rounding; Gupta et al. 2015, arXiv:1502.02551, section 3;
+    Zamirai et al. 2020, arXiv:2010.06192, section 3)."""
+    BFLOAT16_NEAREST = "bfloat16_nearest"
+    """The same, to the nearest: updates below half the distance of two neighbours, 1/512 to 1/256 of a number, are
+    lost. For comparison."""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        return 4 if self is ParameterFormat.FLOAT32 else 2
+
+
 class Parameter(NamedTuple):
     """What an optimizer's memory for an array depends on."""
 
@@ -111,6 +130,9 @@ class AnyOptimizer:
     moment_dtype: Annotated[Dtype, Changes.IDENTITY] = Dtype.FLOAT32
     """Format in which the first moment, or the momentum, is kept; bfloat16 saves 2 bytes a parameter. Second moments
     are float32 always: with b2 near 1 their steps are smaller than bfloat16 can tell apart."""
+    parameter_format: Annotated[ParameterFormat, Changes.IDENTITY] = ParameterFormat.FLOAT32
+    """Format in which the matrices that are trained are kept; bfloat16 saves 2 bytes a parameter, and 2 of its gradient
+    where there is one micro-batch."""
 
     def __post_init__(self) -> None:
         if self.moment_dtype is Dtype.FLOAT16:

@@ -15,7 +15,7 @@ from maxlm.config.execution import ExecutionConfig, PlainProducts
 from maxlm.config.fields import Changes, Fraction, NotEmpty, NotNegative, PathName, Positive, Range, Seed, config, shown
 from maxlm.config.layout_rules import broken_layout_rules
 from maxlm.config.model import ModelConfig
-from maxlm.config.optimizer import AdamW, OptimizerConfig
+from maxlm.config.optimizer import AdamW, OptimizerConfig, ParameterFormat
 from maxlm.config.phases import Phase, Rollback, Skip, broken_phase_rules, checkpoints_needed, with_rope
 from maxlm.config.prediction_rules import broken_prediction_rules
 from maxlm.config.reinforcement import Grpo, Ppo
@@ -351,6 +351,8 @@ class RunConfig:
                     f"execution.products = {type(self.execution.products).__name__} is for weights that are trained, "
                     f"and {frozen} they are not; use PlainProducts"
                 )
+        if self.optimizer.parameter_format is not ParameterFormat.FLOAT32:
+            failures += self._failures_of_format(n_devices)
         if model.mup_base_width is not None and not isinstance(self.optimizer, AdamW):
             failures.append(
                 f"model.mup_base_width = {model.mup_base_width} has rules for AdamW alone, not for "
@@ -381,6 +383,20 @@ class RunConfig:
                 f"{self.sharding.stage}) does not form; use sharding.stage = 1, or False"
             ]
         return []
+
+    def _failures_of_format(self, n_devices: int) -> list[str]:
+        """Of a run that holds its parameters in fewer bits, and so has gradients of as many."""
+        key, failures = f"optimizer.parameter_format = {self.optimizer.parameter_format.value}", []
+        if self.model.adapter is not None:
+            failures.append(f"{key} is for models that are trained as a whole, not for model.adapter; use float32")
+        if self.sharding.float32_gradients:
+            failures.append(f"{key} has no gradients in float32; use float32, or sharding.float32_gradients = False")
+        if self.sharding.stage != 1 and self.sharding.sizes(n_devices)["stage"] > 1:
+            failures.append(
+                f"{key} would add the gradients of a pipeline's micro-batches (sharding.stage = {self.sharding.stage}) "
+                "in as few bits; use float32, or sharding.stage = 1"
+            )
+        return failures
 
     def _failures_of_medusa(self) -> list[str]:
         """Of a run that trains heads."""

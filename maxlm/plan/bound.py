@@ -242,7 +242,11 @@ def _state_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
     changes = [array for array in shapes.arrays(config.model) if array.trained]
     numbers = lambda arrays, kind, part: sum(math.prod(device_shape(array, sizes, kind, part)) for array in arrays)
     gradient = FLOAT32 if config.optimizer.clip_norm is None else 2 * FLOAT32
-    moved: float = numbers(changes, zero, StatePart.OPTIMIZER) * (2 * FLOAT32 + gradient)
+    moved: float = numbers(changes, zero, StatePart.OPTIMIZER) * gradient
+    held = config.optimizer.parameter_format.itemsize
+    for array in changes:
+        item = held if shapes.is_rounded(array) else FLOAT32
+        moved += 2 * item * numbers([array], zero, StatePart.OPTIMIZER)
     moved += 2 * shapes.optimizer_bytes(config.model, config.optimizer, tuple(sizes.items()), zero)
     moved += 2 * _gathered(config, sizes) * turns(config, sizes)
     if parts > 1 and sizes["stage"] == 1:

@@ -12,7 +12,7 @@ from maxlm.plan.machines import Platform
 from maxlm.plan.memory import estimate_memory
 
 _KEYS = {
-    "parameters": "sharding.fsdp or sharding.tensor",
+    "parameters": "sharding.fsdp, sharding.tensor or optimizer.parameter_format = bfloat16",
     "optimizer": "sharding.fsdp, or another optimizer (optimizer.moment_dtype, eight_bit, Adafactor)",
     "gradients": "sharding.fsdp",
     "copies": "sharding.fsdp",

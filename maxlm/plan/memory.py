@@ -50,7 +50,7 @@ class MemoryEstimate:
     """Bytes on the fullest device."""
 
     parameters: int
-    """Float32; the base under an adapter as it is held."""
+    """Float32, or as `optimizer.parameter_format` says; the base under an adapter as it is held."""
     reference: int
     """Parameters of the model that a policy is held to, or that is told a context: as large as the policy's without an
     adapter."""
@@ -63,7 +63,8 @@ class MemoryEstimate:
     """Tokens, targets, positions, documents and mask of the whole step, and what is known of tokens that were
     rewarded."""
     gradients: int
-    """Float32, of the micro-batch at work and, where there are several, the sum of the earlier ones."""
+    """In the format of the parameters, of the micro-batch at work; and, where there are several, the sum of the earlier
+    ones in float32."""
     accumulated: int
     """Of the gradients, that sum, as far as it is there during the loss: a pipeline's is not."""
     copies: int
@@ -208,7 +209,8 @@ def _state(
     }
     of_trained = lambda part: [n if a.trained else 0 for a, n in zip(arrays, numbers[part], strict=True)]
     stacks = {a.name: n for a, n in zip(arrays, numbers[StatePart.PARAMETERS], strict=True) if a.dims[0] == "layers"}
-    held = {array.name: shapes.held_bytes(model, array, axes, zero) for array in arrays if array.name in stacks}
+    bytes_of = {a.name: shapes.held_bytes(model, a, axes, zero, optimizer.parameter_format) for a in arrays}
+    held = {name: size for name, size in bytes_of.items() if name in stacks}
     wide = [name for name, size in held.items() if size == FLOAT32 * stacks[name]]
     match platform:
         case Platform.CPU:
@@ -226,9 +228,12 @@ def _state(
     # Under ZeRO-2 TPUs scatter each layer's gradients at once, GPUs those of all layers after the loop.
     gradients = StatePart.GRADIENTS if platform is Platform.TPU else StatePart.PARAMETERS
     return _State(
-        parameters=sum(shapes.held_bytes(model, array, axes, zero) for array in arrays),
+        parameters=sum(bytes_of.values()),
         optimizer=shapes.optimizer_bytes(model, optimizer, sizes, zero),
-        gradients=FLOAT32 * sum(of_trained(gradients)),
+        gradients=sum(
+            n * (optimizer.parameter_format.itemsize if shapes.is_rounded(a) else FLOAT32)
+            for a, n in zip(arrays, of_trained(gradients), strict=True)
+        ),
         moment=FLOAT32 * sum(of_trained(StatePart.OPTIMIZER)),
         stacked=FLOAT32 * sum(stacks[array.name] for array in arrays if array.name in stacks and array.trained),
         held=sum(held.values()),

@@ -5,7 +5,7 @@ arrays.py: each array of a model; what decoding keeps of each token
 additions.py: what an adapter adds, and what it leaves as it is
 count.py: parameters and FLOPs, counted from them
 pools.py: blocks of what decoding keeps
-base_bytes.py: a base under an adapter, as it is held
+base_bytes.py: parameters as they are held, and a base under an adapter
 device.py: a device's part of each, in training and as decoding holds it
 optimizer_state.py: what an optimizer keeps for them, and which of them are matrices to it
 """
@@ -27,7 +27,7 @@ from maxlm.shapes.arrays import (
     norm,
     shared_experts,
 )
-from maxlm.shapes.base_bytes import decoding_bytes, held_bytes
+from maxlm.shapes.base_bytes import decoding_bytes, held_bytes, is_rounded
 from maxlm.shapes.count import (
     FlopsPerToken,
     ParameterCount,
@@ -74,6 +74,7 @@ __all__ = [
     "held_bytes",
     "is_input_of",
     "is_linear",
+    "is_rounded",
     "kept",
     "matrix_dims",
     "medusa_head",

@@ -9,8 +9,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple, assert_never
 
-from maxlm.config import BaseFormat, Dtype, ModelConfig, StatePart, Zero
-from maxlm.shapes.array import Array
+from maxlm.config import BaseFormat, Dtype, ModelConfig, ParameterFormat, StatePart, Zero
+from maxlm.shapes.array import Array, Role
 from maxlm.shapes.device import FLOAT32, device_bytes, device_cuts
 
 _TABLE_GROUP, _LEAST_GROUP = 32, 8
@@ -27,18 +27,32 @@ class _Part(NamedTuple):
     itemsize: int
 
 
-def held_bytes(model: ModelConfig, array: Array, sizes: Mapping[str, int], zero: Zero) -> int:
-    """Bytes of a device's part of a parameter while a model is trained: float32, but for a base that is held in less.
+def is_rounded(array: Array) -> bool:
+    """Whether a run holds it as its `optimizer.parameter_format` says. The gradient of a table that is looked up sums as
+    many rows as a token is frequent, and is not for few bits."""
+    return array.trained and array.role is Role.PRODUCT
+
+
+def held_bytes(
+    model: ModelConfig,
+    array: Array,
+    sizes: Mapping[str, int],
+    zero: Zero,
+    trained: ParameterFormat = ParameterFormat.FLOAT32,
+) -> int:
+    """Bytes of a device's part of a parameter while a model is trained: float32, but for a base that is held in less,
+    and what a run trains in less.
 
     Args:
         model: that is trained.
         array: of `arrays(model)`.
         sizes: mesh axis -> size.
         zero: what the fsdp axis cuts.
+        trained: how a run holds what it trains.
     """
     plain = lambda itemsize: device_bytes(array, sizes, zero, StatePart.PARAMETERS, itemsize)
     if model.adapter is None or array.trained:
-        return plain(FLOAT32)
+        return plain(trained.itemsize if is_rounded(array) else FLOAT32)
     match model.adapter.base:
         case BaseFormat.FLOAT32:
             return plain(FLOAT32)

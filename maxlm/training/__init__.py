@@ -8,6 +8,7 @@ later_tokens.py: the loss of heads that guess at later tokens
 step.py: gradient, optimizer: one step
 keeper.py: the state of a run in its folder
 spikes.py: spikes of the loss, and what is passed over to go back from one
+rounding.py: parameters held in bfloat16, rounded by chance
 stability.py: what a step remembers to keep steady: loss scale, spikes, the gradient's noise
 watch.py: the size of all that a step computes, and what in it is not finite
 finite.py: no state with NaN is saved, or gone on from

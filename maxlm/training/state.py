@@ -34,7 +34,8 @@ class TrainState:
     step: jax.Array
     """int32: batches consumed."""
     parameters: Any
-    """Nested dicts of float32 arrays, and of `Weight`s where those that are not trained are held in fewer bits."""
+    """Nested dicts of float32 arrays, or what `optimizer.parameter_format` says of matrices; and of `Weight`s where those
+    that are not trained are held in fewer bits."""
     optimizer: Any
     """optax state."""
     skipped: jax.Array

@@ -21,6 +21,7 @@ from maxlm.training import stability
 from maxlm.training.objective import Batch, NextToken, Objective, Params, Sums, in_parts, make_evaluate
 from maxlm.training.optimizers import make_optimizer
 from maxlm.training.rank_budget import RankBudget
+from maxlm.training.rounding import stored, widened
 from maxlm.training.schedules import learning_rate_schedule
 from maxlm.training.stability import PartNorms, StepFacts
 from maxlm.training.state import TrainState, init_state, state_shardings
@@ -29,6 +30,10 @@ from maxlm.training.watch import Seen, activation_size, first_not_finite, sizes_
 _CPU_OPTIONS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 """XLA for CPUs otherwise drops the barriers that put off each block's second forward pass until its gradient needs it,
 and then holds what all blocks of a pattern computed at once."""
+
+
+_ROUNDING = 0x726F756E
+"""Sets the chance by which parameters are rounded apart from what else a step draws, as no step has this number."""
 
 
 class StepOutput(NamedTuple):
@@ -121,7 +126,7 @@ def _gradient_function(
             return sums.objective if scale is None else scale * sums.objective, sums
 
         gradients, sums = jax.grad(loss, has_aux=True)(part(params))
-        return sums, jax.lax.with_sharding_constraint(gradients, shardings)
+        return sums, jax.lax.with_sharding_constraint(widened(gradients), shardings)
 
     parts = config.train.micro_batches
     if parts == 1 or layout.mesh.shape["stage"] > 1:  # a pipeline cuts the batch itself
@@ -136,7 +141,7 @@ def _gradient_function(
             return jax.tree.map(jnp.add, total, gradients), (sums, norm)
 
         counted = objective.counted(params, frozen, batch)
-        zeros = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, part(params)), shardings)
+        zeros = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, widened(part(params))), shardings)
         gradients, (sums, norms) = jax.lax.scan(add, zeros, in_parts(objective, layout, batch, parts))
         return Gradient(Sums.of_parts(sums), gradients, None if norms is None else PartNorms(norms, sums.weight))
 
@@ -176,10 +181,11 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
     part, adapts = functools.partial(trained, objective.declared), config.model.adapter is not None
     optimizer = make_optimizer(config.optimizer, learning_rate, part(objective.declared), layers=config.model.repeats)
     gradient, budget = _gradient_function(config, layout, objective), RankBudget.of(config)
+    held = functools.partial(stored, config.optimizer.parameter_format, objective.declared)
 
     def init() -> TrainState:
-        parameters = objective.init(jax.random.key(config.train.seed))
-        return init_state(parameters, optimizer.init(part(parameters)), stability.begin(config))
+        parameters = held(objective.init(jax.random.key(config.train.seed)))
+        return init_state(parameters, optimizer.init(widened(part(parameters))), stability.begin(config))
 
     def drawn(state: TrainState, batch: Batch) -> Batch:
         return objective.draw(batch, jax.random.fold_in(jax.random.key(config.train.seed), state.step))
@@ -208,7 +214,7 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
             gradients, more = budget.penalise(state.parameters, gradients)
         with jax.named_scope("optimizer"):
             grad_norm = optax.tree.norm(gradients)
-            old = part(state.parameters)
+            old = widened(part(state.parameters))
             updates, new_optimizer = optimizer.update(gradients, state.optimizer, old)
             new_parameters = joined(optax.apply_updates(old, updates), state.parameters)
             new_parameters, figures = objective.settle(new_parameters, sums.router)
@@ -217,6 +223,8 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
                 new_parameters, more = ranks[0], more | ranks[1]
             if adapts:  # of the base nothing changes, whatever settles
                 new_parameters = joined(part(new_parameters), state.parameters)
+            rounds = jax.random.fold_in(jax.random.key(config.train.seed), _ROUNDING)
+            new_parameters = held(new_parameters, jax.random.fold_in(rounds, state.step))
             update_norm = optax.tree.norm(updates)
         # A bad step leaves no trace but its count.
         good = jnp.isfinite(sums.objective) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
@@ -253,7 +261,7 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
         (sums, gradients, _), per_token = mean_gradient(state, batch)
         if budget is not None:
             gradients, _ = budget.penalise(state.parameters, gradients)
-        old = part(state.parameters)
+        old = widened(part(state.parameters))
         updates, _ = optimizer.update(gradients, state.optimizer, old)
         parts = 1 if layout.mesh.shape["stage"] > 1 else config.train.micro_batches
         some = {name: x[0] for name, x in in_parts(objective, layout, batch, parts).items()}
@@ -278,11 +286,12 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
         shardings,
     )
     begin_optimizer = jax.jit(
-        lambda some: init_state(None, optimizer.init(some), stability.begin(config)),
+        lambda some: init_state(None, optimizer.init(widened(some)), stability.begin(config)),
         out_shardings=dataclasses.replace(shardings, parameters=None, frozen=None),
     )
 
     def begin(parameters: Params) -> TrainState:
+        parameters = held(parameters)
         return dataclasses.replace(begin_optimizer(part(parameters)), parameters=parameters)
 
     # For what runs once, and is mostly random numbers: not worth the compiler's best effort.
