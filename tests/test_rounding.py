@@ -17,8 +17,8 @@ from helpers import one_device, packed_batch, place, small_model, small_run
 from maxlm import shapes
 from maxlm.checkpoint.checkpointer import Checkpointer
 from maxlm.config import (
-    Adapter,
     AdamW,
+    Adapter,
     CheckpointConfig,
     ConstantSchedule,
     Ema,
@@ -62,8 +62,8 @@ def test_the_mean_of_many_roundings_is_the_number() -> None:
 
 
 def test_small_updates_add_up() -> None:
-    """1000 updates of 1/32 of the distance of neighbours, each rounded: in the mean of 256 numbers all of them are there,
-    and to the nearest none."""
+    """1000 updates of 1/32 of the distance of neighbours, each rounded: in the mean of 256 numbers all of them are
+    there, and to the nearest none."""
     ulp, steps = 2.0**-7, 1000
     update, start = jnp.float32(ulp / 32), jnp.ones(256, jnp.bfloat16)
 

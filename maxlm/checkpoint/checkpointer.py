@@ -391,17 +391,24 @@ class Checkpointer:
         return on_rank_0("choose a checkpoint", choose)
 
     def _open_params(self, step: int, params: Tree) -> Restored:
-        record = self._matching_record(step, {"params": params})
-        leaves = self.deferred_parameters(step, named_leaves(params))
-        tree = jax.tree.unflatten(jax.tree.structure(params), leaves.values())
+        record, wanted = self._matching_record(step, {"params": params}), named_leaves(params)
+        leaves = self.deferred_parameters(step, wanted)
+        tree = jax.tree.unflatten(
+            jax.tree.structure(params), [leaf.astype(wanted[name].dtype) for name, leaf in leaves.items()]
+        )
         return Restored(step=step, params=tree, optimizer=None, meta=record.meta)
 
     def _matching_record(self, step: int, items: dict[str, Tree]) -> Record:
-        """Of a step that has these arrays."""
-        record = self.record(step)
+        """Of a step that has these arrays. Parameters that are read alone may be asked for in float32 where it has them
+        in bfloat16, of which each number is one."""
+        record, widens = self.record(step), "optimizer" not in items
         for item, tree in items.items():
             wanted = {name: describe_leaf(leaf) for name, leaf in named_leaves(tree).items()}
-            if difference := first_difference(item, record.items[item], wanted):
+            stored = dict(record.items[item])
+            for name, (dtype, shape) in record.items[item].items():
+                if widens and dtype == "bfloat16" and wanted.get(name) == ("float32", shape):
+                    stored[name] = wanted[name]
+            if difference := first_difference(item, stored, wanted):
                 raise UserError(
                     f"{self._folder / str(step)}: {difference}; use the config that wrote it (model and optimizer), or "
                     "another run_dir"

@@ -18,7 +18,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,11 @@ class Deferred:
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    def astype(self, dtype: Any) -> Deferred:
+        """The same in another format."""
+        read, wanted = self.read, np.dtype(dtype)
+        return replace(self, dtype=wanted, read=lambda number: read(number).astype(wanted, copy=False))
 
     @property
     def numbers(self) -> Iterable[int | None]:

@@ -92,6 +92,8 @@ from maxlm.config.engine import CacheFormat, EngineConfig
 from maxlm.config.errors import UserError
 from maxlm.config.execution import (
     Backend,
+    CurrentScaling,
+    DelayedScaling,
     Dtype,
     ExecutionConfig,
     Float8Products,
@@ -301,10 +303,12 @@ __all__ = [
     "Conversations",
     "CosineSchedule",
     "Counted",
+    "CurrentScaling",
     "DataConfig",
     "Dataset",
     "Decay",
     "DeepNorm",
+    "DelayedScaling",
     "Dispatch",
     "DistillContext",
     "DocsSearch",

@@ -7,7 +7,7 @@ from dataclasses import field
 from typing import Annotated
 
 from maxlm.config.errors import UserError
-from maxlm.config.fields import Changes, Range, config
+from maxlm.config.fields import Changes, NotNegative, Positive, Range, config
 from maxlm.config.stability import LossScale
 
 
@@ -122,10 +122,31 @@ class Int8Products:
     tokens (SwitchBack, arXiv:2304.13013, section 2.2, with vector-wise scales)."""
 
 
+@config("execution.products.scaling.", changes=Changes.TRAINING)
+class CurrentScaling:
+    """Of the array's own largest number, before it is rounded: exact, at the price of reading it twice and, on a mesh,
+    of asking all devices before each product."""
+
+
+@config("execution.products.scaling.", changes=Changes.TRAINING)
+class DelayedScaling:
+    """Of the largest numbers of earlier steps, which the state keeps for each product (Transformer Engine's recipe;
+    arXiv:2209.05433, section 3.3): nothing is waited for, and what is larger than any of them becomes the largest that
+    there is. In the first step scales are 1."""
+
+    history: Positive[int] = 16
+    """Steps of which the largest number counts."""
+    margin: NotNegative[int] = 0
+    """Powers of 2 that are left above it."""
+
+
 @config("execution.products.", changes=Changes.TRAINING)
 class Float8Products:
     """8-bit floats: activations and weights in e4m3, gradients in e5m2 (arXiv:2209.05433, section 3.2), all three
-    products. Each array has one scale, made of its largest number when the product is ("current scaling")."""
+    products. Each array has one scale, by which its largest number becomes the largest that there is."""
+
+    scaling: CurrentScaling | DelayedScaling = field(default_factory=CurrentScaling)
+    """What scales are made of."""
 
 
 @config("execution.products.", changes=Changes.TRAINING)

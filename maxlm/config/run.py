@@ -11,7 +11,7 @@ from typing import Annotated, assert_never
 
 from maxlm.config.data import DataConfig, Stretch
 from maxlm.config.errors import UserError
-from maxlm.config.execution import ExecutionConfig, PlainProducts
+from maxlm.config.execution import DelayedScaling, ExecutionConfig, Float8Products, PlainProducts
 from maxlm.config.fields import Changes, Fraction, NotEmpty, NotNegative, PathName, Positive, Range, Seed, config, shown
 from maxlm.config.layout_rules import broken_layout_rules
 from maxlm.config.model import ModelConfig
@@ -351,6 +351,13 @@ class RunConfig:
                     f"execution.products = {type(self.execution.products).__name__} is for weights that are trained, "
                     f"and {frozen} they are not; use PlainProducts"
                 )
+        match self.execution.products:
+            case Float8Products(scaling=DelayedScaling()) if self._has_pipeline(n_devices):
+                failures.append(
+                    "execution.products.scaling = DelayedScaling takes the largest number of a step, and a pipeline "
+                    f"(sharding.stage = {self.sharding.stage}) adds up those of its micro-batches; use CurrentScaling, "
+                    "or sharding.stage = 1"
+                )
         if self.optimizer.parameter_format is not ParameterFormat.FLOAT32:
             failures += self._failures_of_format(n_devices)
         if model.mup_base_width is not None and not isinstance(self.optimizer, AdamW):
@@ -372,12 +379,15 @@ class RunConfig:
             failures += self._failures_of_noise(n_devices)
         return failures
 
+    def _has_pipeline(self, n_devices: int) -> bool:
+        return self.sharding.stage != 1 and self.sharding.sizes(n_devices)["stage"] > 1
+
     def _failures_of_noise(self, n_devices: int) -> list[str]:
         """Of a run that compares gradients of micro-batches."""
         key = "train.noise_scale.measure = True"
         if self.train.micro_batches == 1:
             return [f"{key} compares micro-batches, but train.micro_batches = 1; use at least 2, or False"]
-        if self.sharding.stage != 1 and self.sharding.sizes(n_devices)["stage"] > 1:
+        if self._has_pipeline(n_devices):
             return [
                 f"{key} needs the gradient of each micro-batch, which a pipeline (sharding.stage = "
                 f"{self.sharding.stage}) does not form; use sharding.stage = 1, or False"
@@ -391,7 +401,7 @@ class RunConfig:
             failures.append(f"{key} is for models that are trained as a whole, not for model.adapter; use float32")
         if self.sharding.float32_gradients:
             failures.append(f"{key} has no gradients in float32; use float32, or sharding.float32_gradients = False")
-        if self.sharding.stage != 1 and self.sharding.sizes(n_devices)["stage"] > 1:
+        if self._has_pipeline(n_devices):
             failures.append(
                 f"{key} would add the gradients of a pipeline's micro-batches (sharding.stage = {self.sharding.stage}) "
                 "in as few bits; use float32, or sharding.stage = 1"

@@ -113,7 +113,9 @@ class RunBase:
         with self._open() as checkpointer:
             for array, leaf, wanted in self._wanted(names, make_layout(ShardingConfig(data=1), all_devices()[:1])):
                 arrays = checkpointer.deferred_parameters(self.step, wanted)
-                found[array.name] = jax.tree.unflatten(jax.tree.structure(leaf), [arrays[name] for name in wanted])
+                found[array.name] = jax.tree.unflatten(
+                    jax.tree.structure(leaf), [arrays[name].astype(one.dtype) for name, one in wanted.items()]
+                )
         return found
 
     def keep(self, run_dir: Path) -> None:

@@ -28,8 +28,8 @@ class _Part(NamedTuple):
 
 
 def is_rounded(array: Array) -> bool:
-    """Whether a run holds it as its `optimizer.parameter_format` says. The gradient of a table that is looked up sums as
-    many rows as a token is frequent, and is not for few bits."""
+    """Whether a run holds it as its `optimizer.parameter_format` says. The gradient of a table that is looked up sums
+    as many rows as a token is frequent, and is not for few bits."""
     return array.trained and array.role is Role.PRODUCT
 
 

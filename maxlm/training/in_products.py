@@ -14,21 +14,32 @@ from maxlm.models.weights.kinds import Weight
 from maxlm.models.weights.narrow import Narrow
 from maxlm.shapes.additions import is_linear
 
+SCALES = "scales"
+"""Parameters under this key are scales of 8-bit floats, by the name of the weight (`models/weights/narrow.py`)."""
+
 
 def in_products(products: Products, model: ModelConfig, parameters: Any) -> Any:
-    """Parameters of the model as `execution.products` says; gradients go through to the float32 arrays.
+    """Parameters of the model, with SCALES beside or not, as `execution.products` says; gradients go through to the
+    arrays that they were.
 
     In 8 bits are the products of every layer's attention and dense MLP. Tables, the logits, routers, routed experts
     and what Medusa's heads do are computed in the compute dtype. What is held in fewer bits already
     stays as it is.
     """
+    scales = parameters.get(SCALES, {})
+    parameters = {name: tree for name, tree in parameters.items() if name != SCALES}
     match products:
         case PlainProducts():
             return parameters
         case RoundedWeights():
             return jax.tree.map(lambda array, w: _rounded(products, array, w), declared(model), parameters)
         case Int8Products() | Float8Products():
-            narrow = lambda array, w: Narrow(w, products) if is_linear(array) and isinstance(w, jax.Array) else w
+
+            def narrow(array: shapes.Array, w: Weight) -> Weight:
+                if not (is_linear(array) and isinstance(w, jax.Array)):
+                    return w
+                return Narrow(w, products, scales.get(array.name))
+
             return jax.tree.map(narrow, declared(model), parameters)
         case _:
             assert_never(products)

@@ -32,7 +32,9 @@ def stored(how: ParameterFormat, declared: Any, parameters: Any, key: jax.Array 
             rounded = lambda array, w, key: stochastically_rounded(w, key) if is_rounded(array) else w
             return jax.tree.map(rounded, declared, parameters, by_chance)
         case ParameterFormat.BFLOAT16 | ParameterFormat.BFLOAT16_NEAREST:
-            return jax.tree.map(lambda array, w: w.astype(jnp.bfloat16) if is_rounded(array) else w, declared, parameters)
+            return jax.tree.map(
+                lambda array, w: w.astype(jnp.bfloat16) if is_rounded(array) else w, declared, parameters
+            )
         case _:
             assert_never(how)
 
@@ -43,7 +45,7 @@ def widened(parameters: Any) -> Any:
 
 
 def stochastically_rounded(x: jax.Array, key: jax.Array) -> jax.Array:
-    """float32 -> bfloat16: of both neighbours of x one, with a chance of 1 - |x - neighbour| / |their distance|, so that
+    """float32 -> bfloat16: of both neighbours of x one, with a chance of 1 - |x - neighbour| / their distance, so that
     the mean is x (Gupta et al. 2015, arXiv:1502.02551, section 3). What bfloat16 has, and what is not finite, stays.
 
     A number of 16 random bits is added to the bits that are to be dropped; they carry as often as they should.

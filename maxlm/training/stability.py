@@ -1,4 +1,5 @@
-"""What a step remembers to keep steady: float16's loss scale, the window of spikes, the gradient's noise.
+"""What a step remembers to keep steady: float16's loss scale, the window of spikes, the gradient's noise, the largest
+numbers that products in 8-bit floats had.
 
 Each part is None in a run that does not ask for it, and its step is then the program that it would be without.
 Everything is a function of sums over all devices, inside the step: every rank takes the same decision.
@@ -11,8 +12,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from maxlm.config import Dtype, LossScale, RunConfig, SpikeRule
+from maxlm import shapes
+from maxlm.config import (
+    DelayedScaling,
+    Dtype,
+    Float8Products,
+    LossScale,
+    ModelConfig,
+    Products,
+    RunConfig,
+    SpikeRule,
+)
 from maxlm.config.stability import LEAST_SCALE, MOST_SCALE
+from maxlm.models.weights.narrow import scales_of
 
 
 class ScaleState(NamedTuple):
@@ -58,6 +70,9 @@ class Stability(NamedTuple):
     loss_scale: ScaleState | None = None
     spikes: SpikeState | None = None
     noise: NoiseState | None = None
+    largest: dict[str, jax.Array] | None = None
+    """Of each product in delayed scaling, by its weight: of activations, weight and gradient, float32 [3, history] or
+    [layers, 3, history], the newest first."""
 
 
 class PartNorms(NamedTuple):
@@ -85,6 +100,8 @@ class StepFacts(NamedTuple):
     mean_norm: jax.Array | None
     """Of the gradient of the mean loss, before anything is added to it, where there are `parts`."""
     parts: PartNorms | None
+    largest: dict[str, jax.Array]
+    """Of each product in delayed scaling: [3] or [layers, 3]."""
 
 
 def without_window(state: Stability) -> Stability:
@@ -104,7 +121,27 @@ def begin(config: RunConfig) -> Stability:
         loss_scale=ScaleState(jnp.float32(config.execution.loss_scale.initial), none, none) if scaled else None,
         spikes=SpikeState(window, window, none, none, none) if config.train.spikes.sigmas else None,
         noise=NoiseState(zero, zero, zero) if config.train.noise_scale.measure else None,
+        largest=_no_products(config.model, config.execution.products),
     )
+
+
+def _no_products(model: ModelConfig, products: Products) -> dict[str, jax.Array] | None:
+    match products:
+        case Float8Products(scaling=DelayedScaling(history=history)):
+            linear = (array for array in shapes.arrays(model) if shapes.is_linear(array))
+            layers = lambda array: array.shape[:1] if array.dims[0] == "layers" else ()
+            return {array.name: jnp.zeros((*layers(array), 3, history), jnp.float32) for array in linear}
+        case _:
+            return None
+
+
+def product_scales(products: Products, state: Stability) -> dict[str, jax.Array]:
+    """Of the next step, as `narrow_einsum` takes them, by weight; none where no scale is delayed."""
+    match products:
+        case Float8Products(scaling=DelayedScaling(margin=margin)) if state.largest is not None:
+            return {name: scales_of(history, margin) for name, history in state.largest.items()}
+        case _:
+            return {}
 
 
 def is_spike(rule: SpikeRule, state: SpikeState, loss: jax.Array, grad_norm: jax.Array) -> jax.Array:
@@ -124,7 +161,7 @@ def is_spike(rule: SpikeRule, state: SpikeState, loss: jax.Array, grad_norm: jax
 def settle(config: RunConfig, state: Stability, facts: StepFacts) -> tuple[Stability, dict[str, jax.Array]]:
     """The state after a step, and the figures of what is on."""
     figures: dict[str, jax.Array] = {}
-    scale, spikes, noise = state
+    scale, spikes, noise, largest = state
     if scale is not None:
         scale = _next_scale(config.execution.loss_scale, scale, facts.finite)
         figures |= {"loss_scale": scale.scale, "overflows": scale.overflows}
@@ -141,7 +178,10 @@ def settle(config: RunConfig, state: Stability, facts: StepFacts) -> tuple[Stabi
             "noise_scale": in_tokens,
             "noise_scale_sequences": in_tokens / (facts.weight / config.train.batch_size),
         }
-    return Stability(scale, spikes, noise), figures
+    if largest is not None:
+        push = lambda name, before: jnp.roll(before, 1, -1).at[..., 0].set(facts.largest[name])
+        largest = {name: jnp.where(facts.done, push(name, before), before) for name, before in largest.items()}
+    return Stability(scale, spikes, noise, largest), figures
 
 
 def counts_as_bad(state: ScaleState | None) -> Any:

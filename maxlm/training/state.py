@@ -34,7 +34,7 @@ class TrainState:
     step: jax.Array
     """int32: batches consumed."""
     parameters: Any
-    """Nested dicts of float32 arrays, or what `optimizer.parameter_format` says of matrices; and of `Weight`s where those
+    """Nested dicts of float32 arrays, of matrices as `optimizer.parameter_format` says; and of `Weight`s where those
     that are not trained are held in fewer bits."""
     optimizer: Any
     """optax state."""

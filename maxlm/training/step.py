@@ -18,6 +18,7 @@ from maxlm.config import Dtype, ModelConfig, RunConfig, StatePart, UserError
 from maxlm.observe.devices import multiplies
 from maxlm.sharding import Layout, all_devices, make_layout
 from maxlm.training import stability
+from maxlm.training.in_products import SCALES
 from maxlm.training.objective import Batch, NextToken, Objective, Params, Sums, in_parts, make_evaluate
 from maxlm.training.optimizers import make_optimizer
 from maxlm.training.rank_budget import RankBudget
@@ -58,6 +59,8 @@ class Gradient(NamedTuple):
     trained."""
     parts: PartNorms | None
     """Of the micro-batches' sums' objectives, times the same; where train.noise_scale asks for them."""
+    largest: dict[str, jax.Array]
+    """What stands for the gradient of the scales: see `narrow_einsum`."""
 
 
 class Trainer(NamedTuple):
@@ -110,40 +113,53 @@ def gradient_function(
     The gradient is a tree like the parameters', with None for those that are not trained.
     """
     found = _gradient_function(config, layout, objective)
-    return lambda params, frozen, batch: found(params, frozen, batch, None)[:2]
+    return lambda params, frozen, batch: found(params, frozen, batch, None, {})[:2]
 
 
 def _gradient_function(
     config: RunConfig, layout: Layout, objective: Objective
-) -> Callable[[Params, Any, Batch, jax.Array | None], Gradient]:
-    """The same, and what the objective is multiplied by before its gradient is formed -> the gradient of that."""
+) -> Callable[[Params, Any, Batch, jax.Array | None, dict[str, jax.Array]], Gradient]:
+    """The same, and what the objective is multiplied by before its gradient is formed, and `product_scales` -> the
+    gradient of that."""
     part = functools.partial(trained, objective.declared)
     shardings = part(layout.shardings(objective.dims, StatePart.GRADIENTS))
 
-    def of_part(params: Params, frozen: Any, batch: Batch, counted: Any, scale: jax.Array | None) -> tuple[Sums, Any]:
-        def loss(changing: Params) -> tuple[jax.Array, Sums]:
-            sums = objective.loss(joined(changing, params), frozen, batch, counted)
+    def of_part(
+        params: Params, frozen: Any, batch: Batch, counted: Any, scale: jax.Array | None, scales: dict[str, jax.Array]
+    ) -> tuple[Sums, Any, dict[str, jax.Array]]:
+        def loss(changing: Params, scales: dict[str, jax.Array]) -> tuple[jax.Array, Sums]:
+            read = joined(changing, params) | ({SCALES: scales} if scales else {})
+            sums = objective.loss(read, frozen, batch, counted)
             return sums.objective if scale is None else scale * sums.objective, sums
 
-        gradients, sums = jax.grad(loss, has_aux=True)(part(params))
-        return sums, jax.lax.with_sharding_constraint(widened(gradients), shardings)
+        (gradients, largest), sums = jax.grad(loss, argnums=(0, 1), has_aux=True)(part(params), scales)
+        return sums, jax.lax.with_sharding_constraint(widened(gradients), shardings), largest
 
     parts = config.train.micro_batches
     if parts == 1 or layout.mesh.shape["stage"] > 1:  # a pipeline cuts the batch itself
-        return lambda params, frozen, batch, scale: Gradient(
-            *of_part(params, frozen, batch, objective.counted(params, frozen, batch), scale), None
-        )
 
-    def accumulate(params: Params, frozen: Any, batch: Batch, scale: jax.Array | None) -> Gradient:
-        def add(total: Any, part: Batch) -> tuple[Any, tuple[Sums, jax.Array | None]]:
-            sums, gradients = of_part(params, frozen, part, counted, scale)
+        def whole(
+            params: Params, frozen: Any, batch: Batch, scale: jax.Array | None, scales: dict[str, jax.Array]
+        ) -> Gradient:
+            counted = objective.counted(params, frozen, batch)
+            sums, gradients, largest = of_part(params, frozen, batch, counted, scale, scales)
+            return Gradient(sums, gradients, None, largest)
+
+        return whole
+
+    def accumulate(
+        params: Params, frozen: Any, batch: Batch, scale: jax.Array | None, scales: dict[str, jax.Array]
+    ) -> Gradient:
+        def add(total: Any, part: Batch) -> tuple[Any, tuple[Sums, jax.Array | None, dict[str, jax.Array]]]:
+            sums, gradients, largest = of_part(params, frozen, part, counted, scale, scales)
             norm = optax.tree.norm(gradients) if config.train.noise_scale.measure else None
-            return jax.tree.map(jnp.add, total, gradients), (sums, norm)
+            return jax.tree.map(jnp.add, total, gradients), (sums, norm, largest)
 
         counted = objective.counted(params, frozen, batch)
         zeros = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, widened(part(params))), shardings)
-        gradients, (sums, norms) = jax.lax.scan(add, zeros, in_parts(objective, layout, batch, parts))
-        return Gradient(Sums.of_parts(sums), gradients, None if norms is None else PartNorms(norms, sums.weight))
+        gradients, (sums, norms, largest) = jax.lax.scan(add, zeros, in_parts(objective, layout, batch, parts))
+        of_parts = None if norms is None else PartNorms(norms, sums.weight)
+        return Gradient(Sums.of_parts(sums), gradients, of_parts, jax.tree.map(lambda x: x.max(0), largest))
 
     return accumulate
 
@@ -195,7 +211,8 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
         scale = None
         if state.stability.loss_scale is not None:  # of a sum over so many tokens
             scale = state.stability.loss_scale.scale / (config.train.batch_size * config.train.seq_len)
-        sums, gradients, parts = gradient(state.parameters, state.frozen, batch, scale)
+        scales = stability.product_scales(config.execution.products, state.stability)
+        sums, gradients, parts, largest = gradient(state.parameters, state.frozen, batch, scale, scales)
         # One division by the weight of the whole batch: every token weighs the same, whatever micro-batch or device
         # it came on.
         per_token = 1.0 / jnp.maximum(sums.weight, 1.0)
@@ -203,10 +220,10 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
         if parts is not None:
             each = parts.weights if scale is None else parts.weights * scale
             parts = parts._replace(norms=parts.norms / jnp.where(each > 0, each, 1))
-        return Gradient(sums, jax.tree.map(lambda g: g * factor, gradients), parts), per_token
+        return Gradient(sums, jax.tree.map(lambda g: g * factor, gradients), parts, largest), per_token
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepOutput]:
-        (sums, gradients, parts), per_token = mean_gradient(state, drawn(state, batch))
+        (sums, gradients, parts, largest), per_token = mean_gradient(state, drawn(state, batch))
         mean_norm = None if parts is None else optax.tree.norm(gradients)
         updates_made = state.step - state.skipped  # what the schedule counts
         more: dict[str, jax.Array] = {}
@@ -233,7 +250,7 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
         if (before := state.stability.spikes) is not None:
             spike = done & stability.is_spike(config.train.spikes, before, loss, grad_norm)
             done &= ~spike
-        facts = StepFacts(loss, grad_norm, good, spike, done, sums.weight, mean_norm, parts)
+        facts = StepFacts(loss, grad_norm, good, spike, done, sums.weight, mean_norm, parts, largest)
         steady, of_stability = stability.settle(config, state.stability, facts)
         keep = lambda new, old: jnp.where(done, new, old)
         new_state = TrainState(
@@ -258,7 +275,7 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
 
     def look(state: TrainState, batch: Batch) -> Seen:
         batch = drawn(state, batch)
-        (sums, gradients, _), per_token = mean_gradient(state, batch)
+        (sums, gradients, *_), per_token = mean_gradient(state, batch)
         if budget is not None:
             gradients, _ = budget.penalise(state.parameters, gradients)
         old = widened(part(state.parameters))

@@ -48,8 +48,8 @@ def project(layout: Layout, subscripts: str, x: jax.Array, w: Weight, bias: jax.
             y += _scaled(layout, subscripts, outliers, w)
         case Watched(values=values, seen=seen):
             y = _product(layout, subscripts, watch(x, seen), dense(layout, values, x.dtype))
-        case Narrow(values=values, products=products):
-            y = narrow_einsum(products, subscripts, x, dense(layout, values, x.dtype))
+        case Narrow(values=values, products=products, scales=scales):
+            y = narrow_einsum(products, subscripts, x, dense(layout, values, x.dtype), scales)
         case ByLayer():
             y = in_layer(lambda w, x: project(layout, subscripts, x, w), w, x)
         case LowRank():
