@@ -121,6 +121,9 @@ class Int8Products:
     scale of its own, made anew for each product; the gradient of weights in `execution.dtype`, as it sums over all
     tokens (SwitchBack, arXiv:2304.13013, section 2.2, with vector-wise scales)."""
 
+    experts: bool = False
+    """Those of routed experts too, as XLA's own grouped products, without our kernel."""
+
 
 @config("execution.products.scaling.", changes=Changes.TRAINING)
 class CurrentScaling:
@@ -147,6 +150,9 @@ class Float8Products:
 
     scaling: CurrentScaling | DelayedScaling = field(default_factory=CurrentScaling)
     """What scales are made of."""
+    experts: bool = False
+    """Those of routed experts too, as XLA's own grouped products, without our kernel; their scales are current ones, of
+    each device's own numbers."""
 
 
 @config("execution.products.", changes=Changes.TRAINING)

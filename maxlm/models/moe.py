@@ -184,8 +184,8 @@ class ExpertsLayer(nnx.Module):
             more["swish_beta"] = self.swish_beta[...]
 
         def of_layer(weights: tuple[Weight, ...], x: jax.Array, *chosen: jax.Array) -> T:
-            matrices = (ops.dense(layout, w, x.dtype) for w in weights)
-            return run(layout, x, *chosen, ops.ExpertWeights(*matrices, **more))
+            gate, up, down = (ops.of_experts(layout, w, x.dtype) for w in weights)
+            return run(layout, x, *chosen, ops.ExpertWeights(gate, up, down, **more))
 
         return ops.in_layer(of_layer, (self.gate_proj[...], self.up_proj[...], self.down_proj[...]), x, *chosen)
 

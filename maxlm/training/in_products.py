@@ -12,7 +12,6 @@ from maxlm.models import declared
 from maxlm.models.weights.holding import quantised
 from maxlm.models.weights.kinds import Weight
 from maxlm.models.weights.narrow import Narrow
-from maxlm.shapes.additions import is_linear
 
 SCALES = "scales"
 """Parameters under this key are scales of 8-bit floats, by the name of the weight (`models/weights/narrow.py`)."""
@@ -22,9 +21,9 @@ def in_products(products: Products, model: ModelConfig, parameters: Any) -> Any:
     """Parameters of the model, with SCALES beside or not, as `execution.products` says; gradients go through to the
     arrays that they were.
 
-    In 8 bits are the products of every layer's attention and dense MLP. Tables, the logits, routers, routed experts
-    and what Medusa's heads do are computed in the compute dtype. What is held in fewer bits already
-    stays as it is.
+    In 8 bits are the products of every layer's attention and dense MLP, and of routed experts where that is asked for.
+    Tables, the logits, routers and what Medusa's heads do are computed in the compute dtype. What is held in fewer bits
+    already stays as it is.
     """
     scales = parameters.get(SCALES, {})
     parameters = {name: tree for name, tree in parameters.items() if name != SCALES}
@@ -36,7 +35,8 @@ def in_products(products: Products, model: ModelConfig, parameters: Any) -> Any:
         case Int8Products() | Float8Products():
 
             def narrow(array: shapes.Array, w: Weight) -> Weight:
-                if not (is_linear(array) and isinstance(w, jax.Array)):
+                of_expert = products.experts and array.part is shapes.Part.EXPERTS and array.role is shapes.Role.PRODUCT
+                if not ((shapes.is_linear(array) or of_expert) and isinstance(w, jax.Array)):
                     return w
                 return Narrow(w, products, scales.get(array.name))
 

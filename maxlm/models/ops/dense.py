@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import re
@@ -337,3 +338,10 @@ def dense(layout: Layout, w: Weight, dtype: jnp.dtype) -> jax.Array:
             return w if layout.config.float32_gradients else w.astype(dtype)
         case _:
             return w.dense(dtype)
+
+
+def of_experts(layout: Layout, w: Weight, dtype: jnp.dtype) -> jax.Array | Narrow:
+    """The same, for grouped products; what is multiplied in 8 bits stays a float, and says so."""
+    if isinstance(w, Narrow):
+        return dataclasses.replace(w, values=dense(layout, w.values, dtype))
+    return dense(layout, w, dtype)

@@ -28,6 +28,8 @@ from kernels_pallas import grouped_matmul, mixed_einsum
 from kernels_pallas.glu.activations import activate
 from maxlm.config import Dropless, Nonlinearity
 from maxlm.models.ops.dense import formula
+from maxlm.models.weights.narrow import Narrow, narrow_einsum
+from maxlm.models.weights.narrow_groups import narrow_grouped
 from maxlm.sharding import Layout
 
 EXPERT_IN_DIMS = ("experts", "embed", "mlp")
@@ -37,12 +39,12 @@ EXPERT_OUT_BIAS_DIMS = ("experts", "vector")
 
 
 class ExpertWeights(NamedTuple):
-    """Parameters of gated MLPs: matrices as `dense` gives them, biases in float32."""
+    """Parameters of gated MLPs: matrices as `of_experts` gives them, biases in float32."""
 
-    gate_proj: jax.Array
+    gate_proj: jax.Array | Narrow
     """[E, D, F], dims EXPERT_IN_DIMS, as up_proj."""
-    up_proj: jax.Array
-    down_proj: jax.Array
+    up_proj: jax.Array | Narrow
+    down_proj: jax.Array | Narrow
     """[E, F, D], dims EXPERT_OUT_DIMS."""
     gate_bias: jax.Array | None = None
     """[E, F], dims EXPERT_IN_BIAS_DIMS, as up_bias; all three or none."""
@@ -306,8 +308,8 @@ def _grouped_mlp(rows: jax.Array, experts: ExpertWeights, sizes: jax.Array, unit
     place = jnp.arange(rows.shape[0])[:, None]
     own = (place >= ends - sizes) & (place < ends)  # bool [M, E]: the expert of each row
 
-    def product(x: jax.Array, w: jax.Array, bias: jax.Array | None) -> jax.Array:
-        y = grouped_matmul(x, w, sizes)
+    def product(x: jax.Array, w: jax.Array | Narrow, bias: jax.Array | None) -> jax.Array:
+        y = narrow_grouped(w.products, x, w.values, sizes) if isinstance(w, Narrow) else grouped_matmul(x, w, sizes)
         return y if bias is None else y + _of_group(bias, own).astype(y.dtype)
 
     gate, up = product(rows, experts.gate_proj, experts.gate_bias), product(rows, experts.up_proj, experts.up_bias)
@@ -337,9 +339,13 @@ def _batched_mlp(rows: jax.Array, experts: ExpertWeights, unit: GatedUnit, X: in
     if X > 1:
         rows = _exchange(rows, 0, 1)  # [E / X, X c, D]: everybody's tokens for the experts here
 
-    def product(x: jax.Array, w: jax.Array, bias: jax.Array | None) -> jax.Array:
+    def product(x: jax.Array, w: jax.Array | Narrow, bias: jax.Array | None) -> jax.Array:
+        if isinstance(w, Narrow):
+            y = jax.vmap(functools.partial(narrow_einsum, w.products, "cd,df->cf"))(x, w.values)
+        else:
+            y = mixed_einsum("ecd,edf->ecf", x, w)
         # The name of grouped_matmul's results: remat policies need not know how tokens come to experts.
-        y = checkpoint_name(mixed_einsum("ecd,edf->ecf", x, w), "grouped_out")
+        y = checkpoint_name(y, "grouped_out")
         return y if bias is None else y + bias[:, None].astype(y.dtype)
 
     gate, up = product(rows, experts.gate_proj, experts.gate_bias), product(rows, experts.up_proj, experts.up_bias)
@@ -368,12 +374,12 @@ def _weight_specs(layout: Layout) -> ExpertWeights:
 def _whole(layout: Layout, experts: ExpertWeights) -> ExpertWeights:
     """The weights with their embed dim gathered. The transpose leaves each device the sum of its shard's gradient."""
 
-    def gather(w: jax.Array, dims: tuple[str, ...]) -> jax.Array:
+    def gather(w: jax.Array | Narrow, dims: tuple[str, ...]) -> jax.Array | Narrow:
         dim = dims.index("embed")
         cut = layout.parameter(dims)[dim]
         if cut is None or layout.mesh.shape[cut] == 1:
             return w
-        return jax.lax.all_gather(w, cut, axis=dim, tiled=True)
+        return jax.tree.map(lambda w: jax.lax.all_gather(w, cut, axis=dim, tiled=True), w)
 
     return experts._replace(
         gate_proj=gather(experts.gate_proj, EXPERT_IN_DIMS),

@@ -79,7 +79,7 @@ def _fwd(
             y = _by_vectors(subscripts, x, w)
         case Float8Products():
             of_x, of_w, _ = _each(scales)
-            y = _by_arrays(subscripts, _float8(x, E4M3, of_x), _float8(w, E4M3, of_w))
+            y = _by_arrays(subscripts, float8(x, E4M3, of_x), float8(w, E4M3, of_w))
         case _:
             assert_never(products)
     return y.astype(x.dtype), (x, w, scales)
@@ -97,9 +97,9 @@ def _bwd(
             dw = jnp.einsum(to_w, x, g, preferred_element_type=w.dtype)
         case Float8Products():
             scale_of_x, scale_of_w, scale_of_g = _each(scales)
-            slope = _float8(g, E5M2, scale_of_g)
-            dx = _by_arrays(to_x, slope, _float8(w, E4M3, scale_of_w))
-            dw = _by_arrays(to_w, _float8(x, E4M3, scale_of_x), slope)
+            slope = float8(g, E5M2, scale_of_g)
+            dx = _by_arrays(to_x, slope, float8(w, E4M3, scale_of_w))
+            dw = _by_arrays(to_w, float8(x, E4M3, scale_of_x), slope)
         case _:
             assert_never(products)
     largest = None if scales is None else jnp.stack([_largest(x), _largest(w), _largest(g)])
@@ -120,12 +120,8 @@ def _by_vectors(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """float32: integers from -127 to 127, summed in int32, with a scale for each vector that is summed over."""
     of_a, of_b, out = _letters(subscripts)
 
-    def rounded(x: jax.Array, names: str) -> tuple[jax.Array, jax.Array]:
-        wide = x.astype(jnp.float32)
-        scales = jnp.abs(wide).max([i for i, name in enumerate(names) if name not in out], keepdims=True) / 127
-        return jnp.round(wide / jnp.where(scales == 0, 1, scales)).astype(jnp.int8), scales
-
-    (left, of_left), (right, of_right) = rounded(a, of_a), rounded(b, of_b)
+    summed = lambda names: tuple(i for i, name in enumerate(names) if name not in out)
+    (left, of_left), (right, of_right) = whole_numbers(a, summed(of_a)), whole_numbers(b, summed(of_b))
     y = jnp.einsum(subscripts, left, right, preferred_element_type=jnp.int32).astype(jnp.float32)
     # A result's dims are those of a alone, then those of b alone, in their order.
     own = math.prod(of_right.shape)
@@ -133,6 +129,13 @@ def _by_vectors(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     first = tuple(size for name, size in zip(of_a, a.shape, strict=True) if name in out)
     assert own == math.prod(rest), "scales have what is not summed over"
     return y * of_left.reshape(*first, *[1] * len(rest)) * of_right.reshape(rest)
+
+
+def whole_numbers(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """int8 from -127 to 127, and float32 scales, with 1 in place of the axes that a vector is along."""
+    wide = x.astype(jnp.float32)
+    scales = jnp.abs(wide).max(axes, keepdims=True) / 127
+    return jnp.round(wide / jnp.where(scales == 0, 1, scales)).astype(jnp.int8), scales
 
 
 def scales_of(history: jax.Array, margin: int) -> jax.Array:
@@ -147,7 +150,7 @@ def _each(scales: jax.Array | None) -> Sequence[jax.Array | None]:
     return (None, None, None) if scales is None else tuple(scales)
 
 
-def _float8(x: jax.Array, dtype: Any, scale: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def float8(x: jax.Array, dtype: Any, scale: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """The nearest numbers, and their scale. Without one the largest becomes the largest that there is; with one larger
     ones do."""
     wide = x.astype(jnp.float32)
