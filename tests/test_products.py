@@ -48,10 +48,10 @@ from maxlm.config import (
     WeightFormat,
 )
 from maxlm.models import declared
+from maxlm.models.ops.narrow_groups import narrow_grouped
 from maxlm.models.weights.holding import quantised
 from maxlm.models.weights.kinds import Quantised
 from maxlm.models.weights.narrow import narrow_einsum, scales_of
-from maxlm.models.weights.narrow_groups import narrow_grouped
 from maxlm.sharding import make_layout
 from maxlm.training import Trainer, make_trainer
 from maxlm.training.in_products import in_products
@@ -208,7 +208,7 @@ def test_grouped_products_are_those_of_each_group(products: Any) -> None:
 
     @jax.jit
     def product_and_slopes(x: jax.Array, w: jax.Array, g: jax.Array) -> tuple[jax.Array, ...]:
-        y, pull = jax.vjp(lambda x, w: narrow_grouped(products, x, w, sizes), x, w)
+        y, pull = jax.vjp(lambda x, w: narrow_grouped(products, x, w, jnp.asarray(sizes)), x, w)
         return y, *pull(g)
 
     y, dx, dw = product_and_slopes(x, w, g)
@@ -325,7 +325,6 @@ def test_experts_are_in_8_bits_on_every_mesh(products: Any, experts: Experts) ->
     assert here[0] != attention[0], "experts were not rounded"
     apart = lambda one, two: max(np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(one[1], two[1], strict=True))
     np.testing.assert_allclose([here[0], there[0]], plain[0], rtol=0.01)
-    print([float(apart(*pair)) for pair in ((attention, plain), (here, plain), (there, here))])
     assert max(apart(here, plain), apart(there, here)) < 2 * apart(attention, plain) < 0.5
 
 

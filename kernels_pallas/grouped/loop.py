@@ -27,11 +27,13 @@ def default_blocks(problem: GroupedProblem, target: Target) -> GroupedBlocks:
 
     An accelerator wants large products, and a GPU waits for the host in every step.
     """
-    share, least, most = (4, 32, 256) if target.family is Family.CPU else (1, 128, 2048)
-    rows = max(problem.M // (share * problem.E), 1)
-    m = min(max(1 << rows.bit_length() - 1, least), most)
-    F, D = problem.F, problem.D
+    m, F, D = _rows_of_a_block(problem.M, problem.E, on_cpu=target.family is Family.CPU), problem.F, problem.D
     return GroupedBlocks(m=m, f=F, d=D, m_rows=m, f_rows=F, d_rows=D, m_weights=m, f_weights=F, d_weights=D)
+
+
+def _rows_of_a_block(M: int, E: int, *, on_cpu: bool) -> int:
+    share, least, most = (4, 32, 256) if on_cpu else (1, 128, 2048)
+    return min(max(1 << max(M // (share * E), 1).bit_length() - 1, least), most)
 
 
 def on_chip_bytes(problem: GroupedProblem, blocks: GroupedBlocks) -> int:
@@ -49,7 +51,7 @@ def forward(
     interpret: object = None,
 ) -> jax.Array:
     """[M, F] in x's dtype."""
-    return _rows_by_weights(x, w, sizes, blocks.m, 0)
+    return _rows_by_weights(x, w, sizes, blocks.m, 0, x.dtype)
 
 
 def row_gradient(
@@ -62,7 +64,7 @@ def row_gradient(
     interpret: object = None,
 ) -> jax.Array:
     """dx [M, D] in dy's dtype for the cotangent dy [M, F]."""
-    return _rows_by_weights(dy, w, sizes, blocks.m_rows, 1)
+    return _rows_by_weights(dy, w, sizes, blocks.m_rows, 1, dy.dtype)
 
 
 def weight_gradient(
@@ -75,31 +77,56 @@ def weight_gradient(
     interpret: object = None,
 ) -> jax.Array:
     """dw [E, D, F] in problem.weight_dtype."""
+    return _outer_sums(x, dy, sizes, blocks.m_weights, problem.weight_dtype)
 
+
+def rows_by_groups(rows: jax.Array, w: jax.Array, sizes: jax.Array, axis: int) -> jax.Array:
+    """As `grouped_matmul` of 8-bit numbers, without a gradient.
+
+    Args:
+        rows: [M, D] (axis 0) or [M, F] (axis 1), int8 or 8-bit floats, sorted by group.
+        w: [E, D, F], likewise.
+        sizes: int32 [E].
+        axis: of a matrix, over which is summed.
+
+    Returns:
+        [M, F] or [M, D], float32 of floats and int32 of integers; rows after the last group are 0.
+    """
+    m = _rows_of_a_block(rows.shape[0], w.shape[0], on_cpu=False)
+    return _rows_by_weights(rows, w, sizes, m, axis, _wide(rows))
+
+
+def sums_of_groups(x: jax.Array, dy: jax.Array, sizes: jax.Array) -> jax.Array:
+    """For each group the sum of its rows' outer products: x [M, D], dy [M, F] -> [E, D, F], in float32, or as x where
+    that is wider."""
+    return _outer_sums(x, dy, sizes, _rows_of_a_block(x.shape[0], sizes.shape[0], on_cpu=False), _wide(x))
+
+
+def _outer_sums(x: jax.Array, dy: jax.Array, sizes: jax.Array, m: int, dtype: jnp.dtype) -> jax.Array:
     def of_group(e: jax.Array) -> jax.Array:
         def add(first: jax.Array, own: jax.Array, total: jax.Array) -> jax.Array:
             read = lambda rows: jnp.where(own, _slice(rows, first, own.shape[0]), jnp.zeros((), rows.dtype))
             return total + _product(read(x), read(dy), 0, 0)
 
-        zeros = jnp.zeros_like(x, _wide(x), (problem.D, problem.F))
-        return _over_blocks(e, sizes, problem.M, blocks.m_weights, add, zeros).astype(problem.weight_dtype)
+        zeros = jnp.zeros_like(x, _wide(x), (x.shape[1], dy.shape[1]))
+        return _over_blocks(e, sizes, x.shape[0], m, add, zeros).astype(dtype)
 
-    return lax.map(of_group, jnp.arange(problem.E))
+    return lax.map(of_group, jnp.arange(sizes.shape[0]))
 
 
-def _rows_by_weights(rows: jax.Array, w: jax.Array, sizes: jax.Array, m: int, axis: int) -> jax.Array:
+def _rows_by_weights(rows: jax.Array, w: jax.Array, sizes: jax.Array, m: int, axis: int, dtype: jnp.dtype) -> jax.Array:
     """Each row times its group's matrix, summed over axis `axis` of that."""
     M = rows.shape[0]
 
     def group(e: jax.Array, out: jax.Array) -> jax.Array:
         def write(first: jax.Array, own: jax.Array, out: jax.Array) -> jax.Array:
-            product = _product(_slice(rows, first, own.shape[0]), w[e], 1, axis).astype(rows.dtype)
+            product = _product(_slice(rows, first, own.shape[0]), w[e], 1, axis).astype(dtype)
             kept = jnp.where(own, product, _slice(out, first, own.shape[0]))
             return lax.dynamic_update_slice_in_dim(out, kept, first, 0)
 
         return _over_blocks(e, sizes, M, m, write, out)
 
-    out = jnp.zeros_like(rows, shape=(M, w.shape[2 - axis]))
+    out = jnp.zeros_like(rows, dtype, (M, w.shape[2 - axis]))
     return lax.fori_loop(0, w.shape[0], group, out)
 
 
@@ -135,4 +162,7 @@ def _product(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
 
 
 def _wide(x: jax.Array) -> jnp.dtype:
-    return jnp.promote_types(x.dtype, jnp.float32)
+    """What products of such numbers are summed in."""
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        return jnp.dtype(jnp.int32)
+    return jnp.promote_types(x.dtype, jnp.float32) if x.dtype.itemsize > 1 else jnp.dtype(jnp.float32)

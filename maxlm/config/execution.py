@@ -122,7 +122,7 @@ class Int8Products:
     tokens (SwitchBack, arXiv:2304.13013, section 2.2, with vector-wise scales)."""
 
     experts: bool = False
-    """Those of routed experts too, as XLA's own grouped products, without our kernel."""
+    """Those of routed experts too, as XLA products of blocks of rows, without our kernel."""
 
 
 @config("execution.products.scaling.", changes=Changes.TRAINING)
@@ -133,8 +133,8 @@ class CurrentScaling:
 
 @config("execution.products.scaling.", changes=Changes.TRAINING)
 class DelayedScaling:
-    """Of the largest numbers of earlier steps, which the state keeps for each product (Transformer Engine's recipe;
-    arXiv:2209.05433, section 3.3): nothing is waited for, and what is larger than any of them becomes the largest that
+    """Of the largest numbers of earlier steps, which the state keeps for each product (the recipe of NVIDIA's
+    Transformer Engine): nothing is waited for, and what is larger than any of them becomes the largest that
     there is. In the first step scales are 1."""
 
     history: Positive[int] = 16
@@ -151,8 +151,8 @@ class Float8Products:
     scaling: CurrentScaling | DelayedScaling = field(default_factory=CurrentScaling)
     """What scales are made of."""
     experts: bool = False
-    """Those of routed experts too, as XLA's own grouped products, without our kernel; their scales are current ones, of
-    each device's own numbers."""
+    """Those of routed experts too, as XLA products of blocks of rows, without our kernel; their scales are current
+    ones, of each device's own numbers."""
 
 
 @config("execution.products.", changes=Changes.TRAINING)

@@ -8,6 +8,7 @@ paged.py: attention to the blocks of a cache
 ring.py: keys go round; zig-zag order
 ulysses.py: heads for positions
 experts.py: tokens to their experts and back
+narrow_groups.py: experts' products in 8 bits
 backends.py: kernels named in the config
 """
 

@@ -28,8 +28,8 @@ from kernels_pallas import grouped_matmul, mixed_einsum
 from kernels_pallas.glu.activations import activate
 from maxlm.config import Dropless, Nonlinearity
 from maxlm.models.ops.dense import formula
+from maxlm.models.ops.narrow_groups import narrow_grouped
 from maxlm.models.weights.narrow import Narrow, narrow_einsum
-from maxlm.models.weights.narrow_groups import narrow_grouped
 from maxlm.sharding import Layout
 
 EXPERT_IN_DIMS = ("experts", "embed", "mlp")

@@ -9,7 +9,6 @@ by_layer.py: the weights of all layers, for a loop on a CPU
 low_rank.py: a weight, and what an adapter adds to it
 around.py: a weight, and what an adapter does before and after its product
 narrow.py: a float32 weight whose products are computed in 8 bits while it is trained
-narrow_groups.py: the same of experts, for rows sorted by group
 watched.py: a plain weight that tells what it was multiplied with
 holding.py: which weight of a model becomes what, where it lies and what it is called in files
 """

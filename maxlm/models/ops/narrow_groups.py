@@ -1,7 +1,8 @@
 """Products of experts in 8 bits: rows sorted by group, each times the matrix of its group.
 
-They are XLA's own `ragged_dot` on every chip: the kernels of `kernels_pallas/grouped/` have no 8 bits. Scales are made
-with each product, on a mesh by each device for what it has.
+They are XLA products of blocks of rows (`kernels_pallas/grouped/loop.py`) on every chip: the kernels have no 8 bits,
+and the compiler for GPUs makes of `ragged_dot` a product of each row with each matrix. Scales are made with each
+product, on a mesh by each device for what it has.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from typing import assert_never
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from kernels_pallas.grouped.loop import rows_by_groups, sums_of_groups
 from maxlm.config import Float8Products, Int8Products
 from maxlm.models.weights.narrow import E4M3, E5M2, float8, whole_numbers
 
@@ -49,19 +50,12 @@ def _bwd(products: Int8Products | Float8Products, kept: _Kept, g: jax.Array) -> 
     x, w, sizes = kept
     g = _only_grouped(g, sizes)
     dx = _by_groups(products, g, w, sizes, 2)
-    over_rows = functools.partial(
-        lax.ragged_dot_general,
-        group_sizes=sizes,
-        ragged_dot_dimension_numbers=lax.RaggedDotDimensionNumbers(
-            dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=(0,), rhs_group_dimensions=()
-        ),
-    )
     match products:
         case Int8Products():
-            dw = over_rows(x, g, preferred_element_type=w.dtype)
+            dw = sums_of_groups(x, g, sizes)
         case Float8Products():
             (rows, of_rows), (slope, of_slope) = float8(x, E4M3), float8(g, E5M2)
-            dw = over_rows(rows, slope, preferred_element_type=jnp.float32) * (of_rows * of_slope)
+            dw = sums_of_groups(rows, slope, sizes) * (of_rows * of_slope)
         case _:
             assert_never(products)
     return dx.astype(x.dtype), dw.astype(w.dtype), None
@@ -78,23 +72,15 @@ def _by_groups(
     products: Int8Products | Float8Products, rows: jax.Array, w: jax.Array, sizes: jax.Array, axis: int
 ) -> jax.Array:
     """float32: each row times its group's matrix, summed over axis 1 of the matrices (forward) or 2 (backward)."""
-    product = functools.partial(
-        lax.ragged_dot_general,
-        group_sizes=sizes,
-        ragged_dot_dimension_numbers=lax.RaggedDotDimensionNumbers(
-            dot_dimension_numbers=(((1,), (axis,)), ((), ())), lhs_ragged_dimensions=(0,), rhs_group_dimensions=(0,)
-        ),
-    )
     match products:
         case Int8Products():
             (left, of_rows), (right, of_outputs) = whole_numbers(rows, (1,)), whole_numbers(w, (axis,))
-            y = product(left, right, preferred_element_type=jnp.int32).astype(jnp.float32)
+            y = rows_by_groups(left, right, sizes, axis - 1).astype(jnp.float32)
             group = (jnp.arange(rows.shape[0])[:, None] >= jnp.cumsum(sizes)).sum(-1)
             y *= of_rows * of_outputs.squeeze(axis)[group]  # beyond the last group those of the last
         case Float8Products():
             (left, of_all_rows), (right, of_w) = float8(rows, E4M3 if axis == 1 else E5M2), float8(w, E4M3)
-            y = product(left, right, preferred_element_type=jnp.float32) * (of_all_rows * of_w)
+            y = rows_by_groups(left, right, sizes, axis - 1) * (of_all_rows * of_w)
         case _:
             assert_never(products)
-    # What a backend leaves in the rows of no group is its own affair.
-    return _only_grouped(y, sizes)
+    return y
