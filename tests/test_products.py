@@ -61,6 +61,7 @@ from maxlm.training.spikes import Spikes
 RANDOM = np.random.default_rng(0)
 X, W, G = (RANDOM.normal(size=size).astype(np.float32) for size in ((2, 5, 12), (12, 3, 4), (2, 5, 3, 4)))
 PRODUCT = "btd,dnh->btnh"
+FLOATS = "f8e4m3fn x f8e4m3fn", "f8e4m3fn x f8e5m2", "f8e5m2 x f8e4m3fn"
 
 
 DELAYED = Float8Products(scaling=DelayedScaling(history=4))
@@ -373,45 +374,30 @@ def test_what_cannot_be_rounded_is_refused(make: Any, words: str) -> None:
 
 
 def cases(chip: str) -> dict[str, Case]:
-    """Forward and backward pass of a product, in the sizes of a 7B model."""
+    """Forward and backward pass of a product, in the sizes of a 7B model; and of 8 experts, an eighth as wide."""
 
-    def lowered(products: Any) -> Any:
+    def lowered(function: Any, *arguments: tuple[tuple[int, ...], Any]) -> Any:
         def lower(devices: Sequence[Any]) -> jax.stages.Lowered:
             here = NamedSharding(Mesh(np.array(devices[:1]), ("data",)), P())
-            x, w = (
-                jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=here) for shape in ((2, 2048, 4096), (4096, 32, 128))
-            )
-            scales = jax.ShapeDtypeStruct((3,), jnp.float32, sharding=here) if delayed(products) else None
-            product = functools.partial(narrow_einsum, products, PRODUCT)
-            square = lambda *of: (product(*of).astype(jnp.float32) ** 2).sum()
-            return jax.jit(jax.grad(square, (0, 1, 2)), out_shardings=here).lower(x, w, scales)
+            given = [jax.ShapeDtypeStruct(shape, dtype, sharding=here) for shape, dtype in arguments]
+            square = lambda *of: (function(*of).astype(jnp.float32) ** 2).sum()
+            return jax.jit(jax.grad(square, (0, 1)), out_shardings=here).lower(*given)
 
         return lower
 
-    def experts(products: Any) -> Any:
-        """Of 8 experts in the sizes of Mixtral's, without tensor parallelism an eighth of them."""
+    def with_largest(x: jax.Array, w: jax.Array, scales: jax.Array) -> jax.Array:
+        return narrow_einsum(Float8Products(scaling=DelayedScaling()), PRODUCT, x, w, scales)
 
-        def lower(devices: Sequence[Any]) -> jax.stages.Lowered:
-            here = NamedSharding(Mesh(np.array(devices[:1]), ("data",)), P())
-            x, w, sizes = (
-                jax.ShapeDtypeStruct(shape, dtype, sharding=here)
-                for shape, dtype in (((4096, 4096), jnp.bfloat16), ((8, 4096, 1792), jnp.bfloat16), ((8,), jnp.int32))
-            )
-            square = lambda x, w, sizes: (narrow_grouped(products, x, w, sizes).astype(jnp.float32) ** 2).sum()
-            return jax.jit(jax.grad(square, (0, 1)), out_shardings=here).lower(x, w, sizes)
-
-        return lower
-
-    floats = ("f8e4m3fn x f8e4m3fn", "f8e4m3fn x f8e5m2", "f8e5m2 x f8e4m3fn")
-    delayed = lambda products: isinstance(products, Float8Products) and isinstance(products.scaling, DelayedScaling)
-    return {
-        str(products): Case(lowered(products), (), 2**30, products=factors)
-        for products, factors in (
-            (Float8Products(), floats),
-            (Float8Products(scaling=DelayedScaling()), floats),
-            (Int8Products(), ("bf16 x bf16", "s8 x s8")),
-        )
-    }
+    dense = ((2, 2048, 4096), jnp.bfloat16), ((4096, 32, 128), jnp.bfloat16)
+    grouped = ((4096, 4096), jnp.bfloat16), ((8, 4096, 1792), jnp.bfloat16), ((8,), jnp.int32)
+    found = {"delayed": Case(lowered(with_largest, *dense, ((3,), jnp.float32)), (), 2**30, products=FLOATS)}
+    for products, factors in ((Float8Products(), FLOATS), (Int8Products(), ("bf16 x bf16", "s8 x s8"))):
+        name = type(products).__name__
+        of_layer = functools.partial(narrow_einsum, products, PRODUCT)
+        of_experts = functools.partial(narrow_grouped, products)
+        found[name] = Case(lowered(of_layer, *dense), (), 2**30, products=factors)
+        found[f"experts, {name}"] = Case(lowered(of_experts, *grouped), (), 2**29, products=factors)
+    return found
 
 
 @pytest.mark.nightly

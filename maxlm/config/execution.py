@@ -181,8 +181,8 @@ class ExecutionConfig:
     """How the model runs. Nothing here changes what it is: parameters and checkpoints are the same for every value."""
 
     dtype: Dtype = Dtype.BFLOAT16
-    """Format of activations and matrix multiplications. Parameters are always float32. float16 is for GPUs without
-    bfloat16 (V100, T4), and trains with a scaled loss."""
+    """Format of activations and matrix multiplications; that of parameters is `optimizer.parameter_format`. float16 is
+    for GPUs without bfloat16 (V100, T4), and trains with a scaled loss."""
     loss_scale: LossScale = field(default_factory=LossScale)
     """What the loss is multiplied by in float16."""
     remat: Remat = Remat.FULL

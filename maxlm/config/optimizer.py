@@ -79,7 +79,7 @@ class ParameterFormat(enum.Enum):
     BFLOAT16 = "bfloat16"
     """In half of the memory, without a float32 copy: a step computes the new ones in float32 and rounds them up or down
     by chance, so that they are right in the mean (stochastic rounding; Gupta et al. 2015, arXiv:1502.02551, section 3;
-    Zamirai et al. 2020, arXiv:2010.06192, section 3)."""
+    Zamirai et al. 2020, arXiv:2010.06192)."""
     BFLOAT16_NEAREST = "bfloat16_nearest"
     """The same, to the nearest: updates below half the distance of two neighbours, 1/512 to 1/256 of a number, are
     lost. For comparison."""
