@@ -1,15 +1,17 @@
-"""DeepSeek-V3 (DeepSeek-AI 2024, arXiv:2412.19437, section 4.2): 671,026,419,200 parameters,
-37,552,297,472 active, 14.8T tokens.
+"""DeepSeek-V3 (DeepSeek-AI 2024, arXiv:2412.19437, section 4.2): 682,636,487,424 parameters in training,
+38,240,398,080 active, 14.8T tokens. Without the module that predicts one more token, as it is used: 671,026,419,200
+parameters, 37,552,297,472 active. The released files have 685B: of the module also copies of embedding and head.
 
     python -m maxlm.data prepare TEXT... --out data/deepseek_v3 --tokenizer tokenizer.json
     python -m maxlm.train --config configs/deepseek_v3.py
 
 Hardware: TPU v5p-2048 (1024 chips), 4 of a layer's 256 routed experts on each device of the expert axis; by arithmetic
-about 85 of 95 GB a chip. Time and final loss: not measured.
+about 86 of 95 GB a chip. Time and final loss: not measured.
 
 As printed: latent attention, experts chosen by sigmoids among those of 4 of 8 groups, biases that move by 0.001, three
-dense layers, AdamW, initial values of 0.006, a peak of 2.2e-4 after 2000 steps. Not here: the module that predicts one
-more token (14B more parameters), the balance loss of a sequence (weight 0.0001), their FP8 with a scale for each tile
+dense layers, AdamW, initial values of 0.006, a peak of 2.2e-4 after 2000 steps, one module for the token after the next
+with weight 0.3. Theirs has weight 0.1 from 10T tokens on: stop at step 158,946, and go on with --model.mtp.weight=0.1.
+Not here: the balance loss of a sequence (weight 0.0001), their FP8 with a scale for each tile
 (`execution.products=Float8Products()` has one an array). The batch is constant at 15,360 sequences, theirs grows to it
 over 469B tokens, as `train.phases` can. Of the learning rate's five phases there are the warm-up, the constant one up
 to 10T tokens, and a cosine over the rest, which theirs ends at 14.3T, with two lower constants after it. A device has
@@ -31,6 +33,7 @@ from maxlm.config import (
     GatedMlp,
     LatentAttention,
     ModelConfig,
+    MtpModules,
     ResidualInit,
     RmsNorm,
     Rope,
@@ -73,6 +76,7 @@ def get_config() -> RunConfig:
             norm=RmsNorm(eps=1e-6),
             init_std=0.006,
             residual_init=ResidualInit.NONE,
+            mtp=MtpModules(depth=1, weight=0.3),
         ),
         data=DataConfig(datasets=(Dataset(path="data/deepseek_v3"),)),
         train=TrainConfig(steps=ceil(14.8e12 / BATCH), batch_size=15_360, seq_len=4096, micro_batches=15),

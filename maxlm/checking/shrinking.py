@@ -136,6 +136,7 @@ def _small_model(model: ModelConfig, multiple: int) -> ModelConfig:
         mup_base_width=None if model.mup_base_width is None else max(1, round(D_MODEL / model.wider)),
         head=head,
         medusa=None,
+        mtp=None,
         adapter=None,
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import InitVar, field
+from dataclasses import InitVar, field, replace
 from typing import Annotated, Any, assert_never
 
 from maxlm.config.adapter import Adapter
@@ -179,6 +179,24 @@ class MedusaHeads:
     guess in vain."""
 
 
+@config("model.mtp.", changes=Changes.IDENTITY)
+class MtpModules:
+    """Modules that predict further tokens while the model is trained, one after the other (multi-token prediction,
+    DeepSeek-V3, arXiv:2412.19437, section 2.2).
+
+    Of h^(k-1), the states of module k - 1, or for k = 1 of the model, module k makes at token t_i
+    h_i^k = norm(layer(M [norm(h_i^(k-1)); norm(Emb(t_(i+k)))])), and of that the model's head makes logits of
+    t_(i+k+1); embedding and head are the model's own, the layer is like its last. All else (held-out loss, evaluation,
+    generation, what is converted) is without them.
+    """
+
+    depth: Annotated[int, Range(ge=1, le=16)] = 1
+    """How many (D), each with the parameters of a layer and of M, 2 d_model^2."""
+    weight: Annotated[Positive[float], Changes.TRAINING] = 0.3
+    """Lambda: the loss has weight / depth times the sum of their cross-entropies. DeepSeek-V3 goes on with 0.1 after
+    two thirds of its tokens, as a resumed run may."""
+
+
 @renamed(
     moved={
         "compute_dtype": "execution.dtype",
@@ -227,6 +245,8 @@ class ModelConfig:
     by m. d_ff and the heads are to be wider by m too, head_dim is to stay, so that the scale of scores may."""
     medusa: MedusaHeads | None = None
     """Heads that guess at later tokens; None: none."""
+    mtp: MtpModules | None = None
+    """Modules that predict further tokens, in training alone; None: none."""
     adapter: Adapter | None = None
     """What is trained in place of the model's own parameters; None: those are."""
     first_blocks: tuple[BlockConfig, ...] = ()
@@ -255,6 +275,7 @@ class ModelConfig:
             )
         if self.adapter is not None and self.medusa is not None:
             raise UserError("model.adapter and model.medusa are each trained on a base that is not; use one at a time")
+        self._check_mtp()
         residuals = {block.residual for block in self.first_blocks + self.blocks}
         if self.deep_norm is not None and len(residuals) > 1:
             raise UserError(
@@ -281,6 +302,21 @@ class ModelConfig:
                 f"use {' or '.join(map(str, works))}"
             )
 
+    def _check_mtp(self) -> None:
+        if self.mtp is None:
+            return
+        if not isinstance(self.head, LmHead):
+            raise UserError(
+                f"model.mtp predicts tokens, of which model.head = {type(self.head).__name__} makes no logits; use an "
+                "LmHead, or model.mtp = None"
+            )
+        for key in ("medusa", "adapter"):
+            if getattr(self, key) is not None:
+                raise UserError(
+                    f"model.mtp is trained with the model, and under model.{key} that is not; use model.mtp = None, "
+                    "with which the run that it begins with may have had modules"
+                )
+
     @property
     def repeats(self) -> int:
         """How often the pattern `blocks` occurs."""
@@ -290,6 +326,11 @@ class ModelConfig:
     def layers(self) -> tuple[BlockConfig, ...]:
         """The block of every layer, in their order."""
         return self.first_blocks + self.blocks * self.repeats
+
+    @property
+    def main(self) -> ModelConfig:
+        """What is used when training is over: all but the modules of `mtp`."""
+        return self if self.mtp is None else replace(self, mtp=None)
 
     @property
     def wider(self) -> float:

@@ -105,6 +105,11 @@ def _of_model(key: str, prediction: SinglePrediction, model: ModelConfig) -> lis
             f"{key} = {name} tells gaps apart by positions that model.blocks[].attention.position must know; use "
             "GlmRope(), or SpanCorruption, whose gaps have names"
         )
+    if model.mtp is not None and not isinstance(prediction, CausalLm | FillInMiddle):
+        failures.append(
+            f"{key} = {name} lets tokens see, or leaves out, what model.mtp is to predict; use CausalLm(), "
+            "FillInMiddle(), or model.mtp = None"
+        )
     if model.virtual_tokens and not isinstance(prediction, CausalLm):
         failures.append(
             f"{key} = {name} leaves no room for the {model.virtual_tokens} virtual tokens of model.adapter; use "

@@ -335,6 +335,8 @@ class RunConfig:
             failures.append(
                 f"model.medusa has heads, which task = {type(self.task).__name__} does not train; use TrainMedusa"
             )
+        if model.mtp is not None:
+            failures += self._failures_of_mtp(model.mtp.depth)
         if model.adapter is not None and self.checkpoint.init_from is None:
             failures.append(
                 "model.adapter is laid on a model that is there: checkpoint.init_from is None; name its run, or hf:DIR"
@@ -421,6 +423,21 @@ class RunConfig:
         if self.checkpoint.init_from is None:
             failures.append(
                 "task = TrainMedusa trains heads of a model that is there: checkpoint.init_from is None; name its run"
+            )
+        return failures
+
+    def _failures_of_mtp(self, depth: int) -> list[str]:
+        """Of a run with modules that predict further tokens."""
+        failures = []
+        if not isinstance(self.task, Pretrain | Sft):
+            failures.append(
+                f"model.mtp has modules, which task = {type(self.task).__name__} does not train; use model.mtp = None, "
+                "which leaves out those that checkpoint.init_from has"
+            )
+        if self.train.seq_len <= depth:
+            failures.append(
+                f"model.mtp.depth = {depth} predicts beyond the windows of train.seq_len = {self.train.seq_len}; use a "
+                "smaller depth"
             )
         return failures
 

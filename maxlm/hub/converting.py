@@ -111,6 +111,8 @@ def open_run(place: Path) -> Opened:
     folder, step = run_and_step(str(place))
     run = deferred_run(folder, step=step, open_base=open_base)
     published, pieces = folder / PUBLISHED, pieces_of(run.parameters)
+    trained = serialize.load(RunConfig, folder / "config.json").model
+    further = [array.name for array in shapes.arrays(trained) if array.name.startswith(f"{shapes.MTP}/")]
 
     def copy(target: Path) -> None:
         if published.is_dir():
@@ -138,6 +140,7 @@ def open_run(place: Path) -> Opened:
         place=folder,
         config=run.config,
         step=run.step,
+        ignored=further,
         quantised=run.parameters if kinds_of(run.config.model, run.parameters) else None,
     )
 

@@ -39,6 +39,7 @@ from maxlm.inference.mixed_adapters import LoadedAdapter
 from maxlm.models import abstract_parameters, declared
 from maxlm.models.adapters import learned
 from maxlm.models.base import laid, own
+from maxlm.models.mtp import without_mtp
 from maxlm.shapes import PREFIX
 from maxlm.sharding import Layout, all_devices, make_layout
 
@@ -189,7 +190,8 @@ def _load_run(
         ends = published_ends(told, tokenizer)
         if restored.step:  # what it was trained on here ends as documents do
             ends = ends._replace(last=tuple(dict.fromkeys([*ends.last, tokenizer.eos_id])))
-    parameters = restored.params
+    model, parameters = without_mtp(config.model, restored.params)
+    config = dataclasses.replace(config, model=model)
     if config.model.adapter is not None:
         parameters = _with_base(run_dir, config.model, layout, restored, open_base, deferred=deferred)
         if not deferred:

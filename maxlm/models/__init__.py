@@ -21,6 +21,7 @@ merging.py: an adapter made a part of its base, or one with others
 base.py: the model under them
 prompts.py: what makes virtual tokens while they are learned
 medusa.py: heads that guess at later tokens
+mtp.py: modules that predict further tokens in training
 weights/: what a product takes as its weight: a plain array, or one of fewer bits
 parameters.py: parameters as maxlm/shapes declares them
 execution.py: mesh, number format, remat and kernels of a call

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, assert_never
 
 import jax
@@ -21,6 +21,7 @@ from maxlm.models.execution import Execution
 from maxlm.models.kv_cache import Cache, LayerCache
 from maxlm.models.medusa import MedusaHead
 from maxlm.models.moe import RouterStats
+from maxlm.models.mtp import MtpModule
 from maxlm.models.norms import NormLayer
 from maxlm.models.parameters import Initializer, declared
 from maxlm.models.pipeline import pipelined
@@ -76,7 +77,8 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, key: jax.Array):
         self.config = config
-        outer_key, *block_keys = jax.random.split(key, 1 + len(config.blocks) + len(config.first_blocks))
+        depth = 0 if config.mtp is None else config.mtp.depth
+        outer_key, *block_keys = jax.random.split(key, 1 + len(config.blocks) + len(config.first_blocks) + depth)
         init = Initializer(outer_key)
 
         def make(blocks: tuple[BlockConfig, ...], inits: list[Initializer]) -> nnx.Dict:
@@ -90,13 +92,17 @@ class Decoder(nnx.Module):
         stacks = zip(block_keys[:entries], places, strict=True)
         self.blocks = make(config.blocks, [Initializer(key, layers, stacked=True) for key, layers in stacks])
         if config.first_blocks:
-            singles = enumerate(block_keys[entries:], start=1)
+            singles = enumerate(block_keys[entries : entries + first], start=1)
             self.first_blocks = make(config.first_blocks, [Initializer(key, (place,)) for place, key in singles])
         if config.final_norm:
             self.final_norm = NormLayer(config.norm, "vector", config.d_model, init)
         init.declare(self, shapes.head(config))
         if config.medusa is not None:
             self.medusa = nnx.Dict({str(k): MedusaHead(config, init) for k in range(config.medusa.n_heads)})
+        if depth:
+            further = enumerate(block_keys[entries + first :], start=1)
+            modules = [MtpModule(config, Initializer(key, (config.n_layers + k,))) for k, key in further]
+            self.mtp = nnx.Dict({str(k): module for k, module in enumerate(modules)})
 
     def embeddings(self, ids: jax.Array, tokens: Tokens, how: Execution) -> jax.Array:
         """What the layers begin with: int32 [B, T] token ids -> [B, T, D] in the compute dtype."""
@@ -220,6 +226,31 @@ class Decoder(nnx.Module):
         one = lambda k: self.medusa[str(k)](hidden, self.unembedding, how, normalized=self.config.head.normalized)
         return [one(k) for k in range(self.config.medusa.n_heads)]
 
+    def further(
+        self, hidden: jax.Array, following: Sequence[tuple[jax.Array, jax.Array]], tokens: Tokens, how: Execution
+    ) -> list[tuple[jax.Array, RouterStats | None]]:
+        """Of each module of `mtp`, k = 1, 2, ..., states [B, T, D] of which `unembedding` makes logits of the token k
+        places after the next one, and what its router did if it has one.
+
+        Args:
+            hidden: [B, T, D], of `DecoderOutput`.
+            following: for each module the ids k places on, int32 [B, T], and whether they are of the same document,
+                bool [B, T].
+            tokens: as of the call.
+            how: as of the call.
+        """
+        found: list[tuple[jax.Array, RouterStats | None]] = []
+        for k, (graph, parameters, (ids, same)) in enumerate(zip(*_split(self.mtp), following, strict=True), start=1):
+            with jax.named_scope("mtp"):
+                there = tokens._replace(positions=tokens.positions + k)
+                embedded = self.embeddings(ids, there, how)
+                keys = _keys(tokens, jnp.int32(self.config.n_layers + k))
+                module = functools.partial(_module, graph, how)
+                run = _remat(how.config.remat, module, barrier=True)
+                found.append(run(parameters, hidden, embedded, same, tokens, keys))
+                hidden = found[-1][0]
+        return found
+
     def scalars(self, hidden: jax.Array) -> jax.Array:
         """One number for each position: [B, T, D] -> float32 [B, T]. With a ScalarHead."""
         score = self.score[...].astype(hidden.dtype)
@@ -294,6 +325,20 @@ def abstract_parameters(config: ModelConfig, layout: Layout) -> dict[str, Any]:
 def _of_first(tokens: Tokens) -> Tokens:
     """For the layers before the pattern, so that none draws what another does."""
     return tokens if tokens.seeds is None else tokens._replace(seeds=~tokens.seeds)
+
+
+def _module(
+    graph: Any,
+    how: Execution,
+    parameters: Any,
+    hidden: jax.Array,
+    embedded: jax.Array,
+    same: jax.Array,
+    tokens: Tokens,
+    keys: jax.Array | None,
+) -> tuple[jax.Array, RouterStats | None]:
+    """One module of `mtp`, as a function of its parameters."""
+    return nnx.merge(graph, parameters)(hidden, embedded, same, tokens, how, keys)
 
 
 def _stacked(trees: list[Any]) -> Any:

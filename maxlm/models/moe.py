@@ -17,6 +17,7 @@ from jax.scipy.stats import norm
 
 from maxlm import shapes
 from maxlm.config import (
+    BlockConfig,
     Capacity,
     Context,
     Dispatch,
@@ -37,6 +38,7 @@ from maxlm.models.mlp import MlpLayer
 from maxlm.models.ops.ring import in_ring_order
 from maxlm.models.parameters import Initializer
 from maxlm.models.weights.kinds import Weight
+from maxlm.shapes import MTP
 from maxlm.sharding import Layout
 
 T = TypeVar("T")
@@ -302,17 +304,28 @@ def balance_biases(
     Args:
         config: the model.
         parameters: nested dicts, as of `init_parameters`.
-        router: as in DecoderOutput, summed over the batch.
+        router: as in DecoderOutput, summed over the batch; with `config.mtp` one more, stacked over its modules.
     """
-    blocks = dict(parameters["blocks"])
-    for i, (block, stats) in enumerate(zip(config.blocks, router, strict=True)):
-        if isinstance(block.mlp, Experts) and isinstance(block.mlp.router, SigmoidRouter):
-            assert stats is not None
-            mlp = blocks[str(i)]["mlp"]
-            error = stats.load.mean(-1, keepdims=True) - stats.load
-            bias = mlp["router_bias"] + block.mlp.router.bias_rate * jnp.sign(error)
-            blocks[str(i)] = {**blocks[str(i)], "mlp": {**mlp, "router_bias": bias}}
-    return {**parameters, "blocks": blocks}
+
+    def balanced(block: BlockConfig, arrays: dict[str, Any], stats: RouterStats | None, number: Any = ...) -> Any:
+        if not isinstance(block.mlp, Experts) or not isinstance(block.mlp.router, SigmoidRouter):
+            return arrays
+        assert stats is not None
+        mlp, load = arrays["mlp"], stats.load[number]
+        error = load.mean(-1, keepdims=True) - load
+        bias = mlp["router_bias"] + block.mlp.router.bias_rate * jnp.sign(error)
+        return {**arrays, "mlp": {**mlp, "router_bias": bias}}
+
+    pattern, further = router[: len(config.blocks)], router[len(config.blocks) :]
+    pairs = enumerate(zip(config.blocks, pattern, strict=True))
+    blocks = {str(i): balanced(block, parameters["blocks"][str(i)], stats) for i, (block, stats) in pairs}
+    found = {**parameters, "blocks": blocks}
+    for stats in further:
+        modules = parameters[MTP].items()
+        found[MTP] = {
+            k: {**module, "block": balanced(config.blocks[-1], module["block"], stats, int(k))} for k, module in modules
+        }
+    return found
 
 
 def _of_best_groups(layout: Layout, scores: jax.Array, groups: ExpertGroups, *, best_of: int) -> jax.Array:

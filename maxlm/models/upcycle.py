@@ -1,6 +1,6 @@
 """Start a model from the parameters of another: arrays of the same shape as they are, a dense MLP as every expert of a
 mixture (sparse upcycling, Komatsuzaki et al. 2022, arXiv:2212.05055), its head as every Medusa head; a head of another
-kind is new."""
+kind is new, and so are modules for further tokens that it has not."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def upcycle(
         source, target: the models; both have the same number of layers.
         parameters: of the source, as of `init_parameters`.
         new: initial ones of the target, from which come the routers of layers that were dense, the first matrices of
-            Medusa heads that the source has not, and a head of another kind.
+            Medusa heads that the source has not, a head of another kind, and modules for further tokens.
 
     Raises:
         UserError: another array differs in shape, or is in one model alone.
@@ -39,7 +39,7 @@ def upcycle(
     if source.n_layers != target.n_layers:
         raise UserError(f"it has model.n_layers = {source.n_layers}, this model {target.n_layers}; use the same number")
     outside = lambda tree: _named({name: tree[name] for name in tree if name not in ("first_blocks", "blocks")})
-    there = outside(parameters)
+    there = outside({**parameters, shapes.MTP: _further(parameters, new)})
     if source.medusa is None and target.medusa is not None:
         there |= _as_medusa_heads(target, there, new["medusa"])
     if type(source.head) is not type(target.head):
@@ -58,6 +58,12 @@ def _as_experts(old: Named, new: Named) -> Named:
     fits = [name for name in there if old[name].shape == new[name].shape[1:]]
     experts = {name: jnp.broadcast_to(old[name], new[name].shape) for name in fits}
     return experts | {name: new[name] for name in _ROUTER if name in new}
+
+
+def _further(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Of the modules that predict further tokens those of both models as they are, and the others of the target."""
+    there, wanted = old.get(shapes.MTP, {}), new.get(shapes.MTP, {})
+    return {k: there.get(k, module) for k, module in wanted.items()}
 
 
 def _with_head(source: ModelConfig, target: ModelConfig, old: Named, new: Named) -> Named:

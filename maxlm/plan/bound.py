@@ -26,7 +26,7 @@ from maxlm.config import (
 from maxlm.hardware import Chip
 from maxlm.plan.machines import Machine
 from maxlm.plan.traffic import AxisTraffic, Link
-from maxlm.plan.work import LayerRuns, layer_runs, loss_tokens, only_read, trained, turns
+from maxlm.plan.work import LayerRuns, layer_runs, loss_tokens, only_read, trained, turns, unembeddings
 from maxlm.shapes import (
     FLOAT32,
     FlopsPerToken,
@@ -233,7 +233,7 @@ def _loss_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
     chunk = min(config.train.loss_chunk, tokens)
     # Hidden states and table twice, logits' gradient once written and twice read; logits in float32.
     of_chunk = small * (4 * chunk * D + 2 * V * D + 3 * chunk * V) + FLOAT32 * 2 * (chunk * V + V * D)
-    return parts * math.ceil(tokens / chunk) * of_chunk
+    return unembeddings(config.model) * parts * math.ceil(tokens / chunk) * of_chunk
 
 
 def _state_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:

@@ -41,7 +41,7 @@ from maxlm.config import (
 from maxlm.config.task_rules import reference_beside
 from maxlm.plan.block_memory import BlockMemory, block_memory
 from maxlm.plan.machines import Platform
-from maxlm.plan.work import layer_runs, local_tokens, loss_tokens, trained
+from maxlm.plan.work import layer_runs, local_tokens, loss_tokens, trained, unembeddings
 from maxlm.shapes import FLOAT32, Array, Part, device_shape
 
 
@@ -341,13 +341,15 @@ class _Step:
         if model.medusa is not None:
             return 0  # nothing goes back into the layers
         repeat = sum(layer.saved for layer in layers)
-        first = sum(layer.saved for layer in self._layers(model.first_blocks))
+        outside = sum(layer.saved for layer in self._layers(model.first_blocks))
+        if model.mtp is not None:  # each module has an embedding beside what a layer has
+            outside += model.mtp.depth * (layers[-1].saved + model.d_model * self.itemsize)
         if stages == 1:
-            return self.tokens * (first + model.repeats * repeat)
+            return self.tokens * (outside + model.repeats * repeat)
         ticks = pipeline_ticks(stages, sharding.virtual_stages, self.config.train.micro_batches)
         group = model.repeats // (stages * sharding.virtual_stages) * repeat
         turns = ticks * layers[0].input + group if sharding.remat_stages else ticks * group
-        return self.tokens * turns + self.loss_tokens * first
+        return self.tokens * turns + self.loss_tokens * outside
 
     def _layers(self, blocks: Sequence[BlockConfig]) -> list[BlockMemory]:
         return [block_memory(self.config, self.sizes, self.platform, block, self.tokens) for block in blocks]
@@ -358,10 +360,11 @@ class _Step:
         model, train = self.config.model, self.config.train
         table = model.vocab_size // self.sizes["tensor"]
         chunk = min(train.loss_chunk, self.loss_tokens)
-        heads = 1 if model.medusa is None else model.medusa.n_heads  # whose gradients all wait
+        losses = unembeddings(model)  # whose gradients all wait
+        copies = losses if model.medusa is not None else 1
         learns = _trains(model, Part.UNEMBEDDING)
-        tables = heads * table * model.d_model * (self.itemsize + FLOAT32 * learns)
-        hidden = 2 * heads * self.loss_tokens * model.d_model * self.itemsize
+        tables = table * model.d_model * (copies * self.itemsize + losses * FLOAT32 * learns)
+        hidden = 2 * losses * self.loss_tokens * model.d_model * self.itemsize
         logits = chunk * table * FLOAT32
         if self.platform is not Platform.TPU:
             # TPUs make the logits' gradient in their place, and add to the table's as they multiply. Other compilers

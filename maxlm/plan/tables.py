@@ -248,6 +248,8 @@ def _parameters(found: Forecast) -> Iterable[tuple[str, ...]]:
     count, flops = found.parameters, found.flops
     for name in ("embedding", "attention", "mlp", "norms", "unembedding"):
         yield name, giga(getattr(count, name))
+    if count.mtp:
+        yield "modules for further tokens", giga(count.mtp)
     if count.adapter:
         yield "adapter", giga(count.adapter)
     yield "all", giga(count.total), "bold"

@@ -33,7 +33,7 @@ from maxlm.config import (
 )
 from maxlm.hardware import Switched, Torus
 from maxlm.plan.machines import TPUS, GpuMachine, Machine, TpuMachine
-from maxlm.plan.work import LayerRuns, layer_runs, local_tokens, loss_tokens, only_read, trained, turns
+from maxlm.plan.work import LayerRuns, layer_runs, local_tokens, lookups, loss_tokens, only_read, trained, turns
 from maxlm.shapes import FLOAT32, Array, Part, device_bytes, device_shape
 
 
@@ -234,8 +234,9 @@ def _count_table(ledger: _Ledger, config: RunConfig, array: Array, size: int) ->
             ledger.sum([*others, "fsdp"], sent, "sums gradients")
         elif use is Part.UNEMBEDDING:
             # training/losses.py sums over the other axes first, while the array is whole.
-            ledger.sum(others, sent * runs, "sums gradients")
-            ledger.over_fsdp(sent * runs, "scatters gradients")
+            times = runs * lookups(config.model)
+            ledger.sum(others, sent * times, "sums gradients")
+            ledger.over_fsdp(sent * times, "scatters gradients")
         else:
             times = 1 if zero is Zero.OPTIMIZER else runs
             ledger.over_fsdp(sent * times, "scatters gradients")
@@ -260,7 +261,7 @@ def _count_tensor(ledger: _Ledger, config: RunConfig, layer: LayerRuns) -> None:
 
 def _count_vocabulary(ledger: _Ledger, config: RunConfig) -> None:
     """Looked-up rows and the gradient of the hidden states are summed over the parts of the vocabulary."""
-    tokens = local_tokens(config, ledger.sizes)
+    tokens = local_tokens(config, ledger.sizes) * lookups(config.model)
     size = tokens * config.model.d_model * config.execution.dtype.itemsize
     if config.sharding.sequence_parallel:
         # rows, hidden states, and the gradient of the rows

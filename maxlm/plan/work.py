@@ -37,10 +37,13 @@ class LayerRuns:
 
 
 def layer_runs(config: RunConfig, sizes: Mapping[str, int]) -> list[LayerRuns]:
-    """What a device runs of each block config. The layers before the pattern are in no pipeline."""
+    """What a device runs of each block config. The layers before the pattern, and those of `model.mtp`, are in no
+    pipeline."""
     model, stages = config.model, sizes["stage"]
     outside, tokens = loss_tokens(config, sizes)
     first = [LayerRuns(block=one, runs=outside, tokens=tokens, forwards=1) for one in model.first_blocks]
+    if model.mtp is not None:
+        first.append(LayerRuns(block=model.blocks[-1], runs=outside * model.mtp.depth, tokens=tokens, forwards=1))
     runs, forwards = turns(config, sizes) * model.repeats / stages, 1 + (stages > 1 and config.sharding.remat_stages)
     rows = local_tokens(config, sizes) * stages // config.train.micro_batches  # stages share a batch out, not its parts
     return first + [LayerRuns(block=one, runs=runs, tokens=rows, forwards=forwards) for one in model.blocks]
@@ -68,6 +71,17 @@ def loss_tokens(config: RunConfig, sizes: Mapping[str, int]) -> tuple[int, int]:
 def critic_of(model: ModelConfig) -> ModelConfig:
     """The critic beside a policy, as far as a config tells: of the policy's own kind."""
     return dataclasses.replace(model, adapter=None, head=ScalarHead())
+
+
+def unembeddings(model: ModelConfig) -> int:
+    """How often a step makes logits of the same tokens: for the next one, and in the modules of `model.mtp`; or in
+    Medusa heads."""
+    return lookups(model) if model.medusa is None else model.medusa.n_heads
+
+
+def lookups(model: ModelConfig) -> int:
+    """How often a step looks the same tokens' embeddings up: for the first layer, and in the modules of `model.mtp`."""
+    return 1 if model.mtp is None else 1 + model.mtp.depth
 
 
 def trained(config: RunConfig) -> list[RunConfig]:

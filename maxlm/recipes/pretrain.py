@@ -35,6 +35,7 @@ from maxlm.inference import generator
 from maxlm.inference.checks import check_lengths
 from maxlm.inference.load import LoadedRun
 from maxlm.inference.request import Request
+from maxlm.models.mtp import without_mtp
 from maxlm.observe.text import short
 from maxlm.processes.joining import on_rank_0
 from maxlm.recipes.starting import starting
@@ -100,7 +101,9 @@ def recipe_on(
         )
 
     def loaded(step: int, state: TrainState) -> LoadedRun:
-        run = LoadedRun(config=config, layout=layout, parameters=state.parameters, tokenizer=tokenizer, step=step)
+        model, parameters = without_mtp(config.model, state.parameters)
+        used = dataclasses.replace(config, model=model)
+        run = LoadedRun(config=used, layout=layout, parameters=parameters, tokenizer=tokenizer, step=step)
         return run if taught is None else dataclasses.replace(run, chat=taught.chat, ends=taught.ends)
 
     measures: list[Measure] = []

@@ -13,6 +13,7 @@ optimizer_state.py: what an optimizer keeps for them, and which of them are matr
 from maxlm.shapes.additions import PREFIX, is_input_of, is_linear, targets
 from maxlm.shapes.array import Array, Constant, Init, Normal, Part, Role
 from maxlm.shapes.arrays import (
+    MTP,
     Kept,
     arrays,
     attention,
@@ -24,6 +25,8 @@ from maxlm.shapes.arrays import (
     kept,
     medusa_head,
     mlp,
+    mtp_module,
+    mtp_norms,
     norm,
     shared_experts,
 )
@@ -45,6 +48,7 @@ from maxlm.shapes.pools import CACHE_SHARE, block_bytes, cache_blocks, pools_byt
 __all__ = [
     "CACHE_SHARE",
     "FLOAT32",
+    "MTP",
     "PREFIX",
     "Array",
     "Constant",
@@ -80,6 +84,8 @@ __all__ = [
     "medusa_head",
     "mfu",
     "mlp",
+    "mtp_module",
+    "mtp_norms",
     "norm",
     "optimizer_bytes",
     "parameter_count",

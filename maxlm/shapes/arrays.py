@@ -54,6 +54,9 @@ from maxlm.config import (
 from maxlm.shapes.additions import with_adapter
 from maxlm.shapes.array import Array, Constant, Init, Normal, Part, Role
 
+MTP = "mtp"
+"""What modules that predict further tokens have lies under it."""
+
 
 @functools.cache  # a search asks thousands of times for one model
 def arrays(model: ModelConfig) -> tuple[Array, ...]:
@@ -65,6 +68,8 @@ def arrays(model: ModelConfig) -> tuple[Array, ...]:
         found += _inside(f"blocks/{i}", block(config, model), repeats=model.repeats)
     for i, config in enumerate(model.first_blocks):
         found += _inside(f"first_blocks/{i}", block(config, model))
+    for k in range(0 if model.mtp is None else model.mtp.depth):
+        found += _inside(f"{MTP}/{k}", mtp_module(model))
     if model.mup_base_width is not None:
         slower = lambda array: array.role in (Role.PRODUCT, Role.ROUTER) and "vocab" not in array.dims
         found = [replace(array, learning_rate=1 / model.wider) if slower(array) else array for array in found]
@@ -120,6 +125,21 @@ def medusa_head(model: ModelConfig) -> Iterator[Array]:
     D, V = {"embed": model.d_model}, {"vocab": model.vocab_size}
     yield _array("proj", D | {"vector": model.d_model}, Constant(0), Role.PRODUCT, Part.MEDUSA, inputs=D)
     yield _array("unembed", V | D, Normal(model.init_std), Role.PRODUCT, Part.MEDUSA, inputs=D)
+
+
+def mtp_module(model: ModelConfig) -> Iterator[Array]:
+    """Of one module that predicts a further token. M is two matrices, of the state and of the embedding."""
+    D = {"embed": model.d_model}
+    for name in mtp_norms(model):
+        yield from _inside(name, norm(model.norm, "vector", model.d_model))
+    for name in ("hidden_proj", "embedding_proj"):
+        yield _array(name, D | {"vector": model.d_model}, _hidden(model), Role.PRODUCT, Part.MLP, inputs=D)
+    yield from _inside("block", block(model.blocks[-1], model))
+
+
+def mtp_norms(model: ModelConfig) -> tuple[str, ...]:
+    """Names of a module's norms beside those of its layer."""
+    return ("hidden_norm", "embedding_norm", *(("final_norm",) if model.final_norm else ()))
 
 
 def norm(config: Norm, dim: str, size: int, part: Part = Part.NORMS) -> Iterator[Array]:

@@ -29,7 +29,7 @@ from maxlm.config import (
 )
 from maxlm.config.remat import SAVED_NAMES
 from maxlm.shapes.array import Array, Part, Role
-from maxlm.shapes.arrays import arrays, block
+from maxlm.shapes.arrays import MTP, arrays, block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,10 @@ class ParameterCount:
     """Scales and biases on the residual stream: of each block's norms, and of the final one."""
     medusa: int
     """Heads that guess at later tokens."""
+    mtp: int
+    """Modules that predict further tokens in training, experts and all."""
+    mtp_active: int
+    """Of these, what one token uses."""
     adapter: int
     """What is trained beside a model that is not."""
     looked_up: int
@@ -58,13 +62,13 @@ class ParameterCount:
 
     @property
     def total(self) -> int:
-        outside = self.embedding + self.unembedding + self.norms + self.medusa + self.adapter
+        outside = self.embedding + self.unembedding + self.norms + self.medusa + self.mtp + self.adapter
         return outside + self.attention + self.mlp
 
     @property
     def active(self) -> int:
-        """What one token uses; less than the total in a mixture of experts alone."""
-        return self.total - self.mlp + self.mlp_active
+        """What one token uses in training; less than the total in a mixture of experts alone."""
+        return self.total - self.mlp + self.mlp_active - self.mtp + self.mtp_active
 
     @property
     def matmul(self) -> int:
@@ -104,7 +108,8 @@ class FlopsPerToken:
 @functools.cache
 def parameter_count(model: ModelConfig) -> ParameterCount:
     """Count the parameters of `model`."""
-    found = arrays(model)
+    found = arrays(model.main)
+    further = [array for array in arrays(model) if array.name.startswith(f"{MTP}/")]
     sizes = {part: sum(array.size for array in found if array.part is part) for part in Part}
     active = sum(array.size * array.uses for array in found if array.part in (Part.MLP, Part.EXPERTS))
     return ParameterCount(
@@ -115,6 +120,8 @@ def parameter_count(model: ModelConfig) -> ParameterCount:
         mlp_active=round(active),
         norms=sizes[Part.NORMS],
         medusa=sizes[Part.MEDUSA],
+        mtp=sum(array.size for array in further),
+        mtp_active=round(sum(array.size * array.uses for array in further)),
         adapter=sizes[Part.ADAPTER],
         looked_up=sum(array.size for array in found if array.uses == 0),
     )
@@ -125,7 +132,8 @@ def flops_per_token(model: ModelConfig, seq_len: int, remat: Remat, *, remat_sta
     """FLOPs of training `model` on one token of sequences of `seq_len` tokens.
 
     A matrix under an adapter has no gradient of its own: two thirds of the FLOPs; and in front of Medusa heads, where
-    nothing goes back, one third. Where Medusa heads are trained, the model's own head is not used.
+    nothing goes back, one third. Where Medusa heads are trained, the model's own head is not used; each of the modules
+    of `model.mtp` uses it once more.
 
     `remat` decides what is computed again; `remat_stages`: the run has a pipeline that computes each stage a second
     time (`sharding.remat_stages`).
@@ -134,6 +142,8 @@ def flops_per_token(model: ModelConfig, seq_len: int, remat: Remat, *, remat_sta
     if model.medusa is not None:
         return _flops_of_heads(model, seq_len)
     kinds = [*((block, 1) for block in model.first_blocks), *((block, model.repeats) for block in model.blocks)]
+    if model.mtp is not None:
+        kinds.append((model.blocks[-1], model.mtp.depth))
     for config, times in kinds:
         per_key = 3 * _flops_of_a_key(config.attention)
         reach = min(seq_len, config.attention.window or seq_len)
@@ -154,6 +164,7 @@ def flops_per_token(model: ModelConfig, seq_len: int, remat: Remat, *, remat_sta
 def reading_flops(model: ModelConfig, seq_len: int) -> float:
     """FLOPs of the forward pass alone on one token of sequences of `seq_len` tokens, with the keys that a causal mask
     leaves."""
+    model = model.main
     attention = flops_per_token(model, seq_len, Remat.NONE).causal_attention_term / 3
     return 2 * sum(array.size * array.uses for array in arrays(model)) + attention
 
@@ -161,7 +172,8 @@ def reading_flops(model: ModelConfig, seq_len: int) -> float:
 def _of_parameters(model: ModelConfig) -> int:
     """6N; 4 for each number that gradients go through and that has none."""
     if model.adapter is None:
-        return 6 * parameter_count(model).matmul
+        further = 0 if model.mtp is None else model.mtp.depth
+        return 6 * (parameter_count(model).matmul + further * model.vocab_size * model.d_model)
     return round(sum(array.size * array.uses * (6 if array.trained else 4) for array in arrays(model)))
 
 
@@ -188,7 +200,7 @@ def decoding_flops(model: ModelConfig, context: int) -> int:
     """
     layers = [layer.attention for layer in model.layers]
     seen = sum(_flops_of_a_kept_key(one) * min(context, one.window or context) for one in layers)
-    count = parameter_count(model)
+    count = parameter_count(model.main)
     return 2 * (count.matmul - count.medusa) + seen
 
 
@@ -199,7 +211,7 @@ def prefill_flops(model: ModelConfig, tokens: int) -> int:
     for attention in (layer.attention for layer in model.layers):
         reach = min(tokens, attention.window or tokens)
         seen += _flops_of_a_kept_key(attention) * (tokens * reach - reach * (reach - 1) // 2)  # min(t, reach), t = 1..
-    count = parameter_count(model)
+    count = parameter_count(model.main)
     return 2 * (tokens * (count.matmul - count.medusa - tables) + tables) + seen
 
 

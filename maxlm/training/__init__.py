@@ -4,6 +4,7 @@ loop.py: a run of any recipe, top to bottom
 objective.py: what is minimised; next-token prediction, and the call of the model
 assistant_loss.py: what fine-tuning adds to the loss of the next token
 in_products.py: the parameters as the loss multiplies by them: in 8 bits, or rounded
+ahead.py: what a batch has some tokens further on
 later_tokens.py: the loss of heads that guess at later tokens
 step.py: gradient, optimizer: one step
 keeper.py: the state of a run in its folder

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from maxlm.config import RunConfig, TrainMedusa
 from maxlm.models import Tokens, Unembedding, bind, ops
 from maxlm.sharding import Layout
+from maxlm.training.ahead import ahead
 from maxlm.training.losses import cross_entropy_sums
 from maxlm.training.objective import Batch, NextToken, Params, Sums, loss_options
 
@@ -31,10 +32,9 @@ class LaterTokens(NextToken):
         assert medusa is not None
         model = bind(self._config.model, params)
         # Before the columns are put in another order.
-        later = {k: _later(batch, k) for k in range(1, medusa.n_heads + 1)}
-        shifted = {
-            f"{name}_{k}": x for k, pair in later.items() for name, x in zip(("targets", "mask"), pair, strict=True)
-        }
+        later = {k: ahead(batch, k) for k in range(1, medusa.n_heads + 1)}
+        shifted = {f"targets_{k}": one.targets for k, one in later.items()}
+        shifted |= {f"mask_{k}": one.mask for k, one in later.items()}
         batch = self._how.arrange(batch | shifted)
         tokens = Tokens(batch["positions"], batch["segment_ids"])
         output = model(model.embeddings(batch["inputs"], tokens, self._how), tokens, self._how)
@@ -54,8 +54,9 @@ class LaterTokens(NextToken):
         medusa = self._config.model.medusa
         assert medusa is not None
         model, how = bind(self._config.model, params), self._how
-        later = [_later(batch, k) for k in range(1, medusa.n_heads + 1)]
-        batch = how.arrange(batch | {f"later_{k}": jnp.stack(pair, -1) for k, pair in enumerate(later)})
+        later = [ahead(batch, k) for k in range(1, medusa.n_heads + 1)]
+        pairs = {f"later_{k}": jnp.stack([one.targets, one.mask], -1) for k, one in enumerate(later)}
+        batch = how.arrange(batch | pairs)
         tokens = Tokens(batch["positions"], batch["segment_ids"])
         hidden = model(model.embeddings(batch["inputs"], tokens, how), tokens, how).hidden
 
@@ -75,10 +76,3 @@ class LaterTokens(NextToken):
     def settle(self, params: Params, router: Any) -> tuple[Params, dict[str, jax.Array]]:
         """As they are: nothing follows the load of experts that are not trained."""
         return params, {}
-
-
-def _later(batch: Batch, k: int) -> tuple[jax.Array, jax.Array]:
-    """Targets k places further on, and which of them count: those that the window has, of the same document."""
-    ahead = lambda x: jnp.pad(x[:, k:], ((0, 0), (0, k)))
-    same = ahead(batch["segment_ids"]) == batch["segment_ids"]
-    return ahead(batch["targets"]), ahead(batch["loss_mask"]) * same

@@ -14,6 +14,7 @@ from maxlm.config.predictions import ENDS, PLACES, arrays_beside
 from maxlm.models import Decoder, DecoderOutput, Execution, Tokens, bind, declared, init_parameters
 from maxlm.models.moe import balance_biases
 from maxlm.sharding import Layout
+from maxlm.training.ahead import ahead
 from maxlm.training.in_products import in_products
 from maxlm.training.losses import LossSums, cross_entropy_sums
 from maxlm.training.router_metrics import router_metrics
@@ -148,14 +149,34 @@ class NextToken(Objective):
 
     def loss(self, params: Params, frozen: Any, batch: Batch, counted: Any) -> Sums:
         """Of a batch as `arrays` says, with rows left out or seeds added."""
-        train, batch = self._config.train, self._how.arrange(batch)
+        train, mtp = self._config.train, self._config.model.mtp
+        later = {} if mtp is None else {k: ahead(batch, k)._asdict() for k in range(1, mtp.depth + 1)}
+        batch = self._how.arrange(batch | {f"{name}_{k}": x for k, one in later.items() for name, x in one.items()})
         model, output = self._read(self._config.model, params, batch)
         with jax.named_scope("loss"):
             sums = self._cross_entropy(model, output.hidden, batch)
+            objective = sums.objective
             means = {"loss": sums.cross_entropy, "z_loss": train.z_loss * sums.log_z_squared}
             if sums.top_squared is not None:
                 means["max_z_loss"] = train.max_z_loss * sums.top_squared
-            return self._sums(sums.objective, jnp.sum(batch["loss_mask"]), means, output, counted)
+        if mtp is not None:
+            output, further = self._further(model, output, batch, mtp.depth)
+            objective += mtp.weight / mtp.depth * sum(one.objective for one in further)
+            means["mtp_loss"] = sum((one.cross_entropy for one in further), jnp.float32(0)) / mtp.depth
+        return self._sums(objective, jnp.sum(batch["loss_mask"]), means, output, counted)
+
+    def _further(
+        self, model: Decoder, output: DecoderOutput, batch: Batch, depth: int
+    ) -> tuple[DecoderOutput, list[LossSums]]:
+        """The loss of each module of `model.mtp`; and `output` with their routers behind those of the pattern."""
+        following = [(batch[f"inputs_{k}"], batch[f"same_{k}"]) for k in range(1, depth + 1)]
+        found = model.further(output.hidden, following, self._known(batch), self._how)
+        with jax.named_scope("loss"):
+            told = lambda k: batch | {"targets": batch[f"targets_{k}"], "loss_mask": batch[f"mask_{k}"]}
+            losses = [self._cross_entropy(model, hidden, told(k)) for k, (hidden, _) in enumerate(found, start=1)]
+        routers = [stats for _, stats in found if stats is not None]
+        stacked = jax.tree.map(lambda *of_modules: jnp.stack(of_modules), *routers) if routers else None
+        return output._replace(router=(*output.router, stacked)), losses
 
     def _read(self, model: ModelConfig, params: Params, batch: Batch) -> tuple[Decoder, DecoderOutput]:
         """The model's states of a batch in the mesh's order."""
@@ -221,7 +242,9 @@ class NextToken(Objective):
 
     def settle(self, params: Params, router: Any) -> tuple[Params, dict[str, jax.Array]]:
         """Biases of SigmoidRouters that follow the load; how evenly each layer's experts were used."""
-        return balance_biases(self._config.model, params, router), router_metrics(router)
+        model = self._config.model
+        of_pattern, of_modules = router[: len(model.blocks)], router[len(model.blocks) :]
+        return balance_biases(model, params, router), router_metrics(of_pattern, of_modules)
 
 
 class LossOptions(TypedDict):

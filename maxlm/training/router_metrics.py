@@ -11,14 +11,16 @@ import jax.numpy as jnp
 from maxlm.models.moe import RouterStats
 
 
-def router_metrics(router: Sequence[RouterStats | None]) -> dict[str, jax.Array]:
-    """From sums over the tokens of a step, as `DecoderOutput.router` has them; empty without experts.
+def router_metrics(*routers: Sequence[RouterStats | None]) -> dict[str, jax.Array]:
+    """From sums over the tokens of a step, as `DecoderOutput.router` has them: of the pattern of layers, and of those
+    that come after them; empty without experts.
 
     Each is float32 [layers that have experts], in the order of the layers; docs/observe.md says what they mean.
     """
-    entries = [_figures(stats) for stats in router if stats is not None]
+    parts = [[_figures(stats) for stats in router if stats is not None] for router in routers]
     # [L', entries] row by row is the order of the layers.
-    return {name: jnp.stack([entry[name] for entry in entries], 1).reshape(-1) for name in (entries or [{}])[0]}
+    in_order = lambda name: [jnp.stack([one[name] for one in part], 1).reshape(-1) for part in parts if part]
+    return {name: jnp.concatenate(in_order(name)) for name in (parts[0] or [{}])[0]}
 
 
 def _figures(stats: RouterStats) -> dict[str, jax.Array]:
