@@ -7,11 +7,12 @@ from typing import assert_never
 
 from maxlm.config.data import Dataset
 from maxlm.config.model import ModelConfig
-from maxlm.config.position import GlmRope
+from maxlm.config.position import GlmRope, Rope
 from maxlm.config.predictions import (
     BlankInfilling,
     CausalLm,
     FillInMiddle,
+    GapPositions,
     MaskedLm,
     Prediction,
     PrefixLm,
@@ -98,13 +99,14 @@ def _of_gaps(key: str, prediction: BlankInfilling | SpanCorruption, seq_len: int
 def _of_model(key: str, prediction: SinglePrediction, model: ModelConfig) -> list[str]:
     """What the model is to have or not."""
     name, failures = type(prediction).__name__, []
-    if isinstance(prediction, BlankInfilling) and not all(
-        isinstance(block.attention.position, GlmRope) for block in model.layers
-    ):
-        failures.append(
-            f"{key} = {name} tells gaps apart by positions that model.blocks[].attention.position must know; use "
-            "GlmRope(), or SpanCorruption, whose gaps have names"
-        )
+    if isinstance(prediction, BlankInfilling):
+        needed = GlmRope if prediction.positions is GapPositions.TWO else Rope
+        if not all(isinstance(block.attention.position, needed) for block in model.layers):
+            failures.append(
+                f"{key}.positions = {prediction.positions.value} tells gaps apart by what "
+                f"model.blocks[].attention.position must know; use {needed.__name__}() there, another of positions, or "
+                "SpanCorruption, whose gaps have names"
+            )
     if model.virtual_tokens and not isinstance(prediction, CausalLm):
         failures.append(
             f"{key} = {name} leaves no room for the {model.virtual_tokens} virtual tokens of model.adapter; use "
