@@ -169,11 +169,10 @@ def _single(prediction: SinglePrediction, tokenizer: Tokenizer, key: str) -> Mak
                 if len(ids) < 2:
                     return None
                 pieces = pieces_of(len(ids), int(ids[0]), int(ids[-1]), draw)
-                if len(pieces) > 1 and ids[-1] != tokenizer.eos_id:  # of what the window cuts off, too, the middle ends
+                if len(pieces) > 1 and ids[-1] != tokenizer.eos_id:  # a window's end ends the middle, too
                     pieces.append(tokenizer.eos_id)
-                return left_to_right(
-                    _joined(*(ids[p.start : p.stop] if isinstance(p, range) else [p] for p in pieces)), 0
-                )
+                parts = [ids[piece.start : piece.stop] if isinstance(piece, range) else [piece] for piece in pieces]
+                return left_to_right(_joined(*parts), 0)
 
             return middle
         case MaskedLm(density=density, masked=masked, swapped=swapped, mask=mask):

@@ -101,16 +101,16 @@ class TurnedWindows(StridedWindows):
         """At most so many tokens of a document as it is turned, from number `first` on; whether these are all."""
         head, tail = self._read(begins, begins + 1), self._read(ends - 1, ends)
         draw = np.random.default_rng((self._seed, begins))
-        found, passed, room = [], 0, most
+        found, passed, wanted = [], 0, range(first, first + most)
         for piece in self._turn(ends - begins, int(head[0]), int(tail[0]), draw):
             length = len(piece) if isinstance(piece, range) else 1
-            low, high = max(first - passed, 0), min(length, max(first - passed, 0) + room)
+            low, high = max(wanted.start - passed, 0), min(wanted.stop - passed, length)
             passed += length
-            if low < high:
-                of_text = isinstance(piece, range)
-                found.append(self._read(begins + piece[low], begins + piece[low] + high - low) if of_text else [piece])
-                room -= high - low
-        return np.concatenate(found, dtype=np.int32), passed <= first + most
+            if low < high and isinstance(piece, range):
+                found.append(self._read(begins + piece.start + low, begins + piece.start + high))
+            elif low < high:
+                found.append(np.array([piece], np.int32))
+        return np.concatenate(found), passed <= wanted.stop
 
     def _read(self, first: int, stop: int) -> TokenIds:
         ids = np.empty(stop - first, np.int32)
