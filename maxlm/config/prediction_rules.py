@@ -39,27 +39,37 @@ def broken_prediction_rules(
 ) -> list[str]:
     """A line for each broken rule."""
     failures = []
-    asked = list(parts(default_prediction(task)))
-    if all(dataset.predict is not None for dataset in datasets):
-        asked = []
     for i, dataset in enumerate(datasets):
-        if dataset.predict is None:
-            continue
-        key = f"data.datasets.{i}.predict"
-        asked += parts(dataset.predict, key)
-        if not isinstance(task, Pretrain):
+        if dataset.predict is not None and not isinstance(task, Pretrain):
             failures.append(
-                f"{key} = {type(dataset.predict).__name__} is for task = Pretrain; with {type(task).__name__} leave it "
-                "out"
+                f"data.datasets.{i}.predict = {type(dataset.predict).__name__} is for task = Pretrain; with "
+                f"{type(task).__name__} leave it out"
             )
-    for key, one in asked:
+    for key, one in _asked(task, datasets):
         failures += broken_window_rules(key, one, seq_len)
         failures += _of_model(key, one, model)
-    if sample_tokens and asked and all(isinstance(one, MaskedLm) for _, one in asked):
+    if sample_tokens and masked_alone(task, datasets):
         failures.append(
             f"observe.sample_tokens = {sample_tokens}: a model that learns MaskedLm alone cannot write; use 0"
         )
     return failures
+
+
+def masked_alone(task: Task, datasets: Sequence[Dataset]) -> str | None:
+    """Where a run is told to learn `MaskedLm` and nothing else, so that it cannot write: the key; else None."""
+    asked = _asked(task, datasets)
+    return asked[0][0] if asked and all(isinstance(one, MaskedLm) for _, one in asked) else None
+
+
+def _asked(task: Task, datasets: Sequence[Dataset]) -> list[tuple[str, SinglePrediction]]:
+    """All that is asked of texts, each with its key."""
+    asked = list[tuple[str, SinglePrediction]]()
+    if any(dataset.predict is None for dataset in datasets):
+        asked += parts(default_prediction(task))
+    for i, dataset in enumerate(datasets):
+        if dataset.predict is not None:
+            asked += parts(dataset.predict, f"data.datasets.{i}.predict")
+    return asked
 
 
 def broken_window_rules(key: str, prediction: SinglePrediction, seq_len: int) -> list[str]:
