@@ -88,8 +88,8 @@ def check_model(run: RunConfig, needed: int) -> None:
         raise UserError(f"model.head = {type(model.head).__name__} gives no logits; use a run with an LmHead")
     if key := masked_alone(run.task, run.data.datasets):
         raise UserError(
-            f"{key} = MaskedLm is all that the model has learned, so it cannot write; use a run with another prediction, "
-            "or measure this one with python -m maxlm.evaluate"
+            f"{key} = MaskedLm is all that the model has learned, so it cannot write; use a run with another "
+            "prediction, or measure this one with python -m maxlm.evaluate"
         )
     if needed > model.vocab_size:
         raise UserError(

@@ -54,8 +54,8 @@ class Interruption:
         ranks().goes_back(step)
 
     def went_back(self, step: int) -> bool:
-        """Whether to stop at `step`, which every rank has gone back to: a stop that was agreed for a step that is undone
-        does not wait for it to be done again."""
+        """Whether to stop at `step`, which every rank has gone back to: a stop that was agreed for an undone step does
+        not wait until that is done again."""
         return ranks().went_back(step, asked=self._asked)
 
     def _watch(self, number: signal.Signals) -> None:
