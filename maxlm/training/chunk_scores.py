@@ -102,8 +102,8 @@ def chunk_scores(x: jax.Array, unembedding: Unembedding) -> ChunkScores:
 
 
 def at_top(exp: jax.Array, top: jax.Array, values: jax.Array) -> jax.Array:
-    """Zeros of the shape of this device's logits [tokens, V'], with each token's value at its largest logit `top`; where
-    others are as large, equal parts at each. As large are those within 2^-20 of it: a compiler may compute logits
+    """Zeros of the shape of this device's logits [tokens, V'], with each token's value at its largest logit `top`;
+    where others are as large, equal parts at each. As large are those within 2^-20 of it: a compiler may compute logits
     twice, and then in other bits. It is found in `exp`, which is there, as e^-x is 1 - x for so small an x."""
     here = exp >= (1 - jnp.abs(top) * 2.0**-20)[:, None]
     parts = jax.lax.psum(here.astype(jnp.float32).sum(-1), "tensor")
