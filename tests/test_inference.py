@@ -76,6 +76,7 @@ from maxlm.config.prediction_rules import masked_alone
 from maxlm.data.text_ends import TextEnds
 from maxlm.data.tokenizers import Bytes, HuggingFace, Tokenizer
 from maxlm.data.train_tokenizer import train_sentencepiece
+from maxlm.evaluation.scoring import RunExaminee
 from maxlm.inference.engine import Engine
 from maxlm.inference.generator import Generator
 from maxlm.inference.held import by_layer, held
@@ -181,14 +182,16 @@ def loaded(
 
 def test_a_run_that_learned_masked_tokens_alone_does_not_write() -> None:
     """Refused where an engine is made, and so by all that writes, before anything is placed."""
-    run = loaded(parameters=None)
+    run = loaded()
     masked = dataclasses.replace(run.config, task=Pretrain(predict=MaskedLm()))
     with pytest.raises(UserError) as caught:
         dataclasses.replace(run, config=masked).generate("a", max_new_tokens=1)
     assert str(caught.value) == (
         "task.predict = MaskedLm is all that the model has learned, so it cannot write; use a run with another "
-        "prediction, or measure this one with python -m maxlm.evaluate"
+        "prediction, or measure this one's held-out loss with python -m maxlm.evaluate"
     )
+    with pytest.raises(UserError, match=r"^task.predict = MaskedLm is all"):
+        RunExaminee(dataclasses.replace(run, config=masked)).scores([("a", "b")])
     asked = lambda *predict: DataConfig(datasets=tuple(Dataset(path="unused", predict=one) for one in predict))
     masked = dataclasses.replace(run.config, data=asked(MaskedLm(), MaskedLm()))
     with pytest.raises(UserError, match=r"^data.datasets.0.predict = MaskedLm is all"):

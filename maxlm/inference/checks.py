@@ -78,6 +78,18 @@ def check_guided(request: Request, twin: Request, limit: int, slots: int) -> Non
         )
 
 
+def check_learned(run: RunConfig) -> None:
+    """
+    Raises:
+        UserError: the run learned nothing of a next token, so what the model says of one means nothing.
+    """
+    if key := masked_alone(run.task, run.data.datasets):
+        raise UserError(
+            f"{key} = MaskedLm is all that the model has learned, so it cannot write; use a run with another "
+            "prediction, or measure this one's held-out loss with python -m maxlm.evaluate"
+        )
+
+
 def check_model(run: RunConfig, needed: int) -> None:
     """
     Raises:
@@ -86,11 +98,7 @@ def check_model(run: RunConfig, needed: int) -> None:
     model = run.model
     if not isinstance(model.head, LmHead):
         raise UserError(f"model.head = {type(model.head).__name__} gives no logits; use a run with an LmHead")
-    if key := masked_alone(run.task, run.data.datasets):
-        raise UserError(
-            f"{key} = MaskedLm is all that the model has learned, so it cannot write; use a run with another "
-            "prediction, or measure this one with python -m maxlm.evaluate"
-        )
+    check_learned(run)
     if needed > model.vocab_size:
         raise UserError(
             f"model.vocab_size = {model.vocab_size} is less than the tokenizer's {needed}; use the "
