@@ -191,7 +191,7 @@ def test_a_run_that_learned_masked_tokens_alone_does_not_write() -> None:
         "prediction, or measure this one's held-out loss with python -m maxlm.evaluate"
     )
     with pytest.raises(UserError, match=r"^task.predict = MaskedLm is all"):
-        RunExaminee(dataclasses.replace(run, config=masked)).scores([("a", "b")])
+        RunExaminee(dataclasses.replace(run, config=masked)).scores([([1], [2])])
     asked = lambda *predict: DataConfig(datasets=tuple(Dataset(path="unused", predict=one) for one in predict))
     masked = dataclasses.replace(run.config, data=asked(MaskedLm(), MaskedLm()))
     with pytest.raises(UserError, match=r"^data.datasets.0.predict = MaskedLm is all"):
