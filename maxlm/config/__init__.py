@@ -478,20 +478,9 @@ __all__ = [
     "WsdSchedule",
     "YarnScaling",
     "Zero",
-    "dp",
-    "fsdp",
-    "fsdp_tp",
-    "fsdp_tp_sp",
-    "gpt",
-    "linear_ramp",
-    "llama",
-    "palm",
-    "pipeline_bubble",
-    "pipeline_ticks",
-    "special_tokens",
-    "ul2",
-    "with_experts",
 ]
+__all__ += ["dp", "fsdp", "fsdp_tp", "fsdp_tp_sp", "gpt", "linear_ramp", "llama", "palm", "pipeline_bubble"]
+__all__ += ["pipeline_ticks", "special_tokens", "ul2", "with_experts"]
 
 
 def __getattr__(name: str) -> Any:
