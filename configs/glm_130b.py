@@ -7,8 +7,9 @@ Hardware: TPU v5p-1024 (512 chips); by arithmetic about 35 of 95 GB a chip. Time
 
 As printed: sizes, DeepNorm (arXiv:2203.00555) with a factor of sqrt(2L), gated GELU, RoPE, batches of 4224 sequences,
 AdamW, a learning rate of 8e-5 that falls to a tenth, gradients of the embedding times 0.1. A recipe of the next token:
-GLM's own (30 % [MASK], 70 % [gMASK]) is said as in glm_tiny.py. Not here: dropout of 0.1; float16, which TPUs do not
-multiply; a batch that grows from 192 over the first 2.5 % (`train.phases`, but this mesh does not cut so few).
+GLM's own (30 % [MASK], 70 % [gMASK]) is said as in glm_tiny.py, with `BlankInfilling(positions=GapPositions.ONE)`. Not
+here: dropout of 0.1; float16, which TPUs do not multiply; a batch that grows from 192 over the first 2.5 %
+(`train.phases`, but this mesh does not cut so few).
 """
 
 from math import ceil

@@ -47,7 +47,7 @@ _DESCRIPTION = """How good a trained model is.
 
 Without --tasks: held-out loss, perplexity and bits per byte of a run. It reads the validation split of the data sets
 that the run's config names (relative paths start from the folder you are in), or that of --data, in windows of its
-train.seq_len.
+train.seq_len, or of --seq_len.
 With --tasks: marks in exams, each with a 95 % interval and what guessing gives; see docs/evaluate.md. Exit code 2: one
 line says what was wrong."""
 
@@ -69,6 +69,9 @@ class EvaluateOptions:
     batch_size: Positive[int] | None = None
     """Of the held-out loss: windows in a batch; None: train.batch_size of the run. With 1, --whole measures every
     window."""
+    seq_len: Positive[int] | None = None
+    """Of the held-out loss: tokens of a window, such as those of an earlier phase; None: train.seq_len of the run, at
+    this step."""
     tasks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TASK ...")] = ()
     """Exams: suite (all that come with maxlm), suite:NAME, a .jsonl file, humaneval, or lm_eval:NAME."""
     limit: Positive[int] | None = None
@@ -114,9 +117,10 @@ class EvaluateOptions:
             raise UserError(f"--{said[0]} is of exams; name some, such as --tasks suite, or leave it out")
         if self.few_shot and self.prompting:
             raise UserError("--few_shot and --prompting both choose demonstrations; leave out one of them")
-        if self.tasks and (self.batches or self.whole or self.batch_size or self.data):
+        if self.tasks and (self.batches or self.whole or self.batch_size or self.seq_len or self.data):
             raise UserError(
-                "--data, --batches, --whole and --batch_size are of the held-out loss; leave them out with --tasks"
+                "--data, --batches, --whole, --batch_size and --seq_len are of the held-out loss; leave them out with "
+                "--tasks"
             )
 
 
@@ -154,9 +158,13 @@ def _measure(options: EvaluateOptions, run: LoadedRun) -> None:
 
     name = options.model.place
     as_trained = run.config.train
-    batch_size = options.batch_size or as_trained.batch_size
     train = dataclasses.replace(
-        as_trained, batch_size=batch_size, micro_batches=1, profile_steps=None, noise_scale=NoiseScale()
+        as_trained,
+        batch_size=options.batch_size or as_trained.batch_size,
+        seq_len=options.seq_len or as_trained.seq_len,
+        micro_batches=1,
+        profile_steps=None,
+        noise_scale=NoiseScale(),
     )
     data = run.config.data
     if options.data is not None:
@@ -189,8 +197,9 @@ def _measure(options: EvaluateOptions, run: LoadedRun) -> None:
             f"{name} uses {run.tokenizer.fingerprint[:12]}...; prepare the data with its tokenizer"
         )
     assert batches.n_batches is not None and batches.n_windows is not None, "a validation split has an end"
-    # The windows that training measured, in batches of any size; all of them, where it measured none.
-    windows = as_trained.batch_size * as_trained.held_out_batches(batches.n_windows // as_trained.batch_size)
+    # As many tokens as training measured, in batches of any size; all of them, where it measured none.
+    in_all = batches.n_windows * train.seq_len // as_trained.seq_len // as_trained.batch_size
+    windows = as_trained.batch_size * as_trained.held_out_batches(in_all) * as_trained.seq_len // train.seq_len
     n_batches = options.batches or max(1, windows // train.batch_size)
     if options.whole or (options.data and not options.batches) or not (options.batches or windows):
         n_batches = batches.n_batches

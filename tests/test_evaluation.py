@@ -50,9 +50,14 @@ def test_a_uniform_model_has_the_vocabulary_as_its_perplexity(
     assert found["perplexity"] == pytest.approx(BYTE_MODEL.vocab_size, rel=1e-6)
 
 
-def test_the_whole_split_against_float64(run: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    found = measured(capsys, run, "--batch_size", "1", "--whole")
-    batches = open_batches(run.data, batch_size=1, seq_len=run.train.seq_len, split=Split.VALIDATION)
+@pytest.mark.parametrize("seq_len", [None, 12])
+def test_the_whole_split_against_float64(
+    run: RunConfig, capsys: pytest.CaptureFixture[str], seq_len: int | None
+) -> None:
+    options = ["--batch_size", "1", "--whole"] + (["--seq_len", str(seq_len)] if seq_len else [])
+    found = measured(capsys, run, *options)
+    seq_len = seq_len or run.train.seq_len
+    batches = open_batches(run.data, batch_size=1, seq_len=seq_len, split=Split.VALIDATION)
     parameters = parameters_of(run, seed=2)
 
     @jax.jit
@@ -70,7 +75,7 @@ def test_the_whole_split_against_float64(run: RunConfig, capsys: pytest.CaptureF
         nats += np.sum((log_z - target) * batch["loss_mask"])
         tokens += batch["loss_mask"].sum()
     assert found["step"] == 2 and found["tokens"] == tokens
-    assert measured(capsys, run, "--batch_size", "1", "--data", run.data.datasets[0].path) == found
+    assert measured(capsys, run, *options[:2], "--data", run.data.datasets[0].path, *options[3:]) == found
     assert found["loss"] == pytest.approx(nats / tokens, rel=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
     # A byte tokenizer predicts one token for each byte, and eos once a document.

@@ -14,7 +14,9 @@ from maxlm.config import (
     BlankInfilling,
     CausalLm,
     FillInMiddle,
+    GapPositions,
     MaskedLm,
+    MiddleLevel,
     Mixed,
     Prediction,
     PrefixLm,
@@ -102,8 +104,8 @@ def test_a_middle_goes_to_the_end() -> None:
     """arXiv:2207.14255, sections 3 and 3.1."""
     cut = ids("x1 x2"), ids("x3"), ids("x4 x5")
     marks = NAMES["<PRE>"], NAMES["<SUF>"], NAMES["<MID>"]
-    assert words(turn(*cut, marks, False)) == "<PRE> x1 x2 <SUF> x4 x5 <MID> x3"
-    assert words(turn(*cut, marks, True)) == "<PRE> <SUF> x4 x5 <MID> x1 x2 x3"
+    assert words(np.hstack(turn(*cut, marks, False))) == "<PRE> x1 x2 <SUF> x4 x5 <MID> x3"
+    assert words(np.hstack(turn(*cut, marks, True))) == "<PRE> <SUF> x4 x5 <MID> x1 x2 x3"
 
 
 def test_masked_tokens_are_found_in_their_own_place() -> None:
@@ -260,6 +262,32 @@ def test_middles_are_as_frequent_as_is_said() -> None:
     together = [one for one in turned if one[2] == IDS["<SUF>"]]  # or an empty prefix: 1 in 31
     assert abs(len(turned) / 800 - 0.7) < 0.06
     assert abs(len(together) / len(turned) - (0.2 + 0.8 * 2 / 61)) < 0.06
+
+
+def test_written_tokens_have_the_place_of_their_gap_where_positions_are_one() -> None:
+    """GLM-130B: RoPE has the first of GLM's two positions."""
+    text = np.arange(40, dtype=np.int32)
+    one, two = (
+        maker(BlankInfilling(positions=kind), TOKENIZER, "predict")(text, np.random.default_rng(5))
+        for kind in (GapPositions.ONE, GapPositions.TWO)
+    )
+    assert one is not None and two is not None
+    given = int((two.block == 0).sum())
+    masks = np.flatnonzero(one.inputs[:given] == IDS["[MASK]"])
+    assert len(masks) > 1 and one.positions[:given].tolist() == list(range(given))
+    written = one.positions[given:]
+    starts = one.inputs[given:] == IDS["<sop>"]
+    assert sorted(written[starts].tolist()) == masks.tolist()  # each gap is written once, at its own place
+    np.testing.assert_array_equal(written, written[starts][np.cumsum(starts) - 1])  # all of it
+    assert two.positions.tolist() == list(range(len(two.inputs)))
+    for name in ("inputs", "targets", "counts", "ends"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
+
+
+def test_a_mixture_has_no_document_turned_whole() -> None:
+    with pytest.raises(UserError) as caught:
+        Mixed(shares=(Share(prediction=CausalLm()), Share(prediction=FillInMiddle(level=MiddleLevel.DOCUMENT))))
+    assert "shares.1.prediction.level = document turns documents before windows" in str(caught.value)
 
 
 def test_a_lacking_token_is_named_with_what_to_do() -> None:

@@ -31,7 +31,10 @@ from run_folder import BYTE_MODEL, parameters_of
 from maxlm.config import (
     Alibi,
     Capacity,
+    CausalLm,
     Context,
+    DataConfig,
+    Dataset,
     DeepNorm,
     Dtype,
     DynamicNtkScaling,
@@ -45,9 +48,11 @@ from maxlm.config import (
     Learned,
     LmHead,
     LongRopeScaling,
+    MaskedLm,
     ModelConfig,
     NtkScaling,
     OutputNorm,
+    Pretrain,
     QkNorm,
     RelativeBias,
     RelativeSinusoids,
@@ -56,6 +61,7 @@ from maxlm.config import (
     Rope,
     SamplingConfig,
     Sandwich,
+    Sft,
     ShardingConfig,
     StridedPattern,
     TopKRouter,
@@ -66,9 +72,12 @@ from maxlm.config import (
     Zero,
     with_experts,
 )
+from maxlm.config.prediction_rules import masked_alone
 from maxlm.data.text_ends import TextEnds
 from maxlm.data.tokenizers import Bytes, HuggingFace, Tokenizer
 from maxlm.data.train_tokenizer import train_sentencepiece
+from maxlm.evaluation.scoring import RunExaminee
+from maxlm.inference.engine import Engine
 from maxlm.inference.generator import Generator
 from maxlm.inference.held import by_layer, held
 from maxlm.inference.load import LoadedRun
@@ -169,6 +178,27 @@ def loaded(
     config = dataclasses.replace(small_run(model=model, sharding=sharding), execution=execution)
     values = {"parameters": parameters_of(config), "tokenizer": Bytes(), **changes}
     return LoadedRun(config=config, layout=make_layout(sharding, jax.devices()[:devices]), step=0, **values)
+
+
+def test_a_run_that_learned_masked_tokens_alone_does_not_write() -> None:
+    """Refused where an engine is made, and so by all that writes, before anything is placed."""
+    run = loaded()
+    masked = dataclasses.replace(run.config, task=Pretrain(predict=MaskedLm()))
+    with pytest.raises(UserError) as caught:
+        dataclasses.replace(run, config=masked).generate("a", max_new_tokens=1)
+    assert str(caught.value) == (
+        "task.predict = MaskedLm is all that the model has learned, so it cannot write; use a run with another "
+        "prediction, or measure this one's held-out loss with python -m maxlm.evaluate"
+    )
+    with pytest.raises(UserError, match=r"^task.predict = MaskedLm is all"):
+        RunExaminee(dataclasses.replace(run, config=masked)).scores([([1], [2])])
+    asked = lambda *predict: DataConfig(datasets=tuple(Dataset(path="unused", predict=one) for one in predict))
+    masked = dataclasses.replace(run.config, data=asked(MaskedLm(), MaskedLm()))
+    with pytest.raises(UserError, match=r"^data.datasets.0.predict = MaskedLm is all"):
+        Engine(dataclasses.replace(run, config=masked))
+    assert masked_alone(Pretrain(), asked(MaskedLm(), None).datasets) is None
+    assert masked_alone(Pretrain(predict=MaskedLm()), asked(CausalLm()).datasets) is None
+    assert masked_alone(Sft(), asked(None).datasets) is None
 
 
 PROMPTS = ["hello", "", "a prompt of more than sixteen bytes"]

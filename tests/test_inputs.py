@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -36,7 +37,7 @@ from maxlm.data.dealing import last_part
 from maxlm.data.documents import Unreadable
 from maxlm.data.loader import open_batches
 from maxlm.data.prepare import prepare
-from maxlm.data.shards import UNFINISHED, Split, read_info
+from maxlm.data.shards import UNFINISHED, Split, open_prepared, read_info
 from maxlm.data.sources import iterate_documents
 from maxlm.data.tokenizers import load_tokenizer, open_tokenizer
 
@@ -266,6 +267,9 @@ def test_offsets_are_found_between_those_in_memory(tmp_path: Path, monkeypatch: 
         again = open_batches(config, batch_size=1, seq_len=16, split=Split.TRAIN)
         for i, wanted in enumerate(expected):
             np.testing.assert_array_equal(again[i]["segment_ids"], wanted)
+        tokens = open_prepared(Path(dataset.path), verify=False).stream(Split.TRAIN)
+        for begins, ends in itertools.pairwise(tokens.starts().tolist()):
+            assert tokens.document(begins) == tokens.document(ends - 1) == (begins, ends)
 
 
 # Workers

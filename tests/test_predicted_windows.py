@@ -31,8 +31,10 @@ from maxlm.config import (
     Dataset,
     Files,
     FillInMiddle,
+    GapPositions,
     GlmRope,
     MaskedLm,
+    MiddleLevel,
     Mixed,
     ModelConfig,
     ObserveConfig,
@@ -66,6 +68,7 @@ PREDICTIONS: dict[str, Prediction] = {
     "blanks": BlankInfilling(),
     "suffix": SuffixInfilling(),
     "middle": FillInMiddle(),
+    "middle of documents": FillInMiddle(level=MiddleLevel.DOCUMENT),
     "masked": MaskedLm(),
     "mixed": Mixed(
         shares=tuple(
@@ -192,7 +195,59 @@ def test_windows_have_every_token_and_few_twice(text: Dataset) -> None:
     assert len(stream) - at < 2 * T and taken < 1.05 * at
 
 
-@pytest.mark.parametrize("name", ["mixed", "middle"])
+def test_documents_are_turned_whole_and_then_cut(text: Dataset) -> None:
+    """Of each document all windows together are the document with its middle at the end, or as it was, and no window is
+    longer for it; documents of 42 to 202 tokens are in 1 to 6 of them."""
+    batches = opened(FillInMiddle(level=MiddleLevel.DOCUMENT), text, batch_size=1)
+    stream = np.fromfile(Path(text.path) / "train-00000.tokens", "<u2").astype(np.int32)
+    documents = np.split(stream, np.flatnonzero(stream == 257)[:-1] + 1)
+    pieces: list[np.ndarray] = []
+    for batch in batches.once():
+        row = {key: values[0] for key, values in batch.items()}
+        for piece in segments(row):
+            if row["loss_mask"][piece].any():
+                pieces.append(np.append(row["inputs"][piece], row["targets"][piece][-1]))
+    marks = [batches.tokenizer.specials[name] for name in ("<PRE>", "<SUF>", "<MID>")]
+
+    def joined(parts: list[list[int]]) -> list[list[int]]:
+        """Each part begins where the last one ended, or a little before: all that they can have been cut from."""
+        found = [parts[0]]
+        for part in parts[1:]:
+            found = [
+                one + part[common:]
+                for one in found
+                for common in range(min(len(one), len(part)) + 1)
+                if one[len(one) - common :] == part[:common]
+            ]
+        return found
+
+    def as_it_was(found: list[int]) -> list[int]:
+        if not set(marks) & set(found):
+            return found
+        assert found[0] == 256 and found[1] == marks[0] and found[-1] == 257
+        suffix, middle = (found.index(mark) for mark in marks[1:])
+        if suffix == 2:  # prefix and middle together
+            return [256, *found[middle + 1 : -1], *found[3:middle], 257]
+        return [256, *found[2:suffix], *found[middle + 1 : -1], *found[suffix + 1 : middle], 257]
+
+    whole, turned = 0, 0
+    for document in documents:
+        letter = document[(document >= 58) & (document < 256)][0]
+        mine = [piece.tolist() for piece in pieces if letter in piece]
+        if mine[0][0] != 256 or mine[-1][-1] != 257:
+            continue  # a piece has no letter; or the end of the split, which fills no window
+        whole, turned = whole + 1, turned + any(marks[0] in piece for piece in mine)
+        assert document.tolist() in map(as_it_was, joined(mine))
+    assert whole > 0.8 * len(documents) > 30 and 0.3 < turned / whole < 0.7
+
+
+def test_predictions_of_earlier_versions_have_their_fingerprints(text: Dataset) -> None:
+    """What a version without levels of middles and positions of gaps wrote of the same."""
+    fingerprints = [opened(one, text).fingerprint[:16] for one in (FillInMiddle(), GLM)]
+    assert fingerprints == ["870139f2d5dc2229", "e10aca3301e9598e"]
+
+
+@pytest.mark.parametrize("name", ["mixed", "middle", "middle of documents"])
 def test_a_row_depends_on_seed_and_number_alone(text: Dataset, name: str) -> None:
     batches, again = opened(PREDICTIONS[name], text), opened(PREDICTIONS[name], text)
     all_rows, some = batches[7], again.rows(7, [5, 2])
@@ -363,8 +418,10 @@ def test_what_does_not_fit_is_refused() -> None:
     assert broken(MaskedLm(density=0.01)).startswith(
         "task.predict.density = 0.01 leaves no token to find in train.seq_"
     )
-    assert "shares.0.prediction = BlankInfilling tells gaps apart by positions that" in broken(GLM)
-    assert "use GlmRope(), or SpanCorruption, whose gaps have names" in broken(GLM)
+    assert "shares.0.prediction.positions = two tells gaps apart by what model.blocks[].attention.pos" in broken(GLM)
+    assert "use GlmRope() there, another of positions, or SpanCorruption, whose gaps have names" in broken(GLM)
+    assert "positions = one tells gaps" in broken(BlankInfilling(positions=GapPositions.ONE), glm_model())
+    run_of(BlankInfilling(positions=GapPositions.ONE), MODEL).validate(1)
     assert "a model that learns MaskedLm alone cannot write; use 0" in broken(MaskedLm(), run_dir="elsewhere")
     asked = DataConfig(datasets=(Dataset(path="unused", predict=PrefixLm()),))
     assert "data.datasets.0.predict = PrefixLm is for task = Pretrain; with Sft leave it out" in broken(

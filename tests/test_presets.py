@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,20 @@ def test_each_preset_fits_the_machine_that_it_names(name: str) -> None:
     config.validate(target.devices)
     report = analyse(config, target)
     assert report.fits, f"{report.memory.peak / 2**30:.1f} GiB on {target}"
+
+
+def test_the_table_of_presets_has_each_once() -> None:
+    """docs/configs.md; the first column of what stands under Presets."""
+    section = (ROOT / "docs/configs.md").read_text().split("## Presets")[1].split("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row)) == PRESETS
+
+
+def test_configs_that_documents_name_are_there() -> None:
+    """In commands and tables; `mine` and `x` are those of a reader."""
+    for document in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
+        named = set(re.findall(r"configs/(\w+)\.py", document.read_text()))
+        assert named <= {*PRESETS, "mine", "x"}, document
 
 
 def compiled(target: Machine, *arguments: str) -> dict[str, Any]:

@@ -119,6 +119,49 @@ def test_a_rank_in_its_last_step_is_not_waited_for() -> None:
         assert ranks[2].stops_after(9, asked=True, last=10) is False  # all end with step 10 anyway
 
 
+def test_a_stop_agreed_for_a_last_step_that_is_undone_does_not_wait_for_it() -> None:
+    with together() as ranks:
+        assert [rank.stops_after(9, asked=False, last=10) for rank in ranks] == [False] * SIZE
+
+        def back(rank: Ranks) -> bool:
+            rank.goes_back(10)
+            return rank.went_back(5, asked=rank.rank == 2)
+
+        assert on_each(ranks, back) == [True] * SIZE
+
+
+def test_a_rank_that_goes_back_already_is_not_waited_for() -> None:
+    """Rank 0 has come to where all go back, and waits there for the others, one of which is asked to stop before."""
+    with together() as ranks:
+        assert not ranks[0].stops_after(6, asked=False, last=100)
+        assert not ranks[2].stops_after(4, asked=True, last=100)
+        wait_until(lambda: all(vars(rank)["_hold"] for rank in ranks))
+        there = threading.Barrier(SIZE)  # restoring
+
+        def run(rank: Ranks) -> list[bool]:
+            agreed = [] if rank.rank == 0 else [rank.stops_after(n, asked=False, last=100) for n in (5, 6)]
+            rank.goes_back(6)
+            there.wait(10)
+            return [*agreed, rank.went_back(3, asked=False)]
+
+        assert on_each(ranks, run) == [[True], [False, True, True], [False, True, True]]
+
+
+def test_after_going_back_a_stop_is_agreed_as_ever() -> None:
+    def run(rank: Ranks) -> int:
+        rank.goes_back(50)
+        assert not rank.went_back(5, asked=False)
+        step = 6
+        while not rank.stops_after(step, asked=rank.rank == 1 and step > 8, last=100):
+            time.sleep(0.01)
+            step += 1
+        return step
+
+    with together() as ranks:
+        [stopped, *others] = on_each(ranks, run)
+        assert others == [stopped] * 2 and 9 <= stopped < 50
+
+
 def test_an_error_of_one_rank_ends_the_others_with_its_words(left: list[tuple[str, int]]) -> None:
     with together() as ranks:
         ranks[2].step = 7

@@ -182,7 +182,9 @@ from maxlm.config.predictions import (
     BlankInfilling,
     CausalLm,
     FillInMiddle,
+    GapPositions,
     MaskedLm,
+    MiddleLevel,
     Mixed,
     Prediction,
     PrefixLm,
@@ -340,6 +342,7 @@ __all__ = [
     "Float8Products",
     "FormatReward",
     "FunctionReward",
+    "GapPositions",
     "GatedMlp",
     "GlmRope",
     "GluSave",
@@ -380,6 +383,7 @@ __all__ = [
     "MaskedLm",
     "Medusa",
     "MedusaHeads",
+    "MiddleLevel",
     "Mixed",
     "Mlp",
     "MlpConfig",
@@ -482,20 +486,9 @@ __all__ = [
     "WsdSchedule",
     "YarnScaling",
     "Zero",
-    "dp",
-    "fsdp",
-    "fsdp_tp",
-    "fsdp_tp_sp",
-    "gpt",
-    "linear_ramp",
-    "llama",
-    "palm",
-    "pipeline_bubble",
-    "pipeline_ticks",
-    "special_tokens",
-    "ul2",
-    "with_experts",
 ]
+__all__ += ["dp", "fsdp", "fsdp_tp", "fsdp_tp_sp", "gpt", "linear_ramp", "llama", "palm", "pipeline_bubble"]
+__all__ += ["pipeline_ticks", "special_tokens", "ul2", "with_experts"]
 
 
 def __getattr__(name: str) -> Any:

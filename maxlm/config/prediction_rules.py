@@ -7,11 +7,12 @@ from typing import assert_never
 
 from maxlm.config.data import Dataset
 from maxlm.config.model import ModelConfig
-from maxlm.config.position import GlmRope
+from maxlm.config.position import GlmRope, Rope
 from maxlm.config.predictions import (
     BlankInfilling,
     CausalLm,
     FillInMiddle,
+    GapPositions,
     MaskedLm,
     Prediction,
     PrefixLm,
@@ -38,27 +39,37 @@ def broken_prediction_rules(
 ) -> list[str]:
     """A line for each broken rule."""
     failures = []
-    asked = list(parts(default_prediction(task)))
-    if all(dataset.predict is not None for dataset in datasets):
-        asked = []
     for i, dataset in enumerate(datasets):
-        if dataset.predict is None:
-            continue
-        key = f"data.datasets.{i}.predict"
-        asked += parts(dataset.predict, key)
-        if not isinstance(task, Pretrain):
+        if dataset.predict is not None and not isinstance(task, Pretrain):
             failures.append(
-                f"{key} = {type(dataset.predict).__name__} is for task = Pretrain; with {type(task).__name__} leave it "
-                "out"
+                f"data.datasets.{i}.predict = {type(dataset.predict).__name__} is for task = Pretrain; with "
+                f"{type(task).__name__} leave it out"
             )
-    for key, one in asked:
+    for key, one in _asked(task, datasets):
         failures += broken_window_rules(key, one, seq_len)
         failures += _of_model(key, one, model)
-    if sample_tokens and asked and all(isinstance(one, MaskedLm) for _, one in asked):
+    if sample_tokens and masked_alone(task, datasets):
         failures.append(
             f"observe.sample_tokens = {sample_tokens}: a model that learns MaskedLm alone cannot write; use 0"
         )
     return failures
+
+
+def masked_alone(task: Task, datasets: Sequence[Dataset]) -> str | None:
+    """Where a run is told to learn `MaskedLm` and nothing else, so that it cannot write: the key; else None."""
+    asked = _asked(task, datasets)
+    return asked[0][0] if asked and all(isinstance(one, MaskedLm) for _, one in asked) else None
+
+
+def _asked(task: Task, datasets: Sequence[Dataset]) -> list[tuple[str, SinglePrediction]]:
+    """All that is asked of texts, each with its key."""
+    asked = list[tuple[str, SinglePrediction]]()
+    if any(dataset.predict is None for dataset in datasets):
+        asked += parts(default_prediction(task))
+    for i, dataset in enumerate(datasets):
+        if dataset.predict is not None:
+            asked += parts(dataset.predict, f"data.datasets.{i}.predict")
+    return asked
 
 
 def broken_window_rules(key: str, prediction: SinglePrediction, seq_len: int) -> list[str]:
@@ -98,13 +109,14 @@ def _of_gaps(key: str, prediction: BlankInfilling | SpanCorruption, seq_len: int
 def _of_model(key: str, prediction: SinglePrediction, model: ModelConfig) -> list[str]:
     """What the model is to have or not."""
     name, failures = type(prediction).__name__, []
-    if isinstance(prediction, BlankInfilling) and not all(
-        isinstance(block.attention.position, GlmRope) for block in model.layers
-    ):
-        failures.append(
-            f"{key} = {name} tells gaps apart by positions that model.blocks[].attention.position must know; use "
-            "GlmRope(), or SpanCorruption, whose gaps have names"
-        )
+    if isinstance(prediction, BlankInfilling):
+        needed = GlmRope if prediction.positions is GapPositions.TWO else Rope
+        if not all(isinstance(block.attention.position, needed) for block in model.layers):
+            failures.append(
+                f"{key}.positions = {prediction.positions.value} tells gaps apart by what "
+                f"model.blocks[].attention.position must know; use {needed.__name__}() there, another of positions, or "
+                "SpanCorruption, whose gaps have names"
+            )
     if model.mtp is not None and not isinstance(prediction, CausalLm | FillInMiddle):
         failures.append(
             f"{key} = {name} lets tokens see, or leaves out, what model.mtp is to predict; use CausalLm(), "

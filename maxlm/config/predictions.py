@@ -6,6 +6,7 @@ makes of the same ten tokens.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterable, Iterator
 from typing import Annotated, assert_never
 
@@ -57,11 +58,20 @@ class SpanCorruption:
             )
 
 
+class GapPositions(enum.Enum):
+    """What tells a token that is written into a gap where it stands."""
+
+    TWO = "two"
+    """The gap's place in the text, and the token's own in the gap (GLM, arXiv:2103.10360, section 2.2): `GlmRope`."""
+    ONE = "one"
+    """The first of these alone, the same for all tokens of a gap, of which each sees those before it (GLM-130B,
+    arXiv:2210.02414, section 2.2): `Rope`."""
+
+
 @config("task.predict.", changes=Changes.IDENTITY)
 class BlankInfilling:
     """What was in the gaps of a text, gap by gap in random order: each gap is the same special token, and the token
-    that is written knows by its two positions in which gap it is, and where there (GLM, arXiv:2103.10360, sections 2.1
-    and 2.3). Needs `GlmRope`."""
+    that is written knows by its positions in which gap it is (GLM, arXiv:2103.10360, sections 2.1 and 2.3)."""
 
     density: InnerShare = 0.15
     """Of the tokens, how many are hidden."""
@@ -73,6 +83,8 @@ class BlankInfilling:
     """Special token that what is written into a gap begins with."""
     end: NotEmpty[str] = "<eop>"
     """Special token that what is written into a gap ends with."""
+    positions: GapPositions = GapPositions.TWO
+    """What tells a token where it stands."""
 
 
 @config("task.predict.", changes=Changes.IDENTITY)
@@ -99,11 +111,21 @@ class SuffixInfilling:
             )
 
 
+class MiddleLevel(enum.Enum):
+    """What has a middle (arXiv:2207.14255, section 3)."""
+
+    CONTEXT = "context"
+    """What of a document is in a window: prefix, suffix and middle always stand together there."""
+    DOCUMENT = "document"
+    """The whole document, before it is cut into windows: of one longer than a window each has a part of what it has
+    become, with or without prefix and suffix."""
+
+
 @config("task.predict.", changes=Changes.IDENTITY)
 class FillInMiddle:
-    """The next token, but that of some texts the middle stands at the end (arXiv:2207.14255). What of a document is in
-    a window is cut into three at two random places between tokens (the paper's "context level"; its places are between
-    characters). The token that ends a document ends the middle too."""
+    """The next token, but that of some texts the middle stands at the end (arXiv:2207.14255). A text is cut into three
+    at two random places between tokens (the paper's are between characters). The token that ends a document ends the
+    middle too."""
 
     rate: Fraction = 0.5
     """Of the texts, how many are turned so; the others stay as they are."""
@@ -116,6 +138,8 @@ class FillInMiddle:
     """Special token before the suffix."""
     middle: NotEmpty[str] = "<MID>"
     """Special token before the middle."""
+    level: MiddleLevel = MiddleLevel.CONTEXT
+    """What is a text."""
 
 
 @config("task.predict.", changes=Changes.IDENTITY)
@@ -160,6 +184,14 @@ class Mixed:
 
     shares: Annotated[tuple[Share, ...], Filled(note="give at least one Share(prediction=...)")]
     """Which, and how often; more are added in the config file."""
+
+    def __post_init__(self) -> None:
+        for i, share in enumerate(self.shares):
+            if isinstance(share.prediction, FillInMiddle) and share.prediction.level is MiddleLevel.DOCUMENT:
+                raise UserError(
+                    f"task.predict.shares.{i}.prediction.level = document turns documents before windows are drawn for "
+                    "a mixture; use FillInMiddle by itself, of which `rate` says how many texts are turned, or context"
+                )
 
 
 Prediction = SinglePrediction | Mixed
@@ -224,5 +256,9 @@ def arrays_beside(predictions: Iterable[Prediction]) -> tuple[str, ...]:
     """Names of the int32 arrays that batches have for these, beside those of `CausalLm`."""
     asked = [one for prediction in predictions for _, one in parts(prediction)]
     looks_on = any(not isinstance(one, CausalLm | FillInMiddle) for one in asked)
-    in_two = any(isinstance(one, BlankInfilling | SuffixInfilling) for one in asked)
+    in_two = any(isinstance(one, SuffixInfilling) or _of_two_positions(one) for one in asked)
     return ((ENDS,) if looks_on else ()) + (PLACES if in_two else ())
+
+
+def _of_two_positions(prediction: SinglePrediction) -> bool:
+    return isinstance(prediction, BlankInfilling) and prediction.positions is GapPositions.TWO

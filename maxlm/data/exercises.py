@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, assert_never
+from typing import Any, NamedTuple, TypeVar, assert_never
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from maxlm.config import (
     BlankInfilling,
     CausalLm,
     FillInMiddle,
+    GapPositions,
     MaskedLm,
     Mixed,
     Prediction,
@@ -29,6 +30,8 @@ from maxlm.config.prediction_rules import gaps
 from maxlm.config.predictions import parts, special_tokens
 from maxlm.data.tokenizers import Tokenizer
 
+P = TypeVar("P")
+M = TypeVar("M")
 TokenIds = npt.NDArray[np.int32]
 Spans = npt.NDArray[np.int64]
 """[spans, 2]: where each starts and stops."""
@@ -43,6 +46,8 @@ class Exercise(NamedTuple):
     """Which targets the loss counts."""
     ends: TokenIds
     """Where the columns of this exercise end that each one sees."""
+    positions: TokenIds
+    """As `Tokens.positions`."""
     context: TokenIds
     """Position in the context, and place in the block that is written, as of `GlmRope`."""
     block: TokenIds
@@ -72,6 +77,10 @@ def maker(prediction: Prediction, tokenizer: Tokenizer, key: str) -> MakeExercis
         return one_of_them
     return _single(prediction, tokenizer, key)
 
+
+TurnText = Callable[[int, int, int, np.random.Generator], list[range | int]]
+"""Of the number of tokens of a text, and its first and last one, the order in which its tokens stand, and special
+tokens among them."""
 
 MakeAnswer = Callable[[TokenIds, npt.NDArray[np.bool_]], Exercise]
 """The exercise of a text of a record, and of which of its tokens count: one must, and the first must not."""
@@ -135,10 +144,13 @@ def _single(prediction: SinglePrediction, tokenizer: Tokenizer, key: str) -> Mak
 
             return spans
         case BlankInfilling(density=density, mean_span=mean_span, mask=mask, start=start, end=end):
-            marks = find(mask), find(start), find(end)
+            marks, in_one = (find(mask), find(start), find(end)), prediction.positions is GapPositions.ONE
 
             def blanks(ids: TokenIds, draw: np.random.Generator) -> Exercise | None:
-                return infill(ids, blank_spans(len(ids), density, mean_span, draw), *marks) if len(ids) > 1 else None
+                if len(ids) < 2:
+                    return None
+                made = infill(ids, blank_spans(len(ids), density, mean_span, draw), *marks)
+                return made._replace(positions=made.context) if in_one else made
 
             return blanks
         case SuffixInfilling(least=least, most=most, mask=mask, start=start, end=end):
@@ -150,14 +162,17 @@ def _single(prediction: SinglePrediction, tokenizer: Tokenizer, key: str) -> Mak
                 return infill(ids, _last(hidden, ids), *marks) if len(ids) > 1 else None
 
             return suffix
-        case FillInMiddle(rate=rate, spm=spm, prefix=prefix_name, suffix=suffix_name, middle=middle_name):
-            marks = find(prefix_name), find(suffix_name), find(middle_name)
+        case FillInMiddle():
+            pieces_of = turner(prediction, tokenizer, key)
 
             def middle(ids: TokenIds, draw: np.random.Generator) -> Exercise | None:
-                turned, suffix_first = draw.random() < rate, draw.random() < spm
                 if len(ids) < 2:
                     return None
-                return left_to_right(_turned(ids, tokenizer, marks, suffix_first, draw) if turned else ids, 0)
+                pieces = pieces_of(len(ids), int(ids[0]), int(ids[-1]), draw)
+                if len(pieces) > 1 and ids[-1] != tokenizer.eos_id:  # a window's end ends the middle, too
+                    pieces.append(tokenizer.eos_id)
+                parts = [ids[piece.start : piece.stop] if isinstance(piece, range) else [piece] for piece in pieces]
+                return left_to_right(_joined(*parts), 0)
 
             return middle
         case MaskedLm(density=density, masked=masked, swapped=swapped, mask=mask):
@@ -179,6 +194,29 @@ def _single(prediction: SinglePrediction, tokenizer: Tokenizer, key: str) -> Mak
             assert_never(prediction)
 
 
+def turner(prediction: FillInMiddle, tokenizer: Tokenizer, key: str) -> TurnText:
+    """What turns texts so that the middle stands at the end, as often as the prediction says.
+
+    Raises:
+        UserError: the tokenizer lacks a special token.
+    """
+    names = prediction.prefix, prediction.suffix, prediction.middle
+    before_prefix, before_suffix, before_middle = (_id(tokenizer, prediction, key, name) for name in names)
+
+    def turned(n: int, head: int, tail: int, draw: np.random.Generator) -> list[range | int]:
+        turned, suffix_first = draw.random() < prediction.rate, draw.random() < prediction.spm
+        if not turned:
+            return [range(n)]
+        first = int(head == tokenizer.bos_id)
+        last = n - int(n > first and tail == tokenizer.eos_id)
+        one, two = np.sort(draw.integers(first, last + 1, 2)).tolist()
+        marks = before_prefix, before_suffix, before_middle
+        inner = turn(range(first, one), range(one, two), range(two, last), marks, suffix_first)
+        return [range(first), *inner, range(last, n)]
+
+    return turned
+
+
 def left_to_right(ids: TokenIds, prefix: int, counts: npt.NDArray[np.bool_] | None = None) -> Exercise:
     """Each token from those before it, where the first `prefix` tokens see each other and are not learned.
 
@@ -195,6 +233,7 @@ def left_to_right(ids: TokenIds, prefix: int, counts: npt.NDArray[np.bool_] | No
         targets=ids[1:],
         counts=columns >= prefix - 1 if counts is None else counts[1:],
         ends=np.where(given, np.int32(prefix), columns + 1),
+        positions=columns,
         context=np.where(given, columns, np.int32(prefix)),
         block=np.where(given, 0, columns - np.int32(prefix - 1)),
     )
@@ -272,19 +311,18 @@ def infill(
         targets=_joined(nothing, np.where(last, end, ids[found])),
         counts=np.concatenate([nothing.astype(np.bool_), last | known]),
         ends=np.maximum(np.arange(1, length + len(block) + 1, dtype=np.int32), length),
+        positions=np.arange(length + len(block), dtype=np.int32),
         context=_joined(np.arange(length), np.repeat(place_of[firsts], sizes)),
         block=_joined(nothing, block),
     )
 
 
-def turn(
-    prefix: TokenIds, middle: TokenIds, suffix: TokenIds, marks: tuple[int, int, int], suffix_first: bool
-) -> TokenIds:
+def turn(prefix: P, middle: P, suffix: P, marks: tuple[M, M, M], suffix_first: bool) -> list[P | M]:
     """The middle at the end (arXiv:2207.14255, section 3), by the special tokens of prefix, suffix and middle."""
     of_prefix, of_suffix, of_middle = marks
     if suffix_first:
-        return _joined([of_prefix, of_suffix], suffix, [of_middle], prefix, middle)
-    return _joined([of_prefix], prefix, [of_suffix], suffix, [of_middle], middle)
+        return [of_prefix, of_suffix, suffix, of_middle, prefix, middle]
+    return [of_prefix, prefix, of_suffix, suffix, of_middle, middle]
 
 
 def unmask(given: TokenIds, ids: TokenIds, chosen: npt.NDArray[np.int64]) -> Exercise:
@@ -292,19 +330,7 @@ def unmask(given: TokenIds, ids: TokenIds, chosen: npt.NDArray[np.int64]) -> Exe
     n = len(ids)
     counts, columns = np.zeros(n, np.bool_), np.arange(n, dtype=np.int32)
     counts[chosen] = True
-    return Exercise(given, ids, counts, np.full(n, n, np.int32), columns, np.zeros(n, np.int32))
-
-
-def _turned(
-    ids: TokenIds, tokenizer: Tokenizer, marks: tuple[int, int, int], suffix_first: bool, draw: np.random.Generator
-) -> TokenIds:
-    """`turn` of what lies between the beginning and the end of a document, at two random places."""
-    first = int(len(ids) > 0 and ids[0] == tokenizer.bos_id)
-    last = len(ids) - int(len(ids) > first and ids[-1] == tokenizer.eos_id)
-    one, two = np.sort(draw.integers(first, last + 1, 2))
-    return _joined(
-        ids[:first], turn(ids[first:one], ids[one:two], ids[two:last], marks, suffix_first), [tokenizer.eos_id]
-    )
+    return Exercise(given, ids, counts, np.full(n, n, np.int32), columns, columns, np.zeros(n, np.int32))
 
 
 def _id(tokenizer: Tokenizer, prediction: Prediction, key: str, name: str) -> int:

@@ -17,19 +17,31 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from maxlm.config import CausalLm, DataConfig, Prediction, Purpose, Stretch, UserError, serialize
+from maxlm.config import (
+    CausalLm,
+    DataConfig,
+    FillInMiddle,
+    MiddleLevel,
+    Prediction,
+    Purpose,
+    Stretch,
+    UserError,
+    serialize,
+)
 from maxlm.config.prediction_rules import broken_window_rules
 from maxlm.config.predictions import arrays_beside, parts
-from maxlm.data.exercises import answer_maker, maker
+from maxlm.data.exercises import answer_maker, maker, turner
 from maxlm.data.orders import endless, mix, place_after, ranges
 from maxlm.data.packing import Batch, Windows, pack
-from maxlm.data.predicted_windows import Predicted, PredictedRecords, PredictedWindows, beside
+from maxlm.data.predicted_windows import Predicted, PredictedRecords, PredictedWindows, TurnedWindows, beside
 from maxlm.data.record_windows import NO_TEXT, RecordWindows
 from maxlm.data.shards import FORMAT_VERSION, Prepared, Split, check_one_tokenizer, open_prepared
 
 _PREFETCH = 2
 _PROBED_ELEMENTS = 64
 _PROBED_ROWS = 2
+_LATER = {"level": "context", "positions": "two"}
+"""Keys of predictions that earlier versions did not have, with the values that do what these did."""
 OF_TEXTS = ("text_record", "text_number", "text_value")
 """Arrays of a batch that have a column for each text of a row."""
 
@@ -217,7 +229,8 @@ class Batches:
             first = self.rows(self.first, range(min(_PROBED_ROWS, self.batch_size)))
             # Should numpy ever draw other numbers, the rows tell.
             rows = hashlib.sha256(b"".join(first[name].tobytes() for name in sorted(first))).hexdigest()
-            decides["predict"] = [[type(one).__name__, serialize.to_dict(one)] for one in self._predict], rows
+            asked = [[type(one).__name__, _as_ever(serialize.to_dict(one))] for one in self._predict]
+            decides["predict"] = asked, rows
         return self._hash(decides)
 
     def _texts_and_tokenizer(self, opened: Sequence[Prepared]) -> dict[str, Any]:
@@ -287,6 +300,13 @@ def open_batches(
     )
 
 
+def _as_ever(value: Any) -> Any:
+    """A prediction as earlier versions of maxlm knew it, where it asks for nothing that they did not."""
+    if isinstance(value, dict):
+        return {key: _as_ever(one) for key, one in value.items() if _LATER.get(key) != one}
+    return [_as_ever(one) for one in value] if isinstance(value, list) else value
+
+
 def _windows(
     data: Prepared, split: Split, seq_len: int, virtual: int, predict: Prediction, seed: int
 ) -> Windows | RecordWindows | Predicted:
@@ -297,6 +317,8 @@ def _windows(
     if not data.info.of_records:
         if causal:
             return Windows(stream, seq_len, virtual=virtual)
+        if isinstance(predict, FillInMiddle) and predict.level is MiddleLevel.DOCUMENT:
+            return TurnedWindows(stream, seq_len, turner(predict, tokenizer, key), seed=seed)
         return PredictedWindows(stream, seq_len, maker(predict, tokenizer, key), seed=seed)
     head = 0 if tokenizer.bos_id is None else 1
     made = None if causal else answer_maker(predict, tokenizer, key)

@@ -7,6 +7,7 @@ windows takes: nothing is left out but by chance, and a few tokens are in two wi
 
 from __future__ import annotations
 
+import abc
 import functools
 import itertools
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from maxlm.config.predictions import ENDS, PLACES
-from maxlm.data.exercises import Exercise, MakeAnswer, MakeExercise, TokenIds
+from maxlm.data.exercises import Exercise, MakeAnswer, MakeExercise, TokenIds, TurnText, left_to_right
 from maxlm.data.packing import Batch
 from maxlm.data.record_windows import RecordWindows
 from maxlm.data.shards import TokenStream
@@ -24,11 +25,11 @@ _PROBED = 64
 """Windows whose length decides the stride."""
 
 
-class PredictedWindows:
+class StridedWindows(abc.ABC):
     """The stream cut into windows of `seq_len` columns."""
 
-    def __init__(self, stream: TokenStream, seq_len: int, make: MakeExercise, *, seed: int) -> None:
-        self._stream, self._seq_len, self._make, self._seed = stream, seq_len, make, seed
+    def __init__(self, stream: TokenStream, seq_len: int, *, seed: int) -> None:
+        self._stream, self._seq_len, self._seed = stream, seq_len, seed
         places = max(0, len(stream) - seq_len)  # where a window may begin: what follows fills it, but for a few columns
         probes = np.linspace(0, places, min(_PROBED, places), endpoint=False, dtype=np.int64).tolist()
         self._stride = max(1, min((self._at(start, i)[1] for i, start in enumerate(probes)), default=1))
@@ -41,8 +42,19 @@ class PredictedWindows:
         """Window `number`, as arrays [seq_len]; what is random in it is decided by the seed and `draw`."""
         return self._at(number * self._stride, draw)[0]
 
+    @abc.abstractmethod
     def _at(self, start: int, draw: int) -> tuple[Batch, int]:
         """The window that begins at a token, and how many tokens it took."""
+
+
+class PredictedWindows(StridedWindows):
+    """Of each piece of a document what `make` makes of it."""
+
+    def __init__(self, stream: TokenStream, seq_len: int, make: MakeExercise, *, seed: int) -> None:
+        self._make = make
+        super().__init__(stream, seq_len, seed=seed)
+
+    def _at(self, start: int, draw: int) -> tuple[Batch, int]:
         T = self._seq_len
         ids = np.empty(min(2 * T, len(self._stream) - start), np.int32)  # as a piece of two tokens may be one column
         begins, counts = np.zeros(len(ids), np.bool_), np.empty(len(ids), np.bool_)
@@ -63,6 +75,47 @@ class PredictedWindows:
     def _exercise(self, ids: TokenIds, first: int, draw: int, number: int, length: int) -> Exercise | None:
         """Of so many tokens of a document's piece, of which any length has the same random numbers."""
         return self._make(ids[first : first + length], np.random.default_rng((self._seed, draw, number)))
+
+
+class TurnedWindows(StridedWindows):
+    """The next token of documents that are turned before they are cut; how, is decided by the seed and the document
+    alone, so that all windows of one have parts of the same."""
+
+    def __init__(self, stream: TokenStream, seq_len: int, turn: TurnText, *, seed: int) -> None:
+        self._turn = turn
+        super().__init__(stream, seq_len, seed=seed)
+
+    def _at(self, start: int, draw: int) -> tuple[Batch, int]:
+        """The token at `start` of its document as it is turned is the first; by the special tokens in it that is longer
+        than it was, and its last ones count as none that are taken."""
+        row, at, place = FilledRow(self._seq_len), 0, start
+        while at < self._seq_len and place < len(self._stream):
+            begins, ends = self._stream.document(place)
+            ids, whole = self._turned(begins, ends, place - begins, self._seq_len - at + 1)
+            place = ends if whole else min(place + len(ids), ends - 1)
+            if len(ids) > 1:
+                at = row.add(left_to_right(ids, 0))
+        return row.arrays, place - start
+
+    def _turned(self, begins: int, ends: int, first: int, most: int) -> tuple[TokenIds, bool]:
+        """At most so many tokens of a document as it is turned, from number `first` on; whether these are all."""
+        head, tail = self._read(begins, begins + 1), self._read(ends - 1, ends)
+        draw = np.random.default_rng((self._seed, begins))
+        found, passed, wanted = [], 0, range(first, first + most)
+        for piece in self._turn(ends - begins, int(head[0]), int(tail[0]), draw):
+            length = len(piece) if isinstance(piece, range) else 1
+            low, high = max(wanted.start - passed, 0), min(wanted.stop - passed, length)
+            passed += length
+            if low < high and isinstance(piece, range):
+                found.append(self._read(begins + piece.start + low, begins + piece.start + high))
+            elif low < high:
+                found.append(np.array([piece], np.int32))
+        return np.concatenate(found), passed <= wanted.stop
+
+    def _read(self, first: int, stop: int) -> TokenIds:
+        ids = np.empty(stop - first, np.int32)
+        self._stream.read(first, ids, np.zeros(len(ids), np.bool_), np.empty(len(ids), np.bool_))
+        return ids
 
 
 class PredictedRecords(RecordWindows):
@@ -94,7 +147,7 @@ class PredictedRecords(RecordWindows):
         return row.arrays
 
 
-Predicted = PredictedWindows | PredictedRecords
+Predicted = StridedWindows | PredictedRecords
 
 
 class FilledRow:
@@ -122,7 +175,7 @@ class FilledRow:
             "inputs": exercise.inputs,
             "targets": exercise.targets,
             "segment_ids": self._segments,
-            "positions": np.arange(stop - here),
+            "positions": exercise.positions,
             "loss_mask": exercise.counts,
             ENDS: here + exercise.ends,
             PLACES[0]: exercise.context,

@@ -274,6 +274,13 @@ class Shard:
         offsets = self._read(self._offsets_file, _OFFSET, low, max(0, high - low))
         return offsets[(offsets >= first) & (offsets < first + count)] - first
 
+    def document(self, at: int) -> tuple[int, int]:
+        """Where the document of token number `at` begins, and where it ends. Otherwise as `begins`."""
+        low = (int(self._some_offsets.searchsorted(at, side="right")) - 1) * _STRIDE
+        some = self._read(self._offsets_file, _OFFSET, low, min(_STRIDE + 1, self.info.documents - low))
+        after = int(some.searchsorted(at, side="right"))
+        return int(some[after - 1]), int(some[after]) if after < len(some) else self.info.tokens
+
     def counts(self, first: int, count: int) -> npt.NDArray[np.bool_]:
         """`[count]`: which tokens from number `first` on the loss counts.
 
@@ -371,6 +378,17 @@ class TokenStream:
         """Where each document begins, and at the end the number of tokens."""
         offsets = [shard.offsets() + start for shard, start in zip(self._shards, self._starts[:-1], strict=True)]
         return np.concatenate([*offsets, self._starts[-1:]])
+
+    def document(self, at: int) -> tuple[int, int]:
+        """Where the document of the token at position `at` begins, and where it ends.
+
+        Raises:
+            UserError: a shard holds what cannot be, or has become shorter since it was checked.
+            MachineFailure: the disk fails.
+        """
+        number = int(np.searchsorted(self._starts, at, side="right")) - 1
+        begins, ends = self._shards[number].document(at - int(self._starts[number]))
+        return begins + int(self._starts[number]), ends + int(self._starts[number])
 
     def texts(self) -> npt.NDArray[np.void]:
         """Of each document what `TEXT` says. Of conversations."""

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from maxlm.config import SamplingConfig, UserError
 from maxlm.data.text_ends import TextEnds
+from maxlm.inference.checks import check_learned
 from maxlm.inference.load import LoadedRun
 from maxlm.inference.request import Request, nth_seed
 
@@ -105,8 +106,10 @@ class RunExaminee:
         """Each token counts once, given as much before it as the model takes; see `windows`.
 
         Raises:
-            UserError: a continuation has tokens, and its context none; or the model's output is not finite.
+            UserError: a continuation has tokens, and its context none; the model's output is not finite; or it has
+                learned nothing of a next token.
         """
+        check_learned(self.run.config)
         pieces = [(i, *window) for i, pair in enumerate(pairs) for window in windows(*pair, self.limit)]
         log_probs, greedy = [np.empty(0)] * len(pairs), [True] * len(pairs)
         found: dict[int, tuple[npt.NDArray[np.float64], bool]] = {}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from maxlm.config import LmHead, ModelConfig, UserError
+from maxlm.config import LmHead, RunConfig, UserError
 from maxlm.config.fields import require
+from maxlm.config.prediction_rules import masked_alone
 from maxlm.config.sampling import GuidanceScale
 from maxlm.data.text_ends import TextEnds
 from maxlm.data.tokenizers import Tokenizer
@@ -77,13 +78,27 @@ def check_guided(request: Request, twin: Request, limit: int, slots: int) -> Non
         )
 
 
-def check_model(model: ModelConfig, needed: int) -> None:
+def check_learned(run: RunConfig) -> None:
     """
     Raises:
-        UserError: the model cannot go on with texts, or knows fewer ids than these have.
+        UserError: the run learned nothing of a next token, so what the model says of one means nothing.
     """
+    if key := masked_alone(run.task, run.data.datasets):
+        raise UserError(
+            f"{key} = MaskedLm is all that the model has learned, so it cannot write; use a run with another "
+            "prediction, or measure this one's held-out loss with python -m maxlm.evaluate"
+        )
+
+
+def check_model(run: RunConfig, needed: int) -> None:
+    """
+    Raises:
+        UserError: the model cannot go on with texts or has not learned to, or knows fewer ids than these have.
+    """
+    model = run.model
     if not isinstance(model.head, LmHead):
         raise UserError(f"model.head = {type(model.head).__name__} gives no logits; use a run with an LmHead")
+    check_learned(run)
     if needed > model.vocab_size:
         raise UserError(
             f"model.vocab_size = {model.vocab_size} is less than the tokenizer's {needed}; use the "

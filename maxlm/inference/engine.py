@@ -93,12 +93,13 @@ class Engine:
             adapters: what `Request.adapter` may name, all of this model.
 
         Raises:
-            UserError: texts have ids that the model does not know, the model cannot decode, the cache has no room,
-                there is no draft model, or it has other tokens; or an adapter does not fit.
+            UserError: texts have ids that the model does not know, the model cannot decode, or has not learned to
+                write; the cache has no room, there is no draft model, or it has other tokens; or an adapter does not
+                fit.
         """
         model, self.tokenizer = run.config.model, run.tokenizer
         self.ends = run.ends or TextEnds.of_documents(run.tokenizer)
-        check_model(model, max([self.tokenizer.text_size, *(i + 1 for i in self.ends.first)]))
+        check_model(run.config, max([self.tokenizer.text_size, *(i + 1 for i in self.ends.first)]))
         for name, adapter in adapters.items():
             check_adapter(name, adapter, model)
         self._adapters: dict[str | None, int] = {None: 0} | {name: n for n, name in enumerate(adapters, start=1)}

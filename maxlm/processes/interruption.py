@@ -49,6 +49,15 @@ class Interruption:
         all get the same answer."""
         return ranks().stops_after(step, asked=self._asked, last=last)
 
+    def goes_back(self, step: int) -> None:
+        """After so many steps every rank goes back to an earlier one, together."""
+        ranks().goes_back(step)
+
+    def went_back(self, step: int) -> bool:
+        """Whether to stop at `step`, which every rank has gone back to: a stop that was agreed for an undone step does
+        not wait until that is done again."""
+        return ranks().went_back(step, asked=self._asked)
+
     def _watch(self, number: signal.Signals) -> None:
         if threading.current_thread() is threading.main_thread():
             self._before[number] = signal.signal(number, self._ask)

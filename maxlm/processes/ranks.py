@@ -54,7 +54,7 @@ class Ranks:
         self._said: dict[int, Any] = {}
         self._leaving = False
         self._hold = False  # a rank wants to stop: those that come to the end of a step say where they are, and wait
-        self._final = False  # the step that is under way is the last one
+        self._answer: int | None = None  # what is said for the main thread while it does not ask: where it will be
         self._stop_at: int | None = None
         self._asked = False
 
@@ -84,6 +84,14 @@ class Ranks:
     def stops_after(self, step: int, *, asked: bool, last: int) -> bool:
         """Whether all ranks stop after `step` steps, since one was asked to; for every rank after every step before the
         last. They stop at the same one: the furthest that any has come to."""
+        self.step = step
+        return asked
+
+    def goes_back(self, step: int) -> None:
+        """This rank, like all, goes back from here to an earlier step, and asks `stops_after` no more before it has."""
+
+    def went_back(self, step: int, *, asked: bool) -> bool:
+        """Whether all ranks stop now that they are back at `step`, since one was asked to before; for every rank."""
         self.step = step
         return asked
 
@@ -180,11 +188,9 @@ class Several(Ranks, abc.ABC):
     def stops_after(self, step: int, *, asked: bool, last: int) -> bool:
         with self._changed:
             self.step = step
-            if asked and not self._asked:
-                self._asked = True
-                self._to_hub({"stop": True})
+            self._pass_on(asked)
             if not self._hold:
-                self._final = step + 1 >= last
+                self._answer = step + 1 if step + 1 >= last else None
                 return False
             if self._stop_at is None:
                 self._to_hub({"at": step})
@@ -192,21 +198,39 @@ class Several(Ranks, abc.ABC):
         assert self._stop_at is not None
         return step >= self._stop_at
 
+    def goes_back(self, step: int) -> None:
+        with self._changed:
+            self.step = self._answer = step
+            if self._hold and self._stop_at is None:  # others wait to hear where this rank is
+                self._to_hub({"at": step})
+
+    def went_back(self, step: int, *, asked: bool) -> bool:
+        with self._changed:
+            self.step, self._answer = step, None
+            self._pass_on(asked)
+        self.meet("go back to a checkpoint")  # from here on all would answer with steps after this one
+        return bool(self.say("say whether the run stops", self._hold))
+
+    def _pass_on(self, asked: bool) -> None:
+        if asked and not self._asked:
+            self._asked = True
+            self._to_hub({"stop": True})
+
     def _leave_anyway(self, report: dict[str, Any]) -> None:
         time.sleep(_UNWIND_S)
         leave(lines(report), int(report["code"]))
 
     def begin_loop(self) -> None:
         with self._changed:
-            self._hold = self._final = self._asked = False
-            self._stop_at = None
+            self._hold = self._asked = False
+            self._stop_at = self._answer = None
 
     def _held(self) -> None:
         """Some rank wants to stop."""
         with self._changed:
             self._hold = True
-            if self._final:  # the main thread does not ask again
-                self._to_hub({"at": self.step + 1})
+            if self._answer is not None:
+                self._to_hub({"at": self._answer})
 
     def end(self, reason: str, code: int) -> NoReturn:
         report = self.report(UserError(reason)) | {"code": code}

@@ -101,12 +101,12 @@ def chunk_scores(x: jax.Array, unembedding: Unembedding) -> ChunkScores:
     return ChunkScores(logits, exp, total, top + jnp.log(total), top, pull)
 
 
-def at_top(logits: jax.Array, top: jax.Array, values: jax.Array) -> jax.Array:
-    """Zeros of the shape of this device's logits [tokens, V'], with each token's value at its largest logit; where
-    others are as large, equal parts at each. As large are those within 2^-20 of it: a compiler may compute logits
-    twice, and then in other bits."""
-    here = logits >= (top - jnp.abs(top) * 2.0**-20)[:, None]
-    parts = jax.lax.psum(here.sum(-1), "tensor")
+def at_top(exp: jax.Array, top: jax.Array, values: jax.Array) -> jax.Array:
+    """Zeros of the shape of this device's logits [tokens, V'], with each token's value at its largest logit `top`;
+    where others are as large, equal parts at each. As large are those within 2^-20 of it: a compiler may compute logits
+    twice, and then in other bits. It is found in `exp`, which is there, as e^-x is 1 - x for so small an x."""
+    here = exp >= (1 - jnp.abs(top) * 2.0**-20)[:, None]
+    parts = jax.lax.psum(here.astype(jnp.float32).sum(-1), "tensor")
     return jnp.where(here, (values / parts)[:, None], 0)
 
 

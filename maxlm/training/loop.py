@@ -294,8 +294,10 @@ def run(
             if spike is not None:
                 profile.close(wait_for=state)
                 with watchdog.off_duty():
+                    interruption.goes_back(step)
                     state, output = keeper.go_back(spike, state), None
                     step = int(state.step)
+                    interrupted |= interruption.went_back(step)
                     skip = spikes.go_back(spike, step, keeper.meta)
                     log.went_back(step, skip.windows, spike.first, spike.found, spike.what)
                     state = phases.enter(step, spikes.skipped, state, log)

@@ -201,7 +201,7 @@ def _in_chunks(
             d_softmax = weight * (1 + 2 * options.z_loss * log_z) / total
             d_logits = exp * d_softmax[:, None] - jnp.where(is_target, weight[:, None], 0)
             if options.max_z_loss:
-                d_logits += at_top(logits, top, 2 * options.max_z_loss * weight * top)
+                d_logits += at_top(exp, top, 2 * options.max_z_loss * weight * top)
             d_x, d_unembedding = pull(d_logits, d_unembedding)
         objective += nll + options.z_loss * z_squared
         if options.max_z_loss:
