@@ -47,6 +47,8 @@ packing.py: windows, segments, positions, loss mask
 exercises.py: what is given of a text, and what is to be found
 predicted_windows.py: windows of such exercises
 orders.py: shuffled epochs of several sets, by weights
+size_weights.py: weights of folders by their sizes
+mixing_laws.py: losses of small runs as functions of the weights, and the best of these
 mixture_table.py: what a run reads of each set, and how often
 loader.py: batch(step), mixtures, global arrays
 prompts.py: prompts to be answered, with their records

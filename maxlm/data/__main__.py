@@ -10,7 +10,7 @@ if not __package__:  # run by its path: Python then looks in this file's folder 
 
 import json
 from collections.abc import Iterator
-from dataclasses import field, replace
+from dataclasses import asdict, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,7 +29,15 @@ from maxlm.config import (
 )
 from maxlm.config.cli import load_config, parse, parse_known, parse_run, run_command
 from maxlm.config.fields import BelowOne, Filled, NotEmpty, NotNegative, PathName, Positive, Range, config
-from maxlm.data.command_options import ExtendTokenizer, Input, MixOptions, TokenizerReport, Train, WeighOptions
+from maxlm.data.command_options import (
+    ExtendTokenizer,
+    Input,
+    MixOptions,
+    RegmixOptions,
+    TokenizerReport,
+    Train,
+    WeighOptions,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,6 +53,7 @@ _USAGE = f"""From documents to prepared folders of tokens.
 {_PROG} prepare PATH... --out DIR --purpose sft    of conversations, preferences, classes (docs/posttrain.md)
 {_PROG} prepare --config configs/x.py    prepare what a run's config names
 {_PROG} mix --config configs/x.py        what a run reads of each data set, and how often (docs/mixing.md)
+{_PROG} regmix --config configs/x.py --out FILE.jsonl    weights by small runs on random mixtures
 {_PROG} weights DIR... --alpha 0.3       weights of prepared folders by their sizes
 {_PROG} tokenizer train PATH... --out DIR --vocab_size 32000
 {_PROG} tokenizer report PATH... --tokenizer DIR...
@@ -161,6 +170,8 @@ def main(argv: list[str]) -> int:
             unreadable = _extend(parse(ExtendTokenizer, rest, prog=prog, description=description, flags=True))
         case ["mix", *rest]:
             unreadable = _mix(rest)
+        case ["regmix", *rest]:
+            unreadable = _regmix(rest)
         case ["weights", *rest]:
             description = "Weights of prepared folders, by their sizes to a power."
             unreadable = _weights(
@@ -176,7 +187,7 @@ def main(argv: list[str]) -> int:
         case _:
             words = " ".join(arguments[:2])
             raise UserError(
-                f"unknown command {words!r}; use prepare, mix, weights, chat, build, or tokenizer train, "
+                f"unknown command {words!r}; use prepare, mix, regmix, weights, chat, build, or tokenizer train, "
                 "report or extend"
             )
     return EXIT_UNREADABLE if unreadable else 0
@@ -333,30 +344,43 @@ def _mix(argv: list[str]) -> int:
     return 0
 
 
+def _regmix(argv: list[str]) -> int:
+    """Try mixtures in small runs, and say which weights a law of them likes best."""
+    prog = f"{_PROG} regmix"
+    description = (
+        "Small runs of a config on random mixtures of its data sets, and the weights that a law of them likes."
+    )
+    options, rest = parse_known(RegmixOptions, argv, prog=prog, description=description)
+    asked = parse_run(rest, prog=prog, description=description)
+    from maxlm.compile_cache import enable_compilation_cache
+    from maxlm.recipes.mixture_search import as_json, lines_of, search, table_of
+
+    enable_compilation_cache()
+    found = search(
+        asked.config,
+        runs=options.runs,
+        file=Path(options.out),
+        targets=options.targets,
+        seed=options.seed,
+        tell=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    if options.json:
+        print(json.dumps(as_json(found)))
+        return 0
+    _print(table_of(found))
+    print("\n".join(lines_of(found)))
+    return 0
+
+
 def _weights(command: WeighOptions) -> int:
     """Say how folders are weighed by their sizes."""
-    from rich.table import Table
-    from rich.text import Text
+    from maxlm.data.size_weights import table_of, weigh
 
-    from maxlm.config.weighting import capped_weights, temperature_weights
-    from maxlm.data.shards import Split, open_prepared
-
-    sizes = [open_prepared(Path(name), verify=False).info.tokens(Split.TRAIN) for name in command.folders]
-    weights = temperature_weights(sizes, command.alpha)
-    if command.cap is not None:
-        assert command.tokens is not None, "the options say so"
-        weights = capped_weights(weights, sizes, command.tokens, command.cap)
-    epochs = None if command.tokens is None else [w * command.tokens / n for w, n in zip(weights, sizes, strict=True)]
+    found = weigh(command.folders, command.alpha, command.tokens, command.cap)
     if command.json:
-        print(json.dumps({"folders": command.folders, "tokens": sizes, "weights": weights, "epochs": epochs}))
-        return 0
-    table = Table("source")
-    for name in ("tokens", "share of tokens", "weight", *([] if epochs is None else ["epochs"])):
-        table.add_column(name, justify="right")
-    for i, name in enumerate(command.folders):
-        more = [] if epochs is None else [f"{epochs[i]:.3f}"]
-        table.add_row(Text(name), f"{sizes[i]:,}", f"{sizes[i] / sum(sizes):.2%}", f"{weights[i]:.6g}", *more)
-    _print(table)
+        print(json.dumps(asdict(found)))
+    else:
+        _print(table_of(found))
     return 0
 
 

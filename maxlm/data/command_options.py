@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from maxlm.config import Documents, Files, HuggingFaceDataset, StandardLibrary, TrainSentencePiece, UserError
-from maxlm.config.fields import Filled, Fraction, NotEmpty, PathName, Positive, config
+from maxlm.config.fields import Filled, Fraction, NotEmpty, NotNegative, PathName, Positive, Range, Seed, config
 
 
 @config("--")
@@ -120,6 +120,27 @@ class MixOptions:
     """Show weights, too, with which no data set is read more than so many times; None: not."""
     json: bool = False
     """Print one JSON object instead of tables."""
+
+
+@config("--")
+class RegmixOptions:
+    """Which mixtures are tried in small runs, and what is wanted of them."""
+
+    out: PathName
+    """File of a row of JSON for each run; those that it has are not run again."""
+    runs: Annotated[int, Range(ge=3)] = 24
+    """Small runs on random mixtures around the config's weights, which are the first. At least two more than there are
+    data sets, for a good law many more (RegMix: 512 for 17 data sets)."""
+    targets: tuple[NotNegative[float], ...] = ()
+    """Weights of the held-out losses of all data sets in the one that is to be low; none: the config's weights."""
+    seed: Seed = 0
+    """Of the mixtures."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+    def __post_init__(self) -> None:
+        if self.targets and not any(self.targets):
+            raise UserError("--targets are all 0, so that nothing is wanted; raise one of them")
 
 
 @config("--")
