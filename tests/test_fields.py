@@ -34,7 +34,7 @@ from maxlm.config.cli import load_config, parse, parse_run
 from maxlm.config.fields import Filled, NotEmpty, PathName, Positive, Range, config, help_of, require, text_of
 from maxlm.config.synthesis import Answering, Attacks, Best, Calls, Instructions, Star
 from maxlm.data.__main__ import Prepare
-from maxlm.data.command_options import ExtendTokenizer, MixOptions, TokenizerReport, Train, WeighOptions
+from maxlm.data.command_options import ExtendTokenizer, MixOptions, RegmixOptions, TokenizerReport, Train, WeighOptions
 from maxlm.evaluate import EvaluateOptions
 from maxlm.evaluation.prompting import Prompting
 from maxlm.generate import GenerateOptions
@@ -55,6 +55,7 @@ COMMANDS = (
     TokenizerReport,
     ExtendTokenizer,
     MixOptions,
+    RegmixOptions,
     WeighOptions,
     Instructions,
     Answering,

@@ -27,7 +27,7 @@ from maxlm.config import (
 from maxlm.data.mixing_laws import best_mixture, draw_mixtures, fit, rank_correlation, target_loss
 from maxlm.data.prepare import prepare
 from maxlm.recipes import mixture_search
-from maxlm.recipes.mixture_runs import losses_of_mixtures
+from maxlm.recipes.mixture_runs import MixtureRuns
 from maxlm.recipes.mixture_search import as_json, lines_of, search, table_of
 from maxlm.surroundings import console
 
@@ -115,26 +115,30 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 
 def test_runs_learn_what_they_read(config: RunConfig) -> None:
-    only_a, only_b, again = losses_of_mixtures(config, [(1, 0), (0, 1), (1, 0)])
+    runs = MixtureRuns(config)
+    only_a, only_b, again = (runs.losses(weights) for weights in ((1, 0), (0, 1), (1, 0)))
     assert only_a[0] < only_a[1] - 1 and only_b[1] < only_b[0] - 1
     assert again == only_a, "nothing is left of the run between"
     with pytest.raises(UserError, match=r"without train\.phases"):
         train = dataclasses.replace(config.train, phases=(Phase(start=2, batch_size=2),))
-        next(losses_of_mixtures(dataclasses.replace(config, train=train), [(1, 0)]))
+        MixtureRuns(dataclasses.replace(config, train=train))
 
 
 def test_a_search(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses of a law in place of runs: what is kept, what is run again, what is refused."""
     asked = list[tuple[float, ...]]()
 
-    def losses(_: RunConfig, mixtures: list[tuple[float, ...]]) -> list[tuple[float, ...]]:
-        asked.extend(mixtures)
-        return [(1 + np.exp(-a), 2 + np.exp(-2 * b)) for a, b in mixtures]
+    class ByLaw:
+        def __init__(self, _: RunConfig) -> None: ...
 
-    monkeypatch.setattr(mixture_search, "losses_of_mixtures", losses)
+        def losses(self, weights: tuple[float, ...]) -> tuple[float, ...]:
+            asked.append(weights)
+            return float(1 + np.exp(-weights[0])), float(2 + np.exp(-2 * weights[1]))
+
+    monkeypatch.setattr(mixture_search, "MixtureRuns", ByLaw)
     file, lines = tmp_path / "rows.jsonl", list[str]()
-    go = lambda runs, config=config, targets=(): search(
-        config, runs=runs, file=file, targets=targets, seed=0, tell=lines.append
+    go = lambda runs, config=config, targets=(), rounds=1: search(
+        config, runs=runs, rounds=rounds, file=file, targets=targets, seed=0, tell=lines.append
     )
     found = go(12)
     assert found.tried[0][0] == (0.5, 0.5) == found.targets and len(found.tried) == 12
@@ -147,6 +151,8 @@ def test_a_search(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyP
     count = len(asked)
     assert as_json(go(12)) == as_json(found) and len(asked) == count, "all from the file"
     assert go(12, targets=(0.0, 1.0)).best[1] > 0.95
+    again = go(12, rounds=3)
+    assert again.tried[:12] == found.tried and again.tried[12] == (found.best, found.measured)
     more = go(14)
     assert more.tried[0] == found.tried[0] and len(more.tried) == 14
     console(width=160, highlight=False).print(table_of(found))

@@ -359,6 +359,7 @@ def _regmix(argv: list[str]) -> int:
     found = search(
         asked.config,
         runs=options.runs,
+        rounds=options.rounds,
         file=Path(options.out),
         targets=options.targets,
         seed=options.seed,

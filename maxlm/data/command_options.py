@@ -131,6 +131,9 @@ class RegmixOptions:
     runs: Annotated[int, Range(ge=3)] = 24
     """Small runs on random mixtures around the config's weights, which are the first. At least two more than there are
     data sets, for a good law many more (RegMix: 512 for 17 data sets)."""
+    rounds: Positive[int] = 4
+    """How often a law is fitted and its best weights are run: the law of the next round has that run too, so that it is
+    mended where it was wrong."""
     targets: tuple[NotNegative[float], ...] = ()
     """Weights of the held-out losses of all data sets in the one that is to be low; none: the config's weights."""
     seed: Seed = 0

@@ -98,7 +98,7 @@ def use_of(run: RunConfig) -> MixtureUse:
         UserError: the config is refused, its task draws no windows, or a data set is not prepared or too small.
     """
     if isinstance(run.task, Reinforced):
-        raise UserError(f"task = {type(run.task).__name__} reads prompts, each one as often as the others; no mixture")
+        raise UserError(f"task = {type(run.task).__name__} reads prompts; a mixture is of tasks that read windows")
     train, n_datasets = run.train, len(run.data.datasets)
     if failures := broken_phase_rules(train.phases, steps=train.steps, n_datasets=n_datasets, model=run.model):
         raise UserError("\n".join(failures))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from maxlm.config import RunConfig, UserError, serialize
 from maxlm.data.mixing_laws import MixingLaw, best_mixture, draw_mixtures, fit, rank_correlation, target_loss
 from maxlm.data.prepare import ensure_prepared
 from maxlm.data.shards import open_prepared
-from maxlm.recipes.mixture_runs import losses_of_mixtures
+from maxlm.recipes.mixture_runs import MixtureRuns
 
 Numbers = tuple[float, ...]
 
@@ -31,7 +32,7 @@ class MixtureSearch:
     targets: Numbers
     """Weights of the losses in the one that is to be low."""
     tried: tuple[tuple[Numbers, Numbers], ...]
-    """Weights and held-out losses of each run; the first has the config's weights."""
+    """Weights and held-out losses of each run that the law is fitted to; the first has the config's weights."""
     law: MixingLaw
     best: Numbers
     """Weights."""
@@ -63,20 +64,28 @@ class MixtureSearch:
 
 
 def search(
-    config: RunConfig, *, runs: int, file: Path, targets: Sequence[float], seed: int, tell: Callable[[str], None]
+    config: RunConfig,
+    *,
+    runs: int,
+    rounds: int,
+    file: Path,
+    targets: Sequence[float],
+    seed: int,
+    tell: Callable[[str], None],
 ) -> MixtureSearch:
-    """Run what `file` does not have yet, fit, choose, and run the chosen.
+    """Run what `file` does not have yet, fit, choose, and run the chosen; and the same again, with that run too.
 
     Args:
         config: of the small runs; its weights are what mixtures are drawn around.
         runs: mixtures, the config's own among them.
+        rounds: how often is fitted and chosen.
         file: a row of JSON for each run is added to it.
         targets: see `MixtureSearch`; none: the config's weights.
         seed: of the mixtures.
         tell: gets a line for each run.
 
     Raises:
-        UserError: the file has other runs' rows, or `losses_of_mixtures` and `fit` refuse.
+        UserError: the file has other runs' rows, or `MixtureRuns` and `fit` refuse.
     """
     n_sets = len(config.data.datasets)
     if targets and len(targets) != n_sets:
@@ -84,22 +93,26 @@ def search(
     if n_sets < 2 or runs < n_sets + 2:
         raise UserError(f"--runs {runs} for {n_sets} data.datasets: use two data sets or more, and two runs more")
     ensure_prepared(config.data)
-    known = _Rows(file, config)
+    known, small_runs = _Rows(file, config), functools.cache(lambda: MixtureRuns(config))
     shares = config.data.weights
     mixtures = [_plain(np.array(shares) / sum(shares)), *map(_plain, draw_mixtures(shares, runs - 1, seed))]
 
     def have(wanted: Sequence[Numbers]) -> list[Numbers]:
         lacking = [weights for weights in dict.fromkeys(wanted) if weights not in known.rows]
-        for number, losses in enumerate(losses_of_mixtures(config, lacking) if lacking else ()):
-            known.add(lacking[number], losses)
-            tell(f"run {number + 1} of {len(lacking)}: weights {_said(lacking[number])}, losses {_said(losses)}")
+        for number, weights in enumerate(lacking, start=1):
+            known.add(weights, small_runs().losses(weights))
+            tell(f"run {number} of {len(lacking)}: weights {_said(weights)}, losses {_said(known.rows[weights])}")
         return [known.rows[weights] for weights in wanted]
 
-    tried = tuple(zip(mixtures, have(mixtures), strict=True))
-    law = fit(mixtures, [losses for _, losses in tried])
     targets = tuple(targets) or mixtures[0]
-    best = _plain(best_mixture(law, shares, targets, seed))
-    (measured,) = have([best])
+    for number in range(rounds):
+        losses = have(mixtures)
+        law = fit(mixtures, losses)
+        best = _plain(best_mixture(law, shares, targets, seed))
+        (measured,) = have([best])
+        if number + 1 < rounds and best not in mixtures:
+            mixtures.append(best)
+    tried = tuple(zip(mixtures, losses, strict=True))
     return MixtureSearch(tuple(one.path for one in config.data.datasets), targets, tried, law, best, measured)
 
 
