@@ -31,7 +31,7 @@ from maxlm.config import (
 )
 from maxlm.config.weighting import LLAMA, LLAMA3, capped_weights, datasets_of, temperature_weights
 from maxlm.data.__main__ import main
-from maxlm.data.mixture_table import Drawn, MixtureUse, Source, capped, notes_on, tables_of, use_of
+from maxlm.data.mixture_table import MixtureStretch, MixtureUse, SourceUse, capped, notes_on, tables_of, use_of
 from maxlm.data.orders import drawn_of_each, proportions
 from maxlm.data.prepare import prepare
 from maxlm.surroundings import console
@@ -171,9 +171,9 @@ def figures(*values: tuple[float, float, float], tokens: int = 1000) -> MixtureU
     """Of sources with a weight, tokens drawn, and epochs that are behind."""
     weights, drawn, before = zip(*values, strict=True)
     whole = tuple(int(one) for one in drawn)
-    stretch = Drawn(0, 10, weights, whole, whole, tuple(one / tokens for one in whole))
+    stretch = MixtureStretch(0, 10, weights, whole, whole, tuple(one / tokens for one in whole))
     sources = [
-        Source(f"s{i}", tokens, tokens, tokens, one, behind, one / tokens)
+        SourceUse(f"s{i}", tokens, tokens, tokens, one, behind, one / tokens)
         for i, (one, behind) in enumerate(zip(whole, before, strict=True))
     ]
     return MixtureUse(tuple(sources), (stretch,))

@@ -197,6 +197,8 @@ def test_an_extended_json_keeps_its_ends(tmp_path: Path) -> None:
     out = tmp_path / "more"
     asked = ["tokenizer", "extend", "--tokenizer", files[0], "--eos", "<stop>", "--from", files[1], "--out", str(out)]
     assert main(asked) == 0
+    again = TokenSet.read(Path(files[0])).extended(TokenSet.read(out))  # as maxlm.convert --add_tokens_of does
+    assert again.definition == (out / "tokenizer.json").read_bytes()
     old, new = HuggingFace(Path(files[0]), "<stop>"), load_tokenizer(out)
     assert (new.name_of(new.eos_id), new.bos_id, new.eos_id) == ("<stop>", None, old.eos_id)
     assert new.encode(ENGLISH[0]) == old.encode(ENGLISH[0])

@@ -1,4 +1,4 @@
-"""`python -m maxlm.data`: prepare data sets, train tokenizers, and report how well they compress."""
+"""`python -m maxlm.data`: prepare data sets, weigh their mixture, train and compare tokenizers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ if not __package__:  # run by its path: Python then looks in this file's folder 
     sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}maxlm{os.sep}")[0]
 
 import json
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, field, replace
 from pathlib import Path
@@ -293,8 +294,6 @@ def _report(command: TokenizerReport, except_for: Path | None = None) -> int:
 
 def _extend(command: ExtendTokenizer) -> int:
     """Write a tokenizer with the tokens of others, and say how many they are."""
-    import tempfile
-
     from maxlm.data.named_tokenizer import named_tokenizer
     from maxlm.data.tokenizers import open_tokenizer
     from maxlm.hub.token_sets import TokenSet

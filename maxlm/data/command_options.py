@@ -126,7 +126,7 @@ class MixOptions:
 class RegmixOptions:
     """Which mixtures are tried in small runs, and what is wanted of them."""
 
-    out: PathName
+    out: PathName = "runs/regmix.jsonl"
     """File of a row of JSON for each run; those that it has are not run again."""
     runs: Annotated[int, Range(ge=3)] = 24
     """Small runs on random mixtures around the config's weights, which are the first. At least two more than there are

@@ -26,7 +26,7 @@ _ROUNDED = 1e-3
 
 
 @dataclass(frozen=True)
-class Drawn:
+class MixtureStretch:
     """What some steps read of each data set; the tuples are in the order of `data.datasets`."""
 
     first: int
@@ -58,7 +58,7 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceUse:
     """A data set, and what the whole run reads of it."""
 
     path: str
@@ -80,8 +80,8 @@ class Source:
 class MixtureUse:
     """What a run reads."""
 
-    sources: tuple[Source, ...]
-    stretches: tuple[Drawn, ...]
+    sources: tuple[SourceUse, ...]
+    stretches: tuple[MixtureStretch, ...]
     """Steps in which the weights stay, one after the other."""
 
     @property
@@ -102,7 +102,7 @@ def use_of(run: RunConfig) -> MixtureUse:
     train, n_datasets = run.train, len(run.data.datasets)
     if failures := broken_phase_rules(train.phases, steps=train.steps, n_datasets=n_datasets, model=run.model):
         raise UserError("\n".join(failures))
-    stretches, before = list[Drawn](), list[float]()
+    stretches, before = list[MixtureStretch](), list[float]()
     windows_of_each: tuple[int, ...] = ()
     for first, last in itertools.pairwise([0, *(phase.start for phase in train.phases), train.steps]):
         now = run.at(first)
@@ -123,7 +123,7 @@ def use_of(run: RunConfig) -> MixtureUse:
             windows_of_each = there
         done = drawn_of_each(place.drawn + (last - first) * now.train.batch_size, data.weights)
         windows = tuple(after - n for after, n in zip(done, begun, strict=True))
-        found = Drawn(
+        found = MixtureStretch(
             first,
             last,
             data.weights,
@@ -137,20 +137,20 @@ def use_of(run: RunConfig) -> MixtureUse:
     return MixtureUse(tuple(_sources(run, stretches, before, windows_of_each)), tuple(stretches))
 
 
-def _joined(one: Drawn, after: Drawn) -> Drawn:
+def _joined(one: MixtureStretch, after: MixtureStretch) -> MixtureStretch:
     def sums(name: str) -> tuple[Any, ...]:
         return tuple(a + b for a, b in zip(getattr(one, name), getattr(after, name), strict=True))
 
-    return Drawn(one.first, after.last, one.weights, sums("windows"), sums("tokens"), sums("epochs"))
+    return MixtureStretch(one.first, after.last, one.weights, sums("windows"), sums("tokens"), sums("epochs"))
 
 
 def _sources(
-    run: RunConfig, stretches: Sequence[Drawn], before: Sequence[float], windows: Sequence[int]
-) -> Iterator[Source]:
+    run: RunConfig, stretches: Sequence[MixtureStretch], before: Sequence[float], windows: Sequence[int]
+) -> Iterator[SourceUse]:
     for i, dataset in enumerate(run.data.datasets):
         info = read_info(Path(dataset.path))
         assert info is not None, "it has been opened"
-        yield Source(
+        yield SourceUse(
             path=dataset.path,
             tokens=info.tokens(Split.TRAIN),
             text_bytes=info.text_bytes(Split.TRAIN),

@@ -52,7 +52,7 @@ class Compression:
         }
 
 
-Measured = Mapping[str, Sequence[Compression]]
+Compressions = Mapping[str, Sequence[Compression]]
 """Of each kind of text, what each tokenizer makes of it; the last kind, where there are several, is all of it."""
 
 
@@ -79,7 +79,7 @@ def first_of_each(documents: Iterable[Document], limit: int) -> Iterator[Documen
             yield document
 
 
-def measure(tokenizers: Sequence[Tokenizer], documents: Iterable[Document]) -> Measured:
+def measure(tokenizers: Sequence[Tokenizer], documents: Iterable[Document]) -> Compressions:
     """Compression for each kind of document, largest first.
 
     Raises:
@@ -111,7 +111,7 @@ def _own(kind: str) -> str:
     return f"{kind} (kind)" if kind == _ALL else kind
 
 
-def table_of(names: Sequence[str], measured: Measured) -> Table:
+def table_of(names: Sequence[str], measured: Compressions) -> Table:
     """A row for each kind and tokenizer."""
     table = Table()
     for name in ("kind", "tokenizer"):
@@ -151,7 +151,7 @@ def lines_of(names: Sequence[str], tokenizers: Sequence[Tokenizer]) -> list[str]
     ]
 
 
-def as_json(names: Sequence[str], tokenizers: Sequence[Tokenizer], measured: Measured) -> dict[str, Any]:
+def as_json(names: Sequence[str], tokenizers: Sequence[Tokenizer], measured: Compressions) -> dict[str, Any]:
     """All figures."""
     about = {
         name: {"vocab_size": one.vocab_size, "fingerprint": one.fingerprint}

@@ -21,7 +21,7 @@ from maxlm.data.prepare import ensure_prepared
 from maxlm.data.shards import open_prepared
 from maxlm.recipes.mixture_runs import MixtureRuns
 
-Numbers = tuple[float, ...]
+_Each = tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -29,18 +29,18 @@ class MixtureSearch:
     """What was tried, and what came of it; tuples have a number for each data set."""
 
     paths: tuple[str, ...]
-    targets: Numbers
+    targets: _Each
     """Weights of the losses in the one that is to be low."""
-    tried: tuple[tuple[Numbers, Numbers], ...]
+    tried: tuple[tuple[_Each, _Each], ...]
     """Weights and held-out losses of each run that the law is fitted to; the first has the config's weights."""
     law: MixingLaw
-    best: Numbers
+    best: _Each
     """Weights."""
-    measured: Numbers
+    measured: _Each
     """Losses of a run with these, which the law has not seen."""
 
     @property
-    def foretold(self) -> Numbers:
+    def foretold(self) -> _Each:
         """Losses at the best weights, by the law."""
         return tuple(map(float, self.law(self.best)))
 
@@ -97,7 +97,7 @@ def search(
     shares = config.data.weights
     mixtures = [_plain(np.array(shares) / sum(shares)), *map(_plain, draw_mixtures(shares, runs - 1, seed))]
 
-    def have(wanted: Sequence[Numbers]) -> list[Numbers]:
+    def have(wanted: Sequence[_Each]) -> list[_Each]:
         lacking = [weights for weights in dict.fromkeys(wanted) if weights not in known.rows]
         for number, weights in enumerate(lacking, start=1):
             known.add(weights, small_runs().losses(weights))
@@ -126,7 +126,7 @@ class _Rows:
         texts = [open_prepared(Path(one.path), verify=False).info.text_sha256 for one in datasets]
         decides = json.dumps([serialize.to_dict(alike), texts], sort_keys=True)
         self._of = hashlib.sha256(decides.encode()).hexdigest()[:16]
-        self.rows: dict[Numbers, Numbers] = {}
+        self.rows: dict[_Each, _Each] = {}
         try:
             lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
             found = [(row["of"], tuple(row["weights"]), tuple(row["losses"])) for row in map(json.loads, lines)]
@@ -136,7 +136,7 @@ class _Rows:
             raise UserError(f"--out {file}: has runs of another config, or on other data; name another file")
         self.rows = {weights: losses for _, weights, losses in found}
 
-    def add(self, weights: Numbers, losses: Numbers) -> None:
+    def add(self, weights: _Each, losses: _Each) -> None:
         self.rows[weights] = losses
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +146,7 @@ class _Rows:
             raise UserError(f"--out {self._file}: cannot be written ({error.strerror}); name another file") from error
 
 
-def _plain(weights: Any) -> Numbers:
+def _plain(weights: Any) -> _Each:
     """In thousandths, as Python's numbers."""
     return tuple(round(float(weight), 3) for weight in weights)
 
