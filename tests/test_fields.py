@@ -33,7 +33,8 @@ from maxlm.config import (
 from maxlm.config.cli import load_config, parse, parse_run
 from maxlm.config.fields import Filled, NotEmpty, PathName, Positive, Range, config, help_of, require, text_of
 from maxlm.config.synthesis import Answering, Attacks, Best, Calls, Instructions, Star
-from maxlm.data.__main__ import Prepare, TokenizerReport, Train
+from maxlm.data.__main__ import Prepare
+from maxlm.data.command_options import ExtendTokenizer, MixOptions, RegmixOptions, TokenizerReport, Train, WeighOptions
 from maxlm.evaluate import EvaluateOptions
 from maxlm.evaluation.prompting import Prompting
 from maxlm.generate import GenerateOptions
@@ -52,6 +53,10 @@ COMMANDS = (
     Prepare,
     Train,
     TokenizerReport,
+    ExtendTokenizer,
+    MixOptions,
+    RegmixOptions,
+    WeighOptions,
     Instructions,
     Answering,
     Calls,

@@ -19,9 +19,8 @@ from maxlm.config import (
     TrainSentencePiece,
     UserError,
 )
-from maxlm.data.documents import Document
 from maxlm.data.tokenizers import Bytes, SentencePiece, Tokenizer, load_tokenizer, open_tokenizer
-from maxlm.data.train_tokenizer import measure, report, sample_lines, train_sentencepiece
+from maxlm.data.train_tokenizer import sample_lines, train_sentencepiece
 
 LIBRARY = Path(sysconfig.get_path("stdlib"))
 CODE = [(LIBRARY / name).read_text(encoding="utf-8") for name in ("ast.py", "calendar.py", "textwrap.py", "heapq.py")]
@@ -229,13 +228,3 @@ def test_wrong_files(tmp_path: Path) -> None:
     junk.write_bytes(model.getvalue())
     with pytest.raises(UserError, match="no end-of-document piece"):
         SentencePiece(junk)
-
-
-def test_compression_report(trained: Tokenizer) -> None:
-    documents = [Document("abc\n", "x.py"), Document("日本", "x.md")]
-    kinds = measure(trained, documents)
-    assert (kinds[".md"].text_bytes, kinds[".md"].byte_tokens) == (6, 6)
-    assert kinds[".py"].tokens == len(trained.encode("abc\n"))
-    table = report(trained, kinds)
-    assert trained.fingerprint in table
-    assert "1.000      100.00%" in table.splitlines()[4]

@@ -19,6 +19,7 @@ task_rules.py: what a task needs of the rest
 kl.py: what it costs a policy to leave its reference
 policy.py: advantages of a policy's samples, weights of their tokens
 data.py: documents, tokenizers, mixtures
+weighting.py: weights of data sets as papers say them
 phases.py: what changes while a run goes on, and going back from a spike
 purposes.py: what records of conversations are for
 rewards.py: what is good in a completion

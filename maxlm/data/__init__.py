@@ -2,7 +2,8 @@
 
 Only `maxlm.data.loader` imports jax, so that preparing data stays light.
 
-__main__.py: command: prepare data, train tokenizers
+__main__.py: command: prepare data, mixtures, tokenizers
+command_options.py: options of that, where several of its commands share them
 sources.py: documents from files, hubs and the standard library
 documents.py: a document, what is no text, what could not be read
 input_files.py: which files, their bytes decompressed
@@ -32,7 +33,8 @@ conversations.py: a record as texts, what the assistant wrote
 tool_calls.py: calls of tools out of text
 passages.py: documents of a folder in pieces
 tiktoken.py: a .tiktoken file as a tokenizer.json
-train_tokenizer.py: training a tokenizer, compression report
+train_tokenizer.py: training a tokenizer, on a mixture too
+tokenizer_report.py: tokenizers side by side on text
 prepare.py: documents to shards
 dealing.py: documents to splits, restartable
 encoders.py: documents to tokens, in these processes
@@ -45,6 +47,9 @@ packing.py: windows, segments, positions, loss mask
 exercises.py: what is given of a text, and what is to be found
 predicted_windows.py: windows of such exercises
 orders.py: shuffled epochs of several sets, by weights
+size_weights.py: weights of folders by their sizes
+mixing_laws.py: losses of small runs as functions of the weights, and the best of these
+mixture_table.py: what a run reads of each set, and how often
 loader.py: batch(step), mixtures, global arrays
 prompts.py: prompts to be answered, with their records
 """

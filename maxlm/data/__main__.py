@@ -1,4 +1,4 @@
-"""`python -m maxlm.data`: prepare data sets, train tokenizers, and report how well they compress."""
+"""`python -m maxlm.data`: prepare data sets, weigh their mixture, train and compare tokenizers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import sys
 if not __package__:  # run by its path: Python then looks in this file's folder first, where inspect.py is not its own
     sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}maxlm{os.sep}")[0]
 
-from dataclasses import field
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -19,27 +22,43 @@ from maxlm.config import (
     Counted,
     Documents,
     Files,
-    HuggingFaceDataset,
     PrepareConfig,
     Purpose,
-    StandardLibrary,
     TokenizerSource,
     TrainSentencePiece,
     UserError,
 )
-from maxlm.config.cli import load_config, parse, run_command
+from maxlm.config.cli import load_config, parse, parse_known, parse_run, run_command
 from maxlm.config.fields import BelowOne, Filled, NotEmpty, NotNegative, PathName, Positive, Range, config
+from maxlm.data.command_options import (
+    ExtendTokenizer,
+    Input,
+    MixOptions,
+    RegmixOptions,
+    TokenizerReport,
+    Train,
+    WeighOptions,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _PROG = "python -m maxlm.data"
 EXIT_UNREADABLE = 3
 """What was asked for is done, but some documents could not be read and were passed over."""
+_WIDTH = 160
+"""Of tables where nobody looks at a terminal."""
 _USAGE = f"""From documents to prepared folders of tokens.
 
 {_PROG} prepare PATH... --out DIR        tokenise files and folders (--help lists all keys)
 {_PROG} prepare PATH... --out DIR --purpose sft    of conversations, preferences, classes (docs/posttrain.md)
 {_PROG} prepare --config configs/x.py    prepare what a run's config names
+{_PROG} mix --config configs/x.py        what a run reads of each data set, and how often (docs/mixing.md)
+{_PROG} regmix --config configs/x.py --out FILE.jsonl    weights by small runs on random mixtures
+{_PROG} weights DIR... --alpha 0.3       weights of prepared folders by their sizes
 {_PROG} tokenizer train PATH... --out DIR --vocab_size 32000
-{_PROG} tokenizer report PATH... --tokenizer DIR
+{_PROG} tokenizer report PATH... --tokenizer DIR...
+{_PROG} tokenizer extend --tokenizer DIR --from DIR... --out DIR
 {_PROG} chat PATH... --tokenizer DIR     show conversations as tokens, and which of them count
 {_PROG} build                            records of conversations from other data
 
@@ -47,37 +66,6 @@ Without PATH the documents are the Python standard library's own sources. --debu
 Exit code: 0 all was read, {EXIT_UNREADABLE} done without the documents that cannot be read, 2 a mistake to mend, 1 a
 failure."""
 _TRAIN = "train"
-
-
-@config("--")
-class Input:
-    """Which documents; the standard library's if nothing is named."""
-
-    paths: tyro.conf.Positional[tuple[PathName, ...]] = ()
-    """Files and folders."""
-    stdlib: bool = False
-    """The Python standard library's own sources."""
-    hf: NotEmpty[str] | None = None
-    """A Hugging Face data set."""
-    subset: NotEmpty[str] | None = None
-    """Subset of the Hugging Face data set."""
-    split: NotEmpty[str] = HuggingFaceDataset.split
-    """Split of the Hugging Face data set."""
-    pattern: NotEmpty[str] = Files.pattern
-    """Names taken from folders, as in the shell."""
-    text_key: NotEmpty[str] = Files.text_key
-    """Key or column of the text in JSON lines, parquet files and Hugging Face data sets."""
-
-    def documents(self) -> Documents:
-        if bool(self.paths) + self.stdlib + (self.hf is not None) > 1:
-            raise UserError(
-                "PATH, --stdlib and --hf are three different sources; name one, and mix data sets by weight"
-            )
-        if self.paths:
-            return Files(paths=self.paths, pattern=self.pattern, text_key=self.text_key)
-        if self.hf is not None:
-            return HuggingFaceDataset(name=self.hf, subset=self.subset, split=self.split, text_key=self.text_key)
-        return StandardLibrary()
 
 
 @config("--")
@@ -139,37 +127,6 @@ class Prepare:
 
 
 @config("--")
-class Train:
-    """On which documents a tokenizer is trained, and how."""
-
-    input: tyro.conf.OmitArgPrefixes[Input] = field(default_factory=Input)
-    """Which documents."""
-    out: PathName
-    """Folder to write the tokenizer to."""
-    train: tyro.conf.OmitArgPrefixes[TrainSentencePiece] = field(default_factory=TrainSentencePiece)
-    """How it is trained."""
-    max_bytes: Positive[int] = 20_000_000
-    """Text that the report measures, from the beginning of the input."""
-
-
-@config("--")
-class TokenizerReport:
-    """Which tokenizer is measured, on which documents."""
-
-    input: tyro.conf.OmitArgPrefixes[Input] = field(default_factory=Input)
-    """Which documents."""
-    tokenizer: PathName
-    """`bytes`, a .model file, a tokenizer.json, or a folder with a tokenizer: one that `tokenizer train` wrote, or
-    the folder `tokenizer` in prepared data."""
-    eos: NotEmpty[str] | None = None
-    """The token of a tokenizer.json that ends a document; None: found by its name."""
-    bos: str | None = None
-    """The token of a tokenizer.json that begins a document; empty: none; None: found by its name."""
-    max_bytes: Positive[int] = 20_000_000
-    """Text to measure, from the beginning of the input."""
-
-
-@config("--")
 class ShowChats:
     """Which conversations are shown, and what they are for."""
 
@@ -205,9 +162,22 @@ def main(argv: list[str]) -> int:
                 parse(Train, rest, prog=f"{_PROG} tokenizer train", description=description, flags=True)
             )
         case ["tokenizer", "report", *rest]:
-            description = "Measure a tokenizer's compression."
+            description = "Measure how tokenizers compress, side by side."
             prog = f"{_PROG} tokenizer report"
             unreadable = _report(parse(TokenizerReport, rest, prog=prog, description=description, flags=True))
+        case ["tokenizer", "extend", *rest]:
+            description = "Add the tokens of other tokenizers to one, whose ids stay."
+            prog = f"{_PROG} tokenizer extend"
+            unreadable = _extend(parse(ExtendTokenizer, rest, prog=prog, description=description, flags=True))
+        case ["mix", *rest]:
+            unreadable = _mix(rest)
+        case ["regmix", *rest]:
+            unreadable = _regmix(rest)
+        case ["weights", *rest]:
+            description = "Weights of prepared folders, by their sizes to a power."
+            unreadable = _weights(
+                parse(WeighOptions, rest, prog=f"{_PROG} weights", description=description, flags=True)
+            )
         case ["build", *rest]:
             from maxlm.data.build import main as build
 
@@ -217,7 +187,10 @@ def main(argv: list[str]) -> int:
             unreadable = _chat(parse(ShowChats, rest, prog=f"{_PROG} chat", description=description, flags=True))
         case _:
             words = " ".join(arguments[:2])
-            raise UserError(f"unknown command {words!r}; use prepare, chat, build, tokenizer train or tokenizer report")
+            raise UserError(
+                f"unknown command {words!r}; use prepare, mix, regmix, weights, chat, build, or tokenizer train, "
+                "report or extend"
+            )
     return EXIT_UNREADABLE if unreadable else 0
 
 
@@ -272,15 +245,25 @@ def _show(folder: Path) -> int:
 def _train(command: Train) -> int:
     from maxlm.data.documents import Unreadable
     from maxlm.data.sources import iterate_documents
-    from maxlm.data.train_tokenizer import train_sentencepiece
+    from maxlm.data.train_tokenizer import sample_mixture, train_sentencepiece
 
-    out, unreadable = Path(command.out), Unreadable()
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"--out {out}: is not empty; name a new folder")
-    texts = (document.text for document in iterate_documents(command.input.documents(), unreadable, out))
-    train_sentencepiece(command.train, texts, out)
+    out, unreadable = _new(command.out), Unreadable()
+
+    def texts(documents: Documents) -> Iterator[str]:
+        return (document.text for document in iterate_documents(documents, unreadable, out))
+
+    if command.weights:
+        sets = [texts(replace(command.input, paths=(path,)).documents()) for path in command.input.paths]
+        sampled = sample_mixture(sets, command.weights, command.sample_bytes, command.train.seed)
+        sizes = [sum(len(line.encode()) for line in lines) for lines in sampled]
+        for path, size in zip(command.input.paths, sizes, strict=True):
+            print(f"{path}: {size:,} bytes, {size / max(1, sum(sizes)):.2%} of the sample")
+        train_sentencepiece(command.train, (line for lines in sampled for line in lines), out)
+    else:
+        train_sentencepiece(command.train, texts(command.input.documents()), out)
     print(f"wrote {out}")
-    _report(TokenizerReport(input=command.input, tokenizer=command.out, max_bytes=command.max_bytes), except_for=out)
+    report = TokenizerReport(input=command.input, tokenizer=(command.out,), max_bytes=command.max_bytes)
+    _report(report, except_for=out)
     return unreadable.count
 
 
@@ -288,16 +271,130 @@ def _report(command: TokenizerReport, except_for: Path | None = None) -> int:
     from maxlm.data.documents import Unreadable
     from maxlm.data.named_tokenizer import named_tokenizer
     from maxlm.data.sources import first_bytes, iterate_documents
+    from maxlm.data.tokenizer_report import as_json, first_of_each, lines_of, measure, short_names, table_of, tagged
     from maxlm.data.tokenizers import open_tokenizer
-    from maxlm.data.train_tokenizer import measure, report
 
-    tokenizer = open_tokenizer(named_tokenizer(command.tokenizer, command.eos, command.bos))
-    unreadable = Unreadable()
-    documents = iterate_documents(command.input.documents(), unreadable, except_for)
-    print(report(tokenizer, measure(tokenizer, first_bytes(documents, command.max_bytes))))
+    tokenizers = [open_tokenizer(named_tokenizer(name, command.eos, command.bos)) for name in command.tokenizer]
+    unreadable, documents = Unreadable(), command.input.documents()
+    if command.by is not None:
+        assert isinstance(documents, Files), "the options say so"
+        chosen = first_of_each(tagged(documents, command.by, unreadable), command.max_bytes)
+    else:
+        chosen = first_bytes(iterate_documents(documents, unreadable, except_for), command.max_bytes)
+    names, measured = short_names(command.tokenizer), measure(tokenizers, chosen)
+    if command.json:
+        print(json.dumps(as_json(names, tokenizers, measured)))
+    else:
+        _print(table_of(names, measured))
+        print("\n".join(lines_of(names, tokenizers)))
     if summary := unreadable.summary():
         print(summary, file=sys.stderr)
     return unreadable.count
+
+
+def _extend(command: ExtendTokenizer) -> int:
+    """Write a tokenizer with the tokens of others, and say how many they are."""
+    from maxlm.data.named_tokenizer import named_tokenizer
+    from maxlm.data.tokenizers import open_tokenizer
+    from maxlm.hub.token_sets import TokenSet
+
+    out = _new(command.out)
+    tokenizer = open_tokenizer(named_tokenizer(command.tokenizer, command.eos, command.bos))
+    tokens = TokenSet.read(Path(command.tokenizer))
+    for name in command.more:
+        tokens = replace(tokens, definition=tokens.extended(TokenSet.read(Path(name))).definition)
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch, tokens.file.name)
+        file.write_bytes(tokens.definition)
+        ends: tuple[str | None, str | None] = (None, None)
+        if tokens.is_json:
+            bos = "" if tokenizer.bos_id is None else tokenizer.name_of(tokenizer.bos_id)
+            ends = (tokenizer.name_of(tokenizer.eos_id), bos)
+        extended = open_tokenizer(named_tokenizer(str(file), *ends))
+    extended.save(out)
+    new = extended.vocab_size - tokenizer.vocab_size
+    print(f"{out}: {tokenizer.vocab_size:,} ids stay, {new:,} are new, fingerprint {extended.fingerprint}")
+    return 0
+
+
+def _mix(argv: list[str]) -> int:
+    """Say what a run reads of its data sets."""
+    prog, description = f"{_PROG} mix", "What a run reads of each of its data sets, and how often."
+    options, rest = parse_known(MixOptions, argv, prog=prog, description=description)
+    asked = parse_run(rest, prog=prog, description=description)
+    from maxlm.data.mixture_table import as_json, capped, notes_on, tables_of, use_of
+    from maxlm.data.shards import read_info
+
+    for dataset in asked.config.data.datasets:
+        if dataset.prepare is not None and read_info(Path(dataset.path)) is None:
+            raise UserError(f"{dataset.path}: is not prepared yet; {_PROG} prepare --config FILE does it")
+    use = use_of(asked.config)
+    notes = notes_on(use, most_epochs=options.most_epochs, least_epochs=options.least_epochs)
+    weights = None if options.cap is None else capped(use, options.cap)
+    if options.json:
+        print(json.dumps(as_json(use, notes) | ({} if weights is None else {"capped_weights": weights})))
+        return 0
+    for table in tables_of(use):
+        _print(table)
+    print(f"{use.budget:,} tokens in {asked.config.train.steps:,} steps")
+    print("".join(f"note: {line}\n" for line in notes), end="")
+    if weights is not None:
+        print(f"weights with at most {options.cap:g} epochs of each: ({', '.join(f'{one:.6g}' for one in weights)})")
+    return 0
+
+
+def _regmix(argv: list[str]) -> int:
+    """Try mixtures in small runs, and say which weights a law of them likes best."""
+    prog = f"{_PROG} regmix"
+    description = (
+        "Small runs of a config on random mixtures of its data sets, and the weights that a law of them likes."
+    )
+    options, rest = parse_known(RegmixOptions, argv, prog=prog, description=description)
+    asked = parse_run(rest, prog=prog, description=description)
+    from maxlm.compile_cache import enable_compilation_cache
+    from maxlm.recipes.mixture_search import as_json, lines_of, search, table_of
+
+    enable_compilation_cache()
+    found = search(
+        asked.config,
+        runs=options.runs,
+        rounds=options.rounds,
+        file=Path(options.out),
+        targets=options.targets,
+        seed=options.seed,
+        tell=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    if options.json:
+        print(json.dumps(as_json(found)))
+        return 0
+    _print(table_of(found))
+    print("\n".join(lines_of(found)))
+    return 0
+
+
+def _weights(command: WeighOptions) -> int:
+    """Say how folders are weighed by their sizes."""
+    from maxlm.data.size_weights import table_of, weigh
+
+    found = weigh(command.folders, command.alpha, command.tokens, command.cap)
+    if command.json:
+        print(json.dumps(asdict(found)))
+    else:
+        _print(table_of(found))
+    return 0
+
+
+def _new(name: str) -> Path:
+    out = Path(name)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out}: is there already and not empty; name a new folder")
+    return out
+
+
+def _print(table: Table) -> None:
+    from maxlm import surroundings
+
+    surroundings.console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH).print(table)
 
 
 def _chat(command: ShowChats) -> int:

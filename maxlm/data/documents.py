@@ -36,16 +36,18 @@ UTF8_MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text and where it stands: a file, and the line or row in it (from 1) where a file holds many."""
+    """One text and where it stands: a file, and the line or row in it (from 1) where a file holds many; perhaps what
+    its record says of it."""
 
     text: str
     file: str
     row: int | None = None
+    tag: str | None = None
 
     @property
     def kind(self) -> str:
-        """The ending of the file's name, as `.py`; the name itself where it has none."""
-        return Path(self.file).suffix or Path(self.file).name
+        """The tag; without one the ending of the file's name, as `.py`; the name itself where it has none."""
+        return self.tag or Path(self.file).suffix or Path(self.file).name
 
 
 class RefusedInput(Exception):

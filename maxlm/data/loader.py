@@ -91,7 +91,9 @@ class Batches:
         for data, windows in zip(opened, self._windows, strict=True):
             if not len(windows):
                 raise _too_small(data, split, seq_len)
-        self._firsts = np.cumsum([0] + [len(windows) for windows in self._windows])
+        self.windows_of_each = tuple(map(len, self._windows))
+        """Windows of each data set: those of an epoch."""
+        self._firsts = np.cumsum([0, *self.windows_of_each])
         place = place_after(past, seq_len, weights)
         self.first = sum(one.steps for one in past)
         """The number of the first batch."""

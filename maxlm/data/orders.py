@@ -47,6 +47,12 @@ def mix(sets: Sequence[grain.MapDataset[int]], weights: Sequence[float]) -> grai
     return grain.MapDataset.mix(sets, weights) if len(sets) > 1 else sets[0]
 
 
+def proportions(weights: Sequence[float]) -> list[int]:
+    """Of how many windows of each set a round of the mixture consists, as Grain rounds the weights."""
+    hundredths = 100 / min(weight for weight in weights if weight)
+    return [int(weight * hundredths) for weight in weights]
+
+
 class Onward(NamedTuple):
     """Where a mixture is to be read on."""
 

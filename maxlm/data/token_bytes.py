@@ -1,4 +1,4 @@
-"""The bytes that one token of a `tokenizer.json` adds to a text, as the file's decoder makes them."""
+"""The bytes that one token of a `tokenizer.json` adds to a text, as its decoder makes them; the unknown token."""
 
 from __future__ import annotations
 
@@ -47,6 +47,12 @@ def spelled(token: str, decoder: Mapping[str, Any] | None) -> bytes:
                     "tokenizer of whole bytes or of pieces with a mark for the space"
                 )
     return token.encode()
+
+
+def unknown_in(model: Mapping[str, Any], vocabulary: Mapping[str, int]) -> int | None:
+    """The id for characters that nothing spells, as the `model` of the file names it; None: it names none."""
+    found: int | None = model["unk_id"] if "unk_id" in model else vocabulary.get(model.get("unk_token") or "")
+    return found
 
 
 @functools.cache

@@ -26,7 +26,7 @@ from maxlm.config.fields import shown
 from maxlm.config.json_file import read_bytes, read_object
 from maxlm.data.named_ends import eos_ids_beside, names_beside
 from maxlm.data.tiktoken import to_json
-from maxlm.data.token_bytes import spelled
+from maxlm.data.token_bytes import spelled, unknown_in
 
 _DESCRIPTOR = "config.json"
 _EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<eos>", "<|im_end|>", "[EOS]", "[SEP]")
@@ -62,6 +62,8 @@ class Tokenizer(abc.ABC):
     eos_id: int
     byte_ids: frozenset[int]
     """Ids that stand for one raw byte each, used for characters outside the vocabulary."""
+    unknown_id: int | None = None
+    """What stands for characters that nothing else spells; None: there is none."""
     fingerprint: str
     """SHA-256 in hex of the bytes that define the tokenizer: equal fingerprints mean equal ids for every text."""
 
@@ -195,6 +197,7 @@ class SentencePiece(Tokenizer):
             raise UserError(f"{path}: the model has no end-of-document piece; train it with eos_id >= 0")
         self.bos_id = self._model.bos_id() if self._model.bos_id() >= 0 else None
         self.byte_ids = frozenset(i for i in range(self.vocab_size) if self._model.is_byte(i))
+        self.unknown_id = self._model.unk_id()
         # sentencepiece writes a space as U+2581 and so reads that character back as a space. Spelling it in bytes
         # keeps it. (A user's own piece for the character is not touched: there is nothing to lose it to.)
         spelling = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in "\u2581".encode()]
@@ -306,6 +309,7 @@ class HuggingFace(Tokenizer):
         else:
             self.bos_id = usual_bos if usual_bos is not None else _first_known([*said_bos, *_MORE_BOS_NAMES], *known)
         self.byte_ids = frozenset(i for name, i in vocabulary.items() if re.fullmatch("<0x[0-9A-F]{2}>", name))
+        self.unknown_id = unknown_in(json.loads(self._definition)["model"], vocabulary)
         self._text_size = max((i for name, i in vocabulary.items() if name not in special), default=-1) + 1
         if (self.eos_id, self.bos_id) != (usual_eos, usual_bos):
             names = {i: name for name, i in vocabulary.items()}

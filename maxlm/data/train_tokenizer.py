@@ -1,19 +1,19 @@
-"""Training a sentencepiece model on a fixed sample of the documents, and measuring how well a tokenizer compresses."""
+"""Training a sentencepiece model on a fixed sample of the documents, or of a mixture of several sets of them."""
 
 from __future__ import annotations
 
+import heapq
 import io
+import math
 import random
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece
 
 from maxlm.config import TrainSentencePiece, UserError
-from maxlm.data.documents import Document
 from maxlm.data.tokenizers import SentencePiece, Tokenizer
 
 _LINE = re.compile(r"[^\n]{1,4096}\n*|\n+")
@@ -81,6 +81,45 @@ def sample_lines(documents: Iterable[str], count: int, seed: int) -> list[str]:
     return sample
 
 
+def sample_mixture(sets: Sequence[Iterable[str]], weights: Sequence[float], limit: int, seed: int) -> list[list[str]]:
+    """Lines of each set, in their order, which have its share of `limit` bytes; the same for the same seed.
+
+    Lines are drawn evenly. Where a set has less than its share, all sets give so much less that the shares hold.
+    Memory: `limit` bytes of text.
+    """
+    shares = [weight / math.fsum(weights) for weight in weights]
+    found = [
+        _LeastKeys(documents, share * limit, f"{seed} {i}")
+        for i, (documents, share) in enumerate(zip(sets, shares, strict=True))
+    ]
+    total = min([limit, *(one.size / share for one, share in zip(found, shares, strict=True))])
+    return [one.within(share * total) for one, share in zip(found, shares, strict=True)]
+
+
+class _LeastKeys:
+    """The lines that have the least of random keys, which is an even sample for any number of bytes."""
+
+    def __init__(self, documents: Iterable[str], room: float, seed: str) -> None:
+        self._heap: list[tuple[float, int, str]] = []  # the largest key first, as its negative
+        self.size = 0
+        """Bytes of the lines: at least `room`, or all."""
+        draw = random.Random(seed).random
+        for number, line in enumerate(_lines(documents)):
+            heapq.heappush(self._heap, (-draw(), number, line))
+            self.size += len(line.encode())
+            self._drop(room)
+
+    def _drop(self, room: float) -> None:
+        while self._heap and self.size - (largest := len(self._heap[0][2].encode())) >= room:
+            heapq.heappop(self._heap)
+            self.size -= largest
+
+    def within(self, room: float) -> list[str]:
+        """Those of so many bytes, or a line more, in the order of the text."""
+        self._drop(room)
+        return [line for _, line in sorted((number, line) for _, number, line in self._heap)]
+
+
 def _lines(documents: Iterable[str]) -> Iterator[str]:
     for text in documents:
         for line in _LINE.findall(text):
@@ -101,55 +140,3 @@ def _refused(vocab_size: int, message: str) -> UserError:
     return UserError(
         f"sentencepiece cannot train a tokenizer of vocab_size = {vocab_size}: {' '.join(message.split())}"
     )
-
-
-@dataclass
-class Compression:
-    """What a tokenizer makes of some text."""
-
-    documents: int = 0
-    text_bytes: int = 0
-    tokens: int = 0
-    """Without bos and eos."""
-    byte_tokens: int = 0
-    """Tokens that spell one byte of a character outside the vocabulary."""
-
-    def add(self, other: Compression) -> None:
-        self.documents += other.documents
-        self.text_bytes += other.text_bytes
-        self.tokens += other.tokens
-        self.byte_tokens += other.byte_tokens
-
-
-def measure(tokenizer: Tokenizer, documents: Iterable[Document]) -> dict[str, Compression]:
-    """Compression for each kind of document (the ending of its file's name)."""
-    kinds: dict[str, Compression] = {}
-    for document in documents:
-        ids = tokenizer.encode(document.text)
-        spelled = sum(i in tokenizer.byte_ids for i in ids)
-        size = len(document.text.encode())
-        kinds.setdefault(document.kind, Compression()).add(
-            Compression(documents=1, text_bytes=size, tokens=len(ids), byte_tokens=spelled)
-        )
-    return kinds
-
-
-def report(tokenizer: Tokenizer, kinds: dict[str, Compression]) -> str:
-    """A table of bytes per token, largest kind first, beside the byte tokenizer's 1."""
-    total = Compression()
-    for kind in kinds.values():
-        total.add(kind)
-    rows = sorted(kinds.items(), key=lambda item: (-item[1].text_bytes, item[0]))
-    lines = [f"{'kind':<16}{'documents':>10}{'bytes':>14}{'tokens':>14}{'bytes/token':>13}{'byte tokens':>13}"]
-    if len(rows) > 1:
-        rows.append(("all", total))
-    size = total.text_bytes
-    rows.append(("byte tokenizer", Compression(total.documents, size, tokens=size, byte_tokens=size)))
-    for name, kind in rows:
-        lines.append(
-            f"{name:<16}{kind.documents:>10,}{kind.text_bytes:>14,}{kind.tokens:>14,}"
-            f"{kind.text_bytes / max(1, kind.tokens):>13.3f}{kind.byte_tokens / max(1, kind.tokens):>13.2%}"
-        )
-    lines.append(f"vocabulary {tokenizer.vocab_size:,}, bos {tokenizer.bos_id}, eos {tokenizer.eos_id}")
-    lines.append(f"fingerprint {tokenizer.fingerprint}")
-    return "\n".join(lines)

@@ -21,6 +21,8 @@ writing.py: the engine that writes them
 tools.py: what it may call while it writes
 train_medusa.py: heads that guess at later tokens, on a trained model
 self_instruct.py: tasks that a model writes after those of people
+mixture_runs.py: small runs on other weights of the same data sets
+mixture_search.py: the weights that a law of such runs likes best
 compared.py: runs that answer the same prompts, judged
 answering.py: conversations answered anew, perhaps with a context
 toolformer.py: calls of tools that help a model to go on
