@@ -1,0 +1,5 @@
+"""Steps of `python -m maxlm.data clean`, and pipelines of them.
+
+cleaning_pipeline.py: a pipeline, and the steps that there are
+text_steps.py: steps that change documents
+"""

@@ -1,0 +1,20 @@
+"""From a step's config to what it does."""
+
+from __future__ import annotations
+
+from maxlm.config.cleaning.cleaning_pipeline import CleaningStep
+from maxlm.config.cleaning.text_steps import NormaliseUnicode
+from maxlm.data.cleaning.page import DocumentStep
+from maxlm.data.cleaning.stages import ComparingStep
+from maxlm.data.cleaning.unicode import UnicodeNormaliser
+
+
+def make_step(config: CleaningStep) -> DocumentStep | ComparingStep:
+    """What the step does; word lists are read and checked here.
+
+    Raises:
+        UserError: a file that the step names is missing, or is not what it should be.
+    """
+    match config:
+        case NormaliseUnicode():
+            return UnicodeNormaliser(config)
