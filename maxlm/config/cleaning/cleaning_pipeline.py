@@ -4,12 +4,36 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from maxlm.config.cleaning.text_steps import NormaliseUnicode
+from maxlm.config.cleaning.rule_steps import (
+    ChineseQuality,
+    CodeQuality,
+    FineWebQuality,
+    GopherQuality,
+    GopherRepetition,
+    Languages,
+    Licences,
+    UrlList,
+    WordList,
+)
+from maxlm.config.cleaning.source_steps import Answers, CodeHeader, GutenbergText, LatexToText, WikiText
+from maxlm.config.cleaning.text_steps import C4Lines, HtmlToText, NormaliseUnicode, RepairUnicode, WebLines
 from maxlm.config.fields import Filled, config
 
-TextStep = NormaliseUnicode
+SourceStep = LatexToText | Answers | GutenbergText | WikiText | CodeHeader
+"""They change documents of one kind of source."""
+TextStep = NormaliseUnicode | RepairUnicode | HtmlToText | C4Lines | WebLines | SourceStep
 """They change documents."""
-RuleStep = NormaliseUnicode
+RuleStep = (
+    GopherQuality
+    | GopherRepetition
+    | FineWebQuality
+    | ChineseQuality
+    | CodeQuality
+    | Licences
+    | Languages
+    | UrlList
+    | WordList
+)
 """They drop documents by what is measured of each."""
 Comparing = NormaliseUnicode
 """They look at all documents together."""
