@@ -1,5 +1,8 @@
 """Steps of `python -m maxlm.data clean`, and pipelines of them.
 
+cleaning_job.py: a pipeline and its input
+engines.py: what runs the tasks
+published.py: pipelines of papers
 cleaning_pipeline.py: a pipeline, and the steps that there are
 text_steps.py: steps that change documents
 """

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from maxlm.config.cleaning.cleaning_pipeline import CleaningStep
 from maxlm.config.cleaning.text_steps import NormaliseUnicode
+from maxlm.data.cleaning.models_for_cleaning import CleaningModels
 from maxlm.data.cleaning.page import DocumentStep
 from maxlm.data.cleaning.stages import ComparingStep
 from maxlm.data.cleaning.unicode import UnicodeNormaliser
 
 
-def make_step(config: CleaningStep) -> DocumentStep | ComparingStep:
+def make_step(config: CleaningStep, models: CleaningModels) -> DocumentStep | ComparingStep:
     """What the step does; word lists are read and checked here.
 
     Raises:
