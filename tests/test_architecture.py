@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "shapes": {"config"},
     "sharding": {"config"},
     "models": {"config", "shapes", "sharding", KERNELS},
-    "data": {"config", "sharding", "surroundings"},
+    "data": {"config", "sharding", "surroundings", "observe"},
     "checkpoint": {"config", "sharding", "processes"},
     "hardware": {"config"},
     "observe": {"config", "shapes", "hardware", "surroundings"},

@@ -33,6 +33,8 @@ tool_calls.py: calls of tools out of text
 passages.py: documents of a folder in pieces
 tiktoken.py: a .tiktoken file as a tokenizer.json
 train_tokenizer.py: training a tokenizer, compression report
+clean.py: command: documents through a pipeline of steps
+claimed.py: files and folders that survive a kill
 prepare.py: documents to shards
 dealing.py: documents to splits, restartable
 encoders.py: documents to tokens, in these processes

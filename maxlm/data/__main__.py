@@ -8,9 +8,10 @@ import sys
 if not __package__:  # run by its path: Python then looks in this file's folder first, where inspect.py is not its own
     sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}maxlm{os.sep}")[0]
 
+import functools
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -30,11 +31,16 @@ from maxlm.config import (
 from maxlm.config.cli import load_config, parse, run_command
 from maxlm.config.fields import BelowOne, Filled, NotEmpty, NotNegative, PathName, Positive, Range, config
 
+if TYPE_CHECKING:
+    from maxlm.data.cleaning.models_for_cleaning import Embedder, Scorer
+    from maxlm.evaluation.cleaning_models import RunModel
+
 _PROG = "python -m maxlm.data"
 EXIT_UNREADABLE = 3
 """What was asked for is done, but some documents could not be read and were passed over."""
 _USAGE = f"""From documents to prepared folders of tokens.
 
+{_PROG} clean PATH... --out DIR --recipe fineweb    drop and mend documents (docs/data_cleaning.md)
 {_PROG} prepare PATH... --out DIR        tokenise files and folders (--help lists all keys)
 {_PROG} prepare PATH... --out DIR --purpose sft    of conversations, preferences, classes (docs/posttrain.md)
 {_PROG} prepare --config configs/x.py    prepare what a run's config names
@@ -208,6 +214,10 @@ def main(argv: list[str]) -> int:
             description = "Measure a tokenizer's compression."
             prog = f"{_PROG} tokenizer report"
             unreadable = _report(parse(TokenizerReport, rest, prog=prog, description=description, flags=True))
+        case ["clean", *rest]:
+            from maxlm.data.clean import main as clean
+
+            unreadable = clean(rest, _Models())
         case ["build", *rest]:
             from maxlm.data.build import main as build
 
@@ -217,8 +227,27 @@ def main(argv: list[str]) -> int:
             unreadable = _chat(parse(ShowChats, rest, prog=f"{_PROG} chat", description=description, flags=True))
         case _:
             words = " ".join(arguments[:2])
-            raise UserError(f"unknown command {words!r}; use prepare, chat, build, tokenizer train or tokenizer report")
+            raise UserError(
+                f"unknown command {words!r}; use clean, prepare, chat, build, tokenizer train or tokenizer report"
+            )
     return EXIT_UNREADABLE if unreadable else 0
+
+
+class _Models:
+    """Of runs, for steps of cleaning that ask a model."""
+
+    def scorer(self, run: str) -> Scorer:
+        return _model(run).score
+
+    def embedder(self, run: str) -> Embedder:
+        return _model(run).embed
+
+
+@functools.cache
+def _model(run: str) -> RunModel:
+    from maxlm.evaluation.cleaning_models import RunModel  # here, so that cleaning without a model needs no jax
+
+    return RunModel(run)
 
 
 def _prepare(argv: list[str]) -> int:

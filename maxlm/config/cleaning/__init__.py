@@ -1,7 +1,9 @@
 """Steps of `python -m maxlm.data clean`, and pipelines of them.
 
+cleaning_job.py: a pipeline and its input
+engines.py: what runs the tasks
+published.py: pipelines of papers
 cleaning_pipeline.py: a pipeline, and the steps that there are
-published_pipelines.py: pipelines of papers
 rule_steps.py: steps that drop documents by what is measured of each
 source_steps.py: steps for papers, answers, books, articles and source files
 text_steps.py: steps that change documents

@@ -15,11 +15,11 @@ from maxlm.config.cleaning.rule_steps import (
     UrlList,
     WordList,
 )
-from maxlm.config.cleaning.source_steps import Answers, CodeHeader, GutenbergText, LatexToText, WikiText
+from maxlm.config.cleaning.source_steps import AnswersByScore, CodeHeader, GutenbergText, LatexToText, WikiText
 from maxlm.config.cleaning.text_steps import C4Lines, HtmlToText, NormaliseUnicode, RepairUnicode, WebLines
 from maxlm.config.fields import Filled, config
 
-SourceStep = LatexToText | Answers | GutenbergText | WikiText | CodeHeader
+SourceStep = LatexToText | AnswersByScore | GutenbergText | WikiText | CodeHeader
 """They change documents of one kind of source."""
 TextStep = NormaliseUnicode | RepairUnicode | HtmlToText | C4Lines | WebLines | SourceStep
 """They change documents."""

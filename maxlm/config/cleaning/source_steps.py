@@ -17,11 +17,11 @@ class LatexToText:
 
 
 @config("steps[].")
-class Answers:
+class AnswersByScore:
     """Put answers below their question, the best first, without HTML; needs the extra `clean`."""
 
     tag: NotEmpty[str] = "answers"
-    """JSON: a list of objects, each with `text` and `score`; documents without it stay as they are."""
+    """A list of objects, each with `text` and `score`, or JSON of one; documents without it stay as they are."""
     least_score: int | None = None
     """Leave out answers with a lower score; None: none."""
 

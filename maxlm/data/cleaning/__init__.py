@@ -13,5 +13,13 @@ by_source.py: answers, books, articles, licences
 languages.py: which language a document is in
 word_lists.py: words and addresses that are not wanted
 stages.py: work in stages, and steps that compare documents
+models_for_cleaning.py: what steps ask of models
+parts.py: the input in parts, pages as lines
+tallies.py: counts that add up over parts
+document_pass.py: documents through steps, one by one
+cleaning_work.py: a job's folder: passes, tasks, what is done
+local_pool.py: stages in processes of this machine
+cluster.py: stages by datatrove: SLURM, Ray
+clean_report.py: funnel, histograms, samples as a page and JSON
 making.py: from a step's config to what it does
 """

@@ -7,7 +7,7 @@ import json
 import re
 
 from maxlm.config.cleaning.rule_steps import Licences
-from maxlm.config.cleaning.source_steps import Answers, GutenbergText, WikiText
+from maxlm.config.cleaning.source_steps import AnswersByScore, GutenbergText, WikiText
 from maxlm.data.cleaning.html_text import extractor
 from maxlm.data.cleaning.page import Finding, Limit, Page
 
@@ -35,11 +35,11 @@ _NESTED = 10
 
 
 class AnswerSorter:
-    """See `Answers`. Of equal scores the one that stood first is first."""
+    """See `AnswersByScore`. Of equal scores the one that stood first is first."""
 
     limits = (Limit("answers that can be read", 1),)
 
-    def __init__(self, config: Answers) -> None:
+    def __init__(self, config: AnswersByScore) -> None:
         self._config = config
         self._extract = extractor()
 
@@ -48,7 +48,8 @@ class AnswerSorter:
         if given is None:
             return Finding((1.0,))
         try:
-            answers = [(float(one["score"]), self._plain(one["text"])) for one in json.loads(str(given))]
+            listed = json.loads(given) if isinstance(given, str) else given
+            answers = [(float(one["score"]), self._plain(one["text"])) for one in listed]
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             return Finding((0.0,), seen=f"{type(error).__name__}: {error}")
         least = self._config.least_score

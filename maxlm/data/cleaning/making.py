@@ -16,7 +16,7 @@ from maxlm.config.cleaning.rule_steps import (
     UrlList,
     WordList,
 )
-from maxlm.config.cleaning.source_steps import Answers, CodeHeader, GutenbergText, LatexToText, WikiText
+from maxlm.config.cleaning.source_steps import AnswersByScore, CodeHeader, GutenbergText, LatexToText, WikiText
 from maxlm.config.cleaning.text_steps import C4Lines, HtmlToText, NormaliseUnicode, RepairUnicode, WebLines
 from maxlm.data.cleaning.by_source import AnswerSorter, GutenbergReader, LicenceRules, WikiReader
 from maxlm.data.cleaning.code_rules import CodeHeaderCutter, CodeRules
@@ -24,6 +24,7 @@ from maxlm.data.cleaning.html_text import HtmlReader
 from maxlm.data.cleaning.languages import LanguageRules
 from maxlm.data.cleaning.latex import LatexReader
 from maxlm.data.cleaning.line_rules import C4LineRules, WebLineRules
+from maxlm.data.cleaning.models_for_cleaning import CleaningModels
 from maxlm.data.cleaning.page import DocumentStep
 from maxlm.data.cleaning.quality import ChineseRules, FineWebRules, GopherQualityRules
 from maxlm.data.cleaning.repetition import GopherRepetitionRules
@@ -32,7 +33,7 @@ from maxlm.data.cleaning.unicode import UnicodeNormaliser, UnicodeRepairer
 from maxlm.data.cleaning.word_lists import UrlRules, WordRules
 
 
-def make_step(config: CleaningStep) -> DocumentStep | ComparingStep:
+def make_step(config: CleaningStep, models: CleaningModels) -> DocumentStep | ComparingStep:
     """What the step does; word lists are read and checked here.
 
     Raises:
@@ -51,7 +52,7 @@ def make_step(config: CleaningStep) -> DocumentStep | ComparingStep:
             return WebLineRules(config)
         case LatexToText():
             return LatexReader(config)
-        case Answers():
+        case AnswersByScore():
             return AnswerSorter(config)
         case GutenbergText():
             return GutenbergReader(config)

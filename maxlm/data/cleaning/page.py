@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-Tag = str | int | float | bool | None
+Tag = str | int | float | bool | None | list[Any] | dict[str, Any]
+"""A value of JSON."""
 _NOTHING: Mapping[str, int] = MappingProxyType({})
 _NO_TAGS: Mapping[str, Tag] = MappingProxyType({})
 

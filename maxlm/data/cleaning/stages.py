@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from maxlm.data.cleaning.page import DocumentStep, Page
 
@@ -21,18 +21,18 @@ class CleaningStage(NamedTuple):
     if it is done again."""
 
 
-class Before(Protocol):
+class Before(NamedTuple):
     """What a step that compares documents may read and write."""
 
     tasks: int
     """Parts of the documents; of the same input always the same."""
     folder: Path
     """For what the step itself writes; deleted when the pipeline is done."""
+    pages: Callable[[int], Iterator[Page]]
+    """The documents of a part, as the steps before have left them, always in the same order."""
 
-    def pages(self, task: int) -> Iterator[Page]:
-        """The documents of a part, as the steps before have left them, always in the same order."""
 
-
+@runtime_checkable
 class ComparingStep(Protocol):
     """A step whose verdict on a document depends on the others: duplicates, clusters, what is rare."""
 

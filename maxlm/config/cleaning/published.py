@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import enum
+import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -17,10 +18,9 @@ from maxlm.config.cleaning.rule_steps import (
     Languages,
     Licences,
 )
-from maxlm.config.cleaning.source_steps import Answers, CodeHeader, GutenbergText, LatexToText, WikiText
+from maxlm.config.cleaning.source_steps import AnswersByScore, CodeHeader, GutenbergText, LatexToText, WikiText
 from maxlm.config.cleaning.text_steps import C4Lines, HtmlToText, NormaliseUnicode, RepairUnicode
 from maxlm.config.errors import UserError
-from maxlm.config.fields import shown
 
 _PAGE = (HtmlToText(), RepairUnicode(), NormaliseUnicode())
 """What stands before any rule: text as its author saw it."""
@@ -65,14 +65,14 @@ def llama(source: LlamaSource) -> CleaningPipeline:
         LlamaSource.WIKIPEDIA: (WikiText(),),
         LlamaSource.BOOKS: (GutenbergText(),),
         LlamaSource.ARXIV: (LatexToText(),),
-        LlamaSource.STACK_EXCHANGE: (Answers(),),
+        LlamaSource.STACK_EXCHANGE: (AnswersByScore(),),
     }
     return CleaningPipeline(steps=(*_PLAIN, *steps[source]))
 
 
 def code() -> CleaningPipeline:
-    """Source files of licences that ask for little, as in The Stack and StarCoder 2 (see `CodeQuality`)."""
-    return CleaningPipeline(steps=(*_PLAIN, Licences(), CodeQuality()))
+    """Source files as in The Stack and StarCoder 2 (see `CodeQuality`). A licence that is known must ask for little."""
+    return CleaningPipeline(steps=(*_PLAIN, Licences(unknown=True), CodeQuality()))
 
 
 def zh() -> CleaningPipeline:
@@ -85,20 +85,21 @@ def zh() -> CleaningPipeline:
     return CleaningPipeline(steps=(*_PAGE, Languages(languages=("zh",)), ChineseQuality(), of_lines))
 
 
-PIPELINES: Mapping[str, Callable[[], CleaningPipeline]] = MappingProxyType(
-    {"gopher": gopher, "c4": c4, "fineweb": fineweb, "code": code, "zh": zh}
-    | {f"llama_{source.value}": lambda source=source: llama(source) for source in LlamaSource}
+RECIPES: Mapping[str, Callable[[], CleaningPipeline]] = MappingProxyType(
+    {"fineweb": fineweb, "gopher": gopher, "c4": c4, "code": code, "zh": zh}
+    | {f"llama_{source.value}": functools.partial(llama, source) for source in LlamaSource}
 )
-"""By the name under which `clean` knows them."""
+"""By the name that the command line takes."""
 
 
-def published(name: str) -> CleaningPipeline:
+def cleaning_recipe(name: str) -> CleaningPipeline:
     """The pipeline of that name.
 
     Raises:
         UserError: there is none.
     """
-    if name not in PIPELINES:
-        near = difflib.get_close_matches(name, PIPELINES, n=3) or list(PIPELINES)
-        raise UserError(f"pipeline = {shown(name)} is not known; use {' or '.join(near)}")
-    return PIPELINES[name]()
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise UserError(f"--recipe {name}: must be one of {', '.join(RECIPES)}{hint}")
+    return RECIPES[name]()
