@@ -5,4 +5,7 @@ engines.py: what runs the tasks
 published.py: pipelines of papers
 cleaning_pipeline.py: a pipeline, and the steps that there are
 text_steps.py: steps that change documents
+private_steps.py: personal data
+score_steps.py: models that judge documents, and their training
+decontamination_steps.py: text that is in evaluations, too
 """

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from maxlm.config.cleaning.decontamination_steps import Decontaminate
+from maxlm.config.cleaning.private_steps import PersonalData
+from maxlm.config.cleaning.score_steps import BitsPerByteFilter, DomainTagger, PerplexityFilter, QualityFilter
 from maxlm.config.cleaning.text_steps import NormaliseUnicode
 from maxlm.config.fields import Filled, config
 
@@ -13,7 +16,9 @@ RuleStep = NormaliseUnicode
 """They drop documents by what is measured of each."""
 Comparing = NormaliseUnicode
 """They look at all documents together."""
-CleaningStep = TextStep | RuleStep | Comparing
+ScoreStep = PerplexityFilter | QualityFilter | DomainTagger | BitsPerByteFilter
+"""They ask a model of each."""
+CleaningStep = TextStep | RuleStep | PersonalData | ScoreStep | Comparing | Decontaminate
 
 
 @config("")

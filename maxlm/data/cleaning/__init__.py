@@ -11,5 +11,17 @@ cleaning_work.py: a job's folder: passes, tasks, what is done
 local_pool.py: stages in processes of this machine
 cluster.py: stages by datatrove: SLURM, Ray
 clean_report.py: funnel, histograms, samples as a page and JSON
+hashed_words.py: words and runs of words as numbers
+key_tables.py: many numbers looked up at once
+personal_data.py: addresses and numbers of persons, found and masked
+secrets_found.py: keys and passwords
+check_digits.py: numbers that carry a check of themselves
+ngram_model.py: perplexity by an n-gram model
+ngram_training.py: its training: modified Kneser-Ney
+quality_classifier.py: hashed words or vectors through a softmax
+classifier_training.py: its training and its report
+score_filters.py: steps that ask a classifier or a large model
+evaluation_runs.py: evaluations as runs of words
+decontamination.py: those runs in training text: reported, dropped, cut
 making.py: from a step's config to what it does
 """
