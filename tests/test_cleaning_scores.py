@@ -32,11 +32,12 @@ from maxlm.config.cleaning.score_steps import (
     RunEmbeddings,
 )
 from maxlm.data.cleaning.classifier_training import ClassifierReport, fit, loss_and_gradient, train_classifier
+from maxlm.data.cleaning.drawn import drawn
 from maxlm.data.cleaning.hashed_words import Punctuation, folded, runs, words
 from maxlm.data.cleaning.key_tables import KeyTable
 from maxlm.data.cleaning.making import make_step
 from maxlm.data.cleaning.ngram_model import NgramModel
-from maxlm.data.cleaning.ngram_training import measure_thirds, share_of, train_ngram_model
+from maxlm.data.cleaning.ngram_training import measure_thirds, train_ngram_model
 from maxlm.data.cleaning.page import Page, broken
 from maxlm.data.cleaning.quality_classifier import Classifier, softmax
 from maxlm.data.cleaning.score_filters import pareto
@@ -331,7 +332,7 @@ def test_held_out_texts_are_told_apart_and_the_report_is_right(trained: tuple[Pa
     classifier = Classifier.open(out)
     assert report.trained + report.held_out == 270 and report.accuracy > 0.95
     texts = [(text, 0) for text in of_words(GOOD, 120, 1)] + [(text, 1) for text in of_words(BAD, 150, 2)]
-    held = [(classifier.of_text(text), label) for text, label in texts if share_of(text) < 0.3]
+    held = [(classifier.of_text(text), label) for text, label in texts if drawn(text) < 0.3]
     p, y = np.array([one for one, _ in held]), np.array([label for _, label in held])
     assert len(held) == report.held_out
     for i, one in enumerate(report.classes):
@@ -386,7 +387,7 @@ def test_pareto_draws_keep_the_share_that_gpt3_s_rule_keeps() -> None:
 
 
 def test_the_draw_decides_by_the_id(trained: tuple[Path, ClassifierReport]) -> None:
-    step = make_step(QualityFilter(model=str(trained[0])), OneModel())
+    step = make_step(QualityFilter(model=str(trained[0]), selection=ParetoDraw()), OneModel())
     text = "the offer of the method"
     for n in range(50):
         finding = through(step, [Page(f"a:{n}", text)])[0]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cleaning_scores_helpers import before_of, through
+from cleaning_scores_helpers import OneModel, before_of, through
 
 from maxlm.config import UserError
 from maxlm.config.cleaning.decontamination_steps import (
@@ -22,6 +22,7 @@ from maxlm.config.cleaning.decontamination_steps import (
     KeepTraining,
     OverlapMeasure,
 )
+from maxlm.data import clean
 from maxlm.data.cleaning.decontamination import Decontaminator
 from maxlm.data.cleaning.evaluation_runs import EvaluationIndex, covered, read_set, stretches
 from maxlm.data.cleaning.page import Finding, Page, broken
@@ -292,3 +293,34 @@ def test_mistakes_are_told_in_a_line(tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             Decontaminator(Decontaminate(sets=(EvaluationSet(name="exam", **values),), report=str(tmp_path / "r")))
         assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+PIPELINE = """
+from maxlm.config.cleaning.cleaning_pipeline import CleaningPipeline
+from maxlm.config.cleaning.decontamination_steps import CutTraining, Decontaminate, EvaluationSet
+from maxlm.config.cleaning.private_steps import PersonalData
+
+
+def get_pipeline() -> CleaningPipeline:
+    sets = (EvaluationSet(name="exam", paths=("{folder}/exam.jsonl",), keys=("question", "choices.text")),)
+    return CleaningPipeline(steps=(PersonalData(), Decontaminate(sets=sets, report="{folder}/contaminated.json")))
+"""
+
+
+@pytest.mark.usefixtures("sets")
+def test_the_command_masks_cuts_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The report is there when the folder for work is gone; the step before it has masked already."""
+    (tmp_path / "pipeline.py").write_text(PIPELINE.format(folder=tmp_path))
+    (tmp_path / "text").mkdir()
+    for n in range(3):
+        text = planted(QUESTIONS[f"q{n}"], seed=n) + " Write to me@site.com."
+        (tmp_path / "text" / f"{n}.txt").write_text(text)
+    argv = [str(tmp_path / "text"), "--pipeline", str(tmp_path / "pipeline.py"), "--out", str(tmp_path / "out")]
+    assert clean.main([*argv, "--workers", "1", "--part_bytes", "3000"], OneModel()) == 0
+    kept = [json.loads(line) for file in sorted((tmp_path / "out/documents").iterdir()) for line in file.open()]
+    assert len(kept) == 3
+    for n, record in enumerate(kept):
+        assert "<EMAIL>" in record["text"] and part_of(QUESTIONS[f"q{n}"], 0, 13) not in record["text"]
+    (report,) = json.loads((tmp_path / "contaminated.json").read_text())["sets"]
+    assert [row["documents"] for row in report["overlapping_items"]] == [[f"{tmp_path}/text/{n}.txt"] for n in range(3)]
+    assert "Decontaminate" in capsys.readouterr().out

@@ -24,8 +24,9 @@ class Masks(enum.Enum):
     TOKENS = "tokens"
     """The name of its kind: `<EMAIL>`, `<PHONE>`, `<IP>`, `<CARD>`, `<IBAN>`, `<ID_NUMBER>`, `<SECRET>`."""
     FINEWEB = "fineweb"
-    """For e-mail and IP addresses what FineWeb has (arXiv:2406.17557, appendix on PII; two addresses at example.com and
-    example.org, six IP addresses that nobody answered at), in turn; for all else, which it keeps, the name."""
+    """For e-mail and IP addresses what FineWeb has (arXiv:2406.17557; datatrove's `PIIFormatter`: two addresses at
+    example.com and example.org, six IP addresses that nobody answered at), in turn; for all else, which it keeps, the
+    name."""
 
 
 @config("steps[].")

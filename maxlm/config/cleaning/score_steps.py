@@ -13,7 +13,7 @@ class NgramTraining:
     """An n-gram language model over words, by interpolated modified Kneser-Ney smoothing."""
 
     order: Annotated[int, Range(ge=2, le=6)] = 4
-    """Words in the longest n-grams; CCNet has 5, over shorter pieces (arXiv:1911.00359, section 3.3)."""
+    """Words in the longest n-grams; CCNet has 5, over shorter pieces (arXiv:1911.00359, LM filtering)."""
     least_count: Positive[int] = 1
     """N-grams of three words and more that are seen less often are left out; their share goes to shorter ones."""
     max_words: Positive[int] = 50_000_000
@@ -24,7 +24,7 @@ class NgramTraining:
 
 
 class PerplexityThird(enum.Enum):
-    """CCNet's thirds of a language's documents, by their perplexity (arXiv:1911.00359, section 3.3)."""
+    """CCNet's thirds of a language's documents, by their perplexity (arXiv:1911.00359, LM filtering)."""
 
     HEAD = "head"
     """The lowest: most like what the model was trained on."""
@@ -123,7 +123,7 @@ class QualityFilter:
     """Folder of a classifier that `train_classifier` wrote."""
     good: NotEmpty[str] = "good"
     """The class that is wanted."""
-    selection: LeastScore | ParetoDraw = ParetoDraw()
+    selection: LeastScore | ParetoDraw = LeastScore()
     """Which scores stay."""
 
 

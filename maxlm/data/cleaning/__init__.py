@@ -12,6 +12,7 @@ local_pool.py: stages in processes of this machine
 cluster.py: stages by datatrove: SLURM, Ray
 clean_report.py: funnel, histograms, samples as a page and JSON
 hashed_words.py: words and runs of words as numbers
+drawn.py: chance that a text decides
 key_tables.py: many numbers looked up at once
 personal_data.py: addresses and numbers of persons, found and masked
 secrets_found.py: keys and passwords

@@ -11,7 +11,7 @@ _IBAN_LENGTHS = (
 IBAN_LENGTH = {entry[:2]: int(entry[2:]) for entry in _IBAN_LENGTHS.split()}
 """Country -> places of its numbers (ISO 13616, the registry)."""
 _ISSUERS = (
-    (4, 4, (13, 16, 19)),  # Visa
+    (4, 4, (16, 19)),  # Visa
     (51, 55, (16,)),  # Mastercard
     (2221, 2720, (16,)),
     (34, 34, (15,)),  # American Express
@@ -22,7 +22,7 @@ _ISSUERS = (
     (300, 305, (14,)),  # Diners Club
     (36, 36, (14,)),
     (38, 38, (14,)),
-    (62, 62, (16, 17, 18, 19)),  # UnionPay
+    (62, 62, (16, 19)),  # UnionPay
 )
 
 

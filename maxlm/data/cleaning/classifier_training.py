@@ -16,8 +16,8 @@ import scipy.sparse
 
 from maxlm.config import UserError
 from maxlm.config.cleaning.score_steps import ClassifierTraining, HashedWords, RunEmbeddings
+from maxlm.data.cleaning.drawn import drawn
 from maxlm.data.cleaning.models_for_cleaning import CleaningModels
-from maxlm.data.cleaning.ngram_training import share_of
 from maxlm.data.cleaning.quality_classifier import Classifier, hashed_features, softmax
 
 REPORT = "classifier_report.json"
@@ -96,7 +96,7 @@ def train_classifier(
         for text in of_class:
             texts.append(text)
             labels.append(label)
-            held.append(share_of(text) < config.held_out)
+            held.append(drawn(text) < config.held_out)
         if len(set(held[first:])) < 2:
             raise UserError(
                 f"{name}: {len(texts) - first} documents, {sum(held[first:])} of them held out, are too few; add "

@@ -48,7 +48,7 @@ class NgramModel:
         Raises:
             UserError: the folder holds no such model.
         """
-        info = read_object(folder / INFO, "what `ngram train` writes")
+        info = read_object(folder / INFO, "an n-gram model that maxlm wrote")
         if info.get("format") != FORMAT:
             raise UserError(f"{folder}: is of format {info.get('format')!r}, must be of {FORMAT}; train it again")
         read = lambda name: _Bits(KeyTable.mapped(folder, name), mapped(folder / f"{name}.bits.npy"))

@@ -7,7 +7,6 @@ Over words and not bytes: a word costs one chain of lookups instead of six, and 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable
@@ -19,6 +18,7 @@ import numpy.typing as npt
 
 from maxlm.config import UserError
 from maxlm.config.cleaning.score_steps import NgramTraining
+from maxlm.data.cleaning.drawn import drawn
 from maxlm.data.cleaning.hashed_words import Hashes, runs
 from maxlm.data.cleaning.key_tables import KeyTable
 from maxlm.data.cleaning.ngram_model import BEGIN, FORMAT, INFO, NgramModel, model_words, write_thirds
@@ -68,7 +68,7 @@ def train_ngram_model(texts: Iterable[str], config: NgramTraining, out: Path) ->
     documents: list[Hashes] = []
     count = 0
     for text in texts:
-        if share_of(text) < config.held_out:
+        if drawn(text) < config.held_out:
             held_out.append(text)
             continue
         found = model_words(text)[: config.max_words - count]
@@ -105,12 +105,6 @@ def measure_thirds(model: Path, texts: Iterable[str]) -> tuple[float, float]:
     if limits is None:
         raise UserError(f"{model}: no document has a word, so there are no thirds; name other documents")
     return limits
-
-
-def share_of(text: str) -> float:
-    """A number in [0, 1) that the text decides."""
-    digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=6).digest()
-    return int.from_bytes(digest, "big") / 2**48
 
 
 def discounts(counts: npt.NDArray[np.int64]) -> tuple[float, float, float]:

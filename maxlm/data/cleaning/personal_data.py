@@ -11,7 +11,7 @@ import ipaddress
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 from maxlm.config.cleaning.private_steps import Masks, PersonalData, Treatment
@@ -33,6 +33,9 @@ class Kind(enum.Enum):
     PHONE = "phone numbers"
 
 
+_RANK = {kind: rank for rank, kind in enumerate(Kind)}
+
+
 class Private(NamedTuple):
     """Where something personal stands: from `start` up to `stop`."""
 
@@ -42,16 +45,17 @@ class Private(NamedTuple):
 
 
 _EMAIL = re.compile(
-    r"(?<![0-9A-Za-z._%+/=-])[0-9A-Za-z](?:[0-9A-Za-z._%+-]{0,62}[0-9A-Za-z_+-])?@"
-    r"(?:[0-9A-Za-z](?:[0-9A-Za-z-]{0,61}[0-9A-Za-z])?\.){1,8}[A-Za-z]{2,24}(?![0-9A-Za-z-])"
+    r"(?<![0-9A-Za-z._%+/-])[0-9A-Za-z](?:[0-9A-Za-z._%+-]{0,62}[0-9A-Za-z_+-])?@"
+    r"(?:[0-9A-Za-z](?:[0-9A-Za-z-]{0,61}[0-9A-Za-z])?\.){1,8}[A-Za-z]{2,24}(?![0-9A-Za-z-]|:[A-Za-z~])"
 )
+"""With letters after a colon it is where git copies from: `git@github.com:me/x`."""
 _STRETCH = re.compile(r"[0-9+(][0-9 ().+\-]{6,}+")
 _AFTER = 4  # what patterns look at beyond a stretch: the X of an identity number, and what may not follow
 _NUMBER = re.compile(
     r"(?<![0-9A-Za-z_.])(?<![0-9A-Za-z]-)(?:"
     r"(?P<ID_NUMBER>[1-9]\d{5}(?:18|19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])\d{3}[\dXx])"
     r"|(?P<IP>(?:(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)\.){3}(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d))"
-    r"|(?P<CARD>\d{13,19}|\d{4}(?P<gap>[ -])\d{4}(?P=gap)\d{4}(?P=gap)\d{1,7}"
+    r"|(?P<CARD>\d{14,19}|\d{4}(?P<gap>[ -])\d{4}(?P=gap)\d{4}(?P=gap)\d{1,7}"
     r"|3[0-8]\d\d(?P<gap2>[ -])\d{6}(?P=gap2)\d{4,5})"
     r"|(?P<PLUS>\+[1-9]\d{0,3}(?:[ .-]?\(\d{1,5}\)|[ .-]?\d){6,14})"
     r"|(?P<CHINA>(?:(?:00)?86[ -]?)?1[3-9]\d(?P<gap3>[ -]?)\d{4}(?P=gap3)\d{4}"
@@ -86,7 +90,13 @@ _CODED = re.compile(
 )
 """Before what looks like a telephone number: names of other numbers, and arithmetic."""
 _SUM = re.compile(r"[ \t]{0,2}(?:[=*^]|\+[ \t])")  # 555-234-1234 = ...
-_BEFORE = 16
+_BEFORE_LIST = re.compile(r"(?:(?:^|\D)\d{1,10}\.?[,/ ]{1,2}|[A-Za-z_]\(|(?:^|[\s\[(,])-)$", re.ASCII)
+_AFTER_LIST = re.compile(r"\.?[,/ ]{1,2}-?(?!1[3-9]\d{9}(?!\d))\d{4}|\.[,\s]?\d|\.,", re.ASCII)
+"""Around eleven digits without a gap: other numbers, a sign, a function's name, of tables and programs."""
+_DATE = re.compile(r"\+\d{4}-\d\d-\d\d")
+_LEAST_DIGITS = 7
+"""Of an IPv4 address: 7.4.7.1 and 2.4.8.19 are sections and versions. One address in 700 has fewer digits."""
+_AROUND = 16
 _FINEWEB = {
     Kind.EMAIL: ("email@example.com", "firstname.lastname@example.org"),
     Kind.IP: (
@@ -97,10 +107,10 @@ _WRITTEN = frozenset(itertools.chain(*_FINEWEB.values()))
 """What stands for an address is none: masking twice changes nothing."""
 
 
-def personal_data(text: str, *, public_ips_alone: bool = True) -> list[Private]:
-    """All that is found, in order, without overlaps."""
-    found = [Private(*span, Kind.SECRET) for span in secrets_of(text)]
-    if "@" in text:
+def personal_data(text: str, kinds: Collection[Kind] = tuple(Kind), *, public_ips_alone: bool = True) -> list[Private]:
+    """All that is found of these kinds, in order, without overlaps."""
+    found = [Private(*span, Kind.SECRET) for span in secrets_of(text)] if Kind.SECRET in kinds else []
+    if Kind.EMAIL in kinds and "@" in text:
         found += [Private(*one.span(), Kind.EMAIL) for one in _EMAIL.finditer(text) if one[0] not in _WRITTEN]
     found += _ibans(text)
     found += _numbers(text, public_ips_alone)
@@ -108,16 +118,12 @@ def personal_data(text: str, *, public_ips_alone: bool = True) -> list[Private]:
         found += [
             Private(*one.span(), Kind.IP) for one in _IPV6.finditer(text) if _is_address(one[0], public_ips_alone)
         ]
-    found.sort(key=lambda one: (one.start, _RANK[one.kind]))
     kept, end = [], 0
-    for one in found:
-        if one.start >= end:
+    for one in sorted(found, key=lambda one: (one.start, _RANK[one.kind])):
+        if one.kind in kinds and one.start >= end:
             kept.append(one)
             end = one.stop
     return kept
-
-
-_RANK = {kind: rank for rank, kind in enumerate(Kind)}
 
 
 def _ibans(text: str) -> Iterator[Private]:
@@ -131,8 +137,8 @@ def _ibans(text: str) -> Iterator[Private]:
 def _numbers(text: str, public_ips_alone: bool) -> Iterator[Private]:
     for stretch in _STRETCH.finditer(text):
         for one in _NUMBER.finditer(text, stretch.start(), stretch.end() + _AFTER):
-            before = text[max(0, one.start() - _BEFORE) : one.start()]
-            kind = _kind(one, before, text[one.end() : one.end() + 3], public_ips_alone)
+            before = text[max(0, one.start() - _AROUND) : one.start()]
+            kind = _kind(one, before, text[one.end() : one.end() + _AROUND], public_ips_alone)
             if kind is not None:
                 yield Private(*one.span(), kind)
 
@@ -146,13 +152,16 @@ def _kind(one: re.Match[str], before: str, after: str, public_ips_alone: bool) -
         case "ID_NUMBER" | "CARD":
             return Kind.CARD if value[-1].isdigit() and is_card(re.sub("[ -]", "", value)) else None
         case "IP":
-            address = value not in _WRITTEN and not _VERSION.search(before) and _is_address(value, public_ips_alone)
-            return Kind.IP if address else None
+            if value in _WRITTEN or len(value) < _LEAST_DIGITS + 3 or _VERSION.search(before):
+                return None
+            return Kind.IP if _is_address(value, public_ips_alone) else None
         case "PLUS":
             digits = sum(map(str.isdigit, value))
-            return Kind.PHONE if 9 <= digits <= 15 else None
+            return Kind.PHONE if 9 <= digits <= 15 and value.count(".") != 1 and not _DATE.match(value) else None
         case "CALLED":
             return Kind.PHONE if _CALLED.search(before) else None
+        case "CHINA" if len(value) == 11 and (_BEFORE_LIST.search(before) or _AFTER_LIST.match(after)):
+            return None
         case _:
             other = _CODED.search(before) or _SUM.match(after) or value.endswith("000000")  # a round sum of money
             return None if other else Kind.PHONE
@@ -172,13 +181,14 @@ class PersonalDataMasker:
     def __init__(self, config: PersonalData) -> None:
         self._config = config
         self._treatment = {kind: getattr(config, kind.name.lower()) for kind in Kind}
+        self._kinds = tuple(kind for kind in Kind if self._treatment[kind] is not Treatment.KEEP)
         self._dropping = tuple(kind for kind in Kind if self._treatment[kind] is Treatment.DROP)
         self.limits = tuple(Limit(kind.value, most=config.most) for kind in self._dropping)
         tokens = {kind: (f"<{kind.name}>",) for kind in Kind}
         self._masks = tokens | _FINEWEB if config.masks is Masks.FINEWEB else tokens
 
     def __call__(self, page: Page) -> Finding:
-        found = personal_data(page.text, public_ips_alone=self._config.public_ips_alone)
+        found = personal_data(page.text, self._kinds, public_ips_alone=self._config.public_ips_alone)
         counts = Counter(one.kind for one in found)
         values = tuple(float(counts[kind]) for kind in self._dropping)
         masked = [one for one in found if self._treatment[one.kind] is Treatment.MASK]

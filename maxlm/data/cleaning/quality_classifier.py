@@ -19,7 +19,6 @@ from maxlm.data.cleaning.models_for_cleaning import Embedder
 
 FORMAT = 1
 INFO = "classifier.json"
-_WHAT = "what `classifier train` writes"
 
 
 class Sparse(NamedTuple):
@@ -66,7 +65,7 @@ class Classifier:
         Raises:
             UserError: the folder holds no classifier.
         """
-        info = read_object(folder / INFO, _WHAT)
+        info = read_object(folder / INFO, "a classifier that maxlm wrote")
         if info.get("format") != FORMAT:
             raise UserError(f"{folder}: is of format {info.get('format')!r}, must be of {FORMAT}; train it again")
         kind = {"HashedWords": HashedWords, "RunEmbeddings": RunEmbeddings}[info["features"].pop("kind")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from maxlm.config.cleaning.score_steps import (
     QualityFilter,
     RunEmbeddings,
 )
+from maxlm.data.cleaning.drawn import drawn
 from maxlm.data.cleaning.models_for_cleaning import CleaningModels
 from maxlm.data.cleaning.page import DocumentStep, Finding, Limit, Page, Tag, measured
 from maxlm.data.cleaning.quality_classifier import Classifier
@@ -50,11 +50,8 @@ class QualityVerdict:
 
 
 def pareto(id: str, draw: ParetoDraw) -> float:
-    """A number of the Pareto distribution that begins at 0, as numpy's (Lomax): U^(-1/alpha) - 1, U in (0, 1] by a hash
-    of the id and the seed."""
-    digest = hashlib.blake2b(id.encode(errors="surrogatepass"), digest_size=8, key=draw.seed.to_bytes(4, "big"))
-    uniform = (int.from_bytes(digest.digest(), "big") + 1) / 2**64
-    return uniform ** (-1 / draw.alpha) - 1
+    """A number of the Pareto distribution that begins at 0, as numpy's (Lomax): U^(-1/alpha) - 1, U in (0, 1]."""
+    return (1 - drawn(id, draw.seed)) ** (-1 / draw.alpha) - 1
 
 
 class DomainVerdict:
@@ -85,26 +82,15 @@ class BitsVerdict:
 Verdict = QualityVerdict | DomainVerdict | BitsVerdict
 
 
-class ByText:
-    """A step whose scores need the text alone."""
+class Judged:
+    """A step with a verdict on the scores of each page."""
 
-    def __init__(self, score: Callable[[str], Floats], verdict: Verdict) -> None:
-        self._score, self._verdict = score, verdict
-        self.limits = verdict.limits
-
-    def __call__(self, page: Page) -> Finding:
-        return self._verdict(page, self._score(page.text))
-
-
-class ById:
-    """A step whose scores are known already."""
-
-    def __init__(self, scores: Mapping[str, Floats], verdict: Verdict) -> None:
+    def __init__(self, scores: Callable[[Page], Floats], verdict: Verdict) -> None:
         self._scores, self._verdict = scores, verdict
         self.limits = verdict.limits
 
     def __call__(self, page: Page) -> Finding:
-        return self._verdict(page, self._scores[page.id])
+        return self._verdict(page, self._scores(page))
 
 
 class InBatches:
@@ -121,7 +107,8 @@ class InBatches:
     def step(self, before: Before, task: int) -> DocumentStep:
         ids, scores = _files(before.folder, task)
         rows = np.load(scores, allow_pickle=False)
-        return ById(dict(zip(json.loads(ids.read_text()), rows, strict=True)), self._verdict)
+        known = dict(zip(json.loads(ids.read_text()), rows, strict=True))
+        return Judged(lambda page: known[page.id], self._verdict)
 
     def _write(self, before: Before, task: int) -> None:
         ids, rows = list[str](), list[Floats]()
@@ -170,4 +157,4 @@ def _by_classifier(classifier: Classifier, verdict: Verdict, models: CleaningMod
     if isinstance(classifier.features, RunEmbeddings):
         embedder = models.embedder(classifier.features.run)
         return InBatches(classifier.of_texts(embedder), classifier.features.batch, verdict)
-    return ByText(classifier.of_text, verdict)
+    return Judged(lambda page: classifier.of_text(page.text), verdict)

@@ -62,7 +62,10 @@ def secrets_of(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _looks_random(value: str) -> bool:
-    """Letters and digits, of many kinds."""
-    counts = Counter(value)
-    entropy = -sum(n / len(value) * math.log2(n / len(value)) for n in counts.values())
-    return entropy >= LEAST_BITS and any(map(str.isdigit, counts)) and any(map(str.isalpha, counts))
+    """Whether its longest piece between marks, of which names in programs and of files have many, is long and has
+    letters and digits of many kinds."""
+    piece = max(re.split(r"[._/=~-]", value), key=len)
+    counts = Counter(piece)
+    entropy = -sum(n / len(piece) * math.log2(n / len(piece)) for n in counts.values())
+    mixed = any(map(str.isdigit, counts)) and any(map(str.isalpha, counts))
+    return len(piece) >= _LEAST_LENGTH and mixed and entropy >= LEAST_BITS
