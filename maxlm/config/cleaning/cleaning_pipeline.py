@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from maxlm.config.cleaning.duplicate_steps import (
+    ExactDocuments,
+    ExactSpans,
+    ExactSubstrings,
+    NearDuplicates,
+    SemanticDuplicates,
+)
 from maxlm.config.cleaning.text_steps import NormaliseUnicode
 from maxlm.config.fields import Filled, config
 
@@ -11,7 +18,7 @@ TextStep = NormaliseUnicode
 """They change documents."""
 RuleStep = NormaliseUnicode
 """They drop documents by what is measured of each."""
-Comparing = NormaliseUnicode
+Comparing = ExactDocuments | ExactSpans | NearDuplicates | ExactSubstrings | SemanticDuplicates
 """They look at all documents together."""
 CleaningStep = TextStep | RuleStep | Comparing
 

@@ -11,5 +11,13 @@ cleaning_work.py: a job's folder: passes, tasks, what is done
 local_pool.py: stages in processes of this machine
 cluster.py: stages by datatrove: SLURM, Ray
 clean_report.py: funnel, histograms, samples as a page and JSON
+sorted_files.py: records by which tasks hand on what others need
+exact_duplicates.py: documents, paragraphs, lines, sentences that are there twice
+minhash.py: signatures of documents
+union_find.py: clusters of what is joined by pairs
+near_duplicates.py: clusters of similar documents
+substrings.py: stretches of text that are there twice
+semantic.py: documents that mean the same
+duplicate_verdicts.py: what becomes of copies
 making.py: from a step's config to what it does
 """

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from maxlm.config.cleaning.cleaning_pipeline import CleaningStep
+from maxlm.config.cleaning.duplicate_steps import (
+    ExactDocuments,
+    ExactSpans,
+    ExactSubstrings,
+    NearDuplicates,
+    SemanticDuplicates,
+)
 from maxlm.config.cleaning.text_steps import NormaliseUnicode
+from maxlm.data.cleaning.exact_duplicates import ExactDocumentDropper, SpanCutter
 from maxlm.data.cleaning.models_for_cleaning import CleaningModels
+from maxlm.data.cleaning.near_duplicates import NearDuplicateDropper
 from maxlm.data.cleaning.page import DocumentStep
+from maxlm.data.cleaning.semantic import SemanticDropper
 from maxlm.data.cleaning.stages import ComparingStep
+from maxlm.data.cleaning.substrings import SubstringCutter
 from maxlm.data.cleaning.unicode import UnicodeNormaliser
 
 
@@ -19,3 +30,13 @@ def make_step(config: CleaningStep, models: CleaningModels) -> DocumentStep | Co
     match config:
         case NormaliseUnicode():
             return UnicodeNormaliser(config)
+        case ExactDocuments():
+            return ExactDocumentDropper(config)
+        case ExactSpans():
+            return SpanCutter(config)
+        case NearDuplicates():
+            return NearDuplicateDropper(config)
+        case ExactSubstrings():
+            return SubstringCutter(config)
+        case SemanticDuplicates(embedder=run):
+            return SemanticDropper(config, models.embedder(run))
