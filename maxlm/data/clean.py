@@ -100,6 +100,10 @@ class Clean:
                 raise UserError(f"say --recipe with one of {_RECIPES}, or --pipeline FILE, and not both")
 
 
+_OF_WORDS = ("step", "most by rule")
+"""Columns of the funnel; the last one may take several lines."""
+
+
 def main(argv: list[str], models: CleaningModels) -> int:
     """Clean, and say how many documents could not be read."""
     match argv:
@@ -144,7 +148,7 @@ def _tell(out: Path, unreadable: Unreadable) -> int:
     names, rows = funnel(record)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in names:
-        table.add_column(name, justify="left" if name in ("step", "most by rule") else "right")
+        table.add_column(name, justify="left" if name in _OF_WORDS else "right", no_wrap=name != _OF_WORDS[1])
     for row in rows:
         table.add_row(*map(escape, row))
     shown.print(table)

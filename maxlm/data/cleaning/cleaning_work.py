@@ -215,6 +215,7 @@ def finished(out: Path) -> bool:
 def clear(out: Path) -> None:
     """Delete what only the work needed."""
     shutil.rmtree(out / _WORK, ignore_errors=True)
+    (out / LOCK).unlink(missing_ok=True)
 
 
 def _stamps(files: list[str]) -> list[list[Any]]:
