@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,11 +31,11 @@ def in_parts(pages: Sequence[Page], parts: int, folder: Path) -> PagesInParts:
     chance = random.Random(parts)
     cuts = sorted(chance.randrange(len(pages) + 1) for _ in range(parts - 1))
     bounds = [0, *cuts, len(pages)]
-    return PagesInParts([pages[a:b] for a, b in zip(bounds, bounds[1:], strict=False)], folder)
+    return PagesInParts([pages[a:b] for a, b in itertools.pairwise(bounds)], folder)
 
 
 def findings(step: ComparingStep, before: PagesInParts, order: random.Random | None = None) -> dict[str, Finding]:
-    """What the step says of each page, by its id. With an `order`, tasks run in one that it draws, some of them twice."""
+    """What the step says of each page, by its id. With an `order`, tasks run in one that it draws, some twice."""
     for stage in step.stages(before):
         tasks = list(range(stage.tasks))
         if order is not None:

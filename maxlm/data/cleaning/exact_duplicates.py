@@ -121,7 +121,7 @@ def comparable(ignoring: Ignoring | None, text: str) -> str:
     """A text without the differences that do not count; blanks at both ends never do."""
     if ignoring is None:
         return text.strip()
-    if ignoring.accents:
+    if ignoring.accents and not text.isascii():
         text = "".join(c for c in unicodedata.normalize("NFD", text) if not unicodedata.combining(c))
     if ignoring.case:
         text = text.casefold()

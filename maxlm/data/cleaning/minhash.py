@@ -72,7 +72,7 @@ def signatures(sets: Sequence[npt.NDArray[np.uint64]], places: int, seed: int) -
 def band_keys(signed: npt.NDArray[np.uint32], bands: int) -> npt.NDArray[np.uint64]:
     """A hash [n, bands] of each band of signatures [n, bands * rows] and of its number, spread evenly over 64 bits.
     About (n * bands)^2 / 2^65 pairs of n documents share one without a band: one pair of 4 * 10^8 documents."""
-    rows = signed.reshape(len(signed), bands, -1).astype(np.uint64)
+    rows = signed.reshape(len(signed), bands, signed.shape[1] // bands).astype(np.uint64)
     value = np.broadcast_to(np.arange(1, bands + 1, dtype=np.uint64), rows.shape[:2])
     for i in range(rows.shape[2]):
         value = mixed(value) ^ rows[:, :, i]

@@ -2,8 +2,8 @@
 
 Whatever the parts are, the same documents stay. On the disk a document takes 4 bytes for each hash of its signature, 16
 for each band and 16 for each pair. In memory are: of a part, that; then the bands of one range of hashes, about as many
-as a part has; then 8 bytes for each document of all, the pairs of one range, and about 100 bytes for each document that
-has a near duplicate.
+as a part has, and where candidates are compared their signatures; then 8 bytes for each document of all, the pairs of
+one range, and about 100 bytes for each document that has a near duplicate.
 """
 
 from __future__ import annotations
@@ -95,20 +95,24 @@ class NearDuplicateDropper:
             pairs["first"], pairs["other"] = np.repeat(bands["document"][begins], sizes), bands["document"]
             found.append(pairs[pairs["first"] != pairs["other"]])
         else:
-            for begin, size in zip(begins[sizes > 1], sizes[sizes > 1], strict=True):
-                found.extend(self._similar(files.signatures, bands["document"][begin : begin + size]))
+            shared = bands["document"][np.repeat(sizes > 1, sizes)]
+            documents, place = np.unique(shared, return_inverse=True)
+            signed = files.signatures.rows(documents)
+            for some in np.split(place, np.cumsum(sizes[sizes > 1])[:-1]):
+                found.extend(self._similar(documents[some], signed[some]))
         files.pairs.write(number, np.unique(np.concatenate(found)))
 
-    def _similar(self, signatures: ArrayFiles, documents: npt.NDArray[np.uint64]) -> Iterator[npt.NDArray[np.void]]:
+    def _similar(
+        self, documents: npt.NDArray[np.uint64], signed: npt.NDArray[np.uint32]
+    ) -> Iterator[npt.NDArray[np.void]]:
         """Pairs among documents that share a band: each is joined with the first one before it that is like it and like
         no earlier one itself."""
-        rows = signatures.rows(documents)
         while len(documents) > 1:
-            like = similarities(rows[1:], rows[:1]) >= self._config.least_similarity
+            like = similarities(signed[1:], signed[:1]) >= self._config.least_similarity
             pairs = np.empty(np.count_nonzero(like), _PAIR)
             pairs["first"], pairs["other"] = documents[0], documents[1:][like]
             yield pairs
-            documents, rows = documents[1:][~like], rows[1:][~like]
+            documents, signed = documents[1:][~like], signed[1:][~like]
 
 
 class _Files:

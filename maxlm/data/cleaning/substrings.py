@@ -162,13 +162,16 @@ def later_windows(group: Records, text_of: Callable[[int], npt.NDArray[np.uint8]
     cuts: list[tuple[int, int]] = []
     there: dict[bytes, int] = {}
     rest: list[_Stretch] = []
-    for _, begin, windows, ahead in group.tolist():
-        place = in_part(begin)
-        held = text_of(of_part(begin))[place : place + windows + size - 1].tobytes()
-        if begin - there.setdefault(held, begin) >= size:
-            cuts.append((begin, begin + len(held)))
-        else:
-            rest.append(_Stretch(begin, windows, ahead, held, []))
+    for i in range(0, len(group), _STRIDE):
+        for _, begin, windows, ahead in group[i : i + _STRIDE].tolist():
+            place = in_part(begin)
+            held = text_of(of_part(begin))[place : place + windows + size - 1].tobytes()
+            if begin - there.setdefault(held, begin) < size:
+                rest.append(_Stretch(begin, windows, ahead, held, []))
+            elif cuts and cuts[-1][1] > begin:
+                cuts[-1] = (cuts[-1][0], begin + len(held))
+            else:
+                cuts.append((begin, begin + len(held)))
     if len(rest) > 1:  # windows can only be equal if they are equally far from their anchors
         for distance in range(max(one.ahead for one in rest) + 1):
             first_of: dict[bytes, int] = {}
