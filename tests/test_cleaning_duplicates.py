@@ -7,6 +7,8 @@ import collections
 import os
 import random
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -382,3 +384,38 @@ def test_a_line_of_twenty_megabytes(name: str, line: str, tmp_path: Path) -> Non
     """No step takes quadratic time, or more memory than a part may."""
     left = outcome(STEPS[name](), PagesInParts([pages_of([line, "else"]), pages_of([])], tmp_path))
     assert left["f1"] == "else"
+
+
+PIPELINE = """
+from maxlm.config.cleaning.cleaning_pipeline import CleaningPipeline
+from maxlm.config.cleaning.duplicate_steps import (
+    ExactDocuments, ExactSpans, ExactSubstrings, Ignoring, KeepLongest, NearDuplicates, SpanUnit,
+)
+
+
+def get_pipeline():
+    return CleaningPipeline(steps=(
+        ExactDocuments(ignoring=Ignoring()),
+        NearDuplicates(keep=KeepLongest()),
+        ExactSpans(unit=SpanUnit.LINE),
+        ExactSubstrings(least_bytes=60),
+    ))
+"""
+
+
+@pytest.mark.nightly
+def test_one_three_and_eight_processes_write_the_same_bytes(tmp_path: Path) -> None:
+    data, pipeline = tmp_path / "input", tmp_path / "pipeline.py"
+    data.mkdir()
+    pipeline.write_text(PIPELINE)
+    for page in corpus(300):
+        (data / f"{page.id}.txt").write_text(page.text, errors="replace")
+    results = []
+    for workers in (1, 3, 8):
+        out = tmp_path / str(workers)
+        options = ["--pipeline", str(pipeline), "--out", str(out), "--part_bytes", "5000", "--workers", str(workers)]
+        subprocess.run([sys.executable, "-m", "maxlm.data", "clean", str(data), *options], check=True)
+        results.append({name: of for name, of in contents(out).items() if name.startswith(("documents", "removed"))})
+    assert results[0] == results[1] == results[2]
+    steps = {name.split("/")[1] for name in results[0] if name.startswith("removed")}
+    assert steps == {"00-ExactDocuments", "01-NearDuplicates", "02-ExactSpans", "03-ExactSubstrings"}

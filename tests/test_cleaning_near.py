@@ -134,6 +134,7 @@ def test_which_one_is_kept(keep: KeptCopy, kept: str, tmp_path: Path) -> None:
         Page("b", text + "!", {"score": float("nan")}),
         Page("c", text, {"score": 2.5}),
         Page("d", text + "!", {"score": "3"}),
+        Page("huge", text, {"score": 10**400}),
         Page("e", text, {"score": 2.5}),
     ]
     step = NearDuplicateDropper(NearDuplicates(keep=keep))

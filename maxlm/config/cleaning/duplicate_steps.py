@@ -86,7 +86,7 @@ class KeepBest:
     """The document with the highest value of a tag; of several the earliest."""
 
     tag: NotEmpty[str] = "score"
-    """Its name. A document without it, or whose value is no number, comes last."""
+    """Its name. A document without it, or whose value is no finite number, comes last."""
 
 
 KeptCopy = KeepFirst | KeepLongest | KeepBest

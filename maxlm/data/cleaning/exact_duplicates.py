@@ -1,7 +1,8 @@
 """Whole documents and spans of them that are there twice, found by their hashes.
 
 A hash has 128 bits: among 10^12 spans two different ones share one with a probability below 10^-14. On the disk a span
-takes 28 bytes; in memory are the spans of one part, and then those of one range of hashes, which are about as many.
+takes 28 bytes. In memory are the spans of one part, in about 150 bytes each, and then those of one range of hashes,
+which are about as many, in about 120.
 """
 
 from __future__ import annotations
@@ -49,17 +50,7 @@ class ExactDocumentDropper:
 
     def stages(self, before: Before) -> tuple[CleaningStage, ...]:
         """Hashes of each part, then in each range of hashes which came later."""
-
-        def hash_part(part: int) -> None:
-            _write_spans(before, part, lambda text: [self._comparable(text)])
-
-        def find_copies(number: int) -> None:
-            later = _later(_spans(before).in_range("hash", number), 1)
-            copies = np.empty(len(later), COPY)
-            copies["document"], copies["kept"], copies["similarity"] = later["document"], later["kept"], 1
-            _found(before).write(number, copies)
-
-        return _stages(before, hash_part, find_copies)
+        return _stages(before, lambda text: [self._comparable(text)], lambda spans: _copies(_later(spans, 1)))
 
     def step(self, before: Before, task: int) -> CopyDropper:
         """Drops the later ones."""
@@ -75,11 +66,7 @@ class SpanCutter:
 
     def stages(self, before: Before) -> tuple[CleaningStage, ...]:
         """Hashes of each part, then in each range of hashes which came later."""
-
-        def find_later(number: int) -> None:
-            _found(before).write(number, _later(_spans(before).in_range("hash", number), self._config.span))
-
-        return _stages(before, lambda part: _write_spans(before, part, self._spans_of), find_later)
+        return _stages(before, self._spans_of, lambda spans: _later(spans, self._config.span))
 
     def step(self, before: Before, task: int) -> Cutter:
         """Cuts out the later ones."""
@@ -141,10 +128,15 @@ def _found(before: Before) -> ArrayFiles:
 
 
 def _stages(
-    before: Before, hash_part: Callable[[int], None], compare: Callable[[int], None]
+    before: Before, spans_of: Callable[[str], list[str]], found_in: Callable[[Records], Records]
 ) -> tuple[CleaningStage, ...]:
+    """Hash the spans of texts, then write what is found in all spans of a range of hashes."""
+
+    def compare(number: int) -> None:
+        _found(before).write(number, found_in(_spans(before).in_range("hash", number)))
+
     return (
-        CleaningStage("hashes", before.tasks, hash_part),
+        CleaningStage("hashes", before.tasks, lambda part: _write_spans(before, part, spans_of)),
         CleaningStage("comparison", ranges(before.tasks), compare),
     )
 
@@ -177,3 +169,10 @@ def _later(spans: Records, size: int) -> Records:
     later["document"], later["place"] = spans["document"][is_later], spans["place"][is_later]
     later["kept"] = first["document"][is_later]
     return sorted_by(later, "document", "place")
+
+
+def _copies(later: Records) -> Records:
+    """`COPY` of spans that are whole documents."""
+    copies = np.empty(len(later), COPY)
+    copies["document"], copies["kept"], copies["similarity"] = later["document"], later["kept"], 1
+    return copies

@@ -8,6 +8,8 @@ one range, and about 100 bytes for each document that has a near duplicate.
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Iterator
 from typing import assert_never
 
@@ -136,8 +138,9 @@ def value_of(page: Page, keep: KeptCopy) -> float:
             return float(len(page.text))
         case KeepBest(tag=tag):
             value = page.tags.get(tag)
-            known = isinstance(value, int | float) and value == value
-            return float(value) if known else -np.inf  # type: ignore[arg-type]
+            if isinstance(value, int | float) and abs(value) <= sys.float_info.max:  # not so for NaN
+                return float(value)
+            return -math.inf
         case _:
             assert_never(keep)
 

@@ -93,7 +93,7 @@ class SubstringCutter:
 
     def _compare(self, files: _Files, number: int) -> None:
         records = sorted_by(files.anchors.in_range("hash", number), "hash", "begin")
-        text = functools.lru_cache(_OPEN)(files.text.read)
+        text = functools.lru_cache(_OPEN)(lambda part: np.asarray(files.text.read(part)))
         cuts = [np.empty(0, _CUT)]
         begins = group_begins(records["hash"])
         sizes = np.diff(begins, append=len(records))
