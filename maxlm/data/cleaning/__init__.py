@@ -24,5 +24,13 @@ classifier_training.py: its training and its report
 score_filters.py: steps that ask a classifier or a large model
 evaluation_runs.py: evaluations as runs of words
 decontamination.py: those runs in training text: reported, dropped, cut
+sorted_files.py: records by which tasks hand on what others need
+exact_duplicates.py: documents, paragraphs, lines, sentences that are there twice
+minhash.py: signatures of documents
+union_find.py: clusters of what is joined by pairs
+near_duplicates.py: clusters of similar documents
+substrings.py: stretches of text that are there twice
+semantic.py: documents that mean the same
+duplicate_verdicts.py: what becomes of copies
 making.py: from a step's config to what it does
 """
