@@ -153,7 +153,9 @@ def _tell(out: Path, unreadable: Unreadable) -> int:
         table.add_column(name, justify="left" if name in _OF_WORDS else "right", no_wrap=True)
     for row in rows:
         table.add_row(*map(escape, row))
-    shown.print(table, width=max(_WIDTH, shown.width))
+    if not shown.is_terminal:
+        shown.width = _WIDTH
+    shown.print(table)
     kept, read = record["kept"], record["read"]
     shown.print(
         f"{out / DOCUMENTS}: {kept['documents']:,} of {read['documents']:,} documents, {kept['bytes']:,} of "
