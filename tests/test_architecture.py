@@ -86,6 +86,7 @@ LAZY = {
     "maxlm/hub/tensor_files.py": {"safetensors"},  # the same
     "maxlm/inference/structured.py": {"llguidance"},  # the extra `serve`
     "maxlm/hub/converting.py": {"torch", "transformers"},  # a comparison for who has them
+    "maxlm/data/cleaning/minhash.py": {"rensa"},  # the extra `clean`
     "maxlm/data/sharegpt.py": {"bs4"},  # the extra `docs`: only who cleans pages has it
     "maxlm/data/passages.py": {"bs4", "pypdf"},  # the extra `docs`
     "maxlm/data/cleaning/unicode.py": {"ftfy"},  # the extra `clean`: only who cleans text has it

@@ -208,5 +208,5 @@ class _ZstdStream(io.RawIOBase):
 
 
 def missing_extra(package: str, what: str, extra: str = "hub") -> UserError:
-    """What to tell someone who has not installed what a source or a step needs."""
+    """What to tell someone who has not installed what a source, or a step of cleaning, needs."""
     return UserError(f"{what} need the package {package}; install it with: {pip_install(f'maxlm[{extra}]')}")

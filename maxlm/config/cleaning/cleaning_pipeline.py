@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from maxlm.config.cleaning.decontamination_steps import Decontaminate
+from maxlm.config.cleaning.duplicate_steps import (
+    ExactDocuments,
+    ExactSpans,
+    ExactSubstrings,
+    NearDuplicates,
+    SemanticDuplicates,
+)
+from maxlm.config.cleaning.private_steps import PersonalData
 from maxlm.config.cleaning.rule_steps import (
     ChineseQuality,
     CodeQuality,
@@ -15,6 +24,7 @@ from maxlm.config.cleaning.rule_steps import (
     UrlList,
     WordList,
 )
+from maxlm.config.cleaning.score_steps import BitsPerByteFilter, DomainTagger, PerplexityFilter, QualityFilter
 from maxlm.config.cleaning.source_steps import AnswersByScore, CodeHeader, GutenbergText, LatexToText, WikiText
 from maxlm.config.cleaning.text_steps import C4Lines, HtmlToText, NormaliseUnicode, RepairUnicode, WebLines
 from maxlm.config.fields import Filled, config
@@ -35,9 +45,11 @@ RuleStep = (
     | WordList
 )
 """They drop documents by what is measured of each."""
-Comparing = NormaliseUnicode
+Comparing = ExactDocuments | ExactSpans | NearDuplicates | ExactSubstrings | SemanticDuplicates
 """They look at all documents together."""
-CleaningStep = TextStep | RuleStep | Comparing
+ScoreStep = PerplexityFilter | QualityFilter | DomainTagger | BitsPerByteFilter
+"""They ask a model of each."""
+CleaningStep = TextStep | RuleStep | PersonalData | ScoreStep | Comparing | Decontaminate
 
 
 @config("")
