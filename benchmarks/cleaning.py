@@ -4,7 +4,7 @@
 
 The text is what lies below --roots (default: this Python's packages and /usr/share/doc), file by file, without copies.
 Each size is a process of its own with one worker, so that its memory is its own; times are of the processor. datatrove
-(extra `cluster`) takes the first --sample megabytes through its filters of the same names; left out where it is missing.
+(extra `cluster`) takes the first --sample megabytes through its filters of the same names; without it that is left out.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def texts(roots: list[str]) -> Iterator[str]:
                 if not name.endswith(_ENDINGS) or file.is_symlink():
                     continue
                 with contextlib.suppress(OSError, UnicodeDecodeError, EOFError):
-                    content = gzip.open(file).read() if name.endswith(".gz") else file.read_bytes()
+                    content = gzip.decompress(file.read_bytes()) if name.endswith(".gz") else file.read_bytes()
                     key = hashlib.blake2b(content, digest_size=16).digest()
                     if len(content) >= 200 and b"\0" not in content and key not in seen:
                         seen.add(key)

