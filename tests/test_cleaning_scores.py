@@ -199,6 +199,14 @@ def test_probabilities_add_up_to_one(ngrams: tuple[NgramModel, BruteForce], cont
     assert total == pytest.approx(1, abs=1e-6)
 
 
+def test_no_more_words_are_read_than_asked_for(tmp_path: Path) -> None:
+    summary = train_ngram_model(CORPUS, NgramTraining(max_words=10, held_out=0.0), tmp_path / "model")
+    assert summary.words == 10
+    first = NgramModel.open(tmp_path / "model")
+    assert summary.ngrams[0] == 6
+    assert first.bits("log")[0] == first.bits("zebra")[0] > first.bits("dog")[0]
+
+
 def test_a_corpus_large_enough_has_discounts_of_its_own() -> None:
     assert BruteForce(CORPUS, 2).discount[1] != {1: 0.5, 2: 1.0, 3: 1.5}
 

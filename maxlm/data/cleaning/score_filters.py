@@ -45,8 +45,8 @@ class QualityVerdict:
 
     def __call__(self, page: Page, probabilities: Floats) -> Finding:
         score = float(probabilities[self._good])
-        drawn = pareto(page.id, self._selection) if isinstance(self._selection, ParetoDraw) else 0.0
-        return Finding(measured(self.limits, [score + drawn]), tags={"quality": round(score, 6)})
+        chance = pareto(page.id, self._selection) if isinstance(self._selection, ParetoDraw) else 0.0
+        return Finding(measured(self.limits, [score + chance]), tags={"quality": round(score, 6)})
 
 
 def pareto(id: str, draw: ParetoDraw) -> float:
