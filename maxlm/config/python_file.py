@@ -1,4 +1,4 @@
-"""Run a config file; a mistake in it is one line: `file:line: what is wrong; what was meant`."""
+"""Run a file in Python that makes a config; a mistake in it is one line: `file:line: what is wrong; what was meant`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from maxlm.config.errors import UserError
 from maxlm.config.run import RunConfig
+
+T = TypeVar("T")
 
 
 class PythonConfig(NamedTuple):
@@ -32,12 +34,26 @@ def run_python_file(path: str) -> PythonConfig:
     """What `get_config()` of the file returns, and the other functions of the file.
 
     Raises:
+        UserError: see `value_of`.
+    """
+    config, module = value_of(path, "get_config", RunConfig, "--config")
+    functions = {name: one for name, one in vars(module).items() if inspect.isfunction(one) and name[0] != "_"}
+    functions.pop("get_config", None)
+    return PythonConfig(config, functions)
+
+
+def value_of(path: str, function: str, cls: type[T], option: str) -> tuple[T, ModuleType]:
+    """What the function of that name in the file returns, an object of `cls`; and the file as a module.
+
+    `option`: by which the file is named.
+
+    Raises:
         UserError: it has no such function, the function wants arguments or returns something else, or the file or the
             function raises anything.
     """
     spec = importlib.util.spec_from_file_location(f"_maxlm_config_{Path(path).stem}", path)
     if spec is None or spec.loader is None:
-        raise UserError(f"--config {path}: neither a Python file nor a saved config.json")
+        raise UserError(f"{option} {path}: neither a Python file nor a saved config.json")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     with _beside(Path(path).resolve()):
@@ -45,17 +61,15 @@ def run_python_file(path: str) -> PythonConfig:
             spec.loader.exec_module(module)
         except (Exception, SystemExit) as error:
             raise _told(error, path) from error
-        get_config = _get_config(module, path)
+        make = _function(module, path, function, cls, option)
         try:
-            config = get_config()
+            value = make()
         except (Exception, SystemExit) as error:
             raise _told(error, path) from error
-    if not isinstance(config, RunConfig):
-        found = "None; is its last line `return RunConfig(...)`?" if config is None else type(config).__name__
-        raise UserError(f"{_place(get_config, path)}: get_config() must return a RunConfig, it returns {found}")
-    functions = {name: one for name, one in vars(module).items() if inspect.isfunction(one) and name[0] != "_"}
-    functions.pop("get_config", None)
-    return PythonConfig(config, functions)
+    if not isinstance(value, cls):
+        found = f"None; is its last line `return {cls.__name__}(...)`?" if value is None else type(value).__name__
+        raise UserError(f"{_place(make, path, option)}: {function}() must return a {cls.__name__}, it returns {found}")
+    return value, module
 
 
 @contextlib.contextmanager
@@ -79,16 +93,16 @@ def _beside(file: Path) -> Iterator[None]:
         sys.modules.update(others)
 
 
-def _get_config(module: ModuleType, path: str) -> Any:
+def _function(module: ModuleType, path: str, name: str, cls: type, option: str) -> Any:
     """The function, of which is known that it can be called without arguments."""
-    function = getattr(module, "get_config", None)
+    function = getattr(module, name, None)
     if function is None:
         own = [name for name, value in vars(module).items() if inspect.isfunction(value)]
-        raise UserError(f"--config {path}: has no function get_config(){_did_you_mean('get_config', own)}")
+        raise UserError(f"{option} {path}: has no function {name}(){_did_you_mean(name, own)}")
     if not callable(function):
         raise UserError(
-            f"--config {path}: get_config must be a function, it is {type(function).__name__}; "
-            "write def get_config() -> RunConfig:"
+            f"{option} {path}: {name} must be a function, it is {type(function).__name__}; "
+            f"write def {name}() -> {cls.__name__}:"
         )
     wants = [
         str(one.name)
@@ -96,14 +110,14 @@ def _get_config(module: ModuleType, path: str) -> Any:
         if one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
     ]
     if wants:
-        place, listed = _place(function, path), ", ".join(wants)
-        raise UserError(f"{place}: get_config({listed}) must take no arguments; give {wants[0]} a default")
+        place, listed = _place(function, path, option), ", ".join(wants)
+        raise UserError(f"{place}: {name}({listed}) must take no arguments; give {wants[0]} a default")
     return function
 
 
-def _place(function: Any, path: str) -> str:
+def _place(function: Any, path: str, option: str) -> str:
     code = getattr(inspect.unwrap(function), "__code__", None)
-    return f"--config {path}" if code is None else f"{_shown(code.co_filename, path)}:{code.co_firstlineno}"
+    return f"{option} {path}" if code is None else f"{_shown(code.co_filename, path)}:{code.co_firstlineno}"
 
 
 def _shown(filename: str, path: str) -> str:

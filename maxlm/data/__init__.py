@@ -35,6 +35,9 @@ passages.py: documents of a folder in pieces
 tiktoken.py: a .tiktoken file as a tokenizer.json
 train_tokenizer.py: training a tokenizer, on a mixture too
 tokenizer_report.py: tokenizers side by side on text
+clean.py: command: documents through a pipeline of steps
+text_judges.py: command: models that judge documents
+claimed.py: files and folders that survive a kill
 prepare.py: documents to shards
 dealing.py: documents to splits, restartable
 encoders.py: documents to tokens, in these processes

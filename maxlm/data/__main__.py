@@ -8,6 +8,7 @@ import sys
 if not __package__:  # run by its path: Python then looks in this file's folder first, where inspect.py is not its own
     sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}maxlm{os.sep}")[0]
 
+import functools
 import json
 import tempfile
 from collections.abc import Iterator
@@ -43,6 +44,9 @@ from maxlm.data.command_options import (
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from maxlm.data.cleaning.models_for_cleaning import Scorer, TextEmbedder
+    from maxlm.evaluation.cleaning_models import RunModel
+
 _PROG = "python -m maxlm.data"
 EXIT_UNREADABLE = 3
 """What was asked for is done, but some documents could not be read and were passed over."""
@@ -50,6 +54,8 @@ _WIDTH = 160
 """Of tables where nobody looks at a terminal."""
 _USAGE = f"""From documents to prepared folders of tokens.
 
+{_PROG} clean PATH... --out DIR --recipe fineweb    drop and mend documents (docs/data_cleaning.md)
+{_PROG} judge                            models by which `clean` judges documents
 {_PROG} prepare PATH... --out DIR        tokenise files and folders (--help lists all keys)
 {_PROG} prepare PATH... --out DIR --purpose sft    of conversations, preferences, classes (docs/posttrain.md)
 {_PROG} prepare --config configs/x.py    prepare what a run's config names
@@ -178,6 +184,14 @@ def main(argv: list[str]) -> int:
             unreadable = _weights(
                 parse(WeighOptions, rest, prog=f"{_PROG} weights", description=description, flags=True)
             )
+        case ["clean", *rest]:
+            from maxlm.data.clean import main as clean
+
+            unreadable = clean(rest, _Models())
+        case ["judge", *rest]:
+            from maxlm.data.text_judges import main as judge
+
+            unreadable = judge(rest, _Models())
         case ["build", *rest]:
             from maxlm.data.build import main as build
 
@@ -188,10 +202,27 @@ def main(argv: list[str]) -> int:
         case _:
             words = " ".join(arguments[:2])
             raise UserError(
-                f"unknown command {words!r}; use prepare, mix, regmix, weights, chat, build, or tokenizer train, "
-                "report or extend"
+                f"unknown command {words!r}; use clean, judge, prepare, mix, regmix, weights, chat, build, or tokenizer "
+                "train, report or extend"
             )
     return EXIT_UNREADABLE if unreadable else 0
+
+
+class _Models:
+    """Of runs, for steps of cleaning that ask a model."""
+
+    def scorer(self, run: str) -> Scorer:
+        return _model(run).score
+
+    def embedder(self, run: str) -> TextEmbedder:
+        return _model(run).embed
+
+
+@functools.cache
+def _model(run: str) -> RunModel:
+    from maxlm.evaluation.cleaning_models import RunModel  # here, so that cleaning without a model needs no jax
+
+    return RunModel(run)
 
 
 def _prepare(argv: list[str]) -> int:

@@ -207,6 +207,6 @@ class _ZstdStream(io.RawIOBase):
         return count
 
 
-def missing_extra(package: str, what: str) -> UserError:
-    """What to tell someone who has not installed what a source needs."""
-    return UserError(f"{what} need the package {package}; install it with: {pip_install('maxlm[hub]')}")
+def missing_extra(package: str, what: str, extra: str = "hub") -> UserError:
+    """What to tell someone who has not installed what a source, or a step of cleaning, needs."""
+    return UserError(f"{what} need the package {package}; install it with: {pip_install(f'maxlm[{extra}]')}")

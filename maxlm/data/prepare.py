@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
-import reprlib
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
@@ -28,6 +26,7 @@ from maxlm.config import (
 )
 from maxlm.data.chat import save_chat_template
 from maxlm.data.chat_templates import choose_template
+from maxlm.data.claimed import LOCK, claimed, differences, write_json
 from maxlm.data.dealing import Reader, Splitter, State
 from maxlm.data.documents import Unreadable
 from maxlm.data.encoders import ends_of_answers, open_encoder
@@ -38,9 +37,9 @@ from maxlm.data.train_tokenizer import train_sentencepiece
 from maxlm.data.workers import tokenise_blocks
 from maxlm.surroundings import console
 
-_PROGRESS, _LOCK = "progress.json", ".lock"
+_PROGRESS = "progress.json"
 _SECONDS_BETWEEN_RECORDS = 5.0
-_BEGINNINGS = {_LOCK, UNFINISHED + ".partial"}
+_BEGINNINGS = {LOCK, UNFINISHED + ".partial"}
 
 
 def prepare(config: PrepareConfig, out: Path) -> DatasetInfo:
@@ -62,15 +61,15 @@ def prepare(config: PrepareConfig, out: Path) -> DatasetInfo:
     try:
         out.mkdir(parents=True, exist_ok=True)
         _refuse_foreign(out)
-        with _lock(out):
+        with claimed(out, "prepares"):
             if (info := _finished(config, out)) is not None:  # by the process we waited for
                 return info
             _claim(config, out)
             tokenizer = _tokenizer(config, out)
             _put_template(config, out, tokenizer)
             info = _run(config, out, tokenizer)
-            _write_atomically(out / RECORD, serialize.to_dict(info))
-            for name in (_PROGRESS, UNFINISHED, _LOCK):
+            write_json(out / RECORD, serialize.to_dict(info))
+            for name in (_PROGRESS, UNFINISHED, LOCK):
                 (out / name).unlink(missing_ok=True)
             return info
     except OSError as error:
@@ -111,14 +110,9 @@ def _deciding(config: PrepareConfig) -> PrepareConfig:
 
 def _check_same(config: PrepareConfig, there: PrepareConfig, out: Path) -> None:
     """Refuse a folder made with another config."""
-    here, before = serialize.flatten(_deciding(config)), serialize.flatten(there)
-    keys = [key for key in {**before, **here} if before.get(key) != here.get(key)]
-    if keys:
-        show = reprlib.repr
-        changes = ", ".join(f"{key} = {show(before.get(key))} there and {show(here.get(key))} now" for key in keys[:3])
-        more = f", and {len(keys) - 3} keys more" if len(keys) > 3 else ""
+    if changes := differences(serialize.flatten(there), serialize.flatten(_deciding(config))):
         raise UserError(
-            f"{out}: was prepared with {changes}{more}; name another folder, or delete this one to prepare it again; "
+            f"{out}: was prepared with {changes}; name another folder, or delete this one to prepare it again; "
             "to train on it as it is, leave out how to prepare it (--data.datasets.0.prepare None)"
         )
 
@@ -138,26 +132,7 @@ def _claim(config: PrepareConfig, out: Path) -> None:
     else:  # nothing ties a tokenizer that is there to this config and this input
         for name in (TOKENIZER, CHAT):
             shutil.rmtree(out / name, ignore_errors=True)
-    _write_atomically(out / UNFINISHED, serialize.to_dict(_deciding(config)))
-
-
-@contextlib.contextmanager
-def _lock(out: Path) -> Iterator[None]:
-    """Let one process at a time write into `out`; the others wait. A killed process leaves no lock."""
-    with (out / _LOCK).open("w") as file:
-        if not _taken(file):
-            print(f"waiting for another process that prepares {out}", flush=True)
-            while not _taken(file):  # a blocking flock would sleep through a Ctrl-C that came just before it
-                time.sleep(0.1)
-        yield
-
-
-def _taken(file: TextIO) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    write_json(out / UNFINISHED, serialize.to_dict(_deciding(config)))
 
 
 def _warn(text: str) -> None:
@@ -218,7 +193,7 @@ def _run(config: PrepareConfig, out: Path, tokenizer: Tokenizer) -> DatasetInfo:
             documents = block.first + len(block.texts)
             show(documents, splitter.tokens, unreadable.count)
             if time.monotonic() - recorded >= _SECONDS_BETWEEN_RECORDS:
-                _write_atomically(out / _PROGRESS, serialize.to_dict(splitter.state(documents, block.digest)))
+                write_json(out / _PROGRESS, serialize.to_dict(splitter.state(documents, block.digest)))
                 recorded = time.monotonic()
         train, validation = splitter.finish()
     if not documents:
@@ -287,13 +262,3 @@ def _progress() -> Iterator[Callable[[int, int, int], None]]:
             progress.update(task, line=f"{documents:,} documents, {tokens:,} tokens, {rate:,.0f} tokens/s{passed_over}")
 
         yield show
-
-
-def _write_atomically(file: Path, values: dict[str, Any]) -> None:
-    """Write JSON so that the file has either its old or its new contents, whatever happens."""
-    partial = file.with_name(file.name + ".partial")
-    with partial.open("w") as stream:
-        stream.write(json.dumps(values, indent=2) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(file)

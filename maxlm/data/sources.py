@@ -12,8 +12,10 @@ from maxlm.data import records
 from maxlm.data.documents import MAX_DOCUMENT_BYTES, Document, RefusedInput, Unreadable, shown, text_of
 from maxlm.data.input_files import COMPRESSED, counted, input_files, missing_extra, opened, walk
 
-_RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-_NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"})
+RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+"""Endings of files that hold many documents."""
+NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"})
+"""Folders of the standard library that are left out."""
 
 
 def iterate_documents(
@@ -36,20 +38,20 @@ def iterate_documents(
     match documents:
         case StandardLibrary():
             library = Path(sysconfig.get_path("stdlib"))
-            for file in walk(library, "*.py", unreadable=unreadable, skip=_NOT_LIBRARY):
+            for file in walk(library, "*.py", unreadable=unreadable, skip=NOT_LIBRARY):
                 with counted(file, unreadable):
                     yield from _text_file(file)
         case Files():
             for file in input_files(documents, unreadable, except_for):
                 with counted(file, unreadable):
-                    yield from _file(file, documents.text_key, unreadable)
+                    yield from file_documents(file, documents.text_key, unreadable)
         case Conversations(paths=paths, pattern=pattern):
             files = Files(paths=paths, pattern=pattern)
             for file in input_files(files, unreadable, except_for):
                 with counted(file, unreadable):
-                    if (ending := _ending(file)) not in _RECORDS:
-                        raise RefusedInput(f"ends in {ending or 'nothing'}; records are in {', '.join(_RECORDS)}")
-                    yield from _file(file, None, unreadable)
+                    if (ending := ending_of(file)) not in RECORDS:
+                        raise RefusedInput(f"ends in {ending or 'nothing'}; records are in {', '.join(RECORDS)}")
+                    yield from file_documents(file, None, unreadable)
         case HuggingFaceDataset():
             yield from _hugging_face(documents, unreadable)
         case _:
@@ -79,21 +81,25 @@ def describe_documents(documents: Documents) -> str:
             assert_never(documents)
 
 
-def _ending(file: Path) -> str:
+def ending_of(file: Path) -> str:
     """Of its name, without that of a compression."""
     name = file.name.lower()
     name = name.rpartition(".")[0] if name.endswith(COMPRESSED) else name
     return name[name.rfind(".") :] if "." in name else ""
 
 
-def _file(file: Path, key: str | None, unreadable: Unreadable) -> Iterator[Document]:
-    """The documents of a file, as the ending of its name says."""
-    place, ending = shown(file), _ending(file)
+def file_documents(file: Path, key: str | None, unreadable: Unreadable) -> Iterator[Document]:
+    """The documents of a file, as the ending of its name says. `key`: of their text; None: whole records, as JSON.
+
+    Raises:
+        RefusedInput: nothing of it can be read.
+    """
+    place, ending = shown(file), ending_of(file)
     if ending == ".parquet":
         if file.name.lower().endswith(COMPRESSED):
             raise RefusedInput("parquet inside another compression; decompress it first")
         yield from records.parquet(file, place, key, unreadable)
-    elif ending in _RECORDS:
+    elif ending in RECORDS:
         with opened(file) as stream:
             records.begin(stream)
             match ending:

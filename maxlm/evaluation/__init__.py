@@ -20,5 +20,6 @@ asked.py: tests ask a program, in the sandbox; a module of its own
 sandbox.py: runs programs that a model wrote
 confined.py: the sandbox from inside, a program of its own
 harness.py: a model for lm-eval
+cleaning_models.py: runs that steps of data cleaning ask
 results.py: marks as a table, JSON, a picture
 """
