@@ -202,8 +202,8 @@ def main(argv: list[str]) -> int:
         case _:
             words = " ".join(arguments[:2])
             raise UserError(
-                f"unknown command {words!r}; use clean, judge, prepare, mix, regmix, weights, chat, build, or tokenizer "
-                "train, report or extend"
+                f"unknown command {words!r}; use clean, judge, prepare, mix, regmix, weights, chat, build, or "
+                "tokenizer train, report or extend"
             )
     return EXIT_UNREADABLE if unreadable else 0
 
