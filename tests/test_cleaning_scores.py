@@ -33,12 +33,12 @@ from maxlm.config.cleaning.score_steps import (
 )
 from maxlm.data.cleaning.classifier_training import ClassifierReport, fit, loss_and_gradient, train_classifier
 from maxlm.data.cleaning.drawn import drawn
+from maxlm.data.cleaning.findings import Page, broken
 from maxlm.data.cleaning.hashed_words import Punctuation, folded, runs, words
 from maxlm.data.cleaning.key_tables import KeyTable
 from maxlm.data.cleaning.making import make_step
 from maxlm.data.cleaning.ngram_model import NgramModel
 from maxlm.data.cleaning.ngram_training import measure_thirds, train_ngram_model
-from maxlm.data.cleaning.page import Page, broken
 from maxlm.data.cleaning.quality_classifier import Classifier, softmax
 from maxlm.data.cleaning.score_filters import pareto
 
@@ -197,6 +197,14 @@ def test_probabilities_add_up_to_one(ngrams: tuple[NgramModel, BruteForce], cont
     model, expected = ngrams
     total = sum(2.0 ** -model.bits(f"{context} {word}")[-1] for word in [*expected.vocabulary, "neverseen"])
     assert total == pytest.approx(1, abs=1e-6)
+
+
+def test_no_more_words_are_read_than_asked_for(tmp_path: Path) -> None:
+    summary = train_ngram_model(CORPUS, NgramTraining(max_words=10, held_out=0.0), tmp_path / "model")
+    assert summary.words == 10
+    first = NgramModel.open(tmp_path / "model")
+    assert summary.ngrams[0] == 6
+    assert first.bits("log")[0] == first.bits("zebra")[0] > first.bits("dog")[0]
 
 
 def test_a_corpus_large_enough_has_discounts_of_its_own() -> None:

@@ -16,7 +16,7 @@ class NgramTraining:
     """Words in the longest n-grams; CCNet has 5, over shorter pieces (arXiv:1911.00359, LM filtering)."""
     least_count: Positive[int] = 1
     """N-grams of three words and more that are seen less often are left out; their share goes to shorter ones."""
-    max_words: Positive[int] = 50_000_000
+    max_words: Positive[int] = 20_000_000
     """Words of text that are read at most; training takes about 150 bytes of memory for each."""
     held_out: BelowOne = 0.05
     """Share of the documents, chosen by a hash of their text, that is not trained on: their perplexities set the thirds

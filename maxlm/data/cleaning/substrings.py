@@ -23,11 +23,11 @@ import numpy.typing as npt
 
 from maxlm.config.cleaning.duplicate_steps import ExactSubstrings
 from maxlm.data.cleaning.duplicate_verdicts import Cutter, by_document
-from maxlm.data.cleaning.minhash import mixed
+from maxlm.data.cleaning.hashed_words import mixed
 from maxlm.data.cleaning.sorted_files import (
     ArrayFiles,
     IdFiles,
-    Records,
+    RecordArray,
     bounds_of_part,
     group_begins,
     in_part,
@@ -36,7 +36,7 @@ from maxlm.data.cleaning.sorted_files import (
     ranges,
     sorted_by,
 )
-from maxlm.data.cleaning.stages import Before, CleaningStage
+from maxlm.data.cleaning.stages import CleaningStage, StepWorkspace
 
 _ANCHOR = np.dtype([("hash", "<u8"), ("begin", "<u8"), ("windows", "<u4"), ("ahead", "<u4")])
 """Windows in a row with the same anchor: the first one's first byte, how many, and how far the anchor is from there."""
@@ -46,7 +46,7 @@ _STRIDE = 1 << 17
 _PLACE = np.uint64((1 << 20) - 1)
 """Bits that hold a place among them."""
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
-_CODES = mixed(np.arange(256, dtype=np.uint64))
+_CODES = mixed(np.arange(1, 257, dtype=np.uint64))
 _NO_TERM = np.zeros(1, np.uint64)
 _OPEN = 256
 """Files of text that are open together."""
@@ -58,7 +58,7 @@ class SubstringCutter:
     def __init__(self, config: ExactSubstrings) -> None:
         self._config = config
 
-    def stages(self, before: Before) -> tuple[CleaningStage, ...]:
+    def stages(self, before: StepWorkspace) -> tuple[CleaningStage, ...]:
         """Text and anchors of each part, then the windows of each range of anchors."""
         files = _Files(before)
         return (
@@ -66,7 +66,7 @@ class SubstringCutter:
             CleaningStage("comparison", ranges(before.tasks), lambda number: self._compare(files, number)),
         )
 
-    def step(self, before: Before, task: int) -> Cutter:
+    def step(self, before: StepWorkspace, task: int) -> Cutter:
         """Cuts out what stands earlier."""
         files = _Files(before)
         cuts = united(files.cuts.between("begin", *bounds_of_part(task)))
@@ -76,7 +76,7 @@ class SubstringCutter:
         of_documents = by_document(files.ids, number_of(task, place), bounds)
         return Cutter(self._config, "stretch seen earlier", of_documents, without)
 
-    def _write_anchors(self, before: Before, part: int) -> None:
+    def _write_anchors(self, before: StepWorkspace, part: int) -> None:
         files = _Files(before)
         ids, texts = [], []
         for page in before.pages(part):
@@ -105,7 +105,7 @@ class SubstringCutter:
 class _Files:
     """What the stages write."""
 
-    def __init__(self, before: Before) -> None:
+    def __init__(self, before: StepWorkspace) -> None:
         self.ids = IdFiles(before.folder, before.tasks)
         self.text = ArrayFiles(before.folder / "text", before.tasks)
         self.ends = ArrayFiles(before.folder / "ends", before.tasks)
@@ -113,7 +113,7 @@ class _Files:
         self.cuts = ArrayFiles(before.folder / "cuts", ranges(before.tasks))
 
 
-def anchors(text: npt.NDArray[np.uint8], ends: npt.NDArray[np.int64], size: int) -> Records:
+def anchors(text: npt.NDArray[np.uint8], ends: npt.NDArray[np.int64], size: int) -> RecordArray:
     """The windows [n] of `size` bytes of documents that stand one after the other, `ends` [documents + 1] their bounds.
 
     The hash of a stretch is a polynomial modulo 2^64 whose coefficients are 64-bit codes of its bytes, mixed; sums of
@@ -156,7 +156,7 @@ def _least(values: npt.NDArray[np.uint64], size: int) -> npt.NDArray[np.uint64]:
     return values
 
 
-def later_windows(group: Records, text_of: Callable[[int], npt.NDArray[np.uint8]], size: int) -> Records:
+def later_windows(group: RecordArray, text_of: Callable[[int], npt.NDArray[np.uint8]], size: int) -> RecordArray:
     """The windows that stand earlier [n], of those whose anchors have the same hash, by their begins; `text_of` gives
     the bytes of a part."""
     cuts: list[tuple[int, int]] = []
@@ -194,7 +194,7 @@ class _Stretch(NamedTuple):
     later: list[tuple[int, int]]
 
 
-def united(cuts: Records) -> Records:
+def united(cuts: RecordArray) -> RecordArray:
     """The same bytes in stretches that do not overlap, in their order; two that touch may be of two documents."""
     cuts = sorted_by(cuts, "begin")
     reached = np.maximum.accumulate(cuts["end"])
