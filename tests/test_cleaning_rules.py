@@ -421,6 +421,13 @@ def test_languages_are_told(language: str, text: str) -> None:
         assert rule_of(Languages(languages=(language,), least=score + 1e-6), text) == "language score"
 
 
+def test_languages_are_codes() -> None:
+    with pytest.raises(
+        UserError, match=r"steps\[\]\.languages = 'English' must be a code of ISO 639, such as en or ceb"
+    ):
+        Languages(languages=("en", "English"))
+
+
 # All of them
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import enum
+import re
 from typing import Annotated
 
-from maxlm.config.fields import Filled, Fraction, NotEmpty, NotNegative, PathName, Positive, config
+from maxlm.config.errors import UserError
+from maxlm.config.fields import Filled, Fraction, NotEmpty, NotNegative, PathName, Positive, config, shown
 
 
 @config("steps[].")
@@ -31,7 +33,7 @@ class GopherQuality:
     least_stop_words: NotNegative[int] = 2
     """Different words of `stop_words` that the document has."""
     stop_words: tuple[NotEmpty[str], ...] = ("the", "be", "to", "of", "and", "that", "have", "with")
-    """In lower case; with those of another language the rules serve that one."""
+    """Capitals or not; with those of another language the rules serve that one."""
 
 
 @config("steps[].")
@@ -144,11 +146,16 @@ class Languages:
     et al. 2016, arXiv:1612.03651), which the extra `clean` brings; nothing is downloaded."""
 
     languages: tuple[NotEmpty[str], ...] = ("en",)
-    """Two letters each (ISO 639-1); documents in others are dropped. Empty: only tell."""
+    """Codes of ISO 639; documents in others are dropped. Empty: only tell."""
     least: Fraction = 0.65
     """How sure it must be (FineWeb: arXiv:2406.17557, section 3.3)."""
     characters: Positive[int] = 10_000
     """Looked at, from the beginning."""
+
+    def __post_init__(self) -> None:
+        for language in self.languages:
+            if not re.fullmatch("[a-z]{2,3}", language):
+                raise UserError(f"steps[].languages = {shown(language)} must be a code of ISO 639, such as en or ceb")
 
 
 class UrlPart(enum.Enum):

@@ -20,7 +20,7 @@ class GopherQualityRules:
     """See `GopherQuality`."""
 
     def __init__(self, config: GopherQuality) -> None:
-        self._stop_words = [{word, word.capitalize(), word.upper()} for word in config.stop_words]
+        self._stop_words = [{word.lower(), word.capitalize(), word.upper()} for word in config.stop_words]
         self.limits = (
             Limit("words", config.least_words, config.most_words),
             Limit("mean word length", config.shortest_mean_word, config.longest_mean_word),
