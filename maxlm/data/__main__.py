@@ -41,6 +41,7 @@ EXIT_UNREADABLE = 3
 _USAGE = f"""From documents to prepared folders of tokens.
 
 {_PROG} clean PATH... --out DIR --recipe fineweb    drop and mend documents (docs/data_cleaning.md)
+{_PROG} judge                            models by which `clean` judges documents
 {_PROG} prepare PATH... --out DIR        tokenise files and folders (--help lists all keys)
 {_PROG} prepare PATH... --out DIR --purpose sft    of conversations, preferences, classes (docs/posttrain.md)
 {_PROG} prepare --config configs/x.py    prepare what a run's config names
@@ -218,6 +219,10 @@ def main(argv: list[str]) -> int:
             from maxlm.data.clean import main as clean
 
             unreadable = clean(rest, _Models())
+        case ["judge", *rest]:
+            from maxlm.data.judge import main as judge
+
+            unreadable = judge(rest, _Models())
         case ["build", *rest]:
             from maxlm.data.build import main as build
 
@@ -228,7 +233,7 @@ def main(argv: list[str]) -> int:
         case _:
             words = " ".join(arguments[:2])
             raise UserError(
-                f"unknown command {words!r}; use clean, prepare, chat, build, tokenizer train or tokenizer report"
+                f"unknown command {words!r}; use clean, judge, prepare, chat, build, or tokenizer with train or report"
             )
     return EXIT_UNREADABLE if unreadable else 0
 

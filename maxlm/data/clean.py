@@ -101,7 +101,9 @@ class Clean:
 
 
 _OF_WORDS = ("step", "most by rule")
-"""Columns of the funnel; the last one may take several lines."""
+"""Columns of the funnel."""
+_WIDTH = 110
+"""Of the funnel, where nobody says how wide a line may be."""
 
 
 def main(argv: list[str], models: CleaningModels) -> int:
@@ -148,9 +150,11 @@ def _tell(out: Path, unreadable: Unreadable) -> int:
     names, rows = funnel(record)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in names:
-        table.add_column(name, justify="left" if name in _OF_WORDS else "right", no_wrap=name != _OF_WORDS[1])
+        table.add_column(name, justify="left" if name in _OF_WORDS else "right", no_wrap=True)
     for row in rows:
         table.add_row(*map(escape, row))
+    if not shown.is_terminal:
+        shown.width = _WIDTH
     shown.print(table)
     kept, read = record["kept"], record["read"]
     shown.print(

@@ -38,7 +38,7 @@ sorted_files.py: records by which tasks hand on what others need
 exact_duplicates.py: documents, paragraphs, lines, sentences that are there twice
 minhash.py: signatures of documents
 union_find.py: clusters of what is joined by pairs
-near_duplicates.py: clusters of similar documents
+similar_documents.py: clusters of similar documents
 substrings.py: stretches of text that are there twice
 semantic.py: documents that mean the same
 duplicate_verdicts.py: what becomes of copies

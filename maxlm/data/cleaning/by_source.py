@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+from typing import Any
 
 from maxlm.config.cleaning.rule_steps import Licences
 from maxlm.config.cleaning.source_steps import AnswersByScore, GutenbergText, WikiText
@@ -48,7 +49,7 @@ class AnswerSorter:
         if given is None:
             return Finding((1.0,))
         try:
-            listed = json.loads(given) if isinstance(given, str) else given
+            listed: Any = json.loads(given) if isinstance(given, str) else given
             answers = [(float(one["score"]), self._plain(one["text"])) for one in listed]
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             return Finding((0.0,), seen=f"{type(error).__name__}: {error}")

@@ -49,16 +49,17 @@ class CleaningReport(NamedTuple):
 
 def funnel(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Of `report.json`: names and rows of a table, what each step was given and what it let pass."""
-    names = ["step", "documents", "dropped", "of them", "changed", "bytes after", "most by rule", "s"]
+    names = ["step", "documents", "dropped", "changed", "MB after", "s", "most by rule"]
     rows = []
     for step in record["steps"]:
         dropped, seen = sum(step["dropped"].values()), step["seen"]
         left = step["seen_bytes"] - step["dropped_bytes"] - step["removed_bytes"]
-        why = Counter(step["dropped"] or step["changes"]).most_common(3)
+        why = Counter(step["dropped"] or step["changes"]).most_common(1)
         rows.append(
             [
-                *(step["name"], f"{seen:,}", f"{dropped:,}", f"{dropped / max(1, seen):.1%}", f"{step['changed']:,}"),
-                *(f"{left:,}", ", ".join(f"{rule} {count:,}" for rule, count in why), f"{step['seconds']:,.1f}"),
+                *(step["name"], f"{seen:,}", f"{dropped:,} ({dropped / max(1, seen):.1%})", f"{step['changed']:,}"),
+                *(f"{left / 1e6:,.2f}", f"{step['seconds']:,.1f}"),
+                ", ".join(f"{rule}: {count:,}" for rule, count in why),
             ]
         )
     return names, rows

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from maxlm.config.cleaning.duplicate_steps import AnyCutting
 from maxlm.data.cleaning.page import Finding, Limit, Page, measured
-from maxlm.data.cleaning.sorted_files import ArrayFiles, IdFiles, Records, bounds_of_part
+from maxlm.data.cleaning.sorted_files import ArrayFiles, IdFiles, RecordArray, bounds_of_part
 
 COPY = np.dtype([("document", "<u8"), ("kept", "<u8"), ("similarity", "<f4")])
 """A document that is dropped, the one that stays instead, and how similar they are."""
@@ -73,7 +73,7 @@ class Cutter:
         return Finding(values, text=text, changes={self._rule: len(cuts)})
 
 
-def by_document(ids: IdFiles, numbers: npt.NDArray[np.uint64], cuts: Records) -> dict[str, Records]:
+def by_document(ids: IdFiles, numbers: npt.NDArray[np.uint64], cuts: RecordArray) -> dict[str, RecordArray]:
     """The cuts [n] of each document, by its id; `numbers` [n]: whose each is, in rising order."""
     found, begins = np.unique(numbers, return_index=True)
     return dict(zip(ids.of(found), np.split(cuts, begins[1:]), strict=True)) if len(found) else {}

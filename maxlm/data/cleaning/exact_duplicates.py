@@ -22,7 +22,7 @@ from maxlm.data.cleaning.duplicate_verdicts import COPY, CopyDropper, Cutter, by
 from maxlm.data.cleaning.sorted_files import (
     ArrayFiles,
     IdFiles,
-    Records,
+    RecordArray,
     bounds_of_part,
     group_begins,
     number_of,
@@ -128,7 +128,7 @@ def _found(before: Before) -> ArrayFiles:
 
 
 def _stages(
-    before: Before, spans_of: Callable[[str], list[str]], found_in: Callable[[Records], Records]
+    before: Before, spans_of: Callable[[str], list[str]], found_in: Callable[[RecordArray], RecordArray]
 ) -> tuple[CleaningStage, ...]:
     """Hash the spans of texts, then write what is found in all spans of a range of hashes."""
 
@@ -158,7 +158,7 @@ def _write_spans(before: Before, part: int, spans_of: Callable[[str], list[str]]
     _spans(before).write(part, sorted_by(records, "hash"))
 
 
-def _later(spans: Records, size: int) -> Records:
+def _later(spans: RecordArray, size: int) -> RecordArray:
     """Those that came earlier too, and not as a part of themselves: `_LATER`, by document and place."""
     spans = sorted_by(spans, "hash", "more", "document", "place")
     begins = group_begins(spans[["hash", "more"]])
@@ -171,7 +171,7 @@ def _later(spans: Records, size: int) -> Records:
     return sorted_by(later, "document", "place")
 
 
-def _copies(later: Records) -> Records:
+def _copies(later: RecordArray) -> RecordArray:
     """`COPY` of spans that are whole documents."""
     copies = np.empty(len(later), COPY)
     copies["document"], copies["kept"], copies["similarity"] = later["document"], later["kept"], 1

@@ -30,8 +30,6 @@ _ARGUMENT = re.compile(r"\s*+(\{|\\[A-Za-z@]++|\\?[^\s\\{}])")
 _DEFAULT = re.compile(r"\s*+\[([^\[\]]*+)\]")
 _PARAMETER = re.compile(r"#([1-9])")
 _MANY_EMPTY = re.compile(r"\n(?:[ \t]*\n){2,}")
-_LONGEST_GROUP = 10_000
-"""Characters between two braces: what takes more is not a macro or its argument."""
 _ROUNDS = 10
 """How deep macros of macros are written out; one that names itself ends there."""
 _KEPT = frozenset(
@@ -72,9 +70,10 @@ class LatexReader:
 def _definitions(text: str) -> tuple[str, dict[str, Macro]]:
     """The text without definitions of macros, and these; of several for one name the last."""
     kept, macros, at = [], {}, 0
+    ends = _group_ends(text)
     while found := _DEFINITION.search(text, at):
         name = found["braced"] or found["bare"] or found["plain"]
-        end = _group_end(text, found.end())
+        end = ends.get(found.end())
         if end is None or name in _KEPT:
             kept.append(text[at : found.end()])
             at = found.end()
@@ -86,14 +85,15 @@ def _definitions(text: str) -> tuple[str, dict[str, Macro]]:
     return "".join((*kept, text[at:])), macros
 
 
-def _group_end(text: str, at: int) -> int | None:
-    """Where the group ends whose `{` stands at `at`; None: nowhere near."""
-    depth = 0
-    for brace in _BRACE.finditer(text, at, at + _LONGEST_GROUP):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth == 0:
-            return brace.end()
-    return None
+def _group_ends(text: str) -> dict[int, int]:
+    """Of each `{` whose `}` is there, its place and that behind its `}`."""
+    opened, ends = [], {}
+    for brace in _BRACE.finditer(text):
+        if brace[0] == "{":
+            opened.append(brace.start())
+        elif brace[0] == "}" and opened:
+            ends[opened.pop()] = brace.end()
+    return ends
 
 
 def _expanded(text: str, macros: dict[str, Macro], most: int) -> str:
@@ -109,11 +109,12 @@ def _expanded(text: str, macros: dict[str, Macro], most: int) -> str:
 
 def _expanded_once(text: str, macros: dict[str, Macro], most: int) -> str:
     parts, at, length = [], 0, 0
+    ends = _group_ends(text)
     for command in _COMMAND.finditer(text):
         macro = macros.get(command[1])
         if macro is None or command.start() < at:
             continue
-        found = _arguments(text, command.end(), macro)
+        found = _arguments(text, command.end(), macro, ends)
         if found is None:
             continue
         values, end = found
@@ -128,7 +129,7 @@ def _expanded_once(text: str, macros: dict[str, Macro], most: int) -> str:
     return "".join((*parts, text[at:]))
 
 
-def _arguments(text: str, at: int, macro: Macro) -> tuple[list[str], int] | None:
+def _arguments(text: str, at: int, macro: Macro, ends: dict[int, int]) -> tuple[list[str], int] | None:
     """What stands behind a macro's name, and where it ends; None: not what the macro takes."""
     values = []
     if macro.default is not None:
@@ -140,7 +141,7 @@ def _arguments(text: str, at: int, macro: Macro) -> tuple[list[str], int] | None
         if not found:
             return None
         if found[1] == "{":
-            end = _group_end(text, found.start(1))
+            end = ends.get(found.start(1))
             if end is None:
                 return None
             values.append(text[found.start(1) + 1 : end - 1])

@@ -37,7 +37,6 @@ from maxlm.data.cleaning.languages import LanguageRules
 from maxlm.data.cleaning.latex import LatexReader
 from maxlm.data.cleaning.line_rules import C4LineRules, WebLineRules
 from maxlm.data.cleaning.models_for_cleaning import CleaningModels
-from maxlm.data.cleaning.near_duplicates import NearDuplicateDropper
 from maxlm.data.cleaning.ngram_model import PerplexityJudge
 from maxlm.data.cleaning.page import DocumentStep
 from maxlm.data.cleaning.personal_data import PersonalDataMasker
@@ -45,6 +44,7 @@ from maxlm.data.cleaning.quality import ChineseRules, FineWebRules, GopherQualit
 from maxlm.data.cleaning.repetition import GopherRepetitionRules
 from maxlm.data.cleaning.score_filters import bits_per_byte_filter, domain_tagger, quality_filter
 from maxlm.data.cleaning.semantic import SemanticDropper
+from maxlm.data.cleaning.similar_documents import NearDuplicateDropper
 from maxlm.data.cleaning.stages import ComparingStep
 from maxlm.data.cleaning.substrings import SubstringCutter
 from maxlm.data.cleaning.unicode import UnicodeNormaliser, UnicodeRepairer

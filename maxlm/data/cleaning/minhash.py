@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from maxlm.data.cleaning.hashed_words import mixed, runs
 from maxlm.data.input_files import missing_extra
 
 _WITHOUT_BLANKS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -43,14 +44,7 @@ def shingles(text: str, words: int) -> npt.NDArray[np.uint64]:
     A text of fewer words is one n-gram, without words it has none."""
     found = _WORD.findall(text.lower())
     hashes = np.fromiter(map(_HASH_OF, found), np.uint64, len(found))
-    size = min(words, len(hashes))
-    count = len(hashes) - size + 1
-    if not size:
-        return hashes
-    value = hashes[:count]
-    for i in range(1, size):
-        value = mixed(value) ^ hashes[i : i + count]
-    return mixed(value)
+    return runs(hashes, min(words, len(hashes))) if found else hashes
 
 
 def signatures(sets: Sequence[npt.NDArray[np.uint64]], places: int, seed: int) -> npt.NDArray[np.uint32]:
@@ -82,11 +76,3 @@ def band_keys(signed: npt.NDArray[np.uint32], bands: int) -> npt.NDArray[np.uint
 def similarities(a: npt.NDArray[np.uint32], b: npt.NDArray[np.uint32]) -> npt.NDArray[np.float32]:
     """The share [n] of places in which signatures [n, places] agree: an estimate of Jaccard's similarity."""
     return (a == b).mean(axis=1, dtype=np.float32)
-
-
-def mixed(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """A bijection of 64 bits whose bits depend on all of the value's (SplitMix64, Steele et al. 2014, figure 17)."""
-    value = value + np.uint64(0x9E3779B97F4A7C15)
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))

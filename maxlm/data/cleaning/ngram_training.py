@@ -42,6 +42,13 @@ class NgramSummary(NamedTuple):
     perplexity: float
     """Of all held-out words; NaN if there are none."""
 
+    def __str__(self) -> str:
+        told = f"{self.words:,} words, {', '.join(f'{n:,}' for n in self.ngrams)} n-grams of 1, 2, ... words, "
+        told += f"{self.nbytes:,} bytes"
+        if self.held_out:
+            told += f"; perplexity {self.perplexity:,.1f} a word on {self.held_out:,} documents held out"
+        return told
+
 
 class Order(NamedTuple):
     """N-grams of one length with their probabilities, and of their contexts what is left for others."""

@@ -101,7 +101,7 @@ def most_frequent(found: TextFeatures, n: int, repeated: Repeated) -> np.ndarray
     counts = np.bincount(repeated.names)
     often = counts[repeated.names] == counts.max()
     starts, names = repeated.starts[often], repeated.names[often]
-    lengths = found.lengths[found.ids[starts[:, None] + np.arange(n)]].sum(1)
+    lengths = sum(found.lengths[found.ids[starts + i]] for i in range(n))
     return starts[names == names[lengths.argmax()]]
 
 
@@ -109,6 +109,8 @@ def share(found: TextFeatures, n: int, starts: np.ndarray) -> float:
     """Of the characters of words those in the n-grams that begin there, each once."""
     if not len(starts):
         return 0.0
-    covered = np.zeros(len(found.ids), bool)
-    covered[starts[:, None] + np.arange(n)] = True
+    edges = np.zeros(len(found.ids) + 1, np.int64)
+    edges[starts] += 1
+    edges[starts + n] -= 1
+    covered = edges[:-1].cumsum() > 0
     return int(found.lengths[found.ids[covered]].sum()) / found.word_characters

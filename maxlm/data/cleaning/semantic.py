@@ -19,7 +19,7 @@ from maxlm.data.cleaning.models_for_cleaning import Embedder
 from maxlm.data.cleaning.sorted_files import ArrayFiles, IdFiles, group_begins, number_of, ranges, sorted_by
 from maxlm.data.cleaning.stages import Before, CleaningStage
 
-Vectors = npt.NDArray[np.float32]
+Embeddings = npt.NDArray[np.float32]
 
 _MEMBER = np.dtype([("cluster", "<u8"), ("cosine", "<f4"), ("document", "<u8")])
 _BLOCK = 1024
@@ -51,7 +51,7 @@ class SemanticDropper:
     def _embed(self, before: Before, part: int) -> None:
         files = _Files(before)
         ids: list[str] = []
-        found: list[Vectors] = []
+        found: list[Embeddings] = []
         pages = iter(before.pages(part))
         while batch := list(itertools.islice(pages, self._config.batch)):
             ids += [page.id for page in batch]
@@ -100,13 +100,13 @@ class _Files:
         self.copies = ArrayFiles(before.folder / "copies", ranges(before.tasks))
 
 
-def unit(vectors: Vectors) -> Vectors:
-    """Vectors [n, d] divided by their lengths; zeros stay."""
+def unit(vectors: Embeddings) -> Embeddings:
+    """Embeddings [n, d] divided by their lengths; zeros stay."""
     lengths = np.sqrt(np.sum(vectors.astype(np.float64) ** 2, axis=1, keepdims=True))
     return np.asarray(vectors / np.where(lengths == 0, 1, lengths), np.float32)
 
 
-def spherical_k_means(sample: Vectors, centres: Vectors, rounds: int) -> Vectors:
+def spherical_k_means(sample: Embeddings, centres: Embeddings, rounds: int) -> Embeddings:
     """Centres [k, d] of length 1, each the direction of the sum of the vectors [n, d] for which its cosine is greatest
     (Dhillon & Modha 2001); one without vectors stays where it is."""
     for _ in range(rounds):
@@ -118,7 +118,7 @@ def spherical_k_means(sample: Vectors, centres: Vectors, rounds: int) -> Vectors
     return centres
 
 
-def nearest_centre(vectors: Vectors, centres: Vectors) -> npt.NDArray[np.int64]:
+def nearest_centre(vectors: Embeddings, centres: Embeddings) -> npt.NDArray[np.int64]:
     """Of vectors [n, d], the number [n] of the centre with the greatest cosine; of several the first."""
     found = [np.empty(0, np.int64)]
     for begin in range(0, len(vectors), _BLOCK):
@@ -129,7 +129,7 @@ def nearest_centre(vectors: Vectors, centres: Vectors) -> npt.NDArray[np.int64]:
     return np.concatenate(found)
 
 
-def copies_of(vectors: Vectors, most: float) -> tuple[npt.NDArray[np.int64], Vectors]:
+def copies_of(vectors: Embeddings, most: float) -> tuple[npt.NDArray[np.int64], Embeddings]:
     """Of unit vectors [n, d] in turn: the first one before it that is kept and whose cosine with it is more than
     `most`, and that cosine; -1 if there is none, and it is kept itself."""
     kept = np.full(len(vectors), -1)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from maxlm.data.claimed import replaced
 
-Records = npt.NDArray[Any]
+RecordArray = npt.NDArray[Any]
 """A structured array [n]."""
 
 PART = 40
@@ -49,7 +49,7 @@ def bounds_of_part(part: int) -> tuple[int, int]:
     return part << PART, (part + 1) << PART
 
 
-def sorted_by(records: Records, *fields: str) -> Records:
+def sorted_by(records: RecordArray, *fields: str) -> RecordArray:
     """The records in the order of these fields, the first one first."""
     return records[np.lexsort([records[field] for field in reversed(fields)])]
 
@@ -76,7 +76,7 @@ class ArrayFiles(NamedTuple):
         """As it lies on the disk: only what is looked at is read."""
         return np.load(self._file(task), mmap_mode="r", allow_pickle=False)
 
-    def between(self, field: str, low: int, high: int) -> Records:
+    def between(self, field: str, low: int, high: int) -> RecordArray:
         """The records of all files whose value of the field by which each is sorted is in [low, high), file by file."""
         found = []
         for task in range(self.tasks):
@@ -86,7 +86,7 @@ class ArrayFiles(NamedTuple):
             found.append(np.array(values[begin:end]))
         return np.concatenate(found)
 
-    def in_range(self, field: str, number: int) -> Records:
+    def in_range(self, field: str, number: int) -> RecordArray:
         """The records of one of `ranges(tasks)` equal ranges of a field of 64 bits that is spread evenly."""
         count = ranges(self.tasks)
         return self.between(field, (number << 64) // count, ((number + 1) << 64) // count)

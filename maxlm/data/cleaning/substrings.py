@@ -23,11 +23,11 @@ import numpy.typing as npt
 
 from maxlm.config.cleaning.duplicate_steps import ExactSubstrings
 from maxlm.data.cleaning.duplicate_verdicts import Cutter, by_document
-from maxlm.data.cleaning.minhash import mixed
+from maxlm.data.cleaning.hashed_words import mixed
 from maxlm.data.cleaning.sorted_files import (
     ArrayFiles,
     IdFiles,
-    Records,
+    RecordArray,
     bounds_of_part,
     group_begins,
     in_part,
@@ -46,7 +46,7 @@ _STRIDE = 1 << 17
 _PLACE = np.uint64((1 << 20) - 1)
 """Bits that hold a place among them."""
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
-_CODES = mixed(np.arange(256, dtype=np.uint64))
+_CODES = mixed(np.arange(1, 257, dtype=np.uint64))
 _NO_TERM = np.zeros(1, np.uint64)
 _OPEN = 256
 """Files of text that are open together."""
@@ -113,7 +113,7 @@ class _Files:
         self.cuts = ArrayFiles(before.folder / "cuts", ranges(before.tasks))
 
 
-def anchors(text: npt.NDArray[np.uint8], ends: npt.NDArray[np.int64], size: int) -> Records:
+def anchors(text: npt.NDArray[np.uint8], ends: npt.NDArray[np.int64], size: int) -> RecordArray:
     """The windows [n] of `size` bytes of documents that stand one after the other, `ends` [documents + 1] their bounds.
 
     The hash of a stretch is a polynomial modulo 2^64 whose coefficients are 64-bit codes of its bytes, mixed; sums of
@@ -156,7 +156,7 @@ def _least(values: npt.NDArray[np.uint64], size: int) -> npt.NDArray[np.uint64]:
     return values
 
 
-def later_windows(group: Records, text_of: Callable[[int], npt.NDArray[np.uint8]], size: int) -> Records:
+def later_windows(group: RecordArray, text_of: Callable[[int], npt.NDArray[np.uint8]], size: int) -> RecordArray:
     """The windows that stand earlier [n], of those whose anchors have the same hash, by their begins; `text_of` gives
     the bytes of a part."""
     cuts: list[tuple[int, int]] = []
@@ -194,7 +194,7 @@ class _Stretch(NamedTuple):
     later: list[tuple[int, int]]
 
 
-def united(cuts: Records) -> Records:
+def united(cuts: RecordArray) -> RecordArray:
     """The same bytes in stretches that do not overlap, in their order; two that touch may be of two documents."""
     cuts = sorted_by(cuts, "begin")
     reached = np.maximum.accumulate(cuts["end"])

@@ -97,5 +97,6 @@ def features(text: str) -> TextFeatures:
 def duplicates(parts: list[str]) -> tuple[float, float]:
     """Of parts of a text the share of those that stood before, and the share of their characters."""
     distinct = set(parts)
-    whole = sum(map(len, parts))
-    return 1 - len(distinct) / max(1, len(parts)), 1 - sum(map(len, distinct)) / max(1, whole)
+    again = len(parts) - len(distinct)
+    characters = sum(map(len, parts))
+    return again / max(1, len(parts)), (characters - sum(map(len, distinct))) / max(1, characters)

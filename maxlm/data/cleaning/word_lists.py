@@ -15,6 +15,8 @@ from maxlm.data.cleaning.text_features import TextFeatures, features
 
 _DOMAIN = re.compile(r"[^\s/:@?#*]+\.[^\s/:@?#*.]+")
 _HOST = re.compile(r"(?:[a-z][a-z0-9+.-]*:)?(?://)?(?:[^/?#@]*@)?([^/?#:]*)")
+_LONGEST_HOST = 254
+"""Characters of a name, with a point at its end (RFC 1035, section 2.3.4)."""
 _WORDS = re.compile(r"[^\W_]+")
 
 
@@ -37,7 +39,7 @@ class UrlRules:
         match self._part:
             case UrlPart.DOMAIN:
                 host = _HOST.match(address)
-                labels = host[1].rstrip(".").split(".") if host else []
+                labels = host[1].rstrip(".").split(".") if host and len(host[1]) <= _LONGEST_HOST else []
                 return {end for i in range(len(labels)) if (end := ".".join(labels[i:])) in self._entries}
             case UrlPart.WORD:
                 return set(_WORDS.findall(address)) & self._entries
