@@ -31,6 +31,7 @@ from maxlm.config.cleaning.score_steps import (
     QualityFilter,
     RunEmbeddings,
 )
+from maxlm.data.cleaning import ngram_model
 from maxlm.data.cleaning.classifier_training import ClassifierReport, fit, loss_and_gradient, train_classifier
 from maxlm.data.cleaning.drawn import drawn
 from maxlm.data.cleaning.findings import Page, broken
@@ -197,6 +198,16 @@ def test_probabilities_add_up_to_one(ngrams: tuple[NgramModel, BruteForce], cont
     model, expected = ngrams
     total = sum(2.0 ** -model.bits(f"{context} {word}")[-1] for word in [*expected.vocabulary, "neverseen"])
     assert total == pytest.approx(1, abs=1e-6)
+
+
+def test_slices_of_a_long_text_join_without_a_seam(
+    ngrams: tuple[NgramModel, BruteForce], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = " ".join(CORPUS)
+    whole = ngrams[0].bits(text)
+    for words_at_a_time in (1, 3, len(whole)):
+        monkeypatch.setattr(ngram_model, "_SLICE", words_at_a_time)
+        np.testing.assert_array_equal(ngrams[0].bits(text), whole)
 
 
 def test_no_more_words_are_read_than_asked_for(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from maxlm.config.cleaning.decontamination_steps import (
     KeepTraining,
     OverlapMeasure,
 )
+from maxlm.data.claimed import write_json
 from maxlm.data.cleaning.evaluation_runs import (
     EvaluationIndex,
     EvaluationItems,
@@ -70,7 +71,7 @@ class Decontaminator:
     def _find(self, before: StepWorkspace, task: int) -> None:
         """Write which runs are in which documents of a part."""
         documents = list[str]()
-        found = [dict[int, list[int]]() for _ in self._indices]  # run -> documents, as their places in the list
+        found = [dict[int, list[int]]() for _ in self._indices]  # run -> how many documents, and the first
         for page in before.pages(task):
             hashes = plain_words(page.text).hashes
             for index, of_index in zip(self._indices, found, strict=True):
@@ -78,9 +79,11 @@ class Decontaminator:
                 for number in numbers[numbers >= 0].tolist():
                     if documents[-1:] != [page.id]:
                         documents.append(page.id)
-                    of_index.setdefault(number, []).append(len(documents) - 1)
-        runs = [{str(number): places for number, places in of_index.items()} for of_index in found]
-        _found_file(before.folder, task).write_text(json.dumps({"documents": documents, "runs": runs}))
+                    of_run = of_index.setdefault(number, [0])
+                    of_run[0] += 1
+                    if len(of_run) <= _EXAMPLES:
+                        of_run.append(len(documents) - 1)  # its place in the list
+        _found_file(before.folder, task).write_text(json.dumps({"documents": documents, "runs": found}))
 
     def _sum(self, before: StepWorkspace) -> None:
         """Write in how many documents each run is, and the report."""
@@ -89,8 +92,8 @@ class Decontaminator:
         for task in range(before.tasks):
             found = json.loads(_found_file(before.folder, task).read_text())
             for of_index, count, named in zip(found["runs"], counts, examples, strict=True):
-                for number, places in of_index.items():
-                    count[int(number)] += len(places)
+                for number, (more, *places) in of_index.items():
+                    count[int(number)] += more
                     ids = named.setdefault(int(number), [])
                     ids += [found["documents"][place] for place in places[: _EXAMPLES - len(ids)]]
         reports = []
@@ -106,7 +109,7 @@ class Decontaminator:
         }
         file = Path(self._config.report)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(values, indent=2) + "\n")
+        write_json(file, values)
 
 
 def _found_file(folder: Path, task: int) -> Path:

@@ -20,6 +20,7 @@ from maxlm.data.cleaning.key_tables import KeyTable, mapped
 
 FORMAT = 1
 INFO, _THIRDS = "ngram_model.json", "perplexity_thirds.json"
+_SLICE = 1 << 15  # words at a time: a huge document takes no huge arrays
 BEGIN = np.uint64(0)
 """The word before a document; no word has this hash."""
 
@@ -64,8 +65,13 @@ class NgramModel:
         """[n]; -log2 of the probability of each word of a text, after those before it."""
         found = model_words(text)
         stream = np.concatenate([np.full(self.order - 1, BEGIN), found])
-        bits = np.zeros(len(found))
-        open_ = np.arange(len(found))
+        starts = range(0, max(1, len(found)), _SLICE)
+        return np.concatenate([self._bits(stream[i : i + _SLICE + self.order - 1]) for i in starts])
+
+    def _bits(self, stream: Hashes) -> npt.NDArray[np.float64]:
+        """Of the words of a stream but the first `order - 1`."""
+        bits = np.zeros(len(stream) - self.order + 1)
+        open_ = np.arange(len(bits))
         for length in range(self.order, 0, -1):
             first = open_ + self.order - length  # of the n-gram, in `stream`
             table, values = self._ngrams[length - 1]
