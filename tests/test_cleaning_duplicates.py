@@ -32,7 +32,7 @@ from maxlm.config.cleaning.duplicate_steps import (
 )
 from maxlm.data.cleaning import sorted_files
 from maxlm.data.cleaning.exact_duplicates import ExactDocumentDropper, SpanCutter, comparable, pieces
-from maxlm.data.cleaning.page import Page, broken
+from maxlm.data.cleaning.findings import Page, broken
 from maxlm.data.cleaning.semantic import SemanticDropper, copies_of, spherical_k_means, unit
 from maxlm.data.cleaning.similar_documents import NearDuplicateDropper
 from maxlm.data.cleaning.sorted_files import ArrayFiles

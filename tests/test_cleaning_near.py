@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maxlm.config.cleaning.duplicate_steps import KeepBest, KeepFirst, KeepLongest, KeptCopy, NearDuplicates
+from maxlm.data.cleaning.findings import Page
 from maxlm.data.cleaning.minhash import band_keys, shingles, signatures, similarities
-from maxlm.data.cleaning.page import Page
 from maxlm.data.cleaning.similar_documents import NearDuplicateDropper
 from maxlm.data.cleaning.union_find import SmallestMembers
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from maxlm.config.cleaning.private_steps import Masks, PersonalData, Treatment
 from maxlm.data.cleaning.check_digits import is_card, is_iban, is_id_number
-from maxlm.data.cleaning.page import Page, broken
+from maxlm.data.cleaning.findings import Page, broken
 from maxlm.data.cleaning.personal_data import Kind, PersonalDataMasker, personal_data
 
 FOUND = {

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from maxlm.config import UserError
 from maxlm.config.cleaning.cleaning_pipeline import CleaningStep, RuleStep
-from maxlm.config.cleaning.published import RECIPES, cleaning_recipe
+from maxlm.config.cleaning.cleaning_recipes import RECIPES, cleaning_recipe
 from maxlm.config.cleaning.rule_steps import (
     ChineseQuality,
     CodeQuality,
@@ -25,8 +25,8 @@ from maxlm.config.cleaning.rule_steps import (
     Licences,
 )
 from maxlm.config.cleaning.text_steps import C4Lines, WebLines
+from maxlm.data.cleaning.findings import DocumentStep, Finding, Page, broken
 from maxlm.data.cleaning.making import make_step
-from maxlm.data.cleaning.page import DocumentStep, Finding, Page, broken
 from maxlm.data.cleaning.text_features import TextFeatures
 
 

@@ -33,12 +33,12 @@ from maxlm.config.cleaning.score_steps import (
 )
 from maxlm.data.cleaning.classifier_training import ClassifierReport, fit, loss_and_gradient, train_classifier
 from maxlm.data.cleaning.drawn import drawn
+from maxlm.data.cleaning.findings import Page, broken
 from maxlm.data.cleaning.hashed_words import Punctuation, folded, runs, words
 from maxlm.data.cleaning.key_tables import KeyTable
 from maxlm.data.cleaning.making import make_step
 from maxlm.data.cleaning.ngram_model import NgramModel
 from maxlm.data.cleaning.ngram_training import measure_thirds, train_ngram_model
-from maxlm.data.cleaning.page import Page, broken
 from maxlm.data.cleaning.quality_classifier import Classifier, softmax
 from maxlm.data.cleaning.score_filters import pareto
 

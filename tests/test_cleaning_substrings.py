@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from maxlm.config.cleaning.duplicate_steps import ExactSubstrings
 from maxlm.data.cleaning import substrings
-from maxlm.data.cleaning.page import Page
+from maxlm.data.cleaning.findings import Page
 from maxlm.data.cleaning.substrings import SubstringCutter, anchors
 
 SIZE = 16

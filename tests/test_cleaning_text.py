@@ -17,9 +17,9 @@ from maxlm.config.cleaning.rule_steps import GopherQuality, GopherRepetition, Ur
 from maxlm.config.cleaning.source_steps import AnswersByScore, CodeHeader, GutenbergText, LatexToText, WikiText
 from maxlm.config.cleaning.text_steps import C4Lines, HtmlToText, NormaliseUnicode, RepairUnicode, WebLines
 from maxlm.data.cleaning import word_lists
+from maxlm.data.cleaning.findings import DocumentStep, Finding, Page, broken
 from maxlm.data.cleaning.html_text import depth
 from maxlm.data.cleaning.making import make_step
-from maxlm.data.cleaning.page import DocumentStep, Finding, Page, broken
 
 
 class NoneAtAll:

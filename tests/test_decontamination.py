@@ -25,7 +25,7 @@ from maxlm.config.cleaning.decontamination_steps import (
 from maxlm.data import clean
 from maxlm.data.cleaning.decontamination import Decontaminator
 from maxlm.data.cleaning.evaluation_runs import EvaluationIndex, covered, read_set, stretches
-from maxlm.data.cleaning.page import Finding, Page, broken
+from maxlm.data.cleaning.findings import Finding, Page, broken
 
 LEXICON = [f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in ("ner", "lot", "mik", "ras")]
 

@@ -34,7 +34,7 @@ passages.py: documents of a folder in pieces
 tiktoken.py: a .tiktoken file as a tokenizer.json
 train_tokenizer.py: training a tokenizer, compression report
 clean.py: command: documents through a pipeline of steps
-judge.py: command: models that judge documents
+text_judges.py: command: models that judge documents
 claimed.py: files and folders that survive a kill
 prepare.py: documents to shards
 dealing.py: documents to splits, restartable

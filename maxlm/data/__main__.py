@@ -32,7 +32,7 @@ from maxlm.config.cli import load_config, parse, run_command
 from maxlm.config.fields import BelowOne, Filled, NotEmpty, NotNegative, PathName, Positive, Range, config
 
 if TYPE_CHECKING:
-    from maxlm.data.cleaning.models_for_cleaning import Embedder, Scorer
+    from maxlm.data.cleaning.models_for_cleaning import Scorer, TextEmbedder
     from maxlm.evaluation.cleaning_models import RunModel
 
 _PROG = "python -m maxlm.data"
@@ -220,7 +220,7 @@ def main(argv: list[str]) -> int:
 
             unreadable = clean(rest, _Models())
         case ["judge", *rest]:
-            from maxlm.data.judge import main as judge
+            from maxlm.data.text_judges import main as judge
 
             unreadable = judge(rest, _Models())
         case ["build", *rest]:
@@ -244,7 +244,7 @@ class _Models:
     def scorer(self, run: str) -> Scorer:
         return _model(run).score
 
-    def embedder(self, run: str) -> Embedder:
+    def embedder(self, run: str) -> TextEmbedder:
         return _model(run).embed
 
 

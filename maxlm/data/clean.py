@@ -19,8 +19,8 @@ from rich.table import Table
 from maxlm.config import Files, StandardLibrary, UserError
 from maxlm.config.cleaning.cleaning_job import CleaningJob, KeptOfRemoved
 from maxlm.config.cleaning.cleaning_pipeline import CleaningPipeline
+from maxlm.config.cleaning.cleaning_recipes import RECIPES, cleaning_recipe
 from maxlm.config.cleaning.engines import CleaningEngine, SlurmArrays
-from maxlm.config.cleaning.published import RECIPES, cleaning_recipe
 from maxlm.config.cli import parse
 from maxlm.config.fields import NotEmpty, PathName, Positive, Range, config
 from maxlm.config.python_file import value_of
@@ -38,7 +38,7 @@ _RECIPES = ", ".join(RECIPES)
 
 
 @config("--")
-class Clean:
+class CleanCommand:
     """Which documents, which steps, and where the result goes."""
 
     paths: tyro.conf.Positional[tuple[PathName, ...]] = ()
@@ -114,7 +114,7 @@ def main(argv: list[str], models: CleaningModels) -> int:
             return 0
         case _:
             pass
-    command = parse(Clean, argv, prog=PROG, description="Clean documents.", flags=True)
+    command = parse(CleanCommand, argv, prog=PROG, description="Clean documents.", flags=True)
     job, out = command.job(), Path(command.out)
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from maxlm.inference.load import load_run
 
 
 class RunModel:
-    """A `Scorer` and an `Embedder` of one run."""
+    """A `Scorer` and an `TextEmbedder` of one run."""
 
     def __init__(self, run: str) -> None:
         """Raises:

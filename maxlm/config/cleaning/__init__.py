@@ -2,7 +2,7 @@
 
 cleaning_job.py: a pipeline and its input
 engines.py: what runs the tasks
-published.py: pipelines of papers
+cleaning_recipes.py: pipelines of papers
 cleaning_pipeline.py: a pipeline, and the steps that there are
 <<<<<<< HEAD
 duplicate_steps.py: steps that remove what other documents hold already

@@ -1,6 +1,6 @@
 """Cleaning text: what a document must be to be learned from, and which ones are there twice.
 
-page.py: a step as a function of one document
+findings.py: a step as a function of one document
 unicode.py: normal forms, and damage that encodings did
 html_text.py: the text of pages in HTML
 text_features.py: lines and words of a text, for all the steps that look at it

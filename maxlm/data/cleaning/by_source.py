@@ -9,8 +9,8 @@ from typing import Any
 
 from maxlm.config.cleaning.rule_steps import Licences
 from maxlm.config.cleaning.source_steps import AnswersByScore, GutenbergText, WikiText
+from maxlm.data.cleaning.findings import Finding, Limit, Page
 from maxlm.data.cleaning.html_text import extractor
-from maxlm.data.cleaning.page import Finding, Limit, Page
 
 _TAGGED = re.compile(r"</?[a-zA-Z]|&#?\w+;")
 _GUTENBERG_START = re.compile(r"^\*\*\* ?START OF (?:THE|THIS) PROJECT GUTENBERG.*\n", re.MULTILINE | re.IGNORECASE)

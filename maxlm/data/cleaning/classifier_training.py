@@ -22,7 +22,7 @@ from maxlm.data.cleaning.quality_classifier import Classifier, hashed_features, 
 
 REPORT = "classifier_report.json"
 _CURVE = 101
-Floats = npt.NDArray[np.float64]
+_Floats = npt.NDArray[np.float64]
 _Matrix = Any  # [rows, features], an array or a sparse matrix
 
 
@@ -138,7 +138,7 @@ def _features(texts: Sequence[str], config: HashedWords | RunEmbeddings, models:
 
 def fit(
     x: _Matrix, y: npt.NDArray[np.int64], classes: int, l2: float, max_iterations: int
-) -> tuple[Floats, Floats, int, float]:
+) -> tuple[_Floats, _Floats, int, float]:
     """Weights [features, classes] and bias [classes] of the least loss, iterations, and the loss.
 
     Features that no row has keep the weight 0, at which the penalty alone holds them.
@@ -160,8 +160,8 @@ def fit(
 
 
 def loss_and_gradient(
-    values: Floats, x: Any, transposed: Any, y: npt.NDArray[np.int64], classes: int, l2: float
-) -> tuple[float, Floats]:
+    values: _Floats, x: Any, transposed: Any, y: npt.NDArray[np.int64], classes: int, l2: float
+) -> tuple[float, _Floats]:
     """Mean cross-entropy of softmax(x W + b) in nats, plus l2 / 2 times the sum of W squared; and its slope.
 
     Args:
@@ -185,7 +185,7 @@ def loss_and_gradient(
     return float(loss), np.concatenate([transposed @ slope + l2 * weights, [slope.sum(axis=0)]]).ravel()
 
 
-def _measure(name: str, label: int, probabilities: Floats, y: npt.NDArray[np.int64]) -> ClassReport:
+def _measure(name: str, label: int, probabilities: _Floats, y: npt.NDArray[np.int64]) -> ClassReport:
     own, said, score = y == label, probabilities.argmax(axis=1) == label, probabilities[:, label]
     both = int((own & said).sum())
     levels = np.unique(score)
@@ -207,7 +207,7 @@ def _measure(name: str, label: int, probabilities: Floats, y: npt.NDArray[np.int
     )
 
 
-def _auc(own: Floats, other: Floats) -> float:
+def _auc(own: _Floats, other: _Floats) -> float:
     """The chance that a number of the first is larger than one of the second; equal ones count half."""
     other = np.sort(other)
     below = np.searchsorted(other, own, "left") + np.searchsorted(other, own, "right")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from maxlm.config import serialize
 from maxlm.config.cleaning.cleaning_job import CleaningJob
 from maxlm.data.claimed import write_json
-from maxlm.data.cleaning.page import Limit
+from maxlm.data.cleaning.findings import Limit
 from maxlm.data.cleaning.tallies import PassTally, Shown, StepTally
 from maxlm.observe.page import section, table, tiles, write_page
 

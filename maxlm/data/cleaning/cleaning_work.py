@@ -17,11 +17,11 @@ from maxlm.config.cleaning.cleaning_job import CleaningJob
 from maxlm.data.claimed import LOCK, differences, replaced, write_json
 from maxlm.data.cleaning.clean_report import REPORT, CleaningReport, StepRow, write_report
 from maxlm.data.cleaning.document_pass import NamedStep, Removed, run_pass
+from maxlm.data.cleaning.findings import DocumentStep, Limit, Page
 from maxlm.data.cleaning.making import make_step
 from maxlm.data.cleaning.models_for_cleaning import CleaningModels
-from maxlm.data.cleaning.page import DocumentStep, Limit, Page
 from maxlm.data.cleaning.parts import parts_of, read_lines, read_pages
-from maxlm.data.cleaning.stages import Before, CleaningStage, ComparingStep
+from maxlm.data.cleaning.stages import CleaningStage, ComparingStep, StepWorkspace
 from maxlm.data.cleaning.tallies import PassTally
 from maxlm.data.documents import Unreadable
 
@@ -147,10 +147,10 @@ class CleaningWork:
     def _tally_file(self, number: int, part: int) -> Path:
         return self.out / _WORK / "tallies" / f"pass{number}-{part:05}.json"
 
-    def _before(self, number: int) -> Before:
+    def _before(self, number: int) -> StepWorkspace:
         folder = self.out / _WORK / self._passes[number].compare_name
         folder.mkdir(parents=True, exist_ok=True)
-        return Before(len(self.parts), folder, functools.partial(self._pages, number))
+        return StepWorkspace(len(self.parts), folder, functools.partial(self._pages, number))
 
     def _all_stages(self) -> Iterator[CleaningStage]:
         for number, one in enumerate(self._passes):

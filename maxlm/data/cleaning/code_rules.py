@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from maxlm.config.cleaning.rule_steps import CodeQuality
 from maxlm.config.cleaning.source_steps import CodeHeader
-from maxlm.data.cleaning.page import Finding, Limit, Page, measured
+from maxlm.data.cleaning.findings import Finding, Limit, Page, measured
 
 _HEAD = 5
 """Lines in which a generated file says so."""

@@ -32,9 +32,9 @@ from maxlm.data.cleaning.evaluation_runs import (
     read_set,
     stretches,
 )
-from maxlm.data.cleaning.hashed_words import Words, folded
-from maxlm.data.cleaning.page import DocumentStep, Finding, Limit, Page
-from maxlm.data.cleaning.stages import Before, CleaningStage
+from maxlm.data.cleaning.findings import DocumentStep, Finding, Limit, Page
+from maxlm.data.cleaning.hashed_words import FoundWords, folded
+from maxlm.data.cleaning.stages import CleaningStage, StepWorkspace
 
 _EXAMPLES = 3
 """Documents that the report names for a run."""
@@ -51,13 +51,13 @@ class Decontaminator:
         self._config = config
         self._indices = indices([read_set(one, config.words) for one in config.sets])
 
-    def stages(self, before: Before) -> tuple[CleaningStage, ...]:
+    def stages(self, before: StepWorkspace) -> tuple[CleaningStage, ...]:
         return (
             CleaningStage("find", before.tasks, functools.partial(self._find, before)),
             CleaningStage("sum", 1, lambda _: self._sum(before)),
         )
 
-    def step(self, before: Before, task: int) -> DocumentStep:
+    def step(self, before: StepWorkspace, task: int) -> DocumentStep:
         documents = set(json.loads(_found_file(before.folder, task).read_text())["documents"])
         rare = [
             np.ones(index.size, bool)
@@ -67,7 +67,7 @@ class Decontaminator:
         ]
         return _Cleaner(self._config.training, self._indices, rare, documents)
 
-    def _find(self, before: Before, task: int) -> None:
+    def _find(self, before: StepWorkspace, task: int) -> None:
         """Write which runs are in which documents of a part."""
         documents = list[str]()
         found = [dict[int, list[int]]() for _ in self._indices]  # run -> documents, as their places in the list
@@ -82,7 +82,7 @@ class Decontaminator:
         runs = [{str(number): places for number, places in of_index.items()} for of_index in found]
         _found_file(before.folder, task).write_text(json.dumps({"documents": documents, "runs": runs}))
 
-    def _sum(self, before: Before) -> None:
+    def _sum(self, before: StepWorkspace) -> None:
         """Write in how many documents each run is, and the report."""
         counts = [np.zeros(index.size, np.int64) for index in self._indices]
         examples = [dict[int, list[str]]() for _ in self._indices]
@@ -208,7 +208,7 @@ class _Cleaner:
                 text = "\n\n".join(piece for piece in pieces if len(piece) >= least)
                 return Finding((float(len(pieces)),), seen=seen, text=text, changes={"cut evaluations": len(spans)})
 
-    def _inside(self, found: Words) -> npt.NDArray[np.bool_]:
+    def _inside(self, found: FoundWords) -> npt.NDArray[np.bool_]:
         """[n]; of the words of a document those that lie in runs that count."""
         inside = np.zeros(len(found.hashes), bool)
         for index, rare in zip(self._indices, self._rare, strict=True):

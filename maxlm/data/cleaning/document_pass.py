@@ -11,7 +11,7 @@ from typing import IO, Any, NamedTuple
 
 from maxlm.config.cleaning.cleaning_job import KeptOfRemoved
 from maxlm.data.claimed import replaced
-from maxlm.data.cleaning.page import DocumentStep, Page, broken
+from maxlm.data.cleaning.findings import DocumentStep, Page, broken
 from maxlm.data.cleaning.parts import write_line
 from maxlm.data.cleaning.tallies import PassTally, StepTally, verdict
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from maxlm.config.cleaning.duplicate_steps import AnyCutting
-from maxlm.data.cleaning.page import Finding, Limit, Page, measured
+from maxlm.data.cleaning.findings import Finding, Limit, Page, measured
 from maxlm.data.cleaning.sorted_files import ArrayFiles, IdFiles, RecordArray, bounds_of_part
 
 COPY = np.dtype([("document", "<u8"), ("kept", "<u8"), ("similarity", "<f4")])

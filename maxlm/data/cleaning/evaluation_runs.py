@@ -12,7 +12,7 @@ import numpy.typing as npt
 from maxlm.config import Files, UserError
 from maxlm.config.cleaning.decontamination_steps import EvaluationSet
 from maxlm.config.fields import shown
-from maxlm.data.cleaning.hashed_words import Hashes, Punctuation, Words, runs, words
+from maxlm.data.cleaning.hashed_words import FoundWords, Hashes, Punctuation, runs, words
 from maxlm.data.cleaning.key_tables import KeyTable
 from maxlm.data.documents import Document, Unreadable
 from maxlm.data.input_files import counted, input_files
@@ -40,7 +40,7 @@ class EvaluationItems(NamedTuple):
     """Words in a run."""
 
 
-def plain_words(text: str) -> Words:
+def plain_words(text: str) -> FoundWords:
     """Words in small letters without punctuation (GPT-3, appendix C)."""
     return words(text, Punctuation.REMOVED)
 

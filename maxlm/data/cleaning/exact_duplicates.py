@@ -29,7 +29,7 @@ from maxlm.data.cleaning.sorted_files import (
     ranges,
     sorted_by,
 )
-from maxlm.data.cleaning.stages import Before, CleaningStage
+from maxlm.data.cleaning.stages import CleaningStage, StepWorkspace
 
 _SPAN = np.dtype([("hash", "<u8"), ("more", "<u8"), ("document", "<u8"), ("place", "<u4")])
 _LATER = np.dtype([("document", "<u8"), ("place", "<u4"), ("kept", "<u8")])
@@ -48,11 +48,11 @@ class ExactDocumentDropper:
     def __init__(self, config: ExactDocuments) -> None:
         self._comparable = functools.partial(comparable, config.ignoring)
 
-    def stages(self, before: Before) -> tuple[CleaningStage, ...]:
+    def stages(self, before: StepWorkspace) -> tuple[CleaningStage, ...]:
         """Hashes of each part, then in each range of hashes which came later."""
         return _stages(before, lambda text: [self._comparable(text)], lambda spans: _copies(_later(spans, 1)))
 
-    def step(self, before: Before, task: int) -> CopyDropper:
+    def step(self, before: StepWorkspace, task: int) -> CopyDropper:
         """Drops the later ones."""
         return copy_dropper(_found(before), IdFiles(before.folder, before.tasks), task)
 
@@ -64,11 +64,11 @@ class SpanCutter:
         self._config = config
         self._comparable = functools.partial(comparable, config.ignoring)
 
-    def stages(self, before: Before) -> tuple[CleaningStage, ...]:
+    def stages(self, before: StepWorkspace) -> tuple[CleaningStage, ...]:
         """Hashes of each part, then in each range of hashes which came later."""
         return _stages(before, self._spans_of, lambda spans: _later(spans, self._config.span))
 
-    def step(self, before: Before, task: int) -> Cutter:
+    def step(self, before: StepWorkspace, task: int) -> Cutter:
         """Cuts out the later ones."""
         later = _found(before).between("document", *bounds_of_part(task))
         later = sorted_by(later, "document", "place")
@@ -119,16 +119,16 @@ def comparable(ignoring: Ignoring | None, text: str) -> str:
     return " ".join(text.split()) if ignoring.spaces else text.strip()
 
 
-def _spans(before: Before) -> ArrayFiles:
+def _spans(before: StepWorkspace) -> ArrayFiles:
     return ArrayFiles(before.folder / "spans", before.tasks)
 
 
-def _found(before: Before) -> ArrayFiles:
+def _found(before: StepWorkspace) -> ArrayFiles:
     return ArrayFiles(before.folder / "found", ranges(before.tasks))
 
 
 def _stages(
-    before: Before, spans_of: Callable[[str], list[str]], found_in: Callable[[RecordArray], RecordArray]
+    before: StepWorkspace, spans_of: Callable[[str], list[str]], found_in: Callable[[RecordArray], RecordArray]
 ) -> tuple[CleaningStage, ...]:
     """Hash the spans of texts, then write what is found in all spans of a range of hashes."""
 
@@ -141,7 +141,7 @@ def _stages(
     )
 
 
-def _write_spans(before: Before, part: int, spans_of: Callable[[str], list[str]]) -> None:
+def _write_spans(before: StepWorkspace, part: int, spans_of: Callable[[str], list[str]]) -> None:
     """Of a part: ids of its documents, and hashes of their spans that are not empty, in the order of the hashes."""
     ids, digests, documents, places = [], [], [], []
     for number, page in enumerate(before.pages(part)):

@@ -39,7 +39,7 @@ class Punctuation(enum.Enum):
     """What it stood between is one word: `don't` is `dont` (GPT-3's decontamination, arXiv:2005.14165, appendix C)."""
 
 
-class Words(NamedTuple):
+class FoundWords(NamedTuple):
     """The words of a text in their order."""
 
     hashes: Hashes
@@ -84,14 +84,14 @@ def folded(text: str) -> str:
     return small if small.isascii() else _PUNCTUATION.sub(".", _BLANK.sub(" ", small))
 
 
-def words(text: str, punctuation: Punctuation, *, one_digit: bool = False) -> Words:
+def words(text: str, punctuation: Punctuation, *, one_digit: bool = False) -> FoundWords:
     """The words of a text; `one_digit`: 1999 is the same word as 2024 (CCNet, arXiv:1911.00359, its normalisation)."""
     content = folded(text).encode(errors="surrogatepass")
     values = _ONE_DIGIT if one_digit else _BYTE_VALUE
     found = [
         _words_of_chunk(content, first, stop, punctuation, values) for first, stop in _chunks(content)
     ]  # most documents have one
-    return found[0] if len(found) == 1 else Words(*map(np.concatenate, zip(*found, strict=True)))
+    return found[0] if len(found) == 1 else FoundWords(*map(np.concatenate, zip(*found, strict=True)))
 
 
 def _chunks(content: bytes) -> Iterator[tuple[int, int]]:
@@ -112,14 +112,14 @@ def _chunks(content: bytes) -> Iterator[tuple[int, int]]:
         first = stop
 
 
-def _words_of_chunk(content: bytes, first: int, stop: int, punctuation: Punctuation, values: Hashes) -> Words:
+def _words_of_chunk(content: bytes, first: int, stop: int, punctuation: Punctuation, values: Hashes) -> FoundWords:
     letters = np.frombuffer(content, np.uint8, stop - first, first)
     places: npt.NDArray[np.int64] | None = None
     if punctuation is Punctuation.REMOVED and (mark := _PUNCTUATION_BYTE[letters]).any():
         places = np.flatnonzero(~mark)
         letters = letters[places]
     if not len(letters):
-        return Words(np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.int64))
+        return FoundWords(np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.int64))
     inside = _WORD_BYTE[letters]
     alone = _PUNCTUATION_BYTE[letters] if punctuation is Punctuation.WORDS else np.zeros(len(letters), bool)
     begins, belongs = alone, alone
@@ -140,7 +140,7 @@ def _words_of_chunk(content: bytes, first: int, stop: int, punctuation: Punctuat
     hashes = mixed((sums[ends] - sums[starts]) * _DOWN[starts])
     if places is not None:
         starts, ends = places[starts], places[ends - 1] + 1
-    return Words(hashes, starts + first, ends + first)
+    return FoundWords(hashes, starts + first, ends + first)
 
 
 def runs(hashes: npt.NDArray[Any], length: int) -> Hashes:

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from maxlm.config.cleaning.text_steps import HtmlToText
-from maxlm.data.cleaning.page import Finding, Limit, Page, measured
+from maxlm.data.cleaning.findings import Finding, Limit, Page, measured
 from maxlm.data.input_files import missing_extra
 
 _BEGINNING = re.compile(

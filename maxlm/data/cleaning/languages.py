@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from maxlm.config.cleaning.rule_steps import Languages
-from maxlm.data.cleaning.page import Finding, Limit, Page
+from maxlm.data.cleaning.findings import Finding, Limit, Page
 from maxlm.data.input_files import missing_extra
 
 

@@ -6,7 +6,7 @@ import re
 from typing import NamedTuple
 
 from maxlm.config.cleaning.source_steps import LatexToText
-from maxlm.data.cleaning.page import Finding, Limit, Page
+from maxlm.data.cleaning.findings import Finding, Limit, Page
 
 _COMMENT_LINE = re.compile(r"^[ \t]*+%.*+\n?", re.MULTILINE)
 _COMMENT = re.compile(r"(?<!\\)((?:\\\\)*+)%.*+")

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from maxlm.config.cleaning.text_steps import C4Lines, WebLines
-from maxlm.data.cleaning.page import Finding, Limit, Page, measured
+from maxlm.data.cleaning.findings import Finding, Limit, Page, measured
 from maxlm.data.cleaning.quality import ELLIPSES
 from maxlm.data.cleaning.text_features import END_MARKS
 

@@ -32,13 +32,13 @@ from maxlm.data.cleaning.by_source import AnswerSorter, GutenbergReader, Licence
 from maxlm.data.cleaning.code_rules import CodeHeaderCutter, CodeRules
 from maxlm.data.cleaning.decontamination import Decontaminator
 from maxlm.data.cleaning.exact_duplicates import ExactDocumentDropper, SpanCutter
+from maxlm.data.cleaning.findings import DocumentStep
 from maxlm.data.cleaning.html_text import HtmlReader
 from maxlm.data.cleaning.languages import LanguageRules
 from maxlm.data.cleaning.latex import LatexReader
 from maxlm.data.cleaning.line_rules import C4LineRules, WebLineRules
 from maxlm.data.cleaning.models_for_cleaning import CleaningModels
 from maxlm.data.cleaning.ngram_model import PerplexityJudge
-from maxlm.data.cleaning.page import DocumentStep
 from maxlm.data.cleaning.personal_data import PersonalDataMasker
 from maxlm.data.cleaning.quality import ChineseRules, FineWebRules, GopherQualityRules
 from maxlm.data.cleaning.repetition import GopherRepetitionRules

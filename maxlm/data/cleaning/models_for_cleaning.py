@@ -16,7 +16,7 @@ class Scorer(Protocol):
         """Bits per byte of each text."""
 
 
-class Embedder(Protocol):
+class TextEmbedder(Protocol):
     """Where texts lie in the space of a model."""
 
     def __call__(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
@@ -28,4 +28,4 @@ class CleaningModels(Protocol):
 
     def scorer(self, run: str) -> Scorer: ...
 
-    def embedder(self, run: str) -> Embedder: ...
+    def embedder(self, run: str) -> TextEmbedder: ...

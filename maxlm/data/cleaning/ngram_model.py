@@ -14,9 +14,9 @@ import numpy.typing as npt
 from maxlm.config import UserError
 from maxlm.config.cleaning.score_steps import PerplexityFilter, PerplexityThird
 from maxlm.config.json_file import read_object
+from maxlm.data.cleaning.findings import Finding, Limit, Page, measured
 from maxlm.data.cleaning.hashed_words import Hashes, Punctuation, runs, words
 from maxlm.data.cleaning.key_tables import KeyTable, mapped
-from maxlm.data.cleaning.page import Finding, Limit, Page, measured
 
 FORMAT = 1
 INFO, _THIRDS = "ngram_model.json", "perplexity_thirds.json"

@@ -23,7 +23,7 @@ from maxlm.data.cleaning.hashed_words import Hashes, runs
 from maxlm.data.cleaning.key_tables import KeyTable
 from maxlm.data.cleaning.ngram_model import BEGIN, FORMAT, INFO, NgramModel, model_words, write_thirds
 
-Floats = npt.NDArray[np.float64]
+_Floats = npt.NDArray[np.float64]
 FALLBACK = (0.5, 1.0, 1.5)
 """Discounts where a corpus is too small to tell them, as KenLM has them (lmplz --discount_fallback)."""
 
@@ -50,16 +50,16 @@ class NgramSummary(NamedTuple):
         return told
 
 
-class Order(NamedTuple):
+class NgramOrder(NamedTuple):
     """N-grams of one length with their probabilities, and of their contexts what is left for others."""
 
     keys: Hashes
     """[m], sorted; the hash of each n-gram."""
-    probability: Floats
+    probability: _Floats
     """[m]; of its last word after the others, all interpolated."""
     contexts: Hashes
     """[c], sorted; hashes of the n - 1 words before. Of one word there is one context, which has no key."""
-    rest: Floats
+    rest: _Floats
     """[c]; the share of shorter n-grams."""
 
 
@@ -128,7 +128,7 @@ def discounts(counts: npt.NDArray[np.int64]) -> tuple[float, float, float]:
     return found if all(0 <= one <= n for n, one in enumerate(found, 1)) else FALLBACK
 
 
-def estimate(stream: Hashes, order: int, least_count: int) -> list[Order]:
+def estimate(stream: Hashes, order: int, least_count: int) -> list[NgramOrder]:
     """The model of a stream of words, in which `order - 1` BEGINs stand before each document.
 
     Counts of the longest n-grams are those of the text; of a shorter one it is how many words it is seen after
@@ -137,7 +137,7 @@ def estimate(stream: Hashes, order: int, least_count: int) -> list[Order]:
     """
     ends = np.flatnonzero(stream != BEGIN)
     place = ends  # in `stream`, of the last word of an n-gram of the length above, each n-gram once
-    raw: list[tuple[Floats, Hashes, npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.bool_]]] = []
+    raw: list[tuple[_Floats, Hashes, npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.bool_]]] = []
     for length in range(order, 0, -1):
         hashes = runs(stream, length)
         keys, first, counts = np.unique(hashes[place - length + 1], return_index=True, return_counts=True)
@@ -148,19 +148,19 @@ def estimate(stream: Hashes, order: int, least_count: int) -> list[Order]:
         levels = np.array([0.0, *discounts(counts)])
         after = counts - levels[np.minimum(counts, 3)]
         raw.append((np.where(kept, after, 0.0), keys, place, counts, kept))
-    model: list[Order] = []
+    model: list[NgramOrder] = []
     for length, (after, keys, place, counts, kept) in enumerate(reversed(raw), start=1):
         before = runs(stream, length - 1)[place - length + 1] if length > 1 else np.zeros(len(keys), np.uint64)
         contexts, which = np.unique(before, return_inverse=True)
         total = np.bincount(which, counts)
         rest = 1 - np.bincount(which, after) / total
         if length == 1:
-            lower: Floats | float = 1 / (len(keys) + 1)  # of all words, and those never seen
+            lower: _Floats | float = 1 / (len(keys) + 1)  # of all words, and those never seen
         else:
             shorter = runs(stream, length - 1)[place - length + 2][kept]
             lower = model[-1].probability[np.searchsorted(model[-1].keys, shorter)]
         probability = (after / total[which])[kept] + rest[which][kept] * lower
-        model.append(Order(keys[kept], probability, contexts, rest))
+        model.append(NgramOrder(keys[kept], probability, contexts, rest))
     return model
 
 
@@ -169,7 +169,7 @@ def _seen(keys: Hashes, text: Hashes) -> npt.NDArray[np.int64]:
     return np.bincount(np.searchsorted(keys, text), minlength=len(keys))
 
 
-def _write(orders: list[Order], folder: Path) -> None:
+def _write(orders: list[NgramOrder], folder: Path) -> None:
     for length, one in enumerate(orders, start=1):
         KeyTable.of(one.keys).save(folder, f"ngrams{length}")
         np.save(folder / f"ngrams{length}.bits.npy", -np.log2(one.probability).astype(np.float32), allow_pickle=False)

@@ -10,7 +10,7 @@ from typing import Any, assert_never
 
 from maxlm.config import Files, StandardLibrary
 from maxlm.data import records
-from maxlm.data.cleaning.page import Page
+from maxlm.data.cleaning.findings import Page
 from maxlm.data.documents import Document, Unreadable
 from maxlm.data.input_files import counted, input_files, walk
 from maxlm.data.sources import NOT_LIBRARY, RECORDS, ending_of, file_documents

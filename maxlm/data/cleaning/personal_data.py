@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 from maxlm.config.cleaning.private_steps import Masks, PersonalData, Treatment
 from maxlm.data.cleaning.check_digits import IBAN_LENGTH, is_card, is_iban, is_id_number
-from maxlm.data.cleaning.page import Finding, Limit, Page
+from maxlm.data.cleaning.findings import Finding, Limit, Page
 from maxlm.data.cleaning.secrets_found import secrets_of
 
 
-class Kind(enum.Enum):
+class PrivateKind(enum.Enum):
     """Of personal data; its value is the rule in the report. Of two that overlap, the one that begins first counts,
     and then the one that stands first here."""
 
@@ -33,7 +33,7 @@ class Kind(enum.Enum):
     PHONE = "phone numbers"
 
 
-_RANK = {kind: rank for rank, kind in enumerate(Kind)}
+_RANK = {kind: rank for rank, kind in enumerate(PrivateKind)}
 
 
 class Private(NamedTuple):
@@ -41,7 +41,7 @@ class Private(NamedTuple):
 
     start: int
     stop: int
-    kind: Kind
+    kind: PrivateKind
 
 
 _EMAIL = re.compile(
@@ -98,8 +98,8 @@ _LEAST_DIGITS = 7
 """Of an IPv4 address: 7.4.7.1 and 2.4.8.19 are sections and versions. One address in 700 has fewer digits."""
 _AROUND = 16
 _FINEWEB = {
-    Kind.EMAIL: ("email@example.com", "firstname.lastname@example.org"),
-    Kind.IP: (
+    PrivateKind.EMAIL: ("email@example.com", "firstname.lastname@example.org"),
+    PrivateKind.IP: (
         "22.214.171.124", "126.96.36.199", "188.8.131.52", "184.108.40.206", "220.127.116.11", "18.104.22.168",
     ),
 }  # fmt: skip
@@ -107,16 +107,20 @@ _WRITTEN = frozenset(itertools.chain(*_FINEWEB.values()))
 """What stands for an address is none: masking twice changes nothing."""
 
 
-def personal_data(text: str, kinds: Collection[Kind] = tuple(Kind), *, public_ips_alone: bool = True) -> list[Private]:
+def personal_data(
+    text: str, kinds: Collection[PrivateKind] = tuple(PrivateKind), *, public_ips_alone: bool = True
+) -> list[Private]:
     """All that is found of these kinds, in order, without overlaps."""
-    found = [Private(*span, Kind.SECRET) for span in secrets_of(text)] if Kind.SECRET in kinds else []
-    if Kind.EMAIL in kinds and "@" in text:
-        found += [Private(*one.span(), Kind.EMAIL) for one in _EMAIL.finditer(text) if one[0] not in _WRITTEN]
+    found = [Private(*span, PrivateKind.SECRET) for span in secrets_of(text)] if PrivateKind.SECRET in kinds else []
+    if PrivateKind.EMAIL in kinds and "@" in text:
+        found += [Private(*one.span(), PrivateKind.EMAIL) for one in _EMAIL.finditer(text) if one[0] not in _WRITTEN]
     found += _ibans(text)
     found += _numbers(text, public_ips_alone)
     if text.count(":") >= 2:
         found += [
-            Private(*one.span(), Kind.IP) for one in _IPV6.finditer(text) if _is_address(one[0], public_ips_alone)
+            Private(*one.span(), PrivateKind.IP)
+            for one in _IPV6.finditer(text)
+            if _is_address(one[0], public_ips_alone)
         ]
     kept, end = [], 0
     for one in sorted(found, key=lambda one: (one.start, _RANK[one.kind])):
@@ -131,7 +135,7 @@ def _ibans(text: str) -> Iterator[Private]:
         length = IBAN_LENGTH.get(start[0][:2])
         one = length and _IBAN_OF_LENGTH[length].match(text, start.start())
         if one and is_iban(one[0].replace(" ", "")):
-            yield Private(*one.span(), Kind.IBAN)
+            yield Private(*one.span(), PrivateKind.IBAN)
 
 
 def _numbers(text: str, public_ips_alone: bool) -> Iterator[Private]:
@@ -143,28 +147,28 @@ def _numbers(text: str, public_ips_alone: bool) -> Iterator[Private]:
                 yield Private(*one.span(), kind)
 
 
-def _kind(one: re.Match[str], before: str, after: str, public_ips_alone: bool) -> Kind | None:
+def _kind(one: re.Match[str], before: str, after: str, public_ips_alone: bool) -> PrivateKind | None:
     """What a number is; None: nothing personal."""
     value = one[0]
     match one.lastgroup:
         case "ID_NUMBER" if is_id_number(value):
-            return Kind.ID_NUMBER
+            return PrivateKind.ID_NUMBER
         case "ID_NUMBER" | "CARD":
-            return Kind.CARD if value[-1].isdigit() and is_card(re.sub("[ -]", "", value)) else None
+            return PrivateKind.CARD if value[-1].isdigit() and is_card(re.sub("[ -]", "", value)) else None
         case "IP":
             if value in _WRITTEN or len(value) < _LEAST_DIGITS + 3 or _VERSION.search(before):
                 return None
-            return Kind.IP if _is_address(value, public_ips_alone) else None
+            return PrivateKind.IP if _is_address(value, public_ips_alone) else None
         case "PLUS":
             digits = sum(map(str.isdigit, value))
-            return Kind.PHONE if 9 <= digits <= 15 and value.count(".") != 1 and not _DATE.match(value) else None
+            return PrivateKind.PHONE if 9 <= digits <= 15 and value.count(".") != 1 and not _DATE.match(value) else None
         case "CALLED":
-            return Kind.PHONE if _CALLED.search(before) else None
+            return PrivateKind.PHONE if _CALLED.search(before) else None
         case "CHINA" if len(value) == 11 and (_BEFORE_LIST.search(before) or _AFTER_LIST.match(after)):
             return None
         case _:
             other = _CODED.search(before) or _SUM.match(after) or value.endswith("000000")  # a round sum of money
-            return None if other else Kind.PHONE
+            return None if other else PrivateKind.PHONE
 
 
 def _is_address(value: str, public_alone: bool) -> bool:
@@ -180,11 +184,11 @@ class PersonalDataMasker:
 
     def __init__(self, config: PersonalData) -> None:
         self._config = config
-        self._treatment = {kind: getattr(config, kind.name.lower()) for kind in Kind}
-        self._kinds = tuple(kind for kind in Kind if self._treatment[kind] is not Treatment.KEEP)
-        self._dropping = tuple(kind for kind in Kind if self._treatment[kind] is Treatment.DROP)
+        self._treatment = {kind: getattr(config, kind.name.lower()) for kind in PrivateKind}
+        self._kinds = tuple(kind for kind in PrivateKind if self._treatment[kind] is not Treatment.KEEP)
+        self._dropping = tuple(kind for kind in PrivateKind if self._treatment[kind] is Treatment.DROP)
         self.limits = tuple(Limit(kind.value, most=config.most) for kind in self._dropping)
-        tokens = {kind: (f"<{kind.name}>",) for kind in Kind}
+        tokens = {kind: (f"<{kind.name}>",) for kind in PrivateKind}
         self._masks = tokens | _FINEWEB if config.masks is Masks.FINEWEB else tokens
 
     def __call__(self, page: Page) -> Finding:
@@ -200,5 +204,5 @@ class PersonalDataMasker:
             pieces += [page.text[at : one.start], next(masks[one.kind])]
             at = one.stop
         written = Counter(one.kind for one in masked)
-        changes = {kind.value: written[kind] for kind in Kind if written[kind]}
+        changes = {kind.value: written[kind] for kind in PrivateKind if written[kind]}
         return Finding(values, text="".join([*pieces, page.text[at:]]), changes=changes)

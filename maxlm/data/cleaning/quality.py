@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from maxlm.config.cleaning.rule_steps import ChineseQuality, FineWebQuality, GopherQuality
-from maxlm.data.cleaning.page import Finding, Limit, Page, measured
+from maxlm.data.cleaning.findings import Finding, Limit, Page, measured
 from maxlm.data.cleaning.repetition import repeated_ngrams, share
 from maxlm.data.cleaning.text_features import TextFeatures, features
 

@@ -15,7 +15,7 @@ from maxlm.config.cleaning.score_steps import HashedWords, RunEmbeddings
 from maxlm.config.json_file import read_object
 from maxlm.data.cleaning.hashed_words import Punctuation, runs, words
 from maxlm.data.cleaning.key_tables import mapped
-from maxlm.data.cleaning.models_for_cleaning import Embedder
+from maxlm.data.cleaning.models_for_cleaning import TextEmbedder
 
 FORMAT = 1
 INFO = "classifier.json"
@@ -103,7 +103,7 @@ class Classifier:
         """[n, classes]; the probabilities, from embeddings [n, d]."""
         return softmax(vectors.astype(np.float64) @ self._weights + self._bias)
 
-    def of_texts(self, embedder: Embedder) -> Callable[[Sequence[str]], npt.NDArray[np.float64]]:
+    def of_texts(self, embedder: TextEmbedder) -> Callable[[Sequence[str]], npt.NDArray[np.float64]]:
         """What gives the probabilities [n, classes] of n texts through a model."""
         return lambda texts: self.of_vectors(embedder(texts))
 

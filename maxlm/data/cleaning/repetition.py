@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from maxlm.config.cleaning.rule_steps import GopherRepetition
-from maxlm.data.cleaning.page import Finding, Limit, Page, measured
+from maxlm.data.cleaning.findings import Finding, Limit, Page, measured
 from maxlm.data.cleaning.text_features import TextFeatures, duplicates, features
 
 

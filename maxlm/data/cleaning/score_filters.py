@@ -21,12 +21,12 @@ from maxlm.config.cleaning.score_steps import (
     RunEmbeddings,
 )
 from maxlm.data.cleaning.drawn import drawn
+from maxlm.data.cleaning.findings import DocumentStep, Finding, Limit, Page, Tag, measured
 from maxlm.data.cleaning.models_for_cleaning import CleaningModels
-from maxlm.data.cleaning.page import DocumentStep, Finding, Limit, Page, Tag, measured
 from maxlm.data.cleaning.quality_classifier import Classifier
-from maxlm.data.cleaning.stages import Before, CleaningStage, ComparingStep
+from maxlm.data.cleaning.stages import CleaningStage, ComparingStep, StepWorkspace
 
-Floats = npt.NDArray[np.float64]
+_Floats = npt.NDArray[np.float64]
 
 
 class QualityVerdict:
@@ -43,7 +43,7 @@ class QualityVerdict:
             case _:
                 assert_never(selection)
 
-    def __call__(self, page: Page, probabilities: Floats) -> Finding:
+    def __call__(self, page: Page, probabilities: _Floats) -> Finding:
         score = float(probabilities[self._good])
         chance = pareto(page.id, self._selection) if isinstance(self._selection, ParetoDraw) else 0.0
         return Finding(measured(self.limits, [score + chance]), tags={"quality": round(score, 6)})
@@ -62,7 +62,7 @@ class DomainVerdict:
     def __init__(self, classes: tuple[str, ...], least: float) -> None:
         self._classes, self._least = classes, least
 
-    def __call__(self, page: Page, probabilities: Floats) -> Finding:
+    def __call__(self, page: Page, probabilities: _Floats) -> Finding:
         best = int(probabilities.argmax())
         return Finding(tags={"domain": self._classes[best] if probabilities[best] >= self._least else "other"})
 
@@ -73,19 +73,19 @@ class BitsVerdict:
     def __init__(self, config: BitsPerByteFilter) -> None:
         self.limits = (Limit("bits per byte", config.least, math.inf if config.most is None else config.most),)
 
-    def __call__(self, page: Page, bits: Floats) -> Finding:
+    def __call__(self, page: Page, bits: _Floats) -> Finding:
         value = float(bits[0])
         tags: Mapping[str, Tag] = {"bits_per_byte": round(value, 6) if math.isfinite(value) else None}
         return Finding(measured(self.limits, [value]), tags=tags)
 
 
-Verdict = QualityVerdict | DomainVerdict | BitsVerdict
+ScoreVerdict = QualityVerdict | DomainVerdict | BitsVerdict
 
 
-class Judged:
+class JudgedText:
     """A step with a verdict on the scores of each page."""
 
-    def __init__(self, scores: Callable[[Page], Floats], verdict: Verdict) -> None:
+    def __init__(self, scores: Callable[[Page], _Floats], verdict: ScoreVerdict) -> None:
         self._scores, self._verdict = scores, verdict
         self.limits = verdict.limits
 
@@ -97,21 +97,21 @@ class InBatches:
     """A step whose scores come from a large model, which wants many documents at once: they are made in a stage of its
     own, part by part."""
 
-    def __init__(self, score: Callable[[Sequence[str]], Floats], batch: int, verdict: Verdict) -> None:
+    def __init__(self, score: Callable[[Sequence[str]], _Floats], batch: int, verdict: ScoreVerdict) -> None:
         """`score`: [n, scores] of n texts."""
         self._score, self._batch, self._verdict = score, batch, verdict
 
-    def stages(self, before: Before) -> tuple[CleaningStage, ...]:
+    def stages(self, before: StepWorkspace) -> tuple[CleaningStage, ...]:
         return (CleaningStage("scores", before.tasks, lambda task: self._write(before, task)),)
 
-    def step(self, before: Before, task: int) -> DocumentStep:
+    def step(self, before: StepWorkspace, task: int) -> DocumentStep:
         ids, scores = _files(before.folder, task)
         rows = np.load(scores, allow_pickle=False)
         known = dict(zip(json.loads(ids.read_text()), rows, strict=True))
-        return Judged(lambda page: known[page.id], self._verdict)
+        return JudgedText(lambda page: known[page.id], self._verdict)
 
-    def _write(self, before: Before, task: int) -> None:
-        ids, rows = list[str](), list[Floats]()
+    def _write(self, before: StepWorkspace, task: int) -> None:
+        ids, rows = list[str](), list[_Floats]()
         documents = before.pages(task)
         while pages := list(islice(documents, self._batch)):
             ids += [page.id for page in pages]
@@ -153,8 +153,10 @@ def bits_per_byte_filter(config: BitsPerByteFilter, models: CleaningModels) -> C
     return InBatches(lambda texts: scorer(texts)[:, None], config.batch, BitsVerdict(config))
 
 
-def _by_classifier(classifier: Classifier, verdict: Verdict, models: CleaningModels) -> DocumentStep | ComparingStep:
+def _by_classifier(
+    classifier: Classifier, verdict: ScoreVerdict, models: CleaningModels
+) -> DocumentStep | ComparingStep:
     if isinstance(classifier.features, RunEmbeddings):
         embedder = models.embedder(classifier.features.run)
         return InBatches(classifier.of_texts(embedder), classifier.features.batch, verdict)
-    return Judged(lambda page: classifier.of_text(page.text), verdict)
+    return JudgedText(lambda page: classifier.of_text(page.text), verdict)

@@ -15,9 +15,9 @@ import numpy.typing as npt
 from maxlm.config.cleaning.duplicate_steps import SemanticDuplicates
 from maxlm.config.errors import UserError
 from maxlm.data.cleaning.duplicate_verdicts import COPY, CopyDropper, copy_dropper
-from maxlm.data.cleaning.models_for_cleaning import Embedder
+from maxlm.data.cleaning.models_for_cleaning import TextEmbedder
 from maxlm.data.cleaning.sorted_files import ArrayFiles, IdFiles, group_begins, number_of, ranges, sorted_by
-from maxlm.data.cleaning.stages import Before, CleaningStage
+from maxlm.data.cleaning.stages import CleaningStage, StepWorkspace
 
 Embeddings = npt.NDArray[np.float32]
 
@@ -29,11 +29,11 @@ _BLOCK = 1024
 class SemanticDropper:
     """See `SemanticDuplicates`."""
 
-    def __init__(self, config: SemanticDuplicates, embedder: Embedder) -> None:
+    def __init__(self, config: SemanticDuplicates, embedder: TextEmbedder) -> None:
         """`embedder`: its vector of a text must not depend on the texts beside it."""
         self._config, self._embedder = config, embedder
 
-    def stages(self, before: Before) -> tuple[CleaningStage, ...]:
+    def stages(self, before: StepWorkspace) -> tuple[CleaningStage, ...]:
         """Embeddings, centres, members of clusters, copies within them."""
         files = _Files(before)
         return (
@@ -43,12 +43,12 @@ class SemanticDropper:
             CleaningStage("comparison", ranges(before.tasks), lambda number: self._compare(files, number)),
         )
 
-    def step(self, before: Before, task: int) -> CopyDropper:
+    def step(self, before: StepWorkspace, task: int) -> CopyDropper:
         """Drops what is close to one that is kept."""
         files = _Files(before)
         return copy_dropper(files.copies, files.ids, task)
 
-    def _embed(self, before: Before, part: int) -> None:
+    def _embed(self, before: StepWorkspace, part: int) -> None:
         files = _Files(before)
         ids: list[str] = []
         found: list[Embeddings] = []
@@ -92,7 +92,7 @@ class SemanticDropper:
 class _Files:
     """What the stages write."""
 
-    def __init__(self, before: Before) -> None:
+    def __init__(self, before: StepWorkspace) -> None:
         self.ids = IdFiles(before.folder, before.tasks)
         self.vectors = ArrayFiles(before.folder / "vectors", before.tasks)
         self.centres = ArrayFiles(before.folder / "centres", 1)

@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from maxlm.config.cleaning.duplicate_steps import KeepBest, KeepFirst, KeepLongest, KeptCopy, NearDuplicates
 from maxlm.data.cleaning.duplicate_verdicts import COPY, CopyDropper, copy_dropper
+from maxlm.data.cleaning.findings import Page
 from maxlm.data.cleaning.minhash import band_keys, shingles, signatures, similarities
-from maxlm.data.cleaning.page import Page
 from maxlm.data.cleaning.sorted_files import (
     ArrayFiles,
     IdFiles,
@@ -30,7 +30,7 @@ from maxlm.data.cleaning.sorted_files import (
     ranges,
     sorted_by,
 )
-from maxlm.data.cleaning.stages import Before, CleaningStage
+from maxlm.data.cleaning.stages import CleaningStage, StepWorkspace
 from maxlm.data.cleaning.union_find import SmallestMembers
 
 _BAND = np.dtype([("hash", "<u8"), ("document", "<u8")])
@@ -45,7 +45,7 @@ class NearDuplicateDropper:
     def __init__(self, config: NearDuplicates) -> None:
         self._config = config
 
-    def stages(self, before: Before) -> tuple[CleaningStage, ...]:
+    def stages(self, before: StepWorkspace) -> tuple[CleaningStage, ...]:
         """Signatures, pairs, clusters."""
         files = _Files(before)
         return (
@@ -54,12 +54,12 @@ class NearDuplicateDropper:
             CleaningStage("clusters", 1, lambda _: _choose(files)),
         )
 
-    def step(self, before: Before, task: int) -> CopyDropper:
+    def step(self, before: StepWorkspace, task: int) -> CopyDropper:
         """Drops all of a cluster but one."""
         files = _Files(before)
         return copy_dropper(files.copies, files.ids, task)
 
-    def _sign(self, before: Before, part: int) -> None:
+    def _sign(self, before: StepWorkspace, part: int) -> None:
         config, files = self._config, _Files(before)
         ids: list[str] = []
         values: list[float] = []
@@ -120,7 +120,7 @@ class NearDuplicateDropper:
 class _Files:
     """What the stages write."""
 
-    def __init__(self, before: Before) -> None:
+    def __init__(self, before: StepWorkspace) -> None:
         self.ids = IdFiles(before.folder, before.tasks)
         self.values = ArrayFiles(before.folder / "values", before.tasks)
         self.signatures = ArrayFiles(before.folder / "signatures", before.tasks)

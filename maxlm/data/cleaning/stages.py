@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from maxlm.data.cleaning.page import DocumentStep, Page
+from maxlm.data.cleaning.findings import DocumentStep, Page
 
 
 class CleaningStage(NamedTuple):
@@ -21,7 +21,7 @@ class CleaningStage(NamedTuple):
     if it is done again."""
 
 
-class Before(NamedTuple):
+class StepWorkspace(NamedTuple):
     """What a step that compares documents may read and write."""
 
     tasks: int
@@ -36,8 +36,8 @@ class Before(NamedTuple):
 class ComparingStep(Protocol):
     """A step whose verdict on a document depends on the others: duplicates, clusters, what is rare."""
 
-    def stages(self, before: Before) -> tuple[CleaningStage, ...]:
+    def stages(self, before: StepWorkspace) -> tuple[CleaningStage, ...]:
         """What is to be done until `step` can be asked."""
 
-    def step(self, before: Before, task: int) -> DocumentStep:
+    def step(self, before: StepWorkspace, task: int) -> DocumentStep:
         """What then becomes of the documents of a part: a function of a page's id and text."""

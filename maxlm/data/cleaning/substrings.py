@@ -36,7 +36,7 @@ from maxlm.data.cleaning.sorted_files import (
     ranges,
     sorted_by,
 )
-from maxlm.data.cleaning.stages import Before, CleaningStage
+from maxlm.data.cleaning.stages import CleaningStage, StepWorkspace
 
 _ANCHOR = np.dtype([("hash", "<u8"), ("begin", "<u8"), ("windows", "<u4"), ("ahead", "<u4")])
 """Windows in a row with the same anchor: the first one's first byte, how many, and how far the anchor is from there."""
@@ -58,7 +58,7 @@ class SubstringCutter:
     def __init__(self, config: ExactSubstrings) -> None:
         self._config = config
 
-    def stages(self, before: Before) -> tuple[CleaningStage, ...]:
+    def stages(self, before: StepWorkspace) -> tuple[CleaningStage, ...]:
         """Text and anchors of each part, then the windows of each range of anchors."""
         files = _Files(before)
         return (
@@ -66,7 +66,7 @@ class SubstringCutter:
             CleaningStage("comparison", ranges(before.tasks), lambda number: self._compare(files, number)),
         )
 
-    def step(self, before: Before, task: int) -> Cutter:
+    def step(self, before: StepWorkspace, task: int) -> Cutter:
         """Cuts out what stands earlier."""
         files = _Files(before)
         cuts = united(files.cuts.between("begin", *bounds_of_part(task)))
@@ -76,7 +76,7 @@ class SubstringCutter:
         of_documents = by_document(files.ids, number_of(task, place), bounds)
         return Cutter(self._config, "stretch seen earlier", of_documents, without)
 
-    def _write_anchors(self, before: Before, part: int) -> None:
+    def _write_anchors(self, before: StepWorkspace, part: int) -> None:
         files = _Files(before)
         ids, texts = [], []
         for page in before.pages(part):
@@ -105,7 +105,7 @@ class SubstringCutter:
 class _Files:
     """What the stages write."""
 
-    def __init__(self, before: Before) -> None:
+    def __init__(self, before: StepWorkspace) -> None:
         self.ids = IdFiles(before.folder, before.tasks)
         self.text = ArrayFiles(before.folder / "text", before.tasks)
         self.ends = ArrayFiles(before.folder / "ends", before.tasks)

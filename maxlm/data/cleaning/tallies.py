@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from maxlm.data.cleaning.page import Finding, Limit, Page, broken
+from maxlm.data.cleaning.findings import Finding, Limit, Page, broken
 
 NOTHING_LEFT = "nothing left"
 """The rule of a step that leaves no text."""
@@ -87,7 +87,7 @@ class StepTally:
             _keep(self.samples, sample)
 
 
-class Verdict(NamedTuple):
+class DropVerdict(NamedTuple):
     """Why a document was dropped."""
 
     rule: str
@@ -117,12 +117,12 @@ class Verdict(NamedTuple):
         }
 
 
-def verdict(limits: tuple[Limit, ...], finding: Finding) -> Verdict:
+def verdict(limits: tuple[Limit, ...], finding: Finding) -> DropVerdict:
     """Of a finding by which a document is dropped."""
     limit = broken(limits, finding)
     if limit is None:
-        return Verdict(NOTHING_LEFT, None, None, finding.seen)
-    return Verdict(limit.rule, finding.values[-1], limit, finding.seen)
+        return DropVerdict(NOTHING_LEFT, None, None, finding.seen)
+    return DropVerdict(limit.rule, finding.values[-1], limit, finding.seen)
 
 
 @dataclass

@@ -7,7 +7,7 @@ import unicodedata
 from typing import Any, Literal
 
 from maxlm.config.cleaning.text_steps import NormaliseUnicode, RepairUnicode
-from maxlm.data.cleaning.page import Finding, Limit, Page
+from maxlm.data.cleaning.findings import Finding, Limit, Page
 from maxlm.data.input_files import missing_extra
 
 _CONTROLS = re.compile("[\0-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u206a-\u206f\ufeff\ufff9-\ufffc\ud800-\udfff]+")

@@ -10,7 +10,7 @@ from typing import assert_never
 from maxlm.config import UserError
 from maxlm.config.cleaning.rule_steps import UrlList, UrlPart, WordList
 from maxlm.config.fields import shown
-from maxlm.data.cleaning.page import Finding, Limit, Page
+from maxlm.data.cleaning.findings import Finding, Limit, Page
 from maxlm.data.cleaning.text_features import TextFeatures, features
 
 _DOMAIN = re.compile(r"[^\s/:@?#*]+\.[^\s/:@?#*.]+")
