@@ -175,9 +175,8 @@ class Directions:
         return np.array([self._vector(text) for text in texts], np.float32).reshape(len(texts), self._dims)
 
     def _vector(self, text: str) -> Any:
-        draws = [
-            np.random.default_rng(list(word.encode(errors="replace"))).normal(size=self._dims) for word in text.split()
-        ]
+        seeds = [list(word.encode(errors="replace")) for word in text[:1000].split()]
+        draws = [np.random.default_rng(seed).normal(size=self._dims) for seed in seeds]
         return np.sum(draws, axis=0) if draws else np.zeros(self._dims)
 
 

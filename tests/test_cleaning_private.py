@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from maxlm.config.cleaning.private_steps import Masks, PersonalData, Treatment
 from maxlm.data.cleaning.check_digits import is_card, is_iban, is_id_number
 from maxlm.data.cleaning.findings import Page, broken
-from maxlm.data.cleaning.personal_data import Kind, PersonalDataMasker, personal_data
+from maxlm.data.cleaning.personal_data import PersonalDataMasker, PrivateKind, personal_data
 
 FOUND = {
-    Kind.EMAIL: [
+    PrivateKind.EMAIL: [
         "write to [jane.doe+x@mail.example.co.uk].",
         "<[bob_2@x-y.org]>",
         "[a@b.io], or not",
@@ -23,7 +23,7 @@ FOUND = {
         "mailto:[me@site.com]?subject=x",
         "?user=[me@site.com]&x=1",
     ],
-    Kind.PHONE: [
+    PrivateKind.PHONE: [
         "ring [+44 20 7946 0958] today",
         "[+1 (212) 555-1234]",
         "[+49 (0)30 901820]",
@@ -40,27 +40,27 @@ FOUND = {
         "[+8613812345678], [0086-138-1234-5678]",
         "[010-62345678], [(010)62345678], [0755-26712345]",
     ],
-    Kind.IP: [
+    PrivateKind.IP: [
         "[93.184.216.34]/[93.184.216.35]",
         "from [108.28.8.8] to [93.184.216.34]:80",
         "http://[93.184.216.34]/x",
         "ping [2a00:1450:4001:81b::200e]: no answer",
         "[[2606:4700:4700::1111]]",
     ],
-    Kind.CARD: [
+    PrivateKind.CARD: [
         "[4111 1111 1111 1111] exp 12/29",
         "[4111111111111111]",
         "[5500-0000-0000-0004]",
         "Amex [3400 000000 00009]",
         "[6011000000000004]",
     ],
-    Kind.IBAN: [
+    PrivateKind.IBAN: [
         "[DE89 3704 0044 0532 0130 00] BANK",
         "[GB82WEST12345698765432]",
         "IBAN:[FR1420041010050500013M02606].",
     ],
-    Kind.ID_NUMBER: ["[11010519491231002X]", "身份证[440524188001010014]。"],
-    Kind.SECRET: [
+    PrivateKind.ID_NUMBER: ["[11010519491231002X]", "身份证[440524188001010014]。"],
+    PrivateKind.SECRET: [
         "aws [AKIAIOSFODNN7EXAMPLE]",
         "token [ghp_" + "a1B2" * 9 + "]",
         "[github_pat_" + "a1B2_" * 13 + "]",
@@ -140,7 +140,7 @@ def of_brackets(marked: str) -> tuple[str, list[str]]:
 
 
 @pytest.mark.parametrize("kind", FOUND, ids=lambda kind: kind.name)
-def test_it_is_found_with_its_first_and_last_letter(kind: Kind) -> None:
+def test_it_is_found_with_its_first_and_last_letter(kind: PrivateKind) -> None:
     for marked in FOUND[kind]:
         text, expected = of_brackets(marked)
         found = personal_data(text)
@@ -236,7 +236,7 @@ def test_what_only_drops_or_keeps_changes_no_text() -> None:
         step = PersonalDataMasker(PersonalData(**dict.fromkeys(kinds, treatment)))
         for text in (MIXED, "", "a"):
             assert step(Page("x", text)).text is None
-        assert len(step.limits) == (len(Kind) if treatment is Treatment.DROP else 0)
+        assert len(step.limits) == (len(PrivateKind) if treatment is Treatment.DROP else 0)
 
 
 @pytest.mark.parametrize(
