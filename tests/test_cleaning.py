@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
+import importlib
+import inspect
 import itertools
 import json
 import random
 import re
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from maxlm.config import UserError
+from maxlm.config import UserError, cleaning
 from maxlm.config.cleaning.cleaning_job import CleaningJob, KeptOfRemoved
 from maxlm.config.cleaning.cleaning_pipeline import CleaningPipeline
+from maxlm.config.cleaning.cleaning_recipes import RECIPES, cleaning_recipe
+from maxlm.config.cleaning.engines import CleaningEngine, SlurmArrays
+from maxlm.config.cleaning.rule_steps import WordList
 from maxlm.config.cleaning.text_steps import NormaliseUnicode, UnicodeForm
 from maxlm.config.data import Files
+from maxlm.config.errors import MachineFailure
 from maxlm.data import clean
-from maxlm.data.cleaning import cleaning_work
-from maxlm.data.cleaning.cleaning_work import CleaningWork, claim, finished
+from maxlm.data.cleaning import cleaning_work, local_pool
+from maxlm.data.cleaning.cleaning_work import READ_BY_STEPS, CleaningWork, claim, finished
+from maxlm.data.cleaning.cluster import run_on_cluster
 from maxlm.data.cleaning.findings import Finding, Limit, Page, broken, measured
+from maxlm.data.cleaning.local_pool import run_locally
 from maxlm.data.cleaning.stages import CleaningStage, StepWorkspace
 from maxlm.data.documents import Unreadable
 
@@ -289,8 +301,31 @@ def test_a_changed_pipeline_is_refused_with_the_difference(folder: Path, tmp_pat
 def test_changed_input_is_refused(folder: Path, tmp_path: Path) -> None:
     begun(job(folder), tmp_path / "out")
     (folder / "0.jsonl").write_text('{"text": "other"}')
-    with pytest.raises(UserError, match="its input has changed since it was begun"):
+    with pytest.raises(UserError, match="its input, or a file that the pipeline names, has changed"):
         begun(job(folder), tmp_path / "out")
+
+
+def test_a_changed_list_is_refused(folder: Path, tmp_path: Path) -> None:
+    words = tmp_path / "words.txt"
+    words.write_text("wind\n")
+    mine = CleaningJob(
+        pipeline=CleaningPipeline(steps=(WordList(file=str(words)),)), documents=Files(paths=(str(folder),))
+    )
+    begun(mine, tmp_path / "out")
+    begun(mine, tmp_path / "out")
+    words.write_text("weather\n")
+    with pytest.raises(UserError, match="its input, or a file that the pipeline names, has changed"):
+        begun(mine, tmp_path / "out")
+
+
+def test_every_file_that_a_step_reads_is_known() -> None:
+    found = set()
+    for name in (path.stem for path in Path(cleaning.__path__[0]).glob("*_steps.py")):
+        for cls in vars(importlib.import_module(f"{cleaning.__name__}.{name}")).values():
+            if dataclasses.is_dataclass(cls):
+                source = inspect.get_annotations(cls)
+                found |= {field for field, annotation in source.items() if "PathName" in str(annotation)}
+    assert found - {"report"} == READ_BY_STEPS  # `report` is written
 
 
 def test_a_folder_with_something_else_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -382,3 +417,65 @@ def test_verdicts_may_do_without_texts(folder: Path, tmp_path: Path, own_steps: 
     work = begun(job(folder, removed=KeptOfRemoved.VERDICTS), tmp_path / "out")
     do_all(work)
     assert all("text" not in one and "id" in one for one in records(work.out, "removed"))
+
+
+# Engines and processes
+
+
+def real_job(data: Path, **changes: Any) -> CleaningJob:
+    return CleaningJob(
+        pipeline=cleaning_recipe("code"), documents=Files(paths=(str(data),)), part_bytes=4000, **changes
+    )
+
+
+def finish(work: CleaningWork, engine: CleaningEngine) -> None:
+    if engine is CleaningEngine.LOCAL:
+        run_locally(work, 3, lambda stage, done, tasks: None)
+    else:
+        run_on_cluster(work, engine, 2, SlurmArrays())
+
+
+@pytest.mark.parametrize("engine", [CleaningEngine.DATATROVE, CleaningEngine.RAY])
+@pytest.mark.nightly
+def test_engines_keep_the_same(engine: CleaningEngine, folder: Path, tmp_path: Path) -> None:
+    here, there = begun(real_job(folder), tmp_path / "here"), begun(real_job(folder), tmp_path / "there")
+    finish(here, CleaningEngine.LOCAL)
+    finish(there, engine)
+    assert written(here.out) == written(there.out)
+    assert without_seconds(here.out) == without_seconds(there.out)
+
+
+@pytest.mark.slow
+def test_a_command_killed_anywhere_goes_on_to_the_same_end(folder: Path, tmp_path: Path) -> None:
+    """The whole command and its processes, by SIGKILL."""
+    argv = [sys.executable, "-m", "maxlm.data", "clean", str(folder), "--recipe", "code", "--part_bytes", "4000"]
+    argv += ["--workers", "2", "--out"]
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    assert subprocess.run([*argv, str(whole)], capture_output=True, check=False).returncode == 0
+    for marks in (1, 6, 12):
+        process = subprocess.Popen([*argv, str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and len(list((out / "work").glob("marks/*/*"))) < marks:
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+    assert not finished(out)
+    done = subprocess.run([*argv, str(out)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert written(out) == written(whole)
+
+
+def test_a_process_that_dies_is_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_pool, "worker_command", lambda out: [sys.executable, "-c", "import os; os._exit(9)"])
+    work = begun(real_job(folder), tmp_path / "out")
+    with pytest.raises(MachineFailure, match=r"a cleaning process died \(exit code 9\).*run the same command again"):
+        finish(work, CleaningEngine.LOCAL)
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_each_recipe_runs_in_any_order_of_tasks(name: str, folder: Path, tmp_path: Path) -> None:
+    of = CleaningJob(pipeline=cleaning_recipe(name), documents=Files(paths=(str(folder),)), part_bytes=4000)
+    one, other = begun(of, tmp_path / "one"), begun(of, tmp_path / "other")
+    do_all(one)
+    do_all(other, seed=5)
+    assert without_seconds(one.out) == without_seconds(other.out)
+    assert list(records(one.out, "removed")) == list(records(other.out, "removed"))

@@ -30,10 +30,13 @@ from maxlm.config import (
     llama,
     serialize,
 )
+from maxlm.config.cleaning.cleaning_pipeline import CleaningPipeline
+from maxlm.config.cleaning.score_steps import ClassifierTraining, NgramTraining
 from maxlm.config.cli import load_config, parse, parse_run
 from maxlm.config.fields import Filled, NotEmpty, PathName, Positive, Range, config, help_of, require, text_of
 from maxlm.config.synthesis import Answering, Attacks, Best, Calls, Instructions, Star
 from maxlm.data.__main__ import Prepare
+from maxlm.data.clean import CleanCommand
 from maxlm.data.command_options import ExtendTokenizer, MixOptions, RegmixOptions, TokenizerReport, Train, WeighOptions
 from maxlm.evaluate import EvaluateOptions
 from maxlm.evaluation.prompting import Prompting
@@ -57,6 +60,10 @@ COMMANDS = (
     MixOptions,
     RegmixOptions,
     WeighOptions,
+    CleanCommand,
+    NgramTraining,
+    ClassifierTraining,
+    CleaningPipeline,
     Instructions,
     Answering,
     Calls,

@@ -53,9 +53,9 @@ def gopher() -> CleaningPipeline:
 
 
 def c4() -> CleaningPipeline:
-    """arXiv:1910.10683, section 2.2, where langdetect must be 0.99 sure of English; fastText, which is never so sure, must
-    be as sure as in FineWeb. Its list of bad words is no part of this package: `WordList(file=...)` comes first among
-    the rules."""
+    """arXiv:1910.10683, section 2.2, where langdetect must be 0.99 sure of English; fastText, which is never so sure,
+    must be as sure as in FineWeb. Its list of bad words is no part of this package: `WordList(file=...)` comes first
+    among the rules."""
     return CleaningPipeline(
         steps=(
             *(*_PAGE, Languages(), C4Lines(terminal_punctuation=True)),

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from maxlm.config import UserError, serialize
 from maxlm.config.cleaning.cleaning_job import CleaningJob
+from maxlm.config.cleaning.cleaning_pipeline import CleaningPipeline
 from maxlm.data.claimed import LOCK, differences, replaced, write_json
 from maxlm.data.cleaning.clean_report import REPORT, CleaningReport, StepRow, write_report
 from maxlm.data.cleaning.document_pass import NamedStep, Removed, run_pass
@@ -29,6 +30,8 @@ DOCUMENTS, REMOVED = "documents", "removed"
 """What a finished folder holds, beside the report."""
 _JOB, _WORK = "job.json", "work"
 _BEGINNINGS = {LOCK, _JOB, f"{_JOB}.partial", _WORK}
+READ_BY_STEPS = frozenset({"file", "model", "run", "embedder", "paths"})
+"""Fields of steps that name files and folders which they read."""
 _SAMPLE = 1000
 """Documents that are tried first."""
 
@@ -197,10 +200,13 @@ def claim(job: CleaningJob, out: Path, unreadable: Unreadable) -> None:
         return
     parts = parts_of(job.documents, job.part_bytes, unreadable, out)
     (out / _WORK).mkdir(exist_ok=True)
-    stamps, file = [_stamps(part) for part in parts], out / _WORK / "input.json"
+    stamps, file = [_stamps(part) for part in [*parts, _named_files(job.pipeline)]], out / _WORK / "input.json"
     if (out / _WORK / "parts.json").exists():
         if json.loads(file.read_text()) != stamps:
-            raise UserError(f"{out}: its input has changed since it was begun; delete this folder to clean it again")
+            raise UserError(
+                f"{out}: its input, or a file that the pipeline names, has changed since it was begun; delete this "
+                "folder to clean it again"
+            )
         return
     write_json(file, stamps)
     write_json(out / _WORK / "parts.json", parts)
@@ -216,6 +222,16 @@ def clear(out: Path) -> None:
     """Delete what only the work needed."""
     shutil.rmtree(out / _WORK, ignore_errors=True)
     (out / LOCK).unlink(missing_ok=True)
+
+
+def _named_files(pipeline: CleaningPipeline) -> list[str]:
+    """The lists and models that steps read, so far as they are there: files, and all files of folders."""
+    found: set[Path] = set()
+    for key, value in serialize.flatten(pipeline).items():
+        if key.rpartition(".")[2] in READ_BY_STEPS:
+            for path in map(Path, value if isinstance(value, tuple) else (value,)):
+                found.update([path] if path.is_file() else (inner for inner in path.rglob("*") if inner.is_file()))
+    return sorted(map(str, found))
 
 
 def _stamps(files: list[str]) -> list[list[Any]]:
