@@ -1,5 +1,6 @@
 """What is measured, each file a command that prints one JSON line; results/ keeps the runs.
 
+demo.py: what make train costs and learns
 compare_torch.py: training, decoding, memory and start on a CPU, beside torch
 moe_tiny.py: a mixture against the dense model of equal active parameters
 layouts.py: what each layout costs beyond one device

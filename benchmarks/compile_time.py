@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-DENSE, MOE = "configs/tiny.py", "configs/tiny_moe.py"
+DENSE, MOE = "configs/llama_5m.py", "configs/tiny_moe.py"
 
 LAYERS = [
     (config, target, ("--model.n_layers", str(layers)))

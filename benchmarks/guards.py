@@ -1,4 +1,4 @@
-"""What a run pays for what watches over it, as shares of a step of configs/tiny.py (CPU time), as one JSON line.
+"""What a run pays for what watches over it, as shares of a step of configs/llama_5m.py (CPU time), as one JSON line.
 
     python -m benchmarks.guards [--rounds 40]
 
@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=40)
     options = parser.parse_args()
-    config = load_config("tiny")
+    config = load_config("llama_5m")
     trainers = {"with": make_trainer(config), "without": _without_update_check(make_trainer(config))}
     steps = {name: _running(trainer, config.model.vocab_size) for name, trainer in trainers.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}

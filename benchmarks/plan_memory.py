@@ -30,7 +30,7 @@ _GIB = 2**30
 _PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin")
 
 ROWS = """
-tiny tpu:v5p:2x2x1 fsdp=4
+llama_5m tpu:v5p:2x2x1 fsdp=4
 tiny_moe tpu:v5p:2x2x1 expert=4
 llama7b tpu:v5p:4x4x4
 llama7b tpu:v5e:16x16 fsdp=32
@@ -49,7 +49,7 @@ llama3_8b tpu:v5p:4x4x4
 llama2_13b tpu:v5p:4x4x8
 llama3_70b tpu:v5p:8x8x8
 mixtral8x7b tpu:v5p:4x4x8
-tiny gpu:h200:8
+llama_5m gpu:h200:8
 tiny_moe gpu:h200:8 expert=4
 tiny_moe gpu:h200:8 fsdp=8
 llama7b gpu:h200:8 fsdp=8 batch_size=32
@@ -92,9 +92,9 @@ mixtral8x7b gpu:h200:4x8 seq_len=4096 batch_size=64 fsdp=4 remat=names
 deepseek_moe16b gpu:h200:4x8 batch_size=64 micro_batches=1 fsdp=4
 qwen3_30b_a3b gpu:h200:8x8 batch_size=64 micro_batches=1 fsdp=8
 switch_base gpu:h200:2x8 batch_size=256
-tiny cpu:8
-tiny cpu:8 data=2 fsdp=4
-tiny cpu:8 tensor=4 remat=full
+llama_5m cpu:8
+llama_5m cpu:8 data=2 fsdp=4
+llama_5m cpu:8 tensor=4 remat=full
 tiny_moe cpu:8 expert=4
 """
 """Config, target and overrides of each row: those from which the rules of `maxlm/plan/memory.py` were learnt."""
@@ -220,14 +220,14 @@ _TAIL = """
 ## What the prediction leaves out
 
 * Tiles: a TPU pads the last two dims of an array to 8 x 128 numbers. Configs of real size choose layouts that need no
-  padding; `tiny`, with heads of 32, has 25 % more state than its numbers take.
+  padding; `llama_5m`, with heads of 32, has 25 % more state than its numbers take.
 * The embedding's own gradient, the gather of its float32 table, and what the first, not repeated, layers have at work:
   other moments of a step are fuller.
 * Time: what a compiler would trade for it, as gathering weights earlier.
 
 A GPU's peak is arguments and temporaries, gaps between arrays included. A TPU's is the compiler's own figure; the
-program's code, some 0.07 GiB at 7B, is in it for `tiny`, `tiny_moe` and in the second table. In the first table those
-of llama2_7b on TPUs, but for the one with four layers, were noted to 0.01 GiB.
+program's code, some 0.07 GiB at 7B, is in it for `llama_5m`, `tiny_moe` and in the second table. In the first table
+those of llama2_7b on TPUs, but for the one with four layers, were noted to 0.01 GiB.
 """
 
 

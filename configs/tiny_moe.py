@@ -1,4 +1,4 @@
-"""tiny.py with 8 experts in every layer, half as wide, of which each token uses 2: 11,610,368 parameters,
+"""llama_5m.py with 8 experts in every layer, half as wide, of which each token uses 2: 11,610,368 parameters,
 5,269,760 active, which is the dense model's number and the routers'.
 
     python -m maxlm.train --config configs/tiny_moe.py
@@ -9,7 +9,7 @@ from 8.3 to about 4.4 nats a token, and 5.29 on held-out text; the load's entrop
 
 from dataclasses import replace
 
-from configs.tiny import get_config as base
+from configs.llama_5m import get_config as base
 from maxlm.config import Experts, RunConfig, TopKRouter, with_experts
 
 

@@ -1,4 +1,4 @@
-"""tiny.py with a module that predicts the token after the next one (multi-token prediction, arXiv:2412.19437, section
+"""llama_5m.py with a module that predicts the token after the next one (multi-token prediction, arXiv:2412.19437, section
 2.2): 6,184,448 parameters, of which 922,880 are the module's, and are there in training alone.
 
     python -m maxlm.train --config configs/tiny_mtp.py
@@ -10,7 +10,7 @@ docs/objectives.md has what it is for.
 
 from dataclasses import replace
 
-from configs.tiny import get_config as base
+from configs.llama_5m import get_config as base
 from maxlm.config import MtpModules, RunConfig
 
 

@@ -157,6 +157,12 @@ _PLATFORMS = {"tpu": ("tpu", ("libtpu",)), "cuda": _CUDA, "gpu": _CUDA}
 """Platforms of jax beside the CPU: our extra, and the modules of which one is installed with it."""
 
 
+def only_cpus() -> bool:
+    """Whether jax will find no device but CPUs, as far as can be known before it looks."""
+    asked = jax.config.values["jax_platforms"]
+    return asked == "cpu" if asked else not any(map(importlib.util.find_spec, _CUDA[1] + _PLATFORMS["tpu"][1]))
+
+
 def make_layout(config: ShardingConfig, devices: Sequence[jax.Device] | None = None) -> Layout:
     """The mesh that the config describes over `devices` (default: all of them).
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -91,3 +92,34 @@ def test_no_control_codes_where_nobody_looks(
     found.print("[bold red]red[/]")
     assert capsys.readouterr().out == "red\n"
     assert not found.is_terminal and not found.is_interactive
+
+
+_KEEPING = """
+import resource, sys, threading
+from maxlm.compile_cache import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+faults = []
+def work():
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        block = bytes(2**27)  # 128 MiB, freed at once
+        memoryview(block)[:: 4096].tobytes()
+        del block
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+print(*faults)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps what it likes")
+@pytest.mark.parametrize(("word", "again"), [("keep", False), ("not", True)])
+def test_a_freed_block_is_used_again_and_its_pages_are_not_made_anew(word: str, again: bool) -> None:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", _KEEPING, word], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, *later = map(int, done.stdout.split())
+    assert first > 10_000
+    assert (min(later) > 10_000) is again

@@ -48,15 +48,16 @@ SORT = 2 * 384 * 64 + 2 * (4 * 64**2 + 3 * 64 * 172 + 2 * 64) + 64
 
 EXPECTED = {
     # embed and unembed 2 V D; a block 4 D^2 + 3 D F + 2 D; final norm D
-    "tiny": Expected(devices=1, parameters=2 * 4096 * 256 + 4 * (4 * 256**2 + 3 * 256 * 688 + 2 * 256) + 256),
-    # As tiny, with 8 experts of half the d_ff and a router in each layer; two experts have the dense MLP's parameters
+    "tiny": Expected(devices=1, parameters=2 * 4096 * 64 + 4 * (4 * 64**2 + 3 * 64 * 176 + 2 * 64) + 64),
+    "llama_5m": Expected(devices=1, parameters=2 * 4096 * 256 + 4 * (4 * 256**2 + 3 * 256 * 688 + 2 * 256) + 256),
+    # As llama_5m, with 8 experts of half the d_ff and a router in each layer; two have the dense MLP's parameters
     "tiny_moe": Expected(
         devices=1,
         parameters=2 * 4096 * 256 + 4 * (4 * 256**2 + 8 * 3 * 256 * 344 + 8 * 256 + 2 * 256) + 256,
         active=2 * 4096 * 256 + 4 * (4 * 256**2 + 3 * 256 * 688 + 8 * 256 + 2 * 256) + 256,
     ),
     "tiny_phases": Expected(devices=1, parameters=2 * 384 * 128 + 2 * (4 * 128**2 + 3 * 128 * 352 + 2 * 128) + 128),
-    # As tiny, with three heads of D^2 + V D
+    # As llama_5m, with three heads of D^2 + V D
     "tiny_medusa": Expected(
         devices=1,
         parameters=2 * 4096 * 256 + 4 * (4 * 256**2 + 3 * 256 * 688 + 2 * 256) + 256 + 3 * (256**2 + 4096 * 256),
@@ -67,7 +68,7 @@ EXPECTED = {
         parameters=2 * 4096 * 256 + 5 * (4 * 256**2 + 3 * 256 * 688 + 2 * 256) + 256 + 2 * 256**2 + 3 * 256,
     ),
     "glm_tiny": Expected(devices=1, parameters=SFT),
-    # As tiny, of other sizes; those below on two such layers, with D, 3 D + V D and 1 for their heads
+    # Of other sizes; those below on two such layers, with D, 3 D + V D and 1 for their heads
     "sft_tiny": Expected(devices=1, parameters=SFT),
     "life_pretrain": Expected(devices=1, parameters=SFT),
     "life_sft": Expected(devices=1, parameters=SFT),

@@ -445,7 +445,7 @@ def helped(call: Any, capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny_moe"])
+@pytest.mark.parametrize("name", ["llama_5m", "tiny_moe"])
 def test_help_tells_every_key_with_its_text_and_range(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     file = str(ROOT / f"configs/{name}.py")
     shown = helped(lambda: parse_run(["--config", file, "--help"], prog="x", description=""), capsys)

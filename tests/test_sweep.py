@@ -37,7 +37,7 @@ def sweep(out: Path | str = "runs/sweep", **changes: Any) -> Sweep:
 
 
 def test_a_sweep_is_what_it_says(tmp_path: Path) -> None:
-    base = load_config("tiny")
+    base = load_config("llama_5m")
     runs, notes = plan(base, sweep(tmp_path))
     assert [one.name for one in runs] == [f"{c}_{size}" for c in ("4e11", "1e12") for size in ("d64_l1", "d96_l2")] + [
         "1e12_d256_l4"
@@ -61,7 +61,7 @@ def test_a_sweep_is_what_it_says(tmp_path: Path) -> None:
 
 
 def test_schedules_keep_their_shares_and_muP_its_rate() -> None:
-    base = load_config("tiny")
+    base = load_config("llama_5m")
     optimizer = dataclasses.replace(base.optimizer, schedule=WsdSchedule(warmup_steps=20, decay_steps=40))
     model = dataclasses.replace(base.model, mup_base_width=256)
     found, _ = plan(dataclasses.replace(base, optimizer=optimizer, model=model), sweep(widths=(64,), budgets=(1e12,)))
@@ -85,17 +85,17 @@ def test_schedules_keep_their_shares_and_muP_its_rate() -> None:
 )
 def test_a_sweep_that_cannot_be_is_refused(changes: dict[str, Any], complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
-        plan(load_config("tiny"), sweep(**changes))
+        plan(load_config("llama_5m"), sweep(**changes))
 
 
 def test_only_pretraining_is_swept() -> None:
     with pytest.raises(UserError, match="use a config whose task is Pretrain"):
-        plan(dataclasses.replace(load_config("tiny"), task=Sft()), sweep())
+        plan(dataclasses.replace(load_config("llama_5m"), task=Sft()), sweep())
 
 
 def test_finished_runs_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What trains is a program that finishes its run, and fails the second one the first time."""
-    runs, _ = plan(load_config("tiny"), sweep(tmp_path, budgets=(1e12,)))
+    runs, _ = plan(load_config("llama_5m"), sweep(tmp_path, budgets=(1e12,)))
     write_configs(runs)
     program = (
         "import json, pathlib, sys\n"

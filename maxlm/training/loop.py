@@ -19,7 +19,7 @@ import numpy as np
 
 from maxlm.checkpoint.lock import lock_run, require_seen
 from maxlm.checkpoint.reference import Reference
-from maxlm.compile_cache import enable_compilation_cache, release_compiler_memory
+from maxlm.compile_cache import enable_compilation_cache, keep_freed_memory, release_compiler_memory
 from maxlm.config import RunConfig, UserError, serialize
 from maxlm.config.changes import changes, check_allowed
 from maxlm.config.phases import Skip
@@ -33,7 +33,7 @@ from maxlm.processes.interruption import Interruption
 from maxlm.processes.joining import joined, on_rank_0
 from maxlm.processes.same import code_fingerprint, require_same
 from maxlm.processes.watchdog import Watchdog
-from maxlm.sharding import Layout, all_devices, make_layout
+from maxlm.sharding import Layout, all_devices, make_layout, only_cpus
 from maxlm.training.keeper import Keeper, require_finite
 from maxlm.training.objective import Batch, Objective
 from maxlm.training.spikes import Spikes
@@ -171,6 +171,8 @@ def run(
     """
     check_allowed(config, allow_change)
     train, run_dir = config.train, Path(config.run_dir)
+    if only_cpus():
+        keep_freed_memory()
 
     # An error is told to the other ranks before anything is closed, which may wait for them.
     with Interruption() as interruption, contextlib.ExitStack() as stack, joined(config.limits) as ranks:
