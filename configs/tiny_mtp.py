@@ -1,5 +1,5 @@
-"""llama_5m.py with a module that predicts the token after the next one (multi-token prediction, arXiv:2412.19437, section
-2.2): 6,184,448 parameters, of which 922,880 are the module's, and are there in training alone.
+"""llama_5m.py with a module that predicts the token after the next one (multi-token prediction, arXiv:2412.19437,
+section 2.2): 6,184,448 parameters, of which 922,880 are the module's, and are there in training alone.
 
     python -m maxlm.train --config configs/tiny_mtp.py
 
