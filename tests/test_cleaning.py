@@ -8,6 +8,7 @@ import importlib
 import inspect
 import itertools
 import json
+import os
 import random
 import re
 import subprocess
@@ -23,14 +24,16 @@ from maxlm.config import UserError, cleaning
 from maxlm.config.cleaning.cleaning_job import CleaningJob, KeptOfRemoved
 from maxlm.config.cleaning.cleaning_pipeline import CleaningPipeline
 from maxlm.config.cleaning.cleaning_recipes import RECIPES, cleaning_recipe
+from maxlm.config.cleaning.duplicate_steps import ExactDocuments
 from maxlm.config.cleaning.engines import CleaningEngine, SlurmArrays
-from maxlm.config.cleaning.rule_steps import WordList
-from maxlm.config.cleaning.text_steps import NormaliseUnicode, UnicodeForm
+from maxlm.config.cleaning.rule_steps import CodeQuality, GopherQuality, Languages, WordList
+from maxlm.config.cleaning.text_steps import C4Lines, NormaliseUnicode, UnicodeForm
 from maxlm.config.data import Files
 from maxlm.config.errors import MachineFailure
 from maxlm.data import clean
+from maxlm.data.claimed import claimed
 from maxlm.data.cleaning import cleaning_work, local_pool
-from maxlm.data.cleaning.cleaning_work import READ_BY_STEPS, CleaningWork, claim, finished
+from maxlm.data.cleaning.cleaning_work import READ_BY_STEPS, CleaningWork, finished, plan_cleaning
 from maxlm.data.cleaning.cluster import run_on_cluster
 from maxlm.data.cleaning.findings import Finding, Limit, Page, broken, measured
 from maxlm.data.cleaning.local_pool import run_locally
@@ -140,8 +143,9 @@ def job(data: Path, part_bytes: int = 4000, **changes: Any) -> CleaningJob:
 
 def begun(job: CleaningJob, out: Path) -> CleaningWork:
     out.mkdir(exist_ok=True)
-    claim(job, out, Unreadable())
-    return CleaningWork(out, NoModels())
+    plan = plan_cleaning(job, out, Unreadable())
+    plan.put_down()
+    return CleaningWork(out, job, plan.parts, NoModels())
 
 
 def do_all(work: CleaningWork, seed: int | None = None) -> None:
@@ -186,8 +190,8 @@ def test_every_document_is_kept_or_written_down_with_its_reason(folder: Path, tm
     read = 4 * 50 + 20 + 30
     empty = sum(not text.strip() for text in texts(9, 20))  # plain files without a word are no documents
     blank = sum(not text for i in (0, 1, 2, 3, 10) for text in texts(i, 50 if i < 9 else 30))
-    assert report["read"]["documents"] == len(kept) + len(dropped) and report["read"]["documents"] <= read - empty
-    assert read - empty - blank <= report["read"]["documents"]
+    assert report["read"]["documents"] == len(kept) + len(dropped) + report["blank"] == read
+    assert 0 < report["blank"] <= empty + blank
     assert len({one["id"] for one in kept + dropped}) == len(kept) + len(dropped)
     assert report["kept"]["documents"] == len(kept) > 5
     assert report["kept"]["bytes"] == sum(len(one["text"].encode()) for one in kept)
@@ -201,7 +205,7 @@ def test_every_document_is_kept_or_written_down_with_its_reason(folder: Path, tm
     assert len(lengths) == len(set(lengths)) and min(lengths) >= 5
     assert any(one.get("url", "").startswith("http://x/") and one["source_id"] >= 0 for one in kept)
     steps = report["steps"]
-    assert steps[0]["seen"] == report["read"]["documents"]
+    assert steps[0]["seen"] == report["read"]["documents"] - report["blank"]
     for before, after in itertools.pairwise(steps):
         assert after["seen"] == before["seen"] - sum(before["dropped"].values())
     assert sum(steps[0]["values"]["words"].values()) == steps[0]["seen"]
@@ -253,6 +257,51 @@ def test_what_was_interrupted_anywhere_ends_the_same(
     assert without_seconds(out) == without_seconds(whole.out)
 
 
+def test_each_document_has_an_id_of_its_own(tmp_path: Path) -> None:
+    data = tmp_path / "input"
+    data.mkdir()
+    (data / "a.json").write_text(json.dumps([{"text": f"{word} ship"} for word in WORDS]))
+    for name in (b"a\xff.txt", b"a\xfe.txt"):
+        Path(os.fsdecode(os.fsencode(data) + b"/" + name)).write_text(f"the ship of {name!r}")
+    exact = CleaningPipeline(steps=(ExactDocuments(),))
+    work = begun(CleaningJob(pipeline=exact, documents=Files(paths=(str(data),))), tmp_path / "out")
+    do_all(work)
+    kept = list(records(work.out, "documents"))
+    assert len(kept) == len({one["id"] for one in kept}) == len(WORDS) + 2
+    assert [one["id"].rpartition("/")[2] for one in kept if "json" in one["id"]][:2] == ["a.json:1", "a.json:1.2"]
+
+
+def test_a_records_own_id_and_text_stay(tmp_path: Path) -> None:
+    data = tmp_path / "a.jsonl"
+    record = {"body": "a ship", "text": "its title", "id": 7, "source_id": "x", "deep": {"a": [1]}}
+    data.write_text(json.dumps(record) + "\n")
+    documents = Files(paths=(str(data),), text_key="body")
+    work = begun(CleaningJob(pipeline=pipeline(1), documents=documents), tmp_path / "out")
+    do_all(work)
+    (kept,) = records(work.out, "documents")
+    own = {"source_text": "its title", "source_source_id": 7, "source_id": "x", "deep": {"a": [1]}}
+    assert kept == {"id": f"{data}:1", "text": "a ship", **own}
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        (C4Lines(lorem_ipsum=False, curly_bracket=False, least_sentences=0), CodeQuality(generated=True)),
+        (Languages(languages=(), least=0.0),),
+        (GopherQuality(least_words=0, most_words=10**9, least_alphabetic_words=0.0, least_stop_words=0),),
+    ],
+)
+def test_the_report_takes_rules_without_a_limit(steps: tuple[Any, ...], folder: Path, tmp_path: Path) -> None:
+    of = CleaningJob(pipeline=CleaningPipeline(steps=steps), documents=Files(paths=(str(folder),)))
+    work = begun(of, tmp_path / "out")
+    do_all(work)
+    assert (work.out / "report.html").read_text().count("<figure") == sum(
+        bool(step["values"].get(limit["rule"]))
+        for step in without_seconds(work.out)["steps"]
+        for limit in step["limits"]
+    )
+
+
 # Mistakes
 
 
@@ -264,7 +313,8 @@ def pipeline_file(tmp_path: Path, body: str) -> str:
     file = tmp_path / "mine.py"
     file.write_text(
         "from maxlm.config.cleaning.cleaning_pipeline import CleaningPipeline\n"
-        "from maxlm.config.cleaning.text_steps import NormaliseUnicode, UnicodeForm\n\n"
+        "from maxlm.config.cleaning.rule_steps import GopherQuality\n"
+        "from maxlm.config.cleaning.text_steps import C4Lines, NormaliseUnicode, UnicodeForm\n\n"
         f"def get_pipeline():\n    {body}\n"
     )
     return str(file)
@@ -282,7 +332,7 @@ def test_the_command_cleans_and_says_it(folder: Path, tmp_path: Path, capsys: py
     assert "00-NormaliseUnicode" in said and str(out / "documents") in said
     assert next(one for one in records(out, "documents") if one["id"].endswith("/0.txt"))["text"] == "fine\nday"
     assert sorted(path.name for path in out.iterdir()) == [
-        *("documents", "job.json", "removed", "report.html", "report.json")
+        *("documents", "input.json", "job.json", "removed", "report.html", "report.json")
     ]
     before = written(out)
     assert run([*argv, "--part_bytes", "9000"]) == 0  # nothing is done again
@@ -301,8 +351,34 @@ def test_a_changed_pipeline_is_refused_with_the_difference(folder: Path, tmp_pat
 def test_changed_input_is_refused(folder: Path, tmp_path: Path) -> None:
     begun(job(folder), tmp_path / "out")
     (folder / "0.jsonl").write_text('{"text": "other"}')
-    with pytest.raises(UserError, match="its input, or a file that the pipeline names, has changed"):
+    with pytest.raises(UserError, match=r"has changed since it was begun: .*0\.jsonl = \["):
         begun(job(folder), tmp_path / "out")
+
+
+def test_what_was_not_put_down_whole_is_put_down_again(folder: Path, tmp_path: Path, own_steps: None) -> None:
+    out = tmp_path / "out"
+    begun(job(folder), out)
+    (out / "job.json").unlink()  # a kill before the last file
+    do_all(begun(job(folder), out))
+    assert finished(out)
+
+
+def test_a_finished_folder_does_not_answer_for_other_input(folder: Path, tmp_path: Path) -> None:
+    argv = [str(folder), "--out", str(tmp_path / "out"), "--pipeline", pipeline_file(tmp_path, GOOD), "--workers", "1"]
+    assert run(argv) == 0
+    (folder / "new.txt").write_text("a ship")
+    with pytest.raises(UserError, match=r"new\.txt = None there and \[6, "):
+        run(argv)
+
+
+def test_what_was_refused_may_be_changed(folder: Path, tmp_path: Path) -> None:
+    nothing = "return CleaningPipeline(steps=(GopherQuality(least_words=10**6, most_words=10**7),))"
+    file = pipeline_file(tmp_path, nothing)
+    argv = [str(folder), "--out", str(tmp_path / "out"), "--pipeline", file, "--workers", "1"]
+    with pytest.raises(UserError, match=r"none of the first \d+ documents is kept; dropped by 00-GopherQuality"):
+        run(argv)
+    pipeline_file(tmp_path, GOOD)
+    assert run(argv) == 0
 
 
 def test_a_changed_list_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -314,7 +390,7 @@ def test_a_changed_list_is_refused(folder: Path, tmp_path: Path) -> None:
     begun(mine, tmp_path / "out")
     begun(mine, tmp_path / "out")
     words.write_text("weather\n")
-    with pytest.raises(UserError, match="its input, or a file that the pipeline names, has changed"):
+    with pytest.raises(UserError, match="its input, a file that the pipeline names, or a package has changed"):
         begun(mine, tmp_path / "out")
 
 
@@ -370,8 +446,8 @@ def test_what_cannot_be_read_is_counted_and_the_rest_is_cleaned(tmp_path: Path, 
 @pytest.mark.parametrize(
     "body, told",
     [
-        ("return 3", r"mine\.py:4: get_pipeline\(\) must return a CleaningPipeline, it returns int"),
-        ("return CleaningPipeline(steps=())", r"mine\.py:5: steps = \(\) must not be empty"),
+        ("return 3", r"mine\.py:5: get_pipeline\(\) must return a CleaningPipeline, it returns int"),
+        ("return CleaningPipeline(steps=())", r"mine\.py:6: steps = \(\) must not be empty"),
         ("return CleaningPipeline(steps=(NormalizeUnicode(),))", "did you mean NormaliseUnicode"),
     ],
 )
@@ -430,14 +506,22 @@ def real_job(data: Path, **changes: Any) -> CleaningJob:
 
 def finish(work: CleaningWork, engine: CleaningEngine) -> None:
     if engine is CleaningEngine.LOCAL:
-        run_locally(work, 3, lambda stage, done, tasks: None)
+        with claimed(work.out, "cleans") as lock:
+            run_locally(work, 3, lambda stage, done, tasks: None, lock)
     else:
-        run_on_cluster(work, engine, 2, SlurmArrays())
+        run_on_cluster(work, engine, 2, SlurmArrays(partition=os.environ.get("MAXLM_SLURM_PARTITION")))
+    for _ in range(600):  # of Slurm nobody waits
+        if finished(work.out):
+            return
+        time.sleep(1)
 
 
-@pytest.mark.parametrize("engine", [CleaningEngine.DATATROVE, CleaningEngine.RAY])
+@pytest.mark.parametrize("engine", [CleaningEngine.DATATROVE, CleaningEngine.RAY, CleaningEngine.SLURM])
 @pytest.mark.nightly
 def test_engines_keep_the_same(engine: CleaningEngine, folder: Path, tmp_path: Path) -> None:
+    """Of Slurm where there is one: MAXLM_SLURM_PARTITION names its partition."""
+    if engine is CleaningEngine.SLURM and "MAXLM_SLURM_PARTITION" not in os.environ:
+        pytest.skip("no Slurm here: MAXLM_SLURM_PARTITION is not set")
     here, there = begun(real_job(folder), tmp_path / "here"), begun(real_job(folder), tmp_path / "there")
     finish(here, CleaningEngine.LOCAL)
     finish(there, engine)

@@ -212,10 +212,10 @@ class _Models:
     """Of runs, for steps of cleaning that ask a model."""
 
     def scorer(self, run: str) -> Scorer:
-        return _model(run).score
+        return lambda texts: _model(run).score(texts)  # it is opened when it is asked, by the process that asks
 
     def embedder(self, run: str) -> TextEmbedder:
-        return _model(run).embed
+        return lambda texts: _model(run).embed(texts)
 
 
 @functools.cache

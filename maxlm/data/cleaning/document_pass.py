@@ -36,6 +36,9 @@ def run_pass(pages: Iterable[Page], steps: Sequence[NamedStep], kept: IO[bytes],
     tally = PassTally([StepTally() for _ in steps])
     seconds = [0.0] * len(steps)
     for page in pages:
+        if not page.text.strip():
+            tally.blank += 1
+            continue
         size = len(page.text.encode(errors="replace"))
         for number, ((name, step), of_step) in enumerate(zip(steps, tally.steps, strict=True)):
             began = time.process_time()
@@ -71,7 +74,9 @@ class Removed(contextlib.ExitStack):
         """A document that the step of that name was given, and what it said."""
         if (file := self._files.get(name)) is None:
             (self._folder / name).mkdir(parents=True, exist_ok=True)
-            file = self._files[name] = self.enter_context(replaced(self._folder / name / f"{self._part:05}.jsonl"))
+            file = self._files[name] = self.enter_context(
+                replaced(self._folder / name / f"{self._part:05}.jsonl", shared=True)
+            )
         record: dict[str, Any] = {"id": page.id, "step": name, **why}
         if self._what is KeptOfRemoved.TEXTS:
             record["text"] = page.text

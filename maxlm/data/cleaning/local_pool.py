@@ -28,13 +28,14 @@ def worker_command(out: Path) -> list[str]:
     return [sys.executable, "-m", "maxlm.data", "clean", "work", str(out)]
 
 
-def run_locally(work: CleaningWork, workers: int, show: Callable[[str, int, int], None]) -> None:
+def run_locally(work: CleaningWork, workers: int, show: Callable[[str, int, int], None], lock: int) -> None:
     """Do all tasks of all stages that are not done.
 
     Args:
         work: of the job.
         workers: processes.
         show: told of a stage's name, its tasks that are done, and all of them.
+        lock: descriptor of the folder's lock, which a worker that outlives this process holds until its task ends.
 
     Raises:
         UserError: of a task.
@@ -42,10 +43,10 @@ def run_locally(work: CleaningWork, workers: int, show: Callable[[str, int, int]
     """
     with contextlib.ExitStack() as stack:
         idle: SimpleQueue[_CleaningWorker] = SimpleQueue()
-        for _ in range(workers):
-            idle.put(stack.enter_context(contextlib.closing(_CleaningWorker(work.out))))
         threads = stack.enter_context(ThreadPoolExecutor(workers))
         stack.callback(threads.shutdown, wait=False, cancel_futures=True)
+        for _ in range(workers):  # killed first of all, so that no thread waits for an answer that does not come
+            idle.put(stack.enter_context(contextlib.closing(_CleaningWorker(work.out, lock))))
 
         def ask(stage: int, task: int) -> None:
             worker = idle.get()
@@ -74,8 +75,8 @@ def _as_they_end(waiting: set[Future[None]]) -> Iterator[None]:
 class _CleaningWorker:
     """A process that does tasks, and our end of the pipes to it. It begins when it is first asked."""
 
-    def __init__(self, out: Path) -> None:
-        self._out = out
+    def __init__(self, out: Path, lock: int) -> None:
+        self._out, self._lock = out, lock
         self._process: subprocess.Popen[str] | None = None
 
     def do(self, stage: int, task: int) -> None:
@@ -85,6 +86,7 @@ class _CleaningWorker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
+                pass_fds=[self._lock],
                 start_new_session=True,  # Ctrl-C is for the parent, whose end closes the pipe
                 env={**os.environ, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
@@ -117,6 +119,10 @@ def serve_tasks(work: CleaningWork, asked: Iterable[str], answers: IO[str]) -> N
             work.do(stage, task)
         except UserError as error:
             answer = json.dumps(str(error))
+        except OSError as error:
+            answer = json.dumps(
+                f"{error.filename or work.out}: {error.strerror}; make room, then run the same command again"
+            )
         else:
             answer = OK
         answers.write(answer + "\n")

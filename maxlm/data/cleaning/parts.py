@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ from maxlm.data.input_files import counted, input_files, walk
 from maxlm.data.sources import NOT_LIBRARY, RECORDS, ending_of, file_documents
 
 _ID, _TEXT = "id", "text"
-"""Keys of a page on its way; a record's own `id` is the tag `source_id`."""
+"""Keys of a page on its way; a record's own are the tags `source_id` and `source_text`."""
 
 
 def parts_of(
@@ -52,24 +54,41 @@ def read_pages(files: list[str], documents: Files | StandardLibrary, unreadable:
     """The documents of a part, with what their records say beside the text as tags."""
     key = documents.text_key if isinstance(documents, Files) else Files.text_key
     for file in map(Path, files):
+        place, before, again = _place(file), 0, 0
         with counted(file, unreadable):
             for document in file_documents(file, None, unreadable):
-                if ending_of(file) in RECORDS:
-                    yield from _of_record(document, document.row or 1, key, unreadable)
-                elif document.text.strip():
-                    yield Page(document.file, document.text)
+                if ending_of(file) not in RECORDS:
+                    yield Page(place, document.text)
+                    continue
+                row = document.row or 1
+                again = again + 1 if row == before else 1  # of JSON, several may begin in one line
+                before = row
+                id = f"{place}:{row}" if again == 1 else f"{place}:{row}.{again}"
+                yield from _of_record(document, id, key, unreadable)
 
 
-def _of_record(document: Document, row: int, key: str, unreadable: Unreadable) -> Iterator[Page]:
-    record = json.loads(document.text)
+def _place(file: Path) -> str:
+    """The name of the file; of one that is no UTF-8 with a hash, as several look the same."""
+    name = os.fsencode(file)
+    try:
+        return name.decode()
+    except UnicodeDecodeError:
+        return f"{name.decode(errors='replace')}#{hashlib.blake2b(name, digest_size=8).hexdigest()}"
+
+
+def _of_record(document: Document, id: str, key: str, unreadable: Unreadable) -> Iterator[Page]:
+    record, row = json.loads(document.text), document.row or 1
     if key not in record:
-        unreadable.report(document.file, document.row, f"has no key {key!r}, only {sorted(record)[:8]}; set text_key")
+        unreadable.report(document.file, row, f"has no key {key!r}, only {sorted(record)[:8]}; set text_key")
         return
     for found in records.document(record.pop(key), document.file, row, key, unreadable):
-        if _ID in record:
-            record["source_id"] = record.pop(_ID)
-        record.pop(_TEXT, None)
-        yield Page(f"{found.file}:{found.row}", found.text, record)
+        for taken in (_ID, _TEXT):
+            if taken in record:
+                name = f"source_{taken}"
+                while name in record:
+                    name = f"source_{name}"
+                record[name] = record.pop(taken)
+        yield Page(id, found.text, record)
 
 
 def write_line(page: Page) -> bytes:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from maxlm.config.cleaning.private_steps import Masks, PersonalData, Treatment
 from maxlm.data.cleaning.check_digits import IBAN_LENGTH, is_card, is_iban, is_id_number
-from maxlm.data.cleaning.findings import Finding, Limit, Page
+from maxlm.data.cleaning.findings import Finding, Limit, Page, measured
 from maxlm.data.cleaning.secrets_found import secrets_of
 
 
@@ -194,7 +194,7 @@ class PersonalDataMasker:
     def __call__(self, page: Page) -> Finding:
         found = personal_data(page.text, self._kinds, public_ips_alone=self._config.public_ips_alone)
         counts = Counter(one.kind for one in found)
-        values = tuple(float(counts[kind]) for kind in self._dropping)
+        values = measured(self.limits, (float(counts[kind]) for kind in self._dropping))
         masked = [one for one in found if self._treatment[one.kind] is Treatment.MASK]
         if not masked:
             return Finding(values)

@@ -20,6 +20,7 @@ from maxlm.config.cleaning.score_steps import (
     QualityFilter,
     RunEmbeddings,
 )
+from maxlm.data.claimed import replaced, write_json
 from maxlm.data.cleaning.drawn import drawn
 from maxlm.data.cleaning.findings import DocumentStep, Finding, Limit, Page, Tag, measured
 from maxlm.data.cleaning.models_for_cleaning import CleaningModels
@@ -117,8 +118,9 @@ class InBatches:
             ids += [page.id for page in pages]
             rows.append(self._score([page.text for page in pages]))
         of_ids, of_scores = _files(before.folder, task)
-        of_ids.write_text(json.dumps(ids))
-        np.save(of_scores, np.concatenate(rows) if rows else np.empty((0, 1)), allow_pickle=False)
+        write_json(of_ids, ids, shared=True)
+        with replaced(of_scores, shared=True) as stream:
+            np.save(stream, np.concatenate(rows) if rows else np.empty((0, 1)), allow_pickle=False)
 
 
 def _files(folder: Path, task: int) -> tuple[Path, Path]:

@@ -69,7 +69,7 @@ class ArrayFiles(NamedTuple):
         """Whole, or not at all."""
         file = self._file(task)
         file.parent.mkdir(parents=True, exist_ok=True)
-        with replaced(file) as stream:
+        with replaced(file, shared=True) as stream:
             np.save(stream, values, allow_pickle=False)
 
     def read(self, task: int) -> npt.NDArray[Any]:

@@ -17,8 +17,8 @@ class CleaningStage(NamedTuple):
     tasks: int
     """Known before anything runs, and the same for any number of workers."""
     work: Callable[[int], None]
-    """Does a task, by its number: reads what stages before wrote, and writes files of its own (`atomic`), the same ones
-    if it is done again."""
+    """Does a task, by its number: reads what stages before wrote, and writes files of its own (`claimed.replaced`), the
+    same ones if it is done again."""
 
 
 class StepWorkspace(NamedTuple):

@@ -111,7 +111,7 @@ class DropVerdict(NamedTuple):
         bounds = {"least": self.limit.least, "most": self.limit.most}
         return {
             "rule": self.rule,
-            "value": self.value,
+            "value": self.value if self.value is None or math.isfinite(self.value) else str(self.value),
             **{name: bound for name, bound in bounds.items() if math.isfinite(bound)},
             **({"seen": self.seen} if self.seen else {}),
         }
@@ -134,6 +134,8 @@ class PassTally:
     kept_bytes: int = 0
     samples: list[Shown] = field(default_factory=list)
     """Of those kept."""
+    blank: int = 0
+    """Documents without a letter, which no step is given."""
     unreadable: int = 0
     examples: list[str] = field(default_factory=list)
     """Of what could not be read."""
@@ -151,6 +153,7 @@ class PassTally:
         self.kept_bytes += other.kept_bytes
         for sample in other.samples:
             _keep(self.samples, sample)
+        self.blank += other.blank
         self.unreadable += other.unreadable
         self.examples = (self.examples + other.examples)[:5]
 
