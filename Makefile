@@ -14,7 +14,7 @@ CODE   := setup.py maxlm kernels_pallas configs benchmarks
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-train: $(STAMP) ## train the tiny model on this machine, about a minute (ARGS="--train.steps=50" overrides)
+train: $(STAMP) ## train the tiny model on this machine, one to two minutes (ARGS="--train.steps=50" overrides)
 	$(BIN)/python -m maxlm.train --config configs/tiny.py $(ARGS)
 
 life: $(STAMP) ## a model's whole life in small: text, conversations, preferences, rewards, 8 bits; about nine minutes

@@ -2,8 +2,8 @@
 
     python -m maxlm.train --config configs/tiny.py
 
-Hardware: two CPU cores, 1 GB of memory, no download; about a minute, data included. It reads 1.8 million tokens, half
-of the text, and ends at 1.64 bits a byte on what is held out; with another Python, whose sources are the text,
+Hardware: two CPU cores, 1 GB of memory, no download; one to two minutes, data included. It reads 1.8 million tokens,
+half of the text, and ends at 1.64 bits a byte on what is held out; with another Python, whose sources are the text,
 somewhere near. How its sizes were found: docs/demo.md.
 """
 

@@ -39,6 +39,7 @@ from maxlm.data.cleaning.findings import Finding, Limit, Page, broken, measured
 from maxlm.data.cleaning.local_pool import run_locally
 from maxlm.data.cleaning.stages import CleaningStage, StepWorkspace
 from maxlm.data.documents import Unreadable
+from maxlm.data.sources import iterate_documents
 
 WORDS = ["the", "of", "and", "a", "ship", "sails", "over", "every", "sea", "where", "wind", "weather", "to", "go", "on"]
 
@@ -269,6 +270,26 @@ def test_each_document_has_an_id_of_its_own(tmp_path: Path) -> None:
     kept = list(records(work.out, "documents"))
     assert len(kept) == len({one["id"] for one in kept}) == len(WORDS) + 2
     assert [one["id"].rpartition("/")[2] for one in kept if "json" in one["id"]][:2] == ["a.json:1", "a.json:1.2"]
+
+
+def test_what_was_cleaned_is_read_without_what_was_dropped(folder: Path, tmp_path: Path, own_steps: None) -> None:
+    work = begun(job(folder), tmp_path / "out")
+    files, unreadable = Files(paths=(str(tmp_path),), pattern="*.jsonl*"), Unreadable()
+    before = [one.file for one in iterate_documents(files, unreadable)]
+    assert before and not any("/out/" in file for file in before)
+    do_all(work)
+    kept = [one.text for one in iterate_documents(Files(paths=(str(work.out),)), unreadable)]
+    assert kept == [one["text"] for one in records(work.out, "documents")]
+    assert unreadable.left_out_examples[-1] == f"{work.out}: data that was cleaned: of it documents/ is read"
+
+
+def test_numbers_that_json_does_not_have_are_none(tmp_path: Path) -> None:
+    data = tmp_path / "a.jsonl"
+    data.write_text('{"text": "a ship", "a": NaN, "b": 1e400, "c": [Infinity, 1.5], "d": ' + "9" * 5000 + "}\n")
+    work = begun(CleaningJob(pipeline=pipeline(1), documents=Files(paths=(str(data),))), tmp_path / "out")
+    do_all(work)
+    (kept,) = records(work.out, "documents")
+    assert kept == {"id": f"{data}:1", "text": "a ship", "a": None, "b": None, "c": [None, 1.5], "d": None}
 
 
 def test_a_records_own_id_and_text_stay(tmp_path: Path) -> None:

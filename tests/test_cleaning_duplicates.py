@@ -329,6 +329,7 @@ def test_a_task_done_again_writes_the_same_files(name: str, tmp_path: Path) -> N
     assert not [name for name in written if not name.endswith(".npy")]
 
 
+@pytest.mark.filterwarnings("ignore:os.fork")  # the child computes with numpy alone, and is killed
 @pytest.mark.parametrize("name", SOME)
 def test_a_process_killed_while_it_writes_leaves_no_half_file(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -96,7 +96,7 @@ def test_print_config_marks_what_the_file_says_otherwise() -> None:
     found = command("--print_config", *TINY, "--train.steps=7")
     assert found.print_config
     lines = describe_config(found.config, found.file_config).splitlines()
-    assert [line for line in lines if "#" in line] == ["train.steps = 7    # the file says 200"]
+    assert [line for line in lines if "#" in line] == ["train.steps = 7    # the file says 880"]
     assert len(lines) == len(serialize.flatten(found.config))
 
 
@@ -150,7 +150,7 @@ def test_a_mistyped_key_names_the_nearest(override: str, nearest: str) -> None:
         (["--data.verify=maybe"], ["--data.verify", "'maybe'", "'True', 'False'"]),
         (["--execution.remat=all"], ["--execution.remat", "'all'", "'none'", "'full'"]),
         (["--model.n_layers=-1"], ["model.n_layers = -1", "must be positive"]),
-        (["--model.blocks.0.attention.n_kv_heads=3"], ["n_kv_heads = 3", "n_heads = 8", "[1, 2, 4, 8]"]),
+        (["--model.blocks.0.attention.n_kv_heads=3"], ["n_kv_heads = 3", "n_heads = 4", "[1, 2, 4]"]),
         (["--model.blocks.0.attention.head_dim=7"], ["head_dim = 7", "use 8"]),
         (["--data.datasets.0.weight=-1"], ["weight = -1", "must be at least 0"]),
         (["--sharding.fsdp=-1", "--sharding.tensor=-1"], ["sharding.fsdp and sharding.tensor", "-1"]),
@@ -200,7 +200,7 @@ def test_help_needs_no_jax_and_lists_keys_with_defaults() -> None:
 def test_print_config_needs_no_jax_and_starts_nothing() -> None:
     done = run_train("--print_config", *TINY, "--train.steps=7", options=("-X", "importtime"))
     assert done.returncode == 0
-    assert "train.steps = 7    # the file says 200" in done.stdout
+    assert "train.steps = 7    # the file says 880" in done.stdout
     assert not any(line.endswith("| jax") for line in done.stderr.splitlines())
 
 

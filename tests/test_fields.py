@@ -62,8 +62,6 @@ COMMANDS = (
     WeighOptions,
     CleanCommand,
     NgramTraining,
-    ClassifierTraining,
-    CleaningPipeline,
     Instructions,
     Answering,
     Calls,
@@ -296,7 +294,11 @@ def test_messages_begin_with_the_key_as_it_is_reached(cls: type) -> None:
         assert vars(cls)["__config_prefix__"] in PATHS[cls]
 
 
-@pytest.mark.parametrize("cls", [*PATHS, SamplingConfig, Prompting, *COMMANDS], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize(
+    "cls",
+    [*PATHS, SamplingConfig, Prompting, CleaningPipeline, ClassifierTraining, *COMMANDS],
+    ids=lambda cls: cls.__name__,
+)
 def test_every_class_is_checked_and_every_field_has_a_text(cls: type) -> None:
     for one, _ in classes(cls):
         assert "__config_prefix__" in vars(one), f"{one.__name__} is a bare dataclass; use maxlm.config.fields.config"

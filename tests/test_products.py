@@ -154,6 +154,19 @@ def test_the_state_remembers_the_largest_numbers(delayed: tuple[RunConfig, Train
     assert (history[..., :2] > 0).all() and (history[..., 2:] == 0).all()
 
 
+def test_an_infinite_number_is_no_good_step(delayed: tuple[RunConfig, Trainer]) -> None:
+    """Clipped to the largest one of 8 bits it makes finite losses and gradients."""
+    config, trainer = delayed
+    begun = trainer.init()
+    attention = begun.parameters["blocks"]["0"]["attention"]
+    attention["q_proj"] = attention["q_proj"].at[0, 0, 0, 0].set(jnp.inf)
+    before = jax.device_get(begun)
+    state, out = trainer.step(begun, place(packed_batch(config), trainer))
+    assert np.isfinite(out.figures["loss"]) and int(state.skipped) == int(state.skipped_in_row) == 1
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.stability), before.stability)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.parameters), before.parameters)
+
+
 @pytest.mark.nightly
 def test_micro_batches_have_the_largest_of_all(delayed: tuple[RunConfig, Trainer]) -> None:
     """As their batch has, in a first step, whose scales are 1."""

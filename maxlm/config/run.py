@@ -78,7 +78,7 @@ class TrainConfig:
     """Weight of the square of the largest logit in the loss, to the same end (Baichuan 2, arXiv:2309.10305: 2e-4)."""
     embedding_gradient: Fraction = 1.0
     """What the gradient of the embeddings that enter the first layer is multiplied by (GLM-130B, arXiv:2210.02414:
-    0.1)."""
+    0.1); what modules of `model.mtp` look up passes its whole gradient."""
     loss_chunk: Positive[int] = 1024
     """Tokens, on one device, whose logits exist at one time."""
     max_skipped_steps: Annotated[Positive[int], Changes.NOTHING] = 10

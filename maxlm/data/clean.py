@@ -25,12 +25,13 @@ from maxlm.config.cli import parse
 from maxlm.config.fields import NotEmpty, PathName, Positive, Range, config
 from maxlm.config.python_file import value_of
 from maxlm.data.claimed import claimed
-from maxlm.data.cleaning.clean_report import PAGE, REPORT, funnel
-from maxlm.data.cleaning.cleaning_work import DOCUMENTS, CleaningWork, clear, finished, plan_cleaning
+from maxlm.data.cleaning.clean_report import PAGE, funnel
+from maxlm.data.cleaning.cleaning_work import CleaningWork, clear, finished, plan_cleaning
 from maxlm.data.cleaning.cluster import run_on_cluster
 from maxlm.data.cleaning.local_pool import run_locally, serve_tasks
 from maxlm.data.cleaning.models_for_cleaning import CleaningModels
 from maxlm.data.documents import Unreadable
+from maxlm.data.input_files import CLEANED, REPORT
 from maxlm.surroundings import console
 
 PROG = "python -m maxlm.data clean"
@@ -158,11 +159,13 @@ def _tell(out: Path, unreadable: Unreadable) -> int:
     shown.print(table)
     kept, read = record["kept"], record["read"]
     shown.print(
-        f"{out / DOCUMENTS}: {kept['documents']:,} of {read['documents']:,} documents, {kept['bytes']:,} of "
+        f"{out / CLEANED}: {kept['documents']:,} of {read['documents']:,} documents, {kept['bytes']:,} of "
         f"{read['bytes']:,} bytes; see {out / PAGE}",
         soft_wrap=True,
         markup=False,
     )
+    if not kept["documents"]:
+        print(f"{out}: nothing was kept", file=sys.stderr)
     unread = record["unreadable"]
     if unread["count"]:
         print(f"{unread['count']:,} documents could not be read:", *unread["examples"], sep="\n", file=sys.stderr)

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from maxlm.config import Documents, Files, HuggingFaceDataset, StandardLibrary, TrainSentencePiece, UserError
-from maxlm.config.fields import Filled, Fraction, NotEmpty, NotNegative, PathName, Positive, Range, Seed, config
+from maxlm.config.fields import Filled, Fraction, NotEmpty, NotNegative, PathName, Positive, Range, Seed, config, shown
 
 
 @config("--")
@@ -88,7 +88,7 @@ class TokenizerReport:
 
     def __post_init__(self) -> None:
         if self.by is not None and not self.input.paths:
-            raise UserError(f"--by {self.by} is a key of records in files; name files or folders")
+            raise UserError(f"--by {shown(self.by)} is a key of records in files; name files or folders")
 
 
 @config("--")

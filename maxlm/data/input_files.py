@@ -22,6 +22,8 @@ from maxlm.config.json_file import kind_of
 from maxlm.data.documents import RefusedInput, Unreadable, shown
 from maxlm.data.shards import RECORD, TOKENIZER, UNFINISHED
 
+INPUT, CLEANED, REMOVED, REPORT = "input.json", "documents", "removed", "report.json"
+"""In a folder that `clean` wrote: what it was made of, what was kept, what was not, what says that all is done."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 DAMAGE = (EOFError, zlib.error, lzma.LZMAError, OSError)
 """What reading a damaged compressed file raises."""
@@ -105,6 +107,13 @@ def walk(
     if not enters(folder):
         return
     for parent, folders, names in os.walk(folder, onerror=report, followlinks=True):
+        if (Path(parent) / INPUT).exists() and (Path(parent) / CLEANED).is_dir():
+            names, finished = [], (Path(parent) / REPORT).exists()
+            folders[:] = [CLEANED] if finished else []
+            unreadable.leave_out(
+                shown(Path(parent)),
+                f"data that was cleaned: of it {CLEANED}/ is read" if finished else "cleaning it has not ended",
+            )
         there = sorted(name for name in folders if name not in skip and not name.startswith((".", "__pycache__")))
         folders[:] = [name for name in there if enters(Path(parent, name))]
         for name in sorted(names):

@@ -305,7 +305,7 @@ def open_batches(
 def _as_ever(value: Any) -> Any:
     """A prediction as earlier versions of maxlm knew it, where it asks for nothing that they did not."""
     if isinstance(value, dict):
-        return {key: _as_ever(one) for key, one in value.items() if _LATER.get(key) != one}
+        return {key: _as_ever(one) for key, one in value.items() if key not in _LATER or _LATER[key] != one}
     return [_as_ever(one) for one in value] if isinstance(value, list) else value
 
 

@@ -103,7 +103,8 @@ def _start(config: RunConfig, task: Ppo, layout: Layout, found: RewardedRun, cri
         view = _view(trainer, of_model(whole), of_model, lambda own: trainer.begin(own | beside))
         own = None if state is None else dataclasses.replace(state, parameters=of_model(state.parameters))
         begun = of_policy(view, own, base)
-        both = dataclasses.replace(begun.state, parameters=of_model(begun.state.parameters) | beside)
+        # A state that begins here has the critic already, in the format that parameters are held in.
+        both = dataclasses.replace(begun.state, parameters=beside | begun.state.parameters)
         return dataclasses.replace(begun, state=both)
 
     return start

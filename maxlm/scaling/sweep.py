@@ -17,6 +17,7 @@ from maxlm.config import (
     InverseSqrtSchedule,
     LatentAttention,
     ModelConfig,
+    Muon,
     Pretrain,
     RunConfig,
     Schedule,
@@ -161,12 +162,15 @@ def _scaled_block(block: BlockConfig, base: int, width: int) -> BlockConfig:
 def _config(sized: RunConfig, steps: int, sweep: Sweep, base_width: int, name: str) -> RunConfig:
     train, optimizer = sized.train, sized.optimizer
     power = 0.0 if sized.model.mup_base_width is not None else sweep.learning_rate_power
+    factor = (base_width / sized.model.d_model) ** power
+    if isinstance(optimizer, Muon):
+        optimizer = replace(optimizer, adam_learning_rate=optimizer.adam_learning_rate * factor)
     return replace(
         sized,
         train=replace(train, steps=steps, eval_every=max(1, steps // sweep.measurements), profile_steps=None),
         optimizer=replace(
             optimizer,
-            learning_rate=optimizer.learning_rate * (base_width / sized.model.d_model) ** power,
+            learning_rate=optimizer.learning_rate * factor,
             schedule=_as_long(optimizer.schedule, steps / train.steps),
         ),
         checkpoint=replace(sized.checkpoint, every=min(sized.checkpoint.every, steps)),

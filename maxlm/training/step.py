@@ -245,6 +245,8 @@ def make_trainer(config: RunConfig, layout: Layout | None = None, objective: Obj
             update_norm = optax.tree.norm(updates)
         # A bad step leaves no trace but its count.
         good = jnp.isfinite(sums.objective) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
+        for of_products in jax.tree.leaves(largest):  # clipped to their largest number, infinities would not be seen
+            good &= jnp.isfinite(of_products).all()
         loss = sums.means.get("loss", sums.objective) * per_token
         done, spike = good & objective.accepts(sums), None
         if (before := state.stability.spikes) is not None:

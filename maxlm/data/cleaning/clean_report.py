@@ -14,10 +14,10 @@ from maxlm.config.cleaning.cleaning_job import CleaningJob
 from maxlm.data.claimed import write_json
 from maxlm.data.cleaning.findings import Limit
 from maxlm.data.cleaning.tallies import PassTally, Shown, StepTally
+from maxlm.data.input_files import REPORT
 from maxlm.observe.page import section, table, tiles, write_page
 
-PAGE, REPORT = "report.html", "report.json"
-"""`REPORT` is there when all is done."""
+PAGE = "report.html"
 _BINS, _WIDTH, _HEIGHT = 40, 420, 120
 
 

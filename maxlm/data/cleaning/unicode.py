@@ -23,8 +23,14 @@ class UnicodeNormaliser:
         self._form: Literal["NFC", "NFKC"] = config.form.value
 
     def __call__(self, page: Page) -> Finding:
-        text = unicodedata.normalize(self._form, page.text.replace("\r\n", "\n").replace("\r", "\n"))
-        return Finding() if text == page.text else Finding(text=text, changes={self._form: 1})
+        lines = page.text.replace("\r\n", "\n").replace("\r", "\n")
+        text = unicodedata.normalize(self._form, lines)
+        changes = {"line ends": int(lines != page.text), self._form: int(text != lines)}
+        return (
+            Finding(text=text, changes={rule: 1 for rule, n in changes.items() if n})
+            if any(changes.values())
+            else Finding()
+        )
 
 
 class UnicodeRepairer:
