@@ -37,6 +37,7 @@ from maxlm.config import (
     LeaveOneOut,
     Lora,
     ObserveConfig,
+    ParameterFormat,
     Ppo,
     PrepareConfig,
     Purpose,
@@ -149,6 +150,17 @@ def test_the_best_policy_is_found(folder: Path, tmp_path: Path, task: Reinforced
     seen = rows(tmp_path / "run", "rollouts")
     assert seen[0]["reward"] < 0.6, "it did not know it before"
     assert all(row["sampler_largest"] < 1e-4 for row in seen)
+
+
+@NIGHTLY
+def test_policy_and_critic_are_held_in_bfloat16(folder: Path, tmp_path: Path) -> None:
+    """And go on so: a run of two steps, and two more."""
+    task = Ppo(rewards=WALK, rollouts=dataclasses.replace(ROLLOUTS, prompts=32, samples=1))
+    config = run_config(folder, task, run_dir=str(tmp_path / "run"))
+    optimizer = dataclasses.replace(config.optimizer, parameter_format=ParameterFormat.BFLOAT16)
+    for steps in (2, 4):
+        train = dataclasses.replace(config.train, steps=steps)
+        assert run(dataclasses.replace(config, train=train, optimizer=optimizer), reinforce).step == steps
 
 
 class Killed(Exception):
