@@ -2,9 +2,9 @@
 
     python -m benchmarks.cleaning --recipe fineweb --megabytes 50 200 800 --out benchmarks/results/cleaning.json
 
-The text is what lies below --roots (default: this Python's packages and /usr/share/doc), file by file, without copies.
+The text is what lies below --roots (default: this Python's library and packages, /usr/share/doc), without copies.
 Each size is a process of its own with one worker, so that its memory is its own; times are of the processor. datatrove
-(extra `cluster`) takes the first --sample megabytes through its filters of the same names; without it that is left out.
+(extra `cluster`, and spacy) takes the first --sample megabytes through its filters of the same names, if it is there.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from typing import Any
 from benchmarks.steps import cpu_name
 
 _MB = 1_000_000
+_ROOTS = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "/usr/share/doc")
 _SHARD = 16 * _MB
 _ENDINGS = (".py", ".pyi", ".rst", ".md", ".txt", ".html", ".js", ".c", ".h", ".json", ".xml", "copyright", ".gz")
 
@@ -154,7 +155,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="fineweb")
     parser.add_argument("--megabytes", type=int, nargs="+", default=[50, 200, 800])
     parser.add_argument("--sample", type=int, default=20)
-    parser.add_argument("--roots", nargs="+", default=[sysconfig.get_path("stdlib"), "/usr/share/doc"])
+    parser.add_argument("--roots", nargs="+", default=[*_ROOTS])
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     result: dict[str, Any] = {
