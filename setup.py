@@ -109,6 +109,7 @@ EXTRAS = {
         "langchain-openai>=1.7.4",  # another
         "pytest>=9.2.0",
         "pytest-xdist>=3.8.0",  # two test processes
+        "qwix>=0.1.8",  # another library's products in 8 bits
         "hypothesis>=6.170.15",  # properties instead of examples
         "pyyaml>=6.0.3",  # the tests of the manifests
         "nbclient>=0.11.0",  # the test that runs docs/first_steps.ipynb

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import qwix
 from aot import Case, compile_all, complaints, require_compiler
 from helpers import (
     FLOAT32,
@@ -104,6 +105,30 @@ def test_short_floats_have_more_range_in_gradients() -> None:
     np.testing.assert_allclose(y, np.einsum(PRODUCT, x, w), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(dx, np.einsum("btnh,dnh->btd", g, w), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(dw, np.einsum("btd,btnh->dnh", x, g), rtol=1e-5, atol=1e-5)
+
+
+def test_qwix_makes_the_same_products() -> None:
+    """Another library, told what is to be rounded how: forward, and for the gradient of activations. Its integers have
+    127.5 steps on each side where ours have 127, so that of them errors are compared."""
+
+    def errors(products: Any, dtypes: tuple[Any, Any], **axes: tuple[int, ...]) -> list[list[np.ndarray]]:
+        held = lambda name, x, dtype: qwix.quantize(jnp.asarray(x), dtype, channelwise_axes=axes.get(name, ()))
+        forward, back = dtypes
+        theirs = (
+            qwix.einsum(PRODUCT, held("x", X, forward), held("w", W, forward)),
+            qwix.einsum("btnh,dnh->btd", held("g", G, back), held("w_back", W, forward)),
+        )
+        exact = np.einsum(PRODUCT, X, W), np.einsum("btnh,dnh->btd", G, W)
+        return [[np.asarray(y) - right for y, right in zip(of, exact, strict=True)] for of in
+                (product_and_slopes(products)[:2], theirs)]  # fmt: skip
+
+    ours, theirs = errors(Float8Products(), (jnp.float8_e4m3fn, jnp.float8_e5m2))
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    axes = {"x": (0, 1), "w": (1, 2), "g": (0, 1), "w_back": (0,)}
+    ours, theirs = errors(Int8Products(), (jnp.int8, jnp.int8), **axes)
+    for one, other in zip(ours, theirs, strict=True):
+        assert np.std(one) < 1.1 * np.std(other) < 0.05
 
 
 def test_delayed_scales_are_those_of_the_largest_number_of_some_steps() -> None:
