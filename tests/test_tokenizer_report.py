@@ -103,7 +103,7 @@ def test_report_of_several(trained: tuple[Path, Path], tmp_path: Path, capsys: p
     assert main(["tokenizer", "report", str(tmp_path), "--tokenizer", *names]) == 0
     text = capsys.readouterr().out
     assert "russian: vocabulary 330, bos 1, eos 2, fingerprint " in text and "100.00%" in text
-    with pytest.raises(UserError, match="--by language is a key of records in files"):
+    with pytest.raises(UserError, match="--by 'language' is a key of records in files"):
         main(["tokenizer", "report", "--by", "language", "--tokenizer", "bytes"])
 
 
