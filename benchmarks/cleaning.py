@@ -120,6 +120,7 @@ def beside_datatrove(corpus: Path, size: int) -> dict[str, float]:
         GopherQualityFilter,
         GopherRepetitionFilter,
     )
+    from datatrove.utils.hashing import HashConfig
 
     documents, total = [], 0
     for file in sorted(corpus.glob("*.jsonl")):
@@ -141,8 +142,9 @@ def beside_datatrove(corpus: Path, size: int) -> dict[str, float]:
         for document in fresh:
             step.filter(document)
         found[name] = total / _MB / (time.process_time() - began)
+    config = MinhashConfig(n_grams=5, num_buckets=14, hashes_per_bucket=8, hash_config=HashConfig(hash_fc="sha1"))
     with tempfile.TemporaryDirectory() as folder:
-        signature = MinhashDedupSignature(folder, MinhashConfig(n_grams=5, num_buckets=14, hashes_per_bucket=8))
+        signature = MinhashDedupSignature(folder, config)
         fresh = [Document(text, str(i)) for i, text in enumerate(documents)]
         began = time.process_time()
         signature.run(fresh)
@@ -154,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="fineweb")
     parser.add_argument("--megabytes", type=int, nargs="+", default=[50, 200, 800])
-    parser.add_argument("--sample", type=int, default=20)
+    parser.add_argument("--sample", type=int, default=20, help="0: without datatrove")
     parser.add_argument("--roots", nargs="+", default=[*_ROOTS])
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
@@ -171,9 +173,10 @@ def main() -> None:
             corpus = Path(scratch, f"corpus{size}")
             write_corpus(corpus, size * _MB, asked.roots)
             result["sizes"][size] = clean(corpus, asked.recipe, Path(scratch, f"out{size}"))
-        with contextlib.suppress(ImportError):
-            result["datatrove"] = beside_datatrove(corpus, asked.sample * _MB)
-            result["datatrove_version"] = importlib.metadata.version("datatrove")
+        if asked.sample:
+            with contextlib.suppress(ImportError):
+                result["datatrove"] = beside_datatrove(corpus, asked.sample * _MB)
+                result["datatrove_version"] = importlib.metadata.version("datatrove")
     result["own_peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
     line = json.dumps(result)
     print(line)
