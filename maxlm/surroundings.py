@@ -40,6 +40,11 @@ def cache_folder(name: str) -> Path | None:
     return next((Path(place, "maxlm", name) for place in places if os.path.isabs(place)), None)
 
 
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def give_back_freed_arrays() -> None:
     """From now on the memory of a large array goes back to the system when it is freed, where the C library can do so
     (glibc). It would keep it for the next one: pieces of all sizes, a third of what a conversion takes at its peak."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import field
@@ -32,7 +31,7 @@ from maxlm.data.cleaning.local_pool import run_locally, serve_tasks
 from maxlm.data.cleaning.models_for_cleaning import CleaningModels
 from maxlm.data.documents import Unreadable
 from maxlm.data.input_files import CLEANED, REPORT
-from maxlm.surroundings import console
+from maxlm.surroundings import console, usable_cores
 
 PROG = "python -m maxlm.data clean"
 _RECIPES = ", ".join(RECIPES)
@@ -127,7 +126,7 @@ def main(argv: list[str], models: CleaningModels) -> int:
                 if not command.force and (told := work.try_first()):
                     raise UserError(f"{out}: {told}; change the pipeline, or go on with --force")
                 plan.put_down()
-                workers = command.workers or _cores()
+                workers = command.workers or usable_cores()
                 if command.engine is CleaningEngine.LOCAL:
                     with _progress() as show:
                         run_locally(work, workers, show, lock)
@@ -172,10 +171,6 @@ def _tell(out: Path, unreadable: Unreadable) -> int:
     if summary := unreadable.summary():
         print(summary, file=sys.stderr)
     return int(unread["count"]) + unreadable.count
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager

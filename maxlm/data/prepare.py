@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -35,7 +34,7 @@ from maxlm.data.sources import describe_documents, iterate_documents
 from maxlm.data.tokenizers import Tokenizer, load_tokenizer, open_tokenizer
 from maxlm.data.train_tokenizer import train_sentencepiece
 from maxlm.data.workers import tokenise_blocks
-from maxlm.surroundings import console
+from maxlm.surroundings import console, usable_cores
 
 _PROGRESS = "progress.json"
 _SECONDS_BETWEEN_RECORDS = 5.0
@@ -184,7 +183,7 @@ def _run(config: PrepareConfig, out: Path, tokenizer: Tokenizer) -> DatasetInfo:
     dealing = Splitter(config, out, open_encoder(out), tokenizer.vocab_size, state)
     with contextlib.closing(dealing) as splitter, _progress() as show:
         reader = Reader(config, out, unreadable, state, splitter.take_back_reserve)
-        workers = config.workers or _cores()
+        workers = config.workers or usable_cores()
         documents, recorded = state.documents, time.monotonic()
         for block, tokenised in tokenise_blocks(out, reader.blocks(), workers):
             splitter.add(block, tokenised)
@@ -238,11 +237,6 @@ def _run(config: PrepareConfig, out: Path, tokenizer: Tokenizer) -> DatasetInfo:
         tokens_in_all=n_train + n_validation,
         documents_in_all=sum(shard.documents for shard in (*train, *validation)),
     )
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager
