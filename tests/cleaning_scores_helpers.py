@@ -42,8 +42,12 @@ class OneModel:
     def scorer(self, run: str) -> OneModel:
         return self
 
-    def embedder(self, run: str) -> OneModel.Vectors:
+    def embedder(self, run: str, fingerprint: str | None = None) -> OneModel.Vectors:
+        assert fingerprint in (None, f"of {run}")
         return OneModel.Vectors(self)
+
+    def exact(self, run: str) -> tuple[str, str]:
+        return f"{run}/checkpoints/7", f"of {run}/checkpoints/7"
 
     def __call__(self, texts: Sequence[str]) -> npt.NDArray[np.float64]:
         return np.array([float(text) for text in texts])

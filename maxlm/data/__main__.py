@@ -214,15 +214,20 @@ class _Models:
     def scorer(self, run: str) -> Scorer:
         return lambda texts: _model(run).score(texts)  # it is opened when it is asked, by the process that asks
 
-    def embedder(self, run: str) -> TextEmbedder:
-        return lambda texts: _model(run).embed(texts)
+    def embedder(self, run: str, fingerprint: str | None = None) -> TextEmbedder:
+        return lambda texts: _model(run, fingerprint).embed(texts)
+
+    def exact(self, run: str) -> tuple[str, str]:
+        from maxlm.evaluation.cleaning_models import exact_run
+
+        return exact_run(run)
 
 
 @functools.cache
-def _model(run: str) -> RunModel:
+def _model(run: str, fingerprint: str | None = None) -> RunModel:
     from maxlm.evaluation.cleaning_models import RunModel  # here, so that cleaning without a model needs no jax
 
-    return RunModel(run)
+    return RunModel(run, fingerprint)
 
 
 def _prepare(argv: list[str]) -> int:

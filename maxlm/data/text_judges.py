@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from maxlm.config import Files, UserError
-from maxlm.config.cleaning.score_steps import ClassifierTraining, NgramTraining
+from maxlm.config.cleaning.score_steps import ClassifierTraining, HashedWords, NgramTraining, RunEmbeddings
 from maxlm.config.cli import parse
 from maxlm.config.fields import Filled, NotEmpty, PathName, config
 from maxlm.data.cleaning.classifier_training import train_classifier
@@ -74,8 +74,23 @@ class _Classes:
     """Names taken from folders, as in the shell."""
     text_key: NotEmpty[str] = Files.text_key
     """Key or column of the text in records."""
+    run: PathName | None = None
+    """Folder of a run: the classifier is of the vectors that it has for texts; None: of hashed words."""
     training: tyro.conf.OmitArgPrefixes[ClassifierTraining] = field(default_factory=ClassifierTraining)
     """How it is trained."""
+
+    def with_features(self) -> ClassifierTraining:
+        """
+        Raises:
+            UserError: what is said of hashed words goes unused.
+        """
+        if self.run is None:
+            return self.training
+        if self.training.features != HashedWords():
+            raise UserError(
+                f"--run {self.run} takes the run's vectors for features; leave out --longest and --bucket_bits"
+            )
+        return replace(self.training, features=RunEmbeddings(run=self.run))
 
 
 def main(argv: list[str], models: CleaningModels) -> int:
@@ -99,7 +114,7 @@ def main(argv: list[str], models: CleaningModels) -> int:
                 if not (name and equals and path) or name in sources:
                     raise UserError(f"{word}: must be CLASS=PATH, each class once, as good=data/good")
                 sources[name] = _texts((path,), asked.pattern, asked.text_key, unreadable)
-            print(train_classifier(sources, asked.training, Path(asked.out), models))
+            print(train_classifier(sources, asked.with_features(), Path(asked.out), models))
         case [] | ["-h" | "--help"]:
             print(USAGE)
         case _:

@@ -4,23 +4,43 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from maxlm.checkpoint.reference import run_and_step
+from maxlm.config import UserError
 from maxlm.evaluation.scoring import RunExaminee
+from maxlm.inference.bases import RunBase
 from maxlm.inference.load import load_run
+
+
+def exact_run(run: str) -> tuple[str, str]:
+    """The checkpoint that is meant by RUN_DIR, its newest, as RUN_DIR/checkpoints/STEP; and its fingerprint.
+
+    Raises:
+        UserError: there is none.
+    """
+    base = RunBase(run)
+    return base.place, base.fingerprint()
 
 
 class RunModel:
     """A `Scorer` and an `TextEmbedder` of one run."""
 
-    def __init__(self, run: str) -> None:
-        """Raises:
-        UserError: it cannot be loaded.
+    def __init__(self, run: str, fingerprint: str | None = None) -> None:
         """
-        self._examinee = RunExaminee(load_run(Path(run)))
+        Args:
+            run: RUN_DIR, or RUN_DIR/checkpoints/STEP.
+            fingerprint: as of `exact_run`; None: any.
+
+        Raises:
+            UserError: it cannot be loaded, or is another.
+        """
+        if fingerprint is not None and exact_run(run)[1] != fingerprint:
+            raise UserError(f"{run}: has other weights than when a classifier was trained with it; train it again")
+        folder, step = run_and_step(run)
+        self._examinee = RunExaminee(load_run(folder, step=step))
 
     def score(self, texts: Sequence[str]) -> npt.NDArray[np.float64]:
         """Bits per byte of each text [n], of its beginning as documents have it; 0 of an empty one."""

@@ -102,7 +102,11 @@ def train_classifier(
                 f"{name}: {len(texts) - first} documents, {sum(held[first:])} of them held out, are too few; add "
                 "documents, or change held_out: there must be some of both"
             )
-    x, y, test = _features(texts, config.features, models), np.array(labels), np.array(held)
+    features, fingerprint = config.features, None
+    if isinstance(features, RunEmbeddings):
+        place, fingerprint = models.exact(features.run)
+        features = dataclasses.replace(features, run=place)
+    x, y, test = _features(texts, features, models), np.array(labels), np.array(held)
     weights, bias, iterations, loss = fit(x[~test], y[~test], len(classes), config.l2, config.max_iterations)
     probabilities = softmax(x[test] @ weights + bias)
     report = ClassifierReport(
@@ -116,7 +120,8 @@ def train_classifier(
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    Classifier(tuple(classes), config.features, weights.astype(np.float32), bias.astype(np.float32)).save(partial)
+    arrays = weights.astype(np.float32), bias.astype(np.float32)
+    Classifier(tuple(classes), features, *arrays, fingerprint).save(partial)
     (partial / REPORT).write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
     partial.rename(out)
     return report

@@ -28,4 +28,12 @@ class CleaningModels(Protocol):
 
     def scorer(self, run: str) -> Scorer: ...
 
-    def embedder(self, run: str) -> TextEmbedder: ...
+    def embedder(self, run: str, fingerprint: str | None = None) -> TextEmbedder:
+        """Refuses to work if the model's fingerprint is another."""
+
+    def exact(self, run: str) -> tuple[str, str]:
+        """The checkpoint that is read now, which the run may add to, as RUN_DIR/checkpoints/STEP, and its fingerprint.
+
+        Raises:
+            UserError: there is none.
+        """

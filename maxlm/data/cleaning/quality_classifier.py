@@ -48,6 +48,7 @@ class Classifier:
         features: HashedWords | RunEmbeddings,
         weights: npt.NDArray[np.float32],
         bias: npt.NDArray[np.float32],
+        fingerprint: str | None = None,
     ) -> None:
         """
         Args:
@@ -55,8 +56,10 @@ class Classifier:
             features: what `weights` are of.
             weights: [features, classes].
             bias: [classes].
+            fingerprint: of the model whose vectors are the features.
         """
         self.classes, self.features, self._weights, self._bias = classes, features, weights, bias
+        self.fingerprint = fingerprint
 
     @classmethod
     def open(cls, folder: Path) -> Classifier:
@@ -73,12 +76,12 @@ class Classifier:
             weights, bias = mapped(folder / "weights.npy"), mapped(folder / "bias.npy")
         except (OSError, ValueError) as error:
             raise UserError(f"{folder}: is not a whole classifier ({error}); train it again") from error
-        return cls(tuple(info["classes"]), kind(**info["features"]), weights, bias)
+        return cls(tuple(info["classes"]), kind(**info["features"]), weights, bias, info.get("fingerprint"))
 
     def save(self, folder: Path) -> None:
         """Into a folder that is there."""
         features = {"kind": type(self.features).__name__, **vars(self.features)}
-        info = {"format": FORMAT, "classes": self.classes, "features": features}
+        info = {"format": FORMAT, "classes": self.classes, "features": features, "fingerprint": self.fingerprint}
         (folder / INFO).write_text(json.dumps(info, indent=2) + "\n")
         np.save(folder / "weights.npy", self._weights, allow_pickle=False)
         np.save(folder / "bias.npy", self._bias, allow_pickle=False)

@@ -159,6 +159,6 @@ def _by_classifier(
     classifier: Classifier, verdict: ScoreVerdict, models: CleaningModels
 ) -> DocumentStep | ComparingStep:
     if isinstance(classifier.features, RunEmbeddings):
-        embedder = models.embedder(classifier.features.run)
+        embedder = models.embedder(classifier.features.run, classifier.fingerprint)
         return InBatches(classifier.of_texts(embedder), classifier.features.batch, verdict)
     return JudgedText(lambda page: classifier.of_text(page.text), verdict)
