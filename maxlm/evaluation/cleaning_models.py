@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from maxlm.checkpoint.reference import run_and_step
 from maxlm.config import UserError
 from maxlm.evaluation.scoring import RunExaminee
 from maxlm.inference.bases import RunBase
@@ -37,10 +36,10 @@ class RunModel:
         Raises:
             UserError: it cannot be loaded, or is another.
         """
-        if fingerprint is not None and exact_run(run)[1] != fingerprint:
+        base = RunBase(run)
+        if fingerprint is not None and base.fingerprint() != fingerprint:
             raise UserError(f"{run}: has other weights than when a classifier was trained with it; train it again")
-        folder, step = run_and_step(run)
-        self._examinee = RunExaminee(load_run(folder, step=step))
+        self._examinee = RunExaminee(load_run(base.folder, step=base.step))
 
     def score(self, texts: Sequence[str]) -> npt.NDArray[np.float64]:
         """Bits per byte of each text [n], of its beginning as documents have it; 0 of an empty one."""

@@ -81,14 +81,14 @@ class RunBase:
     def __init__(self, place: str) -> None:
         folder, step = run_and_step(place)
         self._config = serialize.load(RunConfig, folder / "config.json")
-        self._folder = folder.absolute()
+        self.folder = folder.absolute()
         with self._open() as checkpointer:
             self.step = checkpointer.choose(step)
             self._record = checkpointer.record(self.step)
         meta = self._record.meta
         trained = meta.get("config")  # of this very step
         self.model = serialize.from_dict(RunConfig, trained).model if trained else self._config.model
-        self.place = str(self._folder / "checkpoints" / str(self.step))
+        self.place = str(self.folder / "checkpoints" / str(self.step))
         self.tokenizer: str | None = meta.get("tokenizer")
         if self.model.adapter is not None:
             raise UserError(
@@ -97,7 +97,7 @@ class RunBase:
             )
 
     def fingerprint(self) -> str:
-        return state_hash(self._folder / "checkpoints", self.step, items=("params",))
+        return state_hash(self.folder / "checkpoints", self.step, items=("params",))
 
     def read(self, names: set[str], layout: Layout, made: Callable[[Array, Weight], Weight]) -> dict[str, Weight]:
         found = dict[str, Weight]()
@@ -119,7 +119,7 @@ class RunBase:
         return found
 
     def keep(self, run_dir: Path) -> None:
-        keep_published(self._folder, run_dir)
+        keep_published(self.folder, run_dir)
 
     def _wanted(self, names: set[str], layout: Layout) -> Iterator[tuple[Array, Any, dict[str, Any]]]:
         """Each array, what is known of its weight, and of the arrays that this has in the checkpoint."""
@@ -130,7 +130,7 @@ class RunBase:
                 yield array, leaf, {f"{array.name}/{name}".removesuffix("/"): one for name, one in inner.items()}
 
     def _open(self) -> Checkpointer:
-        return Checkpointer(self._folder / "checkpoints", self._config.checkpoint)
+        return Checkpointer(self.folder / "checkpoints", self._config.checkpoint)
 
 
 def named_weights(model: ModelConfig, parameters: Any) -> list[tuple[Array, Any]]:
