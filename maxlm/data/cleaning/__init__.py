@@ -3,6 +3,7 @@
 findings.py: a step as a function of one document
 unicode.py: normal forms, and damage that encodings did
 html_text.py: the text of pages in HTML
+word_splitting.py: which characters make words, for rules, signatures and n-grams alike
 text_features.py: lines and words of a text, for all the steps that look at it
 line_rules.py: lines that go
 quality.py: rules of quality for text

@@ -18,7 +18,7 @@ from maxlm.data.cleaning.findings import Finding, Limit, Page, measured
 from maxlm.data.cleaning.hashed_words import Hashes, Punctuation, runs, words
 from maxlm.data.cleaning.key_tables import KeyTable, mapped
 
-FORMAT = 1
+FORMAT = 2
 INFO, _THIRDS = "ngram_model.json", "perplexity_thirds.json"
 _SLICE = 1 << 15  # words at a time: a huge document takes no huge arrays
 BEGIN = np.uint64(0)
