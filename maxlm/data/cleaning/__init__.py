@@ -21,6 +21,7 @@ document_pass.py: documents through steps, one by one
 cleaning_work.py: a job's folder: passes, tasks, what is done
 local_pool.py: stages in processes of this machine
 cluster.py: stages by datatrove: SLURM, Ray
+report_charts.py: histograms of what rules measured
 clean_report.py: funnel, histograms, samples as a page and JSON
 hashed_words.py: words and runs of words as numbers
 drawn.py: chance that a text decides

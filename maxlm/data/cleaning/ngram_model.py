@@ -129,7 +129,9 @@ class PerplexityJudge:
             PerplexityThird.MIDDLE: self._middle,
             PerplexityThird.TAIL: math.inf,
         }[config.worst]
-        self.limits = (Limit("perplexity", most=most if config.most is None else min(most, config.most)),)
+        self.limits = (
+            Limit("perplexity", most=most if config.most is None else min(most, config.most), unit="a word"),
+        )
 
     def __call__(self, page: Page) -> Finding:
         value = self._model.perplexity(page.text)
