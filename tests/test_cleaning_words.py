@@ -71,6 +71,18 @@ def test_what_is_not_seen_hides_nothing_from_decontamination() -> None:
     assert one == other
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("don't 'quoted' rock'n\u2019roll", ["don't", "quoted", "rock'n\u2019roll"]),
+        ("a''b c' 'd ' '' e'-f", ["a", "b", "c", "d", "'", "''", "e", "f"]),
+        ("l'\u0301a n'\U0001d49c x'中", ["l", "a", "n'\U0001d49c", "x", "中"]),
+    ],
+)
+def test_apostrophes_inside_are_of_a_word(text: str, expected: list[str]) -> None:
+    assert split_words(text, WordForm.WRITTEN) == expected
+
+
 def test_words_that_differ_in_a_vowel_are_two() -> None:
     one, other = (shingles(f"क{vowel} ख", 1).tolist() for vowel in "\u093e\u0940")
     assert one[0] != other[0] and one[1] == other[1]

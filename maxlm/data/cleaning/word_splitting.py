@@ -45,6 +45,10 @@ class CharacterKind(enum.IntEnum):
     """Symbols, emoji, and what is no character."""
 
 
+_MARKS = (CharacterKind.MARK, CharacterKind.UNSEEN)
+_APOSTROPHES = "'\u2019"
+
+
 class WordForm(enum.Enum):
     """What is a word beside runs of letters."""
 
@@ -57,7 +61,24 @@ class WordForm(enum.Enum):
 
 def split_words(text: str, form: WordForm) -> list[str]:
     """The words of a text, in their order."""
-    return _pattern(form).findall(text)
+    found = _pattern(form).findall(text)
+    if form is WordForm.WRITTEN and ("'" in text or "\u2019" in text):
+        return [part for word in found for part in (_parts(word) if "'" in word or "\u2019" in word else (word,))]
+    return found
+
+
+def _parts(found: str) -> list[str]:
+    """The words in a run of letters, marks and apostrophes: those inside are of a word. Signs alone are one. (A pattern
+    that repeats a group for each apostrophe takes gigabytes for a text of nothing else.)"""
+    if found[0].isalnum() or found[0] == "_":
+        return [part for part in _outside().split(found) if part]
+    return [found]
+
+
+@functools.cache
+def _outside() -> re.Pattern[str]:
+    marks = "".join(class_of(*_MARKS, beyond=beyond) for beyond in (False, True))
+    return re.compile(rf"[{_APOSTROPHES}][{_APOSTROPHES}{marks}]+|[{_APOSTROPHES}]\Z")
 
 
 @functools.cache
@@ -65,21 +86,20 @@ def _pattern(form: WordForm) -> re.Pattern[str]:
     """No quantifier is possessive, as `re` of Python 3.11.2 has them wrong. Up to U+FFFF a class is one lookup; beyond,
     it is a comparison with each of its ranges, made only where such a character stands."""
     letter, alone = CharacterKind.LETTER, CharacterKind.ALONE
-    marks = CharacterKind.MARK, CharacterKind.UNSEEN
-    word = f"(?:[{class_of(letter)}]|(?={_BEYOND})[{class_of(letter, beyond=True)}]){_any(letter, *marks)}"
-    single = f"[{class_of(alone)}{class_of(alone, beyond=True)}]{_any(*marks)}"
+    first = f"(?:[{class_of(letter)}]|(?={_BEYOND})[{class_of(letter, beyond=True)}])"
+    single = f"[{class_of(alone)}{class_of(alone, beyond=True)}]{_any(*_MARKS)}"
     match form:
         case WordForm.WRITTEN:
-            return re.compile(rf"{word}(?:['\u2019]{word})*|{single}|(?<!\S)[^\w\s]+(?!\S)")
+            return re.compile(rf"{first}{_any(letter, *_MARKS, more=_APOSTROPHES)}|{single}|(?<!\S)[^\w\s]+(?!\S)")
         case WordForm.LETTERS:
-            return re.compile(f"{word}|{single}")
+            return re.compile(f"{first}{_any(letter, *_MARKS)}|{single}")
         case _:
             assert_never(form)
 
 
-def _any(*wanted: CharacterKind) -> str:
-    """As many characters of these kinds as there are."""
-    below, beyond = class_of(*wanted), class_of(*wanted, beyond=True)
+def _any(*wanted: CharacterKind, more: str = "") -> str:
+    """As many characters of these kinds, or of `more`, as there are."""
+    below, beyond = class_of(*wanted) + more, class_of(*wanted, beyond=True)
     return f"[{below}]*(?:(?={_BEYOND})[{below}{beyond}]+)?"
 
 
