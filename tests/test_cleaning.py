@@ -402,6 +402,37 @@ def test_what_was_refused_may_be_changed(folder: Path, tmp_path: Path) -> None:
     assert run(argv) == 0
 
 
+def test_names_of_files_take_one_line_and_move_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "in"
+    data.mkdir()
+    (data / "a\n\x1b[31mb.txt").write_bytes(b"\xff")
+    (data / "good.txt").write_text("a ship")
+    argv = [str(data), "--out", str(tmp_path / "out"), "--pipeline", pipeline_file(tmp_path, GOOD), "--workers", "1"]
+    assert run(argv) == 1
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "1 documents could not be read:" and len(told) == 2
+    assert told[1].startswith(f"{data}/a\\n\\x1b[31mb.txt:1: not UTF-8")
+
+
+def test_a_folder_that_lost_or_damaged_its_records_is_told_from_one_without_room(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    argv = [str(folder), "--out", str(out), "--pipeline", pipeline_file(tmp_path, GOOD), "--workers", "1"]
+    out.write_text("mine")
+    with pytest.raises(UserError, match=r"^--out .*out: is a file; name a folder$"):
+        run(argv)
+    assert out.read_text() == "mine"
+    out.unlink()
+    assert run(argv) == 0
+    report = (out / "report.json").read_bytes()
+    (out / "report.json").write_bytes(report[:100])
+    with pytest.raises(UserError, match=r"report\.json: not JSON"):
+        run(argv)
+    (out / "report.json").write_bytes(report)
+    (out / "input.json").unlink()
+    with pytest.raises(UserError, match=r"out: has lost its input\.json"):
+        run(argv)
+
+
 def test_a_changed_list_is_refused(folder: Path, tmp_path: Path) -> None:
     words = tmp_path / "words.txt"
     words.write_text("wind\n")

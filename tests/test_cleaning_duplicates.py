@@ -58,6 +58,7 @@ def pages_of(texts: Sequence[str]) -> list[Page]:
         (Ignoring(punctuation=False), "Él, 4", "el, 0"),
         (Ignoring(spaces=False), "Él  4 ", "el  0"),
         (Ignoring(), "...", ""),
+        (Ignoring(), "\u0915\u093e, \u0915\u0940!", "\u0915\u093e \u0915\u0940"),
     ],
 )
 def test_differences_that_do_not_count(ignoring: Ignoring | None, text: str, shape: str) -> None:

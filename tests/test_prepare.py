@@ -1,5 +1,6 @@
 """Preparing data: sources, splits, the same bytes whatever happens, and damage that is noticed."""
 
+import errno
 import fcntl
 import gzip
 import json
@@ -140,6 +141,15 @@ def test_paths_that_hold_nothing(tmp_path: Path) -> None:
         read(Files(paths=(str(tmp_path / "missing"),)))
     with pytest.raises(UserError, match=r"holds no file named like '\*\.py'"):
         read(Files(paths=(str(tmp_path),), pattern="*.py"))
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(UserError, match=r"holds no file named like '\*'; .*: cannot be read \(Permission denied\)"):
+        read(Files(paths=(str(tmp_path),), pattern="*"))
 
 
 def test_hugging_face_datasets_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:

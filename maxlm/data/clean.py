@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import field
@@ -22,6 +21,7 @@ from maxlm.config.cleaning.cleaning_recipes import RECIPES, cleaning_recipe
 from maxlm.config.cleaning.engines import CleaningEngine, SlurmArrays
 from maxlm.config.cli import parse
 from maxlm.config.fields import NotEmpty, PathName, Positive, Range, config
+from maxlm.config.json_file import read_object
 from maxlm.config.python_file import value_of
 from maxlm.data.claimed import claimed
 from maxlm.data.cleaning.clean_report import PAGE, funnel
@@ -116,6 +116,8 @@ def main(argv: list[str], models: CleaningModels) -> int:
             pass
     command = parse(CleanCommand, argv, prog=PROG, description="Clean documents.", flags=True)
     job, out = command.job(), Path(command.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; name a folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with claimed(out, "cleans") as lock:
@@ -145,7 +147,7 @@ def main(argv: list[str], models: CleaningModels) -> int:
 
 def _tell(out: Path, unreadable: Unreadable) -> int:
     """Print the funnel of a finished folder, and return how many documents could not be read."""
-    record = json.loads((out / REPORT).read_text())
+    record = read_object(out / REPORT, "the report of a cleaning")
     shown = console(highlight=False)
     names, rows = funnel(record)
     table = Table(box=None, header_style="bold", pad_edge=False)

@@ -77,7 +77,7 @@ class Unreadable:
         Raises:
             UserError: `strict` is set.
         """
-        place = file if row is None else f"{file}:{row}"
+        place = printable(file if row is None else f"{file}:{row}")
         if self.strict:
             raise UserError(f"{place}: {reason}; mend it, or leave strict off to pass over such documents")
         self.count += 1
@@ -88,7 +88,7 @@ class Unreadable:
         """Say of a file or folder, which may be as it is, that it is not read."""
         self.left_out += 1
         if len(self.left_out_examples) < _EXAMPLES:
-            self.left_out_examples.append(f"{file}: {reason}")
+            self.left_out_examples.append(f"{printable(file)}: {reason}")
 
     def summary(self) -> str:
         """For each kind a line with the count, then the first few places; empty where all was read."""
@@ -98,6 +98,11 @@ class Unreadable:
         if self.left_out:
             lines += [f"{self.left_out:,} files or folders were left out:", *self.left_out_examples]
         return "\n".join(lines)
+
+
+def printable(name: str) -> str:
+    """A file's name in one line that moves no terminal: line ends and the like are written out, as `\\n`."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def check_beginning(start: bytes) -> None:

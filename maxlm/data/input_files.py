@@ -68,6 +68,7 @@ def input_files(documents: Files, unreadable: Unreadable, except_for: Path | Non
     if not found:
         raise UserError(
             f"{', '.join(documents.paths)}: holds no file named like {documents.pattern!r}"
+            + "".join(f"; {one}" for one in unreadable.examples[:1])
             + "".join(f"; left out: {one}" for one in unreadable.left_out_examples[:1])
         )
 

@@ -99,6 +99,11 @@ figcaption { font-weight: 600; margin-bottom: 6px; }
 .key.raw::before { background: var(--raw); } .key.smooth::before { background: var(--smooth); }
 .key.eval::before { background: var(--eval); }
 svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 12px; }
+h3 { font-size: 15px; margin: 18px 0 8px; } figcaption i { font-weight: 400; color: var(--soft); }
+rect.kept { fill: var(--raw); } rect.gone { fill: var(--eval); }
+line.limit { stroke: var(--eval); stroke-width: 1.5; stroke-dasharray: 4 3; } svg text.limit { fill: var(--eval); }
+del { background: color-mix(in srgb, var(--eval) 30%, transparent); }
+ins { background: color-mix(in srgb, var(--smooth) 25%, transparent); text-decoration: none; }
 .grid { stroke: var(--line); } polyline { fill: none; stroke-width: 1.8; }
 polyline.raw { stroke: var(--raw); stroke-width: 1; } polyline.smooth { stroke: var(--smooth); }
 polyline.eval { stroke: var(--eval); } circle.eval { fill: var(--eval); } circle.smooth { fill: var(--smooth); }

@@ -46,10 +46,10 @@ def chart(title: str, lines: Sequence[Line], *, x_label: str) -> str:
         return _HEIGHT - _BOTTOM - (y - y_low) / (y_high - y_low) * (_HEIGHT - _TOP - _BOTTOM)
 
     parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">']
-    for y in _ticks(y_low, y_high):
+    for y in ticks(y_low, y_high):
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{py(y):.1f}" y2="{py(y):.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 8}" y="{py(y) + 4:.1f}" text-anchor="end">{_number(y)}</text>')
-    for x in _ticks(x_low, x_high):
+        parts.append(f'<text x="{_LEFT - 8}" y="{py(y) + 4:.1f}" text-anchor="end">{number(y)}</text>')
+    for x in ticks(x_low, x_high):
         parts.append(f'<text x="{px(x):.1f}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle">{short(x)}</text>')
     parts.append(f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 3}" text-anchor="end">{escape(x_label)}</text>')
     for line in lines:
@@ -118,7 +118,7 @@ def bars(title: str, shown: Sequence[ShareBar]) -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def ticks(low: float, high: float) -> list[float]:
     """Four to nine round numbers within [low, high]."""
     largest = (high - low) / 4
     magnitude = 10 ** math.floor(math.log10(largest))
@@ -126,5 +126,6 @@ def _ticks(low: float, high: float) -> list[float]:
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """As it stands at an axis."""
     return short(value) if abs(value) >= 1e4 else f"{value:.4g}"

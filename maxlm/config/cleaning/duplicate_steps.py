@@ -19,7 +19,7 @@ class Ignoring:
     digits: bool = True
     """Which digits: each counts as 0."""
     punctuation: bool = True
-    """Whatever is neither letter, digit nor blank."""
+    """Whatever is neither letter, digit, mark of a letter nor blank."""
     spaces: bool = True
     """How many blanks and line ends, and of which kind."""
 

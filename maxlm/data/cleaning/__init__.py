@@ -3,6 +3,7 @@
 findings.py: a step as a function of one document
 unicode.py: normal forms, and damage that encodings did
 html_text.py: the text of pages in HTML
+word_splitting.py: which characters make words, for rules, signatures and n-grams alike
 text_features.py: lines and words of a text, for all the steps that look at it
 line_rules.py: lines that go
 quality.py: rules of quality for text
@@ -20,6 +21,7 @@ document_pass.py: documents through steps, one by one
 cleaning_work.py: a job's folder: passes, tasks, what is done
 local_pool.py: stages in processes of this machine
 cluster.py: stages by datatrove: SLURM, Ray
+report_charts.py: histograms of what rules measured
 clean_report.py: funnel, histograms, samples as a page and JSON
 hashed_words.py: words and runs of words as numbers
 drawn.py: chance that a text decides

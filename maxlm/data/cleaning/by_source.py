@@ -38,7 +38,7 @@ _NESTED = 10
 class AnswerSorter:
     """See `AnswersByScore`. Of equal scores the one that stood first is first."""
 
-    limits = (Limit("answers that can be read", 1),)
+    limits = (Limit("answers that can be read", 1, unit="1: yes"),)
 
     def __init__(self, config: AnswersByScore) -> None:
         self._config = config
@@ -112,7 +112,7 @@ class LicenceRules:
     def __init__(self, config: Licences) -> None:
         self._allowed = {name.lower() for name in config.allowed}
         self._tag, self._unknown = config.tag, config.unknown
-        self.limits = (Limit("allowed licence", 1),)
+        self.limits = (Limit("allowed licence", 1, unit="1: yes"),)
 
     def __call__(self, page: Page) -> Finding:
         licence = page.tags.get(self._tag)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -13,12 +15,19 @@ from maxlm.config import serialize
 from maxlm.config.cleaning.cleaning_job import CleaningJob
 from maxlm.data.claimed import write_json
 from maxlm.data.cleaning.findings import Limit
-from maxlm.data.cleaning.tallies import PassTally, Shown, StepTally
+from maxlm.data.cleaning.report_charts import histogram
+from maxlm.data.cleaning.tallies import ELLIPSIS, PassTally, Shown, StepTally
 from maxlm.data.input_files import REPORT
 from maxlm.observe.page import section, table, tiles, write_page
 
 PAGE = "report.html"
-_BINS, _WIDTH, _HEIGHT = 40, 420, 120
+_SAMPLES = ("samples", "changed_samples")
+"""Of a tally, what is on the page alone."""
+_ABOUT_CHARTS = (
+    "<p class=sub>Documents by what each rule found; in red those beyond a limit, which is dashed. A rule "
+    "sees what those before it let pass. Values are rounded to two digits.</p>"
+)
+_PIECE = re.compile(r"\w+|\s+|[^\w\s]")
 
 
 class StepRow(NamedTuple):
@@ -80,19 +89,15 @@ def write_report(report: CleaningReport, out: Path) -> None:
         ("could not be read", f"{report.first.unreadable:,}"),
     ]
     names, rows = funnel(record)
-    histograms = [
-        _histogram(f"{row.name}: {limit.rule}", row.tally.values[limit.rule], limit)
-        for row in report.rows
-        for limit in row.limits
-        if row.tally.values.get(limit.rule)
-    ]
+    charts = "".join(map(_charts, report.rows))
     body = [
         f"<h1>{escape(out.name)}</h1>",
         tiles(figures),
         section("Funnel", table(names, rows)),
-        section("What was measured, and the limits", _charts(histograms)),
+        section("What was measured, and the limits", charts and _ABOUT_CHARTS + charts),
         section("Some documents that were kept", _samples(last.samples)),
         *(section(f"Dropped by {row.name}", _samples(row.tally.samples)) for row in report.rows),
+        *(section(f"Changed by {row.name}", _samples(row.tally.changed_samples)) for row in report.rows),
         section("Not read", table(["file and reason"], [[line] for line in report.first.examples])),
     ]
     write_page(out / PAGE, f"{out.name}: cleaning", body)
@@ -110,7 +115,7 @@ def _record(report: CleaningReport) -> dict[str, Any]:
         "steps": [
             {
                 "name": row.name,
-                **{key: value for key, value in vars(row.tally).items() if key != "samples"},
+                **{key: value for key, value in vars(row.tally).items() if key not in _SAMPLES},
                 "limits": [{"rule": one.rule, **_bounds(one)} for one in row.limits],
                 "seconds": round(row.seconds, 3),
             }
@@ -123,49 +128,38 @@ def _bounds(limit: Limit) -> dict[str, float]:
     return {name: bound for name, bound in (("least", limit.least), ("most", limit.most)) if math.isfinite(bound)}
 
 
-def _charts(figures: Sequence[str]) -> str:
-    return f"<div class=charts>{''.join(figures)}</div>" if figures else ""
+def _charts(row: StepRow) -> str:
+    """Histograms of a step's rules, if there is something to show."""
+    figures = [
+        histogram(limit, values, row.tally.dropped[limit.rule])
+        for limit in row.limits
+        if (values := row.tally.values.get(limit.rule))
+    ]
+    return f"<h3>{escape(row.name)}</h3><div class=charts>{''.join(figures)}</div>" if any(figures) else ""
 
 
 def _samples(samples: Sequence[Shown]) -> str:
     return "".join(
-        f"<details><summary>{escape(one.id)} <i>{escape(one.why)}</i></summary><pre>{escape(one.text)}</pre></details>"
+        f"<details><summary><bdi>{escape(one.id)}</bdi> <i>{escape(one.why)}</i></summary>"
+        f"<pre dir=auto>{escape(one.text) if one.after is None else _difference(one.text, one.after)}</pre></details>"
         for one in samples
     )
 
 
-def _histogram(title: str, values: Counter[str], limit: Limit) -> str:
-    """Bars of how many documents have which value, with the limits as lines; logarithmic where values are far apart."""
-    found = sorted((float(value), count) for value, count in values.items() if math.isfinite(float(value)))
-    bounds = list(_bounds(limit).values())
-    if not found:
-        return ""
-    low, high = min([found[0][0], *bounds]), max([found[-1][0], *bounds])
-    positive = [value for value, _ in found if value > 0]
-    logarithmic = low >= 0 and high > 100 and bool(positive)
-    smallest = min([*positive, *(bound for bound in bounds if bound > 0)], default=1.0)
-    at = (lambda value: math.log(max(value, smallest))) if logarithmic else (lambda value: value)
-    begin, span = at(low), (at(high) - at(low)) or 1.0
-    bins = [0] * _BINS
-    for value, count in found:
-        bins[min(_BINS - 1, int((at(value) - begin) / span * _BINS))] += count
-    top, width = max(bins), _WIDTH / _BINS
-    bars = "".join(
-        f'<rect x="{i * width:.1f}" y="{_HEIGHT * (1 - n / top):.1f}" width="{width - 1:.1f}" '
-        f'height="{_HEIGHT * n / top:.1f}" fill="var(--raw)"/>'
-        for i, n in enumerate(bins)
-        if n
-    )
-    lines = "".join(
-        f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{_HEIGHT}" stroke="var(--eval)" stroke-width="2"/>'
-        for x in ((at(bound) - begin) / span * _WIDTH for bound in bounds)
-    )
-    ends = (
-        f'<text x="0" y="{_HEIGHT + 14}">{low:.3g}</text>'
-        f'<text x="{_WIDTH}" y="{_HEIGHT + 14}" text-anchor="end">{high:.3g}{" (log)" * logarithmic}</text>'
-    )
-    told = ", ".join(f"{name} {bound:g}" for name, bound in _bounds(limit).items())
-    return (
-        f"<figure><figcaption>{escape(title)} <span class='key eval'>{escape(told)}</span></figcaption>"
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT + 18}" role="img">{bars}{lines}{ends}</svg></figure>'
-    )
+def _difference(before: str, after: str) -> str:
+    """As HTML, what was taken out of an excerpt and what was put in, up to the last place where both excerpts agree: of
+    what follows there nobody can say whether it changed."""
+    cut = ELLIPSIS * (before.endswith(ELLIPSIS) or after.endswith(ELLIPSIS))
+    old, new = (_PIECE.findall(text.removesuffix(ELLIPSIS)) for text in (before, after))
+    found = difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
+    if cut and any(kind == "equal" for kind, *_ in found):
+        while found[-1][0] != "equal":
+            found.pop()
+    shown = []
+    for kind, a, b, c, d in found:
+        gone, come = escape("".join(old[a:b])), escape("".join(new[c:d]))
+        if kind == "equal":
+            shown.append(gone)
+        else:
+            shown += [f"<del>{gone}</del>" if gone else "", f"<ins>{come}</ins>" if come else ""]
+    return "".join(shown) + cut

@@ -235,6 +235,11 @@ def plan_cleaning(job: CleaningJob, out: Path, unreadable: Unreadable) -> Cleani
     parts = parts_of(job.documents, job.part_bytes, unreadable, out)
     now = {"files": _stamps([*itertools.chain(*parts), *_named_files(job.pipeline)]), "versions": _versions()}
     if begun:
+        if not (out / INPUT).exists():
+            raise UserError(
+                f"{out}: has lost its {INPUT}, which says what it was made of; name another folder, or delete this "
+                "one to clean it again"
+            )
         there = json.loads((out / INPUT).read_text())
         for what in ("files",) if finished(out) else ("files", "versions"):
             if changes := differences(there[what], now[what]):

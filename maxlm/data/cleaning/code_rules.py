@@ -40,12 +40,12 @@ class CodeRules:
 
     def __init__(self, config: CodeQuality) -> None:
         self.limits = (
-            Limit("lines", most=config.most_lines),
-            Limit("mean line length", most=config.longest_mean_line),
-            Limit("longest line", most=config.longest_line),
+            Limit("lines", most=config.most_lines, unit="lines"),
+            Limit("mean line length", most=config.longest_mean_line, unit="characters"),
+            Limit("longest line", most=config.longest_line, unit="characters"),
             Limit("letters and figures", config.least_alphanumeric),
-            Limit("says that it is generated", most=math.inf if config.generated else 0),
-            Limit("longest run of encoded data", most=config.longest_encoded),
+            Limit("says that it is generated", most=math.inf if config.generated else 0, unit="times"),
+            Limit("longest run of encoded data", most=config.longest_encoded, unit="characters"),
             Limit("encoded data", most=config.most_encoded),
         )
 

@@ -192,9 +192,9 @@ class _Cleaner:
             case KeepTraining():
                 self.limits = ()
             case DropTraining(most=most):
-                self.limits = (Limit("words of evaluations", most=most),)
+                self.limits = (Limit("words of evaluations", most=most, unit="words"),)
             case CutTraining(most_pieces=most):
-                self.limits = (Limit("pieces between evaluations", most=most),)
+                self.limits = (Limit("pieces between evaluations", most=most, unit="pieces"),)
             case _:
                 assert_never(training)
 

@@ -19,7 +19,7 @@ COPY = np.dtype([("document", "<u8"), ("kept", "<u8"), ("similarity", "<f4")])
 class CopyDropper:
     """Drops those whose copies are kept."""
 
-    limits: tuple[Limit, ...] = (Limit("kept documents like it", most=0),)
+    limits: tuple[Limit, ...] = (Limit("kept documents like it", most=0, unit="documents"),)
 
     def __init__(self, kept: Mapping[str, str]) -> None:
         """`kept`: by its id, what is said of a document that goes."""
@@ -60,7 +60,7 @@ class Cutter:
         """
         self.limits: tuple[Limit, ...] = (
             Limit("share of the text left", least=config.least_share),
-            Limit("words left", least=config.least_words),
+            Limit("words left", least=config.least_words, unit="words"),
         )
         self._rule, self._cuts, self._left = rule, cuts, left
 

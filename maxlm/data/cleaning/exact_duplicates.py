@@ -30,6 +30,7 @@ from maxlm.data.cleaning.sorted_files import (
     sorted_by,
 )
 from maxlm.data.cleaning.stages import CleaningStage, StepWorkspace
+from maxlm.data.cleaning.word_splitting import CharacterKind, class_of
 
 _SPAN = np.dtype([("hash", "<u8"), ("more", "<u8"), ("document", "<u8"), ("place", "<u4")])
 _LATER = np.dtype([("document", "<u8"), ("place", "<u4"), ("kept", "<u8")])
@@ -38,7 +39,6 @@ _END = {
     SpanUnit.LINE: re.compile(r"\n"),
     SpanUnit.SENTENCE: re.compile(r"[.!?…]++[\"'\u201d\u2019»)\]]*+\s+|[\u3002\uff01\uff1f]++[」』\u201d]*+\s*|\n"),
 }
-_NOT_WORD = re.compile(r"[^\w\s]+|_+")
 _DIGIT = re.compile(r"\d")
 
 
@@ -115,8 +115,14 @@ def comparable(ignoring: Ignoring | None, text: str) -> str:
     if ignoring.digits:
         text = _DIGIT.sub("0", text)
     if ignoring.punctuation:
-        text = _NOT_WORD.sub("", text)
+        text = _not_word().sub("", text)
     return " ".join(text.split()) if ignoring.spaces else text.strip()
+
+
+@functools.cache
+def _not_word() -> re.Pattern[str]:
+    marks = class_of(CharacterKind.MARK) + class_of(CharacterKind.MARK, beyond=True)
+    return re.compile(rf"[^\w\s{marks}]+|_+")
 
 
 def _spans(before: StepWorkspace) -> ArrayFiles:

@@ -30,6 +30,8 @@ class Limit(NamedTuple):
     """Of a few words, as the report shows it: `mean word length`."""
     least: float = -math.inf
     most: float = math.inf
+    unit: str = "share"
+    """What the value counts; most are shares, from 0 to 1."""
 
     def allows(self, value: float) -> bool:
         """Not NaN."""

@@ -1,33 +1,30 @@
 """Words as numbers of 64 bits, and runs of words: arithmetic of their bytes, the same on every machine.
 
-A word is what stands between white space and punctuation, in small letters; where words are not parted by blanks
-(Chinese characters, kana), a character is one. All of it is done on arrays: Python sees no single word.
+Which characters make words, word_splitting.py says; here they are in small letters, and `_` is punctuation like other
+marks of ASCII. Each symbol beyond ASCII is treated as a mark. All of it is done on arrays: Python sees no single word.
 """
 
 from __future__ import annotations
 
 import enum
-import re
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from maxlm.data.cleaning.word_splitting import CharacterKind, kinds
+
 Hashes = npt.NDArray[np.uint64]
 
 _CHUNK = 1 << 16  # bytes at a time: the arrays stay in the cache, and a huge document takes no huge arrays
 _ASCII_PUNCTUATION = b"!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
-_BLANK = re.compile("[\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]")
-_PUNCTUATION = re.compile(
-    "[\xa1-\xa9\xab-\xb1\xb4\xb6-\xb8\xbb-\xbf\xd7\xf7\u0589\u05be\u060c\u061b\u061f\u06d4\u0964\u0965"
-    "\u200b-\u200f\u2010-\u2027\u202a-\u202e\u2030-\u205e\u2060-\u206f\u3001-\u3004\u3008-\u3020\u3030\u30fb"
-    "\ufe10-\ufe6f\ufeff\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65]"
-)
 _PUNCTUATION_BYTE = np.zeros(256, bool)
 _PUNCTUATION_BYTE[list(_ASCII_PUNCTUATION)] = True
 _WORD_BYTE = np.ones(256, bool)
 _WORD_BYTE[:33] = _WORD_BYTE[127] = False
+_SINGLE = (CharacterKind.ALONE, CharacterKind.PUNCTUATION, CharacterKind.SIGN)
 
 
 class Punctuation(enum.Enum):
@@ -81,7 +78,27 @@ def folded(text: str) -> str:
     small = text.lower()
     if len(small) != len(text):  # one letter has two characters when it is small
         small = "".join(letter.lower() if len(letter.lower()) == 1 else letter for letter in text)
-    return small if small.isascii() else _PUNCTUATION.sub(".", _BLANK.sub(" ", small))
+    if small.isascii():
+        return small
+    points = _points(small).copy()
+    kind = _kind_table()[points]
+    points[(points > 127) & (kind == CharacterKind.BLANK)] = ord(" ")
+    points[(points > 127) & (kind == CharacterKind.PUNCTUATION)] = ord(".")
+    return points.tobytes().decode("utf-32-le", errors="surrogatepass")
+
+
+def _points(text: str) -> npt.NDArray[np.uint32]:
+    """[characters]"""
+    return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), "<u4")
+
+
+@functools.cache
+def _kind_table() -> npt.NDArray[np.uint8]:
+    """`kinds`, with those of ASCII as they are here."""
+    table = kinds().copy()
+    table[:128] = np.where(_WORD_BYTE[:128], CharacterKind.LETTER, CharacterKind.BLANK)
+    table[:128][_PUNCTUATION_BYTE[:128]] = CharacterKind.PUNCTUATION
+    return table
 
 
 def words(text: str, punctuation: Punctuation, *, one_digit: bool = False) -> FoundWords:
@@ -112,26 +129,51 @@ def _chunks(content: bytes) -> Iterator[tuple[int, int]]:
         first = stop
 
 
+class _Places(NamedTuple):
+    """Of each byte of a text what stands there: bool [bytes]."""
+
+    inside: npt.NDArray[np.bool_]
+    """Something of a word."""
+    begins: npt.NDArray[np.bool_]
+    """The first byte of a character that is a word by itself."""
+    single: npt.NDArray[np.bool_]
+    """Such a character, or a mark of it."""
+    removable: npt.NDArray[np.bool_]
+    """Punctuation, and what is not seen."""
+
+
+def _places_of_ascii(letters: npt.NDArray[np.uint8]) -> _Places:
+    mark = _PUNCTUATION_BYTE[letters]
+    return _Places(_WORD_BYTE[letters], mark, mark, mark)
+
+
+def _places(text: str) -> _Places:
+    points = _points(text)
+    own = _kind_table()[points]
+    follows = (own == CharacterKind.MARK) | (own == CharacterKind.UNSEEN)
+    before = np.maximum.accumulate(np.where(follows, -1, np.arange(len(own))))  # whose mark it is
+    kind = np.where(before < 0, np.uint8(CharacterKind.BLANK), own[before])
+    single = np.isin(kind, _SINGLE)
+    length = 1 + (points > 0x7F).astype(np.int64) + (points > 0x7FF) + (points > 0xFFFF)
+    begins = np.zeros(int(length.sum()), bool)
+    begins[(length.cumsum() - length)[single & ~follows]] = True
+    removable = (single & (kind != CharacterKind.ALONE)) | (own == CharacterKind.UNSEEN)
+    inside = kind != CharacterKind.BLANK
+    return _Places(inside.repeat(length), begins, single.repeat(length), removable.repeat(length))
+
+
 def _words_of_chunk(content: bytes, first: int, stop: int, punctuation: Punctuation, values: Hashes) -> FoundWords:
     letters = np.frombuffer(content, np.uint8, stop - first, first)
+    of = _places_of_ascii(letters) if content.isascii() else _places(content[first:stop].decode(errors="surrogatepass"))
     places: npt.NDArray[np.int64] | None = None
-    if punctuation is Punctuation.REMOVED and (mark := _PUNCTUATION_BYTE[letters]).any():
-        places = np.flatnonzero(~mark)
-        letters = letters[places]
+    if punctuation is Punctuation.REMOVED and of.removable.any():
+        places = np.flatnonzero(~of.removable)
+        letters, of = letters[places], _Places(*(one[places] for one in of))
     if not len(letters):
         return FoundWords(np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.int64))
-    inside = _WORD_BYTE[letters]
-    alone = _PUNCTUATION_BYTE[letters] if punctuation is Punctuation.WORDS else np.zeros(len(letters), bool)
-    begins, belongs = alone, alone
-    if not content.isascii():
-        three, four = (letters >= 0xE3) & (letters <= 0xE9), letters == 0xF0
-        if three.any() or four.any():
-            begins, belongs = alone | three | four, alone | three | four
-            for lead, length in ((three, 3), (four, 4)):
-                for i in range(1, length):
-                    belongs[i:] |= lead[:-i]
+    inside = of.inside
     starting = inside.copy()
-    starting[1:] &= ~inside[:-1] | begins[1:] | (belongs[:-1] & ~belongs[1:])
+    starting[1:] &= ~inside[:-1] | of.begins[1:] | (of.single[:-1] & ~of.single[1:])
     ending = inside.copy()
     ending[:-1] &= ~inside[1:] | starting[1:]
     starts, ends = np.flatnonzero(starting), np.flatnonzero(ending) + 1

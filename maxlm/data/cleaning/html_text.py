@@ -29,8 +29,8 @@ class HtmlReader:
         self._config = config
         self._extract = extractor()
         self.limits = (
-            Limit("characters of HTML", most=config.most_characters),
-            Limit("elements inside one another", most=config.most_depth),
+            Limit("characters of HTML", most=config.most_characters, unit="characters"),
+            Limit("elements inside one another", most=config.most_depth, unit="elements"),
         )
 
     def __call__(self, page: Page) -> Finding:

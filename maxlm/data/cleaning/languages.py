@@ -18,8 +18,8 @@ class LanguageRules:
         self._detector = _detector()
         wanted = bool(config.languages)
         self.limits = (
-            Limit("wanted language", least=1 if wanted else -math.inf),
-            Limit("language score", least=config.least if wanted else -math.inf),
+            Limit("wanted language", least=1 if wanted else -math.inf, unit="1: yes"),
+            Limit("language score", least=config.least if wanted else -math.inf, unit="probability"),
         )
 
     def __call__(self, page: Page) -> Finding:

@@ -52,7 +52,7 @@ class LatexReader:
 
     def __init__(self, config: LatexToText) -> None:
         self._config = config
-        self.limits = (Limit("growth by macros", most=config.most_growth),)
+        self.limits = (Limit("growth by macros", most=config.most_growth, unit="times as long"),)
 
     def __call__(self, page: Page) -> Finding:
         text = _COMMENT_LINE.sub("", page.text)

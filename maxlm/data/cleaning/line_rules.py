@@ -42,9 +42,9 @@ class C4LineRules:
     def __init__(self, config: C4Lines) -> None:
         self._config = config
         self.limits = (
-            Limit("lorem ipsum", most=0 if config.lorem_ipsum else math.inf),
-            Limit("curly brackets", most=0 if config.curly_bracket else math.inf),
-            Limit("sentences", config.least_sentences),
+            Limit("lorem ipsum", most=0 if config.lorem_ipsum else math.inf, unit="times"),
+            Limit("curly brackets", most=0 if config.curly_bracket else math.inf, unit="times"),
+            Limit("sentences", config.least_sentences, unit="sentences"),
         )
 
     def __call__(self, page: Page) -> Finding:

@@ -8,18 +8,15 @@ places were independent: its standard deviation is at most sqrt(J (1 - J) / plac
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from maxlm.data.cleaning.hashed_words import mixed, runs
+from maxlm.data.cleaning.word_splitting import WordForm, split_words
 from maxlm.data.input_files import missing_extra
 
-_WITHOUT_BLANKS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-"""Letters of scripts that set no blanks between words: Thai, Lao, Burmese, Khmer, kana, Chinese characters."""
-_WORD = re.compile(rf"[{_WITHOUT_BLANKS}]|[^\W{_WITHOUT_BLANKS}]+")
 _WORDS_KEPT = 1 << 20
 _LONGEST_KEPT = 64
 
@@ -42,7 +39,7 @@ _HASH_OF = _WordHashes().__getitem__
 def shingles(text: str, words: int) -> npt.NDArray[np.uint64]:
     """Hashes [n] of the n-grams of so many words, in their order; case and what stands between words do not count.
     A text of fewer words is one n-gram, without words it has none."""
-    found = _WORD.findall(text.lower())
+    found = split_words(text.lower(), WordForm.LETTERS)
     hashes = np.fromiter(map(_HASH_OF, found), np.uint64, len(found))
     return runs(hashes, min(words, len(hashes))) if found else hashes
 

@@ -18,7 +18,7 @@ from maxlm.data.cleaning.findings import Finding, Limit, Page, measured
 from maxlm.data.cleaning.hashed_words import Hashes, Punctuation, runs, words
 from maxlm.data.cleaning.key_tables import KeyTable, mapped
 
-FORMAT = 1
+FORMAT = 2
 INFO, _THIRDS = "ngram_model.json", "perplexity_thirds.json"
 _SLICE = 1 << 15  # words at a time: a huge document takes no huge arrays
 BEGIN = np.uint64(0)
@@ -129,7 +129,9 @@ class PerplexityJudge:
             PerplexityThird.MIDDLE: self._middle,
             PerplexityThird.TAIL: math.inf,
         }[config.worst]
-        self.limits = (Limit("perplexity", most=most if config.most is None else min(most, config.most)),)
+        self.limits = (
+            Limit("perplexity", most=most if config.most is None else min(most, config.most), unit="a word"),
+        )
 
     def __call__(self, page: Page) -> Finding:
         value = self._model.perplexity(page.text)

@@ -187,7 +187,7 @@ class PersonalDataMasker:
         self._treatment = {kind: getattr(config, kind.name.lower()) for kind in PrivateKind}
         self._kinds = tuple(kind for kind in PrivateKind if self._treatment[kind] is not Treatment.KEEP)
         self._dropping = tuple(kind for kind in PrivateKind if self._treatment[kind] is Treatment.DROP)
-        self.limits = tuple(Limit(kind.value, most=config.most) for kind in self._dropping)
+        self.limits = tuple(Limit(kind.value, most=config.most, unit="occurrences") for kind in self._dropping)
         tokens = {kind: (f"<{kind.name}>",) for kind in PrivateKind}
         self._masks = tokens | _FINEWEB if config.masks is Masks.FINEWEB else tokens
 

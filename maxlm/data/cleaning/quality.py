@@ -22,14 +22,14 @@ class GopherQualityRules:
     def __init__(self, config: GopherQuality) -> None:
         self._stop_words = [{word.lower(), word.capitalize(), word.upper()} for word in config.stop_words]
         self.limits = (
-            Limit("words", config.least_words, config.most_words),
-            Limit("mean word length", config.shortest_mean_word, config.longest_mean_word),
-            Limit("# to words", most=config.most_symbols),
-            Limit("ellipses to words", most=config.most_symbols),
+            Limit("words", config.least_words, config.most_words, "words"),
+            Limit("mean word length", config.shortest_mean_word, config.longest_mean_word, "characters"),
+            Limit("# to words", most=config.most_symbols, unit="a word"),
+            Limit("ellipses to words", most=config.most_symbols, unit="a word"),
             Limit("lines with a bullet", most=config.most_bullet_lines),
             Limit("lines that end in an ellipsis", most=config.most_ellipsis_lines),
             Limit("words with a letter", config.least_alphabetic_words),
-            Limit("stop words", config.least_stop_words),
+            Limit("stop words", config.least_stop_words, unit="different words"),
         )
 
     def __call__(self, page: Page) -> Finding:
@@ -57,7 +57,7 @@ class FineWebRules:
             Limit("lines that end in punctuation", config.least_punctuated_lines),
             Limit("short lines", most=config.most_short_lines),
             Limit("characters of duplicate lines", most=config.most_duplicate_line_characters),
-            Limit("line ends to words", most=config.most_newlines),
+            Limit("line ends to words", most=config.most_newlines, unit="a word"),
         )
 
     def __call__(self, page: Page) -> Finding:
@@ -75,9 +75,9 @@ class ChineseRules:
 
     def __init__(self, config: ChineseQuality) -> None:
         self.limits = (
-            Limit("Chinese characters", config.least_characters),
+            Limit("Chinese characters", config.least_characters, unit="characters"),
             Limit("share of Chinese characters", config.least_share),
-            Limit("mean line length", config.shortest_mean_line),
+            Limit("mean line length", config.shortest_mean_line, unit="characters"),
             Limit("lines that end in punctuation", config.least_punctuated_lines),
             Limit("duplicate 13-grams", most=config.most_duplicate_13grams),
         )

@@ -17,7 +17,7 @@ from maxlm.data.cleaning.hashed_words import Punctuation, runs, words
 from maxlm.data.cleaning.key_tables import mapped
 from maxlm.data.cleaning.models_for_cleaning import TextEmbedder
 
-FORMAT = 1
+FORMAT = 2
 INFO = "classifier.json"
 
 

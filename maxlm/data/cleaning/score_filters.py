@@ -38,9 +38,9 @@ class QualityVerdict:
         self._selection, self._good = selection, good
         match selection:
             case LeastScore(least=least):
-                self.limits = (Limit("quality", least=least),)
+                self.limits = (Limit("quality", least=least, unit="probability"),)
             case ParetoDraw():
-                self.limits = (Limit("quality and a drawn number", least=1.0),)
+                self.limits = (Limit("quality and a drawn number", least=1.0, unit="sum"),)
             case _:
                 assert_never(selection)
 
@@ -72,7 +72,7 @@ class BitsVerdict:
     """How well a model may foretell a document."""
 
     def __init__(self, config: BitsPerByteFilter) -> None:
-        self.limits = (Limit("bits per byte", config.least, math.inf if config.most is None else config.most),)
+        self.limits = (Limit("bits per byte", config.least, math.inf if config.most is None else config.most, "bits"),)
 
     def __call__(self, page: Page, bits: _Floats) -> Finding:
         value = float(bits[0])

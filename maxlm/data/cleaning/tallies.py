@@ -13,7 +13,11 @@ from maxlm.data.cleaning.findings import Finding, Limit, Page, broken
 NOTHING_LEFT = "nothing left"
 """The rule of a step that leaves no text."""
 _SAMPLES = 8
+ELLIPSIS = "\u2026"
 _SHOWN = 400
+"""Characters of a sample."""
+_BEFORE, _COMPARED = 80, 600
+"""Characters shown before the first change of a document, and in all."""
 
 
 class Shown(NamedTuple):
@@ -24,12 +28,44 @@ class Shown(NamedTuple):
     id: str
     why: str
     text: str
-    """Its beginning."""
+    """Its beginning; of a changed one what it was about the first change."""
+    after: str | None = None
+    """Of a changed one, what it became there."""
+
+
+def _order(page: Page) -> str:
+    return hashlib.blake2b(page.id.encode(errors="replace"), digest_size=8).hexdigest()
+
+
+def excerpt(text: str, begin: int = 0, length: int = _SHOWN) -> str:
+    """So many characters from there on, with an ellipsis at each end that is none of the text's."""
+    return ELLIPSIS * (begin > 0) + text[begin : begin + length] + ELLIPSIS * (begin + length < len(text))
 
 
 def _shown(page: Page, why: str = "") -> Shown:
-    order = hashlib.blake2b(page.id.encode(errors="replace"), digest_size=8).hexdigest()
-    return Shown(order, page.id, why, page.text[:_SHOWN])
+    return Shown(_order(page), page.id, excerpt(why), excerpt(page.text))
+
+
+def _changed(page: Page, finding: Finding, text: str) -> Shown:
+    """`text`: what the page became."""
+    begin = max(0, _first_difference(page.text, text) - _BEFORE)
+    why = ", ".join(f"{rule}: {count:,}" for rule, count in finding.changes.items())
+    return Shown(
+        _order(page), page.id, excerpt(why), excerpt(page.text, begin, _COMPARED), excerpt(text, begin, _COMPARED)
+    )
+
+
+def _first_difference(one: str, other: str) -> int:
+    """The place of the first character that is another, by halves; the length of the shorter one if none is."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
+    return low
+
+
+def _wanted(samples: list[Shown], order: str) -> bool:
+    return len(samples) < _SAMPLES or order < samples[-1].order
 
 
 def _keep(samples: list[Shown], new: Shown) -> None:
@@ -59,6 +95,8 @@ class StepTally:
     """Of each rule how many documents had which value, to two digits."""
     samples: list[Shown] = field(default_factory=list)
     """Of those dropped."""
+    changed_samples: list[Shown] = field(default_factory=list)
+    """Of those changed."""
 
     def note(self, page: Page, size: int, limits: tuple[Limit, ...], finding: Finding, left: int | None) -> None:
         """One document more. `left`: its bytes afterwards; None: it was dropped."""
@@ -75,6 +113,8 @@ class StepTally:
             self.changed += 1
             self.changes.update(finding.changes)
             self.removed_bytes += size - left
+            if _wanted(self.changed_samples, _order(page)):
+                _keep(self.changed_samples, _changed(page, finding, finding.text))
 
     def add(self, other: StepTally) -> None:
         for name in ("seen", "seen_bytes", "dropped_bytes", "changed", "removed_bytes"):
@@ -85,6 +125,8 @@ class StepTally:
             self.values.setdefault(rule, Counter()).update(values)
         for sample in other.samples:
             _keep(self.samples, sample)
+        for sample in other.changed_samples:
+            _keep(self.changed_samples, sample)
 
 
 class DropVerdict(NamedTuple):
@@ -172,6 +214,7 @@ class PassTally:
                     "changes": Counter(one["changes"]),
                     "values": {rule: Counter(values) for rule, values in one["values"].items()},
                     "samples": [Shown(*sample) for sample in one["samples"]],
+                    "changed_samples": [Shown(*sample) for sample in one["changed_samples"]],
                 }
             )
             for one in record["steps"]

@@ -1,7 +1,7 @@
 """Lines, paragraphs and words of a text, found once for all the steps that look at it.
 
-A word is a run of letters, figures and `_`, with apostrophes inside; a Chinese or Japanese character; or a run of other
-signs that stands alone between white space. Datatrove takes a tokenizer's words, in which every comma is one.
+Words are those of word_splitting.py, as they are written. Datatrove takes a tokenizer's words, in which every comma is
+one.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import re
 
 import numpy as np
 
-ALONE = "\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
-"""Of a character class: what is a word by itself."""
-_WORD = re.compile(rf"[^\W{ALONE}]++(?:['\u2019][^\W{ALONE}]++)*+|[{ALONE}]|(?<!\S)[^\w\s]++(?!\S)")
+from maxlm.data.cleaning.word_splitting import WordForm, split_words
+
 _LETTER = re.compile(r"[^\W\d_]")
 END_MARKS = tuple(".!?\"'\u2026\u201d\u2019\xbb\u3002\uff01\uff1f\uff1b\u300d\u300f")
 """A line that ends in one of them ends as a sentence does."""
@@ -44,7 +43,7 @@ class TextFeatures:
     @functools.cached_property
     def words(self) -> list[str]:
         """In their order."""
-        return _WORD.findall(self.text)
+        return split_words(self.text, WordForm.WRITTEN)
 
     @functools.cached_property
     def vocabulary(self) -> dict[str, int]:

@@ -26,7 +26,7 @@ class UrlRules:
     def __init__(self, config: UrlList) -> None:
         self._part, self._tag = config.part, config.tag
         self._entries = frozenset(read_list(config.file, _CHECKS[config.part]))
-        self.limits = (Limit(f"entries of {Path(config.file).name}", most=config.most),)
+        self.limits = (Limit(f"entries of {Path(config.file).name}", most=config.most, unit="entries"),)
 
     def __call__(self, page: Page) -> Finding:
         address = page.tags.get(self._tag)
