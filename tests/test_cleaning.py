@@ -25,7 +25,6 @@ from maxlm.config.cleaning.cleaning_job import CleaningJob, KeptOfRemoved
 from maxlm.config.cleaning.cleaning_pipeline import CleaningPipeline
 from maxlm.config.cleaning.cleaning_recipes import RECIPES, cleaning_recipe
 from maxlm.config.cleaning.duplicate_steps import ExactDocuments
-from maxlm.config.cleaning.engines import CleaningEngine, SlurmArrays
 from maxlm.config.cleaning.rule_steps import CodeQuality, GopherQuality, Languages, WordList
 from maxlm.config.cleaning.text_steps import C4Lines, NormaliseUnicode, UnicodeForm
 from maxlm.config.data import Files
@@ -34,7 +33,6 @@ from maxlm.data import clean
 from maxlm.data.claimed import claimed
 from maxlm.data.cleaning import cleaning_work, local_pool
 from maxlm.data.cleaning.cleaning_work import READ_BY_STEPS, CleaningWork, finished, plan_cleaning
-from maxlm.data.cleaning.cluster import run_on_cluster
 from maxlm.data.cleaning.findings import Finding, Limit, Page, broken, measured
 from maxlm.data.cleaning.local_pool import run_locally
 from maxlm.data.cleaning.stages import CleaningStage, StepWorkspace
@@ -556,31 +554,6 @@ def real_job(data: Path, **changes: Any) -> CleaningJob:
     )
 
 
-def finish(work: CleaningWork, engine: CleaningEngine) -> None:
-    if engine is CleaningEngine.LOCAL:
-        with claimed(work.out, "cleans") as lock:
-            run_locally(work, 3, lambda stage, done, tasks: None, lock)
-    else:
-        run_on_cluster(work, engine, 2, SlurmArrays(partition=os.environ.get("MAXLM_SLURM_PARTITION")))
-    for _ in range(600):  # of Slurm nobody waits
-        if finished(work.out):
-            return
-        time.sleep(1)
-
-
-@pytest.mark.parametrize("engine", [CleaningEngine.DATATROVE, CleaningEngine.RAY, CleaningEngine.SLURM])
-@pytest.mark.nightly
-def test_engines_keep_the_same(engine: CleaningEngine, folder: Path, tmp_path: Path) -> None:
-    """Of Slurm where there is one: MAXLM_SLURM_PARTITION names its partition."""
-    if engine is CleaningEngine.SLURM and "MAXLM_SLURM_PARTITION" not in os.environ:
-        pytest.skip("no Slurm here: MAXLM_SLURM_PARTITION is not set")
-    here, there = begun(real_job(folder), tmp_path / "here"), begun(real_job(folder), tmp_path / "there")
-    finish(here, CleaningEngine.LOCAL)
-    finish(there, engine)
-    assert written(here.out) == written(there.out)
-    assert without_seconds(here.out) == without_seconds(there.out)
-
-
 @pytest.mark.slow
 def test_a_command_killed_anywhere_goes_on_to_the_same_end(folder: Path, tmp_path: Path) -> None:
     """The whole command and its processes, by SIGKILL."""
@@ -603,8 +576,9 @@ def test_a_command_killed_anywhere_goes_on_to_the_same_end(folder: Path, tmp_pat
 def test_a_process_that_dies_is_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local_pool, "worker_command", lambda out: [sys.executable, "-c", "import os; os._exit(9)"])
     work = begun(real_job(folder), tmp_path / "out")
-    with pytest.raises(MachineFailure, match=r"a cleaning process died \(exit code 9\).*run the same command again"):
-        finish(work, CleaningEngine.LOCAL)
+    told = r"a cleaning process died \(exit code 9\).*run the same command again"
+    with claimed(work.out, "cleans") as lock, pytest.raises(MachineFailure, match=told):
+        run_locally(work, 3, lambda stage, done, tasks: None, lock)
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))

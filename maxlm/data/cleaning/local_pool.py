@@ -17,8 +17,8 @@ from maxlm.config import UserError
 from maxlm.config.errors import MachineFailure
 from maxlm.data.cleaning.cleaning_work import CleaningWork
 
-ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-"""For the environment of a worker: sums in another order would be other numbers, and the cores have other work."""
+_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+"""Sums in another order would be other numbers, and the cores have other work."""
 OK = "ok"
 """A worker's answer, if it did the task."""
 
@@ -26,6 +26,11 @@ OK = "ok"
 def worker_command(out: Path) -> list[str]:
     """What does tasks of the job in `out`: `STAGE TASK` on a line of its standard input, an answer on its output."""
     return [sys.executable, "-m", "maxlm.data", "clean", "work", str(out)]
+
+
+def worker_environment() -> dict[str, str]:
+    """Of a worker: it finds maxlm where this process has found it."""
+    return {**os.environ, **_ONE_THREAD, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
 def run_locally(work: CleaningWork, workers: int, show: Callable[[str, int, int], None], lock: int) -> None:
@@ -88,7 +93,7 @@ class _CleaningWorker:
                 text=True,
                 pass_fds=[self._lock],
                 start_new_session=True,  # Ctrl-C is for the parent, whose end closes the pipe
-                env={**os.environ, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                env=worker_environment(),
             )
         answer = ""
         with contextlib.suppress(OSError):
