@@ -80,8 +80,7 @@ class Plan:
             case GroupedProblem():
                 return (p.M * p.D + p.E * p.D * p.F + p.M * p.F) * p.dtype.itemsize
             case PagedProblem():
-                width = p.H if p.one_cache else p.H + p.Hv
-                return p.T * (p.most_keys * p.K * width + p.N * (p.H + p.Hv)) * p.dtype.itemsize
+                return p.T * (p.most_keys * p.K * p.bytes_of_key + p.N * (p.H + p.Hv) * p.dtype.itemsize)
             case _:
                 assert_never(p)
 

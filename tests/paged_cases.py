@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from attention_cases import OUT, mask_of
 
-from kernels_pallas import DistanceBias, PagedBlocks, Scores, TokenTree, oracle, paged_attention
+from kernels_pallas import CacheScales, DistanceBias, PagedBlocks, Scores, TokenTree, oracle, paged_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,14 +90,16 @@ def attend(
     rows: Rows,
     *,
     tree: TokenTree | None = None,
+    scales: CacheScales | None = None,
     shaping: Shaping,
     backend: str = "auto",
     blocks: PagedBlocks | None = None,
     interpret: Any = None,
 ) -> jax.Array:
+    """With one cache for both where v is None."""
     scores = shaping.scores(q.shape[1])
-    options = {"tree": tree, "backend": backend, "blocks": blocks, "interpret": interpret}
-    return paged_attention(q, k, v, layer, *rows, scores, **options)
+    options = {"tree": tree, "scales": scales, "backend": backend, "blocks": blocks, "interpret": interpret}
+    return paged_attention(q, k, k if v is None else v, layer, *rows, scores, **options)
 
 
 def check(
@@ -108,6 +110,8 @@ def check(
     *,
     tree: TokenTree | None = None,
     unseen: int | None = None,
+    int8: bool = False,
+    one_cache: bool = False,
     **options: Any,
 ) -> None:
     """The rows, (slot, position) each, of texts of these lengths, against the oracle.
@@ -115,25 +119,43 @@ def check(
     Args:
         tree: of the rows. Places that none of them sees are made no numbers.
         unseen: what the tables hold where no row has to look.
+        int8: keep codes with scales of any size, which are no numbers where nothing is written.
+        one_cache: values are the keys.
     """
     k, v, tables = texts(shape, lengths, seed=1)
     if tree is not None:
         forget_unseen(k, v, tables, rows, tree)
     given = tables if unseen is None else np.where(needed_entries(shape, shaping, rows, tables), tables, unseen)
     q = np.random.default_rng(2).normal(size=(len(rows), shape.N, shape.H))
-    q, k, v = (jnp.asarray(x, shape.dtype) for x in (q, k, v))
+    q, k, v = (jnp.asarray(x, shape.dtype) for x in (q, k, k if one_cache else v))
+    scales, numbers = None, [k, v]
+    if int8:
+        k, k_scales = codes_of(k, seed=3)
+        v, v_scales = (k, k_scales) if one_cache else codes_of(v, seed=4)
+        scales = CacheScales(k_scales, v_scales)
+        numbers = [x * np.asarray(s, np.float64)[..., None] for x, s in ((k, k_scales), (v, v_scales))]
     slots, positions = (np.array(x, np.int32) for x in zip(*rows, strict=True))
     layer = shape.L - 1
-    got = attend(q, k, v, jnp.int32(layer), Rows(given, slots, positions), tree=tree, shaping=shaping, **options)
+    got = attend(
+        q, k, None if one_cache else v, jnp.int32(layer), Rows(given, slots, positions),
+        tree=tree, scales=scales, shaping=shaping, **options,
+    )  # fmt: skip
     assert got.dtype == q.dtype
     want = oracle.paged_attention(
-        *(np.asarray(x, np.float64) for x in (q, k, v)), layer, tables, slots, positions, tree=tree,
+        *(np.asarray(x, np.float64) for x in (q, *numbers)), layer, tables, slots, positions, tree=tree,
         mask=shaping.words, scale=shaping.scale, soft_cap=shaping.soft_cap, bucket_rule=shaping.bias or (128, False),
         **shaping.arrays(shape.N),
     )  # fmt: skip
     assert np.isfinite(np.asarray(got, np.float32)).all()
     error = np.abs(np.asarray(got, np.float64) - want).max()
     assert error <= OUT[shape.dtype] * np.abs(want).max(), f"error {error:.2e} of {np.abs(want).max():.2e}"
+
+
+def codes_of(numbers: Any, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Any int8 [..., H], with bfloat16 scales [...] that differ by factors; NaN where the numbers are."""
+    rng, written = np.random.default_rng(seed), np.isfinite(np.asarray(numbers[..., 0], np.float32))
+    codes = rng.integers(-127, 128, numbers.shape).astype(np.int8)
+    return codes, np.where(written, rng.lognormal(-4.5, 0.5, written.shape), np.nan).astype(jnp.bfloat16)
 
 
 def needed_entries(shape: Shape, shaping: Shaping, rows: tuple[tuple[int, int], ...], tables: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -71,33 +72,33 @@ def test_the_kernel_sees_trees(kind: str) -> None:
 @pytest.mark.parametrize("one_cache", [False, True], ids=["keys and values", "latents"])
 def test_int8_is_what_its_scales_say(blocks: PagedBlocks, one_cache: bool) -> None:
     """Against the formula with the numbers that they stand for; what is not written has no scale."""
-    shape, rng = Shape(K=1 if one_cache else 2), np.random.default_rng(3)
-    k, v, tables = texts(shape, LENGTHS, seed=1)
-    v = k if one_cache else v
-    slots, positions = (np.array(x, np.int32) for x in zip(*ROWS, strict=True))
-    q = rng.normal(size=(len(ROWS), shape.N, shape.H)).astype(np.float32)
-    written = np.isfinite(k[..., 0])
-    codes = [rng.integers(-127, 128, x.shape).astype(np.int8) for x in (k, v)]
-    scales = [np.where(written, rng.lognormal(-4, 1, written.shape), np.nan).astype(jnp.bfloat16) for _ in range(2)]
-    if one_cache:
-        codes[1], scales[1] = codes[0], scales[0]
-    shaping = KINDS["all"]
+    shape = Shape(K=1 if one_cache else 2)
+    check(shape, KINDS["all"], LENGTHS, ROWS, int8=True, one_cache=one_cache, backend="xla", blocks=blocks)
 
-    @jax.jit
-    def run(q: Any, k: Any, v: Any, k_scales: Any, v_scales: Any) -> jax.Array:
-        v = k if one_cache else v
-        given = {"scales": CacheScales(k_scales, v_scales), "blocks": blocks, "backend": "xla"}
-        return paged_attention(q, k, v, jnp.int32(1), tables, slots, positions, shaping.scores(shape.N), **given)
 
-    exact = [
-        code.astype(np.float64) * np.asarray(s, np.float64)[..., None] for code, s in zip(codes, scales, strict=True)
-    ]
-    want = oracle.paged_attention(
-        q, *exact, 1, tables, slots, positions,
-        mask=shaping.words, scale=shaping.scale, soft_cap=shaping.soft_cap, bucket_rule=shaping.bias or (128, False),
-        **shaping.arrays(shape.N),
-    )  # fmt: skip
-    np.testing.assert_allclose(run(q, *codes, *scales), want, atol=1e-5 * np.abs(want).max())
+BYTES = Shape(H=128, Hv=128, C=128, M=3)
+LONG = ((300, 4, 1, 130), ((0, 299), (3, 128), (2, 0), (1, -1), (0, 127), (0, 128)))
+"""Lengths and rows of texts in several blocks of int8."""
+
+
+@pytest.mark.parametrize(
+    ("shape", "shaping"),
+    [
+        (BYTES, KINDS["all"]),
+        pytest.param(replace(BYTES, N=8, K=8, dtype="bfloat16"), KINDS["causal"], marks=pytest.mark.slow),
+        pytest.param(replace(BYTES, Hv=256), replace(KINDS["all"], words=("local", 140, 0)), marks=pytest.mark.slow),
+    ],
+    ids=["all", "bfloat16", "long window"],
+)
+def test_the_kernel_reads_int8(shape: Shape, shaping: Shaping) -> None:
+    check(shape, shaping, *LONG, int8=True, backend="tpu", interpret=True, blocks=PagedBlocks(keys=256))
+
+
+@pytest.mark.slow
+def test_the_kernel_reads_int8_of_trees_and_of_one_cache() -> None:
+    options: dict[str, Any] = {"int8": True, "backend": "tpu", "interpret": True, "blocks": PagedBlocks(keys=128)}
+    check(BYTES, TREE_KINDS["all"], LENGTHS, TREES[0], tree=TREES[1], **options)
+    check(BYTES, KINDS["all"], *LONG, one_cache=True, **options)
 
 
 def test_rows_of_no_tree_are_as_ever() -> None:
@@ -127,7 +128,7 @@ def test_shapes_of_the_kernel(shape: Shape) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["all", "causal", "trees"])
+@pytest.mark.parametrize("kind", ["all", "causal", "trees", "int8"])
 def test_the_kernel_has_no_races(kind: str, capfd: pytest.CaptureFixture[str]) -> None:
     """In the simulator of a TPU with two cores, whose memory starts as NaN and whose copies arrive late; which refuses
     to read beyond an array, where the tables lead from whatever the rows need not look at."""
@@ -138,6 +139,8 @@ def test_the_kernel_has_no_races(kind: str, capfd: pytest.CaptureFixture[str]) -
         options = {"backend": "tpu", "interpret": interpret, "blocks": PagedBlocks(keys=16)}
         if kind == "trees":
             check(WIDE, TREE_KINDS["all"], LENGTHS, TREES[0], tree=TREES[1], **options)
+        elif kind == "int8":
+            check(BYTES, KINDS["all"], *LONG, unseen=10**6, int8=True, **options)
         else:
             check(WIDE, KINDS[kind], LENGTHS, ROWS, unseen=10**6, **options)
     finally:
@@ -324,6 +327,12 @@ def test_says_what_is_wrong(changes: dict[str, Any], message: str) -> None:
         explain(paged_attention, **ARGUMENTS | changes)
 
 
+def _int8(K: int, C: int) -> dict[str, Any]:
+    """Arguments that are a cache of int8 in bfloat16's place."""
+    codes, scales = jax.ShapeDtypeStruct((2, 9, K, C, 128), jnp.int8), jax.ShapeDtypeStruct((2, 9, K, C), jnp.bfloat16)
+    return {"k": codes, "v": codes, "scales": CacheScales(scales, scales)}
+
+
 def test_where_the_kernel_runs() -> None:
     """What Mosaic cannot have is said, and goes to XLA."""
     wide = {name: jax.ShapeDtypeStruct((*ARGUMENTS[name].shape[:-1], 128), jnp.bfloat16) for name in "qkv"}
@@ -335,9 +344,19 @@ def test_where_the_kernel_runs() -> None:
         ({name: jax.ShapeDtypeStruct((*wide[name].shape[:-2], 8, 128), jnp.bfloat16) for name in "kv"}, "rows of 16"),
         ({"tables": jax.ShapeDtypeStruct((64, 2048), jnp.int32)}, "bytes of scalar memory"),
         ({name: jax.ShapeDtypeStruct(wide[name].shape, jnp.float16) for name in "qkv"}, "float16 is rejected"),
+        (_int8(K=2, C=32), "int8 in blocks of 32 positions"),
+        (_int8(K=1, C=128), "1 key heads a device"),
     ):
         refused = explain(paged_attention, **ARGUMENTS | wide | changes, target="tpu_v5e")
         assert refused.backend == "xla" and reason in refused.refused["tpu"]
+
+
+def test_int8_goes_to_the_kernel_and_half_is_read() -> None:
+    """At the end of full tables: 4 blocks of 128 keys of 2 heads, 128 wide, in 130 bytes."""
+    q = {"q": jax.ShapeDtypeStruct((3, 4, 128), jnp.bfloat16)}
+    plan = explain(paged_attention, **ARGUMENTS | q | _int8(K=2, C=128), target="tpu_v5e")
+    assert plan.backend == "tpu" and "scaled" in str(plan)
+    assert plan.hbm_bytes == 3 * (4 * 128 * 2 * 2 * 130 + 4 * 256 * 2)
 
 
 def test_explain_counts_what_is_read() -> None:

@@ -11,7 +11,7 @@ import pytest
 from aot import CHIPS, TPUS, Case, compile_all, complaints, require_compiler, sharded
 from jax.sharding import PartitionSpec as P
 
-from kernels_pallas import DistanceBias, Scores, TokenTree, dispatch, masks, paged_attention
+from kernels_pallas import CacheScales, DistanceBias, Scores, TokenTree, dispatch, masks, paged_attention
 from kernels_pallas.attention.problem import Buckets
 from kernels_pallas.paged.problem import PagedProblem
 from kernels_pallas.targets import named
@@ -24,6 +24,7 @@ LLAMA = PagedProblem(
     T=64, N=16, K=4, H=128, Hv=128, L=32, P=4096, C=16, S=63, M=2048, dtype=jnp.dtype("bfloat16"), mask=masks.causal,
     scale=128**-0.5,
 )  # fmt: skip
+SHAPING: dict[str, Any] = {"mask": masks.local(1023, 0), "soft_cap": 50.0, "alibi": True, "sinks": True}
 PROBLEMS = {
     "llama": LLAMA,
     "float32": replace(LLAMA, N=9, K=3, L=8, C=8, dtype=jnp.dtype("float32")),
@@ -35,6 +36,9 @@ PROBLEMS = {
     ),
     "learned biases, sinks": replace(LLAMA, buckets=Buckets(n=32), sinks=True),
     "trees, window": replace(LLAMA, M=1024, mask=masks.local(1023, 0), tree=True),
+    "int8": replace(LLAMA, P=512, C=128, M=256, scaled=True),
+    "int8, a head for each query head": replace(LLAMA, N=32, K=32, L=4, P=512, C=128, M=256, scaled=True),
+    "int8, everything": replace(LLAMA, K=2, P=256, C=256, M=128, H=256, Hv=256, scaled=True, **SHAPING),
 }
 
 
@@ -48,8 +52,12 @@ GPU_PROBLEMS = {
     "everything": replace(
         LLAMA, mask=masks.local(127, 0) | (masks.causal & masks.strided(128)), soft_cap=50.0, alibi=True, sinks=True
     ),
+    "int8": replace(LLAMA, P=1024, C=64, M=512, scaled=True),
+    "int8, float16, everything": replace(
+        LLAMA, P=1024, C=64, M=512, H=192, Hv=192, dtype=jnp.dtype("float16"), scaled=True, **SHAPING
+    ),
 }
-QUICK = ("learned biases, sinks", "everything", "trees, window")
+QUICK = ("learned biases, sinks", "everything", "trees, window", "int8")
 
 
 @pytest.mark.parametrize(
@@ -87,7 +95,8 @@ def case(p: PagedProblem, chip: str) -> Case:
         if wanted
     }
 
-    def run(q: jax.Array, k: jax.Array, v: jax.Array, tables: Any, slots: Any, positions: Any, *heads: Any) -> Any:
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, tables: Any, slots: Any, positions: Any, *others: Any) -> Any:
+        scales, heads = (CacheScales(*others[:2]), others[2:]) if p.scaled else (None, others)
         tree = TokenTree(positions, positions, slots) if p.tree else None
         arrays = dict(zip(per_head, heads, strict=True))
         bias = DistanceBias(arrays.pop("table")) if "table" in arrays else None
@@ -96,19 +105,25 @@ def case(p: PagedProblem, chip: str) -> Case:
 
         def layer(x: jax.Array, layer: jax.Array) -> tuple[jax.Array, None]:
             rows = layer, tables, slots, positions
-            return paged_attention(x, k, v, *rows, scores, tree=tree, backend=backend), None
+            return paged_attention(x, k, v, *rows, scores, tree=tree, scales=scales, backend=backend), None
 
         return jax.lax.scan(layer, q, jnp.arange(p.L))[0]
 
-    cache = lambda width: Shape((p.L, p.P, p.K, p.C, width), p.dtype)
+    cache = lambda width: Shape((p.L, p.P, p.K, p.C, width), jnp.int8 if p.scaled else p.dtype)
+    scales = [Shape((p.L, p.P, p.K, p.C), jnp.bfloat16)] * (2 if p.scaled else 0)
     texts = Shape((p.S, p.M), jnp.int32), Shape((p.T,), jnp.int32), Shape((p.T,), jnp.int32)
     rows, blocks, heads = P("data", "tensor"), P(None, "data", "tensor"), P("tensor")
     return Case(
         sharded(
             run,
             *(Shape((p.T, p.N, p.H), p.dtype), cache(p.H), cache(1 if p.one_cache else p.Hv), *texts),
+            *scales,
             *per_head.values(),
-            specs=(rows, blocks, blocks, P("data"), P("data"), P("data"), *[heads] * len(per_head)),
+            specs=(
+                *(rows, blocks, blocks, P("data"), P("data"), P("data")),
+                *[blocks] * len(scales),
+                *[heads] * len(per_head),
+            ),
             out_specs=rows,
         ),
         kernels=("paged_attention",),

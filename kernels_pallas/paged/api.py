@@ -50,7 +50,7 @@ def paged_attention(
         scores: what shapes the scores. Its mask shows no key after the query.
         tree: where rows are nodes of trees; None: a key's place is its position, and a row sees all before it. The mask
             must not hide what is as near to a query as its own path is long.
-        scales: of k and v that are int8; None: those are in q's dtype. "xla" alone multiplies them out.
+        scales: of k and v that are int8; None: those are in q's dtype.
         backend: "xla", "tpu" or "gpu" (Hopper); "auto" follows the table recorded for the chip. On several devices call
             the kernels inside `jax.shard_map(..., check_vma=False)`.
         blocks: keys of a tile; None: from the tuning table.

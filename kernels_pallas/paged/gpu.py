@@ -2,7 +2,8 @@
 
 A thread block has one row and one key head: its query heads are rows of a wgmma tile of 64, most of them empty, since
 what decoding waits for is memory. The blocks that the row may see come from where they lie into a ring of `stages`
-tiles in shared memory, each asked for as soon as its place is free.
+tiles in shared memory, each asked for as soon as its place is free. Codes of int8 are rewritten there, tile by tile, as
+the numbers that wgmma takes.
 
 Checked in the GPU interpreter, and by compiling for H100 and H200 without spilled registers; not yet run on a GPU.
 """
@@ -18,10 +19,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.attention.gpu_tile import LOG2_E, ROWS, along
+from kernels_pallas.attention.gpu_tile import LOG2_E, ROWS, along, load
 from kernels_pallas.attention.problem import MASKED
-from kernels_pallas.compat import add_product, gpu_interpreter, transposed
-from kernels_pallas.paged.problem import PagedBlocks, PagedOperands, PagedProblem, TokenTree
+from kernels_pallas.compat import add_product, gpu_interpreter, load_row, transposed
+from kernels_pallas.paged.problem import CacheScales, PagedBlocks, PagedOperands, PagedProblem, TokenTree
 from kernels_pallas.targets import HOPPER_SHARED_BYTES, Target
 
 _KEYS = 64
@@ -32,8 +33,6 @@ def unsupported(problem: PagedProblem, target: Target) -> str | None:
     p = problem
     if not target.hopper:
         return f"the kernel is written for sm_90 (H100, H200), and the target is {target.name}"
-    if p.scaled:
-        return "a cache of int8: only the xla body multiplies its scales out"
     if p.dtype.name not in ("bfloat16", "float16"):
         return f"{p.dtype.name}: the tensor cores take bfloat16 and float16"
     if p.buckets is not None:
@@ -41,8 +40,11 @@ def unsupported(problem: PagedProblem, target: Target) -> str | None:
     if p.group > ROWS:
         return f"{p.group} query heads share a key head, and a tile has {ROWS} rows"
     for name, width in (("H", p.H), ("Hv", p.Hv)):
-        if width % 16 or not 16 <= width <= 256:
-            return f"{name} {width}: it takes multiples of 16 up to 256"
+        most = 192 if p.scaled else 256  # codes of more would spill registers
+        if width % 16 or not 16 <= width <= most:
+            return f"{name} {width}: it takes multiples of 16 up to {most}"
+    if p.scaled and p.C != _KEYS:
+        return f"int8 in blocks of {p.C} positions, whose scales are no line of {2 * _KEYS} bytes; use {_KEYS}"
     if p.C % 8 or _KEYS % p.C:
         return f"blocks of {p.C} positions do not make a tile of {_KEYS}; use 8, 16, 32 or 64"
     return None
@@ -61,9 +63,10 @@ def _blocks(stages: int) -> PagedBlocks:
 def on_chip_bytes(problem: PagedProblem, blocks: PagedBlocks) -> int:
     """Shared memory of a thread block."""
     p = problem
-    tiles = blocks.stages * blocks.keys * (p.H + p.Hv) * p.dtype.itemsize
+    of_key = (p.H + p.Hv) * p.dtype.itemsize
+    tiles = blocks.keys * (blocks.stages * (p.H + p.Hv) + of_key if p.scaled else blocks.stages * of_key)
     # jax keeps 2048 for reductions, and each array starts at a multiple of 1024 bytes.
-    return ROWS * max(p.H, p.Hv) * p.dtype.itemsize + tiles + 1024 * (p.alibi + p.sinks) + 1024 + 2048
+    return ROWS * max(p.H, p.Hv) * p.dtype.itemsize + tiles + 1024 * (p.alibi + p.sinks + 2 * p.scaled) + 1024 + 2048
 
 
 class _Inputs(NamedTuple):
@@ -79,12 +82,23 @@ class _Inputs(NamedTuple):
     slopes: Any  # [K, 64] float32 in base 2, or None
     sinks: Any  # [K, 64] float32 in base 2, or None
     tree: TokenTree | None
+    scales: CacheScales | None  # [L, P, K, C] each
+
+
+class _Codes(NamedTuple):
+    """Tiles as they come of a cache of int8."""
+
+    k: Any  # [stages, keys, H]
+    v: Any  # [stages, keys, Hv]
+    k_scales: Any  # [stages, keys]
+    v_scales: Any  # [stages, keys]
 
 
 class _Shared(NamedTuple):
     q_or_out: Any  # [64, H] and [64, Hv] in the same place
-    k: Any  # [stages, keys, H]
-    v: Any  # [stages, keys, Hv]
+    k: Any  # [stages, keys, H]; or [keys, H], what codes stand for
+    v: Any  # [stages, keys, Hv]; or [keys, Hv]
+    codes: _Codes | None
     slopes: Any  # [64], or None
     sinks: Any  # [64], or None
     p: Any  # [64, keys] for the interpreter only
@@ -121,13 +135,20 @@ def forward(problem: PagedProblem, blocks: PagedBlocks, operands: PagedOperands,
         per_head(operands.alibi_slopes),
         per_head(operands.sinks),
         operands.tree,
+        operands.scales,
     )
-    tile = lambda width: plgpu.SMEM((blocks.stages, blocks.keys, width), p.dtype)
-    ring = lambda: plgpu.Barrier(num_barriers=blocks.stages, num_arrivals=blocks.count(p.C))
+    in_ring = lambda dtype, *of_key: plgpu.SMEM((blocks.stages, blocks.keys, *of_key), dtype)
+    tile = lambda width: plgpu.SMEM((blocks.keys, width), p.dtype) if p.scaled else in_ring(p.dtype, width)
+    ring = lambda: plgpu.Barrier(num_barriers=blocks.stages, num_arrivals=blocks.count(p.C) * (1 + p.scaled))
     shared = _Shared(
         q_or_out=plgpu.RefUnion(plgpu.SMEM((ROWS, p.H), p.dtype), plgpu.SMEM((ROWS, p.Hv), p.dtype)),
         k=tile(p.H),
         v=tile(p.Hv),
+        codes=None
+        if operands.scales is None
+        else _Codes(
+            in_ring(jnp.int8, p.H), in_ring(jnp.int8, p.Hv), *(in_ring(scale.dtype) for scale in operands.scales)
+        ),
         slopes=plgpu.SMEM((ROWS,), jnp.float32) if p.alibi else None,
         sinks=plgpu.SMEM((ROWS,), jnp.float32) if p.sinks else None,
         p=plgpu.SMEM((ROWS, blocks.keys), p.dtype) if interpret else None,
@@ -157,6 +178,12 @@ def _attend(p: PagedProblem, blocks: PagedBlocks, x: _Inputs, out: Any, shared: 
     tree = None if x.tree is None else TokenTree(*(of_rows[row] for of_rows in x.tree))
     n_tiles = pl.cdiv(last - first, n_blocks)
     q, result = shared.q_or_out
+    codes = shared.codes
+    if codes is None or x.scales is None:
+        copied = [(x.k, shared.k, shared.k_ready), (x.v, shared.v, shared.v_ready)]
+    else:
+        copied = [(x.k, codes.k, shared.k_ready), (x.v, codes.v, shared.v_ready)]
+        copied += [(x.scales.k, codes.k_scales, shared.k_ready), (x.scales.v, codes.v_scales, shared.v_ready)]
 
     def fetch(tile: jax.Array) -> None:
         """Copy a tile's blocks; past the last block this one again, which is near by then."""
@@ -165,7 +192,7 @@ def _attend(p: PagedProblem, blocks: PagedBlocks, x: _Inputs, out: Any, shared: 
             entry = jnp.minimum(first + tile * n_blocks + i, last - 1)
             block = x.tables[x.slots[row] * p.M + entry]
             rows = pl.ds(i * p.C, p.C)
-            for cache, tiles, ready in ((x.k, shared.k, shared.k_ready), (x.v, shared.v, shared.v_ready)):
+            for cache, tiles, ready in copied:
                 plgpu.copy_gmem_to_smem(cache.at[x.layer[0], block, head], tiles.at[place, rows], ready.at[place])
 
     plgpu.copy_gmem_to_smem(x.q.at[row, head], q, shared.row_ready.at[0])
@@ -175,23 +202,28 @@ def _attend(p: PagedProblem, blocks: PagedBlocks, x: _Inputs, out: Any, shared: 
     for tile in range(blocks.stages):
         pl.when(tile < n_tiles)(functools.partial(fetch, jnp.int32(tile)))
     plgpu.barrier_wait(shared.row_ready.at[0])
-    start, _ = p.mask.key_range(position, position)
 
     def add_tile(tile: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         acc, top, total = carry
         place = lax.rem(tile, jnp.int32(blocks.stages))
+        k, v = (shared.k.at[place], shared.v.at[place]) if codes is None else (shared.k, shared.v)
         begin = (first + tile * n_blocks) * p.C
 
         def multiply(sums: Any) -> jax.Array:
-            plgpu.wgmma(sums, q, transposed(shared.k.at[place]))
+            plgpu.wgmma(sums, q, transposed(k))
             plgpu.wgmma_wait(0)
             return sums[...]
 
         plgpu.barrier_wait(shared.k_ready.at[place])
+        if codes is not None:
+            _decode(codes.k.at[place], k)
         scores = pl.run_scoped(multiply, plgpu.ACC((ROWS, blocks.keys), jnp.float32))
+        if codes is not None:  # of what a sum is over, all numbers have one scale: it comes after
+            scores = scores * along(_scales(codes.k_scales.at[place]), scores.shape, 1)
         keys = begin + plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
         scores = _bend(p, scores, keys, position, shared)
-        scores = jnp.where(p.seen(position, keys, tree) & (keys < p.M * p.C), scores, MASKED)
+        seen = p.seen(position, keys, tree) & (keys < p.M * p.C)
+        scores = jnp.where(seen, scores, MASKED)
         new_top = jnp.maximum(top, scores.max(1))
         shrink = jnp.exp2(top - new_top)
         weights = jnp.exp2(scores - along(new_top, scores.shape, 0))
@@ -199,20 +231,13 @@ def _attend(p: PagedProblem, blocks: PagedBlocks, x: _Inputs, out: Any, shared: 
         acc = acc * along(shrink, acc.shape, 0)
         plgpu.barrier_wait(shared.v_ready.at[place])
 
-        reached = position if tree is None else tree.first - 1
-
-        @pl.when((begin < start) | (begin + blocks.keys - 1 > reached))
-        def _only_seen() -> None:
-            """Places that were not written, or by another text, need not hold numbers."""
-            width = 64 if p.Hv % 64 == 0 else p.Hv  # in parts, that need few registers
-            for column in range(0, p.Hv, width):
-                part = shared.v.at[place, :, pl.ds(column, width)]
-                rows = begin + plgpu.broadcasted_iota(jnp.int32, part.shape, 0, layout=plgpu.Layout.WGMMA)
-                seen = (rows >= start) & (rows <= position) if tree is None else p.seen(position, rows, tree)
-                part[...] = jnp.where(seen, part[...], jnp.zeros(part.shape, p.dtype))
-            plgpu.commit_smem()
-
-        acc = add_product(acc, weights.astype(p.dtype), shared.v.at[place], shared.p)
+        if codes is None:
+            _forget_unseen(p, v, begin, position, tree)
+        else:
+            v_scales = along(_scales(codes.v_scales.at[place]), weights.shape, 1)
+            weights = jnp.where(seen, weights * v_scales, 0.0)
+            _decode(codes.v.at[place], v)
+        acc = add_product(acc, weights.astype(p.dtype), v, shared.p)
         pl.when(tile + blocks.stages < n_tiles)(lambda: fetch(tile + blocks.stages))
         return acc, new_top, total
 
@@ -226,6 +251,39 @@ def _attend(p: PagedProblem, blocks: PagedBlocks, x: _Inputs, out: Any, shared: 
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(result, out.at[row, head])
     plgpu.wait_smem_to_gmem(0)
+
+
+def _forget_unseen(p: PagedProblem, v: Any, begin: jax.Array, position: jax.Array, tree: TokenTree | None) -> None:
+    """Make values [keys, Hv] from key `begin` on 0 where nothing is seen: places that were not written, or by another
+    text, need not hold numbers."""
+    start, _ = p.mask.key_range(position, position)
+    reached = position if tree is None else tree.first - 1
+
+    @pl.when((begin < start) | (begin + _KEYS - 1 > reached))
+    def _only_seen() -> None:
+        for part in _parts(v):
+            rows = begin + plgpu.broadcasted_iota(jnp.int32, part.shape, 0, layout=plgpu.Layout.WGMMA)
+            seen = (rows >= start) & (rows <= position) if tree is None else p.seen(position, rows, tree)
+            part[...] = jnp.where(seen, part[...], jnp.zeros(part.shape, p.dtype))
+        plgpu.commit_smem()
+
+
+def _decode(codes: Any, numbers: Any) -> None:
+    """Codes [keys, width] as the numbers that the tensor cores multiply, which hold them exactly."""
+    for source, target in zip(_parts(codes), _parts(numbers), strict=True):
+        target[...] = load_row(source, plgpu.Layout.WGMMA).astype(target.dtype)
+    plgpu.commit_smem()
+
+
+def _parts(tile: Any) -> list[Any]:
+    """Of [keys, width], few columns at a time, which need few registers."""
+    width = 64 if tile.shape[1] % 64 == 0 else tile.shape[1]
+    return [tile.at[:, pl.ds(column, width)] for column in range(0, tile.shape[1], width)]
+
+
+def _scales(row: Any) -> jax.Array:
+    """float32 [keys], along the columns of a tile of scores."""
+    return load(row, 0).astype(jnp.float32)
 
 
 def _bend(p: PagedProblem, scores: jax.Array, keys: jax.Array, position: jax.Array, shared: _Shared) -> jax.Array:

@@ -83,6 +83,12 @@ class PagedProblem:
         return self.N // self.K
 
     @property
+    def bytes_of_key(self) -> int:
+        """What the cache has of one key head at one position: key, value and their scales, if in bfloat16."""
+        widths = (self.H,) if self.one_cache else (self.H, self.Hv)
+        return sum(width + 2 if self.scaled else width * self.dtype.itemsize for width in widths)
+
+    @property
     def most_keys(self) -> int:
         """Positions between the first and the last key that a row may see, where a table is full."""
         start, stop = self.mask.key_range(self.M * self.C - 1, self.M * self.C - 1)

@@ -2,7 +2,8 @@
 
 One step of the grid for each row. Tables, slots and positions are prefetched as scalars; the blocks that a row may see
 are copied one by one from where they lie into a tile of VMEM, the next tile while this one is computed, and with a
-row's last tile the first of the next row. From HBM come the visible blocks of each row, once, and nothing else.
+row's last tile the first of the next row. From HBM come the visible blocks of each row, once, and nothing else. Of int8
+codes and scales are copied, and numbers made in VMEM.
 """
 
 from __future__ import annotations
@@ -33,14 +34,17 @@ def unsupported(problem: PagedProblem, target: Target) -> str | None:
     p = problem
     if target.family is not Family.TPU:
         return f"target {target.name} is no TPU; the Mosaic TPU kernel needs one"
-    if p.scaled:
-        return "a cache of int8: only the xla body multiplies its scales out"
     if p.dtype not in (jnp.float32, jnp.bfloat16):
         return f"dtype {p.dtype} is rejected by Mosaic TPU; use bfloat16 or float32"
     if wrong := [width for width in (p.H, p.Hv) if width % _LANES]:
         return (
             f"a cache of width {wrong[0]} is stored otherwise than Mosaic TPU has it, and all of it would be copied; "
             f"give q, k and v zeros up to {_lanes(wrong[0])}"
+        )
+    if p.scaled and (p.C % _LANES or (p.K not in (2, 4) and p.K % 8)):
+        return (
+            f"int8 in blocks of {p.C} positions and {p.K} key heads a device: its scales are stored otherwise than "
+            f"Mosaic TPU has them, and all would be copied; use multiples of {_LANES} positions and 2, 4 or 8n heads"
         )
     if p.C % _sublanes(p):
         return f"blocks of {p.C} positions do not fill the chip's rows of {_sublanes(p)}; use a multiple"
@@ -60,12 +64,13 @@ def on_chip_bytes(problem: PagedProblem, blocks: PagedBlocks) -> int:
     """VMEM: two tiles of keys and values, the sums of a row, and what is computed of a tile."""
     p, W, G = problem, blocks.count(problem.C) * problem.C, _rows_of_a_head(problem)
     H, Hv = _lanes(p.H), _lanes(p.Hv)
-    tiles = 2 * p.K * W * (H if p.one_cache else H + Hv) * p.dtype.itemsize
+    tiles = 2 * p.K * W * (H if p.one_cache else H + Hv) * (1 if p.scaled else p.dtype.itemsize)
+    scales = 2 * 2 * 4 * pl.cdiv(p.K, 8) * 8 * W * p.scaled
     sums = 4 * p.K * G * (Hv + 2 * _LANES)
     row = 2 * p.K * G * (H + Hv) * p.dtype.itemsize
     per_head = 2 * 4 * p.K * G * _LANES * (p.alibi + (p.buckets is not None))
     scores = 4 * p.K * G * _lanes(W) * 4 + 4 * p.K * W * Hv
-    return tiles + sums + row + per_head + scores + _SPARE_BYTES
+    return tiles + scales + sums + row + per_head + scores + _SPARE_BYTES
 
 
 def forward(problem: PagedProblem, blocks: PagedBlocks, operands: PagedOperands, *, interpret: Any = None) -> jax.Array:
@@ -92,14 +97,18 @@ def forward(problem: PagedProblem, blocks: PagedBlocks, operands: PagedOperands,
         if x is not None:
             inputs[name] = per_head(x * LOG2E), whole(p.K, rows, x.size // p.N)
     scratch = {
-        "k": pltpu.VMEM((2, p.K, W, p.H), p.dtype),
+        "k": pltpu.VMEM((2, p.K, W, p.H), operands.k.dtype),
         "top": pltpu.VMEM((p.K, rows, 1), jnp.float32),
         "total": pltpu.VMEM((p.K, rows, 1), jnp.float32),
         "out": pltpu.VMEM((p.K, rows, p.Hv), jnp.float32),
         "arrived": pltpu.SemaphoreType.DMA((2,)),
     }
     if not p.one_cache:
-        scratch["v"] = pltpu.VMEM((2, p.K, W, p.Hv), p.dtype)
+        scratch["v"] = pltpu.VMEM((2, p.K, W, p.Hv), operands.v.dtype)
+    for name, x in () if operands.scales is None else operands.scales._asdict().items():
+        if name in scratch:
+            inputs[f"{name}_scales"] = x, pl.BlockSpec(memory_space=pl.ANY)
+            scratch[f"{name}_scales"] = pltpu.VMEM((2, p.K, W), x.dtype)
     elements = p.T * p.N * p.most_keys
     out = pl.pallas_call(
         functools.partial(_kernel, p, n_blocks),
@@ -116,7 +125,7 @@ def forward(problem: PagedProblem, blocks: PagedBlocks, operands: PagedOperands,
         cost_estimate=pl.CostEstimate(
             flops=2 * elements * (p.H + p.Hv),
             transcendentals=elements * (1 if p.soft_cap is None else 2),
-            bytes_accessed=p.T * p.most_keys * p.K * (p.H if p.one_cache else p.H + p.Hv) * p.dtype.itemsize,
+            bytes_accessed=p.T * p.most_keys * p.K * p.bytes_of_key,
         ),
         interpret=interpret or False,
         name="paged_attention",
@@ -180,14 +189,17 @@ def _kernel(
             copies(row, tile, 1 - place, lambda copy: copy.start())
 
         copies(t, j, place, lambda copy: copy.wait())
-        k = scratch["k"][place]
-        v = k if p.one_cache else scratch["v"][place]
+        k = scratch["k"][place].astype(p.dtype)  # as it is, if it is no code
+        v = k if p.one_cache else scratch["v"][place].astype(p.dtype)
         W = n_blocks * p.C
         begin = (first + j * n_blocks) * p.C
         keys = begin + lax.broadcasted_iota(jnp.int32, (1, W), 1)
         seen = p.seen(jnp.full((1, W), position), keys, tree)
         seen = jnp.broadcast_to(seen, (p.K * top.shape[1], W)).reshape(p.K, -1, W)
-        scores = jnp.where(seen, _scores(p, _product(inputs["q"][...], k, 2), keys - position, inputs), MASKED)
+        products = _product(inputs["q"][...], k, 2)
+        if p.scaled:  # of what a sum is over, all numbers have one scale: it comes after
+            products *= scratch["k_scales"][place].astype(jnp.float32)[:, None]
+        scores = jnp.where(seen, _scores(p, products, keys - position, inputs), MASKED)
         new_top = jnp.maximum(top[...], scores.max(2, keepdims=True))
         # Before the first visible key top = MASKED, where exp2(score - top) would be 1 for hidden keys.
         weights = jnp.where(seen, jnp.exp2(scores - new_top), 0.0)
@@ -199,6 +211,9 @@ def _kernel(
         rows = begin + lax.broadcasted_iota(jnp.int32, (W, 1), 0)
         inside = (rows >= start) & (rows <= position) if tree is None else p.seen(position, rows, tree)
         v = jnp.where(inside[None], v.astype(jnp.float32), 0.0).astype(v.dtype)
+        if p.scaled:
+            v_scales = scratch["k_scales" if p.one_cache else "v_scales"][place].astype(jnp.float32)
+            weights = jnp.where(seen, weights * v_scales[:, None], 0.0)
         acc[...] = acc[...] * shrink + _product(weights.astype(v.dtype), v, 1)
 
     divisor = jnp.where(total[...] == 0, 1.0, total[...])
@@ -222,7 +237,7 @@ def _copies(
     @pl.loop(0, jnp.minimum(scalars["last"][row] - begin, n_blocks))
     def _one(i: jax.Array) -> None:
         block = scalars["tables"][scalars["slots"][row] * p.M + begin + i]
-        for name in ("k", "v"):
+        for name in ("k", "v", "k_scales", "v_scales"):
             if name in inputs:
                 source = inputs[name].at[scalars["layer"][0], block]
                 target = scratch[name].at[place, :, pl.ds(pl.multiple_of(i * p.C, p.C), p.C)]

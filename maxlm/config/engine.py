@@ -46,7 +46,8 @@ class EngineConfig:
     """Positions that the cache has room for; None: half of all slots at the model's full length, as far as the memory
     that is free allows."""
     kv_cache: CacheFormat = CacheFormat.DTYPE
-    """Number format of the cache. Kernels read those of `execution.dtype`; int8 runs as XLA operations."""
+    """Number format of the cache. Our kernel for TPUs reads int8 in blocks of 128 positions; in others it runs as
+    XLA operations."""
     queue: Positive[int] = 1024
     """Requests that may wait; the next one is refused."""
     decode_steps: Annotated[int, Range(ge=1, le=64)] = 8
