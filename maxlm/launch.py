@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from maxlm.config import UserError
 from maxlm.config.cli import config_file, parse_known, parse_run, run_command
-from maxlm.launching.destinations import DESTINATIONS, Gke, SkyPilot, TpuPod
+from maxlm.launching.destinations import DESTINATIONS, Gke, SkyPilot, SlurmClean, TpuPod
 from maxlm.launching.render import ROOT, render
 from maxlm.launching.request import Launch, check
 from maxlm.launching.start import start
@@ -27,6 +27,7 @@ _USAGE = f"""\
 {_PROG} --target TARGET --config FILE [--print] [options of the target] [overrides]
 
 Start `python -m maxlm.train --config FILE [overrides]` somewhere. docs/launch.md has a section for each target.
+`--target slurm-clean` starts `python -m maxlm.data clean` and takes its options instead.
 
 --target TARGET    One of {", ".join(DESTINATIONS)}; with --help: the options of that target.
 --config FILE      Python file with get_config(), or a saved config.json.
@@ -58,6 +59,12 @@ def parse_launch(argv: Sequence[str]) -> tuple[Launch, bool]:
         raise UserError(f"--target {options.target or 'is missing'}: choose one of {known} (--help says what they are)")
     prog = f"{_PROG} --target {options.target}"
     target, overrides = parse_known(DESTINATIONS[options.target], rest, prog=prog, description=_USAGE)
+    if isinstance(target, SlurmClean):
+        if options.config is not None:
+            raise UserError(f"--config {options.config} belongs to training; --target slurm-clean has a --pipeline")
+        from maxlm.data.clean import checked_for_slurm  # here, so that a training run is launched without it
+
+        return Launch(target=target, config=None, arguments=checked_for_slurm(overrides)), options.print
     if options.config is None:
         raise UserError("--config is missing; name a file, for example --config configs/llama7b.py")
     asked = parse_run(["--config", options.config, *overrides], prog=_PROG, description="")

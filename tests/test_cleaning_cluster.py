@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -18,11 +19,14 @@ from test_cleaning import begun, real_job, texts, without_seconds, written
 from maxlm.config import UserError
 from maxlm.config.cleaning.engines import CleaningEngine, SlurmArrays
 from maxlm.config.errors import MachineFailure
+from maxlm.data.__main__ import main
 from maxlm.data.claimed import claimed
 from maxlm.data.cleaning import cluster
 from maxlm.data.cleaning.cleaning_work import CleaningWork, finished
 from maxlm.data.cleaning.cluster import JOBS, ClusterTask, run_on_cluster
 from maxlm.data.cleaning.local_pool import run_locally
+from maxlm.launch import parse_launch
+from maxlm.launching.render import render
 
 SLURM = SlurmArrays(partition="cpu", tasks_at_once=3, memory_gb=5, time="1:00:00")
 NOT_WAITED_FOR = "the same command says later what became of them"
@@ -134,6 +138,41 @@ def test_what_failed_is_handed_in_again_alone(
     assert task == ClusterTask(str(work.out), 0, missing, os.getcwd())
 
 
+def test_who_waits_hands_in_again_until_all_is_done(
+    work: CleaningWork,
+    handed: Callable[[], list[tuple[str, str]]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The first time one task fails, and nothing after its stage is done; and it is not tried for ever."""
+    looks = iter(["in the queue", "one failed", "empty", "in the queue", "all were done"])
+
+    def slurm(jobs: list[str]) -> int:
+        match look := next(looks):
+            case "in the queue":
+                return 1
+            case "one failed" | "all were done":
+                for number, stage in enumerate(work.stages):
+                    for task in set(range(stage.tasks)) - work.done(stage):
+                        if look == "one failed" and (number, task) == (1, 0):
+                            return 0
+                        work.do(number, task)
+        return 0
+
+    monkeypatch.setattr(cluster, "_in_queue", slurm)
+    monkeypatch.setattr(cluster, "PAUSE_S", 0.001)
+    run_on_cluster(work, CleaningEngine.SLURM, 1, dataclasses.replace(SLURM, wait=True))
+    out = capsys.readouterr().out
+    assert finished(work.out) and not list(looks)
+    assert out.count("this command waits for them") == 2 and "what is left is handed in again" in out
+
+
+def test_what_fails_each_time_is_given_up(work: CleaningWork, handed: Callable[[], list[tuple[str, str]]]) -> None:
+    with pytest.raises(MachineFailure, match=r"of pass0 were not done; see .*, after 2 tries \(--slurm\.tries\)"):
+        run_on_cluster(work, CleaningEngine.SLURM, 1, dataclasses.replace(SLURM, wait=True, tries=2))
+    assert len(handed()) == 2 * len(work.stages)
+
+
 def test_what_slurm_takes_before_it_refuses_is_known(
     work: CleaningWork, handed: Callable[[], list[tuple[str, str]]], tmp_path: Path
 ) -> None:
@@ -232,6 +271,30 @@ def test_engines_keep_the_same(engine: CleaningEngine, work: CleaningWork, data:
     run_on_cluster(work, engine, 2, slurm)
     wait_for(lambda: finished(work.out))  # nobody else waits for SLURM
     assert_as_here(work.out, data, tmp_path / "here")
+
+
+@pytest.mark.nightly
+def test_the_script_that_is_launched_cleans(data: Path, tmp_path: Path) -> None:
+    """As a job of SLURM, from a folder where the environment is."""
+    out = tmp_path / "launched"
+    words = [
+        "--target",
+        "slurm-clean",
+        "--print",
+        str(data),
+        "--recipe=gopher",
+        f"--out={out}",
+        f"--slurm.partition={partition()}",
+    ]
+    asked, _ = parse_launch(words)
+    root = tmp_path / "root"
+    (root / ".venv").mkdir(parents=True)
+    (root / ".venv" / "bin").symlink_to(Path(sys.executable).parent)
+    subprocess.run(["sbatch", f"--output={root}/log"], input=render(asked), text=True, cwd=root, check=True)
+    wait_for(lambda: finished(out))
+    here = tmp_path / "here"
+    assert main(["clean", str(data), "--recipe=gopher", f"--out={here}"]) == 0
+    assert written(out) == written(here)
 
 
 @pytest.mark.nightly

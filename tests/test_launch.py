@@ -31,7 +31,7 @@ from maxlm.train import EXIT_INTERRUPTED
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 
-# Options that each target needs, for 64 devices; configs/llama7b.py has fsdp = 32.
+# Options that each target of training needs, for 64 devices; configs/llama7b.py has fsdp = 32.
 OPTIONS = {
     "local": ["--devices=64"],
     "tpu-vm": ["--accelerator=v6e-8", "--sharding.fsdp=8"],
@@ -175,7 +175,7 @@ def test_the_table_of_chips_agrees_on_tori() -> None:
 # The same command everywhere, word for word
 
 
-@pytest.mark.parametrize("target", DESTINATIONS)
+@pytest.mark.parametrize("target", OPTIONS)
 def test_every_word_arrives_as_it_was_typed(target: str, clone: Path) -> None:
     overrides = [f"--observe.sample_prompt={word}" for word in NASTY]
     for word in NASTY:
@@ -207,6 +207,44 @@ def test_every_word_arrives_as_it_was_typed(target: str, clone: Path) -> None:
     assert not list(clone.parent.rglob("PWNED"))
 
 
+CLEANING = ["/shared/text", "--recipe=fineweb", "--out=/shared/clean", "--slurm.partition=cpu"]
+
+
+def test_every_word_of_a_cleaning_arrives_as_it_was_typed(clone: Path) -> None:
+    """And what `sbatch` reads is the job's own, not that of the arrays."""
+    own = ["--target", "slurm-clean", "--time=2-00:00:00", "--account=me", "--partition=small", "--name=wash"]
+    words = [f"/texts/{word}" for word in NASTY]
+    asked, _ = launch.parse_launch([*own, *words, *CLEANING[1:], "--pattern", NASTY[0]])
+    check(asked)
+    text = render(asked)
+    expected = ["-m", "maxlm.data", "clean", *words, *CLEANING[1:], "--pattern", NASTY[0]]
+    line = next(line for line in text.splitlines() if line.startswith("# python -m maxlm.data"))
+    assert shlex.split(line.removeprefix("# ")) == ["python", *expected]
+    done = run_script(text)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert noted(clone) == [*expected, "--engine", "slurm", "--slurm.wait"]
+    assert not list(clone.parent.rglob("PWNED"))
+    said = dict(re.findall(r"^#SBATCH --([\w-]+)=(.*)$", text, re.MULTILINE))
+    assert said == said | {"job-name": "wash", "time": "2-00:00:00", "account": "me", "partition": "small"}
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--config", "configs/tiny.py"], "--config configs/tiny.py belongs to training"),
+        (["--engine=ray"], "--engine is slurm here"),
+        (["--recipe=finewebb"], "did you mean fineweb"),
+        (["--slurm.partishion=x"], "did you mean --slurm.partition"),
+        (["--stdlib"], "name files and folders, or say --stdlib"),
+        (["--text_key=a\nb"], "line break"),
+        (["--partition=a b"], "--partition 'a b' must be a name as Slurm knows it"),
+    ],
+)
+def test_mistakes_in_a_cleaning_are_told_before_it_is_handed_in(more: list[str], words: str) -> None:
+    assert words in complaint("--target", "slurm-clean", *CLEANING, *more)
+    assert "needs --slurm.partition" in complaint("--target", "slurm-clean", *CLEANING[:-1])
+
+
 def as_kubernetes_reads(word: str) -> str:
     """$$ is a dollar, $(NAME) a variable if there is one; of all the others nothing changes."""
     return re.sub(r"\$(\$|\(\w+\))", lambda found: "$" if found[1] == "$" else "VARIABLE", word)
@@ -224,7 +262,7 @@ def test_a_config_path_with_spaces_and_quotes(target: str, clone: Path, tmp_path
     assert not list(tmp_path.rglob("PWNED"))
 
 
-@pytest.mark.parametrize("target", DESTINATIONS)
+@pytest.mark.parametrize("target", OPTIONS)
 @pytest.mark.parametrize("character", ["\n", "\r", "\0", "\x1b", "\x85", "\u2028", "\udcff"])
 def test_control_characters_are_refused(target: str, character: str) -> None:
     message = complaint(*arguments(target, f"--observe.sample_prompt=a{character}b"))
@@ -260,7 +298,7 @@ def test_options_that_are_no_plain_words(target: str, option: str) -> None:
 # What fits and what does not
 
 
-@pytest.mark.parametrize("target", DESTINATIONS)
+@pytest.mark.parametrize("target", OPTIONS)
 def test_a_mesh_that_does_not_fit_is_refused(target: str, capsys: pytest.CaptureFixture[str]) -> None:
     message = complaint(*arguments(target, "--sharding.fsdp=3"))
     assert "fsdp=3 needs a multiple of 3 devices" in message
@@ -624,8 +662,8 @@ def test_a_script_is_sound(script: Path) -> None:
     subprocess.run(["bash", "-n", script], check=True)
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", script], check=True)
-    trains = re.search(r'python -m maxlm\.train --config "[^"]+" "\$(@|\{@:2\})"', script.read_text())
-    assert trains or script.name == "tpu_pod.sh"
+    works = r'python -m maxlm\.(train --config "[^"]+" "\$(@|\{@:2\})"|data clean "\$@")'
+    assert re.search(works, script.read_text()) or script.name == "tpu_pod.sh"
 
 
 def test_a_script_works_by_hand(clone: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated
@@ -98,6 +98,19 @@ class CleanCommand:
                 return value_of(path, "get_pipeline", CleaningPipeline, "--pipeline")[0]
             case _:
                 raise UserError(f"say --recipe with one of {_RECIPES}, or --pipeline FILE, and not both")
+
+
+def checked_for_slurm(argv: Sequence[str]) -> tuple[str, ...]:
+    """Options of a cleaning that a job of SLURM is to run, if they can be right.
+
+    Raises:
+        UserError: they are not, or say what runs it.
+    """
+    if any(word == "--engine" or word.startswith("--engine=") for word in argv):
+        raise UserError("--engine is slurm here; leave it out")
+    command = parse(CleanCommand, [*argv, "--engine", "slurm"], prog=PROG, description="Clean documents.", flags=True)
+    command.job()
+    return tuple(argv)
 
 
 _OF_WORDS = ("step", "most by rule")

@@ -127,12 +127,24 @@ class Slurm:
     """That pays, as Slurm knows it; None: its default."""
 
     def __post_init__(self) -> None:
-        _name("--name", self.name)
-        if self.time is not None:
-            _matches("--time", self.time, r"[\d:-]+", "days-hours:minutes:seconds")
-        for key in ("partition", "account"):
-            if getattr(self, key) is not None:
-                _matches(f"--{key}", getattr(self, key), r"[\w.,-]+", "a name as Slurm knows it")
+        _words_of_slurm(self)
+
+
+@config("--")
+class SlurmClean:
+    """CPU nodes under Slurm that clean text: what follows are the options of `python -m maxlm.data clean`."""
+
+    name: str = "maxlm-clean"
+    """Of the job that hands in the others."""
+    time: str | None = None
+    """Its limit, such as 2-00:00:00, in which all the others run; None: the partition's."""
+    partition: str | None = None
+    """Its own, as Slurm knows it (--slurm.partition is that of the others); None: its default."""
+    account: str | None = None
+    """That pays for it, as Slurm knows it; None: its default."""
+
+    def __post_init__(self) -> None:
+        _words_of_slurm(self)
 
 
 @config("--")
@@ -176,7 +188,7 @@ class SkyPilot:
         return int(found.group(1)) if found else 0
 
 
-Destination = Local | TpuVm | TpuPod | Gke | Slurm | SkyPilot
+Destination = Local | TpuVm | TpuPod | Gke | Slurm | SlurmClean | SkyPilot
 
 DESTINATIONS: dict[str, type[Destination]] = {
     "local": Local,
@@ -184,9 +196,19 @@ DESTINATIONS: dict[str, type[Destination]] = {
     "tpu-pod": TpuPod,
     "gke": Gke,
     "slurm": Slurm,
+    "slurm-clean": SlurmClean,
     "skypilot": SkyPilot,
 }
 """What `--target` may say."""
+
+
+def _words_of_slurm(job: Slurm | SlurmClean) -> None:
+    _name("--name", job.name)
+    if job.time is not None:
+        _matches("--time", job.time, r"[\d:-]+", "days-hours:minutes:seconds")
+    for key in ("partition", "account"):
+        if getattr(job, key) is not None:
+            _matches(f"--{key}", getattr(job, key), r"[\w.,-]+", "a name as Slurm knows it")
 
 
 def _name(key: str, value: str) -> None:

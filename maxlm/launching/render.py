@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import assert_never
 
 from maxlm.config import UserError
-from maxlm.launching.destinations import Gke, Local, SkyPilot, Slurm, TpuPod, TpuVm
+from maxlm.launching.destinations import Gke, Local, SkyPilot, Slurm, SlurmClean, TpuPod, TpuVm
 from maxlm.launching.request import Launch, devices
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -45,19 +45,13 @@ def render(launch: Launch) -> str:
             }
             return _script("tpu_pod.sh", launch, settings)
         case Slurm():
-            options = {
-                "job-name": target.name,
-                "nodes": target.nodes,
-                "gpus-per-node": target.gpus_per_node,
-                "time": target.time,
-                "partition": target.partition,
-                "account": target.account,
-            }
-            given = {name: str(value) for name, value in options.items() if value is not None}
-            return _with_directives(_script("slurm_gpu.sh", launch, {}), given)
+            nodes = {"nodes": target.nodes, "gpus-per-node": target.gpus_per_node}
+            return _with_directives(_script("slurm_gpu.sh", launch, {}), target, nodes)
+        case SlurmClean():
+            return _with_directives(_script("slurm_clean.sh", launch, {}), target, {})
         case Gke():
             # Kubernetes reads $(NAME) and $$ in a command.
-            command = json.dumps([word.replace("$", "$$") for word in launch.train], ensure_ascii=False)
+            command = json.dumps([word.replace("$", "$$") for word in launch.command], ensure_ascii=False)
             part = target.slice
             values = {
                 "NAME": target.name,
@@ -83,7 +77,7 @@ def render(launch: Launch) -> str:
                 "SPOT": json.dumps(target.spot),
                 "BUCKET": target.bucket,
                 "EXTRA": "gpu" if target.slice is None else "tpu",
-                "COMMAND": shlex.join(launch.train),
+                "COMMAND": shlex.join(launch.command),
             }
             return _manifest("skypilot.yaml", launch, values)
     assert_never(target)
@@ -104,7 +98,7 @@ def _notes(launch: Launch, more: str = "") -> list[str]:
     return [
         "# Rendered by python -m maxlm.launch.\n",
         f"# {found.words}{more}\n" if found else "",
-        f"# {shlex.join(launch.train)}\n",
+        f"# {shlex.join(launch.command)}\n",
     ]
 
 
@@ -116,8 +110,10 @@ def _script(name: str, launch: Launch, settings: Mapping[str, str]) -> str:
     return "".join([*head, "#\n", *_notes(launch), *lines, body])
 
 
-def _with_directives(script: str, options: Mapping[str, str]) -> str:
-    """The script with these #SBATCH options in place of its own."""
+def _with_directives(script: str, job: Slurm | SlurmClean, more: Mapping[str, int]) -> str:
+    """The script with the job's #SBATCH options in place of its own."""
+    said = {"job-name": job.name, **more, "time": job.time, "partition": job.partition, "account": job.account}
+    options = {name: value for name, value in said.items() if value is not None}
     lines = script.splitlines(keepends=True)
     kept = [line for line in lines if not any(line.startswith(f"#SBATCH --{name}=") for name in options)]
     return "".join([kept[0], *(f"#SBATCH --{name}={value}\n" for name, value in options.items()), *kept[1:]])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from maxlm.config import RunConfig, UserError
-from maxlm.launching.destinations import SHARED, Destination, Gke, Local, SkyPilot, Slurm, TpuPod, TpuVm
+from maxlm.launching.destinations import SHARED, Destination, Gke, Local, SkyPilot, Slurm, SlurmClean, TpuPod, TpuVm
 from maxlm.launching.tpu_slices import TpuSlice
 
 
@@ -15,13 +15,16 @@ class Launch:
     """What was asked: where, and with which arguments of `maxlm.train`."""
 
     target: Destination
-    config: RunConfig
+    config: RunConfig | None
+    """None: nothing is trained, as `SlurmClean` says."""
     arguments: tuple[str, ...]
-    """CONFIG and the overrides, as they were typed."""
+    """CONFIG and the overrides, or the options of a cleaning, as they were typed."""
 
     @property
-    def train(self) -> list[str]:
-        """The command that every target ends in."""
+    def command(self) -> list[str]:
+        """What every target ends in."""
+        if self.config is None:
+            return ["python", "-m", "maxlm.data", "clean", *self.arguments]
         config, *overrides = self.arguments
         return ["python", "-m", "maxlm.train", "--config", config, *overrides]
 
@@ -38,11 +41,13 @@ class Devices:
 
 
 def devices(target: Destination) -> Devices | None:
-    """The devices of a target; None if nobody said how many this machine has."""
+    """The devices of a target; None if nobody said how many this machine has, or none are needed."""
     match target:
         case Local():
             count = target.devices
             return None if count is None else Devices(count, 1, 1, f"{count} devices of this machine")
+        case SlurmClean():
+            return None
         case TpuVm():
             return _tpu_devices(target.slice, 1)
         case TpuPod() | Gke():
@@ -75,7 +80,7 @@ def check(launch: Launch) -> None:
     for word in launch.arguments:
         if not word.isprintable():
             raise UserError(f"{word!r} has a line break or another control character; leave it out")
-    if found is None:
+    if found is None or config is None:
         return
     config.validate(found.count)
     slices = config.sharding.slices
@@ -92,7 +97,7 @@ def check(launch: Launch) -> None:
             why = f"only {SHARED}, where the machines see {storage}, outlives them"
         case TpuPod() if found.hosts > 1:
             folder, why = "/", "all hosts must see the same folder, a mounted bucket or file system"
-        case Local() | TpuVm() | TpuPod() | Slurm():
+        case Local() | TpuVm() | TpuPod() | Slurm() | SlurmClean():
             return
         case _:
             assert_never(target)

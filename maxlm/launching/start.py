@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import assert_never
 
 from maxlm.config import UserError
-from maxlm.launching.destinations import Gke, Local, SkyPilot, Slurm, TpuPod, TpuVm
+from maxlm.launching.destinations import Gke, Local, SkyPilot, Slurm, SlurmClean, TpuPod, TpuVm
 from maxlm.launching.render import ROOT, render
 from maxlm.launching.request import Launch
 
@@ -28,7 +28,7 @@ def start(launch: Launch) -> int:
             return _run(["bash", "-c", text], needs="gcloud")
         case Gke():
             return _run(["kubectl", "apply", "-f", "-"], text)
-        case Slurm():
+        case Slurm() | SlurmClean():
             return _run(["sbatch"], text)
         case SkyPilot():
             with tempfile.NamedTemporaryFile("w", prefix="maxlm-", suffix=".yaml") as file:

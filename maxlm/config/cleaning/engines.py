@@ -34,3 +34,9 @@ class SlurmArrays:
     """Of an array; None: as many as there is room for."""
     qos: str = ""
     """As SLURM knows it; empty: its default."""
+    account: NotEmpty[str] | None = None
+    """That pays, as SLURM knows it; None: its default."""
+    wait: bool = False
+    """Stay until all is done, and hand in again what failed."""
+    tries: Positive[int] = 3
+    """Times that jobs are handed in, if they are waited for."""

@@ -5,6 +5,7 @@ A task is a process of the same worker as on this machine, so the folder of the 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,8 @@ from maxlm.data.cleaning.stages import CleaningStage
 _LOGS = "logs"
 JOBS = "work/slurm.json"
 """Numbers of the arrays that were handed to SLURM."""
+PAUSE_S = 30.0
+"""Between two looks at SLURM's queue."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class ClusterTask:
 
 
 def run_on_cluster(work: CleaningWork, engine: CleaningEngine, workers: int, slurm: SlurmArrays) -> None:
-    """Do all tasks that are not done; to SLURM they are handed, and nobody waits for them.
+    """Do all tasks that are not done; to SLURM they are handed, and waited for if that is asked for.
 
     Args:
         work: of the job.
@@ -87,7 +91,7 @@ def run_on_cluster(work: CleaningWork, engine: CleaningEngine, workers: int, slu
             f"--engine {engine.value} needs the package {error.name}; install it with: {pip_install('maxlm[cluster]')}"
         ) from error
     if engine is CleaningEngine.SLURM:
-        _hand_to_slurm(work, slurm)
+        _by_slurm(work, slurm)
         return
     if engine is CleaningEngine.RAY:
         try:
@@ -118,7 +122,25 @@ def run_on_cluster(work: CleaningWork, engine: CleaningEngine, workers: int, slu
             )
 
 
-def _hand_to_slurm(work: CleaningWork, slurm: SlurmArrays) -> None:
+def _by_slurm(work: CleaningWork, slurm: SlurmArrays) -> None:
+    """Hand in what is left, once; or until nothing is left."""
+    for number in itertools.count(1):
+        _hand_in(work, slurm)
+        if not slurm.wait:
+            return
+        while _in_queue(json.loads((work.out / JOBS).read_text())):
+            time.sleep(PAUSE_S)
+        left = next(((stage, tasks) for stage in work.stages if (tasks := _left(work, stage))), None)
+        if left is None:
+            return
+        if number == slurm.tries:
+            raise MachineFailure(
+                f"{_not_done(work, *left)}, after {number} tries (--slurm.tries); mend that, and run the same command "
+                "again to go on"
+            )
+
+
+def _hand_in(work: CleaningWork, slurm: SlurmArrays) -> None:
     """An array of jobs for what is left of each stage; nothing while there are some in the queue."""
     from datatrove.executor import SlurmPipelineExecutor
 
@@ -134,10 +156,7 @@ def _hand_to_slurm(work: CleaningWork, slurm: SlurmArrays) -> None:
     stages = [(number, stage, left) for number, stage in enumerate(work.stages) if (left := _left(work, stage))]
     if jobs_file.exists():
         if waiting := _in_queue(json.loads(jobs_file.read_text())):
-            print(
-                f"{work.out}: {waiting} of its jobs are in SLURM's queue; the same command says later what became of "
-                "them"
-            )
+            print(f"{work.out}: {waiting} of its jobs are in SLURM's queue; {_later(slurm)}")
             return
         print(f"{work.out}: {_not_done(work, *stages[0][1:])}; what is left is handed in again")
     # A job's script finds datatrove's commands and maxlm where this process has found them.
@@ -155,7 +174,7 @@ def _hand_to_slurm(work: CleaningWork, slurm: SlurmArrays) -> None:
             slurm_logs_folder=f"{_logs(work, stage)}/slurm",
             env_command=f"export PATH={programs}:$PATH PYTHONPATH={packages}",
             # Else the arrays after one that failed would stay in the queue for ever.
-            sbatch_args={"kill-on-invalid-dep": "yes"},
+            sbatch_args={"kill-on-invalid-dep": "yes"} | ({"account": slurm.account} if slurm.account else {}),
             depends=before,
         )
         try:
@@ -168,9 +187,11 @@ def _hand_to_slurm(work: CleaningWork, slurm: SlurmArrays) -> None:
         jobs.append(array.job_id)
         write_json(jobs_file, jobs)  # after each: the next one may be refused
         before = array
-    print(
-        f"{work.out}: {len(jobs)} arrays of jobs are in SLURM's queue; the same command says later what became of them"
-    )
+    print(f"{work.out}: {len(jobs)} arrays of jobs are in SLURM's queue; {_later(slurm)}")
+
+
+def _later(slurm: SlurmArrays) -> str:
+    return "this command waits for them" if slurm.wait else "the same command says later what became of them"
 
 
 _MARKS = "/._+=:@,-"
