@@ -100,6 +100,19 @@ def test_each_stage_is_an_array_after_the_one_before(
         assert f"export PATH={Path(sys.executable).parent}:$PATH" in script
 
 
+def test_a_job_hands_in_jobs_that_know_nothing_of_it(
+    work: CleaningWork, handed: Callable[[], list[tuple[str, str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SLURM refuses a step whose memory is asked for in two ways: for a node by one job, for a core by another."""
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.write_text(sbatch.read_text().replace("#!/bin/bash\n", f"#!/bin/bash\nenv > {tmp_path}/environment\n"))
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "4096")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    run_on_cluster(work, CleaningEngine.SLURM, 1, SLURM)
+    seen = [line for line in (tmp_path / "environment").read_text().splitlines() if line.startswith("SLURM_")]
+    assert seen == ["SLURM_CONF=/etc/slurm.conf"] and os.environ["SLURM_MEM_PER_NODE"] == "4096"
+
+
 def test_what_is_in_the_queue_is_not_handed_in_again(
     work: CleaningWork,
     handed: Callable[[], list[tuple[str, str]]],
@@ -282,18 +295,19 @@ def test_the_script_that_is_launched_cleans(data: Path, tmp_path: Path) -> None:
         "slurm-clean",
         "--print",
         str(data),
-        "--recipe=gopher",
+        "--recipe=code",
+        "--part_bytes=4000",
         f"--out={out}",
         f"--slurm.partition={partition()}",
     ]
     asked, _ = parse_launch(words)
     root = tmp_path / "root"
-    (root / ".venv").mkdir(parents=True)
-    (root / ".venv" / "bin").symlink_to(Path(sys.executable).parent)
-    subprocess.run(["sbatch", f"--output={root}/log"], input=render(asked), text=True, cwd=root, check=True)
-    wait_for(lambda: finished(out))
+    root.mkdir()
+    (root / ".venv").symlink_to(sys.prefix)
+    words = ["sbatch", "--wait", f"--output={root}/log"]
+    subprocess.run(words, input=render(asked), text=True, cwd=root, timeout=600, check=True)
     here = tmp_path / "here"
-    assert main(["clean", str(data), "--recipe=gopher", f"--out={here}"]) == 0
+    assert main(["clean", str(data), "--recipe=code", "--part_bytes=4000", f"--out={here}"]) == 0
     assert written(out) == written(here)
 
 

@@ -5,6 +5,7 @@ A task is a process of the same worker as on this machine, so the folder of the 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -178,7 +179,8 @@ def _hand_in(work: CleaningWork, slurm: SlurmArrays) -> None:
             depends=before,
         )
         try:
-            array.run()
+            with _outside_of_jobs():
+                array.run()
         except subprocess.CalledProcessError as error:
             raise UserError(
                 f"--engine slurm: SLURM does not take the jobs of {stage.name}, as sbatch says above; `sinfo` and "
@@ -188,6 +190,19 @@ def _hand_in(work: CleaningWork, slurm: SlurmArrays) -> None:
         write_json(jobs_file, jobs)  # after each: the next one may be refused
         before = array
     print(f"{work.out}: {len(jobs)} arrays of jobs are in SLURM's queue; {_later(slurm)}")
+
+
+@contextlib.contextmanager
+def _outside_of_jobs() -> Iterator[None]:
+    """Without the variables of a job that this process may be of: SLURM would pass them on to those that it hands in,
+    where they contradict what these ask for."""
+    hidden = {
+        name: os.environ.pop(name) for name in [*os.environ] if name.startswith("SLURM_") and name != "SLURM_CONF"
+    }
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def _later(slurm: SlurmArrays) -> str:
