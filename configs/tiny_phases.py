@@ -19,6 +19,7 @@ from maxlm.config import (
     ObserveConfig,
     Phase,
     PrepareConfig,
+    Recovered,
     Remat,
     Rollback,
     Rope,
@@ -59,7 +60,7 @@ def get_config() -> RunConfig:
             phases=(
                 *linear_ramp(8, 32, by=8, tokens=184_320, seq_len=128, micro_batch=16),
                 Phase(start=130, batch_size=16, micro_batches=1, seq_len=256, rope=Rope(theta=50_000.0)),
-                Phase(start=150, batch_size=8, seq_len=512, rope=Rope(theta=500_000.0)),
+                Phase(start=150, early=Recovered(every=5), batch_size=8, seq_len=512, rope=Rope(theta=500_000.0)),
                 Phase(start=170, weights=(0.7, 0.3)),
             ),
             rollback=Rollback(window=20, patience=5, before=10, skip=10),

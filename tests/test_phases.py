@@ -37,6 +37,7 @@ from maxlm.config import (
     NoiseScale,
     ObserveConfig,
     Phase,
+    Recovered,
     Rollback,
     Rope,
     RunConfig,
@@ -47,6 +48,7 @@ from maxlm.config import (
     linear_ramp,
 )
 from maxlm.config.phases import Skip
+from maxlm.config.serialize import load
 from maxlm.data.loader import Batches, open_batches
 from maxlm.data.orders import drawn_of_each, place_after
 from maxlm.data.shards import Split
@@ -136,6 +138,18 @@ def test_a_ramp_worked_by_hand() -> None:
         (
             with_phases(Phase(start=10), Phase(start=10)),
             r"train.phases.1.start = 10 is not after train.phases.0.start = 10; use at least 11",
+        ),
+        (
+            with_phases(Phase(start=10, early=Recovered())),
+            r"train.phases.0.early: before the first of train.phases there is none that the loss recovers from",
+        ),
+        (
+            with_phases(Phase(start=10), Phase(start=60, early=Recovered(every=50))),
+            r"train.phases.1.early.every = 50 leaves no measurement in the 50 steps .*; use at most 49",
+        ),
+        (
+            with_phases(Phase(start=10), Phase(start=60, early=Recovered(every=10)), eval_batches=0),
+            r"train.phases.1.early needs the held-out loss, and train.eval_batches = 0 measures none; .* None for all",
         ),
         (with_phases(Phase(start=100)), r"train.phases.0.start = 100 is not before train.steps = 100; use at most 99"),
         (
@@ -457,7 +471,7 @@ def test_a_run_of_text_that_broke_off_ends_with_the_same_bits(tmp_path: Path, mo
 
 _TWO = """\
 import dataclasses, importlib.util
-from maxlm.config import Phase, Rollback, Rope
+from maxlm.config import Phase, Recovered, Rollback, Rope
 
 spec = importlib.util.spec_from_file_location("base", {base!r})
 base = importlib.util.module_from_spec(spec)
@@ -466,7 +480,8 @@ spec.loader.exec_module(base)
 
 def get_config():
     config = base.get_config()
-    phases = Phase(start=8, batch_size=16), Phase(start=16, batch_size=8, seq_len=64, rope=Rope(theta=5e4))
+    early = Recovered(every=2, tolerance=9.0)
+    phases = Phase(start=8, batch_size=16), Phase(start=16, early=early, batch_size=8, seq_len=64, rope=Rope(theta=5e4))
     rollback = Rollback(margin=0.02, window=1, patience=1, before=0, skip=1, at_most=100)
     return dataclasses.replace(
         config,
@@ -492,6 +507,7 @@ def test_two_processes_change_phases_and_go_back_together(
     assert [row["step"] for row in found] == list(range(1, 25))
     assert found[-1]["tokens"] == 8 * 256 + 8 * 512 + 8 * 512
     assert rows(tmp_path / "run", "rollbacks")
+    assert [phase.start for phase in load(RunConfig, tmp_path / "run" / "config.json").train.phases] == [8, 10]
 
 
 # Plan

@@ -65,7 +65,7 @@ def checkpointed(
     with keeper() as saving:
         saving.restore(trainer.state)
         saving.begin()
-        saving.save(state, STEPS, {}, Spikes(config, {}))
+        saving.save(state, STEPS, {}, Spikes(config, {}), {})
         saving.wait()
     before = arrays(state)
     undisturbed = go_on(state)

@@ -159,7 +159,7 @@ from maxlm.config.optimizer import (
     ParameterGroup,
     Sgd,
 )
-from maxlm.config.phases import Phase, Rollback, linear_ramp
+from maxlm.config.phases import Phase, Recovered, Rollback, linear_ramp
 from maxlm.config.policy import Advantage, Aggregation, BatchMean, GroupMean, LeaveOneOut
 from maxlm.config.position import (
     Alibi,
@@ -266,7 +266,6 @@ from maxlm.config.tools import Calculator, DocsSearch, RolloutTool
 
 __all__ = [
     "ACTIVATION_DIMS",
-    "ALL_LINEAR",
     "CUT_BY_FSDP",
     "MESH_AXES",
     "PARAMETER_DIMS",
@@ -432,6 +431,7 @@ __all__ = [
     "Purpose",
     "QkNorm",
     "QuantMethod",
+    "Recovered",
     "Reinforced",
     "RelativeBias",
     "RelativeSinusoids",
@@ -489,7 +489,7 @@ __all__ = [
     "Zero",
 ]
 __all__ += ["dp", "fsdp", "fsdp_tp", "fsdp_tp_sp", "gpt", "linear_ramp", "llama", "palm", "pipeline_bubble"]
-__all__ += ["pipeline_ticks", "special_tokens", "ul2", "with_experts"]
+__all__ += ["ALL_LINEAR", "pipeline_ticks", "special_tokens", "ul2", "with_experts"]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,22 @@ from maxlm.config.position import Rope
 Weights = Annotated[tuple[NotNegative[float], ...], Filled(note="give a number for each of data.datasets")]
 
 
+@config("train.phases[].early.", changes=Changes.TRAINING)
+class Recovered:
+    """Begin a phase once the held-out loss has recovered from the one before it, as Llama 3 made contexts longer in
+    stages, each until "performance on short-context evaluations has recovered completely" (arXiv:2407.21783, section
+    3.4.2).
+
+    What counts is the held-out loss in windows and by the mixture of before the phase that is under way: measured as
+    that one begins, and every so many steps from then on, with its RoPE.
+    """
+
+    every: Positive[int] = 100
+    """Steps between measurements."""
+    tolerance: NotNegative[float] = 0.0
+    """Nats a token by which the loss may still be higher."""
+
+
 @config("train.phases[].", changes=Changes.TRAINING)
 class Phase:
     """What is different from a step on, to the end of the run or until a later phase says otherwise. Schedules count
@@ -24,7 +40,9 @@ class Phase:
     """
 
     start: Positive[int]
-    """Steps done when it begins."""
+    """Steps done when it begins; at the latest, if it may be `early`."""
+    early: Recovered | None = None
+    """When it begins before that; None: it does not. Later phases keep their starts."""
     batch_size: Positive[int] | None = None
     """`train.batch_size` from then on; None: as before."""
     micro_batches: Positive[int] | None = None
@@ -111,7 +129,9 @@ def linear_ramp(
     )
 
 
-def broken_phase_rules(phases: tuple[Phase, ...], *, steps: int, n_datasets: int, model: ModelConfig) -> list[str]:
+def broken_phase_rules(
+    phases: tuple[Phase, ...], *, steps: int, n_datasets: int, model: ModelConfig, held_out: bool
+) -> list[str]:
     """A line for each broken rule of phases that is not one of their values.
 
     Args:
@@ -119,6 +139,7 @@ def broken_phase_rules(phases: tuple[Phase, ...], *, steps: int, n_datasets: int
         steps: of `train`.
         n_datasets: in `data`.
         model: of the run.
+        held_out: whether the run measures its held-out loss.
     """
     failures = []
     for i, (one, after) in enumerate(itertools.pairwise(phases), start=1):
@@ -128,6 +149,7 @@ def broken_phase_rules(phases: tuple[Phase, ...], *, steps: int, n_datasets: int
                 f"least {one.start + 1}, or change their order"
             )
     for i, phase in enumerate(phases):
+        failures += _broken_early_rules(phases, i, held_out)
         if phase.start >= steps:
             failures.append(
                 f"train.phases.{i}.start = {phase.start} is not before train.steps = {steps}; use at most {steps - 1}, "
@@ -143,6 +165,41 @@ def broken_phase_rules(phases: tuple[Phase, ...], *, steps: int, n_datasets: int
                 f"train.phases.{i}.rope finds no layer with a Rope and no window in this model; leave it None"
             )
     return failures
+
+
+def _broken_early_rules(phases: tuple[Phase, ...], i: int, held_out: bool) -> list[str]:
+    if (early := phases[i].early) is None:
+        return []
+    key = f"train.phases.{i}.early"
+    if i == 0:
+        return [f"{key}: before the first of train.phases there is none that the loss recovers from; use None"]
+    if not held_out:
+        return [
+            f"{key} needs the held-out loss, and train.eval_batches = 0 measures none; use None for all, or a number"
+        ]
+    between = phases[i].start - phases[i - 1].start
+    if early.every >= between:
+        return [
+            f"{key}.every = {early.every} leaves no measurement in the {between} steps from train.phases.{i - 1}.start "
+            f"to train.phases.{i}.start; use at most {between - 1}"
+        ]
+    return []
+
+
+def as_begun(phases: tuple[Phase, ...], trained: tuple[Phase, ...], step: int) -> tuple[Phase, ...]:
+    """Phases with the starts of those that have begun early.
+
+    Args:
+        phases: as they are declared.
+        trained: as the checkpoint after `step` steps has them.
+        step: so many.
+    """
+    moved = list(phases)
+    for i, (mine, theirs) in enumerate(zip(phases, trained, strict=False)):
+        early = mine.early is not None and theirs.start <= min(step, mine.start)
+        if early and dataclasses.replace(mine, start=theirs.start) == theirs:
+            moved[i] = theirs
+    return tuple(moved)
 
 
 def with_rope(model: ModelConfig, rope: Rope) -> ModelConfig:

@@ -16,7 +16,7 @@ from maxlm.config.fields import Changes, Fraction, NotEmpty, NotNegative, PathNa
 from maxlm.config.layout_rules import broken_layout_rules
 from maxlm.config.model import ModelConfig
 from maxlm.config.optimizer import AdamW, OptimizerConfig, ParameterFormat
-from maxlm.config.phases import Phase, Rollback, Skip, broken_phase_rules, checkpoints_needed, with_rope
+from maxlm.config.phases import Phase, Rollback, Skip, as_begun, broken_phase_rules, checkpoints_needed, with_rope
 from maxlm.config.prediction_rules import broken_prediction_rules
 from maxlm.config.reinforcement import Grpo, Ppo
 from maxlm.config.schedule import schedule_remark
@@ -234,6 +234,11 @@ class RunConfig:
                     assert_never(change)
         return dataclasses.replace(self, train=train, data=data, model=model)
 
+    def as_begun(self, trained: RunConfig, step: int) -> RunConfig:
+        """With the starts of phases that had begun early in a run, as its checkpoint after `step` steps has them."""
+        phases = as_begun(self.train.phases, trained.train.phases, step)
+        return dataclasses.replace(self, train=dataclasses.replace(self.train, phases=phases))
+
     def tokens(self, step: int) -> int:
         """In the batches of so many steps."""
         now = self.at(step)
@@ -287,7 +292,11 @@ class RunConfig:
 
     def _broken_phase_rules(self) -> list[str]:
         return broken_phase_rules(
-            self.train.phases, steps=self.train.steps, n_datasets=len(self.data.datasets), model=self.model
+            self.train.phases,
+            steps=self.train.steps,
+            n_datasets=len(self.data.datasets),
+            model=self.model,
+            held_out=self.train.eval_batches != 0,
         )
 
     def _failures_of_changes(self) -> list[str]:

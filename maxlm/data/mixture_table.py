@@ -100,7 +100,10 @@ def use_of(run: RunConfig) -> MixtureUse:
     if isinstance(run.task, Reinforced):
         raise UserError(f"task = {type(run.task).__name__} reads prompts; a mixture is of tasks that read windows")
     train, n_datasets = run.train, len(run.data.datasets)
-    if failures := broken_phase_rules(train.phases, steps=train.steps, n_datasets=n_datasets, model=run.model):
+    held_out = train.eval_batches != 0
+    if failures := broken_phase_rules(
+        train.phases, steps=train.steps, n_datasets=n_datasets, model=run.model, held_out=held_out
+    ):
         raise UserError("\n".join(failures))
     stretches, before = list[MixtureStretch](), list[float]()
     windows_of_each: tuple[int, ...] = ()

@@ -13,6 +13,7 @@ rounding.py: parameters held in bfloat16, rounded by chance
 stability.py: what a step remembers to keep steady: loss scale, spikes, the gradient's noise
 watch.py: the size of all that a step computes, and what in it is not finite
 finite.py: no state with NaN is saved, or gone on from
+recovery.py: a phase that begins early, when the loss has recovered
 config_file.py: config.json, and other settings for a run that goes on
 rank_budget.py: what AdaLoRA does in a step beside the loss
 router_metrics.py: load and drops of each mixture

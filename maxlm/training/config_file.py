@@ -18,7 +18,9 @@ class ConfigFile:
     def __init__(self, config: RunConfig, run_dir: Path, allowed: Sequence[str], warn: Callable[[str], None]) -> None:
         """`allowed`: keys and groups that may change whatever they do to the run. `warn` gets a line for each change,
         and one if the file cannot be brought up to date."""
-        self._config, self._run_dir, self._allowed, self._warn = config, run_dir, allowed, warn
+        self._declared, self._run_dir, self._allowed, self._warn = config, run_dir, allowed, warn
+        self.config = config
+        """With the starts of phases that have begun early."""
         self._trained: RunConfig | None = None
         self._step = 0
         self._changes: list[Changed] = []
@@ -34,7 +36,12 @@ class ConfigFile:
             self._trained = serialize.from_dict(RunConfig, meta["config"])
         except UserError as error:
             raise UserError(f"{checkpoint}: {error}") from error
-        self._changes = go_on(self._trained, self._config, self._allowed, str(checkpoint), self._step)
+        self.follow(meta, self._step)
+        self._changes = go_on(self._trained, self.config, self._allowed, str(checkpoint), self._step)
+
+    def follow(self, meta: dict[str, Any], step: int) -> None:
+        """Take the starts of phases that had begun early from the checkpoint of a step, to which the run comes."""
+        self.config = self._declared.as_begun(serialize.from_dict(RunConfig, meta["config"]), step)
 
     def other_data(self) -> bool:
         """Whether batches of another order, or with other contents, are allowed."""
@@ -57,7 +64,7 @@ class ConfigFile:
         """
         try:
             if self._trained is None:
-                self._write("config.json", self._config)
+                self._write("config.json", self.config)
             elif not self._is_readable():
                 self._warn(f"{self._run_dir / 'config.json'}: was missing or unreadable; written anew, as trained")
                 self._write("config.json", self._trained)
@@ -70,7 +77,7 @@ class ConfigFile:
         try:
             if self._trained is not None and self._changes:
                 self._write(f"config.before-step-{self._step}.json", self._trained)
-            self._write("config.json", self._config)
+            self._write("config.json", self.config)
         except OSError as error:
             self._warn(f"{self._run_dir / 'config.json'}: cannot be brought up to date ({error.strerror})")
 

@@ -49,7 +49,7 @@ class Keeper:
         warn: Callable[[str], None],
     ) -> None:
         """`identity`: fingerprints of "data" and "tokenizer", which a run keeps. The rest is as `loop.run` says."""
-        self._config, self._identity, self._warn = config, identity, warn
+        self._identity, self._warn = identity, warn
         self._run_dir = Path(config.run_dir)
         self._folder = self._run_dir / "checkpoints"
         self._machine = machine_facts(layout)
@@ -62,6 +62,15 @@ class Keeper:
         """To what is read and not trained, for later checkpoints."""
         self.base: Mapping[str, str] | None = None
         """Where the base under an adapter is and what it is, for later checkpoints."""
+
+    @property
+    def config(self) -> RunConfig:
+        """What later checkpoints are of: with the starts of phases that have begun early."""
+        return self._file.config
+
+    @config.setter
+    def config(self, now: RunConfig) -> None:
+        self._file.config = now
 
     def __enter__(self) -> Keeper:
         return self
@@ -98,9 +107,9 @@ class Keeper:
             "checkpoint before"
         )
         require_finite(state, str(place), remedy)
-        if restored.step > self._config.train.steps:
+        if restored.step > self.config.train.steps:
             raise UserError(
-                f"train.steps = {self._config.train.steps} is less than the {restored.step} steps that {self._run_dir} "
+                f"train.steps = {self.config.train.steps} is less than the {restored.step} steps that {self._run_dir} "
                 f"has done; use at least {restored.step}, or set another run_dir"
             )
         return state
@@ -118,6 +127,7 @@ class Keeper:
         own, beside = self._own(like.parameters), _as_saved(like)
         restored = self._saved.go_back(spike.wanted, spike.first, spike.what, params=own, optimizer=beside)
         self.meta = restored.meta
+        self._file.follow(restored.meta, restored.step)
         return dataclasses.replace(self._state(like, restored), frozen=state.frozen)
 
     def begin(self) -> None:
@@ -129,9 +139,11 @@ class Keeper:
         if jax.process_index() == 0:
             self._file.begin()
 
-    def save(self, state: TrainState, step: int, memory: Mapping[str, Any], spikes: Spikes) -> None:
-        """Begin to write the state after so many steps, the feed's memory, and that of spikes; returns once it may be
-        changed.
+    def save(
+        self, state: TrainState, step: int, memory: Mapping[str, Any], spikes: Spikes, recovery: Mapping[str, Any]
+    ) -> None:
+        """Begin to write the state after so many steps, and the memory of the feed, of spikes and of recovery; returns
+        once it may be changed.
 
         Raises:
             Diverged: not every number in it is finite.
@@ -146,7 +158,7 @@ class Keeper:
         meta: dict[str, Any] = {
             "data": {"next_batch": step, "fingerprint": self._identity["data"]},
             "tokenizer": self._identity["tokenizer"],
-            "config": serialize.to_dict(self._config),
+            "config": serialize.to_dict(self.config),
             "machine": self._machine,
         }
         if memory:
@@ -155,11 +167,13 @@ class Keeper:
             meta["data"]["skipped"] = [list(one) for one in spikes.skipped]
         if spikes.memory:
             meta["spikes"] = spikes.memory
+        if recovery:
+            meta["recovery"] = dict(recovery)
         if self.reference is not None:
             meta["frozen"] = self.reference.to_json()
         if self.base is not None:
             meta["base"] = dict(self.base)
-        stacks = {array.name for array in shapes.arrays(self._config.model) if array.dims[0] == "layers"}
+        stacks = {array.name for array in shapes.arrays(self.config.model) if array.dims[0] == "layers"}
         self._saved.save(step, params=own, optimizer=beside, meta=meta, stacks=stacks)
 
     def listed(self) -> list[SavedCheckpoint]:
@@ -175,7 +189,7 @@ class Keeper:
 
     def _own(self, parameters: Any) -> Any:
         """What a checkpoint has of them as the model's."""
-        return own(self._config.model, of_model(parameters))
+        return own(self.config.model, of_model(parameters))
 
     def _state(self, wanted: TrainState, restored: Restored) -> TrainState:
         """Of what a checkpoint holds."""
@@ -187,7 +201,7 @@ class Keeper:
     def _steady(self, wanted: Stability, saved: dict[str, jax.Array]) -> Stability:
         """Of each part what a checkpoint has of it; as at a first step, where it has none or one of another length."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted)
-        new = jax.jit(lambda: stability.begin(self._config), out_shardings=shardings)()
+        new = jax.jit(lambda: stability.begin(self.config), out_shardings=shardings)()
 
         def part(name: str, begun: Any) -> Any:
             leaves = named_leaves({name: begun})

@@ -36,6 +36,7 @@ from maxlm.processes.watchdog import Watchdog
 from maxlm.sharding import Layout, all_devices, make_layout, only_cpus
 from maxlm.training.keeper import Keeper, require_finite
 from maxlm.training.objective import Batch, Objective
+from maxlm.training.recovery import Recovery
 from maxlm.training.spikes import Spikes
 from maxlm.training.stability import without_window
 from maxlm.training.state import TrainState
@@ -196,9 +197,10 @@ def run(
             Keeper(config, layout, _identity(recipe), allow_change=allow_change, warn=console.warning)
         )
         state = keeper.restore(trainer.state)
+        phases.config = config = keeper.config
         start = int(state.step) if state is not None else 0
         recipe.feed.memory |= keeper.meta.get("feed", {})
-        spikes = Spikes(config, keeper.meta)
+        spikes, recovery = Spikes(config, keeper.meta), Recovery(config, keeper.meta, phases.held_out)
         origin = "not read, as the run has a checkpoint of its own"
         begin = None
         if recipe.start is not None and (state is None or config.model.adapter is not None):
@@ -243,6 +245,7 @@ def run(
         phases.go_to(start, spikes.skipped, log)
         if start < train.steps:
             state = phases.compile(start, state, frozen, log)
+            recovery.begins(start, state, log.say)
         else:
             assert state is not None, "without a checkpoint there are steps to do"
             state = dataclasses.replace(state, frozen=frozen)
@@ -266,6 +269,7 @@ def run(
             if step == phases.end:
                 with watchdog.off_duty():
                     state = phases.enter(step, spikes.skipped, state, log)
+                    recovery.begins(step, state, log.say)
             # The host runs one step ahead of the device, and looks at a step's figures while the next one is computed.
             before, batch_before = output, batch
             batch = phases.recipe.feed.next(step, state)
@@ -289,8 +293,9 @@ def run(
             saves = step % config.checkpoint.every == 0 or is_last or interrupted
             if step == 1 or step % train.log_every == 0 or is_last or interrupted:
                 figures = {name: value.tolist() for name, value in jax.device_get(output.figures).items()}
-                log.step(step, config.tokens(step), figures)
-            if spike is None and (saves or step == phases.end):
+                log.step(step, phases.config.tokens(step), figures)
+            recovers = recovery.asks(step)
+            if spike is None and (saves or recovers or step == phases.end):
                 where = functools.partial(_where_not_finite, phases.trainer, watchdog, state, batch)
                 spike = spikes.look(step, output, where)
             if spike is not None:
@@ -302,16 +307,24 @@ def run(
                     interrupted |= interruption.went_back(step)
                     skip = spikes.go_back(spike, step, keeper.meta)
                     log.went_back(step, skip.windows, spike.first, spike.found, spike.what)
+                    spikes.config = recovery.config = phases.config = keeper.config
+                    recovery.remember(keeper.meta)
                     state = phases.enter(step, spikes.skipped, state, log)
+                    recovery.begins(step, state, log.say)
                 continue
             for measure in phases.recipe.measures:
                 if measure.every and step % measure.every == 0 and not is_last:
                     with watchdog.off_duty():
                         _measure(measure, log, step, state, failed)
+            if recovers:
+                with log.pause(), watchdog.off_duty():
+                    if (now := recovery.look(step, state, log.say)) is not None:
+                        keeper.config = spikes.config = recovery.config = phases.config = now
+                        phases.end = step
             if saves:
                 jax.block_until_ready(state)
                 with log.pause(), watchdog.off_duty():
-                    keeper.save(state, step, phases.recipe.feed.memory, spikes)
+                    keeper.save(state, step, phases.recipe.feed.memory, spikes, recovery.memory)
         watchdog.rest()
         profile.close(wait_for=state)
         keeper.wait()
@@ -388,9 +401,10 @@ class _Phases(Generic[R]):
                     f"data.past.{i}.steps = {stretch.steps} says that steps of this run have read it, which its phases "
                     "say themselves; use 0"
                 )
-        self._config, self._layout, self._make_recipe = config, layout, make_recipe
+        self.config, self._layout, self._make_recipe = config, layout, make_recipe
         self._begin(config.at(0))
         self._compiled: tuple[Any, ...] = ()
+        self._measures: tuple[RunConfig, Measure] | None = None
         for phase in config.train.phases:
             make_recipe(_unverified(config.at(phase.start)), layout).feed.close()
 
@@ -403,15 +417,15 @@ class _Phases(Generic[R]):
         """Before a step of another phase, or one that goes on elsewhere in the data."""
         self.go_to(step, skipped, log)
         state = self.compile(step, state, state.frozen, log)
-        log.start_clock(step, self._config.tokens(step))
+        log.start_clock(step, self.config.tokens(step))
         return state
 
     def go_to(self, step: int, skipped: Sequence[Skip], log: RunLog) -> None:
         """Make the recipe of a step, before which so much of the data is passed over."""
-        starts = [phase.start for phase in self._config.train.phases]
-        self.end = min((start for start in starts if start > step), default=self._config.train.steps)
+        starts = [phase.start for phase in self.config.train.phases]
+        self.end = min((start for start in starts if start > step), default=self.config.train.steps)
         """Steps done when the next phase begins, or the run ends."""
-        now = _unverified(self._config.at(step, skipped))
+        now = _unverified(self.config.at(step, skipped))
         if now == _unverified(self._now):
             return
         if different := [str(one) for one in changes(self._now, now) if not one.within(("data.past", "data.verify"))]:
@@ -422,9 +436,17 @@ class _Phases(Generic[R]):
         self.recipe.feed.memory |= memory
         log.phase(now)
 
+    def held_out(self, now: RunConfig, step: int, state: TrainState) -> float:
+        """The held-out loss by a config without phases, which may be another than the one that is under way."""
+        if self._measures is None or self._measures[0] != now:  # its program is compiled once
+            recipe = self._make_recipe(_unverified(now), self._layout)
+            recipe.feed.close()
+            self._measures = now, next(measure for measure in recipe.measures if measure.name == "eval")
+        return float(self._measures[1](step, state)["eval_loss"])  # type: ignore[arg-type]
+
     def compile(self, step: int, state: TrainState | None, frozen: Any, log: RunLog) -> TrainState:
         """`program`, which makes steps of this phase; the state before a step, or a new one, with `frozen` in it."""
-        if state is not None and any(phase.start == step for phase in self._config.train.phases):
+        if state is not None and any(phase.start == step for phase in self.config.train.phases):
             state = dataclasses.replace(state, stability=without_window(state.stability))
         decides = self._now.model, self._now.train
         if state is not None and decides == self._compiled:

@@ -40,7 +40,7 @@ class Spikes:
 
     def __init__(self, config: RunConfig, meta: Mapping[str, Any]) -> None:
         """`meta`: of the checkpoint that the run goes on from; empty in a new run."""
-        self._config, self._rule = config, config.train.rollback
+        self.config, self._rule = config, config.train.rollback
         self._remember(meta)
         self._undone: int = meta.get("spikes", {}).get("undone", 0)
         self.skipped = tuple(Skip(*one) for one in meta.get("data", {}).get("skipped", ()))
@@ -73,12 +73,12 @@ class Spikes:
         if step <= self._seen:
             return None
         self._seen, in_row = step, int(output.skipped_in_row)
-        gone = in_row >= self._config.train.max_skipped_steps
+        gone = in_row >= self.config.train.max_skipped_steps
         if (rule := self._rule) is None:
             if gone:
-                raise _diverged(self._config, output, step, in_row, where(step))
+                raise _diverged(self.config, output, step, in_row, where(step))
             return None
-        phase = max((one.start for one in self._config.train.phases if one.start < step), default=0)
+        phase = max((one.start for one in self.config.train.phases if one.start < step), default=0)
         if phase != self._phase:
             self._losses.clear()
             self._phase, self._high = phase, 0
@@ -107,11 +107,11 @@ class Spikes:
         assert self._rule is not None, "without it there are no spikes"
         self._remember(meta)
         self._undone += 1
-        now = self._config.at(step).train
-        tokens = self._config.tokens(spike.found) - self._config.tokens(step)
+        now = self.config.at(step).train
+        tokens = self.config.tokens(spike.found) - self.config.tokens(step)
         for one in self.skipped:
             if one.start >= step:
-                tokens += one.windows * self._config.at(one.start).train.seq_len
+                tokens += one.windows * self.config.at(one.start).train.seq_len
         skip = Skip(step, -(-tokens // now.seq_len) + self._rule.skip * now.batch_size)
         self.skipped = (*(one for one in self.skipped if one.start < step), skip)
         return skip
