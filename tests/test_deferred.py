@@ -156,7 +156,7 @@ def test_a_run_keeps_its_stacks_by_layer(tmp_path: Path, monkeypatch: pytest.Mon
     layout = make_layout(ONE_DEVICE, jax.devices()[:1])
     identity = {"data": "", "tokenizer": Bytes().fingerprint}
     with Keeper(config, layout, identity, allow_change=(), warn=lambda line: None) as keeper:
-        keeper.save(init_state(parameters_of(config), {}), 3, {}, Spikes(config, {}))
+        keeper.save(init_state(parameters_of(config), {}), 3, {}, Spikes(config, {}), {})
     run = deferred_run(Path(config.run_dir), step=3)
     by_name = store.named_leaves(run.parameters)
     for array in arrays(config.model):

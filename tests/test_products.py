@@ -204,7 +204,8 @@ def test_micro_batches_have_the_largest_of_all(delayed: tuple[RunConfig, Trainer
 
 @pytest.mark.nightly
 def test_a_run_goes_on_with_its_scales(delayed: tuple[RunConfig, Trainer], tmp_path: Path) -> None:
-    """Bit for bit; with other products it goes on without, and one that had none begins with none."""
+    """Bit for bit; with another history it has the newest of it; with other products it goes on without, and one that
+    had none begins with none."""
     config, trainer = delayed
     config = dataclasses.replace(config, run_dir=str(tmp_path))
     batch = place(packed_batch(config), trainer)
@@ -216,18 +217,28 @@ def test_a_run_goes_on_with_its_scales(delayed: tuple[RunConfig, Trainer], tmp_p
     with keeper(config) as first:
         assert first.restore(trainer.state) is None
         first.begin()
-        first.save(state, 1, {}, Spikes(config, {}))
+        first.save(state, 1, {}, Spikes(config, {}), {})
         first.wait()
     with keeper(config) as second:
         restored = second.restore(trainer.state)
     assert restored is not None
+    for steps in (2, 6):
+        scaling = dataclasses.replace(FLOAT32, products=Float8Products(scaling=DelayedScaling(history=steps)))
+        longer = dataclasses.replace(config, execution=scaling)
+        with keeper(longer) as one:
+            found = one.restore(make_trainer(longer, trainer.layout).state)
+        assert found is not None
+        for name, kept in found.stability.largest.items():
+            want = np.asarray(state.stability.largest[name])
+            assert kept.shape[-1] == steps and not kept[..., 4:].any()
+            np.testing.assert_array_equal(kept[..., :4], want[..., :steps])
     plainly = dataclasses.replace(config, execution=FLOAT32)
     wanted = dataclasses.replace(trainer.state, stability=trainer.state.stability._replace(largest=None))
     with keeper(plainly) as third:
         other = third.restore(wanted)
         assert other is not None and other.stability.largest is None
         third.begin()
-        third.save(dataclasses.replace(other, step=other.step + 1), 2, {}, Spikes(plainly, {}))
+        third.save(dataclasses.replace(other, step=other.step + 1), 2, {}, Spikes(plainly, {}), {})
         third.wait()
     with keeper(config) as fourth:
         again = fourth.restore(trainer.state)

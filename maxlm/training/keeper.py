@@ -199,7 +199,8 @@ class Keeper:
         return TrainState(parameters=restored.params | critic, stability=steady, **beside)
 
     def _steady(self, wanted: Stability, saved: dict[str, jax.Array]) -> Stability:
-        """Of each part what a checkpoint has of it; as at a first step, where it has none or one of another length."""
+        """Of each part what a checkpoint has of it; as at a first step, where it has none or one of another length, but
+        of products' largest numbers, the newest of which are first, as many as both have."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted)
         new = jax.jit(lambda: stability.begin(self.config), out_shardings=shardings)()
 
@@ -209,6 +210,11 @@ class Keeper:
                 return jax.tree.unflatten(jax.tree.structure(begun), [saved[at] for at in leaves])
             return begun
 
+        for name in new.largest or ():
+            at = f"largest/{name}"
+            if at in saved and saved[at].shape[:-1] == new.largest[name].shape[:-1]:
+                n = min(saved[at].shape[-1], new.largest[name].shape[-1])
+                saved[at] = new.largest[name].at[..., :n].set(saved[at][..., :n])
         return Stability(**{name: part(name, begun) for name, begun in new._asdict().items()})
 
     def _compare_identity(self, place: Path) -> None:
