@@ -116,6 +116,11 @@ llama2_7b tpu:v5e:16x16 fsdp=256 batch_size=1024 seq_len=2048 remat=qkv
 llama2_13b tpu:v6e:8x8 fsdp=32 batch_size=128 micro_batches=1
 qwen3_30b_a3b tpu:v5p:4x4x8
 deepseek_moe16b tpu:v5p:4x4x4
+gpt2_124m gpu:a100:1
+llama_125m gpu:a100:1
+llama_350m tpu:v5e:2x4
+llama_1b gpu:h200:1
+llama_1b gpu:a100:1
 """
 """Rows that were compiled after the rules were written: they tell what a prediction is worth."""
 

@@ -4,7 +4,7 @@ config/train_gpt2.py): 124,475,904 parameters, 491,520 tokens a step.
     python -m maxlm.data prepare openwebtext.jsonl --out data/openwebtext --tokenizer gpt2/tokenizer.json
     python -m maxlm.train --config configs/gpt2_124m.py
 
-Hardware: one A100 of 80 GB; by arithmetic about 3 GB. On several, --sharding.data takes them all by itself, and
+Hardware: one A100 of 80 GB; its compiler gives it 3.1 GB. On several, --sharding.data takes them all by itself, and
 --train.micro_batches may be fewer: 12 sequences of each on a GPU. Time and final loss: not measured. nanoGPT's 600,000
 steps are 295B tokens; 2.5B, 20 a parameter (arXiv:2203.15556), are --train.steps=5100
 --optimizer.schedule.warmup_steps=500. It leaves the biases out; these are GPT-2's. No dropout, as in nanoGPT.

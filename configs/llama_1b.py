@@ -2,7 +2,7 @@
 
     python -m maxlm.train --config configs/llama_1b.py
 
-Hardware: one GPU of 141 GB (H200); by arithmetic about 30 GB; also on one of 80 GB (--target gpu:a100:1).
+Hardware: one GPU of 141 GB (H200); its compiler gives it 28 GB; also on one of 80 GB (--target gpu:a100:1).
 Data: as llama_125m.py. Time and final loss: not measured.
 """
 

@@ -2,7 +2,7 @@
 
     python -m maxlm.train --config configs/llama_350m.py
 
-Hardware: one host of TPU v5e (8 chips); by arithmetic about 9 of 16 GB a chip. Data: as llama_125m.py.
+Hardware: one host of TPU v5e (8 chips); its compiler gives it 9.4 of 16 GB a chip. Data: as llama_125m.py.
 Time and final loss: not measured.
 """
 
