@@ -3,7 +3,8 @@
     python -m maxlm.data prepare TEXT... --out data/web --tokenizer gpt2/tokenizer.json
     python -m maxlm.train --config configs/llama_125m.py
 
-Hardware: one GPU of 24 GB (RTX 4090); by arithmetic 3.5 GB, compiled for an A100 3.2. Time and final loss: not measured.
+Hardware: one GPU of 24 GB (RTX 4090); 3.5 GB by arithmetic, 3.2 compiled for an A100. Time and
+final loss: not measured.
 
 The batch of 0.5M tokens and the learning rate are GPT-3's for this size (arXiv:2005.14165, table 2.1), the rest is
 LLaMA's (arXiv:2302.13971, section 2); input and output share a table, as it is a third of the parameters.

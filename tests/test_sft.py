@@ -24,6 +24,7 @@ from maxlm.config import (
     Dataset,
     Files,
     Gold,
+    MtpModules,
     ObserveConfig,
     Preference,
     PrepareConfig,
@@ -38,6 +39,7 @@ from maxlm.data.chat_templates import BUILT_IN
 from maxlm.data.tokenizers import Bytes
 from maxlm.inference.load import load_run
 from maxlm.models import Tokens, bind, ops
+from maxlm.models.mtp import without_mtp
 from maxlm.recipes import recipe
 from maxlm.recipes.taught import Known, Taught, otherwise
 from maxlm.sharding import make_layout
@@ -184,6 +186,25 @@ def test_a_run_learns_answers_and_is_asked_as_it_was_taught(learned: tuple[Path,
     rows = [json.loads(line) for line in (tmp_path / "run" / "evals.jsonl").read_text().splitlines()]
     # Held out are 144 records, of which the answers' digits and ends count.
     assert 0 < rows[-1]["eval_tokens"] < 144 * 3
+
+
+def test_modules_that_predict_further_learn_answers_alone(tmp_path: Path) -> None:
+    """`model.mtp`: with as few tokens counted as the answers have, and the run is used without them."""
+    base = sft_config(tmp_path)
+    model = dataclasses.replace(base.model, mtp=MtpModules(depth=1, weight=1.0))
+    config = dataclasses.replace(base, model=model, run_dir=str(tmp_path / "mtp"), task=Sft(gold=Gold(alpha=1e-6)))
+    result = run(config, recipe)
+    assert result.step == 4 and result.run.config.model == base.model
+    parameters = jax.tree.map(jnp.asarray, initial_parameters(model, 1))
+    batch = masked(config)
+    two, one = (
+        sums(config, config.task, batch, parameters),
+        sums(base, config.task, batch, without_mtp(model, parameters)[1]),
+    )
+    # Gold with alpha = 0 weighs every token 1, so that a module's loss is the cross-entropy that is logged.
+    np.testing.assert_allclose(two.objective - one.objective, two.means["mtp_loss"], rtol=1e-5)
+    none = sums(config, config.task, batch | {"loss_mask": 0 * batch["loss_mask"]}, parameters)
+    assert none.means["mtp_loss"] == 0 < two.means["mtp_loss"]
 
 
 def starts_from(place: str, folder: Path, template: str, task: Any = Sft(), **changes: Any) -> tuple[str, ...]:
