@@ -5,6 +5,7 @@
 The text is what lies below --roots (default: this Python's library and packages, /usr/share/doc), without copies.
 Each size is a process of its own with one worker, so that its memory is its own; times are of the processor. datatrove
 (extra `cluster`, and spacy) takes the first --sample megabytes through its filters of the same names, if it is there.
+`python -m benchmarks.cleaning --document 8` measures instead what memory each step takes for one document of 8 MB.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ import gzip
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
+import random
 import resource
+import string
 import subprocess
 import sys
 import sysconfig
@@ -28,10 +32,19 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.steps import cpu_name
+from maxlm.config.cleaning.private_steps import PersonalData
+from maxlm.config.cleaning.rule_steps import CodeQuality, FineWebQuality, GopherQuality, GopherRepetition, Languages
+from maxlm.config.cleaning.text_steps import C4Lines, NormaliseUnicode, RepairUnicode, WebLines
+from maxlm.data.cleaning.findings import Page
+from maxlm.data.cleaning.making import make_step
 
 _MB = 1_000_000
 _ROOTS = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "/usr/share/doc")
 _SHARD = 16 * _MB
+_STEPS = (
+    *(RepairUnicode, NormaliseUnicode, Languages, GopherRepetition, GopherQuality),
+    *(C4Lines, FineWebQuality, WebLines, CodeQuality, PersonalData),
+)
 _ENDINGS = (".py", ".pyi", ".rst", ".md", ".txt", ".html", ".js", ".c", ".h", ".json", ".xml", "copyright", ".gz")
 
 
@@ -53,13 +66,14 @@ def texts(roots: list[str]) -> Iterator[str]:
                         yield content.decode()
 
 
-def write_corpus(out: Path, size: int, roots: list[str]) -> int:
-    """Lines of JSON in files of 16 MB; how many bytes of text they have, `size` at most."""
+def write_corpus(out: Path, size: int, roots: list[str], longest: float) -> int:
+    """Lines of JSON in files of 16 MB; how many bytes of text they have, `size` at most, each at most `longest`."""
     out.mkdir(parents=True)
     written, file, left = 0, 0, 0
     stream = None
     for text in texts(roots):
-        bytes_ = len(text.encode())
+        if (bytes_ := len(text.encode())) > longest:
+            continue
         if written + bytes_ > size:
             break
         if left <= 0:
@@ -107,6 +121,43 @@ def clean(corpus: Path, recipe: str, out: Path) -> dict[str, Any]:
             for one in report["steps"]
         },
     }
+
+
+def memory_of_steps(size: int) -> dict[str, float]:
+    """Bytes of memory that each step takes at its peak for each byte of one document of English letters: what the most
+    of a process that has looked at a short one is above what it was."""
+    draw = random.Random(1)
+    frequent = ["the", "of", "and", "to", "that", "have", "with", "be"]
+    words = ["".join(draw.choices(string.ascii_lowercase, k=draw.randint(3, 9))) for _ in range(20_000)]
+    lines = (" ".join(draw.choices(frequent, k=4) + draw.choices(words, k=8)).capitalize() for _ in range(size // 70))
+    page = Page(id="one", text=".\n".join(lines))
+    found = {}
+    for make in _STEPS:
+        step = make_step(make(), None)  # type: ignore[arg-type]
+        step(page._replace(text=page.text[:100_000]))  # type: ignore[operator]
+        found[make.__name__] = _peak_of(lambda step=step: step(page)) / len(page.text)  # type: ignore[misc]
+    return found
+
+
+def _peak_of(work: Callable[[], Any]) -> int:
+    """Bytes, in a process of its own (Linux)."""
+    reads, writes = os.pipe()
+    if not (child := os.fork()):
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident("VmRSS")
+        work()
+        os.write(writes, str(resident("VmHWM") - before).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(writes)
+    with os.fdopen(reads) as said:
+        return int(said.read())
+
+
+def resident(name: str) -> int:
+    """Bytes of this process, by its name in /proc."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
 
 
 def beside_datatrove(corpus: Path, size: int) -> dict[str, float]:
@@ -158,6 +209,8 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, nargs="+", default=[50, 200, 800])
     parser.add_argument("--sample", type=int, default=20, help="0: without datatrove")
     parser.add_argument("--roots", nargs="+", default=[*_ROOTS])
+    parser.add_argument("--longest", type=float, default=math.inf, help="megabytes of a document; longer: left out")
+    parser.add_argument("--document", type=int, help="megabytes of the one whose memory is measured")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     result: dict[str, Any] = {
@@ -165,23 +218,30 @@ def main() -> None:
         "command": " ".join(["python -m benchmarks.cleaning", *sys.argv[1:]]),
         "cpu": cpu_name(),
         "python": platform.python_version(),
-        "recipe": asked.recipe,
-        "sizes": {},
     }
+    if asked.document:
+        result["bytes_a_byte"] = memory_of_steps(asked.document * _MB)
+    else:
+        result |= of_sizes(asked)
+    line = json.dumps(result)
+    print(line)
+    if asked.out:
+        asked.out.write_text(line + "\n")
+
+
+def of_sizes(asked: argparse.Namespace) -> dict[str, Any]:
+    """A recipe on each size of text, and datatrove on the first megabytes."""
+    result: dict[str, Any] = {"recipe": asked.recipe, "sizes": {}}
     with tempfile.TemporaryDirectory() as scratch:
         for size in asked.megabytes:
             corpus = Path(scratch, f"corpus{size}")
-            write_corpus(corpus, size * _MB, asked.roots)
+            write_corpus(corpus, size * _MB, asked.roots, asked.longest * _MB)
             result["sizes"][size] = clean(corpus, asked.recipe, Path(scratch, f"out{size}"))
         if asked.sample:
             with contextlib.suppress(ImportError):
                 result["datatrove"] = beside_datatrove(corpus, asked.sample * _MB)
                 result["datatrove_version"] = importlib.metadata.version("datatrove")
-    result["own_peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
-    line = json.dumps(result)
-    print(line)
-    if asked.out:
-        asked.out.write_text(line + "\n")
+    return result | {"own_peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000}
 
 
 if __name__ == "__main__":

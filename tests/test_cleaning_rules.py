@@ -28,6 +28,7 @@ from maxlm.config.cleaning.text_steps import C4Lines, WebLines
 from maxlm.data.cleaning.findings import DocumentStep, Finding, Page, broken
 from maxlm.data.cleaning.making import make_step
 from maxlm.data.cleaning.text_features import TextFeatures
+from maxlm.data.cleaning.word_splitting import WordForm, split_words
 
 
 class NoModel:
@@ -94,7 +95,7 @@ WORDS = [f"{a}{b}{c}" for a, b, c in itertools.product("bdfgk", "aeiou", "lmnrst
     ],
 )
 def test_what_a_word_is(text: str, words: list[str]) -> None:
-    assert TextFeatures(text).words == words
+    assert list(split_words(text, WordForm.WRITTEN)) == words
 
 
 def test_paragraphs_are_parted_by_empty_lines() -> None:

@@ -51,7 +51,7 @@ def seen(word: str) -> str:
 )
 def test_marks_and_joiners_stay_in_their_words(text: str, expected: str | None) -> None:
     found = (expected or text).split()
-    assert split_words(text, WordForm.WRITTEN) == split_words(text, WordForm.LETTERS) == found
+    assert list(split_words(text, WordForm.WRITTEN)) == list(split_words(text, WordForm.LETTERS)) == found
     small = [word.lower() for word in found]
     assert in_arrays(text, Punctuation.WORDS) == small
     assert [seen(word) for word in in_arrays(text, Punctuation.REMOVED)] == [seen(word) for word in small]
@@ -59,8 +59,8 @@ def test_marks_and_joiners_stay_in_their_words(text: str, expected: str | None) 
 
 def test_signs_are_words_where_a_rule_counts_them() -> None:
     text = f"a {FAMILY} b{FAMILY} \u2764\ufe0f 1\ufe0f\u20e3 -"
-    assert split_words(text, WordForm.WRITTEN) == ["a", FAMILY, "b", "\u2764\ufe0f", "1\ufe0f\u20e3", "-"]
-    assert split_words(text, WordForm.LETTERS) == ["a", "b", "1\ufe0f\u20e3"]
+    assert list(split_words(text, WordForm.WRITTEN)) == ["a", FAMILY, "b", "\u2764\ufe0f", "1\ufe0f\u20e3", "-"]
+    assert list(split_words(text, WordForm.LETTERS)) == ["a", "b", "1\ufe0f\u20e3"]
     assert len(in_arrays(f"a{FAMILY}b", Punctuation.WORDS)) == 5  # each sign, with the joiner behind it
     assert in_arrays(f"a {FAMILY} b\u20ac \u2264", Punctuation.REMOVED) == ["a", "b"]
 
@@ -80,7 +80,7 @@ def test_what_is_not_seen_hides_nothing_from_decontamination() -> None:
     ],
 )
 def test_apostrophes_inside_are_of_a_word(text: str, expected: list[str]) -> None:
-    assert split_words(text, WordForm.WRITTEN) == expected
+    assert list(split_words(text, WordForm.WRITTEN)) == expected
 
 
 def test_words_that_differ_in_a_vowel_are_two() -> None:
@@ -101,7 +101,7 @@ _MARK = re.escape("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
 @given(st.text(st.sampled_from("aZ_09'\"-.,#~| \t\n\r\x0b\x1c\x7f\0"), max_size=60))
 def test_ascii_is_cut_as_ever(text: str) -> None:
     for form, before in _BEFORE.items():
-        assert split_words(text, form) == before.findall(text)
+        assert list(split_words(text, form)) == before.findall(text)
     small = text.lower()
     assert in_arrays(text, Punctuation.WORDS) == re.findall(rf"[{_MARK}]|[^\0-\x20\x7f{_MARK}]+", small)
     spelt = [re.sub(f"[{_MARK}]", "", word) for word in in_arrays(text, Punctuation.REMOVED)]
@@ -114,9 +114,9 @@ def test_ascii_is_cut_as_ever(text: str) -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.sampled_from("aB1 \nक\u093e\u094d\u200d\u200cب\u064eก\u0e34中あ\u3099\u0301\U0001d49c\U000e0100")))
 def test_letters_and_marks_make_the_same_words_everywhere(text: str) -> None:
-    found = split_words(text, WordForm.LETTERS)
+    found = list(split_words(text, WordForm.LETTERS))
     assert in_arrays(text, Punctuation.WORDS) == [word.lower() for word in found]
-    written = split_words(text, WordForm.WRITTEN)
+    written = list(split_words(text, WordForm.WRITTEN))
     assert [word for word in written if any(map(str.isalnum, word))] == found
 
 
@@ -132,3 +132,12 @@ def test_no_letter_of_any_text_is_lost(text: str, punctuation: Punctuation) -> N
     small = folded(text)
     hashed = "".join(in_arrays(text, punctuation))
     assert sum(map(str.isalnum, hashed)) == sum(map(str.isalnum, small))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.sampled_from("aB1_'.,- \n\u200b\u3000नि\u200dع中\u0301\U0001d49c\x1c\0")), st.integers(1, 9))
+def test_long_texts_are_cut_where_no_word_goes_on(text: str, size: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        whole = [list(split_words(text, form)) for form in WordForm]
+        patch.setattr("maxlm.data.cleaning.word_splitting._PIECE", size)
+        assert [list(split_words(text, form)) for form in WordForm] == whole

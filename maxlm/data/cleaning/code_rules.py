@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from itertools import chain
 
 from maxlm.config.cleaning.rule_steps import CodeQuality
 from maxlm.config.cleaning.source_steps import CodeHeader
@@ -58,7 +59,7 @@ class CodeRules:
         yield len(lines)
         yield sum(map(len, lines)) / len(lines)
         yield max(map(len, lines))
-        yield sum(map(len, _ALPHANUMERIC.findall(text))) / max(1, len(text))
+        yield sum(map(len, chain.from_iterable(map(_ALPHANUMERIC.findall, lines)))) / max(1, len(text))
         yield len(_GENERATED.findall("\n".join(lines[:_HEAD])))
         encoded = [match.end() - match.start() for match in _ENCODED.finditer(text)]
         yield max(encoded, default=0)

@@ -85,7 +85,7 @@ class WebLineRules:
 
     def __call__(self, page: Page) -> Finding:
         text, _, changes, removed = _filtered(page.text, self._edited)
-        values = (removed / max(1, len(page.text.split())),)
+        values = (removed / max(1, sum(map(len, map(str.split, page.text.split("\n"))))),)
         return Finding(values, text=text if changes else None, changes=changes)
 
     def _edited(self, line: str) -> tuple[str, str | None]:

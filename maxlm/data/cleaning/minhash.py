@@ -39,9 +39,8 @@ _HASH_OF = _WordHashes().__getitem__
 def shingles(text: str, words: int) -> npt.NDArray[np.uint64]:
     """Hashes [n] of the n-grams of so many words, in their order; case and what stands between words do not count.
     A text of fewer words is one n-gram, without words it has none."""
-    found = split_words(text.lower(), WordForm.LETTERS)
-    hashes = np.fromiter(map(_HASH_OF, found), np.uint64, len(found))
-    return runs(hashes, min(words, len(hashes))) if found else hashes
+    hashes = np.fromiter(map(_HASH_OF, split_words(text.lower(), WordForm.LETTERS)), np.uint64)
+    return runs(hashes, min(words, len(hashes))) if len(hashes) else hashes
 
 
 def signatures(sets: Sequence[npt.NDArray[np.uint64]], places: int, seed: int) -> npt.NDArray[np.uint32]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import chain
 
 from maxlm.config.cleaning.rule_steps import ChineseQuality, FineWebQuality, GopherQuality
 from maxlm.data.cleaning.findings import Finding, Limit, Page, measured
@@ -37,8 +38,8 @@ class GopherQualityRules:
 
     def _values(self, found: TextFeatures) -> Iterator[float]:
         text, lines = found.text, found.lines
-        words, of_lines = max(1, len(found.words)), max(1, len(lines))
-        yield len(found.words)
+        words, of_lines = max(1, len(found.ids)), max(1, len(lines))
+        yield len(found.ids)
         yield found.word_characters / words
         yield text.count("#") / words
         yield sum(map(text.count, ELLIPSES)) / words
@@ -67,7 +68,7 @@ class FineWebRules:
         yield found.punctuated_lines
         yield sum(len(line) <= self._short for line in found.lines) / max(1, len(found.lines))
         yield found.duplicate_line_characters
-        yield found.text.count("\n") / max(1, len(found.words))
+        yield found.text.count("\n") / max(1, len(found.ids))
 
 
 class ChineseRules:
@@ -89,7 +90,7 @@ class ChineseRules:
     def _values(found: TextFeatures) -> Iterator[float]:
         chinese = sum(map(len, _CHINESE.findall(found.text)))
         yield chinese
-        yield chinese / max(1, sum(map(len, found.text.split())))
+        yield chinese / max(1, sum(map(len, chain.from_iterable(map(str.split, found.lines)))))
         yield sum(map(len, found.lines)) / max(1, len(found.lines))
         yield found.punctuated_lines
         for n, repeated in enumerate(repeated_ngrams(found.ids), start=2):

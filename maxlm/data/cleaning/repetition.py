@@ -52,9 +52,9 @@ class Repeated(NamedTuple):
     """The n-grams of a text that occur more than once."""
 
     starts: np.ndarray
-    """Where they begin, in rising order: int64 [occurrences], counted in words."""
+    """Where they begin, in rising order: int32 [occurrences], counted in words."""
     names: np.ndarray
-    """Equal for equal n-grams: int64 [occurrences], from 0 on, without gaps."""
+    """Equal for equal n-grams: int32 [occurrences], from 0 on, without gaps."""
     again: np.ndarray
     """Whether the same n-gram stood before: bool [occurrences]."""
 
@@ -64,13 +64,16 @@ def repeated_ngrams(ids: np.ndarray) -> Iterator[Repeated]:
     looks only at what the one before it has left: little, in most texts.
 
     Args:
-        ids: int64 [words], equal for equal words.
+        ids: int32 [words], equal for equal words.
     """
-    found = _repeated(np.arange(len(ids)), ids)
+    found = _repeated(np.arange(len(ids), dtype=np.int32), ids)
     while True:
-        pairs = np.flatnonzero(found.starts[1:] - found.starts[:-1] == 1)
-        width = int(found.names.max(initial=0)) + 1
-        found = _repeated(found.starts[pairs], found.names[pairs] * width + found.names[pairs + 1])
+        starts, names, _ = found
+        follows = starts[1:] - starts[:-1] == 1
+        keys = names[:-1][follows].astype(np.int64)
+        keys *= int(names.max(initial=0)) + 1
+        keys += names[1:][follows]
+        found = _repeated(starts[:-1][follows], keys)
         yield found
 
 
@@ -78,15 +81,16 @@ def _repeated(starts: np.ndarray, keys: np.ndarray) -> Repeated:
     """Those whose key is another's too."""
     if not len(keys):
         return Repeated(starts, keys, np.empty(0, bool))
-    order = keys.argsort(kind="stable")
+    order = keys.argsort(kind="stable").astype(np.int32)
     ordered = keys[order]
     first = np.empty(len(keys), bool)
     first[0] = True
     np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
+    del ordered
     single = first.copy()
     single[:-1] &= first[1:]
-    names = np.empty_like(keys)
-    names[order] = (first & ~single).cumsum() - 1
+    names = np.empty(len(keys), np.int32)
+    names[order] = (first & ~single).cumsum(dtype=np.int32) - 1
     kept = np.empty(len(keys), bool)
     kept[order] = ~single
     again = np.empty(len(keys), bool)
@@ -95,7 +99,7 @@ def _repeated(starts: np.ndarray, keys: np.ndarray) -> Repeated:
 
 
 def most_frequent(found: TextFeatures, n: int, repeated: Repeated) -> np.ndarray:
-    """Where the most frequent n-gram begins: int64 [occurrences]. Of several the longest, then the first."""
+    """Where the most frequent n-gram begins: int32 [occurrences]. Of several the longest, then the first."""
     if not len(repeated.starts):
         return repeated.starts
     counts = np.bincount(repeated.names)
@@ -109,8 +113,8 @@ def share(found: TextFeatures, n: int, starts: np.ndarray) -> float:
     """Of the characters of words those in the n-grams that begin there, each once."""
     if not len(starts):
         return 0.0
-    edges = np.zeros(len(found.ids) + 1, np.int64)
+    edges = np.zeros(len(found.ids) + 1, np.int32)
     edges[starts] += 1
     edges[starts + n] -= 1
-    covered = edges[:-1].cumsum() > 0
+    covered = edges[:-1].cumsum(dtype=np.int32) > 0
     return int(found.lengths[found.ids[covered]].sum()) / found.word_characters

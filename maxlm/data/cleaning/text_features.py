@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
+from collections import defaultdict
 
 import numpy as np
 
@@ -41,19 +42,21 @@ class TextFeatures:
         return ["\n".join(run) for full, run in itertools.groupby(self.stripped, bool) if full]
 
     @functools.cached_property
-    def words(self) -> list[str]:
-        """In their order."""
-        return split_words(self.text, WordForm.WRITTEN)
+    def _numbered(self) -> tuple[dict[str, int], np.ndarray]:
+        numbers = defaultdict[str, int]()
+        numbers.default_factory = numbers.__len__
+        ids = np.fromiter(map(numbers.__getitem__, split_words(self.text, WordForm.WRITTEN)), np.int32)
+        return dict(numbers), ids
 
-    @functools.cached_property
+    @property
     def vocabulary(self) -> dict[str, int]:
         """Each different word and its number, in the order in which they come."""
-        return {word: i for i, word in enumerate(dict.fromkeys(self.words))}
+        return self._numbered[0]
 
-    @functools.cached_property
+    @property
     def ids(self) -> np.ndarray:
-        """Of the words, their numbers: int64 [words]."""
-        return np.fromiter(map(self.vocabulary.__getitem__, self.words), np.int64, len(self.words))
+        """Of the words, their numbers: int32 [words]."""
+        return self._numbered[1]
 
     @functools.cached_property
     def counts(self) -> np.ndarray:

@@ -11,7 +11,8 @@ from maxlm.config import UserError
 from maxlm.config.cleaning.rule_steps import UrlList, UrlPart, WordList
 from maxlm.config.fields import shown
 from maxlm.data.cleaning.findings import Finding, Limit, Page
-from maxlm.data.cleaning.text_features import TextFeatures, features
+from maxlm.data.cleaning.text_features import features
+from maxlm.data.cleaning.word_splitting import WordForm, split_words
 
 _DOMAIN = re.compile(r"[^\s/:@?#*]+\.[^\s/:@?#*.]+")
 _HOST = re.compile(r"(?:[a-z][a-z0-9+.-]*:)?(?://)?(?:[^/?#@]*@)?([^/?#:]*)")
@@ -56,16 +57,16 @@ class WordRules:
     def __init__(self, config: WordList) -> None:
         self._phrases: dict[str, list[tuple[str, ...]]] = {}
         for entry in read_list(config.file, _words_problem):
-            first, *_ = words = tuple(TextFeatures(entry).words)
+            first, *_ = words = tuple(split_words(entry, WordForm.WRITTEN))
             self._phrases.setdefault(first, []).append(words)
         self.limits = (Limit(f"words of {Path(config.file).name}", most=config.most),)
 
     def __call__(self, page: Page) -> Finding:
         found = features(page.text)
-        lowered = {word: word.lower() for word in found.vocabulary}
-        if self._phrases.keys().isdisjoint(lowered.values()):
+        lowered = [word.lower() for word in found.vocabulary]
+        if self._phrases.keys().isdisjoint(lowered):
             return Finding((0.0,))
-        words = [lowered[word] for word in found.words]
+        words = [lowered[i] for i in found.ids.tolist()]
         hits = list(self._hits(words))
         covered = {i for at, phrase in hits for i in range(at, at + len(phrase))}
         seen = " ".join(min((phrase for _, phrase in hits), default=()))

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import enum
 import functools
+import itertools
 import re
 import unicodedata
+from collections.abc import Iterator
 from typing import assert_never
 
 import numpy as np
@@ -45,6 +47,8 @@ class CharacterKind(enum.IntEnum):
     """Symbols, emoji, and what is no character."""
 
 
+_PIECE = 1 << 16
+_BLANK = re.compile(r"\s")
 _MARKS = (CharacterKind.MARK, CharacterKind.UNSEEN)
 _APOSTROPHES = "'\u2019"
 
@@ -59,12 +63,25 @@ class WordForm(enum.Enum):
     """Nothing: punctuation makes no two documents different."""
 
 
-def split_words(text: str, form: WordForm) -> list[str]:
+def split_words(text: str, form: WordForm) -> Iterator[str]:
     """The words of a text, in their order."""
+    return itertools.chain.from_iterable(_in_piece(piece, form) for piece in _pieces(text))
+
+
+def _in_piece(text: str, form: WordForm) -> list[str]:
     found = _pattern(form).findall(text)
     if form is WordForm.WRITTEN and ("'" in text or "\u2019" in text):
         return [part for word in found for part in (_parts(word) if "'" in word or "\u2019" in word else (word,))]
     return found
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """The text, cut after white space, where no word goes on: the words of a long one are never there all at once."""
+    at = 0
+    while len(text) - at > _PIECE and (blank := _BLANK.search(text, at + _PIECE)) is not None:
+        yield text[at : blank.end()]
+        at = blank.end()
+    yield text[at:]
 
 
 def _parts(found: str) -> list[str]:
