@@ -155,6 +155,17 @@ def test_candidates_that_are_not_similar_enough_stay(tmp_path: Path) -> None:
     assert left == {0.0: {"0"}, 0.6: {"0", "1"}, 1.0: set("012345")}
 
 
+def test_a_band_of_documents_that_differ_is_searched_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four groups of two that share a band: with two leaders, the copies of the first two are found by it."""
+    groups = np.arange(8, dtype=np.uint32).repeat(16).reshape(8, 16) // 2
+    documents = np.arange(8, dtype=np.uint64)
+    step = NearDuplicateDropper(NearDuplicates(least_similarity=0.9))
+    for leaders, expected in ((10, [(0, 1), (2, 3), (4, 5), (6, 7)]), (2, [(0, 1), (2, 3)])):
+        monkeypatch.setattr("maxlm.data.cleaning.similar_documents._LEADERS", leaders)
+        found = np.concatenate(list(step._similar(documents, groups)))
+        assert [tuple(map(int, pair)) for pair in found.tolist()] == expected
+
+
 def brute_clusters(n: int, pairs: list[tuple[int, int]]) -> list[int]:
     """The smallest member of each one's cluster, by spreading it until nothing changes."""
     smallest = list(range(n))

@@ -429,6 +429,12 @@ def test_languages_are_codes() -> None:
         Languages(languages=("en", "English"))
 
 
+@pytest.mark.parametrize("limits", [{"least_words": 9, "most_words": 8}, {"shortest_mean_word": 11.0}])
+def test_limits_that_keep_nothing_are_refused(limits: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"steps\[\]\.\w+ = \w+.* must be at most \w+ = .*, or no document is kept"):
+        GopherQuality(**limits)
+
+
 # All of them
 
 

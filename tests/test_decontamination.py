@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import re
@@ -293,6 +294,12 @@ def test_mistakes_are_told_in_a_line(tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             Decontaminator(Decontaminate(sets=(EvaluationSet(name="exam", **values),), report=str(tmp_path / "r")))
         assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_two_sets_have_two_names() -> None:
+    one = EvaluationSet(name="exam", paths=("a",))
+    with pytest.raises(UserError, match=r"steps\[\]\.sets: 'exam' names two, which the report could not tell apart"):
+        Decontaminate(sets=(one, dataclasses.replace(one, paths=("b",))), report="r")
 
 
 PIPELINE = """

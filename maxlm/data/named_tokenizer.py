@@ -34,9 +34,10 @@ def named_tokenizer(name: str, eos: str | None = None, bos: str | None = None) -
     elif path.suffix == ".model":
         tokenizer = SentencePieceTokenizer(path=name)
     else:
+        missing = "" if path.exists() else "is neither a file nor a folder; "
         raise UserError(
-            f"--tokenizer {name}: must be train, bytes, a .model file, a .json file, qwen.tiktoken or a folder with a "
-            "tokenizer"
+            f"--tokenizer {name}: {missing}must be train, bytes, a .model file, a .json file, qwen.tiktoken or a "
+            "folder with a tokenizer"
         )
     changes = {key: token for key, token in (("eos", eos), ("bos", bos)) if token is not None}
     if not changes:

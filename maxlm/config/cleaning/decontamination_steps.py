@@ -5,7 +5,8 @@ from __future__ import annotations
 import enum
 from typing import Annotated
 
-from maxlm.config.fields import Filled, Fraction, NotEmpty, NotNegative, PathName, Positive, Range, config
+from maxlm.config.errors import UserError
+from maxlm.config.fields import Filled, Fraction, NotEmpty, NotNegative, PathName, Positive, Range, config, shown
 
 
 @config("steps[].sets[].")
@@ -82,3 +83,10 @@ class Decontaminate:
     Llama 2 (arXiv:2307.09288, appendix A.6); each side must be a run by itself."""
     training: KeepTraining | DropTraining | CutTraining = CutTraining()
     """What becomes of training documents."""
+
+    def __post_init__(self) -> None:
+        names = [one.name for one in self.sets]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(
+                f"steps[].sets: {shown(twice[0])} names two, which the report could not tell apart; give each its own"
+            )

@@ -35,6 +35,14 @@ class GopherQuality:
     stop_words: tuple[NotEmpty[str], ...] = ("the", "be", "to", "of", "and", "that", "have", "with")
     """Capitals or not; with those of another language the rules serve that one."""
 
+    def __post_init__(self) -> None:
+        for least, most in (("least_words", "most_words"), ("shortest_mean_word", "longest_mean_word")):
+            if getattr(self, least) > getattr(self, most):
+                raise UserError(
+                    f"steps[].{least} = {getattr(self, least)} must be at most {most} = {getattr(self, most)}, or no "
+                    f"document is kept; use for example {getattr(GopherQuality, least)}"
+                )
+
 
 @config("steps[].")
 class GopherRepetition:

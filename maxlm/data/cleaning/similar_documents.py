@@ -35,6 +35,9 @@ from maxlm.data.cleaning.union_find import SmallestMembers
 
 _BAND = np.dtype([("hash", "<u8"), ("document", "<u8")])
 _PAIR = np.dtype([("first", "<u8"), ("other", "<u8")])
+_LEADERS = 10_000
+"""Documents that share a band and are unlike one another, to which the others that share it are compared: a band of
+more is boilerplate, and time would grow with their square."""
 _AT_ONCE = 1 << 20
 """Shingles of which signatures are made together."""
 
@@ -108,8 +111,10 @@ class NearDuplicateDropper:
         self, documents: npt.NDArray[np.uint64], signed: npt.NDArray[np.uint32]
     ) -> Iterator[npt.NDArray[np.void]]:
         """Pairs among documents that share a band: each is joined with the first one before it that is like it and like
-        no earlier one itself."""
-        while len(documents) > 1:
+        no earlier one itself, if that is among the first `_LEADERS` of those."""
+        for _ in range(_LEADERS):
+            if len(documents) < 2:
+                return
             like = similarities(signed[1:], signed[:1]) >= self._config.least_similarity
             pairs = np.empty(np.count_nonzero(like), _PAIR)
             pairs["first"], pairs["other"] = documents[0], documents[1:][like]
