@@ -64,10 +64,8 @@ CLEAN = [
     "rensa>=0.5.0,<0.6",  # MinHash; other minor versions make other signatures
 ]
 
-CLUSTER = [
-    "datatrove>=0.10.1",  # cleaning past one machine: its executors hand tasks to SLURM and Ray
-    "ray>=2.60.0",
-]
+EXECUTORS = ["datatrove>=0.10.1"]  # cleaning past one machine: they hand tasks to SLURM and Ray
+CLUSTER = [*EXECUTORS, "ray>=2.60.0"]
 
 VIZ = [
     "matplotlib>=3.11.2",  # loss.png
@@ -110,6 +108,7 @@ EXTRAS = {
         *SERVE,  # those of the server
         *DOCS,  # and of the documents that it answers from
         *CLEAN,  # those of cleaning
+        *EXECUTORS,  # and of cleaning past one machine
         "openai>=3.57.0",  # the client that it answers
         "langchain-openai>=1.7.4",  # another
         "pytest>=9.2.0",

@@ -277,9 +277,16 @@ def assert_as_here(out: Path, data: Path, folder: Path) -> None:
     assert without_seconds(out) == without_seconds(here.out)
 
 
-@pytest.mark.parametrize("engine", [CleaningEngine.DATATROVE, CleaningEngine.RAY, CleaningEngine.SLURM])
-@pytest.mark.nightly
+@pytest.mark.parametrize(
+    "engine",
+    [
+        CleaningEngine.DATATROVE,
+        pytest.param(CleaningEngine.RAY, marks=pytest.mark.nightly),
+        pytest.param(CleaningEngine.SLURM, marks=pytest.mark.nightly),
+    ],
+)
 def test_engines_keep_the_same(engine: CleaningEngine, work: CleaningWork, data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("datatrove")
     slurm = SlurmArrays(partition=partition() if engine is CleaningEngine.SLURM else None)
     run_on_cluster(work, engine, 2, slurm)
     wait_for(lambda: finished(work.out))  # nobody else waits for SLURM
