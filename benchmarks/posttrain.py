@@ -7,8 +7,10 @@
 The model of `benchmarks.compare_torch`: 4 layers, d_model 256, 8 heads, d_ff 688, vocabulary 4096 untied, float32,
 AdamW, gradients clipped at norm 1, nothing recomputed. Every text is as long as every other, so that nobody pads: SFT
 has 8 conversations of 512 tokens a step, half of them the assistant's; DPO 8 pairs of 2 x 256 tokens, with the
-reference in memory and asked in each step; LoRA is SFT with rank 8 at every matrix. Both sides run their whole
-loop, their own loading of data included; the first steps are not counted.
+reference in memory and asked in each step; LoRA is SFT with rank 8 at every matrix. With `--lengths natural` texts are
+up to that long, log-normal with a median of 150 tokens (of a pair's answers 50) and a sigma of 0.7; then a step has 8
+windows of packed texts here and 8 records, padded to the longest, there, as both do by themselves. Both sides run their
+whole loop, their own loading of data included; the first steps are not counted.
 
 Every figure comes from a process of its own; the sides take turns. A ratio is the median over the rounds, with its
 range.
@@ -17,7 +19,7 @@ GRPO has 8 prompts of 256 tokens and 4 completions of each, of up to 64 tokens, 
 the same requests are put to an engine of their own with the same parameters, in the same process: rollouts and bare
 engine take turns. Figures are medians over the rollouts of a run, the first ones left out.
 
-tokens_per_cpu_s   tokens (prompts too) for each second that any core was busy
+tokens_per_cpu_s   tokens of texts (prompts too, padding not) for each second that any core was busy
 tokens_per_s       for each second of the clock
 peak_mb            most memory that the process had resident, compilation included, in MiB
 rollout_share      of a rollout and its step, the time until the first batch is there: written, judged, and read by the
@@ -68,6 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side")
     parser.add_argument("--cores", type=int, default=1, help="number of cores")
+    parser.add_argument("--lengths", default="equal", choices=("equal", "natural"), help="of the texts")
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES, help="what to measure")
     parser.add_argument("--out", type=Path, default=RESULTS, help="file for every run's figures, as JSON")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
@@ -82,7 +85,7 @@ def main() -> None:
 def compare(options: argparse.Namespace) -> None:
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:
-        write_records(Path(place))
+        write_records(Path(place), natural=options.lengths == "natural")
         child("base", options.cores, place)
         for number in range(options.rounds):
             for side in options.sides:
@@ -133,17 +136,27 @@ def child(side: str, cores: int, place: str) -> Figures:
     return found
 
 
-def write_records(place: Path) -> None:
-    """Random letters, so that every token is a byte: of CONTEXT tokens with bos and eos, or of half as many."""
+def write_records(place: Path, natural: bool) -> None:
+    """Random letters, so that every token is a byte: of CONTEXT tokens with bos and eos, or of half as many; `natural`:
+    of up to as many."""
     import numpy as np
 
     draw = np.random.default_rng(0)
     letters = lambda count: bytes(draw.integers(97, 123, count).astype(np.uint8)).decode()
+
+    def length(most: int, median: int) -> int:
+        return int(np.clip(draw.lognormal(np.log(median), 0.7), 8, most)) if natural else most
+
     half = CONTEXT // 2 - 1
-    sft = ({"prompt": letters(half), "completion": letters(half)} for _ in range(RECORDS))
     short = (half - 1) // 2
+    sft = ({"prompt": letters(length(half, 75)), "completion": letters(length(half, 75))} for _ in range(RECORDS))
     dpo = (
-        {"prompt": letters(half - short), "chosen": letters(short), "rejected": letters(short)} for _ in range(RECORDS)
+        {
+            "prompt": letters(length(half - short, 50)),
+            "chosen": letters(length(short, 50)),
+            "rejected": letters(length(short, 50)),
+        }
+        for _ in range(RECORDS)
     )
     for name, records in (("sft", sft), ("dpo", dpo)):
         (place / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -172,6 +185,8 @@ class Clock:
 
     def __init__(self) -> None:
         self.times: list[tuple[float, float]] = []
+        self.tokens: list[int] = []
+        """Of each batch, without padding."""
 
     def __call__(self, step: int, state: Any) -> Mapping[str, float]:
         self.times.append((time.perf_counter(), time.process_time()))
@@ -182,7 +197,7 @@ class Clock:
 
     def figures(self) -> Figures:
         (wall, cpu), (wall_after, cpu_after) = self.times[:2]
-        tokens = APART * ROWS * CONTEXT
+        tokens = sum(self.tokens[APART : 2 * APART])
         return {
             "tokens_per_cpu_s": tokens / (cpu_after - cpu),
             "tokens_per_s": tokens / (wall_after - wall),
@@ -242,9 +257,33 @@ def maxlm(task: str, place: Path) -> Figures:
         run_dir=str(place / "base" if is_base else Path(tempfile.mkdtemp(dir=place)) / "run"),
     )
     clock = Clock()
-    made = lambda config, layout: dataclasses.replace(recipe(config, layout), measures=(clock,))
+
+    def made(config: RunConfig, layout: Any) -> Any:
+        found = recipe(config, layout)
+        deal = found.feed.next
+
+        def counted(step: int, state: Any) -> Any:
+            batch = deal(step, state)
+            clock.tokens.append(texts_of(batch))
+            return batch
+
+        found.feed.next = counted  # type: ignore[method-assign]
+        return dataclasses.replace(found, measures=(clock,))
+
     run(config, made)
     return {} if is_base else clock.figures()
+
+
+def texts_of(batch: Mapping[str, Any]) -> int:
+    """Tokens of a batch without what windows are filled up with: a last document of which nothing counts and all ids
+    are one."""
+    import numpy as np
+
+    ids, segments, counts = (np.asarray(batch[name]) for name in ("inputs", "segment_ids", "loss_mask"))
+    last = segments == segments.max(1, keepdims=True)
+    first = np.take_along_axis(ids, last.argmax(1)[:, None], 1)
+    fill = last & (~last | ((ids == first) & (counts == 0))).all(1, keepdims=True)
+    return int(((segments > 0) & ~fill).sum())
 
 
 class RolloutClock:
@@ -409,6 +448,14 @@ def trl_figures(trainer: Any) -> Figures:
             if state.global_step % APART == 0:
                 clock(state.global_step, None)
 
+    collate = trainer.data_collator
+
+    def counted(examples: Any) -> Any:
+        batch = collate(examples)
+        clock.tokens.append(int(batch["attention_mask"].sum()))
+        return batch
+
+    trainer.data_collator = counted
     trainer.add_callback(Events())
     trainer.train()
     return clock.figures()
