@@ -8,11 +8,13 @@ import sys
 if not __package__:  # run by its path: Python then looks in this file's folder first, where inspect.py is not its own
     sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}maxlm{os.sep}")[0]
 
+import contextlib
 import json
 import queue
 import secrets
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +23,7 @@ import tyro
 from maxlm.config import ChosenModel, DocumentsConfig, EngineConfig, SamplingConfig, Speculation, UserError
 from maxlm.config.cli import parse, run_command
 from maxlm.config.fields import Positive, Seed, config
+from maxlm.surroundings import printable
 
 if TYPE_CHECKING:
     from maxlm.data.passages import Passage
@@ -113,8 +116,10 @@ def talk(served: Served, options: ChatOptions, read: Callable[[], str]) -> None:
                 console.print(f"{word} is no command; there are {_HELP}", markup=False)
             case _:
                 asked = [*turns, {"role": "user", "content": line}]
+                deltas: queue.SimpleQueue[Delta | None] = queue.SimpleQueue()
                 try:
-                    answer = _answer(console, served, options, _messages(system, asked))
+                    with _interrupts(deltas):
+                        answer = _answer(console, served, options, _messages(system, asked), deltas)
                 except UserError as error:
                     console.print(f"error: {error}", markup=False, style="red")
                     continue
@@ -124,15 +129,23 @@ def talk(served: Served, options: ChatOptions, read: Callable[[], str]) -> None:
 def _typed() -> str:
     try:
         return input("> ")
-    except KeyboardInterrupt:  # at the prompt it is as good as Ctrl-D
-        raise EOFError from None
+    except KeyboardInterrupt:  # meant for an answer that has just ended
+        print()
+        return ""
 
 
 def _messages(system: str, turns: list[dict[str, str]]) -> list[dict[str, str]]:
     return [*([{"role": "system", "content": system}] if system else []), *turns]
 
 
-def _answer(console: Any, served: Served, options: ChatOptions, messages: list[dict[str, str]]) -> str:
+def _answer(
+    console: Any,
+    served: Served,
+    options: ChatOptions,
+    messages: list[dict[str, str]],
+    deltas: queue.SimpleQueue[Delta | None],
+) -> str:
+    """`deltas`: a None in it ends the answer."""
     from maxlm.inference.request import Finish, Request
 
     assert served.chat is not None
@@ -142,7 +155,6 @@ def _answer(console: Any, served: Served, options: ChatOptions, messages: list[d
     if left < 1:
         limit = served.max_length
         raise UserError(f"the conversation has {len(ids)} tokens, the model is meant for {limit}; use /reset")
-    deltas: queue.SimpleQueue[Delta] = queue.SimpleQueue()
     request = Request(
         prompt=tuple(ids),
         max_new_tokens=min(options.max_new_tokens, left),
@@ -150,19 +162,17 @@ def _answer(console: Any, served: Served, options: ChatOptions, messages: list[d
         seed=secrets.randbits(32) if options.seed is None else options.seed,
         ends=served.ends.last,
     )
-    ticket = served.loop.submit(request, deltas.put)
     text, n, first, last = "", 0, 0.0, 0.0
+    ticket = served.loop.submit(request, deltas.put)
     while True:
-        try:
-            delta = deltas.get()
-        except KeyboardInterrupt:
+        if (delta := deltas.get()) is None:
             served.loop.cancel(ticket)
             continue
         now = time.monotonic()
         if delta.tokens and not n:
             first = now
         n, last, text = n + len(delta.tokens), now, text + delta.text
-        console.print(delta.text, end="", markup=False)
+        console.print(printable(delta.text), end="", markup=False)
         if delta.finish in (Finish.ERROR, Finish.NOTHING_FITS):
             raise UserError(delta.error or "the engine failed")
         if delta.finish is not None:
@@ -170,8 +180,18 @@ def _answer(console: Any, served: Served, options: ChatOptions, messages: list[d
     speed = f", {(n - 1) / (last - first):.1f} tokens/s" if n > 1 and last > first else ""
     console.print(f"\n[{n} tokens{speed}, {len(ids)} before them]", markup=False, style="dim")
     for n, source in enumerate(sources, start=1):
-        console.print(f"[{n}] {source.place}", markup=False, style="dim")
+        console.print(printable(f"[{n}] {source.place}"), markup=False, style="dim")
     return text
+
+
+@contextlib.contextmanager
+def _interrupts(deltas: queue.SimpleQueue[Delta | None]) -> Iterator[None]:
+    """Ctrl-C is a None in the queue, and breaks nothing off, wherever the block is."""
+    before = signal.signal(signal.SIGINT, lambda *_: deltas.put(None))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _with_documents(served: Served, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], Sequence[Passage]]:

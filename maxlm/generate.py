@@ -28,6 +28,7 @@ from maxlm.config import (
 )
 from maxlm.config.cli import parse, run_command
 from maxlm.config.fields import Positive, Seed, config
+from maxlm.surroundings import printable
 
 if TYPE_CHECKING:
     from maxlm.inference.generator import Generation
@@ -151,7 +152,7 @@ def main(argv: list[str]) -> None:
         return
     streamed = not several and not options.beams.beams and not options.contrastive.contrastive_k
     for one in found:
-        print("" if streamed else one.text, flush=True)
+        print("" if streamed else _shown(one.text), flush=True)
         speed = f", {one.tokens_per_s:.1f} tokens/s" if one.tokens_per_s is not None else ""
         score = f", score {one.score:.4f}" if isinstance(one, Ranked) else ""
         print(f"[{len(one.tokens)} tokens{speed}{score}]", file=sys.stderr)
@@ -159,6 +160,11 @@ def main(argv: list[str]) -> None:
         stats = generator.engine.stats
         share = f"{stats.accepted_tokens} of {stats.drafted_tokens} drafts came true"
         print(f"[{share}, {stats.generated_tokens / stats.steps:.2f} tokens a step]", file=sys.stderr)
+
+
+def _shown(text: str) -> str:
+    """As it is, for a file or another program; for a terminal without what that would obey."""
+    return printable(text) if sys.stdout.isatty() else text
 
 
 def _drain(stream: Stream[str, None, Generation], *, show: bool) -> Generation:
@@ -169,7 +175,7 @@ def _drain(stream: Stream[str, None, Generation], *, show: bool) -> Generation:
             generation: Generation = end.value
             return generation
         if show:
-            print(piece, end="", flush=True)
+            print(_shown(piece), end="", flush=True)
 
 
 if __name__ == "__main__":

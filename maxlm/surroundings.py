@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import select
 import sys
 import threading
@@ -26,6 +27,7 @@ _M_MMAP_THRESHOLD = -3
 """mallopt(3), malloc.h."""
 _LARGE = 2**16
 """Bytes of an array that is one."""
+_OBEYED = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 unread = False
 """Whether something waits in vain for who reads standard output or error. Python would wait for it at its end too."""
 
@@ -50,6 +52,13 @@ def give_back_freed_arrays() -> None:
     (glibc). It would keep it for the next one: pieces of all sizes, a third of what a conversion takes at its peak."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)
+
+
+def printable(text: str, encoding: str = "utf-8") -> str:
+    """`text`, which a model or a stranger may have written, with what a terminal obeys (control characters, the ends of
+    directions of writing) and what `encoding` lacks spelled out."""
+    visible = _OBEYED.sub(lambda found: ascii(found[0])[1:-1], text)
+    return visible.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def console(*, stderr: bool = False, **options: Any) -> rich.console.Console:

@@ -83,6 +83,7 @@ class FakeLoop:
             if ticket in self._tickets:
                 self._tickets.remove(ticket)
                 self.cancelled += 1
+                ticket.on_delta(Delta(finish=Finish.CANCELLED))
 
     @property
     def stats(self) -> FakeStats:

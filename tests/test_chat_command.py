@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import select
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,6 +79,64 @@ def test_what_goes_wrong_is_a_line(served: Served, capsys: pytest.CaptureFixture
     assert "the model is meant for 2000; use /reset" in out
     with pytest.raises(UserError, match="name one model"):
         main([])
+
+
+_IN_A_TERMINAL = """
+import fcntl, sys, tempfile, termios
+from pathlib import Path
+
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+sys.path.insert(0, {tests!r})
+import fake_engine
+from maxlm.chat import ChatOptions, _typed, talk
+from maxlm.config import ChosenModel
+
+served = fake_engine.make_served(Path(tempfile.mkdtemp()), pause_s=0.05)
+served.loop.says = lambda request: "\\x1b[31mred \\u202e" + "word " * (1 if len(request.prompt) < 40 else 4000)
+talk(served, ChatOptions(model=ChosenModel(run="x")), _typed)
+"""
+
+
+class Terminal:
+    """A program in a terminal of its own."""
+
+    def __init__(self, *words: str) -> None:
+        """The program is to make standard input its terminal (TIOCSCTTY)."""
+        self._there, here = pty.openpty()
+        self.process = subprocess.Popen(words, stdin=here, stdout=here, stderr=here, start_new_session=True)
+        os.close(here)
+
+    def types(self, text: str) -> None:
+        os.write(self._there, text.encode())
+
+    def until(self, words: str) -> str:
+        """What it shows, up to these words and all that is there then."""
+        shown = b""
+        while words.encode() not in shown:
+            ready, _, _ = select.select([self._there], [], [], 60)
+            assert ready, shown
+            shown += os.read(self._there, 4096)
+        return shown.decode(errors="replace")
+
+
+def test_in_a_terminal() -> None:
+    """Ctrl-C ends an answer and not the conversation, at the prompt it drops the line; what a model writes commands no
+    terminal; Ctrl-D ends."""
+    terminal = Terminal(sys.executable, "-c", _IN_A_TERMINAL.format(tests=str(Path(__file__).parent)))
+    terminal.until("> ")
+    terminal.types("Hi\n")
+    said = terminal.until("before them]")
+    assert r"\x1b[31mred \u202eword" in said and "\x1b[31m" not in said and "\u202e" not in said
+    terminal.types("tell me more of all this\n")
+    terminal.until("word word")
+    terminal.types("\x03")
+    assert "tokens" in terminal.until("before them]")
+    terminal.types("dropped\x03")
+    terminal.until("^C")
+    terminal.types("/help\n")
+    assert "/reset" in terminal.until("/exit")
+    terminal.types("\x04")
+    assert terminal.process.wait(60) == 0
 
 
 def test_a_model_without_a_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -401,7 +401,7 @@ class _Renderer:
         words = [sys.executable, "-P", str(worker), str(theirs.fileno()), str(_MEMORY)]
         self._process = subprocess.Popen(
             words, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, start_new_session=True,  # Ctrl-C is for this process, whose end closes the pipe
         )  # fmt: skip
         theirs.close()
         self._connection = ours

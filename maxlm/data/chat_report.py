@@ -19,6 +19,7 @@ from maxlm.data.conversations import encode
 from maxlm.data.documents import Document
 from maxlm.data.texts import Text
 from maxlm.data.tokenizers import Tokenizer
+from maxlm.surroundings import printable
 
 _LISTED = 8
 """Kinds of refusals, and keys of prompts, that are listed, the most frequent first."""
@@ -119,16 +120,14 @@ def figures(found: Survey) -> Iterator[str]:
         if found.counted:
             yield f"  {found.counted:,} count, {found.counted / tokens:.1%}"
         else:  # prompts
-            yield "  keys: " + ", ".join(
-                f"{_printable(key[:40])} {count:,}" for key, count in found.keys.most_common(8)
-            )
+            yield "  keys: " + ", ".join(f"{printable(key[:40])} {count:,}" for key, count in found.keys.most_common(8))
         yield f"  tokens of a text: at least {at(0)}, median {at(0.5)}, 90% up to {at(0.9)}, at most {at(1)}"
     if found.turns:
         yield "  turns: " + ", ".join(f"{role} {count:,}" for role, count in sorted(found.turns.items()))
     if found.refused:
         kinds = sorted(found.refused.values(), key=lambda said: -len(said))
         yield f"{sum(map(len, kinds)):,} records refused:"
-        yield from (f"  {len(said):,}: {_printable(said[0])}" for said in kinds[:_LISTED])
+        yield from (f"  {len(said):,}: {printable(said[0])}" for said in kinds[:_LISTED])
         if left := sum(map(len, kinds[_LISTED:])):
             yield f"  {left:,}: for other reasons"
 
@@ -173,10 +172,5 @@ def pieces(ids: Sequence[int], tokenizer: Tokenizer) -> Iterator[tuple[list[int]
         said = tokenizer.decode([*before, *run])[len(tokenizer.decode(before)) :]
         if "\ufffd" in said and len(run) < 4 and n + 1 < len(ids) and ids[n + 1] not in names:
             continue
-        yield run, _printable(said)
+        yield run, printable(said)
         before, run = run, []
-
-
-def _printable(text: str) -> str:
-    """Without what a terminal obeys."""
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else ascii(letter)[1:-1] for letter in text)

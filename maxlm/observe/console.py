@@ -124,7 +124,7 @@ class Console:
         if self._lost:
             text = f"... {self._lost:,} lines are missing here, as nobody read on\n{text}"
         # rich takes an output that it did not get by name for UTF-8.
-        text = _printable(text, getattr(self._output.file, "encoding", None) or "utf-8")
+        text = surroundings.printable(text, getattr(self._output.file, "encoding", None) or "utf-8")
         if self._output.is_terminal:
             taken = self._attempt(lambda: self._output.print(Text(text, style=style)))
         else:  # rich would cut long lines to a width that a file does not have
@@ -268,9 +268,3 @@ class _Writer:
                 made.set_result(None)
             if self._behind and self._calls.empty():
                 self._behind = surroundings.unread = False
-
-
-def _printable(text: str, encoding: str) -> str:
-    """`text`, which a model may have written, with control characters and what `encoding` lacks spelled out."""
-    visible = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
-    return visible.encode(encoding, "backslashreplace").decode(encoding)
