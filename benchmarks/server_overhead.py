@@ -64,7 +64,7 @@ def main() -> None:
     for name, values in figures.items():
         print("{:5} over HTTP / bare {:.3f} ({:.3f} to {:.3f})".format(name, *values))
     if options.json:
-        facts = {"command": "python -m benchmarks.server_overhead", "cpu": cpu_name(), **figures, "rounds": rounds}
+        facts = {"command": "python -m benchmarks.server_overhead", "machine": cpu_name(), **figures, "rounds": rounds}
         options.json.write_text(json.dumps(facts, indent=1) + "\n")
 
 

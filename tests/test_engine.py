@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -32,6 +33,7 @@ from maxlm.data.tokenizers import Bytes
 from maxlm.inference.engine import Engine, Ticket
 from maxlm.inference.load import LoadedRun
 from maxlm.inference.loop import EngineLoop
+from maxlm.inference.programs import Programs
 from maxlm.inference.request import BadRequest, Delta, Draining, Finish, QueueFull, Request, TokenScore
 from maxlm.inference.structured import JsonSchema, Regex
 from maxlm.models import Execution, Tokens, bind, ops
@@ -83,6 +85,14 @@ def fresh(engine: Engine, request: Request) -> tuple[Any, ...]:
         for pool in shard.pools.values():
             pool.forget()
     return outcome(finish(engine, [request])[0])
+
+
+def test_a_device_has_a_row_for_every_slot_if_a_class_does() -> None:
+    """A step of a device that reads the weights once for all rows takes as long for 2 of them; on a CPU it does not."""
+    for on_cpu, expected in ((True, [2, 8]), (False, [32])):
+        how = SimpleNamespace(layout=SimpleNamespace(on_cpu=on_cpu))
+        programs: Any = SimpleNamespace(_config=EngineConfig(slots=32), _how=how)
+        assert max([[2, 8], [32]], key=lambda widths: Programs._worth(programs, widths, 32)) == expected
 
 
 def test_the_compiler_may_choose_how_weights_lie(monkeypatch: pytest.MonkeyPatch) -> None:

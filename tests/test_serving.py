@@ -23,11 +23,11 @@ from pydantic import BaseModel, SecretStr
 
 from maxlm.data.chat import ChatTemplate
 from maxlm.data.tool_calls import ToolReader
-from maxlm.inference.request import Finish
+from maxlm.inference.request import Delta, Finish, TokenScore
 from maxlm.inference.structured import JsonSchema
 from maxlm.serving.app import Service
 from maxlm.serving.chat_format import conversation_ids
-from maxlm.serving.jobs import completion_job
+from maxlm.serving.jobs import _joined, completion_job
 from maxlm.serving.schema import CalledFunction, CompletionRequest, Message, ToolCall
 from maxlm.serving.served import Served
 
@@ -177,6 +177,31 @@ def test_a_stream_is_the_whole_in_pieces(client: openai.OpenAI) -> None:
     assert reasons == ["stop"] * 4
     assert tokens == [choice.logprobs and choice.logprobs.tokens for choice in whole.choices]
     assert whole.usage is not None and whole.usage.prompt_tokens == 3
+
+
+def test_tokens_that_come_fast_are_sent_together(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first at once, and nothing is lost."""
+    monkeypatch.setattr("maxlm.serving.jobs._APART_S", 0.5)
+    stream = client.completions.create(model=NAME, prompt="Hi", max_tokens=60, stream=True, logprobs=0)
+    choices = [chunk.choices[0] for chunk in stream]
+    assert "".join(choice.text for choice in choices) == SAYS and len(choices) <= 4 and choices[0].text != SAYS
+    assert choices[-1].finish_reason == "stop"
+    assert sum(len(choice.logprobs.tokens or ()) for choice in choices if choice.logprobs) > 20
+
+
+def test_deltas_are_joined_text_by_text() -> None:
+    """What failed stays behind what came before it, which a client still gets."""
+    score = TokenScore(token=1, logprob=-1.0, top=())
+    arrived = [
+        (0, Delta(tokens=(1,), text="a", scores=(score,), cached_tokens=3, seconds=0.5)),
+        (1, Delta(tokens=(7,), text="x")),
+        (0, Delta(tokens=(2, 3), text="b", scores=(score, score), seconds=0.25)),
+        (1, Delta(finish=Finish.ERROR, error="broken")),
+        (0, Delta(tokens=(4,), text="c", finish=Finish.STOP, stop_reason="c")),
+    ]
+    whole = Delta(tokens=(1, 2, 3, 4), text="abc", scores=(score,) * 3, finish=Finish.STOP, stop_reason="c",
+                  cached_tokens=3, seconds=0.75)  # fmt: skip
+    assert _joined(arrived) == [(0, whole), (1, Delta(tokens=(7,), text="x")), (1, arrived[3][1])]
 
 
 def test_logprobs_of_a_completion(client: openai.OpenAI, served: Served) -> None:

@@ -24,7 +24,7 @@ import openai
 import pytest
 from helpers import FLOAT32, initial_parameters, one_device, small_model, small_run
 from pydantic import BaseModel, ConfigDict
-from run_folder import make_run
+from run_folder import BYTE_MODEL, make_run
 
 from maxlm.config import EngineConfig, UserError, WeightFormat
 from maxlm.data.text_ends import TextEnds
@@ -160,7 +160,7 @@ def test_what_the_engine_refuses_is_an_answer(client: openai.OpenAI, url: str) -
 @pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     """A process of its own: it says where it is, answers, and ends when it is told to."""
-    make_run(tmp_path)
+    make_run(tmp_path, model=dataclasses.replace(BYTE_MODEL, max_seq_len=2048))
     words = [sys.executable, "-m", "maxlm.serve", "--run", str(tmp_path / "run"), "--port", "0", "--name", "mine"]
     more = ["--engine.slots", "2", "--engine.tokens_per_step", "2", "--engine.decode_steps", "1"]
     environment = {**os.environ, "MAXLM_API_KEY": "k"}
@@ -174,7 +174,9 @@ def test_the_command(tmp_path: Path) -> None:
         found = re.fullmatch(r"mine at (http://127.0.0.1:\d+), with an API key; Ctrl-C ends it\n", line)
         assert found is not None, line
         client = openai.OpenAI(base_url=f"{found[1]}/v1", api_key="k", max_retries=0)
-        stream = client.completions.create(model="mine", prompt="ab", max_tokens=40, stream=True)
+        stream = client.completions.create(
+            model="mine", prompt="ab", max_tokens=2000, stream=True, extra_body={"ignore_eos": True}
+        )
         first = next(iter(stream))
         process.send_signal(signal.SIGTERM)
         rest = list(stream)
@@ -211,7 +213,7 @@ def test_clients_that_leave_give_everything_back(url: str, served: Served) -> No
         time.sleep(0.05)
     stats = served.loop.stats
     assert stats.running == stats.waiting == 0 and stats.free_blocks == stats.blocks
-    body = {"model": NAME, "prompt": "still there", "max_tokens": 3}
+    body = {"model": NAME, "prompt": "still there", "max_tokens": 3, "ignore_eos": True}
     assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["usage"]["completion_tokens"] == 3
 
 

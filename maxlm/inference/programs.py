@@ -159,9 +159,10 @@ class Programs:
         """The step for a few numbers of rows, smallest first, whose rows are the same to the bit.
 
         How a product or a sum is rounded depends on how many rows it has. Of the numbers that are tried only one class
-        is used: that of `most`, if the config names it; else the one with the most members, and of equal ones that with
-        a row for as many slots as any has, but with no more rows than that, so that a lone text does not pay for the
-        room that many prompts need.
+        is used: that of `most`, if the config names it; else, but on a CPU, where a row costs what it computes, one
+        with a row for every slot; then the one with the most members, and of equal ones that with a row for as many
+        slots as any has, but with no more rows than that, so that a lone text does not pay for the room that many
+        prompts need.
         """
         began = time.perf_counter()
         widths = sorted({max(most // n, min(2, most)) for n in (1, 4, 16)})
@@ -180,12 +181,16 @@ class Programs:
             answer = self._probed(programs[width], width, n_probes)
             home = next((members for known, members in classes if _same(known, answer)), None)
             classes.append((answer, [width])) if home is None else home.append(width)
-        named = self._config.tokens_per_step is not None
-        worth = lambda members: (named and most in members, len(members), min(members[-1], self._config.slots))
-        chosen = max((members for _, members in classes), key=worth)
+        chosen = max((members for _, members in classes), key=lambda members: self._worth(members, most))
         seconds = time.perf_counter() - began
         _LOG.info("engine: compiled in %.1f s; a step has %s tokens", seconds, " or ".join(map(str, chosen)))
         return {width: programs[width] for width in chosen}
+
+    def _worth(self, widths: list[int], most: int) -> tuple[bool, bool, int, int]:
+        """Of a class: the greatest is used, of equal ones the first."""
+        slots, named = self._config.slots, self._config.tokens_per_step is not None
+        every_slot = not self._how.layout.on_cpu and widths[-1] >= slots
+        return named and most in widths, every_slot, len(widths), min(widths[-1], slots)
 
     def _lowered(self, width: int, formats: Any) -> jax.stages.Lowered:
         steps, guesses = self._config.most_steps, self._config.guesses

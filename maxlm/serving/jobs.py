@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import math
 import secrets
 import threading
 import time
@@ -25,6 +26,7 @@ from maxlm.serving.served import Served
 from maxlm.serving.server_metrics import ServerMetrics
 
 _WAITING = ThreadPoolExecutor(64, "submit")
+_APART_S = 0.01
 _DEFAULT_TOKENS = 16
 """Of a completion that does not say how long it may be, as OpenAI has it."""
 
@@ -201,7 +203,8 @@ class Running:
 
     def __init__(self, job: Job, metrics: ServerMetrics) -> None:
         self.job, self._metrics = job, metrics
-        self._events, self._queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Delta]]()
+        self._events, self._there = asyncio.get_running_loop(), asyncio.Event()
+        self._arrived = list[tuple[int, Delta]]()
         self._lock, self._ended = threading.Lock(), False
         self._tickets: dict[int, Any] = {}
         self._began = time.monotonic()
@@ -224,8 +227,12 @@ class Running:
 
     def _submit(self, i: int) -> None:
         def receive(delta: Delta) -> None:  # on the engine's thread
+            with self._lock:
+                self._arrived.append((i, delta))
+                if len(self._arrived) > 1:  # who waits has been told
+                    return
             with contextlib.suppress(RuntimeError):  # the event loop has ended
-                self._events.call_soon_threadsafe(self._queue.put_nowait, (i, delta))
+                self._events.call_soon_threadsafe(self._there.set)
 
         if self._ended:  # another of its texts was refused
             return
@@ -245,28 +252,57 @@ class Running:
             self.job.served.loop.cancel(ticket)
 
     async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
-        """What each text grows by, until all have ended.
+        """What each text grows by, until all have ended. What comes within `_APART_S` is one Delta: an event takes
+        longer than a small model's token.
 
         Raises:
             ApiError: one ended for another reason than its own.
         """
-        last, name = dict[int, float](), self.job.served.name
+        last, name, handed = dict[int, float](), self.job.served.name, -math.inf
         try:
             while self._tickets:
-                i, delta = await self._queue.get()
-                if i not in self._tickets:
-                    continue
-                if delta.tokens:
-                    now = time.monotonic()
-                    self._metrics.tokens(name, len(delta.tokens), now - last.get(i, self._began), first=i not in last)
-                    last[i] = now
-                if delta.finish is not None:
-                    del self._tickets[i]
-                    _check(delta)
-                yield i, delta
+                await self._there.wait()
+                self._there.clear()
+                wait = handed + _APART_S - time.monotonic()
+                if wait > 0 and not any(delta.finish for _, delta in self._arrived):
+                    await asyncio.sleep(wait)
+                with self._lock:
+                    arrived, self._arrived = self._arrived, []
+                handed = now = time.monotonic()
+                for i, delta in _joined(arrived):
+                    if i not in self._tickets:
+                        continue
+                    if delta.tokens:
+                        seconds = now - last.get(i, self._began)
+                        self._metrics.tokens(name, len(delta.tokens), seconds, first=i not in last)
+                        last[i] = now
+                    if delta.finish is not None:
+                        del self._tickets[i]
+                        _check(delta)
+                    yield i, delta
         finally:
             self.cancel()
             self._metrics.ended(name, time.monotonic() - self._began)
+
+
+def _joined(arrived: Sequence[tuple[int, Delta]]) -> list[tuple[int, Delta]]:
+    """Of each text one Delta of all that came, in the order of the first; what failed stays by itself, behind it."""
+    found: dict[tuple[int, bool], Delta] = {}
+    for i, delta in arrived:
+        key = i, delta.finish not in (None, Finish.STOP, Finish.LENGTH)
+        if (before := found.get(key)) is None:
+            found[key] = delta
+            continue
+        found[key] = dataclasses.replace(
+            delta,
+            tokens=before.tokens + delta.tokens,
+            text=before.text + delta.text,
+            scores=before.scores + delta.scores,
+            prompt_scores=before.prompt_scores + delta.prompt_scores,
+            cached_tokens=before.cached_tokens + delta.cached_tokens,
+            seconds=before.seconds + delta.seconds,
+        )
+    return [(i, delta) for (i, _), delta in found.items()]
 
 
 def _check(delta: Delta) -> None:
