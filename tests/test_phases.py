@@ -144,8 +144,8 @@ def test_a_ramp_worked_by_hand() -> None:
             r"train.phases.0.early: before the first of train.phases there is none that the loss recovers from",
         ),
         (
-            with_phases(Phase(start=10), Phase(start=60, early=Recovered(every=50))),
-            r"train.phases.1.early.every = 50 leaves no measurement in the 50 steps .*; use at most 49",
+            with_phases(Phase(start=10), Phase(start=60, early=Recovered(every=51))),
+            r"train.phases.1.early.every = 51 leaves no measurement in the 50 steps .*; use at most 50",
         ),
         (
             with_phases(Phase(start=10), Phase(start=60, early=Recovered(every=10)), eval_batches=0),

@@ -98,6 +98,16 @@ def test_it_is_the_phase_that_begins_there(early: Path, tmp_path: Path) -> None:
     assert rows(early)[-1]["tokens"] == 4 * 8 + 4 * 16 + 4 * 24
 
 
+def test_the_config_of_the_run_is_one_to_go_on_with(early: Path) -> None:
+    """It began at the first measurement that there could be: nothing refuses that start."""
+    at_once = dataclasses.replace(EARLY, start=6, early=Recovered(every=2))
+    config = dataclasses.replace(serialize.load(RunConfig, early / "config.json"), run_dir=str(early))
+    config.validate(8)
+    dataclasses.replace(config, train=dataclasses.replace(config.train, phases=(WIDER, at_once))).validate(8)
+    result, seen = train(config)
+    assert result.step == 12 and not seen and starts(early) == [4, 8]
+
+
 def test_without_recovery_it_begins_when_it_was_declared_to(tmp_path: Path) -> None:
     _, seen = train(regression(tmp_path / "run", phases=PHASES), {4: 1.0, 6: 1.1, 8: 1.0001})
     assert seen == [(4, 8), (6, 8), (8, 8), (12, 24)]

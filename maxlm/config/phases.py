@@ -178,10 +178,10 @@ def _broken_early_rules(phases: tuple[Phase, ...], i: int, held_out: bool) -> li
             f"{key} needs the held-out loss, and train.eval_batches = 0 measures none; use None for all, or a number"
         ]
     between = phases[i].start - phases[i - 1].start
-    if early.every >= between:
+    if early.every > between:
         return [
             f"{key}.every = {early.every} leaves no measurement in the {between} steps from train.phases.{i - 1}.start "
-            f"to train.phases.{i}.start; use at most {between - 1}"
+            f"to train.phases.{i}.start; use at most {between}"
         ]
     return []
 
