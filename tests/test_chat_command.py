@@ -105,18 +105,19 @@ class Terminal:
         self._there, here = pty.openpty()
         self.process = subprocess.Popen(words, stdin=here, stdout=here, stderr=here, start_new_session=True)
         os.close(here)
+        self._unseen = b""
 
     def types(self, text: str) -> None:
         os.write(self._there, text.encode())
 
     def until(self, words: str) -> str:
-        """What it shows, up to these words and all that is there then."""
-        shown = b""
-        while words.encode() not in shown:
+        """What it shows, from where the last call ended to the end of these words."""
+        while words.encode() not in self._unseen:
             ready, _, _ = select.select([self._there], [], [], 60)
-            assert ready, shown
-            shown += os.read(self._there, 4096)
-        return shown.decode(errors="replace")
+            assert ready, self._unseen
+            self._unseen += os.read(self._there, 4096)
+        before, found, self._unseen = self._unseen.partition(words.encode())
+        return (before + found).decode(errors="replace")
 
 
 def test_in_a_terminal() -> None:
@@ -127,14 +128,18 @@ def test_in_a_terminal() -> None:
     terminal.types("Hi\n")
     said = terminal.until("before them]")
     assert r"\x1b[31mred \u202eword" in said and "\x1b[31m" not in said and "\u202e" not in said
+    terminal.until("> ")
     terminal.types("tell me more of all this\n")
     terminal.until("word word")
     terminal.types("\x03")
     assert "tokens" in terminal.until("before them]")
+    terminal.until("> ")
     terminal.types("dropped\x03")
     terminal.until("^C")
+    terminal.until("> ")
     terminal.types("/help\n")
     assert "/reset" in terminal.until("/exit")
+    terminal.until("> ")
     terminal.types("\x04")
     assert terminal.process.wait(60) == 0
 

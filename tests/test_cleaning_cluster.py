@@ -277,16 +277,19 @@ def assert_as_here(out: Path, data: Path, folder: Path) -> None:
     assert without_seconds(out) == without_seconds(here.out)
 
 
-@pytest.mark.parametrize(
-    "engine",
-    [
-        CleaningEngine.DATATROVE,
-        pytest.param(CleaningEngine.RAY, marks=pytest.mark.nightly),
-        pytest.param(CleaningEngine.SLURM, marks=pytest.mark.nightly),
-    ],
-)
-def test_engines_keep_the_same(engine: CleaningEngine, work: CleaningWork, data: Path, tmp_path: Path) -> None:
+def test_datatroves_own_executor_keeps_the_same(data: Path, tmp_path: Path) -> None:
+    """Asked as a user does: it forks, which a process with jax's threads should not."""
     pytest.importorskip("datatrove")
+    words = ["clean", str(data), "--recipe=code", "--part_bytes=4000", "--workers=2"]
+    command = [sys.executable, "-m", "maxlm.data", *words, "--engine=datatrove", f"--out={tmp_path / 'there'}"]
+    subprocess.run(command, check=True, timeout=300)
+    assert main([*words, f"--out={tmp_path / 'here'}"]) == 0
+    assert written(tmp_path / "there") == written(tmp_path / "here")
+
+
+@pytest.mark.parametrize("engine", [CleaningEngine.DATATROVE, CleaningEngine.RAY, CleaningEngine.SLURM])
+@pytest.mark.nightly
+def test_engines_keep_the_same(engine: CleaningEngine, work: CleaningWork, data: Path, tmp_path: Path) -> None:
     slurm = SlurmArrays(partition=partition() if engine is CleaningEngine.SLURM else None)
     run_on_cluster(work, engine, 2, slurm)
     wait_for(lambda: finished(work.out))  # nobody else waits for SLURM
